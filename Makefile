@@ -1,0 +1,58 @@
+# make lab      the course: JupyterLab opens on the first notebook
+# make test     everything CI runs: lint, unit, browser, notebooks
+# make bench    side by side against Accelerate and Transformers
+# make lint | format | unit | browser | notebooks | clean
+#
+# All of them share .venv, and install only when pyproject.toml or constraints.txt have changed.
+
+VENV  := .venv
+BIN   := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+# The first Python on PATH that is new enough; `make lab PYTHON=/path/to/python` overrules it.
+NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 10))
+PYTHON ?= $(firstword $(foreach p,python3 python3.13 python3.12 python3.11 python3.10,\
+            $(shell $(p) -c '$(NEW_ENOUGH)' 2>/dev/null && echo $(p))))
+
+unit browser notebooks bench: export HF_HUB_OFFLINE = 1
+
+.PHONY: lab test lint format unit browser notebooks bench clean
+.NOTPARALLEL:
+
+lab: $(STAMP)
+	@$(BIN)/python scripts/lab.py
+
+test: lint unit browser notebooks
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(STAMP)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+unit: $(STAMP)
+	$(BIN)/python -m pytest -q tests --ignore=tests/browser
+
+browser: $(STAMP)
+	$(BIN)/python -m pytest -q tests/browser
+
+notebooks: $(STAMP)
+	$(BIN)/python -m pytest -q --nbval notebooks
+
+bench: $(STAMP)
+	@set -e; for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python $$script; done
+
+clean:
+	rm -rf $(VENV) build dist screenshots .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+# The stamp comes last, so an interrupted install is taken up again by the next make.
+$(STAMP): pyproject.toml constraints.txt
+	@$(if $(PYTHON),$(PYTHON),false) -c '$(NEW_ENOUGH)' || \
+	  { echo "bigkit needs Python 3.10 or newer: install one, or say which with make PYTHON=/path/to/python"; exit 1; }
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
+	$(BIN)/python -m pip install --progress-bar off -c constraints.txt -e '.[lab,quant,peft,test]'
+	@$(BIN)/python -m pip check
+	@touch $(STAMP)

@@ -1,0 +1,64 @@
+"""bigkit: plan and run models that are too big for one device, and see what happens.
+
+The public names. Each is imported when it is first used, so `import bigkit` imports no torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "front": ("describe", "estimate_memory", "plan"),
+    "plans": ("Plan",),
+    "planner": ("PlanError",),
+    "estimate": ("MemoryEstimate",),
+    "layers": ("Layer", "ModelSpec", "Precision"),
+    "units": ("format_bytes", "parse_bytes"),
+    "hardware": ("HARDWARE", "Hardware"),
+    "meta": ("init_empty_weights", "init_on_device"),
+    "device_map": (
+        "check_device_map",
+        "compute_module_sizes",
+        "find_tied_parameters",
+        "get_balanced_memory",
+        "get_max_memory",
+        "infer_auto_device_map",
+    ),
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+
+__all__ = ["__version__", "zoo", *sorted(_HOME_OF)]
+
+if TYPE_CHECKING:
+    from . import zoo
+    from .device_map import (
+        check_device_map,
+        compute_module_sizes,
+        find_tied_parameters,
+        get_balanced_memory,
+        get_max_memory,
+        infer_auto_device_map,
+    )
+    from .estimate import MemoryEstimate
+    from .front import describe, estimate_memory, plan
+    from .hardware import HARDWARE, Hardware
+    from .layers import Layer, ModelSpec, Precision
+    from .meta import init_empty_weights, init_on_device
+    from .planner import PlanError
+    from .plans import Plan
+    from .units import format_bytes, parse_bytes
+
+
+def __getattr__(name: str) -> object:
+    if name in _HOME_OF:
+        return getattr(import_module(f".{_HOME_OF[name]}", __name__), name)
+    if name in ("zoo", "widgets"):
+        return import_module(f".{name}", __name__)
+    raise AttributeError(f"module 'bigkit' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,95 @@
+"""The command line: `bigkit estimate-memory NAME` and `bigkit plan NAME`.
+
+Leaves out: anything that needs torch, unless a name must be looked up on the Hub or this machine asked for its GPUs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from . import __version__
+from .estimate import CLASSIC
+from .layers import QUANTIZATIONS
+from .planner import STRATEGIES
+from .plans import read_device
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit status. A wrong input is one line on stderr and status 2."""
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    try:
+        print(options.run(options))
+    except (ValueError, OSError, ImportError) as error:
+        print(f"bigkit: {error}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:
+        return 0
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="bigkit", description="Plan and run models too big for one device.")
+    parser.add_argument("--version", action="version", version=f"bigkit {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    estimate = commands.add_parser("estimate-memory", help="how much memory a model takes, from its name")
+    _add_model(estimate)
+    estimate.add_argument("--dtypes", nargs="+", default=list(CLASSIC), help="rows of the classic table (%(default)s)")
+    estimate.set_defaults(run=_estimate)
+
+    plan = commands.add_parser("plan", help="which layer rests on which device")
+    _add_model(plan)
+    plan.add_argument("--max_memory", nargs="+", metavar="DEVICE=SIZE", help="budgets, as in 0=24GiB 1=24GiB cpu=64GiB")
+    plan.add_argument("--strategy", choices=STRATEGIES, default="auto")
+    plan.add_argument("--dtype", help="cast floating weights to this")
+    plan.add_argument("--quantization", choices=QUANTIZATIONS)
+    plan.add_argument("--code", action="store_true", help="print Python that makes the plan")
+    plan.set_defaults(run=_plan)
+    return parser
+
+
+def _add_model(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", help="a shipped name, Hub id, Hub URL, timm name or folder")
+    parser.add_argument(
+        "--library_name", choices=("transformers", "timm", "bigkit"), help="found by itself if left out"
+    )
+    parser.add_argument("--trust_remote_code", action="store_true", help="run model code from the Hub")
+    parser.add_argument("--batch", type=int, default=1, help="sequences (%(default)s)")
+    parser.add_argument("--context", type=int, default=2048, help="tokens each (%(default)s)")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def _estimate(options: argparse.Namespace) -> str:
+    from .front import estimate_memory
+
+    found = estimate_memory(
+        options.model, options.dtypes, options.library_name,
+        batch=options.batch, context=options.context, trust_remote_code=options.trust_remote_code,
+    )  # fmt: skip
+    return found.to_json() if options.json else str(found)
+
+
+def _plan(options: argparse.Namespace) -> str:
+    from .front import describe, plan
+
+    budgets = None
+    if options.max_memory:
+        pairs = [item.partition("=") for item in options.max_memory]
+        if wrong := [item for item, (_, equals, _) in zip(options.max_memory, pairs) if not equals]:
+            raise ValueError(f"--max_memory takes DEVICE=SIZE, such as 0=24GiB or cpu=64GiB, not {wrong[0]!r}")
+        budgets = {read_device(int(name) if name.isdigit() else name): size for name, _, size in pairs}
+    spec = describe(options.model, options.library_name, trust_remote_code=options.trust_remote_code)
+    found = plan(
+        spec, budgets, options.strategy, dtype=options.dtype, quantization=options.quantization,
+        batch=options.batch, context=options.context,
+    )  # fmt: skip
+    if options.json:
+        return found.to_json()
+    return found.to_code() if options.code else found.explain()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,440 @@
+"""Pictures of plans and estimates, each with a text twin that tells the same figures.
+
+A picture is a matplotlib `Figure` made by a pure function of data; `svg` turns it into inline SVG for a notebook.
+Colours are the palette of Okabe and Ito, which colour-blind readers can tell apart, and each has a label beside it.
+Everything is measured in points and drawn with few artists, so that an explorer can redraw at each turn of a slider.
+
+Leaves out: controls (`widgets/`), and time (`dryrun.py`).
+"""
+
+from __future__ import annotations
+
+import html
+import io
+import math
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import TYPE_CHECKING, Any
+
+from .estimate import MemoryEstimate, text_table
+from .plans import Device, Plan, Share, device_label
+from .units import GiB, KiB, MiB, format_bytes
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+# Source: Okabe and Ito, Color Universal Design, https://jfly.uni-koeln.de/color/
+BLACK, ORANGE, SKY, GREEN = "#000000", "#E69F00", "#56B4E9", "#009E73"
+YELLOW, BLUE, VERMILLION, PURPLE = "#F0E442", "#0072B2", "#D55E00", "#CC79A7"
+TRACK, PALE, GREY, DARK = "#EEEEEE", "#D9D9D9", "#B8B8B8", "#555555"
+
+GPU_COLOURS = (BLUE, SKY, GREEN, PURPLE)  # in turn: neighbours always differ
+PART_COLOURS = {"KV cache": ORANGE, "activations": YELLOW, "reserve": "#FFFFFF", "overhead": DARK,
+                "weights": BLUE, "gradients": GREEN, "optimizer": PURPLE}  # fmt: skip
+HATCHES = {"reserve": "////", "over budget": "xxxx"}
+
+WIDTH = 540  # points, which an inline picture scales to the room that it has
+LEFT, RIGHT, ROW, BAR = 52, 116, 23, 16
+
+
+def device_colour(device: Device) -> str:
+    """The colour of a device: the GPUs take four in turn, RAM is grey and disk pale."""
+    return GPU_COLOURS[device % 4] if isinstance(device, int) else {"cpu": GREY, "disk": PALE}.get(device, BLUE)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Plans
+
+
+def plan_figure(plan: Plan) -> Figure:
+    """A plan as a picture: a bar per device against its capacity, and the layers in order, as wide as their bytes.
+
+    Weights have the colour of their device, in the bars and in the strip of layers; KV cache, activations, reserve and
+    overhead have their own. What lies above a budget is hatched. GPUs share one scale, RAM and disk another.
+
+    >>> from bigkit import plan
+    >>> figure = plan_figure(plan("gpt2", {0: "300MiB", 1: "300MiB"}))
+    >>> figure.savefig("plan.png")  # doctest: +SKIP
+    """
+    working = [share for share in plan.shares if share.runs or share.device not in ("cpu", "disk")]
+    resting = [share for share in plan.shares if share not in working]
+    needed = resting if any(share.used for share in resting) else []
+    canvas = _Canvas()
+    canvas.title(plan.model, _settings(plan))
+    canvas.legend(_plan_legend(plan))
+    canvas.bars([_device_bar(share) for share in working])
+    if needed:
+        canvas.heading(f"Resting until {device_label(working[0].device)} needs them, on a scale of their own")
+        canvas.bars([_device_bar(share) for share in needed])
+    elif free := [f"{device_label(share.device)} ({_limit(share)})" for share in resting if share.budget != 0]:
+        canvas.heading(f"Not needed: {' and '.join(free)}.")
+    canvas.strip(plan)
+    return canvas.figure()
+
+
+def plan_text(plan: Plan) -> str:
+    """The text twin of `plan_figure`: what each device holds, and which layers.
+
+    >>> from bigkit import plan
+    >>> print(plan_text(plan("gpt2", {0: "300MiB", 1: "300MiB"})).splitlines()[0])
+    gpt2: fits
+    """
+    parts = ["weights", "kv_cache", "activations", "reserve", "overhead"]
+    parts = [part for part in parts if part == "weights" or any(getattr(share, part) for share in plan.shares)]
+    headers = ["device", "used", "capacity", "full", "layers", *map(_part_name, parts)]
+    shares = [share for share in plan.shares if share.used or share.budget != 0]
+    rows = [
+        [device_label(share.device), format_bytes(share.used), _limit(share),
+         f"{100 * share.used / share.budget:.0f} %" if share.budget else "-",
+         str(sum(layer.device == share.device for layer in plan.layers)),
+         *(format_bytes(getattr(share, part)) for part in parts)]
+        for share in shares
+    ]  # fmt: skip
+    strip = [f"  {device_label(device)}: {_span(names, full=True)}" for device, names, _ in _stretches(plan)]
+    return "\n".join([f"{plan.model}: {plan_verdict(plan)}", _settings(plan), "", text_table(headers, rows), "",
+                      f"{len(plan.layers)} layers in order, {_sizes(plan)}:", *strip])  # fmt: skip
+
+
+def plan_verdict(plan: Plan) -> str:
+    """A plan in a few words: "fits", "fits, 12.50 GiB of weights rest in RAM", or "does not fit: ..."."""
+    if not plan.feasible:
+        return f"does not fit: {plan.problem}"
+    away = [f"{format_bytes(s.weights)} of weights rest {'in RAM' if s.device == 'cpu' else f'on {s.device}'}"
+            for s in plan.shares if s.weights and not s.runs]  # fmt: skip
+    return ", ".join(["fits", " and ".join(away)] if away else ["fits"])
+
+
+def plan_label(plan: Plan) -> str:
+    """One sentence for those who cannot see the picture of a plan."""
+    loads = ", ".join(
+        f"{device_label(share.device)} {format_bytes(share.used)}" + (f" of {_limit(share)}" if share.budget else "")
+        for share in plan.shares
+        if share.used
+    )
+    return f"Memory of {plan.model} on each device: {loads}. It {plan_verdict(plan)}."
+
+
+def _settings(plan: Plan) -> str:
+    stored = " + ".join(text for text in (plan.quantization, plan.dtype) if text) or "as stored"
+    load = f"context {plan.context:,}" if plan.context else "no context counted"
+    return f"{stored}, strategy {plan.strategy}, batch {plan.batch}, {load}"
+
+
+def _part_name(part: str) -> str:
+    return "KV cache" if part == "kv_cache" else part
+
+
+def _device_bar(share: Share) -> _Bar:
+    parts = [
+        (name, getattr(share, part), device_colour(share.device) if name == "weights" else PART_COLOURS[name])
+        for part in ("weights", "kv_cache", "activations", "reserve", "overhead")
+        for name in [_part_name(part)]
+    ]
+    return _Bar(device_label(share.device), parts, share.budget)
+
+
+def _plan_legend(plan: Plan) -> list[tuple[str, tuple[str, ...]]]:
+    devices = [layer.device for layer in plan.layers]
+    colours = tuple(dict.fromkeys(device_colour(share.device) for share in plan.shares if share.device in devices))
+    parts = [_part_name(part) for part in ("kv_cache", "activations", "reserve", "overhead")
+             if any(getattr(share, part) for share in plan.shares)]  # fmt: skip
+    entries = [("weights, by device", colours), *((part, (PART_COLOURS[part],)) for part in parts)]
+    return [*entries, ("over budget", (VERMILLION,))] if any(share.over for share in plan.shares) else entries
+
+
+def _limit(share: Share) -> str:
+    return "no limit" if share.budget is None else format_bytes(share.budget)
+
+
+def _sizes(plan: Plan) -> str:
+    """The bytes of all layers, and how many of them are tied and so counted twice."""
+    total = sum(layer.bytes for layer in plan.layers)
+    twice = total - sum(share.weights for share in plan.shares)
+    return format_bytes(total) + (f", {format_bytes(twice)} of it tied" if twice else "")
+
+
+def _stretches(plan: Plan) -> list[tuple[Device, list[str], int]]:
+    """The runs of layers on one device, in the model's order: (device, names, bytes)."""
+    runs = ((device, list(layers)) for device, layers in groupby(plan.layers, key=lambda layer: layer.device))
+    return [(device, [layer.name for layer in layers], sum(layer.bytes for layer in layers)) for device, layers in runs]
+
+
+def _span(names: Sequence[str], full: bool = False) -> str:
+    """First and last name of a run: "model.layers.0 .. model.layers.9 (10)", or short, "0 – 9" or "10 layers"."""
+    if full:
+        return names[0] or "the whole model" if len(names) == 1 else f"{names[0]} .. {names[-1]} ({len(names)})"
+    (around, _, first), (around_last, _, last) = (name.rpartition(".") for name in (names[0], names[-1]))
+    if len(names) == 1:
+        return first
+    return f"{first} – {last}" if around == around_last else f"{len(names)} layers"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Estimates
+
+
+def estimate_figure(estimate: MemoryEstimate) -> Figure:
+    """An estimate as a picture: a stacked bar for each way to store the weights, and for each way to train.
+
+    >>> from bigkit import estimate_memory
+    >>> figure = estimate_figure(estimate_memory("bert-base-cased"))
+    >>> figure.savefig("estimate.png")  # doctest: +SKIP
+    """
+    canvas = _Canvas(left=142, right=74)
+    load = f", context {estimate.context:,}" if estimate.context else ""
+    canvas.title(estimate.name, f"batch {estimate.batch}{load}")
+    parts = ("weights", "KV cache", "activations", "gradients", "optimizer")
+    canvas.legend([(part, (PART_COLOURS[part],)) for part in parts])
+    canvas.heading(f"To run {estimate.classes[1]}, weights stored as")
+    canvas.bars([_estimate_bar(row.stored, row, ("weights", "kv_cache", "activations")) for row in estimate.inference])
+    canvas.heading(f"To train {estimate.classes[1]} (another scale)")
+    stages = ("weights", "gradients", "optimizer", "activations")
+    canvas.bars([_estimate_bar(row.method, row, stages) for row in estimate.training])
+    return canvas.figure()
+
+
+def estimate_text(estimate: MemoryEstimate) -> str:
+    """The text twin of `estimate_figure`, with the classic table above it."""
+    return str(estimate)
+
+
+def estimate_label(estimate: MemoryEstimate) -> str:
+    """One sentence for those who cannot see the picture of an estimate."""
+    run = ", ".join(f"{row.stored} {format_bytes(row.total)}" for row in estimate.inference)
+    train = ", ".join(f"{row.method} {format_bytes(row.total)}" for row in estimate.training)
+    return f"Memory that {estimate.name} takes to run: {run}; to train: {train}."
+
+
+def _estimate_bar(label: str, row: object, parts: Iterable[str]) -> _Bar:
+    names = {part: _part_name(part) for part in parts}
+    return _Bar(label, [(name, getattr(row, part), PART_COLOURS[name]) for part, name in names.items()])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Drawing
+
+
+@dataclass(frozen=True)
+class _Bar:
+    """A stacked bar: (part, bytes, colour) from the left, and the capacity that it stands against."""
+
+    label: str
+    parts: list[tuple[str, int, str]]
+    capacity: int | None = None
+
+    @property
+    def used(self) -> int:
+        return sum(size for _, size, _ in self.parts)
+
+
+class _Canvas:
+    """What is to be drawn, from the top downwards, in points: rectangles by kind, and texts."""
+
+    def __init__(self, left: float = LEFT, right: float = RIGHT) -> None:
+        self.left, self.right, self.y = left, right, 6.0
+        self.boxes: dict[tuple[str, str], list[tuple[float, float, float, float]]] = {}
+        self.texts: list[tuple[float, float, str, dict[str, Any]]] = []
+
+    def box(self, kind: str, x: float, y: float, width: float, height: float, colour: str) -> None:
+        self.boxes.setdefault((kind, colour), []).append((x, y, width, height))
+
+    def text(self, x: float, y: float, text: str, size: float = 10, **style: Any) -> None:
+        # matplotlib would read $...$ as mathematics; a folder's name may hold a $
+        style = {"fontsize": size, "color": BLACK, "va": "center", "parse_math": False, **style}
+        self.texts.append((x, y, text, style))
+
+    def title(self, name: str, rest: str) -> None:
+        self.text(8, self.y + 8, _shorten(name, 48), 12, weight="bold")
+        self.text(8, self.y + 24, rest, 9.5, color="#333333")
+        self.y += 40
+
+    def heading(self, text: str) -> None:
+        self.text(8, self.y + 9, _shorten(text, 92), 9.5, color="#333333")
+        self.y += 20
+
+    def legend(self, entries: Sequence[tuple[str, tuple[str, ...]]]) -> None:
+        x = 8.0
+        for name, colours in entries:
+            for i, colour in enumerate(colours):
+                self.box(f"key {name}", x + 7 * i, self.y + 2, 7 if len(colours) > 1 else 12, 10, colour)
+            x += max(12, 7 * len(colours)) + 5
+            self.text(x, self.y + 7, name, 9)
+            x += 0.9 * _text_width(name, 9) + 12
+        self.y += 22
+
+    def bars(self, bars: Sequence[_Bar]) -> None:
+        """Stacked bars on one scale, with an axis below: it reaches to the longest bar or capacity.
+
+        A disk much larger than what rests on it would squeeze the rest: its capacity is then written, not drawn.
+        """
+        most = max((bar.used for bar in bars), default=0) or 1
+        drawn = [bar.capacity for bar in bars if bar.capacity and (bar.label != "disk" or bar.capacity <= 2 * most)]
+        longest = max([most, *drawn])
+        unit, unit_name = _unit(longest)
+        scale = (WIDTH - self.left - self.right) / longest
+        top = self.y
+        for bar in bars:
+            self.bar(bar, scale, unit, unit_name)
+        step = _nice_step(longest / unit)
+        for i in range(math.floor(longest / unit / step) + 1):
+            x = self.left + i * step * unit * scale
+            self.box("grid", x - 0.25, top, 0.5, self.y - top, GREY)
+            self.text(x, self.y + 6, f"{i * step:,g}" if i else f"0 {unit_name}", 8, ha="center", color="#333333")
+        self.y += 20
+
+    def bar(self, bar: _Bar, scale: float, unit: int, unit_name: str) -> None:
+        x, y = self.left, self.y + (ROW - BAR) / 2
+        middle = self.y + ROW / 2
+        self.text(self.left - 6, middle, bar.label, ha="right")
+        room = (WIDTH - self.left - self.right) / scale
+        over = bar.capacity is not None and bar.used > bar.capacity
+        if bar.capacity:
+            self.box("room", x, y, min(bar.capacity, room) * scale, BAR, TRACK)
+        for name, size, colour in bar.parts:
+            width = size * scale
+            if not width:
+                continue
+            self.box(name, x, y, width, BAR, colour)
+            number = _number(size / unit)
+            said = next((text for text in (f"{name} {number}", number) if _text_width(text, 8.5) < width - 4), "")
+            if said:
+                hatched = name in HATCHES or over
+                plate = {"bbox": {"facecolor": "white", "edgecolor": "none", "pad": 1}} if hatched else {}
+                ink = BLACK if hatched else _ink(colour)
+                self.text(x + width / 2, middle, said, 8.5, ha="center", color=ink, **plate)
+            x += width
+        if bar.capacity is not None and bar.capacity <= room:
+            end = self.left + bar.capacity * scale
+            if over:
+                self.box("over budget", end, y, x - end, BAR, VERMILLION)
+            self.box("capacity", end - 0.9, y - 3, 1.8, BAR + 6, BLACK)
+        total = _number(bar.used / unit) + ("" if bar.capacity is None else f" of {_number(bar.capacity / unit)}")
+        self.text(WIDTH - 8, middle, f"{total} {unit_name}", 9.5, ha="right", weight="bold" if over else "normal",
+                  color="#B00000" if over else BLACK)  # fmt: skip
+        self.y += ROW
+
+    def strip(self, plan: Plan) -> None:
+        """The layers in order, each as wide as its bytes; below each stretch, its device and layers."""
+        whole = sum(layer.bytes for layer in plan.layers) or 1
+        self.heading(f"{len(plan.layers)} layers in the model's order, each as wide as its bytes ({_sizes(plan)})")
+        x, width = 8.0, WIDTH - 16
+        for layer in plan.layers:
+            wide = width * layer.bytes / whole
+            self.box("layers", x, self.y, wide, 20, device_colour(layer.device))
+            if wide > 2:
+                self.box("seams", x - 0.25, self.y, 0.5, 20, "#FFFFFF")
+            x += wide
+        x = 8.0
+        for device, names, size in _stretches(plan):
+            stretch = width * size / whole
+            label = device_label(device)
+            label = label if _text_width(label, 9) < stretch else label.removeprefix("GPU ")
+            for text, below, font, colour in ((label, 29, 9, BLACK), (_span(names), 42, 8.5, "#333333")):
+                if _text_width(text, font) < stretch:
+                    self.text(x + stretch / 2, self.y + below, text, font, ha="center", color=colour)
+            x += stretch
+        self.y += 54
+
+    def figure(self) -> Figure:
+        """All boxes of one kind and colour become one path, which saves most of the time that drawing takes."""
+        import matplotlib
+        from matplotlib.figure import Figure
+        from matplotlib.patches import PathPatch
+        from matplotlib.path import Path
+        from matplotlib.transforms import Affine2D
+
+        with matplotlib.rc_context({"hatch.linewidth": 0.8, "font.family": ["DejaVu Sans"], "path.sketch": None}):
+            figure = Figure((WIDTH / 72, self.y / 72), dpi=144, facecolor="white")
+            figure.add_axes((0, 0, 1, 1)).axis("off")  # IPython shows no figure without axes
+            points = Affine2D().scale(1 / 72, -1 / 72).translate(0, self.y / 72) + figure.dpi_scale_trans
+            for (kind, colour), boxes in self.boxes.items():
+                corners = [
+                    corner
+                    for x, y, w, h in boxes
+                    for corner in ((x, y), (x + w, y), (x + w, y + h), (x, y + h), (x, y))
+                ]
+                codes = [Path.MOVETO, Path.LINETO, Path.LINETO, Path.LINETO, Path.CLOSEPOLY] * len(boxes)
+                hatch = HATCHES.get(kind.removeprefix("key "))
+                patch = PathPatch(
+                    Path(corners, codes),
+                    facecolor="none" if colour == VERMILLION else colour,
+                    edgecolor=colour if colour == VERMILLION else DARK,
+                    linewidth=0.6 if hatch else 0, hatch=hatch, label=kind, zorder=_depth(kind), transform=points,
+                )  # fmt: skip
+                figure.add_artist(patch)
+            for x, y, text, style in self.texts:
+                figure.text(x, y, text, transform=points, zorder=9, **style)
+        return figure
+
+
+def _depth(kind: str) -> int:
+    """Which boxes lie above which: the grid above its ground, the parts above both, capacity on top."""
+    return {"room": 0, "grid": 1, "over budget": 3, "seams": 3, "capacity": 4}.get(kind, 2)
+
+
+def _text_width(text: str, size: float) -> float:
+    """About how many points wide a text is; browsers differ by the font they have."""
+    return 0.62 * size * len(text)
+
+
+def _shorten(text: str, length: int) -> str:
+    return text if len(text) <= length else f"{text[: length // 2 - 1]}…{text[-(length // 2) :]}"
+
+
+def _ink(colour: str) -> str:
+    """Black or white, whichever reads better on a colour."""
+    return "#FFFFFF" if colour in (BLUE, DARK) else BLACK
+
+
+def _number(value: float) -> str:
+    """Three figures, or all of them before the point."""
+    return f"{value:,.0f}" if value >= 99.95 or not value else f"{value:.1f}" if value >= 9.995 else f"{value:.2f}"
+
+
+def _unit(largest: int) -> tuple[int, str]:
+    return next(((unit, name) for unit, name in ((GiB, "GiB"), (MiB, "MiB")) if largest >= unit), (KiB, "KiB"))
+
+
+def _nice_step(longest: float) -> float:
+    """A round step that cuts an axis into four to nine parts."""
+    power = 10 ** math.floor(math.log10(longest / 4))
+    return next(step * power for step in (5, 2, 1) if step * power <= longest / 4)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# SVG
+
+
+def svg(figure: Figure, label: str) -> str:
+    """A figure as inline SVG that a screen reader announces with `label`; the same figure gives the same text.
+
+    The text stays text, and the picture scales to the width of its place. A figure made here is unknown to pyplot, so
+    nothing needs to be closed.
+
+    Args:
+        figure: any matplotlib figure.
+        label: what the picture says, as a sentence.
+
+    Returns:
+        One `<svg role="img">` element, without XML prolog.
+    """
+    import matplotlib
+
+    page = io.StringIO()
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "bigkit"}):
+        nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+        figure.savefig(page, format="svg", facecolor=figure.get_facecolor(), metadata=nothing)
+    text = page.getvalue()
+    root = re.search(r"<svg[^>]*>", text)
+    assert root is not None
+    viewbox = re.search(r'viewBox="[\d. ]+"', root[0])
+    width = round(figure.get_figwidth() * 72)
+    head = (
+        f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" role="img" '
+        f'aria-label="{html.escape(label)}" {viewbox[0] if viewbox else ""} '
+        f'style="display:block;width:100%;max-width:{1.6 * width:.0f}px;height:auto">'
+    )
+    body = text[root.end() :].rstrip()
+    return head + body.replace("'DejaVu Sans'", "'DejaVu Sans', Verdana, sans-serif")

@@ -1,0 +1,120 @@
+"""Bytes as text and back, and how many bits one element of each dtype takes.
+
+Covers: `parse_bytes` ("10GiB" -> 10737418240), `format_bytes` (and back, in three notations) and `dtype_bits`.
+Leaves out: anything that needs torch; dtypes are named by strings here ("float32", never `torch.float32`).
+"""
+
+from __future__ import annotations
+
+import re
+
+KiB, MiB, GiB, TiB, PiB = 2**10, 2**20, 2**30, 2**40, 2**50
+KB, MB, GB, TB, PB = 10**3, 10**6, 10**9, 10**12, 10**15
+
+_UNITS = {"": 1, "B": 1, "KB": KB, "MB": MB, "GB": GB, "TB": TB, "PB": PB,
+          "KIB": KiB, "MIB": MiB, "GIB": GiB, "TIB": TiB, "PIB": PiB}  # fmt: skip
+_BYTES = re.compile(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*([A-Za-z]*)\s*")
+
+# Torch stores one bool per byte, so 8. Sub-byte dtypes count the bits of one value, packed.
+_BITS = {
+    "float64": 64, "float32": 32, "float16": 16, "bfloat16": 16,
+    "float8_e4m3fn": 8, "float8_e5m2": 8, "float8_e4m3fnuz": 8, "float8_e5m2fnuz": 8, "float8_e8m0fnu": 8,
+    "float4_e2m1fn_x2": 8,  # one element is a byte that packs two 4-bit values
+    "complex32": 32, "bcomplex32": 32, "complex64": 64, "complex128": 128,
+    "bool": 8, "uint8": 8, "int8": 8, "int16": 16, "uint16": 16, "int32": 32, "uint32": 32, "int64": 64, "uint64": 64,
+    "quint8": 8, "qint8": 8, "qint32": 32, "quint4x2": 4, "quint2x4": 2,
+    **{f"{sign}int{bits}": bits for sign in ("", "u") for bits in range(1, 8)},
+}  # fmt: skip
+_ALIASES = {"fp64": "float64", "fp32": "float32", "fp16": "float16", "bf16": "bfloat16", "half": "float16",
+            "float": "float32", "double": "float64", "fp8": "float8_e4m3fn", "float8": "float8_e4m3fn"}  # fmt: skip
+
+
+def parse_bytes(size: int | float | str) -> int:
+    """A number of bytes from a number or a text.
+
+    Binary units (KiB, MiB, GiB, TiB) are powers of 1024, decimal units (KB, MB, GB, TB) powers of 1000. A lower-case
+    final b is refused: some libraries read "1gb" as a gigabit, others as a gigabyte.
+
+    Args:
+        size: bytes as a number, or text such as "10GiB", "1.5 GB", "512MiB", "300".
+
+    Returns:
+        The size in bytes, fractions dropped.
+
+    Raises:
+        ValueError: the text is no size, or it is negative or ambiguous.
+        TypeError: neither a number nor a text.
+
+    >>> parse_bytes("10GiB"), parse_bytes("10GB"), parse_bytes(42)
+    (10737418240, 10000000000, 42)
+    """
+    if isinstance(size, bool) or not isinstance(size, (int, float, str)):
+        raise TypeError(f"a size must be a number of bytes or a text like '10GiB', not {type(size).__name__} {size!r}")
+    if not isinstance(size, str):
+        if not 0 <= size < float("inf"):
+            raise ValueError(f"a size must be zero or more bytes, not {size!r}")
+        return int(size)
+    match = _BYTES.fullmatch(size)
+    unit = match[2] if match else ""
+    if match and unit.endswith("b"):
+        good = unit[:-1].upper().replace("I", "i") + "B"
+        raise ValueError(f"{size!r} is ambiguous (bits or bytes?): write {match[1] + good!r} for bytes")
+    if not match or unit.upper() not in _UNITS:
+        raise ValueError(f"{size!r} is no size: write a number and KiB, MiB, GiB, TiB (1024) or KB, MB, GB, TB (1000)")
+    whole = int(match[1]) if match[1].isdigit() else float(match[1])
+    return int(whole * _UNITS[unit.upper()])
+
+
+def format_bytes(size: float, style: str = "iec") -> str:
+    """A number of bytes as text.
+
+    Args:
+        size: bytes; negative values keep their sign.
+        style: "iec" (1024, KiB MiB GiB), "si" (1000, KB MB GB), or "classic": 1024-based steps *labelled* KB, MB, GB,
+            up to two decimals, as `accelerate estimate-memory` prints them.
+
+    >>> format_bytes(433248256), format_bytes(433248256, "classic"), format_bytes(433248256, "si")
+    ('413.18 MiB', '413.18 MB', '433.25 MB')
+    """
+    step = 1000 if style == "si" else 1024
+    infix = "i" if style == "iec" else ""
+    if style not in ("iec", "si", "classic"):
+        raise ValueError(f"style must be 'iec', 'si' or 'classic', not {style!r}")
+    if abs(size) < step:
+        return f"{round(size, 2)} bytes" if style == "classic" else f"{round(size)} B"
+    value, letter = float(size), ""
+    for letter in "KMGTP":
+        value /= step
+        if abs(value) < step or letter == "P":
+            break
+    return f"{round(value, 2)} {letter}B" if style == "classic" else f"{value:.2f} {letter}{infix}B"
+
+
+def dtype_name(dtype: object) -> str:
+    """The plain name of a dtype: `torch.float32`, "torch.float32", "fp32" and "float32" all give "float32".
+
+    Raises:
+        ValueError: no dtype of that name is known.
+
+    >>> dtype_name("torch.bfloat16"), dtype_name("fp16")
+    ('bfloat16', 'float16')
+    """
+    name = str(dtype).removeprefix("torch.")
+    name = _ALIASES.get(name, name)
+    if name not in _BITS:
+        raise ValueError(f"unknown dtype {dtype!r}: expected a torch dtype or its name, such as 'float16' or 'int8'")
+    return name
+
+
+def dtype_bits(dtype: object) -> int:
+    """Bits that one element of `dtype` takes in memory (a bool takes a whole byte; int4 takes 4).
+
+    >>> dtype_bits("bfloat16"), dtype_bits("int4"), dtype_bits("bool")
+    (16, 4, 8)
+    """
+    return _BITS[dtype_name(dtype)]
+
+
+def is_floating(dtype: object) -> bool:
+    """Whether a cast such as `model.to(torch.float16)` changes tensors of this dtype (integers and bools stay)."""
+    return dtype_name(dtype).startswith(("float", "bfloat"))

@@ -1,0 +1,27 @@
+"""Explorers: ipywidgets panels that turn a question about memory with sliders.
+
+Each is imported when it is first used, so that `import bigkit.widgets` is cheap. Plain ipywidgets, 7.7 (Colab) or 8.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+_HOMES = {"MemoryExplorer": "memory_explorer", "PlanExplorer": "plan_explorer"}
+
+__all__ = ["MemoryExplorer", "PlanExplorer"]
+
+if TYPE_CHECKING:
+    from .memory_explorer import MemoryExplorer
+    from .plan_explorer import PlanExplorer
+
+
+def __getattr__(name: str) -> object:
+    if name in _HOMES:
+        return getattr(import_module(f".{_HOMES[name]}", __name__), name)
+    raise AttributeError(f"module 'bigkit.widgets' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,211 @@
+"""From a config to the real model, on the meta device: the classes of Transformers, timm or bigkit, without memory.
+
+The classic estimate builds what `AutoModel` gives, without the output head (`base=True`); a model that is to be run has
+the head its config names (`base=False`). timm's and bigkit's models come in one form only.
+
+Leaves out: where configs come from (`catalog.py`, `hub.py`) and weights (`bigkit.checkpoint`).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from ..layers import ModelSpec
+from ..units import dtype_name
+from .errors import NoConfig, RemoteCodeNeeded, UnknownModel
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+# What to try when a config names no architecture that the installed Transformers knows.
+_HEADS = ("AutoModelForCausalLM", "AutoModelForSeq2SeqLM", "AutoModelForImageTextToText", "AutoModelForMaskedLM")
+
+
+def library_of(config: Mapping[str, Any]) -> str | None:
+    """Which library a config.json belongs to: "transformers", "timm", "bigkit", or None if it does not say.
+
+    >>> library_of({"model_type": "llama"}), library_of({"architecture": "resnet50"})
+    ('transformers', 'timm')
+    """
+    if config.get("model_type") == "bigkit-gpt":
+        return "bigkit"
+    if "model_type" in config:
+        return "transformers"
+    return "timm" if isinstance(config.get("architecture"), str) else None
+
+
+def knows(config: Mapping[str, Any]) -> bool:
+    """Whether the installed libraries have classes for this config, without code from its repository."""
+    library = library_of(config)
+    if library == "transformers":
+        from transformers import CONFIG_MAPPING
+
+        return config["model_type"] in CONFIG_MAPPING
+    return library is not None
+
+
+def build(
+    config: Mapping[str, Any],
+    *,
+    base: bool = False,
+    dtype: object = "float32",
+    remote: Mapping[str, Any] | None = None,
+) -> nn.Module:
+    """An empty model: parameters on the meta device, buffers real.
+
+    Args:
+        config: a parsed config.json.
+        base: without the output head, as `AutoModel.from_config` builds it.
+        dtype: of the parameters; None takes the config's `torch_dtype`.
+        remote: where its code may be loaded from, as arguments of `AutoConfig.from_pretrained`; None forbids that.
+
+    Raises:
+        RemoteCodeNeeded: only code from the model's repository can build it, and `remote` is None.
+        UnknownModel: no installed library has its classes.
+    """
+    library = library_of(config)
+    if library == "bigkit":
+        model = _bigkit(config)
+    elif library == "timm":
+        model = _timm(config)
+    elif library == "transformers":
+        return _transformers(config, base, dtype, remote)
+    else:
+        raise NoConfig('this config.json has neither a "model_type" (transformers) nor an "architecture" (timm)')
+    return model.to(_torch_dtype(dtype or config.get("torch_dtype") or "float32"))
+
+
+def spec_of(model: nn.Module, name: str, library: str, has_head: bool, config: Mapping[str, Any]) -> ModelSpec:
+    """The model's record, with the facts and the KV cache that its config tells."""
+    from .. import config as reader
+    from ..meta import spec_from_module
+
+    spec = spec_from_module(model, name)
+    facts, attention = dict(spec.facts), spec.attention
+    if library == "transformers":  # the built config says in which dtype it was built, the file how weights are stored
+        facts |= {"torch_dtype": reader.facts(config).get("torch_dtype", "float32")}
+    elif library == "bigkit":
+        facts, attention = reader.facts(config), reader.attention(config, spec.root)
+    elif library == "timm":
+        facts = {"architecture": config["architecture"], **_timm_facts(model), **facts}
+    return replace(spec, facts={**facts, "has_head": has_head}, attention=attention, library=library)
+
+
+def has_head(config: Mapping[str, Any], model: nn.Module) -> bool:
+    """Whether the model ends in an output head: all do, but for the base classes of Transformers."""
+    if library_of(config) != "transformers":
+        return True
+    from transformers import MODEL_MAPPING
+
+    settings = getattr(model, "config", None)
+    if type(settings) in MODEL_MAPPING:
+        base = MODEL_MAPPING[type(settings)]
+        return type(model) not in (base if isinstance(base, (tuple, list)) else (base,))
+    return getattr(model, "base_model", model) is not model
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One library each
+
+
+def _bigkit(config: Mapping[str, Any]) -> nn.Module:
+    from ..meta import init_empty_weights
+    from .gpt import GPT, GPTConfig
+
+    with init_empty_weights():
+        return GPT(GPTConfig.from_dict(config))
+
+
+def _timm(config: Mapping[str, Any]) -> nn.Module:
+    from ..meta import init_empty_weights
+
+    timm = _import("timm", f"the timm model {config['architecture']!r}")
+    options = dict(config.get("model_args") or {})
+    if config.get("num_classes") is not None:
+        options.setdefault("num_classes", config["num_classes"])
+    architecture = config["architecture"]
+    try:
+        with init_empty_weights():
+            model: nn.Module = timm.create_model(architecture, pretrained=False, **options)
+            return model
+    except RuntimeError as error:  # an unknown name, or a known one with an unknown tag
+        raise UnknownModel(
+            f"timm {timm.__version__} has no model {architecture!r} ({error}): see timm.list_models(pretrained=True)"
+        ) from error
+
+
+def _timm_facts(model: nn.Module) -> dict[str, Any]:
+    cfg = getattr(model, "pretrained_cfg", None) or {}
+    found = {"image_size": (cfg.get("input_size") or [None, None])[-1]}
+    found |= {"num_features": getattr(model, "num_features", None), "num_classes": getattr(model, "num_classes", None)}
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def _transformers(config: Mapping[str, Any], base: bool, dtype: object, remote: Mapping[str, Any] | None) -> nn.Module:
+    from ..meta import init_empty_weights
+
+    transformers = _import("transformers", f"a model of type {config['model_type']!r}")
+    if knows(config):
+        try:
+            settings = transformers.CONFIG_MAPPING[config["model_type"]].from_dict(dict(config))
+        except Exception as error:  # each config class has its own checks and its own exceptions
+            reason = " ".join(str(error).split())
+            raise NoConfig(f"this is no valid config of model type {config['model_type']!r}: {reason}") from error
+        options: dict[str, Any] = {}
+    elif "auto_map" not in config:
+        raise UnknownModel(
+            f"transformers {transformers.__version__} knows no model type {config['model_type']!r}: upgrade it, "
+            'or size the weights alone with library_name="safetensors"'
+        )
+    elif remote is None:
+        raise RemoteCodeNeeded(
+            f"the model type {config['model_type']!r} is built by code in its own repository: read that code and pass "
+            'trust_remote_code=True, or size its weights alone with library_name="safetensors"'
+        )
+    else:
+        settings = transformers.AutoConfig.from_pretrained(**remote, trust_remote_code=True)
+        options = {"trust_remote_code": True}
+    wanted = _torch_dtype(dtype if dtype is not None else getattr(settings, "dtype", None) or "float32")
+    quiet = logging.getLogger("transformers")
+    level = quiet.level
+    quiet.setLevel(logging.ERROR)  # "generation flags", "tied weights": nothing that concerns an empty model
+    try:
+        with init_empty_weights():
+            model = _construct(transformers, settings, base, wanted, options)
+    finally:
+        quiet.setLevel(level)
+    if callable(tie := getattr(model, "tie_weights", None)):
+        tie()
+    return model
+
+
+def _construct(transformers: Any, settings: Any, base: bool, dtype: Any, options: dict[str, Any]) -> nn.Module:
+    for architecture in () if base or options else getattr(settings, "architectures", None) or ():
+        if cls := getattr(transformers, architecture, None):
+            return cls._from_config(settings, dtype=dtype)
+    remote = [name for name in getattr(settings, "auto_map", None) or () if name.startswith("AutoModel") and options]
+    heads = [name for name in remote or _HEADS if name != "AutoModel"]
+    for name in ("AutoModel", *heads) if base else (*heads, "AutoModel"):
+        auto = getattr(transformers, name)
+        if name in remote or type(settings) in auto._model_mapping:
+            return auto.from_config(settings, dtype=dtype, **options)
+    raise UnknownModel(f"transformers {transformers.__version__} builds no model from a {type(settings).__name__}")
+
+
+def _import(module: str, what: str) -> Any:
+    import importlib
+
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise ImportError(f"{what} needs {module}, which is not installed: pip install {module}") from error
+
+
+def _torch_dtype(dtype: object) -> torch.dtype:
+    import torch
+
+    return getattr(torch, dtype_name(dtype))

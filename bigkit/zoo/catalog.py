@@ -1,0 +1,147 @@
+"""The models that ship with bigkit: their names, config files and ready-made layer tables.
+
+A shipped model can be estimated and planned without torch, Transformers, timm or a network: `spec` reads a table of a
+few kilobytes. `configs/NAME.json` holds the facts of the model's public config.json, `tables/NAME.json` what the real
+classes build from it, without the head ("base") and with it ("full"); `scripts/make_tables.py` makes the tables and a
+test rebuilds every one.
+
+Leaves out: weights. Only `pygpt`, trained for this project, comes with them.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from ..layers import ModelSpec, specs_from_json
+
+_HERE = Path(__file__).parent
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One shipped model.
+
+    Args:
+        name: its short name.
+        hub_id: the repository on the Hub that its config was taken from; "" if it has none.
+        library: what builds it: "transformers", "timm" or "bigkit".
+        about: one line for a menu.
+        aliases: other names by which it is found, besides `name` and `hub_id`, in any case.
+    """
+
+    name: str
+    hub_id: str
+    library: str
+    about: str
+    aliases: tuple[str, ...] = ()
+
+
+def _hf(name: str, hub_id: str, about: str, *aliases: str) -> Entry:
+    return Entry(name, hub_id, "transformers", about, aliases)
+
+
+def _timm(name: str, about: str) -> Entry:
+    architecture = name.partition(".")[0]
+    return Entry(name, f"timm/{name}", "timm", about, (architecture, f"timm/{architecture}"))
+
+
+ENTRIES = (
+    Entry("pygpt", "", "bigkit", "8M GPT on bytes of Python source; its trained weights ship with bigkit"),
+    _hf("gpt2", "openai-community/gpt2", "124M decoder, 2019"),
+    _hf("gpt2-xl", "openai-community/gpt2-xl", "1.6B decoder, 2019"),
+    _hf("bert-base-cased", "google-bert/bert-base-cased", "108M encoder, 2018"),
+    _hf("t5-large", "google-t5/t5-large", "738M encoder-decoder, 2019"),
+    _hf("opt-1.3b", "facebook/opt-1.3b", "1.3B decoder, 2022"),
+    _hf("opt-13b", "facebook/opt-13b", "13B decoder, 2022"),
+    _hf("opt-30b", "facebook/opt-30b", "30B decoder, 2022"),
+    _hf("bloom", "bigscience/bloom", "176B multilingual decoder, ALiBi, 2022", "bloom-176b"),
+    _hf("llama-2-7b", "meta-llama/Llama-2-7b-hf", "6.7B decoder, 2023",
+        "Llama-2-7b-hf", "meta-llama/Llama-2-7b-chat-hf", "meta-llama/Llama-2-7b"),
+    _hf("llama-2-70b", "meta-llama/Llama-2-70b-hf", "69B decoder with grouped-query attention, 2023",
+        "Llama-2-70b-hf", "meta-llama/Llama-2-70b-chat-hf", "meta-llama/Llama-2-70b"),
+    _hf("llama-3.1-8b", "meta-llama/Llama-3.1-8B", "8.0B decoder, 128k context, 2024",
+        "meta-llama/Meta-Llama-3.1-8B", "meta-llama/Llama-3.1-8B-Instruct", "meta-llama/Meta-Llama-3.1-8B-Instruct"),
+    _hf("llama-3.1-405b", "meta-llama/Llama-3.1-405B", "406B decoder, 128k context, 2024",
+        "meta-llama/Meta-Llama-3.1-405B", "meta-llama/Llama-3.1-405B-Instruct",
+        "meta-llama/Meta-Llama-3.1-405B-Instruct"),
+    _hf("mistral-7b", "mistralai/Mistral-7B-v0.1", "7.2B decoder, sliding window of 4096, 2023", "Mistral-7B-v0.1"),
+    _hf("mixtral-8x7b", "mistralai/Mixtral-8x7B-v0.1", "47B mixture of 8 experts, 2 at work, 2023",
+        "Mixtral-8x7B-v0.1", "mistralai/Mixtral-8x7B-Instruct-v0.1"),
+    _hf("qwen3-0.6b", "Qwen/Qwen3-0.6B", "0.6B decoder, tied embeddings, 2025"),
+    _hf("qwen3-32b", "Qwen/Qwen3-32B", "33B decoder, 2025"),
+    _hf("gemma-2-9b", "google/gemma-2-9b", "9.2B decoder, every other layer a sliding window, 2024",
+        "google/gemma-2-9b-it"),
+    _hf("deepseek-v3", "deepseek-ai/DeepSeek-V3", "671B mixture of 256 experts, 8 at work, MLA, 2024",
+        "deepseek-ai/DeepSeek-V3-Base", "deepseek-ai/DeepSeek-R1", "deepseek-r1"),
+    _hf("idefics-80b-instruct", "HuggingFaceM4/idefics-80b-instruct", "80B images and text, cross-attention, 2023",
+        "HuggingFaceM4/idefics-80b"),
+    _hf("vit-base-patch16-224", "google/vit-base-patch16-224", "87M vision transformer through Transformers, 2020"),
+    _timm("resnet50.a1_in1k", "26M convolutional network through timm"),
+    _timm("convnext_base.fb_in22k_ft_in1k", "89M convolutional network through timm"),
+    _timm("vit_base_patch16_224.augreg_in21k_ft_in1k", "87M vision transformer through timm"),
+)  # fmt: skip
+
+
+@cache
+def _index() -> dict[str, Entry]:
+    found: dict[str, Entry] = {}
+    for entry in ENTRIES:
+        for name in (entry.name, entry.hub_id, entry.hub_id.rpartition("/")[2], *entry.aliases):
+            if name:
+                found.setdefault(name.lower(), entry)
+    return found
+
+
+def names() -> tuple[str, ...]:
+    """The short names of the models that ship with bigkit.
+
+    >>> "llama-2-7b" in names()
+    True
+    """
+    return tuple(entry.name for entry in ENTRIES)
+
+
+def find(name: str) -> Entry | None:
+    """The shipped model of that name, Hub id or alias, in any case; None if there is none.
+
+    >>> find("Meta-Llama/LLAMA-2-7b-hf").name
+    'llama-2-7b'
+    """
+    return _index().get(name.lower())
+
+
+def closest(name: str, count: int = 3) -> list[str]:
+    """The shipped names that look most like `name`.
+
+    >>> closest("lama2-7b")[0]
+    'llama-2-7b'
+    """
+    from difflib import get_close_matches
+
+    index = _index()
+    last = name.lower().rpartition("/")[2]
+    matches = get_close_matches(last, index, n=3 * count, cutoff=0.5)
+    return list(dict.fromkeys(index[match].name for match in matches))[:count]
+
+
+def config(entry: Entry) -> dict[str, Any]:
+    """The shipped config of a model, as its config.json says it."""
+    folder = _HERE / "pygpt" if entry.library == "bigkit" else _HERE / "configs"
+    name = "config.json" if entry.library == "bigkit" else f"{entry.name}.json"
+    return json.loads((folder / name).read_text(encoding="utf-8"))
+
+
+def table_path(entry: Entry) -> Path:
+    """Where the model's layer table is."""
+    return _HERE / "tables" / f"{entry.name}.json"
+
+
+@cache
+def specs(name: str) -> dict[str, ModelSpec]:
+    """The layer tables of a shipped model, by its short name: "base" without the output head, "full" with it."""
+    entry = _index()[name.lower()]
+    return specs_from_json(json.loads(table_path(entry).read_text(encoding="utf-8")))

@@ -1,0 +1,55 @@
+"""The command line, as a process."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from bigkit.cli import main
+
+
+def run(*arguments):
+    code = (
+        "import sys; from bigkit.cli import main; status = main();"
+        "print('torch' in sys.modules, file=sys.stderr); sys.exit(status)"
+    )
+    return subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=120)
+
+
+def test_estimate_prints_the_table_without_torch():
+    done = run("estimate-memory", "bert-base-cased")
+    assert done.returncode == 0 and done.stderr == "False\n"
+    assert "413.18 MB" in done.stdout and "1.61 GB" in done.stdout
+
+
+def test_estimate_json(capsys):
+    assert main(["estimate-memory", "resnet50.a1_in1k", "--dtypes", "float32", "bf16", "--json"]) == 0
+    data = json.loads(capsys.readouterr().out)
+    assert [row["dtype"] for row in data["rows"]] == ["float32", "bfloat16"]
+
+
+def test_plan_text_json_and_code(capsys):
+    budgets = ["--max_memory", "0=24GiB", "1=24GiB", "cpu=64GiB"]
+    assert main(["plan", "llama-2-7b", *budgets, "--dtype", "float16", "--strategy", "exact"]) == 0
+    assert "Every device is within its budget." in capsys.readouterr().out
+    assert main(["plan", "llama-2-7b", *budgets, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["model"] == "llama-2-7b"
+    assert main(["plan", "llama-2-7b", *budgets, "--code"]) == 0
+    assert "from bigkit import plan" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["plan", "gpt2", "--max_memory", "24GiB"], "DEVICE=SIZE"),
+        (["plan", "gpt2", "--max_memory", "gpu=1GB"], "unknown device 'gpu'"),
+        (["plan", "llama-2-7b", "--max_memory", "0=1MB", "disk=0"], "does not fit"),
+        (["estimate-memory", "gpt2", "--dtypes", "float12"], "unknown dtype"),
+        (["estimate-memory", "no-such-model-at-all"], "no-such-model-at-all"),
+    ],
+)
+def test_errors_are_one_line_and_status_two(arguments, says, capsys):
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert says in error and error.count("\n") == 1 and error.startswith("bigkit: ")
