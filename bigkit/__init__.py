@@ -19,6 +19,7 @@ _HOMES = {
     "units": ("format_bytes", "parse_bytes"),
     "hardware": ("HARDWARE", "Hardware"),
     "meta": ("init_empty_weights", "init_on_device"),
+    "checkpoint": ("load_checkpoint_in_model", "load_state_dict", "save_model"),
     "device_map": (
         "check_device_map",
         "compute_module_sizes",
@@ -34,6 +35,7 @@ __all__ = ["__version__", "zoo", *sorted(_HOME_OF)]
 
 if TYPE_CHECKING:
     from . import zoo
+    from .checkpoint import load_checkpoint_in_model, load_state_dict, save_model
     from .device_map import (
         check_device_map,
         compute_module_sizes,

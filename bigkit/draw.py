@@ -1,4 +1,4 @@
-"""Pictures of plans and estimates, each with a text twin that tells the same figures.
+"""Pictures of plans, estimates and checkpoints, each with a text twin that tells the same figures.
 
 A picture is a matplotlib `Figure` made by a pure function of data; `svg` turns it into inline SVG for a notebook.
 Colours are the palette of Okabe and Ito, which colour-blind readers can tell apart, and each has a label beside it.
@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from .estimate import MemoryEstimate, text_table
 from .plans import Device, Plan, Share, device_label
+from .shards import Cut
 from .units import GiB, KiB, MiB, format_bytes
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ TRACK, PALE, GREY, DARK = "#EEEEEE", "#D9D9D9", "#B8B8B8", "#555555"
 GPU_COLOURS = (BLUE, SKY, GREEN, PURPLE)  # in turn: neighbours always differ
 PART_COLOURS = {"KV cache": ORANGE, "activations": YELLOW, "reserve": "#FFFFFF", "overhead": DARK,
                 "weights": BLUE, "gradients": GREEN, "optimizer": PURPLE}  # fmt: skip
-HATCHES = {"reserve": "////", "over budget": "xxxx"}
+HATCHES = {"reserve": "////", "over budget": "xxxx", "larger than the limit": "////"}
 
 WIDTH = 540  # points, which an inline picture scales to the room that it has
 LEFT, RIGHT, ROW, BAR = 52, 116, 23, 16
@@ -213,6 +214,90 @@ def _estimate_bar(label: str, row: object, parts: Iterable[str]) -> _Bar:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Checkpoints
+
+STRIPS = 8  # rows that many files are wrapped into, about
+LISTED = 24  # files that a text names; of more, the first and the last
+
+
+def shards_figure(cut: Cut, find: str = "") -> Figure:
+    """A cut checkpoint as a picture: its files in order, each as wide as its bytes, with its tensors as segments.
+
+    A tensor larger than the limit, which has a file of its own, is hatched; one whose name contains `find` is yellow.
+    The bar below shows how wide the limit is.
+
+    >>> from bigkit import describe
+    >>> from bigkit.shards import cut_model
+    >>> figure = shards_figure(cut_model(describe("pygpt"), "5MB", "bfloat16"))
+    >>> figure.savefig("shards.png")  # doctest: +SKIP
+    """
+    canvas = _Canvas()
+    canvas.title(cut.model or "checkpoint", shards_verdict(cut))
+    found, alone = _found(cut, find), set(cut.alone)
+    colours = GPU_COLOURS[: len(cut.files) - len(alone)]
+    kinds = [("tensors, by file", colours)] if colours else []
+    kinds += [("larger than the limit", (ORANGE,))] if alone else []
+    kinds += [(f"name contains {_shorten(find, 30)}", (YELLOW,))] if found else []
+    canvas.legend(kinds)
+    canvas.files(cut, found, alone)
+    return canvas.figure()
+
+
+def shards_text(cut: Cut, find: str = "") -> str:
+    """The text twin of `shards_figure`: each file with its bytes, and its first and last tensor.
+
+    >>> from bigkit import describe
+    >>> from bigkit.shards import cut_model
+    >>> print(shards_text(cut_model(describe("pygpt"), "5MB", "bfloat16")).splitlines()[0])
+    pygpt, bfloat16: 4 files, 16.32 MB in all, limit 5.00 MB
+    """
+    rows, sizes, alone = [], cut.sizes, set(cut.alone)
+    for file, tensors in cut.files.items():
+        names = list(tensors)
+        held = f"{names[0]}{f' .. {names[-1]}' if len(names) > 1 else ''}" if names else "nothing"
+        note = ", larger than the limit" if alone & tensors.keys() else ""
+        rows.append([file, format_bytes(sizes[file], "si"), f"{len(names):,}", held + note])
+    if len(rows) > LISTED:
+        between = [f"… {len(rows) - LISTED:,} more files", "", "", ""]
+        rows[LISTED - 4 : -4] = [between]
+    longest = max((len(row[-1]) for row in rows), default=0)
+    rows = [[*row, last.ljust(longest)] for *row, last in rows]
+    table = text_table(["file", "bytes", "tensors", "first .. last".ljust(longest)], rows)
+    lines = [f"{cut.model or 'checkpoint'}: {shards_verdict(cut)}", "", table]
+    if find:
+        places = cut.find(find)
+        lines += ["", f"names that contain {find!r}: {len(places):,}"]
+        for name, file in list(places.items())[:LISTED]:
+            lines.append(f"  {name}{f' (stored as {cut.ties[name]})' if name in cut.ties else ''}: {file}")
+        lines += [f"  … {len(places) - LISTED:,} more"] if len(places) > LISTED else []
+    return "\n".join(lines)
+
+
+def shards_verdict(cut: Cut) -> str:
+    """A cut in a few words: "4 files, 16.32 MB in all, limit 5.00 MB"."""
+    files = f"{len(cut.files):,} files" if len(cut.files) != 1 else "1 file"
+    return f"{files}, {format_bytes(cut.bytes, 'si')} in all, limit {format_bytes(cut.limit, 'si')}"
+
+
+def shards_label(cut: Cut, find: str = "") -> str:
+    """One sentence for those who cannot see the picture of a cut."""
+    sizes = [format_bytes(size, "si") for size in cut.sizes.values()]
+    shown = ", ".join([*sizes[:8], *(["and so on"] if len(sizes) > 8 else [])])
+    label = f"Checkpoint of {cut.model or 'a model'}: {shards_verdict(cut)}; {shown}."
+    if alone := len(cut.alone):
+        label += f" {alone:,} {'tensor is' if alone == 1 else 'tensors are'} larger than the limit."
+    if find:
+        places = cut.find(find)
+        label += f" Names that contain {find}: {len(places):,}, files that hold them: {len(set(places.values())):,}."
+    return label
+
+
+def _found(cut: Cut, find: str) -> set[str]:
+    """Stored tensors that a name containing `find` leads to."""
+    return {cut.ties.get(name, name) for name in cut.find(find)} if find else set()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Drawing
 
 
@@ -337,6 +422,53 @@ class _Canvas:
             x += stretch
         self.y += 54
 
+    def files(self, cut: Cut, found: set[str], alone: set[str]) -> None:
+        """Files from left to right, wrapped like words; below them the width of the limit."""
+        left, room = 8.0, WIDTH - 16
+        sizes = cut.sizes
+        widest = max([*sizes.values(), cut.bytes / STRIPS, 1])
+        scale = room / max(widest, cut.limit if cut.limit <= 1.5 * widest else 0)
+        x = left
+        for number, (file, tensors) in enumerate(cut.files.items(), start=1):
+            wide = sizes[file] * scale
+            if x > left and x + wide > left + room + 0.01:
+                x, self.y = left, self.y + 40
+            colour = GPU_COLOURS[(number - 1) % len(GPU_COLOURS)]
+            start = x
+            for name, size in tensors.items():
+                self.tensor(name, x, size * scale, colour, name in found, name in alone)
+                x += size * scale
+            if wide > 6:
+                self.box("gaps", x - 1, self.y, 2, 20, "#FFFFFF")
+            texts = (f"{number}: {format_bytes(sizes[file], 'si')}", str(number))
+            said = next((text for text in texts if _text_width(text, 8.5) < wide), None)
+            if said:
+                self.text(start + wide / 2, self.y + 28, said, 8.5, ha="center")
+        self.y += 46
+        limit = cut.limit * scale
+        drawn = 2 <= limit <= room
+        if drawn:
+            self.box("limit", left, self.y, limit, 4, DARK)
+        why = "" if drawn else ", wider than this picture" if limit > room else ", too narrow to draw"
+        self.text(left, self.y + 13, f"the limit: {format_bytes(cut.limit, 'si')}{why}", 8.5, color="#333333")
+        self.y += 24
+
+    def tensor(self, name: str, x: float, wide: float, colour: str, found: bool, alone: bool) -> None:
+        """One segment of a file, with as much of the tensor's name as there is room for."""
+        kind = "larger than the limit" if alone else "found" if found else "tensors"
+        ground = YELLOW if found else ORANGE if alone else colour
+        if wide:
+            self.box(kind, x, self.y, wide, 20, ground)
+        if wide > 2:
+            self.box("seams", x + wide - 0.5, self.y, 0.5, 20, "#FFFFFF")
+        parts = name.removesuffix(".weight").split(".")
+        names = (".".join(parts[i:]) for i in range(len(parts)))
+        said = next((text for text in names if _text_width(text, 8) < wide - 4), None)
+        if said:
+            plate = {"bbox": {"facecolor": "white", "edgecolor": "none", "pad": 1}} if kind in HATCHES else {}
+            ink = BLACK if kind in HATCHES else _ink(ground)
+            self.text(x + wide / 2, self.y + 10, said, 8, ha="center", color=ink, **plate)
+
     def figure(self) -> Figure:
         """All boxes of one kind and colour become one path, which saves most of the time that drawing takes."""
         import matplotlib
@@ -371,7 +503,7 @@ class _Canvas:
 
 def _depth(kind: str) -> int:
     """Which boxes lie above which: the grid above its ground, the parts above both, capacity on top."""
-    return {"room": 0, "grid": 1, "over budget": 3, "seams": 3, "capacity": 4}.get(kind, 2)
+    return {"room": 0, "grid": 1, "over budget": 3, "seams": 3, "gaps": 3, "capacity": 4}.get(kind, 2)
 
 
 def _text_width(text: str, size: float) -> float:

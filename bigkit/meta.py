@@ -7,7 +7,8 @@ either. So `init_empty_weights` postpones the decision:
 
 1. Every factory call (`torch.empty`, `zeros`, `arange`, `randn`, ...) returns a meta tensor, and what is done to it is
    written on a *tape*: one step for each call that created or changed a storage. Views need no step: tensors are found
-   by their storage, and a view is only an offset, a size and strides into one.
+   by their storage, and a view is only an offset, a size and strides into one. Meta kernels tell shapes and dtypes of
+   results; an in-place initialiser (`normal_`, `fill_`, ...) changes neither, so its step is written and nothing run.
 2. A tensor that becomes a parameter simply stays on meta. Nothing was ever allocated for it.
 3. A tensor whose values are needed (it is registered as a buffer or set as an attribute, read by `.item()` or
    `.tolist()`, written into a real tensor, given to an operation that meta cannot do) is computed then: the steps that
@@ -19,9 +20,10 @@ steps that wait for its present value are replayed.
 
 Also here: `spec_from_module` (an `nn.Module` as a `ModelSpec`, which planners and estimators understand) and
 `tied_groups`. Leaves out: filling the parameters afterwards (`checkpoint.py`). Random buffers are right in distribution
-but not number for number, since parameters no longer draw from the generator. A tensor hidden in an object that is
-neither a module nor a list, tuple or dict on one stays on meta. A registered tensor sees later writes through an older
-reference (`mask[0] = 1`), but not that reference being turned into something else (`mask.data = other`, `mask.t_()`).
+but not number for number, since parameters no longer draw from the generator; `nn.init.trunc_normal_` does not fill
+them, because torch skips that call on meta. A tensor hidden in an object that is neither a module nor a list, tuple or
+dict on one stays on meta. A registered tensor sees later writes through an older reference (`mask[0] = 1`), but not
+that reference being turned into something else (`mask.data = other`, `mask.t_()`).
 """
 
 from __future__ import annotations
@@ -100,9 +102,10 @@ def init_on_device(device: torch.device | str | int, include_buffers: bool = Fal
 
 @dataclass(eq=False, slots=True)
 class _Step:
-    """One call on the tape: what to replay, which storages it touches, and which of them it creates or changes.
+    """One call on the tape: what to replay, and which storages it creates or changes.
 
-    `default` is the default dtype of the moment: `torch.zeros(3)` and `integers / 2` depend on it.
+    `outputs` are the tensors that it made; an initialiser, which fills a tensor, has none. `default` is the default
+    dtype of the moment: `torch.zeros(3)` and `integers / 2` depend on it.
     """
 
     number: int
@@ -110,10 +113,14 @@ class _Step:
     args: Any
     kwargs: dict[str, Any]
     outputs: list[Tensor]
-    touched: set[UntypedStorage]
     written: set[UntypedStorage]
     default: torch.dtype
     done: bool = False
+
+    @property
+    def touched(self) -> set[UntypedStorage]:
+        """Every storage that it reads, creates or changes."""
+        return _storages(_tensors((self.args, self.kwargs, self.outputs)))
 
 
 @dataclass(eq=False)
@@ -121,7 +128,7 @@ class _Tape(TorchDispatchMode):
     """Sees every call to torch in its thread, defers what can wait, and computes what is needed."""
 
     targets: list[tuple[torch.device, bool]] = field(default_factory=list)  # (device, include_buffers), innermost last
-    steps: WeakKeyDictionary[UntypedStorage, list[_Step]] = field(default_factory=WeakKeyDictionary)
+    steps: dict[UntypedStorage, list[_Step]] = field(default_factory=dict)
     values: WeakKeyDictionary[UntypedStorage, UntypedStorage] = field(default_factory=WeakKeyDictionary)
     moved: WeakTensorKeyDictionary = field(default_factory=WeakTensorKeyDictionary)  # tensor -> what stands for it now
     parameters: WeakSet[UntypedStorage] = field(default_factory=WeakSet)
@@ -140,23 +147,30 @@ class _Tape(TorchDispatchMode):
         kwargs = kwargs or {}
         if self.off or not isinstance(func, torch._ops.OpOverload):
             return func(*args, **kwargs)
-        known = any(map(self.knows, _tensors((args, kwargs))))
-        if known and _signature(func).is_view:  # same storage, so already on the tape
+        signature, tensors = _signature(func), _tensors((args, kwargs))
+        computed = any(map(self.computed, tensors))
+        known = computed or any(map(self.waits, tensors))
+        if known and signature.is_view:  # same storage, so already on the tape
             return func(*args, **kwargs)
-        args, kwargs = _map(self.value, (args, kwargs))
-        written = _written(func, args, kwargs)
-        can_wait = known or (self.deferring and _creates(func, args, kwargs))
-        if can_wait and _signature(func).returns_tensors and all(map(self.waits, written)):
+        if computed:
+            args, kwargs = _map(self.value, (args, kwargs))
+        written = signature.written(args, kwargs)
+        can_wait = known or (self.deferring and signature.creates(tensors, kwargs))
+        if can_wait and signature.returns_tensors and all(map(self.waits, written)):
+            if signature.initialises and len(tensors) == 1:  # its meta kernels are slow to run and to import
+                self.record(func, args, kwargs, written, [])
+                return written[0]
             try:
-                on_meta = {"device": META} if _signature(func).takes_device else {}
-                outputs = func(*_map(_to_meta, args), **{**_map(_to_meta, kwargs), **on_meta})
+                meta_args, meta_kwargs = _map(_to_meta, (args, kwargs)) if tensors else (args, kwargs)
+                on_meta = {"device": META} if signature.takes_device else {}
+                outputs = func(*meta_args, **{**meta_kwargs, **on_meta})
             except (NotImplementedError, RuntimeError) as error:  # the result depends on values
                 if "meta" not in str(error).lower():
                     raise
             else:
                 # Pickle and deepcopy make an empty shell and then set its storage, so shells have to be real.
                 if known or kwargs.get("device") == META or any(out.numel() > 1 for out in _tensors(outputs)):
-                    self.record(func, args, kwargs, written, outputs)
+                    self.record(func, args, kwargs, written, _tensors(outputs))
                     return outputs
         if self.deferring and kwargs.get("device") == META:
             kwargs["device"] = torch.device("cpu")
@@ -173,11 +187,9 @@ class _Tape(TorchDispatchMode):
         """Whether the values of this meta tensor are known to the tape but not computed yet."""
         return tensor.is_meta and tensor.layout == torch.strided and tensor.untyped_storage() in self.steps
 
-    def knows(self, tensor: Tensor) -> bool:
-        """Whether this meta tensor waits or was computed."""
-        return self.waits(tensor) or (
-            tensor.is_meta and tensor.layout == torch.strided and tensor.untyped_storage() in self.values
-        )
+    def computed(self, tensor: Tensor) -> bool:
+        """Whether a real storage stands for the one of this meta tensor."""
+        return tensor.is_meta and tensor.layout == torch.strided and tensor.untyped_storage() in self.values
 
     def value(self, tensor: Tensor) -> Tensor:
         """The real tensor that stands for a deferred one; any other tensor as it is."""
@@ -191,17 +203,19 @@ class _Tape(TorchDispatchMode):
         real = real.conj() if tensor.is_conj() else real
         return torch._neg_view(real) if tensor.is_neg() else real
 
-    def record(self, func: Any, args: Any, kwargs: Any, written: list[Tensor], outputs: Any) -> None:
-        # The tape keeps aliases: `t.data = other` or `t.t_()` may give the tensor itself another storage or shape.
-        args, kwargs, outputs = _map(Tensor.detach, (args, kwargs, _tensors(outputs)))
-        inputs = {tensor.untyped_storage() for tensor in _tensors((args, kwargs)) if tensor.layout == torch.strided}
-        changed = {tensor.untyped_storage() for tensor in written}
-        changed |= {tensor.untyped_storage() for tensor in outputs} - inputs
+    def record(self, func: Any, args: Any, kwargs: Any, written: list[Tensor], outputs: list[Tensor]) -> None:
+        tensors = _tensors((args, kwargs))
+        inputs = _storages(tensors)
+        changed = _storages(written) | _storages(outputs) - inputs
         if not changed:
             return
+        # The tape keeps aliases: `t.data = other` or `t.t_()` may give the tensor itself another storage or shape.
+        if tensors:
+            args, kwargs = _map(Tensor.detach, (args, kwargs))
+        outputs = [output.detach() for output in outputs]
         self.count += 1
-        step = _Step(self.count, func, args, kwargs, outputs, inputs | changed, changed, torch.get_default_dtype())
-        for storage in step.touched:
+        step = _Step(self.count, func, args, kwargs, outputs, changed, torch.get_default_dtype())
+        for storage in inputs | changed:
             self.steps.setdefault(storage, []).append(step)
 
     def compute(self, storages: Iterable[UntypedStorage], readers: bool = False) -> None:
@@ -235,7 +249,7 @@ class _Tape(TorchDispatchMode):
             results = _tensors(step.func(*args, **kwargs))
         finally:
             torch.set_default_dtype(default)
-        for deferred, real in zip(step.outputs, results, strict=True):
+        for deferred, real in zip(step.outputs, results, strict=False):
             storage = deferred.untyped_storage()
             if storage in self.values:
                 continue
@@ -243,7 +257,7 @@ class _Tape(TorchDispatchMode):
                 flat = torch.empty(storage.nbytes() // real.itemsize, dtype=real.dtype, device=real.device)
                 real = flat.as_strided(deferred.size(), deferred.stride(), deferred.storage_offset()).copy_(real)
             self.values[storage] = real.untyped_storage()
-        step.done, step.args, step.kwargs, step.outputs, step.touched = True, (), {}, [], set()
+        step.done, step.args, step.kwargs, step.outputs = True, (), {}, []
 
     @contextmanager
     def switched_off(self) -> Iterator[None]:
@@ -429,13 +443,19 @@ def _map(function: Callable[[Tensor], Tensor], value: Any) -> Any:
 
 
 def _tensors(value: Any) -> list[Tensor]:
+    """The tensors in `value`, in the order of `_map`."""
     if isinstance(value, Tensor):
         return [value]
-    if isinstance(value, dict):
-        value = value.values()
-    elif not isinstance(value, (list, tuple)):
-        return []
-    return [tensor for item in value for tensor in _tensors(item)]
+    found: list[Tensor] = []
+    if isinstance(value, (list, tuple, dict)):
+        for item in value.values() if isinstance(value, dict) else value:
+            if isinstance(item, (Tensor, list, tuple, dict)):
+                found += _tensors(item)
+    return found
+
+
+def _storages(tensors: Iterable[Tensor]) -> set[UntypedStorage]:
+    return {tensor.untyped_storage() for tensor in tensors if tensor.layout == torch.strided}
 
 
 def _to_meta(tensor: Tensor) -> Tensor:
@@ -453,34 +473,33 @@ def twin(tensor: Tensor, data: Tensor) -> Tensor:
 
 
 class _Signature:
-    """What the schema of an operation says about it."""
+    """What the schema of an operation says about it, and about a call of it."""
 
-    def __init__(self, schema: Any) -> None:
-        self.name = schema.name
+    def __init__(self, func: Any) -> None:
+        schema = func._schema
         arguments = list(enumerate(schema.arguments))  # `writes`: those that it changes in place
         self.writes = [(i, arg.name) for i, arg in arguments if arg.alias_info and arg.alias_info.is_write]
         self.takes_device = any(argument.name == "device" for argument in schema.arguments)
         self.returns_tensors = any("Tensor" in str(result.type) for result in schema.returns)
         self.is_view = any(result.alias_info and not result.alias_info.is_write for result in schema.returns)
+        self.only_shape = schema.name.endswith("_like") or schema.name.startswith("aten::new_")
+        random = schema.name.endswith("_") and torch.Tag.nondeterministic_seeded in func.tags
+        self.initialises = random or schema.name in ("aten::fill_", "aten::zero_")
+
+    def written(self, args: Any, kwargs: Mapping[str, Any]) -> list[Tensor]:
+        """The tensors that a call changes in place."""
+        return _tensors([args[i] if i < len(args) else kwargs.get(name) for i, name in self.writes])
+
+    def creates(self, tensors: list[Tensor], kwargs: Mapping[str, Any]) -> bool:
+        """Whether a call makes a tensor without looking at any values, or moves one to meta."""
+        if not self.takes_device or kwargs.get("layout") not in (None, torch.strided):
+            return False
+        return self.only_shape or kwargs.get("device") == META or not tensors
 
 
 @cache
 def _signature(func: Any) -> _Signature:
-    return _Signature(func._schema)
-
-
-def _written(func: Any, args: Any, kwargs: Mapping[str, Any]) -> list[Tensor]:
-    """The tensors that a call changes in place."""
-    return _tensors([args[i] if i < len(args) else kwargs.get(name) for i, name in _signature(func).writes])
-
-
-def _creates(func: Any, args: Any, kwargs: Mapping[str, Any]) -> bool:
-    """Whether a call makes a tensor without looking at any values, or moves one to meta."""
-    signature = _signature(func)
-    if not signature.takes_device or kwargs.get("layout") not in (None, torch.strided):
-        return False
-    only_shape = signature.name.endswith("_like") or signature.name.startswith("aten::new_")
-    return only_shape or kwargs.get("device") == META or not _tensors((args, kwargs))
+    return _Signature(func)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -547,10 +566,15 @@ def tied_groups(model: nn.Module, buffers: bool = True) -> list[list[str]]:
     >>> tied_groups(model)
     [['wte.weight', 'head.weight']]
     """
-    groups: dict[Any, list[str]] = {}
+    storages: dict[Any, list[tuple[str, Tensor]]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         for own, tensor in _own_tensors(module, buffers):
-            groups.setdefault(_identity(tensor), []).append(f"{name}.{own}" if name else own)
+            storages.setdefault(_storage_key(tensor), []).append((f"{name}.{own}" if name else own, tensor))
+    groups: dict[Any, list[str]] = {}
+    for key, sharing in storages.items():
+        for name, tensor in sharing if len(sharing) > 1 else ():
+            view = None if isinstance(key, tuple) else (tensor.storage_offset(), tensor.size(), tensor.stride())
+            groups.setdefault((key, view, tensor.dtype), []).append(name)
     return [names for names in groups.values() if len(names) > 1]
 
 
@@ -592,14 +616,14 @@ def _own_tensors(module: nn.Module, buffers: bool = True) -> Iterator[tuple[str,
         yield from ((name, tensor) for name, tensor in tensors.items() if tensor is not None)
 
 
-def _identity(tensor: Tensor) -> Any:
-    if nn.parameter.is_lazy(tensor) or tensor.layout != torch.strided:
-        return id(tensor)
+def _storage_key(tensor: Tensor) -> Any:
+    """What two tensors that share memory have in common: their storage, or for want of one the tensor itself."""
     try:
-        storage = tensor.untyped_storage()._cdata
-    except (NotImplementedError, RuntimeError):  # a wrapper around other tensors has no storage of its own
-        return id(tensor)
-    return storage, tensor.storage_offset(), tensor.size(), tensor.stride(), tensor.dtype
+        if tensor.layout != torch.strided:
+            return (id(tensor),)
+        return tensor.untyped_storage()._cdata
+    except (NotImplementedError, RuntimeError, ValueError):  # lazy, or a wrapper around other tensors
+        return (id(tensor),)
 
 
 def _own_no_split(module: nn.Module) -> list[str]:

@@ -172,6 +172,47 @@ print(sum(p.numel() for p in model.parameters()), took, grown / (2**20 if sys.pl
     assert seconds < 10
 
 
+def test_usual_layers_do_not_import_the_compiler():
+    """Most meta kernels written in Python import torch._dynamo when they first run: over a second and 80 MB."""
+    program = """
+import sys
+from torch import nn
+from bigkit.meta import init_empty_weights
+with init_empty_weights():
+    model = nn.Sequential(
+        nn.Embedding(10, 8, padding_idx=0), nn.EmbeddingBag(10, 8), nn.Linear(8, 8), nn.Conv2d(3, 8, 3), nn.LSTM(8, 8),
+        nn.LayerNorm(8), nn.BatchNorm2d(8), nn.MultiheadAttention(8, 2), nn.TransformerEncoderLayer(8, 2),
+    )
+    for initialise in (nn.init.xavier_normal_, nn.init.kaiming_normal_, nn.init.trunc_normal_, nn.init.ones_):
+        initialise(model[0].weight)
+    nn.Embedding(10, 8).register_buffer("noise", nn.Embedding(10, 8).weight.detach().clone())
+print(all(parameter.is_meta for parameter in model.parameters()), "torch._dynamo" in sys.modules)
+"""
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert run.stdout.split() == ["True", "False"]
+
+
+def test_an_initialiser_returns_its_tensor_and_its_values_are_drawn_when_read():
+    class Drawn(nn.Module):
+        def __init__(self):
+            super().__init__()
+            weight = torch.empty(1000)
+            assert weight.normal_(5.0) is weight and weight.is_meta
+            self.weight = nn.Parameter(weight)
+            self.register_buffer("halves", torch.ones(1000).mul_(3).view(2, 500))
+            self.halves[0].bernoulli_(0.5)
+            later = torch.zeros(1000)
+            self.before = later + 1
+            later.exponential_(0.1)
+            self.later = later
+
+    with init_empty_weights():
+        model = Drawn()
+    assert model.weight.is_meta and (model.before == 1).all()
+    assert set(model.halves[0].tolist()) == {0.0, 1.0} and (model.halves[1] == 3).all()
+    assert 5 < model.later.mean() < 20 and model.later.min() >= 0
+
+
 def test_no_parameter_is_allocated_for_a_moment():
     class Everything(nn.Module):
         def __init__(self, n=1000):
@@ -244,6 +285,8 @@ def set_data(tensor, data):
 
 OPERATIONS = {
     "fill": lambda a, b: a.fill_(3.0),
+    "uniform": lambda a, b: a.uniform_(2.0, 2.0),
+    "zero some": lambda a, b: a.view(-1)[::2].zero_(),
     "add": lambda a, b: a + b,
     "add_": lambda a, b: a.add_(b),
     "copy_": lambda a, b: a.copy_(b * 2),

@@ -1,4 +1,4 @@
-"""Explorers: ipywidgets panels that turn a question about memory with sliders.
+"""Explorers: ipywidgets panels that turn a question about memory or files with sliders.
 
 Each is imported when it is first used, so that `import bigkit.widgets` is cheap. Plain ipywidgets, 7.7 (Colab) or 8.
 """
@@ -8,13 +8,14 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-_HOMES = {"MemoryExplorer": "memory_explorer", "PlanExplorer": "plan_explorer"}
+_HOMES = {"MemoryExplorer": "memory_explorer", "PlanExplorer": "plan_explorer", "ShardExplorer": "shard_explorer"}
 
-__all__ = ["MemoryExplorer", "PlanExplorer"]
+__all__ = ["MemoryExplorer", "PlanExplorer", "ShardExplorer"]
 
 if TYPE_CHECKING:
     from .memory_explorer import MemoryExplorer
     from .plan_explorer import PlanExplorer
+    from .shard_explorer import ShardExplorer
 
 
 def __getattr__(name: str) -> object:

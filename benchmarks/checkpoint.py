@@ -1,0 +1,323 @@
+"""Loading checkpoints side by side: bigkit, Accelerate, Transformers, safetensors; on the CPU and on a GPU.
+
+    python benchmarks/checkpoint.py [--save]             the CPU: load, and load + first forward
+    python benchmarks/checkpoint.py --gpu [--save]       a CUDA GPU: a 13.5 GB model warm and cold, 20 000 small tensors
+
+Each way runs in a fresh process on the same files: a Llama-7B shape in bfloat16 (with --layers fewer blocks of it) in
+shards, random weights. Warm: the files lie in the page cache, median of several loads. Cold: their pages are dropped
+first. Host memory is the peak of the process above what it held before the load, sampled from /proc; "anonymous" leaves
+out pages of mapped files. Ceilings are measured in the same run: a pinned copy, and the best of several raw readers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from bigkit import init_empty_weights
+from bigkit.checkpoint import load_checkpoint_in_model, save_model
+
+GB = 1e9
+
+
+def llama(layers: int) -> nn.Module:
+    """An empty Llama-7B shape with `layers` blocks."""
+    import transformers
+
+    config = transformers.LlamaConfig(num_hidden_layers=layers, dtype="bfloat16")
+    with init_empty_weights():
+        return transformers.LlamaForCausalLM._from_config(config, dtype=torch.bfloat16)
+
+
+class Many(nn.Module):
+    """20 000 small tensors."""
+
+    def __init__(self, count: int = 10_000) -> None:
+        super().__init__()
+        self.h = nn.ModuleList([nn.Linear(32, 32) for _ in range(count)])
+
+
+def many() -> nn.Module:
+    """An empty `Many`."""
+    with init_empty_weights():
+        return Many()
+
+
+def make(folder: Path, layers: int, gpu: bool) -> None:
+    """Write the checkpoints with random weights."""
+    torch.manual_seed(0)
+    device = "cuda" if gpu else "cpu"
+    model = llama(layers).to_empty(device=device)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(0, 0.02)
+    save_model(model, folder / "llama", "5GB" if gpu else "500MB")
+    model.config.save_pretrained(folder / "llama")
+    with torch.no_grad():
+        save_model(Many(), folder / "many", "5MB")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Ways to load; each fills an empty model that was built before the clock starts, and returns it
+
+
+def bigkit_way(folder: Path, model: nn.Module, device: str) -> nn.Module:
+    """`load_checkpoint_in_model`."""
+    load_checkpoint_in_model(model, folder, {"": 0 if device == "cuda" else device})
+    return model
+
+
+def accelerate_way(folder: Path, model: nn.Module, device: str) -> nn.Module:
+    """Accelerate's call of the same name."""
+    import accelerate
+
+    index = next(folder.glob("*.index.json"), None)
+    device_map = {"": 0 if device == "cuda" else device}
+    accelerate.load_checkpoint_in_model(model, str(index or folder), device_map=device_map)
+    return model
+
+
+def transformers_way(folder: Path, model: nn.Module, device: str) -> nn.Module:
+    """`from_pretrained`, which builds its own model: that time is part of it."""
+    import transformers
+
+    return transformers.LlamaForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, device_map=device)
+
+
+def safetensors_way(folder: Path, model: nn.Module, device: str) -> nn.Module:
+    """`load_file` of every shard, and `load_state_dict(assign=True)`."""
+    from safetensors.torch import load_file
+
+    for file in sorted(folder.glob("*.safetensors")):
+        model.load_state_dict(load_file(file, device=device), strict=False, assign=True)
+    return model
+
+
+WAYS = {"bigkit": bigkit_way, "accelerate": accelerate_way, "transformers": transformers_way,
+        "safetensors": safetensors_way}  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Measuring
+
+
+def drop(folder: Path) -> None:
+    """Drop a folder's files from the page cache."""
+    for file in folder.iterdir():
+        with open(file, "rb") as stream:
+            os.fsync(stream.fileno())
+            os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def warm(folder: Path) -> None:
+    """Read a folder's files once."""
+    for file in folder.iterdir():
+        with open(file, "rb") as stream:
+            while stream.read(1 << 24):
+                pass
+
+
+def read_raw(folder: Path, readers: int, piece: int = 16 << 20) -> float:
+    """Seconds to read a folder's files once with several readers, each into a buffer of its own."""
+    files = {file: os.open(file, os.O_RDONLY) for file in sorted(folder.glob("*.safetensors"))}
+    pieces = [(fd, start) for file, fd in files.items() for start in range(0, file.stat().st_size, piece)]
+    local = threading.local()
+
+    def read(item: tuple[int, int]) -> None:
+        if not hasattr(local, "buffer"):
+            local.buffer = memoryview(bytearray(piece))
+        os.preadv(item[0], [local.buffer], item[1])
+
+    begin = time.perf_counter()
+    with ThreadPoolExecutor(readers) as pool:
+        list(pool.map(read, pieces))
+    seconds = time.perf_counter() - begin
+    for fd in files.values():
+        os.close(fd)
+    return seconds
+
+
+class HostMemory:
+    """The peak of this process's memory above what it held at the start, in bytes."""
+
+    def __enter__(self) -> HostMemory:
+        self.base, self.peak, self.stop = self._now(), (0, 0), threading.Event()
+        self.thread = threading.Thread(target=self._watch, daemon=True)
+        self.thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.stop.set()
+        self.thread.join()
+        self.total, self.anonymous = (max(0, peak - base) for peak, base in zip(self.peak, self.base))
+
+    def _watch(self) -> None:
+        while not self.stop.is_set():
+            self.peak = tuple(map(max, self.peak, self._now()))  # type: ignore[assignment]
+            self.stop.wait(0.003)
+
+    @staticmethod
+    def _now() -> tuple[int, int]:
+        lines = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
+        return tuple(int(lines[name].split()[0]) * 1024 for name in ("VmRSS", "RssAnon"))  # type: ignore[return-value]
+
+
+def child(way: str, folder: Path, layers: int, device: str, runs: int, cold: int) -> dict[str, Any]:
+    """Load in this process, warm and cold; returns seconds and memory."""
+    empty = many if folder.name == "many" else lambda: llama(layers)
+    load = WAYS[way]
+    if device == "cuda":
+        torch.ones(1, device="cuda").sum().item()
+
+    def timed(first: bool = False) -> tuple[float, float, HostMemory]:
+        model = empty()
+        with HostMemory() as memory:
+            begin = time.perf_counter()
+            model = load(folder, model, device)
+            if device == "cuda":
+                torch.cuda.synchronize()
+            loaded = time.perf_counter() - begin
+            if first:
+                with torch.inference_mode():
+                    model(torch.ones(1, 4, dtype=torch.long))
+            both = time.perf_counter() - begin
+        assert not any(parameter.is_meta for parameter in model.parameters())
+        del model
+        if device == "cuda":
+            torch.cuda.empty_cache()
+        return loaded, both, memory
+
+    found: dict[str, Any] = {"way": way, "model": folder.name}
+    first = device == "cpu" and folder.name == "llama"
+    samples = [timed(first) for _ in range(runs)]
+    found["first_s"] = samples[0][0]
+    found["warm_s"] = statistics.median(loaded for loaded, _, _ in samples)
+    if first:
+        found["load_and_forward_s"] = statistics.median(both for _, both, _ in samples)
+    found["host_total_mb"] = max(memory.total for *_, memory in samples) / 1e6
+    found["host_anonymous_mb"] = max(memory.anonymous for *_, memory in samples) / 1e6
+    if cold:
+        times = []
+        for _ in range(cold):
+            drop(folder)
+            times.append(timed(first)[1])
+        found["cold_s"] = statistics.median(times)
+    return found
+
+
+def pinned_rate() -> float:
+    """Bytes a second of a large pinned copy to the GPU."""
+    source = torch.empty(1 << 30, dtype=torch.uint8).pin_memory()
+    target = torch.empty_like(source, device="cuda")
+    times = []
+    for _ in range(6):
+        torch.cuda.synchronize()
+        begin = time.perf_counter()
+        target.copy_(source, non_blocking=True)
+        torch.cuda.synchronize()
+        times.append(time.perf_counter() - begin)
+    return source.nbytes / min(times)
+
+
+def main() -> None:
+    """Make the files, run every way in a process of its own, print a table."""
+    parser = argparse.ArgumentParser(description="Loading checkpoints side by side")
+    parser.add_argument("--gpu", action="store_true")
+    parser.add_argument("--layers", type=int, help="blocks of the Llama-7B shape (GPU: 32, CPU: 3)")
+    parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--cold", type=int, default=1, help="cold loads of each way; 0 for none")
+    parser.add_argument("--folder", type=Path, help="where the files are made (a temporary folder)")
+    parser.add_argument(
+        "--save", nargs="?", const=True, help="write benchmarks/results/checkpoint-*.json, or this file"
+    )
+    parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    device, layers = ("cuda", options.layers or 32) if options.gpu else ("cpu", options.layers or 3)
+    if options.child:
+        way, folder = options.child
+        print(json.dumps(child(way, Path(folder), layers, device, options.runs, options.cold)))
+        return
+    root = options.folder or Path(tempfile.mkdtemp(prefix="checkpoint-benchmark-"))
+    root.mkdir(exist_ok=True)
+    try:
+        run(root, device, layers, options)
+    finally:
+        if not options.folder:
+            shutil.rmtree(root)
+
+
+def run(root: Path, device: str, layers: int, options: argparse.Namespace) -> None:
+    """Make the files in `root` and compare."""
+    if not (root / "many").exists():
+        make(root, layers, options.gpu)
+    folder = root / "llama"
+    size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    machine: dict[str, Any] = {
+        "gpu": torch.cuda.get_device_name() if options.gpu else None, "cores": os.cpu_count(),
+        "processor": platform.machine(), "python": platform.python_version(), "torch": torch.__version__,
+        "date": time.strftime("%Y-%m-%d"), "bytes": size, "runs": options.runs,
+    }  # fmt: skip
+    readers = sorted({1, 4, 12, min(16, 2 * (os.cpu_count() or 1))})
+    if options.cold:
+        cold = {}
+        for count in readers:
+            drop(folder)
+            cold[count] = size / read_raw(folder, count) / GB
+        machine["raw_cold_gb_s"] = cold
+    warm(folder)
+    machine["raw_warm_gb_s"] = {count: size / read_raw(folder, count) / GB for count in readers}
+    if options.gpu:
+        machine["pinned_gb_s"] = pinned_rate() / GB
+    print(json.dumps(machine), flush=True)
+    rows = []
+    for model, ways in (("llama", list(WAYS)), ("many", ["bigkit", "accelerate", "safetensors"])):
+        for way in ways:
+            warm(root / model)
+            arguments = [sys.executable, __file__, "--child", way, str(root / model), "--layers", str(layers)]
+            arguments += ["--runs", str(options.runs), "--cold", str(options.cold if model == "llama" else 0)]
+            done = subprocess.run(arguments + ["--gpu"] * options.gpu, capture_output=True, text=True, timeout=900)
+            if done.returncode:
+                print(f"{way} failed: {done.stderr.strip().splitlines()[-1:]}", flush=True)
+                continue
+            rows.append(json.loads(done.stdout.strip().splitlines()[-1]))
+            print(json.dumps(rows[-1]), flush=True)
+    table(rows, size)
+    if options.save:
+        name = f"checkpoint-{'gpu' if options.gpu else 'cpu'}.json"
+        path = Path(__file__).parent / "results" / name if options.save is True else Path(options.save)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n")
+
+
+def table(rows: list[dict[str, Any]], size: int) -> None:
+    """Print the rows as Markdown; rates for the large model."""
+    print("| model | way | warm | GB/s | load + first forward | cold | host memory, anonymous |")
+    print("|---|---|---|---|---|---|---|")
+    for row in rows:
+        large = row["model"] == "llama"
+        rate = f"{size / row['warm_s'] / GB:.1f}" if large else ""
+        both = f"{row['load_and_forward_s']:.3f} s" if "load_and_forward_s" in row else ""
+        cold = f"{row['cold_s']:.2f} s, {size / row['cold_s'] / GB:.2f} GB/s" if "cold_s" in row else ""
+        print(
+            f"| {row['model']} | {row['way']} | {row['warm_s']:.3f} s | {rate} | {both} | {cold}"
+            f" | {row['host_total_mb']:.0f} MB, {row['host_anonymous_mb']:.0f} MB |"
+        )
+
+
+if __name__ == "__main__":
+    main()

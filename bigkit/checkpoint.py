@@ -1,0 +1,740 @@
+"""Checkpoints on disk: find them, check them, save them, load them.
+
+A checkpoint is one safetensors file, or several (shards) and an index that says which tensor lies in which. A
+safetensors file is eight bytes with the length of a header, the header (JSON: name -> dtype, shape, byte range) and the
+bytes of the tensors one after another, so a tensor is found without reading anything else.
+
+`Checkpoint` knows where each tensor lies and checks every claim that a header or an index makes before a byte of it is
+used. `load_checkpoint_in_model` maps the files into memory and hands their pages to the model: nothing is copied on the
+CPU. `save_model` writes shard after shard under temporary names and swaps the index in last, so that a crash leaves the
+old checkpoint or the new one.
+
+Leaves out: the fast way to a GPU (`bulk.py`), and weights that stay on disk while the model runs (`store.py`).
+Formats: https://huggingface.co/docs/safetensors, and the index of Hugging Face Transformers (`weight_map`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import json
+import math
+import os
+import re
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cache
+from pathlib import Path, PurePosixPath
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .meta import tied_groups
+from .plans import Device, read_device
+from .shards import cut
+from .units import dtype_name, format_bytes
+
+# Tried in this order in a folder; the same as Transformers.
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+PICKLE, PICKLE_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
+LONGEST_HEADER = 100_000_000  # bytes; the limit of the safetensors library
+
+_DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "BOOL": torch.bool,
+    "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8, "C64": torch.complex64,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu,
+}  # fmt: skip
+
+
+class CheckpointError(ValueError):
+    """A checkpoint is broken, or does not fit the model. The message names the file and the tensor."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Finding and checking
+
+
+class Stored(NamedTuple):
+    """Where one tensor lies: `nbytes` bytes from `offset` of `file`."""
+
+    file: Path
+    offset: int
+    nbytes: int
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+
+@dataclass
+class Checkpoint:
+    """A checkpoint whose headers and index have been read and checked, and none of its tensors.
+
+    Args:
+        path: what was opened.
+        files: its files, in order.
+        stored: tensor name -> where it lies (safetensors only).
+        pickled: tensor name -> its file (`.bin` only); the tensor is known once the file is unpickled.
+        duplicates: names that more than one file holds; the index decides, or else the last file.
+    """
+
+    path: Path
+    files: tuple[Path, ...] = ()
+    stored: dict[str, Stored] = field(default_factory=dict)
+    pickled: dict[str, Path] = field(default_factory=dict)
+    duplicates: tuple[str, ...] = ()
+    _maps: dict[Path, torch.UntypedStorage] = field(default_factory=dict, repr=False)
+    _pickles: dict[Path, dict[str, Tensor]] = field(default_factory=dict, repr=False)
+
+    @staticmethod
+    def open(path: str | os.PathLike[str]) -> Checkpoint:
+        """Read and check the headers of a checkpoint.
+
+        Args:
+            path: a `.safetensors` or `.bin` file, an index (`*.json`, with `weight_map` or bare), or a folder, in which
+                safetensors come before pickles.
+
+        Raises:
+            FileNotFoundError: there is no checkpoint.
+            CheckpointError: a file or index is broken; nothing of it was used.
+        """
+        path = Path(path)
+        target = _in_folder(path) if path.is_dir() else path
+        if not target.exists():
+            raise FileNotFoundError(f"there is no checkpoint at {target}")
+        if target.suffix == ".json":
+            weight_map = _read_index(target)
+            files = tuple(target.parent / name for name in dict.fromkeys(weight_map.values()))
+            if missing := [file.name for file in files if not file.is_file()]:
+                raise CheckpointError(f"{target} names {_listed(missing)}, which is not in its folder")
+        else:
+            weight_map, files = None, (target,)
+        found = Checkpoint(path, files)
+        chosen: dict[str, list[str]] = {}
+        for name, file_name in (weight_map or {}).items():
+            chosen.setdefault(file_name, []).append(name)
+        seen: set[str] = set()
+        duplicates: dict[str, None] = {}
+        for file, names in zip(files, chosen.values() if weight_map else [None]):
+            safe = file.suffix == ".safetensors"
+            content: dict[str, Any] = read_header(file) if safe else dict.fromkeys(found.unpickle(file), file)
+            duplicates |= dict.fromkeys(name for name in content if name in seen)
+            seen |= content.keys()
+            if names is not None:
+                if absent := [name for name in names if name not in content]:
+                    raise CheckpointError(f"{target} says that {_listed(absent)} is in {file.name}, which lacks it")
+                content = {name: content[name] for name in names}
+            (found.stored if safe else found.pickled).update(content)
+        found.duplicates = tuple(duplicates)
+        return found
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.stored or name in self.pickled
+
+    def __iter__(self) -> Iterator[str]:
+        yield from self.stored
+        yield from self.pickled
+
+    def __len__(self) -> int:
+        return len(self.stored) + len(self.pickled)
+
+    def shape_and_dtype(self, name: str) -> tuple[tuple[int, ...], torch.dtype]:
+        """What a tensor is, without reading it."""
+        if name in self.stored:
+            return self.stored[name].shape, self.stored[name].dtype
+        tensor = self.read(name)
+        return tuple(tensor.shape), tensor.dtype
+
+    def read(self, name: str) -> Tensor:
+        """One tensor on the CPU, its pages those of the file: read when touched, shared, copied when written to.
+
+        Raises:
+            KeyError: the checkpoint has no such tensor.
+        """
+        if name in self.pickled:
+            return self.unpickle(self.pickled[name])[name]
+        where = self.stored[name]
+        if where.file not in self._maps:
+            size = where.file.stat().st_size
+            whole = torch.from_file(str(where.file), shared=False, size=size, dtype=torch.uint8)
+            self._maps[where.file] = whole.untyped_storage()
+        raw = torch.empty(0, dtype=torch.uint8).set_(self._maps[where.file], where.offset, (where.nbytes,), (1,))
+        if where.offset % where.dtype.itemsize:
+            raw = raw.clone()  # a tensor cannot start between two elements
+        return raw.view(where.dtype).view(where.shape)
+
+    def unpickle(self, file: Path) -> dict[str, Tensor]:
+        """The tensors of a `.bin` file; nothing in it is ever executed."""
+        if file not in self._pickles:
+            try:
+                content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+            except Exception as error:  # every broken pickle fails in its own way
+                reason = str(error).split("\n")[0]
+                raise CheckpointError(f"{file} is no file of tensors that can be loaded safely: {reason}") from error
+            if not isinstance(content, dict) or not all(isinstance(name, str) for name in content):
+                raise CheckpointError(f"{file} holds a {type(content).__name__}, expected a dict of tensors by name")
+            self._pickles[file] = {name: value for name, value in content.items() if isinstance(value, Tensor)}
+        return self._pickles[file]
+
+
+def read_header(file: Path) -> dict[str, Stored]:
+    """The tensors of a safetensors file, after checking that they fill it exactly and do not overlap.
+
+    Raises:
+        CheckpointError: the file is truncated, or its header is wrong; names the file and the tensor.
+    """
+    with open(file, "rb") as stream:
+        size = os.fstat(stream.fileno()).st_size
+        length = int.from_bytes(stream.read(8), "little")
+        if size < 8 or not 2 <= length <= min(LONGEST_HEADER, size - 8):
+            raise CheckpointError(f"{file} is no complete safetensors file: {size} bytes, header announced {length}")
+        text = stream.read(length)
+    try:
+        header = json.loads(text.decode("utf-8"), object_pairs_hook=_once)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"the header of {file} is no valid JSON: {error}") from error
+    if not isinstance(header, dict):
+        raise CheckpointError(f"the header of {file} is a {type(header).__name__}, expected an object")
+    header.pop("__metadata__", None)
+    start = 8 + length
+    tensors = {name: _entry(file, start, size, name, entry) for name, entry in header.items()}
+    end = start
+    for name, where in sorted(tensors.items(), key=lambda item: item[1][1:3]):  # by offset, empty ones first
+        if where.offset != end:
+            wrong = "overlaps the one before it" if where.offset < end else "leaves a hole before it"
+            raise CheckpointError(f"tensor {name!r} in {file} {wrong}: starts at byte {where.offset}, expected {end}")
+        end += where.nbytes
+    if end != size:
+        raise CheckpointError(f"{file} has {size} bytes, but its tensors end at byte {end}")
+    return tensors
+
+
+def _entry(file: Path, start: int, size: int, name: str, entry: Any) -> Stored:
+    def wrong(what: str) -> CheckpointError:
+        return CheckpointError(f"tensor {name!r} in {file} {what}")
+
+    if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
+        raise wrong("has no dtype, shape and data_offsets, or more than these")
+    dtype, shape, offsets = _DTYPES.get(str(entry["dtype"])), entry["shape"], entry["data_offsets"]
+    if dtype is None:
+        raise wrong(f"has the dtype {entry['dtype']!r}, expected one of {', '.join(_DTYPES)}")
+    if not _sizes(shape):
+        raise wrong(f"has the shape {shape!r}, expected a list of sizes")
+    if not _sizes(offsets) or len(offsets) != 2:
+        raise wrong(f"has the byte range {offsets!r}, expected two offsets")
+    first, last = offsets
+    if not first <= last <= size - start:
+        raise wrong(f"claims the bytes {first} to {last}, but the file has {size - start} (is it truncated?)")
+    if last - first != math.prod(shape) * dtype.itemsize:
+        raise wrong(f"has {last - first} bytes, but its shape {shape} takes {math.prod(shape) * dtype.itemsize}")
+    return Stored(file, start + first, last - first, dtype, tuple(shape))
+
+
+def _sizes(value: Any) -> bool:
+    return isinstance(value, list) and all(type(item) is int and 0 <= item < 2**62 for item in value)
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a key appears twice")
+    return found
+
+
+def _in_folder(folder: Path) -> Path:
+    for name in (SINGLE, INDEX, PICKLE, PICKLE_INDEX):
+        if (folder / name).exists():
+            return folder / name
+    for pattern in ("*.safetensors.index.json", "*.safetensors", "*.bin.index.json", "*.bin"):
+        found = sorted(folder.glob(pattern))
+        if len(found) == 1:
+            return found[0]
+        if found:
+            names = [file.name for file in found]
+            raise CheckpointError(f"{folder} has several files and no index: {_listed(names)}; name one of them")
+    expected = f"{SINGLE}, {INDEX}, {PICKLE} or {PICKLE_INDEX}"
+    raise FileNotFoundError(f"there is no checkpoint in {folder}: expected {expected}")
+
+
+def _read_index(path: Path) -> dict[str, str]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"the index {path} is no valid JSON: {error}") from error
+    weight_map = content.get("weight_map", content) if isinstance(content, dict) else None
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"the index {path} has no weight_map of tensor names to files")
+    for file in {file if isinstance(file, str) else "" for file in weight_map.values()}:
+        path_parts = PurePosixPath(file).parts
+        outside = not file or file[0] == "/" or ".." in path_parts or any(sign in file for sign in ("\\", "\0", ":"))
+        if outside or not file.endswith((".safetensors", ".bin", ".pt", ".pth")):
+            name, file = next((n, f) for n, f in weight_map.items() if f == file or not isinstance(f, str))
+            what = "which is no file in its folder" if outside else "expected .safetensors or .bin"
+            raise CheckpointError(f"the index {path} puts {name!r} into {file!r}, {what}")
+    return weight_map
+
+
+def _listed(names: Iterable[str], most: int = 5) -> str:
+    names = list(names)
+    return ", ".join(map(repr, names[:most])) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Loading
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What did not match between a checkpoint and a model, all of it, and what was left on disk.
+
+    Args:
+        missing: tensors of the model that the checkpoint lacks.
+        unexpected: tensors of the checkpoint that the model lacks.
+        mismatched: (name, shape in the checkpoint, shape in the model).
+        wrong_dtype: (name, dtype in the checkpoint, dtype in the model) where no cast is right: an integer for a float,
+            or a float8 whose scales the model does not know.
+        duplicates: names that several files of the checkpoint hold.
+        on_disk: tensor name -> where it rests, for what a device map leaves on disk; the model has it on meta.
+    """
+
+    missing: tuple[str, ...] = ()
+    unexpected: tuple[str, ...] = ()
+    mismatched: tuple[tuple[str, tuple[int, ...], tuple[int, ...]], ...] = ()
+    wrong_dtype: tuple[tuple[str, str, str], ...] = ()
+    duplicates: tuple[str, ...] = ()
+    on_disk: Mapping[str, Stored] = field(default_factory=dict)
+
+    @property
+    def clean(self) -> bool:
+        """Whether everything matched."""
+        return not (self.missing or self.unexpected or self.mismatched or self.wrong_dtype or self.duplicates)
+
+    def __str__(self) -> str:
+        said = []
+        if self.missing:
+            said.append(f"missing in the checkpoint: {_listed(self.missing)}")
+        if self.unexpected:
+            said.append(f"unknown to the model: {_listed(self.unexpected)}")
+        for what, records in (("shape", self.mismatched), ("dtype", self.wrong_dtype)):
+            shown = [f"{name!r} ({theirs} in the checkpoint, {ours} in the model)" for name, theirs, ours in records[:5]
+                     ]  # fmt: skip
+            rest = f" and {len(records) - 5} more" if len(records) > 5 else ""
+            said += [f"wrong {what}: {', '.join(shown)}{rest}"] if records else []
+        if self.duplicates:
+            said.append(f"in more than one file: {_listed(self.duplicates)}")
+        return "; ".join(said) or "everything matches"
+
+
+def load_state_dict(
+    checkpoint_file: str | os.PathLike[str], device_map: Mapping[str, Device] | None = None
+) -> dict[str, Tensor]:
+    """The tensors of a checkpoint, on the CPU or where a device map puts them.
+
+    Args:
+        checkpoint_file: a file, an index, or a folder.
+        device_map: module name -> device; tensors that it leaves on "disk" or does not name stay on the CPU, mapped
+            from the file.
+
+    Raises:
+        FileNotFoundError, CheckpointError: there is none, or it is broken.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     save_model(nn.Linear(2, 3), folder)
+    ...     load_state_dict(folder)["weight"].shape
+    torch.Size([3, 2])
+    """
+    checkpoint = Checkpoint.open(checkpoint_file)
+    device_of = _placement(device_map)
+    places = {name: device_of(name) for name in checkpoint}
+    return _read(checkpoint, {name: ("cpu" if at in ("disk", None) else at, None) for name, at in places.items()})
+
+
+def load_checkpoint_in_model(
+    model: nn.Module,
+    checkpoint: str | os.PathLike[str],
+    device_map: Mapping[str, Device] | None = None,
+    offload_folder: str | os.PathLike[str] | None = None,
+    dtype: torch.dtype | str | None = None,
+    offload_state_dict: bool = False,
+    offload_buffers: bool = False,
+    keep_in_fp32_modules: Iterable[str] | None = None,
+    strict: bool = False,
+) -> LoadReport:
+    """Load a checkpoint into a model that is empty (on meta) or not.
+
+    Nothing changes before everything has been checked and read: on an error the model is as it was. On the CPU a tensor
+    of the right dtype is not copied: the model uses the pages of the file.
+
+    Args:
+        model: the model.
+        checkpoint: a file, an index or a folder.
+        device_map: module name -> device, covering the model. What it puts on "disk" stays on meta in the model and is
+            found in the report's `on_disk`. None puts each tensor where the model has it (meta: on the CPU).
+        offload_folder: where tensors for "disk" are written that no file of the checkpoint holds as they are needed (of
+            another dtype, or in a `.bin` file).
+        dtype: floating tensors become this; None gives each the dtype that the model has.
+        offload_state_dict: accepted for compatibility; nothing is held in memory twice either way.
+        offload_buffers: whether buffers of modules on "disk" rest there too; else they are loaded to the CPU.
+        keep_in_fp32_modules: parts of module names whose weights stay float32 when `dtype` is float16 or bfloat16.
+        strict: raise if anything does not match.
+
+    Returns:
+        What did not match, and what rests on disk.
+
+    Raises:
+        FileNotFoundError, CheckpointError: there is no checkpoint, it is broken, or with `strict` does not fit.
+        ValueError: the device map misses modules, or a folder for offloading is needed.
+
+    >>> import tempfile
+    >>> from bigkit import init_empty_weights
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     save_model(nn.Linear(2, 3), folder)
+    ...     with init_empty_weights():
+    ...         empty = nn.Linear(2, 3)
+    ...     load_checkpoint_in_model(empty, folder).clean, empty.weight.device
+    (True, device(type='cpu'))
+    """
+    wanted = None if dtype is None else getattr(torch, dtype_name(dtype))
+    fp32 = frozenset(keep_in_fp32_modules or ()) if wanted in (torch.float16, torch.bfloat16) else frozenset()
+    with _collector_paused():
+        return _load(
+            model, Checkpoint.open(checkpoint), device_map, offload_folder, wanted, offload_buffers, fp32, strict
+        )
+
+
+def _load(
+    model: nn.Module,
+    source: Checkpoint,
+    device_map: Mapping[str, Device] | None,
+    offload_folder: str | os.PathLike[str] | None,
+    wanted: torch.dtype | None,
+    offload_buffers: bool,
+    fp32: frozenset[str],
+    strict: bool,
+) -> LoadReport:
+    slots = _slots(model)
+    names = {slot.name: next((name for name in slot.names if name in source), None) for slot in slots}
+    report = _compare(model, source, slots, names)
+    if strict and not report.clean:
+        raise CheckpointError(f"{source.path} does not fit {type(model).__name__}: {report}")
+    bad = {name for name, *_ in (*report.mismatched, *report.wrong_dtype)}
+    places: dict[str, tuple[Device | torch.device, torch.dtype | None]] = {}
+    resting: dict[str, torch.dtype | None] = {}
+    device_of = _placement(device_map)
+    for slot in slots:
+        name = names[slot.name]
+        if name is None or slot.name in bad:
+            continue
+        kept = torch.float32 if fp32 and fp32 & set(slot.name.split(".")) else wanted or slot.tensor.dtype
+        target = kept if source.shape_and_dtype(name)[1].is_floating_point else None
+        place: Device | torch.device | None = device_of(slot.name)
+        if device_map is None:
+            place = "cpu" if slot.tensor.is_meta else slot.tensor.device
+        elif place is None:
+            raise ValueError(f"the device map gives no device for {slot.name!r}")
+        if place == "disk" and (offload_buffers or not slot.buffer):
+            resting[name] = target
+        else:
+            places[name] = ("cpu" if place == "disk" else place, target)
+    rests = _rest(source, resting, offload_folder)
+    values = _read(source, places)
+    for slot in slots:
+        if names[slot.name] in values:
+            slot.fill(values[names[slot.name]])  # type: ignore[index]
+    on_disk = {slot.name: rests[name] for slot in slots if (name := names[slot.name]) in rests}
+    vars(model)["_on_disk"] = on_disk  # where `save_model` finds them
+    return replace(report, on_disk=on_disk)
+
+
+@contextlib.contextmanager
+def _collector_paused() -> Iterator[None]:
+    """Thousands of new tensors would set off Python's collector again and again, which would find nothing."""
+    running = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if running:
+            gc.enable()
+
+
+@dataclass
+class _Slot:
+    """One tensor of a model, and every place in it that refers to it."""
+
+    name: str
+    tensor: Tensor
+    buffer: bool
+    names: list[str] = field(default_factory=list)
+    places: list[tuple[nn.Module, str]] = field(default_factory=list)
+
+    def fill(self, value: Tensor) -> None:
+        """Give the model this value. A real parameter stays the same object, so that optimizers keep knowing it."""
+        from .meta import twin
+
+        if not self.buffer and self.tensor.device.type == value.device.type:
+            for module, own in self.places:
+                module._parameters[own].data = value  # type: ignore[union-attr]
+            return
+        new = value if self.buffer else twin(self.tensor, value)
+        for module, own in self.places:
+            (module._buffers if self.buffer else module._parameters)[own] = new  # type: ignore[assignment]
+
+
+def _slots(model: nn.Module) -> list[_Slot]:
+    """Parameters and persistent buffers, tied ones together."""
+    first = {name: group[0] for group in tied_groups(model) for name in group}
+    slots: dict[str, _Slot] = {}
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        own_tensors = [(own, tensor, False) for own, tensor in module._parameters.items()]
+        own_tensors += [
+            (own, tensor, True)
+            for own, tensor in module._buffers.items()
+            if own not in module._non_persistent_buffers_set
+        ]
+        for own, tensor, buffer in own_tensors:
+            if tensor is None:
+                continue
+            name = f"{prefix}.{own}" if prefix else own
+            owner = first.get(name, name)
+            if owner not in slots:
+                slots[owner] = _Slot(name, tensor, buffer)
+            slots[owner].names.append(name)
+            slots[owner].places.append((module, own))
+    return list(slots.values())
+
+
+def _compare(model: nn.Module, source: Checkpoint, slots: list[_Slot], names: Mapping[str, str | None]) -> LoadReport:
+    known = {name for slot in slots for name in slot.names}
+    mismatched, wrong = [], []
+    for slot in slots:
+        name = names[slot.name]
+        if name is None:
+            continue
+        shape, dtype = source.shape_and_dtype(name)
+        scaled = dtype.itemsize == 1 and any(name + end in source for end in ("_scale", "_scale_inv", ".scale"))
+        if shape != tuple(slot.tensor.shape):
+            mismatched.append((slot.name, shape, tuple(slot.tensor.shape)))
+        elif dtype.is_floating_point != slot.tensor.is_floating_point() or (scaled and dtype != slot.tensor.dtype):
+            wrong.append((slot.name, dtype_name(dtype), dtype_name(slot.tensor.dtype)))
+
+    def expected(attribute: str, found: Iterable[str]) -> tuple[str, ...]:
+        """Names without those that the model's class declares to be ignored, as regular expressions."""
+        patterns = [re.compile(pattern) for pattern in getattr(model, attribute, None) or ()]
+        return tuple(name for name in found if not any(pattern.search(name) for pattern in patterns))
+
+    return LoadReport(
+        missing=expected("_keys_to_ignore_on_load_missing", (n for n, name in names.items() if name is None)),
+        unexpected=expected("_keys_to_ignore_on_load_unexpected", (name for name in source if name not in known)),
+        mismatched=tuple(mismatched),
+        wrong_dtype=tuple(wrong),
+        duplicates=source.duplicates,
+    )
+
+
+def _placement(device_map: Mapping[str, Device] | None) -> Callable[[str], Device | None]:
+    """A function from a tensor's name to the device of the innermost module around it that the map names."""
+    devices = {name: read_device(device) for name, device in (device_map or {}).items()}
+
+    @cache
+    def device_of(name: str) -> Device | None:
+        return devices[name] if name in devices else device_of(name.rpartition(".")[0]) if name else None
+
+    return device_of
+
+
+def _read(
+    source: Checkpoint, places: Mapping[str, tuple[Device | torch.device, torch.dtype | None]]
+) -> dict[str, Tensor]:
+    """Read tensors to their devices; those for a GPU all in one go."""
+    values, bulk = {}, dict[torch.device, list[tuple[str, torch.dtype | None]]]()
+    for name, (place, dtype) in places.items():
+        device = torch.device("cuda", place) if isinstance(place, int) else torch.device(place)
+        if device.type == "cuda" and name in source.stored:
+            bulk.setdefault(device, []).append((name, dtype))
+        else:
+            values[name] = source.read(name).to(device=device, dtype=dtype)
+    if bulk:
+        from .bulk import read_to_gpu
+
+        for device, wanted in bulk.items():
+            values |= read_to_gpu({name: source.stored[name] for name, _ in wanted}, device, dict(wanted))
+    return values
+
+
+def _rest(
+    source: Checkpoint, resting: Mapping[str, torch.dtype | None], folder: str | os.PathLike[str] | None
+) -> dict[str, Stored]:
+    """Where tensors lie on disk in the dtype that is wanted: in the checkpoint itself, or written to `folder`."""
+    found: dict[str, Stored] = {}
+    rewrite: dict[str, torch.dtype | None] = {}
+    for name, dtype in resting.items():
+        where = source.stored.get(name)
+        if where is not None and dtype in (None, where.dtype):
+            found[name] = where
+        else:
+            rewrite[name] = dtype
+    if not rewrite:
+        return found
+    if folder is None:
+        raise ValueError(f"{_listed(rewrite)} must be written to disk in another form: give an offload_folder")
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    from safetensors.torch import save_file
+
+    for name, dtype in rewrite.items():
+        with tempfile.NamedTemporaryFile(dir=folder, prefix="offloaded-", suffix=".safetensors", delete=False) as file:
+            save_file({name: source.read(name).to(dtype).contiguous()}, file.name)
+        found[name] = read_header(Path(file.name))[name]
+    return found
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Saving
+
+
+def save_model(
+    model: nn.Module,
+    save_directory: str | os.PathLike[str],
+    max_shard_size: int | str = "10GB",
+    safe_serialization: bool = True,
+) -> None:
+    """Write a model's parameters and persistent buffers as a checkpoint that Hugging Face libraries read.
+
+    Shards are written under temporary names and brought to disk; then the index is put in place in one step. Whenever
+    the process is stopped, the folder holds the old checkpoint or the new one. Shards of the old one are removed last.
+
+    Args:
+        model: the model. A tensor on meta must be one that `load_checkpoint_in_model` left on disk: it is copied from
+            there, so that no more than one shard is in memory at a time.
+        save_directory: a folder, made if it is not there. Other files in it stay.
+        max_shard_size: the most bytes of a file, as a number or text ("5GB"); a larger tensor has a file of its own.
+        safe_serialization: safetensors; False writes pickles (`.bin`).
+
+    Raises:
+        ValueError: a tensor has no data, or the size makes no sense.
+        OSError: the disk is full or not writable; the checkpoint that was there is untouched.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     save_model(nn.Linear(100, 100), folder, max_shard_size="1KB")
+    ...     sorted(os.listdir(folder))[0], len(os.listdir(folder))
+    ('model-00001-of-00002.safetensors', 3)
+    """
+    folder = Path(save_directory)
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(f"{folder} is a file; save_model needs a folder")
+    on_disk = vars(model).get("_on_disk", {})
+    tensors = {slot.name: on_disk.get(slot.name, slot.tensor) for slot in _slots(model)}
+    if empty := [name for name, tensor in tensors.items() if isinstance(tensor, Tensor) and tensor.is_meta]:
+        raise ValueError(f"{_listed(empty)} are on meta and have no data to save: load a checkpoint first")
+    rests_here = any(where.file.parent == folder for where in on_disk.values())
+    if rests_here and not safe_serialization:
+        raise ValueError(
+            f"weights of this model rest in {folder}: save them as safetensors there, or in another folder"
+        )
+    single, index = (SINGLE, INDEX) if safe_serialization else (PICKLE, PICKLE_INDEX)
+    sizes = {name: tensor.nbytes for name, tensor in tensors.items()}
+    made = cut(sizes, max_shard_size, single, _next_generation(folder, single.partition(".")[0]))
+    last = index if len(made.files) > 1 else single  # what a reader looks for comes last
+    folder.mkdir(parents=True, exist_ok=True)
+    with _staging(folder, made.bytes) as stage:
+        for file, names in made.files.items():
+            write = _write_safetensors if safe_serialization else torch.save
+            write({name: _plain(name, tensors[name]) for name in names}, stage / file)
+            _sync(stage / file)
+        if last == index:
+            (stage / index).write_text(made.index(), encoding="utf-8")
+            _sync(stage / index)
+            for file in made.files:
+                os.rename(stage / file, folder / file)
+            _sync(folder)
+        os.replace(stage / last, folder / last)
+        _sync(folder)
+    if rests_here:  # the files that they rest in are about to go
+        stored = Checkpoint.open(folder).stored
+        on_disk.update({name: stored[name] for name in on_disk})
+    _remove_stale(folder, {*made.files, last})
+
+
+def _plain(name: str, tensor: Tensor | Stored) -> Tensor:
+    """A tensor as a file needs it: on the CPU, contiguous, alone in its storage."""
+    if isinstance(tensor, Stored):
+        tensor = Checkpoint(tensor.file, stored={name: tensor}).read(name)
+    value = tensor.detach().to("cpu").contiguous()
+    return value if value.untyped_storage().nbytes() == value.nbytes else value.clone()
+
+
+def _write_safetensors(tensors: dict[str, Tensor], file: Path) -> None:
+    from safetensors.torch import save_file
+
+    save_file(tensors, file, metadata={"format": "pt"})
+    file.chmod(0o666 & ~_umask())  # safetensors makes it readable for its owner alone
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _sync(path: Path) -> None:
+    """Bring a file, or the names in a folder, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _next_generation(folder: Path, stem: str) -> str:
+    """What sets the names of new shards apart from those in the folder: nothing, or ".v2", ".v3", ..."""
+    taken = [file.name for file in folder.glob(f"{stem}*-of-*")]
+    numbers = [int(match[1] or 1) for name in taken if (match := re.match(rf"{stem}(?:\.v(\d+))?-\d", name))]
+    return f".v{max(numbers) + 1}" if numbers else ""
+
+
+_STAGE = ".saving-"
+
+
+@contextlib.contextmanager
+def _staging(folder: Path, size: int) -> Iterator[Path]:
+    """A folder for unfinished files, gone afterwards; those that dead processes left behind are removed."""
+    import shutil
+
+    for old in folder.glob(f"{_STAGE}*"):
+        if not _alive(old.name.removeprefix(_STAGE).partition("-")[0]):
+            shutil.rmtree(old, ignore_errors=True)
+    free = shutil.disk_usage(folder).free
+    if free < size:
+        need, have = format_bytes(size), format_bytes(free)
+        raise OSError(f"no room for the checkpoint in {folder}: it takes {need}, {have} are free; nothing was written")
+    stage = Path(tempfile.mkdtemp(prefix=f"{_STAGE}{os.getpid()}-", dir=folder))
+    try:
+        yield stage
+    except OSError as error:
+        raise OSError(f"could not save to {folder}: {error}; the checkpoint that was there is untouched") from error
+    finally:
+        shutil.rmtree(stage, ignore_errors=True)
+
+
+def _alive(pid: str) -> bool:
+    try:
+        os.kill(int(pid), 0)
+    except (ProcessLookupError, ValueError, OverflowError):
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
+def _remove_stale(folder: Path, current: set[str]) -> None:
+    """Remove other checkpoints of the same names: first what a reader would take before the new one, then shards."""
+    for name in (SINGLE, INDEX, PICKLE, PICKLE_INDEX):
+        if name not in current:
+            (folder / name).unlink(missing_ok=True)
+    for file in folder.iterdir():
+        shard = re.fullmatch(r"(model|pytorch_model)(\.v\d+)?-\d{5}-of-\d{5}\.(safetensors|bin)", file.name)
+        if shard and file.name not in current:
+            file.unlink(missing_ok=True)
