@@ -270,7 +270,7 @@ def _inference(model: ModelSpec, stored: Iterable[str], batch: int, context: int
     for name in stored:
         quantization = name if name == "int8" or name.startswith(("nf4", "fp4")) else None
         precision = model.precision("bfloat16" if quantization else name, quantization)
-        computes = "float32" if precision.dtype == "float32" else "bfloat16"
+        computes = model.computes_in(precision)
         rows.append(
             InferenceRow(
                 quantization or dtype_name(name),

@@ -267,6 +267,14 @@ class ModelSpec:
         """Bytes of the KV cache of `batch` sequences of `context` tokens, once decoding is under way."""
         return batch * sum(block.elements(context) for block in self.attention) * dtype_bits(dtype) // 8
 
+    def computes_in(self, precision: Precision = Precision()) -> str:
+        """The dtype of activations and KV cache: that of the weights, or bfloat16 if they have less than 16 bits."""
+        stored = (
+            tensor.dtype for tensor, _ in self.tensors.values() if not tensor.buffer and is_floating(tensor.dtype)
+        )
+        dtype = precision.dtype or next(stored, "bfloat16")
+        return dtype if dtype_bits(dtype) >= 16 else "bfloat16"
+
     @property
     def kept(self) -> frozenset[str]:
         """Modules that quantization leaves alone by default: the output head, and whatever shares a tied tensor."""

@@ -169,6 +169,10 @@ class _Task:
     # -- the model's side
 
     @cached_property
+    def computes_in(self) -> str:
+        return self.model.computes_in(self.precision)
+
+    @cached_property
     def sizes(self) -> list[int]:
         """Bytes of each layer alone."""
         return [layer.bytes(self.precision) for layer in self.layers]
@@ -243,14 +247,16 @@ class _Task:
         return [d for d in ("cpu", "disk") if self.budgets.get(d, 0) != 0 and d not in self.runners]
 
     def kv(self, attention: Iterable[Attention], context: int) -> int:
-        """Bytes of KV cache, in the dtype that the model computes in."""
-        dtype = self.precision.dtype or self.model.facts.get("torch_dtype") or "bfloat16"
-        bits = dtype_bits(dtype) if dtype in ("float32", "float16", "bfloat16") else 16
-        return self.batch * sum(record.elements(context) for record in attention) * bits // 8
+        """Bytes of KV cache."""
+        return self.batch * sum(record.elements(context) for record in attention) * dtype_bits(self.computes_in) // 8
+
+    def working(self, context: int) -> int:
+        """Bytes of activations on each runner."""
+        return activation_bytes(self.model, self.batch, context, self.computes_in)
 
     def rooms(self, context: int) -> list[int]:
         """Bytes that each runner has for weights and cache; negative if not even its overhead fits."""
-        working = activation_bytes(self.model, self.batch, context)
+        working = self.working(context)
         return [(self.budgets.get(runner) or 0) - self.extra(runner) - working for runner in self.runners]
 
     def extra(self, runner: Device) -> int:
@@ -381,7 +387,7 @@ class _Task:
                 runs=runs,
                 weights=weights[device],
                 kv_cache=self.kv(cache[device], context),
-                activations=activation_bytes(self.model, self.batch, context) if busy else 0,
+                activations=self.working(context) if busy else 0,
                 reserve=in_flight if device == main else 0,
                 overhead=self.extra(device) if busy else 0,
             )

@@ -361,6 +361,18 @@ def test_devices_and_budgets_are_read():
     assert list(read_budgets({"cpu": 1, 1: 2, 0: 3})) == [0, 1, "cpu", "disk"]
 
 
+def test_cache_and_activations_have_the_dtype_of_the_weights():
+    from bigkit import zoo
+
+    model, budgets = zoo.describe("gpt2"), {0: "8GiB"}
+    halves, wholes = (plan(model, budgets, dtype=dtype, context=512) for dtype in ("float16", "float32"))
+    as_stored = plan(model, budgets, context=512)
+    assert wholes.shares[0].kv_cache == 2 * halves.shares[0].kv_cache == as_stored.shares[0].kv_cache
+    assert wholes.shares[0].activations == 2 * halves.shares[0].activations == as_stored.shares[0].activations
+    narrow = plan(model, budgets, dtype="fp8", context=512)
+    assert narrow.shares[0].kv_cache == halves.shares[0].kv_cache
+
+
 def test_quantized_plans_use_true_sizes():
     weight = ModuleSpec("Linear", {"weight": TensorSpec((128, 64))}, linear=True)
     model = ModelSpec("q", ModuleSpec("M", {}, {"a": weight, "head": weight}))
