@@ -172,6 +172,7 @@ print(sum(p.numel() for p in model.parameters()), took, grown / (2**20 if sys.pl
     assert seconds < 10
 
 
+@pytest.mark.skipif(torch.__version__ < "2.15", reason="older kernels import the compiler whatever we do")
 def test_usual_layers_do_not_import_the_compiler():
     """Most meta kernels written in Python import torch._dynamo when they first run: over a second and 80 MB."""
     program = """
