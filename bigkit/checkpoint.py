@@ -31,7 +31,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .meta import tied_groups
+from .meta import tied_groups, twin
 from .plans import Device, read_device
 from .shards import cut
 from .units import dtype_name, format_bytes
@@ -472,8 +472,6 @@ class _Slot:
 
     def fill(self, value: Tensor) -> None:
         """Give the model this value. A real parameter stays the same object, so that optimizers keep knowing it."""
-        from .meta import twin
-
         if not self.buffer and self.tensor.device.type == value.device.type:
             for module, own in self.places:
                 module._parameters[own].data = value  # type: ignore[union-attr]
@@ -629,7 +627,7 @@ def save_model(
     tensors = {slot.name: on_disk.get(slot.name, slot.tensor) for slot in _slots(model)}
     if empty := [name for name, tensor in tensors.items() if isinstance(tensor, Tensor) and tensor.is_meta]:
         raise ValueError(f"{_listed(empty)} are on meta and have no data to save: load a checkpoint first")
-    rests_here = any(where.file.parent == folder for where in on_disk.values())
+    rests_here = folder.resolve() in {file.parent.resolve() for file in {where.file for where in on_disk.values()}}
     if rests_here and not safe_serialization:
         raise ValueError(
             f"weights of this model rest in {folder}: save them as safetensors there, or in another folder"

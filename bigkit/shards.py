@@ -101,9 +101,7 @@ def cut(
     """
     from huggingface_hub import split_state_dict_into_shards_factory
 
-    limit = parse_bytes(max_shard_size)
-    if limit < 1:
-        raise ValueError(f"max_shard_size must be at least one byte, not {max_shard_size!r}")
+    limit = read_limit(max_shard_size)
     stem, _, ending = file.rpartition(".")
     split = split_state_dict_into_shards_factory(
         dict(sizes),
@@ -113,6 +111,18 @@ def cut(
     )
     files = split.filename_to_tensors if split.is_sharded else {file: list(sizes)}
     return Cut(limit, {file: {name: sizes[name] for name in names} for file, names in files.items()})
+
+
+def read_limit(max_shard_size: int | str) -> int:
+    """The most bytes of a file.
+
+    Raises:
+        ValueError: it is no size, or less than one byte.
+    """
+    limit = parse_bytes(max_shard_size)
+    if limit < 1:
+        raise ValueError(f"max_shard_size must be at least one byte, not {max_shard_size!r}")
+    return limit
 
 
 def cut_model(

@@ -180,7 +180,8 @@ def test_a_model_on_disk_is_saved_from_its_files(tmp_path):
     with pytest.raises(ValueError, match="rest in"):
         save_model(again, tmp_path / "a", "1KB", safe_serialization=False)
     save_model(again, tmp_path / "a", "1KB")  # over the files that it rests in
-    save_model(again, tmp_path / "a", "4KB")
+    save_model(again, os.path.relpath(tmp_path / "a"), "4KB")  # the same folder by another name
+    save_model(again, tmp_path / "a", "2KB")
     assert load_checkpoint_in_model(back, tmp_path / "a", strict=True).clean and same(model, back)
 
 

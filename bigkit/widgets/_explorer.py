@@ -19,9 +19,13 @@ from typing import Any
 import ipywidgets as widgets
 
 from ..draw import GREEN, ORANGE, VERMILLION
+from ..front import Source, describe
+from ..layers import ModelSpec
 
 WIDE = {"description_width": "82px"}
 TOKENS = (128, 192, *(n << i for i in range(12) for n in (256, 384)), 2**20)  # 128 .. 1,048,576, two steps an octave
+AS_STORED = "as stored"  # in a menu; a Dropdown shows an option that stands for None as a blank
+DTYPES = (AS_STORED, "float32", "float16", "bfloat16", "float8_e4m3fn")
 LONGEST_REPR = 109  # ipywidgets cuts a longer one where a cell shows it
 
 PILLS = {"good": ("#DDF3EA", GREEN), "slow": ("#FFF1D6", ORANGE), "bad": ("#FBE3D6", VERMILLION)}  # ground and edge
@@ -219,6 +223,14 @@ def short(text: str, length: int = 30) -> str:
     'aaaaaaaaa…'
     """
     return text if len(text) <= length else text[: length - 1] + "…"
+
+
+def named(model: Source) -> tuple[str, dict[str, ModelSpec]]:
+    """A name to show for a model, and its spec under that name if it was given as an object."""
+    if isinstance(model, str):
+        return model, {}
+    spec = describe(model)
+    return spec.name, {spec.name: spec}
 
 
 def model_field(value: str) -> widgets.Combobox:

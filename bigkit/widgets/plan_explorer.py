@@ -13,14 +13,26 @@ import ipywidgets as widgets
 from ..draw import plan_figure, plan_label, plan_text, plan_verdict, svg
 from ..front import Source, describe
 from ..hardware import CONTEXT_BYTES, HARDWARE
-from ..layers import QUANTIZATIONS, ModelSpec
+from ..layers import QUANTIZATIONS
 from ..planner import STRATEGIES, PlanError, plan, read_budgets
 from ..plans import Device, Plan, device_label
 from ..units import GiB, MiB, dtype_name, parse_bytes
-from ._explorer import LONGEST_REPR, Explorer, menu, model_field, number_field, pill, preformatted, short, token_slider
+from ._explorer import (
+    AS_STORED,
+    DTYPES,
+    LONGEST_REPR,
+    Explorer,
+    menu,
+    model_field,
+    named,
+    number_field,
+    pill,
+    preformatted,
+    short,
+    token_slider,
+)
 
-AS_STORED, NONE = "as stored", "none"  # in the menus; a Dropdown shows an option that stands for None as a blank
-DTYPES = (AS_STORED, "float32", "float16", "bfloat16", "float8_e4m3fn")
+NONE = "none"  # in a menu, as AS_STORED is
 OWN = "my own budgets"
 MOST_GPUS = 16
 STEP, FINE = 0.25, 1 / 256  # GiB: of the GPU sliders, and of those for budgets below 2 GiB
@@ -67,19 +79,14 @@ class PlanExplorer(Explorer):
     ) -> None:
         self.plan: Plan | None = None
         self._cure = ""
-        self._specs: dict[str, ModelSpec] = {}
-        name = model
-        if not isinstance(model, str):
-            spec = describe(model)
-            name = spec.name
-            self._specs[name] = spec
+        name, self._specs = named(model)
 
         preset = "2 x RTX 4090" if max_memory is None else max_memory if isinstance(max_memory, str) else OWN
         sizes, ram, disk = _budgets(max_memory) if isinstance(max_memory, Mapping) else _machine(preset)
         if overhead is None:
             overhead = 0 if preset == OWN else CONTEXT_BYTES
 
-        self.model = model_field(str(name))
+        self.model = model_field(name)
         self.dtype = menu("Dtype", DTYPES, AS_STORED if dtype is None else dtype_name(dtype))
         self.quantization = menu("Quantized", [NONE, *QUANTIZATIONS], quantization or NONE)
         self.hardware = menu("Machine", [*HARDWARE, OWN], preset)

@@ -11,13 +11,22 @@ import ipywidgets as widgets
 
 from ..draw import shards_figure, shards_label, shards_text, svg
 from ..front import Source, describe
-from ..layers import ModelSpec
-from ..shards import Cut, cut_model
-from ..units import dtype_name, format_bytes, parse_bytes
-from ._explorer import LONGEST_REPR, WIDE, Explorer, menu, model_field, pill, preformatted, short
+from ..shards import Cut, cut_model, read_limit
+from ..units import dtype_name, format_bytes
+from ._explorer import (
+    AS_STORED,
+    DTYPES,
+    LONGEST_REPR,
+    WIDE,
+    Explorer,
+    menu,
+    model_field,
+    named,
+    pill,
+    preformatted,
+    short,
+)
 
-AS_STORED = "as stored"
-DTYPES = (AS_STORED, "float32", "float16", "bfloat16", "float8_e4m3fn")
 LIMITS = tuple(digit * 10**power for power in range(3, 11) for digit in (1, 2, 5))  # 1 KB .. 50 GB
 INDEX_LINES = 24
 
@@ -54,18 +63,11 @@ class ShardExplorer(Explorer):
     ) -> None:
         self.cut: Cut | None = None
         self._named: tuple[str, str | None] = ("", None)  # model and dtype of `cut`
-        self._specs: dict[str, ModelSpec] = {}
-        name = model
-        if not isinstance(model, str):
-            spec = describe(model)
-            name = spec.name
-            self._specs[name] = spec
-        limit = parse_bytes(max_shard_size)
-        if limit < 1:
-            raise ValueError(f"max_shard_size must be at least one byte, not {max_shard_size!r}")
+        name, self._specs = named(model)
+        limit = read_limit(max_shard_size)
 
         wide = widgets.Layout(width="100%")
-        self.model = model_field(str(name))
+        self.model = model_field(name)
         self.dtype = menu("Dtype", DTYPES, AS_STORED if dtype is None else dtype_name(dtype))
         self.limit = widgets.SelectionSlider(
             options=[(_size(size), size) for size in sorted({*LIMITS, limit})], value=limit, description="File size",
