@@ -24,14 +24,14 @@ import re
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from functools import cache
+from operator import itemgetter
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from .meta import tied_groups, twin
+from .meta import tied, twin
 from .plans import Device, read_device
 from .shards import cut
 from .units import dtype_name, format_bytes
@@ -47,6 +47,8 @@ _DTYPES = {
     "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8, "C64": torch.complex64,
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu,
 }  # fmt: skip
+_ENTRY = {"dtype", "shape", "data_offsets"}
+_SCALES = ("_scale", "_scale_inv", ".scale")  # what tells that a tensor of one byte is quantized
 
 
 class CheckpointError(ValueError):
@@ -119,8 +121,9 @@ class Checkpoint:
         for file, names in zip(files, chosen.values() if weight_map else [None]):
             safe = file.suffix == ".safetensors"
             content: dict[str, Any] = read_header(file) if safe else dict.fromkeys(found.unpickle(file), file)
-            duplicates |= dict.fromkeys(name for name in content if name in seen)
-            seen |= content.keys()
+            if not seen.isdisjoint(content):
+                duplicates |= dict.fromkeys(name for name in content if name in seen)
+            seen.update(content)
             if names is not None:
                 if absent := [name for name in names if name not in content]:
                     raise CheckpointError(f"{target} says that {_listed(absent)} is in {file.name}, which lacks it")
@@ -159,10 +162,11 @@ class Checkpoint:
             size = where.file.stat().st_size
             whole = torch.from_file(str(where.file), shared=False, size=size, dtype=torch.uint8)
             self._maps[where.file] = whole.untyped_storage()
-        raw = torch.empty(0, dtype=torch.uint8).set_(self._maps[where.file], where.offset, (where.nbytes,), (1,))
+        # A storage of its own for each: libraries take tensors that share one for tied.
+        own = self._maps[where.file][where.offset : where.offset + where.nbytes]
         if where.offset % where.dtype.itemsize:
-            raw = raw.clone()  # a tensor cannot start between two elements
-        return raw.view(where.dtype).view(where.shape)
+            own = own.clone()  # a tensor cannot start between two elements
+        return torch.empty(0, dtype=where.dtype).set_(own).view(where.shape)
 
     def unpickle(self, file: Path) -> dict[str, Tensor]:
         """The tensors of a `.bin` file; nothing in it is ever executed."""
@@ -200,8 +204,9 @@ def read_header(file: Path) -> dict[str, Stored]:
     start = 8 + length
     tensors = {name: _entry(file, start, size, name, entry) for name, entry in header.items()}
     end = start
-    for name, where in sorted(tensors.items(), key=lambda item: item[1][1:3]):  # by offset, empty ones first
+    for where in sorted(tensors.values(), key=itemgetter(1, 2)):  # by offset, empty ones first
         if where.offset != end:
+            name = next(name for name, other in tensors.items() if other is where)
             wrong = "overlaps the one before it" if where.offset < end else "leaves a hole before it"
             raise CheckpointError(f"tensor {name!r} in {file} {wrong}: starts at byte {where.offset}, expected {end}")
         end += where.nbytes
@@ -214,7 +219,7 @@ def _entry(file: Path, start: int, size: int, name: str, entry: Any) -> Stored:
     def wrong(what: str) -> CheckpointError:
         return CheckpointError(f"tensor {name!r} in {file} {what}")
 
-    if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
+    if not isinstance(entry, dict) or entry.keys() != _ENTRY:
         raise wrong("has no dtype, shape and data_offsets, or more than these")
     dtype, shape, offsets = _DTYPES.get(str(entry["dtype"])), entry["shape"], entry["data_offsets"]
     if dtype is None:
@@ -226,13 +231,18 @@ def _entry(file: Path, start: int, size: int, name: str, entry: Any) -> Stored:
     first, last = offsets
     if not first <= last <= size - start:
         raise wrong(f"claims the bytes {first} to {last}, but the file has {size - start} (is it truncated?)")
-    if last - first != math.prod(shape) * dtype.itemsize:
-        raise wrong(f"has {last - first} bytes, but its shape {shape} takes {math.prod(shape) * dtype.itemsize}")
+    if last - first != (size := math.prod(shape) * dtype.itemsize):
+        raise wrong(f"has {last - first} bytes, but its shape {shape} takes {size}")
     return Stored(file, start + first, last - first, dtype, tuple(shape))
 
 
 def _sizes(value: Any) -> bool:
-    return isinstance(value, list) and all(type(item) is int and 0 <= item < 2**62 for item in value)
+    if not isinstance(value, list):
+        return False
+    for item in value:
+        if type(item) is not int or not 0 <= item < 2**62:
+            return False
+    return True
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -347,8 +357,11 @@ def load_state_dict(
     """
     checkpoint = Checkpoint.open(checkpoint_file)
     device_of = _placement(device_map)
-    places = {name: device_of(name) for name in checkpoint}
-    return _read(checkpoint, {name: ("cpu" if at in ("disk", None) else at, None) for name, at in places.items()})
+    places: dict[Device | torch.device, dict[str, torch.dtype | None]] = {}
+    for name in checkpoint:
+        place = device_of(name)
+        places.setdefault("cpu" if place in ("disk", None) else place, {})[name] = None
+    return _read(checkpoint, places)
 
 
 def load_checkpoint_in_model(
@@ -415,20 +428,21 @@ def _load(
     strict: bool,
 ) -> LoadReport:
     slots = _slots(model)
-    names = {slot.name: next((name for name in slot.names if name in source), None) for slot in slots}
-    report = _compare(model, source, slots, names)
+    for slot in slots:
+        slot.source = next(filter(source.__contains__, slot.names), None)
+    report = _compare(model, source, slots)
     if strict and not report.clean:
         raise CheckpointError(f"{source.path} does not fit {type(model).__name__}: {report}")
     bad = {name for name, *_ in (*report.mismatched, *report.wrong_dtype)}
-    places: dict[str, tuple[Device | torch.device, torch.dtype | None]] = {}
+    places: dict[Device | torch.device, dict[str, torch.dtype | None]] = {}
     resting: dict[str, torch.dtype | None] = {}
     device_of = _placement(device_map)
     for slot in slots:
-        name = names[slot.name]
+        name = slot.source
         if name is None or slot.name in bad:
             continue
         kept = torch.float32 if fp32 and fp32 & set(slot.name.split(".")) else wanted or slot.tensor.dtype
-        target = kept if source.shape_and_dtype(name)[1].is_floating_point else None
+        target = kept if slot.tensor.is_floating_point() else None
         place: Device | torch.device | None = device_of(slot.name)
         if device_map is None:
             place = "cpu" if slot.tensor.is_meta else slot.tensor.device
@@ -437,13 +451,13 @@ def _load(
         if place == "disk" and (offload_buffers or not slot.buffer):
             resting[name] = target
         else:
-            places[name] = ("cpu" if place == "disk" else place, target)
+            places.setdefault("cpu" if place == "disk" else place, {})[name] = target
     rests = _rest(source, resting, offload_folder)
     values = _read(source, places)
     for slot in slots:
-        if names[slot.name] in values:
-            slot.fill(values[names[slot.name]])  # type: ignore[index]
-    on_disk = {slot.name: rests[name] for slot in slots if (name := names[slot.name]) in rests}
+        if slot.source in values:
+            slot.fill(values[slot.source])
+    on_disk = {slot.name: rests[slot.source] for slot in slots if slot.source in rests}
     vars(model)["_on_disk"] = on_disk  # where `save_model` finds them
     return replace(report, on_disk=on_disk)
 
@@ -460,19 +474,20 @@ def _collector_paused() -> Iterator[None]:
             gc.enable()
 
 
-@dataclass
+@dataclass(slots=True)
 class _Slot:
-    """One tensor of a model, and every place in it that refers to it."""
+    """One tensor of a model, every place in it that refers to it, and its name in the checkpoint, if it is there."""
 
     name: str
     tensor: Tensor
     buffer: bool
-    names: list[str] = field(default_factory=list)
-    places: list[tuple[nn.Module, str]] = field(default_factory=list)
+    names: list[str]
+    places: list[tuple[nn.Module, str]]
+    source: str | None = None
 
     def fill(self, value: Tensor) -> None:
         """Give the model this value. A real parameter stays the same object, so that optimizers keep knowing it."""
-        if not self.buffer and self.tensor.device.type == value.device.type:
+        if not self.buffer and not self.tensor.is_meta and self.tensor.device.type == value.device.type:
             for module, own in self.places:
                 module._parameters[own].data = value  # type: ignore[union-attr]
             return
@@ -483,40 +498,33 @@ class _Slot:
 
 def _slots(model: nn.Module) -> list[_Slot]:
     """Parameters and persistent buffers, tied ones together."""
-    first = {name: group[0] for group in tied_groups(model) for name in group}
     slots: dict[str, _Slot] = {}
     for prefix, module in model.named_modules(remove_duplicate=False):
-        own_tensors = [(own, tensor, False) for own, tensor in module._parameters.items()]
-        own_tensors += [
-            (own, tensor, True)
-            for own, tensor in module._buffers.items()
-            if own not in module._non_persistent_buffers_set
-        ]
-        for own, tensor, buffer in own_tensors:
-            if tensor is None:
-                continue
-            name = f"{prefix}.{own}" if prefix else own
-            owner = first.get(name, name)
-            if owner not in slots:
-                slots[owner] = _Slot(name, tensor, buffer)
-            slots[owner].names.append(name)
-            slots[owner].places.append((module, own))
+        start, hidden = prefix and prefix + ".", module._non_persistent_buffers_set
+        for buffer, tensors in ((False, module._parameters), (True, module._buffers)):
+            for own, tensor in tensors.items():
+                if tensor is not None and not (buffer and own in hidden):
+                    slots[start + own] = _Slot(start + own, tensor, buffer, [start + own], [(module, own)])
+    for first, *others in tied((name, slot.tensor) for name, slot in slots.items()):
+        for other in map(slots.pop, others):
+            slots[first].names += other.names
+            slots[first].places += other.places
     return list(slots.values())
 
 
-def _compare(model: nn.Module, source: Checkpoint, slots: list[_Slot], names: Mapping[str, str | None]) -> LoadReport:
-    known = {name for slot in slots for name in slot.names}
+def _compare(model: nn.Module, source: Checkpoint, slots: list[_Slot]) -> LoadReport:
     mismatched, wrong = [], []
     for slot in slots:
-        name = names[slot.name]
-        if name is None:
+        if slot.source is None:
             continue
-        shape, dtype = source.shape_and_dtype(name)
-        scaled = dtype.itemsize == 1 and any(name + end in source for end in ("_scale", "_scale_inv", ".scale"))
-        if shape != tuple(slot.tensor.shape):
+        shape, dtype = source.shape_and_dtype(slot.source)
+        if shape != slot.tensor.shape:
             mismatched.append((slot.name, shape, tuple(slot.tensor.shape)))
-        elif dtype.is_floating_point != slot.tensor.is_floating_point() or (scaled and dtype != slot.tensor.dtype):
-            wrong.append((slot.name, dtype_name(dtype), dtype_name(slot.tensor.dtype)))
+        elif dtype != slot.tensor.dtype:
+            scaled = dtype.itemsize == 1 and any(slot.source + end in source for end in _SCALES)
+            if scaled or dtype.is_floating_point != slot.tensor.is_floating_point():
+                wrong.append((slot.name, dtype_name(dtype), dtype_name(slot.tensor.dtype)))
+    known = {name for slot in slots for name in slot.names}
 
     def expected(attribute: str, found: Iterable[str]) -> tuple[str, ...]:
         """Names without those that the model's class declares to be ignored, as regular expressions."""
@@ -524,7 +532,7 @@ def _compare(model: nn.Module, source: Checkpoint, slots: list[_Slot], names: Ma
         return tuple(name for name in found if not any(pattern.search(name) for pattern in patterns))
 
     return LoadReport(
-        missing=expected("_keys_to_ignore_on_load_missing", (n for n, name in names.items() if name is None)),
+        missing=expected("_keys_to_ignore_on_load_missing", (slot.name for slot in slots if slot.source is None)),
         unexpected=expected("_keys_to_ignore_on_load_unexpected", (name for name in source if name not in known)),
         mismatched=tuple(mismatched),
         wrong_dtype=tuple(wrong),
@@ -536,29 +544,28 @@ def _placement(device_map: Mapping[str, Device] | None) -> Callable[[str], Devic
     """A function from a tensor's name to the device of the innermost module around it that the map names."""
     devices = {name: read_device(device) for name, device in (device_map or {}).items()}
 
-    @cache
     def device_of(name: str) -> Device | None:
-        return devices[name] if name in devices else device_of(name.rpartition(".")[0]) if name else None
+        while name and name not in devices:
+            name = name.rpartition(".")[0]
+        return devices.get(name)
 
     return device_of
 
 
 def _read(
-    source: Checkpoint, places: Mapping[str, tuple[Device | torch.device, torch.dtype | None]]
+    source: Checkpoint, places: Mapping[Device | torch.device, Mapping[str, torch.dtype | None]]
 ) -> dict[str, Tensor]:
-    """Read tensors to their devices; those for a GPU all in one go."""
-    values, bulk = {}, dict[torch.device, list[tuple[str, torch.dtype | None]]]()
-    for name, (place, dtype) in places.items():
+    """Read tensors to their devices, as (device -> name -> dtype) says; those for a GPU all in one go."""
+    values: dict[str, Tensor] = {}
+    for place, dtypes in places.items():
         device = torch.device("cuda", place) if isinstance(place, int) else torch.device(place)
-        if device.type == "cuda" and name in source.stored:
-            bulk.setdefault(device, []).append((name, dtype))
-        else:
-            values[name] = source.read(name).to(device=device, dtype=dtype)
-    if bulk:
-        from .bulk import read_to_gpu
+        bulk = {name: source.stored[name] for name in dtypes if name in source.stored} if device.type == "cuda" else {}
+        if bulk:
+            from .bulk import read_to_gpu
 
-        for device, wanted in bulk.items():
-            values |= read_to_gpu({name: source.stored[name] for name, _ in wanted}, device, dict(wanted))
+            values |= read_to_gpu(bulk, device, dtypes)
+        for name in (name for name in dtypes if name not in bulk):
+            values[name] = source.read(name).to(device=device, dtype=dtypes[name])
     return values
 
 
