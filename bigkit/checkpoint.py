@@ -504,7 +504,8 @@ def _slots(model: nn.Module) -> list[_Slot]:
         for buffer, tensors in ((False, module._parameters), (True, module._buffers)):
             for own, tensor in tensors.items():
                 if tensor is not None and not (buffer and own in hidden):
-                    slots[start + own] = _Slot(start + own, tensor, buffer, [start + own], [(module, own)])
+                    name = start + own
+                    slots[name] = _Slot(name, tensor, buffer, [name], [(module, own)])
     for first, *others in tied((name, slot.tensor) for name, slot in slots.items()):
         for other in map(slots.pop, others):
             slots[first].names += other.names
