@@ -26,7 +26,9 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -254,23 +256,37 @@ def ask_child(way: str, folder: Path, layers: int, options: argparse.Namespace) 
     return json.loads(found[-1]) | ({"problem": problem} if problem else {}) if found else None
 
 
-def sweep(folder: Path, size: int) -> list[dict[str, float]]:
-    """Rates of `read_to_gpu` for several chunks (MiB), rings and numbers of readers; the best of three loads."""
-    stored = Checkpoint.open(folder).stored
+def sweep(folder: Path, size: int) -> dict[str, Any]:
+    """`read_to_gpu` with several chunks (MiB), rings and numbers of readers: GB/s, the best of three loads.
+
+    Each into memory that is new to the process, and into memory that torch has already; `allocate_s` is what it takes
+    to get the new memory alone.
+    """
+    stored, device = Checkpoint.open(folder).stored, torch.device("cuda:0")
+
+    def best(work: Callable[[], object], fresh: bool) -> float:
+        times = []
+        for _ in range(3):
+            if fresh:
+                torch.cuda.empty_cache()
+            begin = time.perf_counter()
+            made = work()
+            torch.cuda.synchronize()
+            times.append(time.perf_counter() - begin)
+            del made
+        return min(times)
+
+    def allocate() -> object:
+        return [torch.empty(where.shape, dtype=where.dtype, device=device) for where in stored.values()]
+
     rows = []
     for chunk, ring, readers in ((8, 16, 16), (8, 12, 12), (8, 8, 8), (8, 24, 16), (4, 16, 16), (4, 32, 16),
                                  (16, 8, 8), (16, 12, 12), (16, 16, 16)):  # fmt: skip
-        times = []
-        for _ in range(3):
-            begin = time.perf_counter()
-            tensors = read_to_gpu(stored, torch.device("cuda:0"), chunk=chunk * MiB, ring=ring, readers=readers)
-            torch.cuda.synchronize()
-            times.append(time.perf_counter() - begin)
-            del tensors
-            torch.cuda.empty_cache()
-        rows.append({"chunk_mib": chunk, "ring": ring, "readers": readers, "gb_s": size / min(times) / GB})
+        load = partial(read_to_gpu, stored, device, chunk=chunk * MiB, ring=ring, readers=readers)
+        new, again = (size / best(load, fresh) / GB for fresh in (True, False))
+        rows.append({"chunk_mib": chunk, "ring": ring, "readers": readers, "new_gb_s": new, "reused_gb_s": again})
         print(json.dumps(rows[-1]), flush=True)
-    return rows
+    return {"allocate_s": best(allocate, True), "rows": rows}
 
 
 def pinned_rate() -> float:
