@@ -95,6 +95,8 @@ def read_to_gpu(
             tensors[name] = torch.empty(where.shape, dtype=dtypes.get(name) or where.dtype, device=device)
         return bool(new)
 
+    if not stored:
+        return {}
     loads = list(_cut(stored, chunk))
     with ExitStack() as cleanup, torch.cuda.device(device):
         filled = cleanup.enter_context(_readers(loads, device, ring, readers))

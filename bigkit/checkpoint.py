@@ -31,10 +31,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .convert import Made, conversions
 from .meta import tied, twin
 from .plans import Device, read_device
 from .shards import cut
-from .units import dtype_name, format_bytes
+from .units import GB, dtype_name, format_bytes
 
 # Tried in this order in a folder; the same as Transformers.
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -79,6 +80,7 @@ class Checkpoint:
         stored: tensor name -> where it lies (safetensors only).
         pickled: tensor name -> its file (`.bin` only); the tensor is known once the file is unpickled.
         duplicates: names that more than one file holds; the index decides, or else the last file.
+        made: name -> how the tensor is made from others, for the model that is loaded.
     """
 
     path: Path
@@ -86,6 +88,7 @@ class Checkpoint:
     stored: dict[str, Stored] = field(default_factory=dict)
     pickled: dict[str, Path] = field(default_factory=dict)
     duplicates: tuple[str, ...] = ()
+    made: dict[str, Made] = field(default_factory=dict)
     _maps: dict[Path, torch.UntypedStorage] = field(default_factory=dict, repr=False)
     _pickles: dict[Path, dict[str, Tensor]] = field(default_factory=dict, repr=False)
 
@@ -133,7 +136,7 @@ class Checkpoint:
         return found
 
     def __contains__(self, name: str) -> bool:
-        return name in self.stored or name in self.pickled
+        return name in self.stored or name in self.pickled or name in self.made
 
     def __iter__(self) -> Iterator[str]:
         yield from self.stored
@@ -146,6 +149,8 @@ class Checkpoint:
         """What a tensor is, without reading it."""
         if name in self.stored:
             return self.stored[name].shape, self.stored[name].dtype
+        if name in self.made:
+            return self.made[name].shape, self.made[name].dtype
         tensor = self.read(name)
         return tuple(tensor.shape), tensor.dtype
 
@@ -157,6 +162,8 @@ class Checkpoint:
         """
         if name in self.pickled:
             return self.unpickle(self.pickled[name])[name]
+        if name in self.made:
+            return self.made[name].make({part: self.read(part) for part in self.made[name].sources})
         where = self.stored[name]
         if where.file not in self._maps:
             size = where.file.stat().st_size
@@ -167,6 +174,14 @@ class Checkpoint:
         if where.offset % where.dtype.itemsize:
             own = own.clone()  # a tensor cannot start between two elements
         return torch.empty(0, dtype=where.dtype).set_(own).view(where.shape)
+
+    def rename(self, old: str, new: str) -> None:
+        """Find a tensor under another name from now on."""
+        if old in self.stored:
+            self.stored[new] = self.stored.pop(old)
+        else:
+            self.pickled[new] = file = self.pickled.pop(old)
+            self.unpickle(file)[new] = self.unpickle(file).pop(old)
 
     def unpickle(self, file: Path) -> dict[str, Tensor]:
         """The tensors of a `.bin` file; nothing in it is ever executed."""
@@ -428,8 +443,18 @@ def _load(
     strict: bool,
 ) -> LoadReport:
     slots = _slots(model)
-    for slot in slots:
-        slot.source = next(filter(source.__contains__, slot.names), None)
+
+    def look_up() -> bool:
+        for slot in slots:
+            slot.source = next(filter(source.__contains__, slot.names), None)
+        return all(slot.source for slot in slots)
+
+    if not look_up():
+        expected = {name: slot.tensor for slot in slots for name in slot.names}
+        renamed, source.made = conversions(model, expected, source, source.shape_and_dtype)
+        for theirs, ours in renamed.items():
+            source.rename(theirs, ours)
+        look_up()
     report = _compare(model, source, slots)
     if strict and not report.clean:
         raise CheckpointError(f"{source.path} does not fit {type(model).__name__}: {report}")
@@ -522,10 +547,12 @@ def _compare(model: nn.Module, source: Checkpoint, slots: list[_Slot]) -> LoadRe
         if shape != slot.tensor.shape:
             mismatched.append((slot.name, shape, tuple(slot.tensor.shape)))
         elif dtype != slot.tensor.dtype:
-            scaled = dtype.itemsize == 1 and any(slot.source + end in source for end in _SCALES)
+            parts = source.made[slot.source].sources if slot.source in source.made else (slot.source,)
+            scaled = dtype.itemsize == 1 and any(part + end in source for part in parts for end in _SCALES)
             if scaled or dtype.is_floating_point != slot.tensor.is_floating_point():
                 wrong.append((slot.name, dtype_name(dtype), dtype_name(slot.tensor.dtype)))
     known = {name for slot in slots for name in slot.names}
+    known.update(part for name in known & source.made.keys() for part in source.made[name].sources)
 
     def expected(attribute: str, found: Iterable[str]) -> tuple[str, ...]:
         """Names without those that the model's class declares to be ignored, as regular expressions."""
@@ -560,14 +587,33 @@ def _read(
     values: dict[str, Tensor] = {}
     for place, dtypes in places.items():
         device = torch.device("cuda", place) if isinstance(place, int) else torch.device(place)
-        bulk = {name: source.stored[name] for name in dtypes if name in source.stored} if device.type == "cuda" else {}
-        if bulk:
+        if device.type == "cuda":
             from .bulk import read_to_gpu
 
-            values |= read_to_gpu(bulk, device, dtypes)
-        for name in (name for name in dtypes if name not in bulk):
+            values |= read_to_gpu({n: source.stored[n] for n in dtypes if n in source.stored}, device, dtypes)
+            made = [n for n in dtypes if n in source.made and source.stored.keys() >= {*source.made[n].sources}]
+            for names in _batches(source, made):
+                parts = {part: source.stored[part] for name in names for part in source.made[name].sources}
+                read = read_to_gpu(parts, device)
+                values |= {name: source.made[name].make(read).to(dtype=dtypes[name]) for name in names}
+        for name in (name for name in dtypes if name not in values):
             values[name] = source.read(name).to(device=device, dtype=dtypes[name])
     return values
+
+
+def _batches(source: Checkpoint, names: Iterable[str], most: int = 4 * GB) -> Iterator[list[str]]:
+    """Tensors that are made of stored ones, in groups of not many bytes, since their parts are on the GPU as well."""
+    batch: list[str] = []
+    size = 0
+    for name in names:
+        own = sum(source.stored[part].nbytes for part in source.made[name].sources)
+        if batch and size + own > most:
+            yield batch
+            batch, size = [], 0
+        batch.append(name)
+        size += own
+    if batch:
+        yield batch
 
 
 def _rest(

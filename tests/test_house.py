@@ -16,7 +16,7 @@ ROOT = Path(bigkit.__file__).parent
 # Bottom to top. A module may import those before it; a package counts as one module.
 ORDER = [
     "units", "layers", "shards", "config", "estimate", "chain", "plans", "hardware", "planner",
-    "meta", "bulk", "checkpoint", "zoo", "device_map", "front",
+    "meta", "bulk", "convert", "checkpoint", "zoo", "device_map", "front",
     "draw", "widgets", "cli",
 ]  # fmt: skip
 FLOOR_0 = ORDER[: ORDER.index("meta")]
