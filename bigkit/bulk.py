@@ -123,19 +123,20 @@ def _cut(stored: Mapping[str, Stored], chunk: int) -> Iterator[_Load]:
     for name, (file, offset, nbytes, dtype, _) in stored.items():
         files.setdefault(file, []).append((offset, nbytes, name, dtype.itemsize))
     for file, tensors in files.items():
-        load = _Load(file, 0)
+        load, end = _Load(file, 0), 0
         for offset, nbytes, name, itemsize in sorted(tensors):
             done = 0
             while done < nbytes:
                 start, room = offset + done, chunk - load.nbytes
-                if start != load.start + load.nbytes or load.nbytes % itemsize or room < itemsize:
+                if start != end or load.nbytes % itemsize or room < itemsize:
                     if load.parts:
                         yield load
                     load, room = _Load(file, start), chunk  # other tensors lie between, or the chunk is full
-                size = min(nbytes - done, room // itemsize * itemsize)
+                size = nbytes - done if nbytes - done <= room else room // itemsize * itemsize
                 load.parts.append(_Part(name, load.nbytes, size, done // itemsize))
                 load.nbytes += size
                 done += size
+                end = start + size
         if load.parts:
             yield load
 

@@ -446,7 +446,7 @@ def _load(
 
     def look_up() -> bool:
         for slot in slots:
-            slot.source = next(filter(source.__contains__, slot.names), None)
+            slot.source = slot.name if slot.name in source else next(filter(source.__contains__, slot.names), None)
         return all(slot.source for slot in slots)
 
     if not look_up():
@@ -506,8 +506,8 @@ class _Slot:
     name: str
     tensor: Tensor
     buffer: bool
-    names: list[str]
-    places: list[tuple[nn.Module, str]]
+    names: tuple[str, ...]
+    places: tuple[tuple[nn.Module, str], ...]
     source: str | None = None
 
     def fill(self, value: Tensor) -> None:
@@ -530,7 +530,7 @@ def _slots(model: nn.Module) -> list[_Slot]:
             for own, tensor in tensors.items():
                 if tensor is not None and not (buffer and own in hidden):
                     name = start + own
-                    slots[name] = _Slot(name, tensor, buffer, [name], [(module, own)])
+                    slots[name] = _Slot(name, tensor, buffer, (name,), ((module, own),))
     for first, *others in tied((name, slot.tensor) for name, slot in slots.items()):
         for other in map(slots.pop, others):
             slots[first].names += other.names
