@@ -15,10 +15,14 @@ import bigkit
 ROOT = Path(bigkit.__file__).parent
 # Bottom to top. A module may import those before it; a package counts as one module.
 ORDER = [
-    "units", "layers", "shards", "config", "estimate", "chain", "plans", "hardware", "planner",
-    "meta", "bulk", "checkpoint", "zoo", "device_map", "front",
-    "store", "away", "lanes", "stream", "resting", "hooks", "dispatch",
-    "draw", "widgets", "cli",
+    "units", "allocator", "layers", "shards", "shares", "config", "estimate", "chain", "plans", "schedule", "ledger",
+    "hardware", "roofline", "planner",
+    "meta", "bulk", "convert", "checkpoint", "zoo", "device_map", "front",
+    "store", "away", "lanes", "stream", "resting", "hooks", "dispatch", "record",
+    "packed", "quantize",
+    "workload", "recording", "calibration", "fake", "dryrun",
+    "distributed", "launch", "notebook", "batches", "examples",
+    "draw", "draw_run", "widgets", "cli",
 ]  # fmt: skip
 FLOOR_0 = ORDER[: ORDER.index("meta")]
 MODULES = sorted(
