@@ -28,6 +28,9 @@ _HOMES = {
         "get_max_memory",
         "infer_auto_device_map",
     ),
+    "distributed": ("PartialState", "gather", "gather_for_results", "gather_object", "split_between_processes"),
+    "notebook": ("notebook_launcher",),
+    "batches": ("map_file",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
@@ -35,6 +38,7 @@ __all__ = ["__version__", "zoo", *sorted(_HOME_OF)]
 
 if TYPE_CHECKING:
     from . import zoo
+    from .batches import map_file
     from .checkpoint import load_checkpoint_in_model, load_state_dict, save_model
     from .device_map import (
         check_device_map,
@@ -44,11 +48,13 @@ if TYPE_CHECKING:
         get_max_memory,
         infer_auto_device_map,
     )
+    from .distributed import PartialState, gather, gather_for_results, gather_object, split_between_processes
     from .estimate import MemoryEstimate
     from .front import describe, estimate_memory, plan
     from .hardware import HARDWARE, Hardware
     from .layers import Layer, ModelSpec, Precision
     from .meta import init_empty_weights, init_on_device
+    from .notebook import notebook_launcher
     from .planner import PlanError
     from .plans import Plan
     from .units import format_bytes, parse_bytes

@@ -15,8 +15,9 @@ import bigkit
 ROOT = Path(bigkit.__file__).parent
 # Bottom to top. A module may import those before it; a package counts as one module.
 ORDER = [
-    "units", "layers", "shards", "config", "estimate", "chain", "plans", "hardware", "planner",
+    "units", "layers", "shards", "shares", "config", "estimate", "chain", "plans", "hardware", "planner",
     "meta", "bulk", "checkpoint", "zoo", "device_map", "front",
+    "distributed", "launch", "notebook", "batches", "examples",
     "draw", "widgets", "cli",
 ]  # fmt: skip
 FLOOR_0 = ORDER[: ORDER.index("meta")]
