@@ -66,6 +66,11 @@ class Shares:
         return tuple(found)
 
     @property
+    def lengths(self) -> tuple[int, ...]:
+        """How many items each process has, padding not counted."""
+        return tuple(len(share(self.items, self.processes, process)) for process in range(self.processes))
+
+    @property
     def gathered(self) -> tuple[int, ...]:
         """What `gather` returns: the shares one after another."""
         return tuple(position for part in self.parts for position in part)

@@ -1,4 +1,4 @@
-"""Two hosts: two network namespaces joined by a virtual cable, torchrun on each, split, infer and gather between them."""
+"""Two hosts: two network namespaces joined by a virtual cable, torchrun on each; split, infer, gather between them."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ class Host:
 
     def launch(self, folder: Path, *words: str) -> subprocess.Popen[str]:
         """`bigkit launch` on this host, as one of two with two processes each."""
-        hosts = ["--num_processes", "4", "--num_machines", "2", "--main_process_ip", ADDRESSES[0], "--main_process_port",
-                 str(PORT), "--machine_rank", str(self.number), "--cpu"]  # fmt: skip
+        where = ["--main_process_ip", ADDRESSES[0], "--main_process_port", str(PORT)]
+        hosts = ["--num_machines", "2", "--machine_rank", str(self.number), "--num_processes", "4", "--cpu", *where]
         command = ["ip", "netns", "exec", self.name, sys.executable, "-m", "bigkit.cli", "launch", *hosts, *words]
         environment = {**ENVIRONMENT, "GLOO_SOCKET_IFNAME": self.cable, "TP_SOCKET_IFNAME": self.cable}
         log = (folder / f"log-{self.number}").open("w")
