@@ -42,6 +42,9 @@ _HOMES = {
         "get_max_memory",
         "infer_auto_device_map",
     ),
+    "distributed": ("PartialState", "gather", "gather_for_results", "gather_object", "split_between_processes"),
+    "notebook": ("notebook_launcher",),
+    "batches": ("map_file",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
@@ -49,6 +52,7 @@ __all__ = ["__version__", "zoo", *sorted(_HOME_OF)]
 
 if TYPE_CHECKING:
     from . import zoo
+    from .batches import map_file
     from .checkpoint import load_checkpoint_in_model, load_state_dict, save_model
     from .device_map import (
         check_device_map,
@@ -65,6 +69,7 @@ if TYPE_CHECKING:
         dispatch_model,
         load_checkpoint_and_dispatch,
     )
+    from .distributed import PartialState, gather, gather_for_results, gather_object, split_between_processes
     from .estimate import MemoryEstimate
     from .front import describe, estimate_memory, plan
     from .hardware import HARDWARE, Hardware
@@ -77,6 +82,7 @@ if TYPE_CHECKING:
     )
     from .layers import Layer, ModelSpec, Precision
     from .meta import init_empty_weights, init_on_device
+    from .notebook import notebook_launcher
     from .planner import PlanError
     from .plans import Plan
     from .units import format_bytes, parse_bytes
