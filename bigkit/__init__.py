@@ -28,6 +28,7 @@ _HOMES = {
         "get_max_memory",
         "infer_auto_device_map",
     ),
+    "quantize": ("BnbQuantizationConfig", "load_and_quantize_model", "replace_with_bnb_layers"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
@@ -51,6 +52,7 @@ if TYPE_CHECKING:
     from .meta import init_empty_weights, init_on_device
     from .planner import PlanError
     from .plans import Plan
+    from .quantize import BnbQuantizationConfig, load_and_quantize_model, replace_with_bnb_layers
     from .units import format_bytes, parse_bytes
 
 

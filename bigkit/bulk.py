@@ -86,31 +86,70 @@ def read_to_gpu(
 
     >>> read_to_gpu(Checkpoint.open("model.safetensors").stored, torch.device("cuda:0"))  # doctest: +SKIP
     """
+    tensors = dict(stream_to_gpu(stored, device, dtypes, chunk=chunk, ring=ring, readers=readers))
+    return {name: tensors[name] for name in stored}
+
+
+def stream_to_gpu(
+    stored: Mapping[str, Stored],
+    device: torch.device,
+    dtypes: Mapping[str, torch.dtype | None] | None = None,
+    *,
+    chunk: int = CHUNK,
+    ring: int = RING,
+    readers: int = READERS,
+) -> Iterator[tuple[str, Tensor]]:
+    """`read_to_gpu`, tensor by tensor as they arrive: memory of one that the caller lets go is there for the next.
+
+    Those that share the chunks in flight are on the GPU together.
+
+    Args and errors: those of `read_to_gpu`.
+    """
     dtypes = dtypes or {}
-    tensors = {name: torch.empty(where.shape, dtype=dtypes.get(name) or where.dtype, device=device)
-               for name, where in stored.items()}  # fmt: skip
+    tensors: dict[str, Tensor] = {}
+    flat: dict[str, Tensor] = {}
+
+    def make(name: str) -> None:
+        tensors[name] = torch.empty(stored[name].shape, dtype=dtypes.get(name) or stored[name].dtype, device=device)
+        flat[name] = tensors[name].view(-1)
+
+    for name, where in stored.items():
+        if not where.nbytes:
+            make(name)
+            del flat[name]
+            yield name, tensors.pop(name)
     loads = list(_cut(stored, chunk))
     if not loads:
-        return tensors
-    flat = {name: tensor.view(-1) for name, tensor in tensors.items()}
-    total = sum(load.nbytes for load in loads)
+        return
+    left = {name: where.nbytes for name, where in stored.items()}
     ring = min(ring, len(loads))
-    with ExitStack() as cleanup, torch.cuda.device(device):
-        chunks = cleanup.enter_context(_pinned(min(chunk, max(load.nbytes for load in loads)), ring))
-        progress = cleanup.enter_context(_progress(total))
-        staging = torch.empty(chunks[0].nbytes, dtype=torch.uint8, device=device)
-        stream, events = torch.cuda.Stream(device), [torch.cuda.Event() for _ in chunks]
-        stream.wait_stream(torch.cuda.current_stream(device))  # memory that is new to us may still be in use there
+    with ExitStack() as cleanup:
+        with torch.cuda.device(device):  # not while the caller has a tensor
+            chunks = cleanup.enter_context(_pinned(min(chunk, max(load.nbytes for load in loads)), ring))
+            staging = torch.empty(chunks[0].nbytes, dtype=torch.uint8, device=device)
+            stream, events = torch.cuda.Stream(device), [torch.cuda.Event() for _ in chunks]
+        progress = cleanup.enter_context(_progress(sum(load.nbytes for load in loads)))
         cleanup.callback(stream.synchronize)  # whatever happens, the chunks outlive the copies
         filled = cleanup.enter_context(_readers(loads, chunks, events, min(readers, ring, os.cpu_count() or 1)))
-        with torch.cuda.stream(stream):
-            for load, slot in filled:
+        stream.wait_stream(torch.cuda.current_stream(device))  # memory that is new to us may still be in use there
+        for load, slot in filled:
+            new = [part.name for part in load.parts if part.name not in flat]
+            for name in new:
+                make(name)
+            if new:
+                stream.wait_stream(torch.cuda.current_stream(device))
+            with torch.cuda.stream(stream):
                 _empty(load, chunks[slot], staging, stored, flat)
                 events[slot].record(stream)
-                filled.give_back(slot)
-                progress.update(load.nbytes)
-        torch.cuda.current_stream(device).wait_stream(stream)
-    return tensors
+            filled.give_back(slot)
+            progress.update(load.nbytes)
+            for part in load.parts:
+                left[part.name] -= part.nbytes
+            if done := [part.name for part in load.parts if not left[part.name]]:
+                torch.cuda.current_stream(device).wait_stream(stream)
+                for name in done:
+                    del flat[name]
+                    yield name, tensors.pop(name)
 
 
 def _cut(stored: Mapping[str, Stored], chunk: int) -> Iterator[_Load]:

@@ -17,6 +17,7 @@ ROOT = Path(bigkit.__file__).parent
 ORDER = [
     "units", "layers", "shards", "config", "estimate", "chain", "plans", "hardware", "planner",
     "meta", "bulk", "checkpoint", "zoo", "device_map", "front",
+    "packed", "quantize",
     "draw", "widgets", "cli",
 ]  # fmt: skip
 FLOOR_0 = ORDER[: ORDER.index("meta")]
