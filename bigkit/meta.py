@@ -613,10 +613,11 @@ class _Skeleton:
         return self.tensor_specs[key]
 
 
-def extra_tensors(module: nn.Module) -> dict[str, Tensor]:
+def extra_tensors(module: nn.Module, load: bool = False) -> dict[str, Tensor]:
     """What a module stores beside its parameters and buffers: the scales of quantized weights.
 
-    Asks the module's own `_save_to_state_dict`, if it has one.
+    Asks the module's own `_save_to_state_dict`, if it has one. Of a weight that rests elsewhere they are on meta, or
+    with `load` real.
 
     Raises:
         ValueError: its weight is no longer what was quantized, so that saving it would be saving something else.
@@ -630,8 +631,13 @@ def extra_tensors(module: nn.Module) -> dict[str, Tensor]:
             "its scales: load the model again, and save it before it runs"
         )
     found: dict[str, Any] = {}
-    module._save_to_state_dict(found, "", True)
     own = {**module._parameters, **module._buffers}
+    away: Any = {name: tensor for name, tensor in module._parameters.items() if hasattr(tensor, "streamer")}
+    try:
+        module._parameters.update({name: a.load("cpu") if load else a.weight.like for name, a in away.items()})
+        module._save_to_state_dict(found, "", True)
+    finally:
+        module._parameters.update(away)
     return {name: tensor for name, tensor in found.items() if isinstance(tensor, Tensor) and name not in own}
 
 
@@ -654,6 +660,15 @@ def _storage_key(tensor: Tensor) -> Any:
 def _own_no_split(module: nn.Module) -> list[str]:
     classes = getattr(module, "_no_split_modules", None) or ()
     return sorted(classes) if isinstance(classes, (set, frozenset)) else list(classes)
+
+
+def repeated_blocks(model: nn.Module) -> set[str]:
+    """Classes of a model's repeated blocks, found by their place: numbered modules that hold no such module.
+
+    >>> repeated_blocks(nn.Sequential(nn.Sequential(nn.ReLU()), nn.TransformerEncoderLayer(4, 2)))
+    {'TransformerEncoderLayer'}
+    """
+    return {*_blocks(_Skeleton().module(model, ""))}
 
 
 def _blocks(root: ModuleSpec) -> list[str]:

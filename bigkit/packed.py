@@ -5,9 +5,10 @@ weight has two codes in each byte, a scale for each block of 64 (`absmax`) and t
 (`quant_map`); with double quantization the scales are 8-bit codes too, with scales (`nested_absmax`) and a table
 (`nested_quant_map`) of their own and a mean (`offset`) that was taken off before.
 
-`take_apart` gives these tensors by name and `put_together` makes a weight around others like them, which may be views
-of any memory: that is how a quantized weight travels. A checkpoint has the names that Transformers writes: the mean and
-what else is no tensor stand there as JSON in a tensor of bytes (`quant_state.bitsandbytes__nf4`).
+`take_apart` gives those that grow with the weight, and `put_together` makes a weight around others like them, which may
+be views of any memory: that is how a quantized weight travels (`store.ANATOMY`). A checkpoint has the names that
+Transformers writes: the mean and what else is no tensor stand there as JSON in a tensor of bytes
+(`quant_state.bitsandbytes__nf4`).
 
 Leaves out: which layers are quantized, and loading them (`quantize.py`); the arithmetic, which is bitsandbytes' own.
 Sources: Dettmers et al., "LLM.int8()" (2022), "QLoRA" (2023); `QuantState.as_dict` of bitsandbytes.
@@ -18,6 +19,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Container, Mapping
+from functools import cache
 from types import ModuleType
 from typing import Any
 
@@ -25,6 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from .checkpoint import CheckpointError
+from .store import ANATOMY, Anatomy
 
 PACKED = "quant_state.bitsandbytes__"  # and "nf4" or "fp4": the JSON
 _FLOATS = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -33,8 +36,9 @@ NESTED_BLOCK = 256  # scales that share a scale of their own
 SLICE = 2**18  # weights that are quantized at a time on a CPU: whole blocks
 
 
+@cache
 def bitsandbytes() -> ModuleType:
-    """The library.
+    """The library; its weights can travel from then on.
 
     Raises:
         ImportError: it is not installed, or does not run here.
@@ -46,7 +50,63 @@ def bitsandbytes() -> ModuleType:
             f"8-bit and 4-bit weights need bitsandbytes, which cannot be imported here ({error}): "
             "pip install 'bitsandbytes>=0.46'; everything else in bigkit works without it"
         ) from error
+    ANATOMY[bitsandbytes.nn.Params4bit] = Anatomy(take_apart, put_together, skeleton, ("", "absmax", "nested_absmax"))
+    ANATOMY[bitsandbytes.nn.Int8Params] = Anatomy(take_apart, put_together, skeleton, ("", "SCB"))
     return bitsandbytes
+
+
+@cache
+def _linear_8bit() -> type[nn.Module]:
+    bnb: Any = bitsandbytes()
+
+    class Linear8bitLt(bnb.nn.Linear8bitLt):
+        """bitsandbytes' layer, with a weight that stays whole: theirs takes the scales away when it first runs."""
+
+        def forward(self, x: Tensor) -> Tensor:
+            weight, state = self.weight, self.state
+            if weight.SCB is None:  # not quantized yet
+                return super().forward(x)
+            state.CB, state.SCB, weight.CB = weight.data, weight.SCB, None
+            output: Tensor = super().forward(x)
+            if not output.requires_grad:  # a backward needs them
+                state.CB = state.SCB = None
+            return output
+
+        def _apply(self, fn: Any, recurse: bool = True) -> Any:
+            super()._apply(fn, recurse)
+            if self.weight is not None and self.weight.SCB is not None:
+                self.weight.SCB = self.weight.SCB.to(self.weight.device)
+            return self
+
+    Linear8bitLt.__module__, Linear8bitLt.__qualname__ = __name__, "Linear8bitLt"
+    return Linear8bitLt
+
+
+def __getattr__(name: str) -> Any:
+    if name == "Linear8bitLt":  # where pickle looks for it
+        return _linear_8bit()
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def empty_layer(module: nn.Module, inputs: int, outputs: int, quantization: str, threshold: float, dtype: Any) -> Any:
+    """A layer of bitsandbytes on meta, for weights of shape (outputs, inputs).
+
+    Args:
+        module: what it stands for: has it a bias?
+        inputs, outputs: features.
+        quantization: one of `layers.QUANTIZATIONS`.
+        threshold: of LLM.int8.
+        dtype: that 4-bit weights are multiplied in.
+    """
+    bias = module.bias is not None
+    if quantization == "int8":
+        make: Any = _linear_8bit()
+        return make(inputs, outputs, bias, has_fp16_weights=False, threshold=threshold, device="meta")
+    kind, _, double = quantization.partition("-")
+    layer = bitsandbytes().nn.Linear4bit(inputs, outputs, bias, dtype, bool(double), kind, device="meta")
+    # It would pack the codes anew on some CPUs, in place, and round the scales: no longer what was loaded.
+    layer.support_avx512bf16_for_cpu = False
+    return layer
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -75,9 +135,9 @@ def quantized(weight: Tensor, quantization: str) -> nn.Parameter:
         weight: (out, in), floating.
         quantization: one of `layers.QUANTIZATIONS`.
 
-    >>> parts = take_apart(quantized(torch.randn(8, 64), "nf4-double"))
-    >>> {name: (tuple(part.shape), part.dtype) for name, part in parts.items()}["weight"]
-    ((256, 1), torch.uint8)
+    >>> parts = take_apart(quantized(torch.randn(8, 64), "nf4"))
+    >>> {name: (tuple(part.shape), part.dtype) for name, part in parts.items()}
+    {'': ((256, 1), torch.uint8), 'absmax': ((8,), torch.float32)}
     """
     functional = bitsandbytes().functional
     weight = weight.contiguous()
@@ -112,7 +172,7 @@ def is_quantized(tensor: object) -> bool:
 
 
 def take_apart(weight: Tensor) -> dict[str, Tensor]:
-    """The tensors that a quantized weight consists of, the codes first; no copies.
+    """The tensors of a quantized weight that travel with it, "" for the codes; no copies.
 
     Raises:
         ValueError: it is not quantized, or a forward on the CPU has packed it anew.
@@ -121,40 +181,52 @@ def take_apart(weight: Tensor) -> dict[str, Tensor]:
         raise ValueError(f"a {type(weight).__name__} of shape {tuple(weight.shape)} is no quantized weight")
     state = getattr(weight, "quant_state", None)
     if state is None:
-        return {"weight": weight.data, "SCB": weight.SCB}  # type: ignore[attr-defined]
+        return {"": weight.data, "SCB": weight.SCB}  # type: ignore[attr-defined]
     if hasattr(state, "original_qshape"):
         raise ValueError("a 4-bit weight was packed anew for this CPU by a forward, which rounded its scales")
-    parts = {"weight": weight.data, "absmax": state.absmax, "quant_map": state.code}
-    if state.nested:
-        nested = state.state2
-        parts |= {"nested_absmax": nested.absmax, "nested_quant_map": nested.code, "offset": state.offset}
-    return parts
+    return {"": weight.data, "absmax": state.absmax, **({"nested_absmax": state.state2.absmax} if state.nested else {})}
 
 
 def put_together(like: Tensor, parts: Mapping[str, Tensor]) -> nn.Parameter:
-    """A weight like another one, around these tensors: the same shapes and dtypes as `take_apart` gave, anywhere.
+    """A weight like another one, around these tensors: what `take_apart` gave, copied or moved. They are not copied.
 
-    Args:
-        like: a quantized weight; its own tensors are not used.
-        parts: what `take_apart` gave, copied or moved.
+    Tables and the mean, which are small, are taken from `like`, to the device of the codes.
     """
-    state = getattr(like, "quant_state", None)
+    state, codes = getattr(like, "quant_state", None), parts[""]
     if state is None:
-        return int8_weight(parts["weight"], parts["SCB"])
-    make = type(state)
-    nested = None
+        return int8_weight(codes, parts["SCB"])
+    make, nested, offset = type(state), None, None
     if state.nested:
-        nested = make(
-            absmax=parts["nested_absmax"], code=parts["nested_quant_map"], blocksize=state.state2.blocksize,
-            dtype=state.state2.dtype,
-        )  # fmt: skip
+        table = state.state2.code.to(codes.device)
+        nested = make(parts["nested_absmax"], code=table, blocksize=state.state2.blocksize, dtype=state.state2.dtype)
+        offset = state.offset.to(codes.device)
     return int4_weight(
-        parts["weight"],
+        codes,
         make(
-            absmax=parts["absmax"], code=parts["quant_map"], shape=state.shape, blocksize=state.blocksize,
-            quant_type=state.quant_type, dtype=state.dtype, offset=parts.get("offset"), state2=nested,
+            parts["absmax"], state.shape, state.code.to(codes.device), state.blocksize, state.quant_type, state.dtype,
+            offset, nested,
         ),
     )  # fmt: skip
+
+
+def skeleton(weight: Tensor) -> nn.Parameter:
+    """A weight like this one on meta: only the tables and the mean of a 4-bit weight are there, in RAM."""
+    made = put_together(weight, {name: part.to("meta") for name, part in take_apart(weight).items()})
+    state, real = getattr(made, "quant_state", None), getattr(weight, "quant_state", None)
+    for new, old in ((state, real), (getattr(state, "state2", None), getattr(real, "state2", None))):
+        if new is not None and old is not None:
+            new.code = old.code.cpu()
+            new.offset = None if old.offset is None else old.offset.cpu()
+    return made
+
+
+def nbytes(tensor: Tensor) -> int:
+    """Bytes of a tensor, or of all tensors that a quantized weight consists of."""
+    if not is_quantized(tensor):
+        return tensor.nbytes
+    state = getattr(tensor, "quant_state", None)
+    tables = [] if state is None else [state.code, *([state.state2.code, state.offset] if state.nested else [])]
+    return sum(part.nbytes for part in (*take_apart(tensor).values(), *tables))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -176,6 +248,12 @@ def stored_keys(name: str, kind: str) -> list[str]:
         return [name, f"{base}SCB", f"{base}weight_format"]
     return [name, *(f"{name}.{end}" for end in ("absmax", "quant_map", "nested_absmax", "nested_quant_map")),
             f"{name}.{PACKED}{kind}"]  # fmt: skip
+
+
+def travelling_keys(name: str, weight: Tensor) -> dict[str, str]:
+    """Part, as `take_apart` calls it -> the key under which it is stored."""
+    base = name.removesuffix("weight")
+    return {part: f"{base}SCB" if part == "SCB" else f"{name}.{part}" if part else name for part in take_apart(weight)}
 
 
 def from_stored(name: str, shape: tuple[int, int], quantization: str, tensors: Mapping[str, Tensor]) -> nn.Parameter:

@@ -15,15 +15,17 @@ import os
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from .checkpoint import (
     Checkpoint,
     CheckpointError,
+    Stored,
     compare,
     load_checkpoint_in_model,
     placement,
@@ -31,19 +33,26 @@ from .checkpoint import (
     stream_tensors,
 )
 from .device_map import get_max_memory
+from .dispatch import dispatch_model
+from .hooks import torch_device
 from .meta import spec_from_module, twin
 from .packed import (
     bitsandbytes,
+    empty_layer,
     from_stored,
     is_quantized,
     put_together,
     quantized,
+    skeleton,
     stored_keys,
     stored_kind,
     take_apart,
+    travelling_keys,
 )
 from .planner import STRATEGIES, plan
 from .plans import Device, Plan, read_device
+from .resting import write
+from .store import Source
 from .units import dtype_name
 
 _FLOATS = ("float32", "float16", "bfloat16")
@@ -252,23 +261,17 @@ def _named(name: str, names: Iterable[str]) -> bool:
 
 def _layer(module: nn.Module, config: BnbQuantizationConfig) -> nn.Module:
     """An empty layer of bitsandbytes of the same sizes."""
-    bnb = bitsandbytes()
-    weight: Tensor = module.weight  # type: ignore[assignment]
-    outputs, inputs = reversed(weight.shape) if _is_conv1d(module) else weight.shape
-    bias = module.bias is not None
-    if config.load_in_8bit:
-        layer: nn.Module = bnb.nn.Linear8bitLt(
-            inputs, outputs, bias, has_fp16_weights=False, threshold=config.llm_int8_threshold, device="meta"
-        )
-        layer.register_forward_hook(_give_back)
-    else:
-        layer = bnb.nn.Linear4bit(
-            inputs, outputs, bias, config.bnb_4bit_compute_dtype, config.bnb_4bit_use_double_quant,
-            config.bnb_4bit_quant_type, device="meta",
-        )  # fmt: skip
-        # It would pack the codes anew on some CPUs, in place, and round the scales: no longer what was loaded.
-        layer.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
-    return layer
+    outputs, inputs = _shape(module)
+    made: nn.Module = empty_layer(
+        module, inputs, outputs, config.quantization, config.llm_int8_threshold, config.bnb_4bit_compute_dtype
+    )
+    return made
+
+
+def _shape(module: nn.Module) -> tuple[int, int]:
+    """(out, in)."""
+    first, second = module.weight.shape  # type: ignore[misc]
+    return (second, first) if _is_conv1d(module) else (first, second)
 
 
 def _put(model: nn.Module, name: str, layer: nn.Module, module: nn.Module) -> None:
@@ -276,16 +279,6 @@ def _put(model: nn.Module, name: str, layer: nn.Module, module: nn.Module) -> No
     layer.requires_grad_(False)
     layer.train(module.training)
     model.set_submodule(name, layer)
-
-
-def _give_back(layer: Any, args: Any, output: Tensor) -> None:
-    """A `Linear8bitLt` takes codes and scales from its weight when it runs: give them back, and the weight is whole.
-
-    Only a backward needs them where they are.
-    """
-    if not output.requires_grad and layer.state.CB is not None:
-        layer.weight.CB, layer.weight.SCB = layer.state.CB, layer.state.SCB
-        layer.state.CB = layer.state.SCB = None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -301,6 +294,8 @@ def load_and_quantize_model(
     max_memory: Mapping[Device, int | str] | None = None,
     offload_folder: str | os.PathLike[str] | None = None,
     offload_state_dict: bool = False,
+    stand_in: Mapping[Device, torch.device | str] | None = None,
+    **options: Any,
 ) -> nn.Module:
     """Load a model with its linear layers quantized, or quantize one that is loaded.
 
@@ -316,17 +311,20 @@ def load_and_quantize_model(
             with the sizes that the weights will have. None takes GPU 0, or the CPU where there is none.
         no_split_module_classes: classes that stay on one device; None takes the model's own list.
         max_memory: device -> budget, for maps by name; None asks this machine.
-        offload_folder: where quantized weights for "disk" are written.
+        offload_folder: where quantized weights for "disk" are written; those of a checkpoint that is quantized already
+            rest in its files.
         offload_state_dict: accepted for compatibility; nothing is held in memory twice either way.
+        stand_in, options: see `dispatch_model`.
 
     Returns:
-        The model.
+        The model, with `hf_device_map`. What rests in RAM or on disk travels in its quantized form.
 
     Raises:
         ImportError: bitsandbytes is not there.
         FileNotFoundError, CheckpointError: there is no checkpoint, it is broken, or does not fit model or config.
         PlanError: no placement fits within the budgets.
-        ValueError: the map misses a module, no layer would be quantized, or a model on meta has no checkpoint.
+        ValueError: the map misses a module, no layer would be quantized, a model on meta has no checkpoint, or weights
+            for "disk" have no folder.
 
     >>> from bigkit.zoo.gpt import load_pygpt
     >>> config = BnbQuantizationConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype="fp32")
@@ -338,7 +336,8 @@ def load_and_quantize_model(
     bitsandbytes()
     targets = _targets(model, config)
     devices = _device_map(model, config, targets, device_map, no_split_module_classes, max_memory)
-    at = _Places(devices)
+    real = {name: read_device((stand_in or {}).get(device, device)) for name, device in devices.items()}
+    at = _Places(real, devices, None if offload_folder is None else Path(offload_folder))
     if weights_location is None:
         _quantize_in_place(model, config, targets, at)
     else:
@@ -347,27 +346,36 @@ def load_and_quantize_model(
         weights = dict(_weights(source, config, targets, kinds, at))
         with _set_aside(targets.values()):
             load_checkpoint_in_model(
-                model, weights_location, devices, offload_folder, config.torch_dtype,
+                model, weights_location, real, offload_folder, config.torch_dtype,
                 keep_in_fp32_modules=config.keep_in_fp32_modules,
             )  # fmt: skip
         for name, weight in weights.items():
             layer = _layer(targets[name], config)
             _put(model, name, layer, targets[name])
-            _set_weight(layer, weight)
-    _mark(model, config, targets, devices)
+            layer._parameters["weight"] = weight
+    vars(model).setdefault("_on_disk", {}).update(at.stored)
+    dispatch_model(model, devices, offload_dir=offload_folder, stand_in=stand_in, **options)
+    _mark(model, config)
     return model
 
 
 @dataclass(frozen=True)
 class _Places:
-    """Where weights rest and where they are quantized: on the device that will run them."""
+    """Where weights rest, and where they are quantized: on the device that will run them.
+
+    Args:
+        devices: the device map, with real devices.
+        asked: the device map as it was given.
+        folder: where what shall rest on disk is written.
+        stored: name -> range of a file, for what rests there.
+        files: those that were written; they go with the model.
+    """
 
     devices: Mapping[str, Device]
-
-    @property
-    def main(self) -> Device:
-        """What runs the offloaded layers: the first GPU of the map, or the CPU."""
-        return next((device for device in self.devices.values() if device not in ("cpu", "disk")), "cpu")
+    asked: Mapping[str, Device]
+    folder: Path | None
+    stored: dict[str, Stored] = field(default_factory=dict)
+    files: list[Source] = field(default_factory=list)
 
     def rests(self, name: str) -> Device:
         found = placement(self.devices)(name)
@@ -375,9 +383,36 @@ class _Places:
         return found
 
     def works(self, name: str) -> torch.device:
+        """The device that runs it: for what rests in RAM or on disk the first GPU of the map, or the CPU."""
+        main = next((name for name, device in self.asked.items() if device not in ("cpu", "disk")), None)
         found = self.rests(name)
-        found = self.main if found in ("cpu", "disk") else found
-        return torch.device("cuda", found) if isinstance(found, int) else torch.device(found)
+        if found in ("cpu", "disk"):
+            found = "cpu" if main is None else self.devices[main]
+        return torch_device(found)
+
+    def memory(self, name: str) -> torch.device:
+        """Where it is put: on a device, or in RAM, from where what is for disk goes on."""
+        return _CPU if self.rests(name) in ("cpu", "disk") else self.works(name)
+
+    def put(self, name: str, weight: nn.Parameter) -> nn.Parameter:
+        """A quantized weight where it rests: on disk, a skeleton of it."""
+        if weight.device != self.memory(name):
+            weight = put_together(
+                weight, {part: data.to(self.memory(name)) for part, data in take_apart(weight).items()}
+            )
+        if self.rests(name) != "disk":
+            return weight
+        stored, file = write({_part(name, part): data for part, data in take_apart(weight).items()}, self.folder)
+        self.stored.update(stored)
+        self.files.append(file)
+        return skeleton(weight)
+
+
+_CPU = torch.device("cpu")
+
+
+def _part(name: str, part: str) -> str:
+    return f"{name}.{part}" if part else name
 
 
 def _device_map(
@@ -461,35 +496,26 @@ def _weights(
             streams.setdefault(at.works(key), []).append(key)
         else:
             keys = [name for name in stored_keys(key, kind) if name in source]
-            places |= {name: (_CPU if name == keys[-1] else _rest_device(at, key), None) for name in keys}
+            places |= {name: (_CPU if name == keys[-1] else at.memory(key), None) for name in keys}
     for device, keys in streams.items():
         for key, tensor in stream_tensors(source, keys, device):
             name = key.removesuffix(".weight")
             weight = tensor.to(config.torch_dtype)
             del tensor
             weight = weight.T if _is_conv1d(targets[name]) else weight
-            yield name, _moved(quantized(weight, config.quantization), _rest_device(at, key))
+            yield name, at.put(key, quantized(weight, config.quantization))
             del weight
     stored = read_tensors(source, places)
     for key, kind in kinds.items():
         if kind is not None:
             name = key.removesuffix(".weight")
-            shape = tuple(targets[name].weight.shape)  # type: ignore[arg-type]
-            shape = shape[::-1] if _is_conv1d(targets[name]) else shape
-            yield name, from_stored(key, shape, config.quantization, stored)
-
-
-_CPU = torch.device("cpu")
-
-
-def _rest_device(at: _Places, name: str) -> torch.device:
-    return _CPU if at.rests(name) in ("cpu", "disk") else at.works(name)
-
-
-def _moved(weight: nn.Parameter, device: torch.device) -> nn.Parameter:
-    if weight.device == device:
-        return weight
-    return put_together(weight, {name: part.to(device) for name, part in take_apart(weight).items()})
+            weight = from_stored(key, _shape(targets[name]), config.quantization, stored)
+            ranges = {part: source.stored.get(where) for part, where in travelling_keys(key, weight).items()}
+            if at.rests(key) == "disk" and None not in ranges.values():  # it rests in the checkpoint itself
+                at.stored.update({_part(key, part): where for part, where in ranges.items() if where})
+                yield name, skeleton(weight)
+            else:
+                yield name, at.put(key, weight)
 
 
 @contextmanager
@@ -505,12 +531,6 @@ def _set_aside(modules: Iterable[nn.Module]) -> Iterator[None]:
             module._parameters["weight"] = weight
 
 
-def _set_weight(layer: nn.Module, weight: nn.Parameter) -> None:
-    layer._parameters["weight"] = weight
-    if hasattr(layer, "quant_state"):
-        layer.quant_state = weight.quant_state  # type: ignore[attr-defined]
-
-
 def _quantize_in_place(
     model: nn.Module, config: BnbQuantizationConfig, targets: Mapping[str, nn.Module], at: _Places
 ) -> None:
@@ -524,30 +544,27 @@ def _quantize_in_place(
         weight = weight.T if _is_conv1d(module) else weight
         layer = _layer(module, config)
         _put(model, name, layer, module)
-        _set_weight(layer, _moved(quantized(weight, config.quantization), _rest_device(at, key)))
+        layer._parameters["weight"] = at.put(key, quantized(weight, config.quantization))
         module._parameters["weight"] = None
     fp32 = config.keep_in_fp32_modules or ()
     for name, parameter in model.named_parameters():
         if not is_quantized(parameter):
             dtype = torch.float32 if _named(name, fp32) else config.torch_dtype
             parameter.data = parameter.data.to(
-                _rest_device(at, name), dtype if parameter.is_floating_point() else parameter.dtype
+                at.memory(name), dtype if parameter.is_floating_point() else parameter.dtype
             )
     for prefix, module in model.named_modules():
         for own, buffer in module._buffers.items():
             if buffer is not None:
-                module._buffers[own] = buffer.to(_rest_device(at, f"{prefix}.{own}" if prefix else own))
+                module._buffers[own] = buffer.to(at.memory(f"{prefix}.{own}" if prefix else own))
 
 
-def _mark(
-    model: nn.Module, config: BnbQuantizationConfig, targets: Iterable[str], devices: Mapping[str, Device]
-) -> None:
+def _mark(model: nn.Module, config: BnbQuantizationConfig) -> None:
     """What others ask a quantized model for: peft two flags, Transformers the config under which it loads it again."""
     model.requires_grad_(False)
     model.eval()
     marks: Any = model
     marks.is_loaded_in_4bit, marks.is_loaded_in_8bit = config.load_in_4bit, config.load_in_8bit
-    marks.hf_device_map = dict(devices)
     if hasattr(marks, "config") and hasattr(marks.config, "to_dict") and hasattr(marks.config, "save_pretrained"):
         kept = [name for name, module in model.named_modules() if _convertible(module)]
         marks.config = copy.deepcopy(marks.config)

@@ -17,6 +17,7 @@ ROOT = Path(bigkit.__file__).parent
 ORDER = [
     "units", "layers", "shards", "config", "estimate", "chain", "plans", "hardware", "planner",
     "meta", "bulk", "checkpoint", "zoo", "device_map", "front",
+    "store", "away", "lanes", "stream", "resting", "hooks", "dispatch",
     "packed", "quantize",
     "draw", "widgets", "cli",
 ]  # fmt: skip

@@ -27,7 +27,7 @@ from bigkit import (
 )
 from bigkit.checkpoint import Checkpoint, CheckpointError
 from bigkit.layers import QUANTIZATIONS, quantized_bytes
-from bigkit.packed import PACKED, is_quantized, put_together, quantized, take_apart
+from bigkit.packed import PACKED, is_quantized, nbytes, put_together, quantized, take_apart
 from bigkit.zoo.gpt import GPT, PYGPT, GPTConfig
 
 bnb = pytest.importorskip("bitsandbytes")
@@ -232,7 +232,7 @@ def test_modules_are_skipped_by_whole_parts_of_their_names(saved, skip, kept):
     model = load_and_quantize_model(empty(), config("int8", skip_modules=skip), folder, CPU)
     mlp = model.transformer["h"][0].mlp
     assert {name for name in ("c_fc", "c_proj") if type(getattr(mlp, name)) is nn.Linear} == kept
-    assert type(model.lm_head) is (nn.Linear if skip == ["lm_head"] else bnb.nn.Linear8bitLt)
+    assert isinstance(model.lm_head, bnb.nn.Linear8bitLt) == (skip != ["lm_head"])
 
 
 def test_a_model_without_linear_layers_is_refused():
@@ -397,9 +397,10 @@ def test_planned_sizes_are_what_is_held(kind, outputs, inputs, bias):
     model = nn.Sequential(nn.Linear(inputs, outputs, bias), nn.Linear(outputs, 3))
     planned = bigkit.plan(model, {"cpu": "1GB"}, dtype="float32", quantization=kind)
     load_and_quantize_model(model, config(kind), device_map=CPU)
-    parts = take_apart(model[0].weight)
-    held = sum(part.untyped_storage().nbytes() for part in parts.values())
-    assert quantized_bytes((outputs, inputs), kind, outputs) == held == sum(part.nbytes for part in parts.values())
+    held = nbytes(model[0].weight)
+    parts = take_apart(model[0].weight).values()
+    assert sum(part.untyped_storage().nbytes() for part in parts) == sum(part.nbytes for part in parts) <= held
+    assert quantized_bytes((outputs, inputs), kind, outputs) == held
     rest = [*model[1].parameters(), *([model[0].bias] if bias else [])]
     assert planned.used["cpu"] == held + sum(tensor.nbytes for tensor in rest)
 
@@ -410,10 +411,7 @@ def test_maps_by_name_are_planned_with_true_sizes(saved, kind):
     _, folder = saved
     made = config(kind, keep_in_fp32_modules=["ln_f"], skip_modules=["lm_head", "c_fc"], torch_dtype="bf16")
     model = load_and_quantize_model(empty(), made, folder, CPU)
-    held = sum(
-        sum(part.nbytes for part in take_apart(tensor).values()) if is_quantized(tensor) else tensor.nbytes
-        for tensor in model.parameters()
-    )
+    held = sum(map(nbytes, model.parameters()))
     fits = load_and_quantize_model(empty(), made, folder, "auto", max_memory={"cpu": held, "disk": 0})
     assert fits.hf_device_map == CPU and not states_equal(fits, model)
     with pytest.raises(bigkit.PlanError, match="RAM lacks 1 B"):
@@ -555,7 +553,7 @@ def test_taken_apart_and_put_together_elsewhere_is_the_same(saved, kind):
             parts[name] = view.copy_(part)
             start += -(-part.nbytes // 16) * 16
         module._parameters["weight"] = made = put_together(weight, parts)
-        assert type(made) is type(weight) and made.data_ptr() == parts["weight"].data_ptr()
+        assert type(made) is type(weight) and made.data_ptr() == parts[""].data_ptr()
         assert [part.data_ptr() for part in take_apart(made).values()] == [part.data_ptr() for part in parts.values()]
     for _ in range(3):
         assert torch.equal(run(model), expected)
@@ -591,7 +589,152 @@ def test_any_shape_survives_a_file(tmp_path_factory, kind, outputs, inputs, dtyp
 def test_quantized_keeps_the_sign_and_order_of_int8():
     weight = torch.tensor([[1.0, -2.0, 0.5], [0.25, 0.0, -0.125]])
     parts = take_apart(quantized(weight, "int8"))
-    assert parts["weight"].tolist() == [[64, -127, 32], [127, 0, -64]] and parts["SCB"].tolist() == [2.0, 0.25]
+    assert parts[""].tolist() == [[64, -127, 32], [127, 0, -64]] and parts["SCB"].tolist() == [2.0, 0.25]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Offload
+
+
+MAPS = {
+    "RAM": {"transformer": "cpu", "lm_head": 0},
+    "disk": {"transformer": "disk", "lm_head": 0},
+    "mixed": {"transformer.wte": 0, "transformer.wpe": 0, "transformer.drop": 0, "transformer.h.0": 0,
+              "transformer.h.1": "cpu", "transformer.h.2": "disk", "transformer.h.3": "cpu",
+              "transformer.ln_f": "disk", "lm_head": 0},
+}  # fmt: skip
+
+
+def four():
+    return small(n_layer=4)
+
+
+@pytest.fixture
+def four_saved(tmp_path):
+    """Four blocks, saved in full precision and in each quantized form; a fake GPU 0 stands in for a real one."""
+    torch.manual_seed(0)
+    save_model(four(), tmp_path / "full", "200KB")
+
+    def saved_as(kind):
+        model = load_and_quantize_model(empty(four), config(kind), tmp_path / "full", CPU)
+        save_model(model, tmp_path / kind, "50KB")
+        return model
+
+    return tmp_path, saved_as
+
+
+@every_kind
+@pytest.mark.parametrize("where", MAPS)
+@pytest.mark.parametrize("stored", ["full", "quantized"])
+def test_offloaded_is_bit_equal(four_saved, kind, where, stored):
+    folder, saved_as = four_saved
+    model = saved_as(kind)
+    expected = run(model)
+    offload = folder / "offload"
+    away = load_and_quantize_model(
+        empty(four), config(kind), folder / (kind if stored == "quantized" else "full"), MAPS[where],
+        offload_folder=offload, stand_in={0: "cpu"},
+    )  # fmt: skip
+    assert away.hf_device_map == MAPS[where]
+    block = away.transformer["h"][3]
+    assert "rests" in repr(block.mlp.c_fc.weight) and block.mlp.c_fc.weight.dtype != torch.float32
+    for _ in range(3):
+        assert torch.equal(run(away), expected)
+    assert "rests" in repr(block.mlp.c_fc.weight)
+    save_model(away, folder / "again", "60KB")  # what rests elsewhere is saved from there
+    assert not states_equal(load_and_quantize_model(empty(four), config(kind), folder / "again", CPU), model)
+    assert torch.equal(run(away), expected)
+    bigkit.remove_hook_from_module(away, recurse=True)
+    assert torch.equal(run(away), expected) and not states_equal(away, model)
+
+
+@every_kind
+def test_only_quantized_bytes_travel(four_saved, kind):
+    folder, _ = four_saved
+    away = load_and_quantize_model(empty(four), config(kind), folder / "full", MAPS["RAM"], stand_in={0: "cpu"})
+    moved = []
+    streamer = away.transformer["h"][0].mlp.c_fc.weight.streamer
+    streamer.listeners.append(lambda event: moved.append((event.unit, event.nbytes)) if event.kind == "fetch" else None)
+    run(away)
+    run(away)
+    per_block = [size for unit, size in moved if unit.startswith("transformer.h.")]
+    whole = sum(tensor.nbytes for tensor in four().transformer["h"][0].parameters())
+    parts = 12 + 4 * {"int8": 2, "nf4": 2, "fp4": 2}.get(kind, 3)  # each part of a unit begins at a multiple of 512
+    assert len(per_block) >= 6 and max(per_block) < whole * (0.3 if kind == "int8" else 0.2) + 512 * parts
+
+
+@every_kind
+def test_a_checkpoint_that_is_quantized_rests_in_its_own_files(four_saved, kind):
+    folder, saved_as = four_saved
+    saved_as(kind)
+    offload = folder / "offload"
+    away = load_and_quantize_model(
+        empty(four), config(kind), folder / kind, MAPS["disk"], offload_folder=offload, stand_in={0: "cpu"}
+    )
+    assert not offload.exists() or not list(offload.iterdir())
+    weight = away.transformer["h"][0].mlp.c_fc.weight.weight
+    assert {part.source.path.parent for part in weight.parts.values()} == {(folder / kind).resolve()}
+
+
+def test_what_is_written_for_disk_goes_with_the_model(four_saved):
+    import gc
+
+    folder, _ = four_saved
+    offload = folder / "offload"
+    with pytest.raises(ValueError, match="give an offload folder"):
+        load_and_quantize_model(empty(four), config("nf4"), folder / "full", MAPS["disk"], stand_in={0: "cpu"})
+    away = load_and_quantize_model(
+        empty(four), config("nf4"), folder / "full", MAPS["disk"], offload_folder=offload, stand_in={0: "cpu"}
+    )
+    assert list(offload.iterdir())
+    run(away)
+    del away
+    gc.collect()
+    assert not list(offload.iterdir())
+
+
+@every_kind
+def test_planned_maps_offload_and_stay_in_the_budget(four_saved, kind):
+    """A GPU for half of the quantized blocks: an automatic map sends the others to RAM, and disk when that is full."""
+    folder, saved_as = four_saved
+    model = saved_as(kind)
+    block = sum(map(nbytes, model.transformer["h"][0].parameters()))
+    rest = sum(map(nbytes, model.parameters())) - 4 * block
+    for budgets, expected in (
+        ({0: rest + 3 * block, "cpu": "1GB"}, {0, "cpu"}),
+        ({0: rest + 3 * block, "cpu": block}, {0, "cpu", "disk"}),
+    ):
+        away = load_and_quantize_model(
+            empty(four), config(kind), folder / "full", "sequential", max_memory=budgets,
+            offload_folder=folder / "offload", stand_in={0: "cpu"},
+        )  # fmt: skip
+        assert set(away.hf_device_map.values()) == expected, away.hf_device_map
+        assert torch.equal(run(away), run(model))
+
+
+def test_a_quantized_model_can_be_dispatched_again(four_saved):
+    folder, saved_as = four_saved
+    for kind in KINDS:
+        model = saved_as(kind)
+        expected = run(model)
+        bigkit.cpu_offload(model, 0, stand_in={0: "cpu"})
+        assert "rests in RAM" in repr(model.lm_head.weight)
+        assert torch.equal(run(model), expected)
+        bigkit.dispatch_model(model, MAPS["mixed"], offload_dir=folder / "offload", stand_in={0: "cpu"})
+        assert torch.equal(run(model), expected)
+        assert torch.equal(run(copy.deepcopy(model)), expected)
+
+
+def test_int8_layers_can_be_pickled_and_moved(saved):
+    import pickle
+
+    _, folder = saved
+    model = load_and_quantize_model(empty(), config("int8"), folder, CPU)
+    layer = model.transformer["h"][0].mlp.c_fc
+    again = pickle.loads(pickle.dumps(layer))
+    assert type(again) is type(layer) and not states_equal(again, layer)
+    assert torch.equal(run(copy.deepcopy(model)), run(model))
+    assert layer.to("cpu").weight.SCB is not None and torch.equal(run(model), run(model.to("cpu")))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
