@@ -32,7 +32,7 @@ import torch
 from torch import Tensor, nn
 
 from .convert import Made, conversions
-from .meta import tied, twin
+from .meta import extra_tensors, tied, twin
 from .plans import Device, read_device
 from .shards import cut
 from .units import GB, dtype_name, format_bytes
@@ -135,7 +135,7 @@ class Checkpoint:
         found.duplicates = tuple(duplicates)
         return found
 
-    def __contains__(self, name: str) -> bool:
+    def __contains__(self, name: object) -> bool:
         return name in self.stored or name in self.pickled or name in self.made
 
     def __iter__(self) -> Iterator[str]:
@@ -371,12 +371,12 @@ def load_state_dict(
     torch.Size([3, 2])
     """
     checkpoint = Checkpoint.open(checkpoint_file)
-    device_of = _placement(device_map)
+    device_of = placement(device_map)
     places: dict[Device | torch.device, dict[str, torch.dtype | None]] = {}
     for name in checkpoint:
         place = device_of(name)
         places.setdefault("cpu" if place in ("disk", None) else place, {})[name] = None
-    return _read(checkpoint, places)
+    return read_tensors(checkpoint, places)
 
 
 def load_checkpoint_in_model(
@@ -405,7 +405,8 @@ def load_checkpoint_in_model(
         dtype: floating tensors become this; None gives each the dtype that the model has.
         offload_state_dict: accepted for compatibility; nothing is held in memory twice either way.
         offload_buffers: whether buffers of modules on "disk" rest there too; else they are loaded to the CPU.
-        keep_in_fp32_modules: parts of module names whose weights stay float32 when `dtype` is float16 or bfloat16.
+        keep_in_fp32_modules: whole parts of module names ("lm_head", "h.0") whose weights stay float32 when `dtype` is
+            float16 or bfloat16.
         strict: raise if anything does not match.
 
     Returns:
@@ -442,31 +443,23 @@ def _load(
     fp32: frozenset[str],
     strict: bool,
 ) -> LoadReport:
+    if quantized := [name for name, module in model.named_modules() if extra_tensors(module)]:
+        raise ValueError(f"{_listed(quantized)} is quantized: load_and_quantize_model fills an empty model")
     slots = _slots(model)
-
-    def look_up() -> bool:
-        for slot in slots:
-            slot.source = slot.name if slot.name in source else next(filter(source.__contains__, slot.names), None)
-        return all(slot.source for slot in slots)
-
-    if not look_up():
-        expected = {name: slot.tensor for slot in slots for name in slot.names}
-        renamed, source.made = conversions(model, expected, source, source.shape_and_dtype)
-        for theirs, ours in renamed.items():
-            source.rename(theirs, ours)
-        look_up()
+    _look_up(model, source, slots)
     report = _compare(model, source, slots)
     if strict and not report.clean:
         raise CheckpointError(f"{source.path} does not fit {type(model).__name__}: {report}")
     bad = {name for name, *_ in (*report.mismatched, *report.wrong_dtype)}
     places: dict[Device | torch.device, dict[str, torch.dtype | None]] = {}
     resting: dict[str, torch.dtype | None] = {}
-    device_of = _placement(device_map)
+    device_of = placement(device_map)
     for slot in slots:
         name = slot.source
         if name is None or slot.name in bad:
             continue
-        kept = torch.float32 if fp32 and fp32 & set(slot.name.split(".")) else wanted or slot.tensor.dtype
+        in_fp32 = any(f".{part}." in f".{slot.name}." for part in fp32)
+        kept = torch.float32 if in_fp32 else wanted or slot.tensor.dtype
         target = kept if slot.tensor.is_floating_point() else None
         place: Device | torch.device | None = device_of(slot.name)
         if device_map is None:
@@ -478,7 +471,7 @@ def _load(
         else:
             places.setdefault("cpu" if place == "disk" else place, {})[name] = target
     rests = _rest(source, resting, offload_folder)
-    values = _read(source, places)
+    values = read_tensors(source, places)
     for slot in slots:
         if slot.source in values:
             slot.fill(values[slot.source])
@@ -538,6 +531,29 @@ def _slots(model: nn.Module) -> list[_Slot]:
     return list(slots.values())
 
 
+def compare(model: nn.Module, source: Checkpoint) -> LoadReport:
+    """What would not match if a checkpoint were loaded into a model. Reads no tensor."""
+    slots = _slots(model)
+    _look_up(model, source, slots)
+    return _compare(model, source, slots)
+
+
+def _look_up(model: nn.Module, source: Checkpoint, slots: list[_Slot]) -> None:
+    """Find each slot in the checkpoint: by one of its names, or made of tensors as Transformers makes it of them."""
+
+    def found() -> bool:
+        for slot in slots:
+            slot.source = slot.name if slot.name in source else next(filter(source.__contains__, slot.names), None)
+        return all(slot.source for slot in slots)
+
+    if not found():
+        expected = {name: slot.tensor for slot in slots for name in slot.names}
+        renamed, source.made = conversions(model, expected, source, source.shape_and_dtype)
+        for theirs, ours in renamed.items():
+            source.rename(theirs, ours)
+        found()
+
+
 def _compare(model: nn.Module, source: Checkpoint, slots: list[_Slot]) -> LoadReport:
     mismatched, wrong = [], []
     for slot in slots:
@@ -568,7 +584,7 @@ def _compare(model: nn.Module, source: Checkpoint, slots: list[_Slot]) -> LoadRe
     )
 
 
-def _placement(device_map: Mapping[str, Device] | None) -> Callable[[str], Device | None]:
+def placement(device_map: Mapping[str, Device] | None) -> Callable[[str], Device | None]:
     """A function from a tensor's name to the device of the innermost module around it that the map names."""
     devices = {name: read_device(device) for name, device in (device_map or {}).items()}
 
@@ -580,7 +596,7 @@ def _placement(device_map: Mapping[str, Device] | None) -> Callable[[str], Devic
     return device_of
 
 
-def _read(
+def read_tensors(
     source: Checkpoint, places: Mapping[Device | torch.device, Mapping[str, torch.dtype | None]]
 ) -> dict[str, Tensor]:
     """Read tensors to their devices, as (device -> name -> dtype) says; those for a GPU all in one go."""
@@ -614,6 +630,39 @@ def _batches(source: Checkpoint, names: Iterable[str], most: int = 4 * GB) -> It
         size += own
     if batch:
         yield batch
+
+
+def stream_tensors(source: Checkpoint, names: Iterable[str], device: torch.device) -> Iterator[tuple[str, Tensor]]:
+    """Read tensors to a device one after another, in the order of the files: what is let go makes room for the next.
+
+    On the CPU each is in memory of its own: no page of the file counts as the process's.
+    """
+    stored = {name: source.stored[name] for name in names if name in source.stored}
+    if device.type == "cuda":
+        from .bulk import stream_to_gpu
+
+        yield from stream_to_gpu(stored, device)
+    else:
+        for name, where in sorted(stored.items(), key=lambda item: (str(item[1].file), item[1].offset)):
+            yield name, _private(where).to(device)
+    for name in names:
+        if name in source.pickled:
+            yield name, source.read(name).to(device)
+
+
+def _private(where: Stored) -> Tensor:
+    """A tensor read into memory of its own."""
+    raw = torch.empty(where.nbytes, dtype=torch.uint8)
+    with open(where.file, "rb", buffering=0) as stream:
+        stream.seek(where.offset)
+        view, done = raw.numpy().data, 0
+        while done < where.nbytes:
+            count = stream.readinto(view[done:])
+            if not count:
+                at = where.offset + done
+                raise OSError(f"{where.file} is shorter than when it was checked: nothing at byte {at}")
+            done += count
+    return raw.view(where.dtype).view(where.shape)
 
 
 def _rest(
@@ -660,6 +709,8 @@ def save_model(
 ) -> None:
     """Write a model's parameters and persistent buffers as a checkpoint that Hugging Face libraries read.
 
+    What modules add to their state dict on their own is written too: the scales of quantized weights.
+
     Shards are written under temporary names and brought to disk; then the index is put in place in one step. Whenever
     the process is stopped, the folder holds the old checkpoint or the new one. Shards of the old one are removed last.
 
@@ -684,7 +735,7 @@ def save_model(
     if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(f"{folder} is a file; save_model needs a folder")
     on_disk = vars(model).get("_on_disk", {})
-    tensors = {slot.name: on_disk.get(slot.name, slot.tensor) for slot in _slots(model)}
+    tensors = _to_save(model, on_disk)
     if empty := [name for name, tensor in tensors.items() if isinstance(tensor, Tensor) and tensor.is_meta]:
         raise ValueError(f"{_listed(empty)} are on meta and have no data to save: load a checkpoint first")
     rests_here = folder.resolve() in {file.parent.resolve() for file in {where.file for where in on_disk.values()}}
@@ -714,6 +765,19 @@ def save_model(
         stored = Checkpoint.open(folder).stored
         on_disk.update({name: stored[name] for name in on_disk})
     _remove_stale(folder, {*made.files, last})
+
+
+def _to_save(model: nn.Module, on_disk: Mapping[str, Stored]) -> dict[str, Tensor | Stored]:
+    """Name -> what is stored, module by module: parameters, persistent buffers, and what modules add on their own."""
+    slots = {slot.name: on_disk.get(slot.name, slot.tensor) for slot in _slots(model)}
+    tensors: dict[str, Tensor | Stored] = {}
+    for prefix, module in model.named_modules():
+        extra = extra_tensors(module, load=True)
+        for own in (*module._parameters, *module._buffers, *extra):
+            name = f"{prefix}.{own}" if prefix else own
+            if own in extra or name in slots:
+                tensors[name] = extra[own] if own in extra else slots[name]
+    return tensors
 
 
 def _plain(name: str, tensor: Tensor | Stored) -> Tensor:

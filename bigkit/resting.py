@@ -31,7 +31,7 @@ from .checkpoint import Stored, read_header
 from .lanes import readers
 from .meta import repeated_blocks, tied_groups, twin
 from .plans import Device
-from .store import Part, Source, Unit, Weight, anatomy, open_source, part_of, rest_in_ram
+from .store import PLAIN, Part, Source, Unit, Weight, anatomy, open_source, part_of, rest_in_ram
 from .stream import Mapped, Slots, Streamer
 
 Place = tuple[str, nn.Module, str]  # full name, module, own name
@@ -339,10 +339,15 @@ class _Settling:
         """Move a tensor to the device, or the devices, where it stays."""
         weight = self.made.get(id(record))
         value = weight.load() if weight is not None and record.tensor.is_meta else self.rest.value(record)
-        same = isinstance(record.tensor, nn.Parameter) and not record.tensor.is_meta
+        kind = anatomy(type(value))
+        same = kind is PLAIN and isinstance(record.tensor, nn.Parameter) and not record.tensor.is_meta
         for device, places in here.items():
             new = value
-            if same:  # the same object, so that others keep knowing it
+            if kind is not PLAIN:
+                if value.device != device:
+                    parts = {suffix: part.to(device) for suffix, part in kind.take_apart(value).items()}
+                    new = kind.put_together(kind.skeleton(value), parts)
+            elif same:  # the same object, so that others keep knowing it
                 self.stayed.append((record.tensor, record.tensor.data))
                 record.tensor.data, new, same = value.detach().to(device), record.tensor, False
             elif value.device != device or record.tensor.is_meta:
@@ -381,7 +386,7 @@ def _rest_on_disk(weights: list[tuple[Weight, dict[str, Tensor | Stored]]], fold
         for suffix, part in parts.items()
         if isinstance(part, Tensor)
     }
-    written, source = _write(loose, folder) if loose else ({}, None)  # the file goes when its source does
+    written, source = write(loose, folder) if loose else ({}, None)  # the file goes when its source does
     for weight, parts in weights:
         for suffix, part in parts.items():
             where = part if isinstance(part, Stored) else written[f"{weight.name}.{suffix}" if suffix else weight.name]
@@ -389,7 +394,7 @@ def _rest_on_disk(weights: list[tuple[Weight, dict[str, Tensor | Stored]]], fold
             record.stride, record.at, record.source = _strides(record.shape), where.offset, open_source(where.file)
 
 
-def _write(tensors: dict[str, Tensor], folder: Path | None) -> tuple[dict[str, Stored], Source]:
+def write(tensors: dict[str, Tensor], folder: Path | None) -> tuple[dict[str, Stored], Source]:
     """Write tensors to a new file, which goes when nothing reads it any more."""
     if folder is None:
         names = ", ".join(map(repr, [*tensors][:3])) + (f" and {len(tensors) - 3} more" if len(tensors) > 3 else "")

@@ -14,6 +14,7 @@ Leaves out: when bytes travel (`stream.py`), and what a file claims about itself
 
 from __future__ import annotations
 
+import copy
 import mmap
 import os
 import threading
@@ -317,6 +318,12 @@ class Weight:
     parts: dict[str, Part]
     away: Any = None  # the handle that stands in the model while it rests (`away.Away`)
     twins: list[Weight] = field(default_factory=list)  # the same weight in other units
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Weight:
+        new = memo[id(self)] = Weight.__new__(Weight)
+        memo[id(self.like)] = self.like  # it never changes, and not every class of tensors can be copied on meta
+        vars(new).update(copy.deepcopy(vars(self), memo))
+        return new
 
     def order(self) -> tuple[str, int]:
         """What sorts weights as they lie in their files; those in RAM keep their order, and come first."""
