@@ -17,6 +17,7 @@ import statistics
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
 from bigkit.allocator import Recording
+from bigkit.calibrate import calibrate
 from bigkit.recording import record_allocations, settle
 from bigkit.units import GiB
 from bigkit.workload import Workload, fill, passes
@@ -138,7 +140,7 @@ def measure(case: dict[str, Any], traces: Path | None) -> dict[str, Any]:
         fill(model, {"": 0})
         mark("filled")
         found["filled"] = [torch.cuda.memory_allocated(), torch.cuda.memory_reserved()]
-        for phase in passes(model, load, "cuda"):
+        for phase, _ in passes(model, load, "cuda"):
             mark(phase)
             if phase == "prefill":
                 found["prefill"] = [torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()]
@@ -156,7 +158,7 @@ def measure(case: dict[str, Any], traces: Path | None) -> dict[str, Any]:
     for _ in range(3):
         torch.cuda.synchronize()
         start = time.perf_counter()
-        for phase in passes(model, load, "cuda"):
+        for phase, _ in passes(model, load, "cuda"):
             torch.cuda.synchronize()
             now = time.perf_counter()
             times.setdefault(phase, []).append(now - start)
@@ -228,7 +230,12 @@ def machine() -> dict[str, Any]:
 def measure_all(path: Path, traces: Path | None, seconds: float, only: list[str]) -> None:
     """Measure every case and a few boundaries, writing after each."""
     start = time.perf_counter()
-    results: dict[str, Any] = {"machine": machine(), "cases": [], "boundaries": {}}
+    try:
+        calibration: dict[str, Any] = asdict(calibrate(save=False))
+    except Exception as error:
+        calibration = {"error": f"{type(error).__name__}: {error}", "where": traceback.format_exc()[-2000:]}
+    print(f"{time.perf_counter() - start:5.0f} s  calibrated: {calibration}", flush=True)
+    results: dict[str, Any] = {"machine": machine(), "calibration": calibration, "cases": [], "boundaries": {}}
     if traces is not None:
         traces.mkdir(parents=True, exist_ok=True)
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -43,6 +43,13 @@ class Workload:
     def __post_init__(self) -> None:
         if self.batch < 1 or self.prompt < 1 or self.new < 0:
             raise ValueError(f"batch and prompt must be at least 1 and new tokens at least 0, not {self}")
+
+
+class Step(NamedTuple):
+    """A moment in the work: the phase that ended ("prefill" or "decode") and the KV cache that is kept (None: none)."""
+
+    phase: str
+    cache: Any = None
 
 
 def device_of(name: str, device_map: Mapping[str, Device]) -> torch.device:
@@ -94,8 +101,8 @@ def fill(model: nn.Module, device_map: Mapping[str, Device], std: float = 0.02) 
 
 
 @torch.no_grad()
-def passes(model: nn.Module, load: Workload, device: torch.device | str) -> Iterator[str]:
-    """Run the work; yields "prefill" after the prompt, then "decode" after each new token.
+def passes(model: nn.Module, load: Workload, device: torch.device | str) -> Iterator[Step]:
+    """Run the work; yields a `Step` after the prompt, then one after each new token.
 
     Args:
         model: with memory, in eval mode, wherever its parts lie.
@@ -103,7 +110,7 @@ def passes(model: nn.Module, load: Workload, device: torch.device | str) -> Iter
         device: where the inputs are made.
 
     >>> from bigkit.zoo.gpt import load_pygpt
-    >>> list(passes(load_pygpt(), Workload(batch=1, prompt=8, new=2), "cpu"))
+    >>> [step.phase for step in passes(load_pygpt(), Workload(batch=1, prompt=8, new=2), "cpu")]
     ['prefill', 'decode', 'decode']
     """
     inputs, options = _inputs(model, load, device)
@@ -115,7 +122,7 @@ def passes(model: nn.Module, load: Workload, device: torch.device | str) -> Iter
         return
     output = model(**inputs, **options) if "pixel_values" not in inputs or _named(model) else model(*inputs.values())
     if not generates:
-        yield "prefill"
+        yield Step("prefill")
         return
     logits = output.logits
     token = logits[:, -1:].argmax(-1)
@@ -123,14 +130,14 @@ def passes(model: nn.Module, load: Workload, device: torch.device | str) -> Iter
     if "decoder_input_ids" in inputs:
         state["encoder_outputs"] = (output.encoder_last_hidden_state,)
     del output, logits
-    yield "prefill"
+    yield Step("prefill", state["past_key_values"])
     for _ in range(load.new):
         name = "decoder_input_ids" if "encoder_outputs" in state else "input_ids"
         output = model(**{name: token}, **state, **options)
         token = output.logits[:, -1:].argmax(-1)
         state["past_key_values"] = output.past_key_values
         del output
-        yield "decode"
+        yield Step("decode", state["past_key_values"])
 
 
 def _inputs(model: nn.Module, load: Workload, device: torch.device | str) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -169,11 +176,11 @@ def _is_gpt(model: nn.Module) -> bool:
     return isinstance(model, GPT)
 
 
-def _gpt_passes(model: nn.Module, load: Workload, prompt: Tensor) -> Iterator[str]:
+def _gpt_passes(model: nn.Module, load: Workload, prompt: Tensor) -> Iterator[Step]:
     from .zoo.gpt import KVCache
 
     cache = KVCache(model.config.n_layer, load.prompt + load.new)  # type: ignore[union-attr, arg-type]
     token = prompt
     for i in range(1 + load.new):
         token = model(token, cache=cache)[0][:, -1:].argmax(-1)
-        yield "decode" if i else "prefill"
+        yield Step("decode" if i else "prefill", cache)

@@ -58,7 +58,7 @@ def model_work(name: str, load: Workload, layers: int) -> Callable[[Callable[[st
         model = build.build(config, dtype="bfloat16").eval()
         fill(model, {"": 0})
         mark("filled")
-        for phase in passes(model, load, "cuda"):
+        for phase, _ in passes(model, load, "cuda"):
             mark(phase)
 
     return run

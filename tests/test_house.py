@@ -15,9 +15,9 @@ import bigkit
 ROOT = Path(bigkit.__file__).parent
 # Bottom to top. A module may import those before it; a package counts as one module.
 ORDER = [
-    "units", "allocator", "layers", "shards", "config", "estimate", "chain", "plans", "hardware", "planner",
+    "units", "allocator", "layers", "shards", "config", "estimate", "chain", "plans", "hardware", "ledger", "planner",
     "meta", "bulk", "checkpoint", "zoo", "device_map", "front",
-    "workload", "recording",
+    "workload", "recording", "calibrate", "fake",
     "draw", "widgets", "cli",
 ]  # fmt: skip
 FLOOR_0 = ORDER[: ORDER.index("meta")]
