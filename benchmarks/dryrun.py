@@ -1,11 +1,14 @@
-"""Memory and time of real models on one GPU: what a dry run of the same work has to foretell.
+"""Memory and time of real models on one GPU, foretold by dry runs and measured.
 
     python benchmarks/dryrun.py --measure RESULTS.json [--traces FOLDER] [--seconds 210]      on a CUDA GPU
+    python benchmarks/dryrun.py [--predict RESULTS.json] [--save]                             on any machine
 
 Every case is a model of real size, bfloat16, with as many blocks as fit in about 50 GB and random weights; three
 shapes: 1 x 16 and 8 x 512 tokens with decoding after them, and 2 x 2048 keeping the logits of every token. Each starts
 from an empty allocator: fill the weights, run the prompt, generate. `--measure` stores what the GPU's allocator said,
 the kernels that attention chose, and times (median of 3); it writes after every case and starts none after `--seconds`.
+`--predict` runs the same cases on fake GPUs and prints predicted against measured; without a file, it takes the results
+that are kept in benchmarks/results.
 """
 
 from __future__ import annotations
@@ -26,7 +29,10 @@ import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
 from bigkit.allocator import Recording
-from bigkit.calibrate import calibrate
+from bigkit.calibration import calibrate
+from bigkit.dryrun import dry_run
+from bigkit.hardware import GPUS, Hardware
+from bigkit.ledger import Calibration
 from bigkit.recording import record_allocations, settle
 from bigkit.units import GiB
 from bigkit.workload import Workload, fill, passes
@@ -73,6 +79,7 @@ MODELS = (
     ("falcon-7b", 0), ("gpt-neox-20b", 0), ("phi-3-mini", 0), ("convnext_base.fb_in22k_ft_in1k", 0),
     ("llama-3.1-405b", 4), ("qwen3-32b", 16),
 )  # fmt: skip
+KEPT = Path(__file__).parent / "results" / "dryrun.json"
 BLOCKS = ("num_hidden_layers", "num_layers", "n_layer")
 
 
@@ -279,16 +286,75 @@ def measure_all(path: Path, traces: Path | None, seconds: float, only: list[str]
     write()
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# On any machine
+
+
+def predict_all(path: Path, only: list[str], save: bool) -> None:
+    """Foretell every case that was measured, and print both."""
+    results = json.loads(path.read_text())
+    known = results["calibration"]
+    calibration = Calibration.from_json(known) if "error" not in known else None
+    gpu = next((gpu for name, gpu in GPUS.items() if name.split("-")[0] in results["machine"]["gpu"]), GPUS["H200"])
+    machine = Hardware(results["machine"]["gpu"], (gpu,), 0, 0)
+    rows = []
+    for case in results["cases"]:
+        name = f"{case['model']}/{case['shape']}"
+        if "error" in case or (only and case["model"] not in only and name not in only):
+            continue
+        config = config_of(case["model"], case["blocks"])
+        load = load_of(case, config)
+        start = time.perf_counter()
+        run = dry_run(
+            lambda: build.build(config, dtype="bfloat16"),  # noqa: B023
+            None, load.batch, load.prompt, load.new, machine, all_logits=load.all_logits, calibration=calibration,
+        )  # fmt: skip
+        allocated, reserved = run.peak_allocated[0], run.peak_reserved[0]
+        took = time.perf_counter() - start
+        case["predicted"] = {"peak": [allocated, reserved], "seconds": run.seconds, "took": took}
+        real = case["peak"]
+        times = {"prefill": case["seconds"]["prefill"], "token": case["seconds"].get("decode")}
+        said = "  ".join(
+            f"{1000 * run.seconds[key]:8.1f} {1000 * value:8.1f} ms {100 * (run.seconds[key] / value - 1):+6.1f} %"
+            for key, value in times.items()
+            if value and key in run.seconds
+        )
+        errors = [100 * (a / b - 1) for a, b in zip((allocated, reserved), real)]
+        rows.append(errors)
+        print(f"{name:34} {allocated / GiB:7.3f} {real[0] / GiB:7.3f} GiB {errors[0]:+6.2f} %  "
+              f"{reserved / GiB:7.3f} {real[1] / GiB:7.3f} GiB {errors[1]:+6.2f} %  {said}", flush=True)  # fmt: skip
+        if name in results["boundaries"] and isinstance(limit := results["boundaries"][name], int):
+            low, high = allocated // 2, reserved
+            while high - low > allocated // 1000:
+                middle = (low + high) // 2
+                low, high = (low, middle) if run.fails_with(0, middle) is None else (middle, high)
+            print(f"{'':34} runs with {high / GiB:.3f} GiB, really {limit / GiB:.3f} GiB")
+            case["predicted"]["boundary"] = high
+    if rows:
+        for title, column, bound in (("allocated", 0, 0.5), ("reserved", 1, 3.0)):
+            good = sum(abs(row[column]) <= bound for row in rows)
+            worst = max(abs(row[column]) for row in rows)
+            print(f"{title}: {good} of {len(rows)} within {bound} %, the worst {worst:.2f} %")
+    if save:
+        KEPT.write_text(json.dumps(results, indent=1) + "\n")
+
+
 def main() -> None:
     """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--measure", type=Path, metavar="RESULTS.json")
+    parser.add_argument("--predict", type=Path, metavar="RESULTS.json")
+    parser.add_argument("--save", action="store_true", help="keep the comparison in benchmarks/results")
     parser.add_argument("--traces", type=Path, help="store every case's allocations in this folder")
     parser.add_argument("--seconds", type=float, default=210, help="start no case after this time")
     parser.add_argument("--only", nargs="*", default=[], help="models, or MODEL/SHAPE")
     options = parser.parse_args()
-    if options.measure is None or not torch.cuda.is_available():
-        print("nothing to do: give --measure RESULTS.json on a machine with a CUDA GPU")
+    if options.measure is None:
+        path = options.predict or KEPT
+        if not path.exists():
+            print(f"{path} does not exist: --measure makes such a file on a machine with a CUDA GPU")
+        else:
+            predict_all(path, options.only, options.save)
     else:
         measure_all(options.measure, options.traces, options.seconds, options.only)
 

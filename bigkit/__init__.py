@@ -18,6 +18,9 @@ _HOMES = {
     "layers": ("Layer", "ModelSpec", "Precision"),
     "units": ("format_bytes", "parse_bytes"),
     "hardware": ("HARDWARE", "Hardware"),
+    "ledger": ("Calibration",),
+    "calibration": ("calibrate",),
+    "dryrun": ("DryRun", "dry_run"),
     "meta": ("init_empty_weights", "init_on_device"),
     "checkpoint": ("load_checkpoint_in_model", "load_state_dict", "save_model"),
     "device_map": (
@@ -35,6 +38,7 @@ __all__ = ["__version__", "zoo", *sorted(_HOME_OF)]
 
 if TYPE_CHECKING:
     from . import zoo
+    from .calibration import calibrate
     from .checkpoint import load_checkpoint_in_model, load_state_dict, save_model
     from .device_map import (
         check_device_map,
@@ -44,10 +48,12 @@ if TYPE_CHECKING:
         get_max_memory,
         infer_auto_device_map,
     )
+    from .dryrun import DryRun, dry_run
     from .estimate import MemoryEstimate
     from .front import describe, estimate_memory, plan
     from .hardware import HARDWARE, Hardware
     from .layers import Layer, ModelSpec, Precision
+    from .ledger import Calibration
     from .meta import init_empty_weights, init_on_device
     from .planner import PlanError
     from .plans import Plan

@@ -35,6 +35,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from .allocator import Recording
+from .roofline import Operation
 
 aten = torch.ops.aten
 
@@ -54,34 +55,25 @@ class Target:
     workspace: int = 32 * 2**20
 
 
-@dataclass(frozen=True, slots=True)
-class Operation:
-    """One operation as a cost: where it ran, what it computes (FLOP) and what it reads and writes (bytes)."""
-
-    name: str
-    device: str
-    phase: str
-    flops: int
-    bytes: int
-    dtype: str
-
-
 @dataclass
 class Trace:
     """What a fake run did: for each device its allocations, and all operations in order.
 
-    `kinds[device][k]` says what the k-th request (from 0) was for.
+    `kinds[device][k]` says what the k-th request (from 0) was for; `steps` are (name, number of operations up to its
+    end); `unissued` counts operations that no GPU ran since the last one that a GPU did.
     """
 
     recordings: dict[str, Recording] = field(default_factory=dict)
     kinds: dict[str, list[str]] = field(default_factory=dict)
     operations: list[Operation] = field(default_factory=list)
-    phase: str = "fill"
+    steps: list[tuple[str, int]] = field(default_factory=list)
+    unissued: int = 0
 
     def mark(self, name: str) -> None:
-        """Note a moment on every device."""
+        """Note the end of a step, on every device and among the operations."""
         for recording in self.recordings.values():
             recording.marks.append((name, len(recording.events)))
+        self.steps.append((name, len(self.operations)))
 
     def request(self, device: str, size: int, kind: str) -> int:
         """Note a request; returns its number on the device, from 1."""
@@ -159,11 +151,12 @@ class Notebook(TorchDispatchMode):
     def count(
         self, func: Any, inputs: list[Tensor], outputs: list[Tensor], args: Any, kwargs: Any, result: Any
     ) -> None:
-        """Note what an operation computes and moves; views do neither."""
-        if self.kind == "weights" or not outputs or func.is_view:
+        """Note what an operation computes and moves; a view does neither, but takes time to issue."""
+        if self.kind == "weights":
             return
+        self.trace.unissued += 1
         device = next((str(t.device) for t in (*outputs, *inputs) if t.is_cuda), None)
-        if device is None:
+        if device is None or not outputs or func.is_view or func in _FREE:
             return
         packet = func._overloadpacket
         formula = flop_registry.get(packet)
@@ -177,7 +170,9 @@ class Notebook(TorchDispatchMode):
             read = sum(map(_bytes, inputs))
         dtype = str(outputs[0].dtype).removeprefix("torch.")
         name = str(packet).removeprefix("aten.")
-        self.trace.operations.append(Operation(name, device, self.trace.phase, flops, read + written, dtype))
+        source = next((str(t.device) for t in inputs if t.device != outputs[0].device), "") if packet in _MOVES else ""
+        self.trace.operations.append(Operation(name, device, flops, read + written, dtype, self.trace.unissued, source))
+        self.trace.unissued = 0
 
 
 class Attention(TorchFunctionMode):
@@ -298,6 +293,8 @@ def fake_gpus(target: Target = Target()) -> Iterator[Notebook]:
 _PRODUCTS = frozenset(
     getattr(aten, name).default for name in ("mm", "addmm", "bmm", "baddbmm", "_grouped_mm") if hasattr(aten, name)
 )
+_FREE = {aten.empty.memory_format, aten.empty_strided.default, aten.empty_like.default, aten.detach.default}
+_MOVES = {aten._to_copy, aten.copy_}
 _GATHERS = {aten.embedding, aten.index, aten.index_select, aten.gather, aten.slice_scatter}
 _CREATES = {
     aten.empty, aten.zeros, aten.ones, aten.full, aten.arange, aten.randint, aten.empty_like, aten.zeros_like,

@@ -24,6 +24,7 @@ class Gpu:
         bandwidth: bytes a second from its own memory.
         flops: bfloat16 (float16 where there is no bfloat16) operations a second, dense.
         link: bytes a second from the host's pinned memory, in theory.
+        capability: its compute capability.
     """
 
     name: str
@@ -31,6 +32,7 @@ class Gpu:
     bandwidth: float
     flops: float
     link: float
+    capability: tuple[int, int] = (9, 0)
 
 
 @dataclass(frozen=True)
@@ -56,12 +58,12 @@ _PCIE3, _PCIE4, _PCIE5 = 15.75 * GB, 31.5 * GB, 63 * GB  # 16 lanes, after line 
 GPUS = {
     gpu.name: gpu
     for gpu in (
-        Gpu("T4", 15360 * MiB, 320e9, 65e12, _PCIE3),
-        Gpu("L4", 23034 * MiB, 300e9, 121e12, _PCIE4 / 2),  # 8 lanes
-        Gpu("RTX 3090", 24576 * MiB, 936e9, 71e12, _PCIE4),
-        Gpu("RTX 4090", 24564 * MiB, 1008e9, 165e12, _PCIE4),
-        Gpu("A100-40GB", 40960 * MiB, 1555e9, 312e12, _PCIE4),
-        Gpu("A100-80GB", 81920 * MiB, 2039e9, 312e12, _PCIE4),
+        Gpu("T4", 15360 * MiB, 320e9, 65e12, _PCIE3, (7, 5)),
+        Gpu("L4", 23034 * MiB, 300e9, 121e12, _PCIE4 / 2, (8, 9)),  # 8 lanes
+        Gpu("RTX 3090", 24576 * MiB, 936e9, 71e12, _PCIE4, (8, 6)),
+        Gpu("RTX 4090", 24564 * MiB, 1008e9, 165e12, _PCIE4, (8, 9)),
+        Gpu("A100-40GB", 40960 * MiB, 1555e9, 312e12, _PCIE4, (8, 0)),
+        Gpu("A100-80GB", 81920 * MiB, 2039e9, 312e12, _PCIE4, (8, 0)),
         Gpu("H100-80GB", 81559 * MiB, 3350e9, 989e12, _PCIE5),
         Gpu("H200", 143771 * MiB, 4800e9, 989e12, _PCIE5),
     )

@@ -5,7 +5,7 @@
 
 The file lies where BIGKIT_LEDGER says, else in the user's cache folder (~/.cache/bigkit/ledger.json).
 
-Leaves out: measuring (`calibrate.py`).
+Leaves out: measuring (`calibration.py`).
 """
 
 from __future__ import annotations

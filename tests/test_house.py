@@ -15,9 +15,10 @@ import bigkit
 ROOT = Path(bigkit.__file__).parent
 # Bottom to top. A module may import those before it; a package counts as one module.
 ORDER = [
-    "units", "allocator", "layers", "shards", "config", "estimate", "chain", "plans", "hardware", "ledger", "planner",
+    "units", "allocator", "layers", "shards", "config", "estimate", "chain", "plans", "ledger", "hardware", "roofline",
+    "planner",
     "meta", "bulk", "checkpoint", "zoo", "device_map", "front",
-    "workload", "recording", "calibrate", "fake",
+    "workload", "recording", "calibration", "fake", "dryrun",
     "draw", "widgets", "cli",
 ]  # fmt: skip
 FLOOR_0 = ORDER[: ORDER.index("meta")]

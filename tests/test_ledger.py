@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from bigkit.calibrate import calibrate
+from bigkit.calibration import calibrate
 from bigkit.ledger import Calibration, Ledger, ledger_path
 
 

@@ -1,0 +1,181 @@
+"""How long a run takes: a roofline over its operations, and Python issuing them.
+
+    one operation     the longest of: what it computes / the rate of such products, what it reads and writes / the
+                      memory's bandwidth, and the time of the smallest kernel
+    one step          two lanes: Python issues operations one after another (each takes `issue`), the GPU runs each when
+                      it was issued and the one before it is done. A decode step of a small model waits for Python, a
+                      long prompt for the GPU.
+
+The rate of a matrix product grows with its size; it is read off a measured table, or off the vendor's figure and the
+share of it that large products reach.
+
+Leaves out: weights that travel (`schedule.py`), several streams, and caches.
+
+Source of the roofline: Williams, Waterman, Patterson, Roofline: an insightful visual performance model (CACM 2009).
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_left
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from .hardware import Gpu
+from .ledger import Calibration
+
+Table = Sequence[tuple[float, float]]
+
+
+@dataclass(frozen=True, slots=True)
+class Operation:
+    """One operation as a cost.
+
+    Args:
+        name: as PyTorch's dispatcher calls it ("mm").
+        device: where it ran, "cuda:0".
+        flops: what it computes.
+        bytes: what it reads and writes.
+        dtype: of its result.
+        issued: operations that Python issued for it: itself and the views before it.
+        source: for a copy between devices, where it comes from.
+    """
+
+    name: str
+    device: str
+    flops: int
+    bytes: int
+    dtype: str
+    issued: int = 1
+    source: str = ""
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What a device does in a second, and what it takes at least. See `Calibration` for the fields."""
+
+    memory: float
+    products: Mapping[str, Table]
+    attention: Table
+    issue: float
+    kernel: float
+    link: float
+    peer: float
+    measured: bool = field(default=False, compare=False)
+
+    @staticmethod
+    def of_gpu(gpu: Gpu) -> Rates:
+        """From a vendor's figures and the shares of them that PyTorch's kernels usually reach."""
+        half = _saturating(0.75 * gpu.flops)
+        return Rates(
+            memory=0.88 * gpu.bandwidth,
+            products={"float16": half, "bfloat16": half, "float32": _saturating(0.75 * gpu.flops / 16)},
+            attention=_saturating(0.5 * gpu.flops),
+            issue=8e-6,
+            kernel=2.5e-6,
+            link=0.87 * gpu.link,
+            peer=0.87 * gpu.link,
+        )
+
+    @staticmethod
+    def of_calibration(calibration: Calibration, gpu: Gpu | None = None) -> Rates:
+        """From what was measured; what was not is taken from `gpu`.
+
+        Raises:
+            ValueError: something is missing and `gpu` is None.
+        """
+        base = Rates.of_gpu(gpu) if gpu is not None else None
+        found = {
+            "memory": calibration.memory,
+            "products": calibration.products,
+            "attention": calibration.attention,
+            "issue": calibration.issue,
+            "kernel": calibration.kernel,
+            "link": calibration.link_pinned,
+            "peer": calibration.link_pinned,
+        }
+        missing = [name for name, value in found.items() if not value]
+        if missing and base is None:
+            raise ValueError(f"the calibration of {calibration.machine!r} lacks {', '.join(missing)}: name a GPU")
+        return Rates(**{name: value or getattr(base, name) for name, value in found.items()}, measured=True)  # type: ignore[arg-type]
+
+    def seconds(self, operation: Operation) -> float:
+        """What one operation takes on the device."""
+        if operation.source:
+            link = self.peer if operation.source.startswith("cuda") else self.link
+            return max(self.kernel, operation.bytes / 2 / link)
+        table = self.attention if "attention" in operation.name else self.table(operation.dtype)
+        computing = operation.flops / rate_at(table, operation.flops) if operation.flops else 0.0
+        return max(self.kernel, computing, operation.bytes / self.memory)
+
+    def table(self, dtype: str) -> Table:
+        """The rates of matrix products in a dtype; float32's for one that was not measured."""
+        return self.products.get(dtype) or self.products.get("float32") or next(iter(self.products.values()))
+
+
+def rate_at(table: Table, size: float) -> float:
+    """The rate at a size, between the measured ones on a logarithmic scale; the ends go on as they are.
+
+    >>> rate_at([(1e6, 1e9), (1e8, 3e9)], 1e7)
+    2000000000.0
+    """
+    sizes = [row[0] for row in table]
+    i = bisect_left(sizes, size)
+    if i == 0:
+        return table[0][1]
+    if i == len(table):
+        return table[-1][1]
+    (a, low), (b, high) = table[i - 1], table[i]
+    return low + (high - low) * math.log(size / a) / math.log(b / a)
+
+
+def _saturating(peak: float) -> Table:
+    """Products up to 1 GFLOP reach a tenth of the peak, from 1 TFLOP on all of it."""
+    return ((1e9, 0.1 * peak), (1e10, 0.4 * peak), (1e11, 0.85 * peak), (1e12, peak))
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """One step: its seconds, and how long each lane was busy: "python" and the devices."""
+
+    name: str
+    seconds: float
+    busy: Mapping[str, float]
+
+    @property
+    def bottleneck(self) -> str:
+        """The lane that was busy longest."""
+        return max(self.busy, key=lambda lane: self.busy[lane])
+
+
+def run_steps(
+    operations: Sequence[Operation], steps: Iterable[tuple[str, int]], rates: Mapping[str, Rates]
+) -> list[StepTime]:
+    """The time of each step.
+
+    Args:
+        operations: in the order in which they are issued.
+        steps: (name, number of operations up to its end), in order; the devices are waited for at each end.
+        rates: device -> its rates.
+
+    >>> slow = Rates(1e9, {"float32": ((1.0, 1e9),)}, (), issue=1e-6, kernel=1e-6, link=1e9, peer=1e9)
+    >>> [step] = run_steps([Operation("mm", "cuda:0", 10**9, 0, "float32")], [("prefill", 1)], {"cuda:0": slow})
+    >>> round(step.seconds, 3), step.bottleneck
+    (1.0, 'cuda:0')
+    """
+    times: list[StepTime] = []
+    done = 0
+    for name, end in steps:
+        issued, busy = 0.0, {"python": 0.0, **dict.fromkeys(rates, 0.0)}
+        free = dict.fromkeys(rates, 0.0)
+        for operation in operations[done:end]:
+            rate = rates[operation.device]
+            issued += operation.issued * rate.issue
+            seconds = rate.seconds(operation)
+            start = max(issued, free[operation.device], free.get(operation.source, 0.0))
+            free[operation.device] = start + seconds
+            busy[operation.device] += seconds
+        busy["python"] = issued
+        times.append(StepTime(name, max(issued, *free.values()) if free else issued, busy))
+        done = end
+    return times
