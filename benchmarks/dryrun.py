@@ -30,7 +30,7 @@ from torch.overrides import TorchFunctionMode
 
 from bigkit.allocator import Recording
 from bigkit.calibration import calibrate
-from bigkit.dryrun import dry_run
+from bigkit.dryrun import DryRun, dry_run
 from bigkit.hardware import GPUS, Hardware
 from bigkit.ledger import Calibration
 from bigkit.recording import record_allocations, settle
@@ -157,10 +157,13 @@ def measure(case: dict[str, Any], traces: Path | None) -> dict[str, Any]:
     if traces is not None:
         recording.about["work"] = f"{case['model']} {case['shape']}"
         recording.save(traces / f"{case['model']}-{case['shape']}.json.gz")
-    with Kernels() as kernels:
-        for _ in passes(model, load, "cuda"):
-            pass
-    found["attention"] = kernels.seen
+    try:
+        with Kernels() as kernels:
+            for _ in passes(model, load, "cuda"):
+                pass
+        found["attention"] = kernels.seen
+    except Exception as error:
+        found["attention"] = f"{type(error).__name__}: {error}"[:300]
     times: dict[str, list[float]] = {}
     for _ in range(3):
         torch.cuda.synchronize()
@@ -284,34 +287,47 @@ def measure_all(path: Path, traces: Path | None, seconds: float, only: list[str]
     results["machine"]["outside_allocator_after_work"] = total - free - torch.cuda.memory_reserved()
     results["seconds"] = time.perf_counter() - start
     write()
+    for case in results["cases"]:
+        if "peak" in case and time.perf_counter() - start < seconds + 10:
+            try:
+                _, case["predicted there"] = foretell(results, case)
+            except Exception as error:
+                case["predicted there"] = f"{type(error).__name__}: {error}"[:1000]
+            write()
+    print(f"{time.perf_counter() - start:5.0f} s  done", flush=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # On any machine
 
 
+def foretell(results: dict[str, Any], case: dict[str, Any]) -> tuple[DryRun, dict[str, Any]]:
+    """The dry run of one case for the machine that the results are from, and what of it is kept."""
+    known = results["calibration"]
+    calibration = None if "error" in known else Calibration.from_json(known)
+    gpu = next((gpu for name, gpu in GPUS.items() if name.split("-")[0] in results["machine"]["gpu"]), GPUS["H200"])
+    config = config_of(case["model"], case["blocks"])
+    load = load_of(case, config)
+    start = time.perf_counter()
+    run = dry_run(
+        lambda: build.build(config, dtype="bfloat16"),
+        None, load.batch, load.prompt, load.new, Hardware(results["machine"]["gpu"], (gpu,), 0, 0),
+        all_logits=load.all_logits, calibration=calibration,
+    )  # fmt: skip
+    peak = [run.peak_allocated[0], run.peak_reserved[0]]
+    return run, {"peak": peak, "seconds": run.seconds, "took": time.perf_counter() - start}
+
+
 def predict_all(path: Path, only: list[str], save: bool) -> None:
     """Foretell every case that was measured, and print both."""
     results = json.loads(path.read_text())
-    known = results["calibration"]
-    calibration = Calibration.from_json(known) if "error" not in known else None
-    gpu = next((gpu for name, gpu in GPUS.items() if name.split("-")[0] in results["machine"]["gpu"]), GPUS["H200"])
-    machine = Hardware(results["machine"]["gpu"], (gpu,), 0, 0)
     rows = []
     for case in results["cases"]:
         name = f"{case['model']}/{case['shape']}"
         if "error" in case or (only and case["model"] not in only and name not in only):
             continue
-        config = config_of(case["model"], case["blocks"])
-        load = load_of(case, config)
-        start = time.perf_counter()
-        run = dry_run(
-            lambda: build.build(config, dtype="bfloat16"),  # noqa: B023
-            None, load.batch, load.prompt, load.new, machine, all_logits=load.all_logits, calibration=calibration,
-        )  # fmt: skip
-        allocated, reserved = run.peak_allocated[0], run.peak_reserved[0]
-        took = time.perf_counter() - start
-        case["predicted"] = {"peak": [allocated, reserved], "seconds": run.seconds, "took": took}
+        run, case["predicted"] = foretell(results, case)
+        allocated, reserved = case["predicted"]["peak"]
         real = case["peak"]
         times = {"prefill": case["seconds"]["prefill"], "token": case["seconds"].get("decode")}
         said = "  ".join(

@@ -8,8 +8,8 @@ Three layers, from the outside in:
     Notebook            follows each storage from the operation that makes it to the moment its last tensor dies, and
                         counts what each operation computes and moves
 
-Works with CUDA builds of PyTorch on machines without a GPU, and with CPU builds on Linux, whose missing device guard is
-lent for the time of the run. Inference only.
+Works with CUDA builds of PyTorch on machines without a GPU, and on Linux with any build: PyTorch is lent a device guard
+that does nothing for the time of the run, in which no other thread should switch between real GPUs. Inference only.
 
 Leaves out: what a run costs (`dryrun.py`), values (what depends on them raises PyTorch's
 DataDependentOutputException), and memory that kernels take for themselves unless `TEMPORARY` knows it.
@@ -324,28 +324,22 @@ def _tensors(values: Any) -> Iterator[Tensor]:
 
 @contextmanager
 def _device_guard() -> Iterator[None]:
-    """Lend PyTorch a CUDA device guard that does nothing, if it has none: the one of the meta device.
+    """Lend PyTorch a CUDA device guard that does nothing: the one of the meta device.
 
     Operations take a guard for the device of their tensors. A CUDA build without a GPU has one that does nothing; a CPU
-    build has none and raises. The registry of guards is a plain table of pointers, indexed by device type.
+    build has none and raises; with a real GPU there is a real one, which knows no `cuda:7` on a machine with one. The
+    registry of guards is a plain table of pointers, indexed by device type.
     """
-    with FakeTensorMode():
-        tensor = torch.empty(1, device="cuda:0")
-        try:
-            tensor.copy_(tensor)
-            missing = False
-        except RuntimeError:
-            missing = True
-    if not missing:
+    if torch.version.cuda and not torch.cuda.is_available():
         yield
         return
     registry = _guards()
     cuda, meta = 1, 14  # c10::DeviceType
-    registry[cuda] = registry[meta]
+    kept, registry[cuda] = registry[cuda], registry[meta]
     try:
         yield
     finally:
-        registry[cuda] = None
+        registry[cuda] = kept
 
 
 def _guards() -> Any:
@@ -360,6 +354,6 @@ def _guards() -> Any:
             except (OSError, ValueError):
                 break
     raise RuntimeError(
-        "fake GPUs need a CUDA device guard, which this CPU build of PyTorch lacks and which cannot be lent here: "
-        "install a CUDA build (it needs no GPU), or run on Linux"
+        "fake GPUs need a CUDA device guard that does nothing, and none can be lent to this build of PyTorch: "
+        "use a CUDA build on a machine without a GPU, or Linux"
     )
