@@ -23,6 +23,20 @@ _HOMES = {
     "dryrun": ("DryRun", "dry_run"),
     "meta": ("init_empty_weights", "init_on_device"),
     "checkpoint": ("load_checkpoint_in_model", "load_state_dict", "save_model"),
+    "dispatch": (
+        "cpu_offload",
+        "cpu_offload_with_hook",
+        "disk_offload",
+        "dispatch_model",
+        "load_checkpoint_and_dispatch",
+    ),
+    "hooks": (
+        "AlignDevicesHook",
+        "ModelHook",
+        "SequentialHook",
+        "add_hook_to_module",
+        "remove_hook_from_module",
+    ),
     "device_map": (
         "check_device_map",
         "compute_module_sizes",
@@ -48,10 +62,24 @@ if TYPE_CHECKING:
         get_max_memory,
         infer_auto_device_map,
     )
+    from .dispatch import (
+        cpu_offload,
+        cpu_offload_with_hook,
+        disk_offload,
+        dispatch_model,
+        load_checkpoint_and_dispatch,
+    )
     from .dryrun import DryRun, dry_run
     from .estimate import MemoryEstimate
     from .front import describe, estimate_memory, plan
     from .hardware import HARDWARE, Hardware
+    from .hooks import (
+        AlignDevicesHook,
+        ModelHook,
+        SequentialHook,
+        add_hook_to_module,
+        remove_hook_from_module,
+    )
     from .layers import Layer, ModelSpec, Precision
     from .ledger import Calibration
     from .meta import init_empty_weights, init_on_device

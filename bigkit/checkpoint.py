@@ -577,7 +577,13 @@ def _rest(
     if not rewrite:
         return found
     if folder is None:
-        raise ValueError(f"{_listed(rewrite)} must be written to disk in another form: give an offload_folder")
+        name, wanted = next(iter(rewrite.items()))
+        stored = dtype_name(source.shape_and_dtype(name)[1])
+        form = f"as {dtype_name(wanted or stored)}" if name in source.stored else "as safetensors"
+        raise ValueError(
+            f"{_listed(rewrite)} rests on disk in another form ({stored} in {source.path}) and must be written {form}: "
+            f"give an offload_folder" + (f', or dtype="{stored}" to use it as it is' if name in source.stored else "")
+        )
     Path(folder).mkdir(parents=True, exist_ok=True)
     from safetensors.torch import save_file
 

@@ -631,6 +631,15 @@ def _own_no_split(module: nn.Module) -> list[str]:
     return sorted(classes) if isinstance(classes, (set, frozenset)) else list(classes)
 
 
+def repeated_blocks(model: nn.Module) -> set[str]:
+    """Classes of a model's repeated blocks, found by their place: numbered modules that hold no such module.
+
+    >>> repeated_blocks(nn.Sequential(nn.Sequential(nn.ReLU()), nn.TransformerEncoderLayer(4, 2)))
+    {'TransformerEncoderLayer'}
+    """
+    return {*_blocks(_Skeleton().module(model, ""))}
+
+
 def _blocks(root: ModuleSpec) -> list[str]:
     """Classes of the repeated blocks, which residual connections cross: numbered modules that hold no such module.
 

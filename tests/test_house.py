@@ -18,6 +18,7 @@ ORDER = [
     "units", "allocator", "layers", "shards", "config", "estimate", "chain", "plans", "ledger", "hardware", "roofline",
     "planner",
     "meta", "bulk", "checkpoint", "zoo", "device_map", "front",
+    "store", "away", "lanes", "stream", "resting", "hooks", "dispatch",
     "workload", "recording", "calibration", "fake", "dryrun",
     "draw", "widgets", "cli",
 ]  # fmt: skip

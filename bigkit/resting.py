@@ -1,0 +1,432 @@
+"""From a device map to units: which weights of a model rest where, and which of them travel together.
+
+Every tensor is looked at once, with all the places in the model that refer to it. Where a place runs on the device on
+which the tensor rests, it stays. Else the tensor joins a unit: the block around it, or the largest module that is no
+larger than a block, or for what a module with many blocks holds itself, that alone.
+
+A tensor that is tied over several units rests once and travels with each. One that is tied between a device and RAM is
+not sent anywhere: the places that run on that device share what is there.
+
+Leaves out: hooks and the calls that users know (`dispatch.py`).
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import weakref
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .away import Away
+from .checkpoint import Stored, read_header
+from .meta import repeated_blocks, tied_groups, twin
+from .plans import Device
+from .store import Part, Source, Unit, Weight, anatomy, open_source, part_of, rest_in_ram
+from .stream import Mapped, Slots, Streamer
+
+Place = tuple[str, nn.Module, str]  # full name, module, own name
+
+
+@dataclass
+class Record:
+    """One tensor of a model and every place that refers to it."""
+
+    name: str
+    tensor: Tensor
+    buffer: bool
+    persistent: bool
+    places: list[Place] = field(default_factory=list)
+
+    def put(self, place: Place, tensor: Tensor) -> None:
+        """Make a place refer to another tensor."""
+        _, module, own = place
+        (module._buffers if self.buffer else module._parameters)[own] = tensor  # type: ignore[assignment]
+
+
+def records(model: nn.Module) -> list[Record]:
+    """All parameters and buffers, tied ones together."""
+    first = {name: group[0] for group in tied_groups(model) for name in group}
+    found: dict[str, Record] = {}
+    seen: set[tuple[int, str]] = set()
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        for buffer, tensors in ((False, module._parameters), (True, module._buffers)):
+            for own, tensor in tensors.items():
+                if tensor is None:
+                    continue
+                name = f"{prefix}.{own}" if prefix else own
+                owner = first.get(name, name)
+                if owner not in found:
+                    found[owner] = Record(name, tensor, buffer, own not in module._non_persistent_buffers_set)
+                if (id(module), own) not in seen:  # a module may be reached by two names
+                    seen.add((id(module), own))
+                    found[owner].places.append((name, module, own))
+    return [*found.values()]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What travels together
+
+
+@dataclass(eq=False)
+class Group:
+    """A module whose weights travel together: all in it, or (loose) those that it and its children without a forward
+    hold themselves.
+    """
+
+    name: str
+    module: nn.Module
+    loose: bool = False
+
+
+def groups(model: nn.Module, is_away: Callable[[str], bool], uniform: Callable[[str], bool],
+           whole_classes: Iterable[str] = ()) -> tuple[list[Group], dict[int, Group]]:  # fmt: skip
+    """Cut the offloaded part of a model into groups.
+
+    Args:
+        model: the model.
+        is_away: module name -> whether what it holds rests away from where it works.
+        uniform: module name -> whether the device map treats all in it alike.
+        whole_classes: classes whose modules always are one group (`preload_module_classes`).
+
+    Returns:
+        The groups in the model's order, and for each module (by id) that holds tensors the group of these.
+    """
+    blocks = {
+        *whole_classes,
+        *(cls for part in model.modules() for cls in getattr(part, "_no_split_modules", None) or ()),
+    }
+    blocks |= set() if blocks else repeated_blocks(model)
+    sizes: dict[int, int] = {}
+    holds_block: dict[int, bool] = {}
+    for module in reversed([*model.modules()]):  # children before parents
+        own = sum(t.nbytes for ts in (module._parameters, module._buffers) for t in ts.values() if t is not None)
+        children = list(module.children())
+        sizes[id(module)] = own + sum(sizes[id(child)] for child in children)
+        holds_block[id(module)] = any(type(c).__name__ in blocks or holds_block[id(c)] for c in children)
+    block_sizes = [sizes[id(m)] for m in model.modules() if type(m).__name__ in blocks]
+    limit = max(block_sizes, default=0) or max(_own_bytes(module) for module in model.modules())
+    found: list[Group] = []
+    group_of: dict[int, Group] = {}
+
+    def walk(name: str, module: nn.Module, host: tuple[str, nn.Module]) -> None:
+        if id(module) in group_of:
+            return
+        if has_forward(module):
+            host = (name, module)
+        away = is_away(name)
+        small = sizes[id(module)] <= limit and not holds_block[id(module)]
+        whole = type(module).__name__ in blocks or small or not any(module.children())
+        if away and whole and uniform(name) and has_forward(module):
+            found.append(Group(name, module))
+            for part in module.modules():
+                group_of.setdefault(id(part), found[-1])
+            return
+        own_names = [f"{name}.{own}" if name else own for own in (*module._parameters, *module._buffers)]
+        if any(map(is_away, own_names)):
+            loose = next((g for g in found if g.loose and g.module is host[1]), None)
+            if loose is None:
+                loose = Group(*host, loose=True)
+                found.append(loose)
+            group_of[id(module)] = loose
+        for own, child in module._modules.items():
+            if child is not None:
+                walk(f"{name}.{own}" if name else own, child, host)
+
+    walk("", model, ("", model))
+    return found, group_of
+
+
+def _own_bytes(module: nn.Module) -> int:
+    return sum(tensor.nbytes for tensor in module._parameters.values() if tensor is not None)
+
+
+def has_forward(module: nn.Module) -> bool:
+    """Whether calling the module runs something: a ModuleList is never called."""
+    return getattr(type(module), "forward", None) is not nn.Module.forward
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# From tensors to units
+
+
+@dataclass
+class Rest:
+    """What is needed to send weights away.
+
+    Args:
+        stored: name -> range of a file that holds the tensor.
+        given: name -> tensor, for those that the model has on meta.
+        folder: where tensors are written that rest on disk and are in no file.
+    """
+
+    stored: Mapping[str, Stored]
+    given: Mapping[str, Tensor]
+    folder: Path | None = None
+
+    def parts(self, record: Record) -> dict[str, Tensor | Stored]:
+        """The plain tensors of a weight: as data, or as ranges of files.
+
+        Raises:
+            ValueError: it is on meta and its data are nowhere.
+        """
+        if not record.tensor.is_meta:
+            return dict(anatomy(type(record.tensor)).take_apart(record.tensor))
+        for name, *_ in record.places:
+            if name in self.given:
+                return {"": self.given[name].detach()}
+            if name in self.stored:
+                more = anatomy(type(record.tensor)).suffixes
+                named = {suffix: f"{name}.{suffix}" if suffix else name for suffix in more}
+                return {suffix: self.stored[full] for suffix, full in named.items() if full in self.stored}
+        raise ValueError(f"{record.name!r} is on meta and has no data: load a checkpoint into the model first")
+
+    def value(self, record: Record) -> Tensor:
+        """The tensor itself."""
+        if not record.tensor.is_meta:
+            return record.tensor
+        parts = {suffix: _read(part) for suffix, part in self.parts(record).items()}
+        return anatomy(type(record.tensor)).put_together(record.tensor, parts)
+
+
+def _read(part: Tensor | Stored) -> Tensor:
+    if isinstance(part, Tensor):
+        return part
+    record = Part(part.shape, _strides(part.shape), part.dtype, at=part.offset, source=open_source(part.file))
+    return record.on_cpu()
+
+
+def _strides(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(torch.empty(shape, device="meta").stride())
+
+
+def make_units(
+    model: nn.Module,
+    device_of: Callable[[str], Device],
+    runs_at: Callable[[Device], Device],
+    devices: Callable[[Device], torch.device],
+    rest: Rest,
+    *,
+    offload_buffers: bool = False,
+    whole_classes: Iterable[str] = (),
+    uniform: Callable[[str], bool] = lambda name: True,
+    pin: bool = False,
+) -> list[tuple[Group, Unit]]:
+    """Put every tensor of a model where a map wants it.
+
+    Args:
+        model: the model.
+        device_of: name of a module or tensor -> where it rests.
+        runs_at: where something rests -> where it works.
+        devices: a place to work -> PyTorch's device.
+        rest: where data come from and go to.
+        offload_buffers, whole_classes, uniform: see `dispatch_model` and `groups`.
+        pin: whether RAM is to be pinned.
+
+    Returns:
+        The units, each with its group. What stays has been moved to its device.
+
+    Raises:
+        ValueError, OSError: something has no data or no place; the model is as it was.
+    """
+
+    def is_away(name: str) -> bool:
+        return runs_at(device_of(name)) != device_of(name)
+
+    found, group_of = groups(model, is_away, uniform, whole_classes)
+    all_records = records(model)
+    before = [(record, place, record.tensor) for record in all_records for place in record.places]
+    travelling: dict[int, list[tuple[Record, list[Place]]]] = {id(group): [] for group in found}
+    try:
+        staying: list[tuple[Record, dict[Device, list[Place]]]] = []
+        for record in all_records:
+            here: dict[Device, list[Place]] = {}  # where it works -> the places that have it there for good
+            away: list[Place] = []
+            for place in record.places:
+                home = device_of(place[0])
+                stays = record.buffer and not (offload_buffers and record.persistent)
+                if home == runs_at(home) or stays:
+                    here.setdefault(runs_at(home), []).append(place)
+                else:
+                    away.append(place)
+            for place in [*away]:
+                works = runs_at(device_of(place[0]))
+                if works in here:
+                    here[works].append(place)
+                    away.remove(place)
+            if here:
+                staying.append((record, here))
+            for place in away:
+                inside = travelling[id(group_of[id(place[1])])]
+                if not inside or inside[-1][0] is not record:
+                    inside.append((record, []))
+                inside[-1][1].append(place)
+        units = _build(found, travelling, device_of, rest, pin)
+        for record, here in staying:
+            _stay(record, here, devices, rest)
+    except BaseException:
+        for record, place, tensor in before:
+            record.put(place, tensor)
+        raise
+    return units
+
+
+def _stay(
+    record: Record, here: dict[Device, list[Place]], devices: Callable[[Device], torch.device], rest: Rest
+) -> None:
+    """Move a tensor to the device, or the devices, where it stays."""
+    value, first = rest.value(record), True
+    for works, places in here.items():
+        device = devices(works)
+        new = value
+        if value.device != device or not first or record.tensor.is_meta:
+            moved = value.detach().to(device)
+            if first and isinstance(record.tensor, nn.Parameter) and not record.tensor.is_meta:
+                record.tensor.data, new = moved, record.tensor  # the same object, so that others keep knowing it
+            else:
+                new = twin(record.tensor, moved) if isinstance(record.tensor, nn.Parameter) else moved
+        for place in places:
+            record.put(place, new)
+        first = False
+
+
+def _build(
+    found: list[Group],
+    travelling: dict[int, list[tuple[Record, list[Place]]]],
+    device_of: Callable[[str], Device],
+    rest: Rest,
+    pin: bool,
+) -> list[tuple[Group, Unit]]:
+    units: list[tuple[Group, Unit]] = []
+    made: dict[int, Weight] = {}  # record -> the weight that it became first
+    for group in found:
+        laid: list[tuple[Weight, dict[str, Tensor]]] = []  # with the data of what rests in RAM
+        on_disk: list[tuple[Weight, dict[str, Tensor | Stored]]] = []
+        for record, places in travelling[id(group)]:
+            at = [(module, own, record.buffer) for _, module, own in places]
+            if id(record) in made:
+                laid.append((made[id(record)].again(at), {}))
+                continue
+            parts = rest.parts(record)
+            shapes = {suffix: _part(part) for suffix, part in parts.items()}
+            like = anatomy(type(record.tensor)).skeleton(record.tensor)
+            weight = made[id(record)] = Weight(record.name, like, at, shapes)
+            if device_of(places[0][0]) == "disk":
+                on_disk.append((weight, parts))
+                laid.append((weight, {}))
+            else:
+                laid.append((weight, {suffix: _read(part) for suffix, part in parts.items()}))
+        if not laid:
+            continue
+        _rest_on_disk(on_disk, rest.folder)
+        laid.sort(key=lambda item: item[0].order())  # as they lie in their files: fewer and longer reads
+        unit = Unit(group.name, group.module, [weight for weight, _ in laid])
+        rest_in_ram(unit, [values for _, values in laid], pin)
+        for record, places in travelling[id(group)]:  # what the model held can go now
+            for place in places:
+                record.put(place, made[id(record)].like)
+        units.append((group, unit))
+    return units
+
+
+def _part(data: Tensor | Stored) -> Part:
+    return Part(data.shape, _strides(data.shape), data.dtype) if isinstance(data, Stored) else part_of(data)
+
+
+def _rest_on_disk(weights: list[tuple[Weight, dict[str, Tensor | Stored]]], folder: Path | None) -> None:
+    """Point parts to the files that hold them, after writing what is in none."""
+    loose = {
+        f"{weight.name}.{suffix}" if suffix else weight.name: part
+        for weight, parts in weights
+        for suffix, part in parts.items()
+        if isinstance(part, Tensor)
+    }
+    written, source = _write(loose, folder) if loose else ({}, None)  # the file goes when its source does
+    for weight, parts in weights:
+        for suffix, part in parts.items():
+            where = part if isinstance(part, Stored) else written[f"{weight.name}.{suffix}" if suffix else weight.name]
+            record = weight.parts[suffix]
+            record.stride, record.at, record.source = _strides(record.shape), where.offset, open_source(where.file)
+
+
+def _write(tensors: dict[str, Tensor], folder: Path | None) -> tuple[dict[str, Stored], Source]:
+    """Write tensors to a new file, which goes when nothing reads it any more."""
+    if folder is None:
+        names = ", ".join(map(repr, [*tensors][:3])) + (f" and {len(tensors) - 3} more" if len(tensors) > 3 else "")
+        raise ValueError(f"{names} shall rest on disk and are in no file that is known: give an offload folder")
+    from safetensors.torch import save_file
+
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=folder, prefix="offloaded-", suffix=".safetensors", delete=False) as file:
+        path = Path(file.name)
+    try:
+        save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, path)
+        stored = read_header(path)
+        source = open_source(path)
+    except BaseException:
+        path.unlink(missing_ok=True)
+        raise
+    weakref.finalize(source, _remove, str(path), os.getpid())
+    return stored, source
+
+
+def _remove(path: str, owner: int) -> None:
+    if os.getpid() == owner:  # not in a forked child
+        with suppress(OSError):
+            os.unlink(path)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A streamer for one module alone
+
+
+def stream_alone(
+    module: nn.Module,
+    device: torch.device,
+    given: Mapping[str, Tensor] | None,
+    offload_buffers: bool,
+    submodules: bool,
+) -> Streamer | None:
+    """Send what a module holds (with `submodules`, what is in it) to RAM; None if that is nothing."""
+    every = records(module)
+    inside = [r for r in every if submodules or any(owner is module for _, owner, _ in r.places)]
+    rest = Rest({}, {**(given or {})})
+    weights, values = [], []
+    for record in inside:
+        if record.buffer and not (offload_buffers and record.persistent):
+            _stay(record, {"cpu": record.places}, lambda _: device, rest)
+            continue
+        parts = {suffix: _read(part) for suffix, part in rest.parts(record).items()}
+        places = [(owner, own, record.buffer) for _, owner, own in record.places]
+        like = anatomy(type(record.tensor)).skeleton(record.tensor)
+        weights.append(Weight(record.name, like, places, {suffix: part_of(part) for suffix, part in parts.items()}))
+        values.append(parts)
+    if not weights:
+        return None
+    unit = Unit("", module, weights)
+    rest_in_ram(unit, values, pin=device.type == "cuda")
+    return streamer_for(device, [unit])
+
+
+def streamer_for(device: torch.device, units: list[Unit], *, stands_in: bool = False, **options: Any) -> Streamer:
+    """The streamer that suits a device; on the CPU itself nothing needs to be copied."""
+    if device.type == "cpu" and not stands_in:
+        return Mapped(device, units, prefetch=options.get("prefetch", True), name=options.get("name", ""))
+    return Slots(device, units, **options)
+
+
+def handles(model: nn.Module) -> list[Away]:
+    """Every handle that stands in a model."""
+    return [
+        tensor
+        for module in model.modules()
+        for tensors in (module._parameters, module._buffers)
+        for tensor in tensors.values()
+        if isinstance(tensor, Away)
+    ]

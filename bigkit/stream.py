@@ -1,0 +1,556 @@
+"""Bringing weights in just in time.
+
+A streamer serves one device. Before a unit's forward it lends the unit's weights to the model, afterwards it takes them
+back:
+
+    borrow   the unit is in a slot, or is fetched into one; the model's parameters become views of the slot
+    work     the unit's forward; meanwhile the next units are fetched into the other slots
+    return   handles (`away.py`) take the parameters' places; the slot may be filled anew
+
+Which unit comes next is learned: it is the one that came next the last time, and before that the one that follows in
+the model; the first follows the last, since after a token comes another. It is only a hint. A slot knows what it holds,
+so a unit that was skipped, repeated or called out of order is found or fetched, and a wrong guess costs time, nothing
+else.
+
+In the steady state nothing is allocated and nothing waits on the host, except for a disk that is slower than the link.
+
+`Slots` fills a few fixed slots through a lane (`lanes.py`). `Mapped` serves the CPU: it lends the pages of the files
+themselves, asks the system to read those of the next units, and lets go of those that have been used.
+
+Leaves out: who borrows (`hooks.py`), and which units there are (`dispatch.py`).
+"""
+
+from __future__ import annotations
+
+import mmap
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .away import Away
+from .lanes import CudaLane, PlainLane, Slot
+from .store import Slab, Unit, Weight
+from .units import MiB
+
+AHEAD = 64 * MiB  # how far `Mapped` has files read ahead
+
+
+class Event(NamedTuple):
+    """What a streamer tells its listeners.
+
+    Args:
+        kind: "fetch" (its bytes begin to move), "work" (its forward begins) or "return" (it has ended).
+        unit: name of the unit.
+        nbytes: bytes that move; 0 for the other kinds.
+        rests: "cpu" or "disk".
+        device: the device that it works on.
+        slot: number of the slot, or -1 without slots.
+    """
+
+    kind: str
+    unit: str
+    nbytes: int
+    rests: str
+    device: str
+    slot: int
+
+
+class _Entry(NamedTuple):
+    """One reference in the model to a weight of a unit."""
+
+    tensors: Any  # a module's `_parameters` or `_buffers`
+    own: str
+    away: Away
+    weight: Weight
+    place: tuple[nn.Module, str, bool]
+
+
+class _Visit(NamedTuple):
+    """A unit's weights where they work: made once for each slot."""
+
+    values: list[Tensor]  # one for each entry
+    weights: list[Tensor]  # one for each weight
+    storages: frozenset[int]
+
+
+class _Loan(NamedTuple):
+    """One forward's use of a unit."""
+
+    visit: _Visit
+    guard: Any
+
+
+class Streamer:
+    """Lends the weights of units to a model on one device.
+
+    Args:
+        device: where they work.
+        units: in the order in which the model is likely to use them.
+        prefetch: fetch the next units while one works.
+        name: what events call the device.
+    """
+
+    def __init__(self, device: torch.device, units: Sequence[Unit], *, prefetch: bool = True, name: str = "") -> None:
+        self.device, self.units, self.prefetch = device, list(units), prefetch
+        self.name = name or str(device)
+        self.listeners: list[Callable[[Event], None]] = []
+        self.after = {i: (i + 1) % len(self.units) for i in range(len(self.units))}
+        self.lent = [0] * len(self.units)
+        self._start()
+        for i, unit in enumerate(self.units):
+            unit.index = i
+            for weight in unit.weights:
+                weight.away = next((w.away for w in weight.twins if w.away is not None), None) or Away.of(weight, self)
+        self._look()
+        self.send_away()
+
+    def _look(self) -> None:
+        """Where in the model the units' weights are referred to, and which modules there are around them."""
+        self._entries = [
+            [
+                _Entry(
+                    module._buffers if buffer else module._parameters, own, weight.away, weight, (module, own, buffer)
+                )
+                for weight in unit.weights
+                for module, own, buffer in weight.places
+            ]
+            for unit in self.units
+        ]
+        self._children = [[module._modules for module in unit.module.modules()] for unit in self.units]
+        self._shapes = [*map(_shape, self._children)]
+
+    def _start(self) -> None:
+        """What a copy or a pickle of the streamer makes anew."""
+        self.lock = threading.RLock()
+        self.last: int | None = None
+        self._loans: list[_Loan] = []
+
+    def __getstate__(self) -> dict[str, Any]:
+        runtime = {"lock", "last", "_loans", "_entries", "_children", "_shapes", "listeners"}
+        return {name: value for name, value in vars(self).items() if name not in runtime}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, listeners=[], lent=[0] * len(state["units"]), _entries=None)
+        self._start()
+
+    # -- the three verbs
+
+    def lend(self, unit: Unit) -> None:
+        """Put a unit's weights into the model, on the device; the calling thread holds the streamer until the return.
+
+        Raises:
+            OSError: a file could not be read; nothing is lent then.
+        """
+        self.lock.acquire()
+        try:
+            if self._entries is None:  # a copy of a streamer: its modules are complete only now
+                self._look()
+            if not self.lent[unit.index]:
+                self._notice(unit)
+            visit = self._bring(unit)
+            self.lent[unit.index] += 1
+            if self.listeners:
+                self._tell("work", unit)
+            for entry, value in zip(self._entries[unit.index], visit.values):
+                entry.tensors[entry.own] = value
+            self._loans.append(_Loan(visit, self._guard(unit, visit) if torch.is_grad_enabled() else None))
+        except BaseException:
+            self.lock.release()
+            raise
+
+    def take_back(self, unit: Unit) -> None:
+        """Put the handles back into the model, and keep what the forward wrote into the weights."""
+        try:
+            loan = self._loans.pop()
+            if loan.guard is not None:
+                loan.guard.__exit__(None, None, None)
+            self.lent[unit.index] -= 1
+            if not self.lent[unit.index]:
+                for entry, value in zip(self._entries[unit.index], loan.visit.values):
+                    if entry.tensors.get(entry.own) is value:
+                        entry.tensors[entry.own] = entry.away
+                self._leave(unit, loan.visit)
+            if self.listeners:
+                self._tell("return", unit)
+        finally:
+            self.lock.release()
+
+    def load(self, weight: Weight, device: torch.device | None = None) -> Tensor:
+        """A weight's data outside of its unit's forward."""
+        with self.lock:
+            value = weight.load(device or self.device)
+        if value.requires_grad:
+            value.register_hook(_refuse(weight.name))
+        return value
+
+    def keep(self, weight: Weight, value: Tensor) -> None:
+        """Make `value` the data of a weight.
+
+        Raises:
+            ValueError: it has another shape or dtype.
+        """
+        with self.lock:
+            weight.keep(value)
+            self._forget()
+
+    def rests_in(self, weight: Weight) -> str:
+        """ "cpu" or "disk"."""
+        return "disk" if any(part.source for part in weight.parts.values()) else "cpu"
+
+    def send_away(self) -> None:
+        """Put handles into the model for all weights."""
+        for entries in self._entries:
+            for entry in entries:
+                entry.tensors[entry.own] = entry.away
+
+    def release(self, unit: Unit) -> None:
+        """Put a unit's weights into the model for good, on the CPU."""
+        with self.lock:
+            if self._entries is None:
+                self._look()
+            self._notice(unit)
+            values = {id(weight): weight.load() for weight in unit.weights}
+            for entry in self._entries[unit.index]:
+                if entry.tensors.get(entry.own) is entry.away:
+                    entry.tensors[entry.own] = values[id(entry.weight)]
+
+    def close(self) -> None:
+        """Wait for what is under way."""
+
+    # -- what differs between streamers
+
+    def _bring(self, unit: Unit) -> _Visit:
+        """Make a unit ready to work."""
+        raise NotImplementedError
+
+    def _leave(self, unit: Unit, visit: _Visit) -> None:
+        """A unit's forward has ended."""
+        raise NotImplementedError
+
+    def _forget(self) -> None:
+        """What rests has changed: nothing that was fetched before counts any more."""
+        for unit in self.units:
+            unit.forget_moves()
+
+    # -- order
+
+    def _follow(self, unit: Unit, most: int) -> list[Unit]:
+        """The units that probably come next."""
+        if self.last is not None:
+            self.after[self.last] = unit.index
+        self.last = at = unit.index
+        found: list[Unit] = []
+        while len(found) < most and (at := self.after[at]) != unit.index and self.units[at] not in found:
+            found.append(self.units[at])
+        return found
+
+    # -- changes that others make to the model
+
+    def _notice(self, unit: Unit) -> None:
+        """Keep parameters that were replaced since the last forward, and move modules that were added (adapters)."""
+        for entry in self._entries[unit.index]:
+            if entry.tensors.get(entry.own) is not entry.away:
+                self._adopt(entry)
+        if _shape(self._children[unit.index]) != self._shapes[unit.index]:
+            for module in unit.module.modules():
+                _move_own(module, self.device)
+            self._look()
+
+    def _adopt(self, entry: _Entry) -> None:
+        value = entry.tensors.get(entry.own)
+        like = entry.weight.like
+        if value is not None and value.shape == like.shape and value.dtype == like.dtype:
+            self.keep(entry.weight, value)
+            entry.tensors[entry.own] = entry.away
+            return
+        entry.weight.places.remove(entry.place)  # it is no longer ours
+        if value is not None:
+            entry.tensors[entry.own] = _on(value, self.device)
+        self._look()
+        self._forget()
+
+    def _absorb(self, unit: Unit, visit: _Visit) -> None:
+        """Keep what a forward wrote into its weights."""
+        for weight, value in zip(unit.weights, visit.weights):
+            weight.keep(value)
+        self._forget()
+
+    # -- training
+
+    def _guard(self, unit: Unit, visit: _Visit) -> Any:
+        """Make a backward through borrowed weights an error: they are gone by then."""
+
+        def pack(tensor: Tensor) -> Any:
+            return _Gone(unit.name) if _storage(tensor) in visit.storages else tensor
+
+        guard = torch.autograd.graph.saved_tensors_hooks(pack, _unpack)
+        guard.__enter__()
+        return guard
+
+    # --
+
+    def _make_visit(self, unit: Unit, weights: list[Tensor]) -> _Visit:
+        for weight, value in zip(unit.weights, weights, strict=True):
+            if value.requires_grad:
+                value.register_hook(_refuse(weight.name))
+        found = {id(weight): value for weight, value in zip(unit.weights, weights)}
+        values = [found[id(entry.weight)] for entry in self._entries[unit.index]]
+        return _Visit(values, weights, frozenset(map(_storage, weights)))
+
+    def _tell(self, kind: str, unit: Unit, slot: int = -1) -> None:
+        event = Event(kind, unit.name, unit.nbytes if kind == "fetch" else 0, unit.rests_in(), self.name, slot)
+        for listener in self.listeners:
+            listener(event)
+
+
+class Slots(Streamer):
+    """Lends weights from a few fixed slots on the device.
+
+    Args:
+        device, units, prefetch, name: see `Streamer`.
+        count: slots; one more is made when forwards are nested so deeply that all are in use.
+        cache: bytes of RAM that may keep units from the disk after their first visit. Always the same units: of a cycle
+            longer than the cache, the one used last is needed last.
+    """
+
+    def __init__(
+        self, device: torch.device, units: Sequence[Unit], *, count: int = 2, prefetch: bool = True, cache: int = 0,
+        name: str = "",
+    ) -> None:  # fmt: skip
+        self.count = count
+        self.cached = spread([unit.nbytes if unit.rests_in() == "disk" else 0 for unit in units], cache)
+        super().__init__(device, units, prefetch=prefetch, name=name)
+
+    def _start(self) -> None:
+        super()._start()
+        self.lane = CudaLane(self.device) if _real_cuda(self.device) else PlainLane(self.device)
+        self.slots: list[Slot] = []
+        self.holder: dict[int, Slot] = {}  # unit's index -> the slot that holds it
+        self.loans = 0
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {k: v for k, v in super().__getstate__().items() if k not in ("lane", "slots", "holder", "loans")}
+
+    def close(self) -> None:
+        for slot in self.slots:
+            self.lane.settle(slot)
+        self.lane.close()
+
+    def _bring(self, unit: Unit) -> _Visit:
+        slot = self.holder.get(unit.index)
+        following = self._follow(unit, max(self.count, len(self.slots)) - 1) if self.prefetch else []
+        if slot is None:
+            slot = self._fetch(unit, following)
+        slot.lent += 1
+        self.loans += 1
+        slot.used = self.loans
+        try:
+            self._prefetch(following)
+            self.lane.arrive(slot)
+        except BaseException:
+            slot.lent -= 1
+            if not slot.lent:
+                self._empty(slot)
+            raise
+        if slot.lent == 1:
+            slot.version = slot.base._version
+        visit: _Visit = slot.visits[unit.index]
+        return visit
+
+    def _prefetch(self, following: list[Unit]) -> None:
+        for unit in following:
+            if unit.index not in self.holder:
+                if self._idle(following) is None:
+                    return
+                self._fetch(unit, following)
+
+    def _idle(self, spared: list[Unit]) -> Slot | None:
+        """The slot to fill next: not lent, not holding what is needed soon, and used longest ago."""
+        free = [slot for slot in self.slots if not slot.lent and slot.unit not in spared]
+        return min(free, key=lambda slot: slot.used) if free else None
+
+    def _fetch(self, unit: Unit, following: list[Unit]) -> Slot:
+        if not self.slots:
+            self._add_slots(self.count)
+        slot = self._idle(following) or self._idle([]) or self._add_slots(1)
+        self._empty(slot)
+        self.lane.fill(slot, unit)
+        slot.unit, self.holder[unit.index] = unit, slot
+        if unit.index not in slot.visits:
+            slot.visits[unit.index] = self._make_visit(unit, [weight.over(slot.base) for weight in unit.weights])
+        if self.listeners:
+            self._tell("fetch", unit, self.slots.index(slot))
+        return slot
+
+    def _add_slots(self, count: int) -> Slot:
+        size = max(unit.nbytes for unit in self.units)
+        self.slots += [self.lane.slot(size) for _ in range(count)]
+        return self.slots[-1]
+
+    def _empty(self, slot: Slot) -> None:
+        self.lane.settle(slot)
+        if slot.unit is not None:
+            del self.holder[slot.unit.index]
+        slot.unit, slot.stale = None, False
+
+    def _leave(self, unit: Unit, visit: _Visit) -> None:
+        slot = self.holder[unit.index]
+        slot.lent = 0
+        self.lane.leave(slot)
+        if slot.stale:
+            self._empty(slot)
+        elif slot.base._version != slot.version:
+            self._absorb(unit, visit)
+        elif unit.index in self.cached:
+            self._cache(unit, slot)
+
+    def _cache(self, unit: Unit, slot: Slot) -> None:
+        """Keep a unit from the disk in RAM, as it lies in the slot."""
+        slab = Slab(unit.nbytes, pin=_real_cuda(self.device))
+        slab.bytes.copy_(slot.base[: unit.nbytes])
+        slab.pin()
+        for part in unit.parts():
+            part.slab, part.at, part.source = slab, part.offset, None
+        unit.forget_moves()
+        self.cached.discard(unit.index)
+
+    def _forget(self) -> None:
+        super()._forget()
+        for slot in self.slots:
+            slot.visits = {}
+            slot.stale = bool(slot.lent)
+            if not slot.lent:
+                self._empty(slot)
+
+
+class Mapped(Streamer):
+    """Lends the pages of files to a model on the CPU: nothing is copied, and nothing stays in memory after its use."""
+
+    def _start(self) -> None:
+        super()._start()
+        self.visits: dict[int, _Visit] = {}
+        self.versions: dict[int, int] = {}
+        self.asked: set[int] = set()  # units whose pages the system has been asked to read
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {k: v for k, v in super().__getstate__().items() if k not in ("visits", "versions", "asked")}
+
+    def _bring(self, unit: Unit) -> _Visit:
+        visit = self.visits.get(unit.index)
+        if visit is None:
+            visit = self.visits[unit.index] = self._make_visit(unit, [weight.load() for weight in unit.weights])
+        if not self.lent[unit.index]:
+            self.versions[unit.index] = _version(visit)
+            if self.listeners:
+                self._tell("fetch", unit)
+            if self.prefetch:
+                self._read_ahead(unit)
+        return visit
+
+    def _read_ahead(self, unit: Unit) -> None:
+        ahead = 0
+        for following in self._follow(unit, 16):
+            if following.index not in self.asked:
+                self.asked.add(following.index)
+                _advise(following, mmap.MADV_WILLNEED)
+            ahead += following.nbytes
+            if ahead >= AHEAD:
+                return
+
+    def _leave(self, unit: Unit, visit: _Visit) -> None:
+        if _version(visit) != self.versions[unit.index]:
+            self._absorb(unit, visit)
+        _advise(unit, mmap.MADV_DONTNEED)
+        self.asked.discard(unit.index)
+
+    def _forget(self) -> None:
+        super()._forget()
+        self.visits = {i: visit for i, visit in self.visits.items() if self.lent[i]}
+
+
+def _advise(unit: Unit, advice: int) -> None:
+    for move in unit.moves():
+        if move.source is not None:
+            move.source.advise(advice, move.at, move.nbytes)
+
+
+def _version(visit: _Visit) -> int:
+    return sum(tensor._version for tensor in visit.weights)
+
+
+def _real_cuda(device: torch.device) -> bool:
+    return device.type == "cuda" and torch._guards.detect_fake_mode() is None
+
+
+def spread(sizes: Sequence[int], budget: int) -> set[int]:
+    """Which units of these sizes (0: not wanted) to choose within a budget, as evenly along the model as it goes.
+
+    >>> sorted(spread([10] * 8, 40))
+    [0, 2, 4, 6]
+    """
+    wanted = [i for i, size in enumerate(sizes) if size]
+    most = 0
+    left = budget
+    for size in sorted(sizes[i] for i in wanted):
+        left -= size
+        most += left >= 0
+    chosen: set[int] = set()
+    for k in range(most):
+        i = wanted[k * len(wanted) // most]
+        if sizes[i] <= budget:
+            chosen.add(i)
+            budget -= sizes[i]
+    return chosen
+
+
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata
+
+
+def _shape(children: list[dict[str, nn.Module | None]]) -> list[int]:
+    """What changes when modules are added to others."""
+    return [id(child) for own in children for child in own.values()]
+
+
+def _on(tensor: Tensor, device: torch.device) -> Tensor:
+    if isinstance(tensor, nn.Parameter):
+        tensor.data = tensor.data.to(device)
+        return tensor
+    return tensor.to(device)
+
+
+def _move_own(module: nn.Module, device: torch.device) -> None:
+    """Move what a module itself holds, handles aside, to a device."""
+    for tensors in (module._parameters, module._buffers):
+        for own, tensor in tensors.items():
+            if tensor is not None and not isinstance(tensor, Away) and tensor.device != device and not tensor.is_meta:
+                tensors[own] = _on(tensor, device)  # type: ignore[assignment]
+
+
+class _Gone(NamedTuple):
+    """What autograd keeps in place of a borrowed weight."""
+
+    unit: str
+
+
+def _unpack(kept: Any) -> Tensor:
+    if isinstance(kept, _Gone):
+        raise RuntimeError(_NO_TRAINING.format(kept.unit))
+    tensor: Tensor = kept
+    return tensor
+
+
+_NO_TRAINING = (
+    "backward reached {!r}, whose weights rest elsewhere and were only lent to the forward: offloaded weights are for "
+    "inference. Place what is to be trained, and all that comes after it, on a GPU, or run under torch.no_grad()"
+)
+
+
+def _refuse(name: str) -> Callable[[Tensor], None]:
+    def hook(grad: Tensor) -> None:
+        raise RuntimeError(_NO_TRAINING.format(name))
+
+    return hook
