@@ -7,13 +7,16 @@ reserved at every moment; what it computes and moves is timed with a roofline (`
     peak_allocated   what `torch.cuda.max_memory_allocated()` would say
     peak_reserved    what `torch.cuda.max_memory_reserved()` would say; this, and the CUDA context, must fit
 
-Leaves out: weights that rest in RAM or on disk and travel, and quantized weights.
+Weights that rest in RAM or on disk are dispatched as in a real run: the same hooks borrow them, into slots on a fake
+GPU, through a lane that notes what it is asked to bring and when (`FakeLane`).
+
+Leaves out: quantized weights, and blocks that are kept in RAM after they were read from disk.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -22,15 +25,20 @@ import torch
 from torch import Tensor, nn
 
 from .allocator import CachingAllocator, OutOfMemory, Recording, replay
+from .dispatch import dispatch_model
 from .fake import Notebook, Target, Trace, fake_gpus
 from .hardware import CONTEXT_BYTES, GPUS, HARDWARE, Gpu, Hardware
+from .hooks import AlignDevicesHook, SequentialHook
+from .lanes import PlainLane, Slot
 from .ledger import Calibration
-from .plans import Device, Plan, device_label
-from .roofline import Operation, Rates, StepTime, run_steps
+from .plans import Device, Plan, device_label, prefixes
+from .roofline import ARRIVE, FILL, LEAVE, Operation, Rates, Span, StepTime, run_steps
+from .store import Unit
+from .stream import Slots
 from .units import format_bytes
-from .workload import Workload, device_of, fill, passes
+from .workload import Workload, fill, passes
 
-KINDS = ("weights", "KV cache", "activations", "workspace")
+KINDS = ("weights", "slots", "KV cache", "activations", "workspace")
 
 
 @dataclass(frozen=True)
@@ -168,9 +176,19 @@ class DryRun:
         return None
 
     @cached_property
+    def _played(self) -> tuple[list[StepTime], list[Span]]:
+        spans: list[Span] = []
+        return run_steps(self.operations, self.steps, self.rates, spans), spans
+
+    @property
     def times(self) -> list[StepTime]:
         """The prefill and each token: seconds, and how long each lane was busy."""
-        return run_steps(self.operations, self.steps, self.rates)
+        return self._played[0]
+
+    @property
+    def spans(self) -> list[Span]:
+        """What each lane did, and when."""
+        return self._played[1]
 
     @property
     def seconds(self) -> dict[str, float]:
@@ -257,6 +275,7 @@ def dry_run(
     *,
     dtype: object = None,
     all_logits: bool = False,
+    slots: int = 2,
     calibration: Calibration | None = None,
 ) -> DryRun:
     """Run a model on GPUs that do not exist.
@@ -264,27 +283,28 @@ def dry_run(
     Args:
         model: a name, an empty model (on the meta device, see `init_empty_weights`; it is left without memory, on fake
             devices), or a function that builds one.
-        plan: where its parts lie: a `Plan`, a device map, or None for all on GPU 0. Only GPUs.
+        plan: where its parts lie: a `Plan`, a device map, or None for all on GPU 0.
         batch_size, prompt_tokens, new_tokens: what it is asked to do.
         hardware: the machine, or its name in `HARDWARE` or `GPUS`; None takes as many H100s as the plan names.
         dtype: of the weights if `model` is a name; None takes the plan's, then the config's.
         all_logits: keep the logits of every prompt token, as a plain call of the model does.
+        slots: see `dispatch_model`.
         calibration: rates measured on that machine; None takes the vendors' figures.
 
     Returns:
         The run: peaks, timelines and times.
 
     Raises:
-        ValueError: a part lies on no GPU, or the hardware has too few.
+        ValueError: no part lies on a GPU and there is none, or the hardware has too few.
 
     >>> run = dry_run("pygpt", batch_size=2, prompt_tokens=32, new_tokens=2)
     >>> run.fits, [step.name for step in run.times]
     (True, ['prefill', 'token 1', 'token 2'])
     """
     places = {"": 0} if plan is None else plan.device_map if isinstance(plan, Plan) else dict(plan)
-    if away := sorted({str(d) for d in places.values() if not isinstance(d, int)}):
-        raise ValueError(f"a dry run needs every part on a GPU, and this plan puts some on {', '.join(away)}")
-    numbers = sorted({d for d in places.values() if isinstance(d, int)})
+    if wrong := sorted({str(d) for d in places.values() if not isinstance(d, int) and d not in ("cpu", "disk")}):
+        raise ValueError(f"a dry run knows GPUs, 'cpu' and 'disk', not {', '.join(wrong)}")
+    numbers = sorted({d for d in places.values() if isinstance(d, int)}) or [0]
     machine = _machine(hardware, max(numbers) + 1)
     gpus = {f"cuda:{i}": machine.gpus[i] for i in numbers}
     rates = {
@@ -293,7 +313,7 @@ def dry_run(
     }
     name, empty = _model(model, dtype or (plan.dtype if isinstance(plan, Plan) else None))
     load = Workload(batch_size, prompt_tokens, new_tokens, all_logits)
-    trace = rehearse(empty, places, load, target_of(machine.gpus[numbers[0]], calibration))
+    trace = rehearse(empty, places, load, target_of(machine.gpus[numbers[0]], calibration), slots)
     context = calibration.context if calibration and calibration.context else CONTEXT_BYTES
     ids = {f"cuda:{i}": i for i in numbers}
     return DryRun(
@@ -323,26 +343,71 @@ def target_of(gpu: Gpu, calibration: Calibration | None = None) -> Target:
     )
 
 
-def rehearse(model: nn.Module, places: Mapping[str, Device], load: Workload, target: Target) -> Trace:
-    """Fill an empty model on fake GPUs and run the work; returns what was noted."""
-    first = device_of("", places) if "" in places else device_of(next(iter(places)), places)
+def rehearse(model: nn.Module, places: Mapping[str, Device], load: Workload, target: Target, slots: int = 2) -> Trace:
+    """Fill an empty model on fake GPUs, spread it as a map says, and run the work; returns what was noted."""
+    main = next((device for device in places.values() if isinstance(device, int)), 0)
+    in_ram = {name: "cpu" if device == "disk" else device for name, device in places.items()}
     with fake_gpus(target) as notes:
         notes.kind = "weights"
-        fill(model.eval(), places)
+        fill(model.eval(), in_ram)
+        if set(places.values()) != {main}:
+            dispatch_model(model, in_ram, main, slots=slots)
+            for streamer in {hook.streamer for hook in _hooks(model) if hook.streamer is not None}:
+                assert isinstance(streamer, Slots)
+                streamer.lane = FakeLane(streamer.device, notes, places)
         notes.trace.mark("fill")
         notes.kind = "activations"
-        hooks = _bring_inputs(model, places) if len(set(places.values())) > 1 else []
-        try:
-            for i, (_, cache) in enumerate(passes(model, load, first)):
-                label_cache(notes, cache)
-                notes.trace.mark(f"token {i}" if i else "prefill")
-        finally:
-            for hook in hooks:
-                hook.remove()
+        for i, (_, cache) in enumerate(passes(model, load, torch.device("cuda", main))):
+            label_cache(notes, cache)
+            notes.trace.mark(f"token {i}" if i else "prefill")
     notes.live.clear()
     for recording in notes.trace.recordings.values():
         del recording.events[recording.marks[-1][1] :]  # what is freed when everything is over
     return notes.trace
+
+
+class FakeLane(PlainLane):
+    """Brings nothing, and notes what it was asked to bring, into which slot, and when the work needs it."""
+
+    def __init__(self, device: torch.device, notes: Notebook, places: Mapping[str, Device]) -> None:
+        super().__init__(device)
+        self.notes, self.places = notes, places
+        self.numbers: dict[int, int] = {}
+
+    def slot(self, nbytes: int) -> Slot:
+        kind, self.notes.kind = self.notes.kind, "slots"
+        try:
+            slot = super().slot(nbytes)
+        finally:
+            self.notes.kind = kind
+        self.numbers[id(slot)] = len(self.numbers)
+        return slot
+
+    def fill(self, slot: Slot, unit: Unit) -> None:
+        self._note(FILL, slot, unit)
+
+    def arrive(self, slot: Slot) -> None:
+        self._note(ARRIVE, slot, slot.unit)
+
+    def leave(self, slot: Slot) -> None:
+        self._note(LEAVE, slot, slot.unit)
+
+    def _note(self, name: str, slot: Slot, unit: Unit | None) -> None:
+        assert unit is not None
+        inside = [unit.name, *(weight.name for weight in unit.weights)]
+        rests = {self.places[prefix] for name in inside for prefix in prefixes(name) if prefix in self.places}
+        source = "disk" if "disk" in rests else "cpu"
+        self.notes.trace.operations.append(
+            Operation(name, str(self.device), 0, unit.nbytes, "uint8", 0, source, self.numbers[id(slot)], unit.name)
+        )
+
+
+def _hooks(model: nn.Module) -> Iterator[AlignDevicesHook]:
+    for module in model.modules():
+        hook = vars(module).get("_hf_hook")
+        for part in hook.hooks if isinstance(hook, SequentialHook) else (hook,):
+            if isinstance(part, AlignDevicesHook):
+                yield part
 
 
 def label_cache(notes: Notebook, cache: Any) -> None:
@@ -362,30 +427,6 @@ def label_cache(notes: Notebook, cache: Any) -> None:
             waiting += thing.values()
         elif hasattr(thing, "__dict__"):
             waiting += vars(thing).values()
-
-
-def _bring_inputs(model: nn.Module, places: Mapping[str, Device]) -> list[Any]:
-    """Each part of the map takes its inputs to its own device, as dispatch does; results return to the first device."""
-    hooks: list[Any] = []
-    for name in places:
-        part = model.get_submodule(name) if name else model
-        device = device_of(name, places)
-
-        def bring(_: nn.Module, args: Any, kwargs: Any, device: torch.device = device) -> tuple[Any, Any]:
-            return _to(args, device), _to(kwargs, device)
-
-        hooks.append(part.register_forward_pre_hook(bring, with_kwargs=True))
-    return hooks
-
-
-def _to(value: Any, device: torch.device) -> Any:
-    if isinstance(value, Tensor):
-        return value.to(device)
-    if isinstance(value, dict):
-        return {key: _to(item, device) for key, item in value.items()}
-    if type(value) in (list, tuple):
-        return type(value)(_to(item, device) for item in value)
-    return value
 
 
 def _machine(hardware: Hardware | str | None, gpus: int) -> Hardware:

@@ -170,7 +170,8 @@ class Notebook(TorchDispatchMode):
             read = sum(map(_bytes, inputs))
         dtype = str(outputs[0].dtype).removeprefix("torch.")
         name = str(packet).removeprefix("aten.")
-        source = next((str(t.device) for t in inputs if t.device != outputs[0].device), "") if packet in _MOVES else ""
+        moved = packet in _MOVES
+        source = next((str(t.device) for t in inputs if t.device != outputs[0].device), "") if moved else ""
         self.trace.operations.append(Operation(name, device, flops, read + written, dtype, self.trace.unissued, source))
         self.trace.unissued = 0
 

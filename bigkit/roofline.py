@@ -1,15 +1,16 @@
-"""How long a run takes: a roofline over its operations, and Python issuing them.
+"""How long a run takes: a roofline over its operations, Python issuing them, and weights that travel.
 
     one operation     the longest of: what it computes / the rate of such products, what it reads and writes / the
                       memory's bandwidth, and the time of the smallest kernel
-    one step          two lanes: Python issues operations one after another (each takes `issue`), the GPU runs each when
-                      it was issued and the one before it is done. A decode step of a small model waits for Python, a
-                      long prompt for the GPU.
+    one step          lanes: Python issues operations one after another (each takes `issue`), the GPU runs each when it
+                      was issued and the one before it is done. A decode step of a small model waits for Python, a long
+                      prompt for the GPU. Weights that rest elsewhere pass two more lanes, disk and link, into slots: a
+                      slot is filled when its last reader is done, and read when it is filled.
 
 The rate of a matrix product grows with its size; it is read off a measured table, or off the vendor's figure and the
 share of it that large products reach.
 
-Leaves out: weights that travel (`schedule.py`), several streams, and caches.
+Leaves out: several streams of work, and caches of the processor.
 
 Source of the roofline: Williams, Waterman, Patterson, Roofline: an insightful visual performance model (CACM 2009).
 """
@@ -38,7 +39,8 @@ class Operation:
         bytes: what it reads and writes.
         dtype: of its result.
         issued: operations that Python issued for it: itself and the views before it.
-        source: for a copy between devices, where it comes from.
+        source: for a copy between devices, where it comes from; for a slot, where its weights rest ("cpu", "disk").
+        slot, unit: for weights that travel: the number of the slot, and whose weights they are.
     """
 
     name: str
@@ -48,6 +50,8 @@ class Operation:
     dtype: str
     issued: int = 1
     source: str = ""
+    slot: int = -1
+    unit: str = ""
 
 
 @dataclass(frozen=True)
@@ -61,6 +65,7 @@ class Rates:
     kernel: float
     link: float
     peer: float
+    disk: float
     measured: bool = field(default=False, compare=False)
 
     @staticmethod
@@ -75,6 +80,7 @@ class Rates:
             kernel=2.5e-6,
             link=0.87 * gpu.link,
             peer=0.87 * gpu.link,
+            disk=3e9,
         )
 
     @staticmethod
@@ -93,6 +99,7 @@ class Rates:
             "kernel": calibration.kernel,
             "link": calibration.link_pinned,
             "peer": calibration.link_pinned,
+            "disk": calibration.disk_warm,
         }
         missing = [name for name, value in found.items() if not value]
         if missing and base is None:
@@ -136,7 +143,7 @@ def _saturating(peak: float) -> Table:
 
 @dataclass(frozen=True)
 class StepTime:
-    """One step: its seconds, and how long each lane was busy: "python" and the devices."""
+    """One step: its seconds, and how long each lane was busy: "python", the devices, the links to them, "disk"."""
 
     name: str
     seconds: float
@@ -148,8 +155,84 @@ class StepTime:
         return max(self.busy, key=lambda lane: self.busy[lane])
 
 
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Something that took time: on which lane, what, from when to when (seconds from the start of the first step)."""
+
+    lane: str
+    name: str
+    start: float
+    end: float
+
+
+class Clock:
+    """Plays operations: Python issues them, each device and each link does one thing at a time.
+
+    Args:
+        rates: device -> its rates.
+        spans: filled with what each lane did, if given.
+    """
+
+    def __init__(self, rates: Mapping[str, Rates], spans: list[Span] | None = None) -> None:
+        self.rates, self.spans = rates, spans
+        self.now = 0.0  # Python's
+        self.free: dict[str, float] = dict.fromkeys(rates, 0.0)  # lane -> when it has done all it was asked to do
+        self.busy: dict[str, float] = dict.fromkeys(("python", *rates), 0.0)
+        self.ready: dict[tuple[str, int], float] = {}  # slot -> when it is filled
+        self.emptied: dict[tuple[str, int], float] = {}  # slot -> when its last reader is done
+
+    def play(self, operation: Operation) -> None:
+        """Do one operation."""
+        issue = operation.issued * self.rates[operation.device].issue
+        self.now += issue
+        self.busy["python"] += issue
+        slot = (operation.device, operation.slot)
+        if operation.name == FILL:
+            self._fill(operation, slot)
+        elif operation.name == ARRIVE:
+            self.free[operation.device] = max(self.free[operation.device], self.ready[slot])
+            if operation.source == "disk":  # a copy can be queued only when the bytes have been read
+                self.now = max(self.now, self.ready[slot])
+        elif operation.name == LEAVE:
+            self.emptied[slot] = max(self.now, self.free[operation.device])
+        else:
+            after = self.free.get(operation.source, 0.0)
+            self._spend(operation.device, operation.name, after, self.rates[operation.device].seconds(operation))
+
+    def _fill(self, operation: Operation, slot: tuple[str, int]) -> None:
+        rates = self.rates[operation.device]
+        copy, disk = f"copy to {operation.device}", "disk"
+        after = self.emptied.get(slot, 0.0)
+        copying = operation.bytes / rates.link
+        if operation.source == "disk":  # the copy goes on while the rest is read
+            reading = operation.bytes / rates.disk
+            read = self._spend(disk, operation.unit, after, reading)
+            after = max(after, read - max(reading, copying))
+            self.ready[slot] = max(read, self._spend(copy, operation.unit, after, copying))
+        else:
+            self.ready[slot] = self._spend(copy, operation.unit, after, copying)
+
+    def _spend(self, lane: str, name: str, after: float, seconds: float) -> float:
+        start = max(self.now, self.free.get(lane, 0.0), after)
+        self.free[lane] = start + seconds
+        self.busy[lane] = self.busy.get(lane, 0.0) + seconds
+        if self.spans is not None:
+            self.spans.append(Span(lane, name, start, start + seconds))
+        return start + seconds
+
+    def wait(self) -> None:
+        """Python waits for the devices, not for links that bring what is needed later."""
+        self.now = max(self.now, *(self.free[device] for device in self.rates))
+
+
+FILL, ARRIVE, LEAVE = "fill", "arrive", "leave"
+
+
 def run_steps(
-    operations: Sequence[Operation], steps: Iterable[tuple[str, int]], rates: Mapping[str, Rates]
+    operations: Sequence[Operation],
+    steps: Iterable[tuple[str, int]],
+    rates: Mapping[str, Rates],
+    spans: list[Span] | None = None,
 ) -> list[StepTime]:
     """The time of each step.
 
@@ -157,25 +240,22 @@ def run_steps(
         operations: in the order in which they are issued.
         steps: (name, number of operations up to its end), in order; the devices are waited for at each end.
         rates: device -> its rates.
+        spans: filled with what each lane did, if given.
 
-    >>> slow = Rates(1e9, {"float32": ((1.0, 1e9),)}, (), issue=1e-6, kernel=1e-6, link=1e9, peer=1e9)
+    >>> slow = Rates(1e9, {"float32": ((1.0, 1e9),)}, (), issue=1e-6, kernel=1e-6, link=1e9, peer=1e9, disk=1e9)
     >>> [step] = run_steps([Operation("mm", "cuda:0", 10**9, 0, "float32")], [("prefill", 1)], {"cuda:0": slow})
     >>> round(step.seconds, 3), step.bottleneck
     (1.0, 'cuda:0')
     """
+    clock = Clock(rates, spans)
     times: list[StepTime] = []
     done = 0
     for name, end in steps:
-        issued, busy = 0.0, {"python": 0.0, **dict.fromkeys(rates, 0.0)}
-        free = dict.fromkeys(rates, 0.0)
+        begin, before = clock.now, dict(clock.busy)
         for operation in operations[done:end]:
-            rate = rates[operation.device]
-            issued += operation.issued * rate.issue
-            seconds = rate.seconds(operation)
-            start = max(issued, free[operation.device], free.get(operation.source, 0.0))
-            free[operation.device] = start + seconds
-            busy[operation.device] += seconds
-        busy["python"] = issued
-        times.append(StepTime(name, max(issued, *free.values()) if free else issued, busy))
+            clock.play(operation)
+        clock.wait()
+        busy = {lane: seconds - before.get(lane, 0.0) for lane, seconds in clock.busy.items()}
+        times.append(StepTime(name, clock.now - begin, busy))
         done = end
     return times

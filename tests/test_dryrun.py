@@ -75,6 +75,57 @@ def test_several_gpus_hold_their_parts():
     assert copies and {operation.source for operation in copies} <= {f"cuda:{i}" for i in used}
 
 
+LAYERS = 12
+GPT2 = {"transformer.wte": 0, "transformer.wpe": 0, "transformer.ln_f": 0, "lm_head": 0, "transformer.drop": 0}
+
+
+def half(away):
+    return {**GPT2, **{f"transformer.h.{i}": away if i % 2 else 0 for i in range(LAYERS)}}
+
+
+@pytest.mark.parametrize("away", ["cpu", "disk"])
+def test_weights_that_travel_are_held_in_slots(away):
+    block = 7_087_872 * 4  # of GPT-2 in float32
+    whole = dry_run("gpt2", None, 1, 64, 2, "T4", dtype="float32")
+    run = dry_run("gpt2", half(away), 1, 64, 2, "T4", dtype="float32")
+    parts = run.timeline().at_peak()
+    assert parts["slots"] == pytest.approx(2 * block, rel=0.001)
+    gone = whole.timeline().at_peak()["weights"] - parts["weights"]
+    assert gone == pytest.approx(6 * block, rel=0.001)
+    assert parts["KV cache"] == whole.timeline().at_peak()["KV cache"]
+    three = dry_run("gpt2", half(away), 1, 64, 2, "T4", dtype="float32", slots=3)
+    assert three.timeline().at_peak()["slots"] == pytest.approx(3 * block, rel=0.001)
+
+
+def test_weights_that_travel_take_the_time_of_the_link():
+    whole = dry_run("gpt2", None, 1, 8, 3, "T4", dtype="float32")
+    run, disk = (dry_run("gpt2", half(away), 1, 8, 3, "T4", dtype="float32") for away in ("cpu", "disk"))
+    moved = sum(o.bytes for o in run.operations[run.steps[1][1] : run.steps[2][1]] if o.name == "fill")
+    assert moved == pytest.approx(6 * 7_087_872 * 4, rel=0.001), "each token brings each block once"
+    link = moved / run.rates["cuda:0"].link
+    assert max(link, whole.seconds["token"]) <= run.times[2].seconds <= link + whole.seconds["token"]
+    assert disk.times[2].seconds == pytest.approx(moved / disk.rates["cuda:0"].disk, rel=0.2)
+    assert disk.times[2].bottleneck == "disk"
+    lanes = {span.lane for span in run.spans}
+    assert lanes == {"cuda:0", "copy to cuda:0"}
+    for lane in lanes:
+        spans = [span for span in run.spans if span.lane == lane]
+        assert all(a.end <= b.start + 1e-12 for a, b in zip(spans, spans[1:])), "one thing at a time"
+
+
+def test_everything_away_and_nothing_on_a_gpu():
+    run = dry_run("gpt2", {"": "cpu"}, 1, 16, 1, "T4", dtype="float32")
+    assert run.timeline().at_peak()["weights"] < 100_000 and run.fits
+    assert sum(o.bytes for o in run.operations if o.name == "fill") > 2 * 124e6 * 4 * 0.9
+
+
+def test_gpus_and_ram_together():
+    places = {**GPT2, **{f"transformer.h.{i}": (0, 1, "cpu")[i // 4] for i in range(LAYERS)}}
+    run = dry_run("gpt2", places, 1, 16, 1, "4 x A100-40GB", dtype="float32")
+    assert set(run.peak_allocated) == {0, 1}
+    assert run.timeline(0).at_peak()["slots"] and not run.timeline(1).at_peak()["slots"]
+
+
 def test_all_logits_cost_memory():
     last, every = (dry_run("gpt2", None, 4, 512, 0, dtype="float32", all_logits=flag) for flag in (False, True))
     assert every.peak_allocated[0] - last.peak_allocated[0] > 0.5 * 4 * 512 * 50257 * 4
@@ -123,8 +174,8 @@ def test_figures_as_json():
 
 
 def test_what_cannot_be_foretold_is_refused():
-    with pytest.raises(ValueError, match="puts some on cpu, disk"):
-        dry_run("gpt2", {"transformer": 0, "lm_head": "cpu", "x": "disk"})
+    with pytest.raises(ValueError, match="knows GPUs, 'cpu' and 'disk', not mps"):
+        dry_run("gpt2", {"transformer": 0, "lm_head": "mps"})
     with pytest.raises(ValueError, match="uses GPU 1, and 1 x RTX 4090 has 1"):
         dry_run("gpt2", {"": 1}, hardware="1 x RTX 4090")
     with pytest.raises(ValueError, match="unknown hardware 'RTX 9'"):

@@ -8,7 +8,7 @@ from bigkit.hardware import GPUS
 from bigkit.ledger import Calibration
 from bigkit.roofline import Operation, Rates, rate_at, run_steps
 
-FLAT = Rates(1e12, {"float16": ((1e9, 1e14),)}, ((1e9, 1e14),), issue=1e-5, kernel=1e-6, link=5e10, peer=2e11)
+FLAT = Rates(1e12, {"float16": ((1e9, 1e14),)}, ((1e9, 1e14),), issue=1e-5, kernel=1e-6, link=5e10, peer=2e11, disk=2e9)
 
 
 def product(flops=0, size=0, device="cuda:0", issued=1, source=""):
@@ -67,5 +67,5 @@ def test_rates_of_a_vendor_and_of_a_machine():
     measured = Calibration("m", memory=1e12, issue=5e-6, products={"float16": ((1e9, 1e13),)})
     mixed = Rates.of_calibration(measured, GPUS["T4"])
     assert mixed.memory == 1e12 and mixed.issue == 5e-6 and mixed.link == Rates.of_gpu(GPUS["T4"]).link
-    with pytest.raises(ValueError, match="lacks attention, kernel, link, peer: name a GPU"):
+    with pytest.raises(ValueError, match="lacks attention, kernel, link, peer, disk: name a GPU"):
         Rates.of_calibration(measured)
