@@ -2,11 +2,15 @@
 
     python benchmarks/checkpoint.py [--save]             the CPU: load, and load + first forward
     python benchmarks/checkpoint.py --gpu [--save]       a CUDA GPU: a 13.5 GB model warm and cold, 20 000 small tensors
+    ... --only large|many                                one of the two models; a saved file keeps the other's rows
+    ... --gpu --sweep                                    and sizes of chunks, of the ring, and numbers of readers
 
 Each way runs in a fresh process on the same files: a Llama-7B shape in bfloat16 (with --layers fewer blocks of it) in
 shards, random weights. Warm: the files lie in the page cache, median of several loads. Cold: their pages are dropped
 first. Host memory is the peak of the process above what it held before the load, sampled from /proc; "anonymous" leaves
 out pages of mapped files. Ceilings are measured in the same run: a pinned copy, and the best of several raw readers.
+Each way stops taking samples after `--seconds`, and is ended after four times that with what it has; results are
+written as they come.
 """
 
 from __future__ import annotations
@@ -22,7 +26,9 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +36,9 @@ import torch
 from torch import nn
 
 from bigkit import init_empty_weights
-from bigkit.checkpoint import load_checkpoint_in_model, save_model
-
-GB = 1e9
+from bigkit.bulk import read_to_gpu
+from bigkit.checkpoint import Checkpoint, load_checkpoint_in_model, save_model
+from bigkit.units import GB, MiB
 
 
 def llama(layers: int) -> nn.Module:
@@ -59,17 +65,20 @@ def many() -> nn.Module:
 
 
 def make(folder: Path, layers: int, gpu: bool) -> None:
-    """Write the checkpoints with random weights."""
+    """Write a checkpoint with random weights, unless it is there."""
+    if folder.exists():
+        return
     torch.manual_seed(0)
-    device = "cuda" if gpu else "cpu"
-    model = llama(layers).to_empty(device=device)
+    if folder.name == "many":
+        with torch.no_grad():
+            save_model(Many(), folder, "5MB")
+        return
+    model = llama(layers).to_empty(device="cuda" if gpu else "cpu")
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(0, 0.02)
-    save_model(model, folder / "llama", "5GB" if gpu else "500MB")
-    model.config.save_pretrained(folder / "llama")
-    with torch.no_grad():
-        save_model(Many(), folder / "many", "5MB")
+    save_model(model, folder, "5GB" if gpu else "500MB")
+    model.config.save_pretrained(folder)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -177,14 +186,15 @@ class HostMemory:
         return tuple(int(lines[name].split()[0]) * 1024 for name in ("VmRSS", "RssAnon"))  # type: ignore[return-value]
 
 
-def child(way: str, folder: Path, layers: int, device: str, runs: int, cold: int) -> dict[str, Any]:
-    """Load in this process, warm and cold; returns seconds and memory."""
+def child(way: str, folder: Path, layers: int, device: str, runs: int, cold: int, seconds: float) -> None:
+    """Load in this process, warm and cold; prints what is known after each load: times and memory."""
     empty = many if folder.name == "many" else lambda: llama(layers)
     load = WAYS[way]
     if device == "cuda":
         torch.ones(1, device="cuda").sum().item()
+    first = device == "cpu" and folder.name == "large"
 
-    def timed(first: bool = False) -> tuple[float, float, HostMemory]:
+    def timed() -> tuple[float, float, HostMemory]:
         model = empty()
         with HostMemory() as memory:
             begin = time.perf_counter()
@@ -203,21 +213,80 @@ def child(way: str, folder: Path, layers: int, device: str, runs: int, cold: int
         return loaded, both, memory
 
     found: dict[str, Any] = {"way": way, "model": folder.name}
-    first = device == "cpu" and folder.name == "llama"
-    samples = [timed(first) for _ in range(runs)]
-    found["first_s"] = samples[0][0]
-    found["warm_s"] = statistics.median(loaded for loaded, _, _ in samples)
-    if first:
-        found["load_and_forward_s"] = statistics.median(both for _, both, _ in samples)
-    found["host_total_mb"] = max(memory.total for *_, memory in samples) / 1e6
-    found["host_anonymous_mb"] = max(memory.anonymous for *_, memory in samples) / 1e6
-    if cold:
+    samples: list[tuple[float, float, HostMemory]] = []
+    start = time.perf_counter()
+    while len(samples) < runs and (not samples or time.perf_counter() - start < seconds):
+        samples.append(timed())
+        found |= {
+            "runs": len(samples),
+            "first_s": samples[0][0],
+            "warm_s": statistics.median(loaded for loaded, _, _ in samples),
+            "host_total_mb": max(memory.total for *_, memory in samples) / 1e6,
+            "host_anonymous_mb": max(memory.anonymous for *_, memory in samples) / 1e6,
+        }
+        if first:
+            found["load_and_forward_s"] = statistics.median(both for _, both, _ in samples)
+        print(json.dumps(found), flush=True)
+    times: list[float] = []
+    for _ in range(cold):
+        drop(folder)
+        times.append(timed()[1])
+        print(json.dumps(found | {"cold_s": statistics.median(times)}), flush=True)
+
+
+def ask_child(way: str, folder: Path, layers: int, options: argparse.Namespace) -> dict[str, Any] | None:
+    """Run `child` in a process of its own; what it found until it ended or had to be ended."""
+    warm(folder)
+    command = [sys.executable, __file__, "--child", way, str(folder), "--layers", str(layers), "--runs",
+               str(options.runs), "--cold", str(options.cold if folder.name == "large" else 0),
+               "--seconds", str(options.seconds)] + ["--gpu"] * options.gpu  # fmt: skip
+    with tempfile.TemporaryFile("w+") as said, tempfile.TemporaryFile("w+") as complaint:
+        process = subprocess.Popen(command, stdout=said, stderr=complaint)
+        try:
+            problem = "failed" if process.wait(4 * options.seconds) else ""
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+            problem = "took too long"
+        said.seek(0)
+        complaint.seek(0)
+        found = [line for line in said.read().splitlines() if line.startswith("{")]
+        if problem:
+            print(f"{way} {problem}: {complaint.read().strip().splitlines()[-1:]}", flush=True)
+    return json.loads(found[-1]) | ({"problem": problem} if problem else {}) if found else None
+
+
+def sweep(folder: Path, size: int) -> dict[str, Any]:
+    """`read_to_gpu` with several chunks (MiB), rings and numbers of readers: GB/s, the best of three loads.
+
+    Each into memory that is new to the process, and into memory that torch has already; `allocate_s` is what it takes
+    to get the new memory alone.
+    """
+    stored, device = Checkpoint.open(folder).stored, torch.device("cuda:0")
+
+    def best(work: Callable[[], object], fresh: bool) -> float:
         times = []
-        for _ in range(cold):
-            drop(folder)
-            times.append(timed(first)[1])
-        found["cold_s"] = statistics.median(times)
-    return found
+        for _ in range(3):
+            if fresh:
+                torch.cuda.empty_cache()
+            begin = time.perf_counter()
+            made = work()
+            torch.cuda.synchronize()
+            times.append(time.perf_counter() - begin)
+            del made
+        return min(times)
+
+    def allocate() -> object:
+        return [torch.empty(where.shape, dtype=where.dtype, device=device) for where in stored.values()]
+
+    rows = []
+    for chunk, ring, readers in ((8, 16, 16), (8, 12, 12), (8, 8, 8), (8, 24, 16), (4, 16, 16), (4, 32, 16),
+                                 (16, 8, 8), (16, 12, 12), (16, 16, 16)):  # fmt: skip
+        load = partial(read_to_gpu, stored, device, chunk=chunk * MiB, ring=ring, readers=readers)
+        new, again = (size / best(load, fresh) / GB for fresh in (True, False))
+        rows.append({"chunk_mib": chunk, "ring": ring, "readers": readers, "new_gb_s": new, "reused_gb_s": again})
+        print(json.dumps(rows[-1]), flush=True)
+    return {"allocate_s": best(allocate, True), "rows": rows}
 
 
 def pinned_rate() -> float:
@@ -238,10 +307,13 @@ def main() -> None:
     """Make the files, run every way in a process of its own, print a table."""
     parser = argparse.ArgumentParser(description="Loading checkpoints side by side")
     parser.add_argument("--gpu", action="store_true")
+    parser.add_argument("--only", choices=("large", "many"))
+    parser.add_argument("--sweep", action="store_true", help="with --gpu: other chunks, rings and readers")
     parser.add_argument("--layers", type=int, help="blocks of the Llama-7B shape (GPU: 32, CPU: 3)")
     parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--seconds", type=float, default=15, help="no more samples of a way after that")
     parser.add_argument("--cold", type=int, default=1, help="cold loads of each way; 0 for none")
-    parser.add_argument("--folder", type=Path, help="where the files are made (a temporary folder)")
+    parser.add_argument("--folder", type=Path, help="where the files are made, or lie already (a temporary folder)")
     parser.add_argument(
         "--save", nargs="?", const=True, help="write benchmarks/results/checkpoint-*.json, or this file"
     )
@@ -250,58 +322,68 @@ def main() -> None:
     device, layers = ("cuda", options.layers or 32) if options.gpu else ("cpu", options.layers or 3)
     if options.child:
         way, folder = options.child
-        print(json.dumps(child(way, Path(folder), layers, device, options.runs, options.cold)))
+        child(way, Path(folder), layers, device, options.runs, options.cold, options.seconds)
         return
     root = options.folder or Path(tempfile.mkdtemp(prefix="checkpoint-benchmark-"))
     root.mkdir(exist_ok=True)
     try:
-        run(root, device, layers, options)
+        run(root, layers, options)
     finally:
         if not options.folder:
             shutil.rmtree(root)
 
 
-def run(root: Path, device: str, layers: int, options: argparse.Namespace) -> None:
+def run(root: Path, layers: int, options: argparse.Namespace) -> None:
     """Make the files in `root` and compare."""
-    if not (root / "many").exists():
-        make(root, layers, options.gpu)
-    folder = root / "llama"
-    size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-    machine: dict[str, Any] = {
+    path = Path(__file__).parent / "results" / f"checkpoint-{'gpu' if options.gpu else 'cpu'}.json"
+    path = path if options.save in (True, None) else Path(options.save)
+    kept = json.loads(path.read_text()) if options.only and options.save and path.exists() else {"rows": []}
+    rows = [row for row in kept["rows"] if row["model"] != options.only]
+    machine: dict[str, Any] = kept.get("machine", {}) | {
         "gpu": torch.cuda.get_device_name() if options.gpu else None, "cores": os.cpu_count(),
         "processor": platform.machine(), "python": platform.python_version(), "torch": torch.__version__,
-        "date": time.strftime("%Y-%m-%d"), "bytes": size, "runs": options.runs,
+        "date": time.strftime("%Y-%m-%d"),
     }  # fmt: skip
-    readers = sorted({1, 4, 12, min(16, 2 * (os.cpu_count() or 1))})
-    if options.cold:
-        cold = {}
-        for count in readers:
-            drop(folder)
-            cold[count] = size / read_raw(folder, count) / GB
-        machine["raw_cold_gb_s"] = cold
+
+    def save() -> None:
+        if options.save:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n")
+
+    if options.only != "many":
+        folder = root / "large"
+        make(folder, layers, options.gpu)
+        machine["bytes"] = size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+        machine |= ceilings(folder, size, options)
+        if options.sweep:
+            warm(folder)
+            machine["sweep"] = sweep(folder, size)
+        print(json.dumps(machine), flush=True)
+        save()
+    for model, ways in (("large", list(WAYS)), ("many", ["bigkit", "accelerate", "safetensors"])):
+        if options.only in (None, model):
+            make(root / model, layers, options.gpu)
+            for way in ways:
+                if found := ask_child(way, root / model, layers, options):
+                    print(json.dumps(found), flush=True)
+                    rows.append(found)
+                    save()
+    table(rows, machine.get("bytes", 0))
+
+
+def ceilings(folder: Path, size: int, options: argparse.Namespace) -> dict[str, Any]:
+    """GB/s of raw reads, cold and warm, by number of readers, and of a pinned copy."""
+    many = min(16, 2 * (os.cpu_count() or 1))
+    found: dict[str, Any] = {"raw_cold_gb_s": {}, "raw_warm_gb_s": {}}
+    for readers in sorted({4, many}) if options.cold else ():
+        drop(folder)
+        found["raw_cold_gb_s"][readers] = size / read_raw(folder, readers) / GB
     warm(folder)
-    machine["raw_warm_gb_s"] = {count: size / read_raw(folder, count) / GB for count in readers}
+    for readers in sorted({1, 4, 12, many}):
+        found["raw_warm_gb_s"][readers] = size / read_raw(folder, readers) / GB
     if options.gpu:
-        machine["pinned_gb_s"] = pinned_rate() / GB
-    print(json.dumps(machine), flush=True)
-    rows = []
-    for model, ways in (("llama", list(WAYS)), ("many", ["bigkit", "accelerate", "safetensors"])):
-        for way in ways:
-            warm(root / model)
-            arguments = [sys.executable, __file__, "--child", way, str(root / model), "--layers", str(layers)]
-            arguments += ["--runs", str(options.runs), "--cold", str(options.cold if model == "llama" else 0)]
-            done = subprocess.run(arguments + ["--gpu"] * options.gpu, capture_output=True, text=True, timeout=900)
-            if done.returncode:
-                print(f"{way} failed: {done.stderr.strip().splitlines()[-1:]}", flush=True)
-                continue
-            rows.append(json.loads(done.stdout.strip().splitlines()[-1]))
-            print(json.dumps(rows[-1]), flush=True)
-    table(rows, size)
-    if options.save:
-        name = f"checkpoint-{'gpu' if options.gpu else 'cpu'}.json"
-        path = Path(__file__).parent / "results" / name if options.save is True else Path(options.save)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n")
+        found["pinned_gb_s"] = pinned_rate() / GB
+    return found
 
 
 def table(rows: list[dict[str, Any]], size: int) -> None:
@@ -309,7 +391,7 @@ def table(rows: list[dict[str, Any]], size: int) -> None:
     print("| model | way | warm | GB/s | load + first forward | cold | host memory, anonymous |")
     print("|---|---|---|---|---|---|---|")
     for row in rows:
-        large = row["model"] == "llama"
+        large = row["model"] == "large"
         rate = f"{size / row['warm_s'] / GB:.1f}" if large else ""
         both = f"{row['load_and_forward_s']:.3f} s" if "load_and_forward_s" in row else ""
         cold = f"{row['cold_s']:.2f} s, {size / row['cold_s'] / GB:.2f} GB/s" if "cold_s" in row else ""

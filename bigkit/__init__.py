@@ -45,6 +45,9 @@ _HOMES = {
         "get_max_memory",
         "infer_auto_device_map",
     ),
+    "distributed": ("PartialState", "gather", "gather_for_results", "gather_object", "split_between_processes"),
+    "notebook": ("notebook_launcher",),
+    "batches": ("map_file",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
@@ -52,6 +55,7 @@ __all__ = ["__version__", "zoo", *sorted(_HOME_OF)]
 
 if TYPE_CHECKING:
     from . import zoo
+    from .batches import map_file
     from .calibration import calibrate
     from .checkpoint import load_checkpoint_in_model, load_state_dict, save_model
     from .device_map import (
@@ -69,6 +73,7 @@ if TYPE_CHECKING:
         dispatch_model,
         load_checkpoint_and_dispatch,
     )
+    from .distributed import PartialState, gather, gather_for_results, gather_object, split_between_processes
     from .dryrun import DryRun, dry_run
     from .estimate import MemoryEstimate
     from .front import describe, estimate_memory, plan
@@ -83,6 +88,7 @@ if TYPE_CHECKING:
     from .layers import Layer, ModelSpec, Precision
     from .ledger import Calibration
     from .meta import init_empty_weights, init_on_device
+    from .notebook import notebook_launcher
     from .planner import PlanError
     from .plans import Plan
     from .units import format_bytes, parse_bytes

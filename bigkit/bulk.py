@@ -23,10 +23,11 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._utils import _unflatten_dense_tensors
 
 from .units import GB, KiB, MiB
 
@@ -40,8 +41,7 @@ DIRECT = 256 * KiB  # a part of this size is worth a copy of its own
 LONG = 4 * GB  # a load of more bytes shows its progress
 
 
-@dataclass
-class _Part:
+class _Part(NamedTuple):
     """A stretch of one tensor within a chunk: its bytes there, and the elements of the tensor that they are."""
 
     name: str
@@ -50,7 +50,7 @@ class _Part:
     first: int
 
 
-@dataclass
+@dataclass(slots=True)
 class _Load:
     """One chunk's worth of a file."""
 
@@ -86,99 +86,112 @@ def read_to_gpu(
 
     >>> read_to_gpu(Checkpoint.open("model.safetensors").stored, torch.device("cuda:0"))  # doctest: +SKIP
     """
-    dtypes = dtypes or {}
-    tensors = {name: torch.empty(where.shape, dtype=dtypes.get(name) or where.dtype, device=device)
-               for name, where in stored.items()}  # fmt: skip
+    dtypes, tensors = dtypes or {}, dict[str, Tensor]()
+
+    def allocate(names: Iterable[str]) -> bool:
+        new = [name for name in names if name not in tensors]
+        for name in new:
+            where = stored[name]
+            tensors[name] = torch.empty(where.shape, dtype=dtypes.get(name) or where.dtype, device=device)
+        return bool(new)
+
+    if not stored:
+        return {}
     loads = list(_cut(stored, chunk))
-    if not loads:
-        return tensors
-    flat = {name: tensor.view(-1) for name, tensor in tensors.items()}
-    total = sum(load.nbytes for load in loads)
-    ring = min(ring, len(loads))
     with ExitStack() as cleanup, torch.cuda.device(device):
-        chunks = cleanup.enter_context(_pinned(min(chunk, max(load.nbytes for load in loads)), ring))
-        progress = cleanup.enter_context(_progress(total))
-        staging = torch.empty(chunks[0].nbytes, dtype=torch.uint8, device=device)
-        stream, events = torch.cuda.Stream(device), [torch.cuda.Event() for _ in chunks]
-        stream.wait_stream(torch.cuda.current_stream(device))  # memory that is new to us may still be in use there
+        filled = cleanup.enter_context(_readers(loads, device, ring, readers))
+        progress = cleanup.enter_context(_progress(sum(load.nbytes for load in loads)))
+        staging = torch.empty(filled.size, dtype=torch.uint8, device=device)
+        current, stream = torch.cuda.current_stream(device), torch.cuda.Stream(device)
+        stream.wait_stream(current)  # memory that is new to us may still be in use there
         cleanup.callback(stream.synchronize)  # whatever happens, the chunks outlive the copies
-        filled = cleanup.enter_context(_readers(loads, chunks, events, min(readers, ring, os.cpu_count() or 1)))
-        with torch.cuda.stream(stream):
-            for load, slot in filled:
-                _empty(load, chunks[slot], staging, stored, flat)
-                events[slot].record(stream)
-                filled.give_back(slot)
-                progress.update(load.nbytes)
-        torch.cuda.current_stream(device).wait_stream(stream)
-    return tensors
+        for load, slot in filled:
+            if allocate(part.name for part in load.parts):
+                stream.wait_stream(current)
+            with torch.cuda.stream(stream):
+                _empty(load, filled.chunks[slot], staging, stored, tensors)
+            filled.give_back(slot, stream)
+            progress.update(load.nbytes)
+        current.wait_stream(stream)
+    allocate(stored)  # those without elements are in no load
+    return {name: tensors[name] for name in stored}
 
 
 def _cut(stored: Mapping[str, Stored], chunk: int) -> Iterator[_Load]:
     """The tensors in file order, cut and packed into chunks; every part starts between two elements."""
-    load: _Load | None = None
-    for name, where in sorted(stored.items(), key=lambda item: (str(item[1].file), item[1].offset)):
-        itemsize, done = where.dtype.itemsize, 0
-        while done < where.nbytes:
-            start = where.offset + done
-            if (
-                load is None
-                or load.file != where.file
-                or start != load.start + load.nbytes  # other tensors lie between
-                or load.nbytes % itemsize
-                or chunk - load.nbytes < itemsize
-            ):
-                if load is not None:
-                    yield load
-                load = _Load(where.file, start)
-            size = min(where.nbytes - done, (chunk - load.nbytes) // itemsize * itemsize)
-            load.parts.append(_Part(name, load.nbytes, size, done // itemsize))
-            load.nbytes += size
-            done += size
-    if load is not None:
-        yield load
+    files: dict[Path, list[tuple[int, int, str, int]]] = {}
+    for name, (file, offset, nbytes, dtype, _) in stored.items():
+        files.setdefault(file, []).append((offset, nbytes, name, dtype.itemsize))
+    for file, tensors in files.items():
+        load, end = _Load(file, 0), 0
+        for offset, nbytes, name, itemsize in sorted(tensors):
+            done = 0
+            while done < nbytes:
+                start, room = offset + done, chunk - load.nbytes
+                if start != end or load.nbytes % itemsize or room < itemsize:
+                    if load.parts:
+                        yield load
+                    load, room = _Load(file, start), chunk  # other tensors lie between, or the chunk is full
+                size = nbytes - done if nbytes - done <= room else room // itemsize * itemsize
+                load.parts.append(_Part(name, load.nbytes, size, done // itemsize))
+                load.nbytes += size
+                done += size
+                end = start + size
+        if load.parts:
+            yield load
 
 
 def _empty(
-    load: _Load, chunk: Tensor, staging: Tensor, stored: Mapping[str, Stored], flat: Mapping[str, Tensor]
+    load: _Load, chunk: Tensor, staging: Tensor, stored: Mapping[str, Stored], tensors: Mapping[str, Tensor]
 ) -> None:
     """Bring a chunk's parts to their tensors: large ones straight, runs of others over the staging area in one go."""
-    for (dtype, wanted, large), run in groupby(load.parts, key=lambda part: _kind(part, stored, flat)):
+
+    def kind(part: _Part) -> tuple[torch.dtype, torch.dtype, int]:
+        """What parts that travel together have in common; a large one without a cast has a number of its own."""
+        dtype, wanted = stored[part.name].dtype, tensors[part.name].dtype
+        return dtype, wanted, part.offset + 1 if part.nbytes >= DIRECT and dtype == wanted else 0
+
+    for (dtype, wanted, large), run in groupby(load.parts, key=kind):
         parts = list(run)
         begin, end = parts[0].offset, parts[-1].offset + parts[-1].nbytes
-        # A type of one byte that stays as it is travels as uint8, for which there is a kernel.
-        alike = torch.uint8 if dtype == wanted and dtype.itemsize == 1 else dtype
         targets = []
-        for part in parts:
-            target = flat[part.name] if alike == dtype else flat[part.name].view(alike)
-            count = part.nbytes // dtype.itemsize
-            targets.append(target if len(target) == count else target[part.first : part.first + count])
-        source = chunk[begin:end].view(alike)
+        for name, _, nbytes, first in parts:
+            target = tensors[name]
+            if nbytes != stored[name].nbytes:
+                target = target.view(-1)[first : first + nbytes // dtype.itemsize]
+            targets.append(target)
+        if dtype == wanted and dtype.itemsize == 1:
+            # A type of one byte that stays as it is travels as uint8, for which there is a kernel.
+            dtype, targets = torch.uint8, [target.view(torch.uint8) for target in targets]
+        source = chunk[begin:end].view(dtype)
         if large:
-            targets[0].copy_(source, non_blocking=True)
+            targets[0].view(-1).copy_(source, non_blocking=True)
             continue
-        staging[begin:end].copy_(chunk[begin:end], non_blocking=True)
-        torch._foreach_copy_(targets, staging[begin:end].view(alike).split([len(target) for target in targets]))
-
-
-def _kind(
-    part: _Part, stored: Mapping[str, Stored], flat: Mapping[str, Tensor]
-) -> tuple[torch.dtype, torch.dtype, int]:
-    """What parts that travel together have in common; a large one without a cast has a number of its own."""
-    dtype, wanted = stored[part.name].dtype, flat[part.name].dtype
-    return dtype, wanted, part.offset + 1 if part.nbytes >= DIRECT and dtype == wanted else 0
+        staged = staging[begin:end].view(dtype)
+        staged.copy_(source, non_blocking=True)
+        torch._foreach_copy_(targets, _unflatten_dense_tensors(staged, targets))
 
 
 class _Filled:
     """Chunks as the readers fill them: iterate for (load, slot), and give each slot back."""
 
-    def __init__(self, loads: Iterable[_Load], chunks: list[Tensor], events: list[torch.cuda.Event]) -> None:
-        self.loads, self.chunks, self.events = list(loads), chunks, events
-        self.next = iter(self.loads)
+    def __init__(self, loads: list[_Load], device: torch.device, count: int) -> None:
+        self.loads, self.device = loads, device
+        self.next = iter(loads)
         self.lock = threading.Lock()
         self.free: queue.SimpleQueue[int | None] = queue.SimpleQueue()
         self.ready: queue.SimpleQueue[tuple[_Load, int] | BaseException] = queue.SimpleQueue()
         self.files: dict[Path, int] = {}
-        for slot in range(len(chunks)):
+        # One piece of memory, in huge pages: quick to fill for the first time, and to pin.
+        self.size = -(-max((load.nbytes for load in loads), default=1) // (2 * MiB)) * 2 * MiB
+        memory = mmap.mmap(-1, self.size * max(1, count))
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            memory.madvise(mmap.MADV_HUGEPAGE)
+        self.chunks = torch.frombuffer(memory, dtype=torch.uint8).split(self.size)
+        self.views = [chunk.numpy().data for chunk in self.chunks]
+        self.events: list[torch.cuda.Event | None] = [None] * count  # of a slot's last copy
+        self.pinned: list[int] = []
+        for slot in range(count):
             self.free.put(slot)
 
     def __iter__(self) -> Iterator[tuple[_Load, int]]:
@@ -188,35 +201,59 @@ class _Filled:
                 raise item
             yield item
 
-    def give_back(self, slot: int) -> None:
+    def give_back(self, slot: int, stream: torch.cuda.Stream) -> None:
+        """Let the readers have a slot as soon as `stream` has done what is in its queue."""
+        event = self.events[slot] = self.events[slot] or torch.cuda.Event()
+        event.record(stream)
         self.free.put(slot)
 
     def work(self) -> None:
         """One reader: take a free chunk and the next load, wait until the GPU is done with the chunk, fill it."""
         try:
-            while (slot := self.free.get()) is not None:
-                with self.lock:
-                    load = next(self.next, None)
-                if load is None:
-                    return
-                self.events[slot].synchronize()
-                self.fill(load, self.chunks[slot])
-                self.ready.put((load, slot))
+            with torch.cuda.device(self.device):
+                while (slot := self.free.get()) is not None:
+                    with self.lock:
+                        load = next(self.next, None)
+                    if load is None:
+                        return
+                    event = self.events[slot]
+                    if event is not None:
+                        event.synchronize()
+                    self.fill(load, self.views[slot])
+                    if event is None:  # the first time; now its pages are there
+                        self.pin(slot)
+                    self.ready.put((load, slot))
         except BaseException as error:  # told to the thread that waits
             self.ready.put(error)
 
-    def fill(self, load: _Load, chunk: Tensor) -> None:
-        view, done = chunk.numpy().data, 0
+    def fill(self, load: _Load, view: memoryview) -> None:
+        done = 0
         while done < load.nbytes:
             count = os.preadv(self.files[load.file], [view[done : load.nbytes]], load.start + done)
             if not count:
                 raise OSError(f"{load.file} is shorter than when it was checked: nothing at byte {load.start + done}")
             done += count
 
+    def pin(self, slot: int) -> None:
+        """Where pinning is refused the same copies work, only slower.
+
+        Registering memory that is already there is several times faster than `pin_memory`, which also rounds up to a
+        power of two and keeps what it took.
+        """
+        address = self.chunks[slot].data_ptr()
+        if int(torch.cuda.cudart().cudaHostRegister(address, self.size, 0)) == 0:
+            self.pinned.append(address)
+
+    def unpin(self) -> None:
+        for address in self.pinned:
+            torch.cuda.check_error(int(torch.cuda.cudart().cudaHostUnregister(address)))
+
 
 @contextmanager
-def _readers(loads: list[_Load], chunks: list[Tensor], events: list[torch.cuda.Event], count: int) -> Iterator[_Filled]:
-    filled = _Filled(loads, chunks, events)
+def _readers(loads: list[_Load], device: torch.device, ring: int, count: int) -> Iterator[_Filled]:
+    """Readers at work on `loads`, and the chunks that they fill."""
+    filled = _Filled(loads, device, min(ring, len(loads)))
+    count = min(count, len(filled.events), os.cpu_count() or 1)
     threads = [threading.Thread(target=filled.work, daemon=True) for _ in range(count)]
     try:
         for load in loads:
@@ -234,33 +271,7 @@ def _readers(loads: list[_Load], chunks: list[Tensor], events: list[torch.cuda.E
                 thread.join()
         for descriptor in filled.files.values():
             os.close(descriptor)
-
-
-@contextmanager
-def _pinned(size: int, count: int) -> Iterator[list[Tensor]]:
-    """`count` pinned chunks of `size` bytes, as one registered piece of memory in huge pages.
-
-    Registering memory that is already there is several times faster than `pin_memory`, which also rounds up to a power
-    of two and keeps what it took.
-    """
-    size = -(-size // (2 * MiB)) * 2 * MiB
-    memory = mmap.mmap(-1, size * count)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    whole = torch.frombuffer(memory, dtype=torch.uint8)
-    chunks = list(whole.split(size))
-    touch = [threading.Thread(target=chunk.zero_) for chunk in chunks]
-    for thread in touch:
-        thread.start()
-    for thread in touch:
-        thread.join()
-    runtime: Any = torch.cuda.cudart()
-    code = runtime.cudaHostRegister(whole.data_ptr(), whole.nbytes, 0)
-    try:
-        yield chunks  # where pinning is refused the same copies work, only slower
-    finally:
-        if int(code) == 0:
-            torch.cuda.check_error(int(runtime.cudaHostUnregister(whole.data_ptr())))
+        filled.unpin()
 
 
 @contextmanager

@@ -24,17 +24,18 @@ import re
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from functools import cache
+from operator import itemgetter
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from .meta import tied_groups, twin
+from .convert import Made, conversions
+from .meta import tied, twin
 from .plans import Device, read_device
 from .shards import cut
-from .units import dtype_name, format_bytes
+from .units import GB, dtype_name, format_bytes
 
 # Tried in this order in a folder; the same as Transformers.
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -47,6 +48,8 @@ _DTYPES = {
     "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8, "C64": torch.complex64,
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu,
 }  # fmt: skip
+_ENTRY = {"dtype", "shape", "data_offsets"}
+_SCALES = ("_scale", "_scale_inv", ".scale")  # what tells that a tensor of one byte is quantized
 
 
 class CheckpointError(ValueError):
@@ -77,6 +80,7 @@ class Checkpoint:
         stored: tensor name -> where it lies (safetensors only).
         pickled: tensor name -> its file (`.bin` only); the tensor is known once the file is unpickled.
         duplicates: names that more than one file holds; the index decides, or else the last file.
+        made: name -> how the tensor is made from others, for the model that is loaded.
     """
 
     path: Path
@@ -84,6 +88,7 @@ class Checkpoint:
     stored: dict[str, Stored] = field(default_factory=dict)
     pickled: dict[str, Path] = field(default_factory=dict)
     duplicates: tuple[str, ...] = ()
+    made: dict[str, Made] = field(default_factory=dict)
     _maps: dict[Path, torch.UntypedStorage] = field(default_factory=dict, repr=False)
     _pickles: dict[Path, dict[str, Tensor]] = field(default_factory=dict, repr=False)
 
@@ -119,8 +124,9 @@ class Checkpoint:
         for file, names in zip(files, chosen.values() if weight_map else [None]):
             safe = file.suffix == ".safetensors"
             content: dict[str, Any] = read_header(file) if safe else dict.fromkeys(found.unpickle(file), file)
-            duplicates |= dict.fromkeys(name for name in content if name in seen)
-            seen |= content.keys()
+            if not seen.isdisjoint(content):
+                duplicates |= dict.fromkeys(name for name in content if name in seen)
+            seen.update(content)
             if names is not None:
                 if absent := [name for name in names if name not in content]:
                     raise CheckpointError(f"{target} says that {_listed(absent)} is in {file.name}, which lacks it")
@@ -130,7 +136,7 @@ class Checkpoint:
         return found
 
     def __contains__(self, name: str) -> bool:
-        return name in self.stored or name in self.pickled
+        return name in self.stored or name in self.pickled or name in self.made
 
     def __iter__(self) -> Iterator[str]:
         yield from self.stored
@@ -143,6 +149,8 @@ class Checkpoint:
         """What a tensor is, without reading it."""
         if name in self.stored:
             return self.stored[name].shape, self.stored[name].dtype
+        if name in self.made:
+            return self.made[name].shape, self.made[name].dtype
         tensor = self.read(name)
         return tuple(tensor.shape), tensor.dtype
 
@@ -154,15 +162,26 @@ class Checkpoint:
         """
         if name in self.pickled:
             return self.unpickle(self.pickled[name])[name]
+        if name in self.made:
+            return self.made[name].make({part: self.read(part) for part in self.made[name].sources})
         where = self.stored[name]
         if where.file not in self._maps:
             size = where.file.stat().st_size
             whole = torch.from_file(str(where.file), shared=False, size=size, dtype=torch.uint8)
             self._maps[where.file] = whole.untyped_storage()
-        raw = torch.empty(0, dtype=torch.uint8).set_(self._maps[where.file], where.offset, (where.nbytes,), (1,))
+        # A storage of its own for each: libraries take tensors that share one for tied.
+        own = self._maps[where.file][where.offset : where.offset + where.nbytes]
         if where.offset % where.dtype.itemsize:
-            raw = raw.clone()  # a tensor cannot start between two elements
-        return raw.view(where.dtype).view(where.shape)
+            own = own.clone()  # a tensor cannot start between two elements
+        return torch.empty(0, dtype=where.dtype).set_(own).view(where.shape)
+
+    def rename(self, old: str, new: str) -> None:
+        """Find a tensor under another name from now on."""
+        if old in self.stored:
+            self.stored[new] = self.stored.pop(old)
+        else:
+            self.pickled[new] = file = self.pickled.pop(old)
+            self.unpickle(file)[new] = self.unpickle(file).pop(old)
 
     def unpickle(self, file: Path) -> dict[str, Tensor]:
         """The tensors of a `.bin` file; nothing in it is ever executed."""
@@ -200,8 +219,9 @@ def read_header(file: Path) -> dict[str, Stored]:
     start = 8 + length
     tensors = {name: _entry(file, start, size, name, entry) for name, entry in header.items()}
     end = start
-    for name, where in sorted(tensors.items(), key=lambda item: item[1][1:3]):  # by offset, empty ones first
+    for where in sorted(tensors.values(), key=itemgetter(1, 2)):  # by offset, empty ones first
         if where.offset != end:
+            name = next(name for name, other in tensors.items() if other is where)
             wrong = "overlaps the one before it" if where.offset < end else "leaves a hole before it"
             raise CheckpointError(f"tensor {name!r} in {file} {wrong}: starts at byte {where.offset}, expected {end}")
         end += where.nbytes
@@ -214,7 +234,7 @@ def _entry(file: Path, start: int, size: int, name: str, entry: Any) -> Stored:
     def wrong(what: str) -> CheckpointError:
         return CheckpointError(f"tensor {name!r} in {file} {what}")
 
-    if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
+    if not isinstance(entry, dict) or entry.keys() != _ENTRY:
         raise wrong("has no dtype, shape and data_offsets, or more than these")
     dtype, shape, offsets = _DTYPES.get(str(entry["dtype"])), entry["shape"], entry["data_offsets"]
     if dtype is None:
@@ -226,13 +246,18 @@ def _entry(file: Path, start: int, size: int, name: str, entry: Any) -> Stored:
     first, last = offsets
     if not first <= last <= size - start:
         raise wrong(f"claims the bytes {first} to {last}, but the file has {size - start} (is it truncated?)")
-    if last - first != math.prod(shape) * dtype.itemsize:
-        raise wrong(f"has {last - first} bytes, but its shape {shape} takes {math.prod(shape) * dtype.itemsize}")
+    if last - first != (size := math.prod(shape) * dtype.itemsize):
+        raise wrong(f"has {last - first} bytes, but its shape {shape} takes {size}")
     return Stored(file, start + first, last - first, dtype, tuple(shape))
 
 
 def _sizes(value: Any) -> bool:
-    return isinstance(value, list) and all(type(item) is int and 0 <= item < 2**62 for item in value)
+    if not isinstance(value, list):
+        return False
+    for item in value:
+        if type(item) is not int or not 0 <= item < 2**62:
+            return False
+    return True
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -347,8 +372,11 @@ def load_state_dict(
     """
     checkpoint = Checkpoint.open(checkpoint_file)
     device_of = _placement(device_map)
-    places = {name: device_of(name) for name in checkpoint}
-    return _read(checkpoint, {name: ("cpu" if at in ("disk", None) else at, None) for name, at in places.items()})
+    places: dict[Device | torch.device, dict[str, torch.dtype | None]] = {}
+    for name in checkpoint:
+        place = device_of(name)
+        places.setdefault("cpu" if place in ("disk", None) else place, {})[name] = None
+    return _read(checkpoint, places)
 
 
 def load_checkpoint_in_model(
@@ -415,20 +443,31 @@ def _load(
     strict: bool,
 ) -> LoadReport:
     slots = _slots(model)
-    names = {slot.name: next((name for name in slot.names if name in source), None) for slot in slots}
-    report = _compare(model, source, slots, names)
+
+    def look_up() -> bool:
+        for slot in slots:
+            slot.source = slot.name if slot.name in source else next(filter(source.__contains__, slot.names), None)
+        return all(slot.source for slot in slots)
+
+    if not look_up():
+        expected = {name: slot.tensor for slot in slots for name in slot.names}
+        renamed, source.made = conversions(model, expected, source, source.shape_and_dtype)
+        for theirs, ours in renamed.items():
+            source.rename(theirs, ours)
+        look_up()
+    report = _compare(model, source, slots)
     if strict and not report.clean:
         raise CheckpointError(f"{source.path} does not fit {type(model).__name__}: {report}")
     bad = {name for name, *_ in (*report.mismatched, *report.wrong_dtype)}
-    places: dict[str, tuple[Device | torch.device, torch.dtype | None]] = {}
+    places: dict[Device | torch.device, dict[str, torch.dtype | None]] = {}
     resting: dict[str, torch.dtype | None] = {}
     device_of = _placement(device_map)
     for slot in slots:
-        name = names[slot.name]
+        name = slot.source
         if name is None or slot.name in bad:
             continue
         kept = torch.float32 if fp32 and fp32 & set(slot.name.split(".")) else wanted or slot.tensor.dtype
-        target = kept if source.shape_and_dtype(name)[1].is_floating_point else None
+        target = kept if slot.tensor.is_floating_point() else None
         place: Device | torch.device | None = device_of(slot.name)
         if device_map is None:
             place = "cpu" if slot.tensor.is_meta else slot.tensor.device
@@ -437,13 +476,13 @@ def _load(
         if place == "disk" and (offload_buffers or not slot.buffer):
             resting[name] = target
         else:
-            places[name] = ("cpu" if place == "disk" else place, target)
+            places.setdefault("cpu" if place == "disk" else place, {})[name] = target
     rests = _rest(source, resting, offload_folder)
     values = _read(source, places)
     for slot in slots:
-        if names[slot.name] in values:
-            slot.fill(values[names[slot.name]])  # type: ignore[index]
-    on_disk = {slot.name: rests[name] for slot in slots if (name := names[slot.name]) in rests}
+        if slot.source in values:
+            slot.fill(values[slot.source])
+    on_disk = {slot.name: rests[slot.source] for slot in slots if slot.source in rests}
     vars(model)["_on_disk"] = on_disk  # where `save_model` finds them
     return replace(report, on_disk=on_disk)
 
@@ -460,19 +499,20 @@ def _collector_paused() -> Iterator[None]:
             gc.enable()
 
 
-@dataclass
+@dataclass(slots=True)
 class _Slot:
-    """One tensor of a model, and every place in it that refers to it."""
+    """One tensor of a model, every place in it that refers to it, and its name in the checkpoint, if it is there."""
 
     name: str
     tensor: Tensor
     buffer: bool
-    names: list[str] = field(default_factory=list)
-    places: list[tuple[nn.Module, str]] = field(default_factory=list)
+    names: tuple[str, ...]
+    places: tuple[tuple[nn.Module, str], ...]
+    source: str | None = None
 
     def fill(self, value: Tensor) -> None:
         """Give the model this value. A real parameter stays the same object, so that optimizers keep knowing it."""
-        if not self.buffer and self.tensor.device.type == value.device.type:
+        if not self.buffer and not self.tensor.is_meta and self.tensor.device.type == value.device.type:
             for module, own in self.places:
                 module._parameters[own].data = value  # type: ignore[union-attr]
             return
@@ -483,40 +523,36 @@ class _Slot:
 
 def _slots(model: nn.Module) -> list[_Slot]:
     """Parameters and persistent buffers, tied ones together."""
-    first = {name: group[0] for group in tied_groups(model) for name in group}
     slots: dict[str, _Slot] = {}
     for prefix, module in model.named_modules(remove_duplicate=False):
-        own_tensors = [(own, tensor, False) for own, tensor in module._parameters.items()]
-        own_tensors += [
-            (own, tensor, True)
-            for own, tensor in module._buffers.items()
-            if own not in module._non_persistent_buffers_set
-        ]
-        for own, tensor, buffer in own_tensors:
-            if tensor is None:
-                continue
-            name = f"{prefix}.{own}" if prefix else own
-            owner = first.get(name, name)
-            if owner not in slots:
-                slots[owner] = _Slot(name, tensor, buffer)
-            slots[owner].names.append(name)
-            slots[owner].places.append((module, own))
+        start, hidden = prefix and prefix + ".", module._non_persistent_buffers_set
+        for buffer, tensors in ((False, module._parameters), (True, module._buffers)):
+            for own, tensor in tensors.items():
+                if tensor is not None and not (buffer and own in hidden):
+                    name = start + own
+                    slots[name] = _Slot(name, tensor, buffer, (name,), ((module, own),))
+    for first, *others in tied((name, slot.tensor) for name, slot in slots.items()):
+        for other in map(slots.pop, others):
+            slots[first].names += other.names
+            slots[first].places += other.places
     return list(slots.values())
 
 
-def _compare(model: nn.Module, source: Checkpoint, slots: list[_Slot], names: Mapping[str, str | None]) -> LoadReport:
-    known = {name for slot in slots for name in slot.names}
+def _compare(model: nn.Module, source: Checkpoint, slots: list[_Slot]) -> LoadReport:
     mismatched, wrong = [], []
     for slot in slots:
-        name = names[slot.name]
-        if name is None:
+        if slot.source is None:
             continue
-        shape, dtype = source.shape_and_dtype(name)
-        scaled = dtype.itemsize == 1 and any(name + end in source for end in ("_scale", "_scale_inv", ".scale"))
-        if shape != tuple(slot.tensor.shape):
+        shape, dtype = source.shape_and_dtype(slot.source)
+        if shape != slot.tensor.shape:
             mismatched.append((slot.name, shape, tuple(slot.tensor.shape)))
-        elif dtype.is_floating_point != slot.tensor.is_floating_point() or (scaled and dtype != slot.tensor.dtype):
-            wrong.append((slot.name, dtype_name(dtype), dtype_name(slot.tensor.dtype)))
+        elif dtype != slot.tensor.dtype:
+            parts = source.made[slot.source].sources if slot.source in source.made else (slot.source,)
+            scaled = dtype.itemsize == 1 and any(part + end in source for part in parts for end in _SCALES)
+            if scaled or dtype.is_floating_point != slot.tensor.is_floating_point():
+                wrong.append((slot.name, dtype_name(dtype), dtype_name(slot.tensor.dtype)))
+    known = {name for slot in slots for name in slot.names}
+    known.update(part for name in known & source.made.keys() for part in source.made[name].sources)
 
     def expected(attribute: str, found: Iterable[str]) -> tuple[str, ...]:
         """Names without those that the model's class declares to be ignored, as regular expressions."""
@@ -524,7 +560,7 @@ def _compare(model: nn.Module, source: Checkpoint, slots: list[_Slot], names: Ma
         return tuple(name for name in found if not any(pattern.search(name) for pattern in patterns))
 
     return LoadReport(
-        missing=expected("_keys_to_ignore_on_load_missing", (n for n, name in names.items() if name is None)),
+        missing=expected("_keys_to_ignore_on_load_missing", (slot.name for slot in slots if slot.source is None)),
         unexpected=expected("_keys_to_ignore_on_load_unexpected", (name for name in source if name not in known)),
         mismatched=tuple(mismatched),
         wrong_dtype=tuple(wrong),
@@ -536,30 +572,48 @@ def _placement(device_map: Mapping[str, Device] | None) -> Callable[[str], Devic
     """A function from a tensor's name to the device of the innermost module around it that the map names."""
     devices = {name: read_device(device) for name, device in (device_map or {}).items()}
 
-    @cache
     def device_of(name: str) -> Device | None:
-        return devices[name] if name in devices else device_of(name.rpartition(".")[0]) if name else None
+        while name and name not in devices:
+            name = name.rpartition(".")[0]
+        return devices.get(name)
 
     return device_of
 
 
 def _read(
-    source: Checkpoint, places: Mapping[str, tuple[Device | torch.device, torch.dtype | None]]
+    source: Checkpoint, places: Mapping[Device | torch.device, Mapping[str, torch.dtype | None]]
 ) -> dict[str, Tensor]:
-    """Read tensors to their devices; those for a GPU all in one go."""
-    values, bulk = {}, dict[torch.device, list[tuple[str, torch.dtype | None]]]()
-    for name, (place, dtype) in places.items():
+    """Read tensors to their devices, as (device -> name -> dtype) says; those for a GPU all in one go."""
+    values: dict[str, Tensor] = {}
+    for place, dtypes in places.items():
         device = torch.device("cuda", place) if isinstance(place, int) else torch.device(place)
-        if device.type == "cuda" and name in source.stored:
-            bulk.setdefault(device, []).append((name, dtype))
-        else:
-            values[name] = source.read(name).to(device=device, dtype=dtype)
-    if bulk:
-        from .bulk import read_to_gpu
+        if device.type == "cuda":
+            from .bulk import read_to_gpu
 
-        for device, wanted in bulk.items():
-            values |= read_to_gpu({name: source.stored[name] for name, _ in wanted}, device, dict(wanted))
+            values |= read_to_gpu({n: source.stored[n] for n in dtypes if n in source.stored}, device, dtypes)
+            made = [n for n in dtypes if n in source.made and source.stored.keys() >= {*source.made[n].sources}]
+            for names in _batches(source, made):
+                parts = {part: source.stored[part] for name in names for part in source.made[name].sources}
+                read = read_to_gpu(parts, device)
+                values |= {name: source.made[name].make(read).to(dtype=dtypes[name]) for name in names}
+        for name in (name for name in dtypes if name not in values):
+            values[name] = source.read(name).to(device=device, dtype=dtypes[name])
     return values
+
+
+def _batches(source: Checkpoint, names: Iterable[str], most: int = 4 * GB) -> Iterator[list[str]]:
+    """Tensors that are made of stored ones, in groups of not many bytes, since their parts are on the GPU as well."""
+    batch: list[str] = []
+    size = 0
+    for name in names:
+        own = sum(source.stored[part].nbytes for part in source.made[name].sources)
+        if batch and size + own > most:
+            yield batch
+            batch, size = [], 0
+        batch.append(name)
+        size += own
+    if batch:
+        yield batch
 
 
 def _rest(

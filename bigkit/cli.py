@@ -1,4 +1,4 @@
-"""The command line: `bigkit estimate-memory NAME` and `bigkit plan NAME`.
+"""The command line: `bigkit estimate-memory NAME`, `bigkit plan NAME` and `bigkit launch script.py`.
 
 Leaves out: anything that needs torch, unless a name must be looked up on the Hub or this machine asked for its GPUs.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import fields
 
 from . import __version__
 from .estimate import CLASSIC
@@ -48,7 +49,30 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--quantization", choices=QUANTIZATIONS)
     plan.add_argument("--code", action="store_true", help="print Python that makes the plan")
     plan.set_defaults(run=_plan)
+
+    _add_launch(commands.add_parser("launch", help="run a script in several processes, on one host or on several"))
     return parser
+
+
+def _add_launch(launch: argparse.ArgumentParser) -> None:
+    launch.description = "Run a script in several processes: a front of torchrun, whose command is printed first."
+    launch.usage = "bigkit launch [options] script.py [its own options]\n       bigkit launch --example [KIND]"
+    add = launch.add_argument
+    add("--num_processes", type=int, help="on all hosts together (one for each GPU, or one)")
+    add("--num_machines", type=int, help="hosts (1)")
+    add("--machine_rank", type=int, help="which of them this is, from 0 (0)")
+    add("--main_process_ip", help="where process 0 is, as all hosts see it; needed with several")
+    add("--main_process_port", type=int, help="a port that is free there; needed with several")
+    add("--rdzv_backend", help="static, or c10d: hosts come in any order and need no machine_rank (static)")
+    add("--gpu_ids", help="GPUs of this host to use, as in 0,2 (all)")
+    add("--cpu", dest="use_cpu", action="store_true", default=None, help="leave GPUs alone")
+    add("--config_file", help="JSON or YAML with these names as keys, or one of Accelerate's; options overrule it")
+    add("-m", "--module", action="store_true", help="the script is a module's name, as for python -m")
+    add("--show", action="store_true", help="print the torchrun command and stop")
+    add("--example", nargs="?", const="inference", metavar="KIND",
+        help="write distributed_KIND.py to start from: inference or diffusion (inference)")  # fmt: skip
+    add("command", nargs=argparse.REMAINDER, metavar="script.py ...", help="the script and its own options")
+    launch.set_defaults(run=_launch)
 
 
 def _add_model(parser: argparse.ArgumentParser) -> None:
@@ -89,6 +113,20 @@ def _plan(options: argparse.Namespace) -> str:
     if options.json:
         return found.to_json()
     return found.to_code() if options.code else found.explain()
+
+
+def _launch(options: argparse.Namespace) -> str:
+    from . import launch
+
+    if options.example:
+        path = launch.write_example(options.example)
+        return f"{path} is there. Start it with: bigkit launch --num_processes 2 {path}"
+    content = launch.read_config(options.config_file) if options.config_file else {}
+    told = {field.name: getattr(options, field.name) for field in fields(launch.Settings)}
+    settings = launch.Settings(**{**content, **{name: value for name, value in told.items() if value is not None}})
+    if options.show:
+        return launch.command_line(settings, options.command, options.module)
+    sys.exit(launch.launch(settings, options.command, options.module))
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ from .hooks import (
     torch_device,
 )
 from .planner import STRATEGIES
-from .plans import Device, collapse, prefixes, read_device
+from .plans import Device, Placed, Plan, collapse, prefixes, read_device
 from .resting import Group, Rest, groups, has_forward, make_units, records, streamer_for
 from .store import Unit
 from .stream import Streamer, spread
@@ -220,6 +220,34 @@ def _with_residents(
     return collapse(finer)
 
 
+def interleaved(found: Plan) -> dict[str, Device]:
+    """The device map of a plan, with the blocks that stay on the first runner spread among those that are offloaded.
+
+    Blocks of one class and size change places, so that every device holds what it held.
+
+    >>> from bigkit import plan
+    >>> found = plan("gpt2", {0: "400MiB", "cpu": "1GiB"})
+    >>> [found.device_map[f"transformer.h.{i}"] for i in range(12)]
+    [0, 0, 0, 0, 0, 0, 0, 'cpu', 'cpu', 'cpu', 'cpu', 'cpu']
+    >>> [interleaved(found)[f"transformer.h.{i}"] for i in range(12)]
+    [0, 0, 'cpu', 0, 'cpu', 0, 0, 'cpu', 0, 'cpu', 0, 'cpu']
+    """
+    main = next((share.device for share in found.shares if share.runs), "cpu")
+    kinds: dict[tuple[str, int], list[Placed]] = {}
+    for layer in found.layers:
+        if layer.device in (main, "cpu", "disk"):
+            kinds.setdefault((layer.cls, layer.bytes), []).append(layer)
+    devices = {layer.name: layer.device for layer in found.layers}
+    for alike in kinds.values():
+        free = [layer.name for layer in alike]
+        for device in (main, "disk", "cpu"):
+            count = sum(layer.device == device for layer in alike)
+            chosen = spread([1] * len(free), count)
+            devices.update({free[i]: device for i in chosen})
+            free = [name for i, name in enumerate(free) if i not in chosen]
+    return collapse(devices)
+
+
 def _cache(asked: int | str | None, units: list[tuple[Group, Unit]], accelerated: bool) -> int:
     if asked is not None:
         return parse_bytes(asked)
@@ -298,7 +326,8 @@ def load_checkpoint_and_dispatch(
         model: the model.
         checkpoint: a file, an index or a folder.
         device_map: a map, or a strategy that finds one: "auto", "balanced", "balanced_low_0", "sequential", "exact".
-            None loads and does no more.
+            Where blocks must be offloaded, those that stay are spread among them (not with "sequential"), so that
+            copies hide behind work. None loads and does no more.
         max_memory: device -> budget, for a strategy; None asks this machine.
         no_split_module_classes: classes that stay on one device, for a strategy; None takes the model's own list.
         offload_folder: where weights for "disk" are written that lie in no file as they are needed (of another dtype).
@@ -328,9 +357,8 @@ def load_checkpoint_and_dispatch(
         if device_map not in STRATEGIES:
             raise ValueError(f"unknown device_map {device_map!r}: expected a map or one of {', '.join(STRATEGIES)}")
         classes = [no_split_module_classes] if isinstance(no_split_module_classes, str) else no_split_module_classes
-        device_map = plan(
-            model, max_memory, device_map, dtype=dtype, no_split=classes, offload_buffers=offload_buffers
-        ).device_map
+        found = plan(model, max_memory, device_map, dtype=dtype, no_split=classes, offload_buffers=offload_buffers)
+        device_map = found.device_map if device_map == "sequential" else interleaved(found)
     report = load_checkpoint_in_model(
         model, checkpoint, device_map, offload_folder, dtype, offload_buffers=offload_buffers, strict=strict,
         keep_in_fp32_modules=keep_in_fp32_modules,

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from .estimate import MemoryEstimate, text_table
 from .plans import Device, Plan, Share, device_label
 from .shards import Cut
+from .shares import Shares
 from .units import GiB, KiB, MiB, format_bytes
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ TRACK, PALE, GREY, DARK = "#EEEEEE", "#D9D9D9", "#B8B8B8", "#555555"
 GPU_COLOURS = (BLUE, SKY, GREEN, PURPLE)  # in turn: neighbours always differ
 PART_COLOURS = {"KV cache": ORANGE, "activations": YELLOW, "reserve": "#FFFFFF", "overhead": DARK,
                 "weights": BLUE, "gradients": GREEN, "optimizer": PURPLE}  # fmt: skip
-HATCHES = {"reserve": "////", "over budget": "xxxx", "larger than the limit": "////"}
+HATCHES = {"reserve": "////", "over budget": "xxxx", "larger than the limit": "////", "repeated": "////"}
 
 WIDTH = 540  # points, which an inline picture scales to the room that it has
 LEFT, RIGHT, ROW, BAR = 52, 116, 23, 16
@@ -298,6 +299,75 @@ def _found(cut: Cut, find: str) -> set[str]:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Shares of processes
+
+
+def shares_figure(split: Shares) -> Figure:
+    """A split as a picture: a row for each process with its items from left to right, a column for each turn.
+
+    Below it what `gather` returns, and what `gather_for_results` makes of it. Repeated items are hatched, turns without
+    work are pale.
+
+    >>> figure = shares_figure(Shares(3, 2, padding=True))
+    >>> figure.savefig("shares.png")  # doctest: +SKIP
+    """
+    canvas = _Canvas(left=72)
+    canvas.title(_count(split.items, "item") + " on " + _count(split.processes, "process", "processes"), _turns(split))
+    kinds = [("items, by process", GPU_COLOURS[: split.processes])]
+    kinds += [("repeated", ("#FFFFFF",))] if split.padded else []
+    kinds += [("idle", (TRACK,))] if split.idle else []
+    canvas.legend(kinds)
+    canvas.shares(split)
+    return canvas.figure()
+
+
+def shares_text(split: Shares) -> str:
+    """The text twin of `shares_figure`.
+
+    >>> print(shares_text(Shares(3, 2, padding=True)))
+    process    items  repeated  idle
+    ---------  -----  --------  ----
+    process 0      2         -     -
+    process 1      1         1     -
+    <BLANKLINE>
+    gather returns 4: 0 1 | 2 2
+    gather_for_results returns 3: 0 1 2
+    """
+    rows = [
+        [f"process {process}", *(str(n or "-") for n in (real, len(part) - real, split.rounds - len(part)))]
+        for process, (part, real) in enumerate(zip(split.parts, split.lengths))
+    ]
+    table = text_table(["process", "items", "repeated", "idle"], rows)
+    parts = " | ".join(" ".join(map(str, part)) for part in split.parts)
+    exact = " ".join(map(str, range(split.items)))
+    gathered, results = f"gather returns {len(split.gathered)}", f"gather_for_results returns {split.items}"
+    return f"{table}\n\n{gathered}: {parts}\n{results}: {exact}"
+
+
+def shares_label(split: Shares) -> str:
+    """One sentence for those who cannot see the picture of a split."""
+    shares = "; ".join(f"process {i} gets {_positions(part) or 'nothing'}" for i, part in enumerate(split.parts))
+    items, processes = _count(split.items, "item"), _count(split.processes, "process", "processes")
+    return f"{items} on {processes}: {shares}. {_turns(split)}."
+
+
+def _turns(split: Shares) -> str:
+    """How long it takes: "2 turns instead of 3, 1 idle"."""
+    said = f"{_count(split.rounds, 'turn')} instead of {split.items}"
+    said += f", {split.idle} idle" if split.idle else ""
+    return said + (f", {split.padded} repeated" if split.padded else "")
+
+
+def _positions(part: Sequence[int]) -> str:
+    """Positions as few words: "0, 1", "3 .. 9", or nothing."""
+    return f"{part[0]} .. {part[-1]}" if len(part) > 4 else ", ".join(map(str, part))
+
+
+def _count(count: int, noun: str, plural: str = "") -> str:
+    return f"{count:,} {noun if count == 1 else plural or noun + 's'}"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Drawing
 
 
@@ -468,6 +538,43 @@ class _Canvas:
             plate = {"bbox": {"facecolor": "white", "edgecolor": "none", "pad": 1}} if kind in HATCHES else {}
             ink = BLACK if kind in HATCHES else _ink(ground)
             self.text(x + wide / 2, self.y + 10, said, 8, ha="center", color=ink, **plate)
+
+    def shares(self, split: Shares) -> None:
+        """A row for each process, then the two that gather returns."""
+        room, rounds = WIDTH - self.left - 8, max(1, split.rounds)
+        wide = min(room / rounds, 64)
+        for process, (part, real) in enumerate(zip(split.parts, split.lengths)):
+            self.text(self.left - 8, self.y + 9, f"process {process}", 9, ha="right")
+            for turn in range(rounds):
+                self.item(self.left + turn * wide, wide, process, part[turn : turn + 1], turn >= real)
+            self.y += 21
+        for turn in range(0, rounds + 1, max(1, math.ceil(rounds / 12))):
+            self.text(self.left + turn * wide, self.y + 5, str(turn), 8, ha="center", color="#333333")
+        self.text(self.left, self.y + 17, "turns", 8, ha="center", color="#333333")
+        self.y += 30
+        wide = min(room / max(1, len(split.gathered)), 32)
+        for name, longest, count in (
+            ("gather", split.rounds, len(split.gathered)), ("gather_for_results", 0, split.items),
+        ):  # fmt: skip
+            self.text(8, self.y + 8, f"{name} returns {_count(count, 'result')}", 9)
+            self.y += 16
+            x: float = self.left
+            for process, (part, real) in enumerate(zip(split.parts, split.lengths)):
+                for turn, position in enumerate(part[: max(real, longest)]):
+                    self.item(x, wide, process, (position,), turn >= real)
+                    x += wide
+            self.y += 24
+
+    def item(self, x: float, wide: float, process: int, position: Sequence[int], repeated: bool) -> None:
+        """One turn of a process: its item, an item that is repeated, or nothing."""
+        colour = GPU_COLOURS[process % len(GPU_COLOURS)]
+        kind = "idle" if not position else "repeated" if repeated else "items"
+        ground = TRACK if not position else "#FFFFFF" if repeated else colour
+        self.box(kind, x + 0.5, self.y, wide - 1, 18, ground)
+        said = str(position[0]) if position else ""
+        if said and _text_width(said, 8.5) < wide:
+            plate = {"bbox": {"facecolor": "white", "edgecolor": "none", "pad": 1}} if repeated else {}
+            self.text(x + wide / 2, self.y + 9, said, 8.5, ha="center", color=_ink(ground), **plate)
 
     def figure(self) -> Figure:
         """All boxes of one kind and colour become one path, which saves most of the time that drawing takes."""

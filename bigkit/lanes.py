@@ -31,9 +31,9 @@ from torch import Tensor
 from .store import Move, Slab, Unit
 from .units import MiB
 
-CHUNK = 8 * MiB  # one copy through the ring: large enough for the full rate of the link
-RING = 16  # chunks that are pinned
-READERS = 16  # threads, at most, that fill them
+CHUNK = 16 * MiB  # one copy through the ring: so large that Python's part of it does not count
+READERS = 16  # threads, at most, that fill the ring
+SPARE = 4  # chunks that are being copied while each reader fills another
 
 
 @dataclass(eq=False)
@@ -111,32 +111,34 @@ class CudaLane(PlainLane):
                     target.copy_(move.slab.bytes[move.at : move.at + move.nbytes], non_blocking=True)
             slot.ready.record(self.stream)
         slow = [move for move in moves if move.slab is None or not move.slab.pinned]
-        slot.pending = [readers().submit(self._carry, job, slot.base) for move in slow for job in _cut(move)]
+        jobs = [job for move in slow for job in _cut(move)]
+        shared = iter(jobs)  # each reader takes the next job
+        slot.pending = [readers().submit(self._carry, shared, slot.base) for _ in jobs[: count_readers()]]
 
-    def _carry(self, job: _Job, base: Tensor) -> None:
-        """One reader's work: fill a chunk of the ring, queue its copies."""
+    def _carry(self, jobs: Iterator[_Job], base: Tensor) -> None:
+        """One reader's work: fill chunks of the ring, queue their copies."""
         ring = self._ring or self._make_ring()
-        chunk = ring.get()
-        try:
-            chunk.copied.synchronize()
-            if job.move.source is not None:
-                job.move.source.read(chunk.view[: job.nbytes], job.at)
-            else:
-                assert job.move.slab is not None
-                chunk.bytes[: job.nbytes].copy_(job.move.slab.bytes[job.at : job.at + job.nbytes])
-            with torch.cuda.stream(self.stream):
-                for piece in job.pieces:
-                    source = chunk.bytes[piece.chunk : piece.chunk + piece.nbytes]
-                    base[piece.slot : piece.slot + piece.nbytes].copy_(source, non_blocking=True)
-                chunk.copied.record(self.stream)
-        finally:
-            ring.put(chunk)
+        with torch.cuda.stream(self.stream):
+            for job in jobs:
+                chunk = ring.get()
+                try:
+                    chunk.copied.synchronize()
+                    if job.move.source is not None:
+                        job.move.source.read(chunk.view[: job.nbytes], job.at)
+                    else:
+                        assert job.move.slab is not None
+                        chunk.bytes[: job.nbytes].copy_(job.move.slab.bytes[job.at : job.at + job.nbytes])
+                    for piece in job.pieces:
+                        source = chunk.bytes[piece.chunk : piece.chunk + piece.nbytes]
+                        base[piece.slot : piece.slot + piece.nbytes].copy_(source, non_blocking=True)
+                    chunk.copied.record(self.stream)
+                finally:
+                    ring.put(chunk)
 
     def _make_ring(self) -> queue.SimpleQueue[_Chunk]:
         with _making:
             if self._ring is None:
-                slab = Slab(CHUNK * RING, pin=True)
-                slab.bytes.zero_()  # pages that exist are pinned faster
+                slab = Slab(CHUNK * (count_readers() + SPARE), pin=True)
                 slab.pin()
                 ring: queue.SimpleQueue[_Chunk] = queue.SimpleQueue()
                 for piece in slab.bytes.split(CHUNK):
@@ -206,7 +208,12 @@ def _cut(move: Move) -> Iterator[_Job]:
 @cache
 def readers() -> ThreadPoolExecutor:
     """The reader threads, shared by all lanes of this process and started when they are first needed."""
-    return ThreadPoolExecutor(min(READERS, os.cpu_count() or 1), thread_name_prefix="bigkit-reader")
+    return ThreadPoolExecutor(count_readers(), thread_name_prefix="bigkit-reader")
+
+
+def count_readers() -> int:
+    """How many there are."""
+    return min(READERS, os.cpu_count() or 1)
 
 
 def _forget_readers() -> None:

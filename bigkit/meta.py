@@ -470,9 +470,9 @@ def twin(tensor: Tensor, data: Tensor) -> Tensor:
         fake: Any = data.detach()
         fake._is_param = isinstance(tensor, nn.Parameter)
         return fake
-    requires_grad = tensor.requires_grad and tensor.is_leaf
-    twin = torch.Tensor._make_subclass(type(tensor), data.detach(), requires_grad)
-    vars(twin).update(vars(tensor))
+    twin = torch.Tensor._make_subclass(type(tensor), data, tensor.requires_grad and tensor.is_leaf)  # it detaches
+    if attributes := vars(tensor):
+        vars(twin).update(attributes)
     return twin
 
 
@@ -570,10 +570,18 @@ def tied_groups(model: nn.Module, buffers: bool = True) -> list[list[str]]:
     >>> tied_groups(model)
     [['wte.weight', 'head.weight']]
     """
+    return tied(
+        (f"{name}.{own}" if name else own, tensor)
+        for name, module in model.named_modules(remove_duplicate=False)
+        for own, tensor in _own_tensors(module, buffers)
+    )
+
+
+def tied(named: Iterable[tuple[str, Tensor]]) -> list[list[str]]:
+    """The same for any tensors and their names."""
     storages: dict[Any, list[tuple[str, Tensor]]] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
-        for own, tensor in _own_tensors(module, buffers):
-            storages.setdefault(_storage_key(tensor), []).append((f"{name}.{own}" if name else own, tensor))
+    for name, tensor in named:
+        storages.setdefault(_storage_key(tensor), []).append((name, tensor))
     groups: dict[Any, list[str]] = {}
     for key, sharing in storages.items():
         for name, tensor in sharing if len(sharing) > 1 else ():

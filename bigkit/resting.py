@@ -15,7 +15,9 @@ from __future__ import annotations
 import os
 import tempfile
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import Future, wait
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,6 +28,7 @@ from torch import Tensor, nn
 
 from .away import Away
 from .checkpoint import Stored, read_header
+from .lanes import readers
 from .meta import repeated_blocks, tied_groups, twin
 from .plans import Device
 from .store import Part, Source, Unit, Weight, anatomy, open_source, part_of, rest_in_ram
@@ -240,99 +243,130 @@ def make_units(
         return runs_at(device_of(name)) != device_of(name)
 
     found, group_of = groups(model, is_away, uniform, whole_classes)
-    all_records = records(model)
-    before = [(record, place, record.tensor) for record in all_records for place in record.places]
-    travelling: dict[int, list[tuple[Record, list[Place]]]] = {id(group): [] for group in found}
-    try:
-        staying: list[tuple[Record, dict[Device, list[Place]]]] = []
-        for record in all_records:
-            here: dict[Device, list[Place]] = {}  # where it works -> the places that have it there for good
-            away: list[Place] = []
-            for place in record.places:
-                home = device_of(place[0])
-                stays = record.buffer and not (offload_buffers and record.persistent)
-                if home == runs_at(home) or stays:
-                    here.setdefault(runs_at(home), []).append(place)
-                else:
-                    away.append(place)
-            for place in [*away]:
-                works = runs_at(device_of(place[0]))
-                if works in here:
-                    here[works].append(place)
-                    away.remove(place)
-            if here:
-                staying.append((record, here))
-            for place in away:
+    work = _Settling(records(model), rest, device_of, pin)
+    travelling: dict[int, dict[int, tuple[Record, list[Place]]]] = {id(group): {} for group in found}
+    staying: list[tuple[Record, dict[Device, list[Place]]]] = []
+    for record in work.records:
+        here: dict[Device, list[Place]] = {}  # where it works -> the places that have it there for good
+        away: list[Place] = []
+        for place in record.places:
+            home = device_of(place[0])
+            stays = record.buffer and not (offload_buffers and record.persistent)
+            if home == runs_at(home) or stays:
+                here.setdefault(runs_at(home), []).append(place)
+            else:
+                away.append(place)
+        for place in away:
+            works = runs_at(device_of(place[0]))
+            if works in here:
+                here[works].append(place)  # it shares what is there
+            else:
                 inside = travelling[id(group_of[id(place[1])])]
-                if not inside or inside[-1][0] is not record:
-                    inside.append((record, []))
-                inside[-1][1].append(place)
-        units = _build(found, travelling, device_of, rest, pin)
+                inside.setdefault(id(record), (record, []))[1].append(place)
+        if here:
+            staying.append((record, here))
+    try:
+        units = work.send_away([(group, [*travelling[id(group)].values()]) for group in found])
         for record, here in staying:
-            _stay(record, here, devices, rest)
+            work.stay(record, {devices(works): places for works, places in here.items()})
+        work.finish()
     except BaseException:
-        for record, place, tensor in before:
-            record.put(place, tensor)
+        work.undo()
         raise
     return units
 
 
-def _stay(
-    record: Record, here: dict[Device, list[Place]], devices: Callable[[Device], torch.device], rest: Rest
-) -> None:
-    """Move a tensor to the device, or the devices, where it stays."""
-    value, first = rest.value(record), True
-    for works, places in here.items():
-        device = devices(works)
-        new = value
-        if value.device != device or not first or record.tensor.is_meta:
-            moved = value.detach().to(device)
-            if first and isinstance(record.tensor, nn.Parameter) and not record.tensor.is_meta:
-                record.tensor.data, new = moved, record.tensor  # the same object, so that others keep knowing it
-            else:
-                new = twin(record.tensor, moved) if isinstance(record.tensor, nn.Parameter) else moved
-        for place in places:
-            record.put(place, new)
-        first = False
+class _Settling:
+    """Weights on their way to their places; `undo` brings those back that have left.
 
+    What has been copied to RAM is let go of at once: at no time is more than a few units in memory twice.
+    """
 
-def _build(
-    found: list[Group],
-    travelling: dict[int, list[tuple[Record, list[Place]]]],
-    device_of: Callable[[str], Device],
-    rest: Rest,
-    pin: bool,
-) -> list[tuple[Group, Unit]]:
-    units: list[tuple[Group, Unit]] = []
-    made: dict[int, Weight] = {}  # record -> the weight that it became first
-    for group in found:
-        laid: list[tuple[Weight, dict[str, Tensor]]] = []  # with the data of what rests in RAM
-        on_disk: list[tuple[Weight, dict[str, Tensor | Stored]]] = []
-        for record, places in travelling[id(group)]:
-            at = [(module, own, record.buffer) for _, module, own in places]
-            if id(record) in made:
-                laid.append((made[id(record)].again(at), {}))
+    def __init__(self, found: list[Record], rest: Rest, device_of: Callable[[str], Device], pin: bool) -> None:
+        self.records, self.rest, self.device_of, self.pin = found, rest, device_of, pin
+        self.made: dict[int, Weight] = {}  # record -> the weight that it became first
+        self.left: dict[int, torch.device] = {}  # record -> the device that it has left for a unit
+        self.stayed: list[tuple[Tensor, Tensor]] = []  # a tensor of the model, and its data before
+        self.filling: list[Future[None]] = []
+
+    def send_away(self, chosen: list[tuple[Group, list[tuple[Record, list[Place]]]]]) -> list[tuple[Group, Unit]]:
+        """Make the units, and begin to fill their RAM."""
+        units: list[tuple[Group, Unit]] = []
+        often = Counter(id(record) for _, inside in chosen for record, _ in inside)
+        for group, inside in chosen:
+            laid: list[tuple[Weight, dict[str, Tensor]]] = []  # with the data of what rests in RAM
+            on_disk: list[tuple[Weight, dict[str, Tensor | Stored]]] = []
+            for record, places in inside:
+                at = [(module, own, record.buffer) for _, module, own in places]
+                if id(record) in self.made:
+                    laid.append((self.made[id(record)].again(at), {}))
+                    continue
+                parts = self.rest.parts(record)
+                shapes = {suffix: _part(part) for suffix, part in parts.items()}
+                like = anatomy(type(record.tensor)).skeleton(record.tensor)
+                weight = self.made[id(record)] = Weight(record.name, like, at, shapes)
+                if self.device_of(places[0][0]) == "disk":
+                    on_disk.append((weight, parts))
+                    laid.append((weight, {}))
+                else:
+                    laid.append((weight, {suffix: _read(part) for suffix, part in parts.items()}))
+            if not laid:
                 continue
-            parts = rest.parts(record)
-            shapes = {suffix: _part(part) for suffix, part in parts.items()}
-            like = anatomy(type(record.tensor)).skeleton(record.tensor)
-            weight = made[id(record)] = Weight(record.name, like, at, shapes)
-            if device_of(places[0][0]) == "disk":
-                on_disk.append((weight, parts))
-                laid.append((weight, {}))
+            _rest_on_disk(on_disk, self.rest.folder)
+            laid.sort(key=lambda item: item[0].order())  # as they lie in their files: fewer and longer reads
+            unit = Unit(group.name, group.module, [weight for weight, _ in laid])
+            units.append((group, unit))
+            values = [tensors for _, tensors in laid]
+            if self.pin and all(often[id(record)] == 1 for record, _ in inside):
+                # Pinning takes long, and runs well on several threads.
+                self.filling.append(readers().submit(self._fill, unit, values, inside))
             else:
-                laid.append((weight, {suffix: _read(part) for suffix, part in parts.items()}))
-        if not laid:
-            continue
-        _rest_on_disk(on_disk, rest.folder)
-        laid.sort(key=lambda item: item[0].order())  # as they lie in their files: fewer and longer reads
-        unit = Unit(group.name, group.module, [weight for weight, _ in laid])
-        rest_in_ram(unit, [values for _, values in laid], pin)
-        for record, places in travelling[id(group)]:  # what the model held can go now
+                self._fill(unit, values, inside)
+        return units
+
+    def _fill(self, unit: Unit, values: list[dict[str, Tensor]], inside: list[tuple[Record, list[Place]]]) -> None:
+        """Give a unit its RAM, and let go of what the model held."""
+        rest_in_ram(unit, values, self.pin)
+        values.clear()
+        for record, places in inside:
+            like = self.made[id(record)].like
             for place in places:
-                record.put(place, made[id(record)].like)
-        units.append((group, unit))
-    return units
+                record.put(place, like)
+            self.left.setdefault(id(record), record.tensor.device)
+            record.tensor = like
+
+    def stay(self, record: Record, here: dict[torch.device, list[Place]]) -> None:
+        """Move a tensor to the device, or the devices, where it stays."""
+        weight = self.made.get(id(record))
+        value = weight.load() if weight is not None and record.tensor.is_meta else self.rest.value(record)
+        same = isinstance(record.tensor, nn.Parameter) and not record.tensor.is_meta
+        for device, places in here.items():
+            new = value
+            if same:  # the same object, so that others keep knowing it
+                self.stayed.append((record.tensor, record.tensor.data))
+                record.tensor.data, new, same = value.detach().to(device), record.tensor, False
+            elif value.device != device or record.tensor.is_meta:
+                moved = value.detach().to(device)
+                new = twin(record.tensor, moved) if isinstance(record.tensor, nn.Parameter) else moved
+            for place in places:
+                record.put(place, new)
+
+    def finish(self) -> None:
+        """Wait until all RAM is filled."""
+        for done in self.filling:
+            done.result()
+
+    def undo(self) -> None:
+        """Make the model what it was."""
+        wait(self.filling)
+        for tensor, data in self.stayed:
+            tensor.data = data
+        for record in self.records:
+            tensor = record.tensor
+            if id(record) in self.left and self.left[id(record)].type != "meta":
+                tensor = self.made[id(record)].load(self.left[id(record)])
+            for place in record.places:
+                record.put(place, tensor)
 
 
 def _part(data: Tensor | Stored) -> Part:
@@ -397,10 +431,11 @@ def stream_alone(
     every = records(module)
     inside = [r for r in every if submodules or any(owner is module for _, owner, _ in r.places)]
     rest = Rest({}, {**(given or {})})
+    work = _Settling(every, rest, lambda _: "cpu", False)
     weights, values = [], []
     for record in inside:
         if record.buffer and not (offload_buffers and record.persistent):
-            _stay(record, {"cpu": record.places}, lambda _: device, rest)
+            work.stay(record, {device: record.places})
             continue
         parts = {suffix: _read(part) for suffix, part in rest.parts(record).items()}
         places = [(owner, own, record.buffer) for _, owner, own in record.places]

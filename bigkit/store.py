@@ -52,10 +52,17 @@ class Slab:
         self.wants_pin = pin
         self.pinned = False
 
-    def pin(self) -> None:
-        """Pin the RAM if it should be; called when it has been filled, which is when its pages exist."""
+    def pin(self, filled: bool = False) -> None:
+        """Pin the RAM if it should be.
+
+        Args:
+            filled: it has been written to, so that its pages exist; else they are made first, which is faster than
+                leaving it to the driver.
+        """
         if not self.wants_pin or self.pinned or not _may_pin(self.bytes.nbytes):
             return
+        if not filled:
+            self.bytes.zero_()
         address, nbytes = self.bytes.data_ptr(), self.bytes.nbytes
         if int(torch.cuda.cudart().cudaHostRegister(address, nbytes, 0)) == 0:
             self.pinned = True
@@ -72,7 +79,7 @@ class Slab:
     def _like(content: Tensor, pin: bool) -> Slab:
         slab = Slab(content.nbytes, pin)
         slab.bytes.copy_(content)
-        slab.pin()
+        slab.pin(filled=True)
         return slab
 
 
@@ -446,4 +453,4 @@ def rest_in_ram(unit: Unit, values: Iterable[dict[str, Tensor]], pin: bool) -> N
     for part, tensor in homeless:
         part.slab, part.at = slab, part.offset
         part.on_cpu().copy_(tensor)
-    slab.pin()
+    slab.pin(filled=True)

@@ -103,7 +103,8 @@ class Streamer:
         for i, unit in enumerate(self.units):
             unit.index = i
             for weight in unit.weights:
-                weight.away = next((w.away for w in weight.twins if w.away is not None), None) or Away.of(weight, self)
+                known = [twin.away for twin in weight.twins if twin.away is not None]
+                weight.away = known[0] if known else Away.of(weight, self)
         self._look()
         self.send_away()
 
@@ -410,8 +411,8 @@ class Slots(Streamer):
     def _cache(self, unit: Unit, slot: Slot) -> None:
         """Keep a unit from the disk in RAM, as it lies in the slot."""
         slab = Slab(unit.nbytes, pin=_real_cuda(self.device))
-        slab.bytes.copy_(slot.base[: unit.nbytes])
         slab.pin()
+        slab.bytes.copy_(slot.base[: unit.nbytes])
         for part in unit.parts():
             part.slab, part.at, part.source = slab, part.offset, None
         unit.forget_moves()

@@ -37,7 +37,6 @@ def files(draw):
 def test_every_byte_arrives_where_it_belongs(case, size, direct):
     stored, content, casts = case
     tensors = {n: torch.empty(w.shape, dtype=casts[n] or w.dtype) for n, w in stored.items()}
-    flat = {name: tensor.view(-1) for name, tensor in tensors.items()}
     chunk, staging = torch.empty(size, dtype=torch.uint8), torch.empty(size, dtype=torch.uint8)
     for load in _cut(stored, size):
         assert 0 < load.nbytes <= size and sum(part.nbytes for part in load.parts) == load.nbytes
@@ -45,7 +44,7 @@ def test_every_byte_arrives_where_it_belongs(case, size, direct):
         chunk[: load.nbytes] = torch.frombuffer(bytearray(body), dtype=torch.uint8)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("bigkit.bulk.DIRECT", direct)
-            _empty(load, chunk, staging, stored, flat)
+            _empty(load, chunk, staging, stored, tensors)
     for name, where in stored.items():
         body = content[where.file][where.offset : where.offset + where.nbytes]
         expected = (

@@ -103,11 +103,21 @@ def test_index_is_the_one_that_transformers_writes(tmp_path):
     assert index["metadata"]["total_size"] == sum(t.nbytes for n, t in Net().state_dict().items() if n != "head.weight")
 
 
+def mapping(address):
+    """The line of /proc/self/maps for an address: what is mapped there."""
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        first, last = (int(end, 16) for end in line.split()[0].split("-"))
+        if first <= address < last:
+            return line
+
+
 def test_cpu_tensors_are_the_pages_of_the_file(tmp_path):
     save_model(Net(), tmp_path)
     first, second = empty(), empty()
     load_checkpoint_in_model(first, tmp_path)
-    assert first.embed.weight.untyped_storage().nbytes() == (tmp_path / SINGLE).stat().st_size  # the mapped file
+    for tensor in first.state_dict().values():
+        assert str(tmp_path / SINGLE) in mapping(tensor.data_ptr())
+        assert tensor.untyped_storage().nbytes() == tensor.nbytes  # not shared, which others would take for tied
     before = (tmp_path / SINGLE).read_bytes()
     with torch.no_grad():
         first.embed.weight.zero_()
@@ -257,7 +267,7 @@ def tiny_models():
         tf.T5ForConditionalGeneration,
         tf.T5Config(d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, vocab_size=64),
     )
-    yield "mixtral", tf.MixtralForCausalLM, tf.MixtralConfig(**small, num_key_value_heads=2, num_local_experts=4)
+    yield "mixtral", tf.MixtralForCausalLM, tf.MixtralConfig(**small, num_key_value_heads=2, num_local_experts=12)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -278,15 +288,57 @@ def test_transformers_and_we_read_each_other(tmp_path, name, dtype):
     assert same(model, again)
 
 
-def test_experts_that_transformers_saves_apart_are_reported(tmp_path):
+@pytest.mark.parametrize("safe", [True, False])
+def test_experts_that_transformers_saves_apart_are_put_together(tmp_path, safe):
     """Transformers fuses experts when it loads and cuts them when it saves: a file's names are not the model's."""
     cls, config = {n: (cls, config) for n, cls, config in tiny_models()}["mixtral"]
+    model = cls(config).eval()
+    model.save_pretrained(tmp_path / "theirs", max_shard_size="20KB")
+    held = {name for file in (tmp_path / "theirs").glob("*.safetensors") for name in load_file(file)}
+    assert any("experts.11.w1.weight" in name for name in held)
+    if not safe:
+        state = {
+            name: tensor
+            for file in (tmp_path / "theirs").glob("*.safetensors")
+            for name, tensor in load_file(file).items()
+        }
+        torch.save(state, tmp_path / PICKLE)
+    with init_empty_weights():
+        ours, half, base, disk = (cls._from_config(config) for _ in range(4))
+    folder = tmp_path / "theirs" if safe else tmp_path / PICKLE
+    assert load_checkpoint_in_model(ours, folder, strict=True).clean and same(model, ours)
+    assert load_checkpoint_in_model(half, folder, dtype="bfloat16").clean and same(model.bfloat16(), half)
+    report = load_checkpoint_in_model(base.model, folder)
+    assert report.unexpected == ("lm_head.weight",) and not report.missing
+    with pytest.raises(ValueError, match="give an offload_folder"):
+        load_checkpoint_in_model(disk, folder, {"": "disk"})
+    report = load_checkpoint_in_model(disk, folder, {"": "disk"}, tmp_path / "off")
+    assert report.clean and "model.layers.0.mlp.experts.gate_up_proj" in report.on_disk
+    save_model(disk, tmp_path / "ours", "20KB")
+    config.save_pretrained(tmp_path / "ours")
+    assert same(ours, cls.from_pretrained(tmp_path / "ours"))
+
+
+def test_experts_that_do_not_fit_together_are_reported(tmp_path):
+    cls, config = {n: (cls, config) for n, cls, config in tiny_models()}["mixtral"]
     cls(config).save_pretrained(tmp_path)
+    state = load_file(tmp_path / SINGLE)
+    state = {name.replace("block_sparse_moe", "mlp"): tensor for name, tensor in state.items()}
+    del state["model.layers.0.mlp.experts.7.w3.weight"]  # one of two that become one
+    state = {name: tensor for name, tensor in state.items() if "layers.1.mlp.experts.11." not in name}
+    save_file(state, tmp_path / SINGLE)
     with init_empty_weights():
         ours = cls._from_config(config)
     report = load_checkpoint_in_model(ours, tmp_path)
-    assert "model.layers.0.mlp.experts.gate_up_proj" in report.missing
-    assert any("experts.0.w1.weight" in name for name in report.unexpected)
+    assert report.missing == ("model.layers.0.mlp.experts.gate_up_proj",)
+    assert {name[-9:] for name in report.unexpected} == {"w1.weight", "w3.weight"}
+    short = {f"model.layers.1.mlp.experts.{own}" for own in ("gate_up_proj", "down_proj")}
+    assert {(name, shape[0], wanted[0]) for name, shape, wanted in report.mismatched} == {(n, 11, 12) for n in short}
+    state = {n: t.to(torch.float8_e4m3fn) if "layers.0" in n and ".w2." in n else t for n, t in state.items()}
+    state["model.layers.0.mlp.experts.3.w2.weight_scale_inv"] = torch.ones(1)
+    save_file(state, tmp_path / SINGLE)
+    report = load_checkpoint_in_model(ours, tmp_path)
+    assert report.wrong_dtype == (("model.layers.0.mlp.experts.down_proj", "float8_e4m3fn", "float32"),)
 
 
 @pytest.mark.parametrize("safe", [True, False])
@@ -303,6 +355,9 @@ def test_accelerate_and_we_read_each_other(tmp_path, safe):
     accelerate.Accelerator(cpu=True).save_model(model, str(tmp_path / "theirs"), "2KB", safe)
     ours = empty()
     assert load_checkpoint_in_model(ours, tmp_path / "theirs", strict=True).clean and same(model, ours)
+    accelerate.Accelerator(cpu=True).save_model(ours, str(tmp_path / "passed on"), "2KB", safe)
+    again = empty()
+    assert load_checkpoint_in_model(again, tmp_path / "passed on", strict=True).clean and same(model, again)
 
 
 def test_load_state_dict(tmp_path):

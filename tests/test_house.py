@@ -15,14 +15,16 @@ import bigkit
 ROOT = Path(bigkit.__file__).parent
 # Bottom to top. A module may import those before it; a package counts as one module.
 ORDER = [
-    "units", "allocator", "layers", "shards", "config", "estimate", "chain", "plans", "ledger", "hardware", "roofline",
-    "planner",
-    "meta", "bulk", "checkpoint", "zoo", "device_map", "front",
-    "store", "away", "lanes", "stream", "resting", "hooks", "dispatch",
+    "units", "allocator", "layers", "shards", "shares", "config", "estimate", "chain", "plans", "schedule", "ledger",
+    "hardware", "roofline", "planner",
+    "meta", "bulk", "convert", "checkpoint", "zoo", "device_map", "front",
+    "store", "away", "lanes", "stream", "resting", "hooks", "dispatch", "record",
+    "packed", "quantize",
     "workload", "recording", "calibration", "fake", "dryrun",
-    "draw", "widgets", "cli",
+    "distributed", "launch", "notebook", "batches", "examples",
+    "draw", "draw_run", "widgets", "cli",
 ]  # fmt: skip
-FLOOR_0 = ORDER[: ORDER.index("meta")]
+FLOOR_0 = [name for name in ORDER[: ORDER.index("meta")] if (ROOT / f"{name}.py").exists()]
 MODULES = sorted(
     ".".join(path.relative_to(ROOT.parent).with_suffix("").parts).removesuffix(".__init__")
     for path in ROOT.rglob("*.py")

@@ -8,14 +8,20 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-_HOMES = {"MemoryExplorer": "memory_explorer", "PlanExplorer": "plan_explorer", "ShardExplorer": "shard_explorer"}
+_HOMES = {
+    "MemoryExplorer": "memory_explorer",
+    "PlanExplorer": "plan_explorer",
+    "ShardExplorer": "shard_explorer",
+    "SplitExplorer": "split_explorer",
+}
 
-__all__ = ["MemoryExplorer", "PlanExplorer", "ShardExplorer"]
+__all__ = ["MemoryExplorer", "PlanExplorer", "ShardExplorer", "SplitExplorer"]
 
 if TYPE_CHECKING:
     from .memory_explorer import MemoryExplorer
     from .plan_explorer import PlanExplorer
     from .shard_explorer import ShardExplorer
+    from .split_explorer import SplitExplorer
 
 
 def __getattr__(name: str) -> object:

@@ -1,6 +1,7 @@
 """Loading to a real GPU: the same bytes as on the CPU, whatever the chunk, and little memory on the host."""
 
 import os
+from functools import partial
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from torch import nn
 
 from bigkit import init_empty_weights
 from bigkit.bulk import read_to_gpu
-from bigkit.checkpoint import Checkpoint, load_checkpoint_in_model, load_state_dict, save_model
+from bigkit.checkpoint import Checkpoint, _batches, load_checkpoint_in_model, load_state_dict, save_model
 
 GPU = torch.device("cuda:0")
 
@@ -96,3 +97,30 @@ def test_busy_streams_see_finished_weights(tmp_path):
     for _ in range(20):
         work = work @ work * 1e-4
         assert torch.equal(read_to_gpu(source.stored, GPU, chunk=1 << 20)["weight"].sum(), expected)
+
+
+def test_experts_that_transformers_saves_apart_are_put_together_on_the_gpu(tmp_path, monkeypatch):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.MixtralConfig(
+        hidden_size=32, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, vocab_size=64,
+        intermediate_size=48, num_local_experts=12,
+    )  # fmt: skip
+    model = transformers.MixtralForCausalLM(config)
+    model.save_pretrained(tmp_path, max_shard_size="50KB")
+    for most in (1, 4 * 10**9):  # each tensor alone, and all together
+        monkeypatch.setattr("bigkit.checkpoint._batches", partial(_batches, most=most))
+        with init_empty_weights():
+            empty = transformers.MixtralForCausalLM._from_config(config)
+        assert load_checkpoint_in_model(empty, tmp_path, {"": 0}, dtype="bfloat16").clean
+        for name, tensor in empty.state_dict().items():
+            assert tensor.device == GPU and torch.equal(tensor.cpu(), model.state_dict()[name].bfloat16()), name
+
+
+def test_small_tensors_have_storages_of_their_own(tmp_path):
+    save_file({f"t{i}": torch.full((i % 7, 3), float(i)) for i in range(300)}, tmp_path / "model.safetensors")
+    found = read_to_gpu(Checkpoint.open(tmp_path).stored, GPU)
+    assert all(tensor.untyped_storage().nbytes() == tensor.nbytes for tensor in found.values())
+    assert all(
+        torch.equal(tensor.cpu(), torch.full((i % 7, 3), float(i)))
+        for i, tensor in ((int(n[1:]), t) for n, t in found.items())
+    )

@@ -269,7 +269,9 @@ def test_generation_of_transformers_models(kind):
         model = transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=500, n_embd=128, n_layer=4, n_head=4))
     else:
         model = transformers.T5ForConditionalGeneration(
-            transformers.T5Config(vocab_size=500, d_model=128, d_ff=256, num_layers=3, num_heads=4)
+            transformers.T5Config(
+                vocab_size=500, d_model=128, d_ff=256, num_layers=3, num_heads=4, decoder_start_token_id=0
+            )
         )
     model = model.eval().requires_grad_(False)
     tokens = torch.randint(5, 500, (2, 12), device=GPU)
