@@ -30,7 +30,7 @@ from .fake import Notebook, Target, Trace, fake_gpus
 from .hardware import CONTEXT_BYTES, GPUS, HARDWARE, Gpu, Hardware
 from .hooks import AlignDevicesHook, SequentialHook
 from .lanes import PlainLane, Slot
-from .ledger import Calibration
+from .ledger import Calibration, Ledger
 from .plans import Device, Plan, device_label, prefixes
 from .roofline import ARRIVE, FILL, LEAVE, Operation, Rates, Span, StepTime, run_steps
 from .store import Unit
@@ -289,7 +289,8 @@ def dry_run(
         dtype: of the weights if `model` is a name; None takes the plan's, then the config's.
         all_logits: keep the logits of every prompt token, as a plain call of the model does.
         slots: see `dispatch_model`.
-        calibration: rates measured on that machine; None takes the vendors' figures.
+        calibration: rates measured on that machine; None takes the ones in the ledger if the hardware is this machine
+            (`Hardware.detect()`) and `calibrate()` was called here, else the vendors' figures.
 
     Returns:
         The run: peaks, timelines and times.
@@ -307,14 +308,15 @@ def dry_run(
     numbers = sorted({d for d in places.values() if isinstance(d, int)}) or [0]
     machine = _machine(hardware, max(numbers) + 1)
     gpus = {f"cuda:{i}": machine.gpus[i] for i in numbers}
+    known = calibration or _calibration_of(machine)
     rates = {
-        name: Rates.of_gpu(gpu) if calibration is None else Rates.of_calibration(calibration, gpu)
+        name: Rates.of_gpu(gpu, machine.disk_rate) if known is None else Rates.of_calibration(known, gpu)
         for name, gpu in gpus.items()
     }
     name, empty = _model(model, dtype or (plan.dtype if isinstance(plan, Plan) else None))
     load = Workload(batch_size, prompt_tokens, new_tokens, all_logits)
-    trace = rehearse(empty, places, load, target_of(machine.gpus[numbers[0]], calibration), slots)
-    context = calibration.context if calibration and calibration.context else CONTEXT_BYTES
+    trace = rehearse(empty, places, load, target_of(machine.gpus[numbers[0]], known), slots)
+    context = known.context if known and known.context else CONTEXT_BYTES
     ids = {f"cuda:{i}": i for i in numbers}
     return DryRun(
         model=name,
@@ -442,6 +444,14 @@ def _machine(hardware: Hardware | str | None, gpus: int) -> Hardware:
     if len(machine.gpus) < gpus:
         raise ValueError(f"the plan uses GPU {gpus - 1}, and {machine.name} has {len(machine.gpus)} GPUs")
     return machine
+
+
+def _calibration_of(machine: Hardware) -> Calibration | None:
+    """What was measured here, if the machine is this one."""
+    if not machine.name.startswith("this machine"):
+        return None
+    found = Ledger.load().calibrations.values()
+    return next((item for item in found if machine.gpus and item.gpu == machine.gpus[0].name), None)
 
 
 def _model(model: str | nn.Module | Callable[[], nn.Module], dtype: object) -> tuple[str, nn.Module]:

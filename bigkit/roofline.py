@@ -69,8 +69,8 @@ class Rates:
     measured: bool = field(default=False, compare=False)
 
     @staticmethod
-    def of_gpu(gpu: Gpu) -> Rates:
-        """From a vendor's figures and the shares of them that PyTorch's kernels usually reach."""
+    def of_gpu(gpu: Gpu, disk: float = 3.5e9) -> Rates:
+        """From a vendor's figures and the shares of them that PyTorch's kernels usually reach; `disk` in bytes/s."""
         half = _saturating(0.75 * gpu.flops)
         return Rates(
             memory=0.88 * gpu.bandwidth,
@@ -80,17 +80,17 @@ class Rates:
             kernel=2.5e-6,
             link=0.87 * gpu.link,
             peer=0.87 * gpu.link,
-            disk=3e9,
+            disk=disk,
         )
 
     @staticmethod
-    def of_calibration(calibration: Calibration, gpu: Gpu | None = None) -> Rates:
+    def of_calibration(calibration: Calibration, gpu: Gpu | None = None, disk: float = 3.5e9) -> Rates:
         """From what was measured; what was not is taken from `gpu`.
 
         Raises:
             ValueError: something is missing and `gpu` is None.
         """
-        base = Rates.of_gpu(gpu) if gpu is not None else None
+        base = Rates.of_gpu(gpu, disk) if gpu is not None else None
         found = {
             "memory": calibration.memory,
             "products": calibration.products,
