@@ -18,6 +18,9 @@ _HOMES = {
     "layers": ("Layer", "ModelSpec", "Precision"),
     "units": ("format_bytes", "parse_bytes"),
     "hardware": ("HARDWARE", "Hardware"),
+    "ledger": ("Calibration",),
+    "calibration": ("calibrate",),
+    "dryrun": ("DryRun", "dry_run"),
     "meta": ("init_empty_weights", "init_on_device"),
     "checkpoint": ("load_checkpoint_in_model", "load_state_dict", "save_model"),
     "dispatch": (
@@ -54,6 +57,7 @@ __all__ = ["__version__", "zoo", *sorted(_HOME_OF)]
 if TYPE_CHECKING:
     from . import zoo
     from .batches import map_file
+    from .calibration import calibrate
     from .checkpoint import load_checkpoint_in_model, load_state_dict, save_model
     from .device_map import (
         check_device_map,
@@ -71,6 +75,7 @@ if TYPE_CHECKING:
         load_checkpoint_and_dispatch,
     )
     from .distributed import PartialState, gather, gather_for_results, gather_object, split_between_processes
+    from .dryrun import DryRun, dry_run
     from .estimate import MemoryEstimate
     from .front import describe, estimate_memory, plan
     from .hardware import HARDWARE, Hardware
@@ -82,6 +87,7 @@ if TYPE_CHECKING:
         remove_hook_from_module,
     )
     from .layers import Layer, ModelSpec, Precision
+    from .ledger import Calibration
     from .meta import init_empty_weights, init_on_device
     from .notebook import notebook_launcher
     from .planner import PlanError

@@ -12,6 +12,7 @@ Leaves out: the fast way, where a whole block's weights arrive before its forwar
 from __future__ import annotations
 
 import copy
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -47,7 +48,8 @@ class Away(Tensor):
     def of(weight: Weight, streamer: Streamer) -> Away:
         """A new handle: a parameter for a parameter, a buffer for a buffer."""
         like = weight.like
-        meta = torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device="meta")
+        with _nothing_fake():
+            meta = torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device="meta")
         cls = AwayParameter if isinstance(like, nn.Parameter) else Away
         return _made(cls, meta, like.requires_grad and like.is_leaf, weight, streamer)
 
@@ -108,6 +110,15 @@ class AwayParameter(Away, nn.Parameter):
     __deepcopy__ = Away.__deepcopy__
     __reduce_ex__ = Away.__reduce_ex__
     __repr__ = Away.__repr__  # type: ignore[assignment]
+
+
+def _nothing_fake() -> Any:
+    """Under fake tensors (a dry run), a context without them: a handle is real, whatever it stands for."""
+    if torch._guards.detect_fake_mode() is None:
+        return nullcontext()
+    from torch._subclasses.fake_tensor import unset_fake_temporarily
+
+    return unset_fake_temporarily()
 
 
 def _bare(cls: type, meta: Tensor, requires_grad: bool) -> Any:

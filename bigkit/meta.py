@@ -466,6 +466,10 @@ def _to_meta(tensor: Tensor) -> Tensor:
 
 def twin(tensor: Tensor, data: Tensor) -> Tensor:
     """`data` as the same kind of tensor: class (nn.Parameter and its heirs), attributes and requires_grad."""
+    if hasattr(data, "fake_mode"):  # a fake tensor stays one, and says itself whether it is a parameter
+        fake: Any = data.detach()
+        fake._is_param = isinstance(tensor, nn.Parameter)
+        return fake
     twin = torch.Tensor._make_subclass(type(tensor), data, tensor.requires_grad and tensor.is_leaf)  # it detaches
     if attributes := vars(tensor):
         vars(twin).update(attributes)

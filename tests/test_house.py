@@ -24,7 +24,7 @@ ORDER = [
     "distributed", "launch", "notebook", "batches", "examples",
     "draw", "draw_run", "widgets", "cli",
 ]  # fmt: skip
-FLOOR_0 = ORDER[: ORDER.index("meta")]
+FLOOR_0 = [name for name in ORDER[: ORDER.index("meta")] if (ROOT / f"{name}.py").exists()]
 MODULES = sorted(
     ".".join(path.relative_to(ROOT.parent).with_suffix("").parts).removesuffix(".__init__")
     for path in ROOT.rglob("*.py")

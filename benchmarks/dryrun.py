@@ -1,0 +1,379 @@
+"""Memory and time of real models on one GPU, foretold by dry runs and measured.
+
+    python benchmarks/dryrun.py --measure RESULTS.json [--traces FOLDER] [--seconds 210]      on a CUDA GPU
+    python benchmarks/dryrun.py [--predict RESULTS.json] [--save]                             on any machine
+
+Every case is a model of real size, bfloat16, with as many blocks as fit in about 50 GB and random weights; three
+shapes: 1 x 16 and 8 x 512 tokens with decoding after them, and 2 x 2048 keeping the logits of every token. Each starts
+from an empty allocator: fill the weights, run the prompt, generate. `--measure` stores what the GPU's allocator said,
+the kernels that attention chose, and times (median of 3); it writes after every case and starts none after `--seconds`.
+`--predict` runs the same cases on fake GPUs and prints predicted against measured; without a file, it takes the results
+that are kept in benchmarks/results.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import statistics
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch.overrides import TorchFunctionMode
+
+from bigkit.allocator import Recording
+from bigkit.calibration import calibrate
+from bigkit.dryrun import DryRun, dry_run
+from bigkit.hardware import GPUS, Hardware
+from bigkit.ledger import Calibration
+from bigkit.recording import record_allocations, settle
+from bigkit.units import GiB
+from bigkit.workload import Workload, fill, passes
+from bigkit.zoo import build, catalog
+
+SHAPES = {
+    "1x16": Workload(1, 16, 4),
+    "8x512": Workload(8, 512, 4),
+    "2x2048": Workload(2, 2048, 0, all_logits=True),
+}
+# Configs of models that do not ship with bigkit, as their makers publish them.
+OTHERS: dict[str, dict[str, Any]] = {
+    "qwen3-30b-a3b": {
+        "model_type": "qwen3_moe", "architectures": ["Qwen3MoeForCausalLM"], "hidden_size": 2048, "head_dim": 128,
+        "intermediate_size": 6144, "moe_intermediate_size": 768, "num_attention_heads": 32, "num_key_value_heads": 4,
+        "num_experts": 128, "num_experts_per_tok": 8, "norm_topk_prob": True, "decoder_sparse_step": 1,
+        "num_hidden_layers": 48, "vocab_size": 151936, "max_position_embeddings": 40960,
+    },
+    "falcon-7b": {
+        "model_type": "falcon", "architectures": ["FalconForCausalLM"], "hidden_size": 4544, "num_hidden_layers": 32,
+        "num_attention_heads": 71, "multi_query": True, "parallel_attn": True, "new_decoder_architecture": False,
+        "bias": False, "alibi": False, "vocab_size": 65024,
+    },
+    "gpt-neox-20b": {
+        "model_type": "gpt_neox", "architectures": ["GPTNeoXForCausalLM"], "hidden_size": 6144,
+        "intermediate_size": 24576, "num_hidden_layers": 44, "num_attention_heads": 64, "vocab_size": 50432,
+        "max_position_embeddings": 2048, "rotary_pct": 0.25,
+    },
+    "phi-3-mini": {
+        "model_type": "phi3", "architectures": ["Phi3ForCausalLM"], "hidden_size": 3072, "intermediate_size": 8192,
+        "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 32, "vocab_size": 32064,
+        "max_position_embeddings": 4096, "pad_token_id": 32000, "sliding_window": 2047,
+    },
+    "bloom-7b1": {
+        "model_type": "bloom", "architectures": ["BloomForCausalLM"], "n_embed": 4096, "hidden_size": 4096,
+        "n_layer": 30, "num_attention_heads": 32, "n_head": 32, "vocab_size": 250880, "pad_token_id": 3,
+    },
+}  # fmt: skip
+# (name, blocks): 0 takes them all. The most telling ones first.
+MODELS = (
+    ("llama-2-7b", 0), ("bloom-7b1", 0), ("gpt2-xl", 0), ("mixtral-8x7b", 8), ("deepseek-v3", 5), ("gemma-2-9b", 0),
+    ("t5-large", 0), ("opt-1.3b", 0), ("bert-base-cased", 0), ("mistral-7b", 0), ("qwen3-0.6b", 0), ("bloom", 4),
+    ("llama-3.1-8b", 0), ("qwen3-30b-a3b", 16), ("vit-base-patch16-224", 0), ("resnet50.a1_in1k", 0),
+    ("falcon-7b", 0), ("gpt-neox-20b", 0), ("phi-3-mini", 0), ("convnext_base.fb_in22k_ft_in1k", 0),
+    ("llama-3.1-405b", 4), ("qwen3-32b", 16),
+)  # fmt: skip
+KEPT = Path(__file__).parent / "results" / "dryrun.json"
+BLOCKS = ("num_hidden_layers", "num_layers", "n_layer")
+
+
+def config_of(name: str, blocks: int) -> dict[str, Any]:
+    """A model's config, cut to its first blocks."""
+    entry = catalog.find(name)
+    config = dict(OTHERS[name] if entry is None else catalog.config(entry))
+    for field in BLOCKS if blocks else ():
+        if field in config:
+            config[field] = blocks
+    return config
+
+
+def cases(only: list[str]) -> Iterator[dict[str, Any]]:
+    """Every case as plain data; vision models see images whatever the shape says, so only the batch differs there."""
+    for name, blocks in MODELS:
+        for shape in SHAPES:
+            if not only or name in only or f"{name}/{shape}" in only:
+                yield {"model": name, "blocks": blocks, "shape": shape}
+
+
+def load_of(case: dict[str, Any], config: dict[str, Any]) -> Workload:
+    """The case's work; prompts are cut to what the model's learned positions hold."""
+    load = SHAPES[case["shape"]]
+    positions = config.get("n_positions") or config.get("max_position_embeddings") or 10**9
+    if config.get("model_type") in ("gpt2", "bert", "opt"):
+        load = Workload(load.batch, min(load.prompt, positions - load.new), load.new, load.all_logits)
+    return load
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# On the GPU
+
+
+class Kernels(TorchFunctionMode):
+    """Notes which kernel each distinct call of scaled_dot_product_attention is sent to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: dict[str, int] = {}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is F.scaled_dot_product_attention:
+            q, k, v = (args[i] if i < len(args) else kwargs[n] for i, n in enumerate(("query", "key", "value")))
+            mask = args[3] if len(args) > 3 else kwargs.get("attn_mask")
+            more = {name: kwargs[name] for name in ("scale", "enable_gqa", "is_causal") if name in kwargs}
+            about = "none" if mask is None else f"{list(mask.shape)} {mask.dtype}"
+            sizes = f"q {list(q.shape)} {list(q.stride())} k {list(k.shape)} v {list(v.shape)} {q.dtype}"
+            flags = f"causal {more.get('is_causal', False)} gqa {more.get('enable_gqa', False)}"
+            key = f"{sizes} mask {about} {flags}".replace("torch.", "")
+            self.seen[key] = int(torch._fused_sdp_choice(q, k, v, mask, 0.0, **more))
+        return func(*args, **kwargs)
+
+
+def measure(case: dict[str, Any], traces: Path | None) -> dict[str, Any]:
+    """One case on the GPU: its allocations from an empty start, then its times."""
+    config = config_of(case["model"], case["blocks"])
+    load = load_of(case, config)
+    found: dict[str, Any] = {}
+    start = time.perf_counter()
+    model = build.build(config, dtype="bfloat16").eval()
+    found["build_seconds"] = time.perf_counter() - start
+    with record_allocations() as mark:
+        fill(model, {"": 0})
+        mark("filled")
+        found["filled"] = [torch.cuda.memory_allocated(), torch.cuda.memory_reserved()]
+        for phase, _ in passes(model, load, "cuda"):
+            mark(phase)
+            if phase == "prefill":
+                found["prefill"] = [torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()]
+    recording = mark.recording  # type: ignore[attr-defined]
+    found["peak"] = [recording.peaks["allocated"], recording.peaks["reserved"]]
+    found["events"] = len(recording.events)
+    if traces is not None:
+        recording.about["work"] = f"{case['model']} {case['shape']}"
+        recording.save(traces / f"{case['model']}-{case['shape']}.json.gz")
+    try:
+        with Kernels() as kernels:
+            for _ in passes(model, load, "cuda"):
+                pass
+        found["attention"] = kernels.seen
+    except Exception as error:
+        found["attention"] = f"{type(error).__name__}: {error}"[:300]
+    times: dict[str, list[float]] = {}
+    for _ in range(3):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        for phase, _ in passes(model, load, "cuda"):
+            torch.cuda.synchronize()
+            now = time.perf_counter()
+            times.setdefault(phase, []).append(now - start)
+            start = now
+    found["seconds"] = {phase: statistics.median(values) for phase, values in times.items()}
+    del model
+    return found
+
+
+def boundary(name: str, shape: str, reserved: int, allocated: int) -> int:
+    """The smallest limit, to 1 %, under which the case runs: between what is allocated and what is reserved."""
+    config = config_of(name, dict(MODELS)[name])
+    load = load_of({"shape": shape}, config)
+    total = torch.cuda.get_device_properties(0).total_memory
+
+    def runs(limit: int) -> bool:
+        settle()
+        torch.cuda.set_per_process_memory_fraction(limit / total)
+        try:
+            model = fill(build.build(config, dtype="bfloat16").eval(), {"": 0})
+            return sum(1 for _ in passes(model, load, "cuda")) > 0
+        except torch.cuda.OutOfMemoryError:
+            return False
+        finally:
+            torch.cuda.set_per_process_memory_fraction(1.0)
+
+    low, high = int(0.97 * allocated), int(1.01 * reserved)
+    while high - low > 0.01 * allocated:
+        middle = (low + high) // 2
+        low, high = (low, middle) if runs(middle) else (middle, high)
+    return high
+
+
+def machine() -> dict[str, Any]:
+    """The GPU, the libraries, what a context takes, and what the first matrix product takes."""
+    import transformers
+
+    free_before, total = torch.cuda.mem_get_info()
+    torch.zeros(1, device="cuda").cpu()
+    properties = torch.cuda.get_device_properties(0)
+    products: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+        "mm": lambda a: a @ a,
+        "addmm": lambda a: F.linear(a, a, a[0]),
+        "bmm": lambda a: a[None] @ a[None],
+    }
+    workspaces = {}
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        for kind, product in products.items():
+            with record_allocations() as mark:
+                a = torch.ones(256, 256, dtype=dtype, device="cuda")
+                product(a)
+                del a
+            recording: Recording = mark.recording  # type: ignore[attr-defined]
+            workspaces[f"{kind} {dtype}"] = [event for event in recording.events if event > 0]
+    return {
+        "gpu": properties.name,
+        "capability": [properties.major, properties.minor],
+        "memory": total,
+        "taken_when_first_asked": total - free_before,
+        "processors": properties.multi_processor_count,
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version(),
+        "transformers": transformers.__version__,
+        "workspaces": workspaces,
+    }
+
+
+def measure_all(path: Path, traces: Path | None, seconds: float, only: list[str]) -> None:
+    """Measure every case and a few boundaries, writing after each."""
+    start = time.perf_counter()
+    try:
+        calibration: dict[str, Any] = asdict(calibrate(save=False))
+    except Exception as error:
+        calibration = {"error": f"{type(error).__name__}: {error}", "where": traceback.format_exc()[-2000:]}
+    print(f"{time.perf_counter() - start:5.0f} s  calibrated: {calibration}", flush=True)
+    results: dict[str, Any] = {"machine": machine(), "calibration": calibration, "cases": [], "boundaries": {}}
+    if traces is not None:
+        traces.mkdir(parents=True, exist_ok=True)
+
+    def write() -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(results, indent=1) + "\n")
+
+    write()
+    for case in cases(only):
+        if time.perf_counter() - start > seconds:
+            results.setdefault("not_started", []).append(f"{case['model']}/{case['shape']}")
+            continue
+        began = time.perf_counter()
+        try:
+            found = measure(case, traces)
+            allocated, reserved = found["peak"]
+            said = f"{allocated / GiB:6.2f} GiB allocated, {reserved / GiB:6.2f} reserved, {found['seconds']}"
+        except Exception as error:
+            found = {"error": f"{type(error).__name__}: {error}"[:2000], "where": traceback.format_exc()[-2000:]}
+            said = found["error"][:160]
+        gc.collect()
+        torch.cuda.empty_cache()
+        results["cases"].append({**case, **found})
+        write()
+        now = time.perf_counter()
+        print(f"{now - start:5.0f} s (+{now - began:4.1f})  {case['model']}/{case['shape']}  {said}", flush=True)
+    for case in results["cases"]:
+        key = f"{case['model']}/{case['shape']}"
+        if key not in ("bloom-7b1/2x2048", "gpt2-xl/8x512", "llama-2-7b/2x2048", "mixtral-8x7b/8x512"):
+            continue
+        if "peak" in case and time.perf_counter() - start < seconds:
+            try:
+                results["boundaries"][key] = boundary(case["model"], case["shape"], case["peak"][1], case["peak"][0])
+                print(f"{key}: runs with {results['boundaries'][key] / GiB:.2f} GiB", flush=True)
+            except Exception as error:
+                results["boundaries"][key] = f"{type(error).__name__}: {error}"[:300]
+            write()
+    free, total = torch.cuda.mem_get_info()
+    results["machine"]["outside_allocator_after_work"] = total - free - torch.cuda.memory_reserved()
+    results["seconds"] = time.perf_counter() - start
+    write()
+    for case in results["cases"]:
+        if "peak" in case and time.perf_counter() - start < seconds + 10:
+            try:
+                _, case["predicted there"] = foretell(results, case)
+            except Exception as error:
+                case["predicted there"] = f"{type(error).__name__}: {error}"[:1000]
+            write()
+    print(f"{time.perf_counter() - start:5.0f} s  done", flush=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# On any machine
+
+
+def foretell(results: dict[str, Any], case: dict[str, Any]) -> tuple[DryRun, dict[str, Any]]:
+    """The dry run of one case for the machine that the results are from, and what of it is kept."""
+    known = results["calibration"]
+    calibration = None if "error" in known else Calibration.from_json(known)
+    gpu = next((gpu for name, gpu in GPUS.items() if name.split("-")[0] in results["machine"]["gpu"]), GPUS["H200"])
+    config = config_of(case["model"], case["blocks"])
+    load = load_of(case, config)
+    start = time.perf_counter()
+    run = dry_run(
+        lambda: build.build(config, dtype="bfloat16"),
+        None, load.batch, load.prompt, load.new, Hardware(results["machine"]["gpu"], (gpu,), 0, 0),
+        all_logits=load.all_logits, calibration=calibration,
+    )  # fmt: skip
+    peak = [run.peak_allocated[0], run.peak_reserved[0]]
+    return run, {"peak": peak, "seconds": run.seconds, "took": time.perf_counter() - start}
+
+
+def predict_all(path: Path, only: list[str], save: bool) -> None:
+    """Foretell every case that was measured, and print both."""
+    results = json.loads(path.read_text())
+    rows = []
+    for case in results["cases"]:
+        name = f"{case['model']}/{case['shape']}"
+        if "error" in case or (only and case["model"] not in only and name not in only):
+            continue
+        run, case["predicted"] = foretell(results, case)
+        allocated, reserved = case["predicted"]["peak"]
+        real = case["peak"]
+        times = {"prefill": case["seconds"]["prefill"], "token": case["seconds"].get("decode")}
+        said = "  ".join(
+            f"{1000 * run.seconds[key]:8.1f} {1000 * value:8.1f} ms {100 * (run.seconds[key] / value - 1):+6.1f} %"
+            for key, value in times.items()
+            if value and key in run.seconds
+        )
+        errors = [100 * (a / b - 1) for a, b in zip((allocated, reserved), real)]
+        rows.append(errors)
+        print(f"{name:34} {allocated / GiB:7.3f} {real[0] / GiB:7.3f} GiB {errors[0]:+6.2f} %  "
+              f"{reserved / GiB:7.3f} {real[1] / GiB:7.3f} GiB {errors[1]:+6.2f} %  {said}", flush=True)  # fmt: skip
+        if name in results["boundaries"] and isinstance(limit := results["boundaries"][name], int):
+            low, high = allocated // 2, reserved
+            while high - low > allocated // 1000:
+                middle = (low + high) // 2
+                low, high = (low, middle) if run.fails_with(0, middle) is None else (middle, high)
+            print(f"{'':34} runs with {high / GiB:.3f} GiB, really {limit / GiB:.3f} GiB")
+            case["predicted"]["boundary"] = high
+    if rows:
+        for title, column, bound in (("allocated", 0, 0.5), ("reserved", 1, 3.0)):
+            good = sum(abs(row[column]) <= bound for row in rows)
+            worst = max(abs(row[column]) for row in rows)
+            print(f"{title}: {good} of {len(rows)} within {bound} %, the worst {worst:.2f} %")
+    if save:
+        KEPT.write_text(json.dumps(results, indent=1) + "\n")
+
+
+def main() -> None:
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--measure", type=Path, metavar="RESULTS.json")
+    parser.add_argument("--predict", type=Path, metavar="RESULTS.json")
+    parser.add_argument("--save", action="store_true", help="keep the comparison in benchmarks/results")
+    parser.add_argument("--traces", type=Path, help="store every case's allocations in this folder")
+    parser.add_argument("--seconds", type=float, default=210, help="start no case after this time")
+    parser.add_argument("--only", nargs="*", default=[], help="models, or MODEL/SHAPE")
+    options = parser.parse_args()
+    if options.measure is None:
+        path = options.predict or KEPT
+        if not path.exists():
+            print(f"{path} does not exist: --measure makes such a file on a machine with a CUDA GPU")
+        else:
+            predict_all(path, options.only, options.save)
+    else:
+        measure_all(options.measure, options.traces, options.seconds, options.only)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,251 @@
+"""Measuring this machine in under a minute: `calibrate()`.
+
+Each figure is the best of a few repetitions after a warm-up: predictions start from what the machine can do. With a
+GPU: the link, its memory, matrix products, fused attention, the smallest kernel, the CUDA context. Without one the CPU
+stands in for it. Always: RAM, a file read cold and warm, and what it takes to issue one operation, measured with a tiny
+Llama of Transformers while it decodes.
+
+Leaves out: several GPUs (the first one is measured) and the links between them.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from .ledger import Calibration, Ledger
+from .units import MiB
+from .workload import Workload, fill, passes
+
+BLOCK = 256 * MiB
+
+
+def calibrate(folder: str | os.PathLike[str] | None = None, save: bool = True, quick: bool = False) -> Calibration:
+    """Measure this machine.
+
+    Args:
+        folder: where the test file is written; the disk of your checkpoints. None takes the system's temporary folder.
+        save: keep the result in the ledger, where predictions find it.
+        quick: a tenth of the bytes: good enough to see the order of magnitude, and for tests.
+
+    Returns:
+        What was measured.
+
+    >>> found = calibrate(save=False, quick=True)
+    >>> found.disk_warm > 0 and found.issue > 0
+    True
+    """
+    cuda = torch.cuda.is_available()
+    block = BLOCK // 16 if quick else BLOCK
+    context = _context() if cuda else None
+    cold, warm = _disk(Path(folder) if folder is not None else Path(tempfile.gettempdir()), block)
+    found = Calibration(
+        machine=_machine(),
+        gpu=torch.cuda.get_device_name(0) if cuda else None,
+        link_pinned=_link(block, pinned=True) if cuda else None,
+        link_pageable=_link(block, pinned=False) if cuda else None,
+        disk_cold=cold,
+        disk_warm=warm,
+        memory=_copy("cuda" if cuda else "cpu", block),
+        host_memory=_copy("cpu", block),
+        products=_products(cuda, quick),
+        attention=_attention(quick) if cuda else (),
+        issue=_issue("cuda" if cuda else "cpu"),
+        kernel=_kernel() if cuda else None,
+        context=context,
+        workspace=_workspace() if cuda else None,
+        capability=torch.cuda.get_device_capability(0) if cuda else None,
+        versions=_versions(),
+    )
+    if save:
+        Ledger.load().add(found)
+    return found
+
+
+def best(work: Callable[[], Any], device: str = "cpu", repeats: int = 5, inner: int = 1) -> float:
+    """Seconds that `work` takes: the best of `repeats`, each of `inner` calls, after a warm-up.
+
+    >>> best(lambda: sum(range(1000))) < 1
+    True
+    """
+    work()
+    times = []
+    for _ in range(repeats):
+        if device == "cuda":
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(inner):
+            work()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        times.append((time.perf_counter() - start) / inner)
+    return min(times)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One figure each
+
+
+def _machine() -> str:
+    name = torch.cuda.get_device_name(0) if torch.cuda.is_available() else platform.processor() or platform.machine()
+    return f"{name}, {os.cpu_count()} cores"
+
+
+def _versions() -> dict[str, str]:
+    import transformers
+
+    return {"torch": torch.__version__, "transformers": transformers.__version__, "python": platform.python_version()}
+
+
+def _context() -> int | None:
+    """Bytes that the first use of the GPU takes; None if it was used before, when they cannot be told from others."""
+    if torch.cuda.is_initialized() and torch.cuda.memory_reserved():
+        return None
+    free, total = torch.cuda.mem_get_info()
+    return total - free - torch.cuda.memory_reserved()
+
+
+def _link(size: int, pinned: bool) -> float:
+    host = torch.empty(size, dtype=torch.uint8, pin_memory=pinned).fill_(1)
+    there = torch.empty(size, dtype=torch.uint8, device="cuda")
+    return size / best(lambda: there.copy_(host, non_blocking=pinned), "cuda")
+
+
+def _copy(device: str, size: int) -> float:
+    size = 4 * size if device == "cuda" else size
+    source = torch.ones(size // 4, device=device)
+    target = torch.empty_like(source)
+    return 2 * size / best(lambda: target.copy_(source), device)
+
+
+def _disk(folder: Path, size: int) -> tuple[float | None, float | None]:
+    """Bytes a second from a file that is read cold and warm, in large pieces; None where pages cannot be dropped."""
+    handle, name = tempfile.mkstemp(dir=folder, prefix="bigkit-calibrate")
+    buffer = bytearray(16 * MiB)
+
+    def read() -> float:
+        start = time.perf_counter()
+        os.lseek(handle, 0, os.SEEK_SET)
+        while os.readv(handle, [buffer]):
+            pass
+        return size / (time.perf_counter() - start)
+
+    try:
+        piece = os.urandom(len(buffer))
+        for _ in range(size // len(piece)):
+            os.write(handle, piece)
+        os.fsync(handle)
+        cold = None
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
+            cold = read()
+        read()
+        return cold, max(read() for _ in range(3))
+    finally:
+        os.close(handle)
+        os.unlink(name)
+
+
+def _products(cuda: bool, quick: bool) -> dict[str, tuple[tuple[float, float], ...]]:
+    sizes = (256, 512, 1024, 2048, 4096, 8192) if cuda and not quick else (64, 128, 256, 512)
+    dtypes = (torch.float32, torch.float16, torch.bfloat16) if cuda else (torch.float32, torch.bfloat16)
+    device = "cuda" if cuda else "cpu"
+    found = {}
+    for dtype in dtypes:
+        rows = []
+        for n in sizes:
+            a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+            flops = 2 * n**3
+            inner = max(1, min(200, int(2e12 / flops))) if cuda else 1
+            rows.append((float(flops), flops / best(lambda: a @ b, device, 3, inner)))  # noqa: B023
+        found[str(dtype).removeprefix("torch.")] = tuple(rows)
+    return found
+
+
+def _attention(quick: bool) -> tuple[tuple[float, float], ...]:
+    rows = []
+    for tokens in (128, 512, 2048) if quick else (128, 512, 2048, 8192):
+        q = torch.randn(1, 32, tokens, 128, device="cuda", dtype=torch.float16)
+        flops = 4 * 32 * tokens**2 * 128
+        seconds = best(lambda: F.scaled_dot_product_attention(q, q, q), "cuda", 3, 10)  # noqa: B023
+        rows.append((float(flops), flops / seconds))
+    return tuple(rows)
+
+
+def _kernel() -> float:
+    """The time between two kernels that do nearly nothing, on the GPU's own clock, when they wait in its queue."""
+    a = torch.ones(1, device="cuda")
+    wait = torch.randn(4096, 4096, device="cuda")
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    times = []
+    for _ in range(3):
+        for _ in range(20):
+            wait @ wait  # enough work for the queue to fill behind it
+        start.record()
+        for _ in range(200):
+            a.add_(1)
+        end.record()
+        torch.cuda.synchronize()
+        times.append(start.elapsed_time(end) / 1000 / 200)
+    return min(times)
+
+
+def _workspace() -> int:
+    from .recording import record_allocations
+
+    with record_allocations() as mark:
+        a = torch.ones(256, 256, device="cuda", dtype=torch.float16)
+        a @ a
+        del a
+    return max(mark.recording.events)  # type: ignore[attr-defined]
+
+
+class _Counter(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.operations = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.operations += 1
+        return func(*args, **(kwargs or {}))
+
+
+def _issue(device: str) -> float:
+    """Seconds for each operation while a Llama so small that the GPU always waits decodes."""
+    import transformers
+
+    config = transformers.LlamaConfig(
+        hidden_size=64, intermediate_size=128, num_hidden_layers=12, num_attention_heads=2, num_key_value_heads=2,
+        vocab_size=256, max_position_embeddings=256, dtype=torch.float16 if device == "cuda" else torch.float32,
+    )  # fmt: skip
+    from .meta import init_empty_weights
+
+    with init_empty_weights():
+        model = transformers.LlamaForCausalLM._from_config(config, dtype=config.dtype).eval()
+    fill(model, {"": 0 if device == "cuda" else "cpu"})
+    load = Workload(1, 4, 8)
+    steps = iter(passes(model, load, device))
+    counted, times = 1, []
+    for i in range(load.new + 1):
+        if device == "cuda":
+            torch.cuda.synchronize()
+        if i == load.new:
+            with _Counter() as counter:
+                next(steps)
+            counted = counter.operations
+        else:
+            start = time.perf_counter()
+            next(steps)
+            if device == "cuda":
+                torch.cuda.synchronize()
+            times.append(time.perf_counter() - start)
+    return min(times[1:]) / counted

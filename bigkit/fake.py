@@ -1,0 +1,360 @@
+"""Fake GPUs: PyTorch code runs on `cuda:0`, `cuda:1`, ... that do not exist, and every byte and operation is noted.
+
+Three layers, from the outside in:
+
+    FakeTensorMode      PyTorch's own: tensors have shapes, dtypes and devices, but no data
+    Attention           sends scaled_dot_product_attention to the kernel that the foretold GPU would choose; left alone,
+                        fake tensors take the slow path, which stores every score
+    Notebook            follows each storage from the operation that makes it to the moment its last tensor dies, and
+                        counts what each operation computes and moves
+
+Works with CUDA builds of PyTorch on machines without a GPU, and on Linux with any build: PyTorch is lent a device guard
+that does nothing for the time of the run, in which no other thread should switch between real GPUs. Inference only.
+
+Leaves out: what a run costs (`dryrun.py`), values (what depends on them raises PyTorch's
+DataDependentOutputException), and memory that kernels take for themselves unless `TEMPORARY` knows it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+from .allocator import Recording
+from .roofline import Operation
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Target:
+    """What the code can ask of the GPU that is foretold.
+
+    Args:
+        capability: its compute capability: (9, 0) is Hopper, (8, 0) A100, (8, 9) Ada, (7, 5) T4.
+        attention: the fused kernels of scaled_dot_product_attention, in the order in which PyTorch tries them.
+        workspace: bytes that cuBLAS takes at the first matrix product on a device.
+    """
+
+    capability: tuple[int, int] = (9, 0)
+    attention: tuple[str, ...] = ("flash", "efficient")
+    workspace: int = 32 * 2**20
+
+
+@dataclass
+class Trace:
+    """What a fake run did: for each device its allocations, and all operations in order.
+
+    `kinds[device][k]` says what the k-th request (from 0) was for; `steps` are (name, number of operations up to its
+    end); `unissued` counts operations that no GPU ran since the last one that a GPU did.
+    """
+
+    recordings: dict[str, Recording] = field(default_factory=dict)
+    kinds: dict[str, list[str]] = field(default_factory=dict)
+    operations: list[Operation] = field(default_factory=list)
+    steps: list[tuple[str, int]] = field(default_factory=list)
+    unissued: int = 0
+
+    def mark(self, name: str) -> None:
+        """Note the end of a step, on every device and among the operations."""
+        for recording in self.recordings.values():
+            recording.marks.append((name, len(recording.events)))
+        self.steps.append((name, len(self.operations)))
+
+    def request(self, device: str, size: int, kind: str) -> int:
+        """Note a request; returns its number on the device, from 1."""
+        recording = self.recordings.setdefault(device, Recording())
+        kinds = self.kinds.setdefault(device, [])
+        recording.events.append(size)
+        kinds.append(kind)
+        return len(kinds)
+
+    def free(self, device: str, number: int) -> None:
+        """Note that a request's memory is free again."""
+        self.recordings[device].events.append(-number)
+
+
+class Notebook(TorchDispatchMode):
+    """Follows storages on fake GPUs, and counts operations.
+
+    Args:
+        trace: where everything is noted.
+        target: the GPU that is foretold.
+
+    `kind` names what new storages are for; `label` renames those of given tensors later.
+    """
+
+    def __init__(self, trace: Trace, target: Target) -> None:
+        super().__init__()
+        self.trace, self.target = trace, target
+        self.kind = "activations"
+        self.live: dict[int, tuple[str, int, weakref.ref[Any]]] = {}  # storage -> device, request, the storage itself
+        self.warm: set[str] = set()  # devices whose first matrix product has been
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        inputs = [*_tensors(args), *_tensors((kwargs or {}).values())]
+        device = next((str(t.device) for t in inputs if t.is_cuda), None)
+        temporary = TEMPORARY.get(func)
+        passing = temporary(args, kwargs or {}) if temporary and device else ()
+        numbers = [self.trace.request(str(device), size, "workspace") for size in passing]
+        result = func(*args, **(kwargs or {}))
+        outputs = list(_tensors((result,)))
+        for tensor in outputs:
+            self.see(tensor)
+        if device is not None and device not in self.warm and func in _PRODUCTS:
+            self.warm.add(device)
+            if self.target.workspace:
+                self.trace.request(device, self.target.workspace, "workspace")
+        for number in numbers:
+            self.trace.free(str(device), number)
+        self.count(func, inputs, outputs, args, kwargs or {}, result)
+        return result
+
+    def see(self, tensor: Tensor) -> None:
+        """Note a storage that was not seen before."""
+        if not tensor.is_cuda:
+            return
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        size = storage.nbytes()
+        if key in self.live or not size:
+            return
+        device = str(tensor.device)
+        number = self.trace.request(device, size, self.kind)
+
+        def gone(_: object, live: Any = self.live, trace: Trace = self.trace) -> None:
+            if live.pop(key, None):
+                trace.free(device, number)
+
+        self.live[key] = device, number, weakref.ref(storage, gone)
+
+    def label(self, tensors: Sequence[Tensor], kind: str) -> None:
+        """Say what the storages of these tensors are for."""
+        for tensor in tensors:
+            if tensor.is_cuda and (found := self.live.get(tensor.untyped_storage()._cdata)):
+                self.trace.kinds[found[0]][found[1] - 1] = kind
+
+    def count(
+        self, func: Any, inputs: list[Tensor], outputs: list[Tensor], args: Any, kwargs: Any, result: Any
+    ) -> None:
+        """Note what an operation computes and moves; a view does neither, but takes time to issue."""
+        if self.kind == "weights":
+            return
+        self.trace.unissued += 1
+        device = next((str(t.device) for t in (*outputs, *inputs) if t.is_cuda), None)
+        if device is None or not outputs or func.is_view or func in _FREE:
+            return
+        packet = func._overloadpacket
+        formula = flop_registry.get(packet)
+        flops = int(formula(*args, **kwargs, out_val=result)) if formula else 0
+        written = sum(map(_bytes, outputs))
+        if packet in _GATHERS:
+            read = written
+        elif packet in _CREATES:
+            read = 0
+        else:
+            read = sum(map(_bytes, inputs))
+        dtype = str(outputs[0].dtype).removeprefix("torch.")
+        name = str(packet).removeprefix("aten.")
+        moved = packet in _MOVES
+        source = next((str(t.device) for t in inputs if t.device != outputs[0].device), "") if moved else ""
+        self.trace.operations.append(Operation(name, device, flops, read + written, dtype, self.trace.unissued, source))
+        self.trace.unissued = 0
+
+
+class Attention(TorchFunctionMode):
+    """Sends scaled_dot_product_attention to the kernel that the target would choose."""
+
+    def __init__(self, target: Target) -> None:
+        super().__init__()
+        self.target = target
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is F.scaled_dot_product_attention:
+            return attend(self.target, *args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+def attend(
+    target: Target,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """`F.scaled_dot_product_attention` as the target would run it, with the copies PyTorch makes around its kernels.
+
+    Source: aten/src/ATen/native/transformers/attention.cpp in PyTorch.
+    """
+    kernel = choose_kernel(target, query, key, value, attn_mask, is_causal, enable_gqa) if query.is_cuda else "math"
+    if kernel == "flash":
+        width = query.shape[-1]
+        if rest := -width % 8:
+            scale = scale if scale is not None else 1 / math.sqrt(width)
+            query, key, value = (F.pad(tensor, (0, rest)) for tensor in (query, key, value))
+        out = aten._scaled_dot_product_flash_attention(query, key, value, dropout_p, is_causal, scale=scale)[0]
+        return out[..., :width] if rest else out
+    if kernel in ("efficient", "cudnn"):
+        bias = None if attn_mask is None else _bias(query, key, attn_mask, kernel)
+        run = getattr(aten, f"_scaled_dot_product_{kernel}_attention")
+        return run(query, key, value, bias, False, dropout_p, is_causal, scale=scale)[0]
+    return aten._scaled_dot_product_attention_math(
+        query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+    )[0]
+
+
+def choose_kernel(
+    target: Target, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_causal: bool, enable_gqa: bool
+) -> str:
+    """ "flash", "efficient", "cudnn" or "math": the first of the target's kernels that takes these tensors.
+
+    Source: aten/src/ATen/native/transformers/cuda/sdp_utils.cpp in PyTorch.
+    """
+    widths = {tensor.shape[-1] for tensor in (query, key, value)}
+    half = query.dtype in (torch.float16, torch.bfloat16) and target.capability >= (8, 0)
+    grouped = query.shape[1] != key.shape[1]
+    broadcast = query.shape[0] != key.shape[0] or (grouped and not enable_gqa)
+    last_is_dense = all(tensor.stride(-1) == 1 or tensor.shape[-1] == 1 for tensor in (query, key, value))
+    empty = 0 in (*query.shape, *key.shape)
+    for kernel in target.attention:
+        if query.dim() != 4 or broadcast or empty or not last_is_dense:
+            break
+        square = not is_causal or query.shape[2] == key.shape[2]
+        if kernel == "flash" and half and mask is None and len(widths) == 1 and max(widths) <= 256 and square:
+            return kernel
+        if kernel == "efficient" and not grouped and query.shape[-1] == key.shape[-1]:
+            kinds = (torch.float32, torch.float16) if target.capability < (8, 0) else _FLOATS
+            step = 4 if query.dtype == torch.float32 else 8
+            if query.dtype in kinds and all(width % step == 0 for width in widths):
+                return kernel
+        if kernel == "cudnn" and half and max(widths) <= 128 and all(width % 8 == 0 for width in widths):
+            if key.shape[2] > 1 and square:
+                return kernel
+    return "math"
+
+
+_FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def _bias(query: Tensor, key: Tensor, mask: Tensor, kernel: str) -> Tensor:
+    """A mask as the kernels want it: floating, the last dimension a multiple of 16 in memory, one for each head."""
+    if mask.dtype == torch.bool:
+        mask = torch.where(mask, 0.0, torch.scalar_tensor(-math.inf, dtype=query.dtype, device=query.device))
+    if kernel == "efficient" and (rest := -mask.shape[-1] % 16):
+        mask = F.pad(mask, (0, rest))[..., : mask.shape[-1]]
+    return mask.expand(query.shape[0], query.shape[1], query.shape[2], key.shape[2])
+
+
+@contextmanager
+def fake_gpus(target: Target = Target()) -> Iterator[Notebook]:
+    """Run the block on fake GPUs; tensors made in it have no data. Yields what notes the run.
+
+    Raises:
+        RuntimeError: this build of PyTorch has no CUDA device guard, and lending it one is not possible here.
+
+    >>> with fake_gpus() as notes:
+    ...     a = torch.empty(1000, 1000, device="cuda:3")
+    ...     b = a @ a
+    >>> notes.trace.recordings["cuda:3"].events, notes.trace.operations[-1].flops
+    ([4000000, 4000000, 33554432], 2000000000)
+    """
+    trace = Trace()
+    notes = Notebook(trace, target)
+    with ExitStack() as stack:
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(_device_guard())
+        stack.enter_context(mock.patch("torch.cuda.get_device_capability", lambda device=None: target.capability))
+        stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+        stack.enter_context(Attention(target))
+        stack.enter_context(notes)
+        yield notes
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What operations cost
+
+_PRODUCTS = frozenset(
+    getattr(aten, name).default for name in ("mm", "addmm", "bmm", "baddbmm", "_grouped_mm") if hasattr(aten, name)
+)
+_FREE = {aten.empty.memory_format, aten.empty_strided.default, aten.empty_like.default, aten.detach.default}
+_MOVES = {aten._to_copy, aten.copy_}
+_GATHERS = {aten.embedding, aten.index, aten.index_select, aten.gather, aten.slice_scatter}
+_CREATES = {
+    aten.empty, aten.zeros, aten.ones, aten.full, aten.arange, aten.randint, aten.empty_like, aten.zeros_like,
+    aten.fill_, aten.zero_, aten.normal_, aten.scalar_tensor,
+}  # fmt: skip
+
+TEMPORARY: dict[Any, Callable[[Any, Any], Sequence[int]]] = {}  # operation -> sizes that its kernel takes meanwhile
+
+
+def _bytes(tensor: Tensor) -> int:
+    """Bytes behind a tensor; what an expanded dimension repeats is counted once."""
+    elements = math.prod(n for n, step in zip(tensor.shape, tensor.stride()) if step or n <= 1)
+    return elements * tensor.element_size()
+
+
+def _tensors(values: Any) -> Iterator[Tensor]:
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, (list, tuple)):
+            yield from _tensors(value)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# CPU builds of PyTorch
+
+
+@contextmanager
+def _device_guard() -> Iterator[None]:
+    """Lend PyTorch a CUDA device guard that does nothing: the one of the meta device.
+
+    Operations take a guard for the device of their tensors. A CUDA build without a GPU has one that does nothing; a CPU
+    build has none and raises; with a real GPU there is a real one, which knows no `cuda:7` on a machine with one. The
+    registry of guards is a plain table of pointers, indexed by device type.
+    """
+    if torch.version.cuda and not torch.cuda.is_available():
+        yield
+        return
+    registry = _guards()
+    cuda, meta = 1, 14  # c10::DeviceType
+    kept, registry[cuda] = registry[cuda], registry[meta]
+    try:
+        yield
+    finally:
+        registry[cuda] = kept
+
+
+def _guards() -> Any:
+    from pathlib import Path
+
+    name = "_ZN3c104impl26device_guard_impl_registryE"
+    for library in ("libc10.so", "libc10.dylib"):
+        path = Path(torch.__file__).parent / "lib" / library
+        if path.exists():
+            try:
+                return (ctypes.c_void_p * 16).in_dll(ctypes.CDLL(str(path)), name)
+            except (OSError, ValueError):
+                break
+    raise RuntimeError(
+        "fake GPUs need a CUDA device guard that does nothing, and none can be lent to this build of PyTorch: "
+        "use a CUDA build on a machine without a GPU, or Linux"
+    )

@@ -1,0 +1,136 @@
+"""What was measured on this machine, and how predictions fared: a small JSON file.
+
+    Calibration     rates and overheads of one machine, as `calibrate()` measured them; predictions use it
+    Ledger          the file: one calibration for each machine, and a line for each run that was foretold and measured
+
+The file lies where BIGKIT_LEDGER says, else in the user's cache folder (~/.cache/bigkit/ledger.json).
+
+Leaves out: measuring (`calibration.py`).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What one machine does, measured. Rates are bytes or FLOP a second, times are seconds; None: it has no such thing.
+
+    Args:
+        machine: its GPU (or CPU) and the number of cores.
+        gpu: the GPU's name, or None.
+        link_pinned, link_pageable: from RAM to the GPU, from memory that is pinned and that is not.
+        disk_cold, disk_warm: from a file, when the disk must be read, and when the system has it in memory.
+        memory: of the device that computes: bytes read and written by a large copy.
+        host_memory: of RAM, likewise.
+        products: dtype -> (FLOP of one matrix product, FLOP a second), from small to large.
+        attention: (FLOP of one call of fused attention, FLOP a second), from small to large, in half precision.
+        issue: what Python and PyTorch take to issue one operation, views counted too.
+        kernel: what the smallest kernel takes on the GPU.
+        context: bytes that a CUDA context takes before the first tensor.
+        workspace: bytes that cuBLAS takes at the first matrix product.
+        capability: the GPU's compute capability.
+        versions: of the libraries it was measured with.
+    """
+
+    machine: str
+    gpu: str | None = None
+    link_pinned: float | None = None
+    link_pageable: float | None = None
+    disk_cold: float | None = None
+    disk_warm: float | None = None
+    memory: float | None = None
+    host_memory: float | None = None
+    products: Mapping[str, tuple[tuple[float, float], ...]] = field(default_factory=dict)
+    attention: tuple[tuple[float, float], ...] = ()
+    issue: float | None = None
+    kernel: float | None = None
+    context: int | None = None
+    workspace: int | None = None
+    capability: tuple[int, int] | None = None
+    versions: Mapping[str, str] = field(default_factory=dict)
+
+    @staticmethod
+    def from_json(data: Mapping[str, Any]) -> Calibration:
+        """From what `dataclasses.asdict` and JSON make of one.
+
+        Raises:
+            ValueError: it is none.
+        """
+        try:
+            pairs = {name: tuple(map(tuple, rows)) for name, rows in data["products"].items()}
+            capability = data["capability"]
+            rest = {"products": pairs, "attention": tuple(map(tuple, data["attention"])),
+                    "capability": None if capability is None else tuple(capability)}  # fmt: skip
+            return Calibration(**{**data, **rest})
+        except (AttributeError, KeyError, TypeError) as error:
+            raise ValueError(f"this is not the JSON of a Calibration: {error!r}") from error
+
+
+@dataclass
+class Ledger:
+    """The file. `calibrations` is machine -> Calibration, `runs` one entry for each run foretold and measured."""
+
+    path: Path
+    calibrations: dict[str, Calibration] = field(default_factory=dict)
+    runs: list[dict[str, Any]] = field(default_factory=list)
+
+    @staticmethod
+    def load(path: str | os.PathLike[str] | None = None) -> Ledger:
+        """Read the ledger; one that does not exist is empty.
+
+        Raises:
+            ValueError: the file is no ledger that this version reads.
+        """
+        place = Path(path) if path is not None else ledger_path()
+        try:
+            text = place.read_text(encoding="utf-8")
+        except FileNotFoundError:
+            return Ledger(place)
+        try:
+            data = json.loads(text)
+            if data["format"] != 1:
+                raise ValueError(f"format {data['format']!r}")
+            known = {name: Calibration.from_json(item) for name, item in data["calibrations"].items()}
+            return Ledger(place, known, list(data["runs"]))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(
+                f"{place} is no ledger that this version of bigkit reads ({error}): move it away"
+            ) from error
+
+    def save(self) -> None:
+        """Write the file whole: a reader sees the old one or the new one."""
+        calibrations = {name: asdict(calibration) for name, calibration in self.calibrations.items()}
+        text = json.dumps({"format": 1, "calibrations": calibrations, "runs": self.runs}, indent=1)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=self.path.parent, prefix=".ledger")
+        try:
+            with os.fdopen(handle, "w", encoding="utf-8") as file:
+                file.write(text + "\n")
+            os.replace(name, self.path)
+        except BaseException:
+            Path(name).unlink(missing_ok=True)
+            raise
+
+    def add(self, calibration: Calibration) -> None:
+        """Keep a calibration, in place of an older one of the same machine."""
+        self.calibrations[calibration.machine] = calibration
+        self.save()
+
+
+def ledger_path() -> Path:
+    """Where the ledger lies: $BIGKIT_LEDGER, else bigkit/ledger.json in the user's cache folder.
+
+    >>> ledger_path().name.endswith("json")
+    True
+    """
+    if named := os.environ.get("BIGKIT_LEDGER"):
+        return Path(named)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "bigkit" / "ledger.json"

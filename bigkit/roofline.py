@@ -1,0 +1,261 @@
+"""How long a run takes: a roofline over its operations, Python issuing them, and weights that travel.
+
+    one operation     the longest of: what it computes / the rate of such products, what it reads and writes / the
+                      memory's bandwidth, and the time of the smallest kernel
+    one step          lanes: Python issues operations one after another (each takes `issue`), the GPU runs each when it
+                      was issued and the one before it is done. A decode step of a small model waits for Python, a long
+                      prompt for the GPU. Weights that rest elsewhere pass two more lanes, disk and link, into slots: a
+                      slot is filled when its last reader is done, and read when it is filled.
+
+The rate of a matrix product grows with its size; it is read off a measured table, or off the vendor's figure and the
+share of it that large products reach.
+
+Leaves out: several streams of work, and caches of the processor.
+
+Source of the roofline: Williams, Waterman, Patterson, Roofline: an insightful visual performance model (CACM 2009).
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_left
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from .hardware import Gpu
+from .ledger import Calibration
+
+Table = Sequence[tuple[float, float]]
+
+
+@dataclass(frozen=True, slots=True)
+class Operation:
+    """One operation as a cost.
+
+    Args:
+        name: as PyTorch's dispatcher calls it ("mm").
+        device: where it ran, "cuda:0".
+        flops: what it computes.
+        bytes: what it reads and writes.
+        dtype: of its result.
+        issued: operations that Python issued for it: itself and the views before it.
+        source: for a copy between devices, where it comes from; for a slot, where its weights rest ("cpu", "disk").
+        slot, unit: for weights that travel: the number of the slot, and whose weights they are.
+    """
+
+    name: str
+    device: str
+    flops: int
+    bytes: int
+    dtype: str
+    issued: int = 1
+    source: str = ""
+    slot: int = -1
+    unit: str = ""
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What a device does in a second, and what it takes at least. See `Calibration` for the fields."""
+
+    memory: float
+    products: Mapping[str, Table]
+    attention: Table
+    issue: float
+    kernel: float
+    link: float
+    peer: float
+    disk: float
+    measured: bool = field(default=False, compare=False)
+
+    @staticmethod
+    def of_gpu(gpu: Gpu, disk: float = 3.5e9) -> Rates:
+        """From a vendor's figures and the shares of them that PyTorch's kernels usually reach; `disk` in bytes/s."""
+        half = _saturating(0.75 * gpu.flops)
+        return Rates(
+            memory=0.88 * gpu.bandwidth,
+            products={"float16": half, "bfloat16": half, "float32": _saturating(0.75 * gpu.flops / 16)},
+            attention=_saturating(0.5 * gpu.flops),
+            issue=8e-6,
+            kernel=2.5e-6,
+            link=0.87 * gpu.link,
+            peer=0.87 * gpu.link,
+            disk=disk,
+        )
+
+    @staticmethod
+    def of_calibration(calibration: Calibration, gpu: Gpu | None = None, disk: float = 3.5e9) -> Rates:
+        """From what was measured; what was not is taken from `gpu`.
+
+        Raises:
+            ValueError: something is missing and `gpu` is None.
+        """
+        base = Rates.of_gpu(gpu, disk) if gpu is not None else None
+        found = {
+            "memory": calibration.memory,
+            "products": calibration.products,
+            "attention": calibration.attention,
+            "issue": calibration.issue,
+            "kernel": calibration.kernel,
+            "link": calibration.link_pinned,
+            "peer": calibration.link_pinned,
+            "disk": calibration.disk_warm,
+        }
+        missing = [name for name, value in found.items() if not value]
+        if missing and base is None:
+            raise ValueError(f"the calibration of {calibration.machine!r} lacks {', '.join(missing)}: name a GPU")
+        return Rates(**{name: value or getattr(base, name) for name, value in found.items()}, measured=True)  # type: ignore[arg-type]
+
+    def seconds(self, operation: Operation) -> float:
+        """What one operation takes on the device."""
+        if operation.source:
+            link = self.peer if operation.source.startswith("cuda") else self.link
+            return max(self.kernel, operation.bytes / 2 / link)
+        table = self.attention if "attention" in operation.name else self.table(operation.dtype)
+        computing = operation.flops / rate_at(table, operation.flops) if operation.flops else 0.0
+        return max(self.kernel, computing, operation.bytes / self.memory)
+
+    def table(self, dtype: str) -> Table:
+        """The rates of matrix products in a dtype; float32's for one that was not measured."""
+        return self.products.get(dtype) or self.products.get("float32") or next(iter(self.products.values()))
+
+
+def rate_at(table: Table, size: float) -> float:
+    """The rate at a size, between the measured ones on a logarithmic scale; the ends go on as they are.
+
+    >>> rate_at([(1e6, 1e9), (1e8, 3e9)], 1e7)
+    2000000000.0
+    """
+    sizes = [row[0] for row in table]
+    i = bisect_left(sizes, size)
+    if i == 0:
+        return table[0][1]
+    if i == len(table):
+        return table[-1][1]
+    (a, low), (b, high) = table[i - 1], table[i]
+    return low + (high - low) * math.log(size / a) / math.log(b / a)
+
+
+def _saturating(peak: float) -> Table:
+    """Products up to 1 GFLOP reach a tenth of the peak, from 1 TFLOP on all of it."""
+    return ((1e9, 0.1 * peak), (1e10, 0.4 * peak), (1e11, 0.85 * peak), (1e12, peak))
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """One step: its seconds, and how long each lane was busy: "python", the devices, the links to them, "disk"."""
+
+    name: str
+    seconds: float
+    busy: Mapping[str, float]
+
+    @property
+    def bottleneck(self) -> str:
+        """The lane that was busy longest."""
+        return max(self.busy, key=lambda lane: self.busy[lane])
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Something that took time: on which lane, what, from when to when (seconds from the start of the first step)."""
+
+    lane: str
+    name: str
+    start: float
+    end: float
+
+
+class Clock:
+    """Plays operations: Python issues them, each device and each link does one thing at a time.
+
+    Args:
+        rates: device -> its rates.
+        spans: filled with what each lane did, if given.
+    """
+
+    def __init__(self, rates: Mapping[str, Rates], spans: list[Span] | None = None) -> None:
+        self.rates, self.spans = rates, spans
+        self.now = 0.0  # Python's
+        self.free: dict[str, float] = dict.fromkeys(rates, 0.0)  # lane -> when it has done all it was asked to do
+        self.busy: dict[str, float] = dict.fromkeys(("python", *rates), 0.0)
+        self.ready: dict[tuple[str, int], float] = {}  # slot -> when it is filled
+        self.emptied: dict[tuple[str, int], float] = {}  # slot -> when its last reader is done
+
+    def play(self, operation: Operation) -> None:
+        """Do one operation."""
+        issue = operation.issued * self.rates[operation.device].issue
+        self.now += issue
+        self.busy["python"] += issue
+        slot = (operation.device, operation.slot)
+        if operation.name == FILL:
+            self._fill(operation, slot)
+        elif operation.name == ARRIVE:
+            self.free[operation.device] = max(self.free[operation.device], self.ready[slot])
+            if operation.source == "disk":  # a copy can be queued only when the bytes have been read
+                self.now = max(self.now, self.ready[slot])
+        elif operation.name == LEAVE:
+            self.emptied[slot] = max(self.now, self.free[operation.device])
+        else:
+            after = self.free.get(operation.source, 0.0)
+            self._spend(operation.device, operation.name, after, self.rates[operation.device].seconds(operation))
+
+    def _fill(self, operation: Operation, slot: tuple[str, int]) -> None:
+        rates = self.rates[operation.device]
+        copy, disk = f"copy to {operation.device}", "disk"
+        after = self.emptied.get(slot, 0.0)
+        copying = operation.bytes / rates.link
+        if operation.source == "disk":  # the copy goes on while the rest is read
+            reading = operation.bytes / rates.disk
+            read = self._spend(disk, operation.unit, after, reading)
+            after = max(after, read - max(reading, copying))
+            self.ready[slot] = max(read, self._spend(copy, operation.unit, after, copying))
+        else:
+            self.ready[slot] = self._spend(copy, operation.unit, after, copying)
+
+    def _spend(self, lane: str, name: str, after: float, seconds: float) -> float:
+        start = max(self.now, self.free.get(lane, 0.0), after)
+        self.free[lane] = start + seconds
+        self.busy[lane] = self.busy.get(lane, 0.0) + seconds
+        if self.spans is not None:
+            self.spans.append(Span(lane, name, start, start + seconds))
+        return start + seconds
+
+    def wait(self) -> None:
+        """Python waits for the devices, not for links that bring what is needed later."""
+        self.now = max(self.now, *(self.free[device] for device in self.rates))
+
+
+FILL, ARRIVE, LEAVE = "fill", "arrive", "leave"
+
+
+def run_steps(
+    operations: Sequence[Operation],
+    steps: Iterable[tuple[str, int]],
+    rates: Mapping[str, Rates],
+    spans: list[Span] | None = None,
+) -> list[StepTime]:
+    """The time of each step.
+
+    Args:
+        operations: in the order in which they are issued.
+        steps: (name, number of operations up to its end), in order; the devices are waited for at each end.
+        rates: device -> its rates.
+        spans: filled with what each lane did, if given.
+
+    >>> slow = Rates(1e9, {"float32": ((1.0, 1e9),)}, (), issue=1e-6, kernel=1e-6, link=1e9, peer=1e9, disk=1e9)
+    >>> [step] = run_steps([Operation("mm", "cuda:0", 10**9, 0, "float32")], [("prefill", 1)], {"cuda:0": slow})
+    >>> round(step.seconds, 3), step.bottleneck
+    (1.0, 'cuda:0')
+    """
+    clock = Clock(rates, spans)
+    times: list[StepTime] = []
+    done = 0
+    for name, end in steps:
+        begin, before = clock.now, dict(clock.busy)
+        for operation in operations[done:end]:
+            clock.play(operation)
+        clock.wait()
+        busy = {lane: seconds - before.get(lane, 0.0) for lane, seconds in clock.busy.items()}
+        times.append(StepTime(name, clock.now - begin, busy))
+        done = end
+    return times

@@ -1,0 +1,34 @@
+"""A dry run beside the real run of the same work."""
+
+import pytest
+import torch
+
+from bigkit import dry_run, zoo
+from bigkit.fake import fake_gpus
+from bigkit.recording import record_allocations
+from bigkit.workload import Workload, fill, passes
+
+
+@pytest.mark.parametrize("name", ["gpt2", "qwen3-0.6b", "bert-base-cased"])
+def test_peaks_are_those_of_the_real_run(name):
+    load = Workload(4, 256, 3)
+    model = zoo.empty_model(name, dtype="bfloat16").eval()
+    with record_allocations() as mark:
+        fill(model, {"": 0})
+        for step in passes(model, load, "cuda"):
+            mark(step.phase)
+    del model
+    real = mark.recording.peaks
+    run = dry_run(name, None, load.batch, load.prompt, load.new, "H200", dtype="bfloat16")
+    assert run.peak_allocated[0] == pytest.approx(real["allocated"], rel=0.005)
+    assert run.peak_reserved[0] == pytest.approx(real["reserved"], rel=0.03)
+
+
+def test_fake_gpus_beyond_the_real_ones_and_real_work_after_them():
+    with fake_gpus() as notes:
+        a = torch.ones(4, device="cuda:7")
+        a[:2] = 1
+        b = a.to("cuda:6") @ a.to("cuda:6")
+        assert b.device.index == 6
+    assert set(notes.trace.recordings) == {"cuda:6", "cuda:7"}
+    assert (torch.ones(3, device="cuda:0") * 2).sum().item() == 6

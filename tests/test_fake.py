@@ -1,0 +1,261 @@
+"""Fake GPUs: what is noted of a run, against PyTorch's own counters and real runs on the CPU."""
+
+import math
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+from bigkit import zoo
+from bigkit.allocator import replay
+from bigkit.fake import Target, choose_kernel, fake_gpus
+from bigkit.workload import Workload, fill, passes
+from bigkit.zoo import build, catalog
+
+NO_WORKSPACE = Target(workspace=0)
+
+
+def tiny(name, **sizes):
+    """A shipped model's architecture, small enough for a CPU."""
+    return build.build({**catalog.config(catalog.find(name)), **sizes}, dtype="float32").eval()
+
+
+LLAMA = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 128,
+}
+TINY = {
+    "llama-3.1-8b": LLAMA,
+    "gemma-2-9b": {**LLAMA, "head_dim": 16, "sliding_window": 16},
+    "mistral-7b": {**LLAMA, "sliding_window": 16},
+    "qwen3-0.6b": {**LLAMA, "head_dim": 16},
+    "mixtral-8x7b": {**LLAMA, "num_local_experts": 4},
+    "deepseek-v3": {
+        **LLAMA,
+        "num_key_value_heads": 4,
+        "q_lora_rank": 32,
+        "kv_lora_rank": 32,
+        "n_routed_experts": 8,
+        "n_group": 2,
+        "topk_group": 1,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
+        "first_k_dense_replace": 1,
+    },
+    "gpt2": {"n_embd": 64, "n_head": 4, "n_layer": 2, "vocab_size": 128, "bos_token_id": 0, "eos_token_id": 1},
+    "bloom": {"n_embed": 64, "n_layer": 2, "num_attention_heads": 4, "vocab_size": 128},
+    "opt-1.3b": {
+        "hidden_size": 64,
+        "ffn_dim": 96,
+        "num_attention_heads": 4,
+        "num_hidden_layers": 2,
+        "vocab_size": 128,
+        "word_embed_proj_dim": 64,
+    },
+    "t5-large": {"d_model": 64, "d_ff": 96, "d_kv": 16, "num_heads": 4, "num_layers": 2, "vocab_size": 128},
+    "bert-base-cased": {
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_attention_heads": 4,
+        "num_hidden_layers": 2,
+        "vocab_size": 128,
+    },
+    "vit-base-patch16-224": {
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_attention_heads": 4,
+        "num_hidden_layers": 2,
+        "image_size": 32,
+    },
+    "resnet50.a1_in1k": {},
+    "pygpt": {},
+}
+
+
+def rehearse(model, load, target=Target(), places=None):
+    with fake_gpus(target) as notes:
+        notes.kind = "weights"
+        fill(model, places or {"": 0})
+        notes.kind = "activations"
+        notes.trace.mark("filled")
+        for phase, _ in passes(model, load, "cuda:0"):
+            notes.trace.mark(phase)
+    return notes.trace
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_every_architecture_is_rehearsed(name):
+    model = tiny(name, **TINY[name])
+    size = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
+    trace = rehearse(model, Workload(2, 24, 2))
+    recording = trace.recordings["cuda:0"]
+    told = replay(recording.events)
+    filled = dict(recording.marks[:1])["filled"]
+    assert size <= told.allocated[filled - 1] <= size + 512 * filled + 2**20
+    assert told.peak_allocated > told.allocated[filled - 1]
+    assert [name for name, _ in recording.marks[1:]] in (["prefill"], ["prefill", "decode", "decode"])
+    assert any(operation.flops for operation in trace.operations)
+
+
+@pytest.mark.parametrize("name", ["llama-3.1-8b", "gpt2", "opt-1.3b", "bert-base-cased"])
+def test_products_are_counted_as_pytorch_counts_them(name):
+    """FLOP of the same run on the CPU, attention left out: its kernels differ."""
+    load = Workload(2, 24, 0, all_logits=True)
+    sizes = {**TINY[name], **({"num_key_value_heads": 4} if name == "llama-3.1-8b" else {})}
+    trace = rehearse(tiny(name, **sizes), load)
+    counter = FlopCounterMode(display=False)
+    model = fill(tiny(name, **sizes), {"": "cpu"})
+    with counter:
+        list(passes(model, load, "cpu"))
+    products = ("mm", "addmm", "bmm", "baddbmm")
+    mine = sum(operation.flops for operation in trace.operations if operation.name in products)
+    real = sum(n for op, n in counter.get_flop_counts()["Global"].items() if str(op).split(".")[-1] in products)
+    assert mine == real > 0
+
+
+def test_what_lives_is_what_python_holds():
+    with fake_gpus(NO_WORKSPACE) as notes:
+        a = torch.zeros(1000, device="cuda:0")
+        b = a + 1
+        view = b[10:]
+        del b
+        c = view.to("cuda:1")
+        events = notes.trace.recordings["cuda:0"].events
+        assert events == [4000, 4000], "a view keeps its storage"
+        del view
+        assert events == [4000, 4000, -2]
+        assert notes.trace.recordings["cuda:1"].events == [990 * 4]
+        a.add_(1)
+        assert len(events) == 3, "in place"
+    assert c.device == torch.device("cuda:1") and a.shape == (1000,)
+
+
+def test_parts_on_several_devices():
+    model = build.build(catalog.config(catalog.find("pygpt")), dtype="float32").eval()
+    places = {"": 0, "transformer.ln_f": 1, "lm_head": 1}
+    with fake_gpus() as notes:
+        fill(model, places)
+        with pytest.raises(RuntimeError, match="cuda:0|device"):  # as a real run without hooks would fail
+            list(passes(model, Workload(1, 8), "cuda:0"))
+    assert set(notes.trace.recordings) == {"cuda:0", "cuda:1"}
+
+
+def qkv(heads=8, kv_heads=8, tokens=64, past=0, width=64, dtype=torch.float16, wide=None):
+    q = torch.empty(2, heads, tokens, width, dtype=dtype, device="meta")
+    k = torch.empty(2, kv_heads, past + tokens, width, dtype=dtype, device="meta")
+    return q, k, torch.empty(2, kv_heads, past + tokens, wide or width, dtype=dtype, device="meta")
+
+
+@pytest.mark.parametrize(
+    ("tensors", "mask", "causal", "gqa", "target", "kernel"),
+    [
+        (qkv(), None, True, False, Target(), "flash"),
+        (qkv(kv_heads=2), None, True, True, Target(), "flash"),
+        (qkv(kv_heads=2), None, True, False, Target(), "math"),
+        (qkv(), torch.empty(2, 1, 64, 64), False, False, Target(), "efficient"),
+        (qkv(kv_heads=2), torch.empty(2, 1, 64, 64), False, True, Target(), "math"),
+        (qkv(dtype=torch.float32), None, True, False, Target(), "efficient"),
+        (qkv(width=192, wide=128), None, True, False, Target(), "efficient"),  # MLA
+        (qkv(width=512), None, True, False, Target(), "efficient"),
+        (qkv(width=60), None, True, False, Target(), "flash"),  # padded to 64
+        (qkv(width=60), torch.empty(1), False, False, Target(), "math"),
+        (qkv(past=8), None, True, False, Target(), "efficient"),  # flash aligns the causal mask otherwise
+        (qkv(dtype=torch.float16), None, True, False, Target(capability=(7, 5)), "efficient"),
+        (qkv(dtype=torch.bfloat16), None, True, False, Target(capability=(7, 5)), "math"),
+        (qkv(), None, True, False, Target(attention=()), "math"),
+        (qkv(), None, True, False, Target(attention=("cudnn", "flash")), "cudnn"),
+    ],
+)
+def test_the_kernel_of_attention(tensors, mask, causal, gqa, target, kernel):
+    assert choose_kernel(target, *tensors, mask, causal, gqa) == kernel
+
+
+@pytest.mark.parametrize("kernel", ["flash", "efficient", "cudnn", "math"])
+def test_attention_stores_no_scores_unless_it_is_math(kernel):
+    target = Target(attention=() if kernel == "math" else (kernel,), workspace=0)
+    with fake_gpus(target) as notes:
+        q, k, v = (torch.empty(1, 8, 4096, 64, dtype=torch.float16, device="cuda:0") for _ in range(3))
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        assert out.shape == q.shape
+    peak = replay(notes.trace.recordings["cuda:0"].events).peak_allocated
+    scores = 8 * 4096**2 * 2
+    assert peak > scores if kernel == "math" else peak < 5 * q.numel() * 2
+
+
+def test_a_mask_is_padded_for_the_efficient_kernel():
+    with fake_gpus() as notes:
+        q = torch.empty(1, 4, 10, 64, dtype=torch.float16, device="cuda:0")
+        mask = torch.ones(1, 1, 10, 10, dtype=torch.bool, device="cuda:0")
+        assert F.scaled_dot_product_attention(q, q, q, mask).shape == q.shape
+    assert 10 * 16 * 2 in notes.trace.recordings["cuda:0"].events
+    assert "_scaled_dot_product_efficient_attention" in [operation.name for operation in notes.trace.operations]
+
+
+def test_reading_an_expanded_tensor_costs_what_is_there():
+    with fake_gpus(NO_WORKSPACE) as notes:
+        row = torch.empty(1, 1000, device="cuda:0")
+        wide = row.expand(50, 1000) + 0
+        table = torch.empty(10**6, 8, device="cuda:0")
+        F.embedding(torch.zeros(5, dtype=torch.long, device="cuda:0"), table)
+    added, looked_up = (o for o in notes.trace.operations if o.name in ("add", "embedding"))
+    assert added.bytes == 4000 + wide.numel() * 4
+    assert looked_up.bytes == 2 * 5 * 8 * 4
+
+
+def test_nothing_is_left_behind():
+    """Neither in PyTorch nor in `torch.cuda`; and nothing real was allocated."""
+    before = torch.cuda.get_device_capability
+    with pytest.raises(ZeroDivisionError):
+        with fake_gpus():
+            1 / 0  # noqa: B018
+    assert torch.cuda.get_device_capability is before
+    assert torch.ones(2).sum() == 2 and type(torch.ones(1)) is torch.Tensor
+
+
+def test_a_build_without_cuda_is_lent_a_guard():
+    """The guard that a CPU build lacks is taken away in a process of its own, and the run must work all the same."""
+    code = """
+import torch
+from bigkit import fake
+try:
+    registry = fake._guards()
+except RuntimeError as error:
+    print("skip", error); raise SystemExit
+torch.version.cuda = registry[1] = None
+with fake.fake_gpus() as notes:
+    a = torch.ones(4, device="cuda:2")
+    a.copy_(a); a[:2] = 1; a.uniform_()
+    b = a.to("cuda:1") + 1
+print(sorted(notes.trace.recordings), registry[1])
+"""
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    if out.startswith("skip"):
+        pytest.skip(out)
+    assert out.strip() == "['cuda:1', 'cuda:2'] None"
+
+
+def test_sizes_are_bounded_by_arithmetic():
+    """A Llama block in bfloat16 with fused attention works in 3 * intermediate + 4 * hidden elements for each token."""
+    sizes = {"hidden_size": 1024, "intermediate_size": 3072, "num_attention_heads": 8, "num_key_value_heads": 8}
+    model = build.build(
+        {**catalog.config(catalog.find("llama-2-7b")), **sizes, "num_hidden_layers": 2, "vocab_size": 512},
+        dtype="bfloat16",
+    ).eval()
+    load = Workload(2, 1024, 0)
+    recording = rehearse(model, load, NO_WORKSPACE).recordings["cuda:0"]
+    told = replay(recording.events)
+    weights = told.allocated[dict(recording.marks)["filled"] - 1]
+    cache = 2 * 2 * 2 * 1024 * 1024 * 2
+    formula = 2 * 1024 * (3 * 3072 + 4 * 1024) * 2
+    assert math.isclose(told.peak_allocated - weights - cache, formula, rel_tol=0.1)
+
+
+def test_zoo_names_are_known():
+    assert set(TINY) <= set(zoo.names())
