@@ -15,10 +15,10 @@ import bigkit
 ROOT = Path(bigkit.__file__).parent
 # Bottom to top. A module may import those before it; a package counts as one module.
 ORDER = [
-    "units", "layers", "shards", "config", "estimate", "chain", "plans", "hardware", "planner",
+    "units", "layers", "shards", "config", "estimate", "chain", "plans", "schedule", "hardware", "planner",
     "meta", "bulk", "checkpoint", "zoo", "device_map", "front",
-    "store", "away", "lanes", "stream", "resting", "hooks", "dispatch",
-    "draw", "widgets", "cli",
+    "store", "away", "lanes", "stream", "resting", "hooks", "dispatch", "record",
+    "draw", "draw_run", "widgets", "cli",
 ]  # fmt: skip
 FLOOR_0 = ORDER[: ORDER.index("meta")]
 MODULES = sorted(
