@@ -60,7 +60,7 @@ class HookTheatre(Explorer):
     GB/s: how fast GPU 0 is given weights, how fast files are read, and how many bytes of weights a GPU works through.
     Set their `value` in code or by hand.
 
-    `schedule` is what is shown, `recording` the real run behind it, `charts` has both ways to run.
+    `schedule` is what is shown, `recording` the real run behind it, `charts` has both ways to run, with short names.
 
     Args:
         preset: one of `PRESETS`.
@@ -172,10 +172,11 @@ class HookTheatre(Explorer):
         rates = [field.value * GB for field in (self.rate, self.link, self.disk)]
         shown = recording.schedule(*rates, ahead=prefetch)
         options: dict[str, Any] = {"link": shown.link, "disk": shown.disk, "tokens": shown.tokens}
+        turns = [turn._replace(name=turn.name.removeprefix("transformer.")) for turn in shown.turns]
         count = self.slots.value
         self.charts = {
-            ONE_BY_ONE: schedule(shown.turns, slots=1, prefetch=False, ahead=False, **options),
-            f"{PREFETCH}, {_slots(count)}": schedule(shown.turns, slots=count, **options),
+            ONE_BY_ONE: schedule(turns, slots=1, prefetch=False, ahead=False, **options),
+            f"{PREFETCH}, {_slots(count)}": schedule(turns, slots=count, **options),
         }
         self.recording, self.schedule = recording, shown
 
@@ -200,15 +201,17 @@ class HookTheatre(Explorer):
         flight = f"In flight: {format_bytes(arriving, 'si')}. " if arriving else "Nothing is in flight. "
         end = f"It wrote {written!r}, as the whole model does: {equal}." if self.step.value == last else ""
         step = f"Step {self.step.value} of {last},"
-        self.verdict.value = verdict + pill("good" if equal else "bad", step, f"{_brief(found, at)}. {flight}{end}")
+        self.verdict.value = verdict + pill("good" if equal else "bad", step, f"{self._news(at)}. {flight}{end}")
         title = "pygpt over " + ", ".join(dict.fromkeys(device_label(turn.rests) for turn in found.turns))
-        label, text = run_label(self.charts, name, at), run_text(self.charts, name, at)
-        self.picture.value = svg(run_figure(self.charts, name, at, title), _plain(label))
-        self.text.value = preformatted(_plain(text))
+        self.picture.value = svg(run_figure(self.charts, name, at, title), run_label(self.charts, name, at))
+        self.text.value = preformatted(run_text(self.charts, name, at))
 
     @property
     def _chart(self) -> str:
         return [*self.charts][0 if self.mode.value == ONE_BY_ONE else 1]
+
+    def _news(self, at: int) -> str:
+        return run_news(self.charts[self._chart], at)
 
     def _shown(self) -> Schedule:
         if self.schedule is None:
@@ -253,8 +256,7 @@ class HookTheatre(Explorer):
         return json.dumps(content, indent=2) + "\n"
 
     def _story_pane(self) -> str:
-        found = self._shown()
-        lines = [f"{i:>4}  {_brief(found, at)}" for i, at in enumerate(found.frames)]
+        lines = [f"{i:>4}  {self._news(at)}" for i, at in enumerate(self._shown().frames)]
         return f'<div style="max-height:300px;overflow:auto">{preformatted(chr(10).join(lines))}</div>'
 
     def _map_pane(self) -> str:
@@ -271,7 +273,7 @@ class HookTheatre(Explorer):
         turns = [turn for turn in found.turns if ".h." in turn.name]
         counts = "+".join(str(sum(turn.rests == place for turn in turns)) for place in (0, 1, "cpu", "disk"))
         mode = f"{PREFETCH}, {_slots(found.slots)}" if found.prefetch else ONE_BY_ONE
-        news = _brief(found, found.frames[self.step.value])
+        news = self._news(found.frames[self.step.value])
         head = f"HookTheatre(blocks {counts}, {mode}, step {self.step.value} of {len(found.frames) - 1}, "
         return f"{head}{short(news, LONGEST_REPR - len(head) - 1)})"
 
@@ -295,14 +297,6 @@ def _run(places: dict[str, Device], slots: int, prefetch: bool, tokens: int) -> 
     expected = load_pygpt().generate(prompt, tokens)
     result = (decode(recording.result[0]), bool(torch.equal(recording.result, expected)))
     return Recording(recording.units, recording.events, recording.slots, recording.prefetch, result)
-
-
-def _brief(found: Schedule, at: int) -> str:
-    return _plain(run_news(found, at))
-
-
-def _plain(text: str) -> str:
-    return text.replace("transformer.", "")
 
 
 def _slots(count: int) -> str:
