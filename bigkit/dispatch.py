@@ -359,8 +359,10 @@ def load_checkpoint_and_dispatch(
         classes = [no_split_module_classes] if isinstance(no_split_module_classes, str) else no_split_module_classes
         found = plan(model, max_memory, device_map, dtype=dtype, no_split=classes, offload_buffers=offload_buffers)
         device_map = found.device_map if device_map == "sequential" else interleaved(found)
+    stands = options.get("stand_in") or {}
+    loads = device_map and {name: stands.get(read_device(device), device) for name, device in device_map.items()}
     report = load_checkpoint_in_model(
-        model, checkpoint, device_map, offload_folder, dtype, offload_buffers=offload_buffers, strict=strict,
+        model, checkpoint, loads, offload_folder, dtype, offload_buffers=offload_buffers, strict=strict,
         keep_in_fp32_modules=keep_in_fp32_modules,
     )  # fmt: skip
     if device_map is None:

@@ -1,4 +1,4 @@
-"""Explorers: ipywidgets panels that turn a question about memory or files with sliders.
+"""Explorers: ipywidgets panels that turn a question about memory, files or time with sliders.
 
 Each is imported when it is first used, so that `import bigkit.widgets` is cheap. Plain ipywidgets, 7.7 (Colab) or 8.
 """
@@ -9,15 +9,17 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 _HOMES = {
+    "HookTheatre": "hook_theatre",
     "MemoryExplorer": "memory_explorer",
     "PlanExplorer": "plan_explorer",
     "ShardExplorer": "shard_explorer",
     "SplitExplorer": "split_explorer",
 }
 
-__all__ = ["MemoryExplorer", "PlanExplorer", "ShardExplorer", "SplitExplorer"]
+__all__ = ["HookTheatre", "MemoryExplorer", "PlanExplorer", "ShardExplorer", "SplitExplorer"]
 
 if TYPE_CHECKING:
+    from .hook_theatre import HookTheatre
     from .memory_explorer import MemoryExplorer
     from .plan_explorer import PlanExplorer
     from .shard_explorer import ShardExplorer
