@@ -565,6 +565,24 @@ def test_a_failing_write_leaves_the_old_checkpoint(tmp_path, monkeypatch):
         save_model(Net(), tmp_path, "1KB")
 
 
+@pytest.mark.parametrize("safe", [True, False])
+def test_a_file_that_cannot_grow_leaves_the_old_checkpoint(tmp_path, safe):
+    """What a full disk does to the libraries that write: here the limit is one of the process."""
+    import resource
+
+    old = Net()
+    save_model(old, tmp_path, "1KB", safe)
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (5_000_000, limits[1]))
+    try:
+        with pytest.raises(OSError, match=r"could not save to .*model.*untouched"):
+            save_model(nn.Linear(2000, 1000), tmp_path, safe_serialization=safe)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
+
+
 TOUCHES_DISK = ("open", "fsync", "rename", "replace", "unlink", "mkdir", "rmdir", "chmod")
 
 
