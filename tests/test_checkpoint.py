@@ -362,6 +362,24 @@ def test_experts_that_transformers_saves_apart_are_put_together(tmp_path, safe):
     assert same(ours, cls.from_pretrained(tmp_path / "ours"))
 
 
+def test_old_names_are_renamed_and_rest_where_they_are(tmp_path):
+    """Files of older BERTs say gamma and beta; a tensor that has its present name as well keeps that one."""
+    cls, config = {n: (cls, config) for n, cls, config in tiny_models()}["bert"]
+    model = cls(config)
+    state = {n: t for n, t in model.state_dict().items() if "decoder" not in n}
+    old = {n.replace("LayerNorm.weight", "LayerNorm.gamma"): t.clone() for n, t in state.items()}
+    both = {"cls.predictions.transform.LayerNorm.weight": torch.full((32,), 7.0)}
+    save_file(old | both, tmp_path / SINGLE)
+    with init_empty_weights():
+        ours, disk = cls._from_config(config), cls._from_config(config)
+    report = load_checkpoint_in_model(ours, tmp_path)
+    assert not report.missing and report.unexpected == ("cls.predictions.transform.LayerNorm.gamma",)
+    assert ours.cls.predictions.transform.LayerNorm.weight.mean() == 7
+    assert torch.equal(ours.bert.embeddings.LayerNorm.weight, model.bert.embeddings.LayerNorm.weight)
+    report = load_checkpoint_in_model(disk, tmp_path, {"": "disk"})
+    assert report.on_disk["bert.embeddings.LayerNorm.weight"].file == tmp_path / SINGLE
+
+
 def test_experts_that_do_not_fit_together_are_reported(tmp_path):
     cls, config = {n: (cls, config) for n, cls, config in tiny_models()}["mixtral"]
     cls(config).save_pretrained(tmp_path)
