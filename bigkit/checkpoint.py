@@ -750,7 +750,7 @@ def save_model(
     folder.mkdir(parents=True, exist_ok=True)
     with _staging(folder, made.bytes) as stage:
         for file, names in made.files.items():
-            write = _write_safetensors if safe_serialization else torch.save
+            write = _write_safetensors if safe_serialization else _write_pickle
             write({name: _plain(name, tensors[name]) for name in names}, stage / file)
             _sync(stage / file)
         if last == index:
@@ -789,10 +789,21 @@ def _plain(name: str, tensor: Tensor | Stored) -> Tensor:
 
 
 def _write_safetensors(tensors: dict[str, Tensor], file: Path) -> None:
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    save_file(tensors, file, metadata={"format": "pt"})
+    try:
+        save_file(tensors, file, metadata={"format": "pt"})
+    except SafetensorError as error:  # what it says of a full disk
+        raise OSError(f"{file.name}: {error}") from error
     file.chmod(0o666 & ~_umask())  # safetensors makes it readable for its owner alone
+
+
+def _write_pickle(tensors: dict[str, Tensor], file: Path) -> None:
+    try:
+        torch.save(tensors, file)
+    except RuntimeError as error:  # the same of torch, which does not name the cause
+        raise OSError(f"{file.name} could not be written (is the disk full?): {error}") from error
 
 
 def _umask() -> int:
