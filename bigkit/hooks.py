@@ -61,7 +61,9 @@ class ModelHook:
         return output
 
     def on_error(self, module: nn.Module) -> None:
-        """Called instead of `post_forward`, or after it failed, when anything was raised, Ctrl-C included."""
+        """Called when anything was raised, Ctrl-C included, between the start of `pre_forward` and the end of
+        `post_forward`.
+        """
 
     def detach_hook(self, module: nn.Module) -> nn.Module:
         """Called when the hook is removed; returns the module."""
@@ -95,10 +97,6 @@ class SequentialHook(ModelHook):
             output = hook.post_forward(module, output)
         return output
 
-    def on_error(self, module: nn.Module) -> None:
-        for hook in self.hooks:
-            hook.on_error(module)
-
     def detach_hook(self, module: nn.Module) -> nn.Module:
         for hook in self.hooks:
             module = hook.detach_hook(module)
@@ -124,21 +122,11 @@ def add_hook_to_module(module: nn.Module, hook: ModelHook, append: bool = False)
     >>> type(layer._hf_hook).__name__, tuple(layer(torch.ones(1, 2)).shape)
     ('ModelHook', (1, 2))
     """
-    old: ModelHook | None = vars(module).get("_hf_hook")
-    if old is not None and append:
-        hook.init_hook(module)
-        whole: ModelHook = SequentialHook(old, hook)
-        _unwrap(module)
-    else:
-        if old is not None:
-            remove_hook_from_module(module)
-        module = hook.init_hook(module)
-        whole = hook
-    own_forward = vars(module).get("forward")
-    wrapped = functools.partial(_hooked, whole, module, own_forward)
-    functools.update_wrapper(wrapped, module.forward)
-    vars(module).update(_hf_hook=whole, _old_forward=own_forward)
-    module.forward = wrapped
+    before = _hooks(module) if append else []
+    if not append:
+        remove_hook_from_module(module)
+    module = hook.init_hook(module)
+    _wrap(module, [*before, hook])
     return module
 
 
@@ -161,22 +149,58 @@ def remove_hook_from_module(module: nn.Module, recurse: bool = False) -> nn.Modu
         if hook is not None:
             hook.detach_hook(part)
             _unwrap(part)
-            del part._hf_hook
     vars(module).pop("_apply", None)  # `dispatch_model` made it refuse to move
     return module
 
 
+def _hooks(module: nn.Module) -> list[ModelHook]:
+    """The hooks of a module, one by one."""
+    hook: ModelHook | None = vars(module).get("_hf_hook")
+    return [*hook.hooks] if type(hook) is SequentialHook else [] if hook is None else [hook]
+
+
+def _wrap(module: nn.Module, hooks: list[ModelHook]) -> None:
+    """Put hooks around a module's forward in place of those that are there."""
+    if "_hf_hook" in vars(module):
+        _unwrap(module)
+    if not hooks:
+        return
+    own_forward = vars(module).get("forward")
+    whole = hooks[0] if len(hooks) == 1 else SequentialHook(*hooks)
+    wrapped = functools.partial(_hooked, whole, module, own_forward)
+    functools.update_wrapper(wrapped, module.forward)
+    vars(module).update(_hf_hook=whole, _old_forward=own_forward)
+    module.forward = wrapped
+
+
 def _unwrap(module: nn.Module) -> None:
     own_forward = vars(module).pop("_old_forward")
-    del module.forward
+    del module.forward, module._hf_hook
     if own_forward is not None:
         module.forward = own_forward
 
 
+def drop_placed(model: nn.Module) -> None:
+    """Take away the hooks of an earlier `dispatch_model`, those of the user aside. Weights stay where they are."""
+    for module in model.modules():
+        hooks = _hooks(module)
+        kept = [hook for hook in hooks if not (isinstance(hook, AlignDevicesHook) and hook._is_placed)]
+        for hook in hooks:
+            if hook not in kept and hook.streamer is not None:  # type: ignore[attr-defined]
+                hook.streamer.close()  # type: ignore[attr-defined]
+        if len(kept) < len(hooks):
+            _wrap(module, kept)
+    vars(model).pop("_apply", None)
+
+
 def _hooked(hook: ModelHook, module: nn.Module, own_forward: Any, /, *args: Any, **kwargs: Any) -> Any:
     """A module's forward with a hook around it."""
+    hooks = hook.hooks if type(hook) is SequentialHook else (hook,)
+    begun: list[ModelHook] = []
     try:
-        args, kwargs = hook.pre_forward(module, *args, **kwargs)
+        for one in hooks:
+            begun.append(one)
+            args, kwargs = one.pre_forward(module, *args, **kwargs)
         # The class's own forward is looked up at each call, so that a copied module never runs the original's.
         forward = own_forward or functools.partial(type(module).forward, module)
         if hook.no_grad:
@@ -184,9 +208,13 @@ def _hooked(hook: ModelHook, module: nn.Module, own_forward: Any, /, *args: Any,
                 output = forward(*args, **kwargs)
         else:
             output = forward(*args, **kwargs)
-        return hook.post_forward(module, output)
+        for one in hooks:
+            output = one.post_forward(module, output)
+            begun.remove(one)
+        return output
     except BaseException:
-        hook.on_error(module)
+        for one in begun:
+            one.on_error(module)
         raise
 
 

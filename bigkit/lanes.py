@@ -42,8 +42,7 @@ class Slot:
 
     base: Tensor  # shape (bytes of the largest unit,), uint8
     unit: Unit | None = None  # whose weights it holds
-    lent: int = 0  # forwards that are using it
-    stale: bool = False  # it is lent, but holds what no longer counts
+    lent: bool = False  # a forward is using it
     version: int = 0  # of `base` when it was lent: a higher one means that somebody wrote to it
     used: int = 0  # when it was last lent: the number of that loan
     ready: Any = None  # event: filled
