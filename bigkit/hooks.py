@@ -20,12 +20,15 @@ from __future__ import annotations
 
 import functools
 import threading
+from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo
+from torch.nn.utils.rnn import PackedSequence
 
 from .resting import stream_alone
 from .store import Unit
@@ -195,12 +198,17 @@ def drop_placed(model: nn.Module) -> None:
 
 def _hooked(hook: ModelHook, module: nn.Module, own_forward: Any, /, *args: Any, **kwargs: Any) -> Any:
     """A module's forward with a hook around it."""
+    if torch.compiler.is_dynamo_compiling():
+        return _run_untraced(_UNTRACED, hook, module, own_forward, args, kwargs)
+    return _run(_TRACED, hook, module, own_forward, args, kwargs)
+
+
+def _run(steps: Any, hook: ModelHook, module: nn.Module, own_forward: Any, args: Any, kwargs: Any) -> Any:
+    before, after, failed = steps
     hooks = hook.hooks if type(hook) is SequentialHook else (hook,)
     begun: list[ModelHook] = []
     try:
-        for one in hooks:
-            begun.append(one)
-            args, kwargs = one.pre_forward(module, *args, **kwargs)
+        args, kwargs = before(hooks, begun, module, args, kwargs)
         # The class's own forward is looked up at each call, so that a copied module never runs the original's.
         forward = own_forward or functools.partial(type(module).forward, module)
         if hook.no_grad:
@@ -208,14 +216,35 @@ def _hooked(hook: ModelHook, module: nn.Module, own_forward: Any, /, *args: Any,
                 output = forward(*args, **kwargs)
         else:
             output = forward(*args, **kwargs)
-        for one in hooks:
-            output = one.post_forward(module, output)
-            begun.remove(one)
-        return output
+        return after(hooks, begun, module, output)
     except BaseException:
-        for one in begun:
-            one.on_error(module)
+        failed(begun, module)
         raise
+
+
+def _before(hooks: Any, begun: list[ModelHook], module: nn.Module, args: Any, kwargs: Any) -> Any:
+    for hook in hooks:
+        begun.append(hook)
+        args, kwargs = hook.pre_forward(module, *args, **kwargs)
+    return args, kwargs
+
+
+def _after(hooks: Any, begun: list[ModelHook], module: nn.Module, output: Any) -> Any:
+    for hook in hooks:
+        output = hook.post_forward(module, output)
+        begun.remove(hook)
+    return output
+
+
+def _failed(begun: list[ModelHook], module: nn.Module) -> None:
+    for hook in begun:
+        hook.on_error(module)
+
+
+# PyTorch's own decorator for its optimizers and the like: it imports the compiler only if it is called.
+_TRACED = (_before, _after, _failed)
+_UNTRACED = tuple(_disable_dynamo(step) for step in _TRACED)
+_run_untraced = _disable_dynamo(_run, recursive=False)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -237,6 +266,8 @@ def send_to_device(value: Any, device: torch.device, skip_keys: Iterable[str] = 
         return value if value.device == device else value.to(device)
     if isinstance(value, (str, bytes, int, float, type(None), nn.Module, torch.device, torch.dtype)):
         return value
+    if isinstance(value, PackedSequence):
+        return value.to(device)  # type: ignore[arg-type]  # it knows what of it stays on the CPU
     if isinstance(value, (list, tuple)):
         items = [send_to_device(item, device, skip_keys) for item in value]
         if all(new is old for new, old in zip(items, value)):
@@ -246,7 +277,11 @@ def send_to_device(value: Any, device: torch.device, skip_keys: Iterable[str] = 
         moved = {
             key: item if key in skip_keys else send_to_device(item, device, skip_keys) for key, item in value.items()
         }
-        return value if all(moved[key] is item for key, item in value.items()) else type(value)(moved)  # type: ignore[call-arg]
+        if all(moved[key] is item for key, item in value.items()):
+            return value
+        if isinstance(value, defaultdict):
+            return defaultdict(value.default_factory, moved)
+        return type(value)(moved)  # type: ignore[call-arg]
     if hasattr(value, "to") and callable(value.to):
         return value.to(device)
     return value

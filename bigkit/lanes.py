@@ -16,6 +16,7 @@ Leaves out: what to copy when, and into which slot (`stream.py`).
 
 from __future__ import annotations
 
+import mmap
 import os
 import queue
 import threading
@@ -67,6 +68,7 @@ class PlainLane:
         for part in unit.parts():
             if part.nbytes:
                 part.over(slot.base, part.offset).copy_(part.on_cpu())
+        unit.advise(mmap.MADV_DONTNEED)
 
     def arrive(self, slot: Slot) -> None:
         """Make the work that follows wait until the slot is filled.

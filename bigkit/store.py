@@ -448,6 +448,12 @@ class Unit:
             if source is not None:
                 source.check()
 
+    def advise(self, advice: int) -> None:
+        """Tell the system what is going to happen to the mapped pages of its files."""
+        for move in self.moves():
+            if move.source is not None:
+                move.source.advise(advice, move.at, move.nbytes)
+
     def forget_moves(self) -> None:
         """To be called when a part rests elsewhere than before."""
         self._moves = None

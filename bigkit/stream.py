@@ -76,6 +76,33 @@ class _Visit(NamedTuple):
     storages: frozenset[int]
 
 
+def _data(lent: Tensor) -> Tensor:
+    return lent.detach()
+
+
+def _set_data(lent: Tensor, value: Tensor) -> None:
+    if value.shape != lent.shape or value.dtype != lent.dtype:
+        raise ValueError(f"a weight of shape {tuple(lent.shape)} {lent.dtype} that was lent to a forward cannot become "
+                         f"{tuple(value.shape)} {value.dtype} there: do so between forwards")  # fmt: skip
+    lent.detach().copy_(value)
+
+
+class LentParameter(nn.Parameter):
+    """A parameter at work. Its `data` counts its versions too, so that no write goes unseen."""
+
+    data = property(_data, _set_data)
+
+
+class LentBuffer(Tensor):
+    """A buffer at work."""
+
+    data = property(_data, _set_data)
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+
+_LENT: dict[type, type] = {nn.Parameter: LentParameter, Tensor: LentBuffer}
+
+
 class _Loan(NamedTuple):
     """One forward's use of a unit."""
 
@@ -334,6 +361,7 @@ class Streamer:
 
     def _make_visit(self, unit: Unit, weights: list[Tensor]) -> _Visit:
         for weight, value in zip(unit.weights, weights, strict=True):
+            value.__class__ = _LENT.get(type(value), type(value))
             if value.requires_grad:
                 value.register_hook(_refuse(weight.name))
         found = {id(weight): value for weight, value in zip(unit.weights, weights)}
@@ -496,7 +524,7 @@ class Mapped(Streamer):
         for following in self._follow(unit, 16):
             if following.index not in self.asked:
                 self.asked.add(following.index)
-                _advise(following, mmap.MADV_WILLNEED)
+                following.advise(mmap.MADV_WILLNEED)
             ahead += following.nbytes
             if ahead >= AHEAD:
                 return
@@ -504,7 +532,7 @@ class Mapped(Streamer):
     def _leave(self, unit: Unit, visit: _Visit) -> None:
         if _version(visit) != self.versions[unit.index]:
             self._absorb(unit, visit)
-        _advise(unit, mmap.MADV_DONTNEED)
+        unit.advise(mmap.MADV_DONTNEED)
         self.asked.discard(unit.index)
 
     def _forget(self, units: Iterable[Unit]) -> None:
@@ -512,12 +540,6 @@ class Mapped(Streamer):
             unit.forget_moves()
             if not self.lent[unit.index]:
                 self.visits.pop(unit.index, None)
-
-
-def _advise(unit: Unit, advice: int) -> None:
-    for move in unit.moves():
-        if move.source is not None:
-            move.source.advise(advice, move.at, move.nbytes)
 
 
 def _version(visit: _Visit) -> int:
