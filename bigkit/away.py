@@ -92,6 +92,8 @@ class Away(Tensor):
         for target in _handles(first) if _writes(name) else _handles(kwargs.get("out")):
             target.streamer.keep(target.weight, loaded[id(target.weight)])
             result = target if result is real[id(target)] else result
+        for handle in _handles([*args, *kwargs.values()]):
+            handle.streamer.unload(handle.weight)
         if func in (Tensor.numpy, Tensor.__array__):  # a write would go unseen
             result = result.copy()
             result.flags.writeable = False

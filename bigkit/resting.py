@@ -344,8 +344,7 @@ def _build(
                 continue
             parts = rest.parts(record)
             shapes = {suffix: _part(part) for suffix, part in parts.items()}
-            like = anatomy(type(record.tensor)).skeleton(record.tensor)
-            weight = made[id(record)] = Weight(record.name, like, at, shapes)
+            weight = made[id(record)] = Weight(record.name, _like(record, shapes), at, shapes)
             if device_of(places[0][0]) == "disk":
                 on_disk.append((weight, parts))
                 laid.append((weight, {}))
@@ -362,6 +361,15 @@ def _build(
                 record.put(place, made[id(record)].like)
         units.append((group, unit))
     return units
+
+
+def _like(record: Record, parts: Mapping[str, Part]) -> Tensor:
+    """A tensor of a record without data, in the dtype that its data have: a checkpoint's may be another."""
+    like = anatomy(type(record.tensor)).skeleton(record.tensor)
+    if [*parts] == [""] and parts[""].dtype != like.dtype:
+        data = like.detach().to(parts[""].dtype)
+        return twin(like, data) if isinstance(like, nn.Parameter) else data
+    return like
 
 
 def _part(data: Tensor | Stored) -> Part:
@@ -417,8 +425,8 @@ def stream_alone(
             continue
         parts = {suffix: _read(part, rest) for suffix, part in rest.parts(record).items()}
         places = [(owner, own, record.buffer) for _, owner, own in record.places]
-        like = anatomy(type(record.tensor)).skeleton(record.tensor)
-        weights.append(Weight(record.name, like, places, {suffix: part_of(part) for suffix, part in parts.items()}))
+        shapes = {suffix: part_of(part) for suffix, part in parts.items()}
+        weights.append(Weight(record.name, _like(record, shapes), places, shapes))
         values.append(parts)
     if not weights:
         return None

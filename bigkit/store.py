@@ -392,6 +392,12 @@ class Weight:
                 there = other.parts[suffix]
                 there.slab, there.source, there.at = part.slab, None, part.at
 
+    def advise(self, advice: int) -> None:
+        """Tell the system what is going to happen to the mapped pages of its files."""
+        for part in self.parts.values():
+            if part.source is not None:
+                part.source.advise(advice, part.at, part.nbytes)
+
     def write_to(self, value: Tensor) -> None:
         """Write what rests into another copy of the weight."""
         with torch.no_grad():

@@ -230,6 +230,12 @@ class Streamer:
             value.register_hook(_refuse(weight.name))
         return value
 
+    def unload(self, weight: Weight) -> None:
+        """A weight that was loaded is not needed any more: its pages may leave RAM. Nobody is to have written there."""
+        with self.lock:
+            if not self._loans:
+                weight.advise(mmap.MADV_DONTNEED)
+
     def keep(self, weight: Weight, value: Tensor) -> None:
         """Make `value` the data of a weight.
 
