@@ -22,6 +22,7 @@ import math
 import os
 import re
 import tempfile
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from operator import itemgetter
@@ -50,6 +51,7 @@ _DTYPES = {
 }  # fmt: skip
 _ENTRY = {"dtype", "shape", "data_offsets"}
 _SCALES = ("_scale", "_scale_inv", ".scale")  # what tells that a tensor of one byte is quantized
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
 class CheckpointError(ValueError):
@@ -401,7 +403,7 @@ def load_checkpoint_in_model(
         device_map: module name -> device, covering the model. What it puts on "disk" stays on meta in the model and is
             found in the report's `on_disk`. None puts each tensor where the model has it (meta: on the CPU).
         offload_folder: where tensors for "disk" are written that no file of the checkpoint holds as they are needed (of
-            another dtype, or in a `.bin` file).
+            another dtype, or in a `.bin` file). The file goes with the model.
         dtype: floating tensors become this; None gives each the dtype that the model has.
         offload_state_dict: accepted for compatibility; nothing is held in memory twice either way.
         offload_buffers: whether buffers of modules on "disk" rest there too; else they are loaded to the CPU.
@@ -470,13 +472,14 @@ def _load(
             resting[name] = target
         else:
             places.setdefault("cpu" if place == "disk" else place, {})[name] = target
-    rests = _rest(source, resting, offload_folder)
+    rests, written = _rest(source, resting, offload_folder)
     values = read_tensors(source, places)
     for slot in slots:
         if slot.source in values:
             slot.fill(values[slot.source])
     on_disk = {slot.name: rests[slot.source] for slot in slots if slot.source in rests}
     vars(model)["_on_disk"] = on_disk  # where `save_model` finds them
+    vars(model)["_written"] = {written.path: written} if written else {}  # keeps the file
     return replace(report, on_disk=on_disk)
 
 
@@ -667,8 +670,8 @@ def _private(where: Stored) -> Tensor:
 
 def _rest(
     source: Checkpoint, resting: Mapping[str, torch.dtype | None], folder: str | os.PathLike[str] | None
-) -> dict[str, Stored]:
-    """Where tensors lie on disk in the dtype that is wanted: in the checkpoint itself, or written to `folder`."""
+) -> tuple[dict[str, Stored], WrittenFile | None]:
+    """Where tensors lie on disk in the dtype that is wanted: in the checkpoint itself, or in a new file."""
     found: dict[str, Stored] = {}
     rewrite: dict[str, torch.dtype | None] = {}
     for name, dtype in resting.items():
@@ -678,7 +681,7 @@ def _rest(
         else:
             rewrite[name] = dtype
     if not rewrite:
-        return found
+        return found, None
     if folder is None:
         name, wanted = next(iter(rewrite.items()))
         stored = dtype_name(source.shape_and_dtype(name)[1])
@@ -687,14 +690,74 @@ def _rest(
             f"{_listed(rewrite)} rests on disk in another form ({stored} in {source.path}) and must be written {form}: "
             f"give an offload_folder" + (f', or dtype="{stored}" to use it as it is' if name in source.stored else "")
         )
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    from safetensors.torch import save_file
+    forms = {
+        name: Form(source.shape_and_dtype(name)[0], dtype or source.shape_and_dtype(name)[1])
+        for name, dtype in rewrite.items()
+    }
+    written, where_written = write_file(folder, forms, lambda name: source.read(name).to(forms[name].dtype))
+    return found | where_written, written
 
-    for name, dtype in rewrite.items():
+
+class Form(NamedTuple):
+    """What a tensor is, without its data."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+class WrittenFile:
+    """A file with weights of a model, which goes when nothing needs it any more."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        weakref.finalize(self, _remove, str(path), os.getpid())
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> WrittenFile:
+        return self
+
+
+def _remove(path: str, owner: int) -> None:
+    if os.getpid() == owner:  # not in a forked child
+        with contextlib.suppress(OSError):
+            os.unlink(path)
+
+
+def write_file(
+    folder: str | os.PathLike[str], forms: Mapping[str, Form], read: Callable[[str], Tensor]
+) -> tuple[WrittenFile, dict[str, Stored]]:
+    """Write tensors into a new safetensors file, one after another, so that no more than one is in memory.
+
+    Args:
+        folder: where to; made if it is not there.
+        forms: name -> shape and dtype.
+        read: name -> the tensor.
+
+    Returns:
+        The file, and where in it each tensor lies.
+
+    Raises:
+        OSError: the folder cannot be written to, or the disk is full; nothing is left behind.
+    """
+    header: dict[str, Any] = {}
+    end = 0
+    order = sorted(forms, key=lambda name: -forms[name].dtype.itemsize)  # so that each starts at a multiple of its own
+    for name in order:
+        shape, dtype = forms[name]
+        start, end = end, end + math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=folder, prefix="offloaded-", suffix=".safetensors", delete=False) as file:
-            save_file({name: source.read(name).to(dtype).contiguous()}, file.name)
-        found[name] = read_header(Path(file.name))[name]
-    return found
+            written = WrittenFile(Path(file.name))
+            file.write(len(text).to_bytes(8, "little") + text)
+            for name in order:
+                flat = read(name).detach().to("cpu").contiguous().reshape(-1)
+                file.write(flat.view(torch.uint8).numpy().data)
+    except OSError as error:
+        raise OSError(f"could not write weights to {folder}: {error}; the model is as it was") from error
+    return written, read_header(written.path)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -785,7 +848,8 @@ def _plain(name: str, tensor: Tensor | Stored) -> Tensor:
     if isinstance(tensor, Stored):
         tensor = Checkpoint(tensor.file, stored={name: tensor}).read(name)
     value = tensor.detach().to("cpu").contiguous()
-    return value if value.untyped_storage().nbytes() == value.nbytes else value.clone()
+    alone = type(value) is Tensor and value.untyped_storage().nbytes() == value.nbytes  # it may be a handle on a weight
+    return value if alone else value.clone()
 
 
 def _write_safetensors(tensors: dict[str, Tensor], file: Path) -> None:

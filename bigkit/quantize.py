@@ -25,12 +25,15 @@ from torch import nn
 from .checkpoint import (
     Checkpoint,
     CheckpointError,
+    Form,
     Stored,
+    WrittenFile,
     compare,
     load_checkpoint_in_model,
     placement,
     read_tensors,
     stream_tensors,
+    write_file,
 )
 from .device_map import get_max_memory
 from .dispatch import dispatch_model
@@ -51,8 +54,6 @@ from .packed import (
 )
 from .planner import STRATEGIES, plan
 from .plans import Device, Plan, read_device
-from .resting import write
-from .store import Source
 from .units import dtype_name
 
 _FLOATS = ("float32", "float16", "bfloat16")
@@ -354,6 +355,7 @@ def load_and_quantize_model(
             _put(model, name, layer, targets[name])
             layer._parameters["weight"] = weight
     vars(model).setdefault("_on_disk", {}).update(at.stored)
+    vars(model).setdefault("_written", {}).update(at.files)
     dispatch_model(model, devices, offload_dir=offload_folder, stand_in=stand_in, **options)
     _mark(model, config)
     return model
@@ -375,7 +377,7 @@ class _Places:
     asked: Mapping[str, Device]
     folder: Path | None
     stored: dict[str, Stored] = field(default_factory=dict)
-    files: list[Source] = field(default_factory=list)
+    files: dict[Path, WrittenFile] = field(default_factory=dict)
 
     def rests(self, name: str) -> Device:
         found = placement(self.devices)(name)
@@ -402,9 +404,13 @@ class _Places:
             )
         if self.rests(name) != "disk":
             return weight
-        stored, file = write({_part(name, part): data for part, data in take_apart(weight).items()}, self.folder)
+        if self.folder is None:
+            raise ValueError(f"{name!r} shall rest on disk and is in no file as it is needed: give an offload_folder")
+        parts = {_part(name, part): data for part, data in take_apart(weight).items()}
+        forms = {part: Form(tuple(data.shape), data.dtype) for part, data in parts.items()}
+        file, stored = write_file(self.folder, forms, parts.__getitem__)
         self.stored.update(stored)
-        self.files.append(file)
+        self.files[file.path] = file
         return skeleton(weight)
 
 
