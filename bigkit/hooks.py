@@ -391,11 +391,13 @@ class AlignDevicesHook(ModelHook):
                 assert self.streamer is not None
                 self.streamer.lend(self.unit)
                 call.lent = True
-        if self.execution_device is None:
-            return args, kwargs
-        return send_to_device(args, self.execution_device), send_to_device(
-            kwargs, self.execution_device, self.skip_keys
-        )
+        device = self.execution_device
+        if device is not None:
+            if not all(isinstance(value, Tensor) and value.device == device for value in args):  # mostly they are there
+                args = send_to_device(args, device)
+            if kwargs:
+                kwargs = send_to_device(kwargs, device, self.skip_keys)
+        return args, kwargs
 
     def post_forward(self, module: nn.Module, output: Any) -> Any:
         if self.unit is not None or self.io_same_device:

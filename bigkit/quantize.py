@@ -405,7 +405,7 @@ class _Places:
         if self.rests(name) != "disk":
             return weight
         if self.folder is None:
-            raise ValueError(f"{name!r} shall rest on disk and is in no file as it is needed: give an offload_folder")
+            raise ValueError(f"{name!r} shall rest on disk and is in no file as it is needed: give an offload folder")
         parts = {_part(name, part): data for part, data in take_apart(weight).items()}
         forms = {part: Form(tuple(data.shape), data.dtype) for part, data in parts.items()}
         file, stored = write_file(self.folder, forms, parts.__getitem__)
