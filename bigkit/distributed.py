@@ -15,6 +15,7 @@ Leaves out: training (gradients, samplers, mixed precision), splitting one model
 from __future__ import annotations
 
 import copy
+import hashlib
 import os
 import pickle
 import re
@@ -406,13 +407,18 @@ def gather(tensor: Any) -> Any:
     leaves: list[torch.Tensor] = []
     shape = _leaves(tensor, leaves, "the input of gather")
     leaves = [leaf if leaf.ndim else leaf[None] for leaf in leaves]
-    described = [(f"{leaf.dtype} of shape (…, {', '.join(map(str, leaf.shape[1:]))})", len(leaf)) for leaf in leaves]
-    everyone = _exchange((repr(shape), described), "gather")
-    for rank, (other, theirs) in enumerate(everyone):
-        if other != everyone[0][0] or [text for text, _ in theirs] != [text for text, _ in everyone[0][1]]:
-            said = [f"process {r} has {everyone[r][0]}, {[text for text, _ in everyone[r][1]]}" for r in (0, rank)]
-            raise ValueError(f"gather needs the same kind of tensors on every process, but {' and '.join(said)}")
-    joined = [_join_rows(leaf, [d[i][1] for _, d in everyone]) for i, leaf in enumerate(leaves)]
+    kinds = [f"{leaf.dtype} of shape (…, {', '.join(map(str, leaf.shape[1:]))})" for leaf in leaves]
+    lengths = [len(leaf) for leaf in leaves]
+    if _agree((repr(shape), kinds, lengths), "gather"):
+        told = [lengths] * (dist.get_world_size() if dist.is_initialized() else 1)
+    else:
+        everyone = _exchange((repr(shape), kinds, lengths), "gather")
+        for rank, theirs in enumerate(everyone):
+            if theirs[:2] != everyone[0][:2]:
+                said = [f"process {r} has {everyone[r][0]}, {everyone[r][1]}" for r in (0, rank)]
+                raise ValueError(f"gather needs the same kind of tensors on every process, but {' and '.join(said)}")
+        told = [theirs[2] for theirs in everyone]
+    joined = [_join_rows(leaf, [lengths[i] for lengths in told]) for i, leaf in enumerate(leaves)]
     return _rebuild(tensor, iter(joined))
 
 
@@ -508,6 +514,16 @@ def _exchange(thing: T, call: str) -> list[T]:
     return [pickle.loads(theirs) for theirs in everyone]
 
 
+def _agree(thing: object, call: str) -> bool:
+    """Whether every process holds the same; eight bytes of each are compared, which costs little."""
+    if not dist.is_initialized():
+        return True
+    digest = hashlib.blake2b(repr(thing).encode(), digest_size=8).digest()
+    mine = torch.tensor([int.from_bytes(digest, "little", signed=True)], device=_carrier("cpu"))
+    with _together(call):
+        return len(set(_all_gather(mine).tolist())) == 1
+
+
 def _join_rows(tensor: torch.Tensor, lengths: list[int]) -> torch.Tensor:
     """Tensors of shape (length, ...) from all processes, joined: sent padded to the longest, then cut."""
     if not dist.is_initialized():
@@ -516,14 +532,26 @@ def _join_rows(tensor: torch.Tensor, lengths: list[int]) -> torch.Tensor:
     sent = tensor.detach().contiguous()
     if len(sent) < longest:
         sent = torch.cat([sent, sent.new_zeros(longest - len(sent), *sent.shape[1:])])
-    backends = dist.get_backend_config()
-    carrier = "cpu" if "nccl" not in backends else sent.device if "gloo" in backends else "cuda"
-    raw = sent.reshape(-1).view(torch.uint8).to(carrier)  # gloo and nccl know few dtypes, but bytes they know
-    parts = [torch.empty_like(raw) for _ in lengths]
+    raw = sent.reshape(-1).view(torch.uint8).to(_carrier(sent.device))  # gloo and nccl know few dtypes, but bytes
     with _together("gather"):
-        dist.all_gather(parts, raw)
-    rows = [part.view(sent.dtype).view(sent.shape)[:length] for part, length in zip(parts, lengths)]
-    return torch.cat(rows).to(tensor.device)
+        rows = _all_gather(raw).view(sent.dtype).view(len(lengths) * longest, *sent.shape[1:])
+    if min(lengths) < longest:
+        rows = torch.cat([rows[i * longest : i * longest + length] for i, length in enumerate(lengths)])
+    return rows.to(tensor.device)
+
+
+def _all_gather(flat: torch.Tensor) -> torch.Tensor:
+    """A tensor of one dimension, of the same length on each process, from all of them."""
+    found = flat.new_empty(dist.get_world_size() * len(flat))
+    if len(flat):
+        dist.all_gather_into_tensor(found, flat)
+    return found
+
+
+def _carrier(device: str | torch.device) -> str | torch.device:
+    """Where a tensor must be for the group's backends to carry it, its own device if that can be."""
+    backends = dist.get_backend_config()
+    return "cpu" if "nccl" not in backends else device if "gloo" in backends else "cuda"
 
 
 def _leaves(thing: Any, found: list[torch.Tensor], path: str) -> Any:

@@ -191,7 +191,7 @@ def _settings(content: Mapping[str, Any]) -> dict[str, Any]:
                 raise ValueError(f"{name} is set, and bigkit launch cannot honour it: remove the key")
         else:
             close = difflib.get_close_matches(str(name), [*known, *SILENT, *FOREIGN], 1)
-            raise ValueError(f"unknown key {name!r}{f': is {close[0]} meant?' if close else ''}. "
+            raise ValueError(f"unknown key {name!r}{f': is {close[0]} meant?' if close else '.'} "
                              f"bigkit launch reads {', '.join(known)}")  # fmt: skip
     if isinstance(found.get("gpu_ids"), (int, list)) and not isinstance(found["gpu_ids"], bool):
         ids = found["gpu_ids"]
