@@ -56,7 +56,7 @@ class PartialState:
 
     Args:
         cpu: stay on the CPU although there are GPUs.
-        timeout: how long a call waits for the others, in seconds or as a `timedelta`.
+        timeout: how long a call waits for the others, in seconds or as a `timedelta`; that of the first one counts.
 
     Attributes:
         num_processes: all processes on all hosts (the world size).
@@ -81,9 +81,9 @@ class PartialState:
         joined = dist.is_initialized()
         self.num_processes: int = dist.get_world_size() if joined else 1
         self.process_index: int = dist.get_rank() if joined else 0
-        self.local_process_index: int = int(os.environ.get("LOCAL_RANK", "0")) if joined else 0
+        self.local_process_index: int = _local_rank(self.process_index) if joined else 0
         if joined:
-            cuda = "nccl" in dist.get_backend_config()
+            cuda = not cpu and "nccl" in dist.get_backend_config()
         self.device = torch.device("cuda", self.local_process_index) if cuda else torch.device("cpu")
 
     @property
@@ -107,7 +107,7 @@ class PartialState:
         Raises:
             ProcessLost: another one ended, or did not come in time.
         """
-        if dist.is_initialized():
+        if _grouped("wait_for_everyone"):
             with _together("wait_for_everyone"):
                 dist.barrier()
 
@@ -186,9 +186,30 @@ def _launched() -> bool:
     return False
 
 
+def _local_rank(rank: int) -> int:
+    """This process's number on its host; where nobody told, that of the GPU which falls to it in turn."""
+    told = os.environ.get("LOCAL_RANK")
+    return int(told) if told else rank % (torch.cuda.device_count() or sys.maxsize)
+
+
+def _grouped(call: str) -> bool:
+    """Whether there are others to talk to.
+
+    Raises:
+        RuntimeError: this process was launched with others, but has not joined them: it would go on alone.
+    """
+    if dist.is_initialized():
+        return True
+    if _launched() and os.environ["WORLD_SIZE"] != "1":
+        rank, world = os.environ["RANK"], os.environ["WORLD_SIZE"]
+        raise RuntimeError(f"process {rank} of {world} called {call} outside the group: make a PartialState before, "
+                           "and destroy it after the last call")  # fmt: skip
+    return False
+
+
 def _join(cuda: bool, timeout: timedelta) -> None:
     """Join the group that the environment names, and arrange that this process neither outlives it nor hides errors."""
-    local = int(os.environ.get("LOCAL_RANK", "0"))
+    local = _local_rank(int(os.environ["RANK"]))
     if cuda and local >= torch.cuda.device_count():
         raise RuntimeError(f"process {local} of this host has no GPU: there are {torch.cuda.device_count()}. "
                            "Start as many processes as GPUs, or add --cpu or PartialState(cpu=True)")  # fmt: skip
@@ -503,7 +524,7 @@ def _gather_columns(results: Any) -> Any:
 
 def _exchange(thing: T, call: str) -> list[T]:
     """What every process holds, in the order of the processes."""
-    if not dist.is_initialized():
+    if not _grouped(call):
         return [thing]
     import cloudpickle
 
@@ -516,7 +537,7 @@ def _exchange(thing: T, call: str) -> list[T]:
 
 def _agree(thing: object, call: str) -> bool:
     """Whether every process holds the same; eight bytes of each are compared, which costs little."""
-    if not dist.is_initialized():
+    if not _grouped(call):
         return True
     digest = hashlib.blake2b(repr(thing).encode(), digest_size=8).digest()
     mine = torch.tensor([int.from_bytes(digest, "little", signed=True)], device=_carrier("cpu"))

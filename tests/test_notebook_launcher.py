@@ -209,3 +209,38 @@ def test_nothing_is_left_in_the_temporary_folder(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     assert notebook_launcher(lambda: 1, (), 1) == [1]
     assert list(tmp_path.iterdir()) == []
+
+
+def test_interrupting_a_cell_ends_its_processes(tmp_path: Path) -> None:
+    """The square button of a real kernel."""
+    from jupyter_client.manager import start_new_kernel
+
+    manager, client = start_new_kernel(kernel_name="python3", cwd=str(tmp_path), env=ENVIRONMENT)
+    try:
+        code = SLEEPER.partition("try:")[0] + "notebook_launcher(sleep, ('.',), 2)"
+        client.execute(code)
+        wait_for(tmp_path / "0", tmp_path / "1")
+        pids = [int(pid) for rank in "01" for pid in (tmp_path / rank).read_text().split()]
+        manager.interrupt_kernel()
+        reply = client.get_shell_msg(timeout=30)["content"]
+        assert (reply["status"], reply["ename"]) == ("error", "KeyboardInterrupt")
+        assert still_alive(pids) == []
+        client.execute("notebook_launcher(lambda: 1, (), 1)")
+        assert client.get_shell_msg(timeout=30)["content"]["status"] == "ok", "the kernel still works"
+    finally:
+        client.stop_channels()
+        manager.shutdown_kernel(now=True)
+
+
+def test_accelerate_returns_nothing_and_refuses_bitsandbytes() -> None:
+    import accelerate
+
+    assert accelerate.notebook_launcher(lambda: 1, (), num_processes=1) is None
+    sys.modules.setdefault("bitsandbytes", sys)
+    try:
+        with pytest.raises(RuntimeError, match="bitsandbytes"):
+            accelerate.notebook_launcher(lambda: 1, (), num_processes=2)
+        assert notebook_launcher(lambda: 1, (), 2) == [1, 1]
+    finally:
+        if sys.modules["bitsandbytes"] is sys:
+            del sys.modules["bitsandbytes"]
