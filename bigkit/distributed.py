@@ -108,7 +108,7 @@ class PartialState:
             ProcessLost: another one ended, or did not come in time.
         """
         if _grouped("wait_for_everyone"):
-            with _together("wait_for_everyone"):
+            with together("wait_for_everyone"):
                 dist.barrier()
 
     @contextmanager
@@ -217,7 +217,7 @@ def _join(cuda: bool, timeout: timedelta) -> None:
     _tell_failures()
     if cuda:
         torch.cuda.set_device(local)
-    with _together("PartialState()"):
+    with together("PartialState()"):
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timeout)
 
 
@@ -259,7 +259,7 @@ def _tell_failures() -> None:
 
 
 @contextmanager
-def _together(call: str) -> Iterator[None]:
+def together(call: str) -> Iterator[None]:
     """Say in one sentence that the others are gone, whatever the backend calls it."""
     try:
         yield
@@ -530,7 +530,7 @@ def _exchange(thing: T, call: str) -> list[T]:
 
     packed = cloudpickle.dumps(thing)  # by value where needed: a class of a notebook is in no module of the others
     everyone: list[Any] = [None] * dist.get_world_size()
-    with _together(call):
+    with together(call):
         dist.all_gather_object(everyone, packed)
     return [pickle.loads(theirs) for theirs in everyone]
 
@@ -541,7 +541,7 @@ def _agree(thing: object, call: str) -> bool:
         return True
     digest = hashlib.blake2b(repr(thing).encode(), digest_size=8).digest()
     mine = torch.tensor([int.from_bytes(digest, "little", signed=True)], device=_carrier("cpu"))
-    with _together(call):
+    with together(call):
         return len(set(_all_gather(mine).tolist())) == 1
 
 
@@ -554,7 +554,7 @@ def _join_rows(tensor: torch.Tensor, lengths: list[int]) -> torch.Tensor:
     if len(sent) < longest:
         sent = torch.cat([sent, sent.new_zeros(longest - len(sent), *sent.shape[1:])])
     raw = sent.reshape(-1).view(torch.uint8).to(_carrier(sent.device))  # gloo and nccl know few dtypes, but bytes
-    with _together("gather"):
+    with together("gather"):
         rows = _all_gather(raw).view(sent.dtype).view(len(lengths) * longest, *sent.shape[1:])
     if min(lengths) < longest:
         rows = torch.cat([rows[i * longest : i * longest + length] for i, length in enumerate(lengths)])

@@ -210,19 +210,22 @@ class _Group:
         Raises:
             LaunchError: one did not.
         """
-        while any(process.poll() is None for process in self.processes):
+        while not self._failed() and any(process.poll() is None for process in self.processes):
             self._show(0.05)
-            if any(process.poll() for process in self.processes):
-                break
-        if any(process.poll() for process in self.processes):
+        if self._failed():
             raise LaunchError(self._why())
         self.end()
+
+    def _failed(self) -> list[int]:
+        """Those that have ended without leaving a result."""
+        ended = [i for i, process in enumerate(self.processes) if process.poll() is not None]
+        return [i for i in ended if self.processes[i].poll() or not (self.folder / f"result-{i}").exists()]
 
     def _why(self) -> str:
         """End all, and say who failed first: not one that merely missed a neighbour, if there is another."""
         until = time.monotonic() + 1  # who misses a process that died without a word may be heard before it
         while True:
-            failures = [(*self._failure(i), i) for i, process in enumerate(self.processes) if process.poll()]
+            failures = [(*self._failure(i), i) for i in self._failed()]
             if time.monotonic() > until or not all(lost for lost, *_ in failures):
                 break
             self._show(0.05)
