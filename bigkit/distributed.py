@@ -138,6 +138,10 @@ class PartialState:
         """Decorator: the function runs on process 0 of each host."""
         return self._only(self.is_local_main_process, function)
 
+    def on_last_process(self, function: Callable[..., T]) -> Callable[..., T | None]:
+        """Decorator: the function runs on the process with the highest number."""
+        return self._only(self.is_last_process, function)
+
     @staticmethod
     def _only(here: bool, function: Callable[..., T]) -> Callable[..., T | None]:
         @wraps(function)

@@ -6,7 +6,8 @@
 
 Settings come from the command line, else from the config file, else from the machine: one process for each GPU, or one.
 The torchrun command is printed, and then takes this process's place: signals and the exit status are its own. A config
-file is JSON or YAML with the keys that Accelerate's have; those that would change what is computed are refused.
+file is JSON or YAML with the keys that Accelerate's have; those that would change what is computed are refused. A
+script that makes a PartialState ends within a second of its launcher, even if that is killed.
 
 Leaves out: starting the command on the other hosts, and notebooks (`notebook.py`).
 """

@@ -20,6 +20,7 @@ import linecache
 import os
 import pickle
 import queue
+import shutil
 import signal
 import subprocess
 import sys
@@ -298,7 +299,7 @@ def _work(folder: str, local: str) -> None:
 
     lifeline = os.dup(0)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-    threading.Thread(target=_end_with_parent, args=(lifeline,), daemon=True).start()
+    threading.Thread(target=_end_with_parent, args=(lifeline, folder), daemon=True).start()
     try:
         function, args, cells = pickle.loads(Path(folder, "work").read_bytes())
         linecache.cache.update(cells)
@@ -330,9 +331,10 @@ def _leave(path: Path, content: bytes) -> None:
     path.with_suffix(".part").rename(path)
 
 
-def _end_with_parent(lifeline: int) -> None:
+def _end_with_parent(lifeline: int, folder: str) -> None:
     """Wait until the other end of a pipe, which only the parent holds, is closed; then end all that started here."""
     os.read(lifeline, 1)
+    shutil.rmtree(folder, ignore_errors=True)  # which the parent could not do
     if hasattr(os, "killpg"):
         os.killpg(0, signal.SIGKILL)
     os._exit(1)

@@ -383,10 +383,12 @@ def test_main_process_first_and_only(ranks: Ranks, tmp_path: Any) -> None:
             """Only one."""
             return 5
 
-        return found, once(), once.__name__, state.on_local_main_process(lambda x: x)(3)
+        last = state.on_last_process(lambda: True)()
+        return found, once(), once.__name__, state.on_local_main_process(lambda x: x)(3), last
 
     for rank, answer in enumerate(ranks(order, str(tmp_path))):
-        assert answer == (rank > 0, None if rank else 5, "once", None if rank else 3)
+        last = True if rank == ranks.size - 1 else None
+        assert answer == (rank > 0, None if rank else 5, "once", None if rank else 3, last)
 
 
 def test_an_error_in_the_first_process_leaves_no_other_waiting(three: Ranks) -> None:

@@ -181,7 +181,10 @@ except KeyboardInterrupt:
 
 @pytest.mark.parametrize("name", ["SIGINT", "SIGKILL"])
 def test_nothing_outlives_an_interrupted_or_killed_kernel(name: str, tmp_path: Path) -> None:
-    process = subprocess.Popen([sys.executable, "-c", SLEEPER, str(tmp_path)], env=ENVIRONMENT, stdout=subprocess.PIPE,
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    variables = {**ENVIRONMENT, "TMPDIR": str(temporary)}
+    process = subprocess.Popen([sys.executable, "-c", SLEEPER, str(tmp_path)], env=variables, stdout=subprocess.PIPE,
                                stderr=subprocess.STDOUT, text=True, start_new_session=True)  # fmt: skip
     pids: list[int] = []
     try:
@@ -194,6 +197,7 @@ def test_nothing_outlives_an_interrupted_or_killed_kernel(name: str, tmp_path: P
         assert time.monotonic() - start < 20
         assert (name == "SIGINT") == (said == "interrupted\n"), said
         assert still_alive(pids) == []
+        assert not list(temporary.glob("bigkit-*")), "the function and its results are left behind"
     finally:
         for pid in pids:
             if psutil.pid_exists(pid):
