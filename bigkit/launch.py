@@ -6,7 +6,8 @@
 
 Settings come from the command line, else from the config file, else from the machine: one process for each GPU, or one.
 The torchrun command is printed, and then takes this process's place: signals and the exit status are its own. A config
-file is JSON or YAML with the keys that Accelerate's have; those that would change what is computed are refused.
+file is JSON or YAML with the keys that Accelerate's have; those that would change what is computed are refused. A
+script that makes a PartialState ends within a second of its launcher, even if that is killed.
 
 Leaves out: starting the command on the other hosts, and notebooks (`notebook.py`).
 """
@@ -191,7 +192,7 @@ def _settings(content: Mapping[str, Any]) -> dict[str, Any]:
                 raise ValueError(f"{name} is set, and bigkit launch cannot honour it: remove the key")
         else:
             close = difflib.get_close_matches(str(name), [*known, *SILENT, *FOREIGN], 1)
-            raise ValueError(f"unknown key {name!r}{f': is {close[0]} meant?' if close else ''}. "
+            raise ValueError(f"unknown key {name!r}{f': is {close[0]} meant?' if close else '.'} "
                              f"bigkit launch reads {', '.join(known)}")  # fmt: skip
     if isinstance(found.get("gpu_ids"), (int, list)) and not isinstance(found["gpu_ids"], bool):
         ids = found["gpu_ids"]
