@@ -18,7 +18,7 @@ ORDER = [
     "units", "layers", "shards", "config", "estimate", "chain", "plans", "hardware", "planner",
     "meta", "bulk", "checkpoint", "zoo", "device_map", "front",
     "store", "away", "lanes", "stream", "resting", "hooks", "dispatch",
-    "packed", "quantize",
+    "packed", "quantize", "rounding",
     "draw", "widgets", "cli",
 ]  # fmt: skip
 FLOOR_0 = ORDER[: ORDER.index("meta")]

@@ -8,13 +8,19 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-_HOMES = {"MemoryExplorer": "memory_explorer", "PlanExplorer": "plan_explorer", "ShardExplorer": "shard_explorer"}
+_HOMES = {
+    "MemoryExplorer": "memory_explorer",
+    "PlanExplorer": "plan_explorer",
+    "QuantizationLab": "quantization_lab",
+    "ShardExplorer": "shard_explorer",
+}
 
-__all__ = ["MemoryExplorer", "PlanExplorer", "ShardExplorer"]
+__all__ = ["MemoryExplorer", "PlanExplorer", "QuantizationLab", "ShardExplorer"]
 
 if TYPE_CHECKING:
     from .memory_explorer import MemoryExplorer
     from .plan_explorer import PlanExplorer
+    from .quantization_lab import QuantizationLab
     from .shard_explorer import ShardExplorer
 
 
