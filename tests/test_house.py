@@ -19,7 +19,7 @@ ORDER = [
     "hardware", "roofline", "planner",
     "meta", "bulk", "convert", "checkpoint", "zoo", "device_map", "front",
     "store", "away", "lanes", "stream", "resting", "hooks", "dispatch", "record",
-    "packed", "quantize",
+    "packed", "quantize", "rounding",
     "workload", "recording", "calibration", "fake", "dryrun",
     "distributed", "launch", "notebook", "batches", "examples",
     "draw", "draw_run", "widgets", "cli",

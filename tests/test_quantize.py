@@ -649,6 +649,19 @@ def test_offloaded_is_bit_equal(four_saved, kind, where, stored):
 
 
 @every_kind
+def test_models_of_transformers_generate_offloaded(kind):
+    torch.manual_seed(0)
+    model = llama()
+    away = load_and_quantize_model(
+        copy.deepcopy(model), config(kind), device_map={"model": "cpu", "lm_head": 0}, stand_in={0: "cpu"}
+    )
+    model = load_and_quantize_model(model, config(kind), device_map=CPU)
+    options = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+    assert torch.equal(away.generate(tokens(), **options), model.generate(tokens(), **options))
+    assert "rests in RAM" in repr(away.model.layers[1].mlp.up_proj.weight)
+
+
+@every_kind
 def test_only_quantized_bytes_travel(four_saved, kind):
     folder, _ = four_saved
     away = load_and_quantize_model(empty(four), config(kind), folder / "full", MAPS["RAM"], stand_in={0: "cpu"})

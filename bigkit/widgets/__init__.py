@@ -12,16 +12,18 @@ _HOMES = {
     "HookTheatre": "hook_theatre",
     "MemoryExplorer": "memory_explorer",
     "PlanExplorer": "plan_explorer",
+    "QuantizationLab": "quantization_lab",
     "ShardExplorer": "shard_explorer",
     "SplitExplorer": "split_explorer",
 }
 
-__all__ = ["HookTheatre", "MemoryExplorer", "PlanExplorer", "ShardExplorer", "SplitExplorer"]
+__all__ = ["HookTheatre", "MemoryExplorer", "PlanExplorer", "QuantizationLab", "ShardExplorer", "SplitExplorer"]
 
 if TYPE_CHECKING:
     from .hook_theatre import HookTheatre
     from .memory_explorer import MemoryExplorer
     from .plan_explorer import PlanExplorer
+    from .quantization_lab import QuantizationLab
     from .shard_explorer import ShardExplorer
     from .split_explorer import SplitExplorer
 
