@@ -89,6 +89,9 @@ class Away(Tensor):
         rests = f"in {place}" if place == "RAM" else place
         return f"<{self.weight.name}: {shape} {self.dtype}, rests {rests}, works on {self.device}>"
 
+    def __format__(self, spec: str) -> str:
+        return super().__format__(spec) if spec else repr(self)
+
     def __deepcopy__(self, memo: dict[int, Any]) -> Away:
         meta = torch.empty_strided(self.shape, self.stride(), dtype=self.dtype, device="meta")
         new = _bare(type(self), meta, self.requires_grad)
