@@ -331,6 +331,8 @@ def load_checkpoint_and_dispatch(
         device_map = plan(
             model, max_memory, device_map, dtype=dtype, no_split=classes, offload_buffers=offload_buffers
         ).device_map
+    if device_map is not None:
+        check_device_map(model, device_map)
     stands = options.get("stand_in") or {}
     loads = device_map and {name: stands.get(read_device(device), device) for name, device in device_map.items()}
     report = load_checkpoint_in_model(
