@@ -139,6 +139,9 @@ class Away(Tensor):
         rests = f"in {place}" if place == "RAM" else place
         return f"<{self.weight.name}: {shape} {self.dtype}, rests {rests}, works on {self.device}>"
 
+    def __format__(self, spec: str) -> str:
+        return super().__format__(spec) if spec else repr(self)
+
     def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
         if self.steps:  # it stands in no model
             return self.clone()

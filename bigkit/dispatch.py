@@ -367,6 +367,8 @@ def load_checkpoint_and_dispatch(
         classes = [no_split_module_classes] if isinstance(no_split_module_classes, str) else no_split_module_classes
         found = plan(model, max_memory, device_map, dtype=dtype, no_split=classes, offload_buffers=offload_buffers)
         device_map = found.device_map if device_map == "sequential" else interleaved(found)
+    if device_map is not None:
+        check_device_map(model, device_map)
     stand_in = options.get("stand_in") or {}
     loading = device_map and {n: "cpu" if read_device(d) in stand_in else d for n, d in device_map.items()}
     report = load_checkpoint_in_model(

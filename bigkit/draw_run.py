@@ -152,7 +152,8 @@ def gantt_text(charts: Charts) -> str:
         [name, seconds(found.ends[0]), seconds(found.per_token), *(seconds(found.busy[lane]) for lane in LANES)]
         for name, found in charts.items()
     ]
-    return text_table(["way to run", "first token", "last token", *(f"{lane} busy" for lane in LANES)], rows)
+    table = text_table(["way to run", "first token", "last token", *LANES], rows)
+    return f"time for a token, and how long each lane is busy for one\n\n{table}"
 
 
 def gantt_label(charts: Charts) -> str:
@@ -195,9 +196,10 @@ def _said(found: Schedule, moment: Moment) -> str:
 
 
 def _settings(found: Schedule) -> str:
-    rates = f"link {found.link / 1e9:g} GB/s, disk {found.disk / 1e9:g} GB/s"
-    size = sum(turn.nbytes for turn in found.turns)
-    return f"{len(found.turns)} units, {format_bytes(size, 'si')}, {found.tokens} forwards, {rates}"
+    size = format_bytes(sum(turn.nbytes for turn in found.turns), "si")
+    forwards = f"{found.tokens} forward{'s' * (found.tokens > 1)}"
+    rates = [f"{lane} {getattr(found, lane) / 1e9:g} GB/s" for lane in ("link", "disk") if found.busy[lane]]
+    return ", ".join([f"{len(found.turns)} units", size, forwards, *rates])
 
 
 def _longest(charts: Charts) -> float:

@@ -55,7 +55,8 @@ class Recording:
             ahead: whether the host runs ahead; see `schedule`.
 
         Raises:
-            ValueError: what happened follows other rules than `schedule` (an order that changed, a unit used twice).
+            ValueError: what happened follows other rules than `schedule`: an order that changed, a unit used twice, or
+                slots that were filled before (so record a model's first forward).
         """
         works = [event.unit for event in self.events if event.kind == "work"]
         tokens = len(works) // len(self.units)

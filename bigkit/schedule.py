@@ -20,7 +20,8 @@ and `lanes.py`, which move the real bytes:
 So each span's start is the latest of a few earlier ends, and one pass over the model is enough to know all of them.
 
 Leaves out: how long work takes (the caller says), latencies, orders that change from one token to the next, units that
-work twice in a forward, and a copy from RAM that overtakes one from a file.
+work twice in a forward, units that a cache in RAM keeps after their first visit (give them as resting in RAM), and a
+copy from RAM that overtakes one from a file.
 """
 
 from __future__ import annotations
