@@ -9,15 +9,17 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 _HOMES = {
+    "DryRunExplorer": "dryrun_explorer",
     "MemoryExplorer": "memory_explorer",
     "PlanExplorer": "plan_explorer",
     "ShardExplorer": "shard_explorer",
     "SplitExplorer": "split_explorer",
 }
 
-__all__ = ["MemoryExplorer", "PlanExplorer", "ShardExplorer", "SplitExplorer"]
+__all__ = ["DryRunExplorer", "MemoryExplorer", "PlanExplorer", "ShardExplorer", "SplitExplorer"]
 
 if TYPE_CHECKING:
+    from .dryrun_explorer import DryRunExplorer
     from .memory_explorer import MemoryExplorer
     from .plan_explorer import PlanExplorer
     from .shard_explorer import ShardExplorer
