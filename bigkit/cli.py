@@ -1,4 +1,4 @@
-"""The command line: `bigkit estimate-memory NAME`, `bigkit plan NAME` and `bigkit launch script.py`.
+"""The command line: `bigkit estimate-memory NAME`, `plan NAME`, `dry-run NAME`, `calibrate` and `launch script.py`.
 
 Leaves out: anything that needs torch, unless a name must be looked up on the Hub or this machine asked for its GPUs.
 """
@@ -14,7 +14,7 @@ from . import __version__
 from .estimate import CLASSIC
 from .layers import QUANTIZATIONS
 from .planner import STRATEGIES
-from .plans import read_device
+from .plans import Device, read_device
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -49,6 +49,21 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--quantization", choices=QUANTIZATIONS)
     plan.add_argument("--code", action="store_true", help="print Python that makes the plan")
     plan.set_defaults(run=_plan)
+
+    dry = commands.add_parser("dry-run", help="run a model on GPUs that do not exist: memory and time")
+    _add_model(dry)
+    dry.add_argument("--hardware", help='a machine, as in "RTX 4090" or "8 x H100-80GB" (this one, if it has GPUs)')
+    dry.add_argument("--max_memory", nargs="+", metavar="DEVICE=SIZE", help="budgets of the plan (the machine's own)")
+    dry.add_argument("--strategy", choices=STRATEGIES, default="auto")
+    dry.add_argument("--dtype", help="of the weights")
+    dry.add_argument("--new", type=int, default=4, help="tokens to generate after the prompt (%(default)s)")
+    dry.add_argument("--svg", action="store_true", help="print the picture")
+    dry.set_defaults(run=_dry_run)
+
+    measure = commands.add_parser("calibrate", help="measure this machine, for predictions; under a minute")
+    measure.add_argument("--folder", help="on the disk that is to be measured (the temporary folder)")
+    measure.add_argument("--json", action="store_true", help="print JSON")
+    measure.set_defaults(run=_calibrate)
 
     _add_launch(commands.add_parser("launch", help="run a script in several processes, on one host or on several"))
     return parser
@@ -96,15 +111,56 @@ def _estimate(options: argparse.Namespace) -> str:
     return found.to_json() if options.json else str(found)
 
 
+def _budgets(given: Sequence[str] | None) -> dict[Device, int | str] | None:
+    if not given:
+        return None
+    pairs = [item.partition("=") for item in given]
+    if wrong := [item for item, (_, equals, _) in zip(given, pairs) if not equals]:
+        raise ValueError(f"--max_memory takes DEVICE=SIZE, such as 0=24GiB or cpu=64GiB, not {wrong[0]!r}")
+    return {read_device(int(name) if name.isdigit() else name): size for name, _, size in pairs}
+
+
+def _dry_run(options: argparse.Namespace) -> str:
+    from .dryrun import dry_run, machine_of
+    from .front import describe, plan
+    from .hardware import CONTEXT_BYTES, Hardware
+
+    machine = Hardware.detect() if options.hardware is None else machine_of(options.hardware)
+    if not machine.gpus:
+        raise ValueError(f'{machine.name} has no GPU to rehearse on: name one, as in --hardware "RTX 4090"')
+    spec = describe(options.model, options.library_name, trust_remote_code=options.trust_remote_code)
+    found = plan(
+        spec, _budgets(options.max_memory) or machine.max_memory(), options.strategy, dtype=options.dtype,
+        batch=options.batch, context=options.context + options.new, overhead=CONTEXT_BYTES,
+    )  # fmt: skip
+    run = dry_run(options.model, found, options.batch, options.context, options.new, machine, dtype=options.dtype)
+    if options.json:
+        return run.to_json()
+    if options.svg:
+        from .draw import svg
+        from .draw_dryrun import dryrun_figure, dryrun_label
+
+        return svg(dryrun_figure(run), dryrun_label(run))
+    return f"{found.explain()}\n\n{run}"
+
+
+def _calibrate(options: argparse.Namespace) -> str:
+    import json
+    from dataclasses import asdict
+
+    from .calibration import calibrate
+    from .ledger import ledger_path
+
+    found = calibrate(options.folder)
+    if options.json:
+        return json.dumps(asdict(found), indent=1)
+    return f"{found.explain()}\nkept in {ledger_path()}"
+
+
 def _plan(options: argparse.Namespace) -> str:
     from .front import describe, plan
 
-    budgets = None
-    if options.max_memory:
-        pairs = [item.partition("=") for item in options.max_memory]
-        if wrong := [item for item, (_, equals, _) in zip(options.max_memory, pairs) if not equals]:
-            raise ValueError(f"--max_memory takes DEVICE=SIZE, such as 0=24GiB or cpu=64GiB, not {wrong[0]!r}")
-        budgets = {read_device(int(name) if name.isdigit() else name): size for name, _, size in pairs}
+    budgets = _budgets(options.max_memory)
     spec = describe(options.model, options.library_name, trust_remote_code=options.trust_remote_code)
     found = plan(
         spec, budgets, options.strategy, dtype=options.dtype, quantization=options.quantization,

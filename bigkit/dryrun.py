@@ -35,7 +35,7 @@ from .plans import Device, Plan, device_label, prefixes
 from .roofline import ARRIVE, FILL, LEAVE, Operation, Rates, Span, StepTime, run_steps
 from .store import Unit
 from .stream import Slots
-from .units import format_bytes
+from .units import TB, GiB, KiB, MiB, format_bytes
 from .workload import Workload, fill, passes
 
 KINDS = ("weights", "slots", "KV cache", "activations", "workspace")
@@ -339,10 +339,8 @@ def target_of(gpu: Gpu, calibration: Calibration | None = None) -> Target:
     8519680
     """
     capability = calibration.capability if calibration and calibration.capability else gpu.capability
-    known = calibration.workspace if calibration else None
-    return Target(
-        capability, workspace=known or (32 * 2**20 if capability[0] == 9 else 4096 * 2 * 1024 + 16 * 8 * 1024)
-    )
+    usual = 32 * MiB if capability[0] == 9 else 8 * MiB + 128 * KiB
+    return Target(capability, workspace=(calibration.workspace if calibration else None) or usual)
 
 
 def rehearse(model: nn.Module, places: Mapping[str, Device], load: Workload, target: Target, slots: int = 2) -> Trace:
@@ -431,16 +429,29 @@ def label_cache(notes: Notebook, cache: Any) -> None:
             waiting += vars(thing).values()
 
 
+def machine_of(name: str) -> Hardware:
+    """A machine of `HARDWARE` by name, one GPU of `GPUS`, or several: "RTX 4090", "3 x L4".
+
+    Raises:
+        ValueError: there is no such machine.
+
+    >>> len(machine_of("3 x L4").gpus), machine_of("laptop, no GPU").gpus
+    (3, ())
+    """
+    if name in HARDWARE:
+        return HARDWARE[name]
+    count, times, gpu = name.rpartition(" x ")
+    if gpu not in GPUS or (times and not (count.isdigit() and 0 < int(count) <= 1024)):
+        raise ValueError(f"unknown hardware {name!r}: expected one of {', '.join((*HARDWARE, *GPUS))}, or '2 x T4'")
+    return Hardware(name if times else f"1 x {gpu}", (GPUS[gpu],) * int(count or 1), 64 * GiB, TB)
+
+
 def _machine(hardware: Hardware | str | None, gpus: int) -> Hardware:
     if isinstance(hardware, Hardware):
         machine = hardware
-    elif hardware is None or hardware in GPUS:
-        gpu = GPUS[hardware or "H100-80GB"]
-        machine = Hardware(f"{gpus} x {gpu.name}", (gpu,) * gpus, 0, 0)
-    elif hardware in HARDWARE:
-        machine = HARDWARE[hardware]
     else:
-        raise ValueError(f"unknown hardware {hardware!r}: expected one of {', '.join((*HARDWARE, *GPUS))}")
+        one = hardware is None or hardware in GPUS
+        machine = machine_of(f"{gpus} x {hardware or 'H100-80GB'}" if one else str(hardware))
     if len(machine.gpus) < gpus:
         raise ValueError(f"the plan uses GPU {gpus - 1}, and {machine.name} has {len(machine.gpus)} GPUs")
     return machine

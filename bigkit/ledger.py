@@ -57,6 +57,22 @@ class Calibration:
     capability: tuple[int, int] | None = None
     versions: Mapping[str, str] = field(default_factory=dict)
 
+    def explain(self) -> str:
+        """What was measured, as text."""
+        lines = [self.machine]
+        rates = {
+            "link, pinned": self.link_pinned, "link, pageable": self.link_pageable, "disk, cold": self.disk_cold,
+            "disk, in the page cache": self.disk_warm, "memory of the device": self.memory, "RAM": self.host_memory,
+        }  # fmt: skip
+        lines += [f"  {name:26} {rate / 1e9:10,.1f} GB/s" for name, rate in rates.items() if rate]
+        for dtype, rows in self.products.items():
+            lines.append(f"  {f'products, {dtype}':26} {max(rate for _, rate in rows) / 1e12:10,.2f} TFLOP/s")
+        times = {"issuing an operation": self.issue, "smallest kernel": self.kernel}
+        lines += [f"  {name:26} {1e6 * seconds:10,.1f} µs" for name, seconds in times.items() if seconds]
+        sizes = {"CUDA context": self.context, "workspace of cuBLAS": self.workspace}
+        lines += [f"  {name:26} {size / 2**20:10,.1f} MiB" for name, size in sizes.items() if size]
+        return "\n".join(lines)
+
     @staticmethod
     def from_json(data: Mapping[str, Any]) -> Calibration:
         """From what `dataclasses.asdict` and JSON make of one.

@@ -184,6 +184,8 @@ class Clock:
     def play(self, operation: Operation) -> None:
         """Do one operation."""
         issue = operation.issued * self.rates[operation.device].issue
+        if issue and self.spans is not None:
+            self.spans.append(Span("python", operation.name, self.now, self.now + issue))
         self.now += issue
         self.busy["python"] += issue
         slot = (operation.device, operation.slot)

@@ -39,9 +39,30 @@ def test_plan_text_json_and_code(capsys):
     assert "from bigkit import plan" in capsys.readouterr().out
 
 
+def test_dry_run_text_json_and_picture(capsys):
+    asked = ["dry-run", "gpt2", "--hardware", "2 x T4", "--dtype", "float16", "--context", "64", "--new", "1"]
+    assert main(asked) == 0
+    assert "Every device is within its budget." in (said := capsys.readouterr().out) and "tokens/s" in said
+    assert main([*asked, "--json"]) == 0
+    assert set(json.loads(capsys.readouterr().out)["devices"]) == {"0", "1"}
+    assert main([*asked, "--svg", "--max_memory", "0=8GiB"]) == 0
+    assert capsys.readouterr().out.startswith("<svg")
+
+
+def test_calibrate_keeps_what_it_measured(capsys, monkeypatch, tmp_path):
+    monkeypatch.setenv("BIGKIT_LEDGER", str(tmp_path / "ledger.json"))
+    monkeypatch.setattr("bigkit.calibration.BLOCK", 2**24)
+    assert main(["calibrate", "--folder", str(tmp_path)]) == 0
+    assert "RAM" in (said := capsys.readouterr().out) and "ledger.json" in said
+    assert main(["calibrate", "--folder", str(tmp_path), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["disk_warm"] > 0
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
+        (["dry-run", "gpt2", "--hardware", "no such GPU"], "unknown hardware 'no such GPU'"),
+        (["dry-run", "gpt2", "--hardware", "Binder"], "Binder has no GPU"),
         (["plan", "gpt2", "--max_memory", "24GiB"], "DEVICE=SIZE"),
         (["plan", "gpt2", "--max_memory", "gpu=1GB"], "unknown device 'gpu'"),
         (["plan", "llama-2-7b", "--max_memory", "0=1MB", "disk=0"], "does not fit"),

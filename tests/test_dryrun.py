@@ -107,7 +107,7 @@ def test_weights_that_travel_take_the_time_of_the_link():
     assert disk.times[2].seconds == pytest.approx(moved / disk.rates["cuda:0"].disk, rel=0.2)
     assert disk.times[2].bottleneck == "disk"
     lanes = {span.lane for span in run.spans}
-    assert lanes == {"cuda:0", "copy to cuda:0"}
+    assert lanes == {"python", "cuda:0", "copy to cuda:0"}
     for lane in lanes:
         spans = [span for span in run.spans if span.lane == lane]
         assert all(a.end <= b.start + 1e-12 for a, b in zip(spans, spans[1:])), "one thing at a time"

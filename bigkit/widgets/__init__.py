@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 _HOMES = {
+    "DryRunExplorer": "dryrun_explorer",
     "HookTheatre": "hook_theatre",
     "MemoryExplorer": "memory_explorer",
     "PlanExplorer": "plan_explorer",
@@ -17,9 +18,18 @@ _HOMES = {
     "SplitExplorer": "split_explorer",
 }
 
-__all__ = ["HookTheatre", "MemoryExplorer", "PlanExplorer", "QuantizationLab", "ShardExplorer", "SplitExplorer"]
+__all__ = [
+    "DryRunExplorer",
+    "HookTheatre",
+    "MemoryExplorer",
+    "PlanExplorer",
+    "QuantizationLab",
+    "ShardExplorer",
+    "SplitExplorer",
+]
 
 if TYPE_CHECKING:
+    from .dryrun_explorer import DryRunExplorer
     from .hook_theatre import HookTheatre
     from .memory_explorer import MemoryExplorer
     from .plan_explorer import PlanExplorer
