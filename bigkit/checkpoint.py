@@ -460,7 +460,7 @@ def _load(
         name = slot.source
         if name is None or slot.name in bad:
             continue
-        in_fp32 = any(f".{part}." in f".{slot.name}." for part in fp32)
+        in_fp32 = fp32 and any(f".{part}." in f".{slot.name}." for part in fp32)
         kept = torch.float32 if in_fp32 else wanted or slot.tensor.dtype
         target = kept if slot.tensor.is_floating_point() else None
         place: Device | torch.device | None = device_of(slot.name)
