@@ -153,7 +153,7 @@ class Streamer:
         for unit in self.units:
             for weight in unit.weights:
                 self._units_of[id(weight)] = [where[id(same)] for same in (weight, *weight.twins)]
-        self._children = [[module._modules for module in unit.module.modules()] for unit in self.units]
+        self._children = [[module._modules for module in unit.modules()] for unit in self.units]
         self._shapes = [*map(_shape, self._children)]
 
     def _ready(self) -> None:
@@ -322,7 +322,7 @@ class Streamer:
             if entry.tensors.get(entry.own) is not entry.away:
                 self._adopt(entry)
         if _shape(self._children[unit.index]) != self._shapes[unit.index]:
-            for module in unit.module.modules():
+            for module in unit.modules():
                 _move_own(module, self.device)
             self._look()
 
