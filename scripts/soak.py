@@ -225,9 +225,10 @@ def main() -> int:
             if first is not None and (time.monotonic() - said > 60 or time.monotonic() - start >= 60 * asked.minutes):
                 said = time.monotonic()
                 memory, threads, files = usage()
+                minutes, models = (said - start) / 60, seed - asked.seed
                 print(
-                    f"{(said - start) / 60:5.1f} min: {seed - asked.seed} models, {forwards} forwards, "
-                    f"RSS {memory:.0f} MB (at first {first[0]:.0f}), {threads} threads ({first[1]}), {files} open files ({first[2]})",
+                    f"{minutes:5.1f} min: {models} models, {forwards} forwards, RSS {memory:.0f} MB (at first "
+                    f"{first[0]:.0f}), {threads} threads ({first[1]}), {files} open files ({first[2]})",
                     flush=True,
                 )
                 assert memory < first[0] + 60, "memory grows"
