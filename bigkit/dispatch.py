@@ -128,6 +128,8 @@ def dispatch_model(
     _forget_files(model)
     drop_placed(model)
     streamer = None
+    for group, unit in units:
+        unit.loose = group.loose
     if units:
         options: dict[str, Any] = {
             "prefetch": prefetch,

@@ -361,7 +361,7 @@ def _build(
             continue
         _rest_on_disk(on_disk, rest)
         laid.sort(key=lambda item: item[0].order())  # as they lie in their files: fewer and longer reads
-        unit = Unit(group.name, group.module, [weight for weight, _ in laid], group.loose)
+        unit = Unit(group.name, group.module, [weight for weight, _ in laid])
         rest_in_ram(unit, [values for _, values in laid], pin)
         for record, places in travelling[id(group)]:  # what the model held can go now
             for place in places:
