@@ -128,6 +128,8 @@ def dispatch_model(
     _forget_files(model)
     drop_placed(model)
     streamer = None
+    for group, unit in units:
+        unit.loose = group.loose
     if units:
         options: dict[str, Any] = {
             "prefetch": prefetch,
@@ -285,7 +287,7 @@ def _attach(
             hooks.setdefault(module, AlignDevicesHook.placed(runs_on(device), skip_keys))
     first = streamer.device if streamer else runs_on(next(iter(places.values())))
     root = hooks.pop(model, None) or AlignDevicesHook.placed(first, skip_keys)
-    root.io_same_device = True
+    root.io_same_device, root.streamer = True, streamer
     for module, hook in (*hooks.items(), (model, root)):
         add_hook_to_module(module, hook, append=True)
 

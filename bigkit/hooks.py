@@ -310,6 +310,7 @@ def find_device(value: Any) -> torch.device | None:
 class _Call:
     """What one forward has to undo."""
 
+    outermost: bool = True  # of those in which this thread is lent something
     input_device: torch.device | None = None
     lent: bool = False
 
@@ -383,7 +384,7 @@ class AlignDevicesHook(ModelHook):
 
     def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
         if self.unit is not None or self.io_same_device:
-            call = _Call()
+            call = _Call(self.streamer is None or not self.streamer.held())
             self._calls.setdefault(threading.get_ident(), []).append(call)
             if self.io_same_device:
                 call.input_device = find_device((args, kwargs))
@@ -403,6 +404,8 @@ class AlignDevicesHook(ModelHook):
         if self.unit is not None or self.io_same_device:
             call = self._calls[threading.get_ident()][-1]
             self._return(call)
+            if call.outermost and self.streamer is not None:
+                self.streamer.recover()  # there is something to do only if an interrupt was caught within
             if call.input_device is not None:
                 output = send_to_device(output, call.input_device, self.skip_keys)
             self._forget()
@@ -410,14 +413,20 @@ class AlignDevicesHook(ModelHook):
 
     def on_error(self, module: nn.Module) -> None:
         if calls := self._calls.get(threading.get_ident()):
-            self._return(calls[-1])
-            self._forget()
+            call = calls[-1]
+            try:
+                self._return(call)
+            finally:
+                if call.outermost and self.streamer is not None:
+                    self.streamer.recover()
+                self._forget()
 
     def _return(self, call: _Call) -> None:
         if call.lent:
             assert self.streamer is not None and self.unit is not None
             call.lent = False
-            self.streamer.take_back(self.unit)
+            if self.streamer._loans and self.streamer._loans[-1].unit is self.unit:  # else it was interrupted
+                self.streamer.take_back(self.unit)
 
     def _forget(self) -> None:
         calls = self._calls[threading.get_ident()]

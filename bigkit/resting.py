@@ -115,11 +115,18 @@ def groups(model: nn.Module, is_away: Callable[[str], bool], uniform: Callable[[
     blocks |= set() if blocks else repeated_blocks(model)
     sizes: dict[int, int] = {}
     holds_block: dict[int, bool] = {}
-    for module in reversed([*model.modules()]):  # children before parents
-        own = sum(t.nbytes for ts in (module._parameters, module._buffers) for t in ts.values() if t is not None)
+
+    def measure(module: nn.Module) -> None:
+        if id(module) in sizes:
+            return
         children = list(module.children())
+        for child in children:
+            measure(child)
+        own = sum(t.nbytes for ts in (module._parameters, module._buffers) for t in ts.values() if t is not None)
         sizes[id(module)] = own + sum(sizes[id(child)] for child in children)
         holds_block[id(module)] = any(type(c).__name__ in blocks or holds_block[id(c)] for c in children)
+
+    measure(model)
     block_sizes = [sizes[id(m)] for m in model.modules() if type(m).__name__ in blocks]
     limit = max(block_sizes, default=0) or max(_own_bytes(module) for module in model.modules())
     found: list[Group] = []

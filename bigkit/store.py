@@ -427,12 +427,14 @@ class Unit:
         name: of the module around them.
         module: that module.
         weights: laid out one after another.
+        loose: whether they are not all in the module, but what it holds itself.
         nbytes: of a slot that holds them.
     """
 
     name: str
     module: nn.Module
     weights: list[Weight]
+    loose: bool = False
     nbytes: int = 0
     index: int = 0
     _moves: list[Move] | None = field(default=None, repr=False)
@@ -441,6 +443,12 @@ class Unit:
         for part in self.parts():
             part.offset = self.nbytes
             self.nbytes += -(-part.nbytes // ALIGN) * ALIGN
+
+    def modules(self) -> list[nn.Module]:
+        """The modules whose weights these are."""
+        if not self.loose:
+            return [*self.module.modules()]
+        return [*dict.fromkeys(module for weight in self.weights for module, _, _ in weight.places)]
 
     def parts(self) -> list[Part]:
         return [part for weight in self.weights for part in weight.parts.values()]

@@ -153,7 +153,7 @@ class Streamer:
         for unit in self.units:
             for weight in unit.weights:
                 self._units_of[id(weight)] = [where[id(same)] for same in (weight, *weight.twins)]
-        self._children = [[module._modules for module in unit.module.modules()] for unit in self.units]
+        self._children = [[module._modules for module in unit.modules()] for unit in self.units]
         self._shapes = [*map(_shape, self._children)]
 
     def _ready(self) -> None:
@@ -193,15 +193,15 @@ class Streamer:
                 visit = self._bring(unit)
             self.lent[unit.index] += 1
             self._loans.append(_Loan(unit, visit, self._guard(unit, visit) if torch.is_grad_enabled() else None))
-        except BaseException:
+        except Exception:
             self.lock.release()
-            raise
+            raise  # anything else is an interrupt, which may come at any point: see `recover`
         try:
             for entry, value in zip(self._entries[unit.index], visit.values):
                 entry.tensors[entry.own] = value
             if self.listeners:
                 self._tell("work", unit)
-        except BaseException:
+        except Exception:
             self.take_back(unit)
             raise
 
@@ -219,7 +219,36 @@ class Streamer:
                 self._leave(unit, loan.visit)
             if self.listeners:
                 self._tell("return", unit)
-        finally:
+        except Exception:
+            self.lock.release()
+            raise
+        self.lock.release()
+
+    def held(self) -> bool:
+        """Whether this thread has something of ours."""
+        held: bool = self.lock._is_owned()  # type: ignore[attr-defined]
+        return held
+
+    def recover(self) -> None:
+        """Take back all that this thread was lent: an interrupt came, perhaps in the middle of a lending."""
+        if not self.held():
+            return
+        top = torch._C._autograd._top_saved_tensors_default_hooks
+        while (hooks := top(False)) is not None and getattr(hooks[0], "streamer", None) is self:
+            torch._C._autograd._pop_saved_tensors_default_hooks()
+        self._ready()
+        for unit in self.units:
+            lent = {id(value): visit for visit in self._visits(unit) for value in visit.values}
+            for entry in self._entries[unit.index]:
+                if id(entry.tensors.get(entry.own)) in lent:
+                    entry.tensors[entry.own] = entry.away
+        for unit, visit in {loan.unit.index: (loan.unit, loan.visit) for loan in self._loans}.values():
+            if self._written(unit, visit):
+                self._absorb(unit, visit)
+        self._loans = []
+        self.lent = [0] * len(self.units)
+        self._reset()
+        while self.held():
             self.lock.release()
 
     def load(self, weight: Weight, device: torch.device | None = None) -> Tensor:
@@ -289,6 +318,18 @@ class Streamer:
         """A unit's forward has ended."""
         raise NotImplementedError
 
+    def _visits(self, unit: Unit) -> list[_Visit]:
+        """The forms in which a unit may stand in the model."""
+        raise NotImplementedError
+
+    def _written(self, unit: Unit, visit: _Visit) -> bool:
+        """Whether somebody wrote to the weights of a unit that is lent."""
+        raise NotImplementedError
+
+    def _reset(self) -> None:
+        """Nothing is lent, and nothing that was fetched counts any more."""
+        raise NotImplementedError
+
     def _forget(self, units: Iterable[Unit]) -> None:
         """What these units are made of has changed: what was fetched of them before does not count any more."""
         raise NotImplementedError
@@ -322,7 +363,7 @@ class Streamer:
             if entry.tensors.get(entry.own) is not entry.away:
                 self._adopt(entry)
         if _shape(self._children[unit.index]) != self._shapes[unit.index]:
-            for module in unit.module.modules():
+            for module in unit.modules():
                 _move_own(module, self.device)
             self._look()
 
@@ -359,6 +400,7 @@ class Streamer:
             # Detached: a node that kept its own output as it is would never be freed.
             return _Gone(unit.name) if _storage(tensor) in visit.storages else tensor.detach()
 
+        pack.streamer = self  # type: ignore[attr-defined]
         guard = torch.autograd.graph.saved_tensors_hooks(pack, _unpack)
         guard.__enter__()
         return guard
@@ -474,9 +516,10 @@ class Slots(Streamer):
 
     def _leave(self, unit: Unit, visit: _Visit) -> None:
         slot = self.holder[unit.index]
+        written = self._written(unit, visit)
         slot.lent = False
         self.lane.leave(slot)
-        if slot.base._version != slot.version:
+        if written:
             self._absorb(unit, visit)
         elif unit.index in self.cached:
             self._cache(unit, slot)
@@ -490,6 +533,19 @@ class Slots(Streamer):
             part.slab, part.at, part.source = slab, part.offset, None
         unit.forget_moves()
         self.cached.discard(unit.index)
+
+    def _visits(self, unit: Unit) -> list[_Visit]:
+        return [slot.visits[unit.index] for slot in self.slots if unit.index in slot.visits]
+
+    def _written(self, unit: Unit, visit: _Visit) -> bool:
+        slot = self.holder.get(unit.index)
+        return slot is not None and slot.lent and slot.base._version != slot.version
+
+    def _reset(self) -> None:
+        for slot in self.slots:
+            self.lane.settle(slot)
+            slot.unit, slot.lent = None, False
+        self.holder = {}
 
     def _forget(self, units: Iterable[Unit]) -> None:
         for unit in units:
@@ -536,10 +592,19 @@ class Mapped(Streamer):
                 return
 
     def _leave(self, unit: Unit, visit: _Visit) -> None:
-        if _version(visit) != self.versions[unit.index]:
+        if self._written(unit, visit):
             self._absorb(unit, visit)
         unit.advise(mmap.MADV_DONTNEED)
         self.asked.discard(unit.index)
+
+    def _visits(self, unit: Unit) -> list[_Visit]:
+        return [self.visits[unit.index]] if unit.index in self.visits else []
+
+    def _written(self, unit: Unit, visit: _Visit) -> bool:
+        return _version(visit) != self.versions[unit.index]
+
+    def _reset(self) -> None:
+        self.visits, self.asked = {}, set()
 
     def _forget(self, units: Iterable[Unit]) -> None:
         for unit in units:

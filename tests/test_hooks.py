@@ -1,8 +1,11 @@
 """Hooks: the verbs, what they do to a module's inputs, and that whatever is raised gives everything back."""
 
 import copy
+import gc
 import inspect
 import pickle
+import random
+import signal
 import threading
 from collections import OrderedDict, UserDict, defaultdict, namedtuple
 
@@ -188,6 +191,68 @@ def test_what_is_raised_gives_every_weight_back_and_the_lock(kind, where, tmp_pa
         thread.start()
         thread.join(20)
         assert results and same(results[0], model(X)), way
+
+
+def test_an_interrupt_may_come_at_any_point(tmp_path):
+    """A timer interrupts forwards of tiny blocks, so that most interrupts come in the midst of lending."""
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    model, interrupted, rng = Net(6), 0, random.Random(0)
+    expected, ways = model(X), [*spread_ways(model, tmp_path)]
+    before = signal.signal(signal.SIGALRM, interrupt)
+    gc.disable()  # an interrupt in a finalizer is swallowed, with a warning
+    try:
+        for i in range(400):
+            way, parts = ways[i % len(ways)]
+            try:
+                signal.setitimer(signal.ITIMER_REAL, rng.uniform(2e-5, 2e-3))
+                for _ in range(3):
+                    parts(X)
+                signal.setitimer(signal.ITIMER_REAL, 0)
+            except KeyboardInterrupt:
+                interrupted += 1
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            check_at_rest(parts)
+            assert torch._C._autograd._top_saved_tensors_default_hooks(False) is None
+            assert same(parts(X), expected), way
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        gc.enable()
+        signal.signal(signal.SIGALRM, before)
+    assert interrupted > 20
+
+
+def test_an_interrupt_that_is_caught_within_a_forward():
+    class Catches(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale = nn.Parameter(torch.randn(8))
+            self.h = nn.ModuleList(nn.Linear(8, 8) for _ in range(3))
+
+        def forward(self, x):
+            for layer in self.h:
+                try:
+                    x = layer(x)
+                except KeyboardInterrupt:
+                    x = x + 1
+            return x * self.scale
+
+    model = Catches()
+    parts = cpu_offload(copy.deepcopy(model), 0, stand_in=STAND_IN)
+    expected = model(X)
+    streamer = parts.scale.streamer
+
+    def boom(event):
+        if event.kind == "work" and event.unit == "h.1":
+            raise KeyboardInterrupt
+
+    streamer.listeners.append(boom)
+    assert same(parts(X), (model.h[2](model.h[0](X) + 1)) * model.scale)
+    streamer.listeners.clear()
+    check_at_rest(parts)
+    assert same(parts(X), expected)
 
 
 def test_a_hook_that_never_began_is_not_told_of_an_error():

@@ -211,6 +211,19 @@ def test_spread_never_exceeds_its_budget(sizes, budget):
     assert sum(sizes[i] for i in chosen) <= budget and all(sizes[i] for i in chosen)
 
 
+def test_modules_that_were_added_go_where_their_block_works_and_no_others(monkeypatch):
+    moved = []
+    monkeypatch.setattr("bigkit.stream._move_own", lambda module, device: moved.append(module))
+    parts = spread_by(Net(), {"scale": "cpu", "h.0": 1, "h.1": "cpu", "h.2": 0, "h.3": "cpu", "out": 0})
+    for block in parts.h[:2]:
+        block.a = nn.Sequential(block.a, nn.Linear(8, 8))
+    parts(X)
+    assert parts.h[1].a[1] in moved and not {*moved} & {*parts.h[0].modules(), *parts.out.modules()}
+    moved.clear()
+    parts(X)
+    assert not moved
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Modes, training, threads
 
@@ -324,8 +337,9 @@ def test_memory_is_bounded_by_the_blocks_in_flight(tmp_path):
                 model(torch.ones(1, 1024))
         print(peak() - start)
     """)
-    with torch.no_grad():
-        save_model(nn.Sequential(*[nn.Linear(1024, 1024) for _ in range(48)]), tmp_path, "128MB")
+    with init_empty_weights():
+        large = nn.Sequential(*[nn.Linear(1024, 1024) for _ in range(48)])
+    save_model(large.to_empty(device="cpu"), tmp_path, "50MB")
     for kind in ("mapped", "slots"):
         run = subprocess.run(
             [sys.executable, "-c", script, str(tmp_path), kind], capture_output=True, text=True, timeout=120
