@@ -351,6 +351,7 @@ class _Run(_Canvas):
         self.y += 18
         begin, main = self.y, next((turn.works for turn in found.turns if turn.travels), None)
         line = found.filled()
+        shown = [*(point for point in line if point[0] < found.seconds), (found.seconds, _at(line, found.seconds))]
         right = self._x(found.seconds, longest)
         for device in _devices(found):
             here = _bytes(found, device)
@@ -359,7 +360,7 @@ class _Run(_Canvas):
             self.box("room", self.left, self.y, right - self.left, STRIP - 3, TRACK)
             self.box("rests", self.left, bottom - here * scale, right - self.left, here * scale, device_colour(device))
             if device == main:
-                points = [(self._x(time, longest), bottom - (here + value) * scale) for time, value in line]
+                points = [(self._x(time, longest), bottom - (here + value) * scale) for time, value in shown]
                 floor = bottom - here * scale
                 self.shape("slots", [(self.left, floor), *points, (right, floor)], GREEN, depth=3)
                 here += round(_at(line, moment.time)) if moment else 0

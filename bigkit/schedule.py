@@ -37,7 +37,7 @@ from .plans import Device
 from .units import MiB
 
 LANES = ("compute", "link", "disk")
-CHUNK, RING = 8 * MiB, 16  # of `lanes.py`: bytes of a chunk, chunks of the ring
+CHUNK, RING = 16 * MiB, 20  # of `lanes.py`, with all readers: bytes of a chunk, chunks of the ring
 
 
 class Turn(NamedTuple):
