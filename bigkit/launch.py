@@ -46,7 +46,7 @@ class Settings:
         num_machines: hosts.
         machine_rank: which of them this is, from 0.
         main_process_ip, main_process_port: where process 0 is, as all hosts see it; needed with several.
-        rdzv_backend: "static", or "c10d", with which hosts may come in any order and get their numbers by themselves.
+        rdzv_backend: "static", or torchrun's "c10d", with which hosts other than the first are numbered as they come.
         use_cpu: leave GPUs alone.
         gpu_ids: which GPUs of this host to use, "all" or as in "0,2".
 
@@ -104,6 +104,10 @@ class Settings:
         place = f"{self.main_process_ip}:{self.main_process_port}"
         if self.rdzv_backend == "c10d":
             where += ["--rdzv-backend", "c10d", "--rdzv-endpoint", place, "--rdzv-id", "bigkit"]
+            # torchrun would compare the address with what this host's name resolves to, which often is 127.0.1.1
+            first = self.machine_rank == 0
+            where += ["--rdzv-conf", f"is_host={int(first)}"]
+            where += ["--local-addr", str(self.main_process_ip)] if first else []
         else:
             where += ["--node-rank", str(self.machine_rank), "--master-addr", str(self.main_process_ip),
                       "--master-port", str(self.main_process_port)]  # fmt: skip
