@@ -91,8 +91,8 @@ class CachingAllocator:
 
     Args:
         capacity: the most bytes that segments may take together; None for no limit.
-        place: gives the address of a new segment from its size. It decides only between equal free blocks. None puts
-            each segment at the lowest free address.
+        place: gives the address of a new segment from its size. It decides only between equal free blocks. None places
+            them as the CUDA driver does.
         watch: is told (+bytes or -bytes, address) of each segment that is taken or given back.
 
     >>> gpu = CachingAllocator()
@@ -115,6 +115,7 @@ class CachingAllocator:
         self.peak_allocated = self.peak_reserved = 0
         self._free: dict[tuple[int, bool], list[tuple[int, int]]] = {}  # pool -> sorted keys of its free blocks
         self._at: dict[int, Block] = {}  # address -> free block
+        self._firsts: dict[int, Block] = {}  # address of a segment -> its first block
         self._space = _Space()
         self._place = place or self._space.take
         self._watch = watch or (lambda size, address: None)
@@ -155,6 +156,8 @@ class CachingAllocator:
             block.address, block.size, block.before = before.address, before.size + block.size, before.before
             if block.before:
                 block.before.after = block
+            else:
+                self._firsts[block.address] = block
         if block.after and not block.after.used:
             after = self._unshelve(block.after)
             block.size, block.after = block.size + after.size, after.after
@@ -168,8 +171,13 @@ class CachingAllocator:
             if block.is_segment:
                 self._unshelve(block)
                 self.reserved -= block.size
+                del self._firsts[block.address]
                 self._space.give(block.address, block.size)
                 self._watch(-block.size, block.address)
+
+    def segments(self) -> list[Block]:
+        """The first block of each segment, by address; the others follow in `after`."""
+        return [self._firsts[address] for address in sorted(self._firsts)]
 
     def reset_peaks(self) -> None:
         """Let the peaks start from what is held now (`torch.cuda.reset_peak_memory_stats()`)."""
@@ -196,6 +204,7 @@ class CachingAllocator:
         self.reserved += size
         self.peak_reserved = max(self.peak_reserved, self.reserved)
         block = Block(self._place(size), size, pool)
+        self._firsts[block.address] = block
         self._watch(size, block.address)
         return block
 
@@ -210,23 +219,31 @@ class CachingAllocator:
 
 
 class _Space:
-    """Addresses for segments: the lowest gap that is wide enough."""
+    """Addresses for segments, as the CUDA driver gives them: it takes ranges of 32 MiB and more, each below the last,
+    and puts what fits into the lowest gap of those it has.
+
+    Found by looking at where segments of recorded runs lie.
+    """
+
+    RANGE = 32 * MiB
 
     def __init__(self) -> None:
         self.gaps: list[tuple[int, int]] = []  # (start, end), in order, apart
-        self.end = ROUND_LARGE  # nothing was ever taken from here on
+        self.lowest = 2**47
 
     def take(self, size: int) -> int:
-        size = round_up(size, ROUND_LARGE)
         for i, (start, end) in enumerate(self.gaps):
             if end - start >= size:
                 self.gaps[i : i + 1] = [(start + size, end)] if end - start > size else []
                 return start
-        self.end += size
-        return self.end - size
+        end = self.lowest
+        self.lowest -= round_up(size, self.RANGE)
+        self.give(self.lowest + size, end - self.lowest - size)
+        return self.lowest
 
     def give(self, start: int, size: int) -> None:
-        insort(self.gaps, (start, start + round_up(size, ROUND_LARGE)))
+        if size:
+            insort(self.gaps, (start, start + size))
         joined: list[tuple[int, int]] = []
         for start, end in self.gaps:
             if joined and joined[-1][1] == start:

@@ -16,9 +16,12 @@ Leaves out: quantized weights, and blocks that are kept in RAM after they were r
 from __future__ import annotations
 
 import json
+import os
+import pickle
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,6 +29,7 @@ from torch import Tensor, nn
 
 from .allocator import CachingAllocator, OutOfMemory, Recording, replay
 from .dispatch import dispatch_model
+from .export import chrome_trace, memory_snapshot
 from .fake import Notebook, Target, Trace, fake_gpus
 from .hardware import CONTEXT_BYTES, GPUS, HARDWARE, Gpu, Hardware
 from .hooks import AlignDevicesHook, SequentialHook
@@ -249,6 +253,23 @@ class DryRun:
             indent=1,
         )  # fmt: skip
 
+    def save_chrome_trace(self, path: str | os.PathLike[str]) -> Path:
+        """Write what each lane does as JSON for chrome://tracing or ui.perfetto.dev."""
+        path = Path(path)
+        path.write_text(chrome_trace(self.spans, f"{self.model} on {self.hardware}"), encoding="utf-8")
+        return path
+
+    def save_snapshot(self, path: str | os.PathLike[str]) -> Path:
+        """Write a memory snapshot, a pickle, for PyTorch's viewer at docs.pytorch.org/memory_viz."""
+        path = Path(path)
+        numbers = {int(device): device for device in self.recordings}
+        snapshot = memory_snapshot(
+            {i: self.recordings[device] for i, device in numbers.items()},
+            {i: self.kinds[device] for i, device in numbers.items()},
+        )
+        path.write_bytes(pickle.dumps(snapshot))
+        return path
+
     def _timeline(self, device: Device) -> Timeline:
         recording = self.recordings[device]
         told = replay(recording.events)
@@ -333,14 +354,18 @@ def dry_run(
 
 
 def target_of(gpu: Gpu, calibration: Calibration | None = None) -> Target:
-    """What the code can ask of a GPU: Hopper's cuBLAS takes 32 MiB of workspace, others 8.125 MiB.
+    """What the code can ask of a GPU.
+
+    Hopper's cuBLAS takes 32 MiB of workspace, others 8.125 MiB. On Hopper and Blackwell PyTorch tries cuDNN's attention
+    first: seen on an H200 with PyTorch 2.11 and cuDNN 9.19.
 
     >>> target_of(GPUS["T4"]).workspace
     8519680
     """
     capability = calibration.capability if calibration and calibration.capability else gpu.capability
     usual = 32 * MiB if capability[0] == 9 else 8 * MiB + 128 * KiB
-    return Target(capability, workspace=(calibration.workspace if calibration else None) or usual)
+    attention = ("cudnn", "flash", "efficient") if capability in ((9, 0), (10, 0)) else ("flash", "efficient")
+    return Target(capability, attention, (calibration.workspace if calibration else None) or usual)
 
 
 def rehearse(model: nn.Module, places: Mapping[str, Device], load: Workload, target: Target, slots: int = 2) -> Trace:

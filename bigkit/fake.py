@@ -12,7 +12,7 @@ Works with CUDA builds of PyTorch on machines without a GPU, and on Linux with a
 that does nothing for the time of the run, in which no other thread should switch between real GPUs. Inference only.
 
 Leaves out: what a run costs (`dryrun.py`), values (what depends on them raises PyTorch's
-DataDependentOutputException), and memory that kernels take for themselves unless `TEMPORARY` knows it.
+DataDependentOutputException), and memory that kernels take for themselves unless `_TEMPORARY` knows it.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ from torch.utils.flop_counter import flop_registry
 
 from .allocator import Recording
 from .roofline import Operation
+from .units import MiB
 
 aten = torch.ops.aten
 
@@ -51,7 +52,7 @@ class Target:
     """
 
     capability: tuple[int, int] = (9, 0)
-    attention: tuple[str, ...] = ("flash", "efficient")
+    attention: tuple[str, ...] = ("cudnn", "flash", "efficient")
     workspace: int = 32 * 2**20
 
 
@@ -103,26 +104,35 @@ class Notebook(TorchDispatchMode):
         self.trace, self.target = trace, target
         self.kind = "activations"
         self.live: dict[int, tuple[str, int, weakref.ref[Any]]] = {}  # storage -> device, request, the storage itself
-        self.warm: set[str] = set()  # devices whose first matrix product has been
+        self.warm: set[Any] = set()  # devices whose first matrix product has been
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         inputs = [*_tensors(args), *_tensors((kwargs or {}).values())]
-        device = next((str(t.device) for t in inputs if t.is_cuda), None)
-        temporary = TEMPORARY.get(func)
-        passing = temporary(args, kwargs or {}) if temporary and device else ()
-        numbers = [self.trace.request(str(device), size, "workspace") for size in passing]
         result = func(*args, **(kwargs or {}))
         outputs = list(_tensors((result,)))
+        if func is _CUDNN and not args[4]:
+            outputs = outputs[:1]  # the log-sum-exp that the fake kernel gives is not computed without gradients
         for tensor in outputs:
             self.see(tensor)
-        if device is not None and device not in self.warm and func in _PRODUCTS:
+        device = next((str(t.device) for t in (*outputs, *inputs) if t.is_cuda), None)
+        if device is not None:
+            self.take_workspace(device, func, args, outputs)
+        self.count(func, inputs, outputs, args, kwargs or {}, result)
+        return result
+
+    def take_workspace(self, device: str, func: Any, args: Any, outputs: list[Tensor]) -> None:
+        """Note what libraries take: for good at the first product, or for the time of one operation."""
+        if func in _PRODUCTS and device not in self.warm:
             self.warm.add(device)
             if self.target.workspace:
                 self.trace.request(device, self.target.workspace, "workspace")
-        for number in numbers:
-            self.trace.free(str(device), number)
-        self.count(func, inputs, outputs, args, kwargs or {}, result)
-        return result
+        if func is _ADDMM and args[0].dim() == 1 and (device, func) not in self.warm and self.target.workspace:
+            self.warm.add((device, func))
+            self.trace.request(device, MiB, "workspace")  # of cuBLASLt, which adds the bias on the way
+        if sizes := _TEMPORARY[func](args, outputs) if func in _TEMPORARY else ():
+            numbers = [self.trace.request(device, size, "workspace") for size in sizes]
+            for number in numbers:
+                self.trace.free(device, number)
 
     def see(self, tensor: Tensor) -> None:
         """Note a storage that was not seen before."""
@@ -160,7 +170,10 @@ class Notebook(TorchDispatchMode):
             return
         packet = func._overloadpacket
         formula = flop_registry.get(packet)
-        flops = int(formula(*args, **kwargs, out_val=result)) if formula else 0
+        if packet in _ATTENTION:
+            flops = attention_flops(*args[:3])
+        else:
+            flops = int(formula(*args, **kwargs, out_val=result)) if formula else 0
         written = sum(map(_bytes, outputs))
         if packet in _GATHERS:
             read = written
@@ -216,9 +229,42 @@ def attend(
         bias = None if attn_mask is None else _bias(query, key, attn_mask, kernel)
         run = getattr(aten, f"_scaled_dot_product_{kernel}_attention")
         return run(query, key, value, bias, False, dropout_p, is_causal, scale=scale)[0]
-    return aten._scaled_dot_product_attention_math(
-        query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
-    )[0]
+    return _math(query, key, value, attn_mask, is_causal, scale, enable_gqa)
+
+
+def _math(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_causal: bool, scale: float | None, gqa: bool
+) -> Tensor:
+    """Attention from plain operations, in float32, as `_scaled_dot_product_attention_math` does it on real tensors.
+
+    For fake ones PyTorch takes another way there, which holds other tensors at its peak.
+    """
+    dtype = query.dtype
+    query, key, value = (tensor.float() if tensor.element_size() == 2 else tensor for tensor in (query, key, value))
+    root = math.sqrt(abs(scale) if scale is not None else 1 / math.sqrt(query.shape[-1]))
+    scaled = query * root
+    if is_causal:
+        mask = torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool, device=query.device).tril()
+    if mask is not None and mask.dtype == torch.bool:
+        mask = torch.where(mask, 0.0, torch.scalar_tensor(-math.inf, dtype=query.dtype, device=query.device))
+    if gqa:
+        groups = query.shape[-3] // key.shape[-3]
+        key, value = (tensor.repeat_interleave(groups, -3) for tensor in (key, value))
+    scores = torch.matmul(scaled, key.transpose(-2, -1) * root)
+    if mask is not None:
+        scores.add_(mask)
+    weights = _safe_softmax(scores)
+    del scores
+    low = weights.to(dtype)  # PyTorch returns it too
+    out = torch.matmul(weights, value).to(dtype)
+    del low
+    return out
+
+
+def _safe_softmax(scores: Tensor) -> Tensor:
+    out = torch.softmax(scores, -1)
+    rows = scores.eq(-math.inf).all(-1, keepdim=True)
+    return out.masked_fill_(rows, 0.0)
 
 
 def choose_kernel(
@@ -232,7 +278,8 @@ def choose_kernel(
     half = query.dtype in (torch.float16, torch.bfloat16) and target.capability >= (8, 0)
     grouped = query.shape[1] != key.shape[1]
     broadcast = query.shape[0] != key.shape[0] or (grouped and not enable_gqa)
-    last_is_dense = all(tensor.stride(-1) == 1 or tensor.shape[-1] == 1 for tensor in (query, key, value))
+    operands = (query, key, value) if mask is None else (query, key, value, mask)
+    last_is_dense = all(tensor.stride(-1) == 1 or tensor.shape[-1] == 1 for tensor in operands)
     empty = 0 in (*query.shape, *key.shape)
     for kernel in target.attention:
         if query.dim() != 4 or broadcast or empty or not last_is_dense:
@@ -245,8 +292,8 @@ def choose_kernel(
             step = 4 if query.dtype == torch.float32 else 8
             if query.dtype in kinds and all(width % step == 0 for width in widths):
                 return kernel
-        if kernel == "cudnn" and half and max(widths) <= 128 and all(width % 8 == 0 for width in widths):
-            if key.shape[2] > 1 and square:
+        if kernel == "cudnn" and half and all(width % 8 == 0 for width in widths):
+            if max(widths) <= (256 if target.capability[0] == 9 else 128) and key.shape[2] > 1 and square:
                 return kernel
     return "math"
 
@@ -261,6 +308,15 @@ def _bias(query: Tensor, key: Tensor, mask: Tensor, kernel: str) -> Tensor:
     if kernel == "efficient" and (rest := -mask.shape[-1] % 16):
         mask = F.pad(mask, (0, rest))[..., : mask.shape[-1]]
     return mask.expand(query.shape[0], query.shape[1], query.shape[2], key.shape[2])
+
+
+def attention_flops(query: Tensor, key: Tensor, value: Tensor) -> int:
+    """Operations of one fused attention, masked places counted: scores, and the sum of values. Heads may be grouped.
+
+    PyTorch's own formula refuses grouped heads before 2.13.
+    """
+    batch, heads, tokens, width = query.shape
+    return 2 * batch * heads * tokens * key.shape[2] * (width + value.shape[-1])
 
 
 @contextmanager
@@ -302,7 +358,37 @@ _CREATES = {
     aten.fill_, aten.zero_, aten.normal_, aten.scalar_tensor,
 }  # fmt: skip
 
-TEMPORARY: dict[Any, Callable[[Any, Any], Sequence[int]]] = {}  # operation -> sizes that its kernel takes meanwhile
+_ATTENTION = {getattr(aten, f"_scaled_dot_product_{kernel}_attention") for kernel in ("flash", "efficient", "cudnn")}
+
+_CUDNN = aten._scaled_dot_product_cudnn_attention.default
+_ADDMM = aten.addmm.default
+
+
+def _convolution_workspace(args: Any, outputs: list[Tensor]) -> Sequence[int]:
+    """What cuDNN takes to lay images out with the channels last, as its 16-bit kernels want them.
+
+    Input, result and filter, channels in eights; nothing if they lie so, or if the filter is a point and each row of
+    pixels can be taken as it is. Source: seen with cuDNN 9.19 on an H200, met to the byte for ResNet-50.
+    """
+    image, weight, stride, groups = args[0], args[1], args[3], args[8]
+    result = outputs[0]
+    if image.element_size() != 2 or image.dim() != 4 or groups > 1:
+        return ()
+    if image.is_contiguous(memory_format=torch.channels_last) and not image.is_contiguous():
+        return ()
+    point = tuple(weight.shape[2:]) == (1, 1)
+    if point and set(stride) == {1} and math.prod(image.shape[2:]) % 4 == 0:
+        return ()
+    eights = -(-image.shape[1] // 8) * 8
+    filters = 0 if point else 2 * weight.shape[0] * eights * math.prod(weight.shape[2:])
+    return (2 * image.shape[0] * eights * math.prod(image.shape[2:]) + 2 * result.numel() + filters + 16,)
+
+
+_TEMPORARY: dict[Any, Callable[[Any, list[Tensor]], Sequence[int]]] = {  # operation -> what its kernel takes meanwhile
+    aten.convolution.default: _convolution_workspace,
+    aten.native_layer_norm.default: lambda args, outputs: () if args[0].is_contiguous() else (_bytes(args[0]),),
+    _CUDNN: lambda args, outputs: (8, 8),  # seed and offset of a dropout that does not happen
+}
 
 
 def _bytes(tensor: Tensor) -> int:

@@ -87,7 +87,7 @@ def _read(entries: list[dict[str, Any]], moments: list[tuple[str, int]], into: R
     waiting = list(moments)
     done = 0
     for i, entry in enumerate(entries):
-        action, address, size = entry["action"], entry["addr"], entry["size"]
+        action, address, size = entry["action"], entry.get("addr", 0), entry["size"]  # an "oom" has no address
         while waiting and waiting[0][1] <= done:
             into.marks.append((waiting.pop(0)[0], len(into.events)))
         if action == "segment_free":

@@ -143,7 +143,7 @@ def test_what_was_measured_replaces_what_a_vendor_says():
     run = dry_run("gpt2", None, 1, 16, 1, "T4", dtype="float32", calibration=fast)
     plain = dry_run("gpt2", None, 1, 16, 1, "T4", dtype="float32")
     assert run.seconds["token"] < plain.seconds["token"] / 5
-    assert run.timeline().at_peak()["workspace"] == MiB
+    assert run.timeline().at_peak()["workspace"] == MiB + MiB, "and cuBLASLt's"
     assert run.timeline().capacity == GPUS["T4"].memory - GiB
     assert target_of(GPUS["T4"], fast).capability == (8, 0)
 

@@ -24,7 +24,7 @@ def trace_of(events, streams, capacity=None):
                 blocks.append(gpu.malloc(event, lane))
             except OutOfMemory:
                 blocks.append(None)
-                entries.append({"action": "oom", "addr": 0, "size": event, "stream": 0})
+                entries.append({"action": "oom", "device_free": 0, "size": event, "stream": 0})
                 continue
             entries.append({"action": "alloc", "addr": blocks[-1].address, "size": event, "stream": 1000 * lane})
         elif event < 0 and blocks[-event - 1] is not None:
