@@ -544,6 +544,8 @@ class Slots(Streamer):
     def _reset(self) -> None:
         for slot in self.slots:
             self.lane.settle(slot)
+            if slot.lent:
+                self.lane.leave(slot)  # what was started may read it still
             slot.unit, slot.lent = None, False
         self.holder = {}
 
