@@ -108,10 +108,10 @@ class Table:
             self.path.write_text(json.dumps({"machine": self.machine, "rows": self.rows}, indent=1) + "\n")
 
     def measure(
-        self, way: str, model: nn.Module, moved: int, device: str, runs: int, shapes: Any = SHAPES, **more: Any
+        self, way: str, model: nn.Module, moved: int, device: str, runs: int, warmups: int = 2, **more: Any
     ) -> None:
         """Run a model over the shapes and add its rows."""
-        for shape in shapes:
+        for shape in SHAPES:
             x = tokens(shape, 32000, device)
             if device == "cuda":
                 torch.cuda.reset_peak_memory_stats()
