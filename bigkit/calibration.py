@@ -165,8 +165,7 @@ def _products(cuda: bool, quick: bool) -> dict[str, tuple[tuple[float, float], .
         for n in sizes:
             a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
             flops = 2 * n**3
-            inner = max(1, min(200, int(2e12 / flops))) if cuda else 1
-            rows.append((float(flops), flops / best(lambda: a @ b, device, 3, inner)))  # noqa: B023
+            rows.append((float(flops), flops / _alone(lambda: a @ b, cuda, flops)))  # noqa: B023
         found[str(dtype).removeprefix("torch.")] = tuple(rows)
     return found
 
@@ -176,26 +175,36 @@ def _attention(quick: bool) -> tuple[tuple[float, float], ...]:
     for tokens in (128, 512, 2048) if quick else (128, 512, 2048, 8192):
         q = torch.randn(1, 32, tokens, 128, device="cuda", dtype=torch.float16)
         flops = 4 * 32 * tokens**2 * 128
-        seconds = best(lambda: F.scaled_dot_product_attention(q, q, q), "cuda", 3, 10)  # noqa: B023
+        seconds = _alone(lambda: F.scaled_dot_product_attention(q, q, q), True, flops)  # noqa: B023
         rows.append((float(flops), flops / seconds))
     return tuple(rows)
 
 
 def _kernel() -> float:
-    """The time between two kernels that do nearly nothing, on the GPU's own clock, when they wait in its queue."""
     a = torch.ones(1, device="cuda")
+    return _alone(lambda: a.add_(1), True)
+
+
+def _alone(work: Callable[[], Any], cuda: bool, flops: int = 0) -> float:
+    """Seconds that `work` takes on the device itself: on a GPU by its own clock, queued behind other work, so that no
+    time passes between one and the next.
+    """
+    if not cuda:
+        return best(work, repeats=3)
+    inner = max(5, min(200, int(1e12 / max(flops, 1))))
     wait = torch.randn(4096, 4096, device="cuda")
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     times = []
+    work()
     for _ in range(3):
         for _ in range(20):
-            wait @ wait  # enough work for the queue to fill behind it
+            wait @ wait  # long enough for Python to queue all that follows
         start.record()
-        for _ in range(200):
-            a.add_(1)
+        for _ in range(inner):
+            work()
         end.record()
         torch.cuda.synchronize()
-        times.append(start.elapsed_time(end) / 1000 / 200)
+        times.append(start.elapsed_time(end) / 1000 / inner)
     return min(times)
 
 
@@ -232,20 +241,15 @@ def _issue(device: str) -> float:
     with init_empty_weights():
         model = transformers.LlamaForCausalLM._from_config(config, dtype=config.dtype).eval()
     fill(model, {"": 0 if device == "cuda" else "cpu"})
-    load = Workload(1, 4, 8)
-    steps = iter(passes(model, load, device))
-    counted, times = 1, []
-    for i in range(load.new + 1):
-        if device == "cuda":
-            torch.cuda.synchronize()
-        if i == load.new:
-            with _Counter() as counter:
-                next(steps)
-            counted = counter.operations
-        else:
-            start = time.perf_counter()
-            next(steps)
-            if device == "cuda":
-                torch.cuda.synchronize()
-            times.append(time.perf_counter() - start)
-    return min(times[1:]) / counted
+    load = Workload(1, 4, 6)
+    for _ in passes(model, load, device):  # kernels are chosen, and some compiled, once for each shape
+        pass
+    with _Counter() as counter:
+        for _ in passes(model, load, device):
+            pass
+
+    def work() -> None:
+        for _ in passes(model, load, device):
+            pass
+
+    return best(work, device, 5) / counter.operations

@@ -169,18 +169,23 @@ class Notebook(TorchDispatchMode):
         if device is None or not outputs or func.is_view or func in _FREE:
             return
         packet = func._overloadpacket
-        formula = flop_registry.get(packet)
+        formula, met = flop_registry.get(packet), 0
         if packet in _ATTENTION:
             flops = attention_flops(*args[:3])
         else:
             flops = int(formula(*args, **kwargs, out_val=result)) if formula else 0
+        if packet is aten._grouped_mm:  # each row meets one expert; an expert that no row meets is not read
+            rows, experts = args[0].shape[0], args[1].shape[0]
+            flops = 2 * rows * args[1].shape[1] * args[1].shape[2]
+            met = _bytes(args[1]) * min(rows, experts) // experts
+            inputs = [args[0]]
         written = sum(map(_bytes, outputs))
         if packet in _GATHERS:
             read = written
         elif packet in _CREATES:
             read = 0
         else:
-            read = sum(map(_bytes, inputs))
+            read = sum(map(_bytes, inputs)) + met
         dtype = str(outputs[0].dtype).removeprefix("torch.")
         name = str(packet).removeprefix("aten.")
         moved = packet in _MOVES
@@ -350,7 +355,13 @@ def fake_gpus(target: Target = Target()) -> Iterator[Notebook]:
 _PRODUCTS = frozenset(
     getattr(aten, name).default for name in ("mm", "addmm", "bmm", "baddbmm", "_grouped_mm") if hasattr(aten, name)
 )
-_FREE = {aten.empty.memory_format, aten.empty_strided.default, aten.empty_like.default, aten.detach.default}
+_FREE = {
+    aten._unsafe_view.default,
+    aten.empty.memory_format,
+    aten.empty_strided.default,
+    aten.empty_like.default,
+    aten.detach.default,
+}
 _MOVES = {aten._to_copy, aten.copy_}
 _GATHERS = {aten.embedding, aten.index, aten.index_select, aten.gather, aten.slice_scatter}
 _CREATES = {

@@ -1,7 +1,7 @@
 """How long a run takes: a roofline over its operations, Python issuing them, and weights that travel.
 
-    one operation     the longest of: what it computes / the rate of such products, what it reads and writes / the
-                      memory's bandwidth, and the time of the smallest kernel
+    one operation     the time of the smallest kernel, and the longer of: what it computes / the rate of such products,
+                      what it reads and writes / the memory's bandwidth (of which kernels reach a part: `STREAMED`)
     one step          lanes: Python issues operations one after another (each takes `issue`), the GPU runs each when it
                       was issued and the one before it is done. A decode step of a small model waits for Python, a long
                       prompt for the GPU. Weights that rest elsewhere pass two more lanes, disk and link, into slots: a
@@ -24,6 +24,8 @@ from dataclasses import dataclass, field
 
 from .hardware import Gpu
 from .ledger import Calibration
+
+STREAMED = 0.75  # of a large copy's bandwidth, by operations that are no products: seen on an H200, over 20 models
 
 Table = Sequence[tuple[float, float]]
 
@@ -112,8 +114,9 @@ class Rates:
             link = self.peer if operation.source.startswith("cuda") else self.link
             return max(self.kernel, operation.bytes / 2 / link)
         table = self.attention if "attention" in operation.name else self.table(operation.dtype)
-        computing = operation.flops / rate_at(table, operation.flops) if operation.flops else 0.0
-        return max(self.kernel, computing, operation.bytes / self.memory)
+        if not operation.flops:
+            return self.kernel + operation.bytes / (STREAMED * self.memory)
+        return self.kernel + max(operation.flops / rate_at(table, operation.flops), operation.bytes / self.memory)
 
     def table(self, dtype: str) -> Table:
         """The rates of matrix products in a dtype; float32's for one that was not measured."""
