@@ -45,6 +45,7 @@ class Slot:
     unit: Unit | None = None  # whose weights it holds
     lent: bool = False  # a forward is using it
     version: int = 0  # of `base` when it was lent: a higher one means that somebody wrote to it
+    owner: Unit | None = None  # the only unit that it is for, if it is
     used: int = 0  # when it was last lent: the number of that loan
     ready: Any = None  # event: filled
     free: Any = None  # event: last read

@@ -457,7 +457,8 @@ class Slots(Streamer):
 
     def _bring(self, unit: Unit) -> _Visit:
         slot = self.holder.get(unit.index)
-        following = self._follow(unit, max(self.count, len(self.slots)) - 1) if self.prefetch else []
+        shared = sum(slot.owner is None for slot in self.slots) or self.count
+        following = self._follow(unit, shared - 1) if self.prefetch else []
         if slot is None:
             slot = self._fetch(unit, following)
         slot.lent = True
@@ -478,8 +479,8 @@ class Slots(Streamer):
 
     def _prefetch(self, following: list[Unit]) -> None:
         for unit in following:
-            if unit.index not in self.holder:
-                if self._idle(following) is None:
+            if unit.index not in self.holder and not (unit.loose and self.lent[unit.index]):
+                if not unit.loose and self._idle(following) is None:
                     return
                 try:
                     self._fetch(unit, following)
@@ -488,13 +489,11 @@ class Slots(Streamer):
 
     def _idle(self, spared: list[Unit]) -> Slot | None:
         """The slot to fill next: not lent, not holding what is needed soon, and used longest ago."""
-        free = [slot for slot in self.slots if not slot.lent and slot.unit not in spared]
+        free = [slot for slot in self.slots if not slot.lent and slot.owner is None and slot.unit not in spared]
         return min(free, key=lambda slot: slot.used) if free else None
 
     def _fetch(self, unit: Unit, following: list[Unit]) -> Slot:
-        if not self.slots:
-            self._add_slots(self.count)
-        slot = self._idle(following) or self._idle([]) or self._add_slots(1)
+        slot = self._own_slot(unit) if unit.loose else self._shared_slot(following)
         unit.check()
         self._empty(slot)
         self.lane.fill(slot, unit)
@@ -503,10 +502,22 @@ class Slots(Streamer):
             self._tell("fetch", unit, self.slots.index(slot))
         return slot
 
-    def _add_slots(self, count: int) -> Slot:
-        size = max(unit.nbytes for unit in self.units)
-        self.slots += [self.lane.slot(size) for _ in range(count)]
-        return self.slots[-1]
+    def _shared_slot(self, following: list[Unit]) -> Slot:
+        """A slot for any unit; the first time all are made, and one more when forwards are nested too deeply."""
+        while (slot := self._idle(following) or self._idle([])) is None:
+            size = max(unit.nbytes for unit in self.units if not unit.loose)
+            first = all(slot.owner is not None for slot in self.slots)
+            self.slots += [self.lane.slot(size) for _ in range(self.count if first else 1)]
+        return slot
+
+    def _own_slot(self, unit: Unit) -> Slot:
+        """The slot of a loose unit: it is lent while other units come and go, and must not keep one from them."""
+        slot = next((slot for slot in self.slots if slot.owner is unit), None)
+        if slot is None:
+            slot = self.lane.slot(unit.nbytes)
+            slot.owner = unit
+            self.slots.append(slot)
+        return slot
 
     def _empty(self, slot: Slot) -> None:
         self.lane.settle(slot)

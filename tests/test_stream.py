@@ -378,3 +378,35 @@ def test_a_checkpoint_is_read_in_place(tmp_path):
     assert same(parts(X), whole(X)) and not rest.exists()
     assert isinstance(handles(spread_by(parts, {"": "cpu"}, main_device=0))[0].streamer, Slots)
     assert isinstance(parts.h[0], Block) and same(parts(X), whole(X))
+
+
+class WithRoot(nn.Module):
+    """Blocks between a use of a parameter that the model holds itself and another one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.full((8,), 1.5))
+        self.h = nn.ModuleList([nn.Sequential(nn.Linear(8, 8), nn.ReLU()) for _ in range(5)])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x * self.scale
+        for block in self.h:
+            x = block(x)
+        return x * self.scale
+
+
+def test_what_the_model_itself_holds_keeps_no_slot_from_its_blocks() -> None:
+    model, x = WithRoot().requires_grad_(False), torch.randn(2, 8)
+    expected = model(x)
+    spread = cpu_offload(model, 0, stand_in=STAND_IN, slots=2)
+    streamer = spread._hf_hook.streamer
+    events: list[tuple[str, str]] = []
+    streamer.listeners.append(lambda event: events.append((event.kind, event.unit)))
+    for _ in range(2):
+        events.clear()
+        assert torch.equal(spread(x), expected)
+        for before, after in zip(range(4), range(1, 5)):
+            if ("fetch", f"h.{after}") in events:
+                assert events.index(("fetch", f"h.{after}")) < events.index(("return", f"h.{before}"))
+    assert [slot.base.numel() for slot in streamer.slots if slot.owner is not None] == [512]
+    assert sum(slot.owner is None for slot in streamer.slots) == 2
