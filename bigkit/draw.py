@@ -399,7 +399,7 @@ def study_text(study: Study, errors: Mapping[str, float]) -> str:
 
     >>> from bigkit.rounding import Scheme, planted, study
     >>> print(study_text(study(planted(), Scheme("nf4")), {"planted outliers": 0.09}).splitlines()[0])
-    planted outliers: nf4, blocks of 64 · 256 x 256 · 36.06 KiB · 4.51 bits a weight
+    planted outliers
     """
     kinds: dict[str, list[float]] = {}
     for name, error in errors.items():
@@ -412,7 +412,7 @@ def study_text(study: Study, errors: Mapping[str, float]) -> str:
         said = [f"{code:.3f}" for code in study.codes]
         codes = "\n  ".join(["", *(" ".join(said[i : i + 8]) for i in range(0, len(said), 8))])
     return "\n".join([
-        f"{study.layer}: {_study_facts(study)}", "",
+        study.layer, _study_facts(study), "",
         f"weights move by {100 * study.weight_error:.2f} %, the output by {100 * study.output_error:.2f} %",
         f"values of a code, times the scale: {codes}", "",
         text_table(["output error of", "layers", "least", "most"], rows),

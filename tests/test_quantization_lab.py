@@ -96,6 +96,7 @@ def test_the_lab_follows_its_controls():
     lab = QuantizationLab()
     assert lab.preset.value == "nf4" and lab.study.scheme == Scheme("nf4") and len(lab.errors) == 40
     before = lab.study.output_error
+    assert lab.threshold.disabled and not lab.blocksize.disabled
     lab.blocksize.value = 1024
     assert lab.preset.value == OWN and lab.study.bits < 4.1 and lab.study.output_error > before
     for name, (layer, scheme) in PRESETS.items():

@@ -63,7 +63,7 @@ class QuantizationLab(Explorer):
         )  # fmt: skip
         self.double = widgets.Checkbox(value=scheme.double, description="Double quantization", indent=False)
         self.threshold = number_field(
-            widgets.FloatSlider, "Outliers from", value=scheme.threshold, min=0.0, max=20.0, step=0.5
+            widgets.FloatSlider, "Outliers ≥", value=scheme.threshold, min=0.0, max=20.0, step=0.5
         )
         self.steering = (self.preset,)
         self.preset.observe(self._take_preset, "value")
@@ -101,6 +101,8 @@ class QuantizationLab(Explorer):
         self.picture.value = svg(study_figure(made, self.errors), study_label(made))
         self.text.value = preformatted(study_text(made, self.errors))
         self.preset.value = _preset(made.layer, self.scheme)
+        self.blocksize.disabled = self.double.disabled = made.scheme.kind == "int8"
+        self.threshold.disabled = made.scheme.kind != "int8"
 
     def perplexities(self) -> dict[str, float]:
         """How well the shipped GPT foretells held-out text as it is stored in each way: float32 to fp4, and this one.
