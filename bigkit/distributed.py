@@ -14,6 +14,7 @@ Leaves out: training (gradients, samplers, mixed precision), splitting one model
 
 from __future__ import annotations
 
+import atexit
 import copy
 import hashlib
 import os
@@ -21,7 +22,6 @@ import pickle
 import re
 import sys
 import threading
-import time
 from collections import UserDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -229,14 +229,21 @@ def _end_with_the_launcher() -> None:
     """End this process at once when the launcher that started it is gone, even if that was killed with no warning."""
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return
-    parent = os.getppid()
+    parent, done = os.getppid(), threading.Event()
 
     def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(1)
-        os._exit(1)
+        while not done.wait(1):
+            if os.getppid() != parent:
+                os._exit(1)
 
-    threading.Thread(target=watch, name="bigkit-watch", daemon=True).start()
+    thread = threading.Thread(target=watch, name="bigkit-watch", daemon=True)
+    thread.start()
+
+    def stop() -> None:  # a thread must not wake up while the interpreter is being taken down
+        done.set()
+        thread.join()
+
+    atexit.register(stop)
 
 
 def _tell_failures() -> None:
