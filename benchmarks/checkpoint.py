@@ -79,6 +79,9 @@ def make(folder: Path, layers: int, gpu: bool) -> None:
             parameter.normal_(0, 0.02)
     save_model(model, folder, "5GB" if gpu else "500MB")
     model.config.save_pretrained(folder)
+    del model, parameter
+    if gpu:
+        torch.cuda.empty_cache()  # the children need the room
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -49,6 +49,7 @@ _HOMES = {
     "distributed": ("PartialState", "gather", "gather_for_results", "gather_object", "split_between_processes"),
     "notebook": ("notebook_launcher",),
     "batches": ("map_file",),
+    "quantize": ("BnbQuantizationConfig", "load_and_quantize_model", "replace_with_bnb_layers"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
@@ -93,6 +94,7 @@ if TYPE_CHECKING:
     from .notebook import notebook_launcher
     from .planner import PlanError
     from .plans import Plan
+    from .quantize import BnbQuantizationConfig, load_and_quantize_model, replace_with_bnb_layers
     from .units import format_bytes, parse_bytes
 
 

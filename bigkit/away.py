@@ -4,7 +4,8 @@ A meta tensor in its place would be dangerous: used by mistake it gives an obscu
 PyTorch, an uninitialised result. `Away` is right instead. What only asks about it (`shape`, `dtype`, `device`,
 `numel()`) is answered without data; `device` is the device that the weight works on, so that inputs made for it land
 there. Any other operation brings the weight, for that one operation: `F.linear(x, module.weight)` outside of the
-module's forward works, only slowly. What an operation writes in place is kept where the weight rests.
+module's forward works, only slowly. What an operation writes in place is kept where the weight rests. A view of a
+handle is a handle too, so that `module.weight.data[0].zero_()` is kept as well.
 
 Leaves out: the fast way, where a whole block's weights arrive before its forward asks for them (`stream.py`).
 """
@@ -12,6 +13,7 @@ Leaves out: the fast way, where a whole block's weights arrive before its forwar
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +28,7 @@ if TYPE_CHECKING:
 _ABOUT = {
     Tensor.size, Tensor.dim, Tensor.ndimension, Tensor.numel, Tensor.nelement, Tensor.stride, Tensor.storage_offset,
     Tensor.element_size, Tensor.is_contiguous, Tensor.is_floating_point, Tensor.is_complex, Tensor.is_signed,
-    Tensor.requires_grad_, Tensor.untyped_storage, Tensor.get_device, Tensor.__len__, Tensor.__hash__,
+    Tensor.untyped_storage, Tensor.get_device, Tensor.__len__, Tensor.__hash__,
     Tensor.register_hook, Tensor.register_post_accumulate_grad_hook, Tensor.retain_grad, Tensor.is_shared,
     torch.is_floating_point, torch.is_complex, torch.numel, torch.is_tensor, torch.is_same_size, Tensor.is_same_size,
 }  # fmt: skip
@@ -39,10 +41,12 @@ class Away(Tensor):
     Attributes:
         weight: what it stands for.
         streamer: what brings it.
+        steps: for a view or a detached handle, the operations that lead to it from the weight.
     """
 
     weight: Weight
     streamer: Streamer
+    steps: tuple[Callable[[Tensor], Tensor], ...] = ()
 
     @staticmethod
     def of(weight: Weight, streamer: Streamer) -> Away:
@@ -57,7 +61,13 @@ class Away(Tensor):
         """The weight's data on a device (None: where it works), in memory that is not this weight's resting place
         unless that is the CPU.
         """
-        return self.streamer.load(self.weight, None if device is None else torch.device(device))
+        value = self.streamer.load(self.weight, None if device is None else torch.device(device))
+        return self._seen(value)
+
+    def _seen(self, value: Tensor) -> Tensor:
+        for step in self.steps:
+            value = step(value)
+        return value
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -68,22 +78,60 @@ class Away(Tensor):
             return _ask(func, owner, args, kwargs)
         if name == "__set__":
             return _set(func, owner, args)
+        if func is Tensor.requires_grad_:
+            args[0]._require_grad(args[1] if len(args) > 1 else kwargs.get("requires_grad", True))
+            return args[0]
         if func is Tensor.detach:
-            this = args[0]
-            with torch._C.DisableTorchFunctionSubclass():
-                return _made(Away, Tensor.detach(this), False, this.weight, this.streamer)
-        if func in (Tensor.cpu, Tensor.to) and _goes_to_cpu(func, args, kwargs):
-            return args[0].load("cpu")
-        found: dict[int, tuple[Away, Tensor]] = {}
-        real = _brought((args, kwargs), found)
+            return args[0]._detached()
+        if func in (Tensor.cpu, Tensor.to) and args[0].device.type != "cpu" and _goes_to_cpu(func, args, kwargs):
+            return args[0].load("cpu").clone()
+        loaded: dict[int, Tensor] = {}  # weight -> its data, each brought once
+        real: dict[int, Tensor] = {}  # handle -> what it stands for
+        args_, kwargs_ = _brought((args, kwargs), loaded, real)
         with torch._C.DisableTorchFunctionSubclass():
-            result = func(*real[0], **real[1])
+            result = func(*args_, **kwargs_)
         first = args[0] if args else next(iter(kwargs.values()), None)
         for target in _handles(first) if _writes(name) else _handles(kwargs.get("out")):
-            value = found[id(target)][1]
-            target.streamer.keep(target.weight, value)
-            result = target if result is value else result
+            target.streamer.keep(target.weight, loaded[id(target.weight)])
+            result = target if result is real[id(target)] else result
+        for handle in _handles([*args, *kwargs.values()]):
+            handle.streamer.unload(handle.weight)
+        if func in (Tensor.numpy, Tensor.__array__):  # a write would go unseen
+            result = result.copy()
+            result.flags.writeable = False
+        elif isinstance(first, Away):
+            result = first._views(result, real[id(first)], func, args_[1:] if args else (), kwargs_)
         return result
+
+    def _views(self, result: Any, value: Tensor, func: Any, args: Any, kwargs: Any, at: int | None = None) -> Any:
+        """An operation's result with handles in place of tensors that share this one's memory."""
+        if isinstance(result, (list, tuple)) and at is None:
+            items = [self._views(item, value, func, args, kwargs, i) for i, item in enumerate(result)]
+            return result if all(new is old for new, old in zip(items, result)) else type(result)(items)
+        if result is value:
+            return self
+        if not isinstance(result, Tensor) or isinstance(result, Away) or not _share_memory(result, value):
+            return result
+
+        def step(tensor: Tensor) -> Tensor:
+            again = func(tensor, *args, **kwargs)
+            view: Tensor = again if at is None else again[at]
+            return view
+
+        meta = torch.empty_strided(result.shape, result.stride(), dtype=result.dtype, device="meta")
+        return _made(Away, meta, result.requires_grad, self.weight, self.streamer, (*self.steps, step))
+
+    def _detached(self) -> Away:
+        with torch._C.DisableTorchFunctionSubclass():
+            meta = Tensor.detach(self)
+        return _made(Away, meta, False, self.weight, self.streamer, (*self.steps, Tensor.detach))
+
+    def _require_grad(self, value: bool) -> None:
+        with torch._C.DisableTorchFunctionSubclass():
+            Tensor.requires_grad_(self, value)
+        if not self.steps:
+            self.weight.like.requires_grad_(value)
+            self.streamer.forget(self.weight)
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         shape = " x ".join(map(str, self.shape)) or "scalar"
@@ -91,7 +139,12 @@ class Away(Tensor):
         rests = f"in {place}" if place == "RAM" else place
         return f"<{self.weight.name}: {shape} {self.dtype}, rests {rests}, works on {self.device}>"
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Away:
+    def __format__(self, spec: str) -> str:
+        return super().__format__(spec) if spec else repr(self)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
+        if self.steps:  # it stands in no model
+            return self.clone()
         meta = torch.empty_strided(self.shape, self.stride(), dtype=self.dtype, device="meta")
         new = _bare(type(self), meta, self.requires_grad)
         memo[id(self)] = new
@@ -99,6 +152,8 @@ class Away(Tensor):
         return new
 
     def __reduce_ex__(self, protocol: Any) -> Any:
+        if self.steps:
+            return self.clone().__reduce_ex__(protocol)
         about = (type(self), tuple(self.shape), self.stride(), self.dtype, self.requires_grad)
         return _again, about, (self.weight, self.streamer), None, None, _connect
 
@@ -125,9 +180,9 @@ def _bare(cls: type, meta: Tensor, requires_grad: bool) -> Any:
     return Tensor._make_subclass(cls, meta, requires_grad)
 
 
-def _made(cls: type, meta: Tensor, requires_grad: bool, weight: Weight, streamer: Streamer) -> Away:
+def _made(cls: type, meta: Tensor, requires_grad: bool, weight: Weight, streamer: Streamer, steps: Any = ()) -> Away:
     away: Away = _bare(cls, meta, requires_grad)
-    away.weight, away.streamer = weight, streamer
+    away.weight, away.streamer, away.steps = weight, streamer, steps
     return away
 
 
@@ -156,9 +211,12 @@ def _set(func: Any, owner: Any, args: Any) -> None:
     """Set an attribute: new data is kept where the weight rests."""
     this, value = args
     if getattr(owner, "__name__", "") == "data":
-        if not (isinstance(value, Away) and value.weight is this.weight):
-            this.streamer.keep(this.weight, value.load() if isinstance(value, Away) else value)
+        if this.steps:
+            raise RuntimeError(f"cannot set the data of a view of {this.weight.name!r}, which rests elsewhere")
+        this.streamer.keep(this.weight, value.clone() if isinstance(value, Away) else value)
         return
+    if getattr(owner, "__name__", "") == "requires_grad":
+        return this._require_grad(value)
     with torch._C.DisableTorchFunctionSubclass():
         func(this, value)
 
@@ -170,19 +228,25 @@ def _goes_to_cpu(func: Any, args: Any, kwargs: Any) -> bool:
     return len(given) == 1 and (given[0] == "cpu" or given[0] == torch.device("cpu"))
 
 
-def _brought(value: Any, found: dict[int, tuple[Away, Tensor]]) -> Any:
-    """`value` with every handle in it replaced by its weight, each brought once."""
+def _brought(value: Any, loaded: dict[int, Tensor], real: dict[int, Tensor]) -> Any:
+    """`value` with every handle in it replaced by what it stands for."""
     if isinstance(value, Away):
-        if id(value) not in found:
-            loaded = value.load()
-            found[id(value)] = (value, loaded if value.requires_grad else loaded.detach())
-        return found[id(value)][1]
+        if id(value) not in real:
+            if id(value.weight) not in loaded:
+                loaded[id(value.weight)] = value.streamer.load(value.weight)
+            real[id(value)] = value._seen(loaded[id(value.weight)])
+        return real[id(value)]
     if isinstance(value, (list, tuple)):
-        items = [_brought(item, found) for item in value]
+        items = [_brought(item, loaded, real) for item in value]
         return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
     if isinstance(value, dict):
-        return {key: _brought(item, found) for key, item in value.items()}
+        return {key: _brought(item, loaded, real) for key, item in value.items()}
     return value
+
+
+def _share_memory(one: Tensor, other: Tensor) -> bool:
+    strided = one.layout == other.layout == torch.strided
+    return strided and one.untyped_storage()._cdata == other.untyped_storage()._cdata
 
 
 def _handles(value: Any) -> list[Away]:

@@ -2,10 +2,10 @@
 
     map_file(infer, "prompts.txt", "answers.jsonl")      # answers.jsonl.parts/ while it runs
 
-Each process takes every N-th batch of the lines that have no answer yet, and appends its answers to a file of its own
-in `answers.jsonl.parts`, one line each with the prompt's number. At the end process 0 merges these files in order and
-puts the whole in place with one rename. Whatever ends the job, what stands in the parts is kept: the next run, with as
-many processes as you like, reads it and does the rest.
+A process that has nothing to do takes the next batch of lines without an answer, so that none waits long for another.
+It appends its answers to a file of its own in `answers.jsonl.parts`, one line each with the prompt's number. At the end
+process 0 merges these files in order and puts the whole in place with one rename. Whatever ends the job, what stands in
+the parts is kept: the next run, with as many processes as you like, reads it and does the rest.
 
 Leaves out: prompts that are no file (`split_between_processes`), and starting processes (`launch.py`, `notebook.py`).
 """
@@ -18,11 +18,15 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
-from .distributed import PartialState, gather_object
+import torch.distributed as dist
+from torch.distributed import distributed_c10d
+
+from .distributed import PartialState, gather_object, together
 
 
 def map_file(
@@ -70,15 +74,17 @@ def map_file(
     if known is None:
         return job.output
     attempt = 1 + max((int(part.name.split("-")[0]) for part in job.files()), default=-1)
-    attempt = gather_object([attempt])[0]
+    attempt, name = gather_object([(attempt, uuid4().hex)])[0]
     job.parts.mkdir(parents=True, exist_ok=True)
     total = job.count()
     bar = _Bar(total, len(known), job, progress and state.is_main_process)
     left = ((index, prompt) for index, prompt in job.prompts() if index not in known)
     with (job.parts / f"{attempt:04}-{state.process_index:05}.jsonl").open("xb") as part, bar:
-        for number, batch in enumerate(_batches(left, batch_size)):
-            if number % state.num_processes != state.process_index:
-                continue
+        numbered = enumerate(_batches(left, batch_size))
+        for turn in _turns(name):
+            batch = next((batch for number, batch in numbered if number == turn), None)
+            if batch is None:
+                break
             part.write(b"".join(_answered(function, batch, job.source)))
             part.flush()
             os.fsync(part.fileno())
@@ -89,6 +95,17 @@ def map_file(
         if state.is_main_process:
             job.merge(total)
     return job.output
+
+
+def _turns(name: str) -> Iterator[int]:
+    """Numbers from 0, each of them to one process only, whoever asks first."""
+    if not dist.is_initialized():
+        yield from count()
+    store = distributed_c10d._get_default_store()
+    while True:
+        with together("map_file"):
+            turn = store.add(f"bigkit-{name}", 1) - 1
+        yield turn
 
 
 def _answered(

@@ -86,7 +86,52 @@ def read_to_gpu(
 
     >>> read_to_gpu(Checkpoint.open("model.safetensors").stored, torch.device("cuda:0"))  # doctest: +SKIP
     """
-    dtypes, tensors = dtypes or {}, dict[str, Tensor]()
+    tensors: dict[str, Tensor] = {}
+    for _ in _arrivals(stored, device, dtypes or {}, tensors, chunk, ring, readers):
+        pass
+    return {name: tensors[name] for name in stored}
+
+
+def stream_to_gpu(
+    stored: Mapping[str, Stored],
+    device: torch.device,
+    dtypes: Mapping[str, torch.dtype | None] | None = None,
+    *,
+    chunk: int = CHUNK,
+    ring: int = RING,
+    readers: int = READERS,
+) -> Iterator[tuple[str, Tensor]]:
+    """`read_to_gpu`, tensor by tensor as they arrive: memory of one that the caller lets go is there for the next.
+
+    Those that share the chunks in flight are on the GPU together.
+
+    Args and errors: those of `read_to_gpu`.
+    """
+    tensors: dict[str, Tensor] = {}
+    left = {name: where.nbytes for name, where in stored.items()}
+    for load, stream in _arrivals(stored, device, dtypes or {}, tensors, chunk, ring, readers):
+        for part in load.parts:
+            left[part.name] -= part.nbytes
+        if done := [part.name for part in load.parts if not left[part.name]]:
+            torch.cuda.current_stream(device).wait_stream(stream)
+            for name in done:
+                yield name, tensors.pop(name)
+    yield from tensors.items()  # those without elements
+
+
+def _arrivals(
+    stored: Mapping[str, Stored],
+    device: torch.device,
+    dtypes: Mapping[str, torch.dtype | None],
+    tensors: dict[str, Tensor],
+    chunk: int,
+    ring: int,
+    readers: int,
+) -> Iterator[tuple[_Load, torch.cuda.Stream]]:
+    """Queue the copies of load after load on a stream; the tensors that they fill are made in `tensors` as they come.
+
+    When all have been taken, the current stream has been made to wait for that stream.
+    """
 
     def allocate(names: Iterable[str]) -> bool:
         new = [name for name in names if name not in tensors]
@@ -95,26 +140,26 @@ def read_to_gpu(
             tensors[name] = torch.empty(where.shape, dtype=dtypes.get(name) or where.dtype, device=device)
         return bool(new)
 
-    if not stored:
-        return {}
     loads = list(_cut(stored, chunk))
-    with ExitStack() as cleanup, torch.cuda.device(device):
-        filled = cleanup.enter_context(_readers(loads, device, ring, readers))
-        progress = cleanup.enter_context(_progress(sum(load.nbytes for load in loads)))
-        staging = torch.empty(filled.size, dtype=torch.uint8, device=device)
-        current, stream = torch.cuda.current_stream(device), torch.cuda.Stream(device)
-        stream.wait_stream(current)  # memory that is new to us may still be in use there
-        cleanup.callback(stream.synchronize)  # whatever happens, the chunks outlive the copies
-        for load, slot in filled:
-            if allocate(part.name for part in load.parts):
-                stream.wait_stream(current)
-            with torch.cuda.stream(stream):
-                _empty(load, filled.chunks[slot], staging, stored, tensors)
-            filled.give_back(slot, stream)
-            progress.update(load.nbytes)
-        current.wait_stream(stream)
-    allocate(stored)  # those without elements are in no load
-    return {name: tensors[name] for name in stored}
+    current = torch.cuda.current_stream(device)
+    if loads:
+        with ExitStack() as cleanup:
+            filled = cleanup.enter_context(_readers(loads, device, ring, readers))
+            progress = cleanup.enter_context(_progress(sum(load.nbytes for load in loads)))
+            staging = torch.empty(filled.size, dtype=torch.uint8, device=device)
+            stream = torch.cuda.Stream(device)
+            stream.wait_stream(current)  # memory that is new to us may still be in use there
+            cleanup.callback(stream.synchronize)  # whatever happens, the chunks outlive the copies
+            for load, slot in filled:
+                if allocate(part.name for part in load.parts):
+                    stream.wait_stream(current)
+                with torch.cuda.stream(stream):
+                    _empty(load, filled.chunks[slot], staging, stored, tensors)
+                filled.give_back(slot, stream)
+                progress.update(load.nbytes)
+                yield load, stream
+            current.wait_stream(stream)
+    allocate(name for name, where in stored.items() if not where.nbytes)  # those without elements are in no load
 
 
 def _cut(stored: Mapping[str, Stored], chunk: int) -> Iterator[_Load]:

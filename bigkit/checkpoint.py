@@ -22,6 +22,7 @@ import math
 import os
 import re
 import tempfile
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from operator import itemgetter
@@ -32,7 +33,7 @@ import torch
 from torch import Tensor, nn
 
 from .convert import Made, conversions
-from .meta import tied, twin
+from .meta import extra_tensors, tied, twin
 from .plans import Device, read_device
 from .shards import cut
 from .units import GB, dtype_name, format_bytes
@@ -50,6 +51,7 @@ _DTYPES = {
 }  # fmt: skip
 _ENTRY = {"dtype", "shape", "data_offsets"}
 _SCALES = ("_scale", "_scale_inv", ".scale")  # what tells that a tensor of one byte is quantized
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
 class CheckpointError(ValueError):
@@ -135,7 +137,7 @@ class Checkpoint:
         found.duplicates = tuple(duplicates)
         return found
 
-    def __contains__(self, name: str) -> bool:
+    def __contains__(self, name: object) -> bool:
         return name in self.stored or name in self.pickled or name in self.made
 
     def __iter__(self) -> Iterator[str]:
@@ -371,12 +373,12 @@ def load_state_dict(
     torch.Size([3, 2])
     """
     checkpoint = Checkpoint.open(checkpoint_file)
-    device_of = _placement(device_map)
+    device_of = placement(device_map)
     places: dict[Device | torch.device, dict[str, torch.dtype | None]] = {}
     for name in checkpoint:
         place = device_of(name)
         places.setdefault("cpu" if place in ("disk", None) else place, {})[name] = None
-    return _read(checkpoint, places)
+    return read_tensors(checkpoint, places)
 
 
 def load_checkpoint_in_model(
@@ -401,11 +403,12 @@ def load_checkpoint_in_model(
         device_map: module name -> device, covering the model. What it puts on "disk" stays on meta in the model and is
             found in the report's `on_disk`. None puts each tensor where the model has it (meta: on the CPU).
         offload_folder: where tensors for "disk" are written that no file of the checkpoint holds as they are needed (of
-            another dtype, or in a `.bin` file).
+            another dtype, or in a `.bin` file). The file goes with the model.
         dtype: floating tensors become this; None gives each the dtype that the model has.
         offload_state_dict: accepted for compatibility; nothing is held in memory twice either way.
         offload_buffers: whether buffers of modules on "disk" rest there too; else they are loaded to the CPU.
-        keep_in_fp32_modules: parts of module names whose weights stay float32 when `dtype` is float16 or bfloat16.
+        keep_in_fp32_modules: whole parts of module names ("lm_head", "h.0") whose weights stay float32 when `dtype` is
+            float16 or bfloat16.
         strict: raise if anything does not match.
 
     Returns:
@@ -442,31 +445,23 @@ def _load(
     fp32: frozenset[str],
     strict: bool,
 ) -> LoadReport:
+    if quantized := [name for name, module in model.named_modules() if extra_tensors(module)]:
+        raise ValueError(f"{_listed(quantized)} is quantized: load_and_quantize_model fills an empty model")
     slots = _slots(model)
-
-    def look_up() -> bool:
-        for slot in slots:
-            slot.source = slot.name if slot.name in source else next(filter(source.__contains__, slot.names), None)
-        return all(slot.source for slot in slots)
-
-    if not look_up():
-        expected = {name: slot.tensor for slot in slots for name in slot.names}
-        renamed, source.made = conversions(model, expected, source, source.shape_and_dtype)
-        for theirs, ours in renamed.items():
-            source.rename(theirs, ours)
-        look_up()
+    _look_up(model, source, slots)
     report = _compare(model, source, slots)
     if strict and not report.clean:
         raise CheckpointError(f"{source.path} does not fit {type(model).__name__}: {report}")
     bad = {name for name, *_ in (*report.mismatched, *report.wrong_dtype)}
     places: dict[Device | torch.device, dict[str, torch.dtype | None]] = {}
     resting: dict[str, torch.dtype | None] = {}
-    device_of = _placement(device_map)
+    device_of = placement(device_map)
     for slot in slots:
         name = slot.source
         if name is None or slot.name in bad:
             continue
-        kept = torch.float32 if fp32 and fp32 & set(slot.name.split(".")) else wanted or slot.tensor.dtype
+        in_fp32 = fp32 and any(f".{part}." in f".{slot.name}." for part in fp32)
+        kept = torch.float32 if in_fp32 else wanted or slot.tensor.dtype
         target = kept if slot.tensor.is_floating_point() else None
         place: Device | torch.device | None = device_of(slot.name)
         if device_map is None:
@@ -477,13 +472,14 @@ def _load(
             resting[name] = target
         else:
             places.setdefault("cpu" if place == "disk" else place, {})[name] = target
-    rests = _rest(source, resting, offload_folder)
-    values = _read(source, places)
+    rests, written = _rest(source, resting, offload_folder)
+    values = read_tensors(source, places)
     for slot in slots:
         if slot.source in values:
             slot.fill(values[slot.source])
     on_disk = {slot.name: rests[slot.source] for slot in slots if slot.source in rests}
     vars(model)["_on_disk"] = on_disk  # where `save_model` finds them
+    vars(model)["_written"] = {written.path: written} if written else {}  # keeps the file
     return replace(report, on_disk=on_disk)
 
 
@@ -538,6 +534,29 @@ def _slots(model: nn.Module) -> list[_Slot]:
     return list(slots.values())
 
 
+def compare(model: nn.Module, source: Checkpoint) -> LoadReport:
+    """What would not match if a checkpoint were loaded into a model. Reads no tensor."""
+    slots = _slots(model)
+    _look_up(model, source, slots)
+    return _compare(model, source, slots)
+
+
+def _look_up(model: nn.Module, source: Checkpoint, slots: list[_Slot]) -> None:
+    """Find each slot in the checkpoint: by one of its names, or made of tensors as Transformers makes it of them."""
+
+    def found() -> bool:
+        for slot in slots:
+            slot.source = slot.name if slot.name in source else next(filter(source.__contains__, slot.names), None)
+        return all(slot.source for slot in slots)
+
+    if not found():
+        expected = {name: slot.tensor for slot in slots for name in slot.names}
+        renamed, source.made = conversions(model, expected, source, source.shape_and_dtype)
+        for theirs, ours in renamed.items():
+            source.rename(theirs, ours)
+        found()
+
+
 def _compare(model: nn.Module, source: Checkpoint, slots: list[_Slot]) -> LoadReport:
     mismatched, wrong = [], []
     for slot in slots:
@@ -568,7 +587,7 @@ def _compare(model: nn.Module, source: Checkpoint, slots: list[_Slot]) -> LoadRe
     )
 
 
-def _placement(device_map: Mapping[str, Device] | None) -> Callable[[str], Device | None]:
+def placement(device_map: Mapping[str, Device] | None) -> Callable[[str], Device | None]:
     """A function from a tensor's name to the device of the innermost module around it that the map names."""
     devices = {name: read_device(device) for name, device in (device_map or {}).items()}
 
@@ -580,7 +599,7 @@ def _placement(device_map: Mapping[str, Device] | None) -> Callable[[str], Devic
     return device_of
 
 
-def _read(
+def read_tensors(
     source: Checkpoint, places: Mapping[Device | torch.device, Mapping[str, torch.dtype | None]]
 ) -> dict[str, Tensor]:
     """Read tensors to their devices, as (device -> name -> dtype) says; those for a GPU all in one go."""
@@ -616,10 +635,43 @@ def _batches(source: Checkpoint, names: Iterable[str], most: int = 4 * GB) -> It
         yield batch
 
 
+def stream_tensors(source: Checkpoint, names: Iterable[str], device: torch.device) -> Iterator[tuple[str, Tensor]]:
+    """Read tensors to a device one after another, in the order of the files: what is let go makes room for the next.
+
+    On the CPU each is in memory of its own: no page of the file counts as the process's.
+    """
+    stored = {name: source.stored[name] for name in names if name in source.stored}
+    if device.type == "cuda":
+        from .bulk import stream_to_gpu
+
+        yield from stream_to_gpu(stored, device)
+    else:
+        for name, where in sorted(stored.items(), key=lambda item: (str(item[1].file), item[1].offset)):
+            yield name, _private(where).to(device)
+    for name in names:
+        if name in source.pickled:
+            yield name, source.read(name).to(device)
+
+
+def _private(where: Stored) -> Tensor:
+    """A tensor read into memory of its own."""
+    raw = torch.empty(where.nbytes, dtype=torch.uint8)
+    with open(where.file, "rb", buffering=0) as stream:
+        stream.seek(where.offset)
+        view, done = raw.numpy().data, 0
+        while done < where.nbytes:
+            count = stream.readinto(view[done:])
+            if not count:
+                at = where.offset + done
+                raise OSError(f"{where.file} is shorter than when it was checked: nothing at byte {at}")
+            done += count
+    return raw.view(where.dtype).view(where.shape)
+
+
 def _rest(
     source: Checkpoint, resting: Mapping[str, torch.dtype | None], folder: str | os.PathLike[str] | None
-) -> dict[str, Stored]:
-    """Where tensors lie on disk in the dtype that is wanted: in the checkpoint itself, or written to `folder`."""
+) -> tuple[dict[str, Stored], WrittenFile | None]:
+    """Where tensors lie on disk in the dtype that is wanted: in the checkpoint itself, or in a new file."""
     found: dict[str, Stored] = {}
     rewrite: dict[str, torch.dtype | None] = {}
     for name, dtype in resting.items():
@@ -629,7 +681,7 @@ def _rest(
         else:
             rewrite[name] = dtype
     if not rewrite:
-        return found
+        return found, None
     if folder is None:
         name, wanted = next(iter(rewrite.items()))
         stored = dtype_name(source.shape_and_dtype(name)[1])
@@ -638,14 +690,74 @@ def _rest(
             f"{_listed(rewrite)} rests on disk in another form ({stored} in {source.path}) and must be written {form}: "
             f"give an offload_folder" + (f', or dtype="{stored}" to use it as it is' if name in source.stored else "")
         )
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    from safetensors.torch import save_file
+    forms = {
+        name: Form(source.shape_and_dtype(name)[0], dtype or source.shape_and_dtype(name)[1])
+        for name, dtype in rewrite.items()
+    }
+    written, where_written = write_file(folder, forms, lambda name: source.read(name).to(forms[name].dtype))
+    return found | where_written, written
 
-    for name, dtype in rewrite.items():
+
+class Form(NamedTuple):
+    """What a tensor is, without its data."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+class WrittenFile:
+    """A file with weights of a model, which goes when nothing needs it any more."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        weakref.finalize(self, _remove, str(path), os.getpid())
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> WrittenFile:
+        return self
+
+
+def _remove(path: str, owner: int) -> None:
+    if os.getpid() == owner:  # not in a forked child
+        with contextlib.suppress(OSError):
+            os.unlink(path)
+
+
+def write_file(
+    folder: str | os.PathLike[str], forms: Mapping[str, Form], read: Callable[[str], Tensor]
+) -> tuple[WrittenFile, dict[str, Stored]]:
+    """Write tensors into a new safetensors file, one after another, so that no more than one is in memory.
+
+    Args:
+        folder: where to; made if it is not there.
+        forms: name -> shape and dtype.
+        read: name -> the tensor.
+
+    Returns:
+        The file, and where in it each tensor lies.
+
+    Raises:
+        OSError: the folder cannot be written to, or the disk is full; nothing is left behind.
+    """
+    header: dict[str, Any] = {}
+    end = 0
+    order = sorted(forms, key=lambda name: -forms[name].dtype.itemsize)  # so that each starts at a multiple of its own
+    for name in order:
+        shape, dtype = forms[name]
+        start, end = end, end + math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=folder, prefix="offloaded-", suffix=".safetensors", delete=False) as file:
-            save_file({name: source.read(name).to(dtype).contiguous()}, file.name)
-        found[name] = read_header(Path(file.name))[name]
-    return found
+            written = WrittenFile(Path(file.name))
+            file.write(len(text).to_bytes(8, "little") + text)
+            for name in order:
+                flat = read(name).detach().to("cpu").contiguous().reshape(-1)
+                file.write(flat.view(torch.uint8).numpy().data)
+    except OSError as error:
+        raise OSError(f"could not write weights to {folder}: {error}; the model is as it was") from error
+    return written, read_header(written.path)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -659,6 +771,8 @@ def save_model(
     safe_serialization: bool = True,
 ) -> None:
     """Write a model's parameters and persistent buffers as a checkpoint that Hugging Face libraries read.
+
+    What modules add to their state dict on their own is written too: the scales of quantized weights.
 
     Shards are written under temporary names and brought to disk; then the index is put in place in one step. Whenever
     the process is stopped, the folder holds the old checkpoint or the new one. Shards of the old one are removed last.
@@ -684,7 +798,7 @@ def save_model(
     if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(f"{folder} is a file; save_model needs a folder")
     on_disk = vars(model).get("_on_disk", {})
-    tensors = {slot.name: on_disk.get(slot.name, slot.tensor) for slot in _slots(model)}
+    tensors = _to_save(model, on_disk)
     if empty := [name for name, tensor in tensors.items() if isinstance(tensor, Tensor) and tensor.is_meta]:
         raise ValueError(f"{_listed(empty)} are on meta and have no data to save: load a checkpoint first")
     rests_here = folder.resolve() in {file.parent.resolve() for file in {where.file for where in on_disk.values()}}
@@ -699,7 +813,7 @@ def save_model(
     folder.mkdir(parents=True, exist_ok=True)
     with _staging(folder, made.bytes) as stage:
         for file, names in made.files.items():
-            write = _write_safetensors if safe_serialization else torch.save
+            write = _write_safetensors if safe_serialization else _write_pickle
             write({name: _plain(name, tensors[name]) for name in names}, stage / file)
             _sync(stage / file)
         if last == index:
@@ -716,19 +830,44 @@ def save_model(
     _remove_stale(folder, {*made.files, last})
 
 
+def _to_save(model: nn.Module, on_disk: Mapping[str, Stored]) -> dict[str, Tensor | Stored]:
+    """Name -> what is stored, module by module: parameters, persistent buffers, and what modules add on their own."""
+    slots = {slot.name: on_disk.get(slot.name, slot.tensor) for slot in _slots(model)}
+    tensors: dict[str, Tensor | Stored] = {}
+    for prefix, module in model.named_modules():
+        extra = extra_tensors(module, load=True)
+        for own in (*module._parameters, *module._buffers, *extra):
+            name = f"{prefix}.{own}" if prefix else own
+            if own in extra or name in slots:
+                tensors[name] = extra[own] if own in extra else slots[name]
+    return tensors
+
+
 def _plain(name: str, tensor: Tensor | Stored) -> Tensor:
     """A tensor as a file needs it: on the CPU, contiguous, alone in its storage."""
     if isinstance(tensor, Stored):
         tensor = Checkpoint(tensor.file, stored={name: tensor}).read(name)
     value = tensor.detach().to("cpu").contiguous()
-    return value if value.untyped_storage().nbytes() == value.nbytes else value.clone()
+    alone = type(value) is Tensor and value.untyped_storage().nbytes() == value.nbytes  # it may be a handle on a weight
+    return value if alone else value.clone()
 
 
 def _write_safetensors(tensors: dict[str, Tensor], file: Path) -> None:
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    save_file(tensors, file, metadata={"format": "pt"})
+    try:
+        save_file(tensors, file, metadata={"format": "pt"})
+    except SafetensorError as error:  # what it says of a full disk
+        raise OSError(f"{file.name}: {error}") from error
     file.chmod(0o666 & ~_umask())  # safetensors makes it readable for its owner alone
+
+
+def _write_pickle(tensors: dict[str, Tensor], file: Path) -> None:
+    try:
+        torch.save(tensors, file)
+    except RuntimeError as error:  # the same of torch, which does not name the cause
+        raise OSError(f"{file.name} could not be written (is the disk full?): {error}") from error
 
 
 def _umask() -> int:

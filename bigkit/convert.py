@@ -55,11 +55,11 @@ def conversions(
     converters = [one for one in transforms if isinstance(one, WeightConverter)]
     by_pattern = {pattern: one for one in converters for pattern in one.source_patterns}
     together: dict[str, list[tuple[str, str | None]]] = {}
-    for name in sorted(found, key=dot_natural_key):  # expert 2 before expert 10
-        if name not in expected:
-            target, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, expected)
-            if target in expected:
-                together.setdefault(target, []).append((name, pattern))
+    held = set(found)
+    for name in sorted(held - expected.keys(), key=dot_natural_key):  # expert 2 before expert 10
+        target, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, expected)
+        if target in expected and target not in held:
+            together.setdefault(target, []).append((name, pattern))
 
     renamed: dict[str, str] = {}
     made: dict[str, Made] = {}

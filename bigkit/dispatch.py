@@ -29,6 +29,7 @@ from .hooks import (
     AlignDevicesHook,
     ModelHook,
     add_hook_to_module,
+    drop_placed,
     remove_hook_from_module,
     send_to_device,
     torch_device,
@@ -97,8 +98,6 @@ def dispatch_model(
     """
     if not isinstance(device_map, Mapping):
         raise ValueError(f"device_map must map module names to devices, not {device_map!r}; bigkit.plan makes one")
-    if "hf_device_map" in vars(model) and any("_hf_hook" in vars(module) for module in model.modules()):
-        remove_hook_from_module(model, recurse=True)
     check_device_map(model, device_map)
     places = {name: read_device(device) for name, device in device_map.items()}
     main = _main_device(places, main_device)
@@ -126,8 +125,11 @@ def dispatch_model(
         uniform=lambda name: name not in inner,
         pin=accelerated and torch._guards.detect_fake_mode() is None,
     )
-    vars(model).pop("_on_disk", None)
+    _forget_files(model)
+    drop_placed(model)
     streamer = None
+    for group, unit in units:
+        unit.loose = group.loose
     if units:
         options: dict[str, Any] = {
             "prefetch": prefetch,
@@ -140,6 +142,12 @@ def dispatch_model(
     model.hf_device_map = dict(places)  # type: ignore[assignment]
     vars(model)["_apply"] = _Refusal()
     return model
+
+
+def _forget_files(model: nn.Module) -> None:
+    """The weights that a checkpoint was to provide have their places now."""
+    for name in ("_on_disk", "_written"):
+        vars(model).pop(name, None)
 
 
 def _device(device: Device, stands: Mapping[Device, torch.device]) -> torch.device:
@@ -169,7 +177,8 @@ def _whole(model: nn.Module, places: dict[str, Device], device: torch.device, re
             value = rest.value(record)
             for place in record.places:
                 record.put(place, value)
-    vars(model).pop("_on_disk", None)
+    _forget_files(model)
+    drop_placed(model)
     model.to(device)
     model.hf_device_map = dict(places)  # type: ignore[assignment]
     return model
@@ -196,7 +205,8 @@ def _rest(
         elif folder is not None:
             path, dtype = Path(folder) / f"{name}.dat", getattr(torch, str(entry["dtype"]))
             stored[name] = Stored(path, 0, path.stat().st_size, dtype, tuple(entry["shape"]))
-    return Rest(stored, state_dict or {}, None if folder is None else Path(folder))
+    written = vars(model).get("_written", {})
+    return Rest(stored, state_dict or {}, None if folder is None else Path(folder), dict(written))
 
 
 def _with_residents(
@@ -277,7 +287,7 @@ def _attach(
             hooks.setdefault(module, AlignDevicesHook.placed(runs_on(device), skip_keys))
     first = streamer.device if streamer else runs_on(next(iter(places.values())))
     root = hooks.pop(model, None) or AlignDevicesHook.placed(first, skip_keys)
-    root.io_same_device = True
+    root.io_same_device, root.streamer = True, streamer
     for module, hook in (*hooks.items(), (model, root)):
         add_hook_to_module(module, hook, append=True)
 
@@ -359,8 +369,12 @@ def load_checkpoint_and_dispatch(
         classes = [no_split_module_classes] if isinstance(no_split_module_classes, str) else no_split_module_classes
         found = plan(model, max_memory, device_map, dtype=dtype, no_split=classes, offload_buffers=offload_buffers)
         device_map = found.device_map if device_map == "sequential" else interleaved(found)
+    if device_map is not None:
+        check_device_map(model, device_map)
+    stand_in = options.get("stand_in") or {}
+    loading = device_map and {n: "cpu" if read_device(d) in stand_in else d for n, d in device_map.items()}
     report = load_checkpoint_in_model(
-        model, checkpoint, device_map, offload_folder, dtype, offload_buffers=offload_buffers, strict=strict,
+        model, checkpoint, loading, offload_folder, dtype, offload_buffers=offload_buffers, strict=strict,
         keep_in_fp32_modules=keep_in_fp32_modules,
     )  # fmt: skip
     if device_map is None:

@@ -15,6 +15,7 @@ Leaves out: training (gradients, samplers, mixed precision), splitting one model
 from __future__ import annotations
 
 import copy
+import hashlib
 import os
 import pickle
 import re
@@ -55,7 +56,7 @@ class PartialState:
 
     Args:
         cpu: stay on the CPU although there are GPUs.
-        timeout: how long a call waits for the others, in seconds or as a `timedelta`.
+        timeout: how long a call waits for the others, in seconds or as a `timedelta`; that of the first one counts.
 
     Attributes:
         num_processes: all processes on all hosts (the world size).
@@ -80,9 +81,9 @@ class PartialState:
         joined = dist.is_initialized()
         self.num_processes: int = dist.get_world_size() if joined else 1
         self.process_index: int = dist.get_rank() if joined else 0
-        self.local_process_index: int = int(os.environ.get("LOCAL_RANK", "0")) if joined else 0
+        self.local_process_index: int = _local_rank(self.process_index) if joined else 0
         if joined:
-            cuda = "nccl" in dist.get_backend_config()
+            cuda = not cpu and "nccl" in dist.get_backend_config()
         self.device = torch.device("cuda", self.local_process_index) if cuda else torch.device("cpu")
 
     @property
@@ -106,8 +107,8 @@ class PartialState:
         Raises:
             ProcessLost: another one ended, or did not come in time.
         """
-        if dist.is_initialized():
-            with _together("wait_for_everyone"):
+        if _grouped("wait_for_everyone"):
+            with together("wait_for_everyone"):
                 dist.barrier()
 
     @contextmanager
@@ -136,6 +137,10 @@ class PartialState:
     def on_local_main_process(self, function: Callable[..., T]) -> Callable[..., T | None]:
         """Decorator: the function runs on process 0 of each host."""
         return self._only(self.is_local_main_process, function)
+
+    def on_last_process(self, function: Callable[..., T]) -> Callable[..., T | None]:
+        """Decorator: the function runs on the process with the highest number."""
+        return self._only(self.is_last_process, function)
 
     @staticmethod
     def _only(here: bool, function: Callable[..., T]) -> Callable[..., T | None]:
@@ -185,9 +190,30 @@ def _launched() -> bool:
     return False
 
 
+def _local_rank(rank: int) -> int:
+    """This process's number on its host; where nobody told, that of the GPU which falls to it in turn."""
+    told = os.environ.get("LOCAL_RANK")
+    return int(told) if told else rank % (torch.cuda.device_count() or sys.maxsize)
+
+
+def _grouped(call: str) -> bool:
+    """Whether there are others to talk to.
+
+    Raises:
+        RuntimeError: this process was launched with others, but has not joined them: it would go on alone.
+    """
+    if dist.is_initialized():
+        return True
+    if _launched() and os.environ["WORLD_SIZE"] != "1":
+        rank, world = os.environ["RANK"], os.environ["WORLD_SIZE"]
+        raise RuntimeError(f"process {rank} of {world} called {call} outside the group: make a PartialState before, "
+                           "and destroy it after the last call")  # fmt: skip
+    return False
+
+
 def _join(cuda: bool, timeout: timedelta) -> None:
     """Join the group that the environment names, and arrange that this process neither outlives it nor hides errors."""
-    local = int(os.environ.get("LOCAL_RANK", "0"))
+    local = _local_rank(int(os.environ["RANK"]))
     if cuda and local >= torch.cuda.device_count():
         raise RuntimeError(f"process {local} of this host has no GPU: there are {torch.cuda.device_count()}. "
                            "Start as many processes as GPUs, or add --cpu or PartialState(cpu=True)")  # fmt: skip
@@ -195,7 +221,7 @@ def _join(cuda: bool, timeout: timedelta) -> None:
     _tell_failures()
     if cuda:
         torch.cuda.set_device(local)
-    with _together("PartialState()"):
+    with together("PartialState()"):
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timeout)
 
 
@@ -237,7 +263,7 @@ def _tell_failures() -> None:
 
 
 @contextmanager
-def _together(call: str) -> Iterator[None]:
+def together(call: str) -> Iterator[None]:
     """Say in one sentence that the others are gone, whatever the backend calls it."""
     try:
         yield
@@ -406,13 +432,18 @@ def gather(tensor: Any) -> Any:
     leaves: list[torch.Tensor] = []
     shape = _leaves(tensor, leaves, "the input of gather")
     leaves = [leaf if leaf.ndim else leaf[None] for leaf in leaves]
-    described = [(f"{leaf.dtype} of shape (…, {', '.join(map(str, leaf.shape[1:]))})", len(leaf)) for leaf in leaves]
-    everyone = _exchange((repr(shape), described), "gather")
-    for rank, (other, theirs) in enumerate(everyone):
-        if other != everyone[0][0] or [text for text, _ in theirs] != [text for text, _ in everyone[0][1]]:
-            said = [f"process {r} has {everyone[r][0]}, {[text for text, _ in everyone[r][1]]}" for r in (0, rank)]
-            raise ValueError(f"gather needs the same kind of tensors on every process, but {' and '.join(said)}")
-    joined = [_join_rows(leaf, [d[i][1] for _, d in everyone]) for i, leaf in enumerate(leaves)]
+    kinds = [f"{leaf.dtype} of shape (…, {', '.join(map(str, leaf.shape[1:]))})" for leaf in leaves]
+    lengths = [len(leaf) for leaf in leaves]
+    if _agree((repr(shape), kinds, lengths), "gather"):
+        told = [lengths] * (dist.get_world_size() if dist.is_initialized() else 1)
+    else:
+        everyone = _exchange((repr(shape), kinds, lengths), "gather")
+        for rank, theirs in enumerate(everyone):
+            if theirs[:2] != everyone[0][:2]:
+                said = [f"process {r} has {everyone[r][0]}, {everyone[r][1]}" for r in (0, rank)]
+                raise ValueError(f"gather needs the same kind of tensors on every process, but {' and '.join(said)}")
+        told = [theirs[2] for theirs in everyone]
+    joined = [_join_rows(leaf, [lengths[i] for lengths in told]) for i, leaf in enumerate(leaves)]
     return _rebuild(tensor, iter(joined))
 
 
@@ -497,15 +528,25 @@ def _gather_columns(results: Any) -> Any:
 
 def _exchange(thing: T, call: str) -> list[T]:
     """What every process holds, in the order of the processes."""
-    if not dist.is_initialized():
+    if not _grouped(call):
         return [thing]
     import cloudpickle
 
     packed = cloudpickle.dumps(thing)  # by value where needed: a class of a notebook is in no module of the others
     everyone: list[Any] = [None] * dist.get_world_size()
-    with _together(call):
+    with together(call):
         dist.all_gather_object(everyone, packed)
     return [pickle.loads(theirs) for theirs in everyone]
+
+
+def _agree(thing: object, call: str) -> bool:
+    """Whether every process holds the same; eight bytes of each are compared, which costs little."""
+    if not _grouped(call):
+        return True
+    digest = hashlib.blake2b(repr(thing).encode(), digest_size=8).digest()
+    mine = torch.tensor([int.from_bytes(digest, "little", signed=True)], device=_carrier("cpu"))
+    with together(call):
+        return len(set(_all_gather(mine).tolist())) == 1
 
 
 def _join_rows(tensor: torch.Tensor, lengths: list[int]) -> torch.Tensor:
@@ -516,14 +557,26 @@ def _join_rows(tensor: torch.Tensor, lengths: list[int]) -> torch.Tensor:
     sent = tensor.detach().contiguous()
     if len(sent) < longest:
         sent = torch.cat([sent, sent.new_zeros(longest - len(sent), *sent.shape[1:])])
+    raw = sent.reshape(-1).view(torch.uint8).to(_carrier(sent.device))  # gloo and nccl know few dtypes, but bytes
+    with together("gather"):
+        rows = _all_gather(raw).view(sent.dtype).view(len(lengths) * longest, *sent.shape[1:])
+    if min(lengths) < longest:
+        rows = torch.cat([rows[i * longest : i * longest + length] for i, length in enumerate(lengths)])
+    return rows.to(tensor.device)
+
+
+def _all_gather(flat: torch.Tensor) -> torch.Tensor:
+    """A tensor of one dimension, of the same length on each process, from all of them."""
+    found = flat.new_empty(dist.get_world_size() * len(flat))
+    if len(flat):
+        dist.all_gather_into_tensor(found, flat)
+    return found
+
+
+def _carrier(device: str | torch.device) -> str | torch.device:
+    """Where a tensor must be for the group's backends to carry it, its own device if that can be."""
     backends = dist.get_backend_config()
-    carrier = "cpu" if "nccl" not in backends else sent.device if "gloo" in backends else "cuda"
-    raw = sent.reshape(-1).view(torch.uint8).to(carrier)  # gloo and nccl know few dtypes, but bytes they know
-    parts = [torch.empty_like(raw) for _ in lengths]
-    with _together("gather"):
-        dist.all_gather(parts, raw)
-    rows = [part.view(sent.dtype).view(sent.shape)[:length] for part, length in zip(parts, lengths)]
-    return torch.cat(rows).to(tensor.device)
+    return "cpu" if "nccl" not in backends else device if "gloo" in backends else "cuda"
 
 
 def _leaves(thing: Any, found: list[torch.Tensor], path: str) -> Any:

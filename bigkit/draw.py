@@ -1,4 +1,4 @@
-"""Pictures of plans, estimates and checkpoints, each with a text twin that tells the same figures.
+"""Pictures of plans, estimates, checkpoints and quantized layers, each with a text twin that tells the same figures.
 
 A picture is a matplotlib `Figure` made by a pure function of data; `svg` turns it into inline SVG for a notebook.
 Colours are the palette of Okabe and Ito, which colour-blind readers can tell apart, and each has a label beside it.
@@ -13,7 +13,7 @@ import html
 import io
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
@@ -26,6 +26,8 @@ from .units import GiB, KiB, MiB, format_bytes
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+    from .rounding import Study
 
 # Source: Okabe and Ito, Color Universal Design, https://jfly.uni-koeln.de/color/
 BLACK, ORANGE, SKY, GREEN = "#000000", "#E69F00", "#56B4E9", "#009E73"
@@ -368,6 +370,72 @@ def _count(count: int, noun: str, plural: str = "") -> str:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Quantized layers
+
+
+def study_figure(study: Study, errors: Mapping[str, float]) -> Figure:
+    """A quantized layer as a picture: its weights as a histogram over the values that a code can stand for, and the
+    error of every layer's output below, the layer's own marked.
+
+    Args:
+        study: the layer.
+        errors: layer -> relative error of its output, in the model's order.
+
+    >>> from bigkit.rounding import Scheme, planted, study
+    >>> figure = study_figure(study(planted(), Scheme("nf4")), {"planted outliers": 0.09})
+    >>> figure.savefig("study.png")  # doctest: +SKIP
+    """
+    canvas = _Canvas()
+    canvas.title(study.layer, _study_facts(study))
+    canvas.legend([("weights", (BLUE,)), ("values of a code", (GREEN,))])
+    canvas.histogram(study.counts, study.codes)
+    canvas.heading("How far the output of each layer moves, relative to its length, in the model's order")
+    canvas.columns(errors, study.layer)
+    return canvas.figure()
+
+
+def study_text(study: Study, errors: Mapping[str, float]) -> str:
+    """The text twin of `study_figure`: the layer's figures, its codes, and the error of each kind of layer.
+
+    >>> from bigkit.rounding import Scheme, planted, study
+    >>> print(study_text(study(planted(), Scheme("nf4")), {"planted outliers": 0.09}).splitlines()[0])
+    planted outliers: nf4, blocks of 64 · 256 x 256 · 36.06 KiB · 4.51 bits a weight
+    """
+    kinds: dict[str, list[float]] = {}
+    for name, error in errors.items():
+        kinds.setdefault(".".join(part for part in name.split(".") if not part.isdigit()), []).append(error)
+    rows = [[kind, str(len(found)), *(f"{100 * pick(found):.2f} %" for pick in (min, max))]
+            for kind, found in kinds.items()]  # fmt: skip
+    few = len(study.codes) <= 16
+    codes = f"{len(study.codes)}, evenly spaced from -1 to 1"
+    if few:
+        said = [f"{code:.3f}" for code in study.codes]
+        codes = "\n  ".join(["", *(" ".join(said[i : i + 8]) for i in range(0, len(said), 8))])
+    return "\n".join([
+        f"{study.layer}: {_study_facts(study)}", "",
+        f"weights move by {100 * study.weight_error:.2f} %, the output by {100 * study.output_error:.2f} %",
+        f"values of a code, times the scale: {codes}", "",
+        text_table(["output error of", "layers", "least", "most"], rows),
+    ])  # fmt: skip
+
+
+def study_label(study: Study) -> str:
+    """What a screen reader says of `study_figure`."""
+    return (
+        f"{study.layer} as {study.scheme.label}: {_study_facts(study)}; a histogram of its weights over "
+        f"{len(study.codes)} values, and the error of each layer's output, here {100 * study.output_error:.2f} %."
+    )
+
+
+def _study_facts(study: Study) -> str:
+    rows, columns = study.shape
+    facts = (
+        f"{study.scheme.label} · {rows:,} x {columns:,} · {format_bytes(study.nbytes)} · {study.bits:.2f} bits a weight"
+    )
+    return facts + (f" · {study.outliers} outlier features" if study.scheme.kind == "int8" else "")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Drawing
 
 
@@ -469,6 +537,37 @@ class _Canvas:
         self.text(WIDTH - 8, middle, f"{total} {unit_name}", 9.5, ha="right", weight="bold" if over else "normal",
                   color="#B00000" if over else BLACK)  # fmt: skip
         self.y += ROW
+
+    def histogram(self, counts: Sequence[int], codes: Sequence[float], height: float = 92) -> None:
+        """Counts of values from -1 to 1, and below it a line for each value of a code."""
+        width, most = WIDTH - 32, max(counts, default=0) or 1
+        wide = width / len(counts)
+        for i, count in enumerate(counts):
+            tall = height * count / most
+            self.box("weights", 16 + i * wide, self.y + height - tall, wide - 0.6, tall, BLUE)
+        self.y += height
+        line = 0.6 if len(codes) > 64 else 1.6
+        for code in codes:
+            self.box("values of a code", 16 + (code + 1) / 2 * width - line / 2, self.y + 2, line, 12, GREEN)
+        for value in (-1, -0.5, 0, 0.5, 1):
+            said = f"{value:g}" if value else "0 x its scale"
+            self.text(16 + (value + 1) / 2 * width, self.y + 21, said, 8, ha="center", color="#333333")
+        self.y += 30
+
+    def columns(self, values: Mapping[str, float], chosen: str, height: float = 64) -> None:
+        """A column for each value, one of them marked, in percent."""
+        most = max(values.values(), default=0) or 1
+        wide = min((WIDTH - 32 - 44) / max(len(values), 1), 40)
+        for i, (name, value) in enumerate(values.items()):
+            tall, x = height * value / most, 60 + i * wide
+            self.box("chosen" if name == chosen else "layers", x, self.y + height - tall, 0.8 * wide, tall,
+                     ORANGE if name == chosen else SKY)  # fmt: skip
+            if name == chosen:
+                self.text(min(max(x + 0.4 * wide, 130), WIDTH - 130), self.y + height + 9,
+                          f"{_shorten(name, 32)}: {100 * value:.2f} %", 9, ha="center", weight="bold")  # fmt: skip
+        for value in (0, most):
+            self.text(54, self.y + height * (1 - value / most), f"{100 * value:.2g} %", 8, ha="right", color="#333333")
+        self.y += height + 20
 
     def strip(self, plan: Plan) -> None:
         """The layers in order, each as wide as its bytes; below each stretch, its device and layers."""

@@ -20,12 +20,15 @@ from __future__ import annotations
 
 import functools
 import threading
+from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo
+from torch.nn.utils.rnn import PackedSequence
 
 from .resting import stream_alone
 from .store import Unit
@@ -61,7 +64,9 @@ class ModelHook:
         return output
 
     def on_error(self, module: nn.Module) -> None:
-        """Called instead of `post_forward`, or after it failed, when anything was raised, Ctrl-C included."""
+        """Called when anything was raised, Ctrl-C included, between the start of `pre_forward` and the end of
+        `post_forward`.
+        """
 
     def detach_hook(self, module: nn.Module) -> nn.Module:
         """Called when the hook is removed; returns the module."""
@@ -95,10 +100,6 @@ class SequentialHook(ModelHook):
             output = hook.post_forward(module, output)
         return output
 
-    def on_error(self, module: nn.Module) -> None:
-        for hook in self.hooks:
-            hook.on_error(module)
-
     def detach_hook(self, module: nn.Module) -> nn.Module:
         for hook in self.hooks:
             module = hook.detach_hook(module)
@@ -124,21 +125,11 @@ def add_hook_to_module(module: nn.Module, hook: ModelHook, append: bool = False)
     >>> type(layer._hf_hook).__name__, tuple(layer(torch.ones(1, 2)).shape)
     ('ModelHook', (1, 2))
     """
-    old: ModelHook | None = vars(module).get("_hf_hook")
-    if old is not None and append:
-        hook.init_hook(module)
-        whole: ModelHook = SequentialHook(old, hook)
-        _unwrap(module)
-    else:
-        if old is not None:
-            remove_hook_from_module(module)
-        module = hook.init_hook(module)
-        whole = hook
-    own_forward = vars(module).get("forward")
-    wrapped = functools.partial(_hooked, whole, module, own_forward)
-    functools.update_wrapper(wrapped, module.forward)
-    vars(module).update(_hf_hook=whole, _old_forward=own_forward)
-    module.forward = wrapped
+    before = _hooks(module) if append else []
+    if not append:
+        remove_hook_from_module(module)
+    module = hook.init_hook(module)
+    _wrap(module, [*before, hook])
     return module
 
 
@@ -161,22 +152,63 @@ def remove_hook_from_module(module: nn.Module, recurse: bool = False) -> nn.Modu
         if hook is not None:
             hook.detach_hook(part)
             _unwrap(part)
-            del part._hf_hook
     vars(module).pop("_apply", None)  # `dispatch_model` made it refuse to move
     return module
 
 
+def _hooks(module: nn.Module) -> list[ModelHook]:
+    """The hooks of a module, one by one."""
+    hook: ModelHook | None = vars(module).get("_hf_hook")
+    return [*hook.hooks] if type(hook) is SequentialHook else [] if hook is None else [hook]
+
+
+def _wrap(module: nn.Module, hooks: list[ModelHook]) -> None:
+    """Put hooks around a module's forward in place of those that are there."""
+    if "_hf_hook" in vars(module):
+        _unwrap(module)
+    if not hooks:
+        return
+    own_forward = vars(module).get("forward")
+    whole = hooks[0] if len(hooks) == 1 else SequentialHook(*hooks)
+    wrapped = functools.partial(_hooked, whole, module, own_forward)
+    functools.update_wrapper(wrapped, module.forward)
+    vars(module).update(_hf_hook=whole, _old_forward=own_forward)
+    module.forward = wrapped
+
+
 def _unwrap(module: nn.Module) -> None:
     own_forward = vars(module).pop("_old_forward")
-    del module.forward
+    del module.forward, module._hf_hook
     if own_forward is not None:
         module.forward = own_forward
 
 
+def drop_placed(model: nn.Module) -> None:
+    """Take away the hooks of an earlier `dispatch_model`, those of the user aside. Weights stay where they are."""
+    for module in model.modules():
+        hooks = _hooks(module)
+        kept = [hook for hook in hooks if not (isinstance(hook, AlignDevicesHook) and hook._is_placed)]
+        for hook in hooks:
+            if hook not in kept and hook.streamer is not None:  # type: ignore[attr-defined]
+                hook.streamer.close()  # type: ignore[attr-defined]
+        if len(kept) < len(hooks):
+            _wrap(module, kept)
+    vars(model).pop("_apply", None)
+
+
 def _hooked(hook: ModelHook, module: nn.Module, own_forward: Any, /, *args: Any, **kwargs: Any) -> Any:
     """A module's forward with a hook around it."""
+    if torch.compiler.is_dynamo_compiling():
+        return _run_untraced(_UNTRACED, hook, module, own_forward, args, kwargs)
+    return _run(_TRACED, hook, module, own_forward, args, kwargs)
+
+
+def _run(steps: Any, hook: ModelHook, module: nn.Module, own_forward: Any, args: Any, kwargs: Any) -> Any:
+    before, after, failed = steps
+    hooks = hook.hooks if type(hook) is SequentialHook else (hook,)
+    begun: list[ModelHook] = []
     try:
-        args, kwargs = hook.pre_forward(module, *args, **kwargs)
+        args, kwargs = before(hooks, begun, module, args, kwargs)
         # The class's own forward is looked up at each call, so that a copied module never runs the original's.
         forward = own_forward or functools.partial(type(module).forward, module)
         if hook.no_grad:
@@ -184,10 +216,35 @@ def _hooked(hook: ModelHook, module: nn.Module, own_forward: Any, /, *args: Any,
                 output = forward(*args, **kwargs)
         else:
             output = forward(*args, **kwargs)
-        return hook.post_forward(module, output)
+        return after(hooks, begun, module, output)
     except BaseException:
-        hook.on_error(module)
+        failed(begun, module)
         raise
+
+
+def _before(hooks: Any, begun: list[ModelHook], module: nn.Module, args: Any, kwargs: Any) -> Any:
+    for hook in hooks:
+        begun.append(hook)
+        args, kwargs = hook.pre_forward(module, *args, **kwargs)
+    return args, kwargs
+
+
+def _after(hooks: Any, begun: list[ModelHook], module: nn.Module, output: Any) -> Any:
+    for hook in hooks:
+        output = hook.post_forward(module, output)
+        begun.remove(hook)
+    return output
+
+
+def _failed(begun: list[ModelHook], module: nn.Module) -> None:
+    for hook in begun:
+        hook.on_error(module)
+
+
+# PyTorch's own decorator for its optimizers and the like: it imports the compiler only if it is called.
+_TRACED = (_before, _after, _failed)
+_UNTRACED = tuple(_disable_dynamo(step) for step in _TRACED)
+_run_untraced = _disable_dynamo(_run, recursive=False)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -209,6 +266,8 @@ def send_to_device(value: Any, device: torch.device, skip_keys: Iterable[str] = 
         return value if value.device == device else value.to(device)
     if isinstance(value, (str, bytes, int, float, type(None), nn.Module, torch.device, torch.dtype)):
         return value
+    if isinstance(value, PackedSequence):
+        return value.to(device)  # type: ignore[arg-type]  # it knows what of it stays on the CPU
     if isinstance(value, (list, tuple)):
         items = [send_to_device(item, device, skip_keys) for item in value]
         if all(new is old for new, old in zip(items, value)):
@@ -218,7 +277,11 @@ def send_to_device(value: Any, device: torch.device, skip_keys: Iterable[str] = 
         moved = {
             key: item if key in skip_keys else send_to_device(item, device, skip_keys) for key, item in value.items()
         }
-        return value if all(moved[key] is item for key, item in value.items()) else type(value)(moved)  # type: ignore[call-arg]
+        if all(moved[key] is item for key, item in value.items()):
+            return value
+        if isinstance(value, defaultdict):
+            return defaultdict(value.default_factory, moved)
+        return type(value)(moved)  # type: ignore[call-arg]
     if hasattr(value, "to") and callable(value.to):
         return value.to(device)
     return value
@@ -247,6 +310,7 @@ def find_device(value: Any) -> torch.device | None:
 class _Call:
     """What one forward has to undo."""
 
+    outermost: bool = True  # of those in which this thread is lent something
     input_device: torch.device | None = None
     lent: bool = False
 
@@ -320,7 +384,7 @@ class AlignDevicesHook(ModelHook):
 
     def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
         if self.unit is not None or self.io_same_device:
-            call = _Call()
+            call = _Call(self.streamer is None or not self.streamer.held())
             self._calls.setdefault(threading.get_ident(), []).append(call)
             if self.io_same_device:
                 call.input_device = find_device((args, kwargs))
@@ -328,16 +392,20 @@ class AlignDevicesHook(ModelHook):
                 assert self.streamer is not None
                 self.streamer.lend(self.unit)
                 call.lent = True
-        if self.execution_device is None:
-            return args, kwargs
-        return send_to_device(args, self.execution_device), send_to_device(
-            kwargs, self.execution_device, self.skip_keys
-        )
+        device = self.execution_device
+        if device is not None:
+            if not all(isinstance(value, Tensor) and value.device == device for value in args):  # mostly they are there
+                args = send_to_device(args, device)
+            if kwargs:
+                kwargs = send_to_device(kwargs, device, self.skip_keys)
+        return args, kwargs
 
     def post_forward(self, module: nn.Module, output: Any) -> Any:
         if self.unit is not None or self.io_same_device:
             call = self._calls[threading.get_ident()][-1]
             self._return(call)
+            if call.outermost and self.streamer is not None:
+                self.streamer.recover()  # there is something to do only if an interrupt was caught within
             if call.input_device is not None:
                 output = send_to_device(output, call.input_device, self.skip_keys)
             self._forget()
@@ -345,14 +413,20 @@ class AlignDevicesHook(ModelHook):
 
     def on_error(self, module: nn.Module) -> None:
         if calls := self._calls.get(threading.get_ident()):
-            self._return(calls[-1])
-            self._forget()
+            call = calls[-1]
+            try:
+                self._return(call)
+            finally:
+                if call.outermost and self.streamer is not None:
+                    self.streamer.recover()
+                self._forget()
 
     def _return(self, call: _Call) -> None:
         if call.lent:
             assert self.streamer is not None and self.unit is not None
             call.lent = False
-            self.streamer.take_back(self.unit)
+            if self.streamer._loans and self.streamer._loans[-1].unit is self.unit:  # else it was interrupted
+                self.streamer.take_back(self.unit)
 
     def _forget(self) -> None:
         calls = self._calls[threading.get_ident()]

@@ -16,6 +16,7 @@ Leaves out: what to copy when, and into which slot (`stream.py`).
 
 from __future__ import annotations
 
+import mmap
 import os
 import queue
 import threading
@@ -42,9 +43,9 @@ class Slot:
 
     base: Tensor  # shape (bytes of the largest unit,), uint8
     unit: Unit | None = None  # whose weights it holds
-    lent: int = 0  # forwards that are using it
-    stale: bool = False  # it is lent, but holds what no longer counts
+    lent: bool = False  # a forward is using it
     version: int = 0  # of `base` when it was lent: a higher one means that somebody wrote to it
+    owner: Unit | None = None  # the only unit that it is for, if it is
     used: int = 0  # when it was last lent: the number of that loan
     ready: Any = None  # event: filled
     free: Any = None  # event: last read
@@ -68,6 +69,7 @@ class PlainLane:
         for part in unit.parts():
             if part.nbytes:
                 part.over(slot.base, part.offset).copy_(part.on_cpu())
+        unit.advise(mmap.MADV_DONTNEED)
 
     def arrive(self, slot: Slot) -> None:
         """Make the work that follows wait until the slot is filled.

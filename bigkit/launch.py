@@ -6,7 +6,8 @@
 
 Settings come from the command line, else from the config file, else from the machine: one process for each GPU, or one.
 The torchrun command is printed, and then takes this process's place: signals and the exit status are its own. A config
-file is JSON or YAML with the keys that Accelerate's have; those that would change what is computed are refused.
+file is JSON or YAML with the keys that Accelerate's have; those that would change what is computed are refused. A
+script that makes a PartialState ends within a second of its launcher, even if that is killed.
 
 Leaves out: starting the command on the other hosts, and notebooks (`notebook.py`).
 """
@@ -45,7 +46,7 @@ class Settings:
         num_machines: hosts.
         machine_rank: which of them this is, from 0.
         main_process_ip, main_process_port: where process 0 is, as all hosts see it; needed with several.
-        rdzv_backend: "static", or "c10d", with which hosts may come in any order and get their numbers by themselves.
+        rdzv_backend: "static", or torchrun's "c10d", with which hosts other than the first are numbered as they come.
         use_cpu: leave GPUs alone.
         gpu_ids: which GPUs of this host to use, "all" or as in "0,2".
 
@@ -103,6 +104,10 @@ class Settings:
         place = f"{self.main_process_ip}:{self.main_process_port}"
         if self.rdzv_backend == "c10d":
             where += ["--rdzv-backend", "c10d", "--rdzv-endpoint", place, "--rdzv-id", "bigkit"]
+            # torchrun would compare the address with what this host's name resolves to, which often is 127.0.1.1
+            first = self.machine_rank == 0
+            where += ["--rdzv-conf", f"is_host={int(first)}"]
+            where += ["--local-addr", str(self.main_process_ip)] if first else []
         else:
             where += ["--node-rank", str(self.machine_rank), "--master-addr", str(self.main_process_ip),
                       "--master-port", str(self.main_process_port)]  # fmt: skip
@@ -191,7 +196,7 @@ def _settings(content: Mapping[str, Any]) -> dict[str, Any]:
                 raise ValueError(f"{name} is set, and bigkit launch cannot honour it: remove the key")
         else:
             close = difflib.get_close_matches(str(name), [*known, *SILENT, *FOREIGN], 1)
-            raise ValueError(f"unknown key {name!r}{f': is {close[0]} meant?' if close else ''}. "
+            raise ValueError(f"unknown key {name!r}{f': is {close[0]} meant?' if close else '.'} "
                              f"bigkit launch reads {', '.join(known)}")  # fmt: skip
     if isinstance(found.get("gpu_ids"), (int, list)) and not isinstance(found["gpu_ids"], bool):
         ids = found["gpu_ids"]

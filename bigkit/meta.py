@@ -31,7 +31,7 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -599,6 +599,8 @@ class _Skeleton:
 
     def module(self, module: nn.Module, name: str) -> ModuleSpec:
         tensors = {own: self.tensor(module, own, tensor, name) for own, tensor in _own_tensors(module)}
+        with suppress(ValueError):
+            tensors |= {own: self.tensor(module, own, tensor, name) for own, tensor in extra_tensors(module).items()}
         children = {
             own: self.module(child, f"{name}.{own}" if name else own)
             for own, child in module._modules.items()
@@ -606,6 +608,7 @@ class _Skeleton:
         }
         cls = type(module).__name__
         linear = isinstance(module, nn.Linear) or cls == "Conv1D"  # transformers' Conv1D is a transposed Linear
+        linear &= getattr(module.weight, "is_floating_point", bool)() if linear else False  # or it is quantized already
         key = (cls, linear, *tensors.items(), *((own, id(child)) for own, child in children.items()))
         return self.made.setdefault(key, ModuleSpec(cls, tensors, children, linear))
 
@@ -620,6 +623,34 @@ class _Skeleton:
             shape, dtype, *_ = key
             self.tensor_specs[key] = TensorSpec(shape, dtype_name(dtype), buffer=buffer, persistent=persistent)
         return self.tensor_specs[key]
+
+
+def extra_tensors(module: nn.Module, load: bool = False) -> dict[str, Tensor]:
+    """What a module stores beside its parameters and buffers: the scales of quantized weights.
+
+    Asks the module's own `_save_to_state_dict`, if it has one. Of a weight that rests elsewhere they are on meta, or
+    with `load` real.
+
+    Raises:
+        ValueError: its weight is no longer what was quantized, so that saving it would be saving something else.
+    """
+    if type(module)._save_to_state_dict is nn.Module._save_to_state_dict:
+        return {}
+    state = getattr(getattr(module, "weight", None), "quant_state", None)
+    if hasattr(state, "original_qshape"):  # bitsandbytes would undo this, but the scales have been rounded
+        raise ValueError(
+            f"the 4-bit weight of a {type(module).__name__} was packed anew for this CPU by a forward, which rounded "
+            "its scales: load the model again, and save it before it runs"
+        )
+    found: dict[str, Any] = {}
+    own = {**module._parameters, **module._buffers}
+    away: Any = {name: tensor for name, tensor in module._parameters.items() if hasattr(tensor, "streamer")}
+    try:
+        module._parameters.update({name: a.load("cpu") if load else a.weight.like for name, a in away.items()})
+        module._save_to_state_dict(found, "", True)
+    finally:
+        module._parameters.update(away)
+    return {name: tensor for name, tensor in found.items() if isinstance(tensor, Tensor) and name not in own}
 
 
 def _own_tensors(module: nn.Module, buffers: bool = True) -> Iterator[tuple[str, Tensor]]:

@@ -20,6 +20,7 @@ import linecache
 import os
 import pickle
 import queue
+import shutil
 import signal
 import subprocess
 import sys
@@ -210,19 +211,22 @@ class _Group:
         Raises:
             LaunchError: one did not.
         """
-        while any(process.poll() is None for process in self.processes):
+        while not self._failed() and any(process.poll() is None for process in self.processes):
             self._show(0.05)
-            if any(process.poll() for process in self.processes):
-                break
-        if any(process.poll() for process in self.processes):
+        if self._failed():
             raise LaunchError(self._why())
         self.end()
+
+    def _failed(self) -> list[int]:
+        """Those that have ended without leaving a result."""
+        ended = [i for i, process in enumerate(self.processes) if process.poll() is not None]
+        return [i for i in ended if self.processes[i].poll() or not (self.folder / f"result-{i}").exists()]
 
     def _why(self) -> str:
         """End all, and say who failed first: not one that merely missed a neighbour, if there is another."""
         until = time.monotonic() + 1  # who misses a process that died without a word may be heard before it
         while True:
-            failures = [(*self._failure(i), i) for i, process in enumerate(self.processes) if process.poll()]
+            failures = [(*self._failure(i), i) for i in self._failed()]
             if time.monotonic() > until or not all(lost for lost, *_ in failures):
                 break
             self._show(0.05)
@@ -295,7 +299,7 @@ def _work(folder: str, local: str) -> None:
 
     lifeline = os.dup(0)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-    threading.Thread(target=_end_with_parent, args=(lifeline,), daemon=True).start()
+    threading.Thread(target=_end_with_parent, args=(lifeline, folder), daemon=True).start()
     try:
         function, args, cells = pickle.loads(Path(folder, "work").read_bytes())
         linecache.cache.update(cells)
@@ -327,9 +331,10 @@ def _leave(path: Path, content: bytes) -> None:
     path.with_suffix(".part").rename(path)
 
 
-def _end_with_parent(lifeline: int) -> None:
+def _end_with_parent(lifeline: int, folder: str) -> None:
     """Wait until the other end of a pipe, which only the parent holds, is closed; then end all that started here."""
     os.read(lifeline, 1)
+    shutil.rmtree(folder, ignore_errors=True)  # which the parent could not do
     if hasattr(os, "killpg"):
         os.killpg(0, signal.SIGKILL)
     os._exit(1)

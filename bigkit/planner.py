@@ -55,6 +55,7 @@ def plan(
     *,
     dtype: object = None,
     quantization: str | None = None,
+    keep: Iterable[str] | None = None,
     special_dtypes: Mapping[str, object] | None = None,
     no_split: Iterable[str] | None = None,
     batch: int = 1,
@@ -72,6 +73,7 @@ def plan(
         strategy: one of `STRATEGIES`, or a device map of your own (module name -> device) to be checked and measured.
         dtype: floating weights are cast to it; None keeps them as they are.
         quantization: None or one of `layers.QUANTIZATIONS`.
+        keep: modules that stay in `dtype` then; None takes the output head and tied modules.
         special_dtypes: tensor name -> dtype, for tensors that differ.
         no_split: classes whose modules stay whole; None takes the model's own list, or the repeated blocks that its
             facts name where it has no list (timm).
@@ -97,14 +99,14 @@ def plan(
     if quantization and dtype is None:
         dtype = "float16"
     special = {name: dtype_name(value) for name, value in (special_dtypes or {}).items()}
-    keep = model.kept if quantization else frozenset()
+    kept = (model.kept if keep is None else frozenset(keep)) if quantization else frozenset()
     if no_split is None:
         no_split = model.no_split or model.facts.get("blocks", ())
     task = _Task(
         model=model,
         layers=model.layers(no_split),
         budgets=read_budgets(max_memory),
-        precision=Precision(None if dtype is None else dtype_name(dtype), quantization, keep, tuple(special.items())),
+        precision=Precision(None if dtype is None else dtype_name(dtype), quantization, kept, tuple(special.items())),
         batch=batch,
         context=context,
         overhead=parse_bytes(overhead),

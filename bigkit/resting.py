@@ -12,13 +12,9 @@ Leaves out: hooks and the calls that users know (`dispatch.py`).
 
 from __future__ import annotations
 
-import os
-import tempfile
-import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, wait
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,11 +23,11 @@ import torch
 from torch import Tensor, nn
 
 from .away import Away
-from .checkpoint import Stored, read_header
+from .checkpoint import Form, Stored, write_file
 from .lanes import readers
 from .meta import repeated_blocks, tied_groups, twin
 from .plans import Device
-from .store import Part, Source, Unit, Weight, anatomy, open_source, part_of, rest_in_ram
+from .store import PLAIN, Part, Source, Unit, Weight, anatomy, open_source, part_of, rest_in_ram
 from .stream import Mapped, Slots, Streamer
 
 Place = tuple[str, nn.Module, str]  # full name, module, own name
@@ -39,13 +35,22 @@ Place = tuple[str, nn.Module, str]  # full name, module, own name
 
 @dataclass
 class Record:
-    """One tensor of a model and every place that refers to it."""
+    """One tensor of a model and every place that refers to it.
+
+    A tensor that a streamer sent away before is on meta here, and `rests` says where it is.
+    """
 
     name: str
     tensor: Tensor
     buffer: bool
     persistent: bool
+    rests: Weight | None = None
     places: list[Place] = field(default_factory=list)
+
+    def at(self, place: Place) -> Tensor:
+        """What a place refers to."""
+        _, module, own = place
+        return (module._buffers if self.buffer else module._parameters)[own]  # type: ignore[return-value]
 
     def put(self, place: Place, tensor: Tensor) -> None:
         """Make a place refer to another tensor."""
@@ -66,7 +71,9 @@ def records(model: nn.Module) -> list[Record]:
                 name = f"{prefix}.{own}" if prefix else own
                 owner = first.get(name, name)
                 if owner not in found:
-                    found[owner] = Record(name, tensor, buffer, own not in module._non_persistent_buffers_set)
+                    rests = tensor.weight if isinstance(tensor, Away) else None
+                    persistent = own not in module._non_persistent_buffers_set
+                    found[owner] = Record(name, rests.like if rests else tensor, buffer, persistent, rests)
                 if (id(module), own) not in seen:  # a module may be reached by two names
                     seen.add((id(module), own))
                     found[owner].places.append((name, module, own))
@@ -108,11 +115,18 @@ def groups(model: nn.Module, is_away: Callable[[str], bool], uniform: Callable[[
     blocks |= set() if blocks else repeated_blocks(model)
     sizes: dict[int, int] = {}
     holds_block: dict[int, bool] = {}
-    for module in reversed([*model.modules()]):  # children before parents
-        own = sum(t.nbytes for ts in (module._parameters, module._buffers) for t in ts.values() if t is not None)
+
+    def measure(module: nn.Module) -> None:
+        if id(module) in sizes:
+            return
         children = list(module.children())
+        for child in children:
+            measure(child)
+        own = sum(t.nbytes for ts in (module._parameters, module._buffers) for t in ts.values() if t is not None)
         sizes[id(module)] = own + sum(sizes[id(child)] for child in children)
         holds_block[id(module)] = any(type(c).__name__ in blocks or holds_block[id(c)] for c in children)
+
+    measure(model)
     block_sizes = [sizes[id(m)] for m in model.modules() if type(m).__name__ in blocks]
     limit = max(block_sizes, default=0) or max(_own_bytes(module) for module in model.modules())
     found: list[Group] = []
@@ -167,11 +181,20 @@ class Rest:
         stored: name -> range of a file that holds the tensor.
         given: name -> tensor, for those that the model has on meta.
         folder: where tensors are written that rest on disk and are in no file.
+        written: path -> what keeps a file from being removed.
     """
 
     stored: Mapping[str, Stored]
     given: Mapping[str, Tensor]
     folder: Path | None = None
+    written: dict[Path, Any] = field(default_factory=dict)
+    _sources: dict[Path, Source] = field(default_factory=dict)
+
+    def source(self, file: Path) -> Source:
+        """A file, with pages that belong to this model alone."""
+        if file not in self._sources:
+            self._sources[file] = open_source(file).private(self.written.get(file))
+        return self._sources[file]
 
     def parts(self, record: Record) -> dict[str, Tensor | Stored]:
         """The plain tensors of a weight: as data, or as ranges of files.
@@ -179,6 +202,10 @@ class Rest:
         Raises:
             ValueError: it is on meta and its data are nowhere.
         """
+        if record.rests is not None:
+            sources = [part.source for part in record.rests.parts.values() if part.source is not None]
+            self.written.update((source.path, source.owner) for source in sources)
+            return {suffix: _stored(part) or part.on_cpu() for suffix, part in record.rests.parts.items()}
         if not record.tensor.is_meta:
             return dict(anatomy(type(record.tensor)).take_apart(record.tensor))
         for name, *_ in record.places:
@@ -192,17 +219,26 @@ class Rest:
 
     def value(self, record: Record) -> Tensor:
         """The tensor itself."""
+        if record.rests is not None:
+            return record.rests.load()
         if not record.tensor.is_meta:
             return record.tensor
-        parts = {suffix: _read(part) for suffix, part in self.parts(record).items()}
+        parts = {suffix: _read(part, self) for suffix, part in self.parts(record).items()}
         return anatomy(type(record.tensor)).put_together(record.tensor, parts)
 
 
-def _read(part: Tensor | Stored) -> Tensor:
+def _read(part: Tensor | Stored, rest: Rest) -> Tensor:
     if isinstance(part, Tensor):
         return part
-    record = Part(part.shape, _strides(part.shape), part.dtype, at=part.offset, source=open_source(part.file))
-    return record.on_cpu()
+    source = rest.source(part.file)
+    return Part(part.shape, _strides(part.shape), part.dtype, at=part.offset, source=source).on_cpu()
+
+
+def _stored(part: Part) -> Stored | None:
+    """The range of a file that holds a part, if one does."""
+    if part.source is None or part.stride != _strides(part.shape):
+        return None
+    return Stored(part.source.path, part.at, part.nbytes, part.dtype, part.shape)
 
 
 def _strides(shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -288,6 +324,10 @@ class _Settling:
         self.left: dict[int, torch.device] = {}  # record -> the device that it has left for a unit
         self.stayed: list[tuple[Tensor, Tensor]] = []  # a tensor of the model, and its data before
         self.filling: list[Future[None]] = []
+        # Handles of an earlier streamer hold no data, so they can be kept.
+        self.handles = [
+            (record, place, record.at(place)) for record in found if record.rests for place in record.places
+        ]
 
     def send_away(self, chosen: list[tuple[Group, list[tuple[Record, list[Place]]]]]) -> list[tuple[Group, Unit]]:
         """Make the units, and begin to fill their RAM."""
@@ -303,16 +343,15 @@ class _Settling:
                     continue
                 parts = self.rest.parts(record)
                 shapes = {suffix: _part(part) for suffix, part in parts.items()}
-                like = anatomy(type(record.tensor)).skeleton(record.tensor)
-                weight = self.made[id(record)] = Weight(record.name, like, at, shapes)
+                weight = self.made[id(record)] = Weight(record.name, _like(record, shapes), at, shapes)
                 if self.device_of(places[0][0]) == "disk":
                     on_disk.append((weight, parts))
                     laid.append((weight, {}))
                 else:
-                    laid.append((weight, {suffix: _read(part) for suffix, part in parts.items()}))
+                    laid.append((weight, {suffix: _read(part, self.rest) for suffix, part in parts.items()}))
             if not laid:
                 continue
-            _rest_on_disk(on_disk, self.rest.folder)
+            _rest_on_disk(on_disk, self.rest)
             laid.sort(key=lambda item: item[0].order())  # as they lie in their files: fewer and longer reads
             unit = Unit(group.name, group.module, [weight for weight, _ in laid])
             units.append((group, unit))
@@ -339,10 +378,15 @@ class _Settling:
         """Move a tensor to the device, or the devices, where it stays."""
         weight = self.made.get(id(record))
         value = weight.load() if weight is not None and record.tensor.is_meta else self.rest.value(record)
-        same = isinstance(record.tensor, nn.Parameter) and not record.tensor.is_meta
+        kind = anatomy(type(value))
+        same = kind is PLAIN and isinstance(record.tensor, nn.Parameter) and not record.tensor.is_meta
         for device, places in here.items():
             new = value
-            if same:  # the same object, so that others keep knowing it
+            if kind is not PLAIN:
+                if value.device != device:
+                    parts = {suffix: part.to(device) for suffix, part in kind.take_apart(value).items()}
+                    new = kind.put_together(kind.skeleton(value), parts)
+            elif same:  # the same object, so that others keep knowing it
                 self.stayed.append((record.tensor, record.tensor.data))
                 record.tensor.data, new, same = value.detach().to(device), record.tensor, False
             elif value.device != device or record.tensor.is_meta:
@@ -367,13 +411,24 @@ class _Settling:
                 tensor = self.made[id(record)].load(self.left[id(record)])
             for place in record.places:
                 record.put(place, tensor)
+        for record, place, handle in self.handles:
+            record.put(place, handle)
+
+
+def _like(record: Record, parts: Mapping[str, Part]) -> Tensor:
+    """A tensor of a record without data, in the dtype that its data have: a checkpoint's may be another."""
+    like = anatomy(type(record.tensor)).skeleton(record.tensor)
+    if [*parts] == [""] and parts[""].dtype != like.dtype:
+        data = like.detach().to(parts[""].dtype)
+        return twin(like, data) if isinstance(like, nn.Parameter) else data
+    return like
 
 
 def _part(data: Tensor | Stored) -> Part:
     return Part(data.shape, _strides(data.shape), data.dtype) if isinstance(data, Stored) else part_of(data)
 
 
-def _rest_on_disk(weights: list[tuple[Weight, dict[str, Tensor | Stored]]], folder: Path | None) -> None:
+def _rest_on_disk(weights: list[tuple[Weight, dict[str, Tensor | Stored]]], rest: Rest) -> None:
     """Point parts to the files that hold them, after writing what is in none."""
     loose = {
         f"{weight.name}.{suffix}" if suffix else weight.name: part
@@ -381,39 +436,23 @@ def _rest_on_disk(weights: list[tuple[Weight, dict[str, Tensor | Stored]]], fold
         for suffix, part in parts.items()
         if isinstance(part, Tensor)
     }
-    written, source = _write(loose, folder) if loose else ({}, None)  # the file goes when its source does
+    written = _write(loose, rest) if loose else {}
     for weight, parts in weights:
         for suffix, part in parts.items():
             where = part if isinstance(part, Stored) else written[f"{weight.name}.{suffix}" if suffix else weight.name]
             record = weight.parts[suffix]
-            record.stride, record.at, record.source = _strides(record.shape), where.offset, open_source(where.file)
+            record.stride, record.at, record.source = _strides(record.shape), where.offset, rest.source(where.file)
 
 
-def _write(tensors: dict[str, Tensor], folder: Path | None) -> tuple[dict[str, Stored], Source]:
-    """Write tensors to a new file, which goes when nothing reads it any more."""
-    if folder is None:
+def _write(tensors: dict[str, Tensor], rest: Rest) -> dict[str, Stored]:
+    """Write tensors to a new file."""
+    if rest.folder is None:
         names = ", ".join(map(repr, [*tensors][:3])) + (f" and {len(tensors) - 3} more" if len(tensors) > 3 else "")
         raise ValueError(f"{names} shall rest on disk and are in no file that is known: give an offload folder")
-    from safetensors.torch import save_file
-
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=folder, prefix="offloaded-", suffix=".safetensors", delete=False) as file:
-        path = Path(file.name)
-    try:
-        save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, path)
-        stored = read_header(path)
-        source = open_source(path)
-    except BaseException:
-        path.unlink(missing_ok=True)
-        raise
-    weakref.finalize(source, _remove, str(path), os.getpid())
-    return stored, source
-
-
-def _remove(path: str, owner: int) -> None:
-    if os.getpid() == owner:  # not in a forked child
-        with suppress(OSError):
-            os.unlink(path)
+    forms = {name: Form(tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
+    file, stored = write_file(rest.folder, forms, tensors.__getitem__)
+    rest.written[file.path] = file
+    return stored
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -437,10 +476,10 @@ def stream_alone(
         if record.buffer and not (offload_buffers and record.persistent):
             work.stay(record, {device: record.places})
             continue
-        parts = {suffix: _read(part) for suffix, part in rest.parts(record).items()}
+        parts = {suffix: _read(part, rest) for suffix, part in rest.parts(record).items()}
         places = [(owner, own, record.buffer) for _, owner, own in record.places]
-        like = anatomy(type(record.tensor)).skeleton(record.tensor)
-        weights.append(Weight(record.name, like, places, {suffix: part_of(part) for suffix, part in parts.items()}))
+        shapes = {suffix: part_of(part) for suffix, part in parts.items()}
+        weights.append(Weight(record.name, _like(record, shapes), places, shapes))
         values.append(parts)
     if not weights:
         return None

@@ -14,6 +14,7 @@ Leaves out: when bytes travel (`stream.py`), and what a file claims about itself
 
 from __future__ import annotations
 
+import copy
 import mmap
 import os
 import threading
@@ -151,6 +152,29 @@ class Source:
                 f"{self.path} has changed since weights of a model were left in it: load the checkpoint again"
             )
         self._map: mmap.mmap | None = None
+        self._origin: Source | None = None
+        self.owner: Any = None
+
+    def private(self, owner: Any = None) -> Source:
+        """The same open file with pages of its own: what is written into them is seen by nobody else.
+
+        Args:
+            owner: kept alive as long as the file is in use.
+        """
+        other = Source.__new__(Source)
+        # The first one closes the file, when all are gone.
+        vars(other).update(vars(self), _map=None, _origin=self, owner=owner or self.owner)
+        return other
+
+    def check(self) -> None:
+        """Make sure that the file is what it was; touching a mapped page that it lacks would end the process.
+
+        Raises:
+            OSError: somebody wrote to it.
+        """
+        status = os.fstat(self.descriptor)
+        if (status.st_size, status.st_mtime_ns) != self.identity:
+            raise OSError(f"{self.path} was changed under a model whose weights rest in it: load the checkpoint again")
 
     def read(self, view: memoryview, offset: int) -> None:
         """Fill `view` with the bytes from `offset` on.
@@ -172,12 +196,15 @@ class Source:
         return self._map
 
     def advise(self, advice: int, start: int, nbytes: int) -> None:
-        """Tell the system what is going to happen to the pages that hold these bytes."""
-        begin = start // mmap.PAGESIZE * mmap.PAGESIZE
-        self.mapped().madvise(advice, begin, start + nbytes - begin)
+        """Tell the system what is going to happen to these bytes; of pages to drop, only those that hold no others."""
+        drop = advice == mmap.MADV_DONTNEED
+        begin = (start + drop * (mmap.PAGESIZE - 1)) // mmap.PAGESIZE * mmap.PAGESIZE
+        end = (start + nbytes) // mmap.PAGESIZE * mmap.PAGESIZE if drop else start + nbytes
+        if begin < end:
+            self.mapped().madvise(advice, begin, end - begin)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Source:
-        return self
+        return memo.setdefault(id(self), self.private())
 
     def __reduce__(self) -> Any:
         return Source, (str(self.path), self.identity)
@@ -318,6 +345,12 @@ class Weight:
     away: Any = None  # the handle that stands in the model while it rests (`away.Away`)
     twins: list[Weight] = field(default_factory=list)  # the same weight in other units
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Weight:
+        new = memo[id(self)] = Weight.__new__(Weight)
+        memo[id(self.like)] = self.like  # it never changes, and not every class of tensors can be copied on meta
+        vars(new).update(copy.deepcopy(vars(self), memo))
+        return new
+
     def order(self) -> tuple[str, int]:
         """What sorts weights as they lie in their files; those in RAM keep their order, and come first."""
         part = next(iter(self.parts.values()))
@@ -335,14 +368,24 @@ class Weight:
         """The weight around plain tensors."""
         return anatomy(type(self.like)).put_together(self.like, tensors)
 
+    @torch.inference_mode(False)
     def over(self, memory: Tensor) -> Tensor:
         """The weight around its bytes in a slot."""
         return self.build({suffix: part.over(memory, part.offset) for suffix, part in self.parts.items()})
 
+    @torch.inference_mode(False)  # what is made once serves every mode
     def load(self, device: torch.device | None = None) -> Tensor:
-        """The weight from where it rests, on its own memory if `device` is another than the CPU."""
+        """The weight from where it rests, on its own memory if `device` is another than the CPU.
+
+        Raises:
+            OSError: its file was changed.
+        """
+        for part in self.parts.values():
+            if part.source is not None:
+                part.source.check()
         return self.build({suffix: part.on_cpu().to(device or "cpu") for suffix, part in self.parts.items()})
 
+    @torch.inference_mode(False)
     def keep(self, value: Tensor) -> None:
         """Make `value` what rests, in RAM: a file is never written to.
 
@@ -363,6 +406,18 @@ class Weight:
                 there = other.parts[suffix]
                 there.slab, there.source, there.at = part.slab, None, part.at
 
+    def advise(self, advice: int) -> None:
+        """Tell the system what is going to happen to the mapped pages of its files."""
+        for part in self.parts.values():
+            if part.source is not None:
+                part.source.advise(advice, part.at, part.nbytes)
+
+    def write_to(self, value: Tensor) -> None:
+        """Write what rests into another copy of the weight."""
+        with torch.no_grad():
+            for suffix, plain in anatomy(type(self.like)).take_apart(value).items():
+                plain.copy_(self.parts[suffix].on_cpu())
+
 
 @dataclass(eq=False)
 class Unit:
@@ -372,12 +427,14 @@ class Unit:
         name: of the module around them.
         module: that module.
         weights: laid out one after another.
+        loose: whether they are not all in the module, but what it holds itself.
         nbytes: of a slot that holds them.
     """
 
     name: str
     module: nn.Module
     weights: list[Weight]
+    loose: bool = False
     nbytes: int = 0
     index: int = 0
     _moves: list[Move] | None = field(default=None, repr=False)
@@ -386,6 +443,12 @@ class Unit:
         for part in self.parts():
             part.offset = self.nbytes
             self.nbytes += -(-part.nbytes // ALIGN) * ALIGN
+
+    def modules(self) -> list[nn.Module]:
+        """The modules whose weights these are."""
+        if not self.loose:
+            return [*self.module.modules()]
+        return [*dict.fromkeys(module for weight in self.weights for module, _, _ in weight.places)]
 
     def parts(self) -> list[Part]:
         return [part for weight in self.weights for part in weight.parts.values()]
@@ -402,6 +465,22 @@ class Unit:
             elif part.nbytes and last is not None:
                 last.parts.append(part)
         return found
+
+    def check(self) -> None:
+        """Make sure that the files are what they were.
+
+        Raises:
+            OSError: one is not.
+        """
+        for source in {move.source for move in self.moves()}:
+            if source is not None:
+                source.check()
+
+    def advise(self, advice: int) -> None:
+        """Tell the system what is going to happen to the mapped pages of its files."""
+        for move in self.moves():
+            if move.source is not None:
+                move.source.advise(advice, move.at, move.nbytes)
 
     def forget_moves(self) -> None:
         """To be called when a part rests elsewhere than before."""

@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import mmap
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -76,9 +76,37 @@ class _Visit(NamedTuple):
     storages: frozenset[int]
 
 
+def _data(lent: Tensor) -> Tensor:
+    return lent.detach()
+
+
+def _set_data(lent: Tensor, value: Tensor) -> None:
+    if value.shape != lent.shape or value.dtype != lent.dtype:
+        raise ValueError(f"a weight of shape {tuple(lent.shape)} {lent.dtype} that was lent to a forward cannot become "
+                         f"{tuple(value.shape)} {value.dtype} there: do so between forwards")  # fmt: skip
+    lent.detach().copy_(value)
+
+
+class LentParameter(nn.Parameter):
+    """A parameter at work. Its `data` counts its versions too, so that no write goes unseen."""
+
+    data = property(_data, _set_data)
+
+
+class LentBuffer(Tensor):
+    """A buffer at work."""
+
+    data = property(_data, _set_data)
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+
+_LENT: dict[type, type] = {nn.Parameter: LentParameter, Tensor: LentBuffer}
+
+
 class _Loan(NamedTuple):
     """One forward's use of a unit."""
 
+    unit: Unit
     visit: _Visit
     guard: Any
 
@@ -103,8 +131,8 @@ class Streamer:
         for i, unit in enumerate(self.units):
             unit.index = i
             for weight in unit.weights:
-                known = [twin.away for twin in weight.twins if twin.away is not None]
-                weight.away = known[0] if known else Away.of(weight, self)
+                shared = [twin.away for twin in weight.twins if twin.away is not None]
+                weight.away = shared[0] if shared else Away.of(weight, self)
         self._look()
         self.send_away()
 
@@ -120,17 +148,27 @@ class Streamer:
             ]
             for unit in self.units
         ]
-        self._children = [[module._modules for module in unit.module.modules()] for unit in self.units]
+        self._units_of: dict[int, list[int]] = {}  # weight -> the units that hold it, or its twins
+        where = {id(weight): i for i, unit in enumerate(self.units) for weight in unit.weights}
+        for unit in self.units:
+            for weight in unit.weights:
+                self._units_of[id(weight)] = [where[id(same)] for same in (weight, *weight.twins)]
+        self._children = [[module._modules for module in unit.modules()] for unit in self.units]
         self._shapes = [*map(_shape, self._children)]
+
+    def _ready(self) -> None:
+        if self._entries is None:  # a copy of a streamer: its modules were not complete before
+            self._look()
 
     def _start(self) -> None:
         """What a copy or a pickle of the streamer makes anew."""
         self.lock = threading.RLock()
         self.last: int | None = None
         self._loans: list[_Loan] = []
+        self._released: dict[int, Tensor] = {}  # weight -> what stands in the model for it, for good
 
     def __getstate__(self) -> dict[str, Any]:
-        runtime = {"lock", "last", "_loans", "_entries", "_children", "_shapes", "listeners"}
+        runtime = {"lock", "last", "_loans", "_entries", "_children", "_shapes", "_units_of", "_released", "listeners"}
         return {name: value for name, value in vars(self).items() if name not in runtime}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -147,19 +185,24 @@ class Streamer:
         """
         self.lock.acquire()
         try:
-            if self._entries is None:  # a copy of a streamer: its modules are complete only now
-                self._look()
-            if not self.lent[unit.index]:
+            self._ready()
+            if self.lent[unit.index]:  # it calls itself
+                visit = next(loan.visit for loan in self._loans if loan.unit is unit)
+            else:
                 self._notice(unit)
-            visit = self._bring(unit)
+                visit = self._bring(unit)
             self.lent[unit.index] += 1
-            if self.listeners:
-                self._tell("work", unit)
+            self._loans.append(_Loan(unit, visit, self._guard(unit, visit) if torch.is_grad_enabled() else None))
+        except Exception:
+            self.lock.release()
+            raise  # anything else is an interrupt, which may come at any point: see `recover`
+        try:
             for entry, value in zip(self._entries[unit.index], visit.values):
                 entry.tensors[entry.own] = value
-            self._loans.append(_Loan(visit, self._guard(unit, visit) if torch.is_grad_enabled() else None))
-        except BaseException:
-            self.lock.release()
+            if self.listeners:
+                self._tell("work", unit)
+        except Exception:
+            self.take_back(unit)
             raise
 
     def take_back(self, unit: Unit) -> None:
@@ -176,7 +219,36 @@ class Streamer:
                 self._leave(unit, loan.visit)
             if self.listeners:
                 self._tell("return", unit)
-        finally:
+        except Exception:
+            self.lock.release()
+            raise
+        self.lock.release()
+
+    def held(self) -> bool:
+        """Whether this thread has something of ours."""
+        held: bool = self.lock._is_owned()  # type: ignore[attr-defined]
+        return held
+
+    def recover(self) -> None:
+        """Take back all that this thread was lent: an interrupt came, perhaps in the middle of a lending."""
+        if not self.held():
+            return
+        top = torch._C._autograd._top_saved_tensors_default_hooks
+        while (hooks := top(False)) is not None and getattr(hooks[0], "streamer", None) is self:
+            torch._C._autograd._pop_saved_tensors_default_hooks()
+        self._ready()
+        for unit in self.units:
+            lent = {id(value): visit for visit in self._visits(unit) for value in visit.values}
+            for entry in self._entries[unit.index]:
+                if id(entry.tensors.get(entry.own)) in lent:
+                    entry.tensors[entry.own] = entry.away
+        for unit, visit in {loan.unit.index: (loan.unit, loan.visit) for loan in self._loans}.values():
+            if self._written(unit, visit):
+                self._absorb(unit, visit)
+        self._loans = []
+        self.lent = [0] * len(self.units)
+        self._reset()
+        while self.held():
             self.lock.release()
 
     def load(self, weight: Weight, device: torch.device | None = None) -> Tensor:
@@ -187,6 +259,12 @@ class Streamer:
             value.register_hook(_refuse(weight.name))
         return value
 
+    def unload(self, weight: Weight) -> None:
+        """A weight that was loaded is not needed any more: its pages may leave RAM. Nobody is to have written there."""
+        with self.lock:
+            if not self._loans:
+                weight.advise(mmap.MADV_DONTNEED)
+
     def keep(self, weight: Weight, value: Tensor) -> None:
         """Make `value` the data of a weight.
 
@@ -194,8 +272,15 @@ class Streamer:
             ValueError: it has another shape or dtype.
         """
         with self.lock:
+            self._ready()
             weight.keep(value)
-            self._forget()
+            self._update(weight)
+
+    def forget(self, weight: Weight) -> None:
+        """Fetch a weight anew the next time: something about it has changed."""
+        with self.lock:
+            self._ready()
+            self._forget([self.units[i] for i in self._units_of[id(weight)]])
 
     def rests_in(self, weight: Weight) -> str:
         """ "cpu" or "disk"."""
@@ -210,10 +295,12 @@ class Streamer:
     def release(self, unit: Unit) -> None:
         """Put a unit's weights into the model for good, on the CPU."""
         with self.lock:
-            if self._entries is None:
-                self._look()
+            self._ready()
             self._notice(unit)
-            values = {id(weight): weight.load() for weight in unit.weights}
+            values = self._released
+            for weight in unit.weights:
+                twins = [values[id(twin)] for twin in weight.twins if id(twin) in values]
+                values[id(weight)] = twins[0] if twins else weight.load()
             for entry in self._entries[unit.index]:
                 if entry.tensors.get(entry.own) is entry.away:
                     entry.tensors[entry.own] = values[id(entry.weight)]
@@ -231,10 +318,30 @@ class Streamer:
         """A unit's forward has ended."""
         raise NotImplementedError
 
-    def _forget(self) -> None:
-        """What rests has changed: nothing that was fetched before counts any more."""
-        for unit in self.units:
-            unit.forget_moves()
+    def _visits(self, unit: Unit) -> list[_Visit]:
+        """The forms in which a unit may stand in the model."""
+        raise NotImplementedError
+
+    def _written(self, unit: Unit, visit: _Visit) -> bool:
+        """Whether somebody wrote to the weights of a unit that is lent."""
+        raise NotImplementedError
+
+    def _reset(self) -> None:
+        """Nothing is lent, and nothing that was fetched counts any more."""
+        raise NotImplementedError
+
+    def _forget(self, units: Iterable[Unit]) -> None:
+        """What these units are made of has changed: what was fetched of them before does not count any more."""
+        raise NotImplementedError
+
+    def _update(self, weight: Weight) -> None:
+        """A weight has changed where it rests: change it too where it is lent."""
+        units = [self.units[i] for i in self._units_of[id(weight)]]
+        for unit, visit in {loan.unit.index: (loan.unit, loan.visit) for loan in self._loans}.values():
+            if unit in units:
+                same = next(i for i, other in enumerate(unit.weights) if other is weight or other in weight.twins)
+                weight.write_to(visit.weights[same])
+        self._forget(units)
 
     # -- order
 
@@ -256,28 +363,33 @@ class Streamer:
             if entry.tensors.get(entry.own) is not entry.away:
                 self._adopt(entry)
         if _shape(self._children[unit.index]) != self._shapes[unit.index]:
-            for module in unit.module.modules():
+            for module in unit.modules():
                 _move_own(module, self.device)
             self._look()
 
     def _adopt(self, entry: _Entry) -> None:
-        value = entry.tensors.get(entry.own)
-        like = entry.weight.like
-        if value is not None and value.shape == like.shape and value.dtype == like.dtype:
-            self.keep(entry.weight, value)
-            entry.tensors[entry.own] = entry.away
+        """A place refers to something else now: send that away, if it fits and all places of the weight agree on it."""
+        value, weight = entry.tensors.get(entry.own), entry.weight
+        places = [place for same in (weight, *weight.twins) for place in same.places]
+        fits = value is not None and value.shape == weight.like.shape and value.dtype == weight.like.dtype
+        if fits and not isinstance(value, Away) and all(_at(place) is value for place in places):
+            self.keep(weight, value)
+            if isinstance(entry.away, nn.Parameter) and value.requires_grad != entry.away.requires_grad:
+                entry.away.requires_grad_(value.requires_grad)
+            for module, own, buffer in places:
+                (module._buffers if buffer else module._parameters)[own] = entry.away  # type: ignore[assignment]
             return
-        entry.weight.places.remove(entry.place)  # it is no longer ours
-        if value is not None:
+        weight.places.remove(entry.place)  # it is no longer ours
+        if value is not None and not isinstance(value, Away):
             entry.tensors[entry.own] = _on(value, self.device)
         self._look()
-        self._forget()
+        self.forget(weight)
 
     def _absorb(self, unit: Unit, visit: _Visit) -> None:
         """Keep what a forward wrote into its weights."""
         for weight, value in zip(unit.weights, visit.weights):
             weight.keep(value)
-        self._forget()
+            self._update(weight)
 
     # -- training
 
@@ -285,8 +397,10 @@ class Streamer:
         """Make a backward through borrowed weights an error: they are gone by then."""
 
         def pack(tensor: Tensor) -> Any:
-            return _Gone(unit.name) if _storage(tensor) in visit.storages else tensor
+            # Detached: a node that kept its own output as it is would never be freed.
+            return _Gone(unit.name) if _storage(tensor) in visit.storages else tensor.detach()
 
+        pack.streamer = self  # type: ignore[attr-defined]
         guard = torch.autograd.graph.saved_tensors_hooks(pack, _unpack)
         guard.__enter__()
         return guard
@@ -295,6 +409,7 @@ class Streamer:
 
     def _make_visit(self, unit: Unit, weights: list[Tensor]) -> _Visit:
         for weight, value in zip(unit.weights, weights, strict=True):
+            value.__class__ = _LENT.get(type(value), type(value))
             if value.requires_grad:
                 value.register_hook(_refuse(weight.name))
         found = {id(weight): value for weight, value in zip(unit.weights, weights)}
@@ -342,68 +457,80 @@ class Slots(Streamer):
 
     def _bring(self, unit: Unit) -> _Visit:
         slot = self.holder.get(unit.index)
-        following = self._follow(unit, max(self.count, len(self.slots)) - 1) if self.prefetch else []
+        shared = sum(slot.owner is None for slot in self.slots) or self.count
+        following = self._follow(unit, shared - 1) if self.prefetch else []
         if slot is None:
             slot = self._fetch(unit, following)
-        slot.lent += 1
+        slot.lent = True
         self.loans += 1
         slot.used = self.loans
         try:
             self._prefetch(following)
             self.lane.arrive(slot)
+            if unit.index not in slot.visits:
+                slot.visits[unit.index] = self._make_visit(unit, [weight.over(slot.base) for weight in unit.weights])
         except BaseException:
-            slot.lent -= 1
-            if not slot.lent:
-                self._empty(slot)
+            slot.lent = False
+            self._empty(slot)
             raise
-        if slot.lent == 1:
-            slot.version = slot.base._version
+        slot.version = slot.base._version
         visit: _Visit = slot.visits[unit.index]
         return visit
 
     def _prefetch(self, following: list[Unit]) -> None:
         for unit in following:
-            if unit.index not in self.holder:
-                if self._idle(following) is None:
+            if unit.index not in self.holder and not (unit.loose and self.lent[unit.index]):
+                if not unit.loose and self._idle(following) is None:
                     return
-                self._fetch(unit, following)
+                try:
+                    self._fetch(unit, following)
+                except OSError:
+                    return  # it was a guess: if the unit is needed, the error comes then
 
     def _idle(self, spared: list[Unit]) -> Slot | None:
         """The slot to fill next: not lent, not holding what is needed soon, and used longest ago."""
-        free = [slot for slot in self.slots if not slot.lent and slot.unit not in spared]
+        free = [slot for slot in self.slots if not slot.lent and slot.owner is None and slot.unit not in spared]
         return min(free, key=lambda slot: slot.used) if free else None
 
     def _fetch(self, unit: Unit, following: list[Unit]) -> Slot:
-        if not self.slots:
-            self._add_slots(self.count)
-        slot = self._idle(following) or self._idle([]) or self._add_slots(1)
+        slot = self._own_slot(unit) if unit.loose else self._shared_slot(following)
+        unit.check()
         self._empty(slot)
         self.lane.fill(slot, unit)
         slot.unit, self.holder[unit.index] = unit, slot
-        if unit.index not in slot.visits:
-            slot.visits[unit.index] = self._make_visit(unit, [weight.over(slot.base) for weight in unit.weights])
         if self.listeners:
             self._tell("fetch", unit, self.slots.index(slot))
         return slot
 
-    def _add_slots(self, count: int) -> Slot:
-        size = max(unit.nbytes for unit in self.units)
-        self.slots += [self.lane.slot(size) for _ in range(count)]
-        return self.slots[-1]
+    def _shared_slot(self, following: list[Unit]) -> Slot:
+        """A slot for any unit; the first time all are made, and one more when forwards are nested too deeply."""
+        while (slot := self._idle(following) or self._idle([])) is None:
+            size = max(unit.nbytes for unit in self.units if not unit.loose)
+            first = all(slot.owner is not None for slot in self.slots)
+            self.slots += [self.lane.slot(size) for _ in range(self.count if first else 1)]
+        return slot
+
+    def _own_slot(self, unit: Unit) -> Slot:
+        """The slot of a loose unit: it is lent while other units come and go, and must not keep one from them."""
+        slot = next((slot for slot in self.slots if slot.owner is unit), None)
+        if slot is None:
+            slot = self.lane.slot(unit.nbytes)
+            slot.owner = unit
+            self.slots.append(slot)
+        return slot
 
     def _empty(self, slot: Slot) -> None:
         self.lane.settle(slot)
         if slot.unit is not None:
             del self.holder[slot.unit.index]
-        slot.unit, slot.stale = None, False
+        slot.unit = None
 
     def _leave(self, unit: Unit, visit: _Visit) -> None:
         slot = self.holder[unit.index]
-        slot.lent = 0
+        written = self._written(unit, visit)
+        slot.lent = False
         self.lane.leave(slot)
-        if slot.stale:
-            self._empty(slot)
-        elif slot.base._version != slot.version:
+        if written:
             self._absorb(unit, visit)
         elif unit.index in self.cached:
             self._cache(unit, slot)
@@ -418,13 +545,29 @@ class Slots(Streamer):
         unit.forget_moves()
         self.cached.discard(unit.index)
 
-    def _forget(self) -> None:
-        super()._forget()
+    def _visits(self, unit: Unit) -> list[_Visit]:
+        return [slot.visits[unit.index] for slot in self.slots if unit.index in slot.visits]
+
+    def _written(self, unit: Unit, visit: _Visit) -> bool:
+        slot = self.holder.get(unit.index)
+        return slot is not None and slot.lent and slot.base._version != slot.version
+
+    def _reset(self) -> None:
         for slot in self.slots:
-            slot.visits = {}
-            slot.stale = bool(slot.lent)
-            if not slot.lent:
-                self._empty(slot)
+            self.lane.settle(slot)
+            if slot.lent:
+                self.lane.leave(slot)  # what was started may read it still
+            slot.unit, slot.lent = None, False
+        self.holder = {}
+
+    def _forget(self, units: Iterable[Unit]) -> None:
+        for unit in units:
+            unit.forget_moves()
+            for slot in self.slots:
+                slot.visits.pop(unit.index, None)
+            slot_of = self.holder.get(unit.index)
+            if slot_of is not None and not slot_of.lent:
+                self._empty(slot_of)
 
 
 class Mapped(Streamer):
@@ -440,15 +583,15 @@ class Mapped(Streamer):
         return {k: v for k, v in super().__getstate__().items() if k not in ("visits", "versions", "asked")}
 
     def _bring(self, unit: Unit) -> _Visit:
+        unit.check()
         visit = self.visits.get(unit.index)
         if visit is None:
             visit = self.visits[unit.index] = self._make_visit(unit, [weight.load() for weight in unit.weights])
-        if not self.lent[unit.index]:
-            self.versions[unit.index] = _version(visit)
-            if self.listeners:
-                self._tell("fetch", unit)
-            if self.prefetch:
-                self._read_ahead(unit)
+        self.versions[unit.index] = _version(visit)
+        if self.listeners:
+            self._tell("fetch", unit)
+        if self.prefetch:
+            self._read_ahead(unit)
         return visit
 
     def _read_ahead(self, unit: Unit) -> None:
@@ -456,26 +599,31 @@ class Mapped(Streamer):
         for following in self._follow(unit, 16):
             if following.index not in self.asked:
                 self.asked.add(following.index)
-                _advise(following, mmap.MADV_WILLNEED)
+                following.advise(mmap.MADV_WILLNEED)
             ahead += following.nbytes
             if ahead >= AHEAD:
                 return
 
     def _leave(self, unit: Unit, visit: _Visit) -> None:
-        if _version(visit) != self.versions[unit.index]:
+        if self._written(unit, visit):
             self._absorb(unit, visit)
-        _advise(unit, mmap.MADV_DONTNEED)
+        unit.advise(mmap.MADV_DONTNEED)
         self.asked.discard(unit.index)
 
-    def _forget(self) -> None:
-        super()._forget()
-        self.visits = {i: visit for i, visit in self.visits.items() if self.lent[i]}
+    def _visits(self, unit: Unit) -> list[_Visit]:
+        return [self.visits[unit.index]] if unit.index in self.visits else []
 
+    def _written(self, unit: Unit, visit: _Visit) -> bool:
+        return _version(visit) != self.versions[unit.index]
 
-def _advise(unit: Unit, advice: int) -> None:
-    for move in unit.moves():
-        if move.source is not None:
-            move.source.advise(advice, move.at, move.nbytes)
+    def _reset(self) -> None:
+        self.visits, self.asked = {}, set()
+
+    def _forget(self, units: Iterable[Unit]) -> None:
+        for unit in units:
+            unit.forget_moves()
+            if not self.lent[unit.index]:
+                self.visits.pop(unit.index, None)
 
 
 def _version(visit: _Visit) -> int:
@@ -514,6 +662,11 @@ def _storage(tensor: Tensor) -> int:
 def _shape(children: list[dict[str, nn.Module | None]]) -> list[int]:
     """What changes when modules are added to others."""
     return [id(child) for own in children for child in own.values()]
+
+
+def _at(place: tuple[nn.Module, str, bool]) -> Tensor | None:
+    module, own, buffer = place
+    return (module._buffers if buffer else module._parameters).get(own)
 
 
 def _on(tensor: Tensor, device: torch.device) -> Tensor:

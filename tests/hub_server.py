@@ -6,8 +6,8 @@
         print(hub.requests)       # what it asked for, and how many bytes it was given
 
 Speaks HEAD and GET of /{repo}/resolve/{revision}/{file} (ETag, X-Repo-Commit, byte ranges) and GET of
-/api/models/{repo}[/revision/{revision}]; answers 401, 403 and 404 with the Hub's X-Error-Code. Leaves out: uploads,
-Git LFS redirects, Xet, search.
+/api/models/{repo}[/revision/{revision}] and /api/models/{repo}/tree/{revision}; answers 401, 403 and 404 with the Hub's
+X-Error-Code. Leaves out: uploads, Git LFS redirects, Xet, search.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 _FILE = re.compile(r"/(?P<repo>[^/]+(?:/[^/]+)?)/resolve/(?P<revision>[^/]+)/(?P<file>.+)")
+_TREE = re.compile(r"/api/models/(?P<repo>[^/]+(?:/[^/]+)?)/tree/(?P<revision>[^/]+)")
 _INFO = re.compile(r"/api/models/(?P<repo>[^/]+(?:/[^/]+)?)(?:/revision/(?P<revision>[^/]+))?")
 
 
@@ -105,6 +106,8 @@ class _Handler(BaseHTTPRequestHandler):
         path = urlsplit(self.path).path
         if self.owner.broken:
             self._error(500, None, "Internal Server Error")
+        elif match := _TREE.fullmatch(path):
+            self._tree(match)
         elif match := _INFO.fullmatch(path):
             self._info(match)
         elif match := _FILE.fullmatch(path):
@@ -143,6 +146,14 @@ class _Handler(BaseHTTPRequestHandler):
                     "gated": "manual" if repo.gated else False, "disabled": False, "tags": [], "downloads": 0,
                     "likes": 0, "siblings": [{"rfilename": name} for name in files]}  # fmt: skip
             self._send(200, json.dumps(info).encode(), {"Content-Type": "application/json"})
+
+    def _tree(self, match: re.Match[str]) -> None:
+        if found := self._find(match, content=False):
+            repo, revision = found
+            files = [{"type": "file", "path": path.name, "size": path.stat().st_size,
+                      "oid": hashlib.sha1(path.read_bytes()).hexdigest()}
+                     for path in sorted(repo.revisions[revision].iterdir()) if path.is_file()]  # fmt: skip
+            self._send(200, json.dumps(files).encode(), {"Content-Type": "application/json"})
 
     def _file(self, match: re.Match[str]) -> None:
         if found := self._find(match, content=True):

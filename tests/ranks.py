@@ -71,14 +71,18 @@ class Ranks:
 
     def tries(self, function: Callable[..., Any], *args: Any) -> list[tuple[bool, Any]]:
         """For each rank whether it returned, and what: its value, or its traceback."""
-        work = cloudpickle.dumps((function, args))
-        for pipe in self.pipes:
-            pipe.send_bytes(work)
+        self.send(function, *args)
         answers = []
         for rank, pipe in enumerate(self.pipes):
             assert pipe.poll(2 * SECONDS), f"rank {rank} of {self.size} does not answer"
             answers.append(cloudpickle.loads(pipe.recv_bytes()))
         return answers
+
+    def send(self, function: Callable[..., Any], *args: Any) -> None:
+        """Start `function(state, *args)` on each rank, and do not wait for it."""
+        work = cloudpickle.dumps((function, args))
+        for pipe in self.pipes:
+            pipe.send_bytes(work)
 
     def close(self) -> None:
         for pipe in self.pipes:

@@ -271,7 +271,7 @@ def tiny_models():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", ["gpt2", "llama", "bert", "t5"])
+@pytest.mark.parametrize("name", ["gpt2", "llama", "bert", "t5", "mixtral"])
 def test_transformers_and_we_read_each_other(tmp_path, name, dtype):
     cls, config = {n: (cls, config) for n, cls, config in tiny_models()}[name]
     torch.manual_seed(0)
@@ -286,6 +286,49 @@ def test_transformers_and_we_read_each_other(tmp_path, name, dtype):
     config.save_pretrained(tmp_path / "ours")
     again = cls.from_pretrained(tmp_path / "ours", dtype=dtype)
     assert same(model, again)
+
+
+def test_fp8_weights_with_scales_go_both_ways(tmp_path):
+    """A tied Llama of float8 blocks and their scales: Transformers, Accelerate and we read the same bytes."""
+    import accelerate
+    import transformers as tf
+    from transformers.integrations.finegrained_fp8 import replace_with_fp8_linear
+
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "vocab_size": 64}
+    config = tf.LlamaConfig(**sizes, intermediate_size=48, tie_word_embeddings=True)
+    fp8 = tf.FineGrainedFP8Config(weight_block_size=(16, 16))
+
+    def built():
+        with init_empty_weights():
+            model = tf.LlamaForCausalLM(config)
+            replace_with_fp8_linear(model, ["lm_head"], fp8, pre_quantized=True)
+        return model
+
+    def raw(model):
+        return {name: (tensor.dtype, tensor.view(torch.uint8).tolist()) for name, tensor in model.state_dict().items()}
+
+    theirs = built().to_empty(device="cpu")
+    for parameter in theirs.parameters():
+        parameter.data = torch.rand(parameter.shape).to(parameter.dtype)
+    theirs.tie_weights()
+    theirs.save_pretrained(tmp_path / "theirs", max_shard_size="10KB")
+    ours = built()
+    assert load_checkpoint_in_model(ours, tmp_path / "theirs", strict=True).clean
+    assert raw(ours) == raw(theirs) and ours.lm_head.weight is ours.model.embed_tokens.weight
+    assert ours.model.layers[0].mlp.up_proj.weight.dtype == torch.float8_e4m3fn
+
+    save_model(ours, tmp_path / "ours", "10KB")
+    again = built()
+    accelerate.load_checkpoint_in_model(again, str(tmp_path / "ours"), device_map={"": "cpu"})
+    again.tie_weights()
+    assert raw(again) == raw(theirs)
+    config.quantization_config = fp8.to_dict()
+    config.save_pretrained(tmp_path / "ours")
+    plain = tf.LlamaForCausalLM.from_pretrained(tmp_path / "ours", dtype=torch.bfloat16)  # without a GPU: dequantized
+    weight, scale = (getattr(ours.model.layers[0].mlp.up_proj, name).float() for name in ("weight", "weight_scale_inv"))
+    expected = weight * scale.repeat_interleave(16, 0).repeat_interleave(16, 1)
+    if not torch.cuda.is_available():
+        torch.testing.assert_close(plain.model.layers[0].mlp.up_proj.weight, expected.bfloat16())
 
 
 @pytest.mark.parametrize("safe", [True, False])
@@ -319,6 +362,24 @@ def test_experts_that_transformers_saves_apart_are_put_together(tmp_path, safe):
     assert same(ours, cls.from_pretrained(tmp_path / "ours"))
 
 
+def test_old_names_are_renamed_and_rest_where_they_are(tmp_path):
+    """Files of older BERTs say gamma and beta; a tensor that has its present name as well keeps that one."""
+    cls, config = {n: (cls, config) for n, cls, config in tiny_models()}["bert"]
+    model = cls(config)
+    state = {n: t for n, t in model.state_dict().items() if "decoder" not in n}
+    old = {n.replace("LayerNorm.weight", "LayerNorm.gamma"): t.clone() for n, t in state.items()}
+    both = {"cls.predictions.transform.LayerNorm.weight": torch.full((32,), 7.0)}
+    save_file(old | both, tmp_path / SINGLE)
+    with init_empty_weights():
+        ours, disk = cls._from_config(config), cls._from_config(config)
+    report = load_checkpoint_in_model(ours, tmp_path)
+    assert not report.missing and report.unexpected == ("cls.predictions.transform.LayerNorm.gamma",)
+    assert ours.cls.predictions.transform.LayerNorm.weight.mean() == 7
+    assert torch.equal(ours.bert.embeddings.LayerNorm.weight, model.bert.embeddings.LayerNorm.weight)
+    report = load_checkpoint_in_model(disk, tmp_path, {"": "disk"})
+    assert report.on_disk["bert.embeddings.LayerNorm.weight"].file == tmp_path / SINGLE
+
+
 def test_experts_that_do_not_fit_together_are_reported(tmp_path):
     cls, config = {n: (cls, config) for n, cls, config in tiny_models()}["mixtral"]
     cls(config).save_pretrained(tmp_path)
@@ -341,22 +402,23 @@ def test_experts_that_do_not_fit_together_are_reported(tmp_path):
     assert report.wrong_dtype == (("model.layers.0.mlp.experts.down_proj", "float8_e4m3fn", "float32"),)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("safe", [True, False])
-def test_accelerate_and_we_read_each_other(tmp_path, safe):
+def test_accelerate_and_we_read_each_other(tmp_path, safe, dtype):
     import accelerate
 
-    model = Net()
+    model = Net().to(dtype)
     save_model(model, tmp_path / "ours", "2KB", safe)
-    again = empty()
+    again = empty().to(dtype)
     accelerate.load_checkpoint_in_model(again, str(tmp_path / "ours"), device_map={"": "cpu"})
     again.tie_weights = lambda: None
     again.head.weight = again.embed.weight
     assert same(model, again)
     accelerate.Accelerator(cpu=True).save_model(model, str(tmp_path / "theirs"), "2KB", safe)
-    ours = empty()
+    ours = empty().to(dtype)
     assert load_checkpoint_in_model(ours, tmp_path / "theirs", strict=True).clean and same(model, ours)
     accelerate.Accelerator(cpu=True).save_model(ours, str(tmp_path / "passed on"), "2KB", safe)
-    again = empty()
+    again = empty().to(dtype)
     assert load_checkpoint_in_model(again, tmp_path / "passed on", strict=True).clean and same(model, again)
 
 
@@ -563,6 +625,24 @@ def test_a_failing_write_leaves_the_old_checkpoint(tmp_path, monkeypatch):
     monkeypatch.setattr("shutil.disk_usage", lambda path: os.terminal_size((0, 0)) and type("U", (), {"free": 10})())
     with pytest.raises(OSError, match="no room for the checkpoint"):
         save_model(Net(), tmp_path, "1KB")
+
+
+@pytest.mark.parametrize("safe", [True, False])
+def test_a_file_that_cannot_grow_leaves_the_old_checkpoint(tmp_path, safe):
+    """What a full disk does to the libraries that write: here the limit is one of the process."""
+    import resource
+
+    old = Net()
+    save_model(old, tmp_path, "1KB", safe)
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (5_000_000, limits[1]))
+    try:
+        with pytest.raises(OSError, match=r"could not save to .*model.*untouched"):
+            save_model(nn.Linear(2000, 1000), tmp_path, safe_serialization=safe)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
 
 
 TOUCHES_DISK = ("open", "fsync", "rename", "replace", "unlink", "mkdir", "rmdir", "chmod")

@@ -4,15 +4,18 @@ side by side with Accelerate, whose differences are each named in a test."""
 from __future__ import annotations
 
 import copy
+import multiprocessing.connection
 import os
 import subprocess
 import sys
+import time
 from collections import OrderedDict, defaultdict, namedtuple
 from collections.abc import Iterator
 from importlib.util import find_spec
 from types import SimpleNamespace
 from typing import Any
 
+import cloudpickle
 import numpy as np
 import pytest
 import torch
@@ -380,10 +383,12 @@ def test_main_process_first_and_only(ranks: Ranks, tmp_path: Any) -> None:
             """Only one."""
             return 5
 
-        return found, once(), once.__name__, state.on_local_main_process(lambda x: x)(3)
+        last = state.on_last_process(lambda: True)()
+        return found, once(), once.__name__, state.on_local_main_process(lambda x: x)(3), last
 
     for rank, answer in enumerate(ranks(order, str(tmp_path))):
-        assert answer == (rank > 0, None if rank else 5, "once", None if rank else 3)
+        last = True if rank == ranks.size - 1 else None
+        assert answer == (rank > 0, None if rank else 5, "once", None if rank else 3, last)
 
 
 def test_an_error_in_the_first_process_leaves_no_other_waiting(three: Ranks) -> None:
@@ -404,10 +409,7 @@ def test_a_process_that_dies_is_an_error_for_the_others() -> None:
             os._exit(1)
         gather_object([1])
 
-    import cloudpickle
-
-    for pipe in group.pipes:
-        pipe.send_bytes(cloudpickle.dumps((die, ())))
+    group.send(die)
     for rank in (0, 2):
         assert group.pipes[rank].poll(20)
         fine, text = cloudpickle.loads(group.pipes[rank].recv_bytes())
@@ -426,8 +428,6 @@ def test_a_process_that_does_not_come_is_an_error_in_time() -> None:
         if other.process_index == 0:
             other.wait_for_everyone()
         else:
-            import time
-
             time.sleep(3)
 
     # a second group of the same processes needs a store of its own
@@ -473,6 +473,14 @@ def test_half_a_launch_is_refused(variables: dict[str, str], said: str, monkeypa
         monkeypatch.setenv(name, value)
     with pytest.raises(RuntimeError, match=said):
         PartialState()
+
+
+def test_a_call_outside_the_group_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"RANK": "1", "WORLD_SIZE": "3", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "9"}.items():
+        monkeypatch.setenv(name, value)
+    for call in (lambda: gather(torch.ones(1)), lambda: gather_object([1]), lambda: gather_for_results([1], 1)):
+        with pytest.raises(RuntimeError, match="process 1 of 3 called gather.* outside the group"):
+            call()
 
 
 def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -575,3 +583,44 @@ def test_what_accelerate_changes_loses_or_fails_on() -> None:
     with pytest.raises(IndexError):
         theirs([], 2, 1, True)
     assert split([], 2, 1, True) == []
+
+
+def test_accelerate_aborts_on_uneven_gathers_and_waits_after_errors() -> None:
+    group = Ranks(2)
+
+    def uneven(state: PartialState) -> None:
+        from accelerate import PartialState as Other
+        from accelerate.utils import gather as their_gather
+
+        rows = torch.zeros(1 + state.process_index)
+        assert len(gather(rows)) == 3, "ours"
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # what it says when it aborts
+        Other(cpu=True)
+        their_gather(rows)
+
+    group.send(uneven)
+    assert multiprocessing.connection.wait([process.sentinel for process in group.processes], 20)
+    time.sleep(0.1)
+    assert any(process.exitcode not in (0, None) for process in group.processes)
+    for process in group.processes:
+        process.kill()
+
+    group = Ranks(2)
+
+    def fails(state: PartialState, theirs: bool) -> float:
+        from accelerate import PartialState as Other
+
+        first = Other(cpu=True) if theirs else state
+        start = time.monotonic()
+        try:
+            with first.main_process_first():
+                if state.is_main_process:
+                    raise OSError("no such model")
+        except OSError:
+            time.sleep(3)  # busy with something else
+            if theirs:
+                state.wait_for_everyone()
+        return time.monotonic() - start
+
+    assert group(fails, False)[1] < 3 <= group(fails, True)[1]
+    group.close()

@@ -19,8 +19,8 @@ ORDER = [
     "hardware", "roofline", "export", "planner", "advice",
     "meta", "bulk", "convert", "checkpoint", "zoo", "device_map", "front",
     "store", "away", "lanes", "stream", "resting", "hooks", "dispatch", "record",
-    "packed", "quantize",
-    "workload", "recording", "calibration", "fake", "dryrun",
+    "packed", "quantize", "rounding",
+    "workload", "recording", "calibration", "fake", "dryrun", "export", "advice",
     "distributed", "launch", "notebook", "batches", "examples",
     "draw", "draw_run", "draw_dryrun", "widgets", "cli",
 ]  # fmt: skip

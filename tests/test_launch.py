@@ -84,8 +84,10 @@ def test_words_of_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
         "torchrun --nnodes 2 --nproc-per-node 2 --node-rank 1 --master-addr h --master-port 5 x.py"
     )
     assert shown("--rdzv_backend", "c10d", *hosts) == (
-        "torchrun --nnodes 2 --nproc-per-node 2 --rdzv-backend c10d --rdzv-endpoint h:5 --rdzv-id bigkit x.py"
+        "torchrun --nnodes 2 --nproc-per-node 2 --rdzv-backend c10d --rdzv-endpoint h:5 --rdzv-id bigkit "
+        "--rdzv-conf is_host=1 --local-addr h x.py"
     )
+    assert "--rdzv-conf is_host=0 x.py" in shown("--rdzv_backend", "c10d", "--machine_rank", "1", *hosts)
     assert "'a b.py'" in shown("--cpu", "a b.py")
 
 

@@ -1,7 +1,7 @@
 """One image for each prompt, on as many processes as you start; process 0 writes the first, process 1 the second.
 
     bigkit launch --num_processes 3 distributed_diffusion.py --model tiny
-    bigkit launch distributed_diffusion.py --model runwayml/stable-diffusion-v1-5
+    bigkit launch distributed_diffusion.py --model runwayml/stable-diffusion-v1-5 --steps 25
 
 `tiny` is a pipeline with random weights, built from configs without a network: its images are noise, but all else
 happens as with a real one. Needs diffusers: pip install bigkit[diffusers].
@@ -16,6 +16,7 @@ import torch
 from bigkit import PartialState, gather_object
 
 PROMPTS = ["a dog", "a cat", "a chicken"]
+MOVED = {"runwayml/stable-diffusion-v1-5": "stable-diffusion-v1-5/stable-diffusion-v1-5"}  # its first home is gone
 
 
 def tiny_pipeline() -> Any:
@@ -59,7 +60,9 @@ def load(name: str, dtype: torch.dtype) -> Any:
     """The pipeline that is named."""
     from diffusers import DiffusionPipeline
 
-    return tiny_pipeline() if name == "tiny" else DiffusionPipeline.from_pretrained(name, torch_dtype=dtype)
+    if name == "tiny":
+        return tiny_pipeline()
+    return DiffusionPipeline.from_pretrained(MOVED.get(name, name), torch_dtype=dtype)
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""Explorers: ipywidgets panels that turn a question about memory or files with sliders.
+"""Explorers: ipywidgets panels that turn a question about memory, files or time with sliders.
 
 Each is imported when it is first used, so that `import bigkit.widgets` is cheap. Plain ipywidgets, 7.7 (Colab) or 8.
 """
@@ -10,18 +10,30 @@ from typing import TYPE_CHECKING
 
 _HOMES = {
     "DryRunExplorer": "dryrun_explorer",
+    "HookTheatre": "hook_theatre",
     "MemoryExplorer": "memory_explorer",
     "PlanExplorer": "plan_explorer",
+    "QuantizationLab": "quantization_lab",
     "ShardExplorer": "shard_explorer",
     "SplitExplorer": "split_explorer",
 }
 
-__all__ = ["DryRunExplorer", "MemoryExplorer", "PlanExplorer", "ShardExplorer", "SplitExplorer"]
+__all__ = [
+    "DryRunExplorer",
+    "HookTheatre",
+    "MemoryExplorer",
+    "PlanExplorer",
+    "QuantizationLab",
+    "ShardExplorer",
+    "SplitExplorer",
+]
 
 if TYPE_CHECKING:
     from .dryrun_explorer import DryRunExplorer
+    from .hook_theatre import HookTheatre
     from .memory_explorer import MemoryExplorer
     from .plan_explorer import PlanExplorer
+    from .quantization_lab import QuantizationLab
     from .shard_explorer import ShardExplorer
     from .split_explorer import SplitExplorer
 

@@ -88,7 +88,8 @@ class Explorer(widgets.VBox):
             [self.error, self.verdict, self.picture, self.text, self.panes],
             layout=widgets.Layout(flex="1 1 380px", min_width="0", width="auto"),
         )
-        super().__init__([widgets.HBox([left, right], layout=widgets.Layout(width="100%"))])
+        # In a narrow window the picture goes below the controls.
+        super().__init__([widgets.HBox([left, right], layout=widgets.Layout(width="100%", flex_flow="row wrap"))])
         self.add_class("bigkit-explorer")
 
         controls = [control for _, group in groups for control in group if control.has_trait("value")]

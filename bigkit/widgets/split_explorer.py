@@ -89,7 +89,7 @@ class SplitExplorer(Explorer):
         if empty := sum(not part for part in split.parts):
             said.append(f"{empty} of {split.processes} processes have nothing to do.")
         news = "good" if split.rounds * split.processes == split.items else "slow"
-        self.verdict.value = pill(news, f"{split.rounds} turns instead of {split.items}.", " ".join(said))
+        self.verdict.value = pill(news, f"{_turns(split)} instead of {split.items}.", " ".join(said))
         self.picture.value = svg(shares_figure(split), shares_label(split))
         self.text.value = preformatted(shares_text(split), wrap=True)
 
@@ -120,6 +120,10 @@ class SplitExplorer(Explorer):
         split = self.split
         head = f"SplitExplorer({split.items} items on {split.processes}{', padded' if split.padding else ''}: "
         lengths = "+".join(str(len(part)) for part in split.parts)
-        tail = f"gather {len(split.gathered)}, {split.rounds} turns, {split.idle} idle)"
+        tail = f"gather {len(split.gathered)}, {_turns(split)}, {split.idle} idle)"
         whole = f"{head}shares {lengths}, {tail}"
         return whole if len(whole) <= LONGEST_REPR else head + tail
+
+
+def _turns(split: Shares) -> str:
+    return f"{split.rounds} turn{'' if split.rounds == 1 else 's'}"

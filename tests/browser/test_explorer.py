@@ -150,3 +150,46 @@ def test_notebook_02_follows_its_gpu_slider(browser: Browser, tmp_path: Path, sc
     check(before, turned, returned)
     assert len(before.repr) < 112  # 110 and the quotes: more would be cut where a widget is shown
     assert re.search(r"\d", turned.label), "the picture's label tells no figure"
+
+
+THEATRE = "from bigkit.widgets import HookTheatre\nexplorer = HookTheatre()"
+
+
+def test_the_theatre_steps_plays_and_switches(browser: Browser, tmp_path: Path, screenshots: Path) -> None:
+    """Arrow keys step, Play goes on by itself, and the two ways to bring weights have charts of their own."""
+    from playwright.sync_api import expect
+
+    from tests.browser.lab import LabNotebook, running_lab
+
+    folder = write_notebook(tmp_path / "notebooks" / "theatre.ipynb", THEATRE, "explorer")
+    with running_lab(folder, tmp_path / "home") as address:
+        page: Page = browser.new_page(viewport={"width": 1440, "height": 1100})
+        notebook = LabNotebook.open(page, address, "theatre.ipynb")
+        notebook.run_all()
+        explorer = page.locator(".bigkit-explorer").first
+        picture = explorer.locator(".bigkit-picture svg[role=img]").first
+        verdict, text = explorer.locator(".bigkit-verdict"), explorer.locator(".bigkit-text")
+        slider = explorer.locator(".bigkit-step-slider [role=slider]").first
+        expect(picture).to_have_attribute("aria-label", re.compile("before the start"))
+        slider.focus()
+        for step in range(1, 6):
+            page.keyboard.press("ArrowRight")
+            expect(verdict).to_contain_text(f"Step {step} of")
+        expect(picture).to_have_attribute("aria-label", re.compile("begins to work"))
+        page.keyboard.press("ArrowLeft")
+        expect(verdict).to_contain_text("Step 4 of")
+        page.screenshot(path=screenshots / "theatre-1-stepped.png")
+        explorer.locator(".bigkit-mode button", has_text="one by one").click()
+        expect(text).to_contain_text(re.compile("^one by one, after"))
+        expect(picture).to_have_attribute("aria-label", re.compile("^one by one, after"))
+        explorer.locator(".widget-play button").first.click()
+        expect(verdict).not_to_contain_text("Step 4 of")
+        explorer.locator(".widget-play button").first.click()
+        page.set_viewport_size({"width": 760, "height": 900})
+        wide = page.locator(".jp-Notebook .bigkit-picture").first.bounding_box()
+        assert wide is not None and wide["width"] > 250, "in a narrow window the picture goes below the controls"
+        page.screenshot(path=screenshots / "theatre-2-narrow.png")
+        assert re.fullmatch(
+            r"'HookTheatre\(blocks 2\+2\+3\+3, one by one, step .{10,}\)'", notebook.run("repr(explorer)")
+        )
+        page.close()

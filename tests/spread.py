@@ -1,0 +1,96 @@
+"""Small models, ways to spread them, and the comparison that every test of running them rests on."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from bigkit.away import Away
+from bigkit.dispatch import cpu_offload, disk_offload, dispatch_model
+from bigkit.resting import handles
+from bigkit.stream import Slots
+
+STAND_IN = {0: "cpu", 1: "cpu"}  # GPUs that are the CPU, but with slots
+
+
+class Block(nn.Module):
+    def __init__(self, width: int = 8) -> None:
+        super().__init__()
+        self.a = nn.Linear(width, width)
+        self.b = nn.Linear(width, width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.b(F.relu(self.a(x)))
+
+
+class Net(nn.Module):
+    """Blocks, a parameter of the root's own, and a head."""
+
+    def __init__(self, depth: int = 4, width: int = 8) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.randn(width))
+        self.h = nn.ModuleList(Block(width) for _ in range(depth))
+        self.out = nn.Linear(width, width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for block in self.h:
+            x = block(x)
+        return self.out(x) * self.scale
+
+
+def _disk(folder: Path) -> Callable[[nn.Module], nn.Module]:
+    return lambda model: disk_offload(model, folder, 0, stand_in=STAND_IN)
+
+
+WAYS: dict[str, Callable[[Path], Callable[[nn.Module], nn.Module]]] = {
+    "RAM, slots": lambda folder: lambda model: cpu_offload(model, 0, stand_in=STAND_IN),
+    "RAM, many slots": lambda folder: lambda model: cpu_offload(model, 0, stand_in=STAND_IN, slots=9),
+    "RAM, no prefetch": lambda folder: lambda model: cpu_offload(model, 0, stand_in=STAND_IN, slots=1, prefetch=False),
+    "disk, slots": _disk,
+    "disk, cached": lambda folder: lambda model: disk_offload(model, folder, 0, stand_in=STAND_IN, ram_cache="1MiB"),
+    "disk, mapped": lambda folder: lambda model: disk_offload(model, folder),
+}
+
+
+def spread_ways(model: nn.Module, folder: Path) -> Iterator[tuple[str, nn.Module]]:
+    """Copies of a model, each spread in another way."""
+    for name, way in WAYS.items():
+        yield name, way(folder)(copy.deepcopy(model))
+
+
+def same(one: Any, other: Any) -> bool:
+    """Whether two outputs are equal bit for bit."""
+    if isinstance(one, torch.Tensor):
+        return one.dtype == other.dtype and torch.equal(one, other)
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
+    if isinstance(one, (list, tuple)):
+        return len(one) == len(other) and all(map(same, one, other))
+    return bool(one == other)
+
+
+def check_at_rest(model: nn.Module) -> None:
+    """Every weight that was sent away is away, nothing is lent, and each slot knows what it holds."""
+    for streamer in {id(handle.streamer): handle.streamer for handle in handles(model)}.values():
+        assert not any(streamer.lent) and not streamer._loans
+        streamer._ready()
+        for entries in streamer._entries:
+            for entry in entries:
+                assert isinstance(entry.tensors[entry.own], Away), entry.weight.name
+        if isinstance(streamer, Slots):
+            assert not any(slot.lent for slot in streamer.slots)
+            assert {slot.unit.index: slot for slot in streamer.slots if slot.unit is not None} == streamer.holder
+            for i, slot in streamer.holder.items():
+                for weight in streamer.units[i].weights:
+                    assert torch.equal(weight.over(slot.base), weight.load()), weight.name
+        assert not streamer.lock._is_owned()  # type: ignore[attr-defined]
+
+
+def spread(model: nn.Module, device_map: dict[str, Any], **options: Any) -> nn.Module:
+    return dispatch_model(model, device_map, stand_in=STAND_IN, **options)
