@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 _HOMES = {
-    "front": ("describe", "estimate_memory", "plan"),
+    "front": ("advise", "describe", "estimate_memory", "plan"),
     "plans": ("Plan",),
     "planner": ("PlanError",),
     "estimate": ("MemoryEstimate",),
@@ -19,6 +19,7 @@ _HOMES = {
     "units": ("format_bytes", "parse_bytes"),
     "hardware": ("HARDWARE", "Hardware"),
     "ledger": ("Calibration",),
+    "advice": ("Advice",),
     "calibration": ("calibrate",),
     "dryrun": ("DryRun", "dry_run"),
     "meta": ("init_empty_weights", "init_on_device"),
@@ -56,6 +57,7 @@ __all__ = ["__version__", "zoo", *sorted(_HOME_OF)]
 
 if TYPE_CHECKING:
     from . import zoo
+    from .advice import Advice
     from .batches import map_file
     from .calibration import calibrate
     from .checkpoint import load_checkpoint_in_model, load_state_dict, save_model
@@ -77,7 +79,7 @@ if TYPE_CHECKING:
     from .distributed import PartialState, gather, gather_for_results, gather_object, split_between_processes
     from .dryrun import DryRun, dry_run
     from .estimate import MemoryEstimate
-    from .front import describe, estimate_memory, plan
+    from .front import advise, describe, estimate_memory, plan
     from .hardware import HARDWARE, Hardware
     from .hooks import (
         AlignDevicesHook,

@@ -1,4 +1,4 @@
-"""The command line: `bigkit estimate-memory NAME`, `plan NAME`, `dry-run NAME`, `calibrate` and `launch script.py`.
+"""The command line: `bigkit estimate-memory NAME`, `plan`, `dry-run`, `advise`, `calibrate` and `launch script.py`.
 
 Leaves out: anything that needs torch, unless a name must be looked up on the Hub or this machine asked for its GPUs.
 """
@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import fields
 
 from . import __version__
+from .advice import TARGETS
 from .estimate import CLASSIC
 from .layers import QUANTIZATIONS
 from .planner import STRATEGIES
@@ -59,6 +60,12 @@ def _parser() -> argparse.ArgumentParser:
     dry.add_argument("--new", type=int, default=4, help="tokens to generate after the prompt (%(default)s)")
     dry.add_argument("--svg", action="store_true", help="print the picture")
     dry.set_defaults(run=_dry_run)
+
+    advice = commands.add_parser("advise", help="which way to store and place a model is fastest on a machine")
+    _add_model(advice)
+    advice.add_argument("--hardware", help='a machine, as in "RTX 4090" or "8 x H100-80GB" (this one)')
+    advice.add_argument("--target", choices=TARGETS, default="speed", help="what ranks first (%(default)s)")
+    advice.set_defaults(run=_advise)
 
     measure = commands.add_parser("calibrate", help="measure this machine, for predictions; under a minute")
     measure.add_argument("--folder", help="on the disk that is to be measured (the temporary folder)")
@@ -121,9 +128,9 @@ def _budgets(given: Sequence[str] | None) -> dict[Device, int | str] | None:
 
 
 def _dry_run(options: argparse.Namespace) -> str:
-    from .dryrun import dry_run, machine_of
+    from .dryrun import dry_run
     from .front import describe, plan
-    from .hardware import CONTEXT_BYTES, Hardware
+    from .hardware import CONTEXT_BYTES, Hardware, machine_of
 
     machine = Hardware.detect() if options.hardware is None else machine_of(options.hardware)
     if not machine.gpus:
@@ -142,6 +149,14 @@ def _dry_run(options: argparse.Namespace) -> str:
 
         return svg(dryrun_figure(run), dryrun_label(run))
     return f"{found.explain()}\n\n{run}"
+
+
+def _advise(options: argparse.Namespace) -> str:
+    from .front import advise, describe
+
+    spec = describe(options.model, options.library_name, trust_remote_code=options.trust_remote_code)
+    found = advise(spec, options.hardware, options.batch, options.context, options.target)
+    return found.to_json() if options.json else found.explain()
 
 
 def _calibrate(options: argparse.Namespace) -> str:

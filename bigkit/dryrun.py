@@ -31,7 +31,7 @@ from .allocator import CachingAllocator, OutOfMemory, Recording, replay
 from .dispatch import dispatch_model
 from .export import chrome_trace, memory_snapshot
 from .fake import Notebook, Target, Trace, fake_gpus
-from .hardware import CONTEXT_BYTES, GPUS, HARDWARE, Gpu, Hardware
+from .hardware import CONTEXT_BYTES, GPUS, Gpu, Hardware, machine_of
 from .hooks import AlignDevicesHook, SequentialHook
 from .lanes import PlainLane, Slot
 from .ledger import Calibration, Ledger
@@ -39,7 +39,7 @@ from .plans import Device, Plan, device_label, prefixes
 from .roofline import ARRIVE, FILL, LEAVE, Operation, Rates, Span, StepTime, run_steps
 from .store import Unit
 from .stream import Slots
-from .units import TB, GiB, KiB, MiB, format_bytes
+from .units import KiB, MiB, format_bytes
 from .workload import Workload, fill, passes
 
 KINDS = ("weights", "slots", "KV cache", "activations", "workspace")
@@ -452,23 +452,6 @@ def label_cache(notes: Notebook, cache: Any) -> None:
             waiting += thing.values()
         elif hasattr(thing, "__dict__"):
             waiting += vars(thing).values()
-
-
-def machine_of(name: str) -> Hardware:
-    """A machine of `HARDWARE` by name, one GPU of `GPUS`, or several: "RTX 4090", "3 x L4".
-
-    Raises:
-        ValueError: there is no such machine.
-
-    >>> len(machine_of("3 x L4").gpus), machine_of("laptop, no GPU").gpus
-    (3, ())
-    """
-    if name in HARDWARE:
-        return HARDWARE[name]
-    count, times, gpu = name.rpartition(" x ")
-    if gpu not in GPUS or (times and not (count.isdigit() and 0 < int(count) <= 1024)):
-        raise ValueError(f"unknown hardware {name!r}: expected one of {', '.join((*HARDWARE, *GPUS))}, or '2 x T4'")
-    return Hardware(name if times else f"1 x {gpu}", (GPUS[gpu],) * int(count or 1), 64 * GiB, TB)
 
 
 def _machine(hardware: Hardware | str | None, gpus: int) -> Hardware:

@@ -9,8 +9,9 @@ import os
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Union
 
+from . import advice, planner, zoo
 from . import estimate as _estimate
-from . import planner, zoo
+from .hardware import Hardware, machine_of
 from .layers import ModelSpec
 from .plans import Device, Plan
 
@@ -85,6 +86,37 @@ def plan(
         no_split=no_split, batch=batch, context=context, overhead=overhead, offload_buffers=offload_buffers,
         strict=strict,
     )  # fmt: skip
+
+
+def advise(
+    model: Source,
+    hardware: Hardware | str | None = None,
+    batch: int = 1,
+    context: int = 2048,
+    target: str = "speed",
+    *,
+    stored: Iterable[str | None] = advice.STORED,
+) -> advice.Advice:
+    """Rank ways to store and place a model on a machine, by what a token would wait for.
+
+    Args:
+        model: a name, URL, folder, `nn.Module` or `ModelSpec`.
+        hardware: a `Hardware`, the name of one ("1 x RTX 4090", "L4", "8 x H100-80GB"), or None for this machine.
+        batch, context: the load: sequences, and tokens of each.
+        target: "speed", "quality", "memory" or "context".
+        stored: quantizations to try; None is 16 bits.
+
+    Returns:
+        The options that fit, best first; if there are none, what would have to change.
+
+    Raises:
+        ValueError: an unknown target or machine.
+
+    >>> advise("llama-3.1-8b", "RTX 4090").best.plan.quantization is None
+    True
+    """
+    machine = Hardware.detect() if hardware is None else machine_of(hardware) if isinstance(hardware, str) else hardware
+    return advice.advise(describe(model), machine, batch, context, target, stored=stored)
 
 
 def estimate_memory(

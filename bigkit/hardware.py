@@ -130,6 +130,23 @@ HARDWARE = {
 }
 
 
+def machine_of(name: str) -> Hardware:
+    """A machine of `HARDWARE` by name, one GPU of `GPUS`, or several: "RTX 4090", "3 x L4".
+
+    Raises:
+        ValueError: there is no such machine.
+
+    >>> len(machine_of("3 x L4").gpus), machine_of("laptop, no GPU").gpus
+    (3, ())
+    """
+    if name in HARDWARE:
+        return HARDWARE[name]
+    count, times, gpu = name.rpartition(" x ")
+    if gpu not in GPUS or (times and not (count.isdigit() and 0 < int(count) <= 1024)):
+        raise ValueError(f"unknown hardware {name!r}: expected one of {', '.join((*HARDWARE, *GPUS))}, or '2 x T4'")
+    return Hardware(name if times else f"1 x {gpu}", (GPUS[gpu],) * int(count or 1), 64 * GiB, TB)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # This machine
 

@@ -49,6 +49,13 @@ def test_dry_run_text_json_and_picture(capsys):
     assert capsys.readouterr().out.startswith("<svg")
 
 
+def test_advise_needs_no_torch(capsys):
+    done = run("advise", "deepseek-v3", "--hardware", "8 x H100-80GB")
+    assert done.returncode == 0 and done.stderr == "False\n" and "waits for" in done.stdout
+    assert main(["advise", "llama-2-7b", "--hardware", "T4", "--target", "quality", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["options"][0]["stored"] == "float16"
+
+
 def test_calibrate_keeps_what_it_measured(capsys, monkeypatch, tmp_path):
     monkeypatch.setenv("BIGKIT_LEDGER", str(tmp_path / "ledger.json"))
     monkeypatch.setattr("bigkit.calibration.BLOCK", 2**24)
