@@ -28,6 +28,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -197,9 +198,9 @@ def child(way: str, folder: Path, layers: int, device: str, runs: int, cold: int
         torch.ones(1, device="cuda").sum().item()
     first = device == "cpu" and folder.name == "large"
 
-    def timed() -> tuple[float, float, HostMemory]:
+    def timed(memory: HostMemory | None = None) -> tuple[float, float]:
         model = empty()
-        with HostMemory() as memory:
+        with memory or nullcontext():  # the thread that watches memory takes Python's lock from the load
             begin = time.perf_counter()
             model = load(folder, model, device)
             if device == "cuda":
@@ -213,22 +214,18 @@ def child(way: str, folder: Path, layers: int, device: str, runs: int, cold: int
         del model
         if device == "cuda":
             torch.cuda.empty_cache()
-        return loaded, both, memory
+        return loaded, both
 
     found: dict[str, Any] = {"way": way, "model": folder.name}
-    samples: list[tuple[float, float, HostMemory]] = []
-    start = time.perf_counter()
+    start, memory = time.perf_counter(), HostMemory()
+    found["first_s"], _ = timed(memory)
+    found |= {"host_total_mb": memory.total / 1e6, "host_anonymous_mb": memory.anonymous / 1e6}
+    samples: list[tuple[float, float]] = []
     while len(samples) < runs and (not samples or time.perf_counter() - start < seconds):
         samples.append(timed())
-        found |= {
-            "runs": len(samples),
-            "first_s": samples[0][0],
-            "warm_s": statistics.median(loaded for loaded, _, _ in samples),
-            "host_total_mb": max(memory.total for *_, memory in samples) / 1e6,
-            "host_anonymous_mb": max(memory.anonymous for *_, memory in samples) / 1e6,
-        }
+        found |= {"runs": len(samples), "warm_s": statistics.median(loaded for loaded, _ in samples)}
         if first:
-            found["load_and_forward_s"] = statistics.median(both for _, both, _ in samples)
+            found["load_and_forward_s"] = statistics.median(both for _, both in samples)
         print(json.dumps(found), flush=True)
     times: list[float] = []
     for _ in range(cold):

@@ -6,9 +6,11 @@ import gc
 import json
 import os
 import resource
+import signal
 import subprocess
 import sys
 import textwrap
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -400,27 +402,28 @@ def test_saving_takes_the_memory_of_one_shard(tmp_path):
 # Faults of disks
 
 
-@pytest.fixture
+@contextmanager
 def full_disk():
-    """Files cannot grow beyond 512 bytes."""
-    import signal
-
+    """No file may grow beyond 512 bytes: not for a whole test, since pytest writes to a file as well, perhaps."""
     before, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (512, before[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    signal.signal(signal.SIGXFSZ, handler)
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
 
 
-def test_a_full_disk_leaves_the_model_as_it_was(tmp_path, full_disk):
+def test_a_full_disk_leaves_the_model_as_it_was(tmp_path):
     model, empty_model = Net(), empty()
     expected = model(X)
     for one in (model, cpu_offload(copy.deepcopy(model), 0, stand_in=STAND_IN)):
-        with pytest.raises(OSError, match="could not write weights to .*File too large.*the model is as it was"):
+        message = "could not write weights to .*File too large.*the model is as it was"
+        with pytest.raises(OSError, match=message), full_disk():
             spread(one, {"": "disk"}, main_device=0, offload_dir=tmp_path)
         assert same(one(X), expected) and not list(tmp_path.iterdir())
     assert all(type(parameter) is nn.Parameter for parameter in model.parameters())
-    with pytest.raises(OSError, match="could not write"):
+    with pytest.raises(OSError, match="could not write"), full_disk():
         spread(empty_model, {"": "disk"}, main_device=0, offload_dir=tmp_path, state_dict=model.state_dict())
     assert all(parameter.is_meta for parameter in empty_model.parameters())
 

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from bigkit import init_empty_weights, load_checkpoint_and_dispatch
 from bigkit.draw import GREEN, ORANGE, TRACK, WIDTH, YELLOW
 from bigkit.draw_run import gantt_figure, gantt_label, gantt_text, run_figure, run_label, run_news, run_text, seconds
-from bigkit.record import record
+from bigkit.observe import observe
 from bigkit.schedule import Schedule, Turn, schedule
 from bigkit.widgets import HookTheatre
 from bigkit.widgets._explorer import LONGEST_REPR
@@ -263,5 +263,5 @@ def test_a_checkpoint_goes_to_the_stand_ins_of_gpus() -> None:
         model = GPT(GPTConfig("pygpt"))
     places = {"transformer": 1, "lm_head": "cpu"}
     load_checkpoint_and_dispatch(model, PYGPT, places, dtype="bfloat16", stand_in={1: "cpu"})
-    recording = record(model.eval(), lambda: model(torch.tensor([[1, 2]]))[0].shape)
+    recording = observe(model.eval(), lambda: model(torch.tensor([[1, 2]]))[0].shape)
     assert recording.result == (1, 2, 256) and recording.units["lm_head"] == (131072, "cpu", 1)

@@ -18,9 +18,9 @@ ORDER = [
     "units", "allocator", "layers", "shards", "shares", "config", "estimate", "chain", "plans", "schedule", "ledger",
     "hardware", "roofline", "planner",
     "meta", "bulk", "convert", "checkpoint", "zoo", "device_map", "front",
-    "store", "away", "lanes", "stream", "resting", "hooks", "dispatch", "record",
+    "store", "away", "lanes", "stream", "resting", "hooks", "dispatch", "observe",
     "packed", "quantize", "rounding",
-    "workload", "recording", "calibration", "fake", "dryrun", "export", "advice",
+    "workload", "recording", "calibration", "fake", "export", "dryrun", "advice",
     "distributed", "launch", "notebook", "batches", "examples",
     "draw", "draw_run", "draw_dryrun", "widgets", "cli",
 ]  # fmt: skip

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from bigkit import dispatch_model, lanes
-from bigkit.record import record
+from bigkit.observe import observe
 from bigkit.schedule import CHUNK, RING, Schedule, Turn, schedule
 from bigkit.stream import Event
 
@@ -72,7 +72,7 @@ def test_order_and_slots_are_those_of_the_real_streamer(
     tmp_path_factory: pytest.TempPathFactory, rests: list[Any], slots: int, prefetch: bool, tokens: int
 ) -> None:
     model, run = real(rests, slots, prefetch, tokens, tmp_path_factory.mktemp("offload"))
-    recording = record(model, run)
+    recording = observe(model, run)
     found = recording.schedule(1.0, 1.0, 1.0)  # raises if fetches or slots differ
     assert [t.rests for t in found.turns] == rests and found.tokens == tokens
     works = [event.unit for event in recording.events if event.kind == "work"]
@@ -94,7 +94,7 @@ def test_a_schedule_refuses_what_it_does_not_model(tmp_path: Any) -> None:
                 layer(torch.ones(1, 2))
 
     with pytest.raises(ValueError, match="same order"):
-        record(model, in_another_order).schedule(1.0, 1.0, 1.0)
+        observe(model, in_another_order).schedule(1.0, 1.0, 1.0)
 
     def one_skipped() -> None:  # always the same order, but not a circle at first
         with torch.no_grad():
@@ -102,11 +102,11 @@ def test_a_schedule_refuses_what_it_does_not_model(tmp_path: Any) -> None:
                 model[i](torch.ones(1, 2))  # type: ignore[index]
 
     with pytest.raises(ValueError, match="by the rules"):
-        record(model, one_skipped).schedule(1.0, 1.0, 1.0)
+        observe(model, one_skipped).schedule(1.0, 1.0, 1.0)
     with pytest.raises(ValueError, match="not spread out"):
-        record(nn.Linear(2, 2), lambda: None)
+        observe(nn.Linear(2, 2), lambda: None)
     with pytest.raises(ValueError, match="nothing in"):
-        record(model, lambda: None)
+        observe(model, lambda: None)
 
 
 def test_recording_leaves_nothing_behind(tmp_path: Any) -> None:
@@ -116,8 +116,8 @@ def test_recording_leaves_nothing_behind(tmp_path: Any) -> None:
         model(torch.ones(1, 3))
 
     with pytest.raises(RuntimeError):
-        record(model, fails)
-    first, second = record(model, run), record(model, run)
+        observe(model, fails)
+    first, second = observe(model, run), observe(model, run)
     assert [e.unit for e in first.events if e.kind == "work"] == ["0", "1", "2"]
     assert len(second.events) <= len(first.events)
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
@@ -223,7 +223,7 @@ def test_every_span_is_where_a_clock_has_it(
     chunk: int, ring: int, ahead: bool,
 ) -> None:  # fmt: skip
     model, run = real([t.rests for t in turns], slots, prefetch, tokens, tmp_path_factory.mktemp("offload"))
-    events = list(record(model, run).events)
+    events = list(observe(model, run).events)
     found = schedule(
         turns, link=1, disk=1 / slow, slots=slots, prefetch=prefetch, tokens=tokens, ahead=ahead, chunk=chunk, ring=ring
     )

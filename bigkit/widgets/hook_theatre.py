@@ -17,8 +17,8 @@ import ipywidgets as widgets
 
 from ..draw import svg
 from ..draw_run import run_figure, run_label, run_news, run_text, seconds
+from ..observe import Observation, observe
 from ..plans import Device, device_label
-from ..record import Recording, record
 from ..schedule import Schedule, schedule
 from ..stream import spread
 from ..units import GB, format_bytes
@@ -80,10 +80,10 @@ class HookTheatre(Explorer):
     def __init__(
         self, preset: str = "two GPUs, RAM and disk", *, mode: str = PREFETCH, slots: int = 2, tokens: int = 2
     ) -> None:
-        self.recording: Recording | None = None
+        self.recording: Observation | None = None
         self.schedule: Schedule | None = None
         self.charts: dict[str, Schedule] = {}
-        self._runs: dict[tuple[Any, ...], Recording] = {}
+        self._runs: dict[tuple[Any, ...], Observation] = {}
         self.preset = menu("Preset", [*PRESETS, OWN], preset)
         start = PRESETS.get(preset) or next(iter(PRESETS.values()))
 
@@ -226,14 +226,14 @@ class HookTheatre(Explorer):
         places = "\n".join(f"    {name!r}: {device!r}," for name, device in self.device_map.items())
         return (
             "import torch\n\nfrom bigkit import init_empty_weights, load_checkpoint_and_dispatch\n"
-            "from bigkit.record import record\nfrom bigkit.zoo.gpt import GPT, PYGPT, GPTConfig, encode\n\n"
+            "from bigkit.observe import observe\nfrom bigkit.zoo.gpt import GPT, PYGPT, GPTConfig, encode\n\n"
             f"device_map = {{\n{places}\n}}\n"
             "with init_empty_weights():\n    model = GPT(GPTConfig('pygpt')).eval()\n"
             "model = load_checkpoint_and_dispatch(\n"
             f"    model, PYGPT, device_map, dtype='bfloat16', slots={found.slots}, prefetch={found.prefetch},\n"
             "    stand_in={0: 'cpu', 1: 'cpu'}, force_hooks=True,  # without stand_in: on the GPUs themselves\n)\n"
             f"prompt = torch.tensor([encode({PROMPT!r})])\n"
-            f"recording = record(model, lambda: model.generate(prompt, {found.tokens}))\n"
+            f"recording = observe(model, lambda: model.generate(prompt, {found.tokens}))\n"
             f"found = recording.schedule(rate={self.rate.value * GB:g}, link={found.link:g}, disk={found.disk:g}, "
             f"ahead={found.ahead})\n"
         )
@@ -278,7 +278,7 @@ class HookTheatre(Explorer):
         return f"{head}{short(news, LONGEST_REPR - len(head) - 1)})"
 
 
-def _run(places: dict[str, Device], slots: int, prefetch: bool, tokens: int) -> Recording:
+def _run(places: dict[str, Device], slots: int, prefetch: bool, tokens: int) -> Observation:
     """Generate tokens with a spread-out model; the result is the text, and whether the whole model writes it too."""
     import torch
 
@@ -293,10 +293,10 @@ def _run(places: dict[str, Device], slots: int, prefetch: bool, tokens: int) -> 
         force_hooks=True,
     )  # fmt: skip
     prompt = torch.tensor([encode(PROMPT)])
-    recording = record(model, lambda: model.generate(prompt, tokens))
+    recording = observe(model, lambda: model.generate(prompt, tokens))
     expected = load_pygpt().generate(prompt, tokens)
     result = (decode(recording.result[0]), bool(torch.equal(recording.result, expected)))
-    return Recording(recording.units, recording.events, recording.slots, recording.prefetch, result)
+    return Observation(recording.units, recording.events, recording.slots, recording.prefetch, result)
 
 
 def _slots(count: int) -> str:

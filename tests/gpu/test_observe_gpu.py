@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from bigkit import dispatch_model
-from bigkit.record import record
+from bigkit.observe import observe
 
 
 @pytest.mark.parametrize("prefetch", [False, True])
@@ -25,7 +25,7 @@ def test_order_and_slots_are_those_of_a_schedule(tmp_path: Path, slots: int, pre
             whole.to("cpu"), {str(i): place for i, place in enumerate(rests)}, offload_dir=tmp_path, slots=slots,
             prefetch=prefetch, ram_cache=0,
         )  # fmt: skip
-        recording = record(model, lambda: [model(x) for _ in range(3)])
+        recording = observe(model, lambda: [model(x) for _ in range(3)])
     assert all(torch.equal(output, expected) for output in recording.result)
     found = recording.schedule(rate=1e12, link=50e9, disk=2e9)  # raises where fetches or slots differ
     assert found.tokens == 3 and [turn.rests for turn in found.turns] == rests

@@ -1,6 +1,6 @@
 """What really happens in a forward of a model that is spread out, step by step.
 
-`record` listens while the model runs: to its streamer, for what travels, and to forward hooks, for what works where it
+`observe` listens while the model runs: to its streamer, for what travels, and to forward hooks, for what works where it
 rests. What it gives is data: the turns in the order in which they worked, and every fetch, work and return. Which slot
 a unit went to and in which order is what happened; how long it takes on other hardware is for `schedule.py` to say.
 
@@ -26,7 +26,7 @@ from .stream import Event, Streamer
 
 
 @dataclass(frozen=True)
-class Recording:
+class Observation:
     """What happened while a model ran.
 
     Args:
@@ -72,7 +72,7 @@ class Recording:
         return found
 
 
-def record(model: nn.Module, run: Callable[[], Any]) -> Recording:
+def observe(model: nn.Module, run: Callable[[], Any]) -> Observation:
     """Run a dispatched model and note what happens.
 
     Args:
@@ -86,7 +86,7 @@ def record(model: nn.Module, run: Callable[[], Any]) -> Recording:
     >>> from bigkit import dispatch_model
     >>> model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4))
     >>> model = dispatch_model(model, {"0": 0, "1": "cpu", "2": "cpu"}, stand_in={0: "cpu"})
-    >>> recording = record(model, lambda: model(torch.ones(1, 4)))
+    >>> recording = observe(model, lambda: model(torch.ones(1, 4)))
     >>> [f"{event.kind} {event.unit}" for event in recording.events][:6]
     ['work 0', 'return 0', 'fetch 1', 'fetch 2', 'work 1', 'return 1']
     """
@@ -130,7 +130,7 @@ def record(model: nn.Module, run: Callable[[], Any]) -> Recording:
     if not units:
         raise ValueError(f"nothing in {type(model).__name__} worked while it was recorded")
     slots = getattr(streamers[0], "count", 1) if streamers else 1
-    return Recording(units, tuple(events), slots, bool(streamers and streamers[0].prefetch), result)
+    return Observation(units, tuple(events), slots, bool(streamers and streamers[0].prefetch), result)
 
 
 def _streamers(model: nn.Module) -> Iterator[Streamer]:
