@@ -85,7 +85,6 @@ def _add_launch(launch: argparse.ArgumentParser) -> None:
     add("--machine_rank", type=int, help="which of them this is, from 0 (0)")
     add("--main_process_ip", help="where process 0 is, as all hosts see it; needed with several")
     add("--main_process_port", type=int, help="a port that is free there; needed with several")
-    add("--rdzv_backend", help="static, or c10d: hosts but the first are numbered as they come (static)")
     add("--gpu_ids", help="GPUs of this host to use, as in 0,2 (all)")
     add("--cpu", dest="use_cpu", action="store_true", default=None, help="leave GPUs alone")
     add("--config_file", help="JSON or YAML with these names as keys, or one of Accelerate's; options overrule it")
@@ -193,7 +192,7 @@ def _launch(options: argparse.Namespace) -> str:
         path = launch.write_example(options.example)
         return f"{path} is there. Start it with: bigkit launch --num_processes 2 {path}"
     content = launch.read_config(options.config_file) if options.config_file else {}
-    told = {field.name: getattr(options, field.name) for field in fields(launch.Settings)}
+    told = {field.name: getattr(options, field.name, None) for field in fields(launch.Settings)}
     settings = launch.Settings(**{**content, **{name: value for name, value in told.items() if value is not None}})
     if options.show:
         return launch.command_line(settings, options.command, options.module)

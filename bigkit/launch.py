@@ -46,7 +46,7 @@ class Settings:
         num_machines: hosts.
         machine_rank: which of them this is, from 0.
         main_process_ip, main_process_port: where process 0 is, as all hosts see it; needed with several.
-        rdzv_backend: "static", or torchrun's "c10d", with which hosts other than the first are numbered as they come.
+        rdzv_backend: "static": the hosts meet at main_process_ip. For another one use torchrun itself.
         use_cpu: leave GPUs alone.
         gpu_ids: which GPUs of this host to use, "all" or as in "0,2".
 
@@ -75,8 +75,10 @@ class Settings:
                 raise ValueError(f"{name} is {value!r}: expected a whole number, at least {least}")
         if not isinstance(self.use_cpu, bool):
             raise ValueError(f"use_cpu is {self.use_cpu!r}: expected true or false")
-        if self.rdzv_backend not in ("static", "c10d"):
-            raise ValueError(f"rdzv_backend is {self.rdzv_backend!r}: expected static or c10d")
+        if self.rdzv_backend != "static":
+            raise ValueError(
+                f"rdzv_backend is {self.rdzv_backend!r}: expected static; for another one use torchrun itself"
+            )
         if self.gpu_ids != "all" and not all(part.strip().isdigit() for part in str(self.gpu_ids).split(",")):
             raise ValueError(f"gpu_ids is {self.gpu_ids!r}: expected all, or numbers as in 0,2")
         if self.machine_rank >= self.num_machines:
@@ -101,16 +103,8 @@ class Settings:
             where = ["--master-port", str(port)] if port else ["--standalone"]
             return [*where, *count, *(["-m"] if module else []), *command]
         where = ["--nnodes", str(self.num_machines), *count]
-        place = f"{self.main_process_ip}:{self.main_process_port}"
-        if self.rdzv_backend == "c10d":
-            where += ["--rdzv-backend", "c10d", "--rdzv-endpoint", place, "--rdzv-id", "bigkit"]
-            # torchrun would compare the address with what this host's name resolves to, which often is 127.0.1.1
-            first = self.machine_rank == 0
-            where += ["--rdzv-conf", f"is_host={int(first)}"]
-            where += ["--local-addr", str(self.main_process_ip)] if first else []
-        else:
-            where += ["--node-rank", str(self.machine_rank), "--master-addr", str(self.main_process_ip),
-                      "--master-port", str(self.main_process_port)]  # fmt: skip
+        where += ["--node-rank", str(self.machine_rank), "--master-addr", str(self.main_process_ip),
+                  "--master-port", str(self.main_process_port)]  # fmt: skip
         return [*where, *(["-m"] if module else []), *command]
 
     def environment(self) -> dict[str, str]:

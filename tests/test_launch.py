@@ -83,11 +83,6 @@ def test_words_of_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
     assert shown("--machine_rank", "1", *hosts) == (
         "torchrun --nnodes 2 --nproc-per-node 2 --node-rank 1 --master-addr h --master-port 5 x.py"
     )
-    assert shown("--rdzv_backend", "c10d", *hosts) == (
-        "torchrun --nnodes 2 --nproc-per-node 2 --rdzv-backend c10d --rdzv-endpoint h:5 --rdzv-id bigkit "
-        "--rdzv-conf is_host=1 --local-addr h x.py"
-    )
-    assert "--rdzv-conf is_host=0 x.py" in shown("--rdzv_backend", "c10d", "--machine_rank", "1", *hosts)
     assert "'a b.py'" in shown("--cpu", "a b.py")
 
 
@@ -95,8 +90,7 @@ def test_torchrun_understands_the_words() -> None:
     from torch.distributed.run import parse_args
 
     hosts: dict[str, Any] = {"num_machines": 2, "main_process_ip": "h", "main_process_port": 5}
-    for settings in (Settings(3), Settings(2, main_process_port=7), Settings(4, machine_rank=1, **hosts),
-                     Settings(4, rdzv_backend="c10d", **hosts)):  # fmt: skip
+    for settings in (Settings(3), Settings(2, main_process_port=7), Settings(4, machine_rank=1, **hosts)):  # fmt: skip
         options = parse_args(settings.torchrun(["x.py", "--nnodes", "9"]))
         assert options.training_script == "x.py" and options.training_script_args == ["--nnodes", "9"]
         assert int(options.nproc_per_node) * int(options.nnodes.split(":")[-1]) == settings.num_processes
@@ -123,7 +117,7 @@ def test_each_process_gets_its_share_of_the_cores(monkeypatch: pytest.MonkeyPatc
         ({"num_machines": 2, "main_process_port": 5}, "main_process_ip is missing"),
         ({"num_machines": 2, "main_process_ip": "h"}, "main_process_port is missing"),
         ({"machine_rank": 1}, "machine_rank is 1: the 1 machines are numbered from 0"),
-        ({"rdzv_backend": "etcd"}, "rdzv_backend is 'etcd'"),
+        ({"rdzv_backend": "c10d"}, "rdzv_backend is 'c10d': expected static"),
         ({"gpu_ids": "a"}, "gpu_ids is 'a'"),
         ({"use_cpu": "yes"}, "use_cpu is 'yes'"),
     ],
