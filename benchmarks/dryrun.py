@@ -2,13 +2,14 @@
 
     python benchmarks/dryrun.py --measure RESULTS.json [--traces FOLDER] [--seconds 210]      on a CUDA GPU
     python benchmarks/dryrun.py [--predict RESULTS.json] [--save]                             on any machine
+    python benchmarks/dryrun.py --offload benchmarks/results/offload-gpu.json                 on any machine
 
 Every case is a model of real size, bfloat16, with as many blocks as fit in about 50 GB and random weights; three
 shapes: 1 x 16 and 8 x 512 tokens with decoding after them, and 2 x 2048 keeping the logits of every token. Each starts
 from an empty allocator: fill the weights, run the prompt, generate. `--measure` stores what the GPU's allocator said,
 the kernels that attention chose, and times (median of 3); it writes after every case and starts none after `--seconds`.
 `--predict` runs the same cases on fake GPUs and prints predicted against measured; without a file, it takes the results
-that are kept in benchmarks/results.
+that are kept in benchmarks/results. `--offload` foretells what `benchmarks/offload.py --gpu` measured.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
+from bigkit import init_empty_weights
 from bigkit.allocator import Recording
 from bigkit.calibration import calibrate
 from bigkit.dryrun import DryRun, dry_run
@@ -383,17 +385,59 @@ def predict_all(path: Path, only: list[str], save: bool) -> None:
         KEPT.write_text(json.dumps(results, indent=1) + "\n")
 
 
+def predict_offload(path: Path) -> None:
+    """Foretell the forwards of a Llama-7B shape that rests in RAM, with the link that was measured beside them.
+
+    The benchmark keeps the logits of one forward during the next, which a dry run of one forward does not.
+    """
+    import transformers
+
+    measured, kept = json.loads(path.read_text()), json.loads(KEPT.read_text())
+    rates = _rates(kept)
+    assert rates is not None
+    rates = replace(rates, link_pinned=1e9 * measured["machine"]["pinned_gb_s"])
+    size = measured["machine"]["bytes"]
+    ways: dict[str, tuple[dict[str, int | str] | None, int]] = {
+        "resident": (None, 0),
+        "bigkit, all in RAM": ({"": "cpu"}, 0),
+        "bigkit, half in RAM": ({"": "cpu"}, size // 2),
+    }
+
+    def llama() -> torch.nn.Module:
+        config = transformers.LlamaConfig(dtype="bfloat16")
+        with init_empty_weights():
+            return transformers.LlamaForCausalLM._from_config(config, dtype=torch.bfloat16)
+
+    for row in measured["rows"]:
+        if row["way"] not in ways:
+            continue
+        places, resident = ways[row["way"]]
+        batch, tokens = map(int, row["shape"].split("x"))
+        run = dry_run(
+            llama, places, batch, tokens, 0, "H200", all_logits=True, cache=False, resident_memory=resident,
+            calibration=rates,
+        )  # fmt: skip
+        logits = 2 * batch * tokens * 32000
+        peak, seconds = run.peak_allocated[0] + logits, run.seconds["prefill"]
+        print(f"{row['way']:20} {row['shape']:6} {peak / 1e9:7.3f} {row['gpu_peak_gb']:7.3f} GB "
+              f"{100 * (peak / 1e9 / row['gpu_peak_gb'] - 1):+5.2f} %  {1000 * seconds:7.1f} {1000 * row['s']:7.1f} ms "
+              f"{100 * (seconds / row['s'] - 1):+6.1f} %")  # fmt: skip
+
+
 def main() -> None:
     """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--measure", type=Path, metavar="RESULTS.json")
     parser.add_argument("--predict", type=Path, metavar="RESULTS.json")
+    parser.add_argument("--offload", type=Path, metavar="RESULTS.json")
     parser.add_argument("--save", action="store_true", help="keep the comparison in benchmarks/results")
     parser.add_argument("--traces", type=Path, help="store every case's allocations in this folder")
     parser.add_argument("--seconds", type=float, default=210, help="start no case after this time")
     parser.add_argument("--only", nargs="*", default=[], help="models, or MODEL/SHAPE")
     options = parser.parse_args()
-    if options.measure is None:
+    if options.offload is not None:
+        predict_offload(options.offload)
+    elif options.measure is None:
         path = options.predict or KEPT
         if not path.exists():
             print(f"{path} does not exist: --measure makes such a file on a machine with a CUDA GPU")

@@ -296,7 +296,9 @@ def dry_run(
     *,
     dtype: object = None,
     all_logits: bool = False,
+    cache: bool = True,
     slots: int = 2,
+    resident_memory: int | str = 0,
     calibration: Calibration | None = None,
 ) -> DryRun:
     """Run a model on GPUs that do not exist.
@@ -309,7 +311,8 @@ def dry_run(
         hardware: the machine, or its name in `HARDWARE` or `GPUS`; None takes as many H100s as the plan names.
         dtype: of the weights if `model` is a name; None takes the plan's, then the config's.
         all_logits: keep the logits of every prompt token, as a plain call of the model does.
-        slots: see `dispatch_model`.
+        cache: keep the KV cache of a prompt after which nothing is generated.
+        slots, resident_memory: see `dispatch_model`.
         calibration: rates measured on that machine; None takes the ones in the ledger if the hardware is this machine
             (`Hardware.detect()`) and `calibrate()` was called here, else the vendors' figures.
 
@@ -335,8 +338,8 @@ def dry_run(
         for name, gpu in gpus.items()
     }
     name, empty = _model(model, dtype or (plan.dtype if isinstance(plan, Plan) else None))
-    load = Workload(batch_size, prompt_tokens, new_tokens, all_logits)
-    trace = rehearse(empty, places, load, target_of(machine.gpus[numbers[0]], known), slots)
+    load = Workload(batch_size, prompt_tokens, new_tokens, all_logits, cache)
+    trace = rehearse(empty, places, load, target_of(machine.gpus[numbers[0]], known), slots, resident_memory)
     context = known.context if known and known.context else CONTEXT_BYTES
     ids = {f"cuda:{i}": i for i in numbers}
     return DryRun(
@@ -368,7 +371,14 @@ def target_of(gpu: Gpu, calibration: Calibration | None = None) -> Target:
     return Target(capability, attention, (calibration.workspace if calibration else None) or usual)
 
 
-def rehearse(model: nn.Module, places: Mapping[str, Device], load: Workload, target: Target, slots: int = 2) -> Trace:
+def rehearse(
+    model: nn.Module,
+    places: Mapping[str, Device],
+    load: Workload,
+    target: Target,
+    slots: int = 2,
+    resident_memory: int | str = 0,
+) -> Trace:
     """Fill an empty model on fake GPUs, spread it as a map says, and run the work; returns what was noted."""
     main = next((device for device in places.values() if isinstance(device, int)), 0)
     in_ram = {name: "cpu" if device == "disk" else device for name, device in places.items()}
@@ -376,7 +386,7 @@ def rehearse(model: nn.Module, places: Mapping[str, Device], load: Workload, tar
         notes.kind = "weights"
         fill(model.eval(), in_ram)
         if set(places.values()) != {main}:
-            dispatch_model(model, in_ram, main, slots=slots)
+            dispatch_model(model, in_ram, main, slots=slots, resident_memory=resident_memory)
             for streamer in {hook.streamer for hook in _hooks(model) if hook.streamer is not None}:
                 assert isinstance(streamer, Slots)
                 streamer.lane = FakeLane(streamer.device, notes, places)

@@ -380,6 +380,7 @@ class _Settling:
         value = weight.load() if weight is not None and record.tensor.is_meta else self.rest.value(record)
         kind = anatomy(type(value))
         same = kind is PLAIN and isinstance(record.tensor, nn.Parameter) and not record.tensor.is_meta
+        same = same and not hasattr(record.tensor, "fake_mode")  # whose data cannot be moved (a dry run)
         for device, places in here.items():
             new = value
             if kind is not PLAIN:

@@ -30,15 +30,17 @@ class Workload:
         new: tokens that are then generated one at a time.
         all_logits: keep the logits of every prompt token, as a plain call of the model does; False keeps those of the
             last one alone, as generation does.
+        cache: keep the KV cache of a prompt after which nothing is generated.
 
     >>> Workload(batch=8, prompt=512)
-    Workload(batch=8, prompt=512, new=0, all_logits=False)
+    Workload(batch=8, prompt=512, new=0, all_logits=False, cache=True)
     """
 
     batch: int = 1
     prompt: int = 512
     new: int = 0
     all_logits: bool = False
+    cache: bool = True
 
     def __post_init__(self) -> None:
         if self.batch < 1 or self.prompt < 1 or self.new < 0:
@@ -152,7 +154,7 @@ def _inputs(model: nn.Module, load: Workload, device: torch.device | str) -> tup
     vocabulary = getattr(config, "vocab_size", 0) or getattr(getattr(config, "text_config", None), "vocab_size", 2)
     options: dict[str, Any] = {}
     if _generates(model) and not _is_gpt(model):
-        options["use_cache"] = True
+        options["use_cache"] = load.cache or load.new > 0
         if not load.all_logits and "logits_to_keep" in inspect.signature(model.forward).parameters:
             options["logits_to_keep"] = 1
     return {name: torch.randint(vocabulary, (load.batch, load.prompt), device=device)}, options

@@ -119,6 +119,20 @@ def test_everything_away_and_nothing_on_a_gpu():
     assert sum(o.bytes for o in run.operations if o.name == "fill") > 2 * 124e6 * 4 * 0.9
 
 
+def test_blocks_that_stay_on_the_gpu_need_not_travel():
+    every = dry_run("gpt2", {"": "cpu"}, 1, 16, 1, "T4", dtype="float32")
+    some = dry_run("gpt2", {"": "cpu"}, 1, 16, 1, "T4", dtype="float32", resident_memory=6 * 7_087_872 * 4)
+    moved = [sum(o.bytes for o in run.operations if o.name == "fill") for run in (every, some)]
+    kept = some.timeline().at_peak()["weights"] - every.timeline().at_peak()["weights"]
+    assert 0.8 * 6 * 7_087_872 * 4 < kept <= 6 * 7_087_872 * 4 and moved[1] <= moved[0] - 1.9 * kept
+
+
+def test_a_prompt_without_a_cache():
+    with_cache, without = (dry_run("gpt2", None, 1, 64, 0, dtype="float16", cache=flag) for flag in (True, False))
+    assert with_cache.timeline().kinds["KV cache"][-1] == 2 * 12 * 64 * 768 * 2
+    assert without.timeline().kinds["KV cache"][-1] == 0
+
+
 def test_gpus_and_ram_together():
     places = {**GPT2, **{f"transformer.h.{i}": (0, 1, "cpu")[i // 4] for i in range(LAYERS)}}
     run = dry_run("gpt2", places, 1, 16, 1, "4 x A100-40GB", dtype="float32")

@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 _HOMES = {
+    "Advisor": "advisor",
     "DryRunExplorer": "dryrun_explorer",
     "HookTheatre": "hook_theatre",
     "MemoryExplorer": "memory_explorer",
@@ -19,6 +20,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "Advisor",
     "DryRunExplorer",
     "HookTheatre",
     "MemoryExplorer",
@@ -29,6 +31,7 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
+    from .advisor import Advisor
     from .dryrun_explorer import DryRunExplorer
     from .hook_theatre import HookTheatre
     from .memory_explorer import MemoryExplorer
