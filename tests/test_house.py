@@ -22,7 +22,7 @@ ORDER = [
     "packed", "quantize", "rounding",
     "workload", "recording", "calibration", "fake", "export", "dryrun", "advice",
     "distributed", "launch", "notebook", "batches", "examples",
-    "draw", "draw_run", "draw_dryrun", "draw_advice", "widgets", "cli",
+    "draw", "draw_run", "draw_dryrun", "widgets", "cli",
 ]  # fmt: skip
 FLOOR_0 = [name for name in ORDER[: ORDER.index("meta")] if (ROOT / f"{name}.py").exists()]
 MODULES = sorted(
