@@ -16,13 +16,13 @@ ROOT = Path(bigkit.__file__).parent
 # Bottom to top. A module may import those before it; a package counts as one module.
 ORDER = [
     "units", "allocator", "layers", "shards", "shares", "config", "estimate", "chain", "plans", "schedule", "ledger",
-    "hardware", "roofline", "planner",
+    "hardware", "roofline", "export", "planner", "advice",
     "meta", "bulk", "convert", "checkpoint", "zoo", "device_map", "front",
     "store", "away", "lanes", "stream", "resting", "hooks", "dispatch", "observe",
     "packed", "quantize", "rounding",
-    "workload", "recording", "calibration", "fake", "export", "dryrun", "advice",
+    "workload", "recording", "calibration", "fake", "dryrun",
     "distributed", "launch", "notebook", "batches", "examples",
-    "draw", "draw_run", "draw_dryrun", "widgets", "cli",
+    "draw", "draw_run", "draw_dryrun", "draw_advice", "widgets", "cli",
 ]  # fmt: skip
 FLOOR_0 = [name for name in ORDER[: ORDER.index("meta")] if (ROOT / f"{name}.py").exists()]
 MODULES = sorted(
