@@ -323,6 +323,7 @@ def _work(folder: str, local: str) -> None:
     distributed = sys.modules.get("torch.distributed")
     if distributed is not None and distributed.is_initialized():
         distributed.destroy_process_group()
+        time.sleep(0.2)  # see `distributed.settle`
 
 
 def _leave(path: Path, content: bytes) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shlex
@@ -97,7 +96,7 @@ def test_torchrun_understands_the_words() -> None:
 
 
 def test_each_process_gets_its_share_of_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("OMP_NUM_THREADS")
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr(os, "cpu_count", lambda: 8)
     threads = {n: Settings(n, use_cpu=True).environment()["OMP_NUM_THREADS"] for n in (1, 2, 3, 16)}
     assert threads == {1: "8", 2: "4", 3: "2", 16: "1"}
@@ -323,5 +322,6 @@ def test_the_printed_line_does_the_same(tmp_path: Path) -> None:
     line = command_line(Settings(2, use_cpu=True), ["who.py"])
     words = shlex.split(line.replace("torchrun", f"{sys.executable} -m torch.distributed.run"))
     done = subprocess.run(["env", *words], cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, timeout=60)
-    assert sorted(done.stdout.splitlines()) == [f"PartialState(process {rank} of 2, cpu)" for rank in (0, 1)]
-    assert json.dumps(line)
+    for rank in (0, 1):  # two processes write to one pipe: their line ends may come in any order
+        assert done.stdout.count(f"PartialState(process {rank} of 2, cpu)") == 1, done.stdout + done.stderr
+    assert done.stdout.count("PartialState(") == 2

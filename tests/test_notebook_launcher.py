@@ -237,7 +237,9 @@ def test_interrupting_a_cell_ends_its_processes(tmp_path: Path) -> None:
 
 def test_accelerate_returns_nothing_and_refuses_bitsandbytes() -> None:
     import accelerate
+    from accelerate.state import AcceleratorState
 
+    AcceleratorState._reset_state(reset_partial_state=True)  # it refuses a process in which it was used before
     assert accelerate.notebook_launcher(lambda: 1, (), num_processes=1) is None
     sys.modules.setdefault("bitsandbytes", sys)
     try:

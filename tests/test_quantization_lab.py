@@ -52,6 +52,8 @@ def test_a_study_is_what_bitsandbytes_does(scheme, outputs, inputs, seed):
         )
         if scheme.blocksize >= 1024 or inputs % 2:
             return  # bitsandbytes would compile its kernel
+        if inputs % scheme.blocksize and weight.numel() > scheme.blocksize:
+            return  # its kernel for CPUs with AVX512 takes rows for whole blocks, and gives other values than on a GPU
         rounded = bnb.functional.dequantize_4bit(packed, state).reshape(outputs, inputs)
         output = F.linear(x, rounded)
         kind = scheme.kind + "-double" * scheme.double
