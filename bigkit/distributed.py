@@ -22,6 +22,7 @@ import pickle
 import re
 import sys
 import threading
+import time
 from collections import UserDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
