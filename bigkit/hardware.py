@@ -71,7 +71,7 @@ class Hardware:
         gpus = _gpus()
         names = [gpu.name for gpu in gpus]
         name = f"{len(names)} x {names[0]}" if names and len({*names}) == 1 else ", ".join(names) or "no GPU"
-        return Hardware(f"this machine: {name}", gpus, _ram(), shutil.disk_usage(folder).free)
+        return Hardware(f"this machine: {name}", gpus, ram_limit(), shutil.disk_usage(folder).free)
 
     def max_memory(self) -> dict[Device, int]:
         """Budgets for `plan`: every GPU whole, RAM and disk. The CUDA context is `plan`'s `overhead`."""
@@ -179,7 +179,8 @@ def _gpus() -> tuple[Gpu, ...]:
     return tuple(found)
 
 
-def _ram() -> int:
+def ram_limit() -> int:
+    """Bytes of RAM that this process may have: the machine's, or fewer if its control group says so."""
     import psutil
 
     limits = [int(psutil.virtual_memory().total)]

@@ -27,6 +27,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .hardware import ram_limit
 from .meta import twin
 from .units import MiB
 
@@ -112,19 +113,6 @@ def _unpin(address: int, nbytes: int, memory: Tensor) -> None:
 
 def _may_pin(nbytes: int) -> bool:
     return _pinned + nbytes <= PINNED_SHARE * ram_limit()
-
-
-def ram_limit() -> int:
-    """Bytes of RAM that this process may have: the machine's, or fewer if its control group says so."""
-    import psutil
-
-    limits = [psutil.virtual_memory().total]
-    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
-        try:
-            limits.append(int(Path(path).read_text()))
-        except (OSError, ValueError):  # no such group, or "max"
-            continue
-    return min(limits)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
