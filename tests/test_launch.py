@@ -20,7 +20,8 @@ from bigkit import cli
 from bigkit.launch import Settings, command_line, read_config, write_example
 from tests.ranks import ROOT
 
-ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+# Unbuffered, `print` writes a line in pieces, and the pieces of two ranks mix.
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": ""}
 BIGKIT = [sys.executable, "-m", "bigkit.cli"]
 
 
