@@ -233,28 +233,36 @@ def read_header(file: Path) -> dict[str, Stored]:
 
 
 def _entry(file: Path, start: int, size: int, name: str, entry: Any) -> Stored:
-    def wrong(what: str) -> CheckpointError:
-        return CheckpointError(f"tensor {name!r} in {file} {what}")
+    """One line of a header, checked. There may be many thousands: the usual case asks little."""
+    try:
+        dtype, shape, (first, last) = _DTYPES[entry["dtype"]], entry["shape"], entry["data_offsets"]
+        if len(entry) == 3 and _sizes(shape) and _sizes(entry["data_offsets"]) and first <= last <= size - start:
+            if last - first == math.prod(shape) * dtype.itemsize:
+                return Stored(file, start + first, last - first, dtype, tuple(shape))
+    except (KeyError, TypeError, ValueError):
+        pass
+    raise CheckpointError(f"tensor {name!r} in {file} {_wrong_entry(size - start, entry)}")
 
+
+def _wrong_entry(room: int, entry: Any) -> str:
+    """What is wrong with a line of a header, where the file has `room` bytes for tensors."""
     if not isinstance(entry, dict) or entry.keys() != _ENTRY:
-        raise wrong("has no dtype, shape and data_offsets, or more than these")
+        return "has no dtype, shape and data_offsets, or more than these"
     dtype, shape, offsets = _DTYPES.get(str(entry["dtype"])), entry["shape"], entry["data_offsets"]
     if dtype is None:
-        raise wrong(f"has the dtype {entry['dtype']!r}, expected one of {', '.join(_DTYPES)}")
+        return f"has the dtype {entry['dtype']!r}, expected one of {', '.join(_DTYPES)}"
     if not _sizes(shape):
-        raise wrong(f"has the shape {shape!r}, expected a list of sizes")
+        return f"has the shape {shape!r}, expected a list of sizes"
     if not _sizes(offsets) or len(offsets) != 2:
-        raise wrong(f"has the byte range {offsets!r}, expected two offsets")
+        return f"has the byte range {offsets!r}, expected two offsets"
     first, last = offsets
-    if not first <= last <= size - start:
-        raise wrong(f"claims the bytes {first} to {last}, but the file has {size - start} (is it truncated?)")
-    if last - first != (size := math.prod(shape) * dtype.itemsize):
-        raise wrong(f"has {last - first} bytes, but its shape {shape} takes {size}")
-    return Stored(file, start + first, last - first, dtype, tuple(shape))
+    if not first <= last <= room:
+        return f"claims the bytes {first} to {last}, but the file has {room} (is it truncated?)"
+    return f"has {last - first} bytes, but its shape {shape} takes {math.prod(shape) * dtype.itemsize}"
 
 
 def _sizes(value: Any) -> bool:
-    if not isinstance(value, list):
+    if type(value) is not list:
         return False
     for item in value:
         if type(item) is not int or not 0 <= item < 2**62:
@@ -520,13 +528,19 @@ class _Slot:
 def _slots(model: nn.Module) -> list[_Slot]:
     """Parameters and persistent buffers, tied ones together."""
     slots: dict[str, _Slot] = {}
-    for prefix, module in model.named_modules(remove_duplicate=False):
-        start, hidden = prefix and prefix + ".", module._non_persistent_buffers_set
+
+    def walk(module: nn.Module, prefix: str) -> None:
+        hidden = module._non_persistent_buffers_set
         for buffer, tensors in ((False, module._parameters), (True, module._buffers)):
             for own, tensor in tensors.items():
                 if tensor is not None and not (buffer and own in hidden):
-                    name = start + own
+                    name = prefix + own
                     slots[name] = _Slot(name, tensor, buffer, (name,), ((module, own),))
+        for own, child in module._modules.items():
+            if child is not None:
+                walk(child, f"{prefix}{own}.")
+
+    walk(model, "")
     for first, *others in tied((name, slot.tensor) for name, slot in slots.items()):
         for other in map(slots.pop, others):
             slots[first].names += other.names

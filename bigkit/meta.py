@@ -579,9 +579,13 @@ def tied_groups(model: nn.Module, buffers: bool = True) -> list[list[str]]:
 
 def tied(named: Iterable[tuple[str, Tensor]]) -> list[list[str]]:
     """The same for any tensors and their names."""
+    named = list(named)
+    keys = [_storage_key(tensor) for _, tensor in named]
+    if len(set(keys)) == len(keys):
+        return []
     storages: dict[Any, list[tuple[str, Tensor]]] = {}
-    for name, tensor in named:
-        storages.setdefault(_storage_key(tensor), []).append((name, tensor))
+    for key, item in zip(keys, named):
+        storages.setdefault(key, []).append(item)
     groups: dict[Any, list[str]] = {}
     for key, sharing in storages.items():
         for name, tensor in sharing if len(sharing) > 1 else ():
