@@ -34,7 +34,7 @@ from torch import Tensor, nn
 
 from .convert import Made, conversions
 from .meta import extra_tensors, tied, twin
-from .plans import Device, read_device
+from .plans import Device, placement
 from .shards import cut
 from .units import GB, dtype_name, format_bytes
 
@@ -599,18 +599,6 @@ def _compare(model: nn.Module, source: Checkpoint, slots: list[_Slot]) -> LoadRe
         wrong_dtype=tuple(wrong),
         duplicates=source.duplicates,
     )
-
-
-def placement(device_map: Mapping[str, Device] | None) -> Callable[[str], Device | None]:
-    """A function from a tensor's name to the device of the innermost module around it that the map names."""
-    devices = {name: read_device(device) for name, device in (device_map or {}).items()}
-
-    def device_of(name: str) -> Device | None:
-        while name and name not in devices:
-            name = name.rpartition(".")[0]
-        return devices.get(name)
-
-    return device_of
 
 
 def read_tensors(

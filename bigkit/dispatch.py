@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Mapping
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +34,7 @@ from .hooks import (
     torch_device,
 )
 from .planner import STRATEGIES
-from .plans import Device, Placed, Plan, collapse, prefixes, read_device
+from .plans import Device, Placed, Plan, collapse, placement, prefixes, read_device
 from .resting import Group, Rest, groups, has_forward, make_units, records, streamer_for
 from .store import Unit
 from .stream import Streamer, spread
@@ -116,7 +115,7 @@ def dispatch_model(
     accelerated = _device(main, stands).type == "cuda"
     units = make_units(
         model,
-        _placement(places),
+        placement(places),
         runs_at,
         lambda device: _device(device, stands),
         rest,
@@ -158,16 +157,6 @@ def _main_device(places: Mapping[str, Device], given: Device | torch.device | No
     if given is not None:
         return read_device(given)
     return next((device for device in places.values() if device not in ("cpu", "disk")), "cpu")
-
-
-def _placement(places: Mapping[str, Device]) -> Callable[[str], Device]:
-    """A function from the name of a module or tensor to the device of the innermost entry around it."""
-
-    @cache
-    def device_of(name: str) -> Any:
-        return places[name] if name in places else device_of(name.rpartition(".")[0]) if name else None
-
-    return device_of
 
 
 def _whole(model: nn.Module, places: dict[str, Device], device: torch.device, rest: Rest) -> nn.Module:
@@ -213,7 +202,7 @@ def _with_residents(
     model: nn.Module, places: dict[str, Device], runs_at: Callable[[Device], Device], classes: list[str], budget: int
 ) -> dict[str, Device]:
     """The map with as many groups as a budget allows moved to where they work, spread evenly along the model."""
-    device_of = _placement(places)
+    device_of = placement(places)
     inner = {prefix for name in places for prefix in prefixes(name)[:-1]}
     found, _ = groups(
         model, lambda name: runs_at(device_of(name)) != device_of(name), lambda name: name not in inner, classes

@@ -9,9 +9,10 @@ Leaves out: finding a plan (`planner.py`) and drawing one (`draw.py`).
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from typing import Any
 
 from .units import format_bytes
 
@@ -251,3 +252,20 @@ def read_device(device: object) -> Device:
     if kind in ("mps", "cpu", "disk") and number in ("", "0"):
         return kind
     raise ValueError(f"unknown device {device!r}: expected a GPU number, 'cuda:N', 'mps', 'cpu' or 'disk'")
+
+
+def placement(device_map: Mapping[str, Device] | None) -> Callable[[str], Any]:
+    """A function from the name of a module or tensor to the device of the innermost entry around it, if there is one.
+
+    >>> device_of = placement({"": "cpu", "h.0": 1})
+    >>> device_of("h.0.attn.weight"), device_of("h.1")
+    (1, 'cpu')
+    """
+    devices = {name: read_device(device) for name, device in (device_map or {}).items()}
+
+    def device_of(name: str) -> Any:  # or None, which only callers without a whole map must look for
+        while name and name not in devices:
+            name = name.rpartition(".")[0]
+        return devices.get(name)
+
+    return device_of

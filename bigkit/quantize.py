@@ -30,7 +30,6 @@ from .checkpoint import (
     WrittenFile,
     compare,
     load_checkpoint_in_model,
-    placement,
     read_tensors,
     stream_tensors,
     write_file,
@@ -53,7 +52,7 @@ from .packed import (
     travelling_keys,
 )
 from .planner import STRATEGIES, plan
-from .plans import Device, Plan, read_device
+from .plans import Device, Plan, placement, read_device
 from .units import dtype_name
 
 _FLOATS = ("float32", "float16", "bfloat16")

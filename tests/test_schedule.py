@@ -124,8 +124,7 @@ def test_recording_leaves_nothing_behind(tmp_path: Any) -> None:
 
 
 def test_chunks_are_those_of_the_lane() -> None:
-    if hasattr(lanes, "SPARE"):  # the ring of chunks that readers fill and others that are being copied
-        assert (CHUNK, RING) == (lanes.CHUNK, lanes.READERS + lanes.SPARE)
+    assert (CHUNK, RING) == (lanes.CHUNK, lanes.READERS + lanes.SPARE)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
