@@ -6,8 +6,8 @@
 Each way runs in a fresh process on the same files: a Llama-7B shape in bfloat16 (with --layers fewer blocks of it) in
 shards, random weights, in the page cache. Time and peaks are those of the call that loads; the host's peak is that of
 the process above what it held before, mapped files included, the GPU's is that of PyTorch's allocator. Tokens a second:
-greedy decoding of one sequence with a KV cache, the blocks on the GPU or all in RAM. Perplexity: the shipped GPT on
-text that it has not seen.
+the median step of greedy decoding of one sequence with a KV cache, the blocks on the GPU or all in RAM. Perplexity: the
+shipped GPT on text that it has not seen. Results are written as they come.
 """
 
 from __future__ import annotations
@@ -159,35 +159,40 @@ def load(way: str, kind: str, folder: Path, layers: int, device: str, runs: int)
 # Running
 
 
-def run(where: str, kind: str, folder: Path, layers: int, tokens: int, runs: int) -> dict[str, Any]:
+def decode(model: Any, prompt: torch.Tensor, tokens: int) -> list[float]:
+    """Seconds of the prompt, and of each token after it."""
+    cache, given, seconds = None, prompt, []
+    for _ in range(1 + tokens):
+        begin = time.perf_counter()
+        with torch.no_grad():
+            out = model(given, past_key_values=cache, use_cache=True)
+        cache, given = out.past_key_values, out.logits[:, -1:].argmax(-1)
+        given.tolist()  # waits for the token, and not for weights that are on their way for the next one
+        seconds.append(time.perf_counter() - begin)
+    return seconds
+
+
+def run(where: str, kind: str, folder: Path, layers: int, tokens: int) -> dict[str, Any]:
     """Tokens a second of greedy decoding, everything on the GPU or all blocks in RAM."""
     blocks = dict.fromkeys((f"model.layers.{i}" for i in range(layers)), 0 if where == "resident" else "cpu")
     rest = dict.fromkeys(("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head"), 0)
     device_map: Any = {**rest, **blocks}
+    begin = time.perf_counter()
     if kind == "bfloat16":
         model: Any = bigkit.load_checkpoint_and_dispatch(llama(layers), folder, device_map, dtype="bfloat16")
     else:
         config = BnbQuantizationConfig(**options(kind))
         model = load_and_quantize_model(llama(layers), config, folder, device_map)
-    model.eval()
+    loaded = time.perf_counter() - begin
     prompt = torch.randint(0, 32000, (1, 16), device="cuda")
-
-    def generate(count: int) -> float:
-        torch.cuda.synchronize()
-        begin = time.perf_counter()
-        model.generate(prompt, min_new_tokens=count, max_new_tokens=count, do_sample=False, pad_token_id=0)
-        torch.cuda.synchronize()
-        return time.perf_counter() - begin
-
-    generate(2)
+    decode(model.eval(), prompt, 2)
     torch.cuda.reset_peak_memory_stats()
-    one = statistics.median(generate(1) for _ in range(runs))  # the prompt and the first token
-    all_of_them = statistics.median(generate(1 + tokens) for _ in range(runs))
-    per_token = (all_of_them - one) / tokens
+    one, *each = decode(model, prompt, tokens)
+    per_token = statistics.median(each)
     size = 2 if kind == "bfloat16" else quantized_bytes((4096, 11008), kind, 4096) / (4096 * 11008)
     travels = layers * (4 * 4096 * 4096 + 3 * 4096 * 11008) * size if where == "RAM" else 0
     return {"what": "run", "where": where, "kind": kind, "tokens_per_s": 1 / per_token, "prompt_s": one,
-            "travels_gb_per_token": travels / 1e9, "gb_per_s": travels / 1e9 / per_token,
+            "load_s": loaded, "travels_gb_per_token": travels / 1e9, "gb_per_s": travels / 1e9 / per_token,
             "gpu_peak_mb": torch.cuda.max_memory_allocated() / 1e6}  # fmt: skip
 
 
@@ -212,7 +217,7 @@ def main() -> None:
     parser.add_argument("--gpu", action="store_true")
     parser.add_argument("--layers", type=int, help="blocks of the Llama-7B shape (GPU: 32, CPU: 1)")
     parser.add_argument("--runs", type=int, default=3)
-    parser.add_argument("--tokens", type=int, default=16, help="tokens to decode")
+    parser.add_argument("--tokens", type=int, default=24, help="tokens to decode")
     parser.add_argument("--text", type=int, default=8000, help="bytes that perplexity is measured on")
     parser.add_argument("--parts", default="load,run,perplexity")
     parser.add_argument("--folder", type=Path, help="where the files are made (a temporary folder)")
@@ -226,7 +231,7 @@ def main() -> None:
         if what == "load":
             row = load(names[0], names[1], Path(names[2]), layers, device, given.runs)
         elif what == "run":
-            row = run(names[0], names[1], Path(names[2]), layers, given.tokens, given.runs)
+            row = run(names[0], names[1], Path(names[2]), layers, given.tokens)
         else:
             row = perplexities(device, given.text)
         print(json.dumps(row))
@@ -263,6 +268,11 @@ def compare(root: Path, device: str, layers: int, given: argparse.Namespace) -> 
     if "perplexity" in given.parts:
         todo += [["perplexity"]]
     rows = []
+    path = None
+    if given.save:
+        name = f"quantize-{'gpu' if given.gpu else 'cpu'}.json"
+        path = Path(__file__).parent / "results" / name if given.save is True else Path(given.save)
+        path.parent.mkdir(parents=True, exist_ok=True)
     for names in todo:
         arguments = [sys.executable, __file__, *(["--gpu"] if given.gpu else []), "--layers", str(layers),
                      "--runs", str(given.runs), "--tokens", str(given.tokens), "--text", str(given.text),
@@ -273,12 +283,9 @@ def compare(root: Path, device: str, layers: int, given: argparse.Namespace) -> 
             continue
         rows.append(json.loads(done.stdout.strip().splitlines()[-1]))
         print(json.dumps(rows[-1]), flush=True)
+        if path is not None:
+            path.write_text(json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n")
     table(rows)
-    if given.save:
-        name = f"quantize-{'gpu' if given.gpu else 'cpu'}.json"
-        path = Path(__file__).parent / "results" / name if given.save is True else Path(given.save)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n")
 
 
 def table(rows: list[dict[str, Any]]) -> None:
