@@ -146,15 +146,21 @@ class Explorer(widgets.VBox):
 
     def refresh(self) -> None:
         """Compute and show again."""
+        verdict = self.verdict.value  # `compute` may say meanwhile that it works
         try:
             self.compute()
         except Exception as error:  # building a model from an arbitrary name may raise anything
-            said = str(error).strip().partition("\n")[0].partition(". ")[0] or type(error).__name__
-            self.error.value = pill("bad", "Sorry:", said.removesuffix(".") + ".", role="alert")
+            self.say_sorry(error)
+            self.verdict.value = verdict
             return
         self.error.value = ""
         self.show()
         self._fill_pane()
+
+    def say_sorry(self, error: Exception) -> None:
+        """Show what went wrong as one sentence."""
+        said = str(error).strip().partition("\n")[0].partition(". ")[0] or type(error).__name__
+        self.error.value = pill("bad", "Sorry:", said.removesuffix(".") + ".", role="alert")
 
     def reset(self) -> None:
         """Bring every control back to where it began."""
