@@ -48,8 +48,10 @@ def test_what_goes_wrong_is_said_and_the_picture_stays(explorer):
 
 def test_code_and_export_give_the_same_run(explorer, tmp_path):
     explorer.reset()
+    explorer.link.value = "PCIe 5.0 x16"
     space = {}
     exec(explorer.to_code(), space)
+    assert space["hardware"] == explorer.hardware
     assert space["run"].peak_reserved == explorer.run.peak_reserved and space["run"].seconds == explorer.run.seconds
     data = json.loads(explorer.export(tmp_path / "run.json").read_text())
     assert data["devices"]["0"]["peak_reserved"] == explorer.run.peak_reserved[0]

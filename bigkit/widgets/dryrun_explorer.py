@@ -205,9 +205,14 @@ class DryRunExplorer(Explorer):
         """Python that rehearses the same run."""
         found, run = self._shown()
         load = run.load
+        gpu = "Hardware.detect().gpus[0]" if self.gpu.value == HERE else f"GPUS[{self.gpu.value!r}]"
+        if self.gpu.value != HERE and self.link.value != OWN:
+            gpu = f"replace({gpu}, link=LINKS[{self.link.value!r}])"
+        count, ram = len(self.hardware.gpus), self.ram.value
         return (
-            "from bigkit import dry_run\nfrom bigkit.hardware import Gpu, Hardware\n\n"
-            f"hardware = {self.hardware!r}\n"
+            "from dataclasses import replace\n\nfrom bigkit import dry_run\n"
+            "from bigkit.hardware import GPUS, LINKS, Hardware\n\n"
+            f"hardware = Hardware({run.hardware!r}, ({gpu},) * {count}, {ram} * 2**30, 0)\n"
             f"device_map = {found.device_map!r}\n"
             f"run = dry_run({run.model!r}, device_map, {load.batch}, {load.prompt}, {load.new}, hardware, "
             f"dtype={found.dtype!r})\n"
