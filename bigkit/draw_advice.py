@@ -44,7 +44,7 @@ def advice_figure(advice: Advice) -> Figure:
         for i, lane in enumerate(lanes):
             seconds = max(option.waits[lane], shortest)
             if option.waits[lane]:
-                axes.barh(row + (i - 1.5) * 0.19, seconds - shortest, 0.17, shortest, color=COLOURS[lane])
+                axes.barh(row + (i - 1.5) * 0.19, seconds - shortest, 0.17, shortest, **_look(lane))
         said = f"{advice.batch / option.token:,.2f} tokens/s"
         figure.text(1 - 8 / WIDTH, row, said, fontsize=9, va="center", ha="right", transform=_right_of(axes, figure))
     axes.set_xscale("log")
@@ -59,9 +59,15 @@ def advice_figure(advice: Advice) -> Figure:
     axes.tick_params(axis="y", labelsize=9.5)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
-    handles = [Patch(color=COLOURS[lane], label=lane) for lane in lanes]
+    handles = [Patch(label=lane, **_look(lane)) for lane in lanes]
     figure.legend(handles=handles, loc="upper right", ncols=4, fontsize=8.5, frameon=False)
     return figure
+
+
+def _look(lane: str) -> dict[str, Any]:
+    """The colour of a lane; the disk is hatched too, as its grey and the GPU's blue are equally dark."""
+    hatched = {"hatch": "////", "edgecolor": "white"} if lane == "disk" else {}
+    return {"facecolor": COLOURS[lane], "linewidth": 0, **hatched}
 
 
 def _right_of(axes: Any, figure: Figure) -> Any:

@@ -152,7 +152,7 @@ def _memory(axes: Any, line: Timeline, measured: Measurement | None, named: bool
     highest = line.peak_reserved / unit
     if measured is not None:
         highest = max(highest, _measured(axes, line, measured, unit))
-    if line.capacity and line.capacity / unit < 2.5 * highest:
+    if line.capacity and _is_near(line, highest * unit):
         axes.axhline(line.capacity / unit, color=VERMILLION, linewidth=1.4)
         highest = max(highest, line.capacity / unit)
     elif line.capacity:
@@ -172,6 +172,11 @@ def _memory(axes: Any, line: Timeline, measured: Measurement | None, named: bool
     axes.set_ylabel(f"{device_label(line.device)}\n{name}", fontsize=9)
     _plain(axes)
     axes.set_xticks([])
+
+
+def _is_near(line: Timeline, highest: float) -> bool:
+    """Whether the line of the capacity can be drawn without pressing all below it flat."""
+    return bool(line.capacity and line.capacity < 2.5 * highest)
 
 
 def _measured(axes: Any, line: Timeline, measured: Measurement, unit: int) -> float:
@@ -200,11 +205,18 @@ def _key(figure: Any, top: float, height: float, run: DryRun, measured: Measurem
     from matplotlib.patches import Rectangle
 
     used = [kind for kind in KINDS if any(any(line.kinds[kind]) for line in run.timelines.values())]
-    lines = {"reserved": BLACK, "capacity": VERMILLION, **({"measured": GREEN} if measured else {})}
+    near = any(_is_near(line, line.peak_reserved) for line in run.timelines.values())
+    lines = {
+        "reserved": BLACK,
+        **({"capacity": VERMILLION} if near else {}),
+        **({"measured": GREEN} if measured else {}),
+    }
     x = 30.0
     for name, colour in [*((kind, COLOURS[kind]) for kind in used), *lines.items()]:
-        box = (x / WIDTH, (top + (5 if name in lines else 2)) / height)
-        figure.add_artist(Rectangle(box, 12 / WIDTH, (2 if name in lines else 9) / height, facecolor=colour))
+        for dash in (0, 7) if name == "measured" else (0,):
+            box = ((x + dash) / WIDTH, (top + (5 if name in lines else 2)) / height)
+            wide = 5 if name == "measured" else 12
+            figure.add_artist(Rectangle(box, wide / WIDTH, (2 if name in lines else 9) / height, facecolor=colour))
         figure.text((x + 16) / WIDTH, (top + 6) / height, name, fontsize=8.5, va="center")
         x += 25 + 4.9 * len(name)
 
