@@ -36,7 +36,7 @@ from .hooks import (
 from .planner import STRATEGIES
 from .plans import Device, Placed, Plan, collapse, placement, prefixes, read_device
 from .resting import Group, Rest, groups, has_forward, make_units, records, streamer_for
-from .store import Unit
+from .store import Unit, anatomy
 from .stream import Streamer, spread
 from .units import parse_bytes
 
@@ -208,7 +208,7 @@ def _with_residents(
         model, lambda name: runs_at(device_of(name)) != device_of(name), lambda name: name not in inner, classes
     )
     whole = [group for group in found if not group.loose]
-    sizes = [sum(tensor.nbytes for tensor in group.module.parameters()) for group in whole]
+    sizes = [sum(anatomy(type(tensor)).nbytes(tensor) for tensor in group.module.parameters()) for group in whole]
     chosen = {whole[i].name for i in spread(sizes, budget)}
     finer: dict[str, Device] = {}
     for prefix, module in model.named_modules():

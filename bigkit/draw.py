@@ -723,7 +723,7 @@ def _shorten(text: str, length: int) -> str:
 
 def _ink(colour: str) -> str:
     """Black or white, whichever reads better on a colour."""
-    return "#FFFFFF" if colour in (BLUE, DARK) else BLACK
+    return "#FFFFFF" if colour in (BLACK, BLUE, DARK) else BLACK
 
 
 def _number(value: float) -> str:

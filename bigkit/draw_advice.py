@@ -5,7 +5,7 @@ Leaves out: finding the options (`advice.py`) and controls (`widgets/advisor.py`
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .advice import Advice
 from .draw import BLUE, DARK, GREY, PURPLE, WIDTH
@@ -36,7 +36,7 @@ def advice_figure(advice: Advice) -> Figure:
     if not advice.options:
         figure.text(0.5, 0.4, "Nothing fits.", fontsize=12, ha="center")
         return figure
-    axes = figure.add_axes((130 / WIDTH, 40 / height, (WIDTH - 200) / WIDTH, (height - 104) / height))
+    axes = figure.add_axes((84 / WIDTH, 40 / height, (WIDTH - 188) / WIDTH, (height - 84) / height))
     lanes = list(advice.options[0].waits)
     longest = max(option.token for option in advice.options)
     shortest = longest / 1000
@@ -44,23 +44,46 @@ def advice_figure(advice: Advice) -> Figure:
         for i, lane in enumerate(lanes):
             seconds = max(option.waits[lane], shortest)
             if option.waits[lane]:
-                axes.barh(row + (i - 1.5) * 0.19, seconds - shortest, 0.17, shortest, color=COLOURS[lane])
+                axes.barh(row + (i - 1.5) * 0.19, seconds - shortest, 0.17, shortest, **_look(lane))
         said = f"{advice.batch / option.token:,.2f} tokens/s"
-        axes.text(longest * 1.15, row, said, fontsize=9, va="center", clip_on=False)
+        figure.text(1 - 8 / WIDTH, row, said, fontsize=9, va="center", ha="right", transform=_right_of(axes, figure))
     axes.set_xscale("log")
     axes.set_xlim(shortest, longest)
     axes.set_ylim(len(advice.options) - 0.5, -0.5)
     stored = [option.plan.quantization or option.plan.dtype for option in advice.options]
     names = [f"{'* ' if option.front else ''}{how}" for how, option in zip(stored, advice.options)]
     axes.set_yticks(range(len(names)), names, fontsize=9.5)
-    axes.set_xlabel("seconds for one token", fontsize=8.5)
+    axes.xaxis.set_major_formatter(lambda seconds, _: _time(seconds))
+    axes.set_xlabel("time for one token; the longest bar is what it takes", fontsize=8.5)
     axes.tick_params(labelsize=8, length=2)
     axes.tick_params(axis="y", labelsize=9.5)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
-    handles = [Patch(color=COLOURS[lane], label=lane) for lane in lanes]
+    handles = [Patch(label=lane, **_look(lane)) for lane in lanes]
     figure.legend(handles=handles, loc="upper right", ncols=4, fontsize=8.5, frameon=False)
     return figure
+
+
+def _look(lane: str) -> dict[str, Any]:
+    """The colour of a lane; the disk is hatched too, as its grey and the GPU's blue are equally dark."""
+    hatched = {"hatch": "////", "edgecolor": "white"} if lane == "disk" else {}
+    return {"facecolor": COLOURS[lane], "linewidth": 0, **hatched}
+
+
+def _right_of(axes: Any, figure: Figure) -> Any:
+    """Across: a share of the figure. Down: a row of the axes."""
+    from matplotlib.transforms import blended_transform_factory
+
+    return blended_transform_factory(figure.transFigure, axes.transData)
+
+
+def _time(seconds: float) -> str:
+    """A time as a tick says it.
+
+    >>> _time(0.0001), _time(0.01), _time(10)
+    ('0.1 ms', '10 ms', '10 s')
+    """
+    return f"{1000 * seconds:g} ms" if seconds < 1 else f"{seconds:g} s"
 
 
 def advice_label(advice: Advice) -> str:

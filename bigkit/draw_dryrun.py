@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from .draw import BLACK, BLUE, DARK, GREEN, GREY, ORANGE, PURPLE, VERMILLION, WIDTH, YELLOW
 from .dryrun import KINDS, DryRun, Timeline
 from .estimate import text_table
+from .measure import Measurement
 from .plans import device_label
 from .roofline import Span
 from .units import GiB, MiB, format_bytes
@@ -20,15 +21,16 @@ if TYPE_CHECKING:
 
 COLOURS = {"weights": BLUE, "slots": PURPLE, "KV cache": ORANGE, "activations": YELLOW, "workspace": DARK}
 POINTS = 400  # of a curve: each is the highest of the events that it stands for
-ROOM = 96  # points of height for each device
+ROOM = 84  # points of height for each device
+HEAD, LANE = 68, 16  # points above the first device, and for each lane
 
 
-def dryrun_figure(run: DryRun) -> Figure:
-    """A dry run as a picture.
+def dryrun_figure(run: DryRun, measured: Measurement | None = None) -> Figure:
+    """A dry run as a picture, and what was measured over it.
 
     Above, for each device: what its live tensors were asked for, by kind, one column for each request and free, and the
     steps; the line above is what the allocator has reserved, the red one all that it can have. Below: what Python, each
-    device, each link and the disk do when.
+    device, each link and the disk do when. Dashed green lines and outlined bars are what was measured.
 
     >>> from bigkit import dry_run
     >>> figure = dryrun_figure(dry_run("pygpt", batch_size=1, prompt_tokens=32, new_tokens=2))
@@ -37,24 +39,31 @@ def dryrun_figure(run: DryRun) -> Figure:
     from matplotlib.figure import Figure
 
     lines = list(run.timelines.values())
-    lanes = list(dict.fromkeys(["python", *(span.lane for span in run.spans)]))
-    gantt = 34 + 16 * len(lanes)
-    height = 46 + ROOM * len(lines) + gantt + 22
+    lanes = ["python", *sorted({span.lane for span in run.spans} - {"python"}, key=_order)]
+    rows = len(lanes) + (measured is not None)
+    height = HEAD + ROOM * len(lines) + 46 + LANE * rows + 30
     figure = Figure(figsize=(WIDTH / 72, height / 72))
-    figure.text(8 / WIDTH, 1 - 14 / height, run.model, fontsize=12, weight="bold", va="center", parse_math=False)
-    figure.text(8 / WIDTH, 1 - 30 / height, _about(run), fontsize=9.5, color="#333333", va="center", parse_math=False)
-    top = height - 44
+
+    def write(x: float, down: float, text: str, **style: Any) -> None:
+        figure.text(x / WIDTH, 1 - down / height, text, va="center", parse_math=False, **style)
+
+    write(8, 14, run.model, fontsize=12, weight="bold")
+    write(8, 30, _about(run, measured), fontsize=9.5, color="#333333")
+    write(8, 48, "Memory, one column for each request and free", fontsize=9, color="#333333")
+    top = height - HEAD
     for line in lines:
-        box = (62 / WIDTH, (top - ROOM + 24) / height, (WIDTH - 72) / WIDTH, (ROOM - 30) / height)
-        _memory(figure.add_axes(box), line)
+        box = (62 / WIDTH, (top - 66) / height, (WIDTH - 72) / WIDTH, 66 / height)
+        mine = measured if measured is not None and measured.device == line.device else None
+        _memory(figure.add_axes(box), line, mine, named=line is lines[0])
         top -= ROOM
-    _key(figure, top, height, run)
-    axes = figure.add_axes((62 / WIDTH, 24 / height, (WIDTH - 72) / WIDTH, (gantt - 30) / height))
-    _lanes(axes, run, lanes)
+    _key(figure, top, height, run, measured)
+    write(8, height - top + 28, "Time, and what is busy when", fontsize=9, color="#333333")
+    axes = figure.add_axes((62 / WIDTH, 30 / height, (WIDTH - 72) / WIDTH, LANE * rows / height))
+    _lanes(axes, run, lanes, measured)
     return figure
 
 
-def dryrun_text(run: DryRun) -> str:
+def dryrun_text(run: DryRun, measured: Measurement | None = None) -> str:
     """The text twin of `dryrun_figure`.
 
     >>> from bigkit import dry_run
@@ -63,17 +72,46 @@ def dryrun_text(run: DryRun) -> str:
     """
     kinds = [kind for kind in KINDS if any(line.at_peak()[kind] for line in run.timelines.values())]
     rows = [
-        [device_label(device), format_bytes(line.peak_allocated), format_bytes(line.peak_reserved),
-         format_bytes(line.capacity) if line.capacity else "-", *(format_bytes(line.at_peak()[kind]) for kind in kinds)]
+        [device_label(device), format_bytes(line.peak_reserved), format_bytes(line.capacity) if line.capacity else "-",
+         format_bytes(line.peak_allocated), *(format_bytes(line.at_peak()[kind]) for kind in kinds)]
         for device, line in run.timelines.items()
     ]  # fmt: skip
-    memory = text_table(["device", "allocated", "reserved", "can have", *(f"{kind} then" for kind in kinds)], rows)
+    memory = text_table(["at the peak", "reserved", "of", "allocated", *kinds], rows)
     times = text_table(
-        ["step", "time", "longest busy"],
-        [[step.name, f"{1000 * step.seconds:,.1f} ms", _lane_name(step.bottleneck)] for step in _few(run.times)],
+        ["step", "time", "busy longest"],
+        [[step.name, format_time(step.seconds), _lane_name(step.bottleneck)] for step in _few(run.times)],
     )
     speed = [f"{run.tokens_per_second:,.1f} tokens/s"] if run.tokens_per_second else []
-    return "\n".join([f"{run.model}: {dryrun_verdict(run)}", _about(run), "", memory, "", times, *speed])
+    if not run.fits:
+        times = "If there were memory enough:\n" + times
+    real = [] if measured is None else ["", f"measured on {measured.gpu}", _compared(run, measured)]
+    return "\n".join([f"{run.model}: {dryrun_verdict(run)}", _about(run), "", memory, "", times, *speed, *real])
+
+
+def _compared(run: DryRun, measured: Measurement) -> str:
+    rows = []
+    for name, found in (("allocated", run.peak_allocated), ("reserved", run.peak_reserved)):
+        real = measured.recording.peaks[name]
+        said = found[measured.device]
+        rows.append([f"peak {name}", format_bytes(said), format_bytes(real), _error(said, real)])
+    names = [step.name for step in run.times]
+    for step, seconds in zip(run.times, measured.seconds):
+        if step.name in (names[0], names[-1]):
+            rows.append([step.name, format_time(step.seconds), format_time(seconds), _error(step.seconds, seconds)])
+    return text_table(["", "foretold", "measured", "off by"], rows)
+
+
+def _error(said: float, real: float) -> str:
+    return f"{100 * (said / real - 1):+.1f} %" if real else "-"
+
+
+def format_time(seconds: float) -> str:
+    """Seconds as text, with the unit that keeps it short.
+
+    >>> format_time(0.0238), format_time(42.4347)
+    ('23.8 ms', '42.4 s')
+    """
+    return f"{1000 * seconds:,.1f} ms" if seconds < 10 else f"{seconds:,.1f} s"
 
 
 def dryrun_verdict(run: DryRun) -> str:
@@ -81,24 +119,30 @@ def dryrun_verdict(run: DryRun) -> str:
     return "fits" if run.fits else f"does not fit: {run.problem}"
 
 
-def dryrun_label(run: DryRun) -> str:
-    """One sentence for those who cannot see the picture of a dry run."""
+def dryrun_label(run: DryRun, measured: Measurement | None = None) -> str:
+    """What the picture of a dry run says, for those who cannot see it."""
     loads = ", ".join(
         f"{device_label(device)} {format_bytes(line.peak_reserved)}"
         + (f" of {format_bytes(line.capacity)}" if line.capacity else "")
         for device, line in run.timelines.items()
     )
-    times = ", ".join(f"{name} {1000 * seconds:,.1f} ms" for name, seconds in run.seconds.items())
-    return f"Memory that {run.model} reserves over its run: at most {loads}. Time: {times}. It {dryrun_verdict(run)}."
+    times = ", ".join(f"{name} {format_time(seconds)}" for name, seconds in run.seconds.items())
+    said = f"Memory that {run.model} reserves over its run: at most {loads}. Time: {times}. It {dryrun_verdict(run)}."
+    if measured is None:
+        return said
+    token = f", token {format_time(measured.token)}" if measured.token else ""
+    peak = format_bytes(measured.recording.peaks["reserved"])
+    return f"{said} Measured on {measured.gpu}: {peak}, prefill {format_time(measured.seconds[0])}{token}."
 
 
-def _about(run: DryRun) -> str:
+def _about(run: DryRun, measured: Measurement | None = None) -> str:
     tokens = f"{run.load.batch} x {run.load.prompt:,} tokens, then {run.load.new:,} more"
-    measured = any(rates.measured for rates in run.rates.values())
-    return f"{run.hardware}, {tokens}, {'measured' if measured else 'nominal'} rates"
+    calibrated = any(rates.measured for rates in run.rates.values())
+    real = f"; measured on {measured.gpu}" if measured else ""
+    return f"{run.hardware}, {tokens}, {'calibrated' if calibrated else 'nominal'} rates{real}"
 
 
-def _memory(axes: Any, line: Timeline) -> None:
+def _memory(axes: Any, line: Timeline, measured: Measurement | None, named: bool) -> None:
     chosen = _sample(line.allocated)
     unit, name = (GiB, "GiB") if line.peak_reserved >= GiB else (MiB, "MiB")
     kinds = [kind for kind in KINDS if any(line.kinds[kind])]
@@ -106,19 +150,49 @@ def _memory(axes: Any, line: Timeline) -> None:
     axes.stackplot(chosen, curves, colors=[COLOURS[kind] for kind in kinds], step="post", linewidth=0)
     axes.step(chosen, [line.reserved[i] / unit for i in chosen], color=BLACK, linewidth=0.9, where="post")
     highest = line.peak_reserved / unit
-    if line.capacity and line.capacity / unit < 2.5 * highest:
+    if measured is not None:
+        highest = max(highest, _measured(axes, line, measured, unit))
+    if line.capacity and _is_near(line, highest * unit):
         axes.axhline(line.capacity / unit, color=VERMILLION, linewidth=1.4)
         highest = max(highest, line.capacity / unit)
+    elif line.capacity:
+        said = f"capacity {format_bytes(line.capacity)}, far above"
+        axes.text(1, 0.98, said, fontsize=8, ha="right", va="top", color="#333333", transform=axes.transAxes)
+        highest *= 1.25
     ends = [end for _, end in line.marks]
     for start, (step, end) in zip([0, *ends], line.marks):
         axes.axvline(end, color=GREY, linewidth=0.5)
-        if end - start > 0.08 * len(line.allocated):
-            axes.text((start + end) / 2, 1.14 * highest, step, fontsize=8, ha="center", va="top", color="#333333")
+        if named and end - start > 0.08 * len(line.allocated):
+            axes.text(
+                (start + end) / 2, 1.02, step, fontsize=8, ha="center", va="bottom", color="#333333",
+                transform=axes.get_xaxis_transform(),
+            )  # fmt: skip
     axes.set_xlim(0, len(line.allocated))
-    axes.set_ylim(0, 1.18 * highest)
+    axes.set_ylim(0, 1.12 * highest)
     axes.set_ylabel(f"{device_label(line.device)}\n{name}", fontsize=9)
     _plain(axes)
     axes.set_xticks([])
+
+
+def _is_near(line: Timeline, highest: float) -> bool:
+    """Whether the line of the capacity can be drawn without pressing all below it flat."""
+    return bool(line.capacity and line.capacity < 2.5 * highest)
+
+
+def _measured(axes: Any, line: Timeline, measured: Measurement, unit: int) -> float:
+    """Draw what was allocated and reserved in the real run, step over step; returns the highest of it."""
+    from matplotlib.patheffects import withStroke
+
+    places = measured.over(line.marks)
+    highest = 0.0
+    for values in measured.curves():
+        chosen = _sample(values)
+        heights = [values[i] / unit for i in chosen]
+        (drawn,) = axes.step([places[i] for i in chosen], heights, where="post")
+        drawn.set(color=GREEN, linewidth=1.5, linestyle=(0, (4, 2)), zorder=4)
+        drawn.set_path_effects([withStroke(linewidth=2.6, foreground="white")])
+        highest = max(highest, *heights)
+    return highest
 
 
 def _sample(values: Sequence[int]) -> list[int]:
@@ -127,35 +201,58 @@ def _sample(values: Sequence[int]) -> list[int]:
     return [max(range(i, min(i + width, len(values))), key=values.__getitem__) for i in range(0, len(values), width)]
 
 
-def _key(figure: Any, top: float, height: float, run: DryRun) -> None:
+def _key(figure: Any, top: float, height: float, run: DryRun, measured: Measurement | None) -> None:
     from matplotlib.patches import Rectangle
 
     used = [kind for kind in KINDS if any(any(line.kinds[kind]) for line in run.timelines.values())]
+    near = any(_is_near(line, line.peak_reserved) for line in run.timelines.values())
+    lines = {
+        "reserved": BLACK,
+        **({"capacity": VERMILLION} if near else {}),
+        **({"measured": GREEN} if measured else {}),
+    }
     x = 30.0
-    for name, colour in [*((kind, COLOURS[kind]) for kind in used), ("reserved", BLACK), ("all there is", VERMILLION)]:
-        line = name in ("reserved", "all there is")
-        box = (x / WIDTH, (top + (14 if line else 11)) / height)
-        figure.add_artist(Rectangle(box, 12 / WIDTH, (2 if line else 9) / height, facecolor=colour))
-        figure.text((x + 16) / WIDTH, (top + 15) / height, name, fontsize=8.5, va="center")
+    for name, colour in [*((kind, COLOURS[kind]) for kind in used), *lines.items()]:
+        for dash in (0, 7) if name == "measured" else (0,):
+            box = ((x + dash) / WIDTH, (top + (5 if name in lines else 2)) / height)
+            wide = 5 if name == "measured" else 12
+            figure.add_artist(Rectangle(box, wide / WIDTH, (2 if name in lines else 9) / height, facecolor=colour))
+        figure.text((x + 16) / WIDTH, (top + 6) / height, name, fontsize=8.5, va="center")
         x += 25 + 4.9 * len(name)
 
 
-def _lanes(axes: Any, run: DryRun, lanes: list[str]) -> None:
+def _order(lane: str) -> tuple[int, str]:
+    """Devices in order, then their links, then the disk."""
+    return (2 if lane == "disk" else lane.startswith("copy"), lane)
+
+
+def _lanes(axes: Any, run: DryRun, lanes: list[str], measured: Measurement | None) -> None:
     last = max((span.end for span in run.spans), default=1e-9)
+    whole = max(last, sum(measured.seconds)) if measured else last
+    scale, unit = (1, "s") if whole >= 10 else (1000, "ms")
     for row, lane in enumerate(lanes):
         spans = merge([span for span in run.spans if span.lane == lane], last / 600)
         colour = {"python": GREY, "disk": DARK}.get(lane, PURPLE if lane.startswith("copy") else GREEN)
-        bars = [(1000 * start, 1000 * (end - start)) for start, end in spans]
+        bars = [(scale * start, scale * (end - start)) for start, end in spans]
         axes.broken_barh(bars, (row + 0.15, 0.7), facecolors=colour, linewidth=0)
+    names = [_lane_name(lane) for lane in lanes]
     passed = 0.0
     for step in run.times:
         passed += step.seconds
-        axes.axvline(1000 * passed, color=GREY, linewidth=0.5)
-    axes.set_xlim(0, 1000 * last)
-    axes.set_ylim(len(lanes), 0)
-    axes.set_yticks([row + 0.5 for row in range(len(lanes))], [_lane_name(lane) for lane in lanes], fontsize=8.5)
+        axes.plot([scale * passed] * 2, [0, len(lanes)], color=GREY, linewidth=0.5)
+    if measured is not None:
+        start = 0.0
+        for seconds in measured.seconds:
+            axes.broken_barh(
+                [(scale * start, scale * seconds)], (len(names) + 0.15, 0.7), facecolors="white", edgecolors=BLACK
+            )
+            start += seconds
+        names.append("measured")
+    axes.set_xlim(0, scale * whole)
+    axes.set_ylim(len(names), 0)
+    axes.set_yticks([row + 0.5 for row in range(len(names))], names, fontsize=8.5)
     _plain(axes)
-    axes.set_xlabel("ms", fontsize=8.5, labelpad=0)
+    axes.set_xlabel(unit, fontsize=8.5, labelpad=0)
 
 
 def merge(spans: Sequence[Span], gap: float) -> list[tuple[float, float]]:

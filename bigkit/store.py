@@ -225,12 +225,14 @@ class Anatomy(NamedTuple):
         skeleton: tensor -> one of the same class and attributes on meta, which keeps no data alive.
         suffixes: all that there may be; "" is the tensor under its own name in a checkpoint, "absmax" one that lies
             there as `name.absmax`.
+        nbytes: tensor -> bytes of all that it consists of.
     """
 
     take_apart: Callable[[Tensor], dict[str, Tensor]]
     put_together: Callable[[Tensor, dict[str, Tensor]], Tensor]
     skeleton: Callable[[Tensor], Tensor]
     suffixes: tuple[str, ...] = ("",)
+    nbytes: Callable[[Tensor], int] = lambda tensor: tensor.nbytes
 
 
 def _plain_skeleton(tensor: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from bigkit import dry_run
 from bigkit.draw import svg
 from bigkit.draw_dryrun import dryrun_figure, dryrun_label, dryrun_text, merge
 from bigkit.roofline import Span
-from bigkit.widgets import DryRunExplorer
+from bigkit.widgets import DryRunExplorer, dryrun_explorer
 
 
 @pytest.fixture(scope="module")
@@ -48,8 +48,10 @@ def test_what_goes_wrong_is_said_and_the_picture_stays(explorer):
 
 def test_code_and_export_give_the_same_run(explorer, tmp_path):
     explorer.reset()
+    explorer.link.value = "PCIe 5.0 x16"
     space = {}
     exec(explorer.to_code(), space)
+    assert space["hardware"] == explorer.hardware
     assert space["run"].peak_reserved == explorer.run.peak_reserved and space["run"].seconds == explorer.run.seconds
     data = json.loads(explorer.export(tmp_path / "run.json").read_text())
     assert data["devices"]["0"]["peak_reserved"] == explorer.run.peak_reserved[0]
@@ -62,6 +64,19 @@ def test_presets_set_the_controls(explorer):
     assert explorer.run.model == "gpt2-xl"
     explorer.reset()
     assert explorer.run.model == "gpt2" and explorer.preset.value == ""
+    explorer.preset.value = "opt-13b on a T4, half in RAM"
+    assert explorer.run.fits and 0.4 < explorer.plan.offloaded / sum(s.weights for s in explorer.plan.shares) < 0.6
+    explorer.reset()
+
+
+def test_it_says_that_it_works(monkeypatch):
+    explorer = DryRunExplorer("pygpt", "T4", batch=1, prompt=16, new=0)
+    said = []
+    monkeypatch.setattr(dryrun_explorer, "dry_run", lambda *a, **k: said.append(explorer.verdict.value) or 1 / 0)
+    before = explorer.verdict.value
+    explorer.batch.value = 2
+    assert "Rehearsing pygpt" in said[0] and 'role="status"' in said[0]
+    assert "division by zero" in explorer.error.value and explorer.verdict.value == before
 
 
 def test_the_picture_says_what_the_text_says():
@@ -73,7 +88,7 @@ def test_the_picture_says_what_the_text_says():
     for word in ("weights", "slots", "KV cache", "activations", "link to GPU 0", "Python", "prefill"):
         assert word in picture
     text = dryrun_text(run)
-    assert "slots then" in text and "token 1" in text and "tokens/s" in text and text.startswith("gpt2: fits")
+    assert "slots" in text and "token 1" in text and "tokens/s" in text and text.startswith("gpt2: fits")
     assert "It fits." in dryrun_label(run)
 
 

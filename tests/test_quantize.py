@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import json
 import logging
+import os
 import subprocess
 import sys
 import warnings
@@ -28,7 +29,7 @@ from bigkit import (
 )
 from bigkit.checkpoint import Checkpoint, CheckpointError
 from bigkit.layers import QUANTIZATIONS, quantized_bytes
-from bigkit.packed import PACKED, is_quantized, nbytes, put_together, quantized, take_apart
+from bigkit.packed import PACKED, dequantized, is_quantized, nbytes, put_together, quantized, take_apart
 from bigkit.zoo.gpt import GPT, PYGPT, GPTConfig
 
 bnb = pytest.importorskip("bitsandbytes")
@@ -297,13 +298,72 @@ def test_peak_is_the_quantized_model_and_one_tensor(tmp_path):
     files = {f"{i}.weight": f"{i}.safetensors" for i in range(25)} | {"24.bias": "24.safetensors"}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
     weight, quantized_weight = 2**24, quantized_bytes((2048, 4096), "nf4", 2048)
-    for _ in range(3):  # once in many runs the system let pages stay longer
-        done = subprocess.run([sys.executable, "-c", PEAK, tmp_path], capture_output=True, text=True, timeout=120)
-        assert done.returncode == 0, done.stderr
-        if int(done.stdout) < 24 * quantized_weight + 2 * weight + 2**24:
-            break
+    # A freed tensor goes back to the system at once. By default the C library learns to keep some for the next one, up
+    # to 64 MiB and not in each run: what it keeps says nothing about what was held.
+    quiet = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(2**20), "MALLOC_ARENA_MAX": "1", "OMP_NUM_THREADS": "1"}
+    code = [sys.executable, "-c", PEAK, tmp_path]
+    done = subprocess.run(code, capture_output=True, text=True, timeout=120, env=quiet)
+    assert done.returncode == 0, done.stderr
     assert 24 * quantized_weight <= int(done.stdout) + weight
     assert int(done.stdout) < 24 * quantized_weight + 2 * weight + 2**24
+
+
+# In blocks of 64: whole rows, blocks over several rows, rows of odd length, a last block that is not full.
+SHAPES = [(64, 32), (96, 32), (100, 40), (32, 64), (48, 3), (33, 10), (160, 16), (2, 7), (192, 5)]
+FOUR_BIT = ("nf4", "nf4-double", "fp4", "fp4-double")
+
+
+@pytest.mark.parametrize("inputs, outputs", SHAPES)
+@pytest.mark.parametrize("kind", FOUR_BIT)
+def test_rows_that_are_no_whole_blocks(inputs, outputs, kind):
+    """bitsandbytes' kernel for CPUs takes wrong scales for some of these; held against the codes and the arithmetic."""
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        model = nn.Sequential(nn.Linear(inputs, outputs), nn.Linear(outputs, 2)).to(dtype)
+        original = model[0].weight.detach().float()
+        options = {"bnb_4bit_compute_dtype": dtype, "torch_dtype": dtype, "skip_modules": ["1"]}
+        layer = load_and_quantize_model(model, config(kind, **options), device_map=CPU)[0]
+        weight, state = layer.weight, layer.weight.quant_state
+        scales = state.absmax
+        if state.nested:
+            scales = bnb.functional.dequantize_blockwise(scales, state.state2) + state.offset
+        codes = [code for byte in weight.data.flatten().tolist() for code in (byte >> 4, byte & 15)]
+        expected = [float(state.code[c] * scales[i // state.blocksize]) for i, c in enumerate(codes)]
+        expected = torch.tensor(expected[: inputs * outputs]).view(outputs, inputs)
+        assert torch.equal(dequantized(weight, torch.float32), expected)
+        assert (expected - original).abs().max() < 0.25 * original.abs().max(), "near what was quantized"
+        for rows in (1, 3):
+            x = torch.randn(rows, inputs, dtype=dtype)
+            exact = nn.functional.linear(x.double(), expected.double(), layer.bias.double())
+            bound = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}[dtype]
+            assert (layer(x).double() - exact).abs().max() < bound
+        if inputs % state.blocksize == 0:  # there bitsandbytes is right
+            theirs = bnb.functional.dequantize_4bit(weight.data, state)
+            assert torch.equal(dequantized(weight), theirs.to(state.dtype))
+
+
+def test_a_gradient_flows_through_rows_that_are_no_whole_blocks():
+    model = nn.Sequential(nn.Linear(96, 8), nn.Linear(8, 2))
+    layer = load_and_quantize_model(model, config("nf4", skip_modules=["1"]), device_map=CPU)[0]
+    x = torch.randn(3, 96, requires_grad=True)
+    layer(x).sum().backward()
+    assert torch.allclose(x.grad, dequantized(layer.weight).sum(0).expand(3, 96), atol=1e-6)
+
+
+@every_kind
+def test_resident_memory_counts_all_of_a_quantized_weight(four_saved, kind):
+    """A budget of exactly two blocks keeps two; a byte less keeps one."""
+    folder, _ = four_saved
+    blocks_away = {name: "cpu" if ".h." in name else 0 for name in MAPS["mixed"]}
+    plain = load_and_quantize_model(empty(four), config(kind), folder / "full", CPU)
+    block = sum(nbytes(parameter) for parameter in plain.transformer["h"][0].parameters())
+    codes = sum(parameter.nbytes for parameter in plain.transformer["h"][0].parameters())
+    assert block > codes
+    for budget, count in ((2 * block, 2), (2 * block - 1, 1)):
+        away = load_and_quantize_model(
+            empty(four), config(kind), folder / "full", blocks_away, stand_in={0: "cpu"}, resident_memory=budget
+        )
+        names = {name for name, device in away.hf_device_map.items() if device == 0}
+        assert sum(name.startswith("transformer.h.") for name in names) == count
 
 
 def spoil(folder, **changes):

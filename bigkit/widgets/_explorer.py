@@ -31,6 +31,8 @@ LONGEST_REPR = 109  # ipywidgets cuts a longer one where a cell shows it
 PILLS = {"good": ("#DDF3EA", GREEN), "slow": ("#FFF1D6", ORANGE), "bad": ("#FBE3D6", VERMILLION)}  # ground and edge
 _COPY = ("const t=this.parentNode.querySelector('textarea');t.focus();t.select();"
          "this.textContent=document.execCommand('copy')?'Copied':'Press Ctrl+C'")  # fmt: skip
+# JupyterLab writes the titles of closed panes in a grey that is hard to read on theirs.
+_STYLE = "<style>.bigkit-explorer .jupyter-widget-Collapse-header{color:var(--jp-ui-font-color1,inherit)}</style>"
 _MONO = "margin:0;font:11.5px/1.4 ui-monospace,Menlo,Consolas,'DejaVu Sans Mono',monospace;white-space:pre"
 
 
@@ -85,7 +87,14 @@ class Explorer(widgets.VBox):
             layout=widgets.Layout(flex="0 0 290px", width="290px", padding="0 12px 0 0"),
         )
         right = widgets.VBox(
-            [self.error, self.verdict, self.picture, self.text, self.panes],
+            [
+                widgets.HTML(_STYLE, layout=widgets.Layout(display="none")),
+                self.error,
+                self.verdict,
+                self.picture,
+                self.text,
+                self.panes,
+            ],
             layout=widgets.Layout(flex="1 1 380px", min_width="0", width="auto"),
         )
         # In a narrow window the picture goes below the controls.
@@ -146,15 +155,21 @@ class Explorer(widgets.VBox):
 
     def refresh(self) -> None:
         """Compute and show again."""
+        verdict = self.verdict.value  # `compute` may say meanwhile that it works
         try:
             self.compute()
         except Exception as error:  # building a model from an arbitrary name may raise anything
-            said = str(error).strip().partition("\n")[0].partition(". ")[0] or type(error).__name__
-            self.error.value = pill("bad", "Sorry:", said.removesuffix(".") + ".", role="alert")
+            self.say_sorry(error)
+            self.verdict.value = verdict
             return
         self.error.value = ""
         self.show()
         self._fill_pane()
+
+    def say_sorry(self, error: Exception) -> None:
+        """Show what went wrong as one sentence."""
+        said = str(error).strip().partition("\n")[0].partition(". ")[0] or type(error).__name__
+        self.error.value = pill("bad", "Sorry:", said.removesuffix(".") + ".", role="alert")
 
     def reset(self) -> None:
         """Bring every control back to where it began."""

@@ -1,5 +1,7 @@
 """`DryRunExplorer`: rehearse a model on machines that you do not have, and turn batch, prompt, GPUs and link.
 
+With a GPU, *Measure* does the same work for real and lays it over what was foretold.
+
 Leaves out: models that need more than token ids or one image, and quantized weights.
 """
 
@@ -10,12 +12,13 @@ from typing import Any
 import ipywidgets as widgets
 
 from ..draw import svg
-from ..draw_dryrun import dryrun_figure, dryrun_label, dryrun_text
+from ..draw_dryrun import dryrun_figure, dryrun_label, dryrun_text, format_time
 from ..dryrun import DryRun, dry_run
 from ..front import describe, plan
 from ..hardware import CONTEXT_BYTES, GPUS, LINKS, Gpu, Hardware
+from ..measure import Measurement, measure, obstacle
 from ..plans import Plan
-from ..units import GiB, dtype_name
+from ..units import GiB, dtype_name, format_bytes
 from ._explorer import (
     AS_STORED,
     DTYPES,
@@ -31,11 +34,13 @@ from ._explorer import (
 )
 
 OWN = "the GPU's own"
+HERE = "the one here"
+SPARE = 50  # one part in so many is planned for what the allocator reserves and cannot use
 PROMPTS = (16, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 PRESETS = {
     "gpt2-xl on a T4": ("gpt2-xl", "float16", "T4", 1, 4, 256, 4),
     "llama-2-7b on an RTX 4090": ("llama-2-7b", "float16", "RTX 4090", 1, 1, 512, 2),
-    "llama-2-7b, two thirds in RAM": ("llama-2-7b", "float16", "T4", 1, 1, 512, 2),
+    "opt-13b on a T4, half in RAM": ("opt-13b", "float16", "T4", 1, 1, 512, 2),
     "llama-2-70b on four A100": ("llama-2-70b", "float16", "A100-40GB", 4, 1, 512, 1),
 }
 
@@ -43,9 +48,10 @@ PRESETS = {
 class DryRunExplorer(Explorer):
     """A run that has not happened, with controls.
 
-    The controls are `preset`, `model`, `dtype`, `gpu` (a name in `GPUS`), `count`, `ram` (GiB), `link`, `batch`,
-    `prompt` and `new` (tokens); set their `value` in code or by hand. The plan is made for the machine and the load;
-    `plan` and `run` are what is shown, or None if there is nothing yet.
+    The controls are `preset`, `model`, `dtype`, `gpu` (a name in `GPUS`; "the one here" if there is one), `count`,
+    `ram` (GiB), `link`, `batch`, `prompt` and `new` (tokens); set their `value` in code or by hand. The plan is made
+    for the machine and the load; `plan`, `run` and `measured` are what is shown, or None if there is nothing yet.
+    `measure` runs on the GPU that is here what is shown, and keeps it.
 
     Args:
         model: a shipped name, Hub id, Hub URL, timm name or folder.
@@ -78,12 +84,18 @@ class DryRunExplorer(Explorer):
     ) -> None:
         self.run: DryRun | None = None
         self.plan: Plan | None = None
+        self.measured: Measurement | None = None
         self._runs: dict[Any, DryRun] = {}
+        self._measured: dict[Any, Measurement] = {}
+        self._key: Any = None
+        self._here = Hardware.detect()
+        self.real = widgets.Button(layout=widgets.Layout(width="auto"))
+        self.real.on_click(lambda _: self._try_to_measure())
         wide = widgets.Layout(width="100%")
         self.preset = menu("Preset", ["", *PRESETS], "")
         self.model = model_field(model)
         self.dtype = menu("Dtype", DTYPES, AS_STORED if dtype is None else dtype_name(dtype))
-        self.gpu = menu("GPU", [*GPUS], gpu)
+        self.gpu = menu("GPU", [*([HERE] if self._here.gpus else []), *GPUS], gpu)
         self.count = number_field(widgets.IntSlider, "GPUs", value=count, min=1, max=8)
         self.ram = number_field(widgets.BoundedIntText, "RAM, GiB", value=ram, min=0, max=4096)
         self.link = menu("Link", [OWN, *LINKS], OWN)
@@ -100,6 +112,7 @@ class DryRunExplorer(Explorer):
                 ("Model", [self.preset, self.model, self.dtype]),
                 ("Machine", [self.gpu, self.count, self.ram, self.link]),
                 ("Load", [self.batch, self.prompt, self.new]),
+                ("On the GPU that is here", [self.real]),
             ],
             [("Plan", lambda: preformatted(self._shown()[0].explain(), wrap=True))],
         )
@@ -114,6 +127,9 @@ class DryRunExplorer(Explorer):
     @property
     def hardware(self) -> Hardware:
         """The machine that the controls describe."""
+        if self.gpu.value == HERE:
+            here = self._here
+            return Hardware(here.name, here.gpus[: self.count.value], self.ram.value * GiB, 0)
         gpu = GPUS[self.gpu.value]
         if self.link.value != OWN:
             gpu = Gpu(gpu.name, gpu.memory, gpu.bandwidth, gpu.flops, LINKS[self.link.value], gpu.capability)
@@ -127,33 +143,76 @@ class DryRunExplorer(Explorer):
         batch, prompt, new = self.batch.value, self.prompt.value, self.new.value
         found = plan(
             describe(name), machine.max_memory(), dtype=dtype, batch=batch, context=prompt + new,
-            overhead=CONTEXT_BYTES, strict=False,
+            overhead=CONTEXT_BYTES + (machine.gpus[0].memory // SPARE if machine.gpus else 0), strict=False,
         )  # fmt: skip
         key = (name, dtype, tuple(found.device_map.items()), batch, prompt, new, machine)
         if key not in self._runs:
+            self.verdict.value = pill("slow", f"Rehearsing {name} …", "A few seconds.")
             self._runs[key] = dry_run(name, found, batch, prompt, new, machine, dtype=dtype)
-        self.plan, self.run = found, self._runs[key]
+        self.plan, self.run, self._key = found, self._runs[key], key
+        self.measured = self._measured.get(key)
 
     def show(self) -> None:
-        """Show the run."""
+        """Show the run, and what was measured of it."""
         found, run = self._shown()
+        fullest = max(run.timelines.values(), key=lambda line: line.peak_reserved / (line.capacity or 2**62))
+        of = f" of {format_bytes(fullest.capacity)}" if fullest.capacity else ""
+        one = "At most" if len(run.timelines) == 1 else f"The fullest of {len(run.timelines)} GPUs holds"
         speed = f"{run.tokens_per_second:,.1f} tokens/s. " if run.tokens_per_second else ""
         away = f"{100 * found.offloaded / sum(share.weights for share in found.shares):.0f} % of the weights travel. "
-        said = f"Prefill {1000 * run.seconds['prefill']:,.0f} ms. {speed}{away if found.offloaded else ''}"
+        said = (
+            f"{one} {format_bytes(fullest.peak_reserved)}{of}. Prefill {format_time(run.seconds['prefill'])}. {speed}"
+            f"{away if found.offloaded else ''}"
+        )
         if run.fits:
             self.verdict.value = pill("slow" if found.offloaded else "good", "It fits.", said)
         else:
             self.verdict.value = pill("bad", "Out of memory.", run.problem + ".")
-        self.picture.value = svg(dryrun_figure(run), dryrun_label(run))
-        self.text.value = preformatted(dryrun_text(run))
+        self.picture.value = svg(dryrun_figure(run, self.measured), dryrun_label(run, self.measured))
+        self.text.value = preformatted(dryrun_text(run, self.measured))
+        why = obstacle(run, self._here, found.offloaded)
+        self.real.description = f"Measure: {short(why, 30)}" if why else "Measure it"
+        self.real.tooltip = why or "Run it for real on GPU 0, with random weights, and draw it over what was foretold"
+        self.real.disabled = bool(why)
+
+    def measure(self) -> Measurement:
+        """Do what is shown for real, on GPU 0 of this machine, with random weights; it is drawn over what was foretold.
+
+        Raises:
+            ValueError: it cannot be measured here; the sentence says why.
+        """
+        from .. import zoo
+
+        found, run = self._shown()
+        if why := obstacle(run, self._here, found.offloaded):
+            raise ValueError(f"{run.model} cannot be measured: {why}")
+        empty = zoo.empty_model(run.model, dtype=found.dtype)
+        self._measured[self._key] = measure(empty, found.device_map, run.load)
+        self.refresh()
+        return self._measured[self._key]
+
+    def _try_to_measure(self) -> None:
+        """What the button does: it says what it does meanwhile, and what went wrong."""
+        before = self.verdict.value
+        self.verdict.value = pill("slow", f"Running {self.model.value.strip()} …", "On the GPU that is here.")
+        try:
+            self.measure()
+        except Exception as error:
+            self.say_sorry(error)
+            self.verdict.value = before
 
     def to_code(self) -> str:
         """Python that rehearses the same run."""
         found, run = self._shown()
         load = run.load
+        gpu = "Hardware.detect().gpus[0]" if self.gpu.value == HERE else f"GPUS[{self.gpu.value!r}]"
+        if self.gpu.value != HERE and self.link.value != OWN:
+            gpu = f"replace({gpu}, link=LINKS[{self.link.value!r}])"
+        count, ram = len(self.hardware.gpus), self.ram.value
         return (
-            "from bigkit import dry_run\nfrom bigkit.hardware import Gpu, Hardware\n\n"
-            f"hardware = {self.hardware!r}\n"
+            "from dataclasses import replace\n\nfrom bigkit import dry_run\n"
+            "from bigkit.hardware import GPUS, LINKS, Hardware\n\n"
+            f"hardware = Hardware({run.hardware!r}, ({gpu},) * {count}, {ram} * 2**30, 0)\n"
             f"device_map = {found.device_map!r}\n"
             f"run = dry_run({run.model!r}, device_map, {load.batch}, {load.prompt}, {load.new}, hardware, "
             f"dtype={found.dtype!r})\n"

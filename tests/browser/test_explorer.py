@@ -193,3 +193,38 @@ def test_the_theatre_steps_plays_and_switches(browser: Browser, tmp_path: Path, 
             r"'HookTheatre\(blocks 2\+2\+3\+3, one by one, step .{10,}\)'", notebook.run("repr(explorer)")
         )
         page.close()
+
+
+REHEARSAL = "from bigkit.widgets import DryRunExplorer\nexplorer = DryRunExplorer('gpt2', batch=1, prompt=64, new=1)"
+
+
+def test_a_rehearsal_says_that_it_works_and_then_what_it_found(
+    browser: Browser, tmp_path: Path, screenshots: Path
+) -> None:
+    from playwright.sync_api import expect
+
+    from tests.browser.lab import LabNotebook, running_lab
+
+    folder = write_notebook(tmp_path / "notebooks" / "rehearsal.ipynb", REHEARSAL, "explorer")
+    with running_lab(folder, tmp_path / "home") as address:
+        page: Page = browser.new_page(viewport={"width": 1280, "height": 1100})
+        notebook = LabNotebook.open(page, address, "rehearsal.ipynb")
+        notebook.run_all()
+        explorer = page.locator(".bigkit-explorer").first
+        verdict, picture = explorer.locator(".bigkit-verdict"), explorer.locator(".bigkit-picture svg[role=img]")
+        expect(verdict).to_contain_text("It fits. At most")
+        verdict.evaluate(  # what is shown for less than a second is seen too
+            "at => { window.said = []; new MutationObserver(() => window.said.push(at.innerText))"
+            ".observe(at, {childList: true, subtree: true, characterData: true}) }"
+        )
+        batch = explorer.locator("input[type=number]").nth(1)
+        batch.fill("2")
+        batch.press("Enter")
+        expect(picture).to_contain_text("2 x 64 tokens", timeout=60_000)
+        expect(verdict).to_contain_text("It fits. At most")
+        assert any("Rehearsing gpt2" in words for words in page.evaluate("window.said"))
+        measure = explorer.locator("button", has_text="Measure")
+        if "no CUDA GPU here" in measure.inner_text():
+            expect(measure).to_be_disabled()
+        page.screenshot(path=screenshots / "rehearsal.png")
+        page.close()
