@@ -49,7 +49,7 @@ def calibrate(folder: str | os.PathLike[str] | None = None, save: bool = True, q
     context = _context() if cuda else None
     cold, warm = _disk(Path(folder) if folder is not None else Path(tempfile.gettempdir()), block)
     found = Calibration(
-        machine=_machine(),
+        machine=machine_name(),
         gpu=torch.cuda.get_device_name(0) if cuda else None,
         link_pinned=_link(block, pinned=True) if cuda else None,
         link_pageable=_link(block, pinned=False) if cuda else None,
@@ -95,7 +95,8 @@ def best(work: Callable[[], Any], device: str = "cpu", repeats: int = 5, inner: 
 # One figure each
 
 
-def _machine() -> str:
+def machine_name() -> str:
+    """The GPU (or the processor) and the number of cores: what a calibration goes by in the ledger."""
     name = torch.cuda.get_device_name(0) if torch.cuda.is_available() else platform.processor() or platform.machine()
     return f"{name}, {os.cpu_count()} cores"
 

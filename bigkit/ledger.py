@@ -1,8 +1,9 @@
 """What was measured on this machine, and how predictions fared: a small JSON file.
 
     Calibration     rates and overheads of one machine, as `calibrate()` measured them; predictions use it
-    Ledger          the file: one calibration for each machine, and a line for each run that was foretold and measured
+    Ledger          the file: one calibration for each machine, and an entry for each run that `record()` measured
 
+Several processes may add to the file at once: each takes a lock, reads what is there, and puts a new file in its place.
 The file lies where BIGKIT_LEDGER says, else in the user's cache folder (~/.cache/bigkit/ledger.json).
 
 Leaves out: measuring (`calibration.py`).
@@ -12,11 +13,15 @@ from __future__ import annotations
 
 import json
 import os
+import statistics
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+MOST_RUNS = 1000  # kept in the file; older ones go
 
 
 @dataclass(frozen=True)
@@ -92,7 +97,7 @@ class Calibration:
 
 @dataclass
 class Ledger:
-    """The file. `calibrations` is machine -> Calibration, `runs` one entry for each run foretold and measured."""
+    """The file. `calibrations` is machine -> Calibration, `runs` one entry for each run measured, the oldest first."""
 
     path: Path
     calibrations: dict[str, Calibration] = field(default_factory=dict)
@@ -137,8 +142,76 @@ class Ledger:
 
     def add(self, calibration: Calibration) -> None:
         """Keep a calibration, in place of an older one of the same machine."""
-        self.calibrations[calibration.machine] = calibration
-        self.save()
+        self._change(lambda: self.calibrations.update({calibration.machine: calibration}))
+
+    def add_run(self, run: Mapping[str, Any]) -> None:
+        """Keep what one run took, and was foretold to take (`Recorder.entry`). Past `MOST_RUNS` the oldest go."""
+        self._change(lambda: self.runs.append(dict(run)))
+
+    def bias(self, machine: str | None = None) -> dict[str, Bias]:
+        """Quantity -> how measured compared with predicted, over the runs that were foretold.
+
+        Args:
+            machine: only runs of this one.
+
+        >>> ledger = Ledger(Path("unused"))
+        >>> ledger.runs += [{"machine": "a", "predicted": {"token": 2.0}, "measured": {"token": 3.0}}]
+        >>> ledger.bias()
+        {'token': Bias(ratio=1.5, runs=1, within=0)}
+        """
+        ratios: dict[str, list[float]] = {}
+        for run in self.runs:
+            if machine in (None, run.get("machine")):
+                told, real = run.get("predicted") or {}, run.get("measured") or {}
+                for name in told.keys() & real.keys():
+                    if told[name] and real[name]:
+                        ratios.setdefault(name, []).append(real[name] / told[name])
+        return {
+            name: Bias(statistics.median(found), len(found), sum(abs(1 / ratio - 1) <= 0.15 for ratio in found))
+            for name, found in sorted(ratios.items())
+        }
+
+    def explain(self) -> str:
+        """What was measured here, and how the runs compared with their predictions, as text."""
+        lines = [calibration.explain() for calibration in self.calibrations.values()]
+        lines.append(f"{len(self.runs):,} runs recorded")
+        for name, (ratio, runs, within) in self.bias().items():
+            lines.append(f"  {name:26} {ratio:6.2f} x predicted in the median; {within} of {runs} within 15 %")
+        return "\n".join(lines)
+
+    def _change(self, change: Callable[[], Any]) -> None:
+        """Read what is there now, change it, write it; other writers wait meanwhile."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with _locked(self.path.parent):
+            now = Ledger.load(self.path)
+            self.calibrations, self.runs = now.calibrations, now.runs
+            change()
+            del self.runs[:-MOST_RUNS]
+            self.save()
+
+
+class Bias(NamedTuple):
+    """How runs compared with predictions: the median of measured / predicted, of how many, and how many within 15 %."""
+
+    ratio: float
+    runs: int
+    within: int
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Hold the lock of a folder. Windows has none: there the last of two writers at the same moment wins."""
+    try:
+        import fcntl
+    except ImportError:
+        yield
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
 
 
 def ledger_path() -> Path:
