@@ -28,7 +28,7 @@ from unittest import mock
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -61,7 +61,7 @@ class Trace:
     """What a fake run did: for each device its allocations, and all operations in order.
 
     `kinds[device][k]` says what the k-th request (from 0) was for; `steps` are (name, number of operations up to its
-    end); `unissued` counts operations that no GPU ran since the last one that a GPU did.
+    end); `unissued` counts what Python did since the last kernel that it launched: modules called, operations issued.
     """
 
     recordings: dict[str, Recording] = field(default_factory=dict)
@@ -190,8 +190,14 @@ class Notebook(TorchDispatchMode):
         name = str(packet).removeprefix("aten.")
         moved = packet in _MOVES
         source = next((str(t.device) for t in inputs if t.device != outputs[0].device), "") if moved else ""
-        self.trace.operations.append(Operation(name, device, flops, read + written, dtype, self.trace.unissued, source))
+        parts = args[1].shape[0] if packet is aten._grouped_mm else 1
+        issued = self.trace.unissued + 1  # and the launch
+        self.trace.operations.append(Operation(name, device, flops, read + written, dtype, issued, source, parts=parts))
         self.trace.unissued = 0
+
+    def call(self, *_: Any) -> None:
+        """Note that a module is called."""
+        self.trace.unissued += self.kind != "weights"
 
 
 class Attention(TorchFunctionMode):
@@ -340,6 +346,7 @@ def fake_gpus(target: Target = Target()) -> Iterator[Notebook]:
     trace = Trace()
     notes = Notebook(trace, target)
     with ExitStack() as stack:
+        stack.callback(nn.modules.module.register_module_forward_pre_hook(notes.call).remove)
         stack.enter_context(torch.no_grad())
         stack.enter_context(_device_guard())
         stack.enter_context(mock.patch("torch.cuda.get_device_capability", lambda device=None: target.capability))

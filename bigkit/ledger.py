@@ -37,12 +37,16 @@ class Calibration:
         host_memory: of RAM, likewise.
         products: dtype -> (FLOP of one matrix product, FLOP a second), from small to large.
         attention: (FLOP of one call of fused attention, FLOP a second), from small to large, in half precision.
-        issue: what Python and PyTorch take to issue one operation, views counted too.
+        issue: what the host takes for one of its steps: to call a module, to issue an operation (views too), or to
+            launch a kernel.
         kernel: what the smallest kernel takes on the GPU.
         context: bytes that a CUDA context takes before the first tensor.
         workspace: bytes that cuBLAS takes at the first matrix product.
         capability: the GPU's compute capability.
         versions: of the libraries it was measured with.
+        gather: rows picked by a tensor of indices: bytes read and written.
+        grouped: (FLOP of one expert's product, FLOP a second of all), from small to large.
+        disk_readers: from a file that the system has in memory, by as many threads as offloading reads with.
     """
 
     machine: str
@@ -61,18 +65,22 @@ class Calibration:
     workspace: int | None = None
     capability: tuple[int, int] | None = None
     versions: Mapping[str, str] = field(default_factory=dict)
+    gather: float | None = None
+    grouped: tuple[tuple[float, float], ...] = ()
+    disk_readers: float | None = None
 
     def explain(self) -> str:
         """What was measured, as text."""
         lines = [self.machine]
         rates = {
             "link, pinned": self.link_pinned, "link, pageable": self.link_pageable, "disk, cold": self.disk_cold,
-            "disk, in the page cache": self.disk_warm, "memory of the device": self.memory, "RAM": self.host_memory,
+            "disk, in the page cache": self.disk_warm, "the same, many readers": self.disk_readers,
+            "memory of the device": self.memory, "picking rows": self.gather, "RAM": self.host_memory,
         }  # fmt: skip
         lines += [f"  {name:26} {rate / 1e9:10,.1f} GB/s" for name, rate in rates.items() if rate]
         for dtype, rows in self.products.items():
             lines.append(f"  {f'products, {dtype}':26} {max(rate for _, rate in rows) / 1e12:10,.2f} TFLOP/s")
-        times = {"issuing an operation": self.issue, "smallest kernel": self.kernel}
+        times = {"a step of the host": self.issue, "smallest kernel": self.kernel}
         lines += [f"  {name:26} {1e6 * seconds:10,.1f} µs" for name, seconds in times.items() if seconds]
         sizes = {"CUDA context": self.context, "workspace of cuBLAS": self.workspace}
         lines += [f"  {name:26} {size / 2**20:10,.1f} MiB" for name, size in sizes.items() if size]
@@ -89,6 +97,7 @@ class Calibration:
             pairs = {name: tuple(map(tuple, rows)) for name, rows in data["products"].items()}
             capability = data["capability"]
             rest = {"products": pairs, "attention": tuple(map(tuple, data["attention"])),
+                    "grouped": tuple(map(tuple, data.get("grouped", ()))),
                     "capability": None if capability is None else tuple(capability)}  # fmt: skip
             return Calibration(**{**data, **rest})
         except (AttributeError, KeyError, TypeError) as error:
