@@ -3,6 +3,7 @@
     python benchmarks/dryrun.py --measure RESULTS.json [--traces FOLDER] [--seconds 210]      on a CUDA GPU
     python benchmarks/dryrun.py [--predict RESULTS.json] [--save]                             on any machine
     python benchmarks/dryrun.py --offload benchmarks/results/offload-gpu.json                 on any machine
+    python benchmarks/dryrun.py --host                                                        on any machine
 
 Every case is a model of real size, bfloat16, with as many blocks as fit in about 50 GB and random weights; three
 shapes: 1 x 16 and 8 x 512 tokens with decoding after them, and 2 x 2048 keeping the logits of every token. Each starts
@@ -13,7 +14,8 @@ that are kept in benchmarks/results. `--offload` foretells what `benchmarks/offl
 
 The host of a rented GPU changes its pace, so `--measure` times a tiny Llama on the CPU beside every case, and
 `--predict` scales the host's steps by it. Older results lack this, and rates that `calibrate()` measures by now: these
-are taken from a few of their own cases (`TRAINED`), which are counted apart.
+are taken from a few of their own cases (`TRAINED`), which are counted apart. `--host` foretells the tokens of
+tiny models, which wait for Python, by the step of the host that `calibrate()` finds with four others.
 """
 
 from __future__ import annotations
@@ -21,12 +23,12 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import math
 import statistics
 import time
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +38,8 @@ from torch.overrides import TorchFunctionMode
 
 from bigkit import init_empty_weights, roofline
 from bigkit.allocator import Recording
-from bigkit.calibration import calibrate, last_step, tiny_model
+from bigkit.calibration import HOSTS as CALIBRATED
+from bigkit.calibration import calibrate, host_steps, last_step, machine_name
 from bigkit.dryrun import DryRun, dry_run
 from bigkit.hardware import GPUS, Hardware
 from bigkit.ledger import Calibration
@@ -142,14 +145,9 @@ class Kernels(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-@cache
-def _yardstick() -> torch.nn.Module:
-    return fill(tiny_model("llama").float(), {"": "cpu"})
-
-
 def pace() -> float:
     """Seconds that the host takes for a token of a tiny Llama on the CPU: how fast it is at this moment."""
-    return last_step(_yardstick(), Workload(1, 4, 1), "cpu")
+    return last_step("llama", "cpu")
 
 
 def measure(case: dict[str, Any], traces: Path | None) -> dict[str, Any]:
@@ -436,8 +434,9 @@ def predict_all(path: Path, only: list[str], save: bool) -> None:
         KEPT.write_text(json.dumps(results, indent=1) + "\n")
 
 
-def predict_offload(path: Path) -> None:
-    """Foretell the forwards of a Llama-7B shape that rests in RAM, with the link that was measured beside them.
+def predict_offload(path: Path, save: bool) -> None:
+    """Foretell the forwards of a Llama-7B shape that rests in RAM or on disk, with the link that was measured beside
+    them, and the disk: cold as raw readers found it there, warm as the calibration says.
 
     The benchmark keeps the logits of one forward during the next, which a dry run of one forward does not.
     """
@@ -448,11 +447,16 @@ def predict_offload(path: Path) -> None:
     assert rates is not None
     rates = replace(rates, link_pinned=1e9 * measured["machine"]["pinned_gb_s"])
     size = measured["machine"]["bytes"]
+    cold = 1e9 * statistics.mean(measured["machine"]["raw_cold_gb_s"])
+    found = []
     ways: dict[str, tuple[dict[str, int | str] | None, int]] = {
         "resident": (None, 0),
         "bigkit, all in RAM": ({"": "cpu"}, 0),
         "bigkit, half in RAM": ({"": "cpu"}, size // 2),
+        "bigkit, on disk, cold": ({"": "disk"}, 0),
     }
+    if rates.disk_readers:
+        ways["bigkit, on disk, warm"] = {"": "disk"}, 0
 
     def llama() -> torch.nn.Module:
         config = transformers.LlamaConfig(dtype="bfloat16")
@@ -466,13 +470,46 @@ def predict_offload(path: Path) -> None:
         batch, tokens = map(int, row["shape"].split("x"))
         run = dry_run(
             llama, places, batch, tokens, 0, "H200", all_logits=True, cache=False, resident_memory=resident,
-            calibration=rates,
+            calibration=replace(rates, disk_readers=cold) if row["way"].endswith("cold") else rates,
         )  # fmt: skip
         logits = 2 * batch * tokens * 32000
         peak, seconds = run.peak_allocated[0] + logits, run.seconds["prefill"]
-        print(f"{row['way']:20} {row['shape']:6} {peak / 1e9:7.3f} {row['gpu_peak_gb']:7.3f} GB "
-              f"{100 * (peak / 1e9 / row['gpu_peak_gb'] - 1):+5.2f} %  {1000 * seconds:7.1f} {1000 * row['s']:7.1f} ms "
+        memory = row.get("gpu_peak_gb")
+        held = f"{peak / 1e9:7.3f} {memory:7.3f} GB {100 * (peak / 1e9 / memory - 1):+5.2f} %" if memory else " " * 26
+        print(f"{row['way']:22} {row['shape']:6} {held}  {1000 * seconds:7.1f} {1000 * row['s']:7.1f} ms "
               f"{100 * (seconds / row['s'] - 1):+6.1f} %")  # fmt: skip
+        found.append({"way": row["way"], "shape": row["shape"], "measured": {"peak_gb": memory, "seconds": row["s"]},
+                      "predicted": {"peak_gb": peak / 1e9, "seconds": seconds}})  # fmt: skip
+    if save:
+        KEPT.write_text(json.dumps({**kept, "offload": found}, indent=1) + "\n")
+
+
+TINY = ("mistral", "qwen3", "phi3", "gpt_neox", "opt", "bloom", "mixtral", "qwen3_moe", "olmo2", "starcoder2")
+
+
+def predict_host(save: bool) -> None:
+    """Foretell tokens that wait for Python, and measure them here; all interleaved, as the pace of a host changes."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    names = (*CALIBRATED, *TINY)
+    steps = {name: host_steps(name) for name in names}
+    seconds = dict.fromkeys(names, math.inf)
+    for _ in range(3):
+        for name in names:
+            seconds[name] = min(seconds[name], last_step(name, device))
+    issue = statistics.median(seconds[name] / steps[name] for name in CALIBRATED)
+    print(f"{1e6 * issue:.2f} µs a step, by {', '.join(CALIBRATED)}")
+    errors = {name: issue * steps[name] / seconds[name] - 1 for name in names}
+    for name in names:
+        print(
+            f"{name:12} {1000 * issue * steps[name]:7.2f} {1000 * seconds[name]:7.2f} ms {100 * errors[name]:+6.1f} %"
+        )
+    held = [abs(errors[name]) for name in TINY]
+    print(f"{sum(error <= 0.15 for error in held)} of {len(held)} others within 15 %, "
+          f"median error {100 * statistics.median(held):.1f} %")  # fmt: skip
+    if save:
+        kept = json.loads(KEPT.read_text())
+        kept["host"] = {"machine": machine_name(), "issue": issue, "steps": steps, "seconds": seconds}
+        KEPT.write_text(json.dumps(kept, indent=1) + "\n")
 
 
 def main() -> None:
@@ -481,13 +518,16 @@ def main() -> None:
     parser.add_argument("--measure", type=Path, metavar="RESULTS.json")
     parser.add_argument("--predict", type=Path, metavar="RESULTS.json")
     parser.add_argument("--offload", type=Path, metavar="RESULTS.json")
+    parser.add_argument("--host", action="store_true", help="foretell and measure models that wait for Python, here")
     parser.add_argument("--save", action="store_true", help="keep the comparison in benchmarks/results")
     parser.add_argument("--traces", type=Path, help="store every case's allocations in this folder")
     parser.add_argument("--seconds", type=float, default=210, help="start no case after this time")
     parser.add_argument("--only", nargs="*", default=[], help="models, or MODEL/SHAPE")
     options = parser.parse_args()
-    if options.offload is not None:
-        predict_offload(options.offload)
+    if options.host:
+        predict_host(options.save)
+    elif options.offload is not None:
+        predict_offload(options.offload, options.save)
     elif options.measure is None:
         path = options.predict or KEPT
         if not path.exists():

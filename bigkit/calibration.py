@@ -279,47 +279,54 @@ def _issue(device: str) -> float | None:
 
     None where dry runs, which count the steps, cannot be made.
     """
-    found = []
-    for name, load in (("llama", _DECODE), ("gpt2", _DECODE), ("gemma2", _DECODE), ("bert", Workload(1, 4))):
-        try:
-            trace = rehearse(tiny_model(name), {"": 0}, load, Target())
-        except RuntimeError:
-            return None
-        steps = sum(operation.issued for operation in trace.operations[trace.steps[-2][1] :])
-        model = fill(tiny_model(name), {"": 0 if device == "cuda" else "cpu"})
-        found.append(last_step(model, load, device) / steps)
-    return statistics.median(found)
+    try:
+        steps = {name: host_steps(name) for name in HOSTS}
+    except RuntimeError:
+        return None
+    return statistics.median(last_step(name, device) / steps[name] for name in HOSTS)
 
 
-_DECODE = Workload(1, 4, 1)
+HOSTS = ("llama", "gpt2", "gemma2", "bert")
 
 
-def tiny_model(name: str) -> nn.Module:
-    """An empty "llama", "gpt2", "gemma2" or "bert" of eight blocks, 64 wide."""
+def host_steps(name: str) -> int:
+    """Steps of the host in the last step of a tiny model's work."""
+    trace = rehearse(tiny_model(name), {"": 0}, _load(name), Target())
+    return sum(operation.issued for operation in trace.operations[trace.steps[-2][1] :])
+
+
+def _load(name: str) -> Workload:
+    return Workload(1, 4, 0 if name == "bert" else 1)
+
+
+def tiny_model(name: str, dtype: torch.dtype = torch.bfloat16) -> nn.Module:
+    """An empty model of eight blocks, 64 wide, by its type in Transformers: "llama", "gpt2", "bert"."""
     import transformers
 
     from .meta import init_empty_weights
 
     sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 8, "num_attention_heads": 2}
-    rest = {"num_key_value_heads": 2, "head_dim": 32} if name in ("llama", "gemma2") else {}
+    rest = {} if name in ("gpt2", "bert") else {"num_key_value_heads": 2, "head_dim": 32}
     if name == "gpt2":
         sizes = {"n_embd": 64, "n_layer": 8, "n_head": 2}
     config = transformers.AutoConfig.for_model(
         name, vocab_size=256, bos_token_id=0, eos_token_id=0, pad_token_id=0, **sizes, **rest
     )
-    dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
     auto = transformers.AutoModel if name == "bert" else transformers.AutoModelForCausalLM
     with init_empty_weights():
         model: nn.Module = auto.from_config(config, dtype=dtype).eval()
     return model
 
 
-def last_step(model: nn.Module, load: Workload, device: str) -> float:
-    """Seconds of the last step of the work: the best of several, after the kernels have been chosen."""
+def last_step(name: str, device: str = "cpu") -> float:
+    """Seconds of the last step of a tiny model's work, a token if it makes some: the best of ten after two others."""
+    model = fill(
+        tiny_model(name, torch.float32 if device == "cpu" else torch.bfloat16), {"": 0 if device == "cuda" else "cpu"}
+    )
     times = []
     for _ in range(12):
         start = time.perf_counter()
-        for _ in passes(model, load, device):
+        for _ in passes(model, _load(name), device):
             if device == "cuda":
                 torch.cuda.synchronize()
             start, before = time.perf_counter(), start

@@ -162,7 +162,7 @@ class Notebook(TorchDispatchMode):
         self, func: Any, inputs: list[Tensor], outputs: list[Tensor], args: Any, kwargs: Any, result: Any
     ) -> None:
         """Note what an operation computes and moves; a view does neither, but takes time to issue."""
-        if self.kind == "weights":
+        if self.kind == "weights" or func is _ASK:
             return
         self.trace.unissued += 1
         device = next((str(t.device) for t in (*outputs, *inputs) if t.is_cuda), None)
@@ -380,6 +380,7 @@ _ATTENTION = {getattr(aten, f"_scaled_dot_product_{kernel}_attention") for kerne
 
 _CUDNN = aten._scaled_dot_product_cudnn_attention.default
 _ADDMM = aten.addmm.default
+_ASK = torch.ops.prim.device.default  # `tensor.device` of fake tensors; real ones do not ask the dispatcher
 
 
 def _convolution_workspace(args: Any, outputs: list[Tensor]) -> Sequence[int]:

@@ -1,6 +1,7 @@
 """The ledger: kept whole, read back, and refused when it is none."""
 
 import json
+from dataclasses import asdict
 from multiprocessing import get_context
 
 import pytest
@@ -16,9 +17,16 @@ def test_what_is_measured_is_found_again(tmp_path, monkeypatch):
     again = Ledger.load()
     assert again.calibrations == {found.machine: found} and again.path == ledger_path()
     assert found.disk_warm > 1e6 and found.host_memory > 1e8 and 1e-7 < found.issue < 1e-2
+    assert found.disk_readers > 1e6 and found.gather > 1e6
     assert all(rate > 1e6 for rows in found.products.values() for _, rate in rows)
     calibrate(folder=tmp_path, quick=True)
     assert len(Ledger.load().calibrations) == 1
+
+
+def test_a_calibration_of_an_older_form_is_read(tmp_path):
+    new = asdict(Calibration("a", issue=1e-5))
+    old = {name: value for name, value in new.items() if name not in ("gather", "grouped", "disk_readers")}
+    assert Calibration.from_json(json.loads(json.dumps(old))) == Calibration("a", issue=1e-5)
 
 
 def test_several_machines_and_runs(tmp_path):
