@@ -89,7 +89,7 @@ class Rates:
             memory=0.88 * gpu.bandwidth,
             products={"float16": half, "bfloat16": half, "float32": _saturating(0.75 * gpu.flops / 16)},
             attention=_saturating(0.5 * gpu.flops),
-            issue=5e-6,
+            issue=6e-6,
             kernel=2.5e-6,
             link=0.87 * gpu.link,
             peer=0.87 * gpu.link,
