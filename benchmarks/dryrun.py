@@ -387,6 +387,10 @@ def train(results: dict[str, Any]) -> dict[str, float]:
 def predict_all(path: Path, only: list[str], save: bool) -> None:
     """Foretell every case that was measured, and print both."""
     results = json.loads(path.read_text())
+    import transformers
+
+    if (there := results["machine"]["transformers"]) != transformers.__version__:
+        print(f"measured with Transformers {there}, foretold with {transformers.__version__}: some models differ")
     results.pop("issue", None)
     results["trained"] = train(results)
     print(f"from a few of the cases: {results['trained']}")
