@@ -3,6 +3,7 @@
     python benchmarks/dryrun.py --measure RESULTS.json [--traces FOLDER] [--seconds 210]      on a CUDA GPU
     python benchmarks/dryrun.py [--predict RESULTS.json] [--save]                             on any machine
     python benchmarks/dryrun.py --offload benchmarks/results/offload-gpu.json                 on any machine
+    python benchmarks/dryrun.py --host                                                        on any machine
 
 Every case is a model of real size, bfloat16, with as many blocks as fit in about 50 GB and random weights; three
 shapes: 1 x 16 and 8 x 512 tokens with decoding after them, and 2 x 2048 keeping the logits of every token. Each starts
@@ -10,6 +11,11 @@ from an empty allocator: fill the weights, run the prompt, generate. `--measure`
 the kernels that attention chose, and times (median of 3); it writes after every case and starts none after `--seconds`.
 `--predict` runs the same cases on fake GPUs and prints predicted against measured; without a file, it takes the results
 that are kept in benchmarks/results. `--offload` foretells what `benchmarks/offload.py --gpu` measured.
+
+The host of a rented GPU changes its pace, so `--measure` times a tiny Llama on the CPU beside every case, and
+`--predict` scales the host's steps by it. Older results lack this, and rates that `calibrate()` measures by now: these
+are taken from a few of their own cases (`TRAINED`), which are counted apart. `--host` foretells the tokens of
+tiny models, which wait for Python, by the step of the host that `calibrate()` finds with four others.
 """
 
 from __future__ import annotations
@@ -17,6 +23,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import math
 import statistics
 import time
 import traceback
@@ -29,9 +36,10 @@ import torch
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
-from bigkit import init_empty_weights
+from bigkit import init_empty_weights, roofline
 from bigkit.allocator import Recording
-from bigkit.calibration import calibrate
+from bigkit.calibration import HOSTS as CALIBRATED
+from bigkit.calibration import calibrate, host_steps, last_step, machine_name
 from bigkit.dryrun import DryRun, dry_run
 from bigkit.hardware import GPUS, Hardware
 from bigkit.ledger import Calibration
@@ -137,6 +145,11 @@ class Kernels(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
+def pace() -> float:
+    """Seconds that the host takes for a token of a tiny Llama on the CPU: how fast it is at this moment."""
+    return last_step("llama", "cpu")
+
+
 def measure(case: dict[str, Any], traces: Path | None) -> dict[str, Any]:
     """One case on the GPU: its allocations from an empty start, then its times."""
     config = config_of(case["model"], case["blocks"])
@@ -167,6 +180,7 @@ def measure(case: dict[str, Any], traces: Path | None) -> dict[str, Any]:
     except Exception as error:
         found["attention"] = f"{type(error).__name__}: {error}"[:300]
     times: dict[str, list[float]] = {}
+    before = pace()
     for _ in range(3):
         torch.cuda.synchronize()
         start = time.perf_counter()
@@ -176,6 +190,7 @@ def measure(case: dict[str, Any], traces: Path | None) -> dict[str, Any]:
             times.setdefault(phase, []).append(now - start)
             start = now
     found["seconds"] = {phase: statistics.median(values) for phase, values in times.items()}
+    found["pace"] = (before + pace()) / 2
     del model
     return found
 
@@ -242,12 +257,14 @@ def machine() -> dict[str, Any]:
 def measure_all(path: Path, traces: Path | None, seconds: float, only: list[str]) -> None:
     """Measure every case and a few boundaries, writing after each."""
     start = time.perf_counter()
+    first = pace()
     try:
         calibration: dict[str, Any] = asdict(calibrate(save=False))
     except Exception as error:
         calibration = {"error": f"{type(error).__name__}: {error}", "where": traceback.format_exc()[-2000:]}
     print(f"{time.perf_counter() - start:5.0f} s  calibrated: {calibration}", flush=True)
     results: dict[str, Any] = {"machine": machine(), "calibration": calibration, "cases": [], "boundaries": {}}
+    results["pace"] = (first + pace()) / 2
     if traces is not None:
         traces.mkdir(parents=True, exist_ok=True)
 
@@ -305,7 +322,7 @@ def measure_all(path: Path, traces: Path | None, seconds: float, only: list[str]
 
 def foretell(results: dict[str, Any], case: dict[str, Any]) -> tuple[DryRun, dict[str, Any]]:
     """The dry run of one case for the machine that the results are from, and what of it is kept."""
-    calibration = _rates(results)
+    calibration = _rates(results, case)
     gpu = next((gpu for name, gpu in GPUS.items() if name.split("-")[0] in results["machine"]["gpu"]), GPUS["H200"])
     config = config_of(case["model"], case["blocks"])
     load = load_of(case, config)
@@ -316,42 +333,69 @@ def foretell(results: dict[str, Any], case: dict[str, Any]) -> tuple[DryRun, dic
         all_logits=load.all_logits, calibration=calibration,
     )  # fmt: skip
     peak = [run.peak_allocated[0], run.peak_reserved[0]]
-    return run, {"peak": peak, "seconds": run.seconds, "took": time.perf_counter() - start}
+    lanes = {"prefill": run.times[0].bottleneck, "token": run.times[-1].bottleneck}
+    return run, {"peak": peak, "seconds": run.seconds, "longest": lanes, "took": time.perf_counter() - start}
 
 
-HOST = "qwen3-0.6b/1x16"  # a model so small that the GPU always waits: the host's speed is taken from its decoding
+# The four smallest decoders tell a step of the host, by their tokens after 1 x 16; one model of experts what a gather
+# takes, by its prompts of 8 x 512. The other times of these cases are predictions, the ones named are not.
+HOSTS = ("qwen3-0.6b", "opt-1.3b", "gpt2-xl", "phi-3-mini")
+GATHERS = "qwen3-30b-a3b"
+TRAINED = {(f"{name}/1x16", "token") for name in HOSTS} | {(f"{GATHERS}/8x512", "prefill")}
 
 
-def _rates(results: dict[str, Any]) -> Calibration | None:
-    """The calibration of the machine that was measured.
+def _rates(results: dict[str, Any], case: dict[str, Any] | None = None) -> Calibration | None:
+    """The calibration of the machine that was measured, at the pace that its host had beside a case.
 
-    Rates of products that took less than 30 µs are left out: they had been timed from the host, and tell its speed. So
-    are the seconds for issuing an operation if `HOST` was measured, whose own tokens are then no prediction.
+    Rates of products that took less than 30 µs are left out where the calibration knows no gathers: older ones timed
+    them from the host, and tell its speed.
     """
     known = results["calibration"]
     if "error" in known:
         return None
     found = Calibration.from_json(known)
-    products = {name: tuple(r for r in rows if r[0] / r[1] > 30e-6) for name, rows in found.products.items()}
-    attention = tuple(row for row in found.attention if row[0] / row[1] > 30e-6)
-    return replace(found, products=products, attention=attention, issue=results.get("issue") or found.issue)
+    if found.gather is None:
+        products = {name: tuple(r for r in rows if r[0] / r[1] > 30e-6) for name, rows in found.products.items()}
+        attention = tuple(row for row in found.attention if row[0] / row[1] > 30e-6)
+        found = replace(found, products=products, attention=attention, **results.get("trained", {}))
+    if found.issue and case and "pace" in case and "pace" in results:
+        found = replace(found, issue=found.issue * case["pace"] / results["pace"])
+    return found
 
 
-def host_speed(results: dict[str, Any]) -> float | None:
-    """Seconds for each operation while `HOST` decoded."""
-    for case in results["cases"]:
-        if f"{case['model']}/{case['shape']}" == HOST and "seconds" in case:
+def train(results: dict[str, Any]) -> dict[str, float]:
+    """What an older calibration lacks, from `TRAINED` cases: seconds of a host's step, bytes a second of a gather."""
+    if results["calibration"].get("gather") or "error" in results["calibration"]:
+        return {}
+    measured = {f"{case['model']}/{case['shape']}": case for case in results["cases"] if "seconds" in case}
+    steps = []
+    for name in HOSTS:
+        if (case := measured.get(f"{name}/1x16")) is not None:
             run, _ = foretell(results, case)
-            first, second = (end for _, end in run.steps[:2])
-            return float(case["seconds"]["decode"] / sum(op.issued for op in run.operations[first:second]))
-    return None
+            (_, first), (_, second) = run.steps[:2]
+            steps.append(case["seconds"]["decode"] / sum(op.issued for op in run.operations[first:second]))
+    found = {"issue": statistics.median(steps)} if steps else {}
+    if (case := measured.get(f"{GATHERS}/8x512")) is not None:
+        run, _ = foretell(results, case)
+        rates = run.rates["cuda:0"]
+        prompt = run.operations[: run.steps[0][1]]
+        rest = case["seconds"]["prefill"] - sum(rates.seconds(op) for op in prompt if op.name not in roofline.GATHERS)
+        found["gather"] = sum(op.bytes for op in prompt if op.name in roofline.GATHERS) / rest
+    return found
 
 
 def predict_all(path: Path, only: list[str], save: bool) -> None:
     """Foretell every case that was measured, and print both."""
     results = json.loads(path.read_text())
-    results["issue"] = host_speed(results)
-    rows = []
+    import transformers
+
+    if (there := results["machine"]["transformers"]) != transformers.__version__:
+        print(f"measured with Transformers {there}, foretold with {transformers.__version__}: some models differ")
+    results.pop("issue", None)
+    results["trained"] = train(results)
+    print(f"from a few of the cases: {results['trained']}")
+    rows: list[list[float]] = []
+    errors_of_time: dict[tuple[str, str, str], list[float]] = {}
     for case in results["cases"]:
         name = f"{case['model']}/{case['shape']}"
         if "error" in case or (only and case["model"] not in only and name not in only):
@@ -360,6 +404,11 @@ def predict_all(path: Path, only: list[str], save: bool) -> None:
         allocated, reserved = case["predicted"]["peak"]
         real = case["peak"]
         times = {"prefill": case["seconds"]["prefill"], "token": case["seconds"].get("decode")}
+        for key, value in times.items():
+            if value and key in run.seconds:
+                apart = "of trained cases" if (name, key) in TRAINED and results["trained"] else "of all others"
+                lane = "Python" if case["predicted"]["longest"][key] == "python" else "the GPU"
+                errors_of_time.setdefault((key, apart, lane), []).append(run.seconds[key] / value - 1)
         said = "  ".join(
             f"{1000 * run.seconds[key]:8.1f} {1000 * value:8.1f} ms {100 * (run.seconds[key] / value - 1):+6.1f} %"
             for key, value in times.items()
@@ -381,12 +430,17 @@ def predict_all(path: Path, only: list[str], save: bool) -> None:
             good = sum(abs(row[column]) <= bound for row in rows)
             worst = max(abs(row[column]) for row in rows)
             print(f"{title}: {good} of {len(rows)} within {bound} %, the worst {worst:.2f} %")
+    for (key, apart, lane), found in sorted(errors_of_time.items()):
+        good, middle = sum(abs(error) <= 0.15 for error in found), statistics.median(map(abs, found))
+        print(f"{key} {apart}, {lane} longest busy: {good} of {len(found)} within 15 %, "
+              f"median error {100 * middle:.1f} %, the worst {100 * max(found, key=abs):+.0f} %")  # fmt: skip
     if save:
         KEPT.write_text(json.dumps(results, indent=1) + "\n")
 
 
-def predict_offload(path: Path) -> None:
-    """Foretell the forwards of a Llama-7B shape that rests in RAM, with the link that was measured beside them.
+def predict_offload(path: Path, save: bool) -> None:
+    """Foretell the forwards of a Llama-7B shape that rests in RAM or on disk, with the link that was measured beside
+    them, and the disk: cold as raw readers found it there, warm as the calibration says.
 
     The benchmark keeps the logits of one forward during the next, which a dry run of one forward does not.
     """
@@ -397,11 +451,16 @@ def predict_offload(path: Path) -> None:
     assert rates is not None
     rates = replace(rates, link_pinned=1e9 * measured["machine"]["pinned_gb_s"])
     size = measured["machine"]["bytes"]
+    cold = 1e9 * statistics.mean(measured["machine"]["raw_cold_gb_s"])
+    found = []
     ways: dict[str, tuple[dict[str, int | str] | None, int]] = {
         "resident": (None, 0),
         "bigkit, all in RAM": ({"": "cpu"}, 0),
         "bigkit, half in RAM": ({"": "cpu"}, size // 2),
+        "bigkit, on disk, cold": ({"": "disk"}, 0),
     }
+    if rates.disk_readers:
+        ways["bigkit, on disk, warm"] = {"": "disk"}, 0
 
     def llama() -> torch.nn.Module:
         config = transformers.LlamaConfig(dtype="bfloat16")
@@ -415,13 +474,46 @@ def predict_offload(path: Path) -> None:
         batch, tokens = map(int, row["shape"].split("x"))
         run = dry_run(
             llama, places, batch, tokens, 0, "H200", all_logits=True, cache=False, resident_memory=resident,
-            calibration=rates,
+            calibration=replace(rates, disk_readers=cold) if row["way"].endswith("cold") else rates,
         )  # fmt: skip
         logits = 2 * batch * tokens * 32000
         peak, seconds = run.peak_allocated[0] + logits, run.seconds["prefill"]
-        print(f"{row['way']:20} {row['shape']:6} {peak / 1e9:7.3f} {row['gpu_peak_gb']:7.3f} GB "
-              f"{100 * (peak / 1e9 / row['gpu_peak_gb'] - 1):+5.2f} %  {1000 * seconds:7.1f} {1000 * row['s']:7.1f} ms "
+        memory = row.get("gpu_peak_gb")
+        held = f"{peak / 1e9:7.3f} {memory:7.3f} GB {100 * (peak / 1e9 / memory - 1):+5.2f} %" if memory else " " * 26
+        print(f"{row['way']:22} {row['shape']:6} {held}  {1000 * seconds:7.1f} {1000 * row['s']:7.1f} ms "
               f"{100 * (seconds / row['s'] - 1):+6.1f} %")  # fmt: skip
+        found.append({"way": row["way"], "shape": row["shape"], "measured": {"peak_gb": memory, "seconds": row["s"]},
+                      "predicted": {"peak_gb": peak / 1e9, "seconds": seconds}})  # fmt: skip
+    if save:
+        KEPT.write_text(json.dumps({**kept, "offload": found}, indent=1) + "\n")
+
+
+TINY = ("mistral", "qwen3", "phi3", "gpt_neox", "opt", "bloom", "mixtral", "qwen3_moe", "olmo2", "starcoder2")
+
+
+def predict_host(save: bool) -> None:
+    """Foretell tokens that wait for Python, and measure them here; all interleaved, as the pace of a host changes."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    names = (*CALIBRATED, *TINY)
+    steps = {name: host_steps(name) for name in names}
+    seconds = dict.fromkeys(names, math.inf)
+    for _ in range(3):
+        for name in names:
+            seconds[name] = min(seconds[name], last_step(name, device))
+    issue = statistics.median(seconds[name] / steps[name] for name in CALIBRATED)
+    print(f"{1e6 * issue:.2f} µs a step, by {', '.join(CALIBRATED)}")
+    errors = {name: issue * steps[name] / seconds[name] - 1 for name in names}
+    for name in names:
+        print(
+            f"{name:12} {1000 * issue * steps[name]:7.2f} {1000 * seconds[name]:7.2f} ms {100 * errors[name]:+6.1f} %"
+        )
+    held = [abs(errors[name]) for name in TINY]
+    print(f"{sum(error <= 0.15 for error in held)} of {len(held)} others within 15 %, "
+          f"median error {100 * statistics.median(held):.1f} %")  # fmt: skip
+    if save:
+        kept = json.loads(KEPT.read_text())
+        kept["host"] = {"machine": machine_name(), "issue": issue, "steps": steps, "seconds": seconds}
+        KEPT.write_text(json.dumps(kept, indent=1) + "\n")
 
 
 def main() -> None:
@@ -430,13 +522,16 @@ def main() -> None:
     parser.add_argument("--measure", type=Path, metavar="RESULTS.json")
     parser.add_argument("--predict", type=Path, metavar="RESULTS.json")
     parser.add_argument("--offload", type=Path, metavar="RESULTS.json")
+    parser.add_argument("--host", action="store_true", help="foretell and measure models that wait for Python, here")
     parser.add_argument("--save", action="store_true", help="keep the comparison in benchmarks/results")
     parser.add_argument("--traces", type=Path, help="store every case's allocations in this folder")
     parser.add_argument("--seconds", type=float, default=210, help="start no case after this time")
     parser.add_argument("--only", nargs="*", default=[], help="models, or MODEL/SHAPE")
     options = parser.parse_args()
-    if options.offload is not None:
-        predict_offload(options.offload)
+    if options.host:
+        predict_host(options.save)
+    elif options.offload is not None:
+        predict_offload(options.offload, options.save)
     elif options.measure is None:
         path = options.predict or KEPT
         if not path.exists():

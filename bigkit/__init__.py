@@ -18,10 +18,11 @@ _HOMES = {
     "layers": ("Layer", "ModelSpec", "Precision"),
     "units": ("format_bytes", "parse_bytes"),
     "hardware": ("HARDWARE", "Hardware"),
-    "ledger": ("Calibration",),
+    "ledger": ("Calibration", "Ledger"),
     "advice": ("Advice",),
     "calibration": ("calibrate",),
     "dryrun": ("DryRun", "dry_run"),
+    "recorder": ("Recorder", "record"),
     "meta": ("init_empty_weights", "init_on_device"),
     "checkpoint": ("load_checkpoint_in_model", "load_state_dict", "save_model"),
     "dispatch": (
@@ -89,12 +90,13 @@ if TYPE_CHECKING:
         remove_hook_from_module,
     )
     from .layers import Layer, ModelSpec, Precision
-    from .ledger import Calibration
+    from .ledger import Calibration, Ledger
     from .meta import init_empty_weights, init_on_device
     from .notebook import notebook_launcher
     from .planner import PlanError
     from .plans import Plan
     from .quantize import BnbQuantizationConfig, load_and_quantize_model, replace_with_bnb_layers
+    from .recorder import Recorder, record
     from .units import format_bytes, parse_bytes
 
 

@@ -2,7 +2,7 @@
 
 Each way is a plan, and the plan says what a token waits for; four things work side by side, and the slowest counts:
 
-    Python      issues about `ISSUED` operations for each block
+    Python      takes about `ISSUED` steps for each block
     GPUs        read the weights that rest on them and the KV cache, one after another; of experts, those that are met
     link        brings what rests in RAM, whole blocks
     disk        brings what rests there
@@ -28,7 +28,7 @@ from .plans import Plan
 from .roofline import Rates
 from .units import dtype_bits, format_bytes
 
-ISSUED = 100  # operations that Python issues for one block, views counted too: 60 for GPT-2, 120 for a Llama
+ISSUED = 130  # steps of Python for one block (see `Operation.issued`): 70 for GPT-2, 135 for a Llama
 RAM_RATE = 40e9  # bytes a second from RAM, for machines without a GPU
 STORED = (None, "int8", "nf4", "nf4-double")
 LOSS = {None: 0, "int8": 1, "nf4": 2, "fp4": 3, "nf4-double": 3, "fp4-double": 4}  # rank: how far from the 16-bit model

@@ -2,8 +2,8 @@
 
 Each figure is the best of a few repetitions after a warm-up: predictions start from what the machine can do. With a
 GPU: the link, its memory, matrix products, fused attention, the smallest kernel, the CUDA context. Without one the CPU
-stands in for it. Always: RAM, a file read cold and warm, and what it takes to issue one operation, measured with a tiny
-Llama of Transformers while it decodes.
+stands in for it. Always: RAM, a file read cold and warm, and what a step of the host takes, over four tiny models of
+Transformers that are built differently, their steps counted by dry runs of them.
 
 Leaves out: several GPUs (the first one is measured) and the links between them.
 """
@@ -12,16 +12,21 @@ from __future__ import annotations
 
 import os
 import platform
+import queue
+import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch import nn
 
+from .dryrun import rehearse
+from .fake import Target
+from .lanes import CHUNK, count_readers, readers
 from .ledger import Calibration, Ledger
 from .units import MiB
 from .workload import Workload, fill, passes
@@ -46,20 +51,24 @@ def calibrate(folder: str | os.PathLike[str] | None = None, save: bool = True, q
     """
     cuda = torch.cuda.is_available()
     block = BLOCK // 16 if quick else BLOCK
+    device = "cuda" if cuda else "cpu"
     context = _context() if cuda else None
-    cold, warm = _disk(Path(folder) if folder is not None else Path(tempfile.gettempdir()), block)
+    cold, warm, readers = _disk(Path(folder) if folder is not None else Path(tempfile.gettempdir()), block)
     found = Calibration(
-        machine=_machine(),
+        machine=machine_name(),
         gpu=torch.cuda.get_device_name(0) if cuda else None,
         link_pinned=_link(block, pinned=True) if cuda else None,
         link_pageable=_link(block, pinned=False) if cuda else None,
         disk_cold=cold,
         disk_warm=warm,
-        memory=_copy("cuda" if cuda else "cpu", block),
+        disk_readers=readers,
+        memory=_copy(device, block),
         host_memory=_copy("cpu", block),
         products=_products(cuda, quick),
         attention=_attention(quick) if cuda else (),
-        issue=_issue("cuda" if cuda else "cpu"),
+        grouped=_grouped(quick) if cuda else (),
+        gather=_gather(device, block),
+        issue=_issue(device),
         kernel=_kernel() if cuda else None,
         context=context,
         workspace=_workspace() if cuda else None,
@@ -95,7 +104,8 @@ def best(work: Callable[[], Any], device: str = "cpu", repeats: int = 5, inner: 
 # One figure each
 
 
-def _machine() -> str:
+def machine_name() -> str:
+    """The GPU (or the processor) and the number of cores: what a calibration goes by in the ledger."""
     name = torch.cuda.get_device_name(0) if torch.cuda.is_available() else platform.processor() or platform.machine()
     return f"{name}, {os.cpu_count()} cores"
 
@@ -127,8 +137,17 @@ def _copy(device: str, size: int) -> float:
     return 2 * size / best(lambda: target.copy_(source), device)
 
 
-def _disk(folder: Path, size: int) -> tuple[float | None, float | None]:
-    """Bytes a second from a file that is read cold and warm, in large pieces; None where pages cannot be dropped."""
+def _gather(device: str, size: int) -> float:
+    source = torch.ones(size // 8192, 4096, device=device, dtype=torch.bfloat16)
+    rows = torch.randperm(len(source), device=device)
+    return 2 * source.nbytes / best(lambda: source[rows], device)
+
+
+def _disk(folder: Path, size: int) -> tuple[float | None, float | None, float | None]:
+    """Bytes a second from a file that is read cold, warm, and warm by many threads, in large pieces.
+
+    None for the first where pages cannot be dropped.
+    """
     handle, name = tempfile.mkstemp(dir=folder, prefix="bigkit-calibrate")
     buffer = bytearray(16 * MiB)
 
@@ -149,10 +168,31 @@ def _disk(folder: Path, size: int) -> tuple[float | None, float | None]:
             os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
             cold = read()
         read()
-        return cold, max(read() for _ in range(3))
+        return cold, max(read() for _ in range(3)), size / best(lambda: _read_shared(name, size))
     finally:
         os.close(handle)
         os.unlink(name)
+
+
+def _read_shared(name: str, size: int) -> None:
+    """Read a file as offloading does: all of its reader threads, a chunk each at a time, into chunks that are kept."""
+
+    def take(jobs: Iterator[int]) -> None:
+        buffer = _chunks.get()
+        with open(name, "rb", buffering=0) as file:
+            for at in jobs:
+                file.seek(at)
+                file.readinto(buffer)
+        _chunks.put(buffer)
+
+    while _chunks.qsize() < count_readers():
+        _chunks.put(bytearray(CHUNK))
+    jobs = iter(range(0, size, CHUNK))
+    for done in [readers().submit(take, jobs) for _ in range(count_readers())]:
+        done.result()
+
+
+_chunks: queue.SimpleQueue[bytearray] = queue.SimpleQueue()
 
 
 def _products(cuda: bool, quick: bool) -> dict[str, tuple[tuple[float, float], ...]]:
@@ -218,38 +258,78 @@ def _workspace() -> int:
     return max(mark.recording.events)  # type: ignore[attr-defined]
 
 
-class _Counter(TorchDispatchMode):
-    def __init__(self) -> None:
-        super().__init__()
-        self.operations = 0
+def _grouped(quick: bool) -> tuple[tuple[float, float], ...]:
+    """Products of experts in one kernel, from few rows for each to many; empty where PyTorch has none for this GPU."""
+    rows, experts, width = [], 32, 2048
+    weights = torch.randn(experts, width, width, device="cuda").to(torch.bfloat16).transpose(1, 2)
+    for each in (16, 128) if quick else (16, 128, 512, 2048):
+        inputs = torch.randn(experts * each, width, device="cuda").to(torch.bfloat16)
+        ends = torch.arange(each, experts * each + 1, each, device="cuda", dtype=torch.int32)
+        flops = 2 * each * width**2
+        try:
+            seconds = _alone(lambda: torch._grouped_mm(inputs, weights, offs=ends), True, flops * experts)  # noqa: B023
+        except (AttributeError, RuntimeError):
+            return ()
+        rows.append((float(flops), flops * experts / seconds))
+    return tuple(rows)
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.operations += 1
-        return func(*args, **(kwargs or {}))
+
+def _issue(device: str) -> float | None:
+    """Seconds for each step of the host: the median of four models so small that a GPU always waits for Python.
+
+    None where dry runs, which count the steps, cannot be made.
+    """
+    try:
+        steps = {name: host_steps(name) for name in HOSTS}
+    except RuntimeError:
+        return None
+    return statistics.median(last_step(name, device) / steps[name] for name in HOSTS)
 
 
-def _issue(device: str) -> float:
-    """Seconds for each operation while a Llama so small that the GPU always waits decodes."""
+HOSTS = ("llama", "gpt2", "gemma2", "bert")
+
+
+def host_steps(name: str) -> int:
+    """Steps of the host in the last step of a tiny model's work."""
+    trace = rehearse(tiny_model(name), {"": 0}, _load(name), Target())
+    return sum(operation.issued for operation in trace.operations[trace.steps[-2][1] :])
+
+
+def _load(name: str) -> Workload:
+    return Workload(1, 4, 0 if name == "bert" else 1)
+
+
+def tiny_model(name: str, dtype: torch.dtype = torch.bfloat16) -> nn.Module:
+    """An empty model of eight blocks, 64 wide, by its type in Transformers: "llama", "gpt2", "bert"."""
     import transformers
 
-    config = transformers.LlamaConfig(
-        hidden_size=64, intermediate_size=128, num_hidden_layers=12, num_attention_heads=2, num_key_value_heads=2,
-        vocab_size=256, max_position_embeddings=256, dtype=torch.float16 if device == "cuda" else torch.float32,
-    )  # fmt: skip
     from .meta import init_empty_weights
 
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 8, "num_attention_heads": 2}
+    rest = {} if name in ("gpt2", "bert") else {"num_key_value_heads": 2, "head_dim": 32}
+    if name == "gpt2":
+        sizes = {"n_embd": 64, "n_layer": 8, "n_head": 2}
+    config = transformers.AutoConfig.for_model(
+        name, vocab_size=256, bos_token_id=0, eos_token_id=0, pad_token_id=0, **sizes, **rest
+    )
+    auto = transformers.AutoModel if name == "bert" else transformers.AutoModelForCausalLM
     with init_empty_weights():
-        model = transformers.LlamaForCausalLM._from_config(config, dtype=config.dtype).eval()
-    fill(model, {"": 0 if device == "cuda" else "cpu"})
-    load = Workload(1, 4, 6)
-    for _ in passes(model, load, device):  # kernels are chosen, and some compiled, once for each shape
-        pass
-    with _Counter() as counter:
-        for _ in passes(model, load, device):
-            pass
+        model: nn.Module = auto.from_config(config, dtype=dtype).eval()
+    return model
 
-    def work() -> None:
-        for _ in passes(model, load, device):
-            pass
 
-    return best(work, device, 5) / counter.operations
+def last_step(name: str, device: str = "cpu") -> float:
+    """Seconds of the last step of a tiny model's work, a token if it makes some: the best of ten after two others."""
+    model = fill(
+        tiny_model(name, torch.float32 if device == "cpu" else torch.bfloat16), {"": 0 if device == "cuda" else "cpu"}
+    )
+    times = []
+    for _ in range(12):
+        start = time.perf_counter()
+        for _ in passes(model, _load(name), device):
+            if device == "cuda":
+                torch.cuda.synchronize()
+            start, before = time.perf_counter(), start
+            last = start - before
+        times.append(last)
+    return min(times[2:])

@@ -28,7 +28,7 @@ from unittest import mock
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -61,7 +61,7 @@ class Trace:
     """What a fake run did: for each device its allocations, and all operations in order.
 
     `kinds[device][k]` says what the k-th request (from 0) was for; `steps` are (name, number of operations up to its
-    end); `unissued` counts operations that no GPU ran since the last one that a GPU did.
+    end); `unissued` counts what Python did since the last kernel that it launched: modules called, operations issued.
     """
 
     recordings: dict[str, Recording] = field(default_factory=dict)
@@ -162,7 +162,7 @@ class Notebook(TorchDispatchMode):
         self, func: Any, inputs: list[Tensor], outputs: list[Tensor], args: Any, kwargs: Any, result: Any
     ) -> None:
         """Note what an operation computes and moves; a view does neither, but takes time to issue."""
-        if self.kind == "weights":
+        if self.kind == "weights" or func is _ASK:
             return
         self.trace.unissued += 1
         device = next((str(t.device) for t in (*outputs, *inputs) if t.is_cuda), None)
@@ -190,8 +190,14 @@ class Notebook(TorchDispatchMode):
         name = str(packet).removeprefix("aten.")
         moved = packet in _MOVES
         source = next((str(t.device) for t in inputs if t.device != outputs[0].device), "") if moved else ""
-        self.trace.operations.append(Operation(name, device, flops, read + written, dtype, self.trace.unissued, source))
+        parts = args[1].shape[0] if packet is aten._grouped_mm else 1
+        issued = self.trace.unissued + 1  # and the launch
+        self.trace.operations.append(Operation(name, device, flops, read + written, dtype, issued, source, parts=parts))
         self.trace.unissued = 0
+
+    def call(self, *_: Any) -> None:
+        """Note that a module is called."""
+        self.trace.unissued += self.kind != "weights"
 
 
 class Attention(TorchFunctionMode):
@@ -340,6 +346,7 @@ def fake_gpus(target: Target = Target()) -> Iterator[Notebook]:
     trace = Trace()
     notes = Notebook(trace, target)
     with ExitStack() as stack:
+        stack.callback(nn.modules.module.register_module_forward_pre_hook(notes.call).remove)
         stack.enter_context(torch.no_grad())
         stack.enter_context(_device_guard())
         stack.enter_context(mock.patch("torch.cuda.get_device_capability", lambda device=None: target.capability))
@@ -373,6 +380,7 @@ _ATTENTION = {getattr(aten, f"_scaled_dot_product_{kernel}_attention") for kerne
 
 _CUDNN = aten._scaled_dot_product_cudnn_attention.default
 _ADDMM = aten.addmm.default
+_ASK = torch.ops.prim.device.default  # `tensor.device` of fake tensors; real ones do not ask the dispatcher
 
 
 def _convolution_workspace(args: Any, outputs: list[Tensor]) -> Sequence[int]:

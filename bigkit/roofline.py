@@ -2,10 +2,11 @@
 
     one operation     the time of the smallest kernel, and the longer of: what it computes / the rate of such products,
                       what it reads and writes / the memory's bandwidth (of which kernels reach a part: `STREAMED`)
-    one step          lanes: Python issues operations one after another (each takes `issue`), the GPU runs each when it
-                      was issued and the one before it is done. A decode step of a small model waits for Python, a long
-                      prompt for the GPU. Weights that rest elsewhere pass two more lanes, disk and link, into slots: a
-                      slot is filled when its last reader is done, and read when it is filled.
+    one step          lanes: Python takes one step of its own after another (each takes `issue`): it calls a module,
+                      issues an operation, launches a kernel. The GPU runs each operation when it was issued and the
+                      one before it is done. A decode step of a small model waits for Python, a long prompt for the
+                      GPU. Weights that rest elsewhere pass two more lanes, disk and link, into slots: a slot is filled
+                      when its last reader is done, and read when it is filled.
 
 The rate of a matrix product grows with its size; it is read off a measured table, or off the vendor's figure and the
 share of it that large products reach.
@@ -27,6 +28,8 @@ from .ledger import Calibration
 
 STREAMED = 0.75  # of a large copy's bandwidth, by operations that are no products: seen on an H200, over 20 models
 
+GATHERS = frozenset(("index", "index_put", "index_put_"))  # rows picked by a tensor: far from a copy's speed
+
 Table = Sequence[tuple[float, float]]
 
 
@@ -40,9 +43,11 @@ class Operation:
         flops: what it computes.
         bytes: what it reads and writes.
         dtype: of its result.
-        issued: operations that Python issued for it: itself and the views before it.
+        issued: steps that Python took for it: itself and the views before it, the modules called on the way, and the
+            launch of its kernel.
         source: for a copy between devices, where it comes from; for a slot, where its weights rest ("cpu", "disk").
         slot, unit: for weights that travel: the number of the slot, and whose weights they are.
+        parts: matrix products in it, if one kernel does several: experts.
     """
 
     name: str
@@ -54,11 +59,15 @@ class Operation:
     source: str = ""
     slot: int = -1
     unit: str = ""
+    parts: int = 1
 
 
 @dataclass(frozen=True)
 class Rates:
-    """What a device does in a second, and what it takes at least. See `Calibration` for the fields."""
+    """What a device does in a second, and what it takes at least. See `Calibration` for the fields.
+
+    Without `grouped` and `gather`, products of experts go as fast as others, and gathers as fast as other operations.
+    """
 
     memory: float
     products: Mapping[str, Table]
@@ -68,6 +77,8 @@ class Rates:
     link: float
     peer: float
     disk: float
+    gather: float = 0.0
+    grouped: Table = ()
     measured: bool = field(default=False, compare=False)
 
     @staticmethod
@@ -78,7 +89,7 @@ class Rates:
             memory=0.88 * gpu.bandwidth,
             products={"float16": half, "bfloat16": half, "float32": _saturating(0.75 * gpu.flops / 16)},
             attention=_saturating(0.5 * gpu.flops),
-            issue=8e-6,
+            issue=6e-6,
             kernel=2.5e-6,
             link=0.87 * gpu.link,
             peer=0.87 * gpu.link,
@@ -101,22 +112,28 @@ class Rates:
             "kernel": calibration.kernel,
             "link": calibration.link_pinned,
             "peer": calibration.link_pinned,
-            "disk": calibration.disk_warm,
+            "disk": calibration.disk_readers or calibration.disk_warm,
         }
         missing = [name for name, value in found.items() if not value]
         if missing and base is None:
             raise ValueError(f"the calibration of {calibration.machine!r} lacks {', '.join(missing)}: name a GPU")
-        return Rates(**{name: value or getattr(base, name) for name, value in found.items()}, measured=True)  # type: ignore[arg-type]
+        both = {name: value or getattr(base, name) for name, value in found.items()}
+        more = {"gather": calibration.gather or 0.0, "grouped": calibration.grouped}
+        return Rates(**both, **more, measured=True)  # type: ignore[arg-type]
 
     def seconds(self, operation: Operation) -> float:
         """What one operation takes on the device."""
         if operation.source:
             link = self.peer if operation.source.startswith("cuda") else self.link
             return max(self.kernel, operation.bytes / 2 / link)
-        table = self.attention if "attention" in operation.name else self.table(operation.dtype)
         if not operation.flops:
-            return self.kernel + operation.bytes / (STREAMED * self.memory)
-        return self.kernel + max(operation.flops / rate_at(table, operation.flops), operation.bytes / self.memory)
+            gathers = operation.name in GATHERS and self.gather
+            return self.kernel + operation.bytes / (self.gather if gathers else STREAMED * self.memory)
+        table = self.attention if "attention" in operation.name else self.table(operation.dtype)
+        size = operation.flops
+        if operation.parts > 1 and self.grouped:
+            table, size = self.grouped, operation.flops // operation.parts
+        return self.kernel + max(operation.flops / rate_at(table, size), operation.bytes / self.memory)
 
     def table(self, dtype: str) -> Table:
         """The rates of matrix products in a dtype; float32's for one that was not measured."""

@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -303,3 +304,23 @@ def test_sizes_are_bounded_by_arithmetic():
 
 def test_zoo_names_are_known():
     assert set(TINY) <= set(zoo.names())
+
+
+def test_steps_of_the_host_are_modules_operations_and_launches():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = nn.Identity()
+
+        def forward(self, x):
+            return self.inner(x.view(4, 2)) + 1
+
+    with fake_gpus() as notes:
+        x = torch.ones(8, device="cuda:0")
+        model = Twice()
+        model(x)
+        torch.neg(x)
+    first, second = notes.trace.operations[-2:]
+    assert (first.name, first.issued) == ("add", 5)  # two modules, a view, the sum, its launch
+    assert (second.name, second.issued) == ("neg", 2)
+    assert not nn.modules.module._global_forward_pre_hooks

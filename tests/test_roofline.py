@@ -1,5 +1,7 @@
 """Times from costs: limits, scaling, and the two lanes."""
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -22,6 +24,17 @@ def test_one_operation_takes_the_longer_of_its_limits():
     assert FLAT.seconds(product(size=10**11)) == pytest.approx(0.1 / STREAMED, rel=0.01)
     assert FLAT.seconds(product(size=2 * 10**9, source="cpu")) == pytest.approx(10**9 / 5e10)
     assert FLAT.seconds(product(size=2 * 10**9, source="cuda:1")) == pytest.approx(10**9 / 2e11)
+
+
+def test_gathers_and_products_of_experts_have_rates_of_their_own():
+    rates = replace(FLAT, gather=1e11, grouped=((1e6, 1e13), (1e9, 5e13)))
+    rows = Operation("index", "cuda:0", 0, 10**9, "float16")
+    assert rates.seconds(rows) == pytest.approx(0.01, rel=0.01)
+    assert rates.seconds(replace(rows, name="add")) == FLAT.seconds(rows)
+    experts = Operation("_grouped_mm", "cuda:0", 10**12, 0, "float16", parts=1000)  # 1 GFLOP each
+    assert rates.seconds(experts) == pytest.approx(0.02, rel=0.01)
+    assert FLAT.seconds(experts) == pytest.approx(0.01, rel=0.01)
+    assert rates.seconds(replace(experts, parts=10**6)) == pytest.approx(0.1, rel=0.01)
 
 
 @given(st.floats(1, 1e20))
@@ -68,5 +81,7 @@ def test_rates_of_a_vendor_and_of_a_machine():
     measured = Calibration("m", memory=1e12, issue=5e-6, products={"float16": ((1e9, 1e13),)})
     mixed = Rates.of_calibration(measured, GPUS["T4"])
     assert mixed.memory == 1e12 and mixed.issue == 5e-6 and mixed.link == Rates.of_gpu(GPUS["T4"]).link
+    more = replace(measured, disk_readers=9e9, disk_warm=3e9, gather=2e11)
+    assert Rates.of_calibration(more, GPUS["T4"]).disk == 9e9 and Rates.of_calibration(more, GPUS["T4"]).gather == 2e11
     with pytest.raises(ValueError, match="lacks attention, kernel, link, peer, disk: name a GPU"):
         Rates.of_calibration(measured)
