@@ -28,6 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .advice import calibration_of
 from .allocator import CachingAllocator, OutOfMemory, Recording, replay
 from .dispatch import dispatch_model
 from .export import chrome_trace, memory_snapshot
@@ -35,7 +36,7 @@ from .fake import Notebook, Target, Trace, fake_gpus
 from .hardware import CONTEXT_BYTES, GPUS, Gpu, Hardware, machine_of
 from .hooks import AlignDevicesHook, SequentialHook
 from .lanes import PlainLane, Slot
-from .ledger import Calibration, Ledger
+from .ledger import Calibration
 from .plans import Device, Plan, device_label, prefixes
 from .quantize import BnbQuantizationConfig
 from .roofline import ARRIVE, FILL, LEAVE, Operation, Rates, Span, StepTime, run_steps
@@ -338,7 +339,7 @@ def dry_run(
     numbers = sorted({d for d in places.values() if isinstance(d, int)}) or [0]
     machine = _machine(hardware, max(numbers) + 1)
     gpus = {f"cuda:{i}": machine.gpus[i] for i in numbers}
-    known = calibration or _calibration_of(machine)
+    known = calibration or calibration_of(machine)
     rates = {
         name: Rates.of_gpu(gpu, machine.disk_rate) if known is None else Rates.of_calibration(known, gpu)
         for name, gpu in gpus.items()
@@ -500,14 +501,6 @@ def _machine(hardware: Hardware | str | None, gpus: int) -> Hardware:
     if len(machine.gpus) < gpus:
         raise ValueError(f"the plan uses GPU {gpus - 1}, and {machine.name} has {len(machine.gpus)} GPUs")
     return machine
-
-
-def _calibration_of(machine: Hardware) -> Calibration | None:
-    """What was measured here, if the machine is this one."""
-    if not machine.name.startswith("this machine"):
-        return None
-    found = Ledger.load().calibrations.values()
-    return next((item for item in found if machine.gpus and item.gpu == machine.gpus[0].name), None)
 
 
 def _model(model: str | nn.Module | Callable[[], nn.Module], dtype: object) -> tuple[str, nn.Module]:

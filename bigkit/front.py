@@ -101,7 +101,8 @@ def advise(
 
     Args:
         model: a name, URL, folder, `nn.Module` or `ModelSpec`.
-        hardware: a `Hardware`, the name of one ("1 x RTX 4090", "L4", "8 x H100-80GB"), or None for this machine.
+        hardware: a `Hardware`, the name of one ("1 x RTX 4090", "L4", "8 x H100-80GB"), or None for this machine, whose
+            measured rates are used if `calibrate()` was called here.
         batch, context: the load: sequences, and tokens of each.
         target: "speed", "quality", "memory" or "context".
         stored: quantizations to try; None is 16 bits.
