@@ -50,6 +50,7 @@ def _parser() -> argparse.ArgumentParser:
     plan = commands.add_parser("plan", help="which layer rests on which device")
     _add_model(plan)
     plan.add_argument("--max_memory", nargs="+", metavar="DEVICE=SIZE", help="budgets, as in 0=24GiB 1=24GiB cpu=64GiB")
+    plan.add_argument("--hardware", help='a machine, for its budgets and speed, as in "RTX 4090" (this one)')
     plan.add_argument("--strategy", choices=STRATEGIES, default="auto")
     plan.add_argument("--dtype", help="cast floating weights to this")
     plan.add_argument("--quantization", choices=QUANTIZATIONS)
@@ -160,7 +161,7 @@ def _dry_run(options: argparse.Namespace) -> str:
     found = plan(
         spec, _budgets(options.max_memory) or machine.max_memory(), options.strategy, dtype=options.dtype,
         quantization=options.quantization, batch=options.batch, context=options.context + options.new,
-        overhead=CONTEXT_BYTES,
+        overhead=CONTEXT_BYTES, hardware=machine,
     )  # fmt: skip
     run = dry_run(options.model, found, options.batch, options.context, options.new, machine, dtype=options.dtype)
     if options.json:
@@ -199,12 +200,15 @@ def _calibrate(options: argparse.Namespace) -> str:
 
 def _plan(options: argparse.Namespace) -> str:
     from .front import describe, plan
+    from .hardware import machine_of
 
     budgets = _budgets(options.max_memory)
+    if budgets is None and options.hardware is not None:
+        budgets = {**machine_of(options.hardware).max_memory()}
     spec = describe(options.model, options.library_name, trust_remote_code=options.trust_remote_code)
     found = plan(
         spec, budgets, options.strategy, dtype=options.dtype, quantization=options.quantization,
-        batch=options.batch, context=options.context,
+        batch=options.batch, context=options.context, hardware=options.hardware,
     )  # fmt: skip
     if options.json:
         return found.to_json()

@@ -39,6 +39,15 @@ def test_plan_text_json_and_code(capsys):
     assert "from bigkit import plan" in capsys.readouterr().out
 
 
+def test_plan_for_a_machine_by_speed(capsys):
+    assert main(["plan", "llama-2-70b", "--hardware", "1 x RTX 4090", "--strategy", "fastest", "--dtype", "float16",
+                 "--json"]) == 0  # fmt: skip
+    found = json.loads(capsys.readouterr().out)
+    assert found["strategy"] == "fastest" and found["shares"][0]["budget"] == 24564 * 2**20
+    assert main(["plan", "gpt2", "--hardware", "PS5"]) == 2
+    assert "unknown hardware 'PS5'" in capsys.readouterr().err
+
+
 def test_dry_run_text_json_and_picture(capsys):
     asked = ["dry-run", "gpt2", "--hardware", "2 x T4", "--dtype", "float16", "--context", "64", "--new", "1"]
     assert main(asked) == 0

@@ -16,7 +16,7 @@ ROOT = Path(bigkit.__file__).parent
 # Bottom to top. A module may import those before it; a package counts as one module.
 ORDER = [
     "units", "allocator", "layers", "shards", "shares", "config", "estimate", "chain", "plans", "schedule", "ledger",
-    "hardware", "roofline", "export", "planner", "advice",
+    "hardware", "roofline", "export", "fastest", "planner", "advice",
     "meta", "bulk", "convert", "checkpoint", "zoo", "device_map", "front",
     "store", "away", "lanes", "stream", "resting", "hooks", "dispatch", "observe",
     "packed", "quantize", "rounding",
