@@ -33,6 +33,7 @@ from .allocator import CachingAllocator, OutOfMemory, Recording, replay
 from .dispatch import dispatch_model
 from .export import chrome_trace, memory_snapshot
 from .fake import Notebook, Target, Trace, fake_gpus
+from .fake_replay import Unlike, replaying
 from .hardware import CONTEXT_BYTES, GPUS, Gpu, Hardware, machine_of
 from .hooks import AlignDevicesHook, SequentialHook
 from .lanes import PlainLane, Slot
@@ -304,6 +305,7 @@ def dry_run(
     resident_memory: int | str = 0,
     calibration: Calibration | None = None,
     quantization: BnbQuantizationConfig | str | None = None,
+    replay: bool = True,
 ) -> DryRun:
     """Run a model on GPUs that do not exist.
 
@@ -321,6 +323,7 @@ def dry_run(
             (`Hardware.detect()`) and `calibrate()` was called here, else the vendors' figures.
         quantization: of the linear layers: a `BnbQuantizationConfig` or one of `layers.QUANTIZATIONS`; None takes the
             plan's. bitsandbytes' own Python for CUDA is followed (`fake_quantized.py`).
+        replay: trace blocks that are surely equal twice, then note the same again (`fake_replay.py`); False runs all.
 
     Returns:
         The run: peaks, timelines and times.
@@ -352,11 +355,23 @@ def dry_run(
 
         config = config_of(quantization, dtype)
         dtype = config.torch_dtype
-    name, empty = _model(model, dtype)
-    if config is not None:
-        quantize_empty(empty, config)
     load = Workload(batch_size, prompt_tokens, new_tokens, all_logits, cache)
-    trace = rehearse(empty, places, load, target_of(machine.gpus[numbers[0]], known), slots, resident_memory, config)
+    target = target_of(machine.gpus[numbers[0]], known)
+
+    def run(replay: bool) -> tuple[str, Trace]:
+        name, empty = _model(model, dtype)
+        if config is not None:
+            quantize_empty(empty, config)
+        return name, rehearse(empty, places, load, target, slots, resident_memory, config, replay)
+
+    try:
+        name, trace = run(replay)
+    except Unlike:
+        if isinstance(model, nn.Module):  # it is half run, and cannot be built again
+            raise RuntimeError(
+                f"blocks of {type(model).__name__} look alike and are not: build it again and give replay=False"
+            ) from None
+        name, trace = run(False)
     context = known.context if known and known.context else CONTEXT_BYTES
     ids = {f"cuda:{i}": i for i in numbers}
     return DryRun(
@@ -400,6 +415,7 @@ def rehearse(
     slots: int = 2,
     resident_memory: int | str = 0,
     quantization: BnbQuantizationConfig | None = None,
+    replay: bool = False,
 ) -> Trace:
     """Fill an empty model on fake GPUs, spread it as a map says, and run the work; returns what was noted."""
     main = next((device for device in places.values() if isinstance(device, int)), 0)
@@ -420,6 +436,8 @@ def rehearse(
                 streamer.lane = FakeLane(streamer.device, notes, places)
         notes.trace.mark("fill")
         notes.kind = "activations"
+        if replay:
+            stack.enter_context(replaying(model, notes))
         for i, (_, cache) in enumerate(passes(model, load, torch.device("cuda", main))):
             label_cache(notes, cache)
             notes.trace.mark(f"token {i}" if i else "prefill")

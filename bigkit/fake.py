@@ -109,8 +109,11 @@ class Notebook(TorchDispatchMode):
         self.warm: set[Any] = set()  # devices whose first matrix product has been
         self.kernels: Mapping[Any, Callable[..., Any]] = {}  # operations that are followed into their Python
         self.following = False
+        self.quiet = False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if self.quiet:
+            return func(*args, **(kwargs or {}))
         if self.kernels and (followed := self._follow(func, args, kwargs or {})):
             return followed[0]
         inputs = [*_tensors(args), *_tensors((kwargs or {}).values())]
@@ -180,7 +183,21 @@ class Notebook(TorchDispatchMode):
         if key in self.live or not size:
             return
         device = str(tensor.device)
-        number = self.trace.request(device, size, self.kind)
+        self.follow(tensor, device, self.trace.request(device, size, self.kind))
+
+    @contextmanager
+    def silent(self) -> Iterator[None]:
+        """Note nothing meanwhile."""
+        self.quiet = True
+        try:
+            yield
+        finally:
+            self.quiet = False
+
+    def follow(self, tensor: Tensor, device: str, number: int) -> None:
+        """Note when the storage of a tensor, which is a request with this number, is free."""
+        storage = tensor.untyped_storage()
+        key = storage._cdata
 
         def gone(_: object, live: Any = self.live, trace: Trace = self.trace) -> None:
             if live.pop(key, None):

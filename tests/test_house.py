@@ -20,7 +20,7 @@ ORDER = [
     "meta", "bulk", "convert", "checkpoint", "zoo", "device_map", "front",
     "store", "away", "lanes", "stream", "resting", "hooks", "dispatch", "observe",
     "packed", "quantize", "rounding",
-    "workload", "recording", "calibration", "fake", "fake_quantized", "dryrun",
+    "workload", "recording", "calibration", "fake", "fake_replay", "fake_quantized", "dryrun",
     "distributed", "launch", "notebook", "batches", "examples",
     "draw", "draw_run", "draw_dryrun", "draw_advice", "widgets", "cli",
 ]  # fmt: skip
