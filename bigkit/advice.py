@@ -16,6 +16,8 @@ Leaves out: speculation, tensor parallelism, and what quantized kernels cost bey
 from __future__ import annotations
 
 import json
+import os
+import platform
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,6 +25,7 @@ from typing import Any
 from .estimate import text_table
 from .hardware import CONTEXT_BYTES, Hardware
 from .layers import ModelSpec
+from .ledger import Calibration, Ledger
 from .planner import PlanError, plan
 from .plans import Plan
 from .roofline import Rates
@@ -73,7 +76,10 @@ class Option:
 
 @dataclass(frozen=True)
 class Advice:
-    """The ways to run a model on a machine, best first; `cures` say what would have to change if there is none."""
+    """The ways to run a model on a machine, best first; `cures` say what would have to change if there is none.
+
+    `measured` says whether rates were measured on that machine; else they are the vendors'.
+    """
 
     model: str
     hardware: str
@@ -82,6 +88,7 @@ class Advice:
     target: str
     options: tuple[Option, ...]
     cures: tuple[str, ...] = field(default=())
+    measured: bool = False
 
     @property
     def best(self) -> Option | None:
@@ -107,7 +114,10 @@ class Advice:
         ]  # fmt: skip
         headers = ["  stored, strategy", "tokens/s", "token", "waits for", "prefill", "where it runs",
                    "rests elsewhere", "longest context"]  # fmt: skip
-        return "\n".join([head, "", text_table(headers, rows), "", "* on the front of speed, memory and quality"])
+        notes = ["* on the front of speed, memory and quality"]
+        if self.measured:
+            notes.append("Times follow the rates that bigkit calibrate measured on this machine.")
+        return "\n".join([head, "", text_table(headers, rows), "", *notes])
 
     __str__ = explain
 
@@ -128,7 +138,7 @@ class Advice:
         ]  # fmt: skip
         return json.dumps(
             {"model": self.model, "hardware": self.hardware, "batch": self.batch, "context": self.context,
-             "target": self.target, "options": options, "cures": self.cures}, indent=1,
+             "target": self.target, "measured": self.measured, "options": options, "cures": self.cures}, indent=1,
         )  # fmt: skip
 
 
@@ -140,7 +150,7 @@ def advise(
     target: str = "speed",
     *,
     stored: Iterable[str | None] = STORED,
-    rates: Rates | None = None,
+    calibration: Calibration | None = None,
 ) -> Advice:
     """Rank ways to store and place a model on a machine.
 
@@ -151,7 +161,8 @@ def advise(
         target: what ranks first: "speed", "quality" (then speed), "memory", or "context" (the longest that fits: the
             plans are then made, and timed, for that).
         stored: quantizations to try; None is 16 bits (bfloat16; float16 on GPUs before Ampere).
-        rates: measured rates of a GPU; None takes the vendor's figures.
+        calibration: what was measured on that machine; None takes the one in the ledger if the hardware is this
+            machine (`Hardware.detect()`) and `calibrate()` was called here, else the vendors' figures.
 
     Returns:
         The options that fit, best first; if there are none, what would have to change.
@@ -168,24 +179,26 @@ def advise(
     if target not in TARGETS:
         raise ValueError(f"unknown target {target!r}: expected one of {', '.join(TARGETS)}")
     half = "float16" if hardware.gpus and hardware.gpus[0].capability < (8, 0) else "bfloat16"
+    known = calibration or calibration_of(hardware)
+    context_bytes = known.context if known and known.context else CONTEXT_BYTES
     options, cures = [], []
     for quantization in stored:
         try:
             found = plan(
                 model, hardware.max_memory(), "exact" if target == "context" else "auto", dtype=half,
-                quantization=quantization, batch=batch, context=context, overhead=CONTEXT_BYTES,
+                quantization=quantization, batch=batch, context=context, overhead=context_bytes,
             )  # fmt: skip
         except PlanError as error:
             cures.append(f"{quantization or half}: {error.plan.problem}. {error.cure}")
             continue
-        options.append(_cost(model, found, hardware, rates))
+        options.append(_cost(model, found, hardware, known))
     ranked = sorted(options, key=lambda option: _rank(option, target))
     marked = [
         Option(o.plan, o.token, o.prefill, o.waits, o.loss, not any(_beats(other, o) for other in ranked))
         for o in ranked
     ]
     said = () if marked else (*dict.fromkeys(cures),)
-    return Advice(model.name, hardware.name, batch, context, target, tuple(marked), said)
+    return Advice(model.name, hardware.name, batch, context, target, tuple(marked), said, known is not None)
 
 
 def _rank(option: Option, target: str) -> tuple[float, ...]:
@@ -203,7 +216,24 @@ def _beats(a: Option, b: Option) -> bool:
     return all(x <= y for x, y in zip(mine, other)) and mine != other
 
 
-def _cost(model: ModelSpec, found: Plan, hardware: Hardware, rates: Rates | None) -> Option:
+def calibration_of(hardware: Hardware) -> Calibration | None:
+    """What the ledger knows of a machine, if it is this one (`Hardware.detect()`)."""
+    if not hardware.name.startswith("this machine"):
+        return None
+    known = Ledger.load().calibrations
+    if not hardware.gpus:
+        return known.get(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores")
+    return next((item for item in known.values() if item.gpu == hardware.gpus[0].name), None)
+
+
+def rates_of(hardware: Hardware, calibration: Calibration | None) -> list[Rates]:
+    """The rates of each GPU: measured, else the vendors'."""
+    if calibration is None:
+        return [Rates.of_gpu(gpu, hardware.disk_rate) for gpu in hardware.gpus]
+    return [Rates.of_calibration(calibration, gpu, hardware.disk_rate) for gpu in hardware.gpus]
+
+
+def _cost(model: ModelSpec, found: Plan, hardware: Hardware, known: Calibration | None) -> Option:
     """What a token and a prompt take under a plan."""
     precision = model.precision(found.dtype, found.quantization)
     shares = {share.device: share for share in found.shares}
@@ -212,21 +242,26 @@ def _cost(model: ModelSpec, found: Plan, hardware: Hardware, rates: Rates | None
     active = _met(model, found.batch)
     flops = 2 * found.batch * _active_parameters(model)
     blocks = max(1, len(model.attention) or model.facts.get("num_hidden_layers", 1))
-    speeds = [rates or Rates.of_gpu(gpu, hardware.disk_rate) for gpu in hardware.gpus]
+    speeds = rates_of(hardware, known)
+    ram = (known.host_memory if known else None) or RAM_RATE
+    issue = speeds[0].issue if speeds else (known.issue if known else None) or 4e-6
+    disk = speeds[0].disk if speeds else (known.disk_warm if known else None) or hardware.disk_rate
+    products = known.products.get("bfloat16" if bits == 16 else "float32") if known and not speeds else None
+    cpu = products[-1][1] if products else 1e11
     reading = computing = 0.0
     for share in runners:
         rate = speeds[share.device] if isinstance(share.device, int) else None
         kept = share.weights + (found.offloaded if share is runners[0] and rate is not None else 0)
-        reading += (active * kept + share.kv_cache) / (rate.memory if rate else RAM_RATE)
+        reading += (active * kept + share.kv_cache) / (rate.memory if rate else ram)
         part = kept / max(1, sum(s.weights for s in found.shares))
-        computing += part * flops / (rate.table("bfloat16" if bits == 16 else "float32")[-1][1] if rate else 1e11)
+        computing += part * flops / (rate.table("bfloat16" if bits == 16 else "float32")[-1][1] if rate else cpu)
     away = {name: shares[name].weights for name in ("cpu", "disk") if name in shares and not shares[name].runs}
-    link = speeds[0].link if speeds else RAM_RATE
+    link = speeds[0].link if speeds else ram
     waits = {
-        "Python": ISSUED * blocks * (speeds[0].issue if speeds else 4e-6),
+        "Python": ISSUED * blocks * issue,
         "GPU" if speeds else "RAM": max(reading, computing),
         "link": (away.get("cpu", 0) + away.get("disk", 0)) / link if speeds else 0.0,
-        "disk": away.get("disk", 0) / hardware.disk_rate,
+        "disk": away.get("disk", 0) / disk,
     }
     prompt = max(found.context, 1) * computing
     prefill = max(waits["Python"], reading, prompt, waits["link"], waits["disk"])

@@ -9,6 +9,8 @@ import argparse
 import sys
 from collections.abc import Sequence
 from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from . import __version__
 from .advice import TARGETS
@@ -16,6 +18,9 @@ from .estimate import CLASSIC
 from .layers import QUANTIZATIONS
 from .planner import STRATEGIES
 from .plans import Device, read_device
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -45,10 +50,12 @@ def _parser() -> argparse.ArgumentParser:
     plan = commands.add_parser("plan", help="which layer rests on which device")
     _add_model(plan)
     plan.add_argument("--max_memory", nargs="+", metavar="DEVICE=SIZE", help="budgets, as in 0=24GiB 1=24GiB cpu=64GiB")
+    plan.add_argument("--hardware", help='a machine, for its budgets and speed, as in "RTX 4090" (this one)')
     plan.add_argument("--strategy", choices=STRATEGIES, default="auto")
     plan.add_argument("--dtype", help="cast floating weights to this")
     plan.add_argument("--quantization", choices=QUANTIZATIONS)
     plan.add_argument("--code", action="store_true", help="print Python that makes the plan")
+    _add_svg(plan)
     plan.set_defaults(run=_plan)
 
     dry = commands.add_parser("dry-run", help="run a model on GPUs that do not exist: memory and time")
@@ -57,14 +64,16 @@ def _parser() -> argparse.ArgumentParser:
     dry.add_argument("--max_memory", nargs="+", metavar="DEVICE=SIZE", help="budgets of the plan (the machine's own)")
     dry.add_argument("--strategy", choices=STRATEGIES, default="auto")
     dry.add_argument("--dtype", help="of the weights")
+    dry.add_argument("--quantization", choices=QUANTIZATIONS, help="of the linear layers; needs bitsandbytes")
     dry.add_argument("--new", type=int, default=4, help="tokens to generate after the prompt (%(default)s)")
-    dry.add_argument("--svg", action="store_true", help="print the picture")
+    _add_svg(dry)
     dry.set_defaults(run=_dry_run)
 
     advice = commands.add_parser("advise", help="which way to store and place a model is fastest on a machine")
     _add_model(advice)
     advice.add_argument("--hardware", help='a machine, as in "RTX 4090" or "8 x H100-80GB" (this one)')
     advice.add_argument("--target", choices=TARGETS, default="speed", help="what ranks first (%(default)s)")
+    _add_svg(advice)
     advice.set_defaults(run=_advise)
 
     measure = commands.add_parser("calibrate", help="measure this machine, for predictions; under a minute")
@@ -107,6 +116,20 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
+def _add_svg(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--svg", nargs="?", const="-", metavar="FILE", help="write the picture (without FILE: print)")
+
+
+def _picture(path: str, figure: Figure, label: str) -> str:
+    from .draw import svg
+
+    text = svg(figure, label)
+    if path == "-":
+        return text
+    Path(path).write_text(text, encoding="utf-8")
+    return f"the picture is in {path}"
+
+
 def _estimate(options: argparse.Namespace) -> str:
     from .front import estimate_memory
 
@@ -137,16 +160,16 @@ def _dry_run(options: argparse.Namespace) -> str:
     spec = describe(options.model, options.library_name, trust_remote_code=options.trust_remote_code)
     found = plan(
         spec, _budgets(options.max_memory) or machine.max_memory(), options.strategy, dtype=options.dtype,
-        batch=options.batch, context=options.context + options.new, overhead=CONTEXT_BYTES,
+        quantization=options.quantization, batch=options.batch, context=options.context + options.new,
+        overhead=CONTEXT_BYTES, hardware=machine,
     )  # fmt: skip
     run = dry_run(options.model, found, options.batch, options.context, options.new, machine, dtype=options.dtype)
     if options.json:
         return run.to_json()
     if options.svg:
-        from .draw import svg
         from .draw_dryrun import dryrun_figure, dryrun_label
 
-        return svg(dryrun_figure(run), dryrun_label(run))
+        return _picture(options.svg, dryrun_figure(run), dryrun_label(run))
     return f"{found.explain()}\n\n{run}"
 
 
@@ -155,6 +178,10 @@ def _advise(options: argparse.Namespace) -> str:
 
     spec = describe(options.model, options.library_name, trust_remote_code=options.trust_remote_code)
     found = advise(spec, options.hardware, options.batch, options.context, options.target)
+    if options.svg and not options.json:
+        from .draw_advice import advice_figure, advice_label
+
+        return _picture(options.svg, advice_figure(found), advice_label(found))
     return found.to_json() if options.json else found.explain()
 
 
@@ -173,15 +200,22 @@ def _calibrate(options: argparse.Namespace) -> str:
 
 def _plan(options: argparse.Namespace) -> str:
     from .front import describe, plan
+    from .hardware import machine_of
 
     budgets = _budgets(options.max_memory)
+    if budgets is None and options.hardware is not None:
+        budgets = {**machine_of(options.hardware).max_memory()}
     spec = describe(options.model, options.library_name, trust_remote_code=options.trust_remote_code)
     found = plan(
         spec, budgets, options.strategy, dtype=options.dtype, quantization=options.quantization,
-        batch=options.batch, context=options.context,
+        batch=options.batch, context=options.context, hardware=options.hardware,
     )  # fmt: skip
     if options.json:
         return found.to_json()
+    if options.svg:
+        from .draw import plan_figure, plan_label
+
+        return _picture(options.svg, plan_figure(found), plan_label(found))
     return found.to_code() if options.code else found.explain()
 
 

@@ -324,7 +324,8 @@ def load_checkpoint_and_dispatch(
     Args:
         model: the model.
         checkpoint: a file, an index or a folder.
-        device_map: a map, or a strategy that finds one: "auto", "balanced", "balanced_low_0", "sequential", "exact".
+        device_map: a map, or a strategy that finds one: "auto", "balanced", "balanced_low_0", "sequential", "exact",
+            "fastest".
             Where blocks must be offloaded, those that stay are spread among them (not with "sequential"), so that
             copies hide behind work. None loads and does no more.
         max_memory: device -> budget, for a strategy; None asks this machine.
@@ -357,7 +358,7 @@ def load_checkpoint_and_dispatch(
             raise ValueError(f"unknown device_map {device_map!r}: expected a map or one of {', '.join(STRATEGIES)}")
         classes = [no_split_module_classes] if isinstance(no_split_module_classes, str) else no_split_module_classes
         found = plan(model, max_memory, device_map, dtype=dtype, no_split=classes, offload_buffers=offload_buffers)
-        device_map = found.device_map if device_map == "sequential" else interleaved(found)
+        device_map = found.device_map if device_map in ("sequential", "fastest") else interleaved(found)
     if device_map is not None:
         check_device_map(model, device_map)
     stand_in = options.get("stand_in") or {}

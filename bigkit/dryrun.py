@@ -10,7 +10,7 @@ reserved at every moment; what it computes and moves is timed with a roofline (`
 Weights that rest in RAM or on disk are dispatched as in a real run: the same hooks borrow them, into slots on a fake
 GPU, through a lane that notes what it is asked to bring and when (`FakeLane`).
 
-Leaves out: quantized weights, and blocks that are kept in RAM after they were read from disk.
+Leaves out: blocks that are kept in RAM after they were read from disk.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import json
 import os
 import pickle
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -27,15 +28,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .advice import calibration_of
 from .allocator import CachingAllocator, OutOfMemory, Recording, replay
 from .dispatch import dispatch_model
 from .export import chrome_trace, memory_snapshot
 from .fake import Notebook, Target, Trace, fake_gpus
+from .fake_replay import Unlike, replaying
 from .hardware import CONTEXT_BYTES, GPUS, Gpu, Hardware, machine_of
 from .hooks import AlignDevicesHook, SequentialHook
 from .lanes import PlainLane, Slot
-from .ledger import Calibration, Ledger
+from .ledger import Calibration
 from .plans import Device, Plan, device_label, prefixes
+from .quantize import BnbQuantizationConfig
 from .roofline import ARRIVE, FILL, LEAVE, Operation, Rates, Span, StepTime, run_steps
 from .store import Unit
 from .stream import Slots
@@ -300,6 +304,8 @@ def dry_run(
     slots: int = 2,
     resident_memory: int | str = 0,
     calibration: Calibration | None = None,
+    quantization: BnbQuantizationConfig | str | None = None,
+    replay: bool = True,
 ) -> DryRun:
     """Run a model on GPUs that do not exist.
 
@@ -315,12 +321,16 @@ def dry_run(
         slots, resident_memory: see `dispatch_model`.
         calibration: rates measured on that machine; None takes the ones in the ledger if the hardware is this machine
             (`Hardware.detect()`) and `calibrate()` was called here, else the vendors' figures.
+        quantization: of the linear layers: a `BnbQuantizationConfig` or one of `layers.QUANTIZATIONS`; None takes the
+            plan's. bitsandbytes' own Python for CUDA is followed (`fake_quantized.py`).
+        replay: trace blocks that are surely equal twice, then note the same again (`fake_replay.py`); False runs all.
 
     Returns:
         The run: peaks, timelines and times.
 
     Raises:
-        ValueError: no part lies on a GPU and there is none, or the hardware has too few.
+        ValueError: no part lies on a GPU and there is none, the hardware has too few, or an unknown quantization.
+        ImportError: it is quantized, and bitsandbytes is not there.
 
     >>> run = dry_run("pygpt", batch_size=2, prompt_tokens=32, new_tokens=2)
     >>> run.fits, [step.name for step in run.times]
@@ -332,14 +342,36 @@ def dry_run(
     numbers = sorted({d for d in places.values() if isinstance(d, int)}) or [0]
     machine = _machine(hardware, max(numbers) + 1)
     gpus = {f"cuda:{i}": machine.gpus[i] for i in numbers}
-    known = calibration or _calibration_of(machine)
+    known = calibration or calibration_of(machine)
     rates = {
         name: Rates.of_gpu(gpu, machine.disk_rate) if known is None else Rates.of_calibration(known, gpu)
         for name, gpu in gpus.items()
     }
-    name, empty = _model(model, dtype or (plan.dtype if isinstance(plan, Plan) else None))
+    if isinstance(plan, Plan):
+        dtype, quantization = dtype or plan.dtype, quantization or plan.quantization
+    config = None
+    if quantization is not None:
+        from .fake_quantized import config_of, quantize_empty
+
+        config = config_of(quantization, dtype)
+        dtype = config.torch_dtype
     load = Workload(batch_size, prompt_tokens, new_tokens, all_logits, cache)
-    trace = rehearse(empty, places, load, target_of(machine.gpus[numbers[0]], known), slots, resident_memory)
+    target = target_of(machine.gpus[numbers[0]], known)
+
+    def run(replay: bool) -> tuple[str, Trace]:
+        name, empty = _model(model, dtype)
+        if config is not None:
+            quantize_empty(empty, config)
+        return name, rehearse(empty, places, load, target, slots, resident_memory, config, replay)
+
+    try:
+        name, trace = run(replay)
+    except Unlike:
+        if isinstance(model, nn.Module):  # it is half run, and cannot be built again
+            raise RuntimeError(
+                f"blocks of {type(model).__name__} look alike and are not: build it again and give replay=False"
+            ) from None
+        name, trace = run(False)
     context = known.context if known and known.context else CONTEXT_BYTES
     ids = {f"cuda:{i}": i for i in numbers}
     return DryRun(
@@ -356,6 +388,9 @@ def dry_run(
     )
 
 
+PROCESSORS = {"T4": 40, "L4": 58, "RTX 3090": 82, "RTX 4090": 128, "A100-40GB": 108, "A100-80GB": 108}  # others: 132
+
+
 def target_of(gpu: Gpu, calibration: Calibration | None = None) -> Target:
     """What the code can ask of a GPU.
 
@@ -368,7 +403,8 @@ def target_of(gpu: Gpu, calibration: Calibration | None = None) -> Target:
     capability = calibration.capability if calibration and calibration.capability else gpu.capability
     usual = 32 * MiB if capability[0] == 9 else 8 * MiB + 128 * KiB
     attention = ("cudnn", "flash", "efficient") if capability in ((9, 0), (10, 0)) else ("flash", "efficient")
-    return Target(capability, attention, (calibration.workspace if calibration else None) or usual)
+    workspace = (calibration.workspace if calibration else None) or usual
+    return Target(capability, attention, workspace, PROCESSORS.get(gpu.name, 132))
 
 
 def rehearse(
@@ -378,13 +414,21 @@ def rehearse(
     target: Target,
     slots: int = 2,
     resident_memory: int | str = 0,
+    quantization: BnbQuantizationConfig | None = None,
+    replay: bool = False,
 ) -> Trace:
     """Fill an empty model on fake GPUs, spread it as a map says, and run the work; returns what was noted."""
     main = next((device for device in places.values() if isinstance(device, int)), 0)
     in_ram = {name: "cpu" if device == "disk" else device for name, device in places.items()}
-    with fake_gpus(target) as notes:
+    with fake_gpus(target) as notes, ExitStack() as stack:
         notes.kind = "weights"
-        fill(model.eval(), in_ram)
+        if quantization is None:
+            fill(model.eval(), in_ram)
+        else:
+            from .fake_quantized import fake_bitsandbytes, fill_quantized
+
+            stack.enter_context(fake_bitsandbytes(notes))
+            fill_quantized(model.eval(), in_ram, torch.device("cuda", main), quantization)
         if set(places.values()) != {main}:
             dispatch_model(model, in_ram, main, slots=slots, resident_memory=resident_memory)
             for streamer in {hook.streamer for hook in _hooks(model) if hook.streamer is not None}:
@@ -392,6 +436,8 @@ def rehearse(
                 streamer.lane = FakeLane(streamer.device, notes, places)
         notes.trace.mark("fill")
         notes.kind = "activations"
+        if replay:
+            stack.enter_context(replaying(model, notes))
         for i, (_, cache) in enumerate(passes(model, load, torch.device("cuda", main))):
             label_cache(notes, cache)
             notes.trace.mark(f"token {i}" if i else "prefill")
@@ -473,14 +519,6 @@ def _machine(hardware: Hardware | str | None, gpus: int) -> Hardware:
     if len(machine.gpus) < gpus:
         raise ValueError(f"the plan uses GPU {gpus - 1}, and {machine.name} has {len(machine.gpus)} GPUs")
     return machine
-
-
-def _calibration_of(machine: Hardware) -> Calibration | None:
-    """What was measured here, if the machine is this one."""
-    if not machine.name.startswith("this machine"):
-        return None
-    found = Ledger.load().calibrations.values()
-    return next((item for item in found if machine.gpus and item.gpu == machine.gpus[0].name), None)
 
 
 def _model(model: str | nn.Module | Callable[[], nn.Module], dtype: object) -> tuple[str, nn.Module]:

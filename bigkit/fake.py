@@ -20,7 +20,7 @@ from __future__ import annotations
 import ctypes
 import math
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -35,7 +35,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from .allocator import Recording
-from .roofline import Operation
+from .roofline import WAIT, Operation
 from .units import MiB
 
 aten = torch.ops.aten
@@ -49,11 +49,13 @@ class Target:
         capability: its compute capability: (9, 0) is Hopper, (8, 0) A100, (8, 9) Ada, (7, 5) T4.
         attention: the fused kernels of scaled_dot_product_attention, in the order in which PyTorch tries them.
         workspace: bytes that cuBLAS takes at the first matrix product on a device.
+        processors: streaming multiprocessors, by which bitsandbytes chooses its kernels.
     """
 
     capability: tuple[int, int] = (9, 0)
     attention: tuple[str, ...] = ("cudnn", "flash", "efficient")
     workspace: int = 32 * 2**20
+    processors: int = 132
 
 
 @dataclass
@@ -105,8 +107,15 @@ class Notebook(TorchDispatchMode):
         self.kind = "activations"
         self.live: dict[int, tuple[str, int, weakref.ref[Any]]] = {}  # storage -> device, request, the storage itself
         self.warm: set[Any] = set()  # devices whose first matrix product has been
+        self.kernels: Mapping[Any, Callable[..., Any]] = {}  # operations that are followed into their Python
+        self.following = False
+        self.quiet = False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if self.quiet:
+            return func(*args, **(kwargs or {}))
+        if self.kernels and (followed := self._follow(func, args, kwargs or {})):
+            return followed[0]
         inputs = [*_tensors(args), *_tensors((kwargs or {}).values())]
         result = func(*args, **(kwargs or {}))
         outputs = list(_tensors((result,)))
@@ -119,6 +128,36 @@ class Notebook(TorchDispatchMode):
             self.take_workspace(device, func, args, outputs)
         self.count(func, inputs, outputs, args, kwargs or {}, result)
         return result
+
+    def _follow(self, func: Any, args: Any, kwargs: Any) -> tuple[Any] | None:
+        """The result of an operation in `kernels`, whose own operations are noted; None for any other."""
+        if func in _QUESTIONS and self.kind == "weights":  # the mean of scales, while a state dict is made
+            return (0.0,)
+        if func in _QUESTIONS and self.following:  # whether there are outliers: no
+            self.trace.operations.append(Operation(WAIT, str(args[0].device), 0, 0, "bool", self.trace.unissued + 1))
+            self.trace.unissued = 0
+            return (False,)
+        if func not in self.kernels or not any(tensor.is_cuda for tensor in _tensors(args)):
+            return None
+        if self.kind != "weights":
+            self.trace.unissued += 1
+        before, self.following = self.following, True
+        try:
+            with self:
+                return (self.kernels[func](*args, **kwargs),)
+        finally:
+            self.following = before
+
+    def kernel(self, name: str, tensors: Sequence[Tensor], flops: int, dtype: str = "") -> None:
+        """Note a kernel that PyTorch does not know: it reads or writes each of these tensors once."""
+        if self.kind != "weights":
+            moved = sum(map(_bytes, tensors))
+            dtype = dtype or next((str(t.dtype) for t in tensors if t.is_floating_point()), "float32")
+            device = str(tensors[0].device)
+            self.trace.operations.append(
+                Operation(name, device, flops, moved, dtype.removeprefix("torch."), 1 + self.trace.unissued)
+            )
+            self.trace.unissued = 0
 
     def take_workspace(self, device: str, func: Any, args: Any, outputs: list[Tensor]) -> None:
         """Note what libraries take: for good at the first product, or for the time of one operation."""
@@ -144,7 +183,21 @@ class Notebook(TorchDispatchMode):
         if key in self.live or not size:
             return
         device = str(tensor.device)
-        number = self.trace.request(device, size, self.kind)
+        self.follow(tensor, device, self.trace.request(device, size, self.kind))
+
+    @contextmanager
+    def silent(self) -> Iterator[None]:
+        """Note nothing meanwhile."""
+        self.quiet = True
+        try:
+            yield
+        finally:
+            self.quiet = False
+
+    def follow(self, tensor: Tensor, device: str, number: int) -> None:
+        """Note when the storage of a tensor, which is a request with this number, is free."""
+        storage = tensor.untyped_storage()
+        key = storage._cdata
 
         def gone(_: object, live: Any = self.live, trace: Trace = self.trace) -> None:
             if live.pop(key, None):
@@ -381,6 +434,7 @@ _ATTENTION = {getattr(aten, f"_scaled_dot_product_{kernel}_attention") for kerne
 _CUDNN = aten._scaled_dot_product_cudnn_attention.default
 _ADDMM = aten.addmm.default
 _ASK = torch.ops.prim.device.default  # `tensor.device` of fake tensors; real ones do not ask the dispatcher
+_QUESTIONS = (aten._local_scalar_dense.default, aten.is_nonzero.default)
 
 
 def _convolution_workspace(args: Any, outputs: list[Tensor]) -> Sequence[int]:

@@ -62,6 +62,7 @@ def plan(
     overhead: int | str = 0,
     offload_buffers: bool = False,
     strict: bool = True,
+    hardware: Hardware | str | None = None,
 ) -> Plan:
     """Place a model's layers on devices so that no device holds more than its budget.
 
@@ -70,6 +71,7 @@ def plan(
         max_memory: device -> budget; None asks this machine (`get_max_memory`).
         strategy, dtype, quantization, special_dtypes, no_split, batch, context, overhead, offload_buffers, strict:
             see `planner.plan`.
+        hardware: the machine whose rates the strategy "fastest" counts with; None takes this one if it has a GPU.
 
     Raises:
         PlanError: no placement fits, with the bytes that are missing and what would help.
@@ -81,10 +83,15 @@ def plan(
         from .device_map import get_max_memory
 
         max_memory = get_max_memory()
+    rates = None
+    if strategy == "fastest":
+        machine = Hardware.detect() if hardware is None else hardware
+        machine = machine_of(machine) if isinstance(machine, str) else machine
+        rates = next(iter(advice.rates_of(machine, advice.calibration_of(machine))), None)
     return planner.plan(
         describe(model), max_memory, strategy, dtype=dtype, quantization=quantization, special_dtypes=special_dtypes,
         no_split=no_split, batch=batch, context=context, overhead=overhead, offload_buffers=offload_buffers,
-        strict=strict,
+        strict=strict, rates=rates,
     )  # fmt: skip
 
 
@@ -101,7 +108,8 @@ def advise(
 
     Args:
         model: a name, URL, folder, `nn.Module` or `ModelSpec`.
-        hardware: a `Hardware`, the name of one ("1 x RTX 4090", "L4", "8 x H100-80GB"), or None for this machine.
+        hardware: a `Hardware`, the name of one ("1 x RTX 4090", "L4", "8 x H100-80GB"), or None for this machine, whose
+            measured rates are used if `calibrate()` was called here.
         batch, context: the load: sequences, and tokens of each.
         target: "speed", "quality", "memory" or "context".
         stored: quantizations to try; None is 16 bits.

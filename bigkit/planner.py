@@ -7,12 +7,13 @@ Every strategy cuts the chain into one stretch per GPU; they differ in where the
     balanced, auto   make the fullest GPU as empty as possible (fullest: the largest share of its budget)
     balanced_low_0   leave GPU 0 as empty as possible, balance the others
     exact            make the context (weights + KV cache + activations) as long as possible
+    fastest          where something must be offloaded: make a token come soonest (`fastest.py`); else as "auto"
 
 What fits on no GPU rests in RAM, then on disk, and is brought to the first GPU when its turn comes; for that the first
 GPU keeps a reserve, and only then. Without a GPU the CPU runs everything. Layers that share a tied tensor stay
 together, or each copy is counted.
 
-Leaves out: the arithmetic of cutting (`chain.py`), speed (`dryrun.py`) and moving anything (`dispatch.py`).
+Leaves out: the arithmetic of cutting (`chain.py`), what a run takes (`dryrun.py`), and moving anything (`dispatch.py`).
 """
 
 from __future__ import annotations
@@ -25,11 +26,14 @@ from itertools import accumulate
 
 from .chain import Chain, last_true
 from .estimate import activation_bytes
+from .fastest import Piece, search, token_seconds
+from .hardware import GPUS
 from .layers import Attention, Layer, ModelSpec, Precision
 from .plans import Device, Placed, Plan, Share, device_label, prefixes, read_device
+from .roofline import Rates
 from .units import dtype_bits, dtype_name, format_bytes, parse_bytes
 
-STRATEGIES = ("auto", "balanced", "balanced_low_0", "sequential", "exact")
+STRATEGIES = ("auto", "balanced", "balanced_low_0", "sequential", "exact", "fastest")
 SLOTS = 2  # offloaded layers in flight on the first GPU: one works while the next one arrives
 LONGEST = 2**24  # tokens: `exact` looks no further
 
@@ -63,6 +67,7 @@ def plan(
     overhead: int | str = 0,
     offload_buffers: bool = False,
     strict: bool = True,
+    rates: Rates | None = None,
 ) -> Plan:
     """Place a model's layers on devices so that no device holds more than its budget.
 
@@ -82,6 +87,7 @@ def plan(
         overhead: bytes that the runtime takes on each GPU.
         offload_buffers: whether buffers of offloaded layers leave the GPU too.
         strict: raise if the plan is not feasible; False returns it, with `problem` set.
+        rates: of the first GPU, for `fastest`; None takes those of an A100.
 
     Returns:
         The plan. Nothing given is changed.
@@ -111,6 +117,7 @@ def plan(
         context=context,
         overhead=parse_bytes(overhead),
         offload_buffers=offload_buffers,
+        rates=rates,
     )
     if not isinstance(strategy, str):
         task, places = _read_map(task, strategy)
@@ -167,6 +174,7 @@ class _Task:
     context: int
     overhead: int
     offload_buffers: bool
+    rates: Rates | None = None
 
     # -- the model's side
 
@@ -268,12 +276,12 @@ class _Task:
 
     def solve(self, strategy: str) -> Plan:
         if not self.fits(self.context):
-            return self.offload(strategy)
+            return self.soonest() if strategy == "fastest" else self.offload(strategy)
         context = self.context
         if strategy == "exact":
             context = last_true(self.fits, context, LONGEST)
         chain, rooms = self.chain(context), self.rooms(context)
-        if strategy in ("auto", "balanced"):
+        if strategy in ("auto", "balanced", "fastest"):
             ends = chain.balance(rooms)
         elif strategy == "balanced_low_0":
             skipped = min(1, len(rooms) - 1)
@@ -315,6 +323,40 @@ class _Task:
                     if trials[-1].feasible:
                         return trials[-1]
         return min(trials, key=lambda trial: sum(share.over for share in trial.shares))
+
+    def soonest(self) -> Plan:
+        """Of all ways to offload that `offload` tries, the one from which the search finds the fastest token."""
+        start = self.offload("fastest")
+        main = self.runners[0]
+        if not start.feasible or main == "cpu":
+            return start
+        rates = self.rates or Rates.of_gpu(GPUS["A100-80GB"])
+        pieces = [
+            Piece(unit.weights, self.kv(unit.attention, self.context), bool(unit.attention),
+                  (unit.weights, unit.largest, unit.buffers, unit.attention and len(unit.attention),
+                   self.kv(unit.attention, self.context)))
+            for unit in self.units
+        ]  # fmt: skip
+        by_name = {layer.name: layer.device for layer in start.layers}
+        first = [by_name[self.layers[unit.layers[0]].name] for unit in self.units]
+        found, least = start, float("inf")
+        for slots in (SLOTS, 1):
+
+            def fits(places: Sequence[Device], slots: int = slots) -> bool:
+                return self.measure(self.by_layer(places), "fastest", slots=slots, longest=False).feasible
+
+            def seconds(places: Sequence[Device], slots: int = slots) -> float:
+                return token_seconds(pieces, places, main, rates, slots)
+
+            for places in (
+                first,
+                *(self.fill(slots, size) for size in (None, max(unit.largest for unit in self.units))),
+            ):
+                if fits(places):
+                    best, taken = search(pieces, places, main, [*self.runners, *self.shelves], seconds, fits)
+                    if taken < least:
+                        found, least = self.measure(self.by_layer(best), "fastest", slots=slots), taken
+        return found
 
     def fill(self, slots: int, first_size: int | None) -> list[Device]:
         """Unit -> device: the runners in order, then the gaps they leave, then RAM and disk.
@@ -362,7 +404,8 @@ class _Task:
 
     # -- judging
 
-    def measure(self, places: Sequence[Device], strategy: str, context: int | None = None, slots: int = SLOTS) -> Plan:
+    def measure(self, places: Sequence[Device], strategy: str, context: int | None = None, slots: int = SLOTS,
+                longest: bool = True) -> Plan:  # fmt: skip
         """Count what every device holds under a placement, and say whether it fits."""
         context = self.context if context is None else context
         weights, cache = Counter[Device](), defaultdict[Device, list[Attention]](list)
@@ -397,7 +440,7 @@ class _Task:
         shares = [share(device, context) for device in self.budgets]
         fits = all(s.over == 0 for s in shares)
         most = None
-        if self.model.attention and fits:
+        if self.model.attention and fits and longest:
             most = last_true(lambda n: all(share(runner, n).over == 0 for runner in self.runners), context, LONGEST)
         placed = tuple(
             Placed(layer.name, layer.cls, size, place) for layer, size, place in zip(self.layers, self.sizes, places)

@@ -217,6 +217,8 @@ class Clock:
                 self.now = max(self.now, self.ready[slot])
         elif operation.name == LEAVE:
             self.emptied[slot] = max(self.now, self.free[operation.device])
+        elif operation.name == WAIT:  # Python asks for a value
+            self.now = max(self.now, self.free[operation.device])
         else:
             after = self.free.get(operation.source, 0.0)
             self._spend(operation.device, operation.name, after, self.rates[operation.device].seconds(operation))
@@ -247,7 +249,7 @@ class Clock:
         self.now = max(self.now, *(self.free[device] for device in self.rates))
 
 
-FILL, ARRIVE, LEAVE = "fill", "arrive", "leave"
+FILL, ARRIVE, LEAVE, WAIT = "fill", "arrive", "leave", "wait"
 
 
 def run_steps(

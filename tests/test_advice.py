@@ -1,13 +1,17 @@
 """Advice: what ranks first, what a token waits for, and what would have to change."""
 
 import json
+import os
+import platform
 import time
+from dataclasses import replace
 
 import pytest
 
 from bigkit import advise, describe, dry_run
 from bigkit.hardware import HARDWARE, Hardware, machine_of
 from bigkit.layers import Attention, ModelSpec, ModuleSpec, TensorSpec
+from bigkit.ledger import Calibration, Ledger
 
 
 def test_what_fits_is_ranked_by_speed_and_then_by_quality():
@@ -93,3 +97,39 @@ def test_the_largest_models_take_no_time():
         for machine in ("8 x H100-80GB", "1 x RTX 4090", "laptop, no GPU"):
             advise(describe(name), machine_of(machine))
     assert time.process_time() - start < 10
+
+
+def calibration(**measured):
+    products = {"float16": ((1e9, 1e14),), "bfloat16": ((1e9, 1e14),), "float32": ((1e9, 1e13),)}
+    return Calibration("a machine, 2 cores", **{"products": products, "issue": 1e-6, **measured})
+
+
+def test_rates_measured_here_are_used_and_said(monkeypatch, tmp_path):
+    monkeypatch.setenv("BIGKIT_LEDGER", str(tmp_path / "ledger.json"))
+    card = replace(machine_of("RTX 4090").gpus[0], name="My GPU")
+    mine = Hardware("this machine: 1 x My GPU", (card,), 512 * 2**30, 0)
+    asked = {"model": "llama-2-70b", "batch": 1, "context": 512, "stored": (None,)}
+    before = advise(hardware=mine, **asked)
+    assert not before.measured and "measured" not in str(before)
+    known = calibration(gpu="My GPU", link_pinned=10e9, memory=9e11, context=2**30)
+    Ledger.load().add(known)
+    after = advise(hardware=mine, **asked)
+    assert after.measured and "bigkit calibrate measured on this machine" in str(after)
+    assert json.loads(after.to_json())["measured"] is True
+    assert after.best.waits["link"] == pytest.approx(after.best.plan.offloaded / 10e9)
+    assert after.best.plan.shares[0].overhead == 2**30
+    run = dry_run("gpt2", None, 1, 8, 1, mine, dtype="float16")
+    assert run.rates["cuda:0"].measured and run.rates["cuda:0"].link == 10e9, "a dry run takes the same"
+    assert not advise(hardware="RTX 4090", **asked).measured, "another machine of the same kind was not measured"
+    other = replace(mine, gpus=(replace(card, name="Another GPU"),))
+    assert not advise(hardware=other, **asked).measured
+
+
+def test_a_machine_without_a_gpu_is_measured_too(monkeypatch, tmp_path):
+    monkeypatch.setenv("BIGKIT_LEDGER", str(tmp_path / "ledger.json"))
+    mine = Hardware("this machine: no GPU", (), 64 * 2**30, 10**12)
+    name = f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores"
+    Ledger.load().add(replace(calibration(host_memory=7e9, disk_warm=2e9), machine=name))
+    found = advise("llama-2-7b", mine, 1, 512, stored=(None,))
+    share = found.best.plan.shares[0]
+    assert found.measured and found.best.waits["RAM"] == pytest.approx((share.weights + share.kv_cache) / 7e9)

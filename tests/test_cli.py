@@ -39,6 +39,15 @@ def test_plan_text_json_and_code(capsys):
     assert "from bigkit import plan" in capsys.readouterr().out
 
 
+def test_plan_for_a_machine_by_speed(capsys):
+    assert main(["plan", "llama-2-70b", "--hardware", "1 x RTX 4090", "--strategy", "fastest", "--dtype", "float16",
+                 "--json"]) == 0  # fmt: skip
+    found = json.loads(capsys.readouterr().out)
+    assert found["strategy"] == "fastest" and found["shares"][0]["budget"] == 24564 * 2**20
+    assert main(["plan", "gpt2", "--hardware", "PS5"]) == 2
+    assert "unknown hardware 'PS5'" in capsys.readouterr().err
+
+
 def test_dry_run_text_json_and_picture(capsys):
     asked = ["dry-run", "gpt2", "--hardware", "2 x T4", "--dtype", "float16", "--context", "64", "--new", "1"]
     assert main(asked) == 0
@@ -54,6 +63,31 @@ def test_advise_needs_no_torch(capsys):
     assert done.returncode == 0 and done.stderr == "False\n" and "waits for" in done.stdout
     assert main(["advise", "llama-2-7b", "--hardware", "T4", "--target", "quality", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["options"][0]["stored"] == "float16"
+
+
+def test_pictures_go_to_a_file(capsys, tmp_path):
+    path = tmp_path / "picture.svg"
+    for asked in (
+        ["plan", "llama-2-7b", "--max_memory", "0=24GiB", "--dtype", "float16"],
+        ["dry-run", "pygpt", "--hardware", "T4", "--context", "32", "--new", "1"],
+        ["advise", "llama-2-7b", "--hardware", "T4"],
+    ):
+        path.unlink(missing_ok=True)
+        assert main([*asked, "--svg", str(path)]) == 0
+        assert capsys.readouterr().out == f"the picture is in {path}\n"
+        assert path.read_text().startswith("<svg") and 'role="img"' in path.read_text()
+        assert main([*asked, "--svg"]) == 0 and capsys.readouterr().out.startswith("<svg")
+        assert main([*asked, "--svg", str(tmp_path / "no" / "folder.svg")]) == 2
+        assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_a_quantized_dry_run(capsys):
+    pytest.importorskip("bitsandbytes")
+    asked = ["dry-run", "gpt2", "--hardware", "T4", "--context", "32", "--new", "1", "--json"]
+    assert main(asked) == 0
+    whole = json.loads(capsys.readouterr().out)["devices"]["0"]["at_peak"]["weights"]
+    assert main([*asked, "--quantization", "nf4"]) == 0
+    assert json.loads(capsys.readouterr().out)["devices"]["0"]["at_peak"]["weights"] < 0.4 * whole
 
 
 def test_calibrate_keeps_what_it_measured(capsys, monkeypatch, tmp_path):

@@ -16,11 +16,11 @@ ROOT = Path(bigkit.__file__).parent
 # Bottom to top. A module may import those before it; a package counts as one module.
 ORDER = [
     "units", "allocator", "layers", "shards", "shares", "config", "estimate", "chain", "plans", "schedule", "ledger",
-    "hardware", "roofline", "export", "planner", "advice",
+    "hardware", "roofline", "export", "fastest", "planner", "advice",
     "meta", "bulk", "convert", "checkpoint", "zoo", "device_map", "front",
     "store", "away", "lanes", "stream", "resting", "hooks", "dispatch", "observe",
     "packed", "quantize", "rounding",
-    "workload", "recording", "fake", "dryrun", "measure", "calibration", "recorder",
+    "workload", "recording", "fake", "fake_replay", "fake_quantized", "dryrun", "measure", "calibration", "recorder",
     "distributed", "launch", "notebook", "batches", "examples",
     "draw", "draw_run", "draw_dryrun", "draw_advice", "widgets", "cli",
 ]  # fmt: skip

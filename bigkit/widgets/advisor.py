@@ -34,7 +34,7 @@ class Advisor(Explorer):
     >>> advisor = Advisor("llama-2-7b", "1 x RTX 4090")
     >>> advisor.batch.value = 4
     >>> advisor
-    Advisor(llama-2-7b on 1 x RTX 4090, 4 x 2,048, best by speed: bfloat16, 156.25 tokens/s)
+    Advisor(llama-2-7b on 1 x RTX 4090, 4 x 2,048, best by speed: bfloat16, 160.26 tokens/s)
     """
 
     def __init__(

@@ -24,6 +24,26 @@ def test_peaks_are_those_of_the_real_run(name):
     assert run.peak_reserved[0] == pytest.approx(real["reserved"], rel=0.03)
 
 
+@pytest.mark.parametrize("quantization", ["int8", "nf4", "nf4-double"])
+@pytest.mark.parametrize("prompt", [16, 600])
+def test_peaks_of_quantized_models(quantization, prompt):
+    pytest.importorskip("bitsandbytes")
+    from bigkit.fake_quantized import config_of, fill_quantized, quantize_empty
+
+    load = Workload(4, prompt, 3)
+    config = config_of(quantization, "float16")
+    model = quantize_empty(zoo.empty_model("gpt2", dtype="float16").eval(), config)
+    with record_allocations() as mark:
+        fill_quantized(model, {"": 0}, torch.device("cuda", 0), config)
+        for step in passes(model, load, "cuda"):
+            mark(step.phase)
+    del model
+    real = mark.recording.peaks
+    run = dry_run("gpt2", None, load.batch, load.prompt, load.new, "H200", quantization=quantization)
+    assert run.peak_allocated[0] == pytest.approx(real["allocated"], rel=0.005)
+    assert run.peak_reserved[0] == pytest.approx(real["reserved"], rel=0.03)
+
+
 def test_fake_gpus_beyond_the_real_ones_and_real_work_after_them():
     with fake_gpus() as notes:
         a = torch.ones(4, device="cuda:7")
