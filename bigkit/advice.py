@@ -180,13 +180,13 @@ def advise(
         raise ValueError(f"unknown target {target!r}: expected one of {', '.join(TARGETS)}")
     half = "float16" if hardware.gpus and hardware.gpus[0].capability < (8, 0) else "bfloat16"
     known = calibration or calibration_of(hardware)
-    context_bytes = known.context if known and known.context else CONTEXT_BYTES
+    overhead = hardware.overhead + (known.context - CONTEXT_BYTES if known and known.context else 0)
     options, cures = [], []
     for quantization in stored:
         try:
             found = plan(
                 model, hardware.max_memory(), "exact" if target == "context" else "auto", dtype=half,
-                quantization=quantization, batch=batch, context=context, overhead=context_bytes,
+                quantization=quantization, batch=batch, context=context, overhead=overhead,
             )  # fmt: skip
         except PlanError as error:
             cures.append(f"{quantization or half}: {error.plan.problem}. {error.cure}")

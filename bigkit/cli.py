@@ -152,7 +152,7 @@ def _budgets(given: Sequence[str] | None) -> dict[Device, int | str] | None:
 def _dry_run(options: argparse.Namespace) -> str:
     from .dryrun import dry_run
     from .front import describe, plan
-    from .hardware import CONTEXT_BYTES, Hardware, machine_of
+    from .hardware import Hardware, machine_of
 
     machine = Hardware.detect() if options.hardware is None else machine_of(options.hardware)
     if not machine.gpus:
@@ -161,7 +161,7 @@ def _dry_run(options: argparse.Namespace) -> str:
     found = plan(
         spec, _budgets(options.max_memory) or machine.max_memory(), options.strategy, dtype=options.dtype,
         quantization=options.quantization, batch=options.batch, context=options.context + options.new,
-        overhead=CONTEXT_BYTES, hardware=machine,
+        overhead=machine.overhead, hardware=machine,
     )  # fmt: skip
     run = dry_run(options.model, found, options.batch, options.context, options.new, machine, dtype=options.dtype)
     if options.json:
@@ -202,13 +202,14 @@ def _plan(options: argparse.Namespace) -> str:
     from .front import describe, plan
     from .hardware import machine_of
 
-    budgets = _budgets(options.max_memory)
+    budgets, overhead = _budgets(options.max_memory), 0
     if budgets is None and options.hardware is not None:
-        budgets = {**machine_of(options.hardware).max_memory()}
+        machine = machine_of(options.hardware)
+        budgets, overhead = {**machine.max_memory()}, machine.overhead
     spec = describe(options.model, options.library_name, trust_remote_code=options.trust_remote_code)
     found = plan(
         spec, budgets, options.strategy, dtype=options.dtype, quantization=options.quantization,
-        batch=options.batch, context=options.context, hardware=options.hardware,
+        batch=options.batch, context=options.context, overhead=overhead, hardware=options.hardware,
     )  # fmt: skip
     if options.json:
         return found.to_json()

@@ -17,6 +17,7 @@ from pathlib import Path
 from .plans import Device
 from .units import GB, TB, GiB, MiB
 
+SPARE = 50  # one part in so many of a GPU: plans that offload keep it free, or dry runs find them out of memory
 CONTEXT_BYTES = 527 * MiB  # what a CUDA context takes before the first tensor: measured on an H200 with torch 2.11
 
 
@@ -73,8 +74,17 @@ class Hardware:
         name = f"{len(names)} x {names[0]}" if names and len({*names}) == 1 else ", ".join(names) or "no GPU"
         return Hardware(f"this machine: {name}", gpus, ram_limit(), shutil.disk_usage(folder).free)
 
+    @property
+    def overhead(self) -> int:
+        """Bytes that a plan must leave of each GPU: the CUDA context, and what the allocator reserves and cannot use.
+
+        >>> HARDWARE["Colab T4"].overhead // MiB, HARDWARE["laptop, no GPU"].overhead
+        (834, 0)
+        """
+        return max((CONTEXT_BYTES + gpu.memory // SPARE for gpu in self.gpus), default=0)
+
     def max_memory(self) -> dict[Device, int]:
-        """Budgets for `plan`: every GPU whole, RAM and disk. The CUDA context is `plan`'s `overhead`."""
+        """Budgets for `plan`: every GPU whole, RAM and disk. What is lost of a GPU is `plan`'s `overhead`."""
         return {**{i: gpu.memory for i, gpu in enumerate(self.gpus)}, "cpu": self.ram, "disk": self.disk}
 
 

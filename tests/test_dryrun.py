@@ -7,7 +7,7 @@ import torch
 
 from bigkit import init_empty_weights, plan, zoo
 from bigkit.dryrun import KINDS, dry_run, target_of
-from bigkit.hardware import GPUS, HARDWARE, Gpu, Hardware
+from bigkit.hardware import GPUS, HARDWARE, Gpu, Hardware, machine_of
 from bigkit.ledger import Calibration
 from bigkit.units import GiB, MiB
 from bigkit.workload import fill
@@ -28,6 +28,18 @@ def test_a_llama_fits_a_gpu_of_the_right_size():
     assert [step.name for step in run.times] == ["prefill", "token 1", "token 2"]
     assert repr(run) == f"DryRun(llama-2-7b 1 x 512+2, fits, peak {run.peak_reserved[0] / GiB:.2f} GiB)"
     assert "Fits." in str(run) and "tokens/s" in str(run)
+
+
+@pytest.mark.parametrize(
+    "model, dtype, machine",
+    [("llama-2-7b", "float32", "RTX 4090"), ("llama-3.1-8b", "float16", "T4"), ("mixtral-8x7b", "float16", "RTX 4090")],
+)
+def test_a_plan_that_offloads_is_true(model, dtype, machine):
+    """What is planned for a machine is not found out of memory by its rehearsal."""
+    hardware = machine_of(machine)
+    found = plan(model, hardware.max_memory(), dtype=dtype, batch=1, context=514, overhead=hardware.overhead)
+    run = dry_run(model, found, 1, 512, 2, hardware)
+    assert found.offloaded and run.fits and run.peak_reserved[0] > 0.9 * run.timeline().capacity
 
 
 def test_a_run_that_does_not_fit_says_where():

@@ -15,7 +15,7 @@ from ..draw import svg
 from ..draw_dryrun import dryrun_figure, dryrun_label, dryrun_text, format_time
 from ..dryrun import DryRun, dry_run
 from ..front import describe, plan
-from ..hardware import CONTEXT_BYTES, GPUS, LINKS, Gpu, Hardware
+from ..hardware import GPUS, LINKS, Gpu, Hardware
 from ..measure import Measurement, measure, obstacle
 from ..plans import Plan
 from ..units import GiB, dtype_name, format_bytes
@@ -35,7 +35,6 @@ from ._explorer import (
 
 OWN = "the GPU's own"
 HERE = "the one here"
-SPARE = 50  # one part in so many is planned for what the allocator reserves and cannot use
 PROMPTS = (16, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 PRESETS = {
     "gpt2-xl on a T4": ("gpt2-xl", "float16", "T4", 1, 4, 256, 4),
@@ -143,7 +142,7 @@ class DryRunExplorer(Explorer):
         batch, prompt, new = self.batch.value, self.prompt.value, self.new.value
         found = plan(
             describe(name), machine.max_memory(), dtype=dtype, batch=batch, context=prompt + new,
-            overhead=CONTEXT_BYTES + (machine.gpus[0].memory // SPARE if machine.gpus else 0), strict=False,
+            overhead=machine.overhead, strict=False,
         )  # fmt: skip
         key = (name, dtype, tuple(found.device_map.items()), batch, prompt, new, machine)
         if key not in self._runs:
