@@ -446,8 +446,8 @@ def test_the_wrong_config_is_refused(saved):
         load_and_quantize_model(empty(), config("nf4"), device_map=CPU)
     with pytest.raises(FileNotFoundError):
         load_and_quantize_model(empty(), config("nf4"), folder.parent / "nowhere", CPU)
-    with pytest.raises(ValueError, match="unknown device_map 'fastest'"):
-        load_and_quantize_model(empty(), config("nf4"), folder, "fastest")
+    with pytest.raises(ValueError, match="unknown device_map 'swiftest'"):
+        load_and_quantize_model(empty(), config("nf4"), folder, "swiftest")
     with pytest.raises(ValueError, match="gives no device for"):
         load_and_quantize_model(empty(), config("nf4"), folder, {"transformer": "cpu"})
 
