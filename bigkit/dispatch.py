@@ -324,8 +324,7 @@ def load_checkpoint_and_dispatch(
     Args:
         model: the model.
         checkpoint: a file, an index or a folder.
-        device_map: a map, or a strategy that finds one: "auto", "balanced", "balanced_low_0", "sequential", "exact",
-            "fastest".
+        device_map: a map, or one of `planner.STRATEGIES` ("auto", ...), which finds one.
             Where blocks must be offloaded, those that stay are spread among them (not with "sequential"), so that
             copies hide behind work. None loads and does no more.
         max_memory: device -> budget, for a strategy; None asks this machine.

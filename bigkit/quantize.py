@@ -307,8 +307,8 @@ def load_and_quantize_model(
         bnb_quantization_config: what becomes of it.
         weights_location: a checkpoint in full precision or quantized in the same way, by bigkit or Transformers: a
             file, an index or a folder. None quantizes the weights that the model has.
-        device_map: module name -> device; or "auto", "balanced", "balanced_low_0", "sequential" or "exact", planned
-            with the sizes that the weights will have. None takes GPU 0, or the CPU where there is none.
+        device_map: module name -> device; or one of `planner.STRATEGIES` ("auto", ...), planned with the sizes that
+            the weights will have. None takes GPU 0, or the CPU where there is none.
         no_split_module_classes: classes that stay on one device; None takes the model's own list.
         max_memory: device -> budget, for maps by name; None asks this machine.
         offload_folder: where quantized weights for "disk" are written; those of a checkpoint that is quantized already
