@@ -29,6 +29,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,8 @@ from bigkit.allocator import Recording
 from bigkit.calibration import HOSTS as CALIBRATED
 from bigkit.calibration import calibrate, host_steps, last_step, machine_name
 from bigkit.dryrun import DryRun, dry_run
+from bigkit.fake_quantized import config_of as quantized_config
+from bigkit.fake_quantized import fill_quantized, quantize_empty
 from bigkit.hardware import GPUS, Hardware
 from bigkit.ledger import Calibration
 from bigkit.recording import record_allocations, settle
@@ -89,6 +92,7 @@ MODELS = (
     ("falcon-7b", 0), ("gpt-neox-20b", 0), ("phi-3-mini", 0), ("convnext_base.fb_in22k_ft_in1k", 0),
     ("llama-3.1-405b", 4), ("qwen3-32b", 16),
 )  # fmt: skip
+QUANTIZED = (("llama-2-7b", "nf4"), ("llama-2-7b", "int8"))  # these too, where there is bitsandbytes
 KEPT = Path(__file__).parent / "results" / "dryrun.json"
 BLOCKS = ("num_hidden_layers", "num_layers", "n_layer")
 
@@ -109,6 +113,16 @@ def cases(only: list[str]) -> Iterator[dict[str, Any]]:
         for shape in SHAPES:
             if not only or name in only or f"{name}/{shape}" in only:
                 yield {"model": name, "blocks": blocks, "shape": shape}
+                yield from (
+                    {"model": name, "blocks": blocks, "shape": shape, "quantization": quantization}
+                    for other, quantization in QUANTIZED
+                    if other == name and find_spec("bitsandbytes")
+                )
+
+
+def key_of(case: dict[str, Any]) -> str:
+    """What a case is called: "gpt2-xl/8x512", "llama-2-7b/1x16/nf4"."""
+    return "/".join(case[part] for part in ("model", "shape", "quantization") if part in case)
 
 
 def load_of(case: dict[str, Any], config: dict[str, Any]) -> Workload:
@@ -157,9 +171,15 @@ def measure(case: dict[str, Any], traces: Path | None) -> dict[str, Any]:
     found: dict[str, Any] = {}
     start = time.perf_counter()
     model = build.build(config, dtype="bfloat16").eval()
+    quantization = quantized_config(case["quantization"], "bfloat16") if "quantization" in case else None
+    if quantization is not None:
+        quantize_empty(model, quantization)
     found["build_seconds"] = time.perf_counter() - start
     with record_allocations() as mark:
-        fill(model, {"": 0})
+        if quantization is None:
+            fill(model, {"": 0})
+        else:
+            fill_quantized(model, {"": 0}, torch.device("cuda", 0), quantization)
         mark("filled")
         found["filled"] = [torch.cuda.memory_allocated(), torch.cuda.memory_reserved()]
         for phase, _ in passes(model, load, "cuda"):
@@ -170,8 +190,8 @@ def measure(case: dict[str, Any], traces: Path | None) -> dict[str, Any]:
     found["peak"] = [recording.peaks["allocated"], recording.peaks["reserved"]]
     found["events"] = len(recording.events)
     if traces is not None:
-        recording.about["work"] = f"{case['model']} {case['shape']}"
-        recording.save(traces / f"{case['model']}-{case['shape']}.json.gz")
+        recording.about["work"] = key_of(case).replace("/", " ")
+        recording.save(traces / f"{key_of(case).replace('/', '-')}.json.gz")
     try:
         with Kernels() as kernels:
             for _ in passes(model, load, "cuda"):
@@ -275,7 +295,7 @@ def measure_all(path: Path, traces: Path | None, seconds: float, only: list[str]
     write()
     for case in cases(only):
         if time.perf_counter() - start > seconds:
-            results.setdefault("not_started", []).append(f"{case['model']}/{case['shape']}")
+            results.setdefault("not_started", []).append(key_of(case))
             continue
         began = time.perf_counter()
         try:
@@ -290,9 +310,9 @@ def measure_all(path: Path, traces: Path | None, seconds: float, only: list[str]
         results["cases"].append({**case, **found})
         write()
         now = time.perf_counter()
-        print(f"{now - start:5.0f} s (+{now - began:4.1f})  {case['model']}/{case['shape']}  {said}", flush=True)
+        print(f"{now - start:5.0f} s (+{now - began:4.1f})  {key_of(case)}  {said}", flush=True)
     for case in results["cases"]:
-        key = f"{case['model']}/{case['shape']}"
+        key = key_of(case)
         if key not in ("bloom-7b1/2x2048", "gpt2-xl/8x512", "llama-2-7b/2x2048", "mixtral-8x7b/8x512"):
             continue
         if "peak" in case and time.perf_counter() - start < seconds:
@@ -330,7 +350,7 @@ def foretell(results: dict[str, Any], case: dict[str, Any]) -> tuple[DryRun, dic
     run = dry_run(
         lambda: build.build(config, dtype="bfloat16"),
         None, load.batch, load.prompt, load.new, Hardware(results["machine"]["gpu"], (gpu,), 0, 0),
-        all_logits=load.all_logits, calibration=calibration,
+        all_logits=load.all_logits, calibration=calibration, quantization=case.get("quantization"), dtype="bfloat16",
     )  # fmt: skip
     peak = [run.peak_allocated[0], run.peak_reserved[0]]
     lanes = {"prefill": run.times[0].bottleneck, "token": run.times[-1].bottleneck}
@@ -367,7 +387,7 @@ def train(results: dict[str, Any]) -> dict[str, float]:
     """What an older calibration lacks, from `TRAINED` cases: seconds of a host's step, bytes a second of a gather."""
     if results["calibration"].get("gather") or "error" in results["calibration"]:
         return {}
-    measured = {f"{case['model']}/{case['shape']}": case for case in results["cases"] if "seconds" in case}
+    measured = {key_of(case): case for case in results["cases"] if "seconds" in case}
     steps = []
     for name in HOSTS:
         if (case := measured.get(f"{name}/1x16")) is not None:
@@ -397,7 +417,7 @@ def predict_all(path: Path, only: list[str], save: bool) -> None:
     rows: list[list[float]] = []
     errors_of_time: dict[tuple[str, str, str], list[float]] = {}
     for case in results["cases"]:
-        name = f"{case['model']}/{case['shape']}"
+        name = key_of(case)
         if "error" in case or (only and case["model"] not in only and name not in only):
             continue
         run, case["predicted"] = foretell(results, case)

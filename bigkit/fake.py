@@ -116,6 +116,9 @@ class Notebook(TorchDispatchMode):
             return func(*args, **(kwargs or {}))
         if self.kernels and (followed := self._follow(func, args, kwargs or {})):
             return followed[0]
+        if func in _COMPOSITE:
+            with self:
+                return func.decompose(*args, **(kwargs or {}))
         inputs = [*_tensors(args), *_tensors((kwargs or {}).values())]
         result = func(*args, **(kwargs or {}))
         outputs = list(_tensors((result,)))
@@ -434,6 +437,7 @@ _ATTENTION = {getattr(aten, f"_scaled_dot_product_{kernel}_attention") for kerne
 _CUDNN = aten._scaled_dot_product_cudnn_attention.default
 _ADDMM = aten.addmm.default
 _ASK = torch.ops.prim.device.default  # `tensor.device` of fake tensors; real ones do not ask the dispatcher
+_COMPOSITE = (aten.linear.default, aten.matmul.default)  # reach a mode whole where a library's own operation calls them
 _QUESTIONS = (aten._local_scalar_dense.default, aten.is_nonzero.default)
 
 

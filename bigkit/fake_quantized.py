@@ -14,6 +14,7 @@ int8 products' own rate (that of 16-bit ones is taken). Needs bitsandbytes, on a
 from __future__ import annotations
 
 import importlib.util
+import logging
 import sys
 import types
 from collections.abc import Callable, Iterator, Mapping
@@ -84,6 +85,7 @@ def fake_bitsandbytes(notes: Notebook) -> Iterator[None]:
         enter(mock.patch.object(packed, "int8_weight", _int8_weight))
         enter(mock.patch.dict(ANATOMY, dict.fromkeys((Params4bit, Int8Params), _ANATOMY)))
         enter(mock.patch.object(notes, "kernels", functions))
+        enter(mock.patch.object(logging.getLogger("bitsandbytes.autograd._functions"), "disabled", True))
         yield
 
 
