@@ -71,12 +71,16 @@ def dryrun_text(run: DryRun, measured: Measurement | None = None) -> str:
     pygpt: fits
     """
     kinds = [kind for kind in KINDS if any(line.at_peak()[kind] for line in run.timelines.values())]
-    rows = [
-        [device_label(device), format_bytes(line.peak_reserved), format_bytes(line.capacity) if line.capacity else "-",
-         format_bytes(line.peak_allocated), *(format_bytes(line.at_peak()[kind]) for kind in kinds)]
-        for device, line in run.timelines.items()
-    ]  # fmt: skip
-    memory = text_table(["at the peak", "reserved", "of", "allocated", *kinds], rows)
+    lines = list(run.timelines.values())
+    rows = {
+        "capacity": [format_bytes(line.capacity) if line.capacity else "-" for line in lines],
+        "reserved": [format_bytes(line.peak_reserved) for line in lines],
+        "allocated": [format_bytes(line.peak_allocated) for line in lines],
+        **{f"  {kind}": [format_bytes(line.at_peak()[kind]) for line in lines] for kind in kinds},
+    }
+    memory = text_table(
+        ["at the peak", *map(device_label, run.timelines)], [[name, *row] for name, row in rows.items()]
+    )
     times = text_table(
         ["step", "time", "busy longest"],
         [[step.name, format_time(step.seconds), _lane_name(step.bottleneck)] for step in _few(run.times)],
