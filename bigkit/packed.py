@@ -17,6 +17,7 @@ Sources: Dettmers et al., "LLM.int8()" (2022), "QLoRA" (2023); `QuantState.as_di
 from __future__ import annotations
 
 import json
+import logging
 import math
 from collections.abc import Container, Mapping
 from functools import cache
@@ -43,6 +44,8 @@ def bitsandbytes() -> ModuleType:
     Raises:
         ImportError: it is not installed, or does not run here.
     """
+    # It warns on some CPUs of a kernel that it cannot download, which bigkit's layers would not use.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(lambda record: "gemm_4bit_forward" not in record.msg)
     try:
         import bitsandbytes
     except Exception as error:  # a native library that is missing or too new fails in its own way

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .config import facts
 from .plans import Device, prefixes
 
 
@@ -111,10 +112,18 @@ def passes(model: nn.Module, load: Workload, device: torch.device | str) -> Iter
         load: what to run. Tokens are generated only by models that can generate.
         device: where the inputs are made.
 
+    Raises:
+        ValueError: more tokens than the model has positions for, or it takes neither token ids nor images.
+
     >>> from bigkit.zoo.gpt import load_pygpt
     >>> [step.phase for step in passes(load_pygpt(), Workload(batch=1, prompt=8, new=2), "cpu")]
     ['prefill', 'decode', 'decode']
     """
+    if (most := most_tokens(model)) is not None and load.prompt + load.new > most:
+        raise ValueError(
+            f"{type(model).__name__} has learned positions for {most:,} tokens, and {load.prompt:,} + {load.new:,} "
+            "were asked for: take a shorter prompt, or fewer new tokens"
+        )
     inputs, options = _inputs(model, load, device)
     generates = _generates(model)
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False) and "input_ids" in inputs:
@@ -140,6 +149,22 @@ def passes(model: nn.Module, load: Workload, device: torch.device | str) -> Iter
         state["past_key_values"] = output.past_key_values
         del output
         yield Step("decode", state["past_key_values"])
+
+
+def most_tokens(model: nn.Module) -> int | None:
+    """The most tokens that a model's table of learned positions has room for; None if it has no such table.
+
+    >>> from bigkit import zoo
+    >>> most_tokens(zoo.empty_model("gpt2")), most_tokens(zoo.empty_model("llama-3.1-8b"))
+    (1024, None)
+    """
+    config: Any = getattr(model, "config", None)
+    known = facts(config.to_dict()) if hasattr(config, "to_dict") else {}
+    most = known.get("max_position_embeddings")
+    if known.get("positions") != "learned" or not most:
+        return None
+    tables = (module.num_embeddings for module in model.modules() if isinstance(module, nn.Embedding))
+    return most if any(most <= rows <= most + 2 for rows in tables) else None  # OPT's begins with row 2
 
 
 def _inputs(model: nn.Module, load: Workload, device: torch.device | str) -> tuple[dict[str, Tensor], dict[str, Any]]:

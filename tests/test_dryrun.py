@@ -42,6 +42,15 @@ def test_a_plan_that_offloads_is_true(model, dtype, machine):
     assert found.offloaded and run.fits and run.peak_reserved[0] > 0.9 * run.timeline().capacity
 
 
+@pytest.mark.parametrize("model, most", [("gpt2", 1024), ("opt-1.3b", 2048), ("bert-base-cased", 512), ("pygpt", 512)])
+def test_more_tokens_than_learned_positions_are_refused(model, most):
+    """A real GPU would stop with an assertion in a kernel; a fake one looks up nothing."""
+    assert dry_run(model, None, 1, most, 0, "H200").fits
+    new = 0 if model == "bert-base-cased" else 1
+    with pytest.raises(ValueError, match=f"learned positions for {most:,} tokens"):
+        dry_run(model, None, 1, most + 1 - new, new, "H200")
+
+
 def test_a_run_that_does_not_fit_says_where():
     run = dry_run("gpt2", None, 4, 512, 0, gpu(900 * MiB), dtype="float32")
     assert not run.fits and run.problem.startswith("GPU 0 runs out of memory in step 'fill' (event ")
