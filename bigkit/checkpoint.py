@@ -528,19 +528,13 @@ class _Slot:
 def _slots(model: nn.Module) -> list[_Slot]:
     """Parameters and persistent buffers, tied ones together."""
     slots: dict[str, _Slot] = {}
-
-    def walk(module: nn.Module, prefix: str) -> None:
-        hidden = module._non_persistent_buffers_set
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        start, hidden = prefix and prefix + ".", module._non_persistent_buffers_set
         for buffer, tensors in ((False, module._parameters), (True, module._buffers)):
             for own, tensor in tensors.items():
                 if tensor is not None and not (buffer and own in hidden):
-                    name = prefix + own
+                    name = start + own
                     slots[name] = _Slot(name, tensor, buffer, (name,), ((module, own),))
-        for own, child in module._modules.items():
-            if child is not None:
-                walk(child, f"{prefix}{own}.")
-
-    walk(model, "")
     for first, *others in tied((name, slot.tensor) for name, slot in slots.items()):
         for other in map(slots.pop, others):
             slots[first].names += other.names

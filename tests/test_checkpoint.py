@@ -1,8 +1,10 @@
 """Checkpoints: there and back, against Transformers, Accelerate and the safetensors library, and with every fault."""
 
+import gc
 import json
 import os
 import signal
+import weakref
 from pathlib import Path
 
 import pytest
@@ -711,3 +713,17 @@ def test_saving_while_a_model_uses_the_old_pages(tmp_path):
     before = {name: tensor.clone() for name, tensor in user.state_dict().items()}
     save_model(Net(), tmp_path, "1KB")
     assert all(torch.equal(before[name], tensor) for name, tensor in user.state_dict().items())
+
+
+def test_a_loaded_model_goes_when_it_is_let_go(tmp_path):
+    """No cycle keeps its pages until garbage is collected."""
+    save_model(Net(), tmp_path)
+    model = empty()
+    load_checkpoint_in_model(model, tmp_path)
+    gone = weakref.ref(model.embed)
+    gc.disable()
+    try:
+        del model
+        assert gone() is None
+    finally:
+        gc.enable()
