@@ -16,6 +16,7 @@ written as they come.
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import platform
@@ -229,6 +230,7 @@ def child(way: str, folder: Path, layers: int, device: str, runs: int, cold: int
         print(json.dumps(found), flush=True)
     times: list[float] = []
     for _ in range(cold):
+        gc.collect()  # pages that are still mapped cannot be dropped
         drop(folder)
         times.append(timed()[1])
         print(json.dumps(found | {"cold_s": statistics.median(times)}), flush=True)
@@ -376,6 +378,7 @@ def ceilings(folder: Path, size: int, options: argparse.Namespace) -> dict[str, 
     many = min(16, 2 * (os.cpu_count() or 1))
     found: dict[str, Any] = {"raw_cold_gb_s": {}, "raw_warm_gb_s": {}}
     for readers in sorted({4, many}) if options.cold else ():
+        gc.collect()  # pages that are still mapped cannot be dropped
         drop(folder)
         found["raw_cold_gb_s"][readers] = size / read_raw(folder, readers) / GB
     warm(folder)
