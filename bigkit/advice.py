@@ -16,8 +16,6 @@ Leaves out: speculation, tensor parallelism, and what quantized kernels cost bey
 from __future__ import annotations
 
 import json
-import os
-import platform
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,7 +23,7 @@ from typing import Any
 from .estimate import text_table
 from .hardware import CONTEXT_BYTES, Hardware
 from .layers import ModelSpec
-from .ledger import Calibration, Ledger
+from .ledger import Calibration, Ledger, machine_key
 from .planner import PlanError, plan
 from .plans import Plan
 from .roofline import Rates
@@ -222,7 +220,7 @@ def calibration_of(hardware: Hardware) -> Calibration | None:
         return None
     known = Ledger.load().calibrations
     if not hardware.gpus:
-        return known.get(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores")
+        return known.get(machine_key())
     return next((item for item in known.values() if item.gpu == hardware.gpus[0].name), None)
 
 

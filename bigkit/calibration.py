@@ -27,7 +27,7 @@ from torch import nn
 from .dryrun import rehearse
 from .fake import Target
 from .lanes import CHUNK, count_readers, readers
-from .ledger import Calibration, Ledger
+from .ledger import Calibration, Ledger, machine_key
 from .units import MiB
 from .workload import Workload, fill, passes
 
@@ -105,9 +105,8 @@ def best(work: Callable[[], Any], device: str = "cpu", repeats: int = 5, inner: 
 
 
 def machine_name() -> str:
-    """The GPU (or the processor) and the number of cores: what a calibration goes by in the ledger."""
-    name = torch.cuda.get_device_name(0) if torch.cuda.is_available() else platform.processor() or platform.machine()
-    return f"{name}, {os.cpu_count()} cores"
+    """What this machine's calibration goes by in the ledger."""
+    return machine_key(torch.cuda.get_device_name(0) if torch.cuda.is_available() else None)
 
 
 def _versions() -> dict[str, str]:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import statistics
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
@@ -221,6 +222,11 @@ def _locked(folder: Path) -> Iterator[None]:
         yield
     finally:
         os.close(handle)
+
+
+def machine_key(gpu: str | None = None) -> str:
+    """What a machine goes by in the ledger: its GPU (or the processor) and the number of cores."""
+    return f"{gpu or platform.processor() or platform.machine()}, {os.cpu_count()} cores"
 
 
 def ledger_path() -> Path:
