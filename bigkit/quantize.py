@@ -13,9 +13,10 @@ from __future__ import annotations
 import copy
 import os
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -378,10 +379,10 @@ class _Places:
     stored: dict[str, Stored] = field(default_factory=dict)
     files: dict[Path, WrittenFile] = field(default_factory=dict)
 
-    def rests(self, name: str) -> Device:
-        found = placement(self.devices)(name)
-        assert found is not None  # the map was checked
-        return found
+    @cached_property
+    def rests(self) -> Callable[[str], Device]:
+        """A tensor's name -> where it rests; the map was checked, so there is a place for each."""
+        return placement(self.devices)
 
     def works(self, name: str) -> torch.device:
         """The device that runs it: for what rests in RAM or on disk the first GPU of the map, or the CPU."""
