@@ -30,11 +30,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from checkpoint import llama, make
 from torch import nn
 
 import bigkit
 import bigkit.packed
-from bigkit import BnbQuantizationConfig, init_empty_weights, load_and_quantize_model, save_model
+from bigkit import BnbQuantizationConfig, load_and_quantize_model
 from bigkit.layers import quantized_bytes
 
 KINDS: dict[str, dict[str, Any]] = {
@@ -49,26 +50,6 @@ LOADED = ("int8", "nf4", "nf4-double")
 def options(kind: str) -> dict[str, Any]:
     """The config of a kind, in Accelerate's words."""
     return {"bnb_4bit_compute_dtype": torch.bfloat16, "torch_dtype": torch.bfloat16, **KINDS[kind]}
-
-
-def llama(layers: int) -> nn.Module:
-    """An empty Llama-7B shape with `layers` blocks."""
-    import transformers
-
-    config = transformers.LlamaConfig(num_hidden_layers=layers, dtype="bfloat16")
-    with init_empty_weights():
-        return transformers.LlamaForCausalLM._from_config(config, dtype=torch.bfloat16)
-
-
-def make(folder: Path, layers: int, gpu: bool) -> None:
-    """Write the checkpoint with random weights."""
-    torch.manual_seed(0)
-    model: Any = llama(layers).to_empty(device="cuda" if gpu else "cpu")
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.normal_(0, 0.02)
-    save_model(model, folder, "5GB" if gpu else "500MB")
-    model.config.save_pretrained(folder)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -247,8 +228,7 @@ def main() -> None:
 def compare(root: Path, device: str, layers: int, given: argparse.Namespace) -> None:
     """Run all parts."""
     folder = root / "llama"
-    if not folder.exists():
-        make(folder, layers, given.gpu)
+    make(folder, layers, given.gpu)
     import bitsandbytes
 
     machine = {
