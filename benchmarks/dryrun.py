@@ -1,6 +1,7 @@
 """Memory and time of real models on one GPU, foretold by dry runs and measured.
 
-    python benchmarks/dryrun.py --measure RESULTS.json [--traces FOLDER] [--seconds 210]      on a CUDA GPU
+    python benchmarks/dryrun.py --measure RESULTS.json [--traces FOLDER] [--seconds 300]      on a CUDA GPU
+    python benchmarks/dryrun.py --measure RESULTS.json --again EARLIER.json                   only the times
     python benchmarks/dryrun.py [--predict RESULTS.json] [--save]                             on any machine
     python benchmarks/dryrun.py --offload benchmarks/results/offload-gpu.json                 on any machine
     python benchmarks/dryrun.py --host                                                        on any machine
@@ -8,14 +9,13 @@
 Every case is a model of real size, bfloat16, with as many blocks as fit in about 50 GB and random weights; three
 shapes: 1 x 16 and 8 x 512 tokens with decoding after them, and 2 x 2048 keeping the logits of every token. Each starts
 from an empty allocator: fill the weights, run the prompt, generate. `--measure` stores what the GPU's allocator said,
-the kernels that attention chose, and times (median of 3); it writes after every case and starts none after `--seconds`.
-`--predict` runs the same cases on fake GPUs and prints predicted against measured; without a file, it takes the results
-that are kept in benchmarks/results. `--offload` foretells what `benchmarks/offload.py --gpu` measured.
+the kernels that attention chose, and times; it writes after every case and starts none after `--seconds`. `--predict`
+runs the same cases on fake GPUs and prints predicted against measured; without a file, it takes the results that are
+kept in benchmarks/results. `--offload` foretells what `benchmarks/offload.py --gpu` measured. `--host` foretells the
+tokens of tiny models, which wait for Python, by the step of the host that `calibrate()` finds with four others.
 
-The host of a rented GPU changes its pace, so `--measure` times a tiny Llama on the CPU beside every case, and
-`--predict` scales the host's steps by it. Older results lack this, and rates that `calibrate()` measures by now: these
-are taken from a few of their own cases (`TRAINED`), which are counted apart. `--host` foretells the tokens of
-tiny models, which wait for Python, by the step of the host that `calibrate()` finds with four others.
+Times are the best of several, as those of `calibrate()` are, with the medians beside them: the host of a rented GPU
+slows down and speeds up by a half from one second to the next.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ import torch
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
-from bigkit import init_empty_weights, roofline
+from bigkit import init_empty_weights
 from bigkit.allocator import Recording
 from bigkit.calibration import HOSTS as CALIBRATED
 from bigkit.calibration import calibrate, host_steps, last_step, machine_name
@@ -159,27 +159,12 @@ class Kernels(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def pace() -> float:
-    """Seconds that the host takes for a token of a tiny Llama on the CPU: how fast it is at this moment."""
-    return last_step("llama", "cpu")
-
-
 def measure(case: dict[str, Any], traces: Path | None) -> dict[str, Any]:
     """One case on the GPU: its allocations from an empty start, then its times."""
-    config = config_of(case["model"], case["blocks"])
-    load = load_of(case, config)
+    model, load, put = prepared(case)
     found: dict[str, Any] = {}
-    start = time.perf_counter()
-    model = build.build(config, dtype="bfloat16").eval()
-    quantization = quantized_config(case["quantization"], "bfloat16") if "quantization" in case else None
-    if quantization is not None:
-        quantize_empty(model, quantization)
-    found["build_seconds"] = time.perf_counter() - start
     with record_allocations() as mark:
-        if quantization is None:
-            fill(model, {"": 0})
-        else:
-            fill_quantized(model, {"": 0}, torch.device("cuda", 0), quantization)
+        put()
         mark("filled")
         found["filled"] = [torch.cuda.memory_allocated(), torch.cuda.memory_reserved()]
         for phase, _ in passes(model, load, "cuda"):
@@ -199,20 +184,59 @@ def measure(case: dict[str, Any], traces: Path | None) -> dict[str, Any]:
         found["attention"] = kernels.seen
     except Exception as error:
         found["attention"] = f"{type(error).__name__}: {error}"[:300]
+    return found | times_of(model, load)
+
+
+def prepared(case: dict[str, Any]) -> tuple[torch.nn.Module, Workload, Callable[[], object]]:
+    """A case's model, empty, its work, and what gives the model memory on the GPU."""
+    config = config_of(case["model"], case["blocks"])
+    model = build.build(config, dtype="bfloat16").eval()
+    if "quantization" not in case:
+        return model, load_of(case, config), lambda: fill(model, {"": 0})
+    how = quantized_config(case["quantization"], "bfloat16")
+    quantize_empty(model, how)
+    return model, load_of(case, config), lambda: fill_quantized(model, {"": 0}, torch.device("cuda", 0), how)
+
+
+def times_of(model: torch.nn.Module, load: Workload, repeats: int = 6) -> dict[str, Any]:
+    """Seconds of each phase: the best, and the median."""
     times: dict[str, list[float]] = {}
-    before = pace()
-    for _ in range(3):
+    for i in range(repeats + 1):
         torch.cuda.synchronize()
         start = time.perf_counter()
         for phase, _ in passes(model, load, "cuda"):
             torch.cuda.synchronize()
             now = time.perf_counter()
-            times.setdefault(phase, []).append(now - start)
+            if i:
+                times.setdefault(phase, []).append(now - start)
             start = now
-    found["seconds"] = {phase: statistics.median(values) for phase, values in times.items()}
-    found["pace"] = (before + pace()) / 2
-    del model
-    return found
+    return {
+        "seconds": {phase: min(values) for phase, values in times.items()},
+        "median": {phase: statistics.median(values) for phase, values in times.items()},
+    }
+
+
+def measure_again(path: Path, earlier: Path, seconds: float, only: list[str]) -> None:
+    """Calibrate, and time all cases of earlier results, whose memory stays as it was measured."""
+    start = time.perf_counter()
+    results = json.loads(earlier.read_text())
+    results["calibration"] = asdict(calibrate(save=False))
+    print(f"{time.perf_counter() - start:5.0f} s  calibrated: {results['calibration']}", flush=True)
+    order = {shape: i for i, shape in enumerate(SHAPES)}
+    for case in sorted(results["cases"], key=lambda case: order[case["shape"]]):
+        if time.perf_counter() - start > seconds or (only and case["model"] not in only):
+            continue
+        model, load, put = prepared(case)
+        put()
+        case.update(times_of(model, load))
+        del model, put
+        gc.collect()
+        torch.cuda.empty_cache()
+        path.write_text(json.dumps(results, indent=1) + "\n")
+        said = {
+            phase: f"{1000 * best:.1f} ({1000 * case['median'][phase]:.1f})" for phase, best in case["seconds"].items()
+        }
+        print(f"{time.perf_counter() - start:5.0f} s  {key_of(case)}  {said} ms", flush=True)
 
 
 def boundary(name: str, shape: str, reserved: int, allocated: int) -> int:
@@ -277,14 +301,12 @@ def machine() -> dict[str, Any]:
 def measure_all(path: Path, traces: Path | None, seconds: float, only: list[str]) -> None:
     """Measure every case and a few boundaries, writing after each."""
     start = time.perf_counter()
-    first = pace()
     try:
         calibration: dict[str, Any] = asdict(calibrate(save=False))
     except Exception as error:
         calibration = {"error": f"{type(error).__name__}: {error}", "where": traceback.format_exc()[-2000:]}
     print(f"{time.perf_counter() - start:5.0f} s  calibrated: {calibration}", flush=True)
     results: dict[str, Any] = {"machine": machine(), "calibration": calibration, "cases": [], "boundaries": {}}
-    results["pace"] = (first + pace()) / 2
     if traces is not None:
         traces.mkdir(parents=True, exist_ok=True)
 
@@ -342,7 +364,7 @@ def measure_all(path: Path, traces: Path | None, seconds: float, only: list[str]
 
 def foretell(results: dict[str, Any], case: dict[str, Any]) -> tuple[DryRun, dict[str, Any]]:
     """The dry run of one case for the machine that the results are from, and what of it is kept."""
-    calibration = _rates(results, case)
+    calibration = Calibration.from_json(results["calibration"])
     gpu = next((gpu for name, gpu in GPUS.items() if name.split("-")[0] in results["machine"]["gpu"]), GPUS["H200"])
     config = config_of(case["model"], case["blocks"])
     load = load_of(case, config)
@@ -357,53 +379,6 @@ def foretell(results: dict[str, Any], case: dict[str, Any]) -> tuple[DryRun, dic
     return run, {"peak": peak, "seconds": run.seconds, "longest": lanes, "took": time.perf_counter() - start}
 
 
-# The four smallest decoders tell a step of the host, by their tokens after 1 x 16; one model of experts what a gather
-# takes, by its prompts of 8 x 512. The other times of these cases are predictions, the ones named are not.
-HOSTS = ("qwen3-0.6b", "opt-1.3b", "gpt2-xl", "phi-3-mini")
-GATHERS = "qwen3-30b-a3b"
-TRAINED = {(f"{name}/1x16", "token") for name in HOSTS} | {(f"{GATHERS}/8x512", "prefill")}
-
-
-def _rates(results: dict[str, Any], case: dict[str, Any] | None = None) -> Calibration | None:
-    """The calibration of the machine that was measured, at the pace that its host had beside a case.
-
-    Rates of products that took less than 30 µs are left out where the calibration knows no gathers: older ones timed
-    them from the host, and tell its speed.
-    """
-    known = results["calibration"]
-    if "error" in known:
-        return None
-    found = Calibration.from_json(known)
-    if found.gather is None:
-        products = {name: tuple(r for r in rows if r[0] / r[1] > 30e-6) for name, rows in found.products.items()}
-        attention = tuple(row for row in found.attention if row[0] / row[1] > 30e-6)
-        found = replace(found, products=products, attention=attention, **results.get("trained", {}))
-    if found.issue and case and "pace" in case and "pace" in results:
-        found = replace(found, issue=found.issue * case["pace"] / results["pace"])
-    return found
-
-
-def train(results: dict[str, Any]) -> dict[str, float]:
-    """What an older calibration lacks, from `TRAINED` cases: seconds of a host's step, bytes a second of a gather."""
-    if results["calibration"].get("gather") or "error" in results["calibration"]:
-        return {}
-    measured = {key_of(case): case for case in results["cases"] if "seconds" in case}
-    steps = []
-    for name in HOSTS:
-        if (case := measured.get(f"{name}/1x16")) is not None:
-            run, _ = foretell(results, case)
-            (_, first), (_, second) = run.steps[:2]
-            steps.append(case["seconds"]["decode"] / sum(op.issued for op in run.operations[first:second]))
-    found = {"issue": statistics.median(steps)} if steps else {}
-    if (case := measured.get(f"{GATHERS}/8x512")) is not None:
-        run, _ = foretell(results, case)
-        rates = run.rates["cuda:0"]
-        prompt = run.operations[: run.steps[0][1]]
-        rest = case["seconds"]["prefill"] - sum(rates.seconds(op) for op in prompt if op.name not in roofline.GATHERS)
-        found["gather"] = sum(op.bytes for op in prompt if op.name in roofline.GATHERS) / rest
-    return found
-
-
 def predict_all(path: Path, only: list[str], save: bool) -> None:
     """Foretell every case that was measured, and print both."""
     results = json.loads(path.read_text())
@@ -411,11 +386,8 @@ def predict_all(path: Path, only: list[str], save: bool) -> None:
 
     if (there := results["machine"]["transformers"]) != transformers.__version__:
         print(f"measured with Transformers {there}, foretold with {transformers.__version__}: some models differ")
-    results.pop("issue", None)
-    results["trained"] = train(results)
-    print(f"from a few of the cases: {results['trained']}")
     rows: list[list[float]] = []
-    errors_of_time: dict[tuple[str, str, str], list[float]] = {}
+    errors_of_time: dict[tuple[str, str], list[float]] = {}
     for case in results["cases"]:
         name = key_of(case)
         if "error" in case or (only and case["model"] not in only and name not in only):
@@ -426,9 +398,8 @@ def predict_all(path: Path, only: list[str], save: bool) -> None:
         times = {"prefill": case["seconds"]["prefill"], "token": case["seconds"].get("decode")}
         for key, value in times.items():
             if value and key in run.seconds:
-                apart = "of trained cases" if (name, key) in TRAINED and results["trained"] else "of all others"
                 lane = "Python" if case["predicted"]["longest"][key] == "python" else "the GPU"
-                errors_of_time.setdefault((key, apart, lane), []).append(run.seconds[key] / value - 1)
+                errors_of_time.setdefault((key, lane), []).append(run.seconds[key] / value - 1)
         said = "  ".join(
             f"{1000 * run.seconds[key]:8.1f} {1000 * value:8.1f} ms {100 * (run.seconds[key] / value - 1):+6.1f} %"
             for key, value in times.items()
@@ -450,9 +421,9 @@ def predict_all(path: Path, only: list[str], save: bool) -> None:
             good = sum(abs(row[column]) <= bound for row in rows)
             worst = max(abs(row[column]) for row in rows)
             print(f"{title}: {good} of {len(rows)} within {bound} %, the worst {worst:.2f} %")
-    for (key, apart, lane), found in sorted(errors_of_time.items()):
+    for (key, lane), found in sorted(errors_of_time.items()):
         good, middle = sum(abs(error) <= 0.15 for error in found), statistics.median(map(abs, found))
-        print(f"{key} {apart}, {lane} longest busy: {good} of {len(found)} within 15 %, "
+        print(f"{key}, {lane} longest busy: {good} of {len(found)} within 15 %, "
               f"median error {100 * middle:.1f} %, the worst {100 * max(found, key=abs):+.0f} %")  # fmt: skip
     if save:
         KEPT.write_text(json.dumps(results, indent=1) + "\n")
@@ -467,9 +438,7 @@ def predict_offload(path: Path, save: bool) -> None:
     import transformers
 
     measured, kept = json.loads(path.read_text()), json.loads(KEPT.read_text())
-    rates = _rates(kept)
-    assert rates is not None
-    rates = replace(rates, link_pinned=1e9 * measured["machine"]["pinned_gb_s"])
+    rates = replace(Calibration.from_json(kept["calibration"]), link_pinned=1e9 * measured["machine"]["pinned_gb_s"])
     size = measured["machine"]["bytes"]
     cold = 1e9 * statistics.mean(measured["machine"]["raw_cold_gb_s"])
     found = []
@@ -540,12 +509,13 @@ def main() -> None:
     """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--measure", type=Path, metavar="RESULTS.json")
+    parser.add_argument("--again", type=Path, metavar="EARLIER.json", help="with --measure: only the times")
     parser.add_argument("--predict", type=Path, metavar="RESULTS.json")
     parser.add_argument("--offload", type=Path, metavar="RESULTS.json")
     parser.add_argument("--host", action="store_true", help="foretell and measure models that wait for Python, here")
     parser.add_argument("--save", action="store_true", help="keep the comparison in benchmarks/results")
     parser.add_argument("--traces", type=Path, help="store every case's allocations in this folder")
-    parser.add_argument("--seconds", type=float, default=210, help="start no case after this time")
+    parser.add_argument("--seconds", type=float, default=300, help="start no case after this time")
     parser.add_argument("--only", nargs="*", default=[], help="models, or MODEL/SHAPE")
     options = parser.parse_args()
     if options.host:
@@ -558,6 +528,8 @@ def main() -> None:
             print(f"{path} does not exist: --measure makes such a file on a machine with a CUDA GPU")
         else:
             predict_all(path, options.only, options.save)
+    elif options.again is not None:
+        measure_again(options.measure, options.again, options.seconds, options.only)
     else:
         measure_all(options.measure, options.traces, options.seconds, options.only)
 

@@ -173,23 +173,25 @@ class Apart(lanes.CudaLane):
 
 def gpu(table: Table, parts: list[str], folder: Path, runs: int, layers: int) -> None:
     """All parts on a GPU."""
-    empty = lambda: llama(layers)  # noqa: E731
-    state = random_state(empty(), "cuda")
-    size = sum(tensor.nbytes for tensor in state.values())
-    table.machine["bytes"] = size
     if "ceilings" in parts:
         table.machine["pinned_gb_s"] = pinned_rate() / GB
         table.write()
-    model = filled(empty, state).to("cuda")
-    table.measure("resident", model, 0, "cuda", runs)
-    del model
-    clean()
-    for name, part in (("ways", gpu_ways), ("ablation", gpu_ablation), ("disk", gpu_disk)):
-        if name in parts:
-            part(table, empty, state, size, folder, runs)
-            clean()
-    del state
-    table.expected = {}
+    smaller = {"ways": gpu_ways, "ablation": gpu_ablation, "disk": gpu_disk}
+    if smaller.keys() & set(parts):
+        empty = lambda: llama(layers)  # noqa: E731
+        state = random_state(empty(), "cuda")
+        size = sum(tensor.nbytes for tensor in state.values())
+        table.machine["bytes"] = size
+        model = filled(empty, state).to("cuda")
+        table.measure("resident", model, 0, "cuda", runs)
+        del model
+        clean()
+        for name, part in smaller.items():
+            if name in parts:
+                part(table, empty, state, size, folder, runs)
+                clean()
+        del state
+        table.expected = {}
     if "large" in parts:
         gpu_large(table)
     if "moe" in parts:

@@ -66,8 +66,11 @@ def calibrate(folder: str | os.PathLike[str] | None = None, save: bool = True, q
         host_memory=_copy("cpu", block),
         products=_products(cuda, quick),
         attention=_attention(quick) if cuda else (),
+        masked=_attention(quick, masked=True) if cuda else (),
         grouped=_grouped(quick) if cuda else (),
         gather=_gather(device, block),
+        scattered=_scattered(device, quick),
+        joined=_joined(device, quick),
         issue=_issue(device),
         kernel=_kernel() if cuda else None,
         context=context,
@@ -142,6 +145,22 @@ def _gather(device: str, size: int) -> float:
     return 2 * source.nbytes / best(lambda: source[rows], device)
 
 
+def _heads(device: str, quick: bool) -> torch.Tensor:
+    """Rows cut into heads, and seen by the head, as attention sees them: (sequences, heads, tokens, 128)."""
+    return torch.ones(1 if quick else 8, 512, 32, 128, device=device, dtype=torch.bfloat16).transpose(1, 2)
+
+
+def _scattered(device: str, quick: bool) -> float:
+    heads = _heads(device, quick)
+    turn = torch.ones(512, 128, device=device, dtype=torch.bfloat16)
+    return heads.numel() / _alone(lambda: heads * turn, device == "cuda")
+
+
+def _joined(device: str, quick: bool) -> float:
+    heads = _heads(device, quick)
+    return heads.numel() / _alone(lambda: torch.cat((heads[..., 64:], heads[..., :64]), -1), device == "cuda")
+
+
 def _disk(folder: Path, size: int) -> tuple[float | None, float | None, float | None]:
     """Bytes a second from a file that is read cold, warm, and warm by many threads, in large pieces.
 
@@ -209,12 +228,13 @@ def _products(cuda: bool, quick: bool) -> dict[str, tuple[tuple[float, float], .
     return found
 
 
-def _attention(quick: bool) -> tuple[tuple[float, float], ...]:
+def _attention(quick: bool, masked: bool = False) -> tuple[tuple[float, float], ...]:
     rows = []
     for tokens in (128, 512, 2048) if quick else (128, 512, 2048, 8192):
         q = torch.randn(1, 32, tokens, 128, device="cuda", dtype=torch.float16)
+        mask = torch.ones(tokens, tokens, device="cuda", dtype=torch.bool).tril() if masked else None
         flops = 4 * 32 * tokens**2 * 128
-        seconds = _alone(lambda: F.scaled_dot_product_attention(q, q, q), True, flops)  # noqa: B023
+        seconds = _alone(lambda: F.scaled_dot_product_attention(q, q, q, mask), True, flops)  # noqa: B023
         rows.append((float(flops), flops / seconds))
     return tuple(rows)
 
@@ -258,12 +278,15 @@ def _workspace() -> int:
 
 
 def _grouped(quick: bool) -> tuple[tuple[float, float], ...]:
-    """Products of experts in one kernel, from few rows for each to many; empty where PyTorch has none for this GPU."""
+    """Products of experts in one kernel, from few rows for each to many, each expert met by as many rows as chance
+    gives it; empty where PyTorch has none for this GPU.
+    """
     rows, experts, width = [], 32, 2048
     weights = torch.randn(experts, width, width, device="cuda").to(torch.bfloat16).transpose(1, 2)
     for each in (16, 128) if quick else (16, 128, 512, 2048):
         inputs = torch.randn(experts * each, width, device="cuda").to(torch.bfloat16)
-        ends = torch.arange(each, experts * each + 1, each, device="cuda", dtype=torch.int32)
+        chosen = torch.randint(experts, (experts * each,), generator=torch.Generator().manual_seed(0))
+        ends = torch.bincount(chosen, minlength=experts).cumsum(0).to("cuda", torch.int32)
         flops = 2 * each * width**2
         try:
             seconds = _alone(lambda: torch._grouped_mm(inputs, weights, offs=ends), True, flops * experts)  # noqa: B023

@@ -35,7 +35,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from .allocator import Recording
-from .roofline import WAIT, Operation
+from .roofline import MASKED, WAIT, Operation
 from .units import MiB
 
 aten = torch.ops.aten
@@ -120,7 +120,7 @@ class Notebook(TorchDispatchMode):
             with self:
                 return func.decompose(*args, **(kwargs or {}))
         inputs = [*_tensors(args), *_tensors((kwargs or {}).values())]
-        result = func(*args, **(kwargs or {}))
+        result = self._run(func, args, kwargs or {})
         outputs = list(_tensors((result,)))
         if func is _CUDNN and not args[4]:
             outputs = outputs[:1]  # the log-sum-exp that the fake kernel gives is not computed without gradients
@@ -132,13 +132,18 @@ class Notebook(TorchDispatchMode):
         self.count(func, inputs, outputs, args, kwargs or {}, result)
         return result
 
+    def _run(self, func: Any, args: Any, kwargs: Any) -> Any:
+        if func is _GROUPED and args[0].dtype != torch.bfloat16:  # PyTorch 2.11 has fake ones of this dtype alone
+            with self.silent(), self:
+                return func(args[0].bfloat16(), args[1].bfloat16(), *args[2:], **kwargs).to(args[0].dtype)
+        return func(*args, **kwargs)
+
     def _follow(self, func: Any, args: Any, kwargs: Any) -> tuple[Any] | None:
         """The result of an operation in `kernels`, whose own operations are noted; None for any other."""
         if func in _QUESTIONS and self.kind == "weights":  # the mean of scales, while a state dict is made
             return (0.0,)
         if func in _QUESTIONS and self.following:  # whether there are outliers: no
-            self.trace.operations.append(Operation(WAIT, str(args[0].device), 0, 0, "bool", self.trace.unissued + 1))
-            self.trace.unissued = 0
+            self.wait(args[0].device)
             return (False,)
         if func not in self.kernels or not any(tensor.is_cuda for tensor in _tensors(args)):
             return None
@@ -150,6 +155,11 @@ class Notebook(TorchDispatchMode):
                 return (self.kernels[func](*args, **kwargs),)
         finally:
             self.following = before
+
+    def wait(self, device: torch.device) -> None:
+        """Note that Python asks for a value, and waits for the device to know it."""
+        self.trace.operations.append(Operation(WAIT, str(device), 0, 0, "bool", self.trace.unissued + 1))
+        self.trace.unissued = 0
 
     def kernel(self, name: str, tensors: Sequence[Tensor], flops: int, dtype: str = "") -> None:
         """Note a kernel that PyTorch does not know: it reads or writes each of these tensors once."""
@@ -242,13 +252,22 @@ class Notebook(TorchDispatchMode):
             read = 0
         else:
             read = sum(map(_bytes, inputs)) + met
+        scattered, extra = _scattered(func, inputs, outputs[0])
+        if packet in _BATCHED:  # what is repeated for each matrix is read again, unless the cache holds it
+            extra = sum(t.nbytes - _bytes(t) for t in inputs if _bytes(t) > CACHE)
         dtype = str(outputs[0].dtype).removeprefix("torch.")
         name = str(packet).removeprefix("aten.")
+        if packet in _ATTENTION and len(args) > 3 and isinstance(args[3], Tensor):
+            name += MASKED
         moved = packet in _MOVES
         source = next((str(t.device) for t in inputs if t.device != outputs[0].device), "") if moved else ""
         parts = args[1].shape[0] if packet is aten._grouped_mm else 1
         issued = self.trace.unissued + 1  # and the launch
-        self.trace.operations.append(Operation(name, device, flops, read + written, dtype, issued, source, parts=parts))
+        self.trace.operations.append(
+            Operation(
+                name, device, flops, read + written + extra, dtype, issued, source, parts=parts, scattered=scattered
+            )
+        )
         self.trace.unissued = 0
 
     def call(self, *_: Any) -> None:
@@ -406,10 +425,16 @@ def fake_gpus(target: Target = Target()) -> Iterator[Notebook]:
         stack.enter_context(torch.no_grad())
         stack.enter_context(_device_guard())
         stack.enter_context(mock.patch("torch.cuda.get_device_capability", lambda device=None: target.capability))
-        stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+        stack.enter_context(_FakeTensors(allow_non_fake_inputs=True))
         stack.enter_context(Attention(target))
         stack.enter_context(notes)
         yield notes
+
+
+class _FakeTensors(FakeTensorMode):
+    """PyTorch's, never making a real tensor on a GPU on the way to a fake one, as it does where there is a GPU."""
+
+    avoid_device_init = True
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -432,10 +457,16 @@ _CREATES = {
     aten.fill_, aten.zero_, aten.normal_, aten.scalar_tensor,
 }  # fmt: skip
 
+_COPIES = {aten._to_copy, aten.copy_, aten.clone}
+_BATCHED = {aten.bmm, aten.baddbmm}
+SECTOR = 32  # bytes of a GPU's memory that are read at once
+CACHE = 48 * MiB  # L2 of a large GPU
+
 _ATTENTION = {getattr(aten, f"_scaled_dot_product_{kernel}_attention") for kernel in ("flash", "efficient", "cudnn")}
 
 _CUDNN = aten._scaled_dot_product_cudnn_attention.default
 _ADDMM = aten.addmm.default
+_GROUPED = aten._grouped_mm.default
 _ASK = torch.ops.prim.device.default  # `tensor.device` of fake tensors; real ones do not ask the dispatcher
 _COMPOSITE = (aten.linear.default, aten.matmul.default)  # reach a mode whole where a library's own operation calls them
 _QUESTIONS = (aten._local_scalar_dense.default, aten.is_nonzero.default)
@@ -466,6 +497,30 @@ _TEMPORARY: dict[Any, Callable[[Any, list[Tensor]], Sequence[int]]] = {  # opera
     aten.native_layer_norm.default: lambda args, outputs: () if args[0].is_contiguous() else (_bytes(args[0]),),
     _CUDNN: lambda args, outputs: (8, 8),  # seed and offset of a dropout that does not happen
 }
+
+
+def _scattered(func: Any, inputs: Sequence[Tensor], output: Tensor) -> tuple[int, int]:
+    """Elements that a pointwise operation, a copy or a `cat` takes one by one, and bytes that it reads beside its own:
+    the rest of each sector of memory of which it needs one element.
+
+    Source: TensorIterator in PyTorch, which vectorizes only what all of its tensors have in one order.
+    """
+    packet = func._overloadpacket
+    if packet is aten.cat:
+        whole = all(tensor.is_contiguous() for tensor in inputs)
+        return (0 if whole else output.numel()), 0
+    if torch.Tag.pointwise not in func.tags and packet not in _COPIES:
+        return 0, 0
+    operands = [tensor for tensor in inputs if tensor.numel() > 1]
+    if all(tensor.shape == output.shape and tensor.stride() == output.stride() for tensor in operands):
+        return 0, 0
+    fastest = min(range(output.dim()), key=lambda i: (output.stride(i), output.shape[i] == 1), default=0)
+    extra = 0
+    for tensor in operands:
+        i = fastest - output.dim() + tensor.dim()
+        if i >= 0 and tensor.shape[i] > 1 and (step := tensor.stride(i)) > 1:
+            extra += output.numel() * min(SECTOR, step * tensor.element_size()) - _bytes(tensor)
+    return output.numel(), max(0, extra)
 
 
 def _bytes(tensor: Tensor) -> int:

@@ -15,11 +15,12 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import math
 import sys
 import types
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -83,10 +84,17 @@ def fake_bitsandbytes(notes: Notebook) -> Iterator[None]:
         enter(mock.patch.object(bnb.functional, "create_dynamic_map", lambda: torch.empty(256)))
         enter(mock.patch.object(packed, "int4_weight", _int4_weight))
         enter(mock.patch.object(packed, "int8_weight", _int8_weight))
+        enter(mock.patch.object(packed, "_reach", partial(_reach, notes)))
         enter(mock.patch.dict(ANATOMY, dict.fromkeys((Params4bit, Int8Params), _ANATOMY)))
         enter(mock.patch.object(notes, "kernels", functions))
         enter(mock.patch.object(logging.getLogger("bitsandbytes.autograd._functions"), "disabled", True))
         yield
+
+
+def _reach(notes: Notebook, x: Tensor, threshold: float) -> bool:
+    torch.linalg.vector_norm(x, math.inf)
+    notes.wait(x.device)
+    return False
 
 
 def fill_quantized(

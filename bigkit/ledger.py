@@ -48,6 +48,9 @@ class Calibration:
         gather: rows picked by a tensor of indices: bytes read and written.
         grouped: (FLOP of one expert's product, FLOP a second of all), from small to large.
         disk_readers: from a file that the system has in memory, by as many threads as offloading reads with.
+        masked: as `attention`, with a mask that is a tensor.
+        scattered: elements a second of an operation whose tensors lie in memory in different orders.
+        joined: elements a second of joining tensors that do not lie in memory as the result does (`torch.cat`).
     """
 
     machine: str
@@ -69,6 +72,9 @@ class Calibration:
     gather: float | None = None
     grouped: tuple[tuple[float, float], ...] = ()
     disk_readers: float | None = None
+    masked: tuple[tuple[float, float], ...] = ()
+    scattered: float | None = None
+    joined: float | None = None
 
     def explain(self) -> str:
         """What was measured, as text."""
@@ -81,6 +87,8 @@ class Calibration:
         lines += [f"  {name:26} {rate / 1e9:10,.1f} GB/s" for name, rate in rates.items() if rate]
         for dtype, rows in self.products.items():
             lines.append(f"  {f'products, {dtype}':26} {max(rate for _, rate in rows) / 1e12:10,.2f} TFLOP/s")
+        rates = {"elements, one by one": self.scattered, "elements, joined": self.joined}
+        lines += [f"  {name:26} {rate / 1e9:10,.1f} G/s" for name, rate in rates.items() if rate]
         times = {"a step of the host": self.issue, "smallest kernel": self.kernel}
         lines += [f"  {name:26} {1e6 * seconds:10,.1f} µs" for name, seconds in times.items() if seconds]
         sizes = {"CUDA context": self.context, "workspace of cuBLAS": self.workspace}
@@ -98,7 +106,7 @@ class Calibration:
             pairs = {name: tuple(map(tuple, rows)) for name, rows in data["products"].items()}
             capability = data["capability"]
             rest = {"products": pairs, "attention": tuple(map(tuple, data["attention"])),
-                    "grouped": tuple(map(tuple, data.get("grouped", ()))),
+                    **{name: tuple(map(tuple, data.get(name, ()))) for name in ("grouped", "masked")},
                     "capability": None if capability is None else tuple(capability)}  # fmt: skip
             return Calibration(**{**data, **rest})
         except (AttributeError, KeyError, TypeError) as error:

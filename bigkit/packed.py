@@ -44,8 +44,10 @@ def bitsandbytes() -> ModuleType:
     Raises:
         ImportError: it is not installed, or does not run here.
     """
-    # It warns on some CPUs of a kernel that it cannot download, which bigkit's layers would not use.
-    logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(lambda record: "gemm_4bit_forward" not in record.msg)
+    # It warns on some CPUs of a kernel that it cannot download, which bigkit's layers would not use; and in every
+    # forward of every int8 layer that inputs are rounded to float16, which is how LLM.int8 works.
+    for module in ("backends.cpu.ops", "autograd._functions"):
+        logging.getLogger(f"bitsandbytes.{module}").addFilter(_matters)
     try:
         import bitsandbytes
     except Exception as error:  # a native library that is missing or too new fails in its own way
@@ -58,17 +60,29 @@ def bitsandbytes() -> ModuleType:
     return bitsandbytes
 
 
+def _matters(record: logging.LogRecord) -> bool:
+    return not any(words in str(record.msg) for words in ("gemm_4bit_forward", "inputs will be cast"))
+
+
 @cache
 def _linear_8bit() -> type[nn.Module]:
     bnb: Any = bitsandbytes()
 
     class Linear8bitLt(bnb.nn.Linear8bitLt):
-        """bitsandbytes' layer, with a weight that stays whole: theirs takes the scales away when it first runs."""
+        """bitsandbytes' layer, with a weight that stays whole: theirs takes the scales away when it first runs.
+
+        Without outliers and gradients it calls the kernels itself, to the same bits: half the steps of Python.
+        """
 
         def forward(self, x: Tensor) -> Tensor:
-            weight, state = self.weight, self.state
+            weight, state, bias = self.weight, self.state, self.bias
             if weight.SCB is None:  # not quantized yet
                 return super().forward(x)
+            learns = torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
+            if not (self.training or learns or torch.compiler.is_compiling()) and x.numel():
+                rows = x.reshape(-1, self.in_features).to(torch.float16)
+                if not state.threshold or not _reach(rows, state.threshold):
+                    return _int8_product(rows, weight, bias, x.dtype).view(*x.shape[:-1], self.out_features)
             state.CB, state.SCB, weight.CB = weight.data, weight.SCB, None
             output: Tensor = super().forward(x)
             if not output.requires_grad:  # a backward needs them
@@ -83,6 +97,21 @@ def _linear_8bit() -> type[nn.Module]:
 
     Linear8bitLt.__module__, Linear8bitLt.__qualname__ = __name__, "Linear8bitLt"
     return Linear8bitLt
+
+
+def _reach(x: Tensor, threshold: float) -> bool:
+    """Whether there are outliers of LLM.int8: values that reach the threshold, or are no numbers."""
+    return not torch.linalg.vector_norm(x, math.inf).item() < threshold
+
+
+def _int8_product(x: Tensor, weight: Any, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """x (rows, in) float16, without outliers, times an int8 weight (out, in): (rows, out) in `dtype`."""
+    kernels = torch.ops.bitsandbytes
+    codes, scales, _ = kernels.int8_vectorwise_quant.default(x, 0.0)
+    product = kernels.int8_linear_matmul.default(codes, weight.data)
+    bias = None if bias is None else bias.to(dtype)
+    output: Tensor = kernels.int8_mm_dequant.default(product, scales, weight.SCB, dtype=dtype, bias=bias)
+    return output
 
 
 @cache

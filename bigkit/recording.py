@@ -38,10 +38,10 @@ def record_allocations(device: int = 0, capacity: int | None = None) -> Iterator
     Yields:
         A function that marks a moment by name; its attribute `recording` is complete once the block is left.
 
-    A replay starts from nothing. What is held from before the block, in bytes, is said in `about["held"]`: 0 if no
-    tensor lies on the GPU.
+    A replay starts from nothing. What is held from before the block, in bytes, is said in `about["held"]` (0 if no
+    tensor lies on the GPU) and left out of the peaks.
     """
-    held = settle(device)
+    held = {"reserved": settle(device), "allocated": torch.cuda.memory_allocated(device)}
     total = torch.cuda.get_device_properties(device).total_memory
     if capacity is not None:
         torch.cuda.set_per_process_memory_fraction(capacity / total, device)
@@ -65,8 +65,12 @@ def record_allocations(device: int = 0, capacity: int | None = None) -> Iterator
         if capacity is not None:
             torch.cuda.set_per_process_memory_fraction(1.0, device)
         _read(entries, moments, recording)
-        recording.peaks = {name: stats[f"{name}_bytes.all.peak"] for name in ("allocated", "reserved")}
-        recording.about = {"gpu": torch.cuda.get_device_name(device), "torch": torch.__version__, "held": str(held)}
+        recording.peaks = {name: stats[f"{name}_bytes.all.peak"] - kept for name, kept in held.items()}
+        recording.about = {
+            "gpu": torch.cuda.get_device_name(device),
+            "torch": torch.__version__,
+            "held": str(held["reserved"]),
+        }
 
 
 def _count(device: int) -> int:

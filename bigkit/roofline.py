@@ -1,7 +1,8 @@
 """How long a run takes: a roofline over its operations, Python issuing them, and weights that travel.
 
     one operation     the time of the smallest kernel, and the longer of: what it computes / the rate of such products,
-                      what it reads and writes / the memory's bandwidth (of which kernels reach a part: `STREAMED`)
+                      what it reads and writes / the memory's bandwidth (of which kernels reach a part: `STREAMED`),
+                      the elements that it must take one by one / the rate of those
     one step          lanes: Python takes one step of its own after another (each takes `issue`): it calls a module,
                       issues an operation, launches a kernel. The GPU runs each operation when it was issued and the
                       one before it is done. A decode step of a small model waits for Python, a long prompt for the
@@ -22,11 +23,15 @@ import math
 from bisect import bisect_left
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from .hardware import Gpu
 from .ledger import Calibration
 
 STREAMED = 0.75  # of a large copy's bandwidth, by operations that are no products: seen on an H200, over 20 models
+
+SCATTERED, JOINED = 0.077, 0.042  # elements a second for each byte of bandwidth, where they were not measured
+MASKED = ", masked"  # ends the name of an attention with a mask that is a tensor
 
 GATHERS = frozenset(("index", "index_put", "index_put_"))  # rows picked by a tensor: far from a copy's speed
 
@@ -48,6 +53,8 @@ class Operation:
         source: for a copy between devices, where it comes from; for a slot, where its weights rest ("cpu", "disk").
         slot, unit: for weights that travel: the number of the slot, and whose weights they are.
         parts: matrix products in it, if one kernel does several: experts.
+        scattered: elements that its kernel takes one by one, because its tensors lie in memory in different orders, or
+            one is repeated; several at once go in one access otherwise.
     """
 
     name: str
@@ -60,13 +67,15 @@ class Operation:
     slot: int = -1
     unit: str = ""
     parts: int = 1
+    scattered: int = 0
 
 
 @dataclass(frozen=True)
 class Rates:
     """What a device does in a second, and what it takes at least. See `Calibration` for the fields.
 
-    Without `grouped` and `gather`, products of experts go as fast as others, and gathers as fast as other operations.
+    Without `grouped`, `gather` and `masked`, products of experts go as fast as others, gathers as other operations, and
+    attention with a mask as without.
     """
 
     memory: float
@@ -79,6 +88,9 @@ class Rates:
     disk: float
     gather: float = 0.0
     grouped: Table = ()
+    masked: Table = ()
+    scattered: float = math.inf
+    joined: float = math.inf
     measured: bool = field(default=False, compare=False)
 
     @staticmethod
@@ -94,6 +106,8 @@ class Rates:
             link=0.87 * gpu.link,
             peer=0.87 * gpu.link,
             disk=disk,
+            scattered=SCATTERED * 0.88 * gpu.bandwidth,
+            joined=JOINED * 0.88 * gpu.bandwidth,
         )
 
     @staticmethod
@@ -117,9 +131,13 @@ class Rates:
         missing = [name for name, value in found.items() if not value]
         if missing and base is None:
             raise ValueError(f"the calibration of {calibration.machine!r} lacks {', '.join(missing)}: name a GPU")
-        both = {name: value or getattr(base, name) for name, value in found.items()}
-        more = {"gather": calibration.gather or 0.0, "grouped": calibration.grouped}
-        return Rates(**both, **more, measured=True)  # type: ignore[arg-type]
+        both: dict[str, Any] = {name: value or getattr(base, name) for name, value in found.items()}
+        more = {
+            "gather": calibration.gather or 0.0, "grouped": calibration.grouped, "masked": calibration.masked,
+            "scattered": calibration.scattered or SCATTERED * both["memory"],
+            "joined": calibration.joined or JOINED * both["memory"],
+        }  # fmt: skip
+        return Rates(**both, **more, measured=True)
 
     def seconds(self, operation: Operation) -> float:
         """What one operation takes on the device."""
@@ -128,8 +146,12 @@ class Rates:
             return max(self.kernel, operation.bytes / 2 / link)
         if not operation.flops:
             gathers = operation.name in GATHERS and self.gather
-            return self.kernel + operation.bytes / (self.gather if gathers else STREAMED * self.memory)
-        table = self.attention if "attention" in operation.name else self.table(operation.dtype)
+            moving = operation.bytes / (self.gather if gathers else STREAMED * self.memory)
+            one_by_one = operation.scattered / (self.joined if operation.name == "cat" else self.scattered)
+            return self.kernel + max(moving, one_by_one)
+        table = self.table(operation.dtype)
+        if "attention" in operation.name:
+            table = self.masked if operation.name.endswith(MASKED) and self.masked else self.attention
         size = operation.flops
         if operation.parts > 1 and self.grouped:
             table, size = self.grouped, operation.flops // operation.parts

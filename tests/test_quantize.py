@@ -29,7 +29,7 @@ from bigkit import (
 )
 from bigkit.checkpoint import Checkpoint, CheckpointError
 from bigkit.layers import QUANTIZATIONS, quantized_bytes
-from bigkit.packed import PACKED, dequantized, is_quantized, nbytes, put_together, quantized, take_apart
+from bigkit.packed import PACKED, dequantized, empty_layer, is_quantized, nbytes, put_together, quantized, take_apart
 from bigkit.zoo.gpt import GPT, PYGPT, GPTConfig
 
 bnb = pytest.importorskip("bitsandbytes")
@@ -158,6 +158,37 @@ def test_weights_are_those_of_bitsandbytes(saved, kind, dtype):
     theirs.load_state_dict(full.state_dict())
     theirs.to(getattr(torch, dtype)).to("cpu")
     assert not states_equal(theirs, ours.transformer["h"][1].mlp.c_fc)
+
+
+ODD_INPUTS = {
+    "small": torch.linspace(-3, 3, 5 * 64).view(5, 64),
+    "outliers": torch.linspace(-9, 9, 5 * 64).view(5, 64),
+    "no number": torch.full((2, 64), float("nan")),
+    "one row": torch.linspace(-2, 2, 64),
+    "many dimensions": torch.linspace(-2, 2, 12 * 64).view(2, 2, 3, 64),
+    "nothing": torch.empty(0, 64),
+}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("threshold", [0.0, 6.0])
+@pytest.mark.parametrize("inputs", ODD_INPUTS)
+def test_the_int8_layer_computes_what_bitsandbytes_does(dtype, bias, threshold, inputs):
+    full = nn.Linear(64, 32, bias)
+    theirs = bnb.nn.Linear8bitLt(64, 32, bias, has_fp16_weights=False, threshold=threshold)
+    theirs.load_state_dict(full.state_dict())
+    theirs.to("cpu").eval()
+    ours = empty_layer(full, 64, 32, "int8", threshold, None).eval()
+    ours.weight, ours.bias = quantized(full.weight.detach(), "int8"), full.bias
+    x = ODD_INPUTS[inputs].to(getattr(torch, dtype))
+    with torch.no_grad():
+        if x.dim() in (2, 3):  # bitsandbytes takes no others
+            torch.testing.assert_close(ours(x), theirs(x), rtol=0, atol=0, equal_nan=True)
+        else:
+            torch.testing.assert_close(ours(x).view(-1, 32), theirs(x.view(-1, 64)), rtol=0, atol=0)
+            assert ours(x).shape == (*x.shape[:-1], 32)
+        assert ours(x).dtype == x.dtype and ours.weight.SCB is not None and ours.state.SCB is None
 
 
 @every_kind

@@ -1,5 +1,7 @@
 """Tests that need a CUDA device: skipped, with the reason, where there is none."""
 
+import sys
+
 import pytest
 import torch
 
@@ -8,3 +10,11 @@ import torch
 def _needs_cuda():
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device")
+
+
+@pytest.fixture(autouse=True)
+def _no_tables_are_kept(_needs_cuda):
+    """bitsandbytes keeps a table on the GPU, which tests of the allocator would see."""
+    yield
+    if functional := sys.modules.get("bitsandbytes.functional"):
+        functional.name2qmap.clear()

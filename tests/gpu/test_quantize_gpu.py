@@ -80,6 +80,8 @@ def test_weights_are_those_of_bitsandbytes_on_the_gpu(kind):
     x = torch.randn(3, 256, device="cuda", dtype=torch.bfloat16)
     with torch.no_grad():
         assert torch.equal(ours(x), theirs(x)) and torch.equal(ours(x), theirs(x))
+        x[1, 7] = 40.0
+        assert torch.equal(ours(x), theirs(x)), "with an outlier"
 
 
 @every_kind
