@@ -4,15 +4,13 @@
     python benchmarks/dryrun.py --measure RESULTS.json --again EARLIER.json                   only the times
     python benchmarks/dryrun.py [--predict RESULTS.json] [--save]                             on any machine
     python benchmarks/dryrun.py --offload benchmarks/results/offload-gpu.json                 on any machine
-    python benchmarks/dryrun.py --host                                                        on any machine
 
 Every case is a model of real size, bfloat16, with as many blocks as fit in about 50 GB and random weights; three
 shapes: 1 x 16 and 8 x 512 tokens with decoding after them, and 2 x 2048 keeping the logits of every token. Each starts
 from an empty allocator: fill the weights, run the prompt, generate. `--measure` stores what the GPU's allocator said,
 the kernels that attention chose, and times; it writes after every case and starts none after `--seconds`. `--predict`
 runs the same cases on fake GPUs and prints predicted against measured; without a file, it takes the results that are
-kept in benchmarks/results. `--offload` foretells what `benchmarks/offload.py --gpu` measured. `--host` foretells the
-tokens of tiny models, which wait for Python, by the step of the host that `calibrate()` finds with four others.
+kept in benchmarks/results. `--offload` foretells what `benchmarks/offload.py --gpu` measured.
 
 Times are the best of several, as those of `calibrate()` are, with the medians beside them: the host of a rented GPU
 slows down and speeds up by a half from one second to the next.
@@ -23,7 +21,6 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import math
 import statistics
 import time
 import traceback
@@ -39,8 +36,7 @@ from torch.overrides import TorchFunctionMode
 
 from bigkit import init_empty_weights
 from bigkit.allocator import Recording
-from bigkit.calibration import HOSTS as CALIBRATED
-from bigkit.calibration import calibrate, host_steps, last_step, machine_name
+from bigkit.calibration import calibrate
 from bigkit.dryrun import DryRun, dry_run
 from bigkit.fake_quantized import config_of as quantized_config
 from bigkit.fake_quantized import fill_quantized, quantize_empty
@@ -216,11 +212,20 @@ def times_of(model: torch.nn.Module, load: Workload, repeats: int = 6) -> dict[s
     }
 
 
+def better(earlier: dict[str, Any], later: dict[str, Any]) -> dict[str, Any]:
+    """The later of two calibrations of one kind of machine, with what was better in the earlier."""
+    found = dict(later)
+    for name, value in earlier.items():
+        if isinstance(value, float) and isinstance(found.get(name), float):
+            found[name] = (min if name in ("issue", "kernel", "plan") else max)(value, found[name])
+    return found
+
+
 def measure_again(path: Path, earlier: Path, seconds: float, only: list[str]) -> None:
-    """Calibrate, and time all cases of earlier results, whose memory stays as it was measured."""
+    """Calibrate, and time all cases of earlier results, whose memory stays as it was measured; the best is kept."""
     start = time.perf_counter()
     results = json.loads(earlier.read_text())
-    results["calibration"] = asdict(calibrate(save=False))
+    results["calibration"] = better(results["calibration"], asdict(calibrate(save=False)))
     print(f"{time.perf_counter() - start:5.0f} s  calibrated: {results['calibration']}", flush=True)
     order = {shape: i for i, shape in enumerate(SHAPES)}
     for case in sorted(results["cases"], key=lambda case: order[case["shape"]]):
@@ -228,7 +233,9 @@ def measure_again(path: Path, earlier: Path, seconds: float, only: list[str]) ->
             continue
         model, load, put = prepared(case)
         put()
-        case.update(times_of(model, load))
+        found = times_of(model, load)
+        best = {phase: min(seconds, case["seconds"][phase]) for phase, seconds in found["seconds"].items()}
+        case.update(found, seconds=best)
         del model, put
         gc.collect()
         torch.cuda.empty_cache()
@@ -477,34 +484,6 @@ def predict_offload(path: Path, save: bool) -> None:
         KEPT.write_text(json.dumps({**kept, "offload": found}, indent=1) + "\n")
 
 
-TINY = ("mistral", "qwen3", "phi3", "gpt_neox", "opt", "bloom", "mixtral", "qwen3_moe", "olmo2", "starcoder2")
-
-
-def predict_host(save: bool) -> None:
-    """Foretell tokens that wait for Python, and measure them here; all interleaved, as the pace of a host changes."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    names = (*CALIBRATED, *TINY)
-    steps = {name: host_steps(name) for name in names}
-    seconds = dict.fromkeys(names, math.inf)
-    for _ in range(3):
-        for name in names:
-            seconds[name] = min(seconds[name], last_step(name, device))
-    issue = statistics.median(seconds[name] / steps[name] for name in CALIBRATED)
-    print(f"{1e6 * issue:.2f} µs a step, by {', '.join(CALIBRATED)}")
-    errors = {name: issue * steps[name] / seconds[name] - 1 for name in names}
-    for name in names:
-        print(
-            f"{name:12} {1000 * issue * steps[name]:7.2f} {1000 * seconds[name]:7.2f} ms {100 * errors[name]:+6.1f} %"
-        )
-    held = [abs(errors[name]) for name in TINY]
-    print(f"{sum(error <= 0.15 for error in held)} of {len(held)} others within 15 %, "
-          f"median error {100 * statistics.median(held):.1f} %")  # fmt: skip
-    if save:
-        kept = json.loads(KEPT.read_text())
-        kept["host"] = {"machine": machine_name(), "issue": issue, "steps": steps, "seconds": seconds}
-        KEPT.write_text(json.dumps(kept, indent=1) + "\n")
-
-
 def main() -> None:
     """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -512,15 +491,12 @@ def main() -> None:
     parser.add_argument("--again", type=Path, metavar="EARLIER.json", help="with --measure: only the times")
     parser.add_argument("--predict", type=Path, metavar="RESULTS.json")
     parser.add_argument("--offload", type=Path, metavar="RESULTS.json")
-    parser.add_argument("--host", action="store_true", help="foretell and measure models that wait for Python, here")
     parser.add_argument("--save", action="store_true", help="keep the comparison in benchmarks/results")
     parser.add_argument("--traces", type=Path, help="store every case's allocations in this folder")
     parser.add_argument("--seconds", type=float, default=300, help="start no case after this time")
     parser.add_argument("--only", nargs="*", default=[], help="models, or MODEL/SHAPE")
     options = parser.parse_args()
-    if options.host:
-        predict_host(options.save)
-    elif options.offload is not None:
+    if options.offload is not None:
         predict_offload(options.offload, options.save)
     elif options.measure is None:
         path = options.predict or KEPT

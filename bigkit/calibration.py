@@ -16,7 +16,8 @@ import queue
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,9 @@ def calibrate(folder: str | os.PathLike[str] | None = None, save: bool = True, q
     block = BLOCK // 16 if quick else BLOCK
     device = "cuda" if cuda else "cpu"
     context = _context() if cuda else None
+    rounds = [_round(device)]  # of Python's pace, which changes: at the start, in the middle, at the end
     cold, warm, readers = _disk(Path(folder) if folder is not None else Path(tempfile.gettempdir()), block)
+    rounds.append(_round(device))
     found = Calibration(
         machine=machine_name(),
         gpu=torch.cuda.get_device_name(0) if cuda else None,
@@ -71,13 +74,14 @@ def calibrate(folder: str | os.PathLike[str] | None = None, save: bool = True, q
         gather=_gather(device, block),
         scattered=_scattered(device, quick),
         joined=_joined(device, quick),
-        issue=_issue(device),
+        plan=_plan() if cuda else None,
         kernel=_kernel() if cuda else None,
         context=context,
         workspace=_workspace() if cuda else None,
         capability=torch.cuda.get_device_capability(0) if cuda else None,
         versions=_versions(),
     )
+    found = replace(found, issue=_issue([*rounds, _round(device)]))
     if save:
         Ledger.load().add(found)
     return found
@@ -277,6 +281,22 @@ def _workspace() -> int:
     return max(mark.recording.events)  # type: ignore[attr-defined]
 
 
+def _plan() -> float:
+    q = torch.randn(1, 32, 1, 128, device="cuda", dtype=torch.float16)
+
+    def attend(tokens: int) -> float:
+        k = torch.randn(1, 32, tokens, 128, device="cuda", dtype=torch.float16)
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        F.scaled_dot_product_attention(q, k, k)
+        torch.cuda.synchronize()
+        return time.perf_counter() - start
+
+    attend(1009)
+    odd = (1013, 1019, 1021)  # lengths that nothing else has
+    return max(0.0, statistics.median(map(attend, odd)) - statistics.median(map(attend, odd)))
+
+
 def _grouped(quick: bool) -> tuple[tuple[float, float], ...]:
     """Products of experts in one kernel, from few rows for each to many, each expert met by as many rows as chance
     gives it; empty where PyTorch has none for this GPU.
@@ -296,16 +316,21 @@ def _grouped(quick: bool) -> tuple[tuple[float, float], ...]:
     return tuple(rows)
 
 
-def _issue(device: str) -> float | None:
-    """Seconds for each step of the host: the median of four models so small that a GPU always waits for Python.
+def _issue(rounds: Sequence[Mapping[str, float]]) -> float | None:
+    """Seconds for each step of the host: the median of four models so small that a GPU always waits for Python, each
+    at its best of all rounds.
 
     None where dry runs, which count the steps, cannot be made.
     """
     try:
-        steps = {name: host_steps(name) for name in HOSTS}
+        return statistics.median(min(seconds[name] for seconds in rounds) / host_steps(name) for name in HOSTS)
     except RuntimeError:
         return None
-    return statistics.median(last_step(name, device) / steps[name] for name in HOSTS)
+
+
+def _round(device: str) -> dict[str, float]:
+    """Seconds of a step of each of the four."""
+    return {name: last_step(name, device) for name in HOSTS}
 
 
 HOSTS = ("llama", "gpt2", "gemma2", "bert")

@@ -206,8 +206,16 @@ class DryRun:
         return {**found, "token": sum(tokens) / len(tokens)} if tokens else found
 
     @property
+    def planning(self) -> float:
+        """Seconds that a step takes more at a length that the process meets for the first time: cuDNN, which PyTorch
+        prefers for attention on Hopper and Blackwell, plans anew for each. 0 where another kernel is chosen.
+        """
+        planned = (op.device for op in self.operations if "_cudnn_attention" in op.name)
+        return max((self.rates[device].plan for device in planned), default=0.0)
+
+    @property
     def tokens_per_second(self) -> float:
-        """Tokens of all sequences together while decoding; 0 if none were generated."""
+        """Tokens of all sequences together while decoding, lengths met before; 0 if none were generated."""
         return self.load.batch / self.seconds["token"] if "token" in self.seconds else 0.0
 
     def explain(self) -> str:
@@ -226,6 +234,11 @@ class DryRun:
             lines.append(f"  {name}: {1000 * seconds:,.1f} ms, longest busy: {step.bottleneck}")
         if self.tokens_per_second:
             lines.append(f"  {self.tokens_per_second:,.1f} tokens/s")
+        if self.planning:
+            lines.append(
+                f"  the first time at each length: {1000 * self.planning:,.0f} ms more, in which cuDNN plans its "
+                "attention (torch.backends.cuda.enable_cudnn_sdp(False) does without it)"
+            )
         lines.append(f"  DOES NOT FIT: {self.problem}" if self.problem else "  Fits.")
         return "\n".join(lines)
 
@@ -253,7 +266,7 @@ class DryRun:
         load = {"batch": self.load.batch, "prompt": self.load.prompt, "new": self.load.new}
         return json.dumps(
             {"model": self.model, "hardware": self.hardware, "load": load, "devices": devices, "times": times,
-             "seconds": self.seconds, "problem": self.problem},
+             "seconds": self.seconds, "planning": self.planning, "problem": self.problem},
             indent=1,
         )  # fmt: skip
 

@@ -148,7 +148,7 @@ class Notebook(TorchDispatchMode):
         if func not in self.kernels or not any(tensor.is_cuda for tensor in _tensors(args)):
             return None
         if self.kind != "weights":
-            self.trace.unissued += 1
+            self.trace.unissued += INTO_PYTHON
         before, self.following = self.following, True
         try:
             with self:
@@ -262,7 +262,7 @@ class Notebook(TorchDispatchMode):
         moved = packet in _MOVES
         source = next((str(t.device) for t in inputs if t.device != outputs[0].device), "") if moved else ""
         parts = args[1].shape[0] if packet is aten._grouped_mm else 1
-        issued = self.trace.unissued + 1  # and the launch
+        issued = self.trace.unissued + 1 + _MORE_STEPS.get(packet, 0)  # and the launch
         self.trace.operations.append(
             Operation(
                 name, device, flops, read + written + extra, dtype, issued, source, parts=parts, scattered=scattered
@@ -457,6 +457,8 @@ _CREATES = {
     aten.fill_, aten.zero_, aten.normal_, aten.scalar_tensor,
 }  # fmt: skip
 
+INTO_PYTHON = 6  # steps of the host for an operation that is written in Python: seen with bitsandbytes' for 4 bit
+_MORE_STEPS = {aten._grouped_mm: 29}  # it prepares a list of products: seen on an H200, PyTorch 2.11, in Qwen3-30B
 _COPIES = {aten._to_copy, aten.copy_, aten.clone}
 _BATCHED = {aten.bmm, aten.baddbmm}
 SECTOR = 32  # bytes of a GPU's memory that are read at once

@@ -50,6 +50,7 @@ class Calibration:
         disk_readers: from a file that the system has in memory, by as many threads as offloading reads with.
         masked: as `attention`, with a mask that is a tensor.
         scattered: elements a second of an operation whose tensors lie in memory in different orders.
+        plan: what attention takes more at a length that it meets for the first time.
         joined: elements a second of joining tensors that do not lie in memory as the result does (`torch.cat`).
     """
 
@@ -75,6 +76,7 @@ class Calibration:
     masked: tuple[tuple[float, float], ...] = ()
     scattered: float | None = None
     joined: float | None = None
+    plan: float | None = None
 
     def explain(self) -> str:
         """What was measured, as text."""
@@ -89,7 +91,7 @@ class Calibration:
             lines.append(f"  {f'products, {dtype}':26} {max(rate for _, rate in rows) / 1e12:10,.2f} TFLOP/s")
         rates = {"elements, one by one": self.scattered, "elements, joined": self.joined}
         lines += [f"  {name:26} {rate / 1e9:10,.1f} G/s" for name, rate in rates.items() if rate]
-        times = {"a step of the host": self.issue, "smallest kernel": self.kernel}
+        times = {"a step of the host": self.issue, "smallest kernel": self.kernel, "attention, a new length": self.plan}
         lines += [f"  {name:26} {1e6 * seconds:10,.1f} µs" for name, seconds in times.items() if seconds]
         sizes = {"CUDA context": self.context, "workspace of cuBLAS": self.workspace}
         lines += [f"  {name:26} {size / 2**20:10,.1f} MiB" for name, size in sizes.items() if size]

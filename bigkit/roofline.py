@@ -31,6 +31,7 @@ from .ledger import Calibration
 STREAMED = 0.75  # of a large copy's bandwidth, by operations that are no products: seen on an H200, over 20 models
 
 SCATTERED, JOINED = 0.077, 0.042  # elements a second for each byte of bandwidth, where they were not measured
+PLAN = 0.049  # seconds in which cuDNN plans its attention for a length that is new: seen on an H200, PyTorch 2.11
 MASKED = ", masked"  # ends the name of an attention with a mask that is a tensor
 
 GATHERS = frozenset(("index", "index_put", "index_put_"))  # rows picked by a tensor: far from a copy's speed
@@ -91,6 +92,7 @@ class Rates:
     masked: Table = ()
     scattered: float = math.inf
     joined: float = math.inf
+    plan: float = PLAN
     measured: bool = field(default=False, compare=False)
 
     @staticmethod
@@ -132,10 +134,10 @@ class Rates:
         if missing and base is None:
             raise ValueError(f"the calibration of {calibration.machine!r} lacks {', '.join(missing)}: name a GPU")
         both: dict[str, Any] = {name: value or getattr(base, name) for name, value in found.items()}
-        more = {
+        more: dict[str, Any] = {
             "gather": calibration.gather or 0.0, "grouped": calibration.grouped, "masked": calibration.masked,
             "scattered": calibration.scattered or SCATTERED * both["memory"],
-            "joined": calibration.joined or JOINED * both["memory"],
+            "joined": calibration.joined or JOINED * both["memory"], "plan": calibration.plan or PLAN,
         }  # fmt: skip
         return Rates(**both, **more, measured=True)
 

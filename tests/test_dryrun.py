@@ -42,6 +42,17 @@ def test_a_plan_that_offloads_is_true(model, dtype, machine):
     assert found.offloaded and run.fits and run.peak_reserved[0] > 0.9 * run.timeline().capacity
 
 
+def test_new_lengths_wait_for_a_plan_on_hopper():
+    run = dry_run("gpt2", None, 1, 64, 2, "H200", dtype="float16")
+    assert (
+        run.planning == 0.049
+        and "49 ms more, in which cuDNN plans" in str(run)
+        and '"planning": 0.049' in run.to_json()
+    )
+    run = dry_run("gpt2", None, 1, 64, 2, "A100-40GB", dtype="float16")
+    assert run.planning == 0 and "cuDNN" not in str(run)
+
+
 @pytest.mark.parametrize("model, most", [("gpt2", 1024), ("opt-1.3b", 2048), ("bert-base-cased", 512), ("pygpt", 512)])
 def test_more_tokens_than_learned_positions_are_refused(model, most):
     """A real GPU would stop with an assertion in a kernel; a fake one looks up nothing."""

@@ -254,6 +254,65 @@ def test_reading_an_expanded_tensor_costs_what_is_there():
     assert looked_up.bytes == 2 * 5 * 8 * 4
 
 
+def last_of(work):
+    with fake_gpus(NO_WORKSPACE) as notes:
+        work(lambda *shape: torch.empty(*shape, device="cuda:0"))
+        return notes.trace.operations[-1]
+
+
+@pytest.mark.parametrize(
+    "work, one_by_one",
+    [
+        (lambda new: new(8, 16) + new(8, 16), 0),
+        (lambda new: new(8, 16) * 2, 0),
+        (lambda new: new(8, 16).t() * new(8, 16).t(), 0),  # the same order in all, whatever it is
+        (lambda new: new(8, 16) * new(16), 128),
+        (lambda new: new(16, 8).t() * new(8, 16), 128),
+        (lambda new: new(8, 32)[:, :16].neg(), 128),
+        (lambda new: new(8, 16).copy_(new(16, 8).t()), 128),
+        (lambda new: torch.cat((new(8, 16), new(8, 16))), 0),
+        (lambda new: torch.cat((new(8, 32)[:, :16], new(8, 16)), 1), 256),
+        (lambda new: new(8, 16).sum(0), 0),
+    ],
+)
+def test_elements_in_one_order_are_taken_several_at_once(work, one_by_one):
+    assert last_of(work).scattered == one_by_one
+
+
+def test_a_stride_wastes_the_rest_of_each_sector():
+    plain = last_of(lambda new: new(1, 64, 64) * new(4, 64, 64))
+    heads = last_of(lambda new: new(4, 64, 64) + new(64, 64, 4).permute(2, 0, 1))
+    assert plain.bytes == 4 * 64 * 64 * (1 + 4 + 4)
+    assert heads.bytes == 4 * 64 * 64 * (4 + 4) + 4 * 64 * 64 * 16, "16 bytes a step for 4 that are needed"
+
+
+def test_a_batch_reads_a_large_matrix_again_and_again():
+    def work(new):
+        return torch.bmm(new(8, 1, 4096), new(4096, 4096).expand(8, 4096, 4096))
+
+    assert last_of(work).bytes == 8 * (4096 + 4096**2 + 4096) * 4
+    small = last_of(lambda new: torch.bmm(new(8, 1, 64), new(64, 64).expand(8, 64, 64)))
+    assert small.bytes == 4 * (8 * 64 + 64**2 + 8 * 64), "which the cache holds"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_products_of_experts_in_every_dtype(dtype):
+    with fake_gpus(NO_WORKSPACE) as notes:
+        rows = torch.empty(32, 64, dtype=dtype, device="cuda:0")
+        experts = torch.empty(4, 128, 64, dtype=dtype, device="cuda:0").transpose(1, 2)
+        ends = torch.empty(4, dtype=torch.int32, device="cuda:0")
+        out = torch._grouped_mm(rows, experts, offs=ends)
+    assert out.dtype == dtype and out.shape == (32, 128) and out.device.type == "cuda"
+    product = notes.trace.operations[-1]
+    assert product.name == "_grouped_mm" and product.flops == 2 * 32 * 64 * 128 and product.parts == 4
+    assert sum(event > 0 for event in notes.trace.recordings["cuda:0"].events) == 4, "no casts are noted"
+
+
+def test_constants_are_born_on_their_own_gpu():
+    with fake_gpus():
+        assert torch.tensor([1.0], device="cuda:3").device == torch.device("cuda:3")
+
+
 def test_nothing_is_left_behind():
     """Neither in PyTorch nor in `torch.cuda`; and nothing real was allocated."""
     before = torch.cuda.get_device_capability

@@ -191,6 +191,20 @@ def test_the_int8_layer_computes_what_bitsandbytes_does(dtype, bias, threshold, 
         assert ours(x).dtype == x.dtype and ours.weight.SCB is not None and ours.state.SCB is None
 
 
+def test_int8_layers_say_nothing_at_each_forward(caplog):
+    layer = empty_layer(nn.Linear(64, 32), 64, 32, "int8", 6.0, None).eval()
+    layer.weight, layer.bias = quantized(torch.randn(32, 64), "int8"), nn.Parameter(torch.zeros(32), False)
+    logger = logging.getLogger("bitsandbytes.autograd._functions")
+    level = logger.level
+    try:
+        logger.setLevel(logging.WARNING)
+        layer(torch.full((1, 64), 9.0)), layer(torch.ones(1, 64))
+        logger.warning("something else")
+    finally:
+        logger.setLevel(level)
+    assert [record.message for record in caplog.records] == ["something else"]
+
+
 @every_kind
 def test_quantizing_in_place_gives_the_same(saved, kind):
     model, folder = saved

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from bigkit.hardware import GPUS
 from bigkit.ledger import Calibration
-from bigkit.roofline import STREAMED, Operation, Rates, rate_at, run_steps
+from bigkit.roofline import MASKED, STREAMED, Operation, Rates, rate_at, run_steps
 
 FLAT = Rates(1e12, {"float16": ((1e9, 1e14),)}, ((1e9, 1e14),), issue=1e-5, kernel=1e-6, link=5e10, peer=2e11, disk=2e9)
 
@@ -35,6 +35,17 @@ def test_gathers_and_products_of_experts_have_rates_of_their_own():
     assert rates.seconds(experts) == pytest.approx(0.02, rel=0.01)
     assert FLAT.seconds(experts) == pytest.approx(0.01, rel=0.01)
     assert rates.seconds(replace(experts, parts=10**6)) == pytest.approx(0.1, rel=0.01)
+
+
+def test_elements_one_by_one_and_masks_have_rates_of_their_own():
+    rates = replace(FLAT, scattered=1e11, joined=1e10, masked=((1e9, 1e13),))
+    added = Operation("add", "cuda:0", 0, 10**6, "float16", scattered=10**9)
+    assert rates.seconds(added) == pytest.approx(0.01, rel=0.01)
+    assert rates.seconds(replace(added, name="cat")) == pytest.approx(0.1, rel=0.01)
+    assert rates.seconds(replace(added, bytes=10**11)) == pytest.approx(0.1 / STREAMED, rel=0.01)
+    attention = Operation("_scaled_dot_product_flash_attention", "cuda:0", 10**12, 0, "float16")
+    assert rates.seconds(replace(attention, name=attention.name + MASKED)) == pytest.approx(0.1, rel=0.01)
+    assert rates.seconds(attention) == FLAT.seconds(replace(attention, name=attention.name + MASKED))
 
 
 @given(st.floats(1, 1e20))
