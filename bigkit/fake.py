@@ -120,6 +120,9 @@ class Notebook(TorchDispatchMode):
             with self:
                 return func.decompose(*args, **(kwargs or {}))
         inputs = [*_tensors(args), *_tensors((kwargs or {}).values())]
+        copied = 0
+        if func is _LAYER_NORM and args[0].is_cuda and not args[0].is_contiguous():
+            copied = self.trace.request(str(args[0].device), _bytes(args[0]), "workspace")
         result = self._run(func, args, kwargs or {})
         outputs = list(_tensors((result,)))
         if func is _CUDNN and not args[4]:
@@ -129,6 +132,8 @@ class Notebook(TorchDispatchMode):
         device = next((str(t.device) for t in (*outputs, *inputs) if t.is_cuda), None)
         if device is not None:
             self.take_workspace(device, func, args, outputs)
+            if copied:
+                self.trace.free(device, copied)
         self.count(func, inputs, outputs, args, kwargs or {}, result)
         return result
 
@@ -458,16 +463,21 @@ _CREATES = {
 }  # fmt: skip
 
 INTO_PYTHON = 6  # steps of the host for an operation that is written in Python: seen with bitsandbytes' for 4 bit
-_MORE_STEPS = {aten._grouped_mm: 29}  # it prepares a list of products: seen on an H200, PyTorch 2.11, in Qwen3-30B
+_MORE_STEPS = {  # seen on an H200, PyTorch 2.11: it prepares a list of products, in Qwen3-30B; cuDNN's, in ResNet-50
+    aten._grouped_mm: 29,
+    aten.convolution: 4,
+}
 _COPIES = {aten._to_copy, aten.copy_, aten.clone}
 _BATCHED = {aten.bmm, aten.baddbmm}
 SECTOR = 32  # bytes of a GPU's memory that are read at once
+FEW_INPUTS = 64  # of a convolution's filter: ConvNeXt's first has 3 x 4 x 4
 CACHE = 48 * MiB  # L2 of a large GPU
 
 _ATTENTION = {getattr(aten, f"_scaled_dot_product_{kernel}_attention") for kernel in ("flash", "efficient", "cudnn")}
 
 _CUDNN = aten._scaled_dot_product_cudnn_attention.default
 _ADDMM = aten.addmm.default
+_LAYER_NORM = aten.native_layer_norm.default  # copies what does not lie in one piece before it asks for its results
 _GROUPED = aten._grouped_mm.default
 _ASK = torch.ops.prim.device.default  # `tensor.device` of fake tensors; real ones do not ask the dispatcher
 _COMPOSITE = (aten.linear.default, aten.matmul.default)  # reach a mode whole where a library's own operation calls them
@@ -477,15 +487,16 @@ _QUESTIONS = (aten._local_scalar_dense.default, aten.is_nonzero.default)
 def _convolution_workspace(args: Any, outputs: list[Tensor]) -> Sequence[int]:
     """What cuDNN takes to lay images out with the channels last, as its 16-bit kernels want them.
 
-    Input, result and filter, channels in eights; nothing if they lie so, or if the filter is a point and each row of
-    pixels can be taken as it is. Source: seen with cuDNN 9.19 on an H200, met to the byte for ResNet-50.
+    Input, result and filter, channels in eights; the filter alone if the images lie so; nothing if the filter is a
+    point and each row of pixels can be taken as it is, or if it has few inputs. Source: seen with cuDNN 9.19 on an
+    H200; met to the byte for ResNet-50 with 8 images and, within 200 bytes, for ConvNeXt.
     """
     image, weight, stride, groups = args[0], args[1], args[3], args[8]
     result = outputs[0]
-    if image.element_size() != 2 or image.dim() != 4 or groups > 1:
+    if image.element_size() != 2 or image.dim() != 4 or groups > 1 or math.prod(weight.shape[1:]) < FEW_INPUTS:
         return ()
     if image.is_contiguous(memory_format=torch.channels_last) and not image.is_contiguous():
-        return ()
+        return (weight.nbytes,) if weight.is_contiguous() and math.prod(weight.shape[2:]) > 1 else ()
     point = tuple(weight.shape[2:]) == (1, 1)
     if point and set(stride) == {1} and math.prod(image.shape[2:]) % 4 == 0:
         return ()
@@ -496,7 +507,6 @@ def _convolution_workspace(args: Any, outputs: list[Tensor]) -> Sequence[int]:
 
 _TEMPORARY: dict[Any, Callable[[Any, list[Tensor]], Sequence[int]]] = {  # operation -> what its kernel takes meanwhile
     aten.convolution.default: _convolution_workspace,
-    aten.native_layer_norm.default: lambda args, outputs: () if args[0].is_contiguous() else (_bytes(args[0]),),
     _CUDNN: lambda args, outputs: (8, 8),  # seed and offset of a dropout that does not happen
 }
 

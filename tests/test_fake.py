@@ -234,6 +234,43 @@ def test_convolutions_of_16_bits_are_laid_out_anew():
     assert sizes == [2 * 8 * 64 * 56**2, 2 * 64 * 64 * 9, 2 * 8 * 64 * 56**2, 6496272, 2 * 64 * 64, 2 * 8 * 64 * 56**2]
 
 
+def requests_of(work):
+    """What is asked for, and given back, after the tensors that the work begins with."""
+    with fake_gpus(NO_WORKSPACE) as notes:
+        run = work(lambda *shape: torch.empty(*shape, dtype=torch.float16, device="cuda:0"))
+        events = notes.trace.recordings["cuda:0"].events
+        begin = len(events)
+        kept = run()
+        assert kept is not None
+        return events[begin:]
+
+
+def test_images_with_the_channels_last_need_the_filter_laid_out_alone():
+    def work(new):
+        image, weight = new(8, 64, 56, 56).to(memory_format=torch.channels_last), new(128, 64, 2, 2)
+        return lambda: F.conv2d(image, weight, stride=2)
+
+    assert requests_of(work) == [2 * 8 * 128 * 28**2, 2 * 128 * 64 * 4, -5]
+
+
+def test_a_convolution_of_few_inputs_is_done_as_it_lies():
+    def work(new):
+        image, weight = new(8, 3, 224, 224), new(128, 3, 4, 4)
+        return lambda: F.conv2d(image, weight, stride=4)
+
+    assert requests_of(work) == [2 * 8 * 128 * 56**2]
+
+
+def test_a_layer_norm_copies_what_does_not_lie_in_one_piece_before_it_asks_for_more():
+    def work(new):
+        x, weight = new(8, 64, 100).transpose(1, 2), new(64)
+        return lambda: F.layer_norm(x, (64,), weight, weight)
+
+    size = 2 * 8 * 100 * 64
+    copy, out, mean, deviation, *frees = requests_of(work)
+    assert [copy, out, mean, deviation] == [size, size, 8 * 100 * 4, 8 * 100 * 4] and frees[0] == -3
+
+
 def test_a_mask_is_padded_for_the_efficient_kernel():
     with fake_gpus(A100) as notes:
         q = torch.empty(1, 4, 10, 64, dtype=torch.float16, device="cuda:0")
