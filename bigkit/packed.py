@@ -71,7 +71,7 @@ def _linear_8bit() -> type[nn.Module]:
     class Linear8bitLt(bnb.nn.Linear8bitLt):
         """bitsandbytes' layer, with a weight that stays whole: theirs takes the scales away when it first runs.
 
-        Without outliers and gradients it calls the kernels itself, to the same bits: half the steps of Python.
+        Without outliers and gradients it calls the kernels itself, to the same bits and with less Python around them.
         """
 
         def forward(self, x: Tensor) -> Tensor:
