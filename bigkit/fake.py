@@ -430,6 +430,8 @@ def fake_gpus(target: Target = Target()) -> Iterator[Notebook]:
         stack.enter_context(torch.no_grad())
         stack.enter_context(_device_guard())
         stack.enter_context(mock.patch("torch.cuda.get_device_capability", lambda device=None: target.capability))
+        # With a real GPU in the machine PyTorch makes a real tensor there for each fake one.
+        stack.enter_context(mock.patch("torch._subclasses.fake_tensor.init_gpu_context", lambda device: None))
         stack.enter_context(_FakeTensors(allow_non_fake_inputs=True))
         stack.enter_context(Attention(target))
         stack.enter_context(notes)
@@ -437,7 +439,7 @@ def fake_gpus(target: Target = Target()) -> Iterator[Notebook]:
 
 
 class _FakeTensors(FakeTensorMode):
-    """PyTorch's, never making a real tensor on a GPU on the way to a fake one, as it does where there is a GPU."""
+    """PyTorch's, making constants as on a machine without a GPU: else they are born real, on the GPU that is there."""
 
     avoid_device_init = True
 

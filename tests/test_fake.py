@@ -3,6 +3,8 @@
 import math
 import subprocess
 import sys
+from contextlib import ExitStack, contextmanager, nullcontext
+from unittest import mock
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from bigkit import zoo
+from bigkit import dry_run, zoo
 from bigkit.allocator import replay
 from bigkit.fake import Target, choose_kernel, fake_gpus
 from bigkit.workload import Workload, fill, passes
@@ -345,9 +347,39 @@ def test_products_of_experts_in_every_dtype(dtype):
     assert sum(event > 0 for event in notes.trace.recordings["cuda:0"].events) == 4, "no casts are noted"
 
 
-def test_constants_are_born_on_their_own_gpu():
-    with fake_gpus():
+@contextmanager
+def a_machine_with_a_gpu():
+    """As far as PyTorch can tell; who touches that GPU is told off."""
+    touched = mock.Mock(side_effect=AssertionError("the real GPU was touched"))
+    with ExitStack() as stack:
+        enter = stack.enter_context
+        enter(mock.patch.object(torch.cuda, "is_available", lambda: True))
+        enter(mock.patch.object(torch.accelerator, "current_accelerator", lambda *_, **__: torch.device("cuda")))
+        enter(mock.patch.object(torch.cuda, "_lazy_init", touched))
+        yield
+    assert not touched.called
+
+
+@pytest.mark.parametrize("machine", [nullcontext, a_machine_with_a_gpu])
+def test_constants_are_born_on_their_own_gpu(machine):
+    with machine(), fake_gpus():
         assert torch.tensor([1.0], device="cuda:3").device == torch.device("cuda:3")
+        assert torch.ones(2, device="cuda").device == torch.device("cuda:0")
+
+
+@pytest.mark.parametrize("name, quantization", [("llama-3.1-8b", None), ("mixtral-8x7b", None), ("gpt2", "nf4-double")])
+def test_a_real_gpu_is_left_alone_and_changes_nothing(name, quantization):
+    def run():
+        build = (lambda: tiny(name, **TINY[name])) if quantization is None else name
+        return dry_run(build, {"": 0}, 2, 24, 2, "H200", dtype="bfloat16", quantization=quantization)
+
+    if quantization:
+        pytest.importorskip("bitsandbytes")
+    without = run()
+    with a_machine_with_a_gpu():
+        beside = run()
+    assert beside.recordings == without.recordings
+    assert list(beside.operations) == list(without.operations) and beside.seconds == without.seconds
 
 
 def test_nothing_is_left_behind():

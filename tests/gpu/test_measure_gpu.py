@@ -10,6 +10,7 @@ from bigkit.workload import Workload
 def test_peaks_and_steps_of_the_real_run():
     run = dry_run("gpt2", None, 4, 256, 3, "H200", dtype="bfloat16")
     real = measure(zoo.empty_model("gpt2", dtype="bfloat16"), {"": 0}, Workload(4, 256, 3))
+    assert real.recording.about["held"] == "0", "nothing was on the GPU before"
     assert run.peak_allocated[0] == pytest.approx(real.recording.peaks["allocated"], rel=0.005)
     assert [name for name, _ in real.recording.marks] == [name for name, _ in run.timeline(0).marks]
     assert len(real.seconds) == 4 and all(seconds > 0 for seconds in real.seconds)
