@@ -367,11 +367,14 @@ def test_constants_are_born_on_their_own_gpu(machine):
         assert torch.ones(2, device="cuda").device == torch.device("cuda:0")
 
 
-@pytest.mark.parametrize("name, quantization", [("llama-3.1-8b", None), ("mixtral-8x7b", None), ("gpt2", "nf4-double")])
-def test_a_real_gpu_is_left_alone_and_changes_nothing(name, quantization):
+@pytest.mark.parametrize(
+    "name, quantization, rests",
+    [("llama-3.1-8b", None, 0), ("mixtral-8x7b", None, 0), ("llama-3.1-8b", None, "cpu"), ("gpt2", "nf4-double", 0)],
+)
+def test_a_real_gpu_is_left_alone_and_changes_nothing(name, quantization, rests):
     def run():
         build = (lambda: tiny(name, **TINY[name])) if quantization is None else name
-        return dry_run(build, {"": 0}, 2, 24, 2, "H200", dtype="bfloat16", quantization=quantization)
+        return dry_run(build, {"": rests}, 2, 24, 2, "H200", dtype="bfloat16", quantization=quantization)
 
     if quantization:
         pytest.importorskip("bitsandbytes")
