@@ -20,8 +20,7 @@ from bigkit import cli
 from bigkit.launch import Settings, command_line, read_config, write_example
 from tests.ranks import ROOT
 
-# Unbuffered, `print` writes a line in pieces, and the pieces of two ranks mix.
-ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": ""}
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 BIGKIT = [sys.executable, "-m", "bigkit.cli"]
 
 

@@ -79,7 +79,8 @@ with state.split_between_processes(prompts, apply_padding=True) as mine:
     texts = [decode(model.generate(torch.tensor([encode(prompt)]), 8)[0]) for prompt in mine]
 texts = gather_for_results(texts, len(prompts))
 hosts = gather(torch.tensor(int(os.environ["GROUP_RANK"])))
-print(state.process_index, state.local_process_index, hosts.tolist(), texts, flush=True)
+# torchrun starts Python with -u, by which print writes a line in pieces, and those of two ranks mix in one log.
+sys.stdout.write(f"{state.process_index} {state.local_process_index} {hosts.tolist()} {texts}\\n")
 state.destroy()
 """
 

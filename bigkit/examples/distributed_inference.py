@@ -30,8 +30,9 @@ def main() -> None:
         model = load(state.device)
     with state.split_between_processes(PROMPTS) as mine:
         texts = [continue_text(model, prompt, state.device) for prompt in mine]
-        print(
-            f"process {state.process_index} of {state.num_processes} on {state.device}: {len(texts)} prompts",
+        print(  # in one piece with its line end, or those of two processes may mix
+            f"process {state.process_index} of {state.num_processes} on {state.device}: {len(texts)} prompts\n",
+            end="",
             flush=True,
         )
     texts = gather_for_results(texts, len(PROMPTS))
