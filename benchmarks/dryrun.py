@@ -234,15 +234,13 @@ def measure_again(path: Path, earlier: Path, seconds: float, only: list[str]) ->
         model, load, put = prepared(case)
         put()
         found = times_of(model, load)
-        best = {phase: min(seconds, case["seconds"][phase]) for phase, seconds in found["seconds"].items()}
+        best = {phase: min(now, case["seconds"][phase]) for phase, now in found["seconds"].items()}
         case.update(found, seconds=best)
         del model, put
         gc.collect()
         torch.cuda.empty_cache()
         path.write_text(json.dumps(results, indent=1) + "\n")
-        said = {
-            phase: f"{1000 * best:.1f} ({1000 * case['median'][phase]:.1f})" for phase, best in case["seconds"].items()
-        }
+        said = {phase: f"{1000 * best[phase]:.1f} ({1000 * found['median'][phase]:.1f})" for phase in best}
         print(f"{time.perf_counter() - start:5.0f} s  {key_of(case)}  {said} ms", flush=True)
 
 

@@ -29,8 +29,9 @@ from .plans import Plan
 from .roofline import Rates
 from .units import dtype_bits, format_bytes
 
-ISSUED = {None: 130, "int8": 330}  # steps of Python for one block (see `Operation.issued`) of a Llama; GPT-2 has 70
-ISSUED_4BIT = 160
+ISSUED = {  # steps of Python for one block (see `Operation.issued`) of a Llama; GPT-2 has 70
+    None: 130, "int8": 330, "nf4": 160, "fp4": 160, "nf4-double": 160, "fp4-double": 160,
+}  # fmt: skip
 RAM_RATE = 40e9  # bytes a second from RAM, for machines without a GPU
 STORED = (None, "int8", "nf4", "nf4-double")
 LOSS = {None: 0, "int8": 1, "nf4": 2, "fp4": 3, "nf4-double": 3, "fp4-double": 4}  # rank: how far from the 16-bit model
@@ -257,7 +258,7 @@ def _cost(model: ModelSpec, found: Plan, hardware: Hardware, known: Calibration 
     away = {name: shares[name].weights for name in ("cpu", "disk") if name in shares and not shares[name].runs}
     link = speeds[0].link if speeds else ram
     waits = {
-        "Python": ISSUED.get(found.quantization, ISSUED_4BIT) * blocks * issue,
+        "Python": ISSUED[found.quantization] * blocks * issue,
         "GPU" if speeds else "RAM": max(reading, computing),
         "link": (away.get("cpu", 0) + away.get("disk", 0)) / link if speeds else 0.0,
         "disk": away.get("disk", 0) / disk,

@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .advice import calibration_of
+from .advice import calibration_of, rates_of
 from .allocator import CachingAllocator, OutOfMemory, Recording, replay
 from .dispatch import dispatch_model
 from .export import chrome_trace, memory_snapshot
@@ -354,12 +354,9 @@ def dry_run(
         raise ValueError(f"a dry run knows GPUs, 'cpu' and 'disk', not {', '.join(wrong)}")
     numbers = sorted({d for d in places.values() if isinstance(d, int)}) or [0]
     machine = _machine(hardware, max(numbers) + 1)
-    gpus = {f"cuda:{i}": machine.gpus[i] for i in numbers}
     known = calibration or calibration_of(machine)
-    rates = {
-        name: Rates.of_gpu(gpu, machine.disk_rate) if known is None else Rates.of_calibration(known, gpu)
-        for name, gpu in gpus.items()
-    }
+    every = rates_of(machine, known)
+    rates = {f"cuda:{i}": every[i] for i in numbers}
     if isinstance(plan, Plan):
         dtype, quantization = dtype or plan.dtype, quantization or plan.quantization
     config = None

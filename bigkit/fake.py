@@ -469,7 +469,7 @@ _MORE_STEPS = {  # seen on an H200, PyTorch 2.11: it prepares a list of products
     aten._grouped_mm: 29,
     aten.convolution: 4,
 }
-_COPIES = {aten._to_copy, aten.copy_, aten.clone}
+_COPIES = _MOVES | {aten.clone}
 _BATCHED = {aten.bmm, aten.baddbmm}
 SECTOR = 32  # bytes of a GPU's memory that are read at once
 FEW_INPUTS = 64  # of a convolution's filter: ConvNeXt's first has 3 x 4 x 4

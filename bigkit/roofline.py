@@ -76,7 +76,7 @@ class Rates:
     """What a device does in a second, and what it takes at least. See `Calibration` for the fields.
 
     Without `grouped`, `gather` and `masked`, products of experts go as fast as others, gathers as other operations, and
-    attention with a mask as without.
+    attention with a mask as without; without `scattered` and `joined`, they follow from `memory`.
     """
 
     memory: float
@@ -90,8 +90,8 @@ class Rates:
     gather: float = 0.0
     grouped: Table = ()
     masked: Table = ()
-    scattered: float = math.inf
-    joined: float = math.inf
+    scattered: float = 0.0
+    joined: float = 0.0
     plan: float = PLAN
     measured: bool = field(default=False, compare=False)
 
@@ -108,8 +108,6 @@ class Rates:
             link=0.87 * gpu.link,
             peer=0.87 * gpu.link,
             disk=disk,
-            scattered=SCATTERED * 0.88 * gpu.bandwidth,
-            joined=JOINED * 0.88 * gpu.bandwidth,
         )
 
     @staticmethod
@@ -136,8 +134,8 @@ class Rates:
         both: dict[str, Any] = {name: value or getattr(base, name) for name, value in found.items()}
         more: dict[str, Any] = {
             "gather": calibration.gather or 0.0, "grouped": calibration.grouped, "masked": calibration.masked,
-            "scattered": calibration.scattered or SCATTERED * both["memory"],
-            "joined": calibration.joined or JOINED * both["memory"], "plan": calibration.plan or PLAN,
+            "scattered": calibration.scattered or 0.0, "joined": calibration.joined or 0.0,
+            "plan": calibration.plan or PLAN,
         }  # fmt: skip
         return Rates(**both, **more, measured=True)
 
@@ -149,8 +147,10 @@ class Rates:
         if not operation.flops:
             gathers = operation.name in GATHERS and self.gather
             moving = operation.bytes / (self.gather if gathers else STREAMED * self.memory)
-            one_by_one = operation.scattered / (self.joined if operation.name == "cat" else self.scattered)
-            return self.kernel + max(moving, one_by_one)
+            one_by_one = self.scattered or SCATTERED * self.memory
+            if operation.name == "cat":
+                one_by_one = self.joined or JOINED * self.memory
+            return self.kernel + max(moving, operation.scattered / one_by_one)
         table = self.table(operation.dtype)
         if "attention" in operation.name:
             table = self.masked if operation.name.endswith(MASKED) and self.masked else self.attention
