@@ -1,19 +1,19 @@
 """Memory and time of real models on one GPU, foretold by dry runs and measured.
 
-    python benchmarks/dryrun.py --measure RESULTS.json [--traces FOLDER] [--seconds 300]      on a CUDA GPU
-    python benchmarks/dryrun.py --measure RESULTS.json --again EARLIER.json                   only the times
+    python benchmarks/dryrun.py --measure RESULTS.json [--traces FOLDER] [--seconds 450]      on a CUDA GPU
     python benchmarks/dryrun.py [--predict RESULTS.json] [--save]                             on any machine
     python benchmarks/dryrun.py --offload benchmarks/results/offload-gpu.json                 on any machine
 
 Every case is a model of real size, bfloat16, with as many blocks as fit in about 50 GB and random weights; three
 shapes: 1 x 16 and 8 x 512 tokens with decoding after them, and 2 x 2048 keeping the logits of every token. Each starts
 from an empty allocator: fill the weights, run the prompt, generate. `--measure` stores what the GPU's allocator said,
-the kernels that attention chose, and times; it writes after every case and starts none after `--seconds`. `--predict`
-runs the same cases on fake GPUs and prints predicted against measured; without a file, it takes the results that are
-kept in benchmarks/results. `--offload` foretells what `benchmarks/offload.py --gpu` measured.
+the kernels that attention chose, and times; when all are done it times them once more and calibrates once more. It
+writes after every case and starts none after `--seconds`. `--predict` runs the same cases on fake GPUs and prints
+predicted against measured; without a file, it takes the results that are kept in benchmarks/results. `--offload`
+foretells what `benchmarks/offload.py --gpu` measured.
 
 Times are the best of several, as those of `calibrate()` are, with the medians beside them: the host of a rented GPU
-slows down and speeds up by a half from one second to the next.
+slows down and speeds up by a half from one minute to the next.
 """
 
 from __future__ import annotations
@@ -89,6 +89,7 @@ MODELS = (
     ("llama-3.1-405b", 4), ("qwen3-32b", 16),
 )  # fmt: skip
 QUANTIZED = (("llama-2-7b", "nf4"), ("llama-2-7b", "int8"))  # these too, where there is bitsandbytes
+BOUNDARIES = ("bloom-7b1/2x2048", "gpt2-xl/8x512", "llama-2-7b/2x2048", "mixtral-8x7b/8x512")
 KEPT = Path(__file__).parent / "results" / "dryrun.json"
 BLOCKS = ("num_hidden_layers", "num_layers", "n_layer")
 
@@ -180,7 +181,8 @@ def measure(case: dict[str, Any], traces: Path | None) -> dict[str, Any]:
         found["attention"] = kernels.seen
     except Exception as error:
         found["attention"] = f"{type(error).__name__}: {error}"[:300]
-    return found | times_of(model, load)
+    found["times"] = times_of(model, load)
+    return found
 
 
 def prepared(case: dict[str, Any]) -> tuple[torch.nn.Module, Workload, Callable[[], object]]:
@@ -194,8 +196,8 @@ def prepared(case: dict[str, Any]) -> tuple[torch.nn.Module, Workload, Callable[
     return model, load_of(case, config), lambda: fill_quantized(model, {"": 0}, torch.device("cuda", 0), how)
 
 
-def times_of(model: torch.nn.Module, load: Workload, repeats: int = 6) -> dict[str, Any]:
-    """Seconds of each phase: the best, and the median."""
+def times_of(model: torch.nn.Module, load: Workload, repeats: int = 6) -> dict[str, list[float]]:
+    """Phase -> the seconds that it took, time after time."""
     times: dict[str, list[float]] = {}
     for i in range(repeats + 1):
         torch.cuda.synchronize()
@@ -206,45 +208,27 @@ def times_of(model: torch.nn.Module, load: Workload, repeats: int = 6) -> dict[s
             if i:
                 times.setdefault(phase, []).append(now - start)
             start = now
-    return {
-        "seconds": {phase: min(values) for phase, values in times.items()},
-        "median": {phase: statistics.median(values) for phase, values in times.items()},
-    }
+    return times
 
 
-def better(earlier: dict[str, Any], later: dict[str, Any]) -> dict[str, Any]:
-    """The later of two calibrations of one kind of machine, with what was better in the earlier."""
-    found = dict(later)
-    for name, value in earlier.items():
-        if isinstance(value, float) and isinstance(found.get(name), float):
+def note_times(case: dict[str, Any], times: dict[str, list[float]]) -> str:
+    """Store the best and the median of each phase in a case; returns them as text."""
+    case["seconds"] = {phase: min(values) for phase, values in times.items()}
+    case["median"] = {phase: statistics.median(values) for phase, values in times.items()}
+    rows = ((phase, 1000 * case["seconds"][phase], 1000 * case["median"][phase]) for phase in times)
+    return ", ".join(f"{phase} {best:.1f} ({median:.1f}) ms" for phase, best, median in rows)
+
+
+def better(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
+    """The first of two calibrations of one machine, with the single rates that were better in the second."""
+    found = dict(first)
+    for name, value in second.items():
+        if isinstance(value, float) and isinstance(found[name], float):
             found[name] = (min if name in ("issue", "kernel", "plan") else max)(value, found[name])
     return found
 
 
-def measure_again(path: Path, earlier: Path, seconds: float, only: list[str]) -> None:
-    """Calibrate, and time all cases of earlier results, whose memory stays as it was measured; the best is kept."""
-    start = time.perf_counter()
-    results = json.loads(earlier.read_text())
-    results["calibration"] = better(results["calibration"], asdict(calibrate(save=False)))
-    print(f"{time.perf_counter() - start:5.0f} s  calibrated: {results['calibration']}", flush=True)
-    order = {shape: i for i, shape in enumerate(SHAPES)}
-    for case in sorted(results["cases"], key=lambda case: order[case["shape"]]):
-        if time.perf_counter() - start > seconds or (only and case["model"] not in only):
-            continue
-        model, load, put = prepared(case)
-        put()
-        found = times_of(model, load)
-        best = {phase: min(now, case["seconds"][phase]) for phase, now in found["seconds"].items()}
-        case.update(found, seconds=best)
-        del model, put
-        gc.collect()
-        torch.cuda.empty_cache()
-        path.write_text(json.dumps(results, indent=1) + "\n")
-        said = {phase: f"{1000 * best[phase]:.1f} ({1000 * found['median'][phase]:.1f})" for phase in best}
-        print(f"{time.perf_counter() - start:5.0f} s  {key_of(case)}  {said} ms", flush=True)
-
-
-def boundary(name: str, shape: str, reserved: int, allocated: int) -> int:
+def boundary(name: str, shape: str, allocated: int, reserved: int) -> int:
     """The smallest limit, to 1 %, under which the case runs: between what is allocated and what is reserved."""
     config = config_of(name, dict(MODELS)[name])
     load = load_of({"shape": shape}, config)
@@ -304,63 +288,66 @@ def machine() -> dict[str, Any]:
 
 
 def measure_all(path: Path, traces: Path | None, seconds: float, only: list[str]) -> None:
-    """Measure every case and a few boundaries, writing after each."""
+    """Measure every case and a few boundaries, then every time again; writes after each."""
     start = time.perf_counter()
-    try:
-        calibration: dict[str, Any] = asdict(calibrate(save=False))
-    except Exception as error:
-        calibration = {"error": f"{type(error).__name__}: {error}", "where": traceback.format_exc()[-2000:]}
-    print(f"{time.perf_counter() - start:5.0f} s  calibrated: {calibration}", flush=True)
-    results: dict[str, Any] = {"machine": machine(), "calibration": calibration, "cases": [], "boundaries": {}}
+    results: dict[str, Any] = {"calibration": asdict(calibrate(save=False))}  # before anything else uses the GPU
+    results |= {"machine": machine(), "cases": [], "boundaries": {}}
+    times: dict[str, dict[str, list[float]]] = {}
     if traces is not None:
         traces.mkdir(parents=True, exist_ok=True)
 
-    def write() -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(results, indent=1) + "\n")
-
-    write()
-    for case in cases(only):
-        if time.perf_counter() - start > seconds:
-            results.setdefault("not_started", []).append(key_of(case))
-            continue
-        began = time.perf_counter()
-        try:
-            found = measure(case, traces)
-            allocated, reserved = found["peak"]
-            said = f"{allocated / GiB:6.2f} GiB allocated, {reserved / GiB:6.2f} reserved, {found['seconds']}"
-        except Exception as error:
-            found = {"error": f"{type(error).__name__}: {error}"[:2000], "where": traceback.format_exc()[-2000:]}
-            said = found["error"][:160]
+    def write(said: str) -> None:
         gc.collect()
         torch.cuda.empty_cache()
-        results["cases"].append({**case, **found})
-        write()
-        now = time.perf_counter()
-        print(f"{now - start:5.0f} s (+{now - began:4.1f})  {key_of(case)}  {said}", flush=True)
-    for case in results["cases"]:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(results, indent=1) + "\n")
+        print(f"{time.perf_counter() - start:5.0f} s  {said}", flush=True)
+
+    def late() -> bool:
+        return time.perf_counter() - start > seconds
+
+    write(f"calibrated: {results['calibration']}")
+    for case in cases(only):
         key = key_of(case)
-        if key not in ("bloom-7b1/2x2048", "gpt2-xl/8x512", "llama-2-7b/2x2048", "mixtral-8x7b/8x512"):
+        if late():
+            results.setdefault("not_started", []).append(key)
             continue
-        if "peak" in case and time.perf_counter() - start < seconds:
-            try:
-                results["boundaries"][key] = boundary(case["model"], case["shape"], case["peak"][1], case["peak"][0])
-                print(f"{key}: runs with {results['boundaries'][key] / GiB:.2f} GiB", flush=True)
-            except Exception as error:
-                results["boundaries"][key] = f"{type(error).__name__}: {error}"[:300]
-            write()
+        try:
+            found = measure(case, traces)
+            times[key] = found.pop("times")
+            case |= found
+            allocated, reserved = found["peak"]
+            memory = f"{allocated / GiB:6.2f} GiB allocated, {reserved / GiB:6.2f} reserved"
+            said = f"{memory}, {note_times(case, times[key])}"
+        except Exception as error:
+            case |= {"error": f"{type(error).__name__}: {error}"[:2000], "where": traceback.format_exc()[-2000:]}
+            said = case["error"][:160]
+        results["cases"].append(case)
+        write(f"{key}  {said}")
+    done = {key_of(case): case for case in results["cases"] if "error" not in case}
+    for key in BOUNDARIES:
+        if key in done and not late():
+            limit = boundary(done[key]["model"], done[key]["shape"], *done[key]["peak"])
+            results["boundaries"][key] = limit
+            write(f"{key}: runs with {limit / GiB:.2f} GiB")
     free, total = torch.cuda.mem_get_info()
     results["machine"]["outside_allocator_after_work"] = total - free - torch.cuda.memory_reserved()
+    for key, case in done.items():
+        if not late():
+            model, load, put = prepared(case)
+            put()
+            for phase, values in times_of(model, load).items():
+                times[key][phase] += values
+            del model, put
+            write(f"{key} again  {note_times(case, times[key])}")
+    if not late():
+        results["calibration"] = better(results["calibration"], asdict(calibrate(save=False)))
+    for key, case in done.items():
+        if not late():
+            case["predicted there"] = foretell(results, case)[1]
+            write(f"{key}  foretold here too")
     results["seconds"] = time.perf_counter() - start
-    write()
-    for case in results["cases"]:
-        if "peak" in case and time.perf_counter() - start < seconds + 10:
-            try:
-                _, case["predicted there"] = foretell(results, case)
-            except Exception as error:
-                case["predicted there"] = f"{type(error).__name__}: {error}"[:1000]
-            write()
-    print(f"{time.perf_counter() - start:5.0f} s  done", flush=True)
+    write("done")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -414,7 +401,7 @@ def predict_all(path: Path, only: list[str], save: bool) -> None:
         rows.append(errors)
         print(f"{name:34} {allocated / GiB:7.3f} {real[0] / GiB:7.3f} GiB {errors[0]:+6.2f} %  "
               f"{reserved / GiB:7.3f} {real[1] / GiB:7.3f} GiB {errors[1]:+6.2f} %  {said}", flush=True)  # fmt: skip
-        if name in results["boundaries"] and isinstance(limit := results["boundaries"][name], int):
+        if limit := results["boundaries"].get(name):
             low, high = allocated // 2, reserved
             while high - low > allocated // 1000:
                 middle = (low + high) // 2
@@ -486,12 +473,11 @@ def main() -> None:
     """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--measure", type=Path, metavar="RESULTS.json")
-    parser.add_argument("--again", type=Path, metavar="EARLIER.json", help="with --measure: only the times")
     parser.add_argument("--predict", type=Path, metavar="RESULTS.json")
     parser.add_argument("--offload", type=Path, metavar="RESULTS.json")
     parser.add_argument("--save", action="store_true", help="keep the comparison in benchmarks/results")
     parser.add_argument("--traces", type=Path, help="store every case's allocations in this folder")
-    parser.add_argument("--seconds", type=float, default=300, help="start no case after this time")
+    parser.add_argument("--seconds", type=float, default=450, help="start no case after this time")
     parser.add_argument("--only", nargs="*", default=[], help="models, or MODEL/SHAPE")
     options = parser.parse_args()
     if options.offload is not None:
@@ -502,8 +488,6 @@ def main() -> None:
             print(f"{path} does not exist: --measure makes such a file on a machine with a CUDA GPU")
         else:
             predict_all(path, options.only, options.save)
-    elif options.again is not None:
-        measure_again(options.measure, options.again, options.seconds, options.only)
     else:
         measure_all(options.measure, options.traces, options.seconds, options.only)
 

@@ -29,6 +29,7 @@ from .dryrun import rehearse
 from .fake import Target
 from .lanes import CHUNK, count_readers, readers
 from .ledger import Calibration, Ledger, machine_key
+from .roofline import ODD
 from .units import MiB
 from .workload import Workload, fill, passes
 
@@ -229,6 +230,21 @@ def _products(cuda: bool, quick: bool) -> dict[str, tuple[tuple[float, float], .
             flops = 2 * n**3
             rows.append((float(flops), flops / _alone(lambda: a @ b, cuda, flops)))  # noqa: B023
         found[str(dtype).removeprefix("torch.")] = tuple(rows)
+    return found | (_odd_products(quick) if cuda else {})
+
+
+def _odd_products(quick: bool) -> dict[str, tuple[tuple[float, float], ...]]:
+    """16-bit products with weights of an odd number of rows, so that no row of the result begins where a kernel that
+    takes several elements at once wants it.
+    """
+    found = {}
+    for dtype in (torch.float16, torch.bfloat16):
+        rows = []
+        for n in (512,) if quick else (1024, 4096):
+            inputs, weight = (torch.randn(size, n, device="cuda").to(dtype) for size in (n, n + 1))
+            flops = 2 * n * n * (n + 1)
+            rows.append((float(flops), flops / _alone(lambda: F.linear(inputs, weight), True, flops)))  # noqa: B023
+        found[str(dtype).removeprefix("torch.") + ODD] = tuple(rows)
     return found
 
 

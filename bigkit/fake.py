@@ -23,6 +23,7 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 from unittest import mock
 
@@ -31,11 +32,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
+from torch.utils._mode_utils import no_dispatch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from .allocator import Recording
-from .roofline import MASKED, WAIT, Operation
+from .roofline import MASKED, ODD, WAIT, Operation
 from .units import MiB
 
 aten = torch.ops.aten
@@ -138,6 +140,9 @@ class Notebook(TorchDispatchMode):
         return result
 
     def _run(self, func: Any, args: Any, kwargs: Any) -> Any:
+        if func is aten.view.default and 1 in args[1]:
+            old = args[0]
+            return aten.as_strided.default(old, *view_of(tuple(old.shape), old.stride(), tuple(args[1])))
         if func is _GROUPED and args[0].dtype != torch.bfloat16:  # PyTorch 2.11 has fake ones of this dtype alone
             with self.silent(), self:
                 return func(args[0].bfloat16(), args[1].bfloat16(), *args[2:], **kwargs).to(args[0].dtype)
@@ -264,6 +269,8 @@ class Notebook(TorchDispatchMode):
         name = str(packet).removeprefix("aten.")
         if packet in _ATTENTION and len(args) > 3 and isinstance(args[3], Tensor):
             name += MASKED
+        if func in _PRODUCTS and outputs[0].element_size() == 2 and (outputs[0].shape[-1] | inputs[-1].shape[-2]) % 2:
+            name += ODD
         moved = packet in _MOVES
         source = next((str(t.device) for t in inputs if t.device != outputs[0].device), "") if moved else ""
         parts = args[1].shape[0] if packet is aten._grouped_mm else 1
@@ -511,6 +518,19 @@ _TEMPORARY: dict[Any, Callable[[Any, list[Tensor]], Sequence[int]]] = {  # opera
     aten.convolution.default: _convolution_workspace,
     _CUDNN: lambda args, outputs: (8, 8),  # seed and offset of a dropout that does not happen
 }
+
+
+@lru_cache(maxsize=4096)
+def view_of(shape: tuple[int, ...], stride: tuple[int, ...], size: tuple[int, ...]) -> tuple[list[int], list[int]]:
+    """Shape and strides of a view, as of a real tensor: fake ones give other strides to dimensions of size 1, and by
+    those a batch of single tokens is multiplied as a matrix or as a batch.
+
+    >>> view_of((8, 1, 32, 128), (4096, 128, 128, 1), (8, 1, 4096))
+    ([8, 1, 4096], [4096, 4096, 1])
+    """
+    with no_dispatch():
+        view = torch.empty_strided(shape, stride, device="meta").view(size)
+    return list(view.shape), list(view.stride())
 
 
 def _scattered(func: Any, inputs: Sequence[Tensor], output: Tensor) -> tuple[int, int]:

@@ -36,7 +36,8 @@ class Calibration:
         disk_cold, disk_warm: from a file, when the disk must be read, and when the system has it in memory.
         memory: of the device that computes: bytes read and written by a large copy.
         host_memory: of RAM, likewise.
-        products: dtype -> (FLOP of one matrix product, FLOP a second), from small to large.
+        products: dtype -> (FLOP of one matrix product, FLOP a second), from small to large; "float16, odd rows" and
+            "bfloat16, odd rows" are of products with rows of an odd length.
         attention: (FLOP of one call of fused attention, FLOP a second), from small to large, in half precision.
         issue: what the host takes for one of its steps: to call a module, to issue an operation (views too), or to
             launch a kernel.

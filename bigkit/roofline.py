@@ -33,6 +33,8 @@ STREAMED = 0.75  # of a large copy's bandwidth, by operations that are no produc
 SCATTERED, JOINED = 0.077, 0.042  # elements a second for each byte of bandwidth, where they were not measured
 PLAN = 0.049  # seconds in which cuDNN plans its attention for a length that is new: seen on an H200, PyTorch 2.11
 MASKED = ", masked"  # ends the name of an attention with a mask that is a tensor
+ODD = ", odd rows"  # ends the name of a 16-bit product of which a matrix has rows of an odd length, as GPT-2's logits
+ODD_SHARE = 0.125  # of a product's usual rate: seen on an H200
 
 GATHERS = frozenset(("index", "index_put", "index_put_"))  # rows picked by a tensor: far from a copy's speed
 
@@ -154,6 +156,9 @@ class Rates:
         table = self.table(operation.dtype)
         if "attention" in operation.name:
             table = self.masked if operation.name.endswith(MASKED) and self.masked else self.attention
+        elif operation.name.endswith(ODD):
+            usual = tuple((size, ODD_SHARE * rate) for size, rate in table)
+            table = self.products.get(operation.dtype + ODD) or usual
         size = operation.flops
         if operation.parts > 1 and self.grouped:
             table, size = self.grouped, operation.flops // operation.parts

@@ -325,6 +325,52 @@ def test_a_stride_wastes_the_rest_of_each_sector():
     assert heads.bytes == 4 * 64 * 64 * (4 + 4) + 4 * 64 * 64 * 16, "16 bytes a step for 4 that are needed"
 
 
+def strides_of_one_token(device):
+    """Strides on the way of a token through a block, in a batch of eight."""
+    x, weight = torch.zeros(8, 1, 64, device=device), torch.zeros(32, 64, device=device)
+    y = F.linear(x, weight)
+    heads = y.view(8, 1, 4, 8).transpose(1, 2)
+    keys = torch.zeros(8, 4, 5, 8, device=device)
+    grouped = heads[:, :, None].expand(8, 4, 2, 1, 8)
+    flat = torch.empty_strided((8, 4, 1, 8), (32, 8, 8, 1), device=device).transpose(1, 2).reshape(8, 1, -1)
+    tensors = {
+        "product": y, "heads": heads, "flat": flat, "flattened": heads.transpose(1, 2).flatten(2),
+        "reshaped": heads.permute(0, 2, 1, 3).reshape(8, 1, 32), "joined": torch.cat((keys, heads), 2),
+        "part": y.split([16, 16], -1)[1].view(8, 1, 2, -1).transpose(1, 2), "grouped": grouped.reshape(8, 8, 1, 8),
+        "scores": torch.matmul(heads, keys.transpose(2, 3)), "batched": heads.reshape(32, 1, 8).view(8, 4, 1, 8),
+        "turned": heads * keys[:1, :1, :1], "cast": heads.double(), "last": x[:, -1:], "squeezed": x.squeeze(1),
+    }  # fmt: skip
+    return {name: tensor.stride() for name, tensor in tensors.items()}
+
+
+def test_single_tokens_lie_in_memory_as_real_ones_do():
+    with fake_gpus():
+        fake = strides_of_one_token("cuda:0")
+    assert fake == strides_of_one_token("cpu")
+
+
+def test_single_tokens_of_a_batch_are_multiplied_as_one_matrix():
+    with fake_gpus() as notes:
+        heads = torch.empty_strided((8, 4, 1, 8), (32, 8, 8, 1), device="cuda:0")
+        F.linear(heads.transpose(1, 2).contiguous().reshape(8, 1, -1), torch.empty(16, 32, device="cuda:0"))
+    assert [operation.name for operation in notes.trace.operations] == ["mm"]
+
+
+@pytest.mark.parametrize(
+    "dtype, rows, width, name",
+    [
+        (torch.bfloat16, 129, 64, "mm, odd rows"), (torch.float16, 128, 63, "mm, odd rows"),
+        (torch.bfloat16, 128, 64, "mm"), (torch.float32, 129, 63, "mm"),
+    ],
+)  # fmt: skip
+def test_products_with_odd_rows_are_told_apart(dtype, rows, width, name):
+    with fake_gpus() as notes:
+        F.linear(
+            torch.empty(7, width, dtype=dtype, device="cuda"), torch.empty(rows, width, dtype=dtype, device="cuda")
+        )
+    assert notes.trace.operations[-1].name == name
+
+
 def test_a_batch_reads_a_large_matrix_again_and_again():
     def work(new):
         return torch.bmm(new(8, 1, 4096), new(4096, 4096).expand(8, 4096, 4096))

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from bigkit.hardware import GPUS
 from bigkit.ledger import Calibration
-from bigkit.roofline import MASKED, STREAMED, Operation, Rates, rate_at, run_steps
+from bigkit.roofline import MASKED, ODD, ODD_SHARE, STREAMED, Operation, Rates, rate_at, run_steps
 
 FLAT = Rates(1e12, {"float16": ((1e9, 1e14),)}, ((1e9, 1e14),), issue=1e-5, kernel=1e-6, link=5e10, peer=2e11, disk=2e9)
 
@@ -46,6 +46,13 @@ def test_elements_one_by_one_and_masks_have_rates_of_their_own():
     attention = Operation("_scaled_dot_product_flash_attention", "cuda:0", 10**12, 0, "float16")
     assert rates.seconds(replace(attention, name=attention.name + MASKED)) == pytest.approx(0.1, rel=0.01)
     assert rates.seconds(attention) == FLAT.seconds(replace(attention, name=attention.name + MASKED))
+
+
+def test_products_with_odd_rows_have_a_rate_of_their_own_or_a_share():
+    odd = Operation("mm" + ODD, "cuda:0", 10**12, 0, "bfloat16")
+    assert FLAT.seconds(odd) == pytest.approx(FLAT.seconds(replace(odd, name="mm")) / ODD_SHARE, rel=0.01)
+    measured = replace(FLAT, products={**FLAT.products, "bfloat16" + ODD: ((1e9, 2e13),)})
+    assert measured.seconds(odd) == pytest.approx(0.05, rel=0.01)
 
 
 @given(st.floats(1, 1e20))
