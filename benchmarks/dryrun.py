@@ -1,7 +1,7 @@
 """Memory and time of real models on one GPU, foretold by dry runs and measured.
 
     python benchmarks/dryrun.py --measure RESULTS.json [--traces FOLDER] [--seconds 450]      on a CUDA GPU
-    python benchmarks/dryrun.py [--predict RESULTS.json] [--save]                             on any machine
+    python benchmarks/dryrun.py [--predict RESULTS.json ...] [--save]                         on any machine
     python benchmarks/dryrun.py --offload benchmarks/results/offload-gpu.json                 on any machine
 
 Every case is a model of real size, bfloat16, with as many blocks as fit in about 50 GB and random weights; three
@@ -13,7 +13,8 @@ predicted against measured; without a file, it takes the results that are kept i
 foretells what `benchmarks/offload.py --gpu` measured.
 
 Times are the best of several, as those of `calibrate()` are, with the medians beside them: the host of a rented GPU
-slows down and speeds up by a half from one minute to the next.
+slows down and speeds up by a half from one minute to the next, or for as long as it is rented. So `--predict` takes
+several runs on machines of one kind: memory is the first one's, each time and rate the best one's.
 """
 
 from __future__ import annotations
@@ -228,6 +229,18 @@ def better(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
+def best_of(paths: list[Path]) -> dict[str, Any]:
+    """The first of several results, with the times and rates that were better in the others."""
+    first, *others = (json.loads(path.read_text()) for path in paths)
+    for other in others:
+        first["calibration"] = better(first["calibration"], other["calibration"])
+        times = {key_of(case): case.get("seconds", {}) for case in other["cases"]}
+        for case in first["cases"]:
+            seconds, more = case.get("seconds", {}), times.get(key_of(case), {})
+            case["seconds"] = {phase: min(value, more.get(phase, value)) for phase, value in seconds.items()}
+    return first | {"runs": sum(found.get("runs", 1) for found in (first, *others))}
+
+
 def boundary(name: str, shape: str, allocated: int, reserved: int) -> int:
     """The smallest limit, to 1 %, under which the case runs: between what is allocated and what is reserved."""
     config = config_of(name, dict(MODELS)[name])
@@ -371,9 +384,8 @@ def foretell(results: dict[str, Any], case: dict[str, Any]) -> tuple[DryRun, dic
     return run, {"peak": peak, "seconds": run.seconds, "longest": lanes, "took": time.perf_counter() - start}
 
 
-def predict_all(path: Path, only: list[str], save: bool) -> None:
+def predict_all(results: dict[str, Any], only: list[str], save: bool) -> None:
     """Foretell every case that was measured, and print both."""
-    results = json.loads(path.read_text())
     import transformers
 
     if (there := results["machine"]["transformers"]) != transformers.__version__:
@@ -473,7 +485,7 @@ def main() -> None:
     """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--measure", type=Path, metavar="RESULTS.json")
-    parser.add_argument("--predict", type=Path, metavar="RESULTS.json")
+    parser.add_argument("--predict", type=Path, metavar="RESULTS.json", nargs="+", default=[KEPT])
     parser.add_argument("--offload", type=Path, metavar="RESULTS.json")
     parser.add_argument("--save", action="store_true", help="keep the comparison in benchmarks/results")
     parser.add_argument("--traces", type=Path, help="store every case's allocations in this folder")
@@ -483,11 +495,7 @@ def main() -> None:
     if options.offload is not None:
         predict_offload(options.offload, options.save)
     elif options.measure is None:
-        path = options.predict or KEPT
-        if not path.exists():
-            print(f"{path} does not exist: --measure makes such a file on a machine with a CUDA GPU")
-        else:
-            predict_all(path, options.only, options.save)
+        predict_all(best_of(options.predict), options.only, options.save)
     else:
         measure_all(options.measure, options.traces, options.seconds, options.only)
 

@@ -1,8 +1,9 @@
-"""What `calibrate()` finds on a GPU is of the right order."""
+"""What `calibrate()` finds on a GPU is of the right order, and again when it is called again."""
 
 import torch
 
 from bigkit import calibrate
+from bigkit.calibration import _plan
 
 
 def test_every_rate_of_a_gpu_is_found(tmp_path):
@@ -13,4 +14,5 @@ def test_every_rate_of_a_gpu_is_found(tmp_path):
     [(_, odd)] = found.products["bfloat16, odd rows"]
     assert 1e11 < odd < max(rate for _, rate in found.products["bfloat16"])
     if torch.cuda.get_device_capability(0) >= (9, 0):
+        assert _plan() > 0.1 * found.plan > 1e-3
         assert all(rate > 1e11 for _, rate in found.grouped) and len(found.grouped) == 2
