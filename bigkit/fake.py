@@ -250,10 +250,10 @@ class Notebook(TorchDispatchMode):
             flops = attention_flops(*args[:3])
         else:
             flops = int(formula(*args, **kwargs, out_val=result)) if formula else 0
-        if packet is aten._grouped_mm:  # each row meets one expert; an expert that no row meets is not read
+        if packet is aten._grouped_mm:  # each row meets one expert, by chance; one that no row meets is not read
             rows, experts = args[0].shape[0], args[1].shape[0]
             flops = 2 * rows * args[1].shape[1] * args[1].shape[2]
-            met = _bytes(args[1]) * min(rows, experts) // experts
+            met = round(_bytes(args[1]) * (1 - (1 - 1 / experts) ** rows))
             inputs = [args[0]]
         written = sum(map(_bytes, outputs))
         if packet in _GATHERS:

@@ -92,24 +92,24 @@ def places(rng: random.Random, depth: int, main: int | str) -> dict[str, int | s
     return {name: rng.choice(choice) for name in names}
 
 
-def edit(rng: random.Random, whole: nn.Module, parts: nn.Module) -> None:
+def edit(rng: random.Random, whole: nn.Module, parts: nn.Module, device: torch.device) -> None:
     i, seed, kind = rng.randrange(len(whole.h)), rng.randrange(10**6), rng.randrange(6)
     for model in (whole, parts):
         weight = model.h[i].a.weight
         generator = torch.Generator().manual_seed(seed)
-        fresh = torch.randn(weight.shape, generator=generator)
+        fresh = torch.randn(weight.shape, generator=generator).to(device)
         if kind == 0:
             weight.data.mul_(0.5)
         elif kind == 1:
-            weight.data[0] = fresh[0].to(weight.device)
+            weight.data[0] = fresh[0]
         elif kind == 2:
             model.h[i].b.weight = nn.Parameter(fresh)
         elif kind == 3:
-            model.h[i].b.bias.data = fresh[0].to(weight.device)
+            model.h[i].b.bias.data = fresh[0]
         elif kind == 4:
             model.load_state_dict({name: value.clone() * 0.9 for name, value in model.state_dict().items()})
         elif kind == 5:
-            nn.init.normal_(model.scale.detach(), generator=generator if weight.device.type == "cpu" else None)
+            nn.init.constant_(model.scale.detach(), fresh[0, 0].item())
 
 
 def check(whole: nn.Module, parts: nn.Module) -> None:
@@ -163,7 +163,7 @@ def one_round(rng: random.Random, folder: Path, gpu: bool) -> int:
             assert torch.equal(*results), "the output differs"
             forwards += 1
         elif action < 0.7:
-            edit(rng, whole, parts)
+            edit(rng, whole, parts, device)
             parts(torch.zeros(1, width, device=device), [("call", i) for i in range(depth)])  # what is new settles
             whole(torch.zeros(1, width, device=device), [("call", i) for i in range(depth)])
         elif action < 0.85:

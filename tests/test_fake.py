@@ -393,6 +393,18 @@ def test_products_of_experts_in_every_dtype(dtype):
     assert sum(event > 0 for event in notes.trace.recordings["cuda:0"].events) == 4, "no casts are noted"
 
 
+@pytest.mark.parametrize("rows", [1, 8, 64])
+def test_rows_meet_as_many_experts_as_chance_gives_them(rows):
+    with fake_gpus(NO_WORKSPACE) as notes:
+        inputs = torch.empty(rows, 64, dtype=torch.bfloat16, device="cuda:0")
+        experts = torch.empty(16, 128, 64, dtype=torch.bfloat16, device="cuda:0").transpose(1, 2)
+        torch._grouped_mm(inputs, experts, offs=torch.empty(16, dtype=torch.int32, device="cuda:0"))
+    chosen = torch.randint(16, (20000, rows), generator=torch.Generator().manual_seed(0))
+    met = sum(len(row.unique()) for row in chosen) / len(chosen)
+    read = notes.trace.operations[-1].bytes - 2 * rows * (64 + 128)
+    assert read / (2 * 64 * 128) == pytest.approx(met, rel=0.01)
+
+
 @contextmanager
 def a_machine_with_a_gpu():
     """As far as PyTorch can tell; who touches that GPU is told off."""
