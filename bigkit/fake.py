@@ -140,7 +140,7 @@ class Notebook(TorchDispatchMode):
         return result
 
     def _run(self, func: Any, args: Any, kwargs: Any) -> Any:
-        if func is aten.view.default and 1 in args[1]:
+        if func is aten.view.default and not {1, -1}.isdisjoint(args[1]):
             old = args[0]
             return aten.as_strided.default(old, *view_of(tuple(old.shape), old.stride(), tuple(args[1])))
         if func is _GROUPED and args[0].dtype != torch.bfloat16:  # PyTorch 2.11 has fake ones of this dtype alone
@@ -269,7 +269,7 @@ class Notebook(TorchDispatchMode):
         name = str(packet).removeprefix("aten.")
         if packet in _ATTENTION and len(args) > 3 and isinstance(args[3], Tensor):
             name += MASKED
-        if func in _PRODUCTS and outputs[0].element_size() == 2 and (outputs[0].shape[-1] | inputs[-1].shape[-2]) % 2:
+        if packet in _DENSE and outputs[0].element_size() == 2 and (outputs[0].shape[-1] | inputs[-1].shape[-2]) % 2:
             name += ODD
         moved = packet in _MOVES
         source = next((str(t.device) for t in inputs if t.device != outputs[0].device), "") if moved else ""
@@ -454,9 +454,9 @@ class _FakeTensors(FakeTensorMode):
 # ---------------------------------------------------------------------------------------------------------------------
 # What operations cost
 
-_PRODUCTS = frozenset(
-    getattr(aten, name).default for name in ("mm", "addmm", "bmm", "baddbmm", "_grouped_mm") if hasattr(aten, name)
-)
+_BATCHED = frozenset((aten.bmm, aten.baddbmm))
+_DENSE = _BATCHED | {aten.mm, aten.addmm}
+_PRODUCTS = frozenset(packet.default for packet in (*_DENSE, aten._grouped_mm))
 _FREE = {
     aten._unsafe_view.default,
     aten.empty.memory_format,
@@ -477,7 +477,6 @@ _MORE_STEPS = {  # seen on an H200, PyTorch 2.11: it prepares a list of products
     aten.convolution: 4,
 }
 _COPIES = _MOVES | {aten.clone}
-_BATCHED = {aten.bmm, aten.baddbmm}
 SECTOR = 32  # bytes of a GPU's memory that are read at once
 FEW_INPUTS = 64  # of a convolution's filter: ConvNeXt's first has 3 x 4 x 4
 CACHE = 48 * MiB  # L2 of a large GPU

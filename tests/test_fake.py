@@ -339,6 +339,7 @@ def strides_of_one_token(device):
         "part": y.split([16, 16], -1)[1].view(8, 1, 2, -1).transpose(1, 2), "grouped": grouped.reshape(8, 8, 1, 8),
         "scores": torch.matmul(heads, keys.transpose(2, 3)), "batched": heads.reshape(32, 1, 8).view(8, 4, 1, 8),
         "turned": heads * keys[:1, :1, :1], "cast": heads.double(), "last": x[:, -1:], "squeezed": x.squeeze(1),
+        "rows": x[:1].view(-1, 64),
     }  # fmt: skip
     return {name: tensor.stride() for name, tensor in tensors.items()}
 
@@ -393,7 +394,7 @@ def test_products_of_experts_in_every_dtype(dtype):
     assert sum(event > 0 for event in notes.trace.recordings["cuda:0"].events) == 4, "no casts are noted"
 
 
-@pytest.mark.parametrize("rows", [1, 8, 64])
+@pytest.mark.parametrize("rows", [1, 9, 64])
 def test_rows_meet_as_many_experts_as_chance_gives_them(rows):
     with fake_gpus(NO_WORKSPACE) as notes:
         inputs = torch.empty(rows, 64, dtype=torch.bfloat16, device="cuda:0")
@@ -401,6 +402,7 @@ def test_rows_meet_as_many_experts_as_chance_gives_them(rows):
         torch._grouped_mm(inputs, experts, offs=torch.empty(16, dtype=torch.int32, device="cuda:0"))
     chosen = torch.randint(16, (20000, rows), generator=torch.Generator().manual_seed(0))
     met = sum(len(row.unique()) for row in chosen) / len(chosen)
+    assert notes.trace.operations[-1].name == "_grouped_mm"
     read = notes.trace.operations[-1].bytes - 2 * rows * (64 + 128)
     assert read / (2 * 64 * 128) == pytest.approx(met, rel=0.01)
 
