@@ -10,7 +10,7 @@ from bigkit.draw import svg
 from bigkit.draw_dryrun import dryrun_figure, dryrun_label, dryrun_text
 from bigkit.hardware import GPUS, Hardware
 from bigkit.measure import Measurement, measure, obstacle
-from bigkit.units import GiB
+from bigkit.units import GiB, MiB
 from bigkit.widgets import DryRunExplorer, dryrun_explorer
 from bigkit.workload import Workload
 from bigkit.zoo import build, catalog
@@ -119,3 +119,13 @@ def test_a_run_that_fails_leaves_what_was_shown(monkeypatch):
     assert (explorer.verdict.value, explorer.picture.value) == before
     explorer.prompt.value = 16
     assert explorer.error.value == ""
+
+
+@pytest.mark.parametrize("first, second, last, more", [(2**28, 2**30, 39.5, True), (2**30, 2**28, 40, False)])
+def test_curves_are_played_where_the_segments_lay(first, second, last, more):
+    """Two holes of 5 MiB: the lower one is filled, and what is free beside it decides whether 14.5 MiB find room."""
+    events = [5, 5, 5, 5, 5, 5, 5, 5, -2, -6, 4.5, -3, -4, 14.5]
+    segments = [(0, 20 * MiB, first), (4, 20 * MiB, second)] + [(13, 16 * MiB, 2**31)] * more
+    sizes = [int(event * MiB) if event > 0 else event for event in events]
+    allocated, _ = Measurement(Recording(events=sizes, segments=segments), ()).curves()
+    assert allocated[-1] == last * MiB
