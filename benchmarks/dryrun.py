@@ -221,7 +221,7 @@ def note_times(case: dict[str, Any], times: dict[str, list[float]]) -> str:
 
 
 def better(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
-    """The first of two calibrations of one machine, with the single rates that were better in the second."""
+    """The first of two calibrations of machines of one kind, with the single rates that were better in the second."""
     found = dict(first)
     for name, value in second.items():
         if isinstance(value, float) and isinstance(found[name], float):
@@ -310,6 +310,7 @@ def measure_all(path: Path, traces: Path | None, seconds: float, only: list[str]
         traces.mkdir(parents=True, exist_ok=True)
 
     def write(said: str) -> None:
+        """Let go of the case that is done, keep what was found so far, and say so."""
         gc.collect()
         torch.cuda.empty_cache()
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -328,6 +328,11 @@ class Recording:
     peaks: dict[str, int] = field(default_factory=dict)
     about: dict[str, str] = field(default_factory=dict)
 
+    def allocator(self) -> CachingAllocator:
+        """A fresh device for a replay, whose segments lie where this run's lay: that decides between equal blocks."""
+        places = iter([address for _, size, address in self.segments if size > 0])
+        return CachingAllocator(self.capacity, place=lambda size: next(places))
+
     def save(self, path: str | Path) -> None:
         """Write the recording as gzipped JSON, the same bytes each time."""
         text = json.dumps({"format": 1, **asdict(self)}, separators=(",", ":"))

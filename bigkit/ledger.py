@@ -87,15 +87,15 @@ class Calibration:
             "disk, in the page cache": self.disk_warm, "the same, many readers": self.disk_readers,
             "memory of the device": self.memory, "picking rows": self.gather, "RAM": self.host_memory,
         }  # fmt: skip
-        lines += [f"  {name:26} {rate / 1e9:10,.1f} GB/s" for name, rate in rates.items() if rate]
+        lines += [f"  {name:28} {rate / 1e9:10,.1f} GB/s" for name, rate in rates.items() if rate]
         for dtype, rows in self.products.items():
-            lines.append(f"  {f'products, {dtype}':26} {max(rate for _, rate in rows) / 1e12:10,.2f} TFLOP/s")
+            lines.append(f"  {f'products, {dtype}':28} {max(rate for _, rate in rows) / 1e12:10,.2f} TFLOP/s")
         rates = {"elements, one by one": self.scattered, "elements, joined": self.joined}
-        lines += [f"  {name:26} {rate / 1e9:10,.1f} G/s" for name, rate in rates.items() if rate]
+        lines += [f"  {name:28} {rate / 1e9:10,.1f} G/s" for name, rate in rates.items() if rate]
         times = {"a step of the host": self.issue, "smallest kernel": self.kernel, "attention, a new length": self.plan}
-        lines += [f"  {name:26} {1e6 * seconds:10,.1f} µs" for name, seconds in times.items() if seconds]
+        lines += [f"  {name:28} {1e6 * seconds:10,.1f} µs" for name, seconds in times.items() if seconds]
         sizes = {"CUDA context": self.context, "workspace of cuBLAS": self.workspace}
-        lines += [f"  {name:26} {size / 2**20:10,.1f} MiB" for name, size in sizes.items() if size]
+        lines += [f"  {name:28} {size / 2**20:10,.1f} MiB" for name, size in sizes.items() if size]
         return "\n".join(lines)
 
     @staticmethod

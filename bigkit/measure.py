@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from .allocator import CachingAllocator, Recording, replay
+from .allocator import Recording, replay
 from .dispatch import dispatch_model
 from .dryrun import DryRun
 from .hardware import CONTEXT_BYTES, Hardware
@@ -55,9 +55,7 @@ class Measurement:
         """Bytes allocated and bytes reserved after each event, up to the end of the last step."""
         end = self.recording.marks[-1][1] if self.recording.marks else len(self.recording.events)
         events = self.recording.events[:end]
-        places = iter([address for _, size, address in self.recording.segments if size > 0])
-        gpu = CachingAllocator(place=lambda size: next(places))  # where they lie decides between equal blocks
-        allocated = list(replay(events, self.recording.streams, gpu).allocated)
+        allocated = replay(events, self.recording.streams, self.recording.allocator()).allocated
         reserved = [0] * end
         for before, size, _ in self.recording.segments:
             if before < end:

@@ -157,8 +157,7 @@ class Rates:
         if "attention" in operation.name:
             table = self.masked if operation.name.endswith(MASKED) and self.masked else self.attention
         elif operation.name.endswith(ODD):
-            usual = tuple((size, ODD_SHARE * rate) for size, rate in table)
-            table = self.products.get(operation.dtype + ODD) or usual
+            table = self.products.get(operation.dtype + ODD) or [(size, ODD_SHARE * rate) for size, rate in table]
         size = operation.flops
         if operation.parts > 1 and self.grouped:
             table, size = self.grouped, operation.flops // operation.parts
