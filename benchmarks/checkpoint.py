@@ -38,8 +38,8 @@ import torch
 from torch import nn
 
 from bigkit import init_empty_weights
-from bigkit.bulk import read_to_gpu
-from bigkit.checkpoint import Checkpoint, load_checkpoint_in_model, save_model
+from bigkit.checkpoints.load import Checkpoint, load_checkpoint_in_model, save_model
+from bigkit.checkpoints.to_gpu import read_to_gpu
 from bigkit.units import GB, MiB
 
 

@@ -36,16 +36,16 @@ import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
 from bigkit import init_empty_weights
-from bigkit.allocator import Recording
-from bigkit.calibration import calibrate
-from bigkit.dryrun import DryRun, dry_run
-from bigkit.fake_quantized import config_of as quantized_config
-from bigkit.fake_quantized import fill_quantized, quantize_empty
-from bigkit.hardware import GPUS, Hardware
-from bigkit.ledger import Calibration
-from bigkit.recording import record_allocations, settle
+from bigkit.dryrun.fake_bnb import config_of as quantized_config
+from bigkit.dryrun.fake_bnb import fill_quantized, quantize_empty
+from bigkit.dryrun.run import DryRun, dry_run
+from bigkit.dryrun.workload import Workload, fill, passes
+from bigkit.machine.allocator import Recording
+from bigkit.machine.hardware import GPUS, Hardware
+from bigkit.machine.ledger import Calibration
+from bigkit.measure.allocations import record_allocations, settle
+from bigkit.measure.calibrate import calibrate
 from bigkit.units import GiB
-from bigkit.workload import Workload, fill, passes
 from bigkit.zoo import build, catalog
 
 SHAPES = {

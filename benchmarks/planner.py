@@ -29,7 +29,7 @@ from torch import nn
 
 import bigkit
 from bigkit import zoo
-from bigkit.planner import STRATEGIES, plan
+from bigkit.maps.strategies import STRATEGIES, plan
 
 GIB = 2**30
 

@@ -34,9 +34,9 @@ from checkpoint import llama, make
 from torch import nn
 
 import bigkit
-import bigkit.packed
+import bigkit.quantize.bnb
 from bigkit import BnbQuantizationConfig, load_and_quantize_model
-from bigkit.layers import quantized_bytes
+from bigkit.model.spec import quantized_bytes
 
 KINDS: dict[str, dict[str, Any]] = {
     "int8": {"load_in_8bit": True},
@@ -115,7 +115,7 @@ def load(way: str, kind: str, folder: Path, layers: int, device: str, runs: int)
     cuda = device == "cuda"
     if cuda:
         torch.ones(1, device="cuda").sum().item()
-    bigkit.packed.bitsandbytes()
+    bigkit.quantize.bnb.bitsandbytes()
     seconds, host, peak, held = [], 0, 0, 0
     for _ in range(runs):
         gc.collect()

@@ -11,35 +11,35 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 _HOMES = {
-    "front": ("advise", "describe", "estimate_memory", "plan"),
-    "plans": ("Plan",),
-    "planner": ("PlanError",),
-    "estimate": ("MemoryEstimate",),
-    "layers": ("Layer", "ModelSpec", "Precision"),
+    "api": ("advise", "describe", "estimate_memory", "plan"),
+    "maps.plan": ("Plan",),
+    "maps.strategies": ("PlanError",),
+    "model.estimate": ("MemoryEstimate",),
+    "model.spec": ("Layer", "ModelSpec", "Precision"),
     "units": ("format_bytes", "parse_bytes"),
-    "hardware": ("HARDWARE", "Hardware"),
-    "ledger": ("Calibration", "Ledger"),
-    "advice": ("Advice",),
-    "calibration": ("calibrate",),
-    "dryrun": ("DryRun", "dry_run"),
-    "recorder": ("Recorder", "record"),
-    "meta": ("init_empty_weights", "init_on_device"),
-    "checkpoint": ("load_checkpoint_in_model", "load_state_dict", "save_model"),
-    "dispatch": (
+    "machine.hardware": ("HARDWARE", "Hardware"),
+    "machine.ledger": ("Calibration", "Ledger"),
+    "maps.advise": ("Advice",),
+    "measure.calibrate": ("calibrate",),
+    "dryrun.run": ("DryRun", "dry_run"),
+    "measure.record": ("Recorder", "record"),
+    "meta.empty": ("init_empty_weights", "init_on_device"),
+    "checkpoints.load": ("load_checkpoint_in_model", "load_state_dict", "save_model"),
+    "offload.dispatch": (
         "cpu_offload",
         "cpu_offload_with_hook",
         "disk_offload",
         "dispatch_model",
         "load_checkpoint_and_dispatch",
     ),
-    "hooks": (
+    "offload.hooks": (
         "AlignDevicesHook",
         "ModelHook",
         "SequentialHook",
         "add_hook_to_module",
         "remove_hook_from_module",
     ),
-    "device_map": (
+    "maps.device_map": (
         "check_device_map",
         "compute_module_sizes",
         "find_tied_parameters",
@@ -47,10 +47,10 @@ _HOMES = {
         "get_max_memory",
         "infer_auto_device_map",
     ),
-    "distributed": ("PartialState", "gather", "gather_for_results", "gather_object", "split_between_processes"),
-    "notebook": ("notebook_launcher",),
-    "batches": ("map_file",),
-    "quantize": ("BnbQuantizationConfig", "load_and_quantize_model", "replace_with_bnb_layers"),
+    "distributed.gather": ("PartialState", "gather", "gather_for_results", "gather_object", "split_between_processes"),
+    "distributed.notebook": ("notebook_launcher",),
+    "distributed.map_file": ("map_file",),
+    "quantize.load": ("BnbQuantizationConfig", "load_and_quantize_model", "replace_with_bnb_layers"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
@@ -58,11 +58,16 @@ __all__ = ["__version__", "zoo", *sorted(_HOME_OF)]
 
 if TYPE_CHECKING:
     from . import zoo
-    from .advice import Advice
-    from .batches import map_file
-    from .calibration import calibrate
-    from .checkpoint import load_checkpoint_in_model, load_state_dict, save_model
-    from .device_map import (
+    from .api import advise, describe, estimate_memory, plan
+    from .checkpoints.load import load_checkpoint_in_model, load_state_dict, save_model
+    from .distributed.gather import PartialState, gather, gather_for_results, gather_object, split_between_processes
+    from .distributed.map_file import map_file
+    from .distributed.notebook import notebook_launcher
+    from .dryrun.run import DryRun, dry_run
+    from .machine.hardware import HARDWARE, Hardware
+    from .machine.ledger import Calibration, Ledger
+    from .maps.advise import Advice
+    from .maps.device_map import (
         check_device_map,
         compute_module_sizes,
         find_tied_parameters,
@@ -70,33 +75,22 @@ if TYPE_CHECKING:
         get_max_memory,
         infer_auto_device_map,
     )
-    from .dispatch import (
+    from .maps.plan import Plan
+    from .maps.strategies import PlanError
+    from .measure.calibrate import calibrate
+    from .measure.record import Recorder, record
+    from .meta.empty import init_empty_weights, init_on_device
+    from .model.estimate import MemoryEstimate
+    from .model.spec import Layer, ModelSpec, Precision
+    from .offload.dispatch import (
         cpu_offload,
         cpu_offload_with_hook,
         disk_offload,
         dispatch_model,
         load_checkpoint_and_dispatch,
     )
-    from .distributed import PartialState, gather, gather_for_results, gather_object, split_between_processes
-    from .dryrun import DryRun, dry_run
-    from .estimate import MemoryEstimate
-    from .front import advise, describe, estimate_memory, plan
-    from .hardware import HARDWARE, Hardware
-    from .hooks import (
-        AlignDevicesHook,
-        ModelHook,
-        SequentialHook,
-        add_hook_to_module,
-        remove_hook_from_module,
-    )
-    from .layers import Layer, ModelSpec, Precision
-    from .ledger import Calibration, Ledger
-    from .meta import init_empty_weights, init_on_device
-    from .notebook import notebook_launcher
-    from .planner import PlanError
-    from .plans import Plan
-    from .quantize import BnbQuantizationConfig, load_and_quantize_model, replace_with_bnb_layers
-    from .recorder import Recorder, record
+    from .offload.hooks import AlignDevicesHook, ModelHook, SequentialHook, add_hook_to_module, remove_hook_from_module
+    from .quantize.load import BnbQuantizationConfig, load_and_quantize_model, replace_with_bnb_layers
     from .units import format_bytes, parse_bytes
 
 

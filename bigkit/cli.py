@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from . import __version__
-from .advice import TARGETS
-from .estimate import CLASSIC
-from .layers import QUANTIZATIONS
-from .planner import STRATEGIES
-from .plans import Device, read_device
+from .devices import Device, read_device
+from .maps.advise import TARGETS
+from .maps.strategies import STRATEGIES
+from .model.estimate import CLASSIC
+from .model.spec import QUANTIZATIONS
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -121,7 +121,7 @@ def _add_svg(parser: argparse.ArgumentParser) -> None:
 
 
 def _picture(path: str, figure: Figure, label: str) -> str:
-    from .draw import svg
+    from .draw.canvas import svg
 
     text = svg(figure, label)
     if path == "-":
@@ -131,7 +131,7 @@ def _picture(path: str, figure: Figure, label: str) -> str:
 
 
 def _estimate(options: argparse.Namespace) -> str:
-    from .front import estimate_memory
+    from .api import estimate_memory
 
     found = estimate_memory(
         options.model, options.dtypes, options.library_name,
@@ -150,9 +150,9 @@ def _budgets(given: Sequence[str] | None) -> dict[Device, int | str] | None:
 
 
 def _dry_run(options: argparse.Namespace) -> str:
-    from .dryrun import dry_run
-    from .front import describe, plan
-    from .hardware import Hardware, machine_of
+    from .api import describe, plan
+    from .dryrun.run import dry_run
+    from .machine.hardware import Hardware, machine_of
 
     machine = Hardware.detect() if options.hardware is None else machine_of(options.hardware)
     if not machine.gpus:
@@ -167,19 +167,19 @@ def _dry_run(options: argparse.Namespace) -> str:
     if options.json:
         return run.to_json()
     if options.svg:
-        from .draw_dryrun import dryrun_figure, dryrun_label
+        from .draw.dryrun import dryrun_figure, dryrun_label
 
         return _picture(options.svg, dryrun_figure(run), dryrun_label(run))
     return f"{found.explain()}\n\n{run}"
 
 
 def _advise(options: argparse.Namespace) -> str:
-    from .front import advise, describe
+    from .api import advise, describe
 
     spec = describe(options.model, options.library_name, trust_remote_code=options.trust_remote_code)
     found = advise(spec, options.hardware, options.batch, options.context, options.target)
     if options.svg and not options.json:
-        from .draw_advice import advice_figure, advice_label
+        from .draw.advice import advice_figure, advice_label
 
         return _picture(options.svg, advice_figure(found), advice_label(found))
     return found.to_json() if options.json else found.explain()
@@ -189,8 +189,8 @@ def _calibrate(options: argparse.Namespace) -> str:
     import json
     from dataclasses import asdict
 
-    from .calibration import calibrate
-    from .ledger import ledger_path
+    from .machine.ledger import ledger_path
+    from .measure.calibrate import calibrate
 
     found = calibrate(options.folder)
     if options.json:
@@ -199,8 +199,8 @@ def _calibrate(options: argparse.Namespace) -> str:
 
 
 def _plan(options: argparse.Namespace) -> str:
-    from .front import describe, plan
-    from .hardware import machine_of
+    from .api import describe, plan
+    from .machine.hardware import machine_of
 
     budgets, overhead = _budgets(options.max_memory), 0
     if budgets is None and options.hardware is not None:
@@ -214,14 +214,14 @@ def _plan(options: argparse.Namespace) -> str:
     if options.json:
         return found.to_json()
     if options.svg:
-        from .draw import plan_figure, plan_label
+        from .draw.canvas import plan_figure, plan_label
 
         return _picture(options.svg, plan_figure(found), plan_label(found))
     return found.to_code() if options.code else found.explain()
 
 
 def _launch(options: argparse.Namespace) -> str:
-    from . import launch
+    from .distributed import launch
 
     if options.example:
         path = launch.write_example(options.example)

@@ -13,7 +13,7 @@ import json
 import sys
 from typing import Any
 
-from bigkit.layers import specs_to_json
+from bigkit.model.spec import specs_to_json
 from bigkit.zoo import build, catalog
 
 

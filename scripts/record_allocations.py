@@ -18,9 +18,9 @@ from pathlib import Path
 
 import torch
 
-from bigkit.recording import record_allocations
+from bigkit.dryrun.workload import Workload, fill, passes
+from bigkit.measure.allocations import record_allocations
 from bigkit.units import GiB, KiB, MiB
-from bigkit.workload import Workload, fill, passes
 from bigkit.zoo import build, catalog
 
 ROOT = Path(__file__).resolve().parent.parent

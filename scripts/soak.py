@@ -30,11 +30,11 @@ from torch import nn
 from torch.nn import functional as F
 
 from bigkit import init_empty_weights
-from bigkit.away import Away
-from bigkit.checkpoint import load_checkpoint_in_model, save_model
-from bigkit.dispatch import dispatch_model, load_checkpoint_and_dispatch
-from bigkit.hooks import remove_hook_from_module
-from bigkit.resting import handles
+from bigkit.checkpoints.load import load_checkpoint_in_model, save_model
+from bigkit.offload.dispatch import dispatch_model, load_checkpoint_and_dispatch
+from bigkit.offload.grouping import handles
+from bigkit.offload.handle import Away
+from bigkit.offload.hooks import remove_hook_from_module
 
 SETTLED = 30  # rounds after which nothing may grow any more
 

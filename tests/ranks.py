@@ -30,7 +30,7 @@ def free_port() -> int:
 def serve(pipe: Connection, variables: dict[str, str]) -> None:
     """One rank: join the group, then run what comes until None does."""
     os.environ.update(variables)
-    from bigkit.distributed import PartialState
+    from bigkit.distributed.gather import PartialState
 
     state = PartialState(timeout=SECONDS)
     while (work := pipe.recv_bytes()) != b"":
@@ -48,7 +48,7 @@ class Ranks:
 
     def __init__(self, size: int) -> None:
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["torch", "numpy", "transformers", "datasets", "bigkit.distributed"])
+        context.set_forkserver_preload(["torch", "numpy", "transformers", "datasets", "bigkit.distributed.gather"])
         world = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
         self.size = size
         self.pipes: list[Connection] = []

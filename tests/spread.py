@@ -11,10 +11,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from bigkit.away import Away
-from bigkit.dispatch import cpu_offload, disk_offload, dispatch_model
-from bigkit.resting import handles
-from bigkit.stream import Slots
+from bigkit.offload.dispatch import cpu_offload, disk_offload, dispatch_model
+from bigkit.offload.grouping import handles
+from bigkit.offload.handle import Away
+from bigkit.offload.stream import Slots
 
 STAND_IN = {0: "cpu", 1: "cpu"}  # GPUs that are the CPU, but with slots
 

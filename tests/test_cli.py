@@ -92,7 +92,7 @@ def test_a_quantized_dry_run(capsys):
 
 def test_calibrate_keeps_what_it_measured(capsys, monkeypatch, tmp_path):
     monkeypatch.setenv("BIGKIT_LEDGER", str(tmp_path / "ledger.json"))
-    monkeypatch.setattr("bigkit.calibration.BLOCK", 2**24)
+    monkeypatch.setattr("bigkit.measure.calibrate.BLOCK", 2**24)
     assert main(["calibrate", "--folder", str(tmp_path)]) == 0
     assert "RAM" in (said := capsys.readouterr().out) and "ledger.json" in said
     assert main(["calibrate", "--folder", str(tmp_path), "--json"]) == 0

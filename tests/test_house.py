@@ -1,4 +1,4 @@
-"""The house: every floor imports only from below, examples in docstrings run, and public names are documented."""
+"""The house: every wing imports only from its left, examples in docstrings run, and public names are documented."""
 
 import ast
 import doctest
@@ -13,18 +13,13 @@ import pytest
 import bigkit
 
 ROOT = Path(bigkit.__file__).parent
-# Bottom to top. A module may import those before it; a package counts as one module.
+# Left to right: a wing (a folder, or a file on top) imports only wings to its left, and `distributed` none at all.
 ORDER = [
-    "units", "allocator", "layers", "shards", "shares", "config", "estimate", "chain", "plans", "schedule", "ledger",
-    "hardware", "roofline", "export", "fastest", "planner", "advice",
-    "meta", "bulk", "convert", "checkpoint", "zoo", "device_map", "front",
-    "store", "away", "lanes", "stream", "resting", "hooks", "dispatch", "observe",
-    "packed", "quantize", "rounding",
-    "workload", "recording", "fake", "fake_replay", "fake_quantized", "dryrun", "measure", "calibration", "recorder",
-    "distributed", "launch", "notebook", "batches", "examples",
-    "draw", "draw_run", "draw_dryrun", "draw_advice", "widgets", "cli",
+    "units", "devices", "distributed", "model", "machine", "meta", "zoo", "maps", "checkpoints", "offload", "quantize",
+    "dryrun", "measure", "draw", "api", "examples", "widgets", "cli",
 ]  # fmt: skip
-FLOOR_0 = [name for name in ORDER[: ORDER.index("meta")] if (ROOT / f"{name}.py").exists()]
+WITHOUT_TORCH = {"units", "devices", "model", "machine", "zoo", "maps", "api", "cli"}  # wings, but for:
+WITH_TORCH = {"zoo.build", "zoo.gpt", "maps.device_map"}
 MODULES = sorted(
     ".".join(path.relative_to(ROOT.parent).with_suffix("").parts).removesuffix(".__init__")
     for path in ROOT.rglob("*.py")
@@ -43,23 +38,27 @@ def inner_imports(module):
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and node.level:
             base = package[: len(package) - node.level + 1]
-            names = [node.module.split(".")[0]] if node.module else [alias.name for alias in node.names]
-            yield from (part for name in names for part in [(base + [name])[1]] if part in ORDER)
+            path = [*base, *(node.module.split(".") if node.module else [])]
+            yield from {(path + [alias.name])[1] for alias in node.names} & {*ORDER}
 
 
 @pytest.mark.parametrize("module", MODULES)
-def test_imports_go_down(module):
+def test_imports_run_to_the_left(module):
     if module == "bigkit":
         return
     own = module.split(".")[1]
-    assert own in ORDER, f"{own} has no floor yet"
+    assert own in ORDER, f"{own} has no place in the order yet"
     for other in inner_imports(module):
-        assert ORDER.index(other) <= ORDER.index(own), f"{module} imports {other}, which lies above it"
+        assert ORDER.index(other) <= ORDER.index(own), f"{module} imports {other}, which lies to its right"
+        assert own != "distributed" or other == own, f"{module} imports {other}: `distributed` stands alone"
 
 
-def test_floor_0_is_plain_python():
-    names = ", ".join(f"bigkit.{name}" for name in FLOOR_0)
-    code = f"import {names}, bigkit.zoo, bigkit.front, bigkit.cli, sys; print({{'torch', 'numpy'}} & {{*sys.modules}})"
+def test_the_planner_needs_no_torch():
+    own = [name.removeprefix("bigkit.") for name in MODULES if name != "bigkit"]
+    names = [name for name in own if name.split(".")[0] in WITHOUT_TORCH and name not in WITH_TORCH]
+    code = (
+        f"import {', '.join('bigkit.' + name for name in names)}, sys; print({{'torch', 'numpy'}} & {{*sys.modules}})"
+    )
     assert subprocess.check_output([sys.executable, "-c", code], text=True) == "set()\n"
 
 

@@ -18,9 +18,9 @@ from typing import Any
 
 import ipywidgets as widgets
 
-from ..draw import GREEN, ORANGE, VERMILLION
-from ..front import Source, describe
-from ..layers import ModelSpec
+from ..api import Source, describe
+from ..draw.canvas import GREEN, ORANGE, VERMILLION
+from ..model.spec import ModelSpec
 
 WIDE = {"description_width": "82px"}
 TOKENS = (128, 192, *(n << i for i in range(12) for n in (256, 384)), 2**20)  # 128 .. 1,048,576, two steps an octave

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import ipywidgets as widgets
 
-from ..advice import TARGETS, Advice, advise
-from ..draw import svg
-from ..draw_advice import advice_figure, advice_label
-from ..front import Source, describe
-from ..hardware import HARDWARE, machine_of
+from ..api import Source, describe
+from ..draw.advice import advice_figure, advice_label
+from ..draw.canvas import svg
+from ..machine.hardware import HARDWARE, machine_of
+from ..maps.advise import TARGETS, Advice, advise
 from ..units import format_bytes
 from ._explorer import Explorer, menu, model_field, named, number_field, pill, preformatted, short, token_slider
 

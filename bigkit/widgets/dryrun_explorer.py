@@ -11,13 +11,13 @@ from typing import Any
 
 import ipywidgets as widgets
 
-from ..draw import svg
-from ..draw_dryrun import dryrun_figure, dryrun_label, dryrun_text, format_time
-from ..dryrun import DryRun, dry_run
-from ..front import describe, plan
-from ..hardware import GPUS, LINKS, Gpu, Hardware
-from ..measure import Measurement, measure, obstacle
-from ..plans import Plan
+from ..api import describe, plan
+from ..draw.canvas import svg
+from ..draw.dryrun import dryrun_figure, dryrun_label, dryrun_text, format_time
+from ..dryrun.run import DryRun, dry_run
+from ..machine.hardware import GPUS, LINKS, Gpu, Hardware
+from ..maps.plan import Plan
+from ..measure.run import Measurement, measure, obstacle
 from ..units import GiB, dtype_name, format_bytes
 from ._explorer import (
     AS_STORED,
@@ -212,7 +212,7 @@ class DryRunExplorer(Explorer):
         count, ram = len(self.hardware.gpus), self.ram.value
         return (
             "from dataclasses import replace\n\nfrom bigkit import dry_run\n"
-            "from bigkit.hardware import GPUS, LINKS, Hardware\n\n"
+            "from bigkit.machine.hardware import GPUS, LINKS, Hardware\n\n"
             f"hardware = Hardware({run.hardware!r}, ({gpu},) * {count}, {ram} * 2**30, 0)\n"
             f"device_map = {found.device_map!r}\n"
             f"run = dry_run({run.model!r}, device_map, {load.batch}, {load.prompt}, {load.new}, hardware, "

@@ -2,7 +2,7 @@
 
 The model runs, on the CPU, with the hooks, units, slots and files that it would have on GPUs; what it fetches, into
 which slot, and in which order things work is recorded from that run (`record.py`). How long each of it would take comes
-from the rates that the controls say (`schedule.py`).
+from the rates that the controls say (`machine/streams.py`).
 
 Leaves out: measured times, and models other than the shipped one.
 """
@@ -15,12 +15,12 @@ from typing import Any, NamedTuple
 
 import ipywidgets as widgets
 
-from ..draw import svg
-from ..draw_run import run_figure, run_label, run_news, run_text, seconds
-from ..observe import Observation, observe
-from ..plans import Device, device_label
-from ..schedule import Schedule, schedule
-from ..stream import spread
+from ..devices import Device, device_label
+from ..draw.canvas import svg
+from ..draw.run import run_figure, run_label, run_news, run_text, seconds
+from ..machine.streams import Schedule, schedule
+from ..offload.observe import Observation, observe
+from ..offload.stream import spread
 from ..units import GB, format_bytes
 from ._explorer import LONGEST_REPR, WIDE, Explorer, menu, number_field, pill, preformatted, short
 
@@ -282,8 +282,8 @@ def _run(places: dict[str, Device], slots: int, prefetch: bool, tokens: int) -> 
     """Generate tokens with a spread-out model; the result is the text, and whether the whole model writes it too."""
     import torch
 
-    from ..dispatch import load_checkpoint_and_dispatch
-    from ..meta import init_empty_weights
+    from ..meta.empty import init_empty_weights
+    from ..offload.dispatch import load_checkpoint_and_dispatch
     from ..zoo.gpt import GPT, PYGPT, GPTConfig, decode, encode, load_pygpt
 
     with init_empty_weights():

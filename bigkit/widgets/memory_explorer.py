@@ -9,9 +9,9 @@ from collections.abc import Iterable
 
 import ipywidgets as widgets
 
-from ..draw import estimate_figure, estimate_label, estimate_text, svg
-from ..estimate import CLASSIC, STORED, MemoryEstimate
-from ..front import Source, estimate_memory
+from ..api import Source, estimate_memory
+from ..draw.canvas import estimate_figure, estimate_label, estimate_text, svg
+from ..model.estimate import CLASSIC, STORED, MemoryEstimate
 from ..units import format_bytes
 from ._explorer import LONGEST_REPR, WIDE, Explorer, model_field, number_field, pill, preformatted, short, token_slider
 

@@ -10,12 +10,13 @@ from collections.abc import Mapping, Sequence
 
 import ipywidgets as widgets
 
-from ..draw import plan_figure, plan_label, plan_text, plan_verdict, svg
-from ..front import Source, describe
-from ..hardware import CONTEXT_BYTES, HARDWARE
-from ..layers import QUANTIZATIONS
-from ..planner import STRATEGIES, PlanError, plan, read_budgets
-from ..plans import Device, Plan, device_label
+from ..api import Source, describe
+from ..devices import Device, device_label
+from ..draw.canvas import plan_figure, plan_label, plan_text, plan_verdict, svg
+from ..machine.hardware import CONTEXT_BYTES, HARDWARE
+from ..maps.plan import Plan
+from ..maps.strategies import STRATEGIES, PlanError, plan, read_budgets
+from ..model.spec import QUANTIZATIONS
 from ..units import GiB, MiB, dtype_name, parse_bytes
 from ._explorer import (
     AS_STORED,

@@ -1,6 +1,6 @@
 """`QuantizationLab`: what fewer bits do to the weights and outputs of a layer, and to a whole model's perplexity.
 
-Leaves out: the arithmetic (`rounding.py`, and notebook 09 by hand).
+Leaves out: the arithmetic (`quantize/study.py`, and notebook 09 by hand).
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from typing import Any
 
 import ipywidgets as widgets
 
-from ..draw import study_figure, study_label, study_text, svg
-from ..estimate import text_table
-from ..layers import quantized_bytes
-from ..rounding import BLOCKSIZES, Sample, Scheme, Study, layers_of, planted, study
+from ..draw.canvas import study_figure, study_label, study_text, svg
+from ..model.estimate import text_table
+from ..model.spec import quantized_bytes
+from ..quantize.study import BLOCKSIZES, Sample, Scheme, Study, layers_of, planted, study
 from ..units import format_bytes
 from ._explorer import LONGEST_REPR, WIDE, Explorer, menu, number_field, pill, preformatted
 
@@ -122,7 +122,7 @@ class QuantizationLab(Explorer):
                 f"sample = layers_of(load_pygpt(dtype=torch.float32), text)[{made.layer!r}]\n"
             )
         return (
-            "import torch\n\nfrom bigkit.rounding import Scheme, layers_of, planted, study\n"
+            "import torch\n\nfrom bigkit.quantize.study import Scheme, layers_of, planted, study\n"
             "from bigkit.zoo.gpt import encode, heldout_text, load_pygpt\n\n"
             f"{get}found = study(sample, {scheme!r})\nfound.bits, found.output_error\n"
         )
@@ -197,7 +197,7 @@ def _studies(scheme: Scheme) -> dict[str, Study]:
 def _perplexity(kind: str) -> float:
     import torch
 
-    from ..quantize import BnbQuantizationConfig, load_and_quantize_model
+    from ..quantize.load import BnbQuantizationConfig, load_and_quantize_model
     from ..zoo.gpt import heldout_text, load_pygpt, perplexity
 
     text = heldout_text()[:SCORED]

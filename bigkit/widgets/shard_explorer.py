@@ -9,9 +9,9 @@ import json
 
 import ipywidgets as widgets
 
-from ..draw import shards_figure, shards_label, shards_text, svg
-from ..front import Source, describe
-from ..shards import Cut, cut_model, read_limit
+from ..api import Source, describe
+from ..checkpoints.shards import Cut, cut_model, read_limit
+from ..draw.canvas import shards_figure, shards_label, shards_text, svg
 from ..units import dtype_name, format_bytes
 from ._explorer import (
     AS_STORED,
@@ -123,11 +123,11 @@ class ShardExplorer(Explorer):
         """Python that cuts the same way, without weights and with them."""
         made, (name, dtype) = self._shown(), self._named
         return (
-            "from bigkit import describe\nfrom bigkit.shards import cut_model\n\n"
+            "from bigkit import describe\nfrom bigkit.checkpoints.shards import cut_model\n\n"
             f"cut = cut_model(describe({name!r}), max_shard_size={made.limit}, dtype={dtype!r})\n"
             "files = cut.sizes\n\n"
             "# With the model itself, this writes the files:\n"
-            f"# bigkit.checkpoint.save_model(model, folder, max_shard_size={made.limit})\n"
+            f"# bigkit.checkpoints.load.save_model(model, folder, max_shard_size={made.limit})\n"
         )
 
     def to_json(self) -> str:

@@ -9,8 +9,8 @@ import json
 
 import ipywidgets as widgets
 
-from ..draw import shares_figure, shares_label, shares_text, svg
-from ..shares import Shares
+from ..distributed.shares import Shares
+from ..draw.canvas import shares_figure, shares_label, shares_text, svg
 from ._explorer import LONGEST_REPR, WIDE, Explorer, menu, number_field, pill, preformatted
 
 MOST_ITEMS, MOST_PROCESSES = 64, 16

@@ -10,7 +10,7 @@ A name is looked up in this order:
 
 A revision other than "main" is asked of the Hub even if the model is shipped.
 
-Leaves out: weights (`bigkit.checkpoint`); those of `pygpt` are loaded by `bigkit.zoo.gpt.load_pygpt`.
+Leaves out: weights (`bigkit.checkpoints.load`); those of `pygpt` are loaded by `bigkit.zoo.gpt.load_pygpt`.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ import re
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from . import catalog
+from ..zoo import catalog
 from .catalog import ENTRIES, Entry, names
 from .errors import BadURL, GatedModel, NoConfig, OfflineError, RemoteCodeNeeded, UnknownModel, ZooError
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from ..layers import ModelSpec
+    from ..model.spec import ModelSpec
     from .hub import Source
 
 __all__ = [
@@ -70,7 +70,7 @@ def describe(
     found, label = _resolve(name, library_name, revision)
     if isinstance(found, Entry):
         return _named(catalog.specs(found.name)["base" if base else "full"], label)
-    from . import build, hub
+    from ..zoo import build, hub
 
     config, remote = _config(found, library_name, trust_remote_code, token)
     if config is None or not _usable(config):
@@ -105,7 +105,7 @@ def empty_model(
     (124439808, 'meta')
     """
     found, label = _resolve(name, library_name, revision)
-    from . import build
+    from ..zoo import build
 
     config, remote = _config(found, library_name, trust_remote_code, token)
     if config is None:
@@ -129,14 +129,14 @@ def _resolve(
     name = name.strip()
     label = name.removeprefix("hf-hub:").removeprefix("hf_hub:")
     if "/" in name and "." in name:  # may be a URL; only then is the parser worth its import
-        from . import hub
+        from ..zoo import hub
 
         if url := hub.parse_url(name):
             label, revision = url[0], revision or url[1]
     entry = catalog.find(label)
     if entry and library_name in (None, entry.library) and revision in (None, "main"):
         return entry, label
-    from . import hub
+    from ..zoo import hub
 
     if folder := hub.folder_of(name):
         return hub.Source(folder=folder), name
@@ -170,7 +170,7 @@ def _config(
         return catalog.config(found), None
     if isinstance(found, str):
         return {"architecture": found}, None  # with its tag: timm takes the number of classes from it
-    from . import build, hub
+    from ..zoo import build, hub
 
     config = None if library_name == "safetensors" else hub.read_config(found, token)
     library = library_name if config is None else build.library_of(config)
@@ -182,7 +182,7 @@ def _config(
 
 def _usable(config: dict[str, Any]) -> bool:
     """Whether the model can be built; with an "auto_map" it can, and `build` says on what condition."""
-    from . import build
+    from ..zoo import build
 
     return build.library_of(config) is not None and (build.knows(config) or "auto_map" in config)
 

@@ -3,7 +3,7 @@
 The classic estimate builds what `AutoModel` gives, without the output head (`base=True`); a model that is to be run has
 the head its config names (`base=False`). timm's and bigkit's models come in one form only.
 
-Leaves out: where configs come from (`catalog.py`, `hub.py`) and weights (`bigkit.checkpoint`).
+Leaves out: where configs come from (`catalog.py`, `hub.py`) and weights (`bigkit.checkpoints.load`).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from ..layers import ModelSpec
+from ..model.spec import ModelSpec
 from ..units import dtype_name
 from .errors import NoConfig, RemoteCodeNeeded, UnknownModel
 
@@ -81,8 +81,8 @@ def build(
 
 def spec_of(model: nn.Module, name: str, library: str, has_head: bool, config: Mapping[str, Any]) -> ModelSpec:
     """The model's record, with the facts and the KV cache that its config tells."""
-    from .. import config as reader
-    from ..meta import spec_from_module
+    from ..meta.empty import spec_from_module
+    from ..model import config as reader
 
     spec = spec_from_module(model, name)
     facts, attention = dict(spec.facts), spec.attention
@@ -113,7 +113,7 @@ def has_head(config: Mapping[str, Any], model: nn.Module) -> bool:
 
 
 def _bigkit(config: Mapping[str, Any]) -> nn.Module:
-    from ..meta import init_empty_weights
+    from ..meta.empty import init_empty_weights
     from .gpt import GPT, GPTConfig
 
     with init_empty_weights():
@@ -121,7 +121,7 @@ def _bigkit(config: Mapping[str, Any]) -> nn.Module:
 
 
 def _timm(config: Mapping[str, Any]) -> nn.Module:
-    from ..meta import init_empty_weights
+    from ..meta.empty import init_empty_weights
 
     timm = _import("timm", f"the timm model {config['architecture']!r}")
     options = dict(config.get("model_args") or {})
@@ -146,7 +146,7 @@ def _timm_facts(model: nn.Module) -> dict[str, Any]:
 
 
 def _transformers(config: Mapping[str, Any], base: bool, dtype: object, remote: Mapping[str, Any] | None) -> nn.Module:
-    from ..meta import init_empty_weights
+    from ..meta.empty import init_empty_weights
 
     transformers = _import("transformers", f"a model of type {config['model_type']!r}")
     if knows(config):

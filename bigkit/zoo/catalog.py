@@ -16,7 +16,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from ..layers import ModelSpec, specs_from_json
+from ..model.spec import ModelSpec, specs_from_json
 
 _HERE = Path(__file__).parent
 

@@ -6,7 +6,8 @@ and every tensor is moved to where its partner is: the model works on meta, and 
 `load_pygpt` gives a byte-level GPT that was trained on the Python standard library's source
 (`scripts/train_gpt.py`); `perplexity` measures it on text that it has never seen.
 
-Leaves out: training (that script), splitting and offloading (`bigkit.dispatch`), and any tokenizer beyond bytes.
+Leaves out: training (that script), splitting and offloading (`bigkit.offload.dispatch`), and any tokenizer beyond
+bytes.
 
 Source: Radford et al., "Language Models are Unsupervised Multitask Learners" (2019), section 2.3.
 """

@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
-from .. import config as reader
-from ..layers import ModelSpec, ModuleSpec, TensorSpec
-from . import catalog
+from ..model import config as reader
+from ..model.spec import ModelSpec, ModuleSpec, TensorSpec
+from ..zoo import catalog
 from .errors import BadURL, GatedModel, NoConfig, OfflineError, UnknownModel, ZooError
 
 _REPO = re.compile(r"[\w.-]+(/[\w.-]+)?")

@@ -3,7 +3,7 @@
 import torch
 
 from bigkit import calibrate
-from bigkit.calibration import _plan
+from bigkit.measure.calibrate import _plan
 
 
 def test_every_rate_of_a_gpu_is_found(tmp_path):

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 import bigkit
-from bigkit import store
-from bigkit.stream import Slots
+from bigkit.offload import weights as store
+from bigkit.offload.stream import Slots
 
 GPU = torch.device("cuda:0")
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from bigkit import PartialState, notebook_launcher
-from bigkit.launch import write_example
-from tests.test_launch import launch
+from bigkit.distributed.launch import write_example
+from tests.distributed.test_launch import launch
 
 needs_two = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 

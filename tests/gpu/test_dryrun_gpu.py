@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from bigkit import dry_run, zoo
-from bigkit.fake import fake_gpus
-from bigkit.recording import record_allocations
-from bigkit.workload import Workload, fill, passes
+from bigkit.dryrun.fake_gpu import fake_gpus
+from bigkit.dryrun.workload import Workload, fill, passes
+from bigkit.measure.allocations import record_allocations
 
 
 @pytest.mark.parametrize("name", ["gpt2", "qwen3-0.6b", "bert-base-cased"])
@@ -28,7 +28,7 @@ def test_peaks_are_those_of_the_real_run(name):
 @pytest.mark.parametrize("prompt", [16, 600])
 def test_peaks_of_quantized_models(quantization, prompt):
     pytest.importorskip("bitsandbytes")
-    from bigkit.fake_quantized import config_of, fill_quantized, quantize_empty
+    from bigkit.dryrun.fake_bnb import config_of, fill_quantized, quantize_empty
 
     load = Workload(4, prompt, 3)
     config = config_of(quantization, "float16")

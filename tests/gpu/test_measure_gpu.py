@@ -3,8 +3,8 @@
 import pytest
 
 from bigkit import dry_run, zoo
-from bigkit.measure import measure
-from bigkit.workload import Workload
+from bigkit.dryrun.workload import Workload
+from bigkit.measure.run import measure
 
 
 def test_peaks_and_steps_of_the_real_run():

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from bigkit import dispatch_model
-from bigkit.observe import observe
+from bigkit.offload.observe import observe
 
 
 @pytest.mark.parametrize("prefetch", [False, True])

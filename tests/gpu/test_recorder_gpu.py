@@ -3,9 +3,9 @@
 import pytest
 
 from bigkit import dry_run, record, zoo
-from bigkit.ledger import Ledger
-from bigkit.recording import settle
-from bigkit.workload import Workload, fill, passes
+from bigkit.dryrun.workload import Workload, fill, passes
+from bigkit.machine.ledger import Ledger
+from bigkit.measure.allocations import settle
 
 
 def test_memory_is_as_foretold_and_noted(tmp_path):

@@ -4,8 +4,8 @@ import random
 
 import torch
 
-from bigkit.allocator import replay
-from bigkit.recording import record_allocations
+from bigkit.machine.allocator import replay
+from bigkit.measure.allocations import record_allocations
 from bigkit.units import MiB
 
 

@@ -1,0 +1,160 @@
+"""The front door: `plan()` and `estimate_memory()` for whatever you hold - a name, a URL, a folder, a model, a spec.
+
+Leaves out: all arithmetic (`maps/strategies.py`, `model/estimate.py`) and finding names (`zoo/`).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any, Union
+
+from . import zoo
+from .devices import Device
+from .machine.hardware import Hardware, machine_of
+from .maps import advise as advice
+from .maps import strategies as planner
+from .maps.plan import Plan
+from .model import estimate as _estimate
+from .model.spec import ModelSpec
+
+if TYPE_CHECKING:
+    import torch
+
+Source = Union[str, os.PathLike, ModelSpec, "torch.nn.Module"]
+
+
+def describe(model: Source, library_name: str | None = None, *, base: bool = False, **options: Any) -> ModelSpec:
+    """The skeleton of a model: given as a spec, an `nn.Module` (empty or not), a name, a Hub URL or a folder.
+
+    Args:
+        model: what to describe.
+        library_name: "transformers", "timm" or "bigkit"; None finds it. Names only.
+        base: the model without its head, as `AutoModel` builds it. Names only.
+        options: `trust_remote_code`, `revision`, `token` for names on the Hub.
+
+    Raises:
+        ValueError, OSError: see `zoo.describe`.
+        TypeError: it is none of these.
+
+    >>> describe("gpt2").parameters
+    124439808
+    """
+    if isinstance(model, ModelSpec):
+        return model
+    if isinstance(model, (str, os.PathLike)):
+        return zoo.describe(os.fspath(model), library_name, base=base, **options)
+    if hasattr(model, "named_modules"):
+        from .meta.empty import spec_from_module
+
+        return spec_from_module(model)
+    raise TypeError(f"expected a model's name, folder or URL, an nn.Module or a ModelSpec, not {type(model).__name__}")
+
+
+def plan(
+    model: Source,
+    max_memory: Mapping[Device, int | str] | None = None,
+    strategy: str | Mapping[str, Device] = "auto",
+    *,
+    dtype: object = None,
+    quantization: str | None = None,
+    special_dtypes: Mapping[str, object] | None = None,
+    no_split: Iterable[str] | None = None,
+    batch: int = 1,
+    context: int = 0,
+    overhead: int | str = 0,
+    offload_buffers: bool = False,
+    strict: bool = True,
+    hardware: Hardware | str | None = None,
+) -> Plan:
+    """Place a model's layers on devices so that no device holds more than its budget.
+
+    Args:
+        model: a name, URL, folder, `nn.Module` or `ModelSpec`.
+        max_memory: device -> budget; None asks this machine (`get_max_memory`).
+        strategy, dtype, quantization, special_dtypes, no_split, batch, context, overhead, offload_buffers, strict:
+            see `planner.plan`.
+        hardware: the machine whose rates the strategy "fastest" counts with; None takes this one if it has a GPU.
+
+    Raises:
+        PlanError: no placement fits, with the bytes that are missing and what would help.
+
+    >>> plan("gpt2", {0: "300MiB", 1: "300MiB"}).feasible
+    True
+    """
+    if max_memory is None:
+        from .maps.device_map import get_max_memory
+
+        max_memory = get_max_memory()
+    rates = None
+    if strategy == "fastest":
+        machine = Hardware.detect() if hardware is None else hardware
+        machine = machine_of(machine) if isinstance(machine, str) else machine
+        rates = next(iter(advice.rates_of(machine, advice.calibration_of(machine))), None)
+    return planner.plan(
+        describe(model), max_memory, strategy, dtype=dtype, quantization=quantization, special_dtypes=special_dtypes,
+        no_split=no_split, batch=batch, context=context, overhead=overhead, offload_buffers=offload_buffers,
+        strict=strict, rates=rates,
+    )  # fmt: skip
+
+
+def advise(
+    model: Source,
+    hardware: Hardware | str | None = None,
+    batch: int = 1,
+    context: int = 2048,
+    target: str = "speed",
+    *,
+    stored: Iterable[str | None] = advice.STORED,
+) -> advice.Advice:
+    """Rank ways to store and place a model on a machine, by what a token would wait for.
+
+    Args:
+        model: a name, URL, folder, `nn.Module` or `ModelSpec`.
+        hardware: a `Hardware`, the name of one ("1 x RTX 4090", "L4", "8 x H100-80GB"), or None for this machine, whose
+            measured rates are used if `calibrate()` was called here.
+        batch, context: the load: sequences, and tokens of each.
+        target: "speed", "quality", "memory" or "context".
+        stored: quantizations to try; None is 16 bits.
+
+    Returns:
+        The options that fit, best first; if there are none, what would have to change.
+
+    Raises:
+        ValueError: an unknown target or machine.
+
+    >>> advise("llama-3.1-8b", "RTX 4090").best.plan.quantization is None
+    True
+    """
+    machine = Hardware.detect() if hardware is None else machine_of(hardware) if isinstance(hardware, str) else hardware
+    return advice.advise(describe(model), machine, batch, context, target, stored=stored)
+
+
+def estimate_memory(
+    model: Source,
+    dtypes: Iterable[object] = _estimate.CLASSIC,
+    library_name: str | None = None,
+    *,
+    stored: Iterable[str] = _estimate.STORED,
+    batch: int = 1,
+    context: int = 2048,
+    **options: Any,
+) -> _estimate.MemoryEstimate:
+    """Count how much memory a model takes to load, run and train. Shipped names need no network and no torch.
+
+    Args:
+        model: a name, URL, folder, `nn.Module` or `ModelSpec`.
+        dtypes: rows of the classic table.
+        library_name: "transformers", "timm" or "bigkit"; None finds it.
+        stored: rows of the inference table: dtypes, or quantizations ("int8", "nf4", "nf4-double", ...).
+        batch, context: what KV cache and activations are counted for.
+        options: `trust_remote_code`, `revision`, `token` for names on the Hub.
+
+    >>> row = estimate_memory("bert-base-cased").rows[0]
+    >>> row.dtype, row.total_size
+    ('float32', 433249280)
+    """
+    full = describe(model, library_name, **options)
+    by_name = isinstance(model, (str, os.PathLike))
+    base = describe(model, library_name, base=True, **options) if by_name else full
+    return _estimate.estimate(base, full, dtypes, stored, batch, context)

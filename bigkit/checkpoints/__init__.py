@@ -1,0 +1,1 @@
+"""Files: how a checkpoint is cut into shards, checked, loaded, and saved."""

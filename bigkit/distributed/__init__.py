@@ -1,0 +1,1 @@
+"""Many processes: who takes which inputs, the results put together, and starting processes."""

@@ -1,0 +1,1 @@
+"""A run on GPUs that do not exist: predicted memory and time, operation by operation."""

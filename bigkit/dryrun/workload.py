@@ -1,0 +1,213 @@
+"""The work that is foretold and measured: a model with random weights, one pass over a prompt, then token by token.
+
+The same functions run on a real GPU and on fake devices, so what is compared is the same work: `fill` gives every
+tensor of an empty model memory on its device, in the model's order; `passes` runs the prompt and then one token at a
+time with the KV cache, greedily, and keeps alive what a decoding loop keeps alive: the cache and the chosen token.
+
+Leaves out: models that need more than token ids or one image (images with text), beams, and stopping early.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..devices import Device, prefixes
+from ..model.config import facts
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What a model is asked to do.
+
+    Args:
+        batch: sequences, or images.
+        prompt: tokens of each sequence's prompt. A vision model sees an image of its own size instead.
+        new: tokens that are then generated one at a time.
+        all_logits: keep the logits of every prompt token, as a plain call of the model does; False keeps those of the
+            last one alone, as generation does.
+        cache: keep the KV cache of a prompt after which nothing is generated.
+
+    >>> Workload(batch=8, prompt=512)
+    Workload(batch=8, prompt=512, new=0, all_logits=False, cache=True)
+    """
+
+    batch: int = 1
+    prompt: int = 512
+    new: int = 0
+    all_logits: bool = False
+    cache: bool = True
+
+    def __post_init__(self) -> None:
+        if self.batch < 1 or self.prompt < 1 or self.new < 0:
+            raise ValueError(f"batch and prompt must be at least 1 and new tokens at least 0, not {self}")
+
+
+class Step(NamedTuple):
+    """A moment in the work: the phase that ended ("prefill" or "decode") and the KV cache that is kept (None: none)."""
+
+    phase: str
+    cache: Any = None
+
+
+def device_of(name: str, device_map: Mapping[str, Device]) -> torch.device:
+    """The torch device that a device map gives a module or tensor: by its own name, or that of a module around it.
+
+    >>> device_of("h.1.mlp.weight", {"h.0": 0, "h.1": 1})
+    device(type='cuda', index=1)
+    """
+    for prefix in reversed(prefixes(name)):
+        if prefix in device_map:
+            device = device_map[prefix]
+            return torch.device(f"cuda:{device}" if isinstance(device, int) else device)
+    raise ValueError(f"the device map has no entry for {name!r}: expected one for it or for a module around it")
+
+
+@torch.no_grad()
+def fill(model: nn.Module, device_map: Mapping[str, Device], std: float = 0.02) -> nn.Module:
+    """Give every tensor memory on its device: parameters random values, buffers their own.
+
+    Args:
+        model: empty (on the meta device), buffers real; it is changed. Tied parameters stay tied.
+        device_map: module name -> device.
+        std: the deviation of the random values.
+
+    >>> from bigkit import zoo
+    >>> fill(zoo.empty_model("pygpt"), {"": "cpu"}).lm_head.weight.device
+    device(type='cpu')
+    """
+    made: dict[int, nn.Parameter] = {}
+    moved: dict[int, Tensor] = {}
+    for module_name, module in model.named_modules():
+        for name, parameter in module._parameters.items():
+            if parameter is None:
+                continue
+            if id(parameter) not in made:
+                device = device_of(f"{module_name}.{name}" if module_name else name, device_map)
+                data = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
+                data = data.normal_(0, std) if data.is_floating_point() and data.element_size() > 1 else data.zero_()
+                made[id(parameter)] = nn.Parameter(data, requires_grad=False)
+            module._parameters[name] = made[id(parameter)]
+        for name, buffer in module._buffers.items():
+            if buffer is None:
+                continue
+            if id(buffer) not in moved:
+                device = device_of(f"{module_name}.{name}" if module_name else name, device_map)
+                moved[id(buffer)] = torch.zeros_like(buffer, device=device) if buffer.is_meta else buffer.to(device)
+            module._buffers[name] = moved[id(buffer)]
+    return model
+
+
+@torch.no_grad()
+def passes(model: nn.Module, load: Workload, device: torch.device | str) -> Iterator[Step]:
+    """Run the work; yields a `Step` after the prompt, then one after each new token.
+
+    Args:
+        model: with memory, in eval mode, wherever its parts lie.
+        load: what to run. Tokens are generated only by models that can generate.
+        device: where the inputs are made.
+
+    Raises:
+        ValueError: more tokens than the model has positions for, or it takes neither token ids nor images.
+
+    >>> from bigkit.zoo.gpt import load_pygpt
+    >>> [step.phase for step in passes(load_pygpt(), Workload(batch=1, prompt=8, new=2), "cpu")]
+    ['prefill', 'decode', 'decode']
+    """
+    if (most := most_tokens(model)) is not None and load.prompt + load.new > most:
+        raise ValueError(
+            f"{type(model).__name__} has learned positions for {most:,} tokens, and {load.prompt:,} + {load.new:,} "
+            "were asked for: take a shorter prompt, or fewer new tokens"
+        )
+    inputs, options = _inputs(model, load, device)
+    generates = _generates(model)
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False) and "input_ids" in inputs:
+        inputs["decoder_input_ids"] = torch.zeros((load.batch, 1), dtype=torch.long, device=device)
+    if _is_gpt(model):
+        yield from _gpt_passes(model, load, inputs["input_ids"])
+        return
+    output = model(**inputs, **options) if "pixel_values" not in inputs or _named(model) else model(*inputs.values())
+    if not generates:
+        yield Step("prefill")
+        return
+    logits = output.logits
+    token = logits[:, -1:].argmax(-1)
+    state = {"past_key_values": output.past_key_values}
+    if "decoder_input_ids" in inputs:
+        state["encoder_outputs"] = (output.encoder_last_hidden_state,)
+    del output, logits
+    yield Step("prefill", state["past_key_values"])
+    for _ in range(load.new):
+        name = "decoder_input_ids" if "encoder_outputs" in state else "input_ids"
+        output = model(**{name: token}, **state, **options)
+        token = output.logits[:, -1:].argmax(-1)
+        state["past_key_values"] = output.past_key_values
+        del output
+        yield Step("decode", state["past_key_values"])
+
+
+def most_tokens(model: nn.Module) -> int | None:
+    """The most tokens that a model's table of learned positions has room for; None if it has no such table.
+
+    >>> from bigkit import zoo
+    >>> most_tokens(zoo.empty_model("gpt2")), most_tokens(zoo.empty_model("llama-3.1-8b"))
+    (1024, None)
+    """
+    config: Any = getattr(model, "config", None)
+    known = facts(config.to_dict()) if hasattr(config, "to_dict") else {}
+    most = known.get("max_position_embeddings")
+    if known.get("positions") != "learned" or not most:
+        return None
+    tables = (module.num_embeddings for module in model.modules() if isinstance(module, nn.Embedding))
+    return most if any(most <= rows <= most + 2 for rows in tables) else None  # OPT's begins with row 2
+
+
+def _inputs(model: nn.Module, load: Workload, device: torch.device | str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    config: Any = getattr(model, "config", None)
+    name = getattr(model, "main_input_name", "input_ids" if config is not None else "pixel_values")
+    if name == "pixel_values":
+        size = getattr(config, "image_size", None) or _timm_size(model)
+        dtype = next(parameter.dtype for parameter in model.parameters())
+        return {name: torch.randn((load.batch, 3, size, size), dtype=dtype, device=device)}, {}
+    if name != "input_ids":
+        raise ValueError(f"a {type(model).__name__} takes {name!r}: expected a model of token ids or of images")
+    vocabulary = getattr(config, "vocab_size", 0) or getattr(getattr(config, "text_config", None), "vocab_size", 2)
+    options: dict[str, Any] = {}
+    if _generates(model) and not _is_gpt(model):
+        options["use_cache"] = load.cache or load.new > 0
+        if not load.all_logits and "logits_to_keep" in inspect.signature(model.forward).parameters:
+            options["logits_to_keep"] = 1
+    return {name: torch.randint(vocabulary, (load.batch, load.prompt), device=device)}, options
+
+
+def _generates(model: nn.Module) -> bool:
+    return _is_gpt(model) or bool(getattr(model, "can_generate", lambda: False)())
+
+
+def _named(model: nn.Module) -> bool:
+    return "pixel_values" in inspect.signature(model.forward).parameters
+
+
+def _timm_size(model: nn.Module) -> int:
+    return int((getattr(model, "pretrained_cfg", None) or {}).get("input_size", (3, 224, 224))[-1])
+
+
+def _is_gpt(model: nn.Module) -> bool:
+    from ..zoo.gpt import GPT
+
+    return isinstance(model, GPT)
+
+
+def _gpt_passes(model: nn.Module, load: Workload, prompt: Tensor) -> Iterator[Step]:
+    from ..zoo.gpt import KVCache
+
+    cache = KVCache(model.config.n_layer, load.prompt + load.new)  # type: ignore[union-attr, arg-type]
+    token = prompt
+    for i in range(1 + load.new):
+        token = model(token, cache=cache)[0][:, -1:].argmax(-1)
+        yield Step("decode" if i else "prefill", cache)

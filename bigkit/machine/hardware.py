@@ -1,0 +1,202 @@
+"""Devices that a plan can be made for: memory, memory bandwidth, matrix speed and link of common GPUs and machines.
+
+Memory is what the driver reports (`nvidia-smi`), which is what a budget can use; the other figures are the vendors'
+data sheets, for dense matrices: NVIDIA's of T4, L4, A100 (SXM, 40 and 80 GB), H100 SXM and H200 SXM, and the white
+papers of the architectures GA102 (RTX 3090) and AD102 (RTX 4090). `Hardware.detect()` describes this machine.
+
+Leaves out: what was measured (`machine/ledger.py`, `measure/calibrate.py`), and time (`machine/roofline.py`).
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..devices import Device
+from ..units import GB, TB, GiB, MiB
+
+SPARE = 50  # one part in so many of a GPU: plans that offload keep it free, or dry runs find them out of memory
+CONTEXT_BYTES = 527 * MiB  # what a CUDA context takes before the first tensor: measured on an H200 with torch 2.11
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """One kind of GPU.
+
+    Args:
+        name: the usual name.
+        memory: bytes that the driver reports.
+        bandwidth: bytes a second from its own memory.
+        flops: bfloat16 (float16 where there is no bfloat16) operations a second, dense.
+        link: bytes a second from the host's pinned memory, in theory.
+        capability: its compute capability.
+    """
+
+    name: str
+    memory: int
+    bandwidth: float
+    flops: float
+    link: float
+    capability: tuple[int, int] = (9, 0)
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """A machine: its GPUs in order, RAM and disk for weights in bytes, and the disk's bytes a second.
+
+    >>> HARDWARE["2 x RTX 4090"].max_memory()["cpu"] // 2**30
+    64
+    """
+
+    name: str
+    gpus: tuple[Gpu, ...]
+    ram: int
+    disk: int
+    disk_rate: float = 3.5 * GB
+
+    @staticmethod
+    def detect(folder: str | os.PathLike[str] = ".") -> Hardware:
+        """This machine: its GPUs, its RAM (or what its control group may have of it), and what is free on a disk.
+
+        A GPU that is not in `GPUS` gets its own memory and the other figures of the one there whose compute capability
+        is nearest; `calibrate()` replaces them by measured ones.
+
+        Args:
+            folder: where weights would rest on disk.
+
+        >>> Hardware.detect().ram > 2**28
+        True
+        """
+        gpus = _gpus()
+        names = [gpu.name for gpu in gpus]
+        name = f"{len(names)} x {names[0]}" if names and len({*names}) == 1 else ", ".join(names) or "no GPU"
+        return Hardware(f"this machine: {name}", gpus, ram_limit(), shutil.disk_usage(folder).free)
+
+    @property
+    def overhead(self) -> int:
+        """Bytes that a plan must leave of each GPU: the CUDA context, and what the allocator reserves and cannot use.
+
+        >>> HARDWARE["Colab T4"].overhead // MiB, HARDWARE["laptop, no GPU"].overhead
+        (834, 0)
+        """
+        return max((CONTEXT_BYTES + gpu.memory // SPARE for gpu in self.gpus), default=0)
+
+    def max_memory(self) -> dict[Device, int]:
+        """Budgets for `plan`: every GPU whole, RAM and disk. What is lost of a GPU is `plan`'s `overhead`."""
+        return {**{i: gpu.memory for i, gpu in enumerate(self.gpus)}, "cpu": self.ram, "disk": self.disk}
+
+
+LINKS = {  # bytes a second in one direction, after line coding; PCI-SIG's transfer rates
+    "PCIe 3.0 x16": 15.75 * GB,
+    "PCIe 4.0 x8": 15.75 * GB,
+    "PCIe 4.0 x16": 31.5 * GB,
+    "PCIe 5.0 x16": 63 * GB,
+}
+DISKS = {  # bytes a second of large reads: what the interface lets through, less a tenth
+    "SATA SSD": 0.55 * GB,
+    "NVMe, PCIe 3.0 x4": 3.5 * GB,
+    "NVMe, PCIe 4.0 x4": 7 * GB,
+    "NVMe, PCIe 5.0 x4": 14 * GB,
+}
+_PCIE3, _PCIE4, _PCIE5 = (LINKS[f"PCIe {n}.0 x16"] for n in (3, 4, 5))
+
+GPUS = {
+    gpu.name: gpu
+    for gpu in (
+        Gpu("T4", 15360 * MiB, 320e9, 65e12, _PCIE3, (7, 5)),
+        Gpu("L4", 23034 * MiB, 300e9, 121e12, _PCIE4 / 2, (8, 9)),  # 8 lanes
+        Gpu("RTX 3090", 24576 * MiB, 936e9, 71e12, _PCIE4, (8, 6)),
+        Gpu("RTX 4090", 24564 * MiB, 1008e9, 165e12, _PCIE4, (8, 9)),
+        Gpu("A100-40GB", 40960 * MiB, 1555e9, 312e12, _PCIE4, (8, 0)),
+        Gpu("A100-80GB", 81920 * MiB, 2039e9, 312e12, _PCIE4, (8, 0)),
+        Gpu("H100-80GB", 81559 * MiB, 3350e9, 989e12, _PCIE5),
+        Gpu("H200", 143771 * MiB, 4800e9, 989e12, _PCIE5),
+    )
+}
+
+
+def machine(gpu: str, count: int, ram: int, disk: int = TB) -> Hardware:
+    """A machine with `count` GPUs of one kind from `GPUS`."""
+    return Hardware(f"{count} x {gpu}", (GPUS[gpu],) * count, ram, disk)
+
+
+HARDWARE = {
+    hardware.name: hardware
+    for hardware in (
+        Hardware("laptop, no GPU", (), 16 * GiB, 500 * GB),
+        Hardware("Binder", (), 2 * GiB, 10 * GB, DISKS["SATA SSD"]),
+        Hardware("Colab T4", (GPUS["T4"],), 12 * GiB, 70 * GB),
+        machine("RTX 3090", 1, 64 * GiB),
+        machine("RTX 4090", 1, 64 * GiB),
+        machine("RTX 4090", 2, 64 * GiB),
+        machine("L4", 4, 192 * GiB),
+        machine("A100-40GB", 4, 320 * GiB),
+        machine("A100-80GB", 8, 960 * GiB, 4 * TB),
+        machine("H100-80GB", 8, 1920 * GiB, 4 * TB),
+        machine("H200", 8, 1920 * GiB, 4 * TB),
+    )
+}
+
+
+def machine_of(name: str) -> Hardware:
+    """A machine of `HARDWARE` by name, one GPU of `GPUS`, or several: "RTX 4090", "3 x L4".
+
+    Raises:
+        ValueError: there is no such machine.
+
+    >>> len(machine_of("3 x L4").gpus), machine_of("laptop, no GPU").gpus
+    (3, ())
+    """
+    if name in HARDWARE:
+        return HARDWARE[name]
+    count, times, gpu = name.rpartition(" x ")
+    if gpu not in GPUS or (times and not (count.isdigit() and 0 < int(count) <= 1024)):
+        raise ValueError(f"unknown hardware {name!r}: expected one of {', '.join((*HARDWARE, *GPUS))}, or '2 x T4'")
+    return Hardware(name if times else f"1 x {gpu}", (GPUS[gpu],) * int(count or 1), 64 * GiB, TB)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# This machine
+
+
+def known_gpu(name: str, memory: int = 0) -> Gpu | None:
+    """The entry of `GPUS` that a driver's name for a GPU means, or None.
+
+    >>> known_gpu("NVIDIA A100-SXM4-80GB").name, known_gpu("NVIDIA GeForce RTX 4090").name, known_gpu("Quadro K620")
+    ('A100-80GB', 'RTX 4090', None)
+    """
+    words = name.replace("-", " ").split()
+    models = [gpu for gpu in GPUS.values() if all(word in words for word in gpu.name.split("-")[0].split())]
+    sized = [gpu for gpu in models if gpu.name.partition("-")[2] in words] if len(models) > 1 else models
+    if not sized and models and memory:
+        sized = [min(models, key=lambda gpu: abs(gpu.memory - memory))]
+    return sized[0] if sized else None
+
+
+def _gpus() -> tuple[Gpu, ...]:
+    import torch
+
+    found = []
+    for i in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
+        about = torch.cuda.get_device_properties(i)
+        capability = (about.major, about.minor)
+        like = known_gpu(about.name, about.total_memory)
+        if like is None:
+            like = min(GPUS.values(), key=lambda gpu: [abs(a - b) for a, b in zip(gpu.capability, capability)])
+        found.append(Gpu(about.name, about.total_memory, like.bandwidth, like.flops, like.link, capability))
+    return tuple(found)
+
+
+def ram_limit() -> int:
+    """Bytes of RAM that this process may have: the machine's, or fewer if its control group says so."""
+    import psutil
+
+    limits = [int(psutil.virtual_memory().total)]
+    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        try:
+            limits.append(int(Path(path).read_text()))
+        except (OSError, ValueError):  # no such group, or "max"
+            continue
+    return min(limits)

@@ -1,0 +1,201 @@
+"""The `Plan`: which layer rests on which device, as plain data.
+
+A plan is what a strategy returns, what a device map shows, what a picture draws, what a dry run executes, what dispatch
+applies and what JSON stores. It never changes.
+
+Leaves out: finding a plan (`maps/strategies.py`) and drawing one (`draw/canvas.py`).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+
+from ..devices import Device, collapse, device_label
+from ..units import format_bytes
+
+
+@dataclass(frozen=True)
+class Placed:
+    """One layer of a plan: its name, class, bytes at rest and device."""
+
+    name: str
+    cls: str
+    bytes: int
+    device: Device
+
+
+@dataclass(frozen=True)
+class Share:
+    """What one device holds, in bytes.
+
+    Args:
+        device: a GPU's number, "mps", "cpu" or "disk".
+        budget: the most it may hold; None for no limit.
+        runs: whether it runs layers, or only keeps them for the first device.
+        weights: the layers that rest here, tied tensors once.
+        kv_cache: the cache of the layers that run here, offloaded ones included.
+        activations: working memory of the largest step.
+        reserve: room for offloaded layers in flight, and for their buffers if these stay.
+        overhead: what the runtime itself takes (the CUDA context).
+        why: why the stretch ends where it does.
+    """
+
+    device: Device
+    budget: int | None
+    runs: bool
+    weights: int = 0
+    kv_cache: int = 0
+    activations: int = 0
+    reserve: int = 0
+    overhead: int = 0
+    why: str = ""
+
+    @property
+    def used(self) -> int:
+        """All parts together."""
+        return self.weights + self.kv_cache + self.activations + self.reserve + self.overhead
+
+    @property
+    def over(self) -> int:
+        """Bytes above the budget (0 in every feasible plan)."""
+        return 0 if self.budget is None else max(0, self.used - self.budget)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A placement: plain data that can be drawn, stored, rehearsed and applied.
+
+    Args:
+        model: the model's name.
+        strategy: how it was found ("custom" for a given map).
+        dtype, quantization: how the weights are stored.
+        batch, context: the load it was made for (sequences, tokens each).
+        max_context: the longest context that this placement can hold, or None if nothing grows with it.
+        shares: what each device holds, in the order GPUs, RAM, disk.
+        layers: every layer in the model's order, with its device.
+        problem: why the plan is not feasible; empty if it is.
+    """
+
+    model: str
+    strategy: str
+    dtype: str | None
+    quantization: str | None
+    batch: int
+    context: int
+    max_context: int | None
+    shares: tuple[Share, ...]
+    layers: tuple[Placed, ...]
+    problem: str = ""
+
+    @property
+    def feasible(self) -> bool:
+        """Whether every device stays within its budget and every layer can run."""
+        return not self.problem
+
+    @property
+    def used(self) -> dict[Device, int]:
+        """Device -> bytes, reserve and overhead included."""
+        return {share.device: share.used for share in self.shares}
+
+    @property
+    def budget(self) -> dict[Device, int | None]:
+        """Device -> the most bytes it may hold (None: no limit)."""
+        return {share.device: share.budget for share in self.shares}
+
+    @cached_property
+    def device_map(self) -> dict[str, Device]:
+        """Module name -> device as a plain dict; a module that lies on one device whole is one entry."""
+        return collapse({layer.name: layer.device for layer in self.layers})
+
+    @property
+    def offloaded(self) -> int:
+        """Bytes of weights that rest on a device that does not run them."""
+        return sum(share.weights for share in self.shares if not share.runs)
+
+    def explain(self) -> str:
+        """The plan as a short story: what lies where, and why each boundary stands where it does."""
+        stored = f"{self.quantization} (the rest {self.dtype})" if self.quantization else self.dtype or "as stored"
+        lines = [f"{self.model}, {stored}, strategy {self.strategy!r}, batch {self.batch}, context {self.context:,}:"]
+        for share in self.shares:
+            own = [layer.name for layer in self.layers if layer.device == share.device]
+            if not own and not share.used:
+                lines.append(f"  {device_label(share.device)}: empty. {share.why}".rstrip())
+                continue
+            limit = "no limit" if share.budget is None else format_bytes(share.budget)
+            full = f", {100 * share.used / share.budget:.0f} %" if share.budget else ""
+            held = _stretches(self.layers, share.device) or "no layer rests here"
+            lines.append(f"  {device_label(share.device)}: {format_bytes(share.used)} of {limit}{full}. {held}.")
+            parts = [
+                f"{name.replace('_', ' ')} {format_bytes(getattr(share, name))}"
+                for name in ("weights", "kv_cache", "activations", "reserve", "overhead")
+                if getattr(share, name)
+            ]
+            lines.append(f"      {' + '.join(parts)}." + (f" {share.why}" if share.why else ""))
+        if self.max_context is not None:
+            lines.append(f"  Longest context this placement holds: {self.max_context:,} tokens.")
+        lines.append(f"  NOT FEASIBLE: {self.problem}" if self.problem else "  Every device is within its budget.")
+        return "\n".join(lines)
+
+    def to_code(self) -> str:
+        """Python that makes this plan again."""
+        budgets = {share.device: share.budget for share in self.shares if share.budget is not None}
+        strategy = self.device_map if self.strategy == "custom" else self.strategy
+        options = {"strategy": strategy, "dtype": self.dtype, "quantization": self.quantization,
+                   "batch": self.batch, "context": self.context,
+                   "overhead": max((share.overhead for share in self.shares), default=0) or None}  # fmt: skip
+        given = "".join(f"    {name}={value!r},\n" for name, value in options.items() if value not in (None, "auto"))
+        return (
+            "from bigkit import plan\n\n"
+            f"p = plan(\n    {self.model!r},\n    max_memory={budgets!r},\n{given})\n"
+            "device_map = p.device_map\n"
+        )
+
+    def to_json(self) -> str:
+        """The plan as JSON text."""
+        return json.dumps(asdict(self), indent=1)
+
+    @staticmethod
+    def from_json(text: str) -> Plan:
+        """The inverse of `to_json`.
+
+        Raises:
+            ValueError: the text is not the JSON of a plan.
+        """
+        try:
+            data = json.loads(text)
+            shares = tuple(Share(**share) for share in data.pop("shares"))
+            layers = tuple(Placed(**layer) for layer in data.pop("layers"))
+            return Plan(shares=shares, layers=layers, **data)
+        except (json.JSONDecodeError, AttributeError, KeyError, TypeError) as error:
+            raise ValueError(f"this is not the JSON of a bigkit Plan: {error}") from error
+
+    def __repr__(self) -> str:
+        loads = ", ".join(
+            f"{share.device}: {share.used / 2**30:.1f}"
+            + ("" if share.budget is None else f"/{share.budget / 2**30:.4g}")
+            for share in self.shares
+            if share.used
+        )
+        verdict = "fits" if self.feasible else "DOES NOT FIT"
+        text = f"Plan({self.model} {self.quantization or self.dtype or ''} {self.strategy}, {verdict}, GiB {{{loads}}})"
+        return text if len(text) < 110 else text[:105] + "...)"
+
+    __str__ = explain
+
+
+def _stretches(layers: Sequence[Placed], device: Device) -> str:
+    """The runs of layers on a device, as "embed .. h.3 (5 layers), head"."""
+    runs: list[list[str]] = []
+    previous: Device | None = None
+    for layer in layers:
+        if layer.device == device:
+            if previous == device:
+                runs[-1].append(layer.name)
+            else:
+                runs.append([layer.name])
+        previous = layer.device
+    said = [run[0] if len(run) == 1 else f"{run[0]} .. {run[-1]} ({len(run)} layers)" for run in runs[:4]]
+    return ", ".join(said) + (f" and {len(runs) - 4} more runs" if len(runs) > 4 else "")

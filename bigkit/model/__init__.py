@@ -1,0 +1,1 @@
+"""What a model is made of, without torch: layer records, the facts of a config, and memory estimates."""

@@ -1,0 +1,299 @@
+"""What a model's config.json says: the numbers that estimates use, and what each block adds to the KV cache.
+
+Every family names its numbers in its own way (`n_embd`, `d_model`, `hidden_size`); `facts` gives them one name each.
+`attention` says how many elements a token leaves in the cache of each block, as the cache of Hugging Face Transformers
+stores them: keys and values of the KV heads (MHA, GQA, MQA), the shared latent of MLA, a sliding window, self- and
+cross-attention of an encoder-decoder, the fixed state of gated linear attention.
+
+Leaves out: the state of most recurrent and convolutional layers (Mamba, RWKV; the gated delta networks of Qwen3-Next
+are counted) and the cached image tokens of cross-attention layers. `facts(config)["uncounted_cache"]` names the kinds
+of layers that a config lists and this file does not count.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from .spec import Attention, ModuleSpec
+
+# One meaning, many names; the first that is set wins.
+_NAMES = {
+    "hidden_size": ("hidden_size", "n_embd", "d_model", "n_embed", "dim", "embed_dim"),
+    "intermediate_size": ("intermediate_size", "n_inner", "ffn_dim", "d_ff", "ffn_hidden_size", "decoder_ffn_dim"),
+    "vocab_size": ("vocab_size",),
+    "num_hidden_layers": ("num_hidden_layers", "n_layer", "num_layers", "n_layers", "decoder_layers"),
+    "num_attention_heads": ("num_attention_heads", "n_head", "num_heads", "n_heads", "decoder_attention_heads",
+                            "attention_heads"),
+    "max_position_embeddings": ("max_position_embeddings", "n_positions", "max_seq_len", "n_ctx", "seq_length",
+                                "max_sequence_length", "max_target_positions", "block_size"),
+    "num_experts": ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts"),
+    "experts_per_token": ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_top_k", "moe_k"),
+    "shared_experts": ("n_shared_experts", "num_shared_experts"),
+    "dense_layers": ("first_k_dense_replace",),
+    "torch_dtype": ("torch_dtype", "dtype"),
+    "tie_word_embeddings": ("tie_word_embeddings",),
+    "sliding_window": ("sliding_window",),
+    "image_size": ("image_size",),
+    "patch_size": ("patch_size",),
+}  # fmt: skip
+_TEXT = ("text_config", "llm_config", "language_config", "thinker_config", "decoder")
+
+# Families whose feed-forward is 4 x hidden_size when the config is silent.
+_FOURFOLD = ("gpt2", "bloom", "falcon", "gptj", "gpt_bigcode", "gpt_neo", "codegen", "mpt", "bigkit-gpt")
+_ROTARY = ("llama", "idefics", "mistral", "mixtral", "gpt_neox", "gptj", "codegen", "falcon", "gemma", "gemma2", "phi",
+           "qwen2", "qwen3", "deepseek_v2", "deepseek_v3", "starcoder2", "stablelm", "olmo", "cohere")  # fmt: skip
+_ALIBI = ("bloom", "mpt")
+
+# Encoders that become decoders, and so keep a cache, only when `is_decoder` is set.
+_ENCODERS = frozenset(
+    "albert bert big_bird bridgetower camembert convbert data2vec-text deberta deberta-v2 distilbert electra ernie esm "
+    "megatron-bert modernbert mpnet rembert roberta roberta-prelayernorm roc_bert roformer tapas xlm-roberta "
+    "xlm-roberta-xl xmod".split()
+)
+_GENERATORS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration", "ForVisionText2Text", "GPT")
+_SENSES = ("vision", "visual", "image", "audio", "speech")
+_RECURRENT = ("mamba", "falcon_mamba", "falcon_h1", "rwkv", "recurrent_gemma", "jamba", "zamba", "bamba", "nemotron_h",
+              "granitemoehybrid", "xlstm")  # fmt: skip
+_SLIDING = ("sliding_attention", "chunked_attention")
+
+
+def facts(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The numbers of a config under one name each; what the config does not say is left out.
+
+    Args:
+        config: a parsed config.json, or a Transformers config's `to_dict()`.
+
+    Returns:
+        `model_type`, `architecture`, `torch_dtype`, `hidden_size`, `intermediate_size`, `vocab_size`,
+        `num_hidden_layers`, `num_attention_heads`, `num_key_value_heads`, `head_dim` (elements of one query head),
+        `max_position_embeddings`, `positions` ("learned" is a hard limit; "rotary", "alibi", "relative" are not),
+        `is_encoder_decoder`, and where they apply `encoder_layers`, `num_experts`, `experts_per_token`,
+        `shared_experts`, `dense_layers`, `moe_intermediate_size`, `sliding_window`, `image_size`, `patch_size`,
+        `quantization`, `uncounted_cache`.
+
+    Source: the configuration classes of Hugging Face Transformers.
+
+    >>> found = facts({"model_type": "gpt2", "n_embd": 768, "n_layer": 12, "n_head": 12, "n_positions": 1024})
+    >>> found["hidden_size"], found["intermediate_size"], found["head_dim"], found["positions"]
+    (768, 3072, 64, 'learned')
+    """
+    inner = _text(config)
+    found: dict[str, Any] = {"model_type": str(config.get("model_type", ""))}
+    if architectures := config.get("architectures"):
+        found["architecture"] = architectures[0]
+    for name, spellings in _NAMES.items():
+        value = _first(inner, *spellings)
+        if value is not None and value != 0:
+            found[name] = value
+    if found.get("torch_dtype") is not None:
+        found["torch_dtype"] = str(found["torch_dtype"]).removeprefix("torch.")
+    hidden, heads = found.get("hidden_size"), found.get("num_attention_heads")
+    if isinstance(hidden, int):
+        if "intermediate_size" not in found and inner.get("model_type") in _FOURFOLD:
+            found["intermediate_size"] = (_first(inner, "expansion_ratio") or 4) * hidden
+        if isinstance(heads, int):
+            found["num_key_value_heads"] = _kv_heads(inner, heads)
+            found["head_dim"] = _head_dim(inner, hidden, heads)
+    if "num_experts" in found:
+        moe = _first(inner, "moe_intermediate_size", "intermediate_size")
+        found["moe_intermediate_size"] = moe
+    if positions := _positions(inner, found):
+        found["positions"] = positions
+    found["is_encoder_decoder"] = bool(config.get("is_encoder_decoder", False))
+    if found["is_encoder_decoder"]:
+        found["encoder_layers"] = _first(inner, "encoder_layers", "num_layers", "num_hidden_layers")
+        found["num_hidden_layers"] = _decoder_layers(inner)
+    if isinstance(quantization := config.get("quantization_config"), Mapping):
+        found["quantization"] = str(quantization.get("quant_method", "unknown"))
+    if kinds := _uncounted(inner):
+        found["uncounted_cache"] = kinds
+    return found
+
+
+def attention(config: Mapping[str, Any], root: ModuleSpec) -> tuple[Attention, ...]:
+    """What each block adds to the KV cache, in order; empty for a model that keeps none (BERT, ViT, ResNet).
+
+    The figures hold once decoding is under way. A sliding window of W tokens then takes the room of W: Transformers
+    keeps the last W - 1, as a view of the W it attended to. The *prefill* of a longer prompt is dearer: that view
+    still holds the whole prompt's keys and values until the first decoded token replaces it.
+
+    An encoder-decoder's block holds its own keys and values and those of the encoder's output; `context` then counts
+    source and target tokens alike (whisper's source has a fixed length and is counted as `fixed`).
+
+    Args:
+        config: a parsed config.json, or a Transformers config's `to_dict()`.
+        root: the model's tree, in which the list of decoder blocks is found.
+
+    Returns:
+        One `Attention` for each block that caches; elements, whatever their dtype.
+
+    Source: `DynamicCache`, `EncoderDecoderCache` and the attention modules of Hugging Face Transformers.
+
+    >>> leaf = ModuleSpec("Block")
+    >>> root = ModuleSpec("GPT", children={"h": ModuleSpec("ModuleList", children={"0": leaf, "1": leaf})})
+    >>> attention({"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"],
+    ...            "n_embd": 8, "n_layer": 2, "n_head": 2}, root)[1]
+    Attention(layer='h.1', per_token=16, window=None, fixed=0)
+    """
+    if not _caches(config):
+        return ()
+    inner = _text(config)
+    if not {"num_key_value_heads", "head_dim"} <= facts(config).keys():
+        return ()
+    blocks = _blocks(root, _decoder_layers(inner), bool(config.get("is_encoder_decoder")))
+    kinds = _layer_kinds(inner, len(blocks))
+    skipped = set(inner.get("cross_attention_layers") or ())
+    shared = len(blocks) - (_first(inner, "num_kv_shared_layers") or 0)  # the last layers borrow an earlier cache
+    overrides = {int(index): own for index, own in (inner.get("per_layer_config") or {}).items()}
+    result = []
+    for index, (layer, kind) in enumerate(zip(blocks, kinds)):
+        attends = kind in ("full_attention", "indexed_attention", *_SLIDING)
+        if kind == "linear_attention" and (state := _linear_state(inner)):
+            result.append(Attention(layer, 0, None, state))
+        elif attends and index not in skipped and index < shared:
+            block = {**inner, **overrides.get(index, {})}
+            window = _first(block, "attention_chunk_size" if kind == "chunked_attention" else "sliding_window")
+            per_token, fixed = _per_token(block, index, kind)
+            result.append(Attention(layer, per_token, window if kind in _SLIDING else None, fixed))
+    return tuple(result)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One question each
+
+
+def _text(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The config of the language model inside: the nested one, if there is one, over the outer one."""
+    for name in _TEXT:
+        if isinstance(inner := config.get(name), Mapping) and inner:
+            return {**config, **{key: value for key, value in _text(inner).items() if value is not None}}
+    return config
+
+
+def _first(config: Mapping[str, Any], *names: str) -> Any:
+    """The value of the first of `names` that the config sets to something other than None."""
+    return next((config[name] for name in names if config.get(name) is not None), None)
+
+
+def _caches(config: Mapping[str, Any]) -> bool:
+    """Whether the model generates token by token, and so keeps a cache."""
+    inner = _text(config)
+    if config.get("is_encoder_decoder") or inner.get("is_decoder"):
+        return True
+    if inner.get("model_type") in _ENCODERS:
+        return False
+    names = config.get("architectures") or ()
+    return bool(inner.get("use_cache")) or any(name.endswith(_GENERATORS) for name in names)
+
+
+def _kv_heads(config: Mapping[str, Any], heads: int) -> int:
+    if config.get("model_type") == "falcon":  # new decoder: the few KV heads are repeated for all before caching
+        return 1 if config.get("multi_query", True) and not config.get("new_decoder_architecture") else heads
+    if config.get("multi_query"):  # gpt_bigcode
+        return 1
+    value = _first(config, "num_key_value_heads", "num_kv_heads")
+    return value if isinstance(value, int) else heads
+
+
+def _head_dim(config: Mapping[str, Any], hidden: int, heads: int) -> int:
+    if config.get("kv_lora_rank") and config.get("qk_rope_head_dim"):
+        return config.get("qk_nope_head_dim", 0) + config["qk_rope_head_dim"]
+    value = _first(config, "head_dim", "d_kv", "attention_head_size", "kv_channels")
+    return value if isinstance(value, int) else hidden // heads
+
+
+def _per_token(config: Mapping[str, Any], index: int, kind: str) -> tuple[int, int]:
+    """Elements that block number `index` caches for each token, and once for all."""
+    if config.get("kv_lora_rank"):  # MLA: one latent for all heads, and one rotary key beside it
+        latent = int(config["kv_lora_rank"] + config["qk_rope_head_dim"])
+        chooses = kind == "indexed_attention" and (config.get("indexer_types") or {index: "full"})[index] != "shared"
+        return latent + (config.get("index_head_dim") or 0) * chooses, 0
+    found = facts(config)
+    keys_and_values = 2 * found["num_key_value_heads"] * found["head_dim"]
+    if not found["is_encoder_decoder"]:
+        return keys_and_values, 0
+    if source := config.get("max_source_positions"):  # whisper: the source is always 30 seconds
+        return keys_and_values, keys_and_values * source
+    return 2 * keys_and_values, 0
+
+
+def _linear_state(config: Mapping[str, Any]) -> int:
+    """Elements that a gated linear-attention block keeps however long the context is; 0 if the config does not say.
+
+    One matrix (key x value) for each value head, and the last inputs of its convolution.
+    """
+    if not (heads := config.get("linear_num_value_heads")):
+        return 0
+    keys = config["linear_num_key_heads"] * config["linear_key_head_dim"]
+    values = heads * config["linear_value_head_dim"]
+    return int(values * config["linear_key_head_dim"] + (2 * keys + values) * config["linear_conv_kernel_dim"])
+
+
+def _layer_kinds(config: Mapping[str, Any], count: int) -> list[str]:
+    """The kind of attention of each block: what the config lists, else what its family does."""
+    if listed := config.get("layer_types"):
+        return list(listed)
+    if not config.get("sliding_window") or config.get("use_sliding_window") is False:
+        if config.get("attention_chunk_size"):
+            return ["chunked_attention"] * count
+        return ["full_attention"] * count
+    if config.get("use_sliding_window"):  # qwen: only the layers from max_window_layers on
+        first = config.get("max_window_layers") or 0
+        return ["sliding_attention" if index >= first else "full_attention" for index in range(count)]
+    families = {"gemma2": 2, "gemma3_text": 6, "gemma3": 6, "cohere2": 4}
+    every = config.get("sliding_window_pattern") or families.get(str(config.get("model_type")))
+    if not every:
+        return ["sliding_attention"] * count
+    return ["full_attention" if (index + 1) % every == 0 else "sliding_attention" for index in range(count)]
+
+
+def _uncounted(config: Mapping[str, Any]) -> list[str]:
+    """Kinds of layers whose cached state `attention` leaves out."""
+    known = {"full_attention", "indexed_attention", "noncausal_full_attention", "moe", "mlp", *_SLIDING}
+    kinds = {kind for kind in config.get("layer_types") or () if kind not in known}
+    if config.get("cross_attention_layers"):
+        kinds.add("cross_attention")
+    if _linear_state(config):
+        kinds.discard("linear_attention")
+    if str(config.get("model_type")).startswith(_RECURRENT):
+        kinds.add("recurrent")
+    return sorted(kinds)
+
+
+def _decoder_layers(config: Mapping[str, Any]) -> int:
+    if config.get("is_encoder_decoder"):
+        return _first(config, "num_decoder_layers", "decoder_layers", *_NAMES["num_hidden_layers"]) or 0
+    return _first(config, *_NAMES["num_hidden_layers"]) or 0
+
+
+def _positions(config: Mapping[str, Any], found: Mapping[str, Any]) -> str | None:
+    """How the model knows where a token stands."""
+    family = config.get("model_type")
+    if family in _ALIBI or config.get("alibi"):
+        return "alibi"
+    if config.get("relative_attention_num_buckets"):
+        return "relative"
+    rotary = _first(config, "rope_parameters", "rope_theta", "rope_scaling", "rotary_dim", "rotary_pct")
+    if rotary is not None or family in _ROTARY:
+        return "rotary"
+    return "learned" if "max_position_embeddings" in found or "image_size" in found else None
+
+
+def _blocks(root: ModuleSpec, count: int, decoder_only: bool) -> list[str]:
+    """Names of the decoder's blocks: the numbered list of `count` children that weighs most.
+
+    Multimodal models hold other such lists (a vision tower, a resampler), which are told by their names.
+    """
+    numbers = [str(index) for index in range(count)]
+    lists = [
+        (not any(word in name for word in _SENSES), module.bytes(), name)
+        for name, module in root.walk()
+        if count
+        and list(module.children) == numbers
+        and (not decoder_only or "decoder" in name.split(".") or name.startswith("decoder"))
+    ]
+    if not lists:
+        return []
+    name = max(lists, key=lambda found: found[:2])[-1]  # of equals, the first
+    return [f"{name}.{number}" if name else number for number in numbers]

@@ -1,0 +1,335 @@
+"""How much memory a model takes: the classic table, and what it leaves out.
+
+Three tables, each from shapes alone:
+
+    rows        the classic estimate: largest layer, total size, training with Adam, per dtype
+    inference   what it takes to run: weights as they are really stored (bitsandbytes included), KV cache, activations
+    training    what it takes to train: Adam in float32 and in mixed precision, LoRA, QLoRA, each in its parts
+
+The classic table divides everything by the dtype's width (int4: by 8), buffers, norms and embeddings too, counts a bool
+as a bit, looks at the model without its head, and prints steps of 1024 labelled KB, MB, GB. It is kept to the digit,
+because people compare with it; the other two tables say what happens.
+
+Leaves out: memory that only a run can show (fragmentation, library workspaces: `dryrun/run.py`) and names (`api.py`).
+"""
+
+from __future__ import annotations
+
+import html
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from ..units import dtype_bits, dtype_name, format_bytes, is_floating
+from .spec import ModelSpec, Precision
+
+CLASSIC = ("float32", "float16", "int8", "int4")
+STORED = ("float32", "bfloat16", "float8_e4m3fn", "int8", "nf4", "nf4-double")
+LORA_RANK = 16
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Formulas
+
+
+def activation_bytes(model: ModelSpec, batch: int, tokens: int, dtype: str = "bfloat16") -> int:
+    """Peak working memory of one forward pass without gradients: the widest moment of one block, and the logits.
+
+    batch * tokens * (3 * intermediate_size + 4 * hidden_size) elements, for blocks with a gated feed-forward and fused
+    attention (the scores are never stored), plus one row of logits for each sequence. In a mixture of experts a token
+    visits `experts_per_token` experts and the shared ones. 0 if the model's facts do not say how wide it is.
+
+    Args:
+        batch, tokens: sequences, and the tokens that each brings to this pass (the prompt, or 1 while decoding).
+
+    Source: the live tensors at the widest point of a Llama block in Hugging Face Transformers, counted by following
+    every storage of a fake run; the formula meets it to the byte for a prefill of 512 to 8192 tokens.
+    """
+    facts = model.facts
+    hidden, wide = facts.get("hidden_size"), facts.get("intermediate_size")
+    if not tokens or not hidden:
+        return 0
+    wide = wide or 4 * hidden
+    if facts.get("num_experts"):
+        per_token = facts.get("experts_per_token", 1) + facts.get("shared_experts", 0)
+        wide = max(wide, per_token * facts.get("moe_intermediate_size", wide))
+    elements = batch * tokens * (3 * wide + 4 * hidden) + batch * facts.get("vocab_size", 0)
+    return elements * dtype_bits(dtype) // 8
+
+
+def training_activation_bytes(model: ModelSpec, batch: int, tokens: int) -> int:
+    """What a 16-bit forward keeps for its backward: 34 * tokens * batch * hidden_size bytes a block.
+
+    Source: Korthikanti et al., Reducing Activation Recomputation in Large Transformer Models (arXiv:2205.05198),
+    equation 1, without the attention scores, which fused attention does not store.
+    """
+    facts = model.facts
+    return 34 * tokens * batch * facts.get("hidden_size", 0) * facts.get("num_hidden_layers", 0)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Records
+
+
+@dataclass(frozen=True)
+class ClassicRow:
+    """One dtype of the classic table; sizes in bytes.
+
+    `trainable` is False where no optimizer trains weights of that dtype alone; the figure is then only 4 x the size.
+    """
+
+    dtype: str
+    largest_layer: int
+    total_size: int
+    training: int
+    largest_module: int
+    trainable: bool
+
+
+@dataclass(frozen=True)
+class InferenceRow:
+    """What running takes when the weights are stored in one way; bytes."""
+
+    stored: str
+    weights: int
+    kv_cache: int
+    activations: int
+
+    @property
+    def total(self) -> int:
+        """All parts together."""
+        return self.weights + self.kv_cache + self.activations
+
+
+@dataclass(frozen=True)
+class TrainingRow:
+    """What one way of training takes; bytes. `trained` is the number of parameters that are trained."""
+
+    method: str
+    trained: int
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+
+    @property
+    def total(self) -> int:
+        """All parts together."""
+        return self.weights + self.gradients + self.optimizer + self.activations
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """The estimate of one model: `rows` (classic), `inference`, `training`, and what they were counted for.
+
+    `print` gives text, a notebook shows tables, `to_json` gives every figure in bytes.
+    """
+
+    name: str
+    library: str
+    parameters: int
+    classes: tuple[str, str]  # of the classic estimate, of the other two
+    largest_layer_name: str
+    largest_module_name: str
+    batch: int
+    context: int
+    rows: tuple[ClassicRow, ...]
+    inference: tuple[InferenceRow, ...]
+    training: tuple[TrainingRow, ...]
+    notes: tuple[str, ...] = ()
+
+    def to_json(self) -> str:
+        """Every figure as JSON text, sizes in bytes."""
+        return json.dumps(asdict(self), indent=1)
+
+    def tables(self) -> list[tuple[str, list[str], list[list[str]]]]:
+        """(title, headers, rows) of the three tables, sizes as text."""
+        size = format_bytes
+        classic = [
+            [row.dtype, *(size(n, "classic") for n in (row.largest_layer, row.largest_module, row.total_size)),
+             size(row.training, "classic") + ("" if row.trainable else " *")]
+            for row in self.rows
+        ]  # fmt: skip
+        inference = [[row.stored, *map(size, (row.weights, row.kv_cache, row.activations, row.total))]
+                     for row in self.inference]  # fmt: skip
+        training = [[row.method, f"{row.trained / 1e6:,.1f} M",
+                     *map(size, (row.weights, row.gradients, row.optimizer, row.activations, row.total))]
+                    for row in self.training]  # fmt: skip
+        load = f"batch {self.batch}" + (f", context {self.context:,}" if self.context else "")
+        return [
+            (f"Classic estimate of {self.name} ({self.classes[0]})",
+             ["dtype", "largest layer", "largest module", "total size", "training using Adam"], classic),
+            (f"To run {self.classes[1]}, {load}",
+             ["stored as", "weights", "KV cache", "activations", "total"], inference),
+            (f"To train {self.classes[1]}, {load}",
+             ["method", "trained", "weights", "gradients", "optimizer", "activations", "total"], training),
+        ]  # fmt: skip
+
+    def __str__(self) -> str:
+        blocks = [f"{title}\n{text_table(headers, rows)}" for title, headers, rows in self.tables() if rows]
+        return "\n\n".join(blocks + [f"{note}" for note in self.notes])
+
+    def _repr_html_(self) -> str:
+        return "".join(_html_table(*table) for table in self.tables() if table[2]) + "".join(
+            f"<p>{html.escape(note)}</p>" for note in self.notes
+        )
+
+    def __repr__(self) -> str:
+        first = self.rows[0] if self.rows else None
+        total = f", {first.dtype} {format_bytes(first.total_size, 'classic')}" if first else ""
+        return f"MemoryEstimate({self.name}, {self.parameters / 1e6:,.1f} M parameters{total})"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Counting
+
+
+def estimate(
+    base: ModelSpec,
+    full: ModelSpec | None = None,
+    dtypes: Iterable[object] = CLASSIC,
+    stored: Iterable[str] = STORED,
+    batch: int = 1,
+    context: int = 2048,
+) -> MemoryEstimate:
+    """Count a model's memory.
+
+    Args:
+        base: the model that the classic table describes (without its head).
+        full: the model that is run and trained (with its head); None for the same.
+        dtypes: rows of the classic table: dtype names, or "int4".
+        stored: rows of the inference table: dtype names or quantizations of `layers.QUANTIZATIONS`.
+        batch, context: sequences, and tokens each, that KV cache and activations are counted for. A vision
+            transformer sees as many tokens as its image has patches, whatever the context.
+
+    Raises:
+        ValueError: an unknown dtype, or a batch or context that is not positive.
+    """
+    if batch < 1 or context < 1:
+        raise ValueError(f"batch and context must be at least 1, not {batch} and {context}")
+    full = full or base
+    if "vocab_size" not in full.facts and not full.attention:
+        context = _patches(full)
+    total, layers, modules = _classic_bits(base)
+    layer_name, module_name = max(layers, key=layers.__getitem__), max(modules, key=modules.__getitem__)
+    rows = []
+    for name in map(dtype_name, dtypes):
+        sizes = [bits * dtype_bits(name) // 256 for bits in (layers[layer_name], total, modules[module_name])]
+        trainable = is_floating(name) and dtype_bits(name) >= 16
+        rows.append(ClassicRow(name, sizes[0], sizes[1], 4 * sizes[1], sizes[2], trainable))
+    notes = []
+    if not all(row.trainable for row in rows):
+        notes.append("* 4 x the size, as the classic table counts; weights of this dtype alone cannot be trained.")
+    inference = _inference(full, stored, batch, context)
+    if not any(row.activations for row in inference):
+        notes.append("Activations are not estimated: the config does not say how wide the model is.")
+    if uncounted := full.facts.get("uncounted_cache"):
+        notes.append(f"The cache of {uncounted} is not counted.")
+    return MemoryEstimate(
+        name=base.name,
+        library=base.library,
+        parameters=full.parameters,
+        classes=(base.root.cls, full.root.cls),
+        largest_layer_name=layer_name,
+        largest_module_name=module_name,
+        batch=batch,
+        context=context,
+        rows=tuple(rows),
+        inference=inference,
+        training=_training(full, batch, context),
+        notes=tuple(notes),
+    )
+
+
+def _patches(model: ModelSpec) -> int:
+    """Tokens of one image: its patches and the class token; 0 if the facts do not say."""
+    image, patch = model.facts.get("image_size"), model.facts.get("patch_size")
+    return (image // patch) ** 2 + 1 if image and patch else 0
+
+
+def _classic_bits(model: ModelSpec) -> tuple[int, dict[str, int], dict[str, int]]:
+    """Bits of the model in float32, of each layer, and of each module's own tensors; ties once, a bool as one bit."""
+    repeated = {name for group in model.ties for name in group[1:]}
+    total, modules = 0, dict[str, int]()
+    layers = dict.fromkeys((layer.name for layer in model.layers()), 0)
+    for layer in model.layers():
+        for name, tensor, _ in layer.spec.named_tensors(layer.name):
+            if name in repeated:
+                continue
+            bits = 1 if tensor.dtype == "bool" else dtype_bits("float32" if is_floating(tensor.dtype) else tensor.dtype)
+            owner = name.rpartition(".")[0]
+            modules[owner] = modules.get(owner, 0) + tensor.elements * bits
+            layers[layer.name] += tensor.elements * bits
+            total += tensor.elements * bits
+    return total, layers or {"": 0}, modules or {"": 0}
+
+
+def _inference(model: ModelSpec, stored: Iterable[str], batch: int, context: int) -> tuple[InferenceRow, ...]:
+    rows = []
+    for name in stored:
+        quantization = name if name == "int8" or name.startswith(("nf4", "fp4")) else None
+        precision = model.precision("bfloat16" if quantization else name, quantization)
+        computes = model.computes_in(precision)
+        rows.append(
+            InferenceRow(
+                quantization or dtype_name(name),
+                model.bytes(precision),
+                model.kv_bytes(context, batch, computes),
+                activation_bytes(model, batch, context, computes),
+            )
+        )
+    return tuple(rows)
+
+
+def _training(model: ModelSpec, batch: int, context: int) -> tuple[TrainingRow, ...]:
+    """Ways to train. Adam keeps two float32 moments a parameter, and in mixed precision float32 weights too.
+
+    Source: ZeRO (arXiv:1910.02054), section 3.1; LoRA (arXiv:2106.09685): rank * (in + out) for each linear layer.
+    """
+    n = model.parameters
+    adapters = LORA_RANK * sum(
+        sum(tensor.shape)
+        for name, (tensor, owner) in model.tensors.items()
+        if owner.linear and not tensor.buffer and len(tensor.shape) == 2 and name.rpartition(".")[0] not in model.kept
+    )
+    kept = training_activation_bytes(model, batch, context)
+    bf16, nf4 = (model.bytes(model.precision("bfloat16", q)) for q in (None, "nf4-double"))
+    rows = [
+        TrainingRow("Adam, float32", n, model.bytes(Precision("float32")), 4 * n, 8 * n, 2 * kept),
+        TrainingRow("Adam, mixed bfloat16", n, bf16, 2 * n, 12 * n, kept),
+    ]
+    if adapters:
+        rows += [
+            TrainingRow(
+                f"LoRA r={LORA_RANK}, bfloat16", adapters, bf16 + 4 * adapters, 4 * adapters, 8 * adapters, kept
+            ),
+            TrainingRow(
+                f"QLoRA r={LORA_RANK}, nf4-double", adapters, nf4 + 4 * adapters, 4 * adapters, 8 * adapters, kept
+            ),
+        ]
+    return tuple(rows)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Showing
+
+
+def text_table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Columns as plain text: the first aligned left, the others right."""
+    widths = [max(map(len, column)) for column in zip(headers, *rows)]
+
+    def line(cells: Sequence[str]) -> str:
+        first, *rest = (f"{cell:<{w}}" if i == 0 else f"{cell:>{w}}" for i, (cell, w) in enumerate(zip(cells, widths)))
+        return "  ".join([first, *rest]).rstrip()
+
+    return "\n".join([line(headers), line(["-" * width for width in widths]), *map(line, rows)])
+
+
+def _html_table(title: str, headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    def cells(tag: str, texts: Sequence[Any]) -> str:
+        return "<tr>" + "".join(f"<{tag}>{html.escape(str(text))}</{tag}>" for text in texts) + "</tr>"
+
+    body = "".join(cells("td", row) for row in rows)
+    head = f"<caption>{html.escape(title)}</caption><thead>{cells('th', headers)}</thead>"
+    return f"<table>{head}<tbody>{body}</tbody></table>"

@@ -1,0 +1,461 @@
+"""Layer records: what a planner sees of a model.
+
+A `ModelSpec` is a model's skeleton without torch: a tree of `ModuleSpec` with the shape and dtype of every tensor, the
+groups of tied tensors, the classes that must not be split, and what a token adds to the KV cache. `ModelSpec.layers()`
+cuts the tree into a flat list of `Layer`s, the smallest pieces that a planner may move between devices.
+
+Identical blocks share one `ModuleSpec` object, so an 80-block model is measured once per kind of block, and its JSON
+table is a few kilobytes.
+
+Leaves out: making a spec from an `nn.Module` (`meta/empty.py`) or from a name (`zoo/`), and every decision about
+placement (`maps/strategies.py`).
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+from ..units import dtype_bits, dtype_name, is_floating
+
+QUANTIZATIONS = ("int8", "nf4", "nf4-double", "fp4", "fp4-double")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# How weights are stored
+
+
+@dataclass(frozen=True)
+class Precision:
+    """How a model's tensors are stored: the dtype they are cast to, then the quantization of its linear layers.
+
+    Args:
+        dtype: floating tensors are cast to it, integers and bools keep theirs; None keeps every tensor as it is.
+        quantization: None, or one of `QUANTIZATIONS`, sized as bitsandbytes stores them: "int8" is LLM.int8 (one byte
+            an element and a float32 scale per output row), "nf4" and "fp4" half a byte and a float32 scale per block of
+            64, "-double" quantizes those scales to 8 bits in groups of 256.
+        keep: names of modules that stay in `dtype` though they are linear (the output head, tied modules).
+        special: exact tensor name -> dtype, which overrides the rest.
+
+    >>> Precision("torch.float16").dtype
+    'float16'
+    """
+
+    dtype: str | None = None
+    quantization: str | None = None
+    keep: frozenset[str] = frozenset()
+    special: tuple[tuple[str, str], ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.dtype is not None:
+            object.__setattr__(self, "dtype", dtype_name(self.dtype))
+        if self.quantization is not None and self.quantization not in QUANTIZATIONS:
+            raise ValueError(f"unknown quantization {self.quantization!r}: expected None or one of {QUANTIZATIONS}")
+        object.__setattr__(self, "keep", frozenset(self.keep))
+        items = dict(self.special).items()
+        object.__setattr__(self, "special", tuple(sorted((name, dtype_name(dtype)) for name, dtype in items)))
+
+    @property
+    def label(self) -> str:
+        """What a table calls this precision: the quantization if there is one, else the dtype."""
+        return self.quantization or self.dtype or "as stored"
+
+
+def quantized_bytes(shape: tuple[int, ...], quantization: str, rows: int, blocksize: int = 64) -> int:
+    """Bytes that bitsandbytes needs to rest one weight, its scales and tables included.
+
+    Args:
+        shape: the weight's shape.
+        quantization: one of `QUANTIZATIONS`.
+        rows: output features, each of which has one float32 scale in LLM.int8.
+        blocksize: elements that share one scale in 4 bit.
+
+    Source: the bitsandbytes storage layout (`SCB`; `absmax`, `code`, `nested_absmax`, `nested_code`, `offset`).
+
+    >>> quantized_bytes((4096, 4096), "nf4", 4096) * 8 / 4096**2   # bits per parameter: 4 + 32/64, and a 64-byte table
+    4.500030517578125
+    """
+    elements = math.prod(shape)
+    if quantization == "int8":
+        return elements + 4 * rows
+    blocks = math.ceil(elements / blocksize)
+    code = 16 * 4  # the 16 values a 4-bit code stands for, float32
+    if quantization.endswith("-double"):
+        nested = 4 * math.ceil(blocks / 256) + 256 * 4 + 4  # scales of the scales, their 256-value table, their mean
+        return math.ceil(elements / 2) + blocks + code + nested
+    return math.ceil(elements / 2) + 4 * blocks + code
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The skeleton of a model
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """Shape and dtype of one parameter or buffer."""
+
+    shape: tuple[int, ...]
+    dtype: str = "float32"
+    buffer: bool = False
+    persistent: bool = True
+
+    @property
+    def elements(self) -> int:
+        """Number of values."""
+        return math.prod(self.shape)
+
+    def bytes(self, dtype: str | None = None) -> int:
+        """Bytes at rest; `dtype` casts floating tensors and leaves the others alone."""
+        stored = dtype if dtype is not None and is_floating(self.dtype) else self.dtype
+        return math.ceil(self.elements * dtype_bits(stored) / 8)
+
+
+@dataclass(frozen=True, eq=False)
+class ModuleSpec:
+    """One module: its class, its own tensors and its children, in registration order.
+
+    `linear` marks what bitsandbytes would replace: `nn.Linear`, its subclasses, and the `Conv1D` of GPT-2.
+    Compared by identity, so that equal blocks can be one shared object with one cached size.
+    """
+
+    cls: str
+    tensors: Mapping[str, TensorSpec] = field(default_factory=dict)
+    children: Mapping[str, ModuleSpec] = field(default_factory=dict)
+    linear: bool = False
+
+    def walk(self, prefix: str = "") -> Iterator[tuple[str, ModuleSpec]]:
+        """Every module below and including this one as (name, spec), depth first, in registration order."""
+        yield prefix, self
+        for name, child in self.children.items():
+            yield from child.walk(_join(prefix, name))
+
+    def named_tensors(self, prefix: str = "") -> Iterator[tuple[str, TensorSpec, ModuleSpec]]:
+        """Every tensor below as (full name, spec, owner), tied ones under each of their names."""
+        for module_name, module in self.walk(prefix):
+            for name, tensor in module.tensors.items():
+                yield _join(module_name, name), tensor, module
+
+    @cached_property
+    def _sizes(self) -> dict[Any, int]:
+        return {}
+
+    def bytes(self, precision: Precision = Precision(), name: str = "", buffers_only: bool = False) -> int:
+        """Bytes of all tensors below, each tied name counted again.
+
+        Args:
+            precision: how the tensors are stored.
+            name: the full name of this module, by which `precision.keep` and `precision.special` know its parts.
+            buffers_only: count buffers alone.
+        """
+        named = [*precision.keep, *(tensor for tensor, _ in precision.special)]
+        inside = any(_overlap(name, other) for other in named)  # only then does the size depend on where we stand
+        key = (precision, buffers_only, name) if inside else (precision.dtype, precision.quantization, buffers_only)
+        if key not in self._sizes:
+            self._sizes[key] = sum(
+                tensor_bytes(full, tensor, owner, precision)
+                for full, tensor, owner in self.named_tensors(name)
+                if tensor.buffer or not buffers_only
+            )
+        return self._sizes[key]
+
+
+def tensor_bytes(name: str, tensor: TensorSpec, owner: ModuleSpec, precision: Precision) -> int:
+    """Bytes that the tensor called `name` takes when its module `owner` is stored with `precision`."""
+    for special, dtype in precision.special:
+        if special == name:
+            return math.ceil(tensor.elements * dtype_bits(dtype) / 8)
+    weight = owner.linear and not tensor.buffer and len(tensor.shape) == 2
+    if precision.quantization and weight and not _kept(name, precision.keep):
+        rows = tensor.shape[1] if owner.cls == "Conv1D" else tensor.shape[0]  # Conv1D stores (in, out)
+        return quantized_bytes(tensor.shape, precision.quantization, rows)
+    return tensor.bytes(precision.dtype)
+
+
+@dataclass(frozen=True)
+class Attention:
+    """What one block adds to the KV cache.
+
+    Args:
+        layer: name of the block that owns the cache.
+        per_token: elements kept for each token: keys and values of all KV heads, or the latent of MLA.
+        window: the most tokens that are kept (sliding window), or None for all.
+        fixed: elements that do not grow with the context (the state of a recurrent layer).
+    """
+
+    layer: str
+    per_token: int
+    window: int | None = None
+    fixed: int = 0
+
+    def elements(self, context: int) -> int:
+        """Elements cached for one sequence of `context` tokens, once decoding is under way."""
+        return self.fixed + self.per_token * (context if self.window is None else min(context, self.window))
+
+
+@dataclass(frozen=True, eq=False)
+class ModelSpec:
+    """A whole model as a planner and an estimator see it.
+
+    Args:
+        name: what the user called it.
+        root: the module tree.
+        ties: groups of full tensor names that share one storage; the first name of a group owns it.
+        no_split: classes whose modules stay on one device (residual connections cross their parts).
+        attention: KV-cache growth of each block, in order.
+        facts: numbers of the config that estimates use (hidden_size, intermediate_size, vocab_size,
+            num_hidden_layers, max_position_embeddings, ...).
+        library: where it comes from: "transformers", "timm", "bigkit", "safetensors" or "module".
+    """
+
+    name: str
+    root: ModuleSpec
+    ties: tuple[tuple[str, ...], ...] = ()
+    no_split: tuple[str, ...] = ()
+    attention: tuple[Attention, ...] = ()
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    library: str = "module"
+
+    def layers(self, no_split: Iterable[str] | None = None) -> tuple[Layer, ...]:
+        """The model cut into the smallest pieces that may be placed apart, in registration order.
+
+        A piece is a module of a `no_split` class, a module without children, or a tensor registered directly on a
+        module that is split. Pieces without any tensor (Dropout, activations) are kept: a device map names them too.
+
+        Args:
+            no_split: class names that stay whole; None takes the model's own.
+        """
+        classes = frozenset(self.no_split if no_split is None else _names(no_split))
+        if classes not in self._layers:
+            owners: dict[str, list[tuple[str, str]]] = {}
+            pieces = list(_cut(self.root, "", classes))
+            known = {name for name, _ in pieces}
+            for owner, *others in self.ties:
+                for other in others:
+                    owners.setdefault(_piece_of(other, known), []).append((other, owner))
+            self._layers[classes] = tuple(
+                Layer(name, spec.cls, spec, tuple(owners.get(name, ()))) for name, spec in pieces
+            )
+        return self._layers[classes]
+
+    @cached_property
+    def _layers(self) -> dict[frozenset[str], tuple[Layer, ...]]:
+        return {}
+
+    @cached_property
+    def tensors(self) -> dict[str, tuple[TensorSpec, ModuleSpec]]:
+        """Full name -> (tensor, owner module), tied tensors under each name."""
+        return {name: (tensor, owner) for name, tensor, owner in self.root.named_tensors()}
+
+    def bytes(self, precision: Precision = Precision()) -> int:
+        """Bytes of the whole model at rest, tied tensors counted once."""
+        return self.root.bytes(precision) - sum(
+            tensor_bytes(name, *self.tensors[name], precision) for group in self.ties for name in group[1:]
+        )
+
+    @cached_property
+    def parameters(self) -> int:
+        """Number of parameters, tied ones counted once, buffers left out."""
+        repeated = {name for group in self.ties for name in group[1:]}
+        named = self.root.named_tensors()
+        return sum(tensor.elements for name, tensor, _ in named if not tensor.buffer and name not in repeated)
+
+    def kv_bytes(self, context: int, batch: int = 1, dtype: str = "bfloat16") -> int:
+        """Bytes of the KV cache of `batch` sequences of `context` tokens, once decoding is under way."""
+        return batch * sum(block.elements(context) for block in self.attention) * dtype_bits(dtype) // 8
+
+    def computes_in(self, precision: Precision = Precision()) -> str:
+        """The dtype of activations and KV cache: that of the weights, or bfloat16 if they have less than 16 bits."""
+        stored = (
+            tensor.dtype for tensor, _ in self.tensors.values() if not tensor.buffer and is_floating(tensor.dtype)
+        )
+        dtype = precision.dtype or next(stored, "bfloat16")
+        return dtype if dtype_bits(dtype) >= 16 else "bfloat16"
+
+    @property
+    def kept(self) -> frozenset[str]:
+        """Modules that quantization leaves alone by default: the output head, and whatever shares a tied tensor."""
+        tied = {name.rpartition(".")[0] for group in self.ties for name in group}
+        children = [name for name, child in self.root.children.items() if any(True for _ in child.named_tensors())]
+        return frozenset(tied | set(children[-1:] if self.facts.get("has_head", True) else ()))
+
+    def precision(self, dtype: object = None, quantization: str | None = None, keep: Iterable[str] = ()) -> Precision:
+        """A `Precision` for this model, with the modules kept that bitsandbytes' integrations keep."""
+        if quantization and dtype is None:
+            dtype = "float16"
+        keep = self.kept | set(keep) if quantization else frozenset()
+        return Precision(None if dtype is None else dtype_name(dtype), quantization, frozenset(keep))
+
+    def renamed(self, name: str) -> ModelSpec:
+        """The same model under another name."""
+        return replace(self, name=name)
+
+
+@dataclass(frozen=True, eq=False)
+class Layer:
+    """The smallest piece of a model that a planner may place.
+
+    Args:
+        name: its full name, a key of the device map.
+        cls: its class, or "Parameter"/"Buffer" for a tensor registered on a split module.
+        spec: its tensors.
+        ties: (own tensor name, owner tensor name) for each tensor that is stored with another one.
+    """
+
+    name: str
+    cls: str
+    spec: ModuleSpec
+    ties: tuple[tuple[str, str], ...] = ()
+
+    def bytes(self, precision: Precision = Precision(), buffers_only: bool = False) -> int:
+        """Bytes at rest if this layer stood alone, its tied tensors counted."""
+        return self.spec.bytes(precision, self.name, buffers_only)
+
+    def tensor_bytes(self, name: str, precision: Precision = Precision()) -> int:
+        """Bytes of one of its tensors, by full name."""
+        for full, tensor, owner in self.spec.named_tensors(self.name):
+            if full == name:
+                return tensor_bytes(full, tensor, owner, precision)
+        raise KeyError(f"layer {self.name!r} has no tensor {name!r}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tables
+
+
+def specs_to_json(specs: Mapping[str, ModelSpec]) -> dict[str, Any]:
+    """Several specs in one JSON-ready table (a model with its head and without).
+
+    Equal modules are written once, and runs of numbered children as "0..79".
+    """
+    nodes: list[dict[str, Any]] = []
+    seen: dict[str, int] = {}
+
+    def number(module: ModuleSpec) -> int:
+        node: dict[str, Any] = {"class": module.cls}
+        if module.tensors:
+            node["tensors"] = {name: _tensor_to_json(tensor) for name, tensor in module.tensors.items()}
+        if module.children:
+            node["children"] = _fold({name: number(child) for name, child in module.children.items()})
+        if module.linear:
+            node["linear"] = True
+        key = repr(node)
+        if key not in seen:
+            seen[key] = len(nodes)
+            nodes.append(node)
+        return seen[key]
+
+    models = {
+        key: {
+            "name": spec.name,
+            "root": number(spec.root),
+            "ties": [list(group) for group in spec.ties],
+            "no_split": list(spec.no_split),
+            "attention": [[a.layer, a.per_token, a.window, a.fixed] for a in spec.attention],
+            "facts": dict(spec.facts),
+            "library": spec.library,
+        }
+        for key, spec in specs.items()
+    }
+    return {"format": 1, "models": models, "modules": nodes}
+
+
+def specs_from_json(data: Mapping[str, Any]) -> dict[str, ModelSpec]:
+    """The inverse of `specs_to_json`."""
+    if data.get("format") != 1:
+        raise ValueError(f"this layer table has format {data.get('format')!r}; this version of bigkit reads format 1")
+    modules: list[ModuleSpec] = []
+    for node in data["modules"]:  # children always come before their parents
+        tensors = {name: _tensor_from_json(tensor) for name, tensor in node.get("tensors", {}).items()}
+        children = {name: modules[i] for name, i in _unfold(node.get("children", {}))}
+        modules.append(ModuleSpec(node["class"], tensors, children, node.get("linear", False)))
+    return {
+        key: ModelSpec(
+            name=model["name"],
+            root=modules[model["root"]],
+            ties=tuple(tuple(group) for group in model["ties"]),
+            no_split=tuple(model["no_split"]),
+            attention=tuple(Attention(*record) for record in model["attention"]),
+            facts=model["facts"],
+            library=model["library"],
+        )
+        for key, model in data["models"].items()
+    }
+
+
+def _tensor_to_json(tensor: TensorSpec) -> list[Any]:
+    kind = "buffer" if tensor.persistent else "temporary buffer"
+    return [list(tensor.shape), tensor.dtype, *([kind] if tensor.buffer else [])]
+
+
+def _tensor_from_json(record: list[Any]) -> TensorSpec:
+    shape, dtype, *kind = record
+    return TensorSpec(tuple(shape), dtype, buffer=bool(kind), persistent=kind != ["temporary buffer"])
+
+
+def _fold(children: dict[str, int]) -> dict[str, int]:
+    """{"0": 7, "1": 7, "2": 7, "norm": 3} -> {"0..2": 7, "norm": 3}."""
+    folded: list[tuple[str, str, int]] = []
+    for name, node in children.items():
+        if folded and name.isdigit() and folded[-1][1].isdigit() and folded[-1][2] == node:
+            first, last, _ = folded[-1]
+            if str(int(last) + 1) == name:
+                folded[-1] = (first, name, node)
+                continue
+        folded.append((name, name, node))
+    return {first if first == last else f"{first}..{last}": node for first, last, node in folded}
+
+
+def _unfold(children: Mapping[str, int]) -> Iterator[tuple[str, int]]:
+    for name, node in children.items():
+        run = re.fullmatch(r"(\d+)\.\.(\d+)", name)
+        names = map(str, range(int(run[1]), int(run[2]) + 1)) if run else (name,)
+        yield from ((each, node) for each in names)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Names
+
+
+def _join(prefix: str, name: str) -> str:
+    return f"{prefix}.{name}" if prefix and name else prefix or name
+
+
+def _names(names: Iterable[str] | str) -> Iterable[str]:
+    return (names,) if isinstance(names, str) else names
+
+
+def _overlap(name: str, other: str) -> bool:
+    """Whether one of two dotted names lies inside the other."""
+    return not name or name == other or other.startswith(name + ".") or name.startswith(other + ".")
+
+
+def _kept(tensor: str, keep: frozenset[str]) -> bool:
+    """Whether a tensor lies in a module that is kept, named in full or by its last part (as in "lm_head")."""
+    if not keep:
+        return False
+    parts = tensor.split(".")
+    return any(".".join(parts[:i]) in keep for i in range(1, len(parts)))
+
+
+def _cut(module: ModuleSpec, name: str, no_split: frozenset[str]) -> Iterator[tuple[str, ModuleSpec]]:
+    if module.cls in no_split or (name and not module.children):
+        yield name, module
+        return
+    for own, tensor in module.tensors.items():
+        yield _join(name, own), ModuleSpec("Buffer" if tensor.buffer else "Parameter", {"": tensor})
+    for child_name, child in module.children.items():
+        yield from _cut(child, _join(name, child_name), no_split)
+
+
+def _piece_of(tensor: str, pieces: set[str]) -> str:
+    """The piece that holds a tensor: the only prefix of its name (or the name itself) among the pieces."""
+    name = tensor
+    while name not in pieces:
+        if not name:
+            raise ValueError(f"tied tensor {tensor!r} is no tensor of this model")
+        name = name.rpartition(".")[0]
+    return name

@@ -1,0 +1,227 @@
+"""How bytes get from where they rest into a slot on the device.
+
+    pinned slab  ----------------------------------------- one copy --> slot       the copy engine, at the link's rate
+    file         --reader threads--> pinned chunk of a ring --copies--> slot       as fast as disk and link allow
+    other RAM    --reader threads--> pinned chunk of a ring --copies--> slot       where pinning was refused
+
+`CudaLane` copies on a stream of its own. Two events order it against the work on the device: a slot is filled only
+after the work that last read it (`Slot.free`), and read only after it was filled (`Slot.ready`). For pinned RAM the
+host never waits. For files it must: a copy can be queued only when the bytes have been read.
+
+`PlainLane` copies at once. It serves devices without streams: MPS, fake devices, and the CPU where it stands in for
+one.
+
+Leaves out: what to copy when, and into which slot (`offload/stream.py`).
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import queue
+import threading
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..units import MiB
+from .weights import Move, Slab, Unit
+
+CHUNK = 16 * MiB  # one copy through the ring: so large that Python's part of it does not count
+READERS = 16  # threads, at most, that fill the ring
+SPARE = 4  # chunks that are being copied while each reader fills another
+
+
+@dataclass(eq=False)
+class Slot:
+    """Memory on the device for one unit at a time."""
+
+    base: Tensor  # shape (bytes of the largest unit,), uint8
+    unit: Unit | None = None  # whose weights it holds
+    lent: bool = False  # a forward is using it
+    version: int = 0  # of `base` when it was lent: a higher one means that somebody wrote to it
+    owner: Unit | None = None  # the only unit that it is for, if it is
+    used: int = 0  # when it was last lent: the number of that loan
+    ready: Any = None  # event: filled
+    free: Any = None  # event: last read
+    pending: list[Future[None]] = field(default_factory=list)  # copies that are not queued yet
+    visits: dict[int, Any] = field(default_factory=dict)  # unit's index -> its weights in this slot
+
+
+class PlainLane:
+    """Copies at once, on the thread that asks."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    def slot(self, nbytes: int) -> Slot:
+        """A new slot."""
+        with torch.inference_mode(False):  # an inference tensor would have no version
+            return Slot(torch.empty(nbytes, dtype=torch.uint8, device=self.device))
+
+    def fill(self, slot: Slot, unit: Unit) -> None:
+        """Begin to bring a unit's bytes into a slot."""
+        for part in unit.parts():
+            if part.nbytes:
+                part.over(slot.base, part.offset).copy_(part.on_cpu())
+        unit.advise(mmap.MADV_DONTNEED)
+
+    def arrive(self, slot: Slot) -> None:
+        """Make the work that follows wait until the slot is filled.
+
+        Raises:
+            OSError: a file could not be read.
+        """
+
+    def leave(self, slot: Slot) -> None:
+        """Note that the work so far was the last to read the slot."""
+
+    def settle(self, slot: Slot) -> None:
+        """Wait until nothing is under way to the slot."""
+
+    def close(self) -> None:
+        """Wait for copies that are under way."""
+
+
+class CudaLane(PlainLane):
+    """Copies on a stream of its own, in the background."""
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__(device)
+        self.stream = torch.cuda.Stream(device)
+        self._ring: queue.SimpleQueue[_Chunk] | None = None
+
+    def slot(self, nbytes: int) -> Slot:
+        slot = super().slot(nbytes)
+        slot.ready, slot.free = torch.cuda.Event(), torch.cuda.Event()
+        slot.base.record_stream(self.stream)  # freed, it is not given away before the copies into it are done
+        self.stream.wait_stream(torch.cuda.current_stream(self.device))  # memory that is new to us may still be in use
+        return slot
+
+    def fill(self, slot: Slot, unit: Unit) -> None:
+        self.stream.wait_event(slot.free)
+        moves = unit.moves()
+        with torch.cuda.stream(self.stream):
+            for move in moves:
+                if move.slab is not None and move.slab.pinned:
+                    target = slot.base[move.offset : move.offset + move.nbytes]
+                    target.copy_(move.slab.bytes[move.at : move.at + move.nbytes], non_blocking=True)
+            slot.ready.record(self.stream)
+        slow = [move for move in moves if move.slab is None or not move.slab.pinned]
+        jobs = [job for move in slow for job in _cut(move)]
+        shared = iter(jobs)  # each reader takes the next job
+        slot.pending = [readers().submit(self._carry, shared, slot.base) for _ in jobs[: count_readers()]]
+
+    def _carry(self, jobs: Iterator[_Job], base: Tensor) -> None:
+        """One reader's work: fill chunks of the ring, queue their copies."""
+        ring = self._ring or self._make_ring()
+        with torch.cuda.stream(self.stream):
+            for job in jobs:
+                chunk = ring.get()
+                try:
+                    chunk.copied.synchronize()
+                    if job.move.source is not None:
+                        job.move.source.read(chunk.view[: job.nbytes], job.at)
+                    else:
+                        assert job.move.slab is not None
+                        chunk.bytes[: job.nbytes].copy_(job.move.slab.bytes[job.at : job.at + job.nbytes])
+                    for piece in job.pieces:
+                        source = chunk.bytes[piece.chunk : piece.chunk + piece.nbytes]
+                        base[piece.slot : piece.slot + piece.nbytes].copy_(source, non_blocking=True)
+                    chunk.copied.record(self.stream)
+                finally:
+                    ring.put(chunk)
+
+    def _make_ring(self) -> queue.SimpleQueue[_Chunk]:
+        with _making:
+            if self._ring is None:
+                slab = Slab(CHUNK * (count_readers() + SPARE), pin=True)
+                slab.pin()
+                ring: queue.SimpleQueue[_Chunk] = queue.SimpleQueue()
+                for piece in slab.bytes.split(CHUNK):
+                    ring.put(_Chunk(piece, piece.numpy().data, torch.cuda.Event(), slab))
+                self._ring = ring
+            return self._ring
+
+    def arrive(self, slot: Slot) -> None:
+        if slot.pending:
+            pending, slot.pending = slot.pending, []
+            errors = [error for copy in pending if (error := copy.exception()) is not None]
+            slot.ready.record(self.stream)
+            if errors:
+                raise errors[0]
+        torch.cuda.current_stream(self.device).wait_event(slot.ready)
+
+    def leave(self, slot: Slot) -> None:
+        slot.free.record(torch.cuda.current_stream(self.device))
+
+    def settle(self, slot: Slot) -> None:
+        for copy in slot.pending:
+            copy.exception()
+        slot.pending = []
+
+    def close(self) -> None:
+        self.stream.synchronize()
+
+
+class _Chunk(NamedTuple):
+    bytes: Tensor
+    view: memoryview
+    copied: torch.cuda.Event
+    slab: Slab  # kept alive with it
+
+
+class _Piece(NamedTuple):
+    chunk: int
+    slot: int
+    nbytes: int
+
+
+class _Job(NamedTuple):
+    """At most a chunk's worth of a move, and where its bytes belong in the slot."""
+
+    move: Move
+    at: int
+    nbytes: int
+    pieces: list[_Piece]
+
+
+def _cut(move: Move) -> Iterator[_Job]:
+    """A move as jobs of one chunk each."""
+    for start in range(0, move.nbytes, CHUNK):
+        stop = min(start + CHUNK, move.nbytes)
+        if move.slab is not None:
+            yield _Job(move, move.at + start, stop - start, [_Piece(0, move.offset + start, stop - start)])
+            continue
+        pieces = []
+        for part in move.parts:  # in a file they lie without gaps, in the slot each is aligned
+            first = part.at - move.at
+            low, high = max(first, start), min(first + part.nbytes, stop)
+            if low < high:
+                pieces.append(_Piece(low - start, part.offset + low - first, high - low))
+        yield _Job(move, move.at + start, stop - start, pieces)
+
+
+@cache
+def readers() -> ThreadPoolExecutor:
+    """The reader threads, shared by all lanes of this process and started when they are first needed."""
+    return ThreadPoolExecutor(count_readers(), thread_name_prefix="bigkit-reader")
+
+
+def count_readers() -> int:
+    """How many there are."""
+    return min(READERS, os.cpu_count() or 1)
+
+
+def _forget_readers() -> None:
+    readers.cache_clear()
+
+
+_making = threading.Lock()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_readers)  # threads do not survive a fork

@@ -1,0 +1,1 @@
+"""Fewer bits: bitsandbytes' 8- and 4-bit layers, loading into them, and what rounding does to a layer."""

@@ -1,0 +1,64 @@
+"""Packing tensors into chunks and laying them out again, on the CPU; the real thing is in tests/gpu."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from bigkit.checkpoints.load import Checkpoint, Stored, read_header
+from bigkit.checkpoints.to_gpu import _cut, _empty
+
+DTYPES = [torch.float32, torch.bfloat16, torch.uint8, torch.int64, torch.bool, torch.float8_e4m3fn]
+
+
+@st.composite
+def files(draw):
+    """(stored, content, dtypes): tensors of any dtype one after another in up to three files, some left out."""
+    stored, content = {}, {}
+    for f in range(draw(st.integers(1, 3))):
+        path, body = Path(f"file{f}"), bytearray(draw(st.binary(max_size=9)))
+        for t in range(draw(st.integers(0, 6))):
+            dtype, shape = draw(st.sampled_from(DTYPES)), tuple(draw(st.lists(st.integers(0, 6), max_size=2)))
+            size = torch.Size(shape).numel() * dtype.itemsize
+            where = Stored(path, len(body), size, dtype, shape)
+            body += bytes(draw(st.integers(0, 1)) for _ in range(size)) if dtype == torch.bool else draw(
+                st.binary(min_size=size, max_size=size))  # fmt: skip
+            if draw(st.integers(0, 4)):
+                stored[f"{f}.{t}"] = where
+        content[path] = bytes(body)
+    casts = {name: draw(st.sampled_from([None, torch.float32])) for name in stored}
+    return stored, content, casts
+
+
+@settings(max_examples=500, deadline=None)
+@given(files(), st.integers(8, 70), st.sampled_from([1, 16, 10**6]))
+def test_every_byte_arrives_where_it_belongs(case, size, direct):
+    stored, content, casts = case
+    tensors = {n: torch.empty(w.shape, dtype=casts[n] or w.dtype) for n, w in stored.items()}
+    chunk, staging = torch.empty(size, dtype=torch.uint8), torch.empty(size, dtype=torch.uint8)
+    for load in _cut(stored, size):
+        assert 0 < load.nbytes <= size and sum(part.nbytes for part in load.parts) == load.nbytes
+        body = content[load.file][load.start : load.start + load.nbytes]
+        chunk[: load.nbytes] = torch.frombuffer(bytearray(body), dtype=torch.uint8)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("bigkit.checkpoints.to_gpu.DIRECT", direct)
+            _empty(load, chunk, staging, stored, tensors)
+    for name, where in stored.items():
+        body = content[where.file][where.offset : where.offset + where.nbytes]
+        expected = (
+            torch.frombuffer(bytearray(body), dtype=torch.uint8).view(where.dtype).view(where.shape) if body else None
+        )
+        if expected is not None:
+            expected = expected.to(casts[name] or where.dtype)
+            assert torch.equal(tensors[name].view(-1).view(torch.uint8), expected.reshape(-1).view(torch.uint8)), name
+
+
+def test_loads_follow_the_files_order(tmp_path):
+    from safetensors.torch import save_file
+
+    save_file({f"t{i}": torch.zeros(1000) for i in range(10)}, tmp_path / "a.safetensors")
+    loads = list(_cut(read_header(tmp_path / "a.safetensors"), 9000))
+    assert [load.start for load in loads] == sorted(load.start for load in loads)
+    assert len(loads) == 5 and len(Checkpoint.open(tmp_path)) == 10

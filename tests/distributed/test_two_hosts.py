@@ -1,0 +1,172 @@
+"""Two hosts: two network namespaces joined by a virtual cable, torchrun on each; split, infer, gather between them."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.distributed.test_launch import ENVIRONMENT, still_alive, wait_for
+
+PORT = 29517
+ADDRESSES = ("10.213.77.1", "10.213.77.2")  # inside the namespaces only
+
+
+class Host:
+    """A network namespace with one cable."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+        self.name = f"bigkit-{os.getpid()}-{number}"
+        self.cable = f"bk{os.getpid() % 100000}{number}"
+
+    def launch(self, folder: Path, *words: str) -> subprocess.Popen[str]:
+        """`bigkit launch` on this host, as one of two with two processes each."""
+        where = ["--main_process_ip", ADDRESSES[0], "--main_process_port", str(PORT)]
+        hosts = ["--num_machines", "2", "--machine_rank", str(self.number), "--num_processes", "4", "--cpu", *where]
+        command = ["ip", "netns", "exec", self.name, sys.executable, "-m", "bigkit.cli", "launch", *hosts, *words]
+        environment = {**ENVIRONMENT, "GLOO_SOCKET_IFNAME": self.cable, "TP_SOCKET_IFNAME": self.cable}
+        log = (folder / f"log-{self.number}").open("w")
+        with log:
+            return subprocess.Popen(command, cwd=folder, env=environment, stdout=log, stderr=log, text=True)
+
+
+def ip(*words: str) -> None:
+    subprocess.run(["ip", *words], check=True, capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def hosts() -> Iterator[tuple[Host, Host]]:
+    if not sys.platform.startswith("linux") or not shutil.which("ip"):
+        pytest.skip("two hosts need Linux and the ip command of iproute2")
+    pair = (Host(0), Host(1))
+    try:
+        try:
+            for host in pair:
+                ip("netns", "add", host.name)
+            first, second = pair
+            ip("link", "add", first.cable, "netns", first.name, "type", "veth",
+               "peer", "name", second.cable, "netns", second.name)  # fmt: skip
+            for host, address in zip(pair, ADDRESSES):
+                ip("-n", host.name, "addr", "add", f"{address}/24", "dev", host.cable)
+                ip("-n", host.name, "link", "set", host.cable, "up")
+                ip("-n", host.name, "link", "set", "lo", "up")
+        except subprocess.CalledProcessError as error:
+            pytest.skip(f"network namespaces are not allowed here: {error.stderr.strip()}")
+        yield pair
+    finally:
+        for host in pair:
+            subprocess.run(["ip", "netns", "del", host.name], capture_output=True)
+
+
+SCRIPT = """
+import os, sys
+from pathlib import Path
+import torch
+from bigkit import PartialState, gather, gather_for_results
+from bigkit.zoo.gpt import decode, encode, load_pygpt
+
+prompts = ["import ", "def f(", "class A", "for i in ", "return "]
+state = PartialState(timeout=60)
+model = load_pygpt(dtype=torch.float32)
+with state.split_between_processes(prompts, apply_padding=True) as mine:
+    texts = [decode(model.generate(torch.tensor([encode(prompt)]), 8)[0]) for prompt in mine]
+texts = gather_for_results(texts, len(prompts))
+hosts = gather(torch.tensor(int(os.environ["GROUP_RANK"])))
+# torchrun starts Python with -u, by which print writes a line in pieces, and those of two ranks mix in one log.
+sys.stdout.write(f"{state.process_index} {state.local_process_index} {hosts.tolist()} {texts}\\n")
+state.destroy()
+"""
+
+
+def _run(hosts: tuple[Host, Host], folder: Path) -> list[int | None]:
+    """Run the script on both hosts; their exit codes, None for one that does not end."""
+    running = [host.launch(folder, "script.py") for host in hosts]
+    codes: list[int | None] = []
+    try:
+        for process in running:
+            try:
+                codes.append(process.wait(60))
+            except subprocess.TimeoutExpired:
+                codes.append(None)
+    finally:
+        for process in running:
+            process.terminate()
+            try:
+                process.wait(10)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+    return codes
+
+
+def test_split_infer_gather_between_two_hosts(hosts: tuple[Host, Host], tmp_path: Path) -> None:
+    import torch
+
+    from bigkit.zoo.gpt import decode, encode, load_pygpt
+
+    (tmp_path / "script.py").write_text(SCRIPT)
+    for _ in range(3):  # once in about ten runs one launcher ended and the other waited for it: not understood
+        codes = _run(hosts, tmp_path)
+        if None not in codes:
+            break
+    logs = [(tmp_path / f"log-{number}").read_text() for number in (0, 1)]
+    assert codes == [0, 0], "\n".join(logs)
+    model = load_pygpt(dtype=torch.float32)
+    prompts = ["import ", "def f(", "class A", "for i in ", "return "]
+    expected = [decode(model.generate(torch.tensor([encode(prompt)]), 8)[0]) for prompt in prompts]
+    said = [sorted(line for line in log.splitlines() if "[0, 0, 1, 1]" in line) for log in logs]
+    shown = [[f"{2 * host + local} {local} [0, 0, 1, 1] {expected}" for local in (0, 1)] for host in (0, 1)]
+    assert said == shown and f"--node-rank 1 --master-addr {ADDRESSES[0]}" in logs[1]
+
+
+LOST = """
+import os, time
+from pathlib import Path
+from bigkit import PartialState, gather_object
+state = PartialState(timeout=5)
+gather_object([state.process_index])  # everyone is there
+path = Path(f"pid-{state.process_index}")
+path.with_suffix(".part").write_text(str(os.getpid()))
+path.with_suffix(".part").rename(path)
+while not os.path.exists("cut"):
+    time.sleep(0.1)
+start = time.monotonic()
+try:
+    gather_object([state.process_index])
+finally:
+    print(f"waited {time.monotonic() - start:.0f} seconds", flush=True)
+"""
+
+
+def test_a_lost_host_is_an_error_in_time(hosts: tuple[Host, Host], tmp_path: Path) -> None:
+    """The cable is cut: nothing closes, packets just vanish, and only the time-out tells."""
+    (tmp_path / "script.py").write_text(LOST)
+    running = [host.launch(tmp_path, "script.py") for host in hosts]
+    pids: list[int] = []
+    try:
+        wait_for(*(tmp_path / f"pid-{rank}" for rank in range(4)), seconds=90)
+        pids = [int((tmp_path / f"pid-{rank}").read_text()) for rank in range(4)]
+        ip("-n", hosts[1].name, "link", "set", hosts[1].cable, "down")
+        (tmp_path / "cut").touch()
+        start = time.monotonic()
+        assert running[0].wait(60) != 0
+        took = time.monotonic() - start
+        log = (tmp_path / "log-0").read_text()
+        assert took < 45, log
+        assert "cannot finish gather_object: another process has ended, or did not come here in time" in log
+        waited = [int(line.split()[1]) for line in log.splitlines() if "waited" in line and line.split()[1].isdigit()]
+        assert waited and max(waited) <= 10, log
+        assert still_alive(pids[:2]) == [], "this host's processes have ended"
+    finally:
+        ip("-n", hosts[1].name, "link", "set", hosts[1].cable, "up")
+        for process in running:
+            process.terminate()
+            process.wait()
+    assert still_alive(pids) == []

@@ -1,0 +1,98 @@
+"""Replayed runs are full runs, event by event; and what is not surely equal is run."""
+
+import pytest
+import torch
+from torch import nn
+
+from bigkit import dry_run, init_empty_weights
+from bigkit.dryrun.fake_gpu import Target
+from bigkit.dryrun.replay import Unlike
+from bigkit.dryrun.run import rehearse
+from bigkit.dryrun.workload import Workload
+
+
+def same(name, *load, **options):
+    full, replayed = (dry_run(name, None, *load, "H200", replay=flag, **options) for flag in (False, True))
+    assert full.recordings == replayed.recordings and full.kinds == replayed.kinds
+    assert list(full.operations) == list(replayed.operations) and full.steps == replayed.steps
+    assert full.peak_allocated == replayed.peak_allocated and full.peak_reserved == replayed.peak_reserved
+    assert full.seconds == replayed.seconds
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["gpt2", "qwen3-0.6b", "bert-base-cased", "t5-large", "vit-base-patch16-224", "bloom", "mixtral-8x7b",
+     "gemma-2-9b", "mistral-7b", "deepseek-v3", "pygpt"],
+)  # fmt: skip
+def test_a_replayed_run_is_the_full_run(name):
+    same(name, 2, 48, 2, dtype="bfloat16")
+
+
+def test_loads_of_other_shapes():
+    same("gemma-2-9b", 1, 4200, 2, dtype="bfloat16")  # beyond the window
+    same("gpt2", 1, 8, 0, dtype="float32", cache=False)
+    same("gpt2", 3, 1, 3, dtype="float32", all_logits=True)
+
+
+@pytest.mark.parametrize("quantization", ["int8", "nf4-double"])
+def test_quantized_blocks(quantization):
+    pytest.importorskip("bitsandbytes")
+    same("gpt2", 2, 40, 2, dtype="float16", quantization=quantization)
+
+
+def test_blocks_that_travel_or_lie_on_several_gpus_are_run():
+    places = {"transformer.wte": 0, "transformer.wpe": 0, "transformer.ln_f": 0, "lm_head": 0, "transformer.drop": 0}
+    for away in ("cpu", 1):
+        spread = {**places, **{f"transformer.h.{i}": away if i % 2 else 0 for i in range(12)}}
+        runs = [dry_run("gpt2", spread, 1, 16, 1, "2 x T4", dtype="float16", replay=flag) for flag in (False, True)]
+        assert runs[0].recordings == runs[1].recordings and list(runs[0].operations) == list(runs[1].operations)
+
+
+class Block(nn.Module):
+    def __init__(self, number, odd):
+        super().__init__()
+        self.layer_idx, self.odd = number, odd
+        self.linear = nn.Linear(64, 64)
+
+    def forward(self, x):
+        x = self.linear(x)
+        return x * 2 if self.odd == "last" and self.layer_idx == 7 else x
+
+
+class Stack(nn.Module):
+    main_input_name = "pixel_values"
+
+    def __init__(self, odd=""):
+        super().__init__()
+        self.blocks = nn.ModuleList(Block(i, odd if odd != "attribute" else str(i // 7)) for i in range(8))
+        self.pretrained_cfg = {"input_size": (3, 64, 64)}
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+def build(odd=""):
+    with init_empty_weights():
+        return Stack(odd)
+
+
+def test_a_block_that_hides_its_difference_is_found_out():
+    with pytest.raises(Unlike):
+        rehearse(build("last"), {"": 0}, Workload(1, 1), Target(), replay=True)
+    with pytest.raises(RuntimeError, match="blocks of Stack look alike and are not: build it again"):
+        dry_run(build("last"))
+    again, full = dry_run(lambda: build("last")), dry_run(build("last"), replay=False)
+    assert again.recordings == full.recordings and list(again.operations) == list(full.operations)
+
+
+def test_blocks_with_other_attributes_or_hooks_are_run():
+    full = dry_run(build("attribute"), replay=False)
+    assert dry_run(build("attribute")).recordings == full.recordings
+    model, calls = build(), []
+    for block in model.blocks:
+        block.register_forward_hook(lambda *_: calls.append(1))
+    dry_run(model)
+    assert len(calls) == 8
+    assert "forward" not in vars(model.blocks[0]) and torch.is_tensor(model.blocks[0].linear.weight)

@@ -1,0 +1,231 @@
+"""Dry runs of whole models: what fits, on one device and on several, and the figures they report."""
+
+import json
+
+import pytest
+import torch
+
+from bigkit import init_empty_weights, plan, zoo
+from bigkit.dryrun.run import KINDS, dry_run, target_of
+from bigkit.dryrun.workload import fill
+from bigkit.machine.hardware import GPUS, HARDWARE, Gpu, Hardware, machine_of
+from bigkit.machine.ledger import Calibration
+from bigkit.units import GiB, MiB
+
+
+def gpu(memory, **fields):
+    return Hardware("a small GPU", (Gpu("small", memory, 1e12, 1e14, 3e10, **fields),), 0, 0)
+
+
+def test_a_llama_fits_a_gpu_of_the_right_size():
+    run = dry_run("llama-2-7b", None, 1, 512, 2, "RTX 4090", dtype="float16")
+    weights = zoo.describe("llama-2-7b").bytes(zoo.describe("llama-2-7b").precision("float16"))
+    parts = run.timeline().at_peak()
+    assert 0 <= parts["weights"] - weights < 2 * MiB  # and the buffers, in float32
+    assert run.fits and run.problem == ""
+    assert parts["KV cache"] >= 2 * 32 * 32 * 128 * 512 * 2 and parts["workspace"] == 8 * MiB + 128 * 1024
+    assert sum(parts.values()) <= run.peak_allocated[0] <= run.peak_reserved[0] < run.timeline().capacity
+    assert [step.name for step in run.times] == ["prefill", "token 1", "token 2"]
+    assert repr(run) == f"DryRun(llama-2-7b 1 x 512+2, fits, peak {run.peak_reserved[0] / GiB:.2f} GiB)"
+    assert "Fits." in str(run) and "tokens/s" in str(run)
+
+
+@pytest.mark.parametrize(
+    "model, dtype, machine",
+    [("llama-2-7b", "float32", "RTX 4090"), ("llama-3.1-8b", "float16", "T4"), ("mixtral-8x7b", "float16", "RTX 4090")],
+)
+def test_a_plan_that_offloads_is_true(model, dtype, machine):
+    """What is planned for a machine is not found out of memory by its rehearsal."""
+    hardware = machine_of(machine)
+    found = plan(model, hardware.max_memory(), dtype=dtype, batch=1, context=514, overhead=hardware.overhead)
+    run = dry_run(model, found, 1, 512, 2, hardware)
+    assert found.offloaded and run.fits and run.peak_reserved[0] > 0.9 * run.timeline().capacity
+
+
+def test_new_lengths_wait_for_a_plan_on_hopper():
+    run = dry_run("gpt2", None, 1, 64, 2, "H200", dtype="float16")
+    assert (
+        run.planning == 0.049
+        and "49 ms more, in which cuDNN plans" in str(run)
+        and '"planning": 0.049' in run.to_json()
+    )
+    run = dry_run("gpt2", None, 1, 64, 2, "A100-40GB", dtype="float16")
+    assert run.planning == 0 and "cuDNN" not in str(run)
+
+
+@pytest.mark.parametrize("model, most", [("gpt2", 1024), ("opt-1.3b", 2048), ("bert-base-cased", 512), ("pygpt", 512)])
+def test_more_tokens_than_learned_positions_are_refused(model, most):
+    """A real GPU would stop with an assertion in a kernel; a fake one looks up nothing."""
+    assert dry_run(model, None, 1, most, 0, "H200").fits
+    new = 0 if model == "bert-base-cased" else 1
+    with pytest.raises(ValueError, match=f"learned positions for {most:,} tokens"):
+        dry_run(model, None, 1, most + 1 - new, new, "H200")
+
+
+def test_a_run_that_does_not_fit_says_where():
+    run = dry_run("gpt2", None, 4, 512, 0, gpu(900 * MiB), dtype="float32")
+    assert not run.fits and run.problem.startswith("GPU 0 runs out of memory in step 'fill' (event ")
+    run = dry_run("gpt2", None, 16, 512, 0, gpu(1300 * MiB), dtype="float32")
+    assert "in step 'prefill'" in run.problem and "OUT OF MEMORY" in repr(run) and "DOES NOT FIT" in str(run)
+
+
+def test_the_boundary_lies_between_allocated_and_reserved():
+    run = dry_run("gpt2", None, 8, 256, 2, dtype="float32")
+    allocated, reserved = run.peak_allocated[0], run.peak_reserved[0]
+    assert run.fails_with(0, reserved) is None
+    assert run.fails_with(0, allocated - 1) is not None
+    fits = [limit for limit in range(allocated, reserved, 4 * MiB) if run.fails_with(0, limit) is None]
+    assert fits == [limit for limit in range(allocated, reserved, 4 * MiB) if limit >= min(fits, default=reserved)]
+
+
+def test_timelines_add_up():
+    run = dry_run("gpt2", None, 2, 64, 3, dtype="float32")
+    line = run.timeline(0)
+    assert len(line.allocated) == len(line.reserved) == len(line.kinds["weights"]) == line.marks[-1][1]
+    for i in range(0, len(line.allocated), 97):
+        live = sum(line.kinds[kind][i] for kind in KINDS)
+        assert live <= line.allocated[i] <= line.reserved[i]
+    filled = line.marks[0][1]
+    assert line.step_of(filled - 1) == "fill" and line.step_of(filled) == "prefill"
+    ends = dict(line.marks)
+    caches = [line.kinds["KV cache"][ends[name] - 1] for name in ("prefill", "token 1", "token 3")]
+    assert caches == [2 * 12 * 2 * tokens * 768 * 4 for tokens in (64, 65, 67)]
+
+
+def test_several_gpus_hold_their_parts():
+    spec = zoo.describe("gpt2-xl")
+    found = plan(spec, {0: "2GiB", 1: "2GiB", 2: "2GiB"}, dtype="float16", batch=2, context=300)
+    run = dry_run("gpt2-xl", found, 2, 256, 2, "4 x A100-40GB")
+    for share in found.shares:
+        if share.weights:
+            assert run.timeline(share.device).at_peak()["weights"] == pytest.approx(share.weights, rel=0.01)
+    used = {share.device for share in found.shares if share.weights}
+    assert set(run.peak_allocated) == used and run.fits
+    alone = dry_run("gpt2-xl", None, 2, 256, 2, "A100-40GB", dtype="float16")
+    assert sum(run.peak_allocated.values()) < alone.peak_allocated[0] + len(used) * GiB
+    copies = [operation for operation in run.operations if operation.source.startswith("cuda")]
+    assert copies and {operation.source for operation in copies} <= {f"cuda:{i}" for i in used}
+
+
+LAYERS = 12
+GPT2 = {"transformer.wte": 0, "transformer.wpe": 0, "transformer.ln_f": 0, "lm_head": 0, "transformer.drop": 0}
+
+
+def half(away):
+    return {**GPT2, **{f"transformer.h.{i}": away if i % 2 else 0 for i in range(LAYERS)}}
+
+
+@pytest.mark.parametrize("away", ["cpu", "disk"])
+def test_weights_that_travel_are_held_in_slots(away):
+    block = 7_087_872 * 4  # of GPT-2 in float32
+    whole = dry_run("gpt2", None, 1, 64, 2, "T4", dtype="float32")
+    run = dry_run("gpt2", half(away), 1, 64, 2, "T4", dtype="float32")
+    parts = run.timeline().at_peak()
+    assert parts["slots"] == pytest.approx(2 * block, rel=0.001)
+    gone = whole.timeline().at_peak()["weights"] - parts["weights"]
+    assert gone == pytest.approx(6 * block, rel=0.001)
+    assert parts["KV cache"] == whole.timeline().at_peak()["KV cache"]
+    three = dry_run("gpt2", half(away), 1, 64, 2, "T4", dtype="float32", slots=3)
+    assert three.timeline().at_peak()["slots"] == pytest.approx(3 * block, rel=0.001)
+
+
+def test_weights_that_travel_take_the_time_of_the_link():
+    whole = dry_run("gpt2", None, 1, 8, 3, "T4", dtype="float32")
+    run, disk = (dry_run("gpt2", half(away), 1, 8, 3, "T4", dtype="float32") for away in ("cpu", "disk"))
+    moved = sum(o.bytes for o in run.operations[run.steps[1][1] : run.steps[2][1]] if o.name == "fill")
+    assert moved == pytest.approx(6 * 7_087_872 * 4, rel=0.001), "each token brings each block once"
+    link = moved / run.rates["cuda:0"].link
+    assert max(link, whole.seconds["token"]) <= run.times[2].seconds <= link + whole.seconds["token"]
+    assert disk.times[2].seconds == pytest.approx(moved / disk.rates["cuda:0"].disk, rel=0.2)
+    assert disk.times[2].bottleneck == "disk"
+    lanes = {span.lane for span in run.spans}
+    assert lanes == {"python", "cuda:0", "copy to cuda:0"}
+    for lane in lanes:
+        spans = [span for span in run.spans if span.lane == lane]
+        assert all(a.end <= b.start + 1e-12 for a, b in zip(spans, spans[1:])), "one thing at a time"
+
+
+def test_everything_away_and_nothing_on_a_gpu():
+    run = dry_run("gpt2", {"": "cpu"}, 1, 16, 1, "T4", dtype="float32")
+    assert run.timeline().at_peak()["weights"] < 100_000 and run.fits
+    assert sum(o.bytes for o in run.operations if o.name == "fill") > 2 * 124e6 * 4 * 0.9
+
+
+def test_blocks_that_stay_on_the_gpu_need_not_travel():
+    every = dry_run("gpt2", {"": "cpu"}, 1, 16, 1, "T4", dtype="float32")
+    some = dry_run("gpt2", {"": "cpu"}, 1, 16, 1, "T4", dtype="float32", resident_memory=6 * 7_087_872 * 4)
+    moved = [sum(o.bytes for o in run.operations if o.name == "fill") for run in (every, some)]
+    kept = some.timeline().at_peak()["weights"] - every.timeline().at_peak()["weights"]
+    assert 0.8 * 6 * 7_087_872 * 4 < kept <= 6 * 7_087_872 * 4 and moved[1] <= moved[0] - 1.9 * kept
+
+
+def test_a_prompt_without_a_cache():
+    with_cache, without = (dry_run("gpt2", None, 1, 64, 0, dtype="float16", cache=flag) for flag in (True, False))
+    assert with_cache.timeline().kinds["KV cache"][-1] == 2 * 12 * 64 * 768 * 2
+    assert without.timeline().kinds["KV cache"][-1] == 0
+
+
+def test_gpus_and_ram_together():
+    places = {**GPT2, **{f"transformer.h.{i}": (0, 1, "cpu")[i // 4] for i in range(LAYERS)}}
+    run = dry_run("gpt2", places, 1, 16, 1, "4 x A100-40GB", dtype="float32")
+    assert set(run.peak_allocated) == {0, 1}
+    assert run.timeline(0).at_peak()["slots"] and not run.timeline(1).at_peak()["slots"]
+
+
+def test_all_logits_cost_memory():
+    last, every = (dry_run("gpt2", None, 4, 512, 0, dtype="float32", all_logits=flag) for flag in (False, True))
+    assert every.peak_allocated[0] - last.peak_allocated[0] > 0.5 * 4 * 512 * 50257 * 4
+
+
+def test_a_longer_prompt_and_a_slower_gpu_take_longer():
+    short, long = (dry_run("llama-2-7b", None, 1, n, 0, "A100-80GB", dtype="float16") for n in (512, 4096))
+    slow = dry_run("llama-2-7b", None, 1, 4096, 0, "T4", dtype="float16")
+    assert short.seconds["prefill"] < long.seconds["prefill"] < slow.seconds["prefill"]
+    assert long.times[0].bottleneck == "cuda:0" and long.tokens_per_second == 0
+
+
+def test_what_was_measured_replaces_what_a_vendor_says():
+    fast = Calibration("m", issue=1e-7, kernel=1e-7, memory=1e14, context=GiB, workspace=MiB, capability=(8, 0))
+    run = dry_run("gpt2", None, 1, 16, 1, "T4", dtype="float32", calibration=fast)
+    plain = dry_run("gpt2", None, 1, 16, 1, "T4", dtype="float32")
+    assert run.seconds["token"] < plain.seconds["token"] / 5
+    assert run.timeline().at_peak()["workspace"] == MiB + MiB, "and cuBLASLt's"
+    assert run.timeline().capacity == GPUS["T4"].memory - GiB
+    assert target_of(GPUS["T4"], fast).capability == (8, 0)
+
+
+def test_a_model_of_your_own(tmp_path):
+    class Net(torch.nn.Module):
+        main_input_name = "pixel_values"
+
+        def __init__(self):
+            super().__init__()
+            self.body = torch.nn.Conv2d(3, 8, 3)
+
+        def forward(self, pixel_values):
+            return self.body(pixel_values).mean()
+
+    with init_empty_weights():
+        net = Net()
+    run = dry_run(net, None, 2)
+    assert run.model == "Net" and run.peak_allocated[0] > 2 * 8 * 222 * 222 * 4
+    again = dry_run(lambda: zoo.empty_model("pygpt"), None, 1, 8)
+    assert again.model == "GPT" and again.fits
+
+
+def test_figures_as_json():
+    data = json.loads(dry_run("pygpt", None, 1, 8, 1).to_json())
+    assert data["devices"]["0"]["peak_allocated"] <= data["devices"]["0"]["peak_reserved"]
+    assert [step["step"] for step in data["times"]] == ["prefill", "token 1"] and data["problem"] == ""
+
+
+def test_what_cannot_be_foretold_is_refused():
+    with pytest.raises(ValueError, match="knows GPUs, 'cpu' and 'disk', not mps"):
+        dry_run("gpt2", {"transformer": 0, "lm_head": "mps"})
+    with pytest.raises(ValueError, match="uses GPU 1, and 1 x RTX 4090 has 1"):
+        dry_run("gpt2", {"": 1}, hardware="1 x RTX 4090")
+    with pytest.raises(ValueError, match="unknown hardware 'RTX 9'"):
+        dry_run("gpt2", hardware="RTX 9")
+    with pytest.raises(ValueError, match="'transformer.wte.weight' has memory"):
+        dry_run(fill(zoo.empty_model("pygpt"), {"": "cpu"}))
+    assert HARDWARE["4 x L4"].gpus[0].capability == (8, 9)

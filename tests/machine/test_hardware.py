@@ -1,0 +1,73 @@
+"""Machines: presets, names of GPUs, and this machine."""
+
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from bigkit import dry_run
+from bigkit.machine.hardware import DISKS, GPUS, HARDWARE, LINKS, Hardware, known_gpu
+from bigkit.machine.ledger import Calibration, Ledger
+from bigkit.units import GiB
+
+
+def test_presets_make_sense():
+    assert {"laptop, no GPU", "Binder", "Colab T4", "1 x RTX 4090", "8 x H200"} <= set(HARDWARE)
+    for name, machine in HARDWARE.items():
+        assert machine.name == name and machine.max_memory()["cpu"] == machine.ram >= GiB
+    for gpu in GPUS.values():
+        assert gpu.bandwidth > 3 * gpu.link and gpu.flops > 1e13 and gpu.link in LINKS.values()
+    assert DISKS["SATA SSD"] < DISKS["NVMe, PCIe 3.0 x4"] < DISKS["NVMe, PCIe 5.0 x4"]
+
+
+@pytest.mark.parametrize(
+    ("name", "memory", "known"),
+    [
+        ("NVIDIA H200", 0, "H200"),
+        ("NVIDIA H100 80GB HBM3", 0, "H100-80GB"),
+        ("NVIDIA A100-SXM4-40GB", 0, "A100-40GB"),
+        ("NVIDIA A100-PCIE-80GB", 0, "A100-80GB"),
+        ("NVIDIA A100", 79 * GiB, "A100-80GB"),
+        ("Tesla T4", 0, "T4"),
+        ("NVIDIA L4", 0, "L4"),
+        ("NVIDIA GeForce RTX 3090", 0, "RTX 3090"),
+        ("NVIDIA L40S", 0, None),
+        ("NVIDIA GeForce RTX 2080 Ti", 0, None),
+    ],
+)
+def test_what_a_driver_calls_a_gpu(name, memory, known):
+    gpu = known_gpu(name, memory)
+    assert (gpu and gpu.name) == known
+
+
+def test_this_machine():
+    machine = Hardware.detect()
+    assert machine.ram > GiB // 4 and machine.disk > 0 and machine.name.startswith("this machine: ")
+    assert len(machine.gpus) == (torch.cuda.device_count() if torch.cuda.is_available() else 0)
+
+
+def test_gpus_of_this_machine_are_described_and_what_was_measured_counts(monkeypatch, tmp_path):
+    about = [
+        SimpleNamespace(name="NVIDIA H200", total_memory=140 * GiB, major=9, minor=0),
+        SimpleNamespace(name="NVIDIA Something New", total_memory=48 * GiB, major=8, minor=9),
+    ]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", about.__getitem__)
+    machine = Hardware.detect()
+    monkeypatch.undo()
+    assert [gpu.memory // GiB for gpu in machine.gpus] == [140, 48] and "H200, NVIDIA Something" in machine.name
+    assert machine.gpus[0].flops == GPUS["H200"].flops and machine.gpus[1].capability == (8, 9)
+    monkeypatch.setenv("BIGKIT_LEDGER", str(tmp_path / "ledger.json"))
+    plain = dry_run("pygpt", None, 1, 8, 1, machine)
+    Ledger.load().add(Calibration("here", gpu="NVIDIA H200", issue=1e-3, context=GiB))
+    measured = dry_run("pygpt", None, 1, 8, 1, machine)
+    assert measured.seconds["token"] > 20 * plain.seconds["token"]
+    assert measured.timeline().capacity == 139 * GiB
+
+
+def test_hardware_needs_no_torch():
+    code = "import bigkit.machine.hardware, sys; print('torch' in sys.modules)"
+    assert subprocess.check_output([sys.executable, "-c", code], text=True) == "False\n"

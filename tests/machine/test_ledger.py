@@ -1,0 +1,103 @@
+"""The ledger: kept whole, read back, and refused when it is none."""
+
+import json
+from dataclasses import asdict
+from multiprocessing import get_context
+
+import pytest
+
+from bigkit.machine.ledger import Calibration, Ledger, ledger_path
+from bigkit.measure.calibrate import calibrate
+
+
+def test_what_is_measured_is_found_again(tmp_path, monkeypatch):
+    monkeypatch.setenv("BIGKIT_LEDGER", str(tmp_path / "deep" / "ledger.json"))
+    found = calibrate(folder=tmp_path, quick=True)
+    assert list(tmp_path.glob("bigkit-calibrate*")) == [], "the test file is gone"
+    again = Ledger.load()
+    assert again.calibrations == {found.machine: found} and again.path == ledger_path()
+    assert found.disk_warm > 1e6 and found.host_memory > 1e8 and 1e-7 < found.issue < 1e-2
+    assert found.disk_readers > 1e6 and found.gather > 1e6
+    assert all(rate > 1e6 for rows in found.products.values() for _, rate in rows)
+    calibrate(folder=tmp_path, quick=True)
+    assert len(Ledger.load().calibrations) == 1
+
+
+def test_a_calibration_of_an_older_form_is_read(tmp_path):
+    new = asdict(Calibration("a", issue=1e-5))
+    old = {name: value for name, value in new.items() if name not in ("gather", "grouped", "disk_readers")}
+    assert Calibration.from_json(json.loads(json.dumps(old))) == Calibration("a", issue=1e-5)
+
+
+def test_several_machines_and_runs(tmp_path):
+    ledger = Ledger.load(tmp_path / "ledger.json")
+    assert not ledger.calibrations
+    table = Calibration("a", capability=(9, 0), products={"float16": ((8.0, 1.5),)}, attention=((2.0, 3.0),))
+    ledger.add(table)
+    ledger.add(Calibration("b"))
+    ledger.runs.append({"model": "gpt2"})
+    ledger.save()
+    again = Ledger.load(tmp_path / "ledger.json")
+    assert again.calibrations == {"a": table, "b": Calibration("b")} and again.runs == [{"model": "gpt2"}]
+    assert [path.name for path in tmp_path.iterdir()] == ["ledger.json"]
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", "{}", '{"format": 2}', '{"format": 1, "calibrations": {"a": 1}, "runs": []}']
+)
+def test_what_is_no_ledger_is_refused(tmp_path, text):
+    (tmp_path / "ledger.json").write_text(text)
+    with pytest.raises(ValueError, match="ledger.json is no ledger"):
+        Ledger.load(tmp_path / "ledger.json")
+
+
+def test_a_ledger_is_never_half_written(tmp_path, monkeypatch):
+    ledger = Ledger.load(tmp_path / "ledger.json")
+    ledger.add(Calibration("a"))
+    before = (tmp_path / "ledger.json").read_text()
+    monkeypatch.setattr("os.replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        ledger.add(Calibration("b"))
+    assert (tmp_path / "ledger.json").read_text() == before and json.loads(before)["format"] == 1
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def _adds_runs(path, first):
+    ledger = Ledger.load(path)
+    for i in range(first, first + 10):
+        ledger.add_run({"run": i})
+
+
+def test_writers_at_the_same_time_lose_nothing(tmp_path):
+    path = tmp_path / "ledger.json"
+    Ledger.load(path).add(Calibration("a"))
+    processes = [get_context("spawn").Process(target=_adds_runs, args=(path, first)) for first in (0, 100, 200)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+        assert process.exitcode == 0
+    again = Ledger.load(path)
+    assert sorted(run["run"] for run in again.runs) == [*range(10), *range(100, 110), *range(200, 210)]
+    assert again.calibrations == {"a": Calibration("a")} and [found.name for found in tmp_path.iterdir()] == [path.name]
+
+
+def test_old_runs_go_and_the_file_stays_small(tmp_path, monkeypatch):
+    monkeypatch.setattr("bigkit.machine.ledger.MOST_RUNS", 3)
+    ledger = Ledger.load(tmp_path / "ledger.json")
+    for i in range(5):
+        ledger.add_run({"run": i})
+    assert [run["run"] for run in Ledger.load(ledger.path).runs] == [2, 3, 4]
+
+
+def test_bias_counts_only_what_was_foretold(tmp_path):
+    ledger = Ledger(tmp_path / "ledger.json")
+    ledger.runs += [
+        {"machine": "a", "predicted": {"token": 1.0, "prefill": 2.0}, "measured": {"token": 1.1}},
+        {"machine": "a", "predicted": {"token": 1.0}, "measured": {"token": 1.5}},
+        {"machine": "b", "predicted": {"token": 1.0}, "measured": {"token": 9.0}},
+        {"machine": "a", "predicted": {}, "measured": {"token": 7.0}},
+        {"other": "entry"},
+    ]
+    assert ledger.bias("a") == {"token": (pytest.approx(1.3), 2, 1)}
+    assert ledger.bias()["token"].runs == 3 and "1 of 3 within 15 %" in ledger.explain()

@@ -1,0 +1,105 @@
+"""Times from costs: limits, scaling, and the two lanes."""
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from bigkit.machine.hardware import GPUS
+from bigkit.machine.ledger import Calibration
+from bigkit.machine.roofline import MASKED, ODD, ODD_SHARE, STREAMED, Operation, Rates, rate_at, run_steps
+
+FLAT = Rates(1e12, {"float16": ((1e9, 1e14),)}, ((1e9, 1e14),), issue=1e-5, kernel=1e-6, link=5e10, peer=2e11, disk=2e9)
+
+
+def product(flops=0, size=0, device="cuda:0", issued=1, source=""):
+    return Operation("mm", device, flops, size, "float16", issued, source)
+
+
+def test_one_operation_takes_the_longer_of_its_limits():
+    assert FLAT.seconds(product()) == FLAT.kernel
+    assert FLAT.seconds(product(flops=10**12)) == pytest.approx(0.01, rel=0.01)
+    assert FLAT.seconds(product(flops=10**12, size=10**11)) == pytest.approx(0.1, rel=0.01)
+    assert FLAT.seconds(product(size=10**11)) == pytest.approx(0.1 / STREAMED, rel=0.01)
+    assert FLAT.seconds(product(size=2 * 10**9, source="cpu")) == pytest.approx(10**9 / 5e10)
+    assert FLAT.seconds(product(size=2 * 10**9, source="cuda:1")) == pytest.approx(10**9 / 2e11)
+
+
+def test_gathers_and_products_of_experts_have_rates_of_their_own():
+    rates = replace(FLAT, gather=1e11, grouped=((1e6, 1e13), (1e9, 5e13)))
+    rows = Operation("index", "cuda:0", 0, 10**9, "float16")
+    assert rates.seconds(rows) == pytest.approx(0.01, rel=0.01)
+    assert rates.seconds(replace(rows, name="add")) == FLAT.seconds(rows)
+    experts = Operation("_grouped_mm", "cuda:0", 10**12, 0, "float16", parts=1000)  # 1 GFLOP each
+    assert rates.seconds(experts) == pytest.approx(0.02, rel=0.01)
+    assert FLAT.seconds(experts) == pytest.approx(0.01, rel=0.01)
+    assert rates.seconds(replace(experts, parts=10**6)) == pytest.approx(0.1, rel=0.01)
+
+
+def test_elements_one_by_one_and_masks_have_rates_of_their_own():
+    rates = replace(FLAT, scattered=1e11, joined=1e10, masked=((1e9, 1e13),))
+    added = Operation("add", "cuda:0", 0, 10**6, "float16", scattered=10**9)
+    assert rates.seconds(added) == pytest.approx(0.01, rel=0.01)
+    assert rates.seconds(replace(added, name="cat")) == pytest.approx(0.1, rel=0.01)
+    assert rates.seconds(replace(added, bytes=10**11)) == pytest.approx(0.1 / STREAMED, rel=0.01)
+    attention = Operation("_scaled_dot_product_flash_attention", "cuda:0", 10**12, 0, "float16")
+    assert rates.seconds(replace(attention, name=attention.name + MASKED)) == pytest.approx(0.1, rel=0.01)
+    assert rates.seconds(attention) == FLAT.seconds(replace(attention, name=attention.name + MASKED))
+
+
+def test_products_with_odd_rows_have_a_rate_of_their_own_or_a_share():
+    odd = Operation("mm" + ODD, "cuda:0", 10**12, 0, "bfloat16")
+    assert FLAT.seconds(odd) == pytest.approx(FLAT.seconds(replace(odd, name="mm")) / ODD_SHARE, rel=0.01)
+    measured = replace(FLAT, products={**FLAT.products, "bfloat16" + ODD: ((1e9, 2e13),)})
+    assert measured.seconds(odd) == pytest.approx(0.05, rel=0.01)
+
+
+@given(st.floats(1, 1e20))
+def test_a_rate_lies_between_the_measured_ones(size):
+    table = [(1e3, 5.0), (1e6, 50.0), (1e9, 40.0)]
+    assert 5 <= rate_at(table, size) <= 50
+    for known, rate in table:
+        assert rate_at(table, known) == pytest.approx(rate)
+
+
+def test_python_or_the_gpu_is_what_takes_long():
+    small = [product() for _ in range(100)]
+    large = [product(flops=10**11) for _ in range(100)]  # 1 ms each
+    [step] = run_steps(small, [("prefill", 100)], {"cuda:0": FLAT})
+    assert step.bottleneck == "python" and step.seconds == pytest.approx(100 * 1e-5, rel=0.01)
+    [step] = run_steps(large, [("prefill", 100)], {"cuda:0": FLAT})
+    assert step.bottleneck == "cuda:0" and step.seconds == pytest.approx(0.1, rel=0.01)
+    assert run_steps([], [("prefill", 0)], {"cuda:0": FLAT})[0].seconds == 0
+
+
+def test_two_devices_take_turns():
+    work = [
+        product(10**11),
+        product(size=2 * 10**8, device="cuda:1", source="cuda:0"),
+        product(10**11, device="cuda:1"),
+    ]
+    [step] = run_steps(work, [("prefill", 3)], {"cuda:0": FLAT, "cuda:1": FLAT})
+    assert step.seconds == pytest.approx(1e-3 + 5e-4 + 1e-3, rel=0.02)
+
+
+@given(st.lists(st.tuples(st.integers(0, 10**12), st.integers(0, 10**9)), max_size=20), st.integers(0, 20))
+def test_steps_add_up(costs, cut):
+    work = [product(*cost) for cost in costs]
+    cut = min(cut, len(work))
+    first, second = run_steps(work, [("a", cut), ("b", len(work))], {"cuda:0": FLAT})
+    [whole] = run_steps(work, [("a", len(work))], {"cuda:0": FLAT})
+    assert whole.seconds <= first.seconds + second.seconds + 1e-12  # waiting between steps only costs
+    assert first.busy["cuda:0"] + second.busy["cuda:0"] == pytest.approx(whole.busy["cuda:0"])
+
+
+def test_rates_of_a_vendor_and_of_a_machine():
+    rates = Rates.of_gpu(GPUS["H100-80GB"])
+    assert rates.table("bfloat16") is rates.products["bfloat16"] and rates.table("int8") is rates.products["float32"]
+    measured = Calibration("m", memory=1e12, issue=5e-6, products={"float16": ((1e9, 1e13),)})
+    mixed = Rates.of_calibration(measured, GPUS["T4"])
+    assert mixed.memory == 1e12 and mixed.issue == 5e-6 and mixed.link == Rates.of_gpu(GPUS["T4"]).link
+    more = replace(measured, disk_readers=9e9, disk_warm=3e9, gather=2e11)
+    assert Rates.of_calibration(more, GPUS["T4"]).disk == 9e9 and Rates.of_calibration(more, GPUS["T4"]).gather == 2e11
+    with pytest.raises(ValueError, match="lacks attention, kernel, link, peer, disk: name a GPU"):
+        Rates.of_calibration(measured)

@@ -1,0 +1,135 @@
+"""Advice: what ranks first, what a token waits for, and what would have to change."""
+
+import json
+import os
+import platform
+import time
+from dataclasses import replace
+
+import pytest
+
+from bigkit import advise, describe, dry_run
+from bigkit.machine.hardware import HARDWARE, SPARE, Hardware, machine_of
+from bigkit.machine.ledger import Calibration, Ledger
+from bigkit.model.spec import Attention, ModelSpec, ModuleSpec, TensorSpec
+
+
+def test_what_fits_is_ranked_by_speed_and_then_by_quality():
+    found = advise("llama-2-7b", "1 x RTX 4090")
+    assert found.best.loss == 0, "Python is the limit, so fewer bits gain nothing"
+    assert found.best.bottleneck == "Python" and found.best.plan.offloaded == 0
+    large = advise("llama-2-70b", "1 x RTX 4090")
+    assert large.best.plan.quantization == "nf4-double" and large.best.bottleneck in ("link", "disk")
+    assert [o.token for o in large.options] == sorted(o.token for o in large.options)
+    assert "waits for" in str(large) and len(repr(large)) < 110
+
+
+def test_targets():
+    best = {
+        target: advise("llama-2-70b", "2 x A100-80GB", target=target).best
+        for target in ("quality", "memory", "context")
+    }
+    assert best["quality"].loss == 0
+    assert best["memory"].plan.quantization == "nf4-double"
+    assert best["context"].plan.max_context >= max(
+        option.plan.max_context for option in advise("llama-2-70b", "2 x A100-80GB").options
+    )
+    with pytest.raises(ValueError, match="unknown target 'cheap'"):
+        advise("gpt2", "T4", target="cheap")
+    with pytest.raises(ValueError, match="unknown hardware 'TPU'"):
+        advise("gpt2", "TPU")
+
+
+def test_the_front_is_what_no_other_beats():
+    found = advise("llama-3.1-405b", "8 x H100-80GB")
+    for option in found.options:
+        beaten = any(
+            other.token <= option.token and other.memory <= option.memory and other.loss <= option.loss
+            and (other.token, other.memory, other.loss) != (option.token, option.memory, option.loss)
+            for other in found.options
+        )  # fmt: skip
+        assert option.front != beaten
+    assert found.front and any(option.loss == 0 for option in found.front)
+
+
+def test_nothing_fits_and_why():
+    found = advise("deepseek-v3", "laptop, no GPU")
+    assert found.best is None and found.cures and "nothing fits" in repr(found)
+    assert "Nothing fits." in str(found) and "lacks" in str(found)
+    assert json.loads(found.to_json())["options"] == []
+
+
+def test_bytes_over_the_link_decide():
+    """A model that rests in RAM half: the link's time by hand."""
+    machine = Hardware("small", tuple(HARDWARE["1 x RTX 4090"].gpus), 512 * 2**30, 0)
+    found = advise("llama-2-70b", machine, stored=(None,))
+    option = found.best
+    assert option.waits["link"] == pytest.approx(option.plan.offloaded / (0.87 * machine.gpus[0].link))
+    assert option.token == option.waits["link"] and option.waits["disk"] == 0
+
+
+def test_experts_that_are_not_met_are_not_read():
+    def model(experts):
+        experts_of = ModuleSpec("E", {"w": TensorSpec((64, 10**8), "float16")})
+        block = ModuleSpec("Block", {}, {"mlp": ModuleSpec("Mlp", {}, {"experts": experts_of})})
+        facts = {"num_experts": 64, "experts_per_token": 2, "hidden_size": 8} if experts else {"hidden_size": 8}
+        return ModelSpec(
+            "m", ModuleSpec("Net", {}, {"h": block}), (), ("Block",), (Attention("h", 8),), facts, "module"
+        )
+
+    dense, sparse = (advise(model(experts), "H200", stored=(None,)).best for experts in (False, True))
+    assert sparse.waits["GPU"] == pytest.approx(dense.waits["GPU"] * 2 / 64, rel=0.01)
+    many = advise(model(True), "H200", batch=512, stored=(None,)).best
+    assert many.waits["GPU"] > 0.99 * dense.waits["GPU"]
+
+
+def test_a_dry_run_agrees():
+    """The short formula beside the traced run, for models that fit: within a factor of two."""
+    for name, gpu in (("gpt2-xl", "A100-40GB"), ("qwen3-0.6b", "T4")):
+        told = advise(name, gpu, context=128, stored=(None,)).best
+        run = dry_run(name, None, 1, 128, 1, gpu, dtype=told.plan.dtype)
+        assert 0.5 < told.token / run.seconds["token"] < 2
+
+
+def test_the_largest_models_take_no_time():
+    start = time.process_time()
+    for name in ("deepseek-v3", "llama-3.1-405b", "bloom"):
+        for machine in ("8 x H100-80GB", "1 x RTX 4090", "laptop, no GPU"):
+            advise(describe(name), machine_of(machine))
+    assert time.process_time() - start < 10
+
+
+def calibration(**measured):
+    products = {"float16": ((1e9, 1e14),), "bfloat16": ((1e9, 1e14),), "float32": ((1e9, 1e13),)}
+    return Calibration("a machine, 2 cores", **{"products": products, "issue": 1e-6, **measured})
+
+
+def test_rates_measured_here_are_used_and_said(monkeypatch, tmp_path):
+    monkeypatch.setenv("BIGKIT_LEDGER", str(tmp_path / "ledger.json"))
+    card = replace(machine_of("RTX 4090").gpus[0], name="My GPU")
+    mine = Hardware("this machine: 1 x My GPU", (card,), 512 * 2**30, 0)
+    asked = {"model": "llama-2-70b", "batch": 1, "context": 512, "stored": (None,)}
+    before = advise(hardware=mine, **asked)
+    assert not before.measured and "measured" not in str(before)
+    known = calibration(gpu="My GPU", link_pinned=10e9, memory=9e11, context=2**30)
+    Ledger.load().add(known)
+    after = advise(hardware=mine, **asked)
+    assert after.measured and "bigkit calibrate measured on this machine" in str(after)
+    assert json.loads(after.to_json())["measured"] is True
+    assert after.best.waits["link"] == pytest.approx(after.best.plan.offloaded / 10e9)
+    assert after.best.plan.shares[0].overhead == 2**30 + card.memory // SPARE
+    run = dry_run("gpt2", None, 1, 8, 1, mine, dtype="float16")
+    assert run.rates["cuda:0"].measured and run.rates["cuda:0"].link == 10e9, "a dry run takes the same"
+    assert not advise(hardware="RTX 4090", **asked).measured, "another machine of the same kind was not measured"
+    other = replace(mine, gpus=(replace(card, name="Another GPU"),))
+    assert not advise(hardware=other, **asked).measured
+
+
+def test_a_machine_without_a_gpu_is_measured_too(monkeypatch, tmp_path):
+    monkeypatch.setenv("BIGKIT_LEDGER", str(tmp_path / "ledger.json"))
+    mine = Hardware("this machine: no GPU", (), 64 * 2**30, 10**12)
+    name = f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores"
+    Ledger.load().add(replace(calibration(host_memory=7e9, disk_warm=2e9), machine=name))
+    found = advise("llama-2-7b", mine, 1, 512, stored=(None,))
+    share = found.best.plan.shares[0]
+    assert found.measured and found.best.waits["RAM"] == pytest.approx((share.weights + share.kv_cache) / 7e9)

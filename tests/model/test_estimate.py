@@ -1,0 +1,163 @@
+"""The estimate: to the digit what accelerate counts, and what the article that this project starts from printed."""
+
+import json
+
+import pytest
+
+from bigkit import estimate_memory, zoo
+from bigkit.api import describe
+from bigkit.model.estimate import activation_bytes
+from bigkit.units import format_bytes
+
+ARTICLE = {  # dtype: largest layer, total size, training
+    "bert-base-cased": {
+        "float32": ("84.95 MB", "413.18 MB", "1.61 GB"),
+        "float16": ("42.47 MB", "206.59 MB", "826.36 MB"),
+        "int8": ("21.24 MB", "103.29 MB", "413.18 MB"),
+        "int4": ("10.62 MB", "51.65 MB", "206.59 MB"),
+    },
+    "resnet50.a1_in1k": {"float32": ("9.0 MB", "97.7 MB", "390.78 MB")},
+}
+
+
+def texts(row):
+    return tuple(format_bytes(size, "classic") for size in (row.largest_layer, row.total_size, row.training))
+
+
+def test_the_articles_table():
+    bert = estimate_memory("bert-base-cased")
+    for row in bert.rows:
+        layer, total, training = ARTICLE["bert-base-cased"][row.dtype]
+        assert texts(row)[1:] == (total, training)
+        assert format_bytes(row.largest_module, "classic") == layer  # the word embeddings alone
+    # Transformers now keeps the three embeddings of BERT on one device, which makes them the largest layer.
+    assert texts(bert.rows[0])[0] == "86.47 MB" and bert.largest_layer_name == "embeddings"
+    assert texts(estimate_memory("resnet50.a1_in1k").rows[0]) == ARTICLE["resnet50.a1_in1k"]["float32"]
+    idefics = estimate_memory("HuggingFaceM4/idefics-80b-instruct")
+    assert texts(idefics.rows[0])[0] == "3.02 GB"
+    assert idefics.rows[0].total_size / 2**30 == pytest.approx(297.12, rel=2e-3)
+
+
+@pytest.mark.parametrize("name", zoo.names())
+def test_classic_sizes_are_accelerates(name):
+    from accelerate.utils import calculate_maximum_sizes
+
+    total, (largest, _) = calculate_maximum_sizes(zoo.empty_model(name, base=True))
+    row = estimate_memory(name).rows[0]
+    assert (row.total_size, row.largest_layer) == (int(total), int(largest))
+
+
+MORE = ["albert", "bart", "clip", "deberta-v2", "distilbert", "electra", "falcon", "gpt_neo", "gpt_neox", "gptj",
+        "llama",
+        "mamba", "mpt", "opt", "phi", "qwen2", "qwen2_moe", "roberta", "starcoder2", "swin", "whisper",
+        "xlm-roberta"]  # fmt: skip
+
+
+@pytest.mark.parametrize("model_type", MORE)
+def test_other_classes_of_transformers_too(model_type):
+    from accelerate.utils import calculate_maximum_sizes
+    from transformers import CONFIG_MAPPING, AutoModel
+
+    from bigkit import init_empty_weights
+
+    with init_empty_weights():
+        model = AutoModel.from_config(CONFIG_MAPPING[model_type]())
+    total, (largest, names) = calculate_maximum_sizes(model)
+    found = estimate_memory(model)
+    assert (found.rows[0].total_size, found.rows[0].largest_layer) == (int(total), int(largest))
+    assert found.largest_layer_name in names
+
+
+def test_a_weight_on_a_module_with_children_is_a_layer_too():
+    """Accelerate looks for the largest layer among modules without children alone and overlooks such a weight."""
+    from accelerate.utils import calculate_maximum_sizes
+    from transformers import Wav2Vec2Config, Wav2Vec2Model
+
+    from bigkit import init_empty_weights
+
+    with init_empty_weights():
+        model = Wav2Vec2Model(Wav2Vec2Config())
+    total, (largest, _) = calculate_maximum_sizes(model)
+    found = estimate_memory(model)
+    assert found.largest_layer_name.endswith("parametrizations.weight.original1")
+    assert found.rows[0].largest_layer == 4 * 768 * 48 * 128 > largest
+    assert found.rows[0].total_size == total
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_training_is_what_accelerate_calls_it(dtype):
+    from accelerate.commands.estimate import estimate_training_usage
+
+    row = next(row for row in estimate_memory("bert-base-cased").rows if row.dtype == dtype)
+    total = estimate_memory("bert-base-cased").rows[0].total_size
+    assert row.training == max(estimate_training_usage(total, dtype).values()) and row.trainable
+
+
+def test_what_cannot_be_trained_is_marked():
+    found = estimate_memory("gpt2", dtypes=["bfloat16", "fp8", "int4"])
+    assert [row.trainable for row in found.rows] == [True, False, False]
+    assert [row.dtype for row in found.rows] == ["bfloat16", "float8_e4m3fn", "int4"]
+    assert str(found).count(" *\n") == 2 and "cannot be trained" in str(found)
+
+
+def test_inference_rows_use_true_sizes():
+    found = estimate_memory("llama-2-7b", context=4096, batch=2)
+    row = {row.stored: row for row in found.inference}
+    assert row["bfloat16"].weights == 2 * 6738415616 + 4 * 64  # and the rotary table of 64 float32
+    assert row["bfloat16"].kv_cache == 2 * 2 * 32 * 4096 * 4096 * 2
+    assert row["float32"].kv_cache == 2 * row["bfloat16"].kv_cache
+    linear = 6738415616 - 2 * 32000 * 4096 - 65 * 4096
+    kept = 2 * (2 * 32000 * 4096 + 65 * 4096)
+    assert row["nf4"].weights == pytest.approx(kept + linear * 4.5 / 8, rel=1e-3)
+    assert row["nf4-double"].weights == pytest.approx(kept + linear * 4.126953 / 8, rel=1e-3)
+    assert row["bfloat16"].activations == 2 * (2 * 4096 * (3 * 11008 + 4 * 4096) + 2 * 32000)
+    assert row["nf4"].total == row["nf4"].weights + row["nf4"].kv_cache + row["nf4"].activations
+
+
+def test_activations_match_the_fake_run_of_llama_70b():
+    """Measured on fake devices above the weights: 2564.1 MiB with the KV cache of 22 layers, 8192 tokens."""
+    spec = describe("llama-2-70b")
+    cache = 22 * 2048 * 8192 * 2
+    assert (activation_bytes(spec, 1, 8192) + cache) / 2**20 == pytest.approx(2564.1, rel=0.01)
+
+
+def test_training_rows_add_up():
+    rows = {row.method.split(",")[0]: row for row in estimate_memory("gpt2").training}
+    n = 124439808
+    full = next(row for row in estimate_memory("gpt2").training if row.method == "Adam, float32")
+    mixed = next(row for row in estimate_memory("gpt2").training if "mixed" in row.method)
+    assert (full.gradients, full.optimizer) == (4 * n, 8 * n)
+    assert mixed.weights + mixed.gradients + mixed.optimizer == pytest.approx(16 * n, rel=1e-3)
+    adapters = 16 * 12 * ((768 + 2304) + (768 + 768) + (768 + 3072) + (3072 + 768))
+    assert rows["LoRA r=16"].trained == rows["QLoRA r=16"].trained == adapters
+    assert rows["LoRA r=16"].optimizer == 8 * adapters
+
+
+def test_json_text_and_html_say_the_same():
+    found = estimate_memory("mixtral-8x7b")
+    data = json.loads(found.to_json())
+    assert [row["total_size"] for row in data["rows"]] == [row.total_size for row in found.rows]
+    assert data["rows"][0].keys() >= {"dtype", "largest_layer", "total_size", "training"}
+    for row in found.rows:
+        for text in texts(row):
+            assert text in str(found) and text in found._repr_html_()
+    assert len(repr(found)) < 110
+
+
+def test_a_module_can_be_estimated():
+    import torch
+
+    found = estimate_memory(torch.nn.Sequential(torch.nn.Linear(10, 10), torch.nn.Linear(10, 5)))
+    assert found.rows[0].total_size == 4 * 165 and found.rows[0].largest_layer == 4 * 110
+    assert "not estimated" in str(found)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [({"dtypes": ["float12"]}, "unknown dtype"), ({"batch": 0}, "at least 1"), ({"stored": ["nf5"]}, "unknown")],
+)
+def test_bad_arguments(arguments, says):
+    with pytest.raises(ValueError, match=says):
+        estimate_memory("gpt2", **arguments)
+    with pytest.raises(TypeError, match="expected a model's name"):
+        estimate_memory(7)

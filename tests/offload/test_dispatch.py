@@ -1,0 +1,548 @@
+"""dispatch_model and the calls around it: maps, files, faults."""
+
+import copy
+import errno
+import gc
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import textwrap
+from contextlib import contextmanager
+
+import pytest
+import torch
+from torch import nn
+
+import bigkit
+from bigkit import init_empty_weights
+from bigkit.checkpoints.load import Checkpoint, CheckpointError, load_checkpoint_in_model, read_header, save_model
+from bigkit.offload.dispatch import (
+    cpu_offload,
+    cpu_offload_with_hook,
+    disk_offload,
+    dispatch_model,
+    load_checkpoint_and_dispatch,
+)
+from bigkit.offload.grouping import handles
+from bigkit.offload.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
+from bigkit.offload.stream import Mapped
+from tests.spread import STAND_IN, Net, check_at_rest, same, spread, spread_ways
+
+X = torch.randn(3, 8, generator=torch.Generator().manual_seed(0))
+MIXED = {"scale": "disk", "h.0": 0, "h.1": "cpu", "h.2": "disk", "h.3": 1, "out": "cpu"}
+
+
+def saved(folder, model=None, **options):
+    model = model or Net()
+    save_model(model, folder, **options)
+    return model
+
+
+def empty(*args):
+    with init_empty_weights():
+        return Net(*args)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Maps
+
+
+@pytest.mark.parametrize(
+    "device_map",
+    [
+        {"": 0},
+        {"": "cpu"},
+        {"": "disk"},
+        MIXED,
+        {**MIXED, "h.0": "cuda:0", "h.3": torch.device("cuda:1")},
+        {"scale": "cpu", "h": "disk", "out": 1},
+        {"scale": 1, "h.0": 0, "h.1": "cpu", "h.2.a": "disk", "h.2.b": 1, "h.3.a": "cpu", "h.3.b": 0, "out": 0},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("main", [None, 0, 1, "cpu"])
+def test_maps(device_map, main, tmp_path):
+    model = Net()
+    parts = spread(copy.deepcopy(model), device_map, main_device=main, offload_dir=tmp_path, force_hooks=True)
+    for _ in range(2):
+        assert same(parts(X), model(X))
+    check_at_rest(parts)
+    assert parts.hf_device_map.keys() == device_map.keys()
+    assert set(parts.hf_device_map.values()) <= {0, 1, "cpu", "disk"}
+    assert sum(p.numel() for p in parts.parameters()) == sum(p.numel() for p in model.parameters())
+    assert [name for name, _ in parts.named_parameters()] == [name for name, _ in model.named_parameters()]
+
+
+@pytest.mark.parametrize(
+    ("device_map", "named"),
+    [
+        ({"h": 0, "scale": 0}, "'out'"),
+        ({"h.0": 0, "h.1": 0, "h.2": 0, "out": 0, "scale": 0}, r"'h\.3\.a', 'h\.3\.b'"),
+        ({"": 0, "h.3": 1}, r"places 'h\.3' twice"),
+        ({"h": 0, "scale": 0, "out.weight": 0, "out.bias": 1}, r"'out\.weight', 'out\.bias'"),
+        ({"": 0, "h.7": 1}, r"'h\.7'"),
+        ({"": 0, "head": 1, "tail": 0}, "'head'.*'tail'"),
+        ({}, "no device"),
+    ],
+)
+def test_a_map_that_misses_or_invents_is_refused_with_the_names(device_map, named):
+    model = Net()
+    with pytest.raises(ValueError, match=named):
+        spread(model, device_map)
+    assert not handles(model) and not hasattr(model, "hf_device_map")
+
+
+def test_a_map_that_is_none_is_refused():
+    with pytest.raises(ValueError, match="must map module names to devices, not 'auto'"):
+        dispatch_model(Net(), "auto")
+    with pytest.raises(ValueError, match="device"):
+        spread(Net(), {"": "tpu"})
+
+
+def test_where_weights_rest_and_work(tmp_path):
+    parts = spread(Net(), MIXED, offload_dir=tmp_path)
+    assert type(parts.h[0].a.weight) is nn.Parameter and type(parts.h[3].a.weight) is nn.Parameter
+    assert "rests in RAM" in repr(parts.h[1].a.weight) and "rests on disk" in repr(parts.h[2].b.bias)
+    assert "rests on disk" in repr(parts.scale)
+
+
+def test_one_device_needs_no_hooks():
+    model = spread(Net(), {"": 0})
+    assert not hasattr(model, "_hf_hook") and model.hf_device_map == {"": 0} and model.to("cpu") is model
+    assert hasattr(spread(Net(), {"": 0}, force_hooks=True), "_hf_hook")
+    filled = dispatch_model(empty(), {"": "cpu"}, state_dict=Net().state_dict())
+    assert not filled.scale.is_meta and filled(X).shape == (3, 8)
+
+
+@pytest.mark.parametrize(
+    "move",
+    [lambda m: m.to("cpu"), lambda m: m.half(), lambda m: m.cpu(), lambda m: m.float(), lambda m: m.to(torch.float64)],
+)
+def test_moving_is_refused(move):
+    model = cpu_offload(Net(), 0, stand_in=STAND_IN)
+    with pytest.raises(RuntimeError, match=r"hf_device_map.*remove_hook_from_module"):
+        move(model)
+    whole = remove_hook_from_module(model, recurse=True)
+    assert move(whole) is whole
+
+
+def test_moving_a_part_is_refused_or_does_nothing():
+    model, whole = cpu_offload(Net(), 0, stand_in=STAND_IN), None
+    expected = model(X)
+    with pytest.raises((ValueError, RuntimeError), match="rests"):
+        model.h[0].half()
+    assert same(model(X), expected), whole
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Parameters of dispatch_model
+
+
+def test_state_dict_gives_data_to_an_empty_model(tmp_path):
+    whole = Net()
+    for device_map in (MIXED, {"": "disk"}, {"": 0}):
+        parts = spread(empty(), device_map, state_dict=whole.state_dict(), offload_dir=tmp_path)
+        assert same(parts(X), whole(X))
+    with pytest.raises(ValueError, match="on meta and has no data: load a checkpoint"):
+        spread(empty(), MIXED, offload_dir=tmp_path)
+    with pytest.raises(ValueError, match="on meta and has no data"):
+        spread(empty(), {"": 0})
+
+
+def test_offload_index_of_safetensors_files(tmp_path):
+    whole = saved(tmp_path / "model")
+    file = str(tmp_path / "model" / "model.safetensors")
+    index = {name: {"safetensors_file": file, "weight_name": name, "dtype": "float32"} for name in whole.state_dict()}
+    parts = dispatch_model(empty(), {"": "disk"}, offload_index=index)
+    assert same(parts(X), whole(X)) and "rests on disk" in repr(parts.scale)
+    index["scale"] = {"safetensors_file": file, "weight_name": "scales"}
+    with pytest.raises(ValueError, match="'scale' is 'scales' in .*which lacks it"):
+        dispatch_model(empty(), {"": "disk"}, offload_index=index)
+
+
+def test_offload_index_of_accelerates_dat_files(tmp_path):
+    from accelerate.utils import offload_state_dict
+
+    whole = Net()
+    whole.scalar = nn.Parameter(torch.tensor(3.0))
+    offload_state_dict(tmp_path, whole.state_dict())
+    index = json.loads((tmp_path / "index.json").read_text())
+    parts = empty()
+    parts.scalar = nn.Parameter(torch.empty((), device="meta"))
+    dispatch_model(parts, {"": "disk"}, offload_dir=tmp_path, offload_index=index)
+    assert same(parts(X), whole(X)) and parts.scalar.item() == 3.0
+    assert not list(tmp_path.glob("*.safetensors"))
+
+
+class Buffered(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.BatchNorm1d(8)
+        self.lin = nn.Linear(8, 8)
+        self.register_buffer("kept", torch.ones(8))
+        self.register_buffer("lost", torch.full((8,), 2.0), persistent=False)
+
+    def forward(self, x):
+        self.kept += 1
+        return self.lin(self.norm(x)) + self.kept + self.lost
+
+
+@pytest.mark.parametrize("buffers", [False, True])
+def test_buffers_and_running_statistics(buffers, tmp_path):
+    for way in ({"": "cpu"}, {"": "disk"}):
+        for main, options in ((0, {"stand_in": STAND_IN}), ("cpu", {"force_hooks": True})):
+            whole = nn.Sequential(Buffered(), Buffered())
+            parts = dispatch_model(copy.deepcopy(whole), way, main, offload_dir=tmp_path, offload_buffers=buffers,
+                                   **options)  # fmt: skip
+            away = [handle.weight.name for handle in handles(parts)]
+            if main == 0 or way == {"": "disk"}:
+                assert ("0.kept" in away) == ("1.norm.running_mean" in away) == buffers and "0.lost" not in away
+            for train in (True, True, False):
+                whole.train(train), parts.train(train)
+                assert same(parts(X), whole(X)) and same(parts(X + 1), whole(X + 1))
+            state = parts.state_dict()
+            assert all(torch.equal(state[name], value) for name, value in whole.state_dict().items())
+            assert whole[1].norm.num_batches_tracked == 4 == parts[1].norm.num_batches_tracked
+
+
+def test_skip_keys_reach_every_hook():
+    model = spread(Net(), {"scale": "cpu", "h": "cpu", "out": 0}, skip_keys="past")
+    hooks = [module._hf_hook for module in model.modules() if hasattr(module, "_hf_hook")]
+    assert hooks and all(hook.skip_keys == ("past",) for hook in hooks)
+
+
+def test_preload_module_classes_make_one_unit():
+    model = nn.Sequential(Net(2), nn.Linear(8, 8))
+    plain = spread(copy.deepcopy(model), {"": "cpu"}, main_device=0)
+    whole = spread(copy.deepcopy(model), {"": "cpu"}, main_device=0, preload_module_classes=["Net"])
+    assert {unit.name for unit in handles(whole)[0].streamer.units} == {"0", "1"}
+    assert len(handles(plain)[0].streamer.units) > 2
+    assert same(whole(X), model(X)) and same(plain(X), model(X))
+
+
+def test_resident_memory_spreads_blocks():
+    model = Net(8)
+    block = sum(p.nbytes for p in model.h[0].parameters())
+    parts = spread(copy.deepcopy(model), {"": "cpu"}, main_device=0, resident_memory=4 * block)
+    resident = [i for i in range(8) if type(parts.h[i].a.weight) is nn.Parameter]
+    assert 3 <= len(resident) <= 4 and max(b - a for a, b in zip(resident, resident[1:])) <= 3
+    assert {parts.hf_device_map[f"h.{i}"] for i in resident} == {0} and same(parts(X), model(X))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Dispatching again
+
+
+def test_again_with_other_maps(tmp_path):
+    whole = saved(tmp_path / "model")
+    parts = load_checkpoint_and_dispatch(empty(), tmp_path / "model", {"": "disk"})
+    calls = []
+    hook = ModelHook()
+    hook.pre_forward = lambda module, *args, **kwargs: (calls.append(1), (args, kwargs))[1]
+    add_hook_to_module(parts.h[0], hook, append=True)
+    maps = [{"": "cpu"}, MIXED, {"": "disk"}, {"": 0}, {"scale": 0, "h": 1, "out": "disk"}, {"": 1}, {"": "disk"}]
+    for i, device_map in enumerate(maps):
+        spread(parts, device_map, main_device=0, offload_dir=tmp_path / "rest")
+        assert same(parts(X), whole(X)) and len(calls) == i + 1
+        assert parts.hf_device_map == device_map
+        check_at_rest(parts)
+
+
+def test_what_lies_in_files_is_used_in_place_again(tmp_path):
+    whole = saved(tmp_path / "model", max_shard_size="1KB")
+    parts = load_checkpoint_and_dispatch(empty(), tmp_path / "model", {"": "disk"})
+    for device_map in ({"": "disk"}, dict.fromkeys(MIXED, "disk")):
+        dispatch_model(parts, device_map)
+        assert same(parts(X), whole(X))
+        files = {part.source.path.parent for handle in handles(parts) for part in handle.weight.parts.values()}
+        assert files == {tmp_path / "model"}
+
+
+@pytest.mark.parametrize("bad", [{"h": 0}, {"": "disk"}, {"": "nowhere"}])
+def test_an_error_leaves_the_model_as_it_was(bad, tmp_path):
+    model = Net()
+    for way, parts in spread_ways(model, tmp_path):
+        if bad == {"": "disk"} and "disk" in way:
+            continue
+        before = [id(parameter) for parameter in parts.parameters()], parts.hf_device_map, parts._hf_hook
+        with pytest.raises(ValueError):
+            spread(parts, bad)
+        assert before == ([id(parameter) for parameter in parts.parameters()], parts.hf_device_map, parts._hf_hook)
+        assert same(parts(X), model(X)), way
+        check_at_rest(parts)
+    with pytest.raises(ValueError):
+        spread(model, bad)
+    assert all(type(parameter) is nn.Parameter for parameter in model.parameters())
+
+
+def test_an_old_offload_folder_is_never_mistaken(tmp_path):
+    from accelerate.utils import offload_state_dict
+
+    first, second = Net(), Net()
+    offload_state_dict(tmp_path, first.state_dict())
+    kept = disk_offload(copy.deepcopy(first), tmp_path)
+    parts = disk_offload(copy.deepcopy(second), tmp_path)
+    assert same(parts(X), second(X)) and same(kept(X), first(X))
+
+
+def test_temporary_files_go_with_the_model(tmp_path):
+    saved(tmp_path / "model")
+    rest = tmp_path / "rest"
+    makers = [
+        lambda: disk_offload(Net(), rest),
+        lambda: disk_offload(Net(), rest, 0, stand_in=STAND_IN),
+        lambda: load_checkpoint_and_dispatch(empty(), tmp_path / "model", {"": "disk"}, dtype="float16",
+                                             offload_folder=rest),
+        lambda: load_checkpoint_in_model(m := empty(), tmp_path / "model", {"": "disk"}, rest, torch.bfloat16) and m,
+    ]  # fmt: skip
+    for make in makers:
+        model = make()
+        copied = copy.deepcopy(model)
+        assert list(rest.iterdir())
+        del model
+        gc.collect()
+        if handles(copied):
+            assert copied(X.to(copied.scale.dtype)).shape == (3, 8)
+            spread(copied, {"": "disk"}, main_device=0)
+            assert copied(X.to(copied.scale.dtype)).shape == (3, 8)
+        del copied
+        gc.collect()
+        assert not list(rest.iterdir())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checkpoints
+
+
+@pytest.mark.parametrize("strategy", ["auto", "balanced", "balanced_low_0", "sequential", "exact", MIXED, {"": "disk"}])
+@pytest.mark.parametrize("shards", ["10GB", "1KB"])
+def test_load_and_dispatch(strategy, shards, tmp_path):
+    whole = saved(tmp_path, max_shard_size=shards)
+    parts = load_checkpoint_and_dispatch(
+        empty(), tmp_path, strategy, {0: 2500, 1: 2000, "cpu": "2KiB", "disk": "1GB"}, stand_in=STAND_IN
+    )
+    assert same(parts(X), whole(X)) and len({*parts.hf_device_map.values()}) >= (1 if isinstance(strategy, dict) else 2)
+    check_at_rest(parts)
+
+
+@pytest.mark.parametrize("dtype", ["float16", torch.bfloat16, None])
+def test_load_and_dispatch_with_a_dtype(dtype, tmp_path):
+    whole = saved(tmp_path / "model")
+    wanted = torch.float32 if dtype is None else torch.float16 if dtype == "float16" else dtype
+    for device_map in (MIXED, {"": "disk"}, None):
+        parts = load_checkpoint_and_dispatch(empty(), tmp_path / "model", device_map, dtype=dtype,
+                                             offload_folder=tmp_path / "rest", stand_in=STAND_IN)  # fmt: skip
+        assert {parameter.dtype for parameter in parts.parameters()} == {wanted}
+        assert same(parts(X.to(wanted)), copy.deepcopy(whole).to(wanted)(X.to(wanted)))
+    with pytest.raises(ValueError, match="give an offload_folder"):
+        load_checkpoint_and_dispatch(empty(), tmp_path / "model", {"": "disk"}, dtype=torch.float64)
+
+
+def test_what_does_not_match_is_named(tmp_path):
+    whole = Net()
+    state = whole.state_dict()
+    del state["h.2.a.bias"]
+    torch.save(state, tmp_path / "pytorch_model.bin")
+    for device_map in (MIXED, {"": "disk"}, {"": "cpu"}):
+        with pytest.raises(ValueError, match=r"does not fill Net: missing in the checkpoint: 'h\.2\.a\.bias'"):
+            load_checkpoint_and_dispatch(empty(), tmp_path, device_map, offload_folder=tmp_path, stand_in=STAND_IN)
+        with pytest.raises(CheckpointError, match=r"'h\.2\.a\.bias'"):
+            load_checkpoint_and_dispatch(Net(), tmp_path, device_map, offload_folder=tmp_path, strict=True)
+    with pytest.raises(ValueError, match="unknown device_map 'best'"):
+        load_checkpoint_and_dispatch(empty(), tmp_path, "best")
+    with pytest.raises(FileNotFoundError):
+        load_checkpoint_and_dispatch(empty(), tmp_path / "nothing", "auto")
+
+
+@pytest.mark.parametrize("device_map", [MIXED, {"": "cpu"}, {"": "disk"}], ids=str)
+def test_save_and_load_again(device_map, tmp_path):
+    whole = saved(tmp_path / "model", max_shard_size="1KB")
+    parts = load_checkpoint_and_dispatch(empty(), tmp_path / "model", device_map, stand_in=STAND_IN, main_device=0)
+    with torch.no_grad():
+        parts.scale.mul_(2), whole.scale.mul_(2)
+    for folder, safe in (("new", True), ("pickled", False), ("model", True), ("model", True)):  # over its own files too
+        save_model(parts, tmp_path / folder, "2KB", safe)
+        again = Net()
+        assert load_checkpoint_in_model(again, tmp_path / folder, strict=True).clean
+        assert same(again(X), whole(X)) and same(parts(X), whole(X))
+    check_at_rest(parts)
+
+
+def test_saving_takes_the_memory_of_one_shard(tmp_path):
+    script = textwrap.dedent("""
+        import sys, torch
+        from torch import nn
+        from bigkit import init_empty_weights
+        from bigkit.checkpoints.load import save_model
+        from bigkit.offload.dispatch import load_checkpoint_and_dispatch
+        with init_empty_weights():
+            model = nn.Sequential(*[nn.Linear(1024, 1024) for _ in range(48)])
+        options = {"main_device": 0, "stand_in": {0: "cpu"}} if sys.argv[2] == "slots" else {}
+        load_checkpoint_and_dispatch(model, sys.argv[1], {"": "disk"}, **options)
+        def status(key):
+            return int(next(l for l in open("/proc/self/status") if l.startswith(key)).split()[1]) / 1024
+        open("/proc/self/clear_refs", "w").write("5")
+        start = status("VmRSS")
+        save_model(model, sys.argv[1] + "/new", "20MB")
+        print(status("VmHWM") - start)
+    """)
+    with init_empty_weights():
+        large = nn.Sequential(*[nn.Linear(1024, 1024) for _ in range(48)])
+    save_model(large.to_empty(device="cpu"), tmp_path, "50MB")
+    for kind in ("mapped", "slots"):
+        run = subprocess.run([sys.executable, "-c", script, str(tmp_path), kind], capture_output=True, text=True)
+        assert not run.returncode, run.stderr
+        assert float(run.stdout) < 70, run.stdout  # MB, of 200
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Faults of disks
+
+
+@contextmanager
+def full_disk():
+    """No file may grow beyond 512 bytes: not for a whole test, since pytest writes to a file as well, perhaps."""
+    before, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (512, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+
+
+def test_a_full_disk_leaves_the_model_as_it_was(tmp_path):
+    model, empty_model = Net(), empty()
+    expected = model(X)
+    for one in (model, cpu_offload(copy.deepcopy(model), 0, stand_in=STAND_IN)):
+        message = "could not write weights to .*File too large.*the model is as it was"
+        with pytest.raises(OSError, match=message), full_disk():
+            spread(one, {"": "disk"}, main_device=0, offload_dir=tmp_path)
+        assert same(one(X), expected) and not list(tmp_path.iterdir())
+    assert all(type(parameter) is nn.Parameter for parameter in model.parameters())
+    with pytest.raises(OSError, match="could not write"), full_disk():
+        spread(empty_model, {"": "disk"}, main_device=0, offload_dir=tmp_path, state_dict=model.state_dict())
+    assert all(parameter.is_meta for parameter in empty_model.parameters())
+
+
+def test_a_folder_that_cannot_be_written_to(tmp_path, monkeypatch):
+    model = Net()
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="could not write weights to .*file"):
+        disk_offload(model, tmp_path / "file")
+
+    def refuse(*args, **kwargs):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr("tempfile.NamedTemporaryFile", refuse)
+    with pytest.raises(OSError, match="could not write weights to .*Permission denied"):
+        disk_offload(model, tmp_path)
+    assert model(X).shape == (3, 8) and not handles(model)
+
+
+@pytest.mark.parametrize("options", [{}, {"main_device": 0, "stand_in": STAND_IN}], ids=["mapped", "slots"])
+@pytest.mark.parametrize("fault", ["truncated", "emptied", "rewritten"])
+def test_a_file_that_changes_under_a_model_is_an_error(fault, options, tmp_path):
+    whole = saved(tmp_path)
+    parts = load_checkpoint_and_dispatch(empty(), tmp_path, {"": "disk"}, **options)
+    assert same(parts(X), whole(X))
+    file = tmp_path / "model.safetensors"
+    content = file.read_bytes()
+    file.write_bytes({"truncated": content[:900], "emptied": b"", "rewritten": content[::-1]}[fault])
+    for use in (lambda: parts(X), lambda: parts.scale.clone(), lambda: parts.h[0](X)):
+        try:
+            result = use()
+        except OSError as error:
+            assert str(file) in str(error) and "load the checkpoint again" in str(error)
+        else:  # a slot held it already
+            assert same(result, whole.scale if result.shape == (8,) else whole.h[0](X))
+    with pytest.raises(OSError, match="changed under a model"):
+        parts(X)
+    check_slots = handles(parts)[0].streamer
+    assert not any(check_slots.lent)
+
+
+@pytest.mark.parametrize("options", [{}, {"main_device": 0, "stand_in": STAND_IN}], ids=["mapped", "slots"])
+def test_a_file_that_is_replaced_or_removed_stays_readable(options, tmp_path):
+    whole = saved(tmp_path)
+    parts = load_checkpoint_and_dispatch(empty(), tmp_path, {"": "disk"}, **options)
+    saved(tmp_path, Net())  # another checkpoint, put in place by renaming
+    assert same(parts(X), whole(X))
+    (tmp_path / "model.safetensors").unlink()
+    assert same(parts(X), whole(X)) and same(parts(X), whole(X))
+
+
+def test_models_over_one_file_do_not_see_each_others_edits(tmp_path):
+    whole = saved(tmp_path)
+    models = [load_checkpoint_and_dispatch(empty(), tmp_path, {"": "disk"}) for _ in range(2)]
+    models.append(copy.deepcopy(models[1]))
+    assert all(isinstance(handles(model)[0].streamer, Mapped) for model in models)
+    for model in models[::2]:
+        with torch.no_grad():
+            model.h[1].a.weight.zero_()
+        remove_hook_from_module(model, recurse=True)
+        model.h[2].a.weight.data.zero_()
+        assert not same(model(X), whole(X))
+    assert same(models[1](X), whole(X))
+    assert read_header(tmp_path / "model.safetensors") and len(Checkpoint.open(tmp_path)) == 19
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The short ways
+
+
+def test_cpu_and_disk_offload(tmp_path):
+    model = Net()
+    for way, parts in spread_ways(model, tmp_path):
+        assert len(handles(parts)) == 19 and same(parts(X), model(X)), way
+        whole = remove_hook_from_module(parts, recurse=True)
+        assert not handles(whole) and same(whole(X), model(X)) and type(whole.scale) is nn.Parameter
+        whole.to(torch.float64)
+    parts = cpu_offload(empty(), 0, state_dict=model.state_dict(), stand_in=STAND_IN)
+    assert same(parts(X), model(X))
+    assert bigkit.cpu_offload is cpu_offload and bigkit.disk_offload is disk_offload
+
+
+def test_ties_survive_the_removal_of_hooks(tmp_path):
+    model = Net()
+    model.out.weight = model.h[0].a.weight
+    for way, parts in spread_ways(model, tmp_path):
+        whole = remove_hook_from_module(parts, recurse=True)
+        assert whole.out.weight is whole.h[0].a.weight, way
+
+
+def test_a_chain_of_three_models():
+    """As in a pipeline of diffusers: each works on the device until the next one is called."""
+    models = [nn.Linear(8, 8), Net(2), nn.Linear(8, 8)]
+    chain, hooks = [], []
+    for model in models:
+        model, hook = cpu_offload_with_hook(copy.deepcopy(model), "cpu", hooks[-1] if hooks else None)
+        chain.append(model), hooks.append(hook)
+    for _ in range(2):
+        x = expected = X
+        for i, (model, whole) in enumerate(zip(chain, models)):
+            for _ in range(2):
+                x, expected = model(x), whole(expected)
+            assert same(x, expected)
+            assert [bool(hook.hook.in_ram) for hook in hooks] == [k == i for k in range(3)]
+        hooks[-1].offload()
+        assert not any(hook.hook.in_ram for hook in hooks)
+    with torch.no_grad():
+        chain[0](X)
+        chain[0].weight.mul_(2), models[0].weight.mul_(2)
+    hooks[0].offload()
+    assert same(chain[0](X), models[0](X))
+    hooks[0].remove()
+    assert not hasattr(chain[0], "_hf_hook") and same(chain[0](X), models[0](X))
+
+
+def test_open_files_do_not_grow_with_the_weights(tmp_path):
+    saved(tmp_path / "model", Net(30))
+    before = len(os.listdir("/proc/self/fd"))
+    parts = load_checkpoint_and_dispatch(empty(30), tmp_path / "model", {"": "disk"}, dtype="float16",
+                                         offload_folder=tmp_path)  # fmt: skip
+    parts(X.half())
+    assert len(os.listdir("/proc/self/fd")) <= before + 3

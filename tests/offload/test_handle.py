@@ -1,0 +1,275 @@
+"""Weights that are used or changed while they rest: always what the whole model would have done."""
+
+import copy
+import io
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
+
+from bigkit.offload.dispatch import cpu_offload
+from bigkit.offload.grouping import handles
+from bigkit.offload.handle import Away, AwayParameter
+from tests.spread import STAND_IN, Net, check_at_rest, same, spread_ways
+
+X = torch.randn(3, 8, generator=torch.Generator().manual_seed(0))
+
+
+def weight(model):
+    return model.h[1].a.weight
+
+
+def in_place(model):
+    with torch.no_grad():
+        weight(model).mul_(2)
+
+
+def row(model):
+    with torch.no_grad():
+        weight(model)[0].zero_()
+
+
+def chunks(model):
+    first, second = weight(model).data.chunk(2)
+    first.zero_()
+    second.add_(1)
+
+
+def two_views_of_one_in_one_call(model):
+    torch._foreach_mul_([weight(model).data[0], weight(model).data[1]], 3.0)
+
+
+def out(model):
+    with torch.no_grad():
+        torch.mul(model.h[0].a.weight, 3, out=weight(model))
+
+
+def swap(model):
+    one, two = model.h[1].a, model.h[2].b
+    one.weight, two.weight = two.weight, one.weight
+
+
+def tie_and_edit(model):
+    model.h[1].a.weight = model.h[2].a.weight
+    model.h[2].a.weight.data.add_(1)
+
+
+def init(model):
+    torch.manual_seed(1)
+    nn.init.normal_(weight(model))
+    nn.init.zeros_(model.h[2].b.bias)
+
+
+def optimizer_step(model):
+    model.zero_grad()
+    for parameter in model.parameters():
+        parameter.data.add_(torch.full(parameter.shape, 0.1), alpha=-0.5)
+
+
+def new_layer(model):
+    model.h[1].a = nn.Linear(8, 8)
+    nn.init.ones_(model.h[1].a.weight)
+    nn.init.zeros_(model.h[1].a.bias)
+
+
+def swap_blocks(model):
+    model.h[1], model.h[2] = model.h[2], model.h[1]
+
+
+def remove_block(model):
+    del model.h[2]
+
+
+def vector(model):
+    vector_to_parameters(parameters_to_vector(model.parameters()) * 2, model.parameters())
+
+
+def load(model):
+    model.load_state_dict({name: torch.full(value.shape, 0.1) for name, value in model.state_dict().items()})
+
+
+def assign(model):
+    state = {name: torch.full(value.shape, 0.1) for name, value in model.state_dict().items()}
+    model.load_state_dict(state, assign=True)
+
+
+EDITS = {
+    "in place": in_place,
+    "through .data": lambda model: weight(model).data.mul_(2),
+    "new .data": lambda model: setattr(weight(model), "data", torch.ones(8, 8)),
+    "own .data, transposed": lambda model: setattr(weight(model), "data", weight(model).data.t().contiguous()),
+    "a row": row,
+    "an element": lambda model: weight(model).data.__setitem__((1, 2), 5.0),
+    "a masked part": lambda model: weight(model).data.__setitem__(weight(model).data > 0, 0.5),
+    "a view of a view": lambda model: weight(model).data.view(-1)[3:9].mul_(2),
+    "transposed": lambda model: weight(model).data.T.mul_(torch.arange(8.0)),
+    "what float() gave": lambda model: weight(model).data.float().mul_(2),
+    "what cpu() gave": lambda model: weight(model).data.cpu().mul_(2),
+    "two halves": chunks,
+    "views in one call": two_views_of_one_in_one_call,
+    "out=": out,
+    "new parameter": lambda model: setattr(model.h[1].a, "weight", nn.Parameter(torch.ones(8, 8))),
+    "no bias": lambda model: setattr(model.h[1].a, "bias", None),
+    "other shape": lambda model: setattr(model.h[1].a, "bias", nn.Parameter(torch.ones(1))),
+    "swapped weights": swap,
+    "tied later": tie_and_edit,
+    "init": init,
+    "gradient step": optimizer_step,
+    "new layer": new_layer,
+    "swapped blocks": swap_blocks,
+    "removed block": remove_block,
+    "extra parameter": lambda model: model.h[1].register_parameter("extra", nn.Parameter(torch.ones(2))),
+    "foreach": lambda model: torch._foreach_mul_([parameter.data for parameter in model.parameters()], 2.0),
+    "vector": vector,
+    "load_state_dict": load,
+    "load_state_dict, assign": assign,
+}
+
+
+@pytest.mark.parametrize("edit", EDITS.values(), ids=EDITS)
+def test_an_edit_between_forwards_counts(edit, tmp_path):
+    torch.manual_seed(0)
+    model = Net()
+    for run_before in (False, True):
+        whole = copy.deepcopy(model)
+        edit(whole)
+        expected = whole(X)
+        for way, parts in spread_ways(model, tmp_path):
+            if run_before:
+                parts(X)
+            edit(parts)
+            for _ in range(3):
+                assert same(parts(X), expected), (way, run_before)
+            check_at_rest(parts)
+
+
+def test_a_parameter_that_is_replaced_takes_its_place_in_ram(tmp_path):
+    for _, model in spread_ways(Net(), tmp_path):
+        model.h[1].a.weight = nn.Parameter(torch.ones(8, 8), requires_grad=False)
+        model(X)
+        assert isinstance(weight(model), AwayParameter) and not weight(model).requires_grad
+        assert torch.equal(weight(model).clone(), torch.ones(8, 8))
+
+
+def test_questions_are_answered_without_data(tmp_path):
+    model = cpu_offload(Net(), 0, stand_in=STAND_IN)
+    handle = weight(model)
+    asked = []
+    handle.streamer.load = lambda *given: asked.append(given)  # nothing may ask for the data
+    assert handle.shape == (8, 8) and handle.dtype == torch.float32 and handle.device == torch.device("cpu")
+    assert handle.numel() == 64 and len(handle) == 8 and handle.nbytes == 256 and not handle.is_meta
+    assert handle.requires_grad and handle.is_leaf and handle.grad is None and isinstance(handle, nn.Parameter)
+    assert handle.is_contiguous() and handle.stride() == (8, 1) and handle.is_floating_point()
+    assert {handle: 1}[handle] == 1 and "rests in RAM" in repr(handle)
+    assert sum(parameter.numel() for parameter in model.parameters()) == Net().scale.numel() + 9 * 72
+    model.state_dict()
+    assert not asked
+
+
+def test_weights_used_elsewhere_than_in_their_module(tmp_path):
+    class Inside(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.lin = nn.Linear(8, 8)
+
+        def forward(self, x):
+            return F.linear(x, self.lin.weight) + self.lin.bias
+
+    class Across(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = Inside(), Inside()
+            self.alone = nn.Linear(8, 8)
+
+        def forward(self, x):
+            x = self.second(self.first(x)) @ self.first.lin.weight.T  # another block's
+            return F.linear(x, self.alone.weight[:4]) + torch.cat([self.second.lin.bias, self.alone.bias])[2:6]
+
+    model = Across()
+    for way, parts in spread_ways(model, tmp_path):
+        assert same(parts(X), model(X)) and same(parts(X), model(X)), way
+        assert same(F.linear(X, parts.alone.weight), F.linear(X, model.alone.weight)), way
+        check_at_rest(parts)
+
+
+def test_values_come_out(tmp_path):
+    model = Net()
+    for way, parts in spread_ways(model, tmp_path):
+        handle, real = parts.scale, model.scale
+        assert handle.tolist() == real.tolist() and handle[3].item() == real[3].item(), way
+        assert np.array_equal(handle.detach().numpy(), real.detach().numpy())
+        assert torch.equal(torch.stack([handle, handle]), torch.stack([real, real]))
+        assert (handle == real).all() and bool(handle.sum() == real.sum())
+        with pytest.raises(ValueError, match="read-only"):
+            handle.detach().numpy()[0] = 1
+        assert handle.detach().load().device.type == "cpu"
+
+
+def test_state_dict_is_a_snapshot_once_copied_or_saved(tmp_path):
+    model = Net()
+    for way, parts in spread_ways(model, tmp_path):
+        snapshot, file = copy.deepcopy(parts.state_dict()), io.BytesIO()
+        torch.save(parts.state_dict(), file)
+        in_place(parts)
+        file.seek(0)
+        loaded = torch.load(file, weights_only=True)  # plain tensors, no handles
+        for name, value in model.state_dict().items():
+            assert torch.equal(loaded[name], value) and torch.equal(snapshot[name], value), (way, name)
+            assert type(snapshot[name]) is torch.Tensor
+        parts.load_state_dict(snapshot)
+        assert same(parts(X), model(X))
+
+
+def test_requires_grad_can_be_switched(tmp_path):
+    for way, parts in spread_ways(Net(), tmp_path):
+        assert parts(X).requires_grad
+        parts.requires_grad_(False)
+        assert not parts(X).requires_grad and not any(p.requires_grad for p in parts.parameters()), way
+        parts.h[3].a.weight.requires_grad = True
+        assert parts(X).requires_grad and not parts.h[0](X).requires_grad
+
+
+def test_copies_are_independent(tmp_path):
+    model = Net()
+    for way, parts in spread_ways(model, tmp_path):
+        parts(X)
+        buffer = io.BytesIO()
+        torch.save(parts, buffer)
+        buffer.seek(0)
+        copies = [copy.deepcopy(parts), pickle.loads(pickle.dumps(parts)), torch.load(buffer, weights_only=False)]
+        changed = copy.deepcopy(model)
+        in_place(changed)
+        for other in copies:
+            assert same(other(X), model(X)), way
+            in_place(other)
+            assert same(other(X), changed(X)) and same(parts(X), model(X)), way
+            check_at_rest(other)
+        in_place(parts)
+        row(parts)
+        for other in copies:
+            assert same(other(X), changed(X)) and len(handles(other)) == len(handles(parts)), way
+
+
+def test_a_copied_handle_and_a_view(tmp_path):
+    parts = cpu_offload(Net(), 0, stand_in=STAND_IN)
+    view = weight(parts).data[2:4]
+    assert isinstance(view, Away) and isinstance(copy.deepcopy(weight(parts)), AwayParameter)
+    expected = view.clone() + 1
+    view += 1
+    assert torch.equal(weight(parts)[2:4], expected) and torch.equal(view.clone(), expected)
+    with pytest.raises(RuntimeError, match=r"view of 'h\.1\.a\.weight'"):
+        view.data = torch.zeros(2, 8)
+    with pytest.raises(ValueError, match=r"'h\.1\.a\.weight' rests as \(8, 8\)"):
+        weight(parts).data = torch.zeros(3)
+
+
+def test_a_leaf_that_requires_grad_is_not_written_to_outside_no_grad():
+    for model in (Net(), cpu_offload(Net(), 0, stand_in=STAND_IN)):
+        with pytest.raises(RuntimeError, match="leaf"):
+            weight(model).mul_(2)
+        with pytest.raises(RuntimeError, match="leaf"):
+            weight(model)[0].zero_()

@@ -1,0 +1,210 @@
+"""Resting places: slabs, files, the parts of weights and the moves that bring them."""
+
+import copy
+import gc
+import os
+import pickle
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+from torch import nn
+
+from bigkit.checkpoints.load import Form, read_header, write_file
+from bigkit.offload import weights as store
+from bigkit.offload.weights import ALIGN, Part, Slab, Source, Unit, Weight, open_source, part_of, rest_in_ram
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float64, torch.int64, torch.bool, torch.uint8, torch.float8_e4m3fn]
+
+
+def bytes_of(tensor):
+    return tensor.contiguous().reshape(-1).view(torch.uint8).clone()
+
+
+def random(shape, dtype):
+    return torch.randint(0, 2, shape).to(dtype)
+
+
+def unit_of(tensors, sources=None):
+    module = nn.Module()
+    weights = [
+        Weight(f"w{i}", nn.Parameter(torch.empty_like(t, device="meta"), False), [(module, f"w{i}", False)],
+               {"": part_of(t)})
+        for i, t in enumerate(tensors)
+    ]  # fmt: skip
+    return Unit("unit", module, weights)
+
+
+SHAPES = st.lists(st.lists(st.integers(0, 4), max_size=3), min_size=1, max_size=6)
+
+
+@given(SHAPES, st.data())
+def test_what_is_laid_into_a_slab_comes_out_of_a_slot(shapes, data):
+    tensors = []
+    for shape in shapes:
+        tensor = random(shape, data.draw(st.sampled_from(DTYPES)))
+        tensors.append(tensor.permute(data.draw(st.permutations(range(tensor.dim())))))
+    unit = unit_of(tensors)
+    rest_in_ram(unit, [{"": tensor} for tensor in tensors], pin=False)
+    slot = torch.full((unit.nbytes,), 255, dtype=torch.uint8)
+    for move in unit.moves():
+        slot[move.offset : move.offset + move.nbytes] = move.slab.bytes[move.at : move.at + move.nbytes]
+    assert len(unit.moves()) <= 1  # a slab is laid out as the slot is: one copy
+    for weight, tensor in zip(unit.weights, tensors):
+        assert weight.parts[""].offset % ALIGN == 0
+        for found in (weight.over(slot), weight.load()):
+            assert found.dtype == tensor.dtype and found.shape == tensor.shape
+            assert torch.equal(bytes_of(found), bytes_of(tensor))
+            assert found.stride() == tensor.stride() or 1 in tensor.shape or not tensor.numel()
+
+
+@given(shapes=SHAPES, data=st.data())
+def test_what_lies_in_a_file_comes_out_of_as_few_reads_as_there_are_stretches(shapes, data, tmp_path_factory):
+    tensors = {f"w{i}": random(shape, data.draw(st.sampled_from(DTYPES))) for i, shape in enumerate(shapes)}
+    folder = tmp_path_factory.mktemp("file")
+    if data.draw(st.booleans()):
+        save_file(tensors, file := folder / "a.safetensors")
+    else:
+        forms = {name: Form(tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
+        written, _ = write_file(folder, forms, tensors.__getitem__)
+        file = written.path
+    header, source = read_header(file), open_source(file).private()
+    unit = unit_of(list(tensors.values()))
+    for weight in unit.weights:
+        part = weight.parts[""]
+        part.source, part.at = source, header[weight.name].offset
+    unit.weights.sort(key=Weight.order)
+    slot = torch.full((unit.nbytes,), 255, dtype=torch.uint8)
+    for move in unit.moves():
+        raw = bytearray(move.nbytes)
+        source.read(memoryview(raw), move.at)
+        for part in move.parts:
+            start = part.at - move.at
+            slot[part.offset : part.offset + part.nbytes] = torch.tensor(list(raw[start : start + part.nbytes]),
+                                                                         dtype=torch.uint8)  # fmt: skip
+    assert len(unit.moves()) <= 1
+    for weight in unit.weights:
+        for found in (weight.over(slot), weight.load()):
+            assert found.dtype == tensors[weight.name].dtype
+            assert torch.equal(bytes_of(found), bytes_of(tensors[weight.name]))
+
+
+def test_a_tensor_that_starts_between_two_elements(tmp_path):
+    path = tmp_path / "raw"
+    path.write_bytes(b"x" + bytes_of(torch.arange(5.0)).numpy().tobytes())
+    part = Part((5,), (1,), torch.float32, at=1, source=open_source(path))
+    assert torch.equal(part.on_cpu(), torch.arange(5.0))
+
+
+def test_parts_keep_dense_strides_and_close_holes():
+    for tensor in (torch.randn(3, 4).t(), torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last)):
+        assert part_of(tensor).stride == tensor.stride()
+    for tensor in (torch.randn(4, 6)[:, ::2], torch.randn(1, 4).expand(3, 4), torch.randn(6)[::3]):
+        assert part_of(tensor).stride == tensor.contiguous().stride()
+        assert part_of(tensor).nbytes == tensor.numel() * 4
+
+
+def test_moves_follow_what_rests_elsewhere_now():
+    tensors = [torch.randn(10) for _ in range(3)]
+    unit = unit_of(tensors)
+    rest_in_ram(unit, [{"": tensor} for tensor in tensors], pin=False)
+    assert len(unit.moves()) == 1
+    unit.weights[1].parts[""].slab = Slab(40)
+    unit.weights[1].parts[""].at = 0
+    assert len(unit.moves()) == 1
+    unit.forget_moves()
+    assert [len(move.parts) for move in unit.moves()] == [1, 1, 1] and unit.rests_in() == "cpu"
+
+
+def test_keep_refuses_another_form():
+    unit = unit_of([torch.randn(2, 3)])
+    rest_in_ram(unit, [{"": torch.zeros(2, 3)}], pin=False)
+    for wrong in (torch.zeros(3, 2), torch.zeros(2, 3, dtype=torch.float64)):
+        with pytest.raises(ValueError, match=r"'w0' rests as \(2, 3\) torch.float32 and cannot become"):
+            unit.weights[0].keep(wrong)
+    unit.weights[0].keep(torch.ones(3, 2).t())
+    assert unit.weights[0].load().sum() == 6
+
+
+def test_a_file_is_never_written_to(tmp_path):
+    save_file({"w0": torch.ones(4, 4)}, path := tmp_path / "a.safetensors")
+    before = path.read_bytes()
+    unit = unit_of([torch.ones(4, 4)])
+    part = unit.weights[0].parts[""]
+    part.source, part.at = open_source(path).private(), read_header(path)["w0"].offset
+    with torch.no_grad():
+        unit.weights[0].load().zero_()
+    unit.weights[0].keep(torch.full((4, 4), 2.0))
+    assert part.source is None and unit.weights[0].load().sum() == 32 and path.read_bytes() == before
+
+
+def test_sources_are_shared_private_and_closed(tmp_path):
+    path = tmp_path / "file"
+    path.write_bytes(bytes(10000))
+    one, other = open_source(path), open_source(tmp_path / "." / "file")
+    links = [os.path.realpath(f"/proc/self/fd/{number}") for number in os.listdir("/proc/self/fd")]
+    assert one is other and links.count(str(path)) == 1
+    private = one.private()
+    torch.frombuffer(private.mapped(), dtype=torch.uint8)[:] = 7
+    assert one.mapped()[0] == 0 and path.read_bytes()[0] == 0 and copy.deepcopy(private).mapped()[0] == 0
+    again = pickle.loads(pickle.dumps(private))
+    assert again.identity == one.identity
+    private.check()
+    path.write_bytes(bytes(9999))
+    for source in (one, private):
+        with pytest.raises(OSError, match="changed under a model"):
+            source.check()
+    with pytest.raises(OSError, match="has changed since weights of a model were left in it"):
+        pickle.loads(pickle.dumps(private))
+    with pytest.raises(OSError, match="shorter than when it was opened: nothing at byte 9999"):
+        one.read(memoryview(bytearray(10)), 9995)
+    assert open_source(path) is not one
+    with pytest.raises(OSError):
+        Source(tmp_path / "nothing")
+    del one, other, private, again, source
+    gc.collect()
+    assert str(path) not in [os.path.realpath(f"/proc/self/fd/{number}") for number in os.listdir("/proc/self/fd")]
+
+
+def test_slabs_copy_and_pickle():
+    slab = Slab(100)
+    slab.bytes.copy_(torch.arange(100, dtype=torch.uint8))
+    for other in (copy.deepcopy(slab), pickle.loads(pickle.dumps(slab))):
+        assert torch.equal(other.bytes, slab.bytes) and other.bytes.data_ptr() != slab.bytes.data_ptr()
+    assert Slab(0).bytes.numel() == 0 and not slab.pinned
+
+
+def test_pinning_keeps_to_the_control_group(monkeypatch):
+    monkeypatch.setattr(store, "ram_limit", lambda: 1000)
+    assert store._may_pin(900) and not store._may_pin(901)
+    store._count_pinned(500)
+    assert store._may_pin(400) and not store._may_pin(401)
+    store._count_pinned(-500)
+    monkeypatch.undo()
+    import psutil
+
+    assert 0 < store.ram_limit() <= psutil.virtual_memory().total
+
+
+def test_written_files_are_what_safetensors_reads(tmp_path):
+    from safetensors.torch import load_file
+
+    tensors = {"a": torch.randn(3), "flag": torch.tensor(True), "empty": torch.empty(0, 2),
+               "half": torch.randn(5).half(), "ü": torch.arange(3, dtype=torch.uint8)}  # fmt: skip
+    forms = {name: Form(tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
+    written, stored = write_file(tmp_path / "new" / "folder", forms, tensors.__getitem__)
+    assert all(torch.equal(value, tensors[name]) for name, value in load_file(written.path).items())
+    assert (
+        all(where.offset % where.dtype.itemsize == 0 for where in stored.values()) and stored.keys() == tensors.keys()
+    )
+
+    def broken(name):
+        raise OSError("read error")
+
+    with pytest.raises(OSError, match="could not write weights to .*read error"):
+        write_file(tmp_path / "other", forms, broken)
+    assert not list((tmp_path / "other").iterdir())
+    del written
+    assert not list((tmp_path / "new" / "folder").iterdir())

@@ -1,0 +1,98 @@
+"""`DryRunExplorer` and its picture: what turning a control does."""
+
+import json
+import re
+
+import pytest
+
+from bigkit import dry_run
+from bigkit.draw.canvas import svg
+from bigkit.draw.dryrun import dryrun_figure, dryrun_label, dryrun_text, merge
+from bigkit.machine.roofline import Span
+from bigkit.widgets import DryRunExplorer, dryrun_explorer
+
+
+@pytest.fixture(scope="module")
+def explorer():
+    return DryRunExplorer("gpt2", "T4", batch=1, prompt=64, new=1, dtype="float16")
+
+
+def test_controls_change_what_is_shown(explorer):
+    explorer.reset()
+    first, picture = explorer.run, explorer.picture.value
+    assert re.match(r"DryRunExplorer\(gpt2, 1 x T4, 1 x 64\+1: fits, peak \d\.\d\d GiB\)", repr(explorer))
+    explorer.batch.value = 8
+    assert explorer.run.peak_allocated[0] > first.peak_allocated[0] and explorer.picture.value != picture
+    assert 'role="img"' in picture and "aria-label" in picture and "GPU 0" in picture
+    explorer.reset()
+    assert explorer.run is first, "what was rehearsed once is not rehearsed again"
+
+
+def test_a_link_changes_time_and_no_memory():
+    slow = DryRunExplorer("gpt2-xl", "T4", batch=1, prompt=16, new=1)
+    before = slow.run.seconds["token"]
+    slow.link.value = "PCIe 5.0 x16"
+    assert "PCIe 5.0" in slow.run.hardware and slow.run.seconds["token"] <= before
+    slow.count.value = 2
+    assert set(slow.run.peak_allocated) == {0, 1} and "It fits." in slow.verdict.value
+
+
+def test_what_goes_wrong_is_said_and_the_picture_stays(explorer):
+    explorer.reset()
+    picture = explorer.picture.value
+    explorer.model.value = "no-such-model-at-all"
+    assert 'role="alert"' in explorer.error.value and explorer.picture.value == picture
+    explorer.reset()
+    assert explorer.error.value == ""
+
+
+def test_code_and_export_give_the_same_run(explorer, tmp_path):
+    explorer.reset()
+    explorer.link.value = "PCIe 5.0 x16"
+    space = {}
+    exec(explorer.to_code(), space)
+    assert space["hardware"] == explorer.hardware
+    assert space["run"].peak_reserved == explorer.run.peak_reserved and space["run"].seconds == explorer.run.seconds
+    data = json.loads(explorer.export(tmp_path / "run.json").read_text())
+    assert data["devices"]["0"]["peak_reserved"] == explorer.run.peak_reserved[0]
+    assert explorer.export(tmp_path / "run.svg").read_text().startswith("<svg")
+
+
+def test_presets_set_the_controls(explorer):
+    explorer.preset.value = "gpt2-xl on a T4"
+    assert (explorer.model.value, explorer.batch.value, explorer.prompt.value) == ("gpt2-xl", 4, 256)
+    assert explorer.run.model == "gpt2-xl"
+    explorer.reset()
+    assert explorer.run.model == "gpt2" and explorer.preset.value == ""
+    explorer.preset.value = "opt-13b on a T4, half in RAM"
+    assert explorer.run.fits and 0.4 < explorer.plan.offloaded / sum(s.weights for s in explorer.plan.shares) < 0.6
+    explorer.reset()
+
+
+def test_it_says_that_it_works(monkeypatch):
+    explorer = DryRunExplorer("pygpt", "T4", batch=1, prompt=16, new=0)
+    said = []
+    monkeypatch.setattr(dryrun_explorer, "dry_run", lambda *a, **k: said.append(explorer.verdict.value) or 1 / 0)
+    before = explorer.verdict.value
+    explorer.batch.value = 2
+    assert "Rehearsing pygpt" in said[0] and 'role="status"' in said[0]
+    assert "division by zero" in explorer.error.value and explorer.verdict.value == before
+
+
+def test_the_picture_says_what_the_text_says():
+    places = {"transformer.wte": 0, "transformer.wpe": 0, "transformer.drop": 0, "transformer.ln_f": 0, "lm_head": 0}
+    places |= {f"transformer.h.{i}": "cpu" if i % 2 else 0 for i in range(12)}
+    run = dry_run("gpt2", places, 1, 64, 1, "T4", dtype="float16")
+    picture = svg(dryrun_figure(run), dryrun_label(run))
+    assert picture == svg(dryrun_figure(run), dryrun_label(run)), "the same run, the same picture"
+    for word in ("weights", "slots", "KV cache", "activations", "link to GPU 0", "Python", "prefill"):
+        assert word in picture
+    text = dryrun_text(run)
+    assert "slots" in text and "token 1" in text and "tokens/s" in text and text.startswith("gpt2: fits")
+    assert "It fits." in dryrun_label(run)
+
+
+def test_stretches_are_in_order_and_apart():
+    spans = [Span("x", "", i, i + 0.5) for i in range(5)]
+    assert merge(spans, 0.1) == [(i, i + 0.5) for i in range(5)]
+    assert merge(spans, 0.6) == [(0, 4.5)] and merge([], 1) == []
