@@ -38,7 +38,9 @@ import torch
 from torch import nn
 
 from bigkit import init_empty_weights
-from bigkit.checkpoints.load import Checkpoint, load_checkpoint_in_model, save_model
+from bigkit.checkpoints.format import Checkpoint
+from bigkit.checkpoints.load import load_checkpoint_in_model
+from bigkit.checkpoints.save import save_model
 from bigkit.checkpoints.to_gpu import read_to_gpu
 from bigkit.units import GB, MiB
 

@@ -24,7 +24,8 @@ _HOMES = {
     "dryrun.run": ("DryRun", "dry_run"),
     "measure.record": ("Recorder", "record"),
     "meta.empty": ("init_empty_weights", "init_on_device"),
-    "checkpoints.load": ("load_checkpoint_in_model", "load_state_dict", "save_model"),
+    "checkpoints.load": ("load_checkpoint_in_model", "load_state_dict"),
+    "checkpoints.save": ("save_model",),
     "offload.dispatch": (
         "cpu_offload",
         "cpu_offload_with_hook",
@@ -59,7 +60,8 @@ __all__ = ["__version__", "zoo", *sorted(_HOME_OF)]
 if TYPE_CHECKING:
     from . import zoo
     from .api import advise, describe, estimate_memory, plan
-    from .checkpoints.load import load_checkpoint_in_model, load_state_dict, save_model
+    from .checkpoints.load import load_checkpoint_in_model, load_state_dict
+    from .checkpoints.save import save_model
     from .distributed.gather import PartialState, gather, gather_for_results, gather_object, split_between_processes
     from .distributed.map_file import map_file
     from .distributed.notebook import notebook_launcher

@@ -45,7 +45,7 @@ def describe(model: Source, library_name: str | None = None, *, base: bool = Fal
     if isinstance(model, (str, os.PathLike)):
         return zoo.describe(os.fspath(model), library_name, base=base, **options)
     if hasattr(model, "named_modules"):
-        from .meta.empty import spec_from_module
+        from .meta.skeleton import spec_from_module
 
         return spec_from_module(model)
     raise TypeError(f"expected a model's name, folder or URL, an nn.Module or a ModelSpec, not {type(model).__name__}")

@@ -7,6 +7,7 @@ Leaves out: anything that needs torch; dtypes are named by strings here ("float3
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 
 KiB, MiB, GiB, TiB, PiB = 2**10, 2**20, 2**30, 2**40, 2**50
 KB, MB, GB, TB, PB = 10**3, 10**6, 10**9, 10**12, 10**15
@@ -118,3 +119,13 @@ def dtype_bits(dtype: object) -> int:
 def is_floating(dtype: object) -> bool:
     """Whether a cast such as `model.to(torch.float16)` changes tensors of this dtype (integers and bools stay)."""
     return dtype_name(dtype).startswith(("float", "bfloat"))
+
+
+def listed(names: Iterable[str], most: int = 5) -> str:
+    """Names in quotes, the first few of many.
+
+    >>> listed(["h.0", "h.1", "h.2"], most=2)
+    "'h.0', 'h.1' and 1 more"
+    """
+    names = list(names)
+    return ", ".join(map(repr, names[:most])) + (f" and {len(names) - most} more" if len(names) > most else "")

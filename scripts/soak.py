@@ -30,7 +30,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from bigkit import init_empty_weights
-from bigkit.checkpoints.load import load_checkpoint_in_model, save_model
+from bigkit.checkpoints.load import load_checkpoint_in_model
+from bigkit.checkpoints.save import save_model
 from bigkit.offload.dispatch import dispatch_model, load_checkpoint_and_dispatch
 from bigkit.offload.grouping import handles
 from bigkit.offload.handle import Away

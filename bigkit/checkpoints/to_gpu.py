@@ -32,7 +32,7 @@ from torch._utils import _unflatten_dense_tensors
 from ..units import GB, KiB, MiB
 
 if TYPE_CHECKING:
-    from .load import Stored
+    from .format import Stored
 
 CHUNK = 8 * MiB  # one copy: large enough for the full rate of the link
 RING = 16  # chunks that are pinned

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from ..devices import Device, prefixes, read_device
 from ..maps import strategies as planner
-from ..meta.empty import spec_from_module, tied_groups
+from ..meta.skeleton import spec_from_module, tied_groups
 from ..model.spec import Precision, tensor_bytes
 from ..units import dtype_name
 from .plan import Plan

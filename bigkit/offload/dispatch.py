@@ -22,7 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..checkpoints.load import Checkpoint, Stored, load_checkpoint_in_model
+from ..checkpoints.format import Checkpoint, Stored
+from ..checkpoints.load import load_checkpoint_in_model
 from ..devices import Device, collapse, placement, prefixes, read_device
 from ..machine.hardware import Hardware
 from ..maps import strategies
@@ -30,7 +31,7 @@ from ..maps.advise import calibration_of, rates_of
 from ..maps.device_map import check_device_map, get_max_memory
 from ..maps.plan import Placed, Plan
 from ..maps.strategies import STRATEGIES
-from ..meta.empty import spec_from_module
+from ..meta.skeleton import spec_from_module
 from ..units import parse_bytes
 from .grouping import Group, Rest, groups, has_forward, make_units, records, streamer_for
 from .hooks import (

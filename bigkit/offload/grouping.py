@@ -22,9 +22,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..checkpoints.load import Form, Stored, write_file
+from ..checkpoints.format import Form, Stored, write_file
 from ..devices import Device
-from ..meta.empty import repeated_blocks, tied_groups, twin
+from ..meta.empty import twin
+from ..meta.skeleton import repeated_blocks, tied_groups
 from .handle import Away
 from .stream import Mapped, Slots, Streamer
 from .transfer import readers

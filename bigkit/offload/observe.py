@@ -19,7 +19,7 @@ from torch import nn
 
 from ..devices import Device, prefixes, read_device
 from ..machine.streams import Schedule, Turn, schedule
-from ..meta.empty import repeated_blocks
+from ..meta.skeleton import repeated_blocks
 from .grouping import has_forward
 from .handle import Away
 from .hooks import AlignDevicesHook, ModelHook, SequentialHook, torch_device

@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..checkpoints.load import CheckpointError
+from ..checkpoints.format import CheckpointError
 from ..offload.weights import ANATOMY, Anatomy
 
 PACKED = "quant_state.bitsandbytes__"  # and "nf4" or "fp4": the JSON

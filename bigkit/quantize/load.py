@@ -23,23 +23,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..checkpoints.load import (
-    Checkpoint,
-    CheckpointError,
-    Form,
-    Stored,
-    WrittenFile,
-    compare,
-    load_checkpoint_in_model,
-    read_tensors,
-    stream_tensors,
-    write_file,
-)
+from ..checkpoints.format import Checkpoint, CheckpointError, Form, Stored, WrittenFile, write_file
+from ..checkpoints.load import compare, load_checkpoint_in_model, read_tensors, stream_tensors
 from ..devices import Device, placement, read_device
 from ..maps.device_map import get_max_memory
 from ..maps.plan import Plan
 from ..maps.strategies import STRATEGIES, plan
-from ..meta.empty import spec_from_module, twin
+from ..meta.empty import twin
+from ..meta.skeleton import spec_from_module
 from ..offload.dispatch import dispatch_model
 from ..offload.hooks import torch_device
 from ..units import dtype_name

@@ -127,7 +127,7 @@ class ShardExplorer(Explorer):
             f"cut = cut_model(describe({name!r}), max_shard_size={made.limit}, dtype={dtype!r})\n"
             "files = cut.sizes\n\n"
             "# With the model itself, this writes the files:\n"
-            f"# bigkit.checkpoints.load.save_model(model, folder, max_shard_size={made.limit})\n"
+            f"# bigkit.checkpoints.save.save_model(model, folder, max_shard_size={made.limit})\n"
         )
 
     def to_json(self) -> str:

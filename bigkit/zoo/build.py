@@ -81,7 +81,7 @@ def build(
 
 def spec_of(model: nn.Module, name: str, library: str, has_head: bool, config: Mapping[str, Any]) -> ModelSpec:
     """The model's record, with the facts and the KV cache that its config tells."""
-    from ..meta.empty import spec_from_module
+    from ..meta.skeleton import spec_from_module
     from ..model import config as reader
 
     spec = spec_from_module(model, name)

@@ -15,18 +15,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from bigkit import init_empty_weights
-from bigkit.checkpoints.load import (
-    INDEX,
-    PICKLE,
-    PICKLE_INDEX,
-    SINGLE,
-    Checkpoint,
-    CheckpointError,
-    load_checkpoint_in_model,
-    load_state_dict,
-    read_header,
-    save_model,
-)
+from bigkit.checkpoints.format import INDEX, PICKLE, PICKLE_INDEX, SINGLE, Checkpoint, CheckpointError, read_header
+from bigkit.checkpoints.load import load_checkpoint_in_model, load_state_dict
+from bigkit.checkpoints.save import save_model
 
 
 class Net(nn.Module):
@@ -609,7 +600,7 @@ def test_a_failing_write_leaves_the_old_checkpoint(tmp_path, monkeypatch):
     old = Net()
     save_model(old, tmp_path, "1KB")
     before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
-    import bigkit.checkpoints.load as module
+    import bigkit.checkpoints.save as module
 
     calls = []
 

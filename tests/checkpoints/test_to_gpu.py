@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bigkit.checkpoints.load import Checkpoint, Stored, read_header
+from bigkit.checkpoints.format import Checkpoint, Stored, read_header
 from bigkit.checkpoints.to_gpu import _cut, _empty
 
 DTYPES = [torch.float32, torch.bfloat16, torch.uint8, torch.int64, torch.bool, torch.float8_e4m3fn]

@@ -9,7 +9,9 @@ from safetensors.torch import save_file
 from torch import nn
 
 from bigkit import init_empty_weights
-from bigkit.checkpoints.load import Checkpoint, _batches, load_checkpoint_in_model, load_state_dict, save_model
+from bigkit.checkpoints.format import Checkpoint
+from bigkit.checkpoints.load import _batches, load_checkpoint_in_model, load_state_dict
+from bigkit.checkpoints.save import save_model
 from bigkit.checkpoints.to_gpu import read_to_gpu
 
 GPU = torch.device("cuda:0")

@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bigkit.meta.empty import init_empty_weights, init_on_device, spec_from_module, tied_groups
+from bigkit.meta.empty import init_empty_weights, init_on_device
+from bigkit.meta.skeleton import spec_from_module, tied_groups
 
 
 class Allocations(TorchDispatchMode):

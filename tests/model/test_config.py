@@ -76,7 +76,7 @@ SEQ2SEQ = {
 
 def tree(model) -> ModuleSpec:
     """The shape of a model, as far as `attention` looks at it."""
-    from bigkit.meta.empty import spec_from_module
+    from bigkit.meta.skeleton import spec_from_module
 
     return spec_from_module(model, "oracle").root
 

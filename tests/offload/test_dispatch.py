@@ -18,7 +18,9 @@ from torch import nn
 
 import bigkit
 from bigkit import init_empty_weights
-from bigkit.checkpoints.load import Checkpoint, CheckpointError, load_checkpoint_in_model, read_header, save_model
+from bigkit.checkpoints.format import Checkpoint, CheckpointError, read_header
+from bigkit.checkpoints.load import load_checkpoint_in_model
+from bigkit.checkpoints.save import save_model
 from bigkit.offload.dispatch import (
     cpu_offload,
     cpu_offload_with_hook,
@@ -376,7 +378,7 @@ def test_saving_takes_the_memory_of_one_shard(tmp_path):
         import sys, torch
         from torch import nn
         from bigkit import init_empty_weights
-        from bigkit.checkpoints.load import save_model
+        from bigkit.checkpoints.save import save_model
         from bigkit.offload.dispatch import load_checkpoint_and_dispatch
         with init_empty_weights():
             model = nn.Sequential(*[nn.Linear(1024, 1024) for _ in range(48)])

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrizations
 
 from bigkit import init_empty_weights
-from bigkit.checkpoints.load import save_model
+from bigkit.checkpoints.save import save_model
 from bigkit.offload.dispatch import cpu_offload, disk_offload, load_checkpoint_and_dispatch
 from tests.spread import STAND_IN, check_at_rest, same, spread, spread_ways
 

@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from bigkit import init_empty_weights
-from bigkit.checkpoints.load import save_model
+from bigkit.checkpoints.save import save_model
 from bigkit.offload.dispatch import cpu_offload, disk_offload, load_checkpoint_and_dispatch
 from bigkit.offload.grouping import handles
 from bigkit.offload.stream import Slots, spread

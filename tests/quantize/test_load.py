@@ -27,7 +27,7 @@ from bigkit import (
     replace_with_bnb_layers,
     save_model,
 )
-from bigkit.checkpoints.load import Checkpoint, CheckpointError
+from bigkit.checkpoints.format import Checkpoint, CheckpointError
 from bigkit.model.spec import QUANTIZATIONS, quantized_bytes
 from bigkit.quantize.bnb import (
     PACKED,

@@ -19,7 +19,9 @@ from safetensors import safe_open
 from torch import nn
 
 from bigkit import describe, init_empty_weights, zoo
-from bigkit.checkpoints.load import INDEX, SINGLE, load_checkpoint_in_model, save_model
+from bigkit.checkpoints.format import INDEX, SINGLE
+from bigkit.checkpoints.load import load_checkpoint_in_model
+from bigkit.checkpoints.save import save_model
 from bigkit.checkpoints.shards import Cut, cut, cut_model
 from bigkit.draw.canvas import STRIPS, WIDTH, YELLOW, shards_figure, shards_label, shards_text, shards_verdict
 from bigkit.widgets import ShardExplorer
@@ -99,9 +101,9 @@ def test_the_files_that_ship_are_those_of_a_cut() -> None:
 @pytest.mark.parametrize("name", ["gpt2", "bert-base-cased", "t5-large", "llama-2-7b", "resnet50.a1_in1k"])
 def test_a_spec_is_cut_as_its_module_would_be(name: str) -> None:
     """The tables that ship say the same as a model built now, in names, order, ties and bytes."""
-    from bigkit.checkpoints.load import _slots
+    from bigkit.checkpoints.load import model_slots
 
-    slots = _slots(zoo.empty_model(name))
+    slots = model_slots(zoo.empty_model(name))
     made = cut_model(describe(name), "500MB")
     assert {name: size for tensors in made.files.values() for name, size in tensors.items()} == {
         slot.name: slot.tensor.nbytes for slot in slots

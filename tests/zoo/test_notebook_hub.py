@@ -13,7 +13,7 @@ from pathlib import Path
 
 from IPython.core.inputtransformer2 import TransformerManager
 
-from bigkit.checkpoints.load import save_model
+from bigkit.checkpoints.save import save_model
 from bigkit.zoo.gpt import GPT, GPTConfig
 from tests.hub_server import FakeHub
 

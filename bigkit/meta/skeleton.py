@@ -1,0 +1,234 @@
+"""A module as plain records: `spec_from_module` reads an `nn.Module` as the `ModelSpec` that planners and estimators
+understand, and `tied_groups` finds the tensors that share memory.
+
+Leaves out: the records themselves (`model/spec.py`), and building models without memory (`empty.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..model.spec import Attention, ModelSpec, ModuleSpec, TensorSpec
+from ..units import dtype_name
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reading a module's skeleton
+
+
+def spec_from_module(model: nn.Module, name: str | None = None, no_split: Iterable[str] | None = None) -> ModelSpec:
+    """What a planner and an estimator need to know of a module, on any device, meta included.
+
+    Args:
+        model: any module: your own, from transformers, from timm.
+        name: what to call it; None takes the name in its config, or its class.
+        no_split: classes whose modules stay on one device; None takes `_no_split_modules` of the model and its parts.
+
+    Returns:
+        The tree of shapes and dtypes (identical parts are one object), ties, and for a model with a transformers config
+        the facts and the KV-cache growth read from it.
+
+    Raises:
+        TypeError: not a module.
+        ValueError: a parameter of a lazy module has no shape yet.
+
+    >>> from bigkit import init_empty_weights
+    >>> with init_empty_weights():
+    ...     model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    >>> spec = spec_from_module(model)
+    >>> spec.bytes(), spec.parameters, spec.root.children["0"] is spec.root.children["1"]
+    (576, 144, True)
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"expected an nn.Module, not {type(model).__name__}; for a model's name use bigkit.plan(name)")
+    root, library = _Skeleton().module(model, ""), _library(model)
+    facts, attention = _read_config(model, root)
+    if library == "timm":
+        facts["blocks"] = _blocks(root)
+    if no_split is None:
+        no_split = [cls for part in model.modules() for cls in _own_no_split(part)]
+    elif isinstance(no_split, str):
+        no_split = [no_split]
+    return ModelSpec(
+        name=name or getattr(getattr(model, "config", None), "_name_or_path", "") or type(model).__name__,
+        root=root,
+        ties=tuple(map(tuple, tied_groups(model))),
+        no_split=tuple(dict.fromkeys(no_split)),
+        attention=attention,
+        facts=facts,
+        library=library,
+    )
+
+
+def tied_groups(model: nn.Module, buffers: bool = True) -> list[list[str]]:
+    """Groups of names that stand for one tensor: the same object, or the same view of the same storage.
+
+    Works on meta tensors, whose data pointers are all zero, because it compares storages.
+
+    Args:
+        model: any module.
+        buffers: look at buffers too, not at parameters alone.
+
+    Returns:
+        Each group in registration order, the first name first.
+
+    >>> model = nn.ModuleDict({"wte": nn.Embedding(10, 4), "head": nn.Linear(4, 10, bias=False)})
+    >>> model["head"].weight = model["wte"].weight
+    >>> tied_groups(model)
+    [['wte.weight', 'head.weight']]
+    """
+    return tied(
+        (f"{name}.{own}" if name else own, tensor)
+        for name, module in model.named_modules(remove_duplicate=False)
+        for own, tensor in _own_tensors(module, buffers)
+    )
+
+
+def tied(named: Iterable[tuple[str, Tensor]]) -> list[list[str]]:
+    """The same for any tensors and their names."""
+    named = list(named)
+    keys = [_storage_key(tensor) for _, tensor in named]
+    if len(set(keys)) == len(keys):
+        return []
+    storages: dict[Any, list[tuple[str, Tensor]]] = {}
+    for key, item in zip(keys, named):
+        storages.setdefault(key, []).append(item)
+    groups: dict[Any, list[str]] = {}
+    for key, sharing in storages.items():
+        for name, tensor in sharing if len(sharing) > 1 else ():
+            view = None if isinstance(key, tuple) else (tensor.storage_offset(), tensor.size(), tensor.stride())
+            groups.setdefault((key, view, tensor.dtype), []).append(name)
+    return [names for names in groups.values() if len(names) > 1]
+
+
+class _Skeleton:
+    """Makes ModuleSpecs, each distinct one once."""
+
+    def __init__(self) -> None:
+        self.made: dict[Any, ModuleSpec] = {}
+        self.tensor_specs: dict[Any, TensorSpec] = {}
+
+    def module(self, module: nn.Module, name: str) -> ModuleSpec:
+        tensors = {own: self.tensor(module, own, tensor, name) for own, tensor in _own_tensors(module)}
+        with suppress(ValueError):
+            tensors |= {own: self.tensor(module, own, tensor, name) for own, tensor in extra_tensors(module).items()}
+        children = {
+            own: self.module(child, f"{name}.{own}" if name else own)
+            for own, child in module._modules.items()
+            if child is not None
+        }
+        cls = type(module).__name__
+        linear = isinstance(module, nn.Linear) or cls == "Conv1D"  # transformers' Conv1D is a transposed Linear
+        linear &= getattr(module.weight, "is_floating_point", bool)() if linear else False  # or it is quantized already
+        key = (cls, linear, *tensors.items(), *((own, id(child)) for own, child in children.items()))
+        return self.made.setdefault(key, ModuleSpec(cls, tensors, children, linear))
+
+    def tensor(self, module: nn.Module, own: str, tensor: Tensor, name: str) -> TensorSpec:
+        if nn.parameter.is_lazy(tensor):
+            full = f"{name}.{own}" if name else own
+            raise ValueError(f"{full!r} of a lazy {type(module).__name__} has no shape yet: run the model once first")
+        buffer = own in module._buffers
+        persistent = own not in module._non_persistent_buffers_set
+        key = (tuple(tensor.shape), tensor.dtype, buffer, persistent)
+        if key not in self.tensor_specs:
+            shape, dtype, *_ = key
+            self.tensor_specs[key] = TensorSpec(shape, dtype_name(dtype), buffer=buffer, persistent=persistent)
+        return self.tensor_specs[key]
+
+
+def extra_tensors(module: nn.Module, load: bool = False) -> dict[str, Tensor]:
+    """What a module stores beside its parameters and buffers: the scales of quantized weights.
+
+    Asks the module's own `_save_to_state_dict`, if it has one. Of a weight that rests elsewhere they are on meta, or
+    with `load` real.
+
+    Raises:
+        ValueError: its weight is no longer what was quantized, so that saving it would be saving something else.
+    """
+    if type(module)._save_to_state_dict is nn.Module._save_to_state_dict:
+        return {}
+    state = getattr(getattr(module, "weight", None), "quant_state", None)
+    if hasattr(state, "original_qshape"):  # bitsandbytes would undo this, but the scales have been rounded
+        raise ValueError(
+            f"the 4-bit weight of a {type(module).__name__} was packed anew for this CPU by a forward, which rounded "
+            "its scales: load the model again, and save it before it runs"
+        )
+    found: dict[str, Any] = {}
+    own = {**module._parameters, **module._buffers}
+    away: Any = {name: tensor for name, tensor in module._parameters.items() if hasattr(tensor, "streamer")}
+    try:
+        module._parameters.update({name: a.load("cpu") if load else a.weight.like for name, a in away.items()})
+        module._save_to_state_dict(found, "", True)
+    finally:
+        module._parameters.update(away)
+    return {name: tensor for name, tensor in found.items() if isinstance(tensor, Tensor) and name not in own}
+
+
+def _own_tensors(module: nn.Module, buffers: bool = True) -> Iterator[tuple[str, Tensor]]:
+    """The tensors registered on a module itself, parameters first."""
+    for tensors in (module._parameters, module._buffers if buffers else {}):
+        yield from ((name, tensor) for name, tensor in tensors.items() if tensor is not None)
+
+
+def _storage_key(tensor: Tensor) -> Any:
+    """What two tensors that share memory have in common: their storage, or for want of one the tensor itself."""
+    try:
+        if tensor.layout != torch.strided:
+            return (id(tensor),)
+        return tensor.untyped_storage()._cdata
+    except (NotImplementedError, RuntimeError, ValueError):  # lazy, or a wrapper around other tensors
+        return (id(tensor),)
+
+
+def _own_no_split(module: nn.Module) -> list[str]:
+    classes = getattr(module, "_no_split_modules", None) or ()
+    return sorted(classes) if isinstance(classes, (set, frozenset)) else list(classes)
+
+
+def repeated_blocks(model: nn.Module) -> set[str]:
+    """Classes of a model's repeated blocks, found by their place: numbered modules that hold no such module.
+
+    >>> repeated_blocks(nn.Sequential(nn.Sequential(nn.ReLU()), nn.TransformerEncoderLayer(4, 2)))
+    {'TransformerEncoderLayer'}
+    """
+    return {*_blocks(_Skeleton().module(model, ""))}
+
+
+def _blocks(root: ModuleSpec) -> list[str]:
+    """Classes of the repeated blocks, which residual connections cross: numbered modules that hold no such module.
+
+    timm's models do not name the classes that should stay on one device, as Transformers' `_no_split_modules` do.
+    """
+
+    def inner(module: ModuleSpec) -> set[str]:
+        found: set[str] = set()
+        for name, child in module.children.items():
+            below = inner(child)
+            own = name.isdigit() and child.children and child.cls not in ("Sequential", "ModuleList")
+            found |= below or ({child.cls} if own else set())
+        return found
+
+    return sorted(inner(root))
+
+
+def _library(model: nn.Module) -> str:
+    origins = {cls.__module__.partition(".")[0] for cls in type(model).__mro__}
+    return next((library for library in ("transformers", "timm", "bigkit") if library in origins), "module")
+
+
+def _read_config(model: nn.Module, root: ModuleSpec) -> tuple[dict[str, Any], tuple[Attention, ...]]:
+    """Facts and attention from a transformers config, nothing from a model without one."""
+    config: Any = getattr(model, "config", None)
+    if not hasattr(config, "to_dict"):
+        return {}, ()
+    from ..model.config import attention, facts
+
+    fields = config.to_dict()
+    known = facts(fields)
+    if prefix := getattr(model, "base_model_prefix", ""):
+        known = {**known, "has_head": hasattr(model, str(prefix))}  # a base model, such as LlamaModel, has none
+    return known, attention(fields, root)
