@@ -1,13 +1,13 @@
-"""Bytes as text and back, and how many bits one element of each dtype takes.
+"""Quantities as text: bytes (and back), seconds, counted nouns, lists of names, tables; and the bits of each dtype.
 
-Covers: `parse_bytes` ("10GiB" -> 10737418240), `format_bytes` (and back, in three notations) and `dtype_bits`.
+Every sentence, table and picture says a quantity with one of these, so that one quantity has one spelling.
 Leaves out: anything that needs torch; dtypes are named by strings here ("float32", never `torch.float32`).
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 KiB, MiB, GiB, TiB, PiB = 2**10, 2**20, 2**30, 2**40, 2**50
 KB, MB, GB, TB, PB = 10**3, 10**6, 10**9, 10**12, 10**15
@@ -129,3 +129,36 @@ def listed(names: Iterable[str], most: int = 5) -> str:
     """
     names = list(names)
     return ", ".join(map(repr, names[:most])) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def format_seconds(value: float) -> str:
+    """A time with three figures.
+
+    >>> format_seconds(0.000789), format_seconds(0.25), format_seconds(12.345), format_seconds(0)
+    ('789 µs', '250 ms', '12.3 s', '0 s')
+    """
+    if not value:
+        return "0 s"
+    scale, unit = next(((s, u) for s, u in ((1, "s"), (1e-3, "ms")) if value >= 0.9995 * s), (1e-6, "µs"))
+    number = value / scale
+    return f"{number:.{0 if number >= 99.95 else 1 if number >= 9.995 else 2}f} {unit}"
+
+
+def text_table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Columns as plain text: the first aligned left, the others right."""
+    widths = [max(map(len, column)) for column in zip(headers, *rows)]
+
+    def line(cells: Sequence[str]) -> str:
+        first, *rest = (f"{cell:<{w}}" if i == 0 else f"{cell:>{w}}" for i, (cell, w) in enumerate(zip(cells, widths)))
+        return "  ".join([first, *rest]).rstrip()
+
+    return "\n".join([line(headers), line(["-" * width for width in widths]), *map(line, rows)])
+
+
+def counted(count: int, noun: str) -> str:
+    """A number and its noun, which takes an "s" unless there is one of it.
+
+    >>> counted(1, "file"), counted(1200, "tensor")
+    ('1 file', '1,200 tensors')
+    """
+    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"

@@ -22,8 +22,8 @@ from ..checkpoints.shards import Cut
 from ..devices import Device, device_label
 from ..distributed.shares import Shares
 from ..maps.plan import Plan, Share
-from ..model.estimate import MemoryEstimate, text_table
-from ..units import GiB, KiB, MiB, format_bytes
+from ..model.estimate import MemoryEstimate
+from ..units import GiB, KiB, MiB, format_bytes, text_table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -12,8 +12,7 @@ from ..devices import device_label
 from ..dryrun.run import KINDS, DryRun, Timeline
 from ..machine.roofline import Span
 from ..measure.run import Measurement
-from ..model.estimate import text_table
-from ..units import GiB, MiB, format_bytes
+from ..units import GiB, MiB, format_bytes, text_table
 from .canvas import BLACK, BLUE, DARK, GREEN, GREY, ORANGE, PURPLE, VERMILLION, WIDTH, YELLOW
 
 if TYPE_CHECKING:

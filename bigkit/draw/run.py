@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING
 
 from ..devices import Device, device_label
 from ..machine.streams import LANES, Moment, Schedule
-from ..model.estimate import text_table
-from ..units import format_bytes
+from ..units import format_bytes, format_seconds, text_table
 from .canvas import (
     BLACK,
     DARK,
@@ -114,7 +113,7 @@ def run_news(found: Schedule, step: int) -> str:
         return "before the start"
     time = found.moments[step - 1].time
     at_once = [moment for moment in found.moments[:step] if moment.time == time]
-    return f"after {seconds(time)}: " + "; ".join(_said(found, moment) for moment in at_once)
+    return f"after {format_seconds(time)}: " + "; ".join(_said(found, moment) for moment in at_once)
 
 
 def run_label(charts: Charts, shown: str, step: int) -> str:
@@ -149,7 +148,12 @@ def gantt_figure(charts: Charts, title: str = "") -> Figure:
 def gantt_text(charts: Charts) -> str:
     """The text twin of `gantt_figure`: how long a token takes, and what each lane has to do for it."""
     rows = [
-        [name, seconds(found.ends[0]), seconds(found.per_token), *(seconds(found.busy[lane]) for lane in LANES)]
+        [
+            name,
+            format_seconds(found.ends[0]),
+            format_seconds(found.per_token),
+            *(format_seconds(found.busy[lane]) for lane in LANES),
+        ]
         for name, found in charts.items()
     ]
     table = text_table(["way to run", "first token", "last token", *LANES], rows)
@@ -158,21 +162,8 @@ def gantt_text(charts: Charts) -> str:
 
 def gantt_label(charts: Charts) -> str:
     """One sentence for those who cannot see the charts."""
-    said = [f"{name} {seconds(found.per_token)}" for name, found in charts.items()]
+    said = [f"{name} {format_seconds(found.per_token)}" for name, found in charts.items()]
     return f"Time for the last token: {', '.join(said)}."
-
-
-def seconds(value: float) -> str:
-    """A time with three figures.
-
-    >>> seconds(0.000789), seconds(0.25), seconds(12.345), seconds(0)
-    ('789 µs', '250 ms', '12.3 s', '0 s')
-    """
-    if not value:
-        return "0 s"
-    scale, unit = next(((s, u) for s, u in ((1, "s"), (1e-3, "ms")) if value >= 0.9995 * s), (1e-6, "µs"))
-    number = value / scale
-    return f"{number:.{0 if number >= 99.95 else 1 if number >= 9.995 else 2}f} {unit}"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -308,7 +299,7 @@ class _Run(_Canvas):
         longest = _longest(charts)
         for name, found in charts.items():
             bold = "bold" if name == shown else "normal"
-            per = f"{seconds(found.per_token)} for the last token"
+            per = f"{format_seconds(found.per_token)} for the last token"
             self.text(8, self.y + 9, f"{name}: {per}", 9.5, weight=bold)
             self.y += 19
             begin = self.y

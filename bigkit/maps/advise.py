@@ -23,9 +23,8 @@ from typing import Any
 from ..machine.hardware import CONTEXT_BYTES, Hardware
 from ..machine.ledger import Calibration, Ledger, machine_key
 from ..machine.roofline import Rates
-from ..model.estimate import text_table
 from ..model.spec import ModelSpec
-from ..units import dtype_bits, format_bytes
+from ..units import dtype_bits, format_bytes, text_table
 from .plan import Plan
 from .strategies import PlanError, plan
 

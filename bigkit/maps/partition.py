@@ -119,3 +119,24 @@ def last_true(holds: Callable[[int], bool], low: int, high: int) -> int:
         else:
             high = middle - 1
     return low
+
+
+def spread(sizes: Sequence[int], budget: int) -> set[int]:
+    """Which units of these sizes (0: not wanted) to choose within a budget, as evenly along the model as it goes.
+
+    >>> sorted(spread([10] * 8, 40))
+    [0, 2, 4, 6]
+    """
+    wanted = [i for i, size in enumerate(sizes) if size]
+    most = 0
+    left = budget
+    for size in sorted(sizes[i] for i in wanted):
+        left -= size
+        most += left >= 0
+    chosen: set[int] = set()
+    for k in range(most):
+        i = wanted[k * len(wanted) // most]
+        if sizes[i] <= budget:
+            chosen.add(i)
+            budget -= sizes[i]
+    return chosen

@@ -25,14 +25,14 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate
 
-from ..devices import Device, device_label, prefixes, read_device
+from ..devices import Device, collapse, device_label, prefixes, read_device
 from ..machine.hardware import GPUS
 from ..machine.roofline import Rates
 from ..model.estimate import activation_bytes
 from ..model.spec import Attention, Layer, ModelSpec, Precision
 from ..units import dtype_bits, dtype_name, format_bytes, parse_bytes
 from .fastest import Piece, search, token_seconds
-from .partition import Chain, last_true
+from .partition import Chain, last_true, spread
 from .plan import Placed, Plan, Share
 
 STRATEGIES = ("auto", "balanced", "balanced_low_0", "sequential", "exact", "fastest")
@@ -554,3 +554,31 @@ def _cures(task: _Task, found: Plan) -> str:
     if replace(task, budgets={**task.budgets, worst.device: enough}).solve(strategy).feasible:
         helped.insert(0, f"max_memory {{{more}}} ({format_bytes(enough)})")
     return "It would fit with " + ", or ".join(helped) + "." if helped else "No single change would make it fit."
+
+
+def interleaved(found: Plan) -> dict[str, Device]:
+    """The device map of a plan, with the blocks that stay on the first runner spread among those that are offloaded.
+
+    Blocks of one class and size change places, so that every device holds what it held.
+
+    >>> from bigkit import plan
+    >>> found = plan("gpt2", {0: "400MiB", "cpu": "1GiB"})
+    >>> [found.device_map[f"transformer.h.{i}"] for i in range(12)]
+    [0, 0, 0, 0, 0, 0, 0, 'cpu', 'cpu', 'cpu', 'cpu', 'cpu']
+    >>> [interleaved(found)[f"transformer.h.{i}"] for i in range(12)]
+    [0, 0, 'cpu', 0, 'cpu', 0, 0, 'cpu', 0, 'cpu', 0, 'cpu']
+    """
+    main = next((share.device for share in found.shares if share.runs), "cpu")
+    kinds: dict[tuple[str, int], list[Placed]] = {}
+    for layer in found.layers:
+        if layer.device in (main, "cpu", "disk"):
+            kinds.setdefault((layer.cls, layer.bytes), []).append(layer)
+    devices = {layer.name: layer.device for layer in found.layers}
+    for alike in kinds.values():
+        free = [layer.name for layer in alike]
+        for device in (main, "disk", "cpu"):
+            count = sum(layer.device == device for layer in alike)
+            chosen = spread([1] * len(free), count)
+            devices.update({free[i]: device for i in chosen})
+            free = [name for i, name in enumerate(free) if i not in chosen]
+    return collapse(devices)

@@ -21,7 +21,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from ..units import dtype_bits, dtype_name, format_bytes, is_floating
+from ..units import dtype_bits, dtype_name, format_bytes, is_floating, text_table
 from .spec import ModelSpec, Precision
 
 CLASSIC = ("float32", "float16", "int8", "int4")
@@ -313,17 +313,6 @@ def _training(model: ModelSpec, batch: int, context: int) -> tuple[TrainingRow, 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Showing
-
-
-def text_table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Columns as plain text: the first aligned left, the others right."""
-    widths = [max(map(len, column)) for column in zip(headers, *rows)]
-
-    def line(cells: Sequence[str]) -> str:
-        first, *rest = (f"{cell:<{w}}" if i == 0 else f"{cell:>{w}}" for i, (cell, w) in enumerate(zip(cells, widths)))
-        return "  ".join([first, *rest]).rstrip()
-
-    return "\n".join([line(headers), line(["-" * width for width in widths]), *map(line, rows)])
 
 
 def _html_table(title: str, headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -29,8 +29,8 @@ from ..machine.hardware import Hardware
 from ..maps import strategies
 from ..maps.advise import calibration_of, rates_of
 from ..maps.device_map import check_device_map, get_max_memory
-from ..maps.plan import Placed, Plan
-from ..maps.strategies import STRATEGIES
+from ..maps.partition import spread
+from ..maps.strategies import STRATEGIES, interleaved
 from ..meta.skeleton import spec_from_module
 from ..units import parse_bytes
 from .grouping import Group, Rest, groups, has_forward, make_units, records, streamer_for
@@ -43,7 +43,7 @@ from .hooks import (
     send_to_device,
     torch_device,
 )
-from .stream import Streamer, spread
+from .stream import Streamer
 from .weights import Unit, anatomy
 
 
@@ -223,34 +223,6 @@ def _with_residents(
             resident = next((outer for outer in prefixes(name) if outer in chosen), None)
             finer[resident or name] = runs_at(device_of(name)) if resident is not None else device_of(name)
     return collapse(finer)
-
-
-def interleaved(found: Plan) -> dict[str, Device]:
-    """The device map of a plan, with the blocks that stay on the first runner spread among those that are offloaded.
-
-    Blocks of one class and size change places, so that every device holds what it held.
-
-    >>> from bigkit import plan
-    >>> found = plan("gpt2", {0: "400MiB", "cpu": "1GiB"})
-    >>> [found.device_map[f"transformer.h.{i}"] for i in range(12)]
-    [0, 0, 0, 0, 0, 0, 0, 'cpu', 'cpu', 'cpu', 'cpu', 'cpu']
-    >>> [interleaved(found)[f"transformer.h.{i}"] for i in range(12)]
-    [0, 0, 'cpu', 0, 'cpu', 0, 0, 'cpu', 0, 'cpu', 0, 'cpu']
-    """
-    main = next((share.device for share in found.shares if share.runs), "cpu")
-    kinds: dict[tuple[str, int], list[Placed]] = {}
-    for layer in found.layers:
-        if layer.device in (main, "cpu", "disk"):
-            kinds.setdefault((layer.cls, layer.bytes), []).append(layer)
-    devices = {layer.name: layer.device for layer in found.layers}
-    for alike in kinds.values():
-        free = [layer.name for layer in alike]
-        for device in (main, "disk", "cpu"):
-            count = sum(layer.device == device for layer in alike)
-            chosen = spread([1] * len(free), count)
-            devices.update({free[i]: device for i in chosen})
-            free = [name for i, name in enumerate(free) if i not in chosen]
-    return collapse(devices)
 
 
 def _cache(asked: int | str | None, units: list[tuple[Group, Unit]], accelerated: bool) -> int:

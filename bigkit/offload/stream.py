@@ -30,6 +30,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..maps.partition import spread
 from ..units import MiB
 from .handle import Away
 from .transfer import CudaLane, PlainLane, Slot
@@ -632,27 +633,6 @@ def _version(visit: _Visit) -> int:
 
 def _real_cuda(device: torch.device) -> bool:
     return device.type == "cuda" and torch._guards.detect_fake_mode() is None
-
-
-def spread(sizes: Sequence[int], budget: int) -> set[int]:
-    """Which units of these sizes (0: not wanted) to choose within a budget, as evenly along the model as it goes.
-
-    >>> sorted(spread([10] * 8, 40))
-    [0, 2, 4, 6]
-    """
-    wanted = [i for i, size in enumerate(sizes) if size]
-    most = 0
-    left = budget
-    for size in sorted(sizes[i] for i in wanted):
-        left -= size
-        most += left >= 0
-    chosen: set[int] = set()
-    for k in range(most):
-        i = wanted[k * len(wanted) // most]
-        if sizes[i] <= budget:
-            chosen.add(i)
-            budget -= sizes[i]
-    return chosen
 
 
 def _storage(tensor: Tensor) -> int:

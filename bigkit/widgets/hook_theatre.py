@@ -17,11 +17,11 @@ import ipywidgets as widgets
 
 from ..devices import Device, device_label
 from ..draw.canvas import svg
-from ..draw.run import run_figure, run_label, run_news, run_text, seconds
+from ..draw.run import run_figure, run_label, run_news, run_text
 from ..machine.streams import Schedule, schedule
+from ..maps.partition import spread
 from ..offload.observe import Observation, observe
-from ..offload.stream import spread
-from ..units import GB, format_bytes
+from ..units import GB, format_bytes, format_seconds
 from ._explorer import LONGEST_REPR, WIDE, Explorer, menu, number_field, pill, preformatted, short
 
 BLOCKS = 10  # of the shipped GPT
@@ -196,7 +196,7 @@ class HookTheatre(Explorer):
         bound = {"compute": "work itself", "link": "the link", "disk": "the disk"}[fast.bound]
         said = f"{gain:.2f} times as fast as one by one; {bound} has the most to do."
         news = "good" if gain >= 1.2 or fast.bound == "compute" else "slow"
-        verdict = pill(news, f"Prefetch: {seconds(fast.per_token)} a token,", said)
+        verdict = pill(news, f"Prefetch: {format_seconds(fast.per_token)} a token,", said)
         arriving = sum(found.turns[i].nbytes for i in found.scene(at).arriving)
         flight = f"In flight: {format_bytes(arriving, 'si')}. " if arriving else "Nothing is in flight. "
         end = f"It wrote {written!r}, as the whole model does: {equal}." if self.step.value == last else ""

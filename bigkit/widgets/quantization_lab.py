@@ -13,10 +13,9 @@ from typing import Any
 import ipywidgets as widgets
 
 from ..draw.canvas import study_figure, study_label, study_text, svg
-from ..model.estimate import text_table
 from ..model.spec import quantized_bytes
 from ..quantize.study import BLOCKSIZES, Sample, Scheme, Study, layers_of, planted, study
-from ..units import format_bytes
+from ..units import format_bytes, text_table
 from ._explorer import LONGEST_REPR, WIDE, Explorer, menu, number_field, pill, preformatted
 
 TOKENS = 256  # of the held-out text, that the layers of the shipped GPT are measured on

@@ -15,9 +15,10 @@ from torch.nn import functional as F
 
 from bigkit import init_empty_weights
 from bigkit.checkpoints.save import save_model
+from bigkit.maps.partition import spread
 from bigkit.offload.dispatch import cpu_offload, disk_offload, load_checkpoint_and_dispatch
 from bigkit.offload.grouping import handles
-from bigkit.offload.stream import Slots, spread
+from bigkit.offload.stream import Slots
 from tests.spread import STAND_IN, Block, Net, check_at_rest, same, spread_ways
 from tests.spread import spread as spread_by
 

@@ -16,9 +16,10 @@ from hypothesis import strategies as st
 
 from bigkit import init_empty_weights, load_checkpoint_and_dispatch
 from bigkit.draw.canvas import GREEN, ORANGE, TRACK, WIDTH, YELLOW
-from bigkit.draw.run import gantt_figure, gantt_label, gantt_text, run_figure, run_label, run_news, run_text, seconds
+from bigkit.draw.run import gantt_figure, gantt_label, gantt_text, run_figure, run_label, run_news, run_text
 from bigkit.machine.streams import Schedule, Turn, schedule
 from bigkit.offload.observe import observe
+from bigkit.units import format_seconds
 from bigkit.widgets import HookTheatre
 from bigkit.widgets._explorer import LONGEST_REPR
 from bigkit.widgets.hook_theatre import BLOCKS, ONE_BY_ONE, PREFETCH, PRESETS
@@ -132,8 +133,8 @@ def test_texts_tell_the_figures() -> None:
     text = gantt_text(charts)
     for name, found in charts.items():
         row = next(line for line in text.splitlines() if line.startswith(name))
-        assert [seconds(found.ends[0]), seconds(found.per_token)] == re.findall(r"[\d.]+ [mµ]?s", row)[:2]
-        assert f"{name} {seconds(found.per_token)}" in gantt_label(charts)
+        assert [format_seconds(found.ends[0]), format_seconds(found.per_token)] == re.findall(r"[\d.]+ [mµ]?s", row)[:2]
+        assert f"{name} {format_seconds(found.per_token)}" in gantt_label(charts)
     assert run_news(a_run(), 0) == "before the start"
     assert "h.3 is fetched from disk into slot" in " ".join(run_news(a_run(), step) for step in a_run().frames)
 
