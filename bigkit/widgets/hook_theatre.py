@@ -226,7 +226,7 @@ class HookTheatre(Explorer):
         places = "\n".join(f"    {name!r}: {device!r}," for name, device in self.device_map.items())
         return (
             "import torch\n\nfrom bigkit import init_empty_weights, load_checkpoint_and_dispatch\n"
-            "from bigkit.observe import observe\nfrom bigkit.zoo.gpt import GPT, PYGPT, GPTConfig, encode\n\n"
+            "from bigkit.offload.observe import observe\nfrom bigkit.zoo.gpt import GPT, PYGPT, GPTConfig, encode\n\n"
             f"device_map = {{\n{places}\n}}\n"
             "with init_empty_weights():\n    model = GPT(GPTConfig('pygpt')).eval()\n"
             "model = load_checkpoint_and_dispatch(\n"
