@@ -1,6 +1,6 @@
-"""The front door: `plan()` and `estimate_memory()` for whatever you hold - a name, a URL, a folder, a model, a spec.
+"""`plan`, `advise` and `estimate_memory` for whatever you hold: a name, a URL, a folder, an `nn.Module` or a record.
 
-Leaves out: all arithmetic (`maps/strategies.py`, `model/estimate.py`) and finding names (`zoo/`).
+Leaves out: all arithmetic (`maps/strategies.py`, `maps/advise.py`, `model/estimate.py`) and finding names (`zoo/`).
 """
 
 from __future__ import annotations
@@ -12,10 +12,12 @@ from typing import TYPE_CHECKING, Any, Union
 from . import zoo
 from .devices import Device
 from .machine.hardware import Hardware, machine_of
-from .maps import advise as advice
-from .maps import strategies as planner
+from .maps import advise as _advise
+from .maps.advise import Advice
 from .maps.plan import Plan
+from .maps.strategies import place
 from .model import estimate as _estimate
+from .model.estimate import MemoryEstimate
 from .model.spec import ModelSpec
 
 if TYPE_CHECKING:
@@ -58,11 +60,12 @@ def plan(
     *,
     dtype: object = None,
     quantization: str | None = None,
+    keep: Iterable[str] | None = None,
     special_dtypes: Mapping[str, object] | None = None,
-    no_split: Iterable[str] | None = None,
+    no_split: Iterable[str] | str | None = None,
     batch: int = 1,
     context: int = 0,
-    overhead: int | str = 0,
+    overhead: int | str | None = None,
     offload_buffers: bool = False,
     strict: bool = True,
     hardware: Hardware | str | None = None,
@@ -71,30 +74,34 @@ def plan(
 
     Args:
         model: a name, URL, folder, `nn.Module` or `ModelSpec`.
-        max_memory: device -> budget; None asks this machine (`get_max_memory`).
-        strategy, dtype, quantization, special_dtypes, no_split, batch, context, overhead, offload_buffers, strict:
-            see `planner.plan`.
-        hardware: the machine whose rates the strategy "fastest" counts with; None takes this one if it has a GPU.
+        max_memory: device -> budget; None takes those of `hardware`, or asks this machine (`get_max_memory`).
+        strategy, dtype, quantization, keep, special_dtypes, no_split, batch, context, offload_buffers, strict: see
+            `maps.strategies.place`.
+        overhead: bytes that the runtime takes on each GPU; None takes `hardware.overhead`, or 0 where none is named.
+        hardware: a machine, or the name of one ("1 x RTX 4090", "L4").
 
     Raises:
         PlanError: no placement fits, with the bytes that are missing and what would help.
+        ValueError: an unknown strategy, device, dtype or machine, or a map that does not fit the model.
 
     >>> plan("gpt2", {0: "300MiB", 1: "300MiB"}).feasible
     True
+    >>> plan("llama-2-7b", hardware="RTX 4090", dtype="float16").device_map
+    {'': 0}
     """
-    if max_memory is None:
+    machine = machine_of(hardware) if isinstance(hardware, str) else hardware
+    if max_memory is None and machine is not None:
+        max_memory = machine.max_memory()
+    elif max_memory is None:
         from .maps.device_map import get_max_memory
 
         max_memory = get_max_memory()
-    rates = None
-    if strategy == "fastest":
-        machine = Hardware.detect() if hardware is None else hardware
-        machine = machine_of(machine) if isinstance(machine, str) else machine
-        rates = next(iter(advice.rates_of(machine, advice.calibration_of(machine))), None)
-    return planner.plan(
-        describe(model), max_memory, strategy, dtype=dtype, quantization=quantization, special_dtypes=special_dtypes,
-        no_split=no_split, batch=batch, context=context, overhead=overhead, offload_buffers=offload_buffers,
-        strict=strict, rates=rates,
+    if overhead is None:
+        overhead = machine.overhead if machine else 0
+    return place(
+        describe(model), max_memory, strategy, dtype=dtype, quantization=quantization, keep=keep,
+        special_dtypes=special_dtypes, no_split=no_split, batch=batch, context=context, overhead=overhead,
+        offload_buffers=offload_buffers, strict=strict,
     )  # fmt: skip
 
 
@@ -105,17 +112,15 @@ def advise(
     context: int = 2048,
     target: str = "speed",
     *,
-    stored: Iterable[str | None] = advice.STORED,
-) -> advice.Advice:
+    stored: Iterable[str | None] = _advise.STORED,
+) -> Advice:
     """Rank ways to store and place a model on a machine, by what a token would wait for.
 
     Args:
         model: a name, URL, folder, `nn.Module` or `ModelSpec`.
         hardware: a `Hardware`, the name of one ("1 x RTX 4090", "L4", "8 x H100-80GB"), or None for this machine, whose
             measured rates are used if `calibrate()` was called here.
-        batch, context: the load: sequences, and tokens of each.
-        target: "speed", "quality", "memory" or "context".
-        stored: quantizations to try; None is 16 bits.
+        batch, context, target, stored: see `maps.advise.advise`.
 
     Returns:
         The options that fit, best first; if there are none, what would have to change.
@@ -127,7 +132,7 @@ def advise(
     True
     """
     machine = Hardware.detect() if hardware is None else machine_of(hardware) if isinstance(hardware, str) else hardware
-    return advice.advise(describe(model), machine, batch, context, target, stored=stored)
+    return _advise.advise(describe(model), machine, batch, context, target, stored=stored)
 
 
 def estimate_memory(
@@ -139,7 +144,7 @@ def estimate_memory(
     batch: int = 1,
     context: int = 2048,
     **options: Any,
-) -> _estimate.MemoryEstimate:
+) -> MemoryEstimate:
     """Count how much memory a model takes to load, run and train. Shipped names need no network and no torch.
 
     Args:

@@ -6,9 +6,10 @@ Leaves out: anything that needs torch, unless a name must be looked up on the Hu
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,19 +22,23 @@ from .model.spec import QUANTIZATIONS
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+    from torch import nn
+
+    from .machine.hardware import Hardware
+    from .maps.plan import Plan
+    from .model.spec import ModelSpec
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status. A wrong input is one line on stderr and status 2."""
-    parser = _parser()
-    options = parser.parse_args(arguments)
+    options = _parser().parse_args(arguments)
     try:
-        print(options.run(options))
+        print(options.run(options), flush=True)
+    except BrokenPipeError:  # the reader of a pipe, such as `head`, has had enough; nothing is left to say at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (ValueError, OSError, ImportError) as error:
         print(f"bigkit: {error}", file=sys.stderr)
         return 2
-    except BrokenPipeError:
-        return 0
     return 0
 
 
@@ -107,9 +112,8 @@ def _add_launch(launch: argparse.ArgumentParser) -> None:
 
 def _add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help="a shipped name, Hub id, Hub URL, timm name or folder")
-    parser.add_argument(
-        "--library_name", choices=("transformers", "timm", "bigkit"), help="found by itself if left out"
-    )
+    add = parser.add_argument
+    add("--library_name", choices=("transformers", "timm", "bigkit"), help="found out if left out")
     parser.add_argument("--trust_remote_code", action="store_true", help="run model code from the Hub")
     parser.add_argument("--batch", type=int, default=1, help="sequences (%(default)s)")
     parser.add_argument("--context", type=int, default=2048, help="tokens each (%(default)s)")
@@ -130,59 +134,92 @@ def _picture(path: str, figure: Figure, label: str) -> str:
     return f"the picture is in {path}"
 
 
+def _describe(options: argparse.Namespace) -> ModelSpec:
+    from .api import describe
+
+    return describe(options.model, options.library_name, trust_remote_code=options.trust_remote_code)
+
+
 def _estimate(options: argparse.Namespace) -> str:
     from .api import estimate_memory
 
-    found = estimate_memory(
+    estimate = estimate_memory(
         options.model, options.dtypes, options.library_name,
         batch=options.batch, context=options.context, trust_remote_code=options.trust_remote_code,
     )  # fmt: skip
-    return found.to_json() if options.json else str(found)
+    return estimate.to_json() if options.json else str(estimate)
 
 
-def _budgets(given: Sequence[str] | None) -> dict[Device, int | str] | None:
-    if not given:
+def _budgets(items: Sequence[str] | None) -> dict[Device, int | str] | None:
+    if not items:
         return None
-    pairs = [item.partition("=") for item in given]
-    if wrong := [item for item, (_, equals, _) in zip(given, pairs) if not equals]:
-        raise ValueError(f"--max_memory takes DEVICE=SIZE, such as 0=24GiB or cpu=64GiB, not {wrong[0]!r}")
-    return {read_device(int(name) if name.isdigit() else name): size for name, _, size in pairs}
+    budgets: dict[Device, int | str] = {}
+    for item in items:
+        name, equals, size = item.partition("=")
+        if not equals:
+            raise ValueError(f"--max_memory takes DEVICE=SIZE, such as 0=24GiB or cpu=64GiB, not {item!r}")
+        budgets[read_device(int(name) if name.isdigit() else name)] = size
+    return budgets
+
+
+def _plan_of(options: argparse.Namespace, hardware: Hardware | str | None, context: int) -> Plan:
+    from .api import plan
+
+    return plan(
+        _describe(options), _budgets(options.max_memory), options.strategy, dtype=options.dtype,
+        quantization=options.quantization, batch=options.batch, context=context, hardware=hardware,
+    )  # fmt: skip
+
+
+def _plan(options: argparse.Namespace) -> str:
+    plan = _plan_of(options, options.hardware, options.context)
+    if options.json:
+        return plan.to_json()
+    if options.svg:
+        from .draw.canvas import plan_figure, plan_label
+
+        return _picture(options.svg, plan_figure(plan), plan_label(plan))
+    return plan.to_code() if options.code else plan.explain()
 
 
 def _dry_run(options: argparse.Namespace) -> str:
-    from .api import describe, plan
+    from . import zoo
     from .dryrun.run import dry_run
     from .machine.hardware import Hardware, machine_of
 
     machine = Hardware.detect() if options.hardware is None else machine_of(options.hardware)
     if not machine.gpus:
         raise ValueError(f'{machine.name} has no GPU to rehearse on: name one, as in --hardware "RTX 4090"')
-    spec = describe(options.model, options.library_name, trust_remote_code=options.trust_remote_code)
-    found = plan(
-        spec, _budgets(options.max_memory) or machine.max_memory(), options.strategy, dtype=options.dtype,
-        quantization=options.quantization, batch=options.batch, context=options.context + options.new,
-        overhead=machine.overhead, hardware=machine,
-    )  # fmt: skip
-    run = dry_run(options.model, found, options.batch, options.context, options.new, machine, dtype=options.dtype)
+    plan = _plan_of(options, machine, options.context + options.new)
+    dtype = options.dtype or plan.dtype
+
+    def build() -> nn.Module:
+        return zoo.empty_model(
+            options.model, options.library_name, dtype=dtype, trust_remote_code=options.trust_remote_code
+        )
+
+    run = dry_run(build, plan, options.batch, options.context, options.new, machine, dtype=dtype)
+    run = replace(run, model=options.model)
     if options.json:
         return run.to_json()
     if options.svg:
         from .draw.dryrun import dryrun_figure, dryrun_label
 
         return _picture(options.svg, dryrun_figure(run), dryrun_label(run))
-    return f"{found.explain()}\n\n{run}"
+    return f"{plan.explain()}\n\n{run}"
 
 
 def _advise(options: argparse.Namespace) -> str:
-    from .api import advise, describe
+    from .api import advise
 
-    spec = describe(options.model, options.library_name, trust_remote_code=options.trust_remote_code)
-    found = advise(spec, options.hardware, options.batch, options.context, options.target)
-    if options.svg and not options.json:
+    advice = advise(_describe(options), options.hardware, options.batch, options.context, options.target)
+    if options.json:
+        return advice.to_json()
+    if options.svg:
         from .draw.advice import advice_figure, advice_label
 
-        return _picture(options.svg, advice_figure(found), advice_label(found))
-    return found.to_json() if options.json else found.explain()
+        return _picture(options.svg, advice_figure(advice), advice_label(advice))
+    return advice.explain()
 
 
 def _calibrate(options: argparse.Namespace) -> str:
@@ -192,32 +229,10 @@ def _calibrate(options: argparse.Namespace) -> str:
     from .machine.ledger import ledger_path
     from .measure.calibrate import calibrate
 
-    found = calibrate(options.folder)
+    calibration = calibrate(options.folder)
     if options.json:
-        return json.dumps(asdict(found), indent=1)
-    return f"{found.explain()}\nkept in {ledger_path()}"
-
-
-def _plan(options: argparse.Namespace) -> str:
-    from .api import describe, plan
-    from .machine.hardware import machine_of
-
-    budgets, overhead = _budgets(options.max_memory), 0
-    if budgets is None and options.hardware is not None:
-        machine = machine_of(options.hardware)
-        budgets, overhead = {**machine.max_memory()}, machine.overhead
-    spec = describe(options.model, options.library_name, trust_remote_code=options.trust_remote_code)
-    found = plan(
-        spec, budgets, options.strategy, dtype=options.dtype, quantization=options.quantization,
-        batch=options.batch, context=options.context, overhead=overhead, hardware=options.hardware,
-    )  # fmt: skip
-    if options.json:
-        return found.to_json()
-    if options.svg:
-        from .draw.canvas import plan_figure, plan_label
-
-        return _picture(options.svg, plan_figure(found), plan_label(found))
-    return found.to_code() if options.code else found.explain()
+        return json.dumps(asdict(calibration), indent=1)
+    return f"{calibration.explain()}\nkept in {ledger_path()}"
 
 
 def _launch(options: argparse.Namespace) -> str:
@@ -227,8 +242,8 @@ def _launch(options: argparse.Namespace) -> str:
         path = launch.write_example(options.example)
         return f"{path} is there. Start it with: bigkit launch --num_processes 2 {path}"
     content = launch.read_config(options.config_file) if options.config_file else {}
-    told = {field.name: getattr(options, field.name, None) for field in fields(launch.Settings)}
-    settings = launch.Settings(**{**content, **{name: value for name, value in told.items() if value is not None}})
+    flags = {field.name: getattr(options, field.name, None) for field in fields(launch.Settings)}
+    settings = launch.Settings(**{**content, **{name: value for name, value in flags.items() if value is not None}})
     if options.show:
         return launch.command_line(settings, options.command, options.module)
     sys.exit(launch.launch(settings, options.command, options.module))

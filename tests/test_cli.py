@@ -7,6 +7,7 @@ import sys
 import pytest
 
 from bigkit.cli import main
+from bigkit.machine.hardware import HARDWARE
 
 
 def run(*arguments):
@@ -39,13 +40,35 @@ def test_plan_text_json_and_code(capsys):
     assert "from bigkit import plan" in capsys.readouterr().out
 
 
-def test_plan_for_a_machine_by_speed(capsys):
-    assert main(["plan", "llama-2-70b", "--hardware", "1 x RTX 4090", "--strategy", "fastest", "--dtype", "float16",
-                 "--json"]) == 0  # fmt: skip
-    found = json.loads(capsys.readouterr().out)
-    assert found["strategy"] == "fastest" and found["shares"][0]["budget"] == 24564 * 2**20
+def test_plan_for_a_machine_has_its_budgets_and_overhead(capsys):
+    assert main(["plan", "llama-2-70b", "--hardware", "1 x RTX 4090", "--dtype", "float16", "--json"]) == 0
+    shares = json.loads(capsys.readouterr().out)["shares"]
+    assert shares[0]["budget"] == 24564 * 2**20 and shares[0]["overhead"] == HARDWARE["1 x RTX 4090"].overhead
     assert main(["plan", "gpt2", "--hardware", "PS5"]) == 2
     assert "unknown hardware 'PS5'" in capsys.readouterr().err
+
+
+def test_a_reader_who_closes_the_pipe_is_no_error():
+    code = "import sys, time; time.sleep(1); from bigkit.cli import main; sys.exit(main())"
+    asked = [sys.executable, "-c", code, "plan", "gpt2", "--max_memory", "0=1GiB"]
+    process = subprocess.Popen(asked, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process.stdout.close()
+    assert process.wait(timeout=60) == 0 and process.stderr.read() == ""
+    process.stderr.close()
+
+
+def test_a_dry_run_builds_the_model_that_was_planned(monkeypatch, capsys):
+    from bigkit import zoo
+
+    asked = []
+    for name in ("describe", "empty_model"):
+        real = getattr(zoo, name)
+        monkeypatch.setattr(zoo, name, lambda model, library=None, real=real, **options: asked.append(
+            (library, options["trust_remote_code"])) or real(model, library, **options))  # fmt: skip
+    command = ["dry-run", "pygpt", "--hardware", "T4", "--context", "32", "--new", "1", "--library_name", "bigkit",
+               "--trust_remote_code", "--json"]  # fmt: skip
+    assert main(command) == 0
+    assert asked == [("bigkit", True)] * 2 and json.loads(capsys.readouterr().out)["model"] == "pygpt"
 
 
 def test_dry_run_text_json_and_picture(capsys):

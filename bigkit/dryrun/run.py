@@ -315,7 +315,7 @@ def dry_run(
     dtype: object = None,
     all_logits: bool = False,
     cache: bool = True,
-    slots: int = 2,
+    slots: int | None = None,
     resident_memory: int | str = 0,
     calibration: Calibration | None = None,
     quantization: BnbQuantizationConfig | str | None = None,
@@ -332,7 +332,7 @@ def dry_run(
         dtype: of the weights if `model` is a name; None takes the plan's, then the config's.
         all_logits: keep the logits of every prompt token, as a plain call of the model does.
         cache: keep the KV cache of a prompt after which nothing is generated.
-        slots, resident_memory: see `dispatch_model`.
+        slots, resident_memory: see `dispatch_model`; None takes the plan's slots, or two.
         calibration: rates measured on that machine; None takes the ones in the ledger if the hardware is this machine
             (`Hardware.detect()`) and `calibrate()` was called here, else the vendors' figures.
         quantization: of the linear layers: a `BnbQuantizationConfig` or one of `layers.QUANTIZATIONS`; None takes the
@@ -360,6 +360,7 @@ def dry_run(
     rates = {f"cuda:{i}": every[i] for i in numbers}
     if isinstance(plan, Plan):
         dtype, quantization = dtype or plan.dtype, quantization or plan.quantization
+        slots = slots or plan.slots
     config = None
     if quantization is not None:
         from .fake_bnb import config_of, quantize_empty
@@ -373,7 +374,7 @@ def dry_run(
         name, empty = _model(model, dtype)
         if config is not None:
             quantize_empty(empty, config)
-        return name, rehearse(empty, places, load, target, slots, resident_memory, config, replay)
+        return name, rehearse(empty, places, load, target, slots or 2, resident_memory, config, replay)
 
     try:
         name, trace = run(replay)

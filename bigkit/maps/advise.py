@@ -1,14 +1,14 @@
 """What to do with a model and a machine: `advise(...)` ranks ways to store and to place it.
 
-Each way is a plan, and the plan says what a token waits for; four things work side by side, and the slowest counts:
+Each way is a plan, and the plan says what a token waits for. Four things work side by side, and the slowest counts:
 
-    Python      takes about `ISSUED` steps for each block, most where bitsandbytes multiplies
-    GPUs        read the weights that rest on them and the KV cache, one after another; of experts, those that are met
-    link        brings what rests in RAM, whole blocks
-    disk        brings what rests there
+    Python      issues a number of steps for each block, most where bitsandbytes multiplies
+    GPU         reads the weights that rest on it and the KV cache; of experts, those that the router picks
+    link        copies what rests in RAM and on disk, whole blocks
+    disk        reads what rests there
 
-No model is built and nothing is traced: sizes alone, so that 600 B parameters take as long as one. `dry_run` checks the
-way that you choose.
+Several GPUs work one after another. No model is built and nothing is traced: sizes alone, so that 600 B parameters take
+as long as one. `dry_run` checks the way that you choose.
 
 Leaves out: speculation, tensor parallelism, and what quantized kernels cost beyond the bytes they read.
 """
@@ -16,25 +16,45 @@ Leaves out: speculation, tensor parallelism, and what quantized kernels cost bey
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from ..machine.hardware import CONTEXT_BYTES, Hardware
+from ..devices import Device
+from ..machine.hardware import CONTEXT_BYTES, GPUS, Hardware
 from ..machine.ledger import Calibration, Ledger, machine_key
 from ..machine.roofline import Rates
 from ..model.spec import ModelSpec
-from ..units import dtype_bits, format_bytes, text_table
+from ..units import dtype_bits, format_bytes, format_seconds, text_table
 from .plan import Plan
-from .strategies import PlanError, plan
+from .strategies import PlanError, place
 
-ISSUED = {  # steps of Python for one block (see `Operation.issued`) of a Llama; GPT-2 has 70
-    None: 130, "int8": 330, "nf4": 160, "fp4": 160, "nf4-double": 160, "fp4-double": 160,
-}  # fmt: skip
-RAM_RATE = 40e9  # bytes a second from RAM, for machines without a GPU
 STORED = (None, "int8", "nf4", "nf4-double")
 LOSS = {None: 0, "int8": 1, "nf4": 2, "fp4": 3, "nf4-double": 3, "fp4-double": 4}  # rank: how far from the 16-bit model
 TARGETS = ("speed", "quality", "memory", "context")
+
+
+@dataclass(frozen=True)
+class Assumed:
+    """What `advise` counts with besides `Rates`, where this machine's ledger says nothing.
+
+    Args:
+        steps: quantization -> steps of Python for one block (see `Operation.issued`). Source: dry runs of Llama's
+            block with PyTorch 2.11 and bitsandbytes 0.49; GPT-2's has 70 where Llama's has 130.
+        ram: bytes a second that a CPU reads from RAM. Source: two channels of DDR4-3200 (51.2e9), less a fifth.
+        cpu: floating-point operations a second of a CPU's matrix products. An order of magnitude: some eight cores.
+    """
+
+    steps: Mapping[str | None, int] = field(
+        default_factory=lambda: {
+            None: 130, "int8": 330, "nf4": 160, "fp4": 160, "nf4-double": 160, "fp4-double": 160,
+        }
+    )  # fmt: skip
+    ram: float = 40e9
+    cpu: float = 1e11
+
+
+ASSUMED = Assumed()
 
 
 @dataclass(frozen=True)
@@ -42,11 +62,11 @@ class Option:
     """One way to run a model: a plan, and what it costs.
 
     Args:
-        plan: where everything lies.
-        token: seconds for one token of each sequence, predicted.
-        prefill: seconds for a prompt of the whole context, predicted.
-        waits: what a token waits for, in seconds: "Python", "GPU", "link", "disk".
-        loss: rank of the loss by quantization: 0 none.
+        plan: which layer rests on which device.
+        token: predicted seconds for one token of each sequence.
+        prefill: predicted seconds for a prompt of the whole context.
+        waits: "Python", "GPU" (or "RAM"), "link", "disk" -> predicted seconds that it works for a token.
+        loss: rank of the loss of quality by quantization; 0 is none.
         front: whether no other option is at least as good in speed, memory and quality, and better in one.
     """
 
@@ -106,7 +126,7 @@ class Advice:
             return "\n".join([head, "Nothing fits.", *(f"  {cure}" for cure in self.cures)])
         rows = [
             [("* " if option.front else "  ") + option.label, f"{self.batch / option.token:,.2f}",
-             f"{1000 * option.token:,.1f} ms", option.bottleneck, f"{option.prefill:,.2f} s",
+             format_seconds(option.token), option.bottleneck, format_seconds(option.prefill),
              format_bytes(option.memory), format_bytes(option.plan.offloaded),
              f"{option.plan.max_context:,}" if option.plan.max_context else "-"]
             for option in self.options
@@ -178,26 +198,24 @@ def advise(
     if target not in TARGETS:
         raise ValueError(f"unknown target {target!r}: expected one of {', '.join(TARGETS)}")
     half = "float16" if hardware.gpus and hardware.gpus[0].capability < (8, 0) else "bfloat16"
-    known = calibration or calibration_of(hardware)
-    overhead = hardware.overhead + (known.context - CONTEXT_BYTES if known and known.context else 0)
+    calibration = calibration or calibration_of(hardware)
+    overhead = hardware.overhead
+    if calibration and calibration.context:
+        overhead += calibration.context - CONTEXT_BYTES
     options, cures = [], []
     for quantization in stored:
         try:
-            found = plan(
+            plan = place(
                 model, hardware.max_memory(), "exact" if target == "context" else "auto", dtype=half,
                 quantization=quantization, batch=batch, context=context, overhead=overhead,
             )  # fmt: skip
+            options.append(_predict(model, plan, hardware, calibration))
         except PlanError as error:
             cures.append(f"{quantization or half}: {error.plan.problem}. {error.cure}")
-            continue
-        options.append(_cost(model, found, hardware, known))
     ranked = sorted(options, key=lambda option: _rank(option, target))
-    marked = [
-        Option(o.plan, o.token, o.prefill, o.waits, o.loss, not any(_beats(other, o) for other in ranked))
-        for o in ranked
-    ]
-    said = () if marked else (*dict.fromkeys(cures),)
-    return Advice(model.name, hardware.name, batch, context, target, tuple(marked), said, known is not None)
+    marked = tuple(replace(a, front=not any(_beats(b, a) for b in ranked)) for a in ranked)
+    needed = () if marked else tuple(dict.fromkeys(cures))
+    return Advice(model.name, hardware.name, batch, context, target, marked, needed, calibration is not None)
 
 
 def _rank(option: Option, target: str) -> tuple[float, ...]:
@@ -216,13 +234,13 @@ def _beats(a: Option, b: Option) -> bool:
 
 
 def calibration_of(hardware: Hardware) -> Calibration | None:
-    """What the ledger knows of a machine, if it is this one (`Hardware.detect()`)."""
+    """What the ledger has on a machine, if it is this one (`Hardware.detect()`)."""
     if not hardware.name.startswith("this machine"):
         return None
-    known = Ledger.load().calibrations
+    calibrations = Ledger.load().calibrations
     if not hardware.gpus:
-        return known.get(machine_key())
-    return next((item for item in known.values() if item.gpu == hardware.gpus[0].name), None)
+        return calibrations.get(machine_key())
+    return next((item for item in calibrations.values() if item.gpu == hardware.gpus[0].name), None)
 
 
 def rates_of(hardware: Hardware, calibration: Calibration | None) -> list[Rates]:
@@ -232,62 +250,61 @@ def rates_of(hardware: Hardware, calibration: Calibration | None) -> list[Rates]
     return [Rates.of_calibration(calibration, gpu, hardware.disk_rate) for gpu in hardware.gpus]
 
 
-def _cost(model: ModelSpec, found: Plan, hardware: Hardware, known: Calibration | None) -> Option:
+# ---------------------------------------------------------------------------------------------------------------------
+# Predicting
+
+
+def _all_rates(hardware: Hardware, calibration: Calibration | None) -> dict[Device, Rates]:
+    """The rates of every device that may run layers, the CPU among them."""
+    cpu = replace(
+        Rates.of_gpu(GPUS["A100-80GB"], hardware.disk_rate),
+        memory=ASSUMED.ram,
+        products={"float32": ((1, ASSUMED.cpu),)},
+    )
+    if calibration:
+        measured = {
+            "memory": calibration.host_memory, "products": calibration.products, "issue": calibration.issue,
+            "disk": calibration.disk_warm,
+        }  # fmt: skip
+        cpu = replace(cpu, **{name: value for name, value in measured.items() if value})
+    return {"cpu": cpu, **dict(enumerate(rates_of(hardware, calibration)))}
+
+
+def _predict(model: ModelSpec, plan: Plan, hardware: Hardware, calibration: Calibration | None) -> Option:
     """What a token and a prompt take under a plan."""
-    precision = model.precision(found.dtype, found.quantization)
-    shares = {share.device: share for share in found.shares}
-    runners = [share for share in found.shares if share.runs]
-    bits = dtype_bits(model.computes_in(precision))
-    active = _met(model, found.batch)
-    flops = 2 * found.batch * _active_parameters(model)
+    rates = _all_rates(hardware, calibration)
+    runners = [share for share in plan.shares if share.runs]
+    first = rates[runners[0].device]
+    on_gpus = runners[0].device != "cpu"
+    bits = dtype_bits(model.computes_in(model.precision(plan.dtype, plan.quantization)))
     blocks = max(1, len(model.attention) or model.facts.get("num_hidden_layers", 1))
-    speeds = rates_of(hardware, known)
-    ram = (known.host_memory if known else None) or RAM_RATE
-    issue = speeds[0].issue if speeds else (known.issue if known else None) or 4e-6
-    disk = speeds[0].disk if speeds else (known.disk_warm if known else None) or hardware.disk_rate
-    products = known.products.get("bfloat16" if bits == 16 else "float32") if known and not speeds else None
-    cpu = products[-1][1] if products else 1e11
+    routed = sum(tensor.elements for name, (tensor, _) in model.tensors.items() if ".experts." in name)
+    picked = _picked(model, 1)
+    used = 1 - (1 - _picked(model, plan.batch)) * routed / max(1, model.parameters)  # share of the weights
+    flops = 2 * plan.batch * (model.parameters - (1 - picked) * routed)
+    total = max(1, sum(share.weights for share in plan.shares))
     reading = computing = 0.0
     for share in runners:
-        rate = speeds[share.device] if isinstance(share.device, int) else None
-        kept = share.weights + (found.offloaded if share is runners[0] and rate is not None else 0)
-        reading += (active * kept + share.kv_cache) / (rate.memory if rate else ram)
-        part = kept / max(1, sum(s.weights for s in found.shares))
-        computing += part * flops / (rate.table("bfloat16" if bits == 16 else "float32")[-1][1] if rate else cpu)
-    away = {name: shares[name].weights for name in ("cpu", "disk") if name in shares and not shares[name].runs}
-    link = speeds[0].link if speeds else ram
+        rate = rates[share.device]
+        weights = share.weights + (plan.offloaded if on_gpus and share is runners[0] else 0)
+        reading += (used * weights + share.kv_cache) / rate.memory
+        computing += weights / total * flops / rate.table("bfloat16" if bits == 16 else "float32")[-1][1]
+    on_disk = sum(share.weights for share in plan.shares if share.device == "disk")
     waits = {
-        "Python": ISSUED[found.quantization] * blocks * issue,
-        "GPU" if speeds else "RAM": max(reading, computing),
-        "link": (away.get("cpu", 0) + away.get("disk", 0)) / link if speeds else 0.0,
-        "disk": away.get("disk", 0) / disk,
+        "Python": ASSUMED.steps[plan.quantization] * blocks * first.issue,
+        "GPU" if on_gpus else "RAM": max(reading, computing),
+        "link": plan.offloaded / first.link if on_gpus else 0.0,
+        "disk": on_disk / first.disk,
     }
-    prompt = max(found.context, 1) * computing
+    prompt = max(plan.context, 1) * computing
     prefill = max(waits["Python"], reading, prompt, waits["link"], waits["disk"])
-    return Option(found, max(waits.values()), prefill, waits, LOSS[found.quantization])
+    return Option(plan, max(waits.values()), prefill, waits, LOSS[plan.quantization])
 
 
-def _experts(model: ModelSpec) -> list[str]:
-    return [name for name in model.tensors if ".experts." in name]
-
-
-def _met(model: ModelSpec, batch: int) -> float:
-    """The share of the weights that a token of each sequence meets: of experts, those that the router picks.
+def _picked(model: ModelSpec, tokens: int) -> float:
+    """The share of the routed experts that some of so many tokens visit; 1 in a model without experts.
 
     With n experts of which k work, b tokens leave one untouched with probability (1 - k/n)^b.
     """
-    experts, picked = model.facts.get("num_experts"), model.facts.get("experts_per_token", 1)
-    if not experts:
-        return 1.0
-    names = _experts(model)
-    part = sum(model.tensors[name][0].elements for name in names) / max(1, model.parameters)
-    return 1 - part * (1 - picked / experts) ** batch
-
-
-def _active_parameters(model: ModelSpec) -> int:
-    """Parameters that one token is multiplied with."""
-    experts, picked = model.facts.get("num_experts"), model.facts.get("experts_per_token", 1)
-    if not experts:
-        return model.parameters
-    routed = sum(model.tensors[name][0].elements for name in _experts(model))
-    return model.parameters - routed + routed * picked // experts
+    experts = model.facts.get("num_experts")
+    return 1 - (1 - model.facts.get("experts_per_token", 1) / experts) ** tokens if experts else 1.0

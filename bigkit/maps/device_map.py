@@ -3,9 +3,9 @@
     infer_auto_device_map, get_balanced_memory, get_max_memory, compute_module_sizes, find_tied_parameters,
     check_device_map
 
-They take and give what theirs do, and stand on `planner.plan`, so that a map is never over a budget, a reserve is held
-only when something is offloaded, and buffers are placed. Differences: `no_split_module_classes=None` takes the model's
-own list; budgets that nothing fits raise `PlanError`; the dict you give is never changed.
+They take and give what theirs do, and stand on `strategies.place`, so that a map is never over a budget, a reserve is
+held only when something is offloaded, and buffers are placed. Differences: `no_split_module_classes=None` takes the
+model's own list; budgets that nothing fits raise `PlanError`; the dict you give is never changed.
 
 Leaves out: accelerators other than CUDA and MPS.
 """
@@ -16,11 +16,11 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
 from ..devices import Device, prefixes, read_device
-from ..maps import strategies as planner
 from ..meta.skeleton import spec_from_module, tied_groups
 from ..model.spec import Precision, tensor_bytes
 from ..units import dtype_name
 from .plan import Plan
+from .strategies import place, read_budgets
 
 if TYPE_CHECKING:
     import torch
@@ -60,10 +60,10 @@ def infer_auto_device_map(
     >>> infer_auto_device_map(torch.nn.Sequential(torch.nn.Linear(9, 9), torch.nn.Linear(9, 9)), {0: 400, 1: 400})
     {'0': 0, '1': 1}
     """
-    found = _plan(model, max_memory, "sequential", no_split_module_classes, dtype, special_dtypes, offload_buffers)
+    plan = _plan(model, max_memory, "sequential", no_split_module_classes, dtype, special_dtypes, offload_buffers)
     if verbose:
-        print(found.explain())
-    return found.device_map if clean_result else {layer.name: layer.device for layer in found.layers}
+        print(plan.explain())
+    return plan.device_map if clean_result else {layer.name: layer.device for layer in plan.layers}
 
 
 def get_balanced_memory(
@@ -95,10 +95,10 @@ def get_balanced_memory(
     if len(gpus) < 2:
         return budgets
     strategy = "balanced_low_0" if low_zero else "balanced"
-    found = _plan(model, budgets, strategy, no_split_module_classes, dtype, special_dtypes, False, strict=False)
-    used = [gpu for gpu in gpus if found.used[gpu]]
-    if found.feasible and not found.offloaded and used:
-        budgets.update({gpu: found.used[gpu] for gpu in gpus if gpu != used[-1]})
+    plan = _plan(model, budgets, strategy, no_split_module_classes, dtype, special_dtypes, False, strict=False)
+    used = [gpu for gpu in gpus if plan.used[gpu]]
+    if plan.feasible and not plan.offloaded and used:
+        budgets.update({gpu: plan.used[gpu] for gpu in gpus if gpu != used[-1]})
     return budgets
 
 
@@ -111,7 +111,7 @@ def get_max_memory(max_memory: Mapping[Device, int | str] | None = None) -> dict
     {0: 2000000000, 'cpu': 1073741824}
     """
     if max_memory is not None:
-        budgets = planner.read_budgets(max_memory)
+        budgets = read_budgets(max_memory)
         return {device: budget for device, budget in budgets.items() if device in max_memory and budget is not None}
     import psutil
     import torch
@@ -173,7 +173,7 @@ def check_device_map(model: torch.nn.Module, device_map: Mapping[str, Device]) -
     """
     everywhere = {device: read_device(device) for device in device_map.values()}
     no_limit = dict.fromkeys(everywhere.values(), 2**62) or {"cpu": 2**62}
-    planner.plan(spec_from_module(model), no_limit, device_map, strict=False)
+    place(spec_from_module(model), no_limit, device_map, strict=False)
 
 
 def _plan(
@@ -186,7 +186,7 @@ def _plan(
     offload_buffers: bool,
     strict: bool = True,
 ) -> Plan:
-    return planner.plan(
+    return place(
         spec_from_module(model), get_max_memory(max_memory), strategy, dtype=dtype, special_dtypes=special_dtypes,
         no_split=no_split, offload_buffers=offload_buffers, strict=strict,
     )  # fmt: skip

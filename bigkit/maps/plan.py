@@ -9,9 +9,10 @@ Leaves out: finding a plan (`maps/strategies.py`) and drawing one (`draw/canvas.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
+from typing import Any
 
 from ..devices import Device, collapse, device_label
 from ..units import format_bytes
@@ -73,10 +74,14 @@ class Plan:
         strategy: how it was found ("custom" for a given map).
         dtype, quantization: how the weights are stored.
         batch, context: the load it was made for (sequences, tokens each).
-        max_context: the longest context that this placement can hold, or None if nothing grows with it.
+        max_context: the longest context that this placement can hold and the model's positions reach, in tokens; None
+            if nothing grows with it.
         shares: what each device holds, in the order GPUs, RAM, disk.
         layers: every layer in the model's order, with its device.
         problem: why the plan is not feasible; empty if it is.
+        slots: offloaded layers that the first device holds in flight; 0 if none is offloaded.
+        library: where the model comes from; see `ModelSpec`.
+        options: what else the plan was made with, by the names of `bigkit.plan`'s arguments.
     """
 
     model: str
@@ -89,6 +94,9 @@ class Plan:
     shares: tuple[Share, ...]
     layers: tuple[Placed, ...]
     problem: str = ""
+    slots: int = 0
+    library: str = ""
+    options: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
     @property
     def feasible(self) -> bool:
@@ -140,16 +148,25 @@ class Plan:
         return "\n".join(lines)
 
     def to_code(self) -> str:
-        """Python that makes this plan again."""
+        """Python that makes this plan again; of a model that has no name, from the variable `model`."""
         budgets = {share.device: share.budget for share in self.shares if share.budget is not None}
-        strategy = self.device_map if self.strategy == "custom" else self.strategy
-        options = {"strategy": strategy, "dtype": self.dtype, "quantization": self.quantization,
-                   "batch": self.batch, "context": self.context,
-                   "overhead": max((share.overhead for share in self.shares), default=0) or None}  # fmt: skip
-        given = "".join(f"    {name}={value!r},\n" for name, value in options.items() if value not in (None, "auto"))
+        arguments = {
+            "strategy": self.device_map if self.strategy == "custom" else self.strategy,
+            "dtype": self.dtype,
+            "quantization": self.quantization,
+            "batch": self.batch,
+            "context": self.context,
+            "overhead": max((share.overhead for share in self.shares), default=0) or None,
+            "strict": None if self.feasible else False,
+            **self.options,
+        }
+        lines = [f"    {name}={value!r},\n" for name, value in arguments.items() if value not in (None, "auto")]
+        name, note = repr(self.model), ""
+        if self.library == "module":
+            name, note = "model", f"# A plan does not hold its model: here `model` is your {self.model}.\n"
         return (
-            "from bigkit import plan\n\n"
-            f"p = plan(\n    {self.model!r},\n    max_memory={budgets!r},\n{given})\n"
+            f"from bigkit import plan\n\n{note}"
+            f"p = plan(\n    {name},\n    max_memory={budgets!r},\n{''.join(lines)})\n"
             "device_map = p.device_map\n"
         )
 
@@ -197,5 +214,5 @@ def _stretches(layers: Sequence[Placed], device: Device) -> str:
             else:
                 runs.append([layer.name])
         previous = layer.device
-    said = [run[0] if len(run) == 1 else f"{run[0]} .. {run[-1]} ({len(run)} layers)" for run in runs[:4]]
-    return ", ".join(said) + (f" and {len(runs) - 4} more runs" if len(runs) > 4 else "")
+    texts = [run[0] if len(run) == 1 else f"{run[0]} .. {run[-1]} ({len(run)} layers)" for run in runs[:4]]
+    return ", ".join(texts) + (f" and {len(runs) - 4} more runs" if len(runs) > 4 else "")

@@ -25,12 +25,9 @@ from torch import Tensor, nn
 from ..checkpoints.format import Checkpoint, Stored
 from ..checkpoints.load import load_checkpoint_in_model
 from ..devices import Device, collapse, placement, prefixes, read_device
-from ..machine.hardware import Hardware
-from ..maps import strategies
-from ..maps.advise import calibration_of, rates_of
 from ..maps.device_map import check_device_map, get_max_memory
 from ..maps.partition import spread
-from ..maps.strategies import STRATEGIES, interleaved
+from ..maps.strategies import STRATEGIES, place
 from ..meta.skeleton import spec_from_module
 from ..units import parse_bytes
 from .grouping import Group, Rest, groups, has_forward, make_units, records, streamer_for
@@ -302,9 +299,8 @@ def load_checkpoint_and_dispatch(
     Args:
         model: the model.
         checkpoint: a file, an index or a folder.
-        device_map: a map, or one of `planner.STRATEGIES` ("auto", ...), which finds one.
-            Where blocks must be offloaded, those that stay are spread among them (not with "sequential"), so that
-            copies hide behind work. None loads and does no more.
+        device_map: a map, or one of `strategies.STRATEGIES` ("auto", ...), which finds one, and the number of slots
+            that goes with it. None loads and does no more.
         max_memory: device -> budget, for a strategy; None asks this machine.
         no_split_module_classes: classes that stay on one device, for a strategy; None takes the model's own list.
         offload_folder: where weights for "disk" are written that lie in no file as they are needed (of another dtype).
@@ -335,15 +331,12 @@ def load_checkpoint_and_dispatch(
             raise ValueError(f"unknown device_map {device_map!r}: expected a map or one of {', '.join(STRATEGIES)}")
         classes = [no_split_module_classes] if isinstance(no_split_module_classes, str) else no_split_module_classes
         max_memory = get_max_memory() if max_memory is None else max_memory
-        rates = None
-        if device_map == "fastest":
-            machine = Hardware.detect()
-            rates = next(iter(rates_of(machine, calibration_of(machine))), None)
-        found = strategies.plan(
+        plan = place(
             spec_from_module(model), max_memory, device_map, dtype=dtype, no_split=classes,
-            offload_buffers=offload_buffers, rates=rates,
+            offload_buffers=offload_buffers,
         )  # fmt: skip
-        device_map = found.device_map if device_map in ("sequential", "fastest") else interleaved(found)
+        device_map = plan.device_map
+        options.setdefault("slots", plan.slots or 2)
     if device_map is not None:
         check_device_map(model, device_map)
     stand_in = options.get("stand_in") or {}

@@ -28,7 +28,7 @@ from ..checkpoints.load import compare, load_checkpoint_in_model, read_tensors, 
 from ..devices import Device, placement, read_device
 from ..maps.device_map import get_max_memory
 from ..maps.plan import Plan
-from ..maps.strategies import STRATEGIES, plan
+from ..maps.strategies import STRATEGIES, place
 from ..meta.empty import twin
 from ..meta.skeleton import spec_from_module
 from ..offload.dispatch import dispatch_model
@@ -444,7 +444,7 @@ def _planned(
 ) -> Plan:
     spec = spec_from_module(model)
     fp32 = config.keep_in_fp32_modules or ()
-    return plan(
+    return place(
         spec, budgets, strategy, dtype=config.torch_dtype, quantization=config.quantization,
         keep=[name for name, module in spec.root.walk() if module.linear and name not in targets],
         special_dtypes={

@@ -15,7 +15,7 @@ from ..devices import Device, device_label
 from ..draw.canvas import plan_figure, plan_label, plan_text, plan_verdict, svg
 from ..machine.hardware import CONTEXT_BYTES, HARDWARE
 from ..maps.plan import Plan
-from ..maps.strategies import STRATEGIES, PlanError, plan, read_budgets
+from ..maps.strategies import STRATEGIES, PlanError, place, read_budgets
 from ..model.spec import QUANTIZATIONS
 from ..units import GiB, MiB, dtype_name, parse_bytes
 from ._explorer import (
@@ -186,7 +186,7 @@ class PlanExplorer(Explorer):
             "batch": self.batch.value, "context": self.context.value, "overhead": round(self.overhead.value * MiB),
         }  # fmt: skip
         try:
-            found, cure = plan(self._specs[name], self.max_memory, self.strategy.value, **options), ""
+            found, cure = place(self._specs[name], self.max_memory, self.strategy.value, **options), ""
         except PlanError as error:
             found, cure = error.plan, error.cure
         self.plan, self._cure = found, cure

@@ -1,0 +1,81 @@
+"""Words about a plan: why each boundary stands where it does, and which single change would make a model fit.
+
+Leaves out: finding plans (`strategies.py`) and telling a whole one (`Plan.explain`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from ..devices import device_label
+from ..model.spec import Precision
+from ..units import counted, format_bytes
+from .partition import last_true
+from .plan import Plan, Share
+
+if TYPE_CHECKING:
+    from .task import Task
+
+
+def why(plan: Plan, share: Share) -> str:
+    """Why the stretch of layers on one device ends where it does."""
+    if not share.runs:
+        return f"These visit {device_label(plan.shares[0].device)} when their turn comes." if share.weights else ""
+    notes = []
+    if share.reserve:
+        notes.append(f"The reserve is for {counted(plan.slots, 'offloaded layer')} in flight.")
+    start = next((i for i, layer in enumerate(plan.layers) if layer.device == share.device), len(plan.layers))
+    following = next((layer for layer in plan.layers[start:] if layer.device != share.device), None)
+    if following is None or share.budget is None:
+        return " ".join(notes)
+    free = share.budget - share.used
+    if free < 0:
+        notes.append(f"It is {format_bytes(-free)} over its budget.")
+    elif following.bytes > free:
+        notes.append(f"Next is {following.name} ({format_bytes(following.bytes)}), but {format_bytes(free)} is free.")
+    elif plan.strategy == "balanced_low_0" and share is plan.shares[0]:
+        notes.append("It holds only what the other GPUs cannot.")
+    elif plan.strategy == "exact":
+        notes.append(f"With {following.name} here too, the longest context would be shorter.")
+    elif plan.strategy in ("auto", "balanced", "balanced_low_0") and not plan.offloaded:
+        fullest = max(other.used / other.budget for other in plan.shares if other.runs and other.budget)
+        then = (share.used + following.bytes) / share.budget
+        if then > fullest:
+            notes.append(
+                f"With {following.name} too it would be {100 * then:.0f} % full; now {100 * fullest:.0f} % is the most."
+            )
+        else:
+            notes.append("The cut lies where the devices are most evenly filled.")
+    return " ".join(notes)
+
+
+def cures(task: Task, plan: Plan, solve: Callable[[Task, str], Plan]) -> str:
+    """Which single changes would make a plan feasible, each tried with `solve`."""
+    strategy = plan.strategy if plan.strategy != "custom" else "auto"
+
+    def helps(**changes: object) -> bool:
+        return solve(replace(task, **changes), strategy).feasible  # type: ignore[arg-type]
+
+    worst = max(plan.shares, key=lambda share: share.over)
+    enough = (worst.budget or 0) + worst.over
+    helpful = []
+    if helps(budgets={**task.budgets, worst.device: enough}):
+        helpful.append(f"max_memory {{{worst.device!r}: {enough}}} ({format_bytes(enough)})")
+    if plan.strategy == "custom" and helps():
+        helpful.append("strategy='auto'")
+    precision = task.precision
+    if precision.dtype in (None, "float32", "float64") and helps(precision=replace(precision, dtype="float16")):
+        helpful.append("dtype='float16'")
+    for quantization in ("int8", "nf4") if precision.quantization is None else ():
+        if helps(precision=Precision("float16", quantization, task.model.kept, precision.special)):
+            helpful.append(f"quantization={quantization!r}")
+    if task.context and helps(context=0):
+        longest = last_true(lambda context: helps(context=context), 0, task.context)
+        helpful.append(f"context={longest}")
+    for device in ("cpu", "disk"):
+        if task.budgets.get(device, 0) is not None and device not in task.runners:
+            if helps(budgets={**task.budgets, device: None}):
+                helpful.append(f"an unlimited {device!r}")
+    return "It would fit with " + ", or ".join(helpful) + "." if helpful else "No single change would make it fit."

@@ -1,0 +1,243 @@
+"""What every strategy counts with: the units of a model, the room on each device, and what a placement takes there.
+
+A unit is a layer, or layers that share a tied tensor: what is placed as one. A place is a device; places are given for
+each unit or for each layer, in the model's order.
+
+Leaves out: choosing places (`strategies.py`) and saying why (`reasons.py`).
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+from ..devices import Device, device_label, prefixes
+from ..model.estimate import activation_bytes
+from ..model.spec import Attention, Layer, ModelSpec, Precision
+from ..units import dtype_bits, format_bytes
+from .partition import Chain, last_true
+from .plan import Placed, Plan, Share
+from .reasons import why
+
+SLOTS = 2  # offloaded layers in flight on the first GPU: one works while the next one arrives
+LONGEST = 2**24  # tokens: no longer context is looked for
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Layers that are placed together.
+
+    Args:
+        layers: their numbers.
+        weights: bytes at rest, tied tensors counted once.
+        largest: bytes of the largest layer, which is what travels at a time if the unit is offloaded.
+        buffers: bytes that stay on the first GPU even then.
+        attention: the KV caches that the layers fill.
+        kind: equal for units that may change places, because they hold the same and share nothing with others.
+    """
+
+    layers: tuple[int, ...]
+    weights: int
+    largest: int
+    buffers: int
+    attention: tuple[Attention, ...]
+    kind: Hashable
+
+
+@dataclass(frozen=True)
+class Task:
+    """A model, the devices, and the load; the arguments of `strategies.place`, read and checked.
+
+    `options` are the arguments that only `Plan.to_code` needs again.
+    """
+
+    model: ModelSpec
+    layers: tuple[Layer, ...]
+    budgets: dict[Device, int | None]
+    precision: Precision
+    batch: int
+    context: int
+    overhead: int
+    offload_buffers: bool
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    # -- the model's side
+
+    @cached_property
+    def computes_in(self) -> str:
+        return self.model.computes_in(self.precision)
+
+    @cached_property
+    def sizes(self) -> list[int]:
+        """Bytes of each layer alone."""
+        return [layer.bytes(self.precision) for layer in self.layers]
+
+    @cached_property
+    def index(self) -> dict[str, int]:
+        return {layer.name: i for i, layer in enumerate(self.layers)}
+
+    def layer_of(self, name: str) -> int:
+        """The layer that holds a module or tensor: itself, the one around it, or else the first one within it."""
+        for prefix in reversed(prefixes(name)):
+            if prefix in self.index:
+                return self.index[prefix]
+        return next(i for other, i in self.index.items() if other.startswith(name + "."))
+
+    @cached_property
+    def ties(self) -> list[list[tuple[int, int]]]:
+        """Each tied group as (layer, bytes of the tensor there), its owner first."""
+        return [
+            [(i, self.layers[i].tensor_bytes(name, self.precision)) for name in group for i in [self.layer_of(name)]]
+            for group in self.model.ties
+        ]
+
+    @cached_property
+    def attention(self) -> dict[int, list[Attention]]:
+        """Layer -> the caches that it fills."""
+        caches: dict[int, list[Attention]] = defaultdict(list)
+        for record in self.model.attention:
+            caches[self.layer_of(record.layer)].append(record)
+        return caches
+
+    @cached_property
+    def units(self) -> list[Unit]:
+        """The layers, each joined to the owner of its tied tensor if that is most of it (an output head, mostly)."""
+        home = list(range(len(self.layers)))
+        for (owner, _), *others in self.ties:
+            for i, size in others:
+                if 2 * size >= self.sizes[i] and home[i] == i:
+                    home[i] = home[owner]
+        groups: dict[int, list[int]] = defaultdict(list)
+        for i, first in enumerate(home):
+            groups[first].append(i)
+        twice = Counter[int]()  # bytes that a group would count again
+        for (owner, _), *others in self.ties:
+            for i, size in others:
+                twice[home[i]] += size if home[i] == home[owner] else 0
+        tied = {home[i] for group in self.ties for i, _ in group}
+        units = []
+        for first, group in groups.items():
+            weights = sum(self.sizes[i] for i in group) - twice[first]
+            buffers = sum(map(self.staying, group))
+            kind = first if first in tied else (self.layers[first].cls, weights, buffers)
+            caches = tuple(record for i in group for record in self.attention.get(i, ()))
+            units.append(Unit(tuple(group), weights, max(self.sizes[i] for i in group), buffers, caches, kind))
+        return units
+
+    def staying(self, layer: int) -> int:
+        """Bytes of a layer's buffers, if they stay on the first GPU when the layer is offloaded."""
+        return 0 if self.offload_buffers else self.layers[layer].bytes(self.precision, buffers_only=True)
+
+    @property
+    def longest(self) -> int:
+        """Tokens beyond which no context is looked for: learned positions are a hard limit."""
+        limit = self.model.facts.get("max_position_embeddings")
+        return limit if limit and self.model.facts.get("positions") == "learned" else LONGEST
+
+    # -- the devices' side
+
+    @cached_property
+    def runners(self) -> list[Device]:
+        """Devices that run layers: every accelerator with a budget, or the CPU where there is none."""
+        return [d for d, budget in self.budgets.items() if d not in ("cpu", "disk") and budget] or ["cpu"]
+
+    @cached_property
+    def shelves(self) -> list[Device]:
+        """Devices on which layers only rest, nearest first."""
+        return [d for d in ("cpu", "disk") if self.budgets.get(d, 0) != 0 and d not in self.runners]
+
+    def kv(self, attention: Iterable[Attention], context: int) -> int:
+        """Bytes of KV cache."""
+        return self.batch * sum(record.elements(context) for record in attention) * dtype_bits(self.computes_in) // 8
+
+    def working(self, context: int) -> int:
+        """Bytes of activations on each device that runs layers."""
+        return activation_bytes(self.model, self.batch, context, self.computes_in)
+
+    def extra(self, runner: Device) -> int:
+        """Bytes that the runtime takes on a device."""
+        return 0 if runner == "cpu" else self.overhead
+
+    def rooms(self, context: int) -> list[int]:
+        """Bytes that each runner has for weights and cache; negative if not even its overhead fits."""
+        working = self.working(context)
+        return [(self.budgets.get(runner) or 0) - self.extra(runner) - working for runner in self.runners]
+
+    def chain(self, context: int) -> Chain:
+        """What each unit needs on the device that runs it: weights and cache."""
+        return Chain([unit.weights + self.kv(unit.attention, context) for unit in self.units])
+
+    def fits(self, context: int) -> bool:
+        """Whether the runners hold everything, stretch after stretch."""
+        return self.chain(context).reach(self.rooms(context))[-1] == len(self.units)
+
+    # -- a placement
+
+    def by_layer(self, places: Sequence[Device]) -> list[Device]:
+        """The place of each unit as the place of each layer."""
+        devices = {i: device for unit, device in zip(self.units, places) for i in unit.layers}
+        return [devices[i] for i in range(len(self.layers))]
+
+    def loads(self, places: Sequence[Device], slots: int) -> Callable[[int], tuple[Share, ...]]:
+        """A function from a context to what every device holds, for the place of each layer."""
+        weights, caches = Counter[Device](), defaultdict[Device, list[Attention]](list)
+        for place, size in zip(places, self.sizes):
+            weights[place] += size
+        for (owner, _), *others in self.ties:
+            holders = {places[owner]}
+            for i, size in others:
+                weights[places[i]] -= size if places[i] in holders else 0
+                holders.add(places[i])
+        main = self.runners[0]
+        offloaded = [i for i, place in enumerate(places) if place not in self.runners]
+        for i, records in self.attention.items():
+            caches[places[i] if places[i] in self.runners else main] += records
+        reserve = slots * max((self.sizes[i] for i in offloaded), default=0) + sum(map(self.staying, offloaded))
+        busy = {*places, *([main] if offloaded else [])} & {*self.runners}
+
+        def shares(context: int) -> tuple[Share, ...]:
+            return tuple(
+                Share(
+                    device=device,
+                    budget=self.budgets.get(device, 0),
+                    runs=device in self.runners,
+                    weights=weights[device],
+                    kv_cache=self.kv(caches[device], context),
+                    activations=self.working(context) if device in busy else 0,
+                    reserve=reserve if device == main else 0,
+                    overhead=self.extra(device) if device in busy else 0,
+                )
+                for device in self.budgets
+            )
+
+        return shares
+
+    def to_plan(self, places: Sequence[Device], strategy: str, context: int | None = None, slots: int = SLOTS) -> Plan:
+        """The plan for the place of each layer, feasible or not."""
+        context = self.context if context is None else context
+        loads = self.loads(places, slots)
+        shares = loads(context)
+        short = [f"{device_label(share.device)} lacks {format_bytes(share.over)}" for share in shares if share.over]
+        longest = None
+        if self.model.attention and not short:
+            start = min(context, self.longest)
+            longest = last_true(lambda n: not any(share.over for share in loads(n)), start, self.longest)
+        plan = Plan(
+            model=self.model.name,
+            strategy=strategy,
+            dtype=self.precision.dtype,
+            quantization=self.precision.quantization,
+            batch=self.batch,
+            context=context,
+            max_context=longest,
+            shares=shares,
+            layers=tuple(Placed(layer.name, layer.cls, *rest) for layer, *rest in zip(self.layers, self.sizes, places)),
+            problem=" and ".join(short),
+            slots=slots if any(place not in self.runners for place in places) else 0,
+            library=self.model.library,
+            options=dict(self.options),
+        )
+        return replace(plan, shares=tuple(replace(share, why=why(plan, share)) for share in shares))
