@@ -29,7 +29,7 @@ from torch import nn
 
 import bigkit
 from bigkit import zoo
-from bigkit.maps.strategies import STRATEGIES, plan
+from bigkit.maps.strategies import STRATEGIES, place
 
 GIB = 2**30
 
@@ -124,14 +124,14 @@ def measure(name: str, model: nn.Module, no_split: list[str], budgets: dict[Any,
         "layers": len(spec.layers(no_split)),
         "gpus": len(gpus),
         "accelerate_ms": median_ms(lambda: theirs(model, no_split, budgets), runs),
-        "from_module_ms": median_ms(lambda: plan(bigkit.describe(model), budgets, **options), runs),
+        "from_module_ms": median_ms(lambda: place(bigkit.describe(model), budgets, **options), runs),
     }
     for strategy in STRATEGIES[1:]:
-        row[f"{strategy}_ms"] = median_ms(partial(plan, spec, budgets, strategy, **options), runs)
+        row[f"{strategy}_ms"] = median_ms(partial(place, spec, budgets, strategy, **options), runs)
     row["ratio"] = row["accelerate_ms"] / row["balanced_ms"]
     row["ratio_from_module"] = row["accelerate_ms"] / row["from_module_ms"]
-    found, loads = plan(spec, budgets, **options), gpu_loads(model, theirs(model, no_split, budgets))
-    weights = {share.device: share.weights / GIB for share in found.shares}
+    plan, loads = place(spec, budgets, **options), gpu_loads(model, theirs(model, no_split, budgets))
+    weights = {share.device: share.weights / GIB for share in plan.shares}
     row["on_gpus_gib"] = sum(weights[gpu] for gpu in gpus)
     row["fullest_gib"] = max(weights[gpu] for gpu in gpus)
     row["accelerate_on_gpus_gib"], row["accelerate_fullest_gib"] = sum(loads), max(loads)

@@ -1,4 +1,4 @@
-"""Devices by name: one spelling for "cuda:1", 1 and torch.device("cuda:1"), and reading maps from module to device.
+"""Names of devices and of modules: one spelling for "cuda:1" and 1, dotted names, and maps from one to the other.
 
 Leaves out: which layer goes to which device (`maps/`), and everything that needs a real device.
 """
@@ -9,6 +9,15 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 Device = int | str  # a GPU's number, "mps", "cpu" or "disk"
+
+
+def join(prefix: str, own: str) -> str:
+    """The name of a part within a module: "h.0" and "attn" give "h.0.attn", "" and "h" give "h".
+
+    >>> join("h.0", "attn"), join("", "h"), join("h", "")
+    ('h.0.attn', 'h', 'h')
+    """
+    return f"{prefix}.{own}" if prefix and own else prefix or own
 
 
 def prefixes(name: str) -> list[str]:
@@ -59,7 +68,7 @@ def read_device(device: object) -> Device:
 
 
 def placement(device_map: Mapping[str, Device] | None) -> Callable[[str], Any]:
-    """A function from the name of a module or tensor to the device of the innermost entry around it, if there is one.
+    """A function from the name of a module or tensor to the device of the innermost entry around it, or to None.
 
     >>> device_of = placement({"": "cpu", "h.0": 1})
     >>> device_of("h.0.attn.weight"), device_of("h.1")
@@ -67,7 +76,7 @@ def placement(device_map: Mapping[str, Device] | None) -> Callable[[str], Any]:
     """
     devices = {name: read_device(device) for name, device in (device_map or {}).items()}
 
-    def device_of(name: str) -> Any:  # or None, which only callers without a whole map must look for
+    def device_of(name: str) -> Any:
         while name and name not in devices:
             name = name.rpartition(".")[0]
         return devices.get(name)

@@ -12,8 +12,9 @@ from collections.abc import Iterable, Sequence
 KiB, MiB, GiB, TiB, PiB = 2**10, 2**20, 2**30, 2**40, 2**50
 KB, MB, GB, TB, PB = 10**3, 10**6, 10**9, 10**12, 10**15
 
-_UNITS = {"": 1, "B": 1, "KB": KB, "MB": MB, "GB": GB, "TB": TB, "PB": PB,
-          "KIB": KiB, "MIB": MiB, "GIB": GiB, "TIB": TiB, "PIB": PiB}  # fmt: skip
+_UNITS = {"": 1, "B": 1}
+for _power, _letter in enumerate("KMGTP", 1):
+    _UNITS |= {f"{_letter}B": 1000**_power, f"{_letter}IB": 1024**_power}
 _BYTES = re.compile(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*([A-Za-z]*)\s*")
 
 # Torch stores one bool per byte, so 8. Sub-byte dtypes count the bits of one value, packed.
@@ -31,16 +32,13 @@ _ALIASES = {"fp64": "float64", "fp32": "float32", "fp16": "float16", "bf16": "bf
 
 
 def parse_bytes(size: int | float | str) -> int:
-    """A number of bytes from a number or a text.
+    """A number of bytes from a number or a text, fractions dropped.
 
     Binary units (KiB, MiB, GiB, TiB) are powers of 1024, decimal units (KB, MB, GB, TB) powers of 1000. A lower-case
     final b is refused: some libraries read "1gb" as a gigabit, others as a gigabyte.
 
     Args:
         size: bytes as a number, or text such as "10GiB", "1.5 GB", "512MiB", "300".
-
-    Returns:
-        The size in bytes, fractions dropped.
 
     Raises:
         ValueError: the text is no size, or it is negative or ambiguous.
@@ -55,15 +53,13 @@ def parse_bytes(size: int | float | str) -> int:
         if not 0 <= size < float("inf"):
             raise ValueError(f"a size must be zero or more bytes, not {size!r}")
         return int(size)
-    match = _BYTES.fullmatch(size)
-    unit = match[2] if match else ""
-    if match and unit.endswith("b"):
+    number, unit = match.groups() if (match := _BYTES.fullmatch(size)) else ("", "?")
+    if number and unit.endswith("b"):
         good = unit[:-1].upper().replace("I", "i") + "B"
-        raise ValueError(f"{size!r} is ambiguous (bits or bytes?): write {match[1] + good!r} for bytes")
-    if not match or unit.upper() not in _UNITS:
+        raise ValueError(f"{size!r} is ambiguous (bits or bytes?): write {number + good!r} for bytes")
+    if unit.upper() not in _UNITS:
         raise ValueError(f"{size!r} is no size: write a number and KiB, MiB, GiB, TiB (1024) or KB, MB, GB, TB (1000)")
-    whole = int(match[1]) if match[1].isdigit() else float(match[1])
-    return int(whole * _UNITS[unit.upper()])
+    return int((int(number) if number.isdigit() else float(number)) * _UNITS[unit.upper()])
 
 
 def format_bytes(size: float, style: str = "iec") -> str:
@@ -77,18 +73,18 @@ def format_bytes(size: float, style: str = "iec") -> str:
     >>> format_bytes(433248256), format_bytes(433248256, "classic"), format_bytes(433248256, "si")
     ('413.18 MiB', '413.18 MB', '433.25 MB')
     """
-    step = 1000 if style == "si" else 1024
-    infix = "i" if style == "iec" else ""
     if style not in ("iec", "si", "classic"):
         raise ValueError(f"style must be 'iec', 'si' or 'classic', not {style!r}")
-    if abs(size) < step:
-        return f"{round(size, 2)} bytes" if style == "classic" else f"{round(size)} B"
-    value, letter = float(size), ""
-    for letter in "KMGTP":
-        value /= step
-        if abs(value) < step or letter == "P":
+    step = 1000 if style == "si" else 1024
+    value, letter = size, ""
+    for letter in ("", *"KMGTP"):
+        shown = value if style == "classic" else round(value, 2 if letter else 0)  # 1023.999 KiB is 1.00 MiB
+        if abs(shown) < step or letter == "P":
             break
-    return f"{round(value, 2)} {letter}B" if style == "classic" else f"{value:.2f} {letter}{infix}B"
+        value /= step
+    if style == "classic":
+        return f"{round(value, 2)} {f'{letter}B' if letter else 'bytes'}"
+    return f"{value:.2f} {letter}{'i' if style == 'iec' else ''}B" if letter else f"{round(value)} B"
 
 
 def dtype_name(dtype: object) -> str:
@@ -139,20 +135,17 @@ def format_seconds(value: float) -> str:
     """
     if not value:
         return "0 s"
-    scale, unit = next(((s, u) for s, u in ((1, "s"), (1e-3, "ms")) if value >= 0.9995 * s), (1e-6, "µs"))
+    scale, unit = (1, "s") if value >= 0.9995 else (1e-3, "ms") if value >= 0.9995e-3 else (1e-6, "µs")
     number = value / scale
     return f"{number:.{0 if number >= 99.95 else 1 if number >= 9.995 else 2}f} {unit}"
 
 
 def text_table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Columns as plain text: the first aligned left, the others right."""
-    widths = [max(map(len, column)) for column in zip(headers, *rows)]
-
-    def line(cells: Sequence[str]) -> str:
-        first, *rest = (f"{cell:<{w}}" if i == 0 else f"{cell:>{w}}" for i, (cell, w) in enumerate(zip(cells, widths)))
-        return "  ".join([first, *rest]).rstrip()
-
-    return "\n".join([line(headers), line(["-" * width for width in widths]), *map(line, rows)])
+    table = [headers, *rows]
+    first, *others = [max(map(len, column)) for column in zip(*table)]
+    table.insert(1, ["-" * width for width in (first, *others)])
+    return "\n".join("  ".join([row[0].ljust(first), *map(str.rjust, row[1:], others)]).rstrip() for row in table)
 
 
 def counted(count: int, noun: str) -> str:

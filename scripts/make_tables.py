@@ -13,7 +13,6 @@ import json
 import sys
 from typing import Any
 
-from bigkit.model.spec import specs_to_json
 from bigkit.zoo import build, catalog
 
 
@@ -24,7 +23,7 @@ def table(entry: catalog.Entry) -> dict[str, Any]:
     for key, base in (("base", True), ("full", False)):
         model = build.build(config, base=base)
         specs[key] = build.spec_of(model, entry.name, entry.library, build.has_head(config, model), config)
-    return specs_to_json(specs)
+    return catalog.specs_to_json(specs)
 
 
 def to_text(table: dict[str, Any]) -> str:

@@ -3,7 +3,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bigkit.units import dtype_bits, format_bytes, is_floating, parse_bytes
+from bigkit.units import dtype_bits, format_bytes, format_seconds, is_floating, parse_bytes
 
 
 @pytest.mark.parametrize(
@@ -43,6 +43,22 @@ def test_formats():
     assert format_bytes(1023) == "1023 B" and format_bytes(-2048) == "-2.00 KiB"
     with pytest.raises(ValueError, match="style"):
         format_bytes(1, "imperial")
+
+
+@pytest.mark.parametrize(("style", "step"), [("iec", 1024), ("si", 1000)])
+@given(power=st.integers(1, 5), less=st.integers(1, 4000))
+def test_no_number_is_rounded_up_to_the_next_unit(style, step, power, less):
+    """2**20 - 1 bytes are 1.00 MiB, not 1024.00 KiB; the largest unit has no next one."""
+    for size in (step**power - less, -(step**power) + less, step**power - less / 1000):
+        number = float(format_bytes(size, style).split()[0])
+        assert abs(number) < step
+
+
+@given(st.floats(1e-7, 1e4))
+def test_seconds_have_three_figures(value):
+    number, unit = format_seconds(value).split()
+    assert abs(float(number) * {"s": 1, "ms": 1e-3, "µs": 1e-6}[unit] - value) <= max(0.006 * value, 6e-9)
+    assert unit == "s" or float(number) < 1000
 
 
 @given(st.integers(0, 2**55))

@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from ..devices import join
 from .spec import Attention, ModuleSpec
 
 # One meaning, many names; the first that is set wins.
@@ -74,41 +75,38 @@ def facts(config: Mapping[str, Any]) -> dict[str, Any]:
 
     Source: the configuration classes of Hugging Face Transformers.
 
-    >>> found = facts({"model_type": "gpt2", "n_embd": 768, "n_layer": 12, "n_head": 12, "n_positions": 1024})
-    >>> found["hidden_size"], found["intermediate_size"], found["head_dim"], found["positions"]
+    >>> gpt2 = facts({"model_type": "gpt2", "n_embd": 768, "n_layer": 12, "n_head": 12, "n_positions": 1024})
+    >>> gpt2["hidden_size"], gpt2["intermediate_size"], gpt2["head_dim"], gpt2["positions"]
     (768, 3072, 64, 'learned')
     """
     inner = _text(config)
-    found: dict[str, Any] = {"model_type": str(config.get("model_type", ""))}
+    result: dict[str, Any] = {"model_type": str(config.get("model_type", ""))}
     if architectures := config.get("architectures"):
-        found["architecture"] = architectures[0]
+        result["architecture"] = architectures[0]
     for name, spellings in _NAMES.items():
-        value = _first(inner, *spellings)
-        if value is not None and value != 0:
-            found[name] = value
-    if found.get("torch_dtype") is not None:
-        found["torch_dtype"] = str(found["torch_dtype"]).removeprefix("torch.")
-    hidden, heads = found.get("hidden_size"), found.get("num_attention_heads")
+        if value := _largest(_first(inner, *spellings)):
+            result[name] = value
+    if "torch_dtype" in result:
+        result["torch_dtype"] = str(result["torch_dtype"]).removeprefix("torch.")
+    hidden, heads = result.get("hidden_size"), result.get("num_attention_heads")
     if isinstance(hidden, int):
-        if "intermediate_size" not in found and inner.get("model_type") in _FOURFOLD:
-            found["intermediate_size"] = (_first(inner, "expansion_ratio") or 4) * hidden
+        if "intermediate_size" not in result and inner.get("model_type") in _FOURFOLD:
+            result["intermediate_size"] = (_first(inner, "expansion_ratio") or 4) * hidden
         if isinstance(heads, int):
-            found["num_key_value_heads"] = _kv_heads(inner, heads)
-            found["head_dim"] = _head_dim(inner, hidden, heads)
-    if "num_experts" in found:
-        moe = _first(inner, "moe_intermediate_size", "intermediate_size")
-        found["moe_intermediate_size"] = moe
-    if positions := _positions(inner, found):
-        found["positions"] = positions
-    found["is_encoder_decoder"] = bool(config.get("is_encoder_decoder", False))
-    if found["is_encoder_decoder"]:
-        found["encoder_layers"] = _first(inner, "encoder_layers", "num_layers", "num_hidden_layers")
-        found["num_hidden_layers"] = _decoder_layers(inner)
+            result["num_key_value_heads"] = _kv_heads(inner, heads)
+            result["head_dim"] = _head_dim(inner, hidden, heads)
+    if "num_experts" in result:
+        own = _largest(_first(inner, "moe_intermediate_size"))
+        result["moe_intermediate_size"] = own or result.get("intermediate_size")
+    result["positions"] = _positions(inner, result)
+    result["is_encoder_decoder"] = bool(config.get("is_encoder_decoder", False))
+    if result["is_encoder_decoder"]:
+        result["encoder_layers"] = _first(inner, "encoder_layers", "num_layers", "num_hidden_layers")
+        result["num_hidden_layers"] = _decoder_layers(inner)
     if isinstance(quantization := config.get("quantization_config"), Mapping):
-        found["quantization"] = str(quantization.get("quant_method", "unknown"))
-    if kinds := _uncounted(inner):
-        found["uncounted_cache"] = kinds
-    return found
+        result["quantization"] = str(quantization.get("quant_method", "unknown"))
+    result["uncounted_cache"] = _uncounted(inner) or None
+    return {name: value for name, value in result.items() if value is not None}
 
 
 def attention(config: Mapping[str, Any], root: ModuleSpec) -> tuple[Attention, ...]:
@@ -176,6 +174,13 @@ def _first(config: Mapping[str, Any], *names: str) -> Any:
     return next((config[name] for name in names if config.get(name) is not None), None)
 
 
+def _largest(value: Any) -> Any:
+    """A number as it is, and of one for each layer or side the largest; None for what is no number at all."""
+    if isinstance(value, (list, tuple)):
+        return max((item for item in value if isinstance(item, int)), default=None)
+    return None if isinstance(value, Mapping) else value
+
+
 def _caches(config: Mapping[str, Any]) -> bool:
     """Whether the model generates token by token, and so keeps a cache."""
     inner = _text(config)
@@ -209,9 +214,9 @@ def _per_token(config: Mapping[str, Any], index: int, kind: str) -> tuple[int, i
         latent = int(config["kv_lora_rank"] + config["qk_rope_head_dim"])
         chooses = kind == "indexed_attention" and (config.get("indexer_types") or {index: "full"})[index] != "shared"
         return latent + (config.get("index_head_dim") or 0) * chooses, 0
-    found = facts(config)
-    keys_and_values = 2 * found["num_key_value_heads"] * found["head_dim"]
-    if not found["is_encoder_decoder"]:
+    numbers = facts(config)
+    keys_and_values = 2 * numbers["num_key_value_heads"] * numbers["head_dim"]
+    if not numbers["is_encoder_decoder"]:
         return keys_and_values, 0
     if source := config.get("max_source_positions"):  # whisper: the source is always 30 seconds
         return keys_and_values, keys_and_values * source
@@ -232,8 +237,8 @@ def _linear_state(config: Mapping[str, Any]) -> int:
 
 def _layer_kinds(config: Mapping[str, Any], count: int) -> list[str]:
     """The kind of attention of each block: what the config lists, else what its family does."""
-    if listed := config.get("layer_types"):
-        return list(listed)
+    if kinds := config.get("layer_types"):
+        return list(kinds)
     if not config.get("sliding_window") or config.get("use_sliding_window") is False:
         if config.get("attention_chunk_size"):
             return ["chunked_attention"] * count
@@ -250,8 +255,8 @@ def _layer_kinds(config: Mapping[str, Any], count: int) -> list[str]:
 
 def _uncounted(config: Mapping[str, Any]) -> list[str]:
     """Kinds of layers whose cached state `attention` leaves out."""
-    known = {"full_attention", "indexed_attention", "noncausal_full_attention", "moe", "mlp", *_SLIDING}
-    kinds = {kind for kind in config.get("layer_types") or () if kind not in known}
+    counted = {"full_attention", "indexed_attention", "noncausal_full_attention", "moe", "mlp", *_SLIDING}
+    kinds = set(config.get("layer_types") or ()) - counted
     if config.get("cross_attention_layers"):
         kinds.add("cross_attention")
     if _linear_state(config):
@@ -267,7 +272,7 @@ def _decoder_layers(config: Mapping[str, Any]) -> int:
     return _first(config, *_NAMES["num_hidden_layers"]) or 0
 
 
-def _positions(config: Mapping[str, Any], found: Mapping[str, Any]) -> str | None:
+def _positions(config: Mapping[str, Any], known: Mapping[str, Any]) -> str | None:
     """How the model knows where a token stands."""
     family = config.get("model_type")
     if family in _ALIBI or config.get("alibi"):
@@ -277,7 +282,7 @@ def _positions(config: Mapping[str, Any], found: Mapping[str, Any]) -> str | Non
     rotary = _first(config, "rope_parameters", "rope_theta", "rope_scaling", "rotary_dim", "rotary_pct")
     if rotary is not None or family in _ROTARY:
         return "rotary"
-    return "learned" if "max_position_embeddings" in found or "image_size" in found else None
+    return "learned" if "max_position_embeddings" in known or "image_size" in known else None
 
 
 def _blocks(root: ModuleSpec, count: int, decoder_only: bool) -> list[str]:
@@ -295,5 +300,5 @@ def _blocks(root: ModuleSpec, count: int, decoder_only: bool) -> list[str]:
     ]
     if not lists:
         return []
-    name = max(lists, key=lambda found: found[:2])[-1]  # of equals, the first
-    return [f"{name}.{number}" if name else number for number in numbers]
+    name = max(lists, key=lambda item: item[:2])[-1]  # of equals, the first
+    return [join(name, number) for number in numbers]

@@ -2,24 +2,22 @@
 
 A `ModelSpec` is a model's skeleton without torch: a tree of `ModuleSpec` with the shape and dtype of every tensor, the
 groups of tied tensors, the classes that must not be split, and what a token adds to the KV cache. `ModelSpec.layers()`
-cuts the tree into a flat list of `Layer`s, the smallest pieces that a planner may move between devices.
+cuts the tree into a flat list of `Layer`s, the smallest pieces that a planner may move between devices. Identical
+blocks share one `ModuleSpec` object, so an 80-block model is measured once per kind of block.
 
-Identical blocks share one `ModuleSpec` object, so an 80-block model is measured once per kind of block, and its JSON
-table is a few kilobytes.
-
-Leaves out: making a spec from an `nn.Module` (`meta/empty.py`) or from a name (`zoo/`), and every decision about
-placement (`maps/strategies.py`).
+Leaves out: making a spec from an `nn.Module` (`meta/skeleton.py`), a name or a JSON table (`zoo/`), and every decision
+about placement (`maps/strategies.py`).
 """
 
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
+from ..devices import join, prefixes
 from ..units import dtype_bits, dtype_name, is_floating
 
 QUANTIZATIONS = ("int8", "nf4", "nf4-double", "fp4", "fp4-double")
@@ -38,7 +36,7 @@ class Precision:
         quantization: None, or one of `QUANTIZATIONS`, sized as bitsandbytes stores them: "int8" is LLM.int8 (one byte
             an element and a float32 scale per output row), "nf4" and "fp4" half a byte and a float32 scale per block of
             64, "-double" quantizes those scales to 8 bits in groups of 256.
-        keep: names of modules that stay in `dtype` though they are linear (the output head, tied modules).
+        keep: full names of modules that stay in `dtype` though they are linear (the output head, tied modules).
         special: exact tensor name -> dtype, which overrides the rest.
 
     >>> Precision("torch.float16").dtype
@@ -131,13 +129,13 @@ class ModuleSpec:
         """Every module below and including this one as (name, spec), depth first, in registration order."""
         yield prefix, self
         for name, child in self.children.items():
-            yield from child.walk(_join(prefix, name))
+            yield from child.walk(join(prefix, name))
 
     def named_tensors(self, prefix: str = "") -> Iterator[tuple[str, TensorSpec, ModuleSpec]]:
         """Every tensor below as (full name, spec, owner), tied ones under each of their names."""
         for module_name, module in self.walk(prefix):
             for name, tensor in module.tensors.items():
-                yield _join(module_name, name), tensor, module
+                yield join(module_name, name), tensor, module
 
     @cached_property
     def _sizes(self) -> dict[Any, int]:
@@ -169,7 +167,7 @@ def tensor_bytes(name: str, tensor: TensorSpec, owner: ModuleSpec, precision: Pr
         if special == name:
             return math.ceil(tensor.elements * dtype_bits(dtype) / 8)
     weight = owner.linear and not tensor.buffer and len(tensor.shape) == 2
-    if precision.quantization and weight and not _kept(name, precision.keep):
+    if precision.quantization and weight and not precision.keep.intersection(prefixes(name)[:-1]):
         rows = tensor.shape[1] if owner.cls == "Conv1D" else tensor.shape[0]  # Conv1D stores (in, out)
         return quantized_bytes(tensor.shape, precision.quantization, rows)
     return tensor.bytes(precision.dtype)
@@ -219,7 +217,7 @@ class ModelSpec:
     facts: Mapping[str, Any] = field(default_factory=dict)
     library: str = "module"
 
-    def layers(self, no_split: Iterable[str] | None = None) -> tuple[Layer, ...]:
+    def layers(self, no_split: Iterable[str] | str | None = None) -> tuple[Layer, ...]:
         """The model cut into the smallest pieces that may be placed apart, in registration order.
 
         A piece is a module of a `no_split` class, a module without children, or a tensor registered directly on a
@@ -228,16 +226,20 @@ class ModelSpec:
         Args:
             no_split: class names that stay whole; None takes the model's own.
         """
-        classes = frozenset(self.no_split if no_split is None else _names(no_split))
+        if no_split is None:
+            no_split = self.no_split
+        classes = frozenset((no_split,) if isinstance(no_split, str) else no_split)
         if classes not in self._layers:
-            owners: dict[str, list[tuple[str, str]]] = {}
-            pieces = list(_cut(self.root, "", classes))
-            known = {name for name, _ in pieces}
+            pieces = dict(_cut(self.root, "", classes))
+            ties: dict[str, list[tuple[str, str]]] = {}
             for owner, *others in self.ties:
-                for other in others:
-                    owners.setdefault(_piece_of(other, known), []).append((other, owner))
+                for name in others:
+                    piece = next((prefix for prefix in prefixes(name) if prefix in pieces), None)
+                    if piece is None:
+                        raise ValueError(f"tied tensor {name!r} is no tensor of {self.name}")
+                    ties.setdefault(piece, []).append((name, owner))
             self._layers[classes] = tuple(
-                Layer(name, spec.cls, spec, tuple(owners.get(name, ()))) for name, spec in pieces
+                Layer(name, spec.cls, spec, tuple(ties.get(name, ()))) for name, spec in pieces.items()
             )
         return self._layers[classes]
 
@@ -323,109 +325,7 @@ class Layer:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Tables
-
-
-def specs_to_json(specs: Mapping[str, ModelSpec]) -> dict[str, Any]:
-    """Several specs in one JSON-ready table (a model with its head and without).
-
-    Equal modules are written once, and runs of numbered children as "0..79".
-    """
-    nodes: list[dict[str, Any]] = []
-    seen: dict[str, int] = {}
-
-    def number(module: ModuleSpec) -> int:
-        node: dict[str, Any] = {"class": module.cls}
-        if module.tensors:
-            node["tensors"] = {name: _tensor_to_json(tensor) for name, tensor in module.tensors.items()}
-        if module.children:
-            node["children"] = _fold({name: number(child) for name, child in module.children.items()})
-        if module.linear:
-            node["linear"] = True
-        key = repr(node)
-        if key not in seen:
-            seen[key] = len(nodes)
-            nodes.append(node)
-        return seen[key]
-
-    models = {
-        key: {
-            "name": spec.name,
-            "root": number(spec.root),
-            "ties": [list(group) for group in spec.ties],
-            "no_split": list(spec.no_split),
-            "attention": [[a.layer, a.per_token, a.window, a.fixed] for a in spec.attention],
-            "facts": dict(spec.facts),
-            "library": spec.library,
-        }
-        for key, spec in specs.items()
-    }
-    return {"format": 1, "models": models, "modules": nodes}
-
-
-def specs_from_json(data: Mapping[str, Any]) -> dict[str, ModelSpec]:
-    """The inverse of `specs_to_json`."""
-    if data.get("format") != 1:
-        raise ValueError(f"this layer table has format {data.get('format')!r}; this version of bigkit reads format 1")
-    modules: list[ModuleSpec] = []
-    for node in data["modules"]:  # children always come before their parents
-        tensors = {name: _tensor_from_json(tensor) for name, tensor in node.get("tensors", {}).items()}
-        children = {name: modules[i] for name, i in _unfold(node.get("children", {}))}
-        modules.append(ModuleSpec(node["class"], tensors, children, node.get("linear", False)))
-    return {
-        key: ModelSpec(
-            name=model["name"],
-            root=modules[model["root"]],
-            ties=tuple(tuple(group) for group in model["ties"]),
-            no_split=tuple(model["no_split"]),
-            attention=tuple(Attention(*record) for record in model["attention"]),
-            facts=model["facts"],
-            library=model["library"],
-        )
-        for key, model in data["models"].items()
-    }
-
-
-def _tensor_to_json(tensor: TensorSpec) -> list[Any]:
-    kind = "buffer" if tensor.persistent else "temporary buffer"
-    return [list(tensor.shape), tensor.dtype, *([kind] if tensor.buffer else [])]
-
-
-def _tensor_from_json(record: list[Any]) -> TensorSpec:
-    shape, dtype, *kind = record
-    return TensorSpec(tuple(shape), dtype, buffer=bool(kind), persistent=kind != ["temporary buffer"])
-
-
-def _fold(children: dict[str, int]) -> dict[str, int]:
-    """{"0": 7, "1": 7, "2": 7, "norm": 3} -> {"0..2": 7, "norm": 3}."""
-    folded: list[tuple[str, str, int]] = []
-    for name, node in children.items():
-        if folded and name.isdigit() and folded[-1][1].isdigit() and folded[-1][2] == node:
-            first, last, _ = folded[-1]
-            if str(int(last) + 1) == name:
-                folded[-1] = (first, name, node)
-                continue
-        folded.append((name, name, node))
-    return {first if first == last else f"{first}..{last}": node for first, last, node in folded}
-
-
-def _unfold(children: Mapping[str, int]) -> Iterator[tuple[str, int]]:
-    for name, node in children.items():
-        run = re.fullmatch(r"(\d+)\.\.(\d+)", name)
-        names = map(str, range(int(run[1]), int(run[2]) + 1)) if run else (name,)
-        yield from ((each, node) for each in names)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # Names
-
-
-def _join(prefix: str, name: str) -> str:
-    return f"{prefix}.{name}" if prefix and name else prefix or name
-
-
-def _names(names: Iterable[str] | str) -> Iterable[str]:
-    return (names,) if isinstance(names, str) else names
 
 
 def _overlap(name: str, other: str) -> bool:
@@ -433,29 +333,11 @@ def _overlap(name: str, other: str) -> bool:
     return not name or name == other or other.startswith(name + ".") or name.startswith(other + ".")
 
 
-def _kept(tensor: str, keep: frozenset[str]) -> bool:
-    """Whether a tensor lies in a module that is kept, named in full or by its last part (as in "lm_head")."""
-    if not keep:
-        return False
-    parts = tensor.split(".")
-    return any(".".join(parts[:i]) in keep for i in range(1, len(parts)))
-
-
 def _cut(module: ModuleSpec, name: str, no_split: frozenset[str]) -> Iterator[tuple[str, ModuleSpec]]:
     if module.cls in no_split or (name and not module.children):
         yield name, module
         return
     for own, tensor in module.tensors.items():
-        yield _join(name, own), ModuleSpec("Buffer" if tensor.buffer else "Parameter", {"": tensor})
+        yield join(name, own), ModuleSpec("Buffer" if tensor.buffer else "Parameter", {"": tensor})
     for child_name, child in module.children.items():
-        yield from _cut(child, _join(name, child_name), no_split)
-
-
-def _piece_of(tensor: str, pieces: set[str]) -> str:
-    """The piece that holds a tensor: the only prefix of its name (or the name itself) among the pieces."""
-    name = tensor
-    while name not in pieces:
-        if not name:
-            raise ValueError(f"tied tensor {tensor!r} is no tensor of this model")
-        name = name.rpartition(".")[0]
-    return name
+        yield from _cut(child, join(name, child_name), no_split)

@@ -11,12 +11,14 @@ Leaves out: weights. Only `pygpt`, trained for this project, comes with them.
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from ..model.spec import ModelSpec, specs_from_json
+from ..model.spec import Attention, ModelSpec, ModuleSpec, TensorSpec
 
 _HERE = Path(__file__).parent
 
@@ -145,3 +147,97 @@ def specs(name: str) -> dict[str, ModelSpec]:
     """The layer tables of a shipped model, by its short name: "base" without the output head, "full" with it."""
     entry = _index()[name.lower()]
     return specs_from_json(json.loads(table_path(entry).read_text(encoding="utf-8")))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Layer tables
+
+
+def specs_to_json(specs: Mapping[str, ModelSpec]) -> dict[str, Any]:
+    """Several specs in one JSON-ready table (a model with its head and without).
+
+    Equal modules are written once, and runs of numbered children as "0..79".
+    """
+    nodes: list[dict[str, Any]] = []
+    seen: dict[str, int] = {}
+
+    def number(module: ModuleSpec) -> int:
+        node: dict[str, Any] = {"class": module.cls}
+        if module.tensors:
+            node["tensors"] = {name: _tensor_to_json(tensor) for name, tensor in module.tensors.items()}
+        if module.children:
+            node["children"] = _fold({name: number(child) for name, child in module.children.items()})
+        if module.linear:
+            node["linear"] = True
+        key = repr(node)
+        if key not in seen:
+            seen[key] = len(nodes)
+            nodes.append(node)
+        return seen[key]
+
+    models = {
+        key: {
+            "name": spec.name,
+            "root": number(spec.root),
+            "ties": [list(group) for group in spec.ties],
+            "no_split": list(spec.no_split),
+            "attention": [[a.layer, a.per_token, a.window, a.fixed] for a in spec.attention],
+            "facts": dict(spec.facts),
+            "library": spec.library,
+        }
+        for key, spec in specs.items()
+    }
+    return {"format": 1, "models": models, "modules": nodes}
+
+
+def specs_from_json(data: Mapping[str, Any]) -> dict[str, ModelSpec]:
+    """The inverse of `specs_to_json`."""
+    if data.get("format") != 1:
+        raise ValueError(f"this layer table has format {data.get('format')!r}; this version of bigkit reads format 1")
+    modules: list[ModuleSpec] = []
+    for node in data["modules"]:  # children always come before their parents
+        tensors = {name: _tensor_from_json(tensor) for name, tensor in node.get("tensors", {}).items()}
+        children = {name: modules[i] for name, i in _unfold(node.get("children", {}))}
+        modules.append(ModuleSpec(node["class"], tensors, children, node.get("linear", False)))
+    return {
+        key: ModelSpec(
+            name=model["name"],
+            root=modules[model["root"]],
+            ties=tuple(tuple(group) for group in model["ties"]),
+            no_split=tuple(model["no_split"]),
+            attention=tuple(Attention(*record) for record in model["attention"]),
+            facts=model["facts"],
+            library=model["library"],
+        )
+        for key, model in data["models"].items()
+    }
+
+
+def _tensor_to_json(tensor: TensorSpec) -> list[Any]:
+    kind = "buffer" if tensor.persistent else "temporary buffer"
+    return [list(tensor.shape), tensor.dtype, *([kind] if tensor.buffer else [])]
+
+
+def _tensor_from_json(record: list[Any]) -> TensorSpec:
+    shape, dtype, *kind = record
+    return TensorSpec(tuple(shape), dtype, buffer=bool(kind), persistent=kind != ["temporary buffer"])
+
+
+def _fold(children: dict[str, int]) -> dict[str, int]:
+    """{"0": 7, "1": 7, "2": 7, "norm": 3} -> {"0..2": 7, "norm": 3}."""
+    folded: list[tuple[str, str, int]] = []
+    for name, node in children.items():
+        if folded and name.isdigit() and folded[-1][1].isdigit() and folded[-1][2] == node:
+            first, last, _ = folded[-1]
+            if str(int(last) + 1) == name:
+                folded[-1] = (first, name, node)
+                continue
+        folded.append((name, name, node))
+    return {first if first == last else f"{first}..{last}": node for first, last, node in folded}
+
+
+def _unfold(children: Mapping[str, int]) -> Iterator[tuple[str, int]]:
+    for name, node in children.items():
+        run = re.fullmatch(r"(\d+)\.\.(\d+)", name)
+        names = map(str, range(int(run[1]), int(run[2]) + 1)) if run else (name,)
+        yield from ((each, node) for each in names)

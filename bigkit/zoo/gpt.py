@@ -296,7 +296,7 @@ class GPT(nn.Module):
         Args:
             idx: the prompts, (batch, tokens), int64, at least one token.
             max_new_tokens: tokens to add.
-            temperature: divides the logits before sampling; below 1 is bolder, above 1 wilder.
+            temperature: divides the logits before sampling; below 1 sharpens the distribution, above 1 flattens it.
             do_sample: draw from the distribution (torch's random state) instead of taking the likeliest token.
             top_k: draw among the k likeliest tokens only.
             use_cache: keep keys and values instead of computing them again for each token.
@@ -432,7 +432,7 @@ def perplexity(
     if not 1 <= stride <= block_size:
         raise ValueError(f"stride {stride} leaves bytes out: expected 1 to block_size {block_size}")
     device = next(model.parameters()).device
-    ids = torch.tensor(tokens, device="cpu" if device.type == "meta" else device)  # offloaded weights show as meta
+    ids = torch.tensor(tokens, device=device)
     nats, scored, training = 0.0, 0, model.training
     model.eval()
     try:

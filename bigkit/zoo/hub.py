@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,12 +22,13 @@ from urllib.parse import unquote, urlsplit
 
 from ..model import config as reader
 from ..model.spec import ModelSpec, ModuleSpec, TensorSpec
-from ..zoo import catalog
+from ..units import listed
+from . import catalog
 from .errors import BadURL, GatedModel, NoConfig, OfflineError, UnknownModel, ZooError
 
 _REPO = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "F8_E4M3": "float8_e4m3fn",
-           "F8_E5M2": "float8_e5m2", "F8_E8M0": "float8_e8m0fnu", "F4": "uint8", "I64": "int64", "I32": "int32",
+           "F8_E5M2": "float8_e5m2", "F8_E8M0": "float8_e8m0fnu", "F4": "uint4", "I64": "int64", "I32": "int32",
            "I16": "int16", "I8": "int8", "U64": "uint64", "U32": "uint32", "U16": "uint16", "U8": "uint8",
            "BOOL": "bool", "C64": "complex64"}  # fmt: skip
 
@@ -128,18 +129,18 @@ def read_config(source: Source, token: str | bool | None = None) -> dict[str, An
         except RemoteEntryNotFoundError:
             return None
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        config = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise NoConfig(f"the config.json of {source} is not valid JSON ({error})") from error
-    if not isinstance(found, dict):
-        raise NoConfig(f"the config.json of {source} holds a {type(found).__name__}; expected an object")
-    return found
+    if not isinstance(config, dict):
+        raise NoConfig(f"the config.json of {source} holds a {type(config).__name__}; expected an object")
+    return config
 
 
 def _download_config(source: Source, token: str | bool | None) -> Path:
     """The cached config.json, brought up to date if the Hub answers.
 
-    The Hub is knocked at first: `hf_hub_download` would repeat an unanswered request for half a minute.
+    One HEAD request is sent first: `hf_hub_download` would repeat an unanswered request for half a minute.
     """
     from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
 
@@ -162,10 +163,8 @@ def _explained(source: Source) -> Iterator[None]:
     from huggingface_hub import errors
 
     repo, shipped = source.repo, shipped_hint(source.repo)
-    missing = (
-        f"the Hub has no model {repo!r}, or it is private: check the name, or pass token=... or run `hf auth login`."
-        f"{shipped}"
-    )
+    login = f"pass token=... or run `hf auth login`.{shipped}"
+    missing = f"the Hub has no model {repo!r}, or it is private: check the name, or {login}"
     absent = f"{repo!r} does not ship with bigkit and is not in the local cache, and"
     remedy = f"or give a folder with its config.json.{shipped}"
     try:
@@ -173,10 +172,7 @@ def _explained(source: Source) -> Iterator[None]:
     except errors.RemoteEntryNotFoundError:
         raise
     except errors.GatedRepoError as error:
-        raise GatedModel(
-            f"{repo!r} is gated: accept its licence on its model page, then pass token=... or run `hf auth login`."
-            f"{shipped}"
-        ) from error
+        raise GatedModel(f"{repo!r} is gated: accept its licence on its model page, then {login}") from error
     except errors.RevisionNotFoundError as error:
         raise UnknownModel(f"the Hub has {repo!r}, but no revision {source.revision!r}") from error
     except errors.RepositoryNotFoundError as error:
@@ -210,79 +206,73 @@ def _is_connection_error(error: Exception) -> bool:
 def shipped_hint(name: str) -> str:
     """The end of an error message: the shipped models that look like `name`, or all of them."""
     near = catalog.closest(name)
-    if near:
-        return f" Shipped, and close to it: {', '.join(near)}."
-    return f" Shipped models: {', '.join(catalog.names())}."
+    return (
+        f" Shipped, and close to it: {', '.join(near)}." if near else f" Shipped models: {', '.join(catalog.names())}."
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Weights that speak for themselves
+# Weights without a config
 
 
 def headers(source: Source, token: str | bool | None = None) -> dict[str, TensorSpec]:
     """Every tensor of a model's safetensors files, by name, from the files' headers alone.
 
     Raises:
-        NoConfig: there are no safetensors files.
+        NoConfig: there are no safetensors files, or one cannot be read.
     """
-    if source.folder is not None:
-        files = sorted(source.folder.glob("*.safetensors"))
-        index = source.folder / "model.safetensors.index.json"
-        if index.is_file():  # only what the index names: other formats of the same weights may lie beside them
-            files = [source.folder / name for name in _shards(index)]
-        elif (single := source.folder / "model.safetensors") in files:
-            files = [single]
-        tensors = {name: tensor for file in files for name, tensor in _header(file).items()}
-    else:
-        from huggingface_hub import get_safetensors_metadata
-        from huggingface_hub.errors import NotASafetensorsRepoError
-
-        try:
-            with _explained(source), _quiet_bars():
-                found = get_safetensors_metadata(source.repo, revision=source.revision, token=token)
-        except NotASafetensorsRepoError:
-            raise NoConfig(
-                f"{source} has neither a config.json that bigkit can build nor safetensors weights whose headers it "
-                "can read: choose a repository of a transformers or timm model"
-            ) from None
-        tensors = {
-            name: _tensor(info.shape, info.dtype)
-            for file in found.files_metadata.values()
-            for name, info in file.tensors.items()
-        }
-    if not tensors:
+    records = _local_headers(source.folder) if source.folder is not None else _remote_headers(source, token)
+    if unknown := sorted({dtype for _, dtype in records.values()} - set(_DTYPES)):
+        raise NoConfig(f"tensors of {source} are stored as {listed(unknown)}: expected {', '.join(_DTYPES)}")
+    if not records:
         raise NoConfig(
             f"the folder {source} has neither a config.json that bigkit can build nor *.safetensors files whose "
             "headers it can read"
         )
-    return tensors
+    return {name: TensorSpec(tuple(shape), _DTYPES[dtype]) for name, (shape, dtype) in records.items()}
 
 
-def _shards(index: Path) -> list[str]:
-    """The files that an index names."""
+_Records = dict[str, tuple[Sequence[int], str]]  # tensor name -> its shape, and its dtype by the file's name for it
+
+
+def _local_headers(folder: Path) -> _Records:
+    from safetensors import SafetensorError, safe_open
+
+    files = sorted(folder.glob("*.safetensors"))
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():  # only what the index names: other formats of the same weights may lie beside them
+        try:
+            names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+            files = [folder / name for name in sorted(names)]
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
+            raise NoConfig(f"{str(index)!r} is no index of safetensors files: it has no usable weight_map") from error
+    elif (single := folder / "model.safetensors") in files:
+        files = [single]
+    records: _Records = {}
+    for file in files:
+        try:
+            with safe_open(file, "numpy") as opened:
+                slices = {name: opened.get_slice(name) for name in opened.keys()}
+                records |= {name: (part.get_shape(), part.get_dtype()) for name, part in slices.items()}
+        except (OSError, SafetensorError) as error:
+            raise NoConfig(f"{str(file)!r} is no readable safetensors file ({_one_line(error)})") from error
+    return records
+
+
+def _remote_headers(source: Source, token: str | bool | None) -> _Records:
+    from huggingface_hub import get_safetensors_metadata
+    from huggingface_hub.errors import NotASafetensorsRepoError
+
     try:
-        return sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise NoConfig(f"{str(index)!r} is no index of safetensors files: it has no usable weight_map") from error
-
-
-def _header(file: Path) -> dict[str, TensorSpec]:
-    """The header of one safetensors file: 8 bytes that tell its length (little endian), then JSON."""
-    try:
-        with file.open("rb") as stream:
-            length = int.from_bytes(stream.read(8), "little")
-            if length > 100_000_000:  # the format's own limit
-                raise ValueError("its header is too long")
-            found = json.loads(stream.read(length))
-    except (OSError, ValueError) as error:
-        raise NoConfig(f"{str(file)!r} is no readable safetensors file ({error})") from error
-    return {name: _tensor(record["shape"], record["dtype"]) for name, record in found.items() if name != "__metadata__"}
-
-
-def _tensor(shape: Iterable[int], dtype: str) -> TensorSpec:
-    if dtype not in _DTYPES:
-        raise NoConfig(f"a tensor is stored as {dtype!r}, which bigkit does not know: expected {', '.join(_DTYPES)}")
-    return TensorSpec(tuple(shape), _DTYPES[dtype])
+        with _explained(source), _quiet_bars():
+            metadata = get_safetensors_metadata(source.repo, revision=source.revision, token=token)
+    except NotASafetensorsRepoError:
+        raise NoConfig(
+            f"{source} has neither a config.json that bigkit can build nor safetensors weights whose headers it "
+            "can read: choose a repository of a transformers or timm model"
+        ) from None
+    files = metadata.files_metadata.values()
+    return {name: (info.shape, info.dtype) for file in files for name, info in file.tensors.items()}
 
 
 @contextmanager
@@ -290,14 +280,13 @@ def _quiet_bars() -> Iterator[None]:
     """No progress bar for a dozen headers."""
     from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
-    if are_progress_bars_disabled():
-        yield
-        return
+    hidden = are_progress_bars_disabled()
     disable_progress_bars()
     try:
         yield
     finally:
-        enable_progress_bars()
+        if not hidden:
+            enable_progress_bars()
 
 
 def spec_from_tensors(
@@ -321,7 +310,7 @@ def spec_from_tensors(
             if isinstance(node, TensorSpec):
                 raise NoConfig(f"the tensor {full!r} lies inside another tensor: these are not a module's weights")
         node[leaf] = tensor
-    known: dict[str, ModuleSpec] = {}
+    modules: dict[str, ModuleSpec] = {}  # equal modules are one object
 
     def module(node: dict[str, Any], cls: str, own: str) -> ModuleSpec:
         own_tensors = {key: value for key, value in node.items() if isinstance(value, TensorSpec)}
@@ -335,7 +324,7 @@ def spec_from_tensors(
         embeds = re.search(r"emb|wte|wpe|norm|ln_|shared", own) is not None
         linear = weight is not None and len(weight.shape) == 2 and not embeds
         key = repr((cls, own_tensors, [(name, id(child)) for name, child in children.items()], linear))
-        return known.setdefault(key, ModuleSpec(cls, own_tensors, children, linear))
+        return modules.setdefault(key, ModuleSpec(cls, own_tensors, children, linear))
 
     root = module(tree, "Model", "")
     facts, attention = (reader.facts(config), reader.attention(config, root)) if config else ({}, ())

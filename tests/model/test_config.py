@@ -239,3 +239,39 @@ def test_recurrent_layers_are_named_not_taken_for_zero():
 def test_facts_never_invent():
     assert reader.facts({}) == {"model_type": "", "is_encoder_decoder": False}
     assert reader.attention({}, ModuleSpec("Empty")) == ()
+
+
+def check_estimate(family):
+    """Every fact is one value, and activations, cache and training can be counted with them."""
+    from bigkit.model.estimate import estimate
+    from bigkit.model.spec import ModelSpec, TensorSpec
+
+    settings = transformers.CONFIG_MAPPING[family]().to_dict()
+    facts = reader.facts(settings)
+    assert not any(value is None or isinstance(value, (tuple, dict)) for value in facts.values())
+    spec = ModelSpec(family, ModuleSpec("Model", {"w": TensorSpec((4, 4))}), facts=facts)
+    assert estimate(spec, stored=["bfloat16"], context=64).inference[0].activations >= 0
+    return facts
+
+
+@pytest.mark.parametrize("family", ["switch_transformers", "nllb-moe", "gemma3n", "ernie4_5_vl_moe", "lxmert", "llama"])
+def test_facts_of_odd_configs_can_be_counted_with(family):
+    """Experts without a size of their own, a size for each layer, a count for each kind of layer."""
+    if family in transformers.CONFIG_MAPPING:
+        check_estimate(family)
+
+
+def test_experts_without_a_size_of_their_own_have_that_of_the_feed_forward():
+    for family, size in (("switch_transformers", 2048), ("nllb-moe", 4096)):
+        facts = check_estimate(family)
+        assert facts["moe_intermediate_size"] == facts["intermediate_size"] == size
+
+
+@pytest.mark.soak
+def test_facts_of_every_config_of_transformers_can_be_counted_with():
+    for family in transformers.CONFIG_MAPPING:
+        try:
+            transformers.CONFIG_MAPPING[family]()
+        except Exception:  # some cannot be made without arguments, or need another library
+            continue
+        check_estimate(family)

@@ -12,9 +12,8 @@ from bigkit.model.spec import (
     Precision,
     TensorSpec,
     quantized_bytes,
-    specs_from_json,
-    specs_to_json,
 )
+from bigkit.zoo.catalog import specs_from_json, specs_to_json
 
 
 def block():

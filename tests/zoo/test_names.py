@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 
 from bigkit import zoo
-from bigkit.model.spec import specs_from_json, specs_to_json
 from bigkit.zoo import catalog, hub
+from bigkit.zoo.catalog import specs_from_json, specs_to_json
 from tests.hub_server import FakeHub
 
 SHIPPED = {entry.name: entry for entry in zoo.ENTRIES}
