@@ -72,8 +72,8 @@ class Chain:
             ideal = self.prefix[start] + share
             above = bisect_left(self.prefix, ideal)
             nearest = above - (above > 0 and ideal - self.prefix[above - 1] < self.prefix[above] - ideal)
-            one = bisect_right(self.prefix, self.prefix[start])  # never an empty room before a full one
-            start = min(max(nearest, earliest[k + 1], one), latest)
+            first = bisect_right(self.prefix, self.prefix[start])  # never an empty room before a full one
+            start = min(max(nearest, earliest[k + 1], first), latest)
             free -= max(room, 0)
             ends.append(start)
         return ends
@@ -88,10 +88,8 @@ class Chain:
         low, high = 0.0, 1.0
         for _ in range(40):  # close in with floats, then settle with exact fractions
             share = (low + high) / 2
-            if fits([int(room * share) for room in rooms]):
-                high = share
-            else:
-                low = share
+            fit = fits([int(room * share) for room in rooms])
+            low, high = (low, share) if fit else (share, high)
         limits = [int(room * high) for room in rooms] if high < 1 else list(rooms)
         while (ends := fits(limits)) is not None:
             starts = [start, *ends[:-1]]
@@ -101,23 +99,16 @@ class Chain:
             best = [min(room, int(fullest * room)) for room in rooms]  # a negative room stays one
             if not fullest:
                 break
-            limits = [-1 if room < 0 else _below(fullest, room) for room in rooms]
+            # the most bytes that fill less than that share of each room
+            limits = [-1 if room < 0 else (fullest.numerator * room - 1) // fullest.denominator for room in rooms]
         return best
-
-
-def _below(share: Fraction, room: int) -> int:
-    """The most bytes that fill less than `share` of a room."""
-    return (share.numerator * room - 1) // share.denominator
 
 
 def last_true(holds: Callable[[int], bool], low: int, high: int) -> int:
     """The largest value from `low` to `high` for which a condition holds that is true at `low` and fails ever after."""
     while low < high:
         middle = (low + high + 1) // 2
-        if holds(middle):
-            low = middle
-        else:
-            high = middle - 1
+        low, high = (middle, high) if holds(middle) else (low, middle - 1)
     return low
 
 
@@ -128,14 +119,9 @@ def spread(sizes: Sequence[int], budget: int) -> set[int]:
     [0, 2, 4, 6]
     """
     wanted = [i for i, size in enumerate(sizes) if size]
-    most = 0
-    left = budget
-    for size in sorted(sizes[i] for i in wanted):
-        left -= size
-        most += left >= 0
+    most = bisect_right([*accumulate(sorted(sizes[i] for i in wanted))], budget)
     chosen: set[int] = set()
-    for k in range(most):
-        i = wanted[k * len(wanted) // most]
+    for i in (wanted[k * len(wanted) // most] for k in range(most)):
         if sizes[i] <= budget:
             chosen.add(i)
             budget -= sizes[i]

@@ -19,77 +19,9 @@ from typing import Any
 
 from ..devices import join, prefixes
 from ..units import dtype_bits, dtype_name, is_floating
-
-QUANTIZATIONS = ("int8", "nf4", "nf4-double", "fp4", "fp4-double")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# How weights are stored
-
-
-@dataclass(frozen=True)
-class Precision:
-    """How a model's tensors are stored: the dtype they are cast to, then the quantization of its linear layers.
-
-    Args:
-        dtype: floating tensors are cast to it, integers and bools keep theirs; None keeps every tensor as it is.
-        quantization: None, or one of `QUANTIZATIONS`, sized as bitsandbytes stores them: "int8" is LLM.int8 (one byte
-            an element and a float32 scale per output row), "nf4" and "fp4" half a byte and a float32 scale per block of
-            64, "-double" quantizes those scales to 8 bits in groups of 256.
-        keep: full names of modules that stay in `dtype` though they are linear (the output head, tied modules).
-        special: exact tensor name -> dtype, which overrides the rest.
-
-    >>> Precision("torch.float16").dtype
-    'float16'
-    """
-
-    dtype: str | None = None
-    quantization: str | None = None
-    keep: frozenset[str] = frozenset()
-    special: tuple[tuple[str, str], ...] = ()
-
-    def __post_init__(self) -> None:
-        if self.dtype is not None:
-            object.__setattr__(self, "dtype", dtype_name(self.dtype))
-        if self.quantization is not None and self.quantization not in QUANTIZATIONS:
-            raise ValueError(f"unknown quantization {self.quantization!r}: expected None or one of {QUANTIZATIONS}")
-        object.__setattr__(self, "keep", frozenset(self.keep))
-        items = dict(self.special).items()
-        object.__setattr__(self, "special", tuple(sorted((name, dtype_name(dtype)) for name, dtype in items)))
-
-    @property
-    def label(self) -> str:
-        """What a table calls this precision: the quantization if there is one, else the dtype."""
-        return self.quantization or self.dtype or "as stored"
-
-
-def quantized_bytes(shape: tuple[int, ...], quantization: str, rows: int, blocksize: int = 64) -> int:
-    """Bytes that bitsandbytes needs to rest one weight, its scales and tables included.
-
-    Args:
-        shape: the weight's shape.
-        quantization: one of `QUANTIZATIONS`.
-        rows: output features, each of which has one float32 scale in LLM.int8.
-        blocksize: elements that share one scale in 4 bit.
-
-    Source: the bitsandbytes storage layout (`SCB`; `absmax`, `code`, `nested_absmax`, `nested_code`, `offset`).
-
-    >>> quantized_bytes((4096, 4096), "nf4", 4096) * 8 / 4096**2   # bits per parameter: 4 + 32/64, and a 64-byte table
-    4.500030517578125
-    """
-    elements = math.prod(shape)
-    if quantization == "int8":
-        return elements + 4 * rows
-    blocks = math.ceil(elements / blocksize)
-    code = 16 * 4  # the 16 values a 4-bit code stands for, float32
-    if quantization.endswith("-double"):
-        nested = 4 * math.ceil(blocks / 256) + 256 * 4 + 4  # scales of the scales, their 256-value table, their mean
-        return math.ceil(elements / 2) + blocks + code + nested
-    return math.ceil(elements / 2) + 4 * blocks + code
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The skeleton of a model
+from .precision import QUANTIZATIONS as QUANTIZATIONS
+from .precision import Precision as Precision
+from .precision import quantized_bytes as quantized_bytes
 
 
 @dataclass(frozen=True)
@@ -322,10 +254,6 @@ class Layer:
             if full == name:
                 return tensor_bytes(full, tensor, owner, precision)
         raise KeyError(f"layer {self.name!r} has no tensor {name!r}")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Names
 
 
 def _overlap(name: str, other: str) -> bool:

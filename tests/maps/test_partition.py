@@ -3,6 +3,7 @@
 from fractions import Fraction
 from itertools import combinations_with_replacement
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -29,18 +30,16 @@ def stretches(chain, ends):
     return [chain.load(a, b) for a, b in zip([0, *ends[:-1]], ends)]
 
 
-@settings(max_examples=3000, deadline=None)
-@given(NEEDS, ROOMS)
-def test_reach_gets_to_the_end_exactly_when_some_cut_fits(needs, rooms):
+def check_reach(needs, rooms):
+    """The walk gets to the end exactly when some cut fits."""
     chain = Chain(needs)
     possible = next(cuts(needs, rooms), None) is not None
     assert (chain.reach(rooms)[-1] == len(needs)) == possible
     assert (chain.reach_back(rooms)[0] == 0) == possible
 
 
-@settings(max_examples=3000, deadline=None)
-@given(NEEDS, ROOMS)
-def test_balance_is_as_good_as_brute_force(needs, rooms):
+def check_balance(needs, rooms):
+    """The fullest room is as empty as the best of all cuts makes it."""
     best = min((fullest(loads, rooms) for loads in cuts(needs, rooms)), default=None)
     if best is None:
         return
@@ -50,6 +49,21 @@ def test_balance_is_as_good_as_brute_force(needs, rooms):
     assert ends == sorted(ends) and ends[-1] == len(needs)
     assert all(load <= max(room, 0) for load, room in zip(loads, rooms))
     assert fullest(loads, rooms) == best
+
+
+@pytest.mark.parametrize("check", [check_reach, check_balance])
+@settings(max_examples=200)
+@given(needs=NEEDS, rooms=ROOMS)
+def test_against_every_cut(check, needs, rooms):
+    check(needs, rooms)
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("check", [check_reach, check_balance])
+@settings(max_examples=3000)
+@given(needs=NEEDS, rooms=ROOMS)
+def test_against_every_cut_thousands_of_times(check, needs, rooms):
+    check(needs, rooms)
 
 
 def test_balance_evens_out_what_the_fullest_room_leaves_open():
