@@ -10,50 +10,33 @@ from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
 
-_HOMES = {
-    "api": ("advise", "describe", "estimate_memory", "plan"),
-    "maps.plan": ("Plan",),
-    "maps.strategies": ("PlanError",),
-    "model.estimate": ("MemoryEstimate",),
-    "model.spec": ("Layer", "ModelSpec", "Precision"),
-    "units": ("format_bytes", "parse_bytes"),
-    "machine.hardware": ("HARDWARE", "Hardware"),
-    "machine.ledger": ("Calibration", "Ledger"),
-    "maps.advise": ("Advice",),
-    "measure.calibrate": ("calibrate",),
-    "dryrun.run": ("DryRun", "dry_run"),
-    "measure.record": ("Recorder", "record"),
-    "meta.empty": ("init_empty_weights", "init_on_device"),
-    "checkpoints.load": ("load_checkpoint_in_model", "load_state_dict"),
-    "checkpoints.save": ("save_model",),
-    "offload.dispatch": (
-        "cpu_offload",
-        "cpu_offload_with_hook",
-        "disk_offload",
-        "dispatch_model",
-        "load_checkpoint_and_dispatch",
-    ),
-    "offload.hooks": (
-        "AlignDevicesHook",
-        "ModelHook",
-        "SequentialHook",
-        "add_hook_to_module",
-        "remove_hook_from_module",
-    ),
-    "maps.device_map": (
-        "check_device_map",
-        "compute_module_sizes",
-        "find_tied_parameters",
-        "get_balanced_memory",
-        "get_max_memory",
-        "infer_auto_device_map",
-    ),
-    "distributed.gather": ("PartialState", "gather", "gather_for_results", "gather_object", "split_between_processes"),
-    "distributed.notebook": ("notebook_launcher",),
-    "distributed.map_file": ("map_file",),
-    "quantize.load": ("BnbQuantizationConfig", "load_and_quantize_model", "replace_with_bnb_layers"),
+_HOMES = {  # module -> the public names in it
+    "api": "advise describe estimate_memory plan",
+    "checkpoints.load": "load_checkpoint_in_model load_state_dict",
+    "checkpoints.save": "save_model",
+    "distributed.gather": "PartialState gather gather_for_results gather_object split_between_processes",
+    "distributed.map_file": "map_file",
+    "distributed.notebook": "notebook_launcher",
+    "dryrun.run": "DryRun dry_run",
+    "machine.hardware": "HARDWARE Hardware",
+    "machine.ledger": "Calibration Ledger",
+    "maps.advise": "Advice",
+    "maps.device_map": "check_device_map compute_module_sizes find_tied_parameters get_balanced_memory get_max_memory "
+    "infer_auto_device_map",
+    "maps.plan": "Plan",
+    "maps.strategies": "PlanError",
+    "measure.calibrate": "calibrate",
+    "measure.record": "Recorder record",
+    "meta.empty": "init_empty_weights init_on_device",
+    "model.estimate": "MemoryEstimate",
+    "model.precision": "Precision",
+    "model.spec": "Layer ModelSpec",
+    "offload.dispatch": "cpu_offload cpu_offload_with_hook disk_offload dispatch_model load_checkpoint_and_dispatch",
+    "offload.hooks": "AlignDevicesHook ModelHook SequentialHook add_hook_to_module remove_hook_from_module",
+    "quantize.load": "BnbQuantizationConfig load_and_quantize_model replace_with_bnb_layers",
+    "units": "format_bytes parse_bytes",
 }
-_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names.split()}
 
 __all__ = ["__version__", "zoo", *sorted(_HOME_OF)]
 
@@ -83,7 +66,8 @@ if TYPE_CHECKING:
     from .measure.record import Recorder, record
     from .meta.empty import init_empty_weights, init_on_device
     from .model.estimate import MemoryEstimate
-    from .model.spec import Layer, ModelSpec, Precision
+    from .model.precision import Precision
+    from .model.spec import Layer, ModelSpec
     from .offload.dispatch import (
         cpu_offload,
         cpu_offload_with_hook,

@@ -21,8 +21,7 @@ def table(entry: catalog.Entry) -> dict[str, Any]:
     config = catalog.config(entry)
     specs = {}
     for key, base in (("base", True), ("full", False)):
-        model = build.build(config, base=base)
-        specs[key] = build.spec_of(model, entry.name, entry.library, build.has_head(config, model), config)
+        specs[key] = build.spec_of(build.build(config, base=base), entry.name, config)
     return catalog.specs_to_json(specs)
 
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..model.spec import ModelSpec
 from ..units import dtype_name
+from ._transformers import builds, from_config
 from .errors import NoConfig, RemoteCodeNeeded, UnknownModel
 
 if TYPE_CHECKING:
@@ -79,12 +80,17 @@ def build(
     return model.to(_torch_dtype(dtype or config.get("torch_dtype") or "float32"))
 
 
-def spec_of(model: nn.Module, name: str, library: str, has_head: bool, config: Mapping[str, Any]) -> ModelSpec:
-    """The model's record, with the facts and the KV cache that its config tells."""
+def can_build(config: Mapping[str, Any]) -> bool:
+    """Whether `build` can make it; with an "auto_map" it can, and says on what condition."""
+    return knows(config) or (library_of(config) is not None and "auto_map" in config)
+
+
+def spec_of(model: nn.Module, name: str, config: Mapping[str, Any]) -> ModelSpec:
+    """The record of a model built from `config`, with the facts and the KV cache that the config tells."""
     from ..meta.skeleton import spec_from_module
     from ..model import config as reader
 
-    spec = spec_from_module(model, name)
+    spec, library = spec_from_module(model, name), library_of(config) or ""
     facts, attention = dict(spec.facts), spec.attention
     if library == "transformers":  # the built config says in which dtype it was built, the file how weights are stored
         facts |= {"torch_dtype": reader.facts(config).get("torch_dtype", "float32")}
@@ -92,12 +98,12 @@ def spec_of(model: nn.Module, name: str, library: str, has_head: bool, config: M
         facts, attention = reader.facts(config), reader.attention(config, spec.root)
     elif library == "timm":
         facts = {"architecture": config["architecture"], **_timm_facts(model), **facts}
-    return replace(spec, facts={**facts, "has_head": has_head}, attention=attention, library=library)
+    return replace(spec, facts={**facts, "has_head": _has_head(model, library)}, attention=attention, library=library)
 
 
-def has_head(config: Mapping[str, Any], model: nn.Module) -> bool:
+def _has_head(model: nn.Module, library: str) -> bool:
     """Whether the model ends in an output head: all do, but for the base classes of Transformers."""
-    if library_of(config) != "transformers":
+    if library != "transformers":
         return True
     from transformers import MODEL_MAPPING
 
@@ -123,11 +129,10 @@ def _bigkit(config: Mapping[str, Any]) -> nn.Module:
 def _timm(config: Mapping[str, Any]) -> nn.Module:
     from ..meta.empty import init_empty_weights
 
-    timm = _import("timm", f"the timm model {config['architecture']!r}")
-    options = dict(config.get("model_args") or {})
-    if config.get("num_classes") is not None:
-        options.setdefault("num_classes", config["num_classes"])
     architecture = config["architecture"]
+    timm = _import("timm", f"the timm model {architecture!r}")
+    options = {name: config[name] for name in ("num_classes",) if config.get(name) is not None}
+    options |= config.get("model_args") or {}
     try:
         with init_empty_weights():
             model: nn.Module = timm.create_model(architecture, pretrained=False, **options)
@@ -139,10 +144,10 @@ def _timm(config: Mapping[str, Any]) -> nn.Module:
 
 
 def _timm_facts(model: nn.Module) -> dict[str, Any]:
-    cfg = getattr(model, "pretrained_cfg", None) or {}
-    found = {"image_size": (cfg.get("input_size") or [None, None])[-1]}
-    found |= {"num_features": getattr(model, "num_features", None), "num_classes": getattr(model, "num_classes", None)}
-    return {name: value for name, value in found.items() if value is not None}
+    size = (getattr(model, "pretrained_cfg", None) or {}).get("input_size")
+    facts = {"image_size": size[-1] if size else None}
+    facts |= {name: getattr(model, name, None) for name in ("num_features", "num_classes")}
+    return {name: value for name, value in facts.items() if value is not None}
 
 
 def _transformers(config: Mapping[str, Any], base: bool, dtype: object, remote: Mapping[str, Any] | None) -> nn.Module:
@@ -186,12 +191,12 @@ def _transformers(config: Mapping[str, Any], base: bool, dtype: object, remote: 
 def _construct(transformers: Any, settings: Any, base: bool, dtype: Any, options: dict[str, Any]) -> nn.Module:
     for architecture in () if base or options else getattr(settings, "architectures", None) or ():
         if cls := getattr(transformers, architecture, None):
-            return cls._from_config(settings, dtype=dtype)
+            return from_config(cls, settings, dtype)
     remote = [name for name in getattr(settings, "auto_map", None) or () if name.startswith("AutoModel") and options]
     heads = [name for name in remote or _HEADS if name != "AutoModel"]
     for name in ("AutoModel", *heads) if base else (*heads, "AutoModel"):
         auto = getattr(transformers, name)
-        if name in remote or type(settings) in auto._model_mapping:
+        if name in remote or builds(auto, settings):
             return auto.from_config(settings, dtype=dtype, **options)
     raise UnknownModel(f"transformers {transformers.__version__} builds no model from a {type(settings).__name__}")
 
