@@ -18,7 +18,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 from ..devices import Device
 from ..machine.hardware import CONTEXT_BYTES, GPUS, Hardware
@@ -34,22 +33,22 @@ LOSS = {None: 0, "int8": 1, "nf4": 2, "fp4": 3, "nf4-double": 3, "fp4-double": 4
 TARGETS = ("speed", "quality", "memory", "context")
 
 
+def _steps() -> dict[str | None, int]:
+    return {None: 130, "int8": 330, "nf4": 160, "fp4": 160, "nf4-double": 160, "fp4-double": 160}
+
+
 @dataclass(frozen=True)
 class Assumed:
-    """What `advise` counts with besides `Rates`, where this machine's ledger says nothing.
+    """What `advise` counts with where neither `Rates` nor this machine's ledger has a figure.
 
     Args:
-        steps: quantization -> steps of Python for one block (see `Operation.issued`). Source: dry runs of Llama's
-            block with PyTorch 2.11 and bitsandbytes 0.49; GPT-2's has 70 where Llama's has 130.
-        ram: bytes a second that a CPU reads from RAM. Source: two channels of DDR4-3200 (51.2e9), less a fifth.
-        cpu: floating-point operations a second of a CPU's matrix products. An order of magnitude: some eight cores.
+        steps: quantization -> steps of Python for one block (see `Operation.issued`). Counted in dry runs of a Llama;
+            GPT-2 has 70 where Llama has 130.
+        ram: bytes a second that a CPU reads from RAM. A round figure for a desktop, not measured.
+        cpu: operations a second of a CPU's matrix products. An order of magnitude, not measured.
     """
 
-    steps: Mapping[str | None, int] = field(
-        default_factory=lambda: {
-            None: 130, "int8": 330, "nf4": 160, "fp4": 160, "nf4-double": 160, "fp4-double": 160,
-        }
-    )  # fmt: skip
+    steps: Mapping[str | None, int] = field(default_factory=_steps)
     ram: float = 40e9
     cpu: float = 1e11
 
@@ -141,24 +140,23 @@ class Advice:
     __str__ = explain
 
     def __repr__(self) -> str:
-        if self.best is None:
-            return f"Advice({self.model[:30]} on {self.hardware[:30]}: nothing fits)"
-        best = f"{self.best.label}, {self.batch / self.best.token:,.2f} tokens/s"
-        return f"Advice({self.model[:30]} on {self.hardware[:24]}: {best}, {len(self.options)} options)"
+        best = "nothing fits"
+        if self.best is not None:
+            best = f"{self.best.label}, {self.batch / self.best.token:,.2f} tokens/s, {len(self.options)} options"
+        return f"Advice({self.model[:30]} on {self.hardware[:24]}: {best})"
 
     def to_json(self) -> str:
         """The options as JSON text; sizes in bytes, times in seconds."""
-        options: list[dict[str, Any]] = [
-            {"stored": option.plan.quantization or option.plan.dtype, "strategy": option.plan.strategy,
-             "token": option.token, "prefill": option.prefill, "waits": option.waits, "loss": option.loss,
-             "memory": option.memory, "offloaded": option.plan.offloaded, "max_context": option.plan.max_context,
-             "front": option.front, "device_map": option.plan.device_map}
+        names = ("token", "prefill", "waits", "loss", "memory", "front")
+        plan_names = ("strategy", "offloaded", "max_context", "device_map")
+        options = [
+            {"stored": option.plan.quantization or option.plan.dtype}
+            | {name: getattr(option, name) for name in names}
+            | {name: getattr(option.plan, name) for name in plan_names}
             for option in self.options
-        ]  # fmt: skip
-        return json.dumps(
-            {"model": self.model, "hardware": self.hardware, "batch": self.batch, "context": self.context,
-             "target": self.target, "measured": self.measured, "options": options, "cures": self.cures}, indent=1,
-        )  # fmt: skip
+        ]
+        own = ("model", "hardware", "batch", "context", "target", "measured", "cures")
+        return json.dumps({**{name: getattr(self, name) for name in own}, "options": options}, indent=1)
 
 
 def advise(
@@ -219,12 +217,12 @@ def advise(
 
 
 def _rank(option: Option, target: str) -> tuple[float, ...]:
-    longest = -(option.plan.max_context or 0)
+    speed, quality, memory = option.token, option.loss, option.memory
     return {
-        "speed": (option.token, option.loss, option.memory),
-        "quality": (option.loss, option.token, option.memory),
-        "memory": (option.memory, option.token, option.loss),
-        "context": (longest, option.token, option.loss),
+        "speed": (speed, quality, memory),
+        "quality": (quality, speed, memory),
+        "memory": (memory, speed, quality),
+        "context": (-(option.plan.max_context or 0), speed, quality),
     }[target]
 
 

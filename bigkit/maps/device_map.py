@@ -19,7 +19,6 @@ from ..devices import Device, prefixes, read_device
 from ..meta.skeleton import spec_from_module, tied_groups
 from ..model.spec import Precision, tensor_bytes
 from ..units import dtype_name
-from .plan import Plan
 from .strategies import place, read_budgets
 
 if TYPE_CHECKING:
@@ -60,7 +59,10 @@ def infer_auto_device_map(
     >>> infer_auto_device_map(torch.nn.Sequential(torch.nn.Linear(9, 9), torch.nn.Linear(9, 9)), {0: 400, 1: 400})
     {'0': 0, '1': 1}
     """
-    plan = _plan(model, max_memory, "sequential", no_split_module_classes, dtype, special_dtypes, offload_buffers)
+    plan = place(
+        spec_from_module(model), get_max_memory(max_memory), "sequential", dtype=dtype, special_dtypes=special_dtypes,
+        no_split=no_split_module_classes, offload_buffers=offload_buffers,
+    )  # fmt: skip
     if verbose:
         print(plan.explain())
     return plan.device_map if clean_result else {layer.name: layer.device for layer in plan.layers}
@@ -94,8 +96,10 @@ def get_balanced_memory(
         budgets[gpus[0]] = int(0.9 * budgets[gpus[0]])
     if len(gpus) < 2:
         return budgets
-    strategy = "balanced_low_0" if low_zero else "balanced"
-    plan = _plan(model, budgets, strategy, no_split_module_classes, dtype, special_dtypes, False, strict=False)
+    plan = place(
+        spec_from_module(model), budgets, "balanced_low_0" if low_zero else "balanced", dtype=dtype,
+        special_dtypes=special_dtypes, no_split=no_split_module_classes, strict=False,
+    )  # fmt: skip
     used = [gpu for gpu in gpus if plan.used[gpu]]
     if plan.feasible and not plan.offloaded and used:
         budgets.update({gpu: plan.used[gpu] for gpu in gpus if gpu != used[-1]})
@@ -174,19 +178,3 @@ def check_device_map(model: torch.nn.Module, device_map: Mapping[str, Device]) -
     everywhere = {device: read_device(device) for device in device_map.values()}
     no_limit = dict.fromkeys(everywhere.values(), 2**62) or {"cpu": 2**62}
     place(spec_from_module(model), no_limit, device_map, strict=False)
-
-
-def _plan(
-    model: torch.nn.Module,
-    max_memory: Mapping[Device, int | str] | None,
-    strategy: str,
-    no_split: Iterable[str] | str | None,
-    dtype: object,
-    special_dtypes: Mapping[str, object] | None,
-    offload_buffers: bool,
-    strict: bool = True,
-) -> Plan:
-    return place(
-        spec_from_module(model), get_max_memory(max_memory), strategy, dtype=dtype, special_dtypes=special_dtypes,
-        no_split=no_split, offload_buffers=offload_buffers, strict=strict,
-    )  # fmt: skip

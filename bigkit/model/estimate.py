@@ -17,20 +17,18 @@ from __future__ import annotations
 
 import html
 import json
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from ..units import dtype_bits, dtype_name, format_bytes, is_floating, text_table
-from .spec import ModelSpec, Precision
+from .precision import Precision
+from .spec import ModelSpec
 
 CLASSIC = ("float32", "float16", "int8", "int4")
 STORED = ("float32", "bfloat16", "float8_e4m3fn", "int8", "nf4", "nf4-double")
 LORA_RANK = 16
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Formulas
 
 
 def activation_bytes(model: ModelSpec, batch: int, tokens: int, dtype: str = "bfloat16") -> int:
@@ -44,7 +42,7 @@ def activation_bytes(model: ModelSpec, batch: int, tokens: int, dtype: str = "bf
         batch, tokens: sequences, and the tokens that each brings to this pass (the prompt, or 1 while decoding).
 
     Source: the live tensors at the widest point of a Llama block in Hugging Face Transformers, counted by following
-    every storage of a fake run; the formula meets it to the byte for a prefill of 512 to 8192 tokens.
+    every storage of a fake run; the formula equals it to the byte for a prefill of 512 to 8192 tokens.
     """
     facts = model.facts
     hidden, wide = facts.get("hidden_size"), facts.get("intermediate_size")
@@ -66,10 +64,6 @@ def training_activation_bytes(model: ModelSpec, batch: int, tokens: int) -> int:
     """
     facts = model.facts
     return 34 * tokens * batch * facts.get("hidden_size", 0) * facts.get("num_hidden_layers", 0)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Records
 
 
 @dataclass(frozen=True)
@@ -168,7 +162,7 @@ class MemoryEstimate:
 
     def __str__(self) -> str:
         blocks = [f"{title}\n{text_table(headers, rows)}" for title, headers, rows in self.tables() if rows]
-        return "\n\n".join(blocks + [f"{note}" for note in self.notes])
+        return "\n\n".join([*blocks, *self.notes])
 
     def _repr_html_(self) -> str:
         return "".join(_html_table(*table) for table in self.tables() if table[2]) + "".join(
@@ -179,10 +173,6 @@ class MemoryEstimate:
         first = self.rows[0] if self.rows else None
         total = f", {first.dtype} {format_bytes(first.total_size, 'classic')}" if first else ""
         return f"MemoryEstimate({self.name}, {self.parameters / 1e6:,.1f} M parameters{total})"
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Counting
 
 
 def estimate(
@@ -199,7 +189,7 @@ def estimate(
         base: the model that the classic table describes (without its head).
         full: the model that is run and trained (with its head); None for the same.
         dtypes: rows of the classic table: dtype names, or "int4".
-        stored: rows of the inference table: dtype names or quantizations of `layers.QUANTIZATIONS`.
+        stored: rows of the inference table: dtype names or quantizations of `precision.QUANTIZATIONS`.
         batch, context: sequences, and tokens each, that KV cache and activations are counted for. A vision
             transformer sees as many tokens as its image has patches, whatever the context.
 
@@ -221,7 +211,7 @@ def estimate(
     notes = []
     if not all(row.trainable for row in rows):
         notes.append("* 4 x the size, as the classic table counts; weights of this dtype alone cannot be trained.")
-    inference = _inference(full, stored, batch, context)
+    inference = tuple(_inference(full, name, batch, context) for name in stored)
     if not any(row.activations for row in inference):
         notes.append("Activations are not estimated: the config does not say how wide the model is.")
     if uncounted := full.facts.get("uncounted_cache"):
@@ -251,35 +241,23 @@ def _patches(model: ModelSpec) -> int:
 def _classic_bits(model: ModelSpec) -> tuple[int, dict[str, int], dict[str, int]]:
     """Bits of the model in float32, of each layer, and of each module's own tensors; ties once, a bool as one bit."""
     repeated = {name for group in model.ties for name in group[1:]}
-    total, modules = 0, dict[str, int]()
-    layers = dict.fromkeys((layer.name for layer in model.layers()), 0)
+    layers, modules = Counter({"": 0}), Counter({"": 0})
     for layer in model.layers():
         for name, tensor, _ in layer.spec.named_tensors(layer.name):
-            if name in repeated:
-                continue
-            bits = 1 if tensor.dtype == "bool" else dtype_bits("float32" if is_floating(tensor.dtype) else tensor.dtype)
-            owner = name.rpartition(".")[0]
-            modules[owner] = modules.get(owner, 0) + tensor.elements * bits
-            layers[layer.name] += tensor.elements * bits
-            total += tensor.elements * bits
-    return total, layers or {"": 0}, modules or {"": 0}
+            if name not in repeated:
+                dtype = "float32" if is_floating(tensor.dtype) else tensor.dtype
+                bits = tensor.elements * (1 if dtype == "bool" else dtype_bits(dtype))
+                layers[layer.name] += bits
+                modules[name.rpartition(".")[0]] += bits
+    return layers.total(), layers, modules
 
 
-def _inference(model: ModelSpec, stored: Iterable[str], batch: int, context: int) -> tuple[InferenceRow, ...]:
-    rows = []
-    for name in stored:
-        quantization = name if name == "int8" or name.startswith(("nf4", "fp4")) else None
-        precision = model.precision("bfloat16" if quantization else name, quantization)
-        computes = model.computes_in(precision)
-        rows.append(
-            InferenceRow(
-                quantization or dtype_name(name),
-                model.bytes(precision),
-                model.kv_bytes(context, batch, computes),
-                activation_bytes(model, batch, context, computes),
-            )
-        )
-    return tuple(rows)
+def _inference(model: ModelSpec, name: str, batch: int, context: int) -> InferenceRow:
+    quantization = name if name == "int8" or name.startswith(("nf4", "fp4")) else None
+    precision = model.precision("bfloat16" if quantization else name, quantization)
+    computes = model.computes_in(precision)
+    kv_cache, activations = model.kv_bytes(context, batch, computes), activation_bytes(model, batch, context, computes)
+    return InferenceRow(quantization or dtype_name(name), model.bytes(precision), kv_cache, activations)
 
 
 def _training(model: ModelSpec, batch: int, context: int) -> tuple[TrainingRow, ...]:
@@ -299,20 +277,10 @@ def _training(model: ModelSpec, batch: int, context: int) -> tuple[TrainingRow, 
         TrainingRow("Adam, float32", n, model.bytes(Precision("float32")), 4 * n, 8 * n, 2 * kept),
         TrainingRow("Adam, mixed bfloat16", n, bf16, 2 * n, 12 * n, kept),
     ]
-    if adapters:
-        rows += [
-            TrainingRow(
-                f"LoRA r={LORA_RANK}, bfloat16", adapters, bf16 + 4 * adapters, 4 * adapters, 8 * adapters, kept
-            ),
-            TrainingRow(
-                f"QLoRA r={LORA_RANK}, nf4-double", adapters, nf4 + 4 * adapters, 4 * adapters, 8 * adapters, kept
-            ),
-        ]
+    low_rank = {f"LoRA r={LORA_RANK}, bfloat16": bf16, f"QLoRA r={LORA_RANK}, nf4-double": nf4} if adapters else {}
+    for method, weights in low_rank.items():
+        rows.append(TrainingRow(method, adapters, weights + 4 * adapters, 4 * adapters, 8 * adapters, kept))
     return tuple(rows)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Showing
 
 
 def _html_table(title: str, headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
