@@ -45,20 +45,18 @@ def median_ms(call: Callable[[], Any], runs: int) -> float:
     return statistics.median(times)
 
 
-class Block(nn.Module):
-    """A transformer block's worth of leaf modules."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.attention = nn.ModuleList([nn.Linear(width, width) for _ in range(4)])
-        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
-        self.norms = nn.ModuleList([nn.LayerNorm(width) for _ in range(2)])
-
-
 def deep(layers: int, width: int = 1024) -> nn.Module:
     """A model of `layers` blocks between an embedding and a head, on meta."""
+
+    class Block(nn.ModuleDict):
+        def __init__(self) -> None:
+            attention = nn.ModuleList([nn.Linear(width, width) for _ in range(4)])
+            mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+            norms = nn.ModuleList([nn.LayerNorm(width) for _ in range(2)])
+            super().__init__({"attention": attention, "mlp": mlp, "norms": norms})
+
     with torch.device("meta"):
-        blocks = nn.ModuleList([Block(width) for _ in range(layers)])
+        blocks = nn.ModuleList([Block() for _ in range(layers)])
         return nn.ModuleDict({"embed": nn.Embedding(50000, width), "h": blocks, "head": nn.Linear(width, 50000)})
 
 

@@ -53,32 +53,18 @@ def _parser() -> argparse.ArgumentParser:
     estimate.set_defaults(run=_estimate)
 
     plan = commands.add_parser("plan", help="which layer rests on which device")
-    _add_model(plan)
-    plan.add_argument("--max_memory", nargs="+", metavar="DEVICE=SIZE", help="budgets, as in 0=24GiB 1=24GiB cpu=64GiB")
-    plan.add_argument("--hardware", help='a machine, for its budgets and speed, as in "RTX 4090" (this one)')
-    plan.add_argument("--strategy", choices=STRATEGIES, default="auto")
-    plan.add_argument("--dtype", help="cast floating weights to this")
-    plan.add_argument("--quantization", choices=QUANTIZATIONS)
+    _add_plan(plan)
     plan.add_argument("--code", action="store_true", help="print Python that makes the plan")
-    _add_svg(plan)
     plan.set_defaults(run=_plan)
 
     dry = commands.add_parser("dry-run", help="run a model on GPUs that do not exist: memory and time")
-    _add_model(dry)
-    dry.add_argument("--hardware", help='a machine, as in "RTX 4090" or "8 x H100-80GB" (this one, if it has GPUs)')
-    dry.add_argument("--max_memory", nargs="+", metavar="DEVICE=SIZE", help="budgets of the plan (the machine's own)")
-    dry.add_argument("--strategy", choices=STRATEGIES, default="auto")
-    dry.add_argument("--dtype", help="of the weights")
-    dry.add_argument("--quantization", choices=QUANTIZATIONS, help="of the linear layers; needs bitsandbytes")
+    _add_plan(dry)
     dry.add_argument("--new", type=int, default=4, help="tokens to generate after the prompt (%(default)s)")
-    _add_svg(dry)
     dry.set_defaults(run=_dry_run)
 
     advice = commands.add_parser("advise", help="which way to store and place a model is fastest on a machine")
-    _add_model(advice)
-    advice.add_argument("--hardware", help='a machine, as in "RTX 4090" or "8 x H100-80GB" (this one)')
+    _add_machine(advice)
     advice.add_argument("--target", choices=TARGETS, default="speed", help="what ranks first (%(default)s)")
-    _add_svg(advice)
     advice.set_defaults(run=_advise)
 
     measure = commands.add_parser("calibrate", help="measure this machine, for predictions; under a minute")
@@ -111,27 +97,37 @@ def _add_launch(launch: argparse.ArgumentParser) -> None:
 
 
 def _add_model(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", help="a shipped name, Hub id, Hub URL, timm name or folder")
     add = parser.add_argument
+    add("model", help="a shipped name, Hub id, Hub URL, timm name or folder")
     add("--library_name", choices=("transformers", "timm", "bigkit"), help="found out if left out")
-    parser.add_argument("--trust_remote_code", action="store_true", help="run model code from the Hub")
-    parser.add_argument("--batch", type=int, default=1, help="sequences (%(default)s)")
-    parser.add_argument("--context", type=int, default=2048, help="tokens each (%(default)s)")
-    parser.add_argument("--json", action="store_true", help="print JSON")
+    add("--trust_remote_code", action="store_true", help="run model code from the Hub")
+    add("--batch", type=int, default=1, help="sequences (%(default)s)")
+    add("--context", type=int, default=2048, help="tokens each (%(default)s)")
+    add("--json", action="store_true", help="print JSON")
 
 
-def _add_svg(parser: argparse.ArgumentParser) -> None:
+def _add_machine(parser: argparse.ArgumentParser) -> None:
+    _add_model(parser)
+    parser.add_argument("--hardware", help='a machine, as in "RTX 4090" or "8 x H100-80GB" (this one)')
     parser.add_argument("--svg", nargs="?", const="-", metavar="FILE", help="write the picture (without FILE: print)")
+
+
+def _add_plan(parser: argparse.ArgumentParser) -> None:
+    _add_machine(parser)
+    add = parser.add_argument
+    add("--max_memory", nargs="+", metavar="DEVICE=SIZE", help="budgets, as in 0=24GiB cpu=64GiB (the machine's own)")
+    add("--strategy", choices=STRATEGIES, default="auto", help="where to cut the model (%(default)s)")
+    add("--dtype", help="cast floating weights to this")
+    add("--quantization", choices=QUANTIZATIONS, help="of the linear layers; a dry run of it needs bitsandbytes")
 
 
 def _picture(path: str, figure: Figure, label: str) -> str:
     from .draw.canvas import svg
 
     text = svg(figure, label)
-    if path == "-":
-        return text
-    Path(path).write_text(text, encoding="utf-8")
-    return f"the picture is in {path}"
+    if path != "-":
+        Path(path).write_text(text, encoding="utf-8")
+    return text if path == "-" else f"the picture is in {path}"
 
 
 def _describe(options: argparse.Namespace) -> ModelSpec:

@@ -94,8 +94,8 @@ class GPTConfig:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> GPTConfig:
         """The inverse of `to_dict`; keys that are no size or dropout are skipped."""
-        known = {field.name for field in fields(cls)} - {"model_type"}
-        return cls(**{name: value for name, value in data.items() if name in known}).resolved()
+        names = {field.name for field in fields(cls)} - {"model_type"}
+        return cls(**{name: value for name, value in data.items() if name in names}).resolved()
 
 
 class LayerCache:
