@@ -189,8 +189,8 @@ def advise(
 
     >>> from bigkit import zoo
     >>> from bigkit.machine.hardware import HARDWARE
-    >>> found = advise(zoo.describe("llama-3.1-8b"), HARDWARE["1 x RTX 4090"])
-    >>> found.best.plan.quantization, found.best.plan.offloaded
+    >>> advice = advise(zoo.describe("llama-3.1-8b"), HARDWARE["1 x RTX 4090"])
+    >>> advice.best.plan.quantization, advice.best.plan.offloaded
     (None, 0)
     """
     if target not in TARGETS:

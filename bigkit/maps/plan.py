@@ -79,7 +79,8 @@ class Plan:
         shares: what each device holds, in the order GPUs, RAM, disk.
         layers: every layer in the model's order, with its device.
         problem: why the plan is not feasible; empty if it is.
-        slots: offloaded layers that the first device holds in flight; 0 if none is offloaded.
+        slots: offloaded layers that the first device holds in flight (the `slots` of `dispatch_model`); 0 if none is
+            offloaded.
         library: where the model comes from; see `ModelSpec`.
         options: what else the plan was made with, by the names of `bigkit.plan`'s arguments.
     """
@@ -115,7 +116,10 @@ class Plan:
 
     @cached_property
     def device_map(self) -> dict[str, Device]:
-        """Module name -> device as a plain dict; a module that lies on one device whole is one entry."""
+        """Module name -> device as a plain dict; a module that is whole on one device is one entry.
+
+        `dispatch_model(model, plan)` takes the plan's number of slots with it; a dict alone gets two.
+        """
         return collapse({layer.name: layer.device for layer in self.layers})
 
     @property
@@ -124,7 +128,7 @@ class Plan:
         return sum(share.weights for share in self.shares if not share.runs)
 
     def explain(self) -> str:
-        """The plan as a short story: what lies where, and why each boundary stands where it does."""
+        """The plan in sentences: which layers rest where, and why each boundary stands where it does."""
         stored = f"{self.quantization} (the rest {self.dtype})" if self.quantization else self.dtype or "as stored"
         lines = [f"{self.model}, {stored}, strategy {self.strategy!r}, batch {self.batch}, context {self.context:,}:"]
         for share in self.shares:

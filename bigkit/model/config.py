@@ -288,7 +288,7 @@ def _positions(config: Mapping[str, Any], known: Mapping[str, Any]) -> str | Non
 def _blocks(root: ModuleSpec, count: int, decoder_only: bool) -> list[str]:
     """Names of the decoder's blocks: the numbered list of `count` children that weighs most.
 
-    Multimodal models hold other such lists (a vision tower, a resampler), which are told by their names.
+    Multimodal models hold other such lists (a vision tower, a resampler), which are recognised by their names.
     """
     numbers = [str(index) for index in range(count)]
     lists = [

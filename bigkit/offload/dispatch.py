@@ -27,6 +27,7 @@ from ..checkpoints.load import load_checkpoint_in_model
 from ..devices import Device, collapse, placement, prefixes, read_device
 from ..maps.device_map import check_device_map, get_max_memory
 from ..maps.partition import spread
+from ..maps.plan import Plan
 from ..maps.strategies import STRATEGIES, place
 from ..meta.skeleton import spec_from_module
 from ..units import parse_bytes
@@ -46,7 +47,7 @@ from .weights import Unit, anatomy
 
 def dispatch_model(
     model: nn.Module,
-    device_map: Mapping[str, Device],
+    device_map: Mapping[str, Device] | Plan,
     main_device: Device | torch.device | None = None,
     state_dict: Mapping[str, Tensor] | None = None,
     offload_dir: str | os.PathLike[str] | None = None,
@@ -67,7 +68,8 @@ def dispatch_model(
     Args:
         model: the model; weights on meta need data from `state_dict`, `offload_index`, or a checkpoint that
             `load_checkpoint_in_model` has put on "disk".
-        device_map: module name -> GPU number, "cuda:N", "mps", "cpu" or "disk", covering the model.
+        device_map: module name -> GPU number, "cuda:N", "mps", "cpu" or "disk", covering the model; or a `Plan`, whose
+            number of slots then takes the place of `slots`.
         main_device: where weights from "cpu" and "disk" work; None takes the first GPU (or MPS) that the map names, or
             the CPU.
         state_dict: name -> tensor, for weights that the model has on meta.
@@ -98,6 +100,8 @@ def dispatch_model(
     >>> model.hf_device_map
     {'': 0}
     """
+    if isinstance(device_map, Plan):
+        device_map, slots = device_map.device_map, device_map.slots or slots
     if not isinstance(device_map, Mapping):
         raise ValueError(f"device_map must map module names to devices, not {device_map!r}; bigkit.plan makes one")
     check_device_map(model, device_map)
@@ -280,7 +284,7 @@ class _Refusal:
 def load_checkpoint_and_dispatch(
     model: nn.Module,
     checkpoint: str | os.PathLike[str],
-    device_map: str | Mapping[str, Device] | None = None,
+    device_map: str | Mapping[str, Device] | Plan | None = None,
     max_memory: Mapping[Device, int | str] | None = None,
     no_split_module_classes: Iterable[str] | str | None = None,
     offload_folder: str | os.PathLike[str] | None = None,
@@ -299,8 +303,8 @@ def load_checkpoint_and_dispatch(
     Args:
         model: the model.
         checkpoint: a file, an index or a folder.
-        device_map: a map, or one of `strategies.STRATEGIES` ("auto", ...), which finds one, and the number of slots
-            that goes with it. None loads and does no more.
+        device_map: a map, a `Plan`, or one of `strategies.STRATEGIES` ("auto", ...), which makes one. None loads and
+            does no more.
         max_memory: device -> budget, for a strategy; None asks this machine.
         no_split_module_classes: classes that stay on one device, for a strategy; None takes the model's own list.
         offload_folder: where weights for "disk" are written that lie in no file as they are needed (of another dtype).
@@ -331,12 +335,13 @@ def load_checkpoint_and_dispatch(
             raise ValueError(f"unknown device_map {device_map!r}: expected a map or one of {', '.join(STRATEGIES)}")
         classes = [no_split_module_classes] if isinstance(no_split_module_classes, str) else no_split_module_classes
         max_memory = get_max_memory() if max_memory is None else max_memory
-        plan = place(
+        device_map = place(
             spec_from_module(model), max_memory, device_map, dtype=dtype, no_split=classes,
             offload_buffers=offload_buffers,
         )  # fmt: skip
-        device_map = plan.device_map
-        options.setdefault("slots", plan.slots or 2)
+    if isinstance(device_map, Plan):
+        options.setdefault("slots", device_map.slots or 2)
+        device_map = device_map.device_map
     if device_map is not None:
         check_device_map(model, device_map)
     stand_in = options.get("stand_in") or {}

@@ -90,12 +90,12 @@ ENTRIES = (
 
 @cache
 def _index() -> dict[str, Entry]:
-    found: dict[str, Entry] = {}
+    index: dict[str, Entry] = {}
     for entry in ENTRIES:
         for name in (entry.name, entry.hub_id, entry.hub_id.rpartition("/")[2], *entry.aliases):
             if name:
-                found.setdefault(name.lower(), entry)
-    return found
+                index.setdefault(name.lower(), entry)
+    return index
 
 
 def names() -> tuple[str, ...]:

@@ -292,7 +292,7 @@ def _quiet_bars() -> Iterator[None]:
 def spec_from_tensors(
     name: str, tensors: Mapping[str, TensorSpec], config: Mapping[str, Any] | None = None
 ) -> ModelSpec:
-    """A model's record from the names of its tensors: modules are told by the dots.
+    """A model's record from the names of its tensors: the dots separate modules.
 
     Classes are not in a weight file. Numbered children make a "ModuleList" of "Block"s, which stay whole; a matrix
     called "weight" counts as linear unless its name says that it embeds or normalises.

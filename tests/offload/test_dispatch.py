@@ -111,6 +111,21 @@ def test_where_weights_rest_and_work(tmp_path):
     assert "rests on disk" in repr(parts.scale)
 
 
+def test_a_plan_runs_with_its_own_number_of_slots(tmp_path):
+    whole = Net()
+    sizes = bigkit.compute_module_sizes(whole)
+    budget = sizes[""] - 2 * sizes["h.0"] + sizes["h.0"]  # with two slots three blocks of four would have to go
+    plan = bigkit.plan(whole, {0: budget, "cpu": 10**6}, no_split=["Block"])
+    assert (plan.slots, plan.offloaded) == (1, 2 * sizes["h.0"]), plan
+    x = torch.randn(2, 8)
+    expected = whole(x)
+    save_model(whole, tmp_path)
+    loaded = load_checkpoint_and_dispatch(Net(), tmp_path, plan, stand_in=STAND_IN)
+    for model in (dispatch_model(copy.deepcopy(whole), plan, stand_in=STAND_IN), loaded):
+        assert torch.equal(model(x), expected)
+        assert {handle.streamer.count for handle in handles(model)} == {1}
+
+
 def test_one_device_needs_no_hooks():
     model = spread(Net(), {"": 0})
     assert not hasattr(model, "_hf_hook") and model.hf_device_map == {"": 0} and model.to("cpu") is model
