@@ -18,6 +18,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from ..devices import Device
 from ..machine.hardware import CONTEXT_BYTES, GPUS, Hardware
@@ -260,7 +261,7 @@ def _all_rates(hardware: Hardware, calibration: Calibration | None) -> dict[Devi
         products={"float32": ((1, ASSUMED.cpu),)},
     )
     if calibration:
-        measured = {
+        measured: dict[str, Any] = {
             "memory": calibration.host_memory, "products": calibration.products, "issue": calibration.issue,
             "disk": calibration.disk_warm,
         }  # fmt: skip

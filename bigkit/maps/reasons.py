@@ -25,7 +25,8 @@ def why(plan: Plan, share: Share) -> str:
         return f"These visit {device_label(plan.shares[0].device)} when their turn comes." if share.weights else ""
     notes = []
     if share.reserve:
-        notes.append(f"The reserve is for {counted(plan.slots, 'offloaded layer')} in flight.")
+        spread = "" if plan.strategy in ("sequential", "custom") else "; the layers that stay are spread among those"
+        notes.append(f"The reserve is for {counted(plan.slots, 'offloaded layer')} in flight{spread}.")
     start = next((i for i, layer in enumerate(plan.layers) if layer.device == share.device), len(plan.layers))
     following = next((layer for layer in plan.layers[start:] if layer.device != share.device), None)
     if following is None or share.budget is None:

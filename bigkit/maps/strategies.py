@@ -290,8 +290,8 @@ def _fill(task: Task, slots: int, first_size: int | None) -> list[Device]:
             continue
         with_room = (shelf for shelf, room in shelves.items() if room is None or units[i].weights <= room)
         places[i] = shelf = next(with_room, [*shelves][-1])
-        if (room := shelves[shelf]) is not None:
-            shelves[shelf] = room - units[i].weights
+        if (free := shelves[shelf]) is not None:
+            shelves[shelf] = free - units[i].weights
     return places
 
 

@@ -225,6 +225,7 @@ class Task:
         if self.model.attention and not short:
             start = min(context, self.longest)
             longest = last_true(lambda n: not any(share.over for share in loads(n)), start, self.longest)
+        placed = zip(self.layers, self.sizes, places)
         plan = Plan(
             model=self.model.name,
             strategy=strategy,
@@ -234,7 +235,7 @@ class Task:
             context=context,
             max_context=longest,
             shares=shares,
-            layers=tuple(Placed(layer.name, layer.cls, *rest) for layer, *rest in zip(self.layers, self.sizes, places)),
+            layers=tuple(Placed(layer.name, layer.cls, size, place) for layer, size, place in placed),
             problem=" and ".join(short),
             slots=slots if any(place not in self.runners for place in places) else 0,
             library=self.model.library,

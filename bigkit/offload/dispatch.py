@@ -101,7 +101,8 @@ def dispatch_model(
     {'': 0}
     """
     if isinstance(device_map, Plan):
-        device_map, slots = device_map.device_map, device_map.slots or slots
+        slots = device_map.slots or slots
+        device_map = device_map.device_map
     if not isinstance(device_map, Mapping):
         raise ValueError(f"device_map must map module names to devices, not {device_map!r}; bigkit.plan makes one")
     check_device_map(model, device_map)
