@@ -432,7 +432,7 @@ def perplexity(
     if not 1 <= stride <= block_size:
         raise ValueError(f"stride {stride} leaves bytes out: expected 1 to block_size {block_size}")
     device = next(model.parameters()).device
-    ids = torch.tensor(tokens, device=device)
+    ids = torch.tensor(tokens, device="cpu" if device.type == "meta" else device)  # what Accelerate offloads is on meta
     nats, scored, training = 0.0, 0, model.training
     model.eval()
     try:
