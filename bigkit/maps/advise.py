@@ -249,10 +249,6 @@ def rates_of(hardware: Hardware, calibration: Calibration | None) -> list[Rates]
     return [Rates.of_calibration(calibration, gpu, hardware.disk_rate) for gpu in hardware.gpus]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Predicting
-
-
 def _all_rates(hardware: Hardware, calibration: Calibration | None) -> dict[Device, Rates]:
     """The rates of every device that may run layers, the CPU among them."""
     cpu = replace(

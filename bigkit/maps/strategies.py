@@ -178,10 +178,6 @@ def _read_map(task: Task, device_map: Mapping[str, Device]) -> tuple[Task, list[
     return task, places
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The strategies
-
-
 def _solve(task: Task, strategy: str) -> Plan:
     if not task.fits(task.context):
         return _offload(task, strategy)

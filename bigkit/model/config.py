@@ -157,10 +157,6 @@ def attention(config: Mapping[str, Any], root: ModuleSpec) -> tuple[Attention, .
     return tuple(result)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# One question each
-
-
 def _text(config: Mapping[str, Any]) -> Mapping[str, Any]:
     """The config of the language model inside: the nested one, if there is one, over the outer one."""
     for name in _TEXT:

@@ -114,10 +114,6 @@ def _has_head(model: nn.Module, library: str) -> bool:
     return getattr(model, "base_model", model) is not model
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# One library each
-
-
 def _bigkit(config: Mapping[str, Any]) -> nn.Module:
     from ..meta.empty import init_empty_weights
     from .gpt import GPT, GPTConfig

@@ -149,10 +149,6 @@ def specs(name: str) -> dict[str, ModelSpec]:
     return specs_from_json(json.loads(table_path(entry).read_text(encoding="utf-8")))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Layer tables
-
-
 def specs_to_json(specs: Mapping[str, ModelSpec]) -> dict[str, Any]:
     """Several specs in one JSON-ready table (a model with its head and without).
 

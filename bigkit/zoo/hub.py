@@ -45,10 +45,6 @@ class Source:
         return str(self.folder or self.repo)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Names
-
-
 def parse_url(name: str) -> tuple[str, str | None] | None:
     """The repository id and the revision that a Hub URL points to; None if `name` is no URL.
 
@@ -103,10 +99,6 @@ def folder_of(name: str) -> Path | None:
 def is_repo(name: str) -> bool:
     """Whether `name` has the form of a Hub id."""
     return _REPO.fullmatch(name) is not None and ".." not in name
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Configs
 
 
 def read_config(source: Source, token: str | bool | None = None) -> dict[str, Any] | None:
@@ -209,10 +201,6 @@ def shipped_hint(name: str) -> str:
     return (
         f" Shipped, and close to it: {', '.join(near)}." if near else f" Shipped models: {', '.join(catalog.names())}."
     )
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Weights without a config
 
 
 def headers(source: Source, token: str | bool | None = None) -> dict[str, TensorSpec]:
