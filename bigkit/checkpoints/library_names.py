@@ -2,20 +2,23 @@
 
 Transformers fuses the experts of a mixture when it loads a model and cuts them apart when it saves it, so a file holds
 `experts.3.gate_proj.weight` where the model has one `experts.gate_up_proj` for all. Which names belong together, and
-what is done to them, is in that library's own tables; here they are asked, and nothing is known about any model.
+what is done to them, is in that library's own tables; here they are asked (`_transformers.py`), and nothing is known
+about any model.
 
 Leaves out: the way back. `save_model` writes the model's names, which Transformers reads as well.
 """
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterable, Mapping
-from copy import deepcopy
+from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+
+from ._transformers import conversion_rules, convert, in_order, target_of
 
 
 class Made(NamedTuple):
@@ -29,67 +32,72 @@ class Made(NamedTuple):
 
 def conversions(
     model: nn.Module,
-    expected: Mapping[str, Tensor],
-    found: Iterable[str],
-    kind: Callable[[str], tuple[tuple[int, ...], torch.dtype]],
+    tensors: Mapping[str, Tensor],
+    names: Iterable[str],
+    shape_and_dtype: Callable[[str], tuple[tuple[int, ...], torch.dtype]],
 ) -> tuple[dict[str, str], dict[str, Made]]:
     """How a model's library would make its tensors from a checkpoint's.
 
     Args:
         model: any module; only models of Transformers know conversions.
-        expected: name -> tensor of the model, all of them.
-        found: names of the checkpoint's tensors.
-        kind: name -> shape and dtype of a tensor of the checkpoint.
+        tensors: name -> tensor of the model, all of them.
+        names: names of the checkpoint's tensors.
+        shape_and_dtype: what a tensor of the checkpoint is, by its name.
 
     Returns:
         name in the checkpoint -> name in the model, where that is all; and name in the model -> how to make it.
     """
-    library = sys.modules.get("transformers")
-    if library is None or not isinstance(model, library.PreTrainedModel):
+    rules = conversion_rules(model)
+    if rules is None:
         return {}, {}
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
+    names = set(names)
+    sources: dict[str, dict[str, str | None]] = {}  # name in the model -> names in the checkpoint and their patterns
+    for name in in_order(names - tensors.keys()):
+        target, pattern = target_of(name, rules, model, tensors)
+        if target in tensors and target not in names:
+            sources.setdefault(target, {})[name] = pattern
 
-    transforms = get_model_conversion_mapping(model)
-    renamings = [one for one in transforms if isinstance(one, WeightRenaming)]
-    converters = [one for one in transforms if isinstance(one, WeightConverter)]
-    by_pattern = {pattern: one for one in converters for pattern in one.source_patterns}
-    together: dict[str, list[tuple[str, str | None]]] = {}
-    held = set(found)
-    for name in sorted(held - expected.keys(), key=dot_natural_key):  # expert 2 before expert 10
-        target, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, expected)
-        if target in expected and target not in held:
-            together.setdefault(target, []).append((name, pattern))
-
+    converters = {pattern: converter for converter in rules.converters for pattern in converter.source_patterns}
     renamed: dict[str, str] = {}
     made: dict[str, Made] = {}
-    for target, parts in together.items():
-        sources, pattern = tuple(name for name, _ in parts), parts[0][1]
+    for target, patterns in sources.items():
+        first, pattern = next(iter(patterns.items()))
         if pattern is None:
-            renamed[sources[0]] = target
-            continue
-        convert = _conversion(by_pattern[pattern], target, parts, model)
-        kinds = {name: kind(name) for name in sources}
+            renamed[first] = target
+        else:
+            conversion = _Conversion(converters[pattern], target, patterns, model)
+            made |= conversion.results({name: shape_and_dtype(name) for name in patterns})
+    return renamed, {name: result for name, result in made.items() if name in tensors}
+
+
+@dataclass(frozen=True)
+class _Conversion:
+    """Tensors of a checkpoint that become one or more of a model.
+
+    Args:
+        converter: the library's rule.
+        target: the name in the model under which the rule collects them.
+        patterns: name in the checkpoint -> the pattern of the rule that it matched.
+        model: the model.
+    """
+
+    converter: Any
+    target: str
+    patterns: Mapping[str, str | None]
+    model: nn.Module
+
+    def results(self, kinds: Mapping[str, tuple[tuple[int, ...], torch.dtype]]) -> dict[str, Made]:
+        """What comes out, by name, from the shapes and dtypes of what goes in: nothing if these do not fit."""
+        empty = {name: torch.empty(shape, dtype=dtype, device="meta") for name, (shape, dtype) in kinds.items()}
         try:
-            outcome = convert({name: torch.empty(*one[:1], dtype=one[1], device="meta") for name, one in kinds.items()})
+            outputs = convert(self.converter, self.target, self.patterns, empty, self.model)
         except Exception:  # parts are missing or do not fit each other: they are reported under their own names
-            continue
-        for name, tensor in outcome.items():
-            pick = lambda tensors, convert=convert, name=name: convert(tensors)[name]  # noqa: E731
-            made[name] = Made(tuple(tensor.shape), tensor.dtype, sources, pick)
-    return renamed, {name: one for name, one in made.items() if name in expected}
+            return {}
+        return {
+            name: Made(tuple(tensor.shape), tensor.dtype, tuple(self.patterns), partial(self.make, name))
+            for name, tensor in outputs.items()
+        }
 
-
-def _conversion(
-    converter: Any, target: str, parts: list[tuple[str, str | None]], model: Any
-) -> Callable[[Mapping[str, Tensor]], dict[str, Tensor]]:
-    """A function from the parts by name to the tensors made of them."""
-
-    def convert(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        once = deepcopy(converter)  # it collects tensors, and forgets them when it has converted them
-        for name, pattern in parts:
-            once.add_tensor(target, name, pattern, tensors[name])
-        made = once.convert(target, model=model, config=model.config)
-        return {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
-
-    return convert
+    def make(self, name: str, tensors: Mapping[str, Tensor]) -> Tensor:
+        """One of the results, from the tensors of the checkpoint."""
+        return convert(self.converter, self.target, self.patterns, tensors, self.model)[name]

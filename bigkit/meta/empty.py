@@ -45,6 +45,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..units import MiB
+from ._torch import twin
 
 META = torch.device("meta")
 REMEMBER = MiB  # a real tensor that moves to meta keeps its values on the tape up to this size
@@ -461,18 +462,6 @@ def _to_meta(tensor: Tensor) -> Tensor:
     if tensor.is_meta or tensor.layout != torch.strided:
         return tensor
     return torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device=META)
-
-
-def twin(tensor: Tensor, data: Tensor) -> Tensor:
-    """`data` as the same kind of tensor: class (nn.Parameter and its heirs), attributes and requires_grad."""
-    if hasattr(data, "fake_mode"):  # a fake tensor stays one, and says itself whether it is a parameter
-        fake: Any = data.detach()
-        fake._is_param = isinstance(tensor, nn.Parameter)
-        return fake
-    twin = torch.Tensor._make_subclass(type(tensor), data, tensor.requires_grad and tensor.is_leaf)  # it detaches
-    if attributes := vars(tensor):
-        vars(twin).update(attributes)
-    return twin
 
 
 class _Signature:

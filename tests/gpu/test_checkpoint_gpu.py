@@ -10,7 +10,8 @@ from torch import nn
 
 from bigkit import init_empty_weights
 from bigkit.checkpoints.format import Checkpoint
-from bigkit.checkpoints.load import _batches, load_checkpoint_in_model, load_state_dict
+from bigkit.checkpoints.load import load_checkpoint_in_model, load_state_dict
+from bigkit.checkpoints.read import _batches
 from bigkit.checkpoints.save import save_model
 from bigkit.checkpoints.to_gpu import read_to_gpu
 
@@ -110,7 +111,7 @@ def test_experts_that_transformers_saves_apart_are_put_together_on_the_gpu(tmp_p
     model = transformers.MixtralForCausalLM(config)
     model.save_pretrained(tmp_path, max_shard_size="50KB")
     for most in (1, 4 * 10**9):  # each tensor alone, and all together
-        monkeypatch.setattr("bigkit.checkpoints.load._batches", partial(_batches, most=most))
+        monkeypatch.setattr("bigkit.checkpoints.read._batches", partial(_batches, most=most))
         with init_empty_weights():
             empty = transformers.MixtralForCausalLM._from_config(config)
         assert load_checkpoint_in_model(empty, tmp_path, {"": 0}, dtype="bfloat16").clean
