@@ -22,9 +22,9 @@ import torch
 from torch import Tensor
 
 from ..units import listed
+from ._transformers import Made
 from .header import DTYPES, LONGEST_HEADER, parse_header
 from .header import CheckpointError as CheckpointError
-from .library_names import Made
 
 # Tried in this order in a folder; the same as Transformers.
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"

@@ -24,7 +24,6 @@ from ..units import dtype_name, listed
 from .format import Checkpoint, Form, Stored
 from .header import CheckpointError
 from .match import LoadReport, Slot, match
-from .read import read_tensors
 from .resting import WrittenFile, record_resting_place, write_file
 
 
@@ -196,3 +195,57 @@ def _rest(
         )
     written, in_new_file = write_file(folder, forms, lambda name: source.read(name).to(forms[name].dtype))
     return stored | in_new_file, written
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reading many tensors, each to where it goes
+
+
+def read_tensors(
+    source: Checkpoint, places: Mapping[Device | torch.device, Mapping[str, torch.dtype | None]]
+) -> dict[str, Tensor]:
+    """Read tensors to their devices, as (device -> name -> dtype) says; those for a GPU all in one go."""
+    values: dict[str, Tensor] = {}
+    for place, dtypes in places.items():
+        device = torch.device("cuda", place) if isinstance(place, int) else torch.device(place)
+        if device.type == "cuda":
+            from .to_gpu import read_to_gpu
+
+            values |= read_to_gpu({n: source.stored[n] for n in dtypes if n in source.stored}, device, dtypes)
+            for name, made in source.made.items():
+                if name in dtypes and source.stored.keys() >= {*made.sources}:
+                    parts = read_to_gpu({part: source.stored[part] for part in made.sources}, device)
+                    values[name] = made.make(parts).to(dtype=dtypes[name])
+        for name in (name for name in dtypes if name not in values):
+            values[name] = source.read(name).to(device=device, dtype=dtypes[name])
+    return values
+
+
+def stream_tensors(source: Checkpoint, names: Iterable[str], device: torch.device) -> Iterator[tuple[str, Tensor]]:
+    """Read tensors to a device one after another, in the order of the files: what is let go makes room for the next.
+
+    On the CPU each is in memory of its own: no page of the file counts as the process's.
+    """
+    stored = {name: source.stored[name] for name in names if name in source.stored}
+    if device.type == "cuda":
+        from .to_gpu import stream_to_gpu
+
+        yield from stream_to_gpu(stored, device)
+    else:
+        for name, where in sorted(stored.items(), key=lambda item: (str(item[1].file), item[1].offset)):
+            yield name, _private(where).to(device)
+    for name in names:
+        if name in source.pickled:
+            yield name, source.read(name).to(device)
+
+
+def _private(where: Stored) -> Tensor:
+    """A tensor read into memory of its own."""
+    raw = torch.empty(where.nbytes, dtype=torch.uint8)
+    with open(where.file, "rb") as stream:
+        stream.seek(where.offset)
+        count = stream.readinto(raw.numpy().data)
+    if count < where.nbytes:
+        end = where.offset + count
+        raise OSError(f"{where.file} is shorter than when it was checked: nothing at byte {end}")
+    return raw.view(where.dtype).view(where.shape)

@@ -1,7 +1,7 @@
 """Which tensor of a checkpoint belongs to which tensor of a model, and every difference between the two.
 
 Names alone decide. A tensor that is tied has several, and any of them may be in the file; what no file has under any of
-its names may still be made of others, as Transformers makes it (`library_names.py`).
+its names may still be made of others, as Transformers makes it (`_transformers.py`).
 
 Leaves out: reading and placing the tensors (`load.py`).
 """
@@ -14,12 +14,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from ..meta._torch import twin
+from ..meta.empty import twin
 from ..meta.skeleton import tied
 from ..units import dtype_name, listed
-from ._transformers import ignored_names
+from ._transformers import conversions, ignored_names
 from .format import Checkpoint, Stored
-from .library_names import conversions
 
 _SCALES = ("_scale", "_scale_inv", ".scale")  # names of scales end so; a tensor of one byte that has one is quantized
 

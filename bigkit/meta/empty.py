@@ -44,7 +44,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..units import MiB
-from ._torch import is_operation, laid_out_like, twin, view_like, watch_modules
+from ._torch import is_operation, laid_out_like, view_like, watch_modules
+from ._torch import twin as twin
 from .operations import META, Signature, map_tensors, replace_tensors, signature_of, storages_of, tensors_in, to_meta
 
 REMEMBER = MiB  # bytes: a real tensor up to this size that moves to meta keeps its values on the tape

@@ -91,7 +91,7 @@ def replace_tensors(function: Callable[[Tensor], Tensor], value: Any, around: tu
         new_items = [item for _, item in replaced]
         return type(value)(*new_items) if hasattr(value, "_fields") else type(value)(new_items)
     for key, item in changed:
-        value[key] = item
+        value[key] = item  # type: ignore[index]
     return value
 
 

@@ -109,7 +109,7 @@ class _Skeleton:
     """Makes ModuleSpecs, each distinct one once."""
 
     def __init__(self) -> None:
-        self.made: dict[Any, ModuleSpec] = {}
+        self.module_specs: dict[Any, ModuleSpec] = {}
         self.tensor_specs: dict[Any, TensorSpec] = {}
 
     def module(self, module: nn.Module, name: str) -> ModuleSpec:
@@ -125,7 +125,7 @@ class _Skeleton:
         linear = isinstance(module, nn.Linear) or cls == "Conv1D"  # transformers' Conv1D is a transposed Linear
         linear &= getattr(module.weight, "is_floating_point", bool)() if linear else False  # or it is quantized already
         key = (cls, linear, *tensors.items(), *((own, id(child)) for own, child in children.items()))
-        return self.made.setdefault(key, ModuleSpec(cls, tensors, children, linear))
+        return self.module_specs.setdefault(key, ModuleSpec(cls, tensors, children, linear))
 
     def tensor(self, module: nn.Module, own: str, tensor: Tensor, name: str) -> TensorSpec:
         if nn.parameter.is_lazy(tensor):
@@ -151,8 +151,8 @@ def extra_tensors(module: nn.Module, load: bool = False) -> dict[str, Tensor]:
     """
     if not has_own_state(module):
         return {}
-    state = getattr(getattr(module, "weight", None), "quant_state", None)
-    if hasattr(state, "original_qshape"):  # bitsandbytes would undo this, but the scales have been rounded
+    quantization = getattr(getattr(module, "weight", None), "quant_state", None)
+    if hasattr(quantization, "original_qshape"):  # bitsandbytes would undo this, but the scales have been rounded
         raise ValueError(
             f"the 4-bit weight of a {type(module).__name__} was packed anew for this CPU by a forward, which rounded "
             "its scales: load the model again, and save it before it runs"
@@ -194,12 +194,11 @@ def _blocks(root: ModuleSpec) -> list[str]:
     """
 
     def inner(module: ModuleSpec) -> set[str]:
-        found: set[str] = set()
+        classes: set[str] = set()
         for name, child in module.children.items():
-            below = inner(child)
-            own = name.isdigit() and child.children and child.cls not in ("Sequential", "ModuleList")
-            found |= below or ({child.cls} if own else set())
-        return found
+            is_block = name.isdigit() and child.children and child.cls not in ("Sequential", "ModuleList")
+            classes |= inner(child) or ({child.cls} if is_block else set())
+        return classes
 
     return sorted(inner(root))
 
@@ -217,7 +216,7 @@ def _read_config(model: nn.Module, root: ModuleSpec) -> tuple[dict[str, Any], tu
     from ..model.config import attention, facts
 
     fields = config.to_dict()
-    known = facts(fields)
+    model_facts = facts(fields)
     if prefix := getattr(model, "base_model_prefix", ""):
-        known = {**known, "has_head": hasattr(model, str(prefix))}  # a base model, such as LlamaModel, has none
-    return known, attention(fields, root)
+        model_facts = {**model_facts, "has_head": hasattr(model, str(prefix))}  # a base model (LlamaModel) has none
+    return model_facts, attention(fields, root)

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from ..checkpoints.format import Form, Stored
 from ..checkpoints.resting import resting_place, write_file
 from ..devices import Device
-from ..meta._torch import twin
+from ..meta.empty import twin
 from ..meta.skeleton import repeated_blocks, tied_groups
 from .handle import Away
 from .stream import Mapped, Slots, Streamer

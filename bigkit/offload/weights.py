@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from ..machine.hardware import ram_limit
-from ..meta._torch import twin
+from ..meta.empty import twin
 from ..units import MiB
 
 ALIGN = 512  # bytes; as PyTorch's allocator does, so that a kernel sees a travelling weight as it sees a resident one

@@ -24,15 +24,14 @@ import torch
 from torch import nn
 
 from ..checkpoints.format import Checkpoint, CheckpointError, Form
-from ..checkpoints.load import load_checkpoint_in_model
+from ..checkpoints.load import load_checkpoint_in_model, read_tensors, stream_tensors
 from ..checkpoints.match import match
-from ..checkpoints.read import read_tensors, stream_tensors
 from ..checkpoints.resting import record_resting_place, write_file
 from ..devices import Device, placement, read_device
 from ..maps.device_map import get_max_memory
 from ..maps.plan import Plan
 from ..maps.strategies import STRATEGIES, plan
-from ..meta._torch import twin
+from ..meta.empty import twin
 from ..meta.skeleton import spec_from_module
 from ..offload.dispatch import dispatch_model
 from ..offload.hooks import torch_device

@@ -27,24 +27,20 @@ def test_a_name_is_there(module, name):
     )
 
 
-def test_rules_rename_order_and_convert():
+def test_experts_are_put_together_in_their_order():
     config = transformers.MixtralConfig(
         hidden_size=8, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1, vocab_size=16,
-        intermediate_size=4, num_local_experts=2,
+        intermediate_size=4, num_local_experts=11,
     )  # fmt: skip
     model = transformers.MixtralForCausalLM(config)
-    rules = _transformers.conversion_rules(model)
-    assert rules.converters and _transformers.conversion_rules(torch.nn.Linear(2, 2)) is None
-    assert _transformers.in_order({"e.10.w", "e.2.w"}) == ["e.2.w", "e.10.w"]
-    tensors = dict(model.named_parameters())
-    stem = "model.layers.0.block_sparse_moe.experts"
-    target, pattern = _transformers.target_of(f"{stem}.0.w2.weight", rules, model, tensors)
-    assert target == "model.layers.0.mlp.experts.down_proj"
-    converter = next(rule for rule in rules.converters if pattern in rule.source_patterns)
-    patterns = {f"{stem}.{i}.w2.weight": pattern for i in range(2)}
-    parts = {name: torch.randn(8, 4) for name in patterns}
-    joined = _transformers.convert(converter, target, patterns, parts, model)
-    assert torch.equal(joined[target], torch.stack([*parts.values()]))
+    parts = {f"model.layers.0.block_sparse_moe.experts.{i}.w2.weight": torch.randn(8, 4) for i in range(11)}
+    renamed, made = _transformers.conversions(
+        model, dict(model.named_parameters()), reversed(parts), lambda name: ((8, 4), torch.float32)
+    )
+    down = made["model.layers.0.mlp.experts.down_proj"]
+    assert not renamed and down.shape == (11, 8, 4) and down.sources == tuple(parts)
+    assert torch.equal(down.make(parts), torch.stack([*parts.values()]))
+    assert _transformers.conversions(torch.nn.Linear(2, 2), {}, parts, lambda name: ((8, 4), torch.float32)) == ({}, {})
 
 
 def test_a_class_says_what_may_be_missing():
