@@ -146,10 +146,10 @@ def _compare(model: nn.Module, source: Checkpoint, slots: list[Slot]) -> LoadRep
             mismatched.append((slot.name, shape, tuple(slot.tensor.shape)))
         elif not _castable(source, slot.source, dtype, slot.tensor.dtype):
             wrong_dtype.append((slot.name, dtype_name(dtype), dtype_name(slot.tensor.dtype)))
-    known = {name for slot in slots for name in slot.names}
-    known.update(part for name in known & source.made.keys() for part in source.made[name].sources)
+    expected = {name for slot in slots for name in slot.names}
+    expected.update(part for name in expected & source.made.keys() for part in source.made[name].sources)
     missing = (slot.name for slot in slots if slot.source is None)
-    unexpected = (name for name in source if name not in known)
+    unexpected = (name for name in source if name not in expected)
     return LoadReport(
         missing=_without_ignored(missing, model, "missing"),
         unexpected=_without_ignored(unexpected, model, "unexpected"),

@@ -3,7 +3,7 @@
 One rule: a tensor that is not on meta is the truth, and a resting place counts only for the very meta tensor that it
 was recorded for. So the record is kept by the tensor's storage, not by a name in a model: every name and alias of the
 tensor finds it, and whatever replaces the tensor (`load_state_dict(assign=True)`, a new parameter, `to_empty`, `half`)
-has none. The record goes when the tensor goes.
+has none, nor has a copy (`copy.deepcopy`, a pickle). The record goes when the tensor goes.
 
 Leaves out: what brings such weights to a forward (`offload/weights.py`), and saving them (`save.py`).
 """
@@ -34,7 +34,7 @@ class RestingPlace(NamedTuple):
 
     parts: Mapping[str, Stored]
     written: WrittenFile | None
-    versions: Mapping[Path, tuple[int, int, int]]
+    versions: Mapping[Path, tuple[int, int, int] | None]
 
 
 # Storages of meta tensors -> (offset, shape, stride, dtype) of a tensor in it -> where that one rests.
@@ -63,7 +63,7 @@ def resting_place(tensor: Tensor) -> RestingPlace | None:
     except (NotImplementedError, RuntimeError, ValueError):  # a lazy parameter or a wrapper has no storage
         return None
     for file, version in place.versions.items() if place else ():
-        if not file.exists() or _version(file) != version:
+        if _version(file) != version:
             raise OSError(f"{file} was changed or removed while weights of a model rest in it: load a checkpoint again")
     return place
 
@@ -72,8 +72,11 @@ def _view(tensor: Tensor) -> tuple[Any, ...]:
     return tensor.storage_offset(), tensor.size(), tensor.stride(), tensor.dtype
 
 
-def _version(file: Path) -> tuple[int, int, int]:
-    status = file.stat()
+def _version(file: Path) -> tuple[int, int, int] | None:
+    try:
+        status = os.stat(file)
+    except FileNotFoundError:
+        return None
     return status.st_ino, status.st_size, status.st_mtime_ns
 
 

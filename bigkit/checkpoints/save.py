@@ -32,8 +32,8 @@ from .format import (
     write_safetensors,
 )
 from .header import CheckpointError
-from .match import Slot, model_slots
-from .resting import record_resting_place, resting_place
+from .match import model_slots
+from .resting import RestingPlace, record_resting_place, resting_place
 from .shards import Cut, cut
 
 
@@ -76,7 +76,8 @@ def save_model(
     if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(f"{folder} is a file; save_model needs a folder")
     slots = model_slots(model)
-    tensors = _to_save(model, slots)
+    places = {slot.name: place for slot in slots if (place := resting_place(slot.tensor))}
+    tensors = _to_save(model, {slot.name: slot.tensor for slot in slots}, places)
     forms = {name: Form(tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
     single, index = (SINGLE, INDEX) if safe_serialization else (PICKLE, PICKLE_INDEX)
     if safe_serialization:
@@ -88,26 +89,25 @@ def save_model(
     last = index if len(plan.files) > 1 else single  # what a reader looks for comes last
     folder.mkdir(parents=True, exist_ok=True)
     old = _old_files(folder, single, index)
-    resting_here = [slot for slot in slots if _rests_in(folder, slot.tensor)]
     with _staging(folder, plan.bytes) as stage:
         for file, names in plan.files.items():
             _write(stage / file, {name: tensors[name] for name in names}, forms)
         _put_in_place(plan, stage, folder, last)
-    if safe_serialization and resting_here:  # the files that they rest in are about to go
-        stored = Checkpoint.open(folder / last).stored
-        for slot in resting_here:
-            record_resting_place(slot.tensor, {"": stored[slot.name]})
+    if safe_serialization and folder.resolve() in {file.resolve().parent for file in _files_of(places)}:
+        stored = Checkpoint.open(folder / last).stored  # weights rest in files that are about to go
+        for slot in slots:
+            if slot.name in places:
+                record_resting_place(slot.tensor, {"": stored[slot.name]})
     for name in old:
         if name not in {*plan.files, last}:
             (folder / name).unlink(missing_ok=True)
 
 
-def _to_save(model: nn.Module, slots: list[Slot]) -> dict[str, Tensor | Stored]:
+def _to_save(
+    model: nn.Module, own_tensors: Mapping[str, Tensor], places: Mapping[str, RestingPlace]
+) -> dict[str, Tensor | Stored]:
     """Name -> what is saved, module by module: parameters, persistent buffers, and what modules add on their own."""
-    saved: dict[str, Tensor | Stored] = {}
-    for slot in slots:
-        place = resting_place(slot.tensor)
-        saved[slot.name] = slot.tensor if place is None else place.parts[""]
+    saved = {**own_tensors, **{name: place.parts[""] for name, place in places.items()}}
     tensors: dict[str, Tensor | Stored] = {}
     for prefix, module in model.named_modules():
         extra = extra_tensors(module, load=True)
@@ -165,9 +165,8 @@ def _put_in_place(plan: Cut, stage: Path, folder: Path, last: str) -> None:
     _sync(folder)
 
 
-def _rests_in(folder: Path, tensor: Tensor) -> bool:
-    place = resting_place(tensor)
-    return place is not None and any(where.file.resolve().parent == folder.resolve() for where in place.parts.values())
+def _files_of(places: Mapping[str, RestingPlace]) -> set[Path]:
+    return {where.file for place in places.values() for where in place.parts.values()}
 
 
 def _old_files(folder: Path, single: str, index: str) -> list[str]:
