@@ -264,7 +264,7 @@ def write_safetensors(file: BinaryIO, forms: Mapping[str, Form], read: Callable[
 
     Args:
         file: where to.
-        forms: name -> shape and dtype, checked by `check_dtypes`.
+        forms: name -> shape and dtype, checked by `check_dtypes`; large elements are written first, else in this order.
         read: name -> the tensor, on any device.
     """
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # which Transformers asks for
@@ -274,7 +274,7 @@ def write_safetensors(file: BinaryIO, forms: Mapping[str, Form], read: Callable[
         shape, dtype = forms[name]
         start, end = end, end + math.prod(shape) * dtype.itemsize
         header[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]}
-    text = json.dumps(header).encode()
+    text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     file.write(len(text).to_bytes(8, "little") + text)
     for name in order:

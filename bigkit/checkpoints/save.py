@@ -107,7 +107,8 @@ def _to_save(
     model: nn.Module, own_tensors: Mapping[str, Tensor], places: Mapping[str, RestingPlace]
 ) -> dict[str, Tensor | Stored]:
     """Name -> what is saved, module by module: parameters, persistent buffers, and what modules add on their own."""
-    saved = {**own_tensors, **{name: place.parts[""] for name, place in places.items()}}
+    saved: dict[str, Tensor | Stored] = {**own_tensors}
+    saved |= {name: place.parts[""] for name, place in places.items()}
     tensors: dict[str, Tensor | Stored] = {}
     for prefix, module in model.named_modules():
         extra = extra_tensors(module, load=True)
@@ -124,8 +125,9 @@ def _write(file: Path, tensors: Mapping[str, Tensor | Stored], forms: Mapping[st
     """Write one file, and bring it to the disk."""
     try:
         if file.suffix == ".safetensors":
+            in_order = {name: forms[name] for name in sorted(tensors)}  # as the safetensors library writes them
             with open(file, "wb") as stream:
-                write_safetensors(stream, {name: forms[name] for name in tensors}, lambda name: _value(tensors[name]))
+                write_safetensors(stream, in_order, lambda name: _value(tensors[name]))
         else:
             _write_pickle(file, {name: _alone(_value(tensor)) for name, tensor in tensors.items()})
     except OSError as error:

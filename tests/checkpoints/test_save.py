@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from bigkit import disk_offload
@@ -58,6 +58,12 @@ def test_any_tensors_in_any_shards_come_back(tmp_path_factory, shapes, size, dty
     assert load_checkpoint_in_model(again, folder, strict=True).clean
     for name, tensor in Bag().named_buffers():
         assert again._buffers[name].dtype == dtype and torch.equal(tensor.float(), again._buffers[name].float())
+
+
+def test_files_are_those_that_the_safetensors_library_writes(tmp_path):
+    save_model(Net(), tmp_path)
+    save_file(load_file(tmp_path / SINGLE), tmp_path / "theirs", {"format": "pt"})
+    assert (tmp_path / SINGLE).read_bytes() == (tmp_path / "theirs").read_bytes()
 
 
 def test_index_is_the_one_that_transformers_writes(tmp_path):
