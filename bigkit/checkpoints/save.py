@@ -19,9 +19,22 @@ from torch import Tensor, nn
 
 from ..meta.skeleton import extra_tensors
 from ..units import format_bytes, listed
-from .format import INDEX, PICKLE, PICKLE_INDEX, SINGLE, Checkpoint, Stored
-from .load import model_slots
-from .shards import cut
+from .format import (
+    INDEX,
+    PICKLE,
+    PICKLE_INDEX,
+    SINGLE,
+    Checkpoint,
+    Form,
+    Stored,
+    check_dtypes,
+    read_index,
+    write_safetensors,
+)
+from .header import CheckpointError
+from .match import model_slots
+from .resting import RestingPlace, record_resting_place, resting_place
+from .shards import Cut, cut
 
 
 def save_model(
@@ -35,17 +48,22 @@ def save_model(
     What modules add to their state dict on their own is written too: the scales of quantized weights.
 
     Shards are written under temporary names and brought to disk; then the index is put in place in one step. Whenever
-    the process is stopped, the folder holds the old checkpoint or the new one. Shards of the old one are removed last.
+    the process is stopped, the folder holds the old checkpoint or the new one.
+
+    A checkpoint of the same format that is in the folder is replaced: at last `model.safetensors`, its index and the
+    files that this index names are removed (with pickles: `pytorch_model.bin` and so on). All other files stay, also
+    those of the other format. Pickles are refused where `model.safetensors` is, which all readers would take instead.
 
     Args:
         model: the model. A tensor on meta must be one that `load_checkpoint_in_model` left on disk: it is copied from
             there, so that no more than one shard is in memory at a time.
-        save_directory: a folder, made if it is not there. Other files in it stay.
+        save_directory: a folder, made if it is not there.
         max_shard_size: the most bytes of a file, as a number or text ("5GB"); a larger tensor has a file of its own.
         safe_serialization: safetensors; False writes pickles (`.bin`).
 
     Raises:
-        ValueError: a tensor has no data, or the size makes no sense.
+        ValueError: a tensor has no data or a dtype that the format cannot hold, the size makes no sense, or pickles
+            would not be found; nothing was written.
         OSError: the disk is full or not writable; the checkpoint that was there is untouched.
 
     >>> import tempfile
@@ -57,83 +75,111 @@ def save_model(
     folder = Path(save_directory)
     if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(f"{folder} is a file; save_model needs a folder")
-    on_disk = vars(model).get("_on_disk", {})
-    tensors = _to_save(model, on_disk)
-    if empty := [name for name, tensor in tensors.items() if isinstance(tensor, Tensor) and tensor.is_meta]:
-        raise ValueError(f"{listed(empty)} are on meta and have no data to save: load a checkpoint first")
-    rests_here = folder.resolve() in {file.parent.resolve() for file in {where.file for where in on_disk.values()}}
-    if rests_here and not safe_serialization:
-        raise ValueError(
-            f"weights of this model rest in {folder}: save them as safetensors there, or in another folder"
-        )
+    slots = model_slots(model)
+    places = {slot.name: place for slot in slots if (place := resting_place(slot.tensor))}
+    tensors = _to_save(model, {slot.name: slot.tensor for slot in slots}, places)
+    forms = {name: Form(tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
     single, index = (SINGLE, INDEX) if safe_serialization else (PICKLE, PICKLE_INDEX)
+    if safe_serialization:
+        check_dtypes(forms)
+    elif others := [name for name in (SINGLE, INDEX) if (folder / name).exists()]:
+        raise ValueError(f"{folder} has {listed(others)}, which is read before pickles: remove it, or save elsewhere")
     sizes = {name: tensor.nbytes for name, tensor in tensors.items()}
-    made = cut(sizes, max_shard_size, single, _next_generation(folder, single.partition(".")[0]))
-    last = index if len(made.files) > 1 else single  # what a reader looks for comes last
+    plan = cut(sizes, max_shard_size, single, _next_generation(folder, single.partition(".")[0]))
+    last = index if len(plan.files) > 1 else single  # what a reader looks for comes last
     folder.mkdir(parents=True, exist_ok=True)
-    with _staging(folder, made.bytes) as stage:
-        for file, names in made.files.items():
-            write = _write_safetensors if safe_serialization else _write_pickle
-            write({name: _plain(name, tensors[name]) for name in names}, stage / file)
-            _sync(stage / file)
-        if last == index:
-            (stage / index).write_text(made.index(), encoding="utf-8")
-            _sync(stage / index)
-            for file in made.files:
-                os.rename(stage / file, folder / file)
-            _sync(folder)
-        os.replace(stage / last, folder / last)
-        _sync(folder)
-    if rests_here:  # the files that they rest in are about to go
-        stored = Checkpoint.open(folder).stored
-        on_disk.update({name: stored[name] for name in on_disk})
-    _remove_stale(folder, {*made.files, last})
+    old = _old_files(folder, single, index)
+    with _staging(folder, plan.bytes) as stage:
+        for file, names in plan.files.items():
+            _write(stage / file, {name: tensors[name] for name in names}, forms)
+        _put_in_place(plan, stage, folder, last)
+    if safe_serialization and folder.resolve() in {file.resolve().parent for file in _files_of(places)}:
+        stored = Checkpoint.open(folder / last).stored  # weights rest in files that are about to go
+        for slot in slots:
+            if slot.name in places:
+                record_resting_place(slot.tensor, {"": stored[slot.name]})
+    for name in old:
+        if name not in {*plan.files, last}:
+            (folder / name).unlink(missing_ok=True)
 
 
-def _to_save(model: nn.Module, on_disk: Mapping[str, Stored]) -> dict[str, Tensor | Stored]:
-    """Name -> what is stored, module by module: parameters, persistent buffers, and what modules add on their own."""
-    slots = {slot.name: on_disk.get(slot.name, slot.tensor) for slot in model_slots(model)}
+def _to_save(
+    model: nn.Module, own_tensors: Mapping[str, Tensor], places: Mapping[str, RestingPlace]
+) -> dict[str, Tensor | Stored]:
+    """Name -> what is saved, module by module: parameters, persistent buffers, and what modules add on their own."""
+    saved: dict[str, Tensor | Stored] = {**own_tensors}
+    saved |= {name: place.parts[""] for name, place in places.items()}
     tensors: dict[str, Tensor | Stored] = {}
     for prefix, module in model.named_modules():
         extra = extra_tensors(module, load=True)
         for own in (*module._parameters, *module._buffers, *extra):
             name = f"{prefix}.{own}" if prefix else own
-            if own in extra or name in slots:
-                tensors[name] = extra[own] if own in extra else slots[name]
+            if own in extra or name in saved:
+                tensors[name] = extra[own] if own in extra else saved[name]
+    if empty := [name for name, tensor in tensors.items() if isinstance(tensor, Tensor) and tensor.is_meta]:
+        raise ValueError(f"{listed(empty)} are on meta and have no data to save: load a checkpoint first")
     return tensors
 
 
-def _plain(name: str, tensor: Tensor | Stored) -> Tensor:
-    """A tensor as a file needs it: on the CPU, contiguous, alone in its storage."""
-    if isinstance(tensor, Stored):
-        tensor = Checkpoint(tensor.file, stored={name: tensor}).read(name)
-    value = tensor.detach().to("cpu").contiguous()
-    alone = type(value) is Tensor and value.untyped_storage().nbytes() == value.nbytes  # it may be a handle on a weight
-    return value if alone else value.clone()
-
-
-def _write_safetensors(tensors: dict[str, Tensor], file: Path) -> None:
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
+def _write(file: Path, tensors: Mapping[str, Tensor | Stored], forms: Mapping[str, Form]) -> None:
+    """Write one file, and bring it to the disk."""
     try:
-        save_file(tensors, file, metadata={"format": "pt"})
-    except SafetensorError as error:  # what it says of a full disk
+        if file.suffix == ".safetensors":
+            in_order = {name: forms[name] for name in sorted(tensors)}  # as the safetensors library writes them
+            with open(file, "wb") as stream:
+                write_safetensors(stream, in_order, lambda name: _value(tensors[name]))
+        else:
+            _write_pickle(file, {name: _alone(_value(tensor)) for name, tensor in tensors.items()})
+    except OSError as error:
         raise OSError(f"{file.name}: {error}") from error
-    file.chmod(0o666 & ~_umask())  # safetensors makes it readable for its owner alone
+    _sync(file)
 
 
-def _write_pickle(tensors: dict[str, Tensor], file: Path) -> None:
+def _write_pickle(file: Path, tensors: dict[str, Tensor]) -> None:
     try:
         torch.save(tensors, file)
-    except RuntimeError as error:  # the same of torch, which does not name the cause
-        raise OSError(f"{file.name} could not be written (is the disk full?): {error}") from error
+    except RuntimeError as error:  # torch does not name the cause
+        raise OSError(f"it could not be written (is the disk full?): {error}") from error
 
 
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+def _value(tensor: Tensor | Stored) -> Tensor:
+    """A tensor on the CPU, read if it rests on disk."""
+    if isinstance(tensor, Stored):
+        return Checkpoint(tensor.file, stored={"": tensor}).read("")
+    value = tensor.detach().to("cpu").contiguous()
+    return value if type(value) is Tensor else value.clone()  # it may be a handle on a weight
+
+
+def _alone(tensor: Tensor) -> Tensor:
+    """A tensor alone in its storage: a pickle holds whole storages."""
+    return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
+
+
+def _put_in_place(plan: Cut, stage: Path, folder: Path, last: str) -> None:
+    """Give finished files their names: shards first, then in one step what a reader starts with."""
+    if last not in plan.files:
+        (stage / last).write_text(plan.index(), encoding="utf-8")
+        _sync(stage / last)
+        for file in plan.files:
+            os.rename(stage / file, folder / file)
+        _sync(folder)
+    os.replace(stage / last, folder / last)
+    _sync(folder)
+
+
+def _files_of(places: Mapping[str, RestingPlace]) -> set[Path]:
+    return {where.file for place in places.values() for where in place.parts.values()}
+
+
+def _old_files(folder: Path, single: str, index: str) -> list[str]:
+    """Files of a checkpoint in a folder, what a reader starts with first; and shards that a killed save left there."""
+    stem, _, ending = single.rpartition(".")
+    shards: dict[str, None] = {}
+    with contextlib.suppress(OSError, CheckpointError):
+        shards |= dict.fromkeys(name for name in read_index(folder / index).values() if name.endswith(ending))
+    own_shard = re.compile(rf"{stem}\.v\d+-\d{{5}}-of-\d{{5}}\.{ending}")
+    shards |= dict.fromkeys(file.name for file in folder.iterdir() if own_shard.fullmatch(file.name))
+    return [single, index, *shards]
 
 
 def _sync(path: Path) -> None:
@@ -184,14 +230,3 @@ def _alive(pid: str) -> bool:
     except PermissionError:
         pass
     return True
-
-
-def _remove_stale(folder: Path, current: set[str]) -> None:
-    """Remove other checkpoints of the same names: first what a reader would take before the new one, then shards."""
-    for name in (SINGLE, INDEX, PICKLE, PICKLE_INDEX):
-        if name not in current:
-            (folder / name).unlink(missing_ok=True)
-    for file in folder.iterdir():
-        shard = re.fullmatch(r"(model|pytorch_model)(\.v\d+)?-\d{5}-of-\d{5}\.(safetensors|bin)", file.name)
-        if shard and file.name not in current:
-            file.unlink(missing_ok=True)

@@ -1,7 +1,7 @@
 """How a checkpoint is cut into files, from names and sizes alone.
 
 `cut` fills file after file in the order of the tensors, with the rule of huggingface_hub, so that the files are those
-that Transformers would write; `save_model` writes what it says. `cut_model` does the same for a model that is only
+that Transformers would write; `save_model` writes these files. `cut_model` does the same for a model that is only
 described: no weights, no torch.
 
 Leaves out: reading and writing (`checkpoints/load.py`).
@@ -55,7 +55,7 @@ class Cut:
         return tuple(name for tensors in self.files.values() for name, size in tensors.items() if size > self.limit)
 
     def find(self, part: str) -> dict[str, str]:
-        """The file of every tensor whose name contains `part`, those found under a tied name included.
+        """The file of every tensor whose name contains `part`, those under a tied name included.
 
         >>> from bigkit import describe
         >>> cut_model(describe("gpt2"), "200MB").find("lm_head")
@@ -141,8 +141,8 @@ def cut_model(
         ValueError: the limit is no size, or less than one byte; or the dtype is unknown.
 
     >>> from bigkit import describe
-    >>> made = cut_model(describe("llama-2-7b"), "5GB", "bfloat16")
-    >>> made.find("lm_head"), len(made.files)
+    >>> files = cut_model(describe("llama-2-7b"), "5GB", "bfloat16")
+    >>> files.find("lm_head"), len(files.files)
     ({'lm_head.weight': 'model-00003-of-00003.safetensors'}, 3)
     """
     group = {name: names[0] for names in spec.ties for name in names}

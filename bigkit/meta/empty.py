@@ -18,36 +18,37 @@ Invariant: a storage is either *waiting* (all its writes are on the tape) or *re
 takes along every step that read an older value of a storage it brings up to date; and before a real tensor changes, the
 steps that wait for its present value are replayed.
 
+The wing's page (`__init__.py`) has a naive version, and says what it gets wrong.
 Leaves out: reading a module as layer records (`skeleton.py`), and filling the parameters afterwards
-(`checkpoints/load.py`). Random buffers are right in
-distribution but not number for number, since parameters no longer draw from the generator; `nn.init.trunc_normal_` does
-not fill them, because torch skips that call on meta. A tensor hidden in an object that is neither a module nor a list,
-tuple or dict on one stays on meta. A registered tensor sees later writes through an older reference (`mask[0] = 1`),
-but not that reference being turned into something else (`mask.data = other`, `mask.t_()`).
+(`checkpoints/load.py`). Random buffers are right in distribution but not number for number, since parameters no longer
+draw from the generator; `nn.init.trunc_normal_` does not fill them, because torch skips that call on meta. A tensor
+hidden in an object that is neither a module nor a list, tuple or dict on one stays on meta. A registered tensor sees
+later writes through an older reference (`mask[0] = 1`), but not that reference being turned into something else
+(`mask.data = other`, `mask.t_()`).
 """
 
 from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cache
 from typing import Any
 from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import Tensor, UntypedStorage, nn
-from torch.nn.modules import module as module_hooks
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..units import MiB
+from ._torch import is_operation, laid_out_like, view_like, watch_modules
+from ._torch import twin as twin
+from .operations import META, Signature, map_tensors, replace_tensors, signature_of, storages_of, tensors_in, to_meta
 
-META = torch.device("meta")
-REMEMBER = MiB  # a real tensor that moves to meta keeps its values on the tape up to this size
+REMEMBER = MiB  # bytes: a real tensor up to this size that moves to meta keeps its values on the tape
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -101,10 +102,15 @@ def init_on_device(device: torch.device | str | int, include_buffers: bool = Fal
 
 @dataclass(eq=False, slots=True)
 class _Step:
-    """One call on the tape: what to replay, and which storages it creates or changes.
+    """One call on the tape.
 
-    `outputs` are the tensors that it made; an initialiser, which fills a tensor, has none. `default` is the default
-    dtype of the moment: `torch.zeros(3)` and `integers / 2` depend on it.
+    Args:
+        number: its place in the order of calls.
+        func, args, kwargs: the call.
+        outputs: the tensors that it returned; none for an initialiser, which fills a tensor.
+        written: the storages that it creates or changes.
+        default: the default dtype of the moment, which `integers / 2` takes.
+        done: whether it has been replayed.
     """
 
     number: int
@@ -119,17 +125,40 @@ class _Step:
     @property
     def touched(self) -> set[UntypedStorage]:
         """Every storage that it reads, creates or changes."""
-        return _storages(_tensors((self.args, self.kwargs, self.outputs)))
+        return storages_of(tensors_in((self.args, self.kwargs, self.outputs)))
+
+    def in_its_dtype(self, tensor: Tensor) -> Tensor:
+        """An argument, cast to what the call made of integers if another default dtype would make something else.
+
+        The default dtype belongs to the whole process, so it is not set back for a replay.
+        """
+        if self.default == torch.get_default_dtype() or not self.outputs:
+            return tensor
+        result = self.outputs[0].dtype
+        dtypes = [result, *(other.dtype for other in tensors_in((self.args, self.kwargs)))]
+        inexact = [dtype for dtype in dtypes if dtype.is_floating_point or dtype.is_complex]
+        return tensor.to(result) if inexact == [result] else tensor
 
 
 @dataclass(eq=False)
 class _Tape(TorchDispatchMode):
-    """Sees every call to torch in its thread, defers what can wait, and computes what is needed."""
+    """Sees every call to torch in its thread, defers what can wait, and computes what is needed.
 
-    targets: list[tuple[torch.device, bool]] = field(default_factory=list)  # (device, include_buffers), innermost last
+    Args:
+        targets: (device, include_buffers) of each block, the innermost last.
+        steps: storage -> the steps that touch it, in order, while it waits.
+        values: storage on meta -> the real one that stands for it.
+        moved: tensor -> what was registered in its place.
+        parameters: storages of parameters.
+        containers: (module, attribute) of lists and dicts, which may still grow.
+        count: steps so far.
+        off: whether calls pass through, because they are the tape's own.
+    """
+
+    targets: list[tuple[torch.device, bool]] = field(default_factory=list)
     steps: dict[UntypedStorage, list[_Step]] = field(default_factory=dict)
     values: WeakKeyDictionary[UntypedStorage, UntypedStorage] = field(default_factory=WeakKeyDictionary)
-    moved: WeakTensorKeyDictionary = field(default_factory=WeakTensorKeyDictionary)  # tensor -> what stands for it now
+    moved: WeakTensorKeyDictionary = field(default_factory=WeakTensorKeyDictionary)
     parameters: WeakSet[UntypedStorage] = field(default_factory=WeakSet)
     containers: list[tuple[nn.Module, str]] = field(default_factory=list)
     count: int = 0
@@ -144,38 +173,57 @@ class _Tape(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if self.off or not isinstance(func, torch._ops.OpOverload):
+        if self.off or not is_operation(func):
             return func(*args, **kwargs)
-        signature, tensors = _signature(func), _tensors((args, kwargs))
-        computed = any(map(self.computed, tensors))
-        known = computed or any(map(self.waits, tensors))
+        signature, tensors = signature_of(func), tensors_in((args, kwargs))
+        known = any(self.waits(tensor) or self.computed(tensor) for tensor in tensors)
         if known and signature.is_view:  # same storage, so already on the tape
             return func(*args, **kwargs)
-        if computed:
-            args, kwargs = _map(self.value, (args, kwargs))
-        written = signature.written(args, kwargs)
-        can_wait = known or (self.deferring and signature.creates(tensors, kwargs))
-        if can_wait and signature.returns_tensors and all(map(self.waits, written)):
-            if signature.initialises and len(tensors) == 1:  # its meta kernels are slow to run and to import
-                self.record(func, args, kwargs, written, [])
-                return written[0]
-            try:
-                meta_args, meta_kwargs = _map(_to_meta, (args, kwargs)) if tensors else (args, kwargs)
-                on_meta = {"device": META} if signature.takes_device else {}
-                outputs = func(*meta_args, **{**meta_kwargs, **on_meta})
-            except (NotImplementedError, RuntimeError) as error:  # the result depends on values
-                if "meta" not in str(error).lower():
-                    raise
-            else:
-                # Pickle and deepcopy make an empty shell and then set its storage, so shells have to be real.
-                if known or kwargs.get("device") == META or any(out.numel() > 1 for out in _tensors(outputs)):
-                    self.record(func, args, kwargs, written, _tensors(outputs))
-                    return outputs
+        if known:
+            args, kwargs = map_tensors(self.value, (args, kwargs))
+        if known or (self.deferring and signature.creates(tensors, kwargs)):
+            outputs = self.defer(func, signature, args, kwargs, known)
+            if outputs is not None:
+                return outputs
+        return self.run(func, signature, args, kwargs)
+
+    def defer(self, func: Any, signature: Signature, args: Any, kwargs: dict[str, Any], known: bool) -> Any:
+        """Write a call on the tape; what it returns, on meta, or None if it has to run now.
+
+        Args:
+            known: whether any of its arguments is on the tape.
+        """
+        written, tensors = signature.written(args, kwargs), tensors_in((args, kwargs))
+        if not signature.returns_tensors or not all(map(self.waits, written)):
+            return None
+        if signature.initialises and len(tensors) == 1:  # its meta kernels are slow to run and to import
+            self.record(func, args, kwargs, written, [])
+            return written[0]
+        meta_args, meta_kwargs = map_tensors(to_meta, (args, kwargs)) if tensors else (args, kwargs)
+        on_meta = {"device": META} if signature.takes_device else {}
+        try:
+            outputs = func(*meta_args, **{**meta_kwargs, **on_meta})
+        except (NotImplementedError, RuntimeError) as error:
+            if "meta" not in str(error).lower():
+                raise
+            return None  # the result depends on values
+        results = tensors_in(outputs)
+        # Pickle and deepcopy make an empty shell and then set its storage, so shells have to be real.
+        if not known and kwargs.get("device") != META and all(result.numel() <= 1 for result in results):
+            return None
+        if results and signature.takes_dtype:  # the default dtype may be another when it is replayed
+            kwargs = {**kwargs, "dtype": results[0].dtype}
+        self.record(func, args, kwargs, written, results)
+        return outputs
+
+    def run(self, func: Any, signature: Signature, args: Any, kwargs: dict[str, Any]) -> Any:
+        """Make a call now, after computing what it reads and what waits for the values that it overwrites."""
         if self.deferring and kwargs.get("device") == META:
             kwargs["device"] = torch.device("cpu")
-        self.compute(tensor.untyped_storage() for tensor in _tensors((args, kwargs)) if self.waits(tensor))
+        written = signature.written(args, kwargs)
+        self.compute(tensor.untyped_storage() for tensor in tensors_in((args, kwargs)) if self.waits(tensor))
         self.compute((tensor.untyped_storage() for tensor in written if not self.waits(tensor)), readers=True)
-        args, kwargs = _map(self.value, (args, kwargs))
+        args, kwargs = map_tensors(self.value, (args, kwargs))
         return func(*args, **kwargs)
 
     @property
@@ -195,22 +243,17 @@ class _Tape(TorchDispatchMode):
         if not tensor.is_meta or tensor.layout != torch.strided:
             return tensor
         storage = self.values.get(tensor.untyped_storage())
-        if storage is None:
-            return tensor
-        real = torch.empty(0, dtype=tensor.dtype, device=storage.device)
-        real.set_(storage, tensor.storage_offset(), tensor.size(), tensor.stride())
-        real = real.conj() if tensor.is_conj() else real
-        return torch._neg_view(real) if tensor.is_neg() else real
+        return tensor if storage is None else view_like(tensor, storage)
 
     def record(self, func: Any, args: Any, kwargs: Any, written: list[Tensor], outputs: list[Tensor]) -> None:
-        tensors = _tensors((args, kwargs))
-        inputs = _storages(tensors)
-        changed = _storages(written) | _storages(outputs) - inputs
+        tensors = tensors_in((args, kwargs))
+        inputs = storages_of(tensors)
+        changed = storages_of(written) | storages_of(outputs) - inputs
         if not changed:
             return
         # The tape keeps aliases: `t.data = other` or `t.t_()` may give the tensor itself another storage or shape.
         if tensors:
-            args, kwargs = _map(Tensor.detach, (args, kwargs))
+            args, kwargs = map_tensors(Tensor.detach, (args, kwargs))
         outputs = [output.detach() for output in outputs]
         self.count += 1
         step = _Step(self.count, func, args, kwargs, outputs, changed, torch.get_default_dtype())
@@ -239,23 +282,14 @@ class _Tape(TorchDispatchMode):
                 self.steps.setdefault(self.values.get(storage, storage), []).extend(steps)
 
     def replay(self, step: _Step) -> None:
-        args, kwargs = _map(self.value, (step.args, step.kwargs))
+        args, kwargs = map_tensors(lambda tensor: step.in_its_dtype(self.value(tensor)), (step.args, step.kwargs))
         if kwargs.get("device") == META:  # taken from a parameter (`torch.zeros(3, device=self.weight.device)`)
             kwargs["device"] = torch.device("cpu")
-        default = torch.get_default_dtype()
-        torch.set_default_dtype(step.default)
-        try:
-            results = _tensors(step.func(*args, **kwargs))
-        finally:
-            torch.set_default_dtype(default)
+        results = tensors_in(step.func(*args, **kwargs))
         for deferred, real in zip(step.outputs, results, strict=False):
             storage = deferred.untyped_storage()
-            if storage in self.values:
-                continue
-            if (real.stride(), real.storage_offset()) != (deferred.stride(), deferred.storage_offset()):
-                flat = torch.empty(storage.nbytes() // real.itemsize, dtype=real.dtype, device=real.device)
-                real = flat.as_strided(deferred.size(), deferred.stride(), deferred.storage_offset()).copy_(real)
-            self.values[storage] = real.untyped_storage()
+            if storage not in self.values:
+                self.values[storage] = laid_out_like(deferred, real).untyped_storage()
         step.done, step.args, step.kwargs, step.outputs = True, (), {}, []
 
     @contextmanager
@@ -295,8 +329,6 @@ class _Tape(TorchDispatchMode):
             self.moved[tensor] = twin(tensor, data)
         return self.moved[tensor]
 
-    # What modules tell the tape
-
     def on_parameter(self, parameter: Tensor) -> Tensor:
         parameter = self.move(parameter, self.targets[-1][0])
         if parameter.layout == torch.strided:
@@ -310,37 +342,20 @@ class _Tape(TorchDispatchMode):
     def on_attribute(self, module: nn.Module, name: str) -> None:
         value = vars(module).get(name)
         if isinstance(value, (Tensor, tuple)):
-            vars(module)[name] = self.settle(value)
+            vars(module)[name] = replace_tensors(self.settled, value)
         elif isinstance(value, (list, dict)):  # may still grow: looked at when the block ends
             self.containers.append((module, name))
 
     def settle_containers(self) -> None:
         for module, name in self.containers:
-            if name in vars(module):
-                self.settle(vars(module)[name])
+            replace_tensors(self.settled, vars(module).get(name))
         self.containers.clear()
 
-    def settle(self, value: Any, around: tuple[int, ...] = ()) -> Any:
-        """A plain attribute with its deferred tensors made real, lists and dicts in place."""
-        if isinstance(value, Tensor):
-            return value if self.mirrors_parameter(value) else self.real(value)
-        if not isinstance(value, (tuple, list, dict)) or id(value) in around:  # a list may hold itself
-            return value
-        items = list(value.items() if isinstance(value, dict) else enumerate(value))
-        settled = [(key, self.settle(item, (*around, id(value)))) for key, item in items]
-        changed = [(key, new) for (key, new), (_, old) in zip(settled, items, strict=True) if new is not old]
-        if isinstance(value, tuple):
-            made = [item for _, item in settled]
-            return value if not changed else type(value)(*made) if hasattr(value, "_fields") else type(value)(made)
-        for key, item in changed:
-            value[key] = item
-        return value
-
-    def mirrors_parameter(self, tensor: Tensor) -> bool:
-        """A parameter, a view of one, or computed from one with gradients (old-style weight_norm): it stays on meta."""
-        if isinstance(tensor, nn.Parameter) or tensor.grad_fn is not None:
-            return True
-        return tensor.layout == torch.strided and tensor.untyped_storage() in self.parameters
+    def settled(self, tensor: Tensor) -> Tensor:
+        """A plain attribute, made real unless it mirrors a parameter: is one, views one, is computed with gradients."""
+        mirrors = isinstance(tensor, nn.Parameter) or tensor.grad_fn is not None  # as in old-style weight_norm
+        mirrors = mirrors or (tensor.layout == torch.strided and tensor.untyped_storage() in self.parameters)
+        return tensor if mirrors else self.real(tensor)
 
 
 class _Reads(TorchFunctionMode):
@@ -358,148 +373,28 @@ class _Reads(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-_here = threading.local()
+_here = threading.local()  # `tape`: the tape of this thread, while it builds
 _lock = threading.Lock()
-_undo: list[Callable[[], None]] = []  # one entry while any thread builds on a tape; `_watchers` counts those threads
-_watchers = 0
+_tapes: list[_Tape] = []  # of all threads; while there is one, modules are watched
+_unwatch: list[Callable[[], None]] = []  # what ends that
 
 
 @contextmanager
 def _tape_of_this_thread() -> Iterator[_Tape]:
-    tape = getattr(_here, "tape", None)
-    if tape is not None:
-        yield tape
+    if (current := getattr(_here, "tape", None)) is not None:
+        yield current
         return
     tape = _here.tape = _Tape()
+    with _lock:
+        if not _tapes:
+            _unwatch.append(watch_modules(lambda: getattr(_here, "tape", None)))
+        _tapes.append(tape)
     try:
-        with _modules_watched(), _Reads(tape), tape:
+        with _Reads(tape), tape:
             yield tape
     finally:
         del _here.tape
-
-
-@contextmanager
-def _modules_watched() -> Iterator[None]:
-    """Tell the tape of the current thread, if it has one, what modules register; undone when the last thread leaves."""
-    global _watchers
-    with _lock:
-        _watchers += 1
-        if _watchers == 1:
-            _undo.append(_watch_modules())
-    try:
-        yield
-    finally:
         with _lock:
-            _watchers -= 1
-            if not _watchers:
-                _undo.pop()()
-
-
-def _watch_modules() -> Callable[[], None]:
-    plain_setattr = nn.Module.__setattr__
-
-    def tell(event: Callable[..., Any], subject: Any, *rest: Any) -> Any:
-        tape = getattr(_here, "tape", None)
-        if tape is None or subject is None:
-            return None
-        with torch._C.DisableTorchFunction():  # neither `_Reads` nor a parameter's own class shall see what we do
-            return event(tape, subject, *rest)
-
-    def on_parameter(module: nn.Module, name: str, parameter: Any) -> Any:
-        return tell(_Tape.on_parameter, parameter)
-
-    def on_buffer(module: nn.Module, name: str, buffer: Any) -> Any:
-        return tell(_Tape.on_buffer, buffer)
-
-    def set_attribute(module: nn.Module, name: str, value: Any) -> None:
-        plain_setattr(module, name, value)
-        if isinstance(value, (Tensor, tuple, list, dict)):
-            tell(_Tape.on_attribute, module, name)
-
-    hooks = (
-        module_hooks.register_module_parameter_registration_hook(on_parameter),
-        module_hooks.register_module_buffer_registration_hook(on_buffer),
-    )
-    nn.Module.__setattr__ = set_attribute  # type: ignore[method-assign, assignment]
-
-    def undo() -> None:
-        nn.Module.__setattr__ = plain_setattr  # type: ignore[method-assign]
-        for hook in hooks:
-            hook.remove()
-
-    return undo
-
-
-def _map(function: Callable[[Tensor], Tensor], value: Any) -> Any:
-    """`value` with `function` applied to every tensor in its lists, tuples and dicts."""
-    if isinstance(value, Tensor):
-        return function(value)
-    if isinstance(value, (list, tuple)):
-        return type(value)([_map(function, item) for item in value])
-    if isinstance(value, dict):
-        return {key: _map(function, item) for key, item in value.items()}
-    return value
-
-
-def _tensors(value: Any) -> list[Tensor]:
-    """The tensors in `value`, in the order of `_map`."""
-    if isinstance(value, Tensor):
-        return [value]
-    found: list[Tensor] = []
-    if isinstance(value, (list, tuple, dict)):
-        for item in value.values() if isinstance(value, dict) else value:
-            if isinstance(item, (Tensor, list, tuple, dict)):
-                found += _tensors(item)
-    return found
-
-
-def _storages(tensors: Iterable[Tensor]) -> set[UntypedStorage]:
-    return {tensor.untyped_storage() for tensor in tensors if tensor.layout == torch.strided}
-
-
-def _to_meta(tensor: Tensor) -> Tensor:
-    if tensor.is_meta or tensor.layout != torch.strided:
-        return tensor
-    return torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device=META)
-
-
-def twin(tensor: Tensor, data: Tensor) -> Tensor:
-    """`data` as the same kind of tensor: class (nn.Parameter and its heirs), attributes and requires_grad."""
-    if hasattr(data, "fake_mode"):  # a fake tensor stays one, and says itself whether it is a parameter
-        fake: Any = data.detach()
-        fake._is_param = isinstance(tensor, nn.Parameter)
-        return fake
-    twin = torch.Tensor._make_subclass(type(tensor), data, tensor.requires_grad and tensor.is_leaf)  # it detaches
-    if attributes := vars(tensor):
-        vars(twin).update(attributes)
-    return twin
-
-
-class _Signature:
-    """What the schema of an operation says about it, and about a call of it."""
-
-    def __init__(self, func: Any) -> None:
-        schema = func._schema
-        arguments = list(enumerate(schema.arguments))  # `writes`: those that it changes in place
-        self.writes = [(i, arg.name) for i, arg in arguments if arg.alias_info and arg.alias_info.is_write]
-        self.takes_device = any(argument.name == "device" for argument in schema.arguments)
-        self.returns_tensors = any("Tensor" in str(result.type) for result in schema.returns)
-        self.is_view = any(result.alias_info and not result.alias_info.is_write for result in schema.returns)
-        self.only_shape = schema.name.endswith("_like") or schema.name.startswith("aten::new_")
-        random = schema.name.endswith("_") and torch.Tag.nondeterministic_seeded in func.tags
-        self.initialises = random or schema.name in ("aten::fill_", "aten::zero_")
-
-    def written(self, args: Any, kwargs: Mapping[str, Any]) -> list[Tensor]:
-        """The tensors that a call changes in place."""
-        return _tensors([args[i] if i < len(args) else kwargs.get(name) for i, name in self.writes])
-
-    def creates(self, tensors: list[Tensor], kwargs: Mapping[str, Any]) -> bool:
-        """Whether a call makes a tensor without looking at any values, or moves one to meta."""
-        if not self.takes_device or kwargs.get("layout") not in (None, torch.strided):
-            return False
-        return self.only_shape or kwargs.get("device") == META or not tensors
-
-
-@cache
-def _signature(func: Any) -> _Signature:
-    return _Signature(func)
+            _tapes.remove(tape)
+            if not _tapes:
+                _unwatch.pop()()

@@ -10,11 +10,11 @@ from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ..model.spec import Attention, ModelSpec, ModuleSpec, TensorSpec
 from ..units import dtype_name
+from ._torch import has_own_state, own_state, storage_key
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Reading a module's skeleton
@@ -91,7 +91,7 @@ def tied_groups(model: nn.Module, buffers: bool = True) -> list[list[str]]:
 def tied(named: Iterable[tuple[str, Tensor]]) -> list[list[str]]:
     """The same for any tensors and their names."""
     named = list(named)
-    keys = [_storage_key(tensor) for _, tensor in named]
+    keys = [storage_key(tensor) for _, tensor in named]
     if len(set(keys)) == len(keys):
         return []
     storages: dict[Any, list[tuple[str, Tensor]]] = {}
@@ -109,7 +109,7 @@ class _Skeleton:
     """Makes ModuleSpecs, each distinct one once."""
 
     def __init__(self) -> None:
-        self.made: dict[Any, ModuleSpec] = {}
+        self.module_specs: dict[Any, ModuleSpec] = {}
         self.tensor_specs: dict[Any, TensorSpec] = {}
 
     def module(self, module: nn.Module, name: str) -> ModuleSpec:
@@ -125,7 +125,7 @@ class _Skeleton:
         linear = isinstance(module, nn.Linear) or cls == "Conv1D"  # transformers' Conv1D is a transposed Linear
         linear &= getattr(module.weight, "is_floating_point", bool)() if linear else False  # or it is quantized already
         key = (cls, linear, *tensors.items(), *((own, id(child)) for own, child in children.items()))
-        return self.made.setdefault(key, ModuleSpec(cls, tensors, children, linear))
+        return self.module_specs.setdefault(key, ModuleSpec(cls, tensors, children, linear))
 
     def tensor(self, module: nn.Module, own: str, tensor: Tensor, name: str) -> TensorSpec:
         if nn.parameter.is_lazy(tensor):
@@ -149,39 +149,28 @@ def extra_tensors(module: nn.Module, load: bool = False) -> dict[str, Tensor]:
     Raises:
         ValueError: its weight is no longer what was quantized, so that saving it would be saving something else.
     """
-    if type(module)._save_to_state_dict is nn.Module._save_to_state_dict:
+    if not has_own_state(module):
         return {}
-    state = getattr(getattr(module, "weight", None), "quant_state", None)
-    if hasattr(state, "original_qshape"):  # bitsandbytes would undo this, but the scales have been rounded
+    quantization = getattr(getattr(module, "weight", None), "quant_state", None)
+    if hasattr(quantization, "original_qshape"):  # bitsandbytes would undo this, but the scales have been rounded
         raise ValueError(
             f"the 4-bit weight of a {type(module).__name__} was packed anew for this CPU by a forward, which rounded "
             "its scales: load the model again, and save it before it runs"
         )
-    found: dict[str, Any] = {}
     own = {**module._parameters, **module._buffers}
     away: Any = {name: tensor for name, tensor in module._parameters.items() if hasattr(tensor, "streamer")}
     try:
         module._parameters.update({name: a.load("cpu") if load else a.weight.like for name, a in away.items()})
-        module._save_to_state_dict(found, "", True)
+        state = own_state(module)
     finally:
         module._parameters.update(away)
-    return {name: tensor for name, tensor in found.items() if isinstance(tensor, Tensor) and name not in own}
+    return {name: tensor for name, tensor in state.items() if isinstance(tensor, Tensor) and name not in own}
 
 
 def _own_tensors(module: nn.Module, buffers: bool = True) -> Iterator[tuple[str, Tensor]]:
     """The tensors registered on a module itself, parameters first."""
     for tensors in (module._parameters, module._buffers if buffers else {}):
         yield from ((name, tensor) for name, tensor in tensors.items() if tensor is not None)
-
-
-def _storage_key(tensor: Tensor) -> Any:
-    """What two tensors that share memory have in common: their storage, or for want of one the tensor itself."""
-    try:
-        if tensor.layout != torch.strided:
-            return (id(tensor),)
-        return tensor.untyped_storage()._cdata
-    except (NotImplementedError, RuntimeError, ValueError):  # lazy, or a wrapper around other tensors
-        return (id(tensor),)
 
 
 def _own_no_split(module: nn.Module) -> list[str]:
@@ -205,12 +194,11 @@ def _blocks(root: ModuleSpec) -> list[str]:
     """
 
     def inner(module: ModuleSpec) -> set[str]:
-        found: set[str] = set()
+        classes: set[str] = set()
         for name, child in module.children.items():
-            below = inner(child)
-            own = name.isdigit() and child.children and child.cls not in ("Sequential", "ModuleList")
-            found |= below or ({child.cls} if own else set())
-        return found
+            is_block = name.isdigit() and child.children and child.cls not in ("Sequential", "ModuleList")
+            classes |= inner(child) or ({child.cls} if is_block else set())
+        return classes
 
     return sorted(inner(root))
 
@@ -228,7 +216,7 @@ def _read_config(model: nn.Module, root: ModuleSpec) -> tuple[dict[str, Any], tu
     from ..model.config import attention, facts
 
     fields = config.to_dict()
-    known = facts(fields)
+    model_facts = facts(fields)
     if prefix := getattr(model, "base_model_prefix", ""):
-        known = {**known, "has_head": hasattr(model, str(prefix))}  # a base model, such as LlamaModel, has none
-    return known, attention(fields, root)
+        model_facts = {**model_facts, "has_head": hasattr(model, str(prefix))}  # a base model (LlamaModel) has none
+    return model_facts, attention(fields, root)

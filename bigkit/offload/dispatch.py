@@ -132,7 +132,6 @@ def dispatch_model(
         uniform=lambda name: name not in inner,
         pin=accelerated and torch._guards.detect_fake_mode() is None,
     )
-    _forget_files(model)
     drop_placed(model)
     streamer = None
     for group, unit in units:
@@ -149,12 +148,6 @@ def dispatch_model(
     model.hf_device_map = dict(places)  # type: ignore[assignment]
     vars(model)["_apply"] = _Refusal()
     return model
-
-
-def _forget_files(model: nn.Module) -> None:
-    """The weights that a checkpoint was to provide have their places now."""
-    for name in ("_on_disk", "_written"):
-        vars(model).pop(name, None)
 
 
 def _device(device: Device, stands: Mapping[Device, torch.device]) -> torch.device:
@@ -174,7 +167,6 @@ def _whole(model: nn.Module, places: dict[str, Device], device: torch.device, re
             value = rest.value(record)
             for place in record.places:
                 record.put(place, value)
-    _forget_files(model)
     drop_placed(model)
     model.to(device)
     model.hf_device_map = dict(places)  # type: ignore[assignment]
@@ -187,7 +179,7 @@ def _rest(
     offload_index: Mapping[str, Mapping[str, Any]] | None,
     folder: str | os.PathLike[str] | None,
 ) -> Rest:
-    stored: dict[str, Stored] = {**vars(model).get("_on_disk", {})}
+    stored: dict[str, Stored] = {}
     opened: dict[str, Checkpoint] = {}
     for name, entry in (offload_index or {}).items():
         file = entry.get("safetensors_file")
@@ -202,8 +194,7 @@ def _rest(
         elif folder is not None:
             path, dtype = Path(folder) / f"{name}.dat", getattr(torch, str(entry["dtype"]))
             stored[name] = Stored(path, 0, path.stat().st_size, dtype, tuple(entry["shape"]))
-    written = vars(model).get("_written", {})
-    return Rest(stored, state_dict or {}, None if folder is None else Path(folder), dict(written))
+    return Rest(stored, state_dict or {}, None if folder is None else Path(folder))
 
 
 def _with_residents(

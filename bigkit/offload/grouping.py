@@ -22,7 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..checkpoints.format import Form, Stored, write_file
+from ..checkpoints.format import Form, Stored
+from ..checkpoints.resting import resting_place, write_file
 from ..devices import Device
 from ..meta.empty import twin
 from ..meta.skeleton import repeated_blocks, tied_groups
@@ -216,6 +217,9 @@ class Rest:
                 more = anatomy(type(record.tensor)).suffixes
                 named = {suffix: f"{name}.{suffix}" if suffix else name for suffix in more}
                 return {suffix: self.stored[full] for suffix, full in named.items() if full in self.stored}
+        if place := resting_place(record.tensor):
+            self.written.update((where.file, place.written) for where in place.parts.values())
+            return dict(place.parts)
         raise ValueError(f"{record.name!r} is on meta and has no data: load a checkpoint into the model first")
 
     def value(self, record: Record) -> Tensor:

@@ -15,7 +15,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -23,8 +23,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..checkpoints.format import Checkpoint, CheckpointError, Form, Stored, WrittenFile, write_file
-from ..checkpoints.load import compare, load_checkpoint_in_model, read_tensors, stream_tensors
+from ..checkpoints.format import Checkpoint, CheckpointError, Form
+from ..checkpoints.load import load_checkpoint_in_model, read_tensors, stream_tensors
+from ..checkpoints.match import match
+from ..checkpoints.resting import record_resting_place, write_file
 from ..devices import Device, placement, read_device
 from ..maps.device_map import get_max_memory
 from ..maps.plan import Plan
@@ -346,8 +348,6 @@ def load_and_quantize_model(
             layer = _layer(targets[name], config)
             _put(model, name, layer, targets[name])
             layer._parameters["weight"] = weight
-    vars(model).setdefault("_on_disk", {}).update(at.stored)
-    vars(model).setdefault("_written", {}).update(at.files)
     dispatch_model(model, devices, offload_dir=offload_folder, stand_in=stand_in, **options)
     _mark(model, config)
     return model
@@ -361,15 +361,11 @@ class _Places:
         devices: the device map, with real devices.
         asked: the device map as it was given.
         folder: where what shall rest on disk is written.
-        stored: name -> range of a file, for what rests there.
-        files: those that were written; they go with the model.
     """
 
     devices: Mapping[str, Device]
     asked: Mapping[str, Device]
     folder: Path | None
-    stored: dict[str, Stored] = field(default_factory=dict)
-    files: dict[Path, WrittenFile] = field(default_factory=dict)
 
     @cached_property
     def rests(self) -> Callable[[str], Device]:
@@ -401,9 +397,9 @@ class _Places:
         parts = {_part(name, part): data for part, data in take_apart(weight).items()}
         forms = {part: Form(tuple(data.shape), data.dtype) for part, data in parts.items()}
         file, stored = write_file(self.folder, forms, parts.__getitem__)
-        self.stored.update(stored)
-        self.files[file.path] = file
-        return skeleton(weight)
+        away = skeleton(weight)
+        record_resting_place(away, {part: stored[_part(name, part)] for part in take_apart(weight)}, file)
+        return away
 
 
 _CPU = torch.device("cpu")
@@ -459,7 +455,7 @@ def _check(
     model: nn.Module, config: BnbQuantizationConfig, targets: Mapping[str, nn.Module], source: Checkpoint
 ) -> dict[str, str | None]:
     """Weight -> how it is stored ("int8", "nf4", "fp4", None: plain), once all of the checkpoint is seen to fit."""
-    report = compare(model, source)
+    _, report = match(model, source)
     kinds = {f"{name}.weight": stored_kind(source, f"{name}.weight") for name in targets}
     wanted = config.quantization.partition("-")[0]
     for name, kind in kinds.items():
@@ -511,8 +507,9 @@ def _weights(
             weight = from_stored(key, _shape(targets[name]), config.quantization, stored)
             ranges = {part: source.stored.get(where) for part, where in travelling_keys(key, weight).items()}
             if at.rests(key) == "disk" and None not in ranges.values():  # it rests in the checkpoint itself
-                at.stored.update({_part(key, part): where for part, where in ranges.items() if where})
-                yield name, skeleton(weight)
+                away = skeleton(weight)
+                record_resting_place(away, {part: where for part, where in ranges.items() if where})
+                yield name, away
             else:
                 yield name, at.put(key, weight)
 

@@ -57,6 +57,6 @@ def test_weights_take_what_the_plan_says():
     model = zoo.empty_model("qwen3-0.6b").to(torch.bfloat16).to_empty(device="cuda:0")
     model.tie_weights()
     taken = torch.cuda.memory_allocated() - before
-    found = bigkit.plan("qwen3-0.6b", {0: "80GiB"}, dtype="bfloat16")
+    planned = bigkit.plan("qwen3-0.6b", {0: "80GiB"}, dtype="bfloat16")
     slack = 512 * sum(1 for _ in model.parameters()) + 2**20  # the allocator rounds each tensor up to 512 bytes
-    assert found.used[0] <= taken + 2**16 and taken - found.used[0] <= slack
+    assert planned.used[0] <= taken + 2**16 and taken - planned.used[0] <= slack

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import nn
 
-from bigkit.checkpoints.format import Form, read_header, write_file
+from bigkit.checkpoints.format import Form, read_header
+from bigkit.checkpoints.resting import write_file
 from bigkit.offload import weights as store
 from bigkit.offload.weights import ALIGN, Part, Slab, Source, Unit, Weight, open_source, part_of, rest_in_ram
 

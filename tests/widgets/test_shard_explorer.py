@@ -101,7 +101,7 @@ def test_the_files_that_ship_are_those_of_a_cut() -> None:
 @pytest.mark.parametrize("name", ["gpt2", "bert-base-cased", "t5-large", "llama-2-7b", "resnet50.a1_in1k"])
 def test_a_spec_is_cut_as_its_module_would_be(name: str) -> None:
     """The tables that ship say the same as a model built now, in names, order, ties and bytes."""
-    from bigkit.checkpoints.load import model_slots
+    from bigkit.checkpoints.match import model_slots
 
     slots = model_slots(zoo.empty_model(name))
     made = cut_model(describe(name), "500MB")
