@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 # -> the fake-tensor mode that is on (a dry run's), or None. `torch._guards`, 2.11 to 2.15.
 detect_fake_mode: Callable[[], Any] = torch._guards.detect_fake_mode
@@ -32,3 +33,13 @@ def without_fake_mode() -> AbstractContextManager[Any]:
     from torch._subclasses.fake_tensor import unset_fake_temporarily
 
     return unset_fake_temporarily()
+
+
+def tree_leaves(tree: Any) -> list[Any]:
+    """What lies in nested lists, tuples and dicts. `torch.utils._pytree`, 2.11 to 2.15."""
+    return pytree.tree_leaves(tree)
+
+
+def tree_map_only(types: Any, function: Callable[[Any], Any], tree: Any) -> Any:
+    """A copy of nested lists, tuples and dicts with what has one of the types replaced. `torch.utils._pytree`."""
+    return pytree.tree_map_only(types, function, tree)

@@ -29,7 +29,7 @@ from ..meta.skeleton import repeated_blocks, tied_groups
 from .handle import Away
 from .stream import Mapped, Slots, Streamer
 from .transfer import readers
-from .weights import PLAIN, Part, Source, Unit, Weight, anatomy, open_source, part_of, rest_in_ram
+from .weights import PLAIN, Part, Source, Unit, Weight, anatomy, part_of, rest_in_ram
 
 Place = tuple[str, nn.Module, str]  # full name, module, own name
 
@@ -194,7 +194,7 @@ class Rest:
     def source(self, file: Path) -> Source:
         """A file, with pages that belong to this model alone."""
         if file not in self._sources:
-            self._sources[file] = open_source(file).private(self.written.get(file))
+            self._sources[file] = Source(file, self.written.get(file))
         return self._sources[file]
 
     def parts(self, record: Record) -> dict[str, Tensor | Stored]:

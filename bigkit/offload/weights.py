@@ -14,10 +14,8 @@ Leaves out: when bytes travel (`offload/stream.py`), and what a file claims abou
 
 from __future__ import annotations
 
-import copy
 import mmap
 import os
-import threading
 import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
@@ -27,92 +25,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..machine.hardware import ram_limit
+from ..checkpoints.ring import Slab, read_fully
 from ..meta.empty import twin
-from ..units import MiB
 
 ALIGN = 512  # bytes; as PyTorch's allocator does, so that a kernel sees a travelling weight as it sees a resident one
-PINNED_SHARE = 0.9  # of the machine's RAM, or of what its control group allows
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# RAM
-
-
-class Slab:
-    """RAM that a GPU reads at the speed of the link, if the system lets it be pinned; ordinary RAM otherwise.
-
-    Registering huge pages that are already there is several times faster than `pin_memory`, and does not round up.
-
-    Args:
-        nbytes: its size.
-        pin: whether a CUDA device will read it.
-    """
-
-    def __init__(self, nbytes: int, pin: bool = False) -> None:
-        self.bytes = _anonymous(nbytes, huge=pin)  # shape (nbytes,), uint8
-        self.wants_pin = pin
-        self.pinned = False
-
-    def pin(self, filled: bool = False) -> None:
-        """Pin the RAM if it should be.
-
-        Args:
-            filled: it has been written to, so that its pages exist; else they are made first, which is faster than
-                leaving it to the driver.
-        """
-        if not self.wants_pin or self.pinned or not _may_pin(self.bytes.nbytes):
-            return
-        if not filled:
-            self.bytes.zero_()
-        address, nbytes = self.bytes.data_ptr(), self.bytes.nbytes
-        if int(torch.cuda.cudart().cudaHostRegister(address, nbytes, 0)) == 0:
-            self.pinned = True
-            _count_pinned(nbytes)
-            weakref.finalize(self, _unpin, address, nbytes, self.bytes).atexit = False
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Slab:
-        return self._like(self.bytes, self.wants_pin)
-
-    def __reduce__(self) -> Any:
-        return Slab._like, (self.bytes, self.wants_pin)
-
-    @staticmethod
-    def _like(content: Tensor, pin: bool) -> Slab:
-        slab = Slab(content.nbytes, pin)
-        slab.bytes.copy_(content)
-        slab.pin(filled=True)
-        return slab
-
-
-def _anonymous(nbytes: int, huge: bool) -> Tensor:
-    if torch._guards.detect_fake_mode() is not None:
-        return torch.empty(nbytes, dtype=torch.uint8)
-    step = 2 * MiB if huge else mmap.PAGESIZE
-    memory = mmap.mmap(-1, max(1, -(-nbytes // step)) * step)
-    if huge and hasattr(mmap, "MADV_HUGEPAGE"):
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(memory, dtype=torch.uint8)[:nbytes]
-
-
-_pinned = 0  # bytes, by all slabs of this process
-_pinned_lock = threading.Lock()
-
-
-def _count_pinned(nbytes: int) -> None:
-    global _pinned
-    with _pinned_lock:
-        _pinned += nbytes
-
-
-def _unpin(address: int, nbytes: int, memory: Tensor) -> None:
-    torch.cuda.synchronize()  # a copy out of it may still be under way
-    torch.cuda.cudart().cudaHostUnregister(address)
-    _count_pinned(-nbytes)
-
-
-def _may_pin(nbytes: int) -> bool:
-    return _pinned + nbytes <= PINNED_SHARE * ram_limit()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -120,39 +36,27 @@ def _may_pin(nbytes: int) -> bool:
 
 
 class Source:
-    """An open file that weights rest in. It stays readable if the name is given to another file meanwhile.
+    """An open file that weights of one model rest in. It stays readable if its name is given to another file.
 
     Args:
         path: the file.
+        owner: kept alive as long as the file is in use (what removes the file when it goes).
 
     Raises:
-        OSError: it cannot be opened, or (when a pickled model is brought back) is not the file that it was.
+        OSError: it cannot be opened.
     """
 
-    def __init__(self, path: str | os.PathLike[str], identity: tuple[int, int] | None = None) -> None:
+    def __init__(self, path: str | os.PathLike[str], owner: Any = None) -> None:
         self.path = Path(path).resolve()
+        self.owner = owner
         self.descriptor = os.open(self.path, os.O_RDONLY)
         weakref.finalize(self, os.close, self.descriptor)
-        status = os.fstat(self.descriptor)
-        self.identity = (status.st_size, status.st_mtime_ns)
-        if identity not in (None, self.identity):
-            raise OSError(
-                f"{self.path} has changed since weights of a model were left in it: load the checkpoint again"
-            )
+        self._state = self._size_and_time()
         self._map: mmap.mmap | None = None
-        self._origin: Source | None = None
-        self.owner: Any = None
 
-    def private(self, owner: Any = None) -> Source:
-        """The same open file with pages of its own: what is written into them is seen by nobody else.
-
-        Args:
-            owner: kept alive as long as the file is in use.
-        """
-        other = Source.__new__(Source)
-        # The first one closes the file, when all are gone.
-        vars(other).update(vars(self), _map=None, _origin=self, owner=owner or self.owner)
-        return other
+    def _size_and_time(self) -> tuple[int, int]:
+        status = os.fstat(self.descriptor)
+        return status.st_size, status.st_mtime_ns
 
     def check(self) -> None:
         """Make sure that the file is what it was; touching a mapped page that it lacks would end the process.
@@ -160,8 +64,7 @@ class Source:
         Raises:
             OSError: somebody wrote to it.
         """
-        status = os.fstat(self.descriptor)
-        if (status.st_size, status.st_mtime_ns) != self.identity:
+        if self._size_and_time() != self._state:
             raise OSError(f"{self.path} was changed under a model whose weights rest in it: load the checkpoint again")
 
     def read(self, view: memoryview, offset: int) -> None:
@@ -170,15 +73,10 @@ class Source:
         Raises:
             OSError: the file is shorter than it was.
         """
-        done = 0
-        while done < len(view):
-            count = os.preadv(self.descriptor, [view[done:]], offset + done)
-            if not count:
-                raise OSError(f"{self.path} is shorter than when it was opened: nothing at byte {offset + done}")
-            done += count
+        read_fully(self.descriptor, view, offset, self.path)
 
     def mapped(self) -> mmap.mmap:
-        """The file as memory: its pages are read when touched, and copied when written to."""
+        """The file as memory: pages are read when touched and copied when written to, so that nobody else sees it."""
         if self._map is None:
             self._map = mmap.mmap(self.descriptor, 0, access=mmap.ACCESS_COPY)
         return self._map
@@ -190,26 +88,6 @@ class Source:
         end = (start + nbytes) // mmap.PAGESIZE * mmap.PAGESIZE if drop else start + nbytes
         if begin < end:
             self.mapped().madvise(advice, begin, end - begin)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Source:
-        return memo.setdefault(id(self), self.private())
-
-    def __reduce__(self) -> Any:
-        return Source, (str(self.path), self.identity)
-
-
-_sources: weakref.WeakValueDictionary[tuple[Path, int, int], Source] = weakref.WeakValueDictionary()
-
-
-def open_source(path: str | os.PathLike[str]) -> Source:
-    """The open file at `path`, one object for all weights in it."""
-    found = Path(path).resolve()
-    status = found.stat()
-    key = (found, status.st_ino, status.st_mtime_ns)
-    source = _sources.get(key)
-    if source is None:
-        source = _sources[key] = Source(found)
-    return source
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -335,11 +213,9 @@ class Weight:
     away: Any = None  # the handle that stands in the model while it rests (`away.Away`)
     twins: list[Weight] = field(default_factory=list)  # the same weight in other units
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Weight:
-        new = memo[id(self)] = Weight.__new__(Weight)
-        memo[id(self.like)] = self.like  # it never changes, and not every class of tensors can be copied on meta
-        vars(new).update(copy.deepcopy(vars(self), memo))
-        return new
+    def rests_in(self) -> str:
+        """Where it rests: "disk" if any of it does, else "cpu"."""
+        return "disk" if any(part.source is not None for part in self.parts.values()) else "cpu"
 
     def order(self) -> tuple[str, int]:
         """What sorts weights as they lie in their files; those in RAM keep their order, and come first."""
@@ -477,8 +353,8 @@ class Unit:
         self._moves = None
 
     def rests_in(self) -> str:
-        """ "disk" if any of it does, else "cpu"."""
-        return "disk" if any(part.source is not None for part in self.parts()) else "cpu"
+        """Where its weights rest: "disk" if any of them does, else "cpu"."""
+        return "disk" if any(weight.rests_in() == "disk" for weight in self.weights) else "cpu"
 
 
 @dataclass

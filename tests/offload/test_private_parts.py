@@ -28,3 +28,7 @@ def test_torch_has_what_offloading_uses():
 
     with _torch.DisableTorchFunctionSubclass():
         assert torch.add(base.as_subclass(Refusing), 1).sum() == 4, f"a subclass is asked all the same {version}"
+
+    nested = {"a": [base, (1, base)]}
+    assert len(_torch.tree_leaves(nested)) == 3, f"_pytree sees other leaves {version}"
+    assert _torch.tree_map_only(torch.Tensor, torch.sum, nested) == {"a": [0, (1, 0)]}, f"_pytree maps others {version}"
