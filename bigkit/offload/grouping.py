@@ -26,10 +26,11 @@ from ..checkpoints.format import Form, Stored, write_file
 from ..devices import Device
 from ..meta.empty import twin
 from ..meta.skeleton import repeated_blocks, tied_groups
+from .codec import PLAIN, codec_of
 from .handle import Away
 from .stream import Mapped, Slots, Streamer
 from .transfer import readers
-from .weights import PLAIN, Part, Source, Unit, Weight, anatomy, part_of, rest_in_ram
+from .weights import Part, Source, Unit, Weight, part_of, rest_in_ram
 
 Place = tuple[str, nn.Module, str]  # full name, module, own name
 
@@ -74,7 +75,7 @@ def records(model: nn.Module) -> list[Record]:
                 if owner not in found:
                     rests = tensor.weight if isinstance(tensor, Away) else None
                     persistent = own not in module._non_persistent_buffers_set
-                    found[owner] = Record(name, rests.like if rests else tensor, buffer, persistent, rests)
+                    found[owner] = Record(name, rests.template if rests else tensor, buffer, persistent, rests)
                 if (id(module), own) not in seen:  # a module may be reached by two names
                     seen.add((id(module), own))
                     found[owner].places.append((name, module, own))
@@ -208,12 +209,12 @@ class Rest:
             self.written.update((source.path, source.owner) for source in sources)
             return {suffix: _stored(part) or part.on_cpu() for suffix, part in record.rests.parts.items()}
         if not record.tensor.is_meta:
-            return dict(anatomy(type(record.tensor)).take_apart(record.tensor))
+            return dict(codec_of(record.tensor).take_apart(record.tensor))
         for name, *_ in record.places:
             if name in self.given:
                 return {"": self.given[name].detach()}
             if name in self.stored:
-                more = anatomy(type(record.tensor)).suffixes
+                more = codec_of(record.tensor).suffixes
                 named = {suffix: f"{name}.{suffix}" if suffix else name for suffix in more}
                 return {suffix: self.stored[full] for suffix, full in named.items() if full in self.stored}
         raise ValueError(f"{record.name!r} is on meta and has no data: load a checkpoint into the model first")
@@ -225,7 +226,7 @@ class Rest:
         if not record.tensor.is_meta:
             return record.tensor
         parts = {suffix: _read(part, self) for suffix, part in self.parts(record).items()}
-        return anatomy(type(record.tensor)).put_together(record.tensor, parts)
+        return codec_of(record.tensor).put_together(record.tensor, parts)
 
 
 def _read(part: Tensor | Stored, rest: Rest) -> Tensor:
@@ -340,7 +341,7 @@ class _Settling:
             for record, places in inside:
                 at = [(module, own, record.buffer) for _, module, own in places]
                 if id(record) in self.made:
-                    laid.append((self.made[id(record)].again(at), {}))
+                    laid.append((self.made[id(record)].alias(at), {}))
                     continue
                 parts = self.rest.parts(record)
                 shapes = {suffix: _part(part) for suffix, part in parts.items()}
@@ -369,7 +370,7 @@ class _Settling:
         rest_in_ram(unit, values, self.pin)
         values.clear()
         for record, places in inside:
-            like = self.made[id(record)].like
+            like = self.made[id(record)].template
             for place in places:
                 record.put(place, like)
             self.left.setdefault(id(record), record.tensor.device)
@@ -379,7 +380,7 @@ class _Settling:
         """Move a tensor to the device, or the devices, where it stays."""
         weight = self.made.get(id(record))
         value = weight.load() if weight is not None and record.tensor.is_meta else self.rest.value(record)
-        kind = anatomy(type(value))
+        kind = codec_of(value)
         same = kind is PLAIN and isinstance(record.tensor, nn.Parameter) and not record.tensor.is_meta
         same = same and not hasattr(record.tensor, "fake_mode")  # whose data cannot be moved (a dry run)
         for device, places in here.items():
@@ -387,7 +388,7 @@ class _Settling:
             if kind is not PLAIN:
                 if value.device != device:
                     parts = {suffix: part.to(device) for suffix, part in kind.take_apart(value).items()}
-                    new = kind.put_together(kind.skeleton(value), parts)
+                    new = kind.put_together(kind.template(value), parts)
             elif same:  # the same object, so that others keep knowing it
                 self.stayed.append((record.tensor, record.tensor.data))
                 record.tensor.data, new, same = value.detach().to(device), record.tensor, False
@@ -419,7 +420,7 @@ class _Settling:
 
 def _like(record: Record, parts: Mapping[str, Part]) -> Tensor:
     """A tensor of a record without data, in the dtype that its data have: a checkpoint's may be another."""
-    like = anatomy(type(record.tensor)).skeleton(record.tensor)
+    like = codec_of(record.tensor).template(record.tensor)
     if [*parts] == [""] and parts[""].dtype != like.dtype:
         data = like.detach().to(parts[""].dtype)
         return twin(like, data) if isinstance(like, nn.Parameter) else data

@@ -95,12 +95,12 @@ class Away(Tensor):
     @staticmethod
     def of(weight: Weight, streamer: WeightStreamer) -> Away:
         """A new handle: a parameter for a parameter, a buffer for a buffer."""
-        like = weight.like
+        template = weight.template
         # Under fake tensors (a dry run) too a handle is real, whatever it stands for.
         with nullcontext() if detect_fake_mode() is None else without_fake_mode():
-            meta = torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device="meta")
-        cls = AwayParameter if isinstance(like, nn.Parameter) else Away
-        handle: Away = make_subclass(cls, meta, like.requires_grad and like.is_leaf)
+            meta = torch.empty_strided(template.shape, template.stride(), dtype=template.dtype, device="meta")
+        cls = AwayParameter if isinstance(template, nn.Parameter) else Away
+        handle: Away = make_subclass(cls, meta, template.requires_grad and template.is_leaf)
         handle.weight, handle.streamer, handle.in_model = weight, streamer, True
         return handle
 
@@ -140,7 +140,7 @@ class Away(Tensor):
         with DisableTorchFunctionSubclass():
             Tensor.requires_grad_(self, value)
         if self.in_model:
-            self.weight.like.requires_grad_(value)
+            self.weight.template.requires_grad_(value)
             self.streamer.forget(self.weight)
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]

@@ -80,7 +80,7 @@ class PlainLane:
         for part in unit.parts():
             if part.nbytes:
                 part.over(slot.base, part.offset).copy_(part.on_cpu())
-        unit.advise(mmap.MADV_DONTNEED)
+        unit.madvise(mmap.MADV_DONTNEED)
 
     def arrive(self, slot: Slot) -> None:
         """Make the work that follows wait until the slot is filled.
@@ -92,7 +92,7 @@ class PlainLane:
     def leave(self, slot: Slot) -> None:
         """Note that the work so far was the last to read the slot."""
 
-    def settle(self, slot: Slot) -> None:
+    def finish(self, slot: Slot) -> None:
         """Wait until no reader is at work for the slot any more."""
 
     def close(self) -> None:
@@ -157,7 +157,7 @@ class CudaLane(PlainLane):
     def leave(self, slot: Slot) -> None:
         slot.free.record(torch.cuda.current_stream(self.device))
 
-    def settle(self, slot: Slot) -> None:
+    def finish(self, slot: Slot) -> None:
         for reader in slot.pending:
             reader.exception()
         slot.pending = []

@@ -3,30 +3,31 @@
     Weight   one parameter or buffer of a model, the places in the model that refer to it, and the tensors it is made of
     Part     one plain tensor of a weight: its shape, and where its bytes lie, in a `Slab` or in a `Source`
     Unit     the weights that travel together (a block), laid out one after another as a slot on the device holds them
-    Slab     RAM for one unit, pinned where a GPU is to read it
+    Slab     RAM for one unit, pinned where a GPU is to read it (`checkpoints/ring.py`)
     Source   an open file; nothing is ever copied out of it to another file
 
-Most weights have one part. A quantized one has several (packed bits, scales, a code book): `ANATOMY` says how a class
-of tensors is taken apart, and put together again around the bytes that have travelled.
+Most weights have one part. A quantized one has several (packed bits, scales, a code book): `offload/codec.py` says how
+a class of tensors is taken apart, and put together again around the bytes that have travelled.
 
 Leaves out: when bytes travel (`offload/stream.py`), and what a file claims about itself (`checkpoints/load.py`).
 """
 
 from __future__ import annotations
 
+import math
 import mmap
 import os
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..checkpoints.ring import Slab, read_fully
-from ..meta.empty import twin
+from .codec import codec_of
 
 ALIGN = 512  # bytes; as PyTorch's allocator does, so that a kernel sees a travelling weight as it sees a resident one
 
@@ -81,7 +82,7 @@ class Source:
             self._map = mmap.mmap(self.descriptor, 0, access=mmap.ACCESS_COPY)
         return self._map
 
-    def advise(self, advice: int, start: int, nbytes: int) -> None:
+    def madvise(self, advice: int, start: int, nbytes: int) -> None:
         """Tell the system what is going to happen to these bytes; of pages to drop, only those that hold no others."""
         drop = advice == mmap.MADV_DONTNEED
         begin = (start + drop * (mmap.PAGESIZE - 1)) // mmap.PAGESIZE * mmap.PAGESIZE
@@ -94,52 +95,19 @@ class Source:
 # Weights
 
 
-class Anatomy(NamedTuple):
-    """How a class of tensors is taken apart into plain ones and put together again.
-
-    Args:
-        take_apart: tensor -> {suffix: plain tensor}.
-        put_together: (skeleton, {suffix: plain tensor}) -> tensor; the plain tensors are views that must not be copied.
-        skeleton: tensor -> one of the same class and attributes on meta, which keeps no data alive.
-        suffixes: all that there may be; "" is the tensor under its own name in a checkpoint, "absmax" one that lies
-            there as `name.absmax`.
-        nbytes: tensor -> bytes of all that it consists of.
-    """
-
-    take_apart: Callable[[Tensor], dict[str, Tensor]]
-    put_together: Callable[[Tensor, dict[str, Tensor]], Tensor]
-    skeleton: Callable[[Tensor], Tensor]
-    suffixes: tuple[str, ...] = ("",)
-    nbytes: Callable[[Tensor], int] = lambda tensor: tensor.nbytes
-
-
-def _plain_skeleton(tensor: Tensor) -> Tensor:
-    meta = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
-    return twin(tensor, meta) if isinstance(tensor, nn.Parameter) else meta
-
-
-def _plain_whole(like: Tensor, parts: dict[str, Tensor]) -> Tensor:
-    return twin(like, parts[""]) if isinstance(like, nn.Parameter) else parts[""]
-
-
-ANATOMY: dict[type, Anatomy] = {}
-PLAIN = Anatomy(lambda tensor: {"": tensor.detach()}, _plain_whole, _plain_skeleton)
-
-
-def anatomy(cls: type) -> Anatomy:
-    """The entry of `ANATOMY` for a class or one that it inherits from; `PLAIN` without one."""
-    return next((ANATOMY[base] for base in cls.__mro__ if base in ANATOMY), PLAIN)
+Place = tuple[nn.Module, str, bool]  # a module, a tensor's own name in it, whether it is a buffer
 
 
 @dataclass(eq=False)
 class Part:
-    """One plain tensor of a weight, and where its bytes lie.
+    """One plain tensor of a weight, and where its bytes lie: in RAM or in a file.
 
-    Args:
+    Attributes:
         shape, stride, dtype: of the tensor.
-        offset: where its bytes begin in a slot (and in its unit's slab).
-        slab, at: RAM and the first byte there, or
-        source, at: a file and the first byte there.
+        offset: byte at which it begins in a slot, and in its unit's slab.
+        slab: the RAM that holds it, or None.
+        source: the file that holds it, or None.
+        at: byte at which it begins in the slab or the file.
     """
 
     shape: tuple[int, ...]
@@ -153,10 +121,7 @@ class Part:
     @property
     def nbytes(self) -> int:
         """Bytes of data; strides never leave holes."""
-        count = 1
-        for size in self.shape:
-            count *= size
-        return count * self.dtype.itemsize
+        return math.prod(self.shape) * self.dtype.itemsize
 
     def over(self, memory: Tensor, offset: int) -> Tensor:
         """The tensor whose bytes are those of `memory` (shape (n,), uint8) from `offset` on."""
@@ -173,9 +138,8 @@ class Part:
         if not self.nbytes:
             return torch.empty(self.shape, dtype=self.dtype)
         # A root tensor for each call, so that a write is seen in the version of this tensor and of no other.
-        return self.over(
-            torch.frombuffer(self.source.mapped(), dtype=torch.uint8, offset=self.at, count=self.nbytes), 0
-        )
+        raw = torch.frombuffer(self.source.mapped(), dtype=torch.uint8, offset=self.at, count=self.nbytes)
+        return self.over(raw, 0)
 
 
 def part_of(tensor: Tensor) -> Part:
@@ -199,22 +163,32 @@ def _dense(tensor: Tensor) -> bool:
 class Weight:
     """One parameter or buffer that rests away from the device it works on.
 
-    Args:
+    Attributes:
         name: its first name in the model.
-        like: its class, attributes and requires_grad, without data.
-        places: (module, own name, whether a buffer) of every reference to it.
+        template: a tensor of its class, attributes and requires_grad, without data.
+        places: every reference to it in its unit.
         parts: suffix -> plain tensor it is made of.
+        away: the handle that stands in the model while it rests (`handle.Away`).
+        aliases: the same weight in other units.
     """
 
     name: str
-    like: Tensor
-    places: list[tuple[nn.Module, str, bool]]
+    template: Tensor
+    places: list[Place]
     parts: dict[str, Part]
-    away: Any = None  # the handle that stands in the model while it rests (`away.Away`)
-    twins: list[Weight] = field(default_factory=list)  # the same weight in other units
+    away: Any = None
+    aliases: list[Weight] = field(default_factory=list)
+
+    def alias(self, places: list[Place]) -> Weight:
+        """The same weight for another unit: it rests where this one does."""
+        parts = {suffix: replace(part, offset=0) for suffix, part in self.parts.items()}
+        other = Weight(self.name, self.template, places, parts, aliases=[self, *self.aliases])
+        for weight in other.aliases:
+            weight.aliases.append(other)
+        return other
 
     def rests_in(self) -> str:
-        """Where it rests: "disk" if any of it does, else "cpu"."""
+        """Where it rests: "disk" if any part of it does, else "cpu"."""
         return "disk" if any(part.source is not None for part in self.parts.values()) else "cpu"
 
     def order(self) -> tuple[str, int]:
@@ -222,24 +196,12 @@ class Weight:
         part = next(iter(self.parts.values()))
         return (str(part.source.path), part.at) if part.source else ("", 0)
 
-    def again(self, places: list[tuple[nn.Module, str, bool]]) -> Weight:
-        """The same weight for another unit: it rests where this one does."""
-        parts = {suffix: replace(part, offset=0) for suffix, part in self.parts.items()}
-        other = Weight(self.name, self.like, places, parts, twins=[self, *self.twins])
-        for weight in other.twins:
-            weight.twins.append(other)
-        return other
-
-    def build(self, tensors: dict[str, Tensor]) -> Tensor:
-        """The weight around plain tensors."""
-        return anatomy(type(self.like)).put_together(self.like, tensors)
-
-    @torch.inference_mode(False)
+    @torch.inference_mode(False)  # what is made once serves every mode
     def over(self, memory: Tensor) -> Tensor:
         """The weight around its bytes in a slot."""
-        return self.build({suffix: part.over(memory, part.offset) for suffix, part in self.parts.items()})
+        return self._around({suffix: part.over(memory, part.offset) for suffix, part in self.parts.items()})
 
-    @torch.inference_mode(False)  # what is made once serves every mode
+    @torch.inference_mode(False)
     def load(self, device: torch.device | None = None) -> Tensor:
         """The weight from where it rests, on its own memory if `device` is another than the CPU.
 
@@ -249,7 +211,10 @@ class Weight:
         for part in self.parts.values():
             if part.source is not None:
                 part.source.check()
-        return self.build({suffix: part.on_cpu().to(device or "cpu") for suffix, part in self.parts.items()})
+        return self._around({suffix: part.on_cpu().to(device or "cpu") for suffix, part in self.parts.items()})
+
+    def _around(self, tensors: dict[str, Tensor]) -> Tensor:
+        return codec_of(self.template).put_together(self.template, tensors)
 
     @torch.inference_mode(False)
     def keep(self, value: Tensor) -> None:
@@ -258,43 +223,44 @@ class Weight:
         Raises:
             ValueError: it has another shape or dtype.
         """
-        new = anatomy(type(self.like)).take_apart(value)
+        new = codec_of(self.template).take_apart(value)
         for suffix, part in self.parts.items():
-            found = new.get(suffix)
-            if found is None or tuple(found.shape) != part.shape or found.dtype != part.dtype:
-                given = "nothing" if found is None else f"{tuple(found.shape)} {found.dtype}"
+            tensor = new.get(suffix)
+            if tensor is None or tuple(tensor.shape) != part.shape or tensor.dtype != part.dtype:
+                given = "nothing" if tensor is None else f"{tuple(tensor.shape)} {tensor.dtype}"
                 raise ValueError(f"{self.name!r} rests as {part.shape} {part.dtype} and cannot become {given}")
         for suffix, part in self.parts.items():
             if part.slab is None:
                 part.slab, part.source, part.at = Slab(part.nbytes), None, 0
             part.on_cpu().copy_(new[suffix])
-            for other in self.twins:
-                there = other.parts[suffix]
-                there.slab, there.source, there.at = part.slab, None, part.at
-
-    def advise(self, advice: int) -> None:
-        """Tell the system what is going to happen to the mapped pages of its files."""
-        for part in self.parts.values():
-            if part.source is not None:
-                part.source.advise(advice, part.at, part.nbytes)
+            for alias in self.aliases:
+                same = alias.parts[suffix]
+                same.slab, same.source, same.at = part.slab, None, part.at
 
     def write_to(self, value: Tensor) -> None:
         """Write what rests into another copy of the weight."""
         with torch.no_grad():
-            for suffix, plain in anatomy(type(self.like)).take_apart(value).items():
+            for suffix, plain in codec_of(self.template).take_apart(value).items():
                 plain.copy_(self.parts[suffix].on_cpu())
+
+    def madvise(self, advice: int) -> None:
+        """Tell the system what is going to happen to the mapped pages of its files."""
+        for part in self.parts.values():
+            if part.source is not None:
+                part.source.madvise(advice, part.at, part.nbytes)
 
 
 @dataclass(eq=False)
 class Unit:
     """Weights that travel together.
 
-    Args:
-        name: of the module around them.
+    Attributes:
+        name: name of the module around them.
         module: that module.
-        weights: laid out one after another.
-        loose: whether they are not all in the module, but what it holds itself.
-        nbytes: of a slot that holds them.
+        weights: in the order in which they lie in a slot.
+        loose: whether they are only what the module holds itself, not all that is in it.
+        nbytes: bytes of a slot that holds them.
+        index: the unit's number in its streamer.
     """
 
     name: str
@@ -317,20 +283,23 @@ class Unit:
         return [*dict.fromkeys(module for weight in self.weights for module, _, _ in weight.places)]
 
     def parts(self) -> list[Part]:
+        """The parts of all weights, in the order in which they lie in a slot."""
         return [part for weight in self.weights for part in weight.parts.values()]
 
     def moves(self) -> list[Move]:
         """What has to be copied to fill a slot: as few stretches of RAM and ranges of files as there are."""
-        if self._moves is not None:
-            return self._moves
-        self._moves = found = list[Move]()
-        for part in self.parts():
-            last = found[-1] if found else None
-            if part.nbytes and (last is None or not last.continued_by(part)):
-                found.append(Move(part.slab, part.source, part.at, part.offset, [part]))
-            elif part.nbytes and last is not None:
-                last.parts.append(part)
-        return found
+        if self._moves is None:
+            self._moves = []
+            for part in self.parts():
+                if part.nbytes and self._moves and self._moves[-1].continued_by(part):
+                    self._moves[-1].parts.append(part)
+                elif part.nbytes:
+                    self._moves.append(Move(part.slab, part.source, part.at, part.offset, [part]))
+        return self._moves
+
+    def forget_moves(self) -> None:
+        """To be called when a part rests elsewhere than before."""
+        self._moves = None
 
     def check(self) -> None:
         """Make sure that the files are what they were.
@@ -342,15 +311,11 @@ class Unit:
             if source is not None:
                 source.check()
 
-    def advise(self, advice: int) -> None:
+    def madvise(self, advice: int) -> None:
         """Tell the system what is going to happen to the mapped pages of its files."""
         for move in self.moves():
             if move.source is not None:
-                move.source.advise(advice, move.at, move.nbytes)
-
-    def forget_moves(self) -> None:
-        """To be called when a part rests elsewhere than before."""
-        self._moves = None
+                move.source.madvise(advice, move.at, move.nbytes)
 
     def rests_in(self) -> str:
         """Where its weights rest: "disk" if any of them does, else "cpu"."""
@@ -359,7 +324,14 @@ class Unit:
 
 @dataclass
 class Move:
-    """Parts that lie one after another where they rest: in a slab as they will in the slot, in a file without gaps."""
+    """Parts that lie one after another where they rest: in a slab as they will in the slot, in a file without gaps.
+
+    Attributes:
+        slab, source: the RAM or the file that holds them; the other is None.
+        at: byte at which the first begins there.
+        offset: byte at which it begins in the slot.
+        parts: the parts.
+    """
 
     slab: Slab | None
     source: Source | None
@@ -369,12 +341,12 @@ class Move:
 
     @property
     def nbytes(self) -> int:
+        """Bytes from the first part's beginning to the last part's end, where they rest."""
         last = self.parts[-1]
-        if self.slab is not None:
-            return last.offset + last.nbytes - self.offset
         return last.at + last.nbytes - self.at
 
     def continued_by(self, part: Part) -> bool:
+        """Whether a part comes next in the same slab or file."""
         if part.slab is not self.slab or part.source is not self.source:
             return False
         if self.slab is not None:
@@ -383,19 +355,19 @@ class Move:
 
 
 def rest_in_ram(unit: Unit, values: Iterable[dict[str, Tensor]], pin: bool) -> None:
-    """Give a unit a slab, filled with the values of its weights; parts that rest in RAM already stay where they are.
+    """Give a unit a slab, filled with the values of its weights; parts that rest somewhere already stay there.
 
     Args:
         unit: the unit.
         values: for each weight its plain tensors.
         pin: whether a CUDA device will read it.
     """
-    homeless = [(part, tensors[suffix]) for weight, tensors in zip(unit.weights, values, strict=True)
-                for suffix, part in weight.parts.items() if part.slab is None and part.source is None]  # fmt: skip
-    if not homeless:
-        return
-    slab = Slab(unit.nbytes, pin)
-    for part, tensor in homeless:
-        part.slab, part.at = slab, part.offset
-        part.on_cpu().copy_(tensor)
-    slab.pin(filled=True)
+    slab: Slab | None = None
+    for weight, tensors in zip(unit.weights, values, strict=True):
+        for suffix, part in weight.parts.items():
+            if part.slab is None and part.source is None:
+                slab = slab or Slab(unit.nbytes, pin)
+                part.slab, part.at = slab, part.offset
+                part.on_cpu().copy_(tensors[suffix])
+    if slab is not None:
+        slab.pin(filled=True)

@@ -81,7 +81,7 @@ def test_a_file_that_was_cut_is_an_error_on_arrival(monkeypatch, tmp_path, tenso
     with pytest.raises(OSError, match="is shorter than it was"):
         lane.arrive(slot)
     lane.fill(slot, unit)
-    lane.settle(slot)
+    lane.finish(slot)
     assert not slot.pending and lane._ring._free.qsize() == len(lane._ring.chunks)  # every chunk came back
 
 
