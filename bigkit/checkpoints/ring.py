@@ -43,7 +43,7 @@ Job = TypeVar("Job")
 
 
 def count_readers(most: int = READERS) -> int:
-    """How many reader threads are worth it on this machine: one for each core, and at most `most`."""
+    """How many reader threads this machine has use for: one for each core, and at most `most`."""
     return min(most, os.cpu_count() or 1)
 
 
@@ -86,7 +86,7 @@ class Slab:
         self.bytes = _anonymous(nbytes, huge=pin)  # shape (nbytes,), uint8
         self.wants_pin = pin
         self.pinned = False
-        self._unpin: Callable[[], Any] = lambda: None
+        self._release: Callable[[], Any]  # set when it is pinned
 
     def pin(self, filled: bool = False) -> None:
         """Pin the RAM if it should be. Where pinning is refused the same copies work, only slower.
@@ -103,13 +103,14 @@ class Slab:
         if int(torch.cuda.cudart().cudaHostRegister(address, nbytes, 0)) == 0:
             self.pinned = True
             _pinned[address] = nbytes
-            self._unpin = finalizer = weakref.finalize(self, _unregister, self.bytes)
-            finalizer.atexit = False
+            self._release = release = weakref.finalize(self, _unregister, self.bytes)
+            release.atexit = False
 
     def unpin(self) -> None:
         """Make it ordinary RAM again, as also happens when nothing refers to it any more."""
-        self._unpin()
-        self.pinned = False
+        if self.pinned:
+            self._release()
+            self.pinned = False
 
 
 def _anonymous(nbytes: int, huge: bool) -> Tensor:
@@ -146,19 +147,13 @@ def _unregister(memory: Tensor) -> None:
 
 
 class Chunk:
-    """A slab of a ring.
-
-    Attributes:
-        bytes: its RAM, shape (bytes of a chunk,), uint8.
-        view: the same RAM, for `preadv`.
-        emptied: event after the last copy out of it; None before the first.
-    """
+    """A slab of a ring."""
 
     def __init__(self, nbytes: int) -> None:
         self.slab = Slab(nbytes, pin=True)
-        self.bytes = self.slab.bytes
-        self.view: memoryview = self.bytes.numpy().data
-        self.emptied: Any = None
+        self.bytes = self.slab.bytes  # shape (nbytes,), uint8
+        self.view: memoryview = self.bytes.numpy().data  # the same RAM, for `preadv`
+        self.emptied: Any = None  # event after the last copy out of it
 
 
 class Ring:

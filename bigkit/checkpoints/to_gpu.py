@@ -38,12 +38,12 @@ LONG = 4 * GB  # a load of more bytes shows its progress
 
 
 class _Part(NamedTuple):
-    """A stretch of one tensor within a chunk: its bytes there, and the elements of the tensor that they are."""
+    """A stretch of one tensor within a chunk."""
 
-    name: str
-    offset: int
+    name: str  # of the tensor
+    offset: int  # byte of the chunk at which it begins
     nbytes: int
-    first: int
+    first: int  # element of the tensor with which it begins
 
 
 @dataclass(slots=True)
@@ -60,10 +60,7 @@ def read_to_gpu(
     stored: Mapping[str, Stored],
     device: torch.device,
     dtypes: Mapping[str, torch.dtype | None] | None = None,
-    *,
-    chunk: int = CHUNK,
-    ring: int = RING,
-    readers: int = READERS,
+    **sizes: int,
 ) -> dict[str, Tensor]:
     """Read tensors from files to a GPU.
 
@@ -71,7 +68,7 @@ def read_to_gpu(
         stored: name -> where the tensor lies.
         device: a CUDA device.
         dtypes: name -> dtype to cast to on the GPU; None or no entry keeps the file's.
-        chunk, ring, readers: bytes of a chunk, pinned chunks, reader threads.
+        sizes: to try others: `chunk` (bytes of a chunk), `ring` (chunks), `readers` (threads, at most).
 
     Returns:
         name -> tensor on the device, ready on its current stream. Takes `chunk * ring` bytes of pinned memory
@@ -83,7 +80,7 @@ def read_to_gpu(
     >>> read_to_gpu(Checkpoint.open("model.safetensors").stored, torch.device("cuda:0"))  # doctest: +SKIP
     """
     tensors: dict[str, Tensor] = {}
-    for _ in _arrivals(stored, device, dtypes or {}, tensors, chunk, ring, readers):
+    for _ in _arrivals(stored, device, dtypes or {}, tensors, **sizes):
         pass
     return {name: tensors[name] for name in stored}
 
@@ -92,10 +89,7 @@ def stream_to_gpu(
     stored: Mapping[str, Stored],
     device: torch.device,
     dtypes: Mapping[str, torch.dtype | None] | None = None,
-    *,
-    chunk: int = CHUNK,
-    ring: int = RING,
-    readers: int = READERS,
+    **sizes: int,
 ) -> Iterator[tuple[str, Tensor]]:
     """`read_to_gpu`, tensor by tensor as they arrive: memory of one that the caller lets go is there for the next.
 
@@ -104,13 +98,13 @@ def stream_to_gpu(
     Args and errors: those of `read_to_gpu`.
     """
     tensors: dict[str, Tensor] = {}
-    left = {name: where.nbytes for name, where in stored.items()}
-    for load, stream in _arrivals(stored, device, dtypes or {}, tensors, chunk, ring, readers):
+    missing = {name: where.nbytes for name, where in stored.items()}  # bytes of each tensor that are still to come
+    for load, stream in _arrivals(stored, device, dtypes or {}, tensors, **sizes):
         for part in load.parts:
-            left[part.name] -= part.nbytes
-        if done := [part.name for part in load.parts if not left[part.name]]:
+            missing[part.name] -= part.nbytes
+        if complete := [part.name for part in load.parts if not missing[part.name]]:
             torch.cuda.current_stream(device).wait_stream(stream)
-            for name in done:
+            for name in complete:
                 yield name, tensors.pop(name)
     yield from tensors.items()  # those without elements
 
@@ -120,9 +114,9 @@ def _arrivals(
     device: torch.device,
     dtypes: Mapping[str, torch.dtype | None],
     tensors: dict[str, Tensor],
-    chunk: int,
-    ring: int,
-    readers: int,
+    chunk: int = CHUNK,
+    ring: int = RING,
+    readers: int = READERS,
 ) -> Iterator[tuple[_Load, torch.cuda.Stream]]:
     """Queue the copies of load after load on a stream; the tensors that they fill are made in `tensors` as they come.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -28,8 +28,10 @@ def make_subclass(cls: type, data: Tensor, requires_grad: bool) -> Any:
     return Tensor._make_subclass(cls, data, requires_grad)
 
 
-def without_fake_mode() -> AbstractContextManager[Any]:
+def real_tensors() -> AbstractContextManager[Any]:
     """Context in which new tensors are real, also in a dry run. `unset_fake_temporarily`, 2.11 to 2.15."""
+    if detect_fake_mode() is None:
+        return nullcontext()
     from torch._subclasses.fake_tensor import unset_fake_temporarily
 
     return unset_fake_temporarily()

@@ -28,9 +28,10 @@ from ..meta.empty import twin
 from ..meta.skeleton import repeated_blocks, tied_groups
 from .codec import PLAIN, codec_of
 from .handle import Away
+from .source import Source
 from .stream import Mapped, Slots, Streamer
 from .transfer import readers
-from .weights import Part, Source, Unit, Weight, part_of, rest_in_ram
+from .weights import Part, Unit, Weight, part_of, rest_in_ram
 
 Place = tuple[str, nn.Module, str]  # full name, module, own name
 

@@ -16,21 +16,12 @@ Leaves out: the fast way, where a whole block's weights arrive before its forwar
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from ._torch import (
-    DisableTorchFunctionSubclass,
-    detect_fake_mode,
-    make_subclass,
-    storage_id,
-    tree_leaves,
-    tree_map_only,
-    without_fake_mode,
-)
+from ._torch import DisableTorchFunctionSubclass, make_subclass, real_tensors, storage_id, tree_leaves, tree_map_only
 
 if TYPE_CHECKING:
     from .weights import Weight
@@ -47,21 +38,14 @@ _TENSOR_ATTRIBUTES = {"T", "mT", "H", "mH", "real", "imag"}
 
 
 class WeightStreamer(Protocol):
-    """What a handle asks of the streamer that brings its weight (`offload/stream.py`)."""
+    """What a handle asks of the streamer that brings its weight; see `Streamer` in `offload/stream.py`."""
 
     device: torch.device
 
-    def load(self, weight: Weight, device: torch.device | None = None) -> Tensor:
-        """A weight's data on a device; None: on the one that it works on."""
-
-    def unload(self, weight: Weight) -> None:
-        """A weight that was loaded is not needed any more."""
-
-    def keep(self, weight: Weight, value: Tensor) -> None:
-        """Make `value` the data of a weight."""
-
-    def forget(self, weight: Weight) -> None:
-        """Fetch a weight anew the next time: something about it has changed."""
+    def load(self, weight: Weight, device: torch.device | None = None) -> Tensor: ...
+    def unload(self, weight: Weight) -> None: ...
+    def keep(self, weight: Weight, value: Tensor) -> None: ...
+    def forget(self, weight: Weight) -> None: ...
 
 
 def refuse_copy(what: str) -> NoReturn:
@@ -97,12 +81,11 @@ class Away(Tensor):
         """A new handle: a parameter for a parameter, a buffer for a buffer."""
         template = weight.template
         # Under fake tensors (a dry run) too a handle is real, whatever it stands for.
-        with nullcontext() if detect_fake_mode() is None else without_fake_mode():
+        with real_tensors():
             meta = torch.empty_strided(template.shape, template.stride(), dtype=template.dtype, device="meta")
         cls = AwayParameter if isinstance(template, nn.Parameter) else Away
-        handle: Away = make_subclass(cls, meta, template.requires_grad and template.is_leaf)
-        handle.weight, handle.streamer, handle.in_model = weight, streamer, True
-        return handle
+        handle = make_subclass(cls, meta, template.requires_grad and template.is_leaf)
+        return _connect(handle, weight, streamer, in_model=True)
 
     def load(self, device: torch.device | str | None = None) -> Tensor:
         """The weight's data on a device (None: where it works), in memory that is not this weight's resting place
@@ -132,9 +115,7 @@ class Away(Tensor):
     def _detached(self) -> Away:
         with DisableTorchFunctionSubclass():
             meta = Tensor.detach(self)
-        handle: Away = make_subclass(Away, meta, False)
-        handle.weight, handle.streamer, handle.in_model = self.weight, self.streamer, False
-        return handle
+        return _connect(make_subclass(Away, meta, False), self.weight, self.streamer)
 
     def _require_grad(self, value: bool) -> None:
         with DisableTorchFunctionSubclass():
@@ -171,24 +152,18 @@ class AwayParameter(Away, nn.Parameter):
     __repr__ = Away.__repr__  # type: ignore[assignment]
 
 
-class ReadOnlyView(Tensor):
-    """Part of a weight's data that was brought for one operation, such as `weight[0]` or `weight.T`.
-
-    Attributes:
-        weight_name: the weight's name.
-    """
-
-    weight_name: str
+class AwayView(Away):
+    """Part of a weight's data that was brought for one operation, such as `weight[0]` or `weight.T`."""
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return _operate(func, args, kwargs or {})
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
-        return self.clone()
 
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        return self.clone().__reduce_ex__(protocol)
+def _connect(handle: Any, weight: Weight, streamer: WeightStreamer, in_model: bool = False) -> Away:
+    handle.weight, handle.streamer, handle.in_model = weight, streamer, in_model
+    connected: Away = handle
+    return connected
 
 
 def _answer(func: Any, attribute: str, args: Any, kwargs: Any) -> Any:
@@ -212,8 +187,8 @@ def _set(func: Any, attribute: str, handle: Away, value: Any) -> None:
         with DisableTorchFunctionSubclass():
             func(handle, value)
     elif handle.in_model:
-        borrowed = isinstance(value, (Away, ReadOnlyView))  # and may share memory with what is written to
-        handle.streamer.keep(handle.weight, value.clone() if borrowed else value)
+        # What was brought may share memory with what is written to.
+        handle.streamer.keep(handle.weight, value.clone() if isinstance(value, Away) else value)
     else:
         raise RuntimeError(
             f"this is a detached {handle.weight.name!r}, which rests elsewhere: set the weight's own data"
@@ -230,55 +205,48 @@ def _goes_to_cpu(func: Any, args: Any, kwargs: Any) -> bool:
 def _operate(func: Any, args: Any, kwargs: Any) -> Any:
     """An operation on the data of the handles among its arguments."""
     written = next(iter([*args, *kwargs.values()])) if _writes(func.__name__) else kwargs.get("out")
-    targets = [tensor for tensor in tree_leaves(written) if isinstance(tensor, (Away, ReadOnlyView))]
+    targets = [tensor for tensor in tree_leaves(written) if isinstance(tensor, Away)]
     for target in targets:
-        if isinstance(target, ReadOnlyView):
+        if isinstance(target, AwayView):
             raise RuntimeError(
-                f"{func.__name__} would write into a view of {target.weight_name!r}, which rests elsewhere and would "
+                f"{func.__name__} would write into a view of {target.weight.name!r}, which rests elsewhere and would "
                 "stay as it is: write to the weight itself (`weight[0] = ...`, `weight.mul_(...)`), or clone() the view"
             )
     loaded: dict[int, Tensor] = {}  # id of a weight -> its data, brought once
-    brought: dict[int, tuple[Away, Tensor]] = {}  # id of a handle -> the handle, and its data
-    names: dict[int, str] = {}  # storage of what was brought -> name of the weight
+    handles: dict[int, Away] = {}  # id of a tensor that the operation sees -> the handle in whose place it sees it
+    owners: dict[int, Away] = {}  # storage that the operation sees -> a handle on its weight
 
-    def bring(tensor: Any) -> Tensor:
-        if isinstance(tensor, ReadOnlyView):
-            with DisableTorchFunctionSubclass():
-                names[storage_id(tensor)] = tensor.weight_name
-            return tensor
-        if id(tensor) not in brought:
-            weight = tensor.weight
+    def bring(handle: Away) -> Tensor:
+        weight = handle.weight
+        tensor: Tensor = handle
+        if not isinstance(handle, AwayView):
             if id(weight) not in loaded:
-                loaded[id(weight)] = tensor.streamer.load(weight)
-            data = loaded[id(weight)] if tensor.in_model else loaded[id(weight)].detach()
-            brought[id(tensor)] = tensor, data
-            names[storage_id(data)] = weight.name
-        return brought[id(tensor)][1]
+                loaded[id(weight)] = handle.streamer.load(weight)
+            tensor = loaded[id(weight)] if handle.in_model else loaded[id(weight)].detach()
+        with DisableTorchFunctionSubclass():
+            handles[id(tensor)] = owners[storage_id(tensor)] = handle
+        return tensor
 
-    args, kwargs = tree_map_only((Away, ReadOnlyView), bring, (args, kwargs))
+    def protect(item: Any) -> Any:
+        """The handle in place of its own data, and a view that refuses writes in place of a part of them."""
+        if id(item) in handles:
+            return handles[id(item)]
+        if type(item) is not Tensor or item.layout != torch.strided or storage_id(item) not in owners:
+            return item
+        owner = owners[storage_id(item)]
+        return _connect(item.as_subclass(AwayView), owner.weight, owner.streamer)
+
+    args, kwargs = tree_map_only(Away, bring, (args, kwargs))
     with DisableTorchFunctionSubclass():
         result = func(*args, **kwargs)
     for target in targets:
         target.streamer.keep(target.weight, loaded[id(target.weight)])
-    for handle, _ in brought.values():
+    for handle in handles.values():
         handle.streamer.unload(handle.weight)
     if func in (Tensor.numpy, Tensor.__array__):  # a write would go unseen
         result = result.copy()
         result.flags.writeable = False
-        return result
-    handles = {id(data): handle for handle, data in brought.values()}
-
-    def protect(item: Any) -> Any:
-        """The handle in the place of its own data, and a view that refuses writes in the place of part of it."""
-        if id(item) in handles:
-            return handles[id(item)]
-        if type(item) is not Tensor or item.layout != torch.strided or storage_id(item) not in names:
-            return item
-        view = item.as_subclass(ReadOnlyView)
-        view.weight_name = names[storage_id(item)]
-        return view
-
-    if isinstance(result, (list, tuple)) and any(isinstance(item, Tensor) for item in result):
+    elif isinstance(result, (list, tuple)) and any(isinstance(item, Tensor) for item in result):
         return type(result)(map(protect, result))  # type: ignore[arg-type]
     return protect(result)
 

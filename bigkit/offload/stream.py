@@ -30,11 +30,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..checkpoints.ring import Slab
 from ..maps.partition import spread
 from ..units import MiB
 from .handle import Away
 from .transfer import CudaLane, PlainLane, Slot
-from .weights import Slab, Unit, Weight
+from .weights import Unit, Weight
 
 AHEAD = 64 * MiB  # how far `Mapped` has files read ahead
 

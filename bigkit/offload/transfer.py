@@ -37,31 +37,18 @@ RING = READERS + 4  # chunks, where there are cores for all readers: some are co
 
 @dataclass(eq=False)
 class Slot:
-    """Memory on the device for one unit at a time.
+    """Memory on the device for one unit at a time."""
 
-    Attributes:
-        base: the memory, shape (bytes of the largest unit,), uint8.
-        unit: the unit whose weights it holds.
-        owner: the only unit that it is for, if it is for one alone.
-        lent: whether a forward is using it.
-        used: number of the last loan of it.
-        version: version of `base` when it was lent: a higher one means that somebody wrote to it.
-        visits: index of a unit -> the unit's weights in this slot.
-        ready: event after the last copy into it.
-        free: event after the last work that read it.
-        pending: readers that have not yet queued all of their copies into it.
-    """
-
-    base: Tensor
-    unit: Unit | None = None
-    owner: Unit | None = None
-    lent: bool = False
-    used: int = 0
-    version: int = 0
-    visits: dict[int, Any] = field(default_factory=dict)
-    ready: Any = None
-    free: Any = None
-    pending: list[Future[None]] = field(default_factory=list)
+    base: Tensor  # the memory, shape (bytes of the largest unit,), uint8
+    unit: Unit | None = None  # whose weights it holds
+    owner: Unit | None = None  # the only unit that it is for, if there is one
+    lent: bool = False  # whether a forward is using it
+    used: int = 0  # number of the last loan of it: the clock by which the oldest is found
+    version: int = 0  # of `base` when it was lent: a higher one now means that somebody wrote to it
+    visits: dict[int, Any] = field(default_factory=dict)  # index of a unit -> its weights in this slot
+    ready: Any = None  # event after the last copy into it
+    free: Any = None  # event after the last work that read it
+    pending: list[Future[None]] = field(default_factory=list)  # readers that have copies into it still to queue
 
 
 class PlainLane:
@@ -167,20 +154,20 @@ class CudaLane(PlainLane):
 
 
 class _Piece(NamedTuple):
-    """Bytes of a chunk: where they begin there, where they belong in the slot, and how many they are."""
+    """Bytes that belong together in the slot too."""
 
-    chunk: int
-    slot: int
+    chunk: int  # where they begin in the chunk
+    slot: int  # where they begin in the slot
     nbytes: int
 
 
 class _Job(NamedTuple):
-    """At most a chunk's worth of a move, from byte `at` of where it rests, and where its bytes belong in the slot."""
+    """At most a chunk's worth of a move."""
 
     move: Move
-    at: int
+    at: int  # where it begins in the slab or the file
     nbytes: int
-    pieces: list[_Piece]
+    pieces: list[_Piece]  # where its bytes belong
 
 
 def _cut(move: Move) -> Iterator[_Job]:

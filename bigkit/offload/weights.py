@@ -4,7 +4,7 @@
     Part     one plain tensor of a weight: its shape, and where its bytes lie, in a `Slab` or in a `Source`
     Unit     the weights that travel together (a block), laid out one after another as a slot on the device holds them
     Slab     RAM for one unit, pinned where a GPU is to read it (`checkpoints/ring.py`)
-    Source   an open file; nothing is ever copied out of it to another file
+    Source   an open file; nothing is ever copied out of it to another file (`offload/source.py`)
 
 Most weights have one part. A quantized one has several (packed bits, scales, a code book): `offload/codec.py` says how
 a class of tensors is taken apart, and put together again around the bytes that have travelled.
@@ -15,86 +15,18 @@ Leaves out: when bytes travel (`offload/stream.py`), and what a file claims abou
 from __future__ import annotations
 
 import math
-import mmap
-import os
-import weakref
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..checkpoints.ring import Slab, read_fully
+from ..checkpoints.ring import Slab
 from .codec import codec_of
+from .source import Source
 
 ALIGN = 512  # bytes; as PyTorch's allocator does, so that a kernel sees a travelling weight as it sees a resident one
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Files
-
-
-class Source:
-    """An open file that weights of one model rest in. It stays readable if its name is given to another file.
-
-    Args:
-        path: the file.
-        owner: kept alive as long as the file is in use (what removes the file when it goes).
-
-    Raises:
-        OSError: it cannot be opened.
-    """
-
-    def __init__(self, path: str | os.PathLike[str], owner: Any = None) -> None:
-        self.path = Path(path).resolve()
-        self.owner = owner
-        self.descriptor = os.open(self.path, os.O_RDONLY)
-        weakref.finalize(self, os.close, self.descriptor)
-        self._state = self._size_and_time()
-        self._map: mmap.mmap | None = None
-
-    def _size_and_time(self) -> tuple[int, int]:
-        status = os.fstat(self.descriptor)
-        return status.st_size, status.st_mtime_ns
-
-    def check(self) -> None:
-        """Make sure that the file is what it was; touching a mapped page that it lacks would end the process.
-
-        Raises:
-            OSError: somebody wrote to it.
-        """
-        if self._size_and_time() != self._state:
-            raise OSError(f"{self.path} was changed under a model whose weights rest in it: load the checkpoint again")
-
-    def read(self, view: memoryview, offset: int) -> None:
-        """Fill `view` with the bytes from `offset` on.
-
-        Raises:
-            OSError: the file is shorter than it was.
-        """
-        read_fully(self.descriptor, view, offset, self.path)
-
-    def mapped(self) -> mmap.mmap:
-        """The file as memory: pages are read when touched and copied when written to, so that nobody else sees it."""
-        if self._map is None:
-            self._map = mmap.mmap(self.descriptor, 0, access=mmap.ACCESS_COPY)
-        return self._map
-
-    def madvise(self, advice: int, start: int, nbytes: int) -> None:
-        """Tell the system what is going to happen to these bytes; of pages to drop, only those that hold no others."""
-        drop = advice == mmap.MADV_DONTNEED
-        begin = (start + drop * (mmap.PAGESIZE - 1)) // mmap.PAGESIZE * mmap.PAGESIZE
-        end = (start + nbytes) // mmap.PAGESIZE * mmap.PAGESIZE if drop else start + nbytes
-        if begin < end:
-            self.mapped().madvise(advice, begin, end - begin)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Weights
-
-
 Place = tuple[nn.Module, str, bool]  # a module, a tensor's own name in it, whether it is a buffer
 
 

@@ -271,6 +271,8 @@ def test_views_can_be_read(tmp_path):
         assert torch.equal(pickle.loads(pickle.dumps(view)), expected)
         with pytest.raises(ValueError, match="read-only"):
             view.detach().numpy()[0] = 1
+        with torch.inference_mode():
+            assert torch.equal(weight(parts)[2:4].T, expected.T)
         first, second = weight(parts).data.chunk(2)
         assert torch.equal(torch.cat([first, second]), weight(model))
 

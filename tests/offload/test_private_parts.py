@@ -18,7 +18,7 @@ def test_torch_has_what_offloading_uses():
 
     with FakeTensorMode() as mode:
         assert _torch.detect_fake_mode() is mode, f"detect_fake_mode does not see the mode that is on {version}"
-        with _torch.without_fake_mode():
+        with _torch.real_tensors():
             assert type(torch.zeros(1)) is torch.Tensor, f"unset_fake_temporarily leaves tensors fake {version}"
 
     class Refusing(torch.Tensor):

@@ -8,9 +8,11 @@ from safetensors.torch import save_file
 from torch import nn
 
 from bigkit.checkpoints.format import read_header
+from bigkit.checkpoints.ring import Slab
 from bigkit.offload import transfer
+from bigkit.offload.source import Source
 from bigkit.offload.transfer import CudaLane, PlainLane
-from bigkit.offload.weights import Slab, Source, Unit, Weight, part_of, rest_in_ram
+from bigkit.offload.weights import Unit, Weight, part_of, rest_in_ram
 from tests import fake_cuda
 
 CPU = torch.device("cpu")
