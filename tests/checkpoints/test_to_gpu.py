@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
+from bigkit.checkpoints import _torch
 from bigkit.checkpoints.format import Checkpoint, Stored, read_header
 from bigkit.checkpoints.to_gpu import _cut, _lay_out, read_to_gpu, stream_to_gpu
 from tests import fake_cuda
@@ -90,3 +91,13 @@ def test_whole_files_go_through_the_ring(tmp_path, monkeypatch, chunk, ring, rea
     with pytest.raises(FileNotFoundError):
         read_to_gpu(stored, CPU, **sizes)
     assert not runtime.pinned and not [t for t in threading.enumerate() if t.name.startswith("bigkit-loader")]
+
+
+def test_torch_has_what_loading_uses():
+    version = f"in torch {torch.__version__}: see bigkit/checkpoints/_torch.py"
+    targets = [torch.zeros(2, 2), torch.zeros(3, dtype=torch.int64)]
+    views = _torch.cut_like(torch.arange(7.0), targets)
+    assert [view.tolist() for view in views] == [[[0, 1], [2, 3]], [4, 5, 6]], f"_unflatten_dense_tensors {version}"
+    _torch.copy_all(targets, views)
+    assert targets[1].tolist() == [4, 5, 6], f"_foreach_copy_ does not cast {version}"
+    assert _torch.detect_fake_mode() is None, f"detect_fake_mode sees a mode where there is none {version}"
