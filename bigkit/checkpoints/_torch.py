@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,11 +13,12 @@ from torch._utils import _unflatten_dense_tensors
 detect_fake_mode: Callable[[], Any] = torch._guards.detect_fake_mode
 
 
-def cut_like(flat: Tensor, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+def cut_like(flat: Tensor, tensors: list[Tensor]) -> tuple[Tensor, ...]:
     """Views of a flat tensor, one after another, shaped like others. `_unflatten_dense_tensors`, 2.11 to 2.15."""
-    return _unflatten_dense_tensors(flat, tensors)
+    views: tuple[Tensor, ...] = _unflatten_dense_tensors(flat, tensors)
+    return views
 
 
-def copy_all(targets: list[Tensor], sources: Sequence[Tensor]) -> None:
+def copy_all(targets: list[Tensor], sources: tuple[Tensor, ...]) -> None:
     """Copy many small tensors in few kernels, casts included. `torch._foreach_copy_`, 2.11 to 2.15."""
     torch._foreach_copy_(targets, sources)

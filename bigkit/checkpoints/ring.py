@@ -159,8 +159,8 @@ class Chunk:
 class Ring:
     """Chunks of pinned RAM that go round between readers and a copy engine.
 
-    A chunk is pinned when it has been filled for the first time: then its pages are there, and readers that pin the
-    first chunks do so while others read.
+    A chunk is pinned when it has been filled for the first time: then its pages are there, and while one reader pins,
+    others read.
 
     Args:
         nbytes: bytes of a chunk.
@@ -191,7 +191,8 @@ class Ring:
                 if chunk.emptied is not None:
                     chunk.emptied.synchronize()
                 read(job, chunk)
-                chunk.slab.pin(filled=True)
+                if chunk.emptied is None:  # tried once: the system may refuse
+                    chunk.slab.pin(filled=True)
             except BaseException:
                 self._free.put(chunk)
                 raise

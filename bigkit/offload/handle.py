@@ -247,7 +247,7 @@ def _operate(func: Any, args: Any, kwargs: Any) -> Any:
         result = result.copy()
         result.flags.writeable = False
     elif isinstance(result, (list, tuple)) and any(isinstance(item, Tensor) for item in result):
-        return type(result)(map(protect, result))  # type: ignore[arg-type]
+        return type(result)(map(protect, result))
     return protect(result)
 
 

@@ -27,7 +27,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..checkpoints.ring import READERS, Chunk, Ring, count_readers
+from ..checkpoints.ring import READERS, Chunk, Ring
+from ..checkpoints.ring import count_readers as count_readers  # `measure/calibrate.py` reads with as many
 from ..units import MiB
 from .weights import Move, Unit
 
