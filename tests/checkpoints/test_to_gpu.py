@@ -85,7 +85,7 @@ def test_whole_files_go_through_the_ring(tmp_path, monkeypatch, chunk, ring, rea
     arriving.close()  # the rest is not wanted
     assert torch.equal(value, tensors[first]) and not runtime.pinned
     os.truncate(tmp_path / "model.safetensors", 100_000)
-    with pytest.raises(OSError, match="is shorter than it was: nothing at byte 100000"):
+    with pytest.raises(OSError, match="is shorter than it was: nothing at byte"):
         read_to_gpu(stored, CPU, **sizes)
     os.unlink(tmp_path / "model.safetensors")
     with pytest.raises(FileNotFoundError):
