@@ -159,6 +159,10 @@ class AwayView(Away):
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return _operate(func, args, kwargs or {})
 
+    def load(self, device: torch.device | str | None = None) -> Tensor:
+        """A copy of the part on a device (None: where it is)."""
+        return self.to(device or self.device, copy=True)
+
 
 def _connect(handle: Any, weight: Weight, streamer: WeightStreamer, in_model: bool = False) -> Away:
     handle.weight, handle.streamer, handle.in_model = weight, streamer, in_model

@@ -128,7 +128,7 @@ class Weight:
         part = next(iter(self.parts.values()))
         return (str(part.source.path), part.at) if part.source else ("", 0)
 
-    @torch.inference_mode(False)  # what is made once serves every mode
+    @torch.inference_mode(False)  # so that the tensor can be used in every mode
     def over(self, memory: Tensor) -> Tensor:
         """The weight around its bytes in a slot."""
         return self._around({suffix: part.over(memory, part.offset) for suffix, part in self.parts.items()})

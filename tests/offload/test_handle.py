@@ -267,6 +267,7 @@ def test_views_can_be_read(tmp_path):
         assert type(view + 1) is torch.Tensor and same(F.linear(X, view), F.linear(X, expected)), way
         changed = view.clone().mul_(2)
         assert torch.equal(changed, expected * 2) and same(parts(X), model(X))
+        assert type(view.load()) is torch.Tensor and torch.equal(view.load("cpu"), expected)
         assert type(copy.deepcopy(view)) is torch.Tensor and torch.equal(copy.deepcopy(view), expected)
         assert torch.equal(pickle.loads(pickle.dumps(view)), expected)
         with pytest.raises(ValueError, match="read-only"):

@@ -97,3 +97,15 @@ def test_the_ring_of_a_machine_with_few_cores_is_short(monkeypatch, tmp_path):
     filled(lane, unit, {"w": torch.zeros(4)})
     assert len(lane._ring.chunks) == 6
     transfer.readers.cache_clear()
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_forked_child_has_the_weights_and_readers_of_its_own():
+    unit = unit_of({"w": torch.arange(8.0)})
+    rest_in_ram(unit, [{"": torch.arange(8.0)}], pin=False)
+    assert transfer.readers().submit(int, "1").result() == 1
+    child = os.fork()
+    if not child:
+        total = transfer.readers().submit(unit.weights[0].load().sum).result(timeout=20)
+        os._exit(int(total))
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == sum(range(8))
