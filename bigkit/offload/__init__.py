@@ -23,18 +23,21 @@ work, return. By hand, with PyTorch's own hooks:
 >>> torch.equal(model(x), expected), sum(parameter.nbytes for parameter in model.parameters())
 (True, 0)
 
-What is wrong with it is what the files are about, in this order:
+What is wrong with it is what the files are about. Read in this order:
 
 - `weights.py`: a copy for each tensor. Those of a block lie together, pinned, as they will lie on the GPU; or in the
-  checkpoint's own files (`source.py`). Quantized tensors are several in one (`codec.py`).
-- `handle.py`: `weight.shape` is gone between two forwards, and what others write there is lost. A handle answers.
+  checkpoint's own files (`source.py`). A quantized tensor is several plain ones (`codec.py`).
+- `handle.py`: `weight.shape` is gone between two forwards, and what is written there is lost. A handle answers.
 - `transfer.py`: the GPU waits for every copy. A copy stream fills one slot while the GPU works on another; what comes
-  from a file goes through `checkpoints/ring.py`.
-- `stream.py`: nothing is fetched ahead. A streamer lends units in turn, and fetches those that come next.
-- `hooks.py`: an interrupted forward keeps its weights. A hook of bigkit's gives them back whatever is raised.
-- `grouping.py`: which weights rest where, and which travel together, from a device map.
-- `dispatch.py`: the calls that users know from Accelerate.
-- `observe.py`: what a forward really did, step by step; `_torch.py`: what is private in PyTorch and used here.
+  from a file goes through `checkpoints/ring.py`. On the CPU, pages of the file are lent instead (`mapped.py`).
+- `stream.py`: nothing is fetched ahead. A streamer lends units in turn, and fetches those that come next. `sites.py`
+  sees what users change in between, and `inference_only.py` refuses a backward.
+- `hooks.py`: an interrupted forward keeps its weights. A hook of bigkit's gives them back whatever is raised, and
+  moves inputs of any kind (`inputs.py`).
+- `dispatch.py`: the calls that users know from Accelerate. A device map says which weights travel, and which of them
+  together (`grouping.py`, `placing.py`). `whole_model.py` is for pipelines of several models.
+- `observe.py`: what a forward really did, step by step.
+- `_torch.py`: what is private in PyTorch and used here.
 
 Leaves out: making the map (`maps`), reading checkpoints (`checkpoints`), quantizing (`quantize`), and training: what
 is offloaded can run, but not learn.
