@@ -35,8 +35,9 @@ from torch import Tensor, nn
 
 import bigkit
 import bigkit.offload.stream
-from bigkit.offload import transfer as lanes
-from bigkit.offload import weights as store
+from bigkit.checkpoints import ring
+from bigkit.offload import transfer
+from bigkit.offload.weights import Unit
 
 SHAPES = {"1x16": (1, 16), "8x512": (8, 512)}
 
@@ -152,7 +153,7 @@ def clean() -> None:
 # The GPU
 
 
-class InOrder(lanes.CudaLane):
+class InOrder(transfer.CudaLane):
     """A lane that copies on the stream of the work: what overlap is worth."""
 
     def __init__(self, device: torch.device) -> None:
@@ -160,10 +161,10 @@ class InOrder(lanes.CudaLane):
         self.stream = torch.cuda.current_stream(device)
 
 
-class Apart(lanes.CudaLane):
+class Apart(transfer.CudaLane):
     """A lane that copies weight by weight: what coalescing is worth."""
 
-    def fill(self, slot: lanes.Slot, unit: store.Unit) -> None:
+    def fill(self, slot: transfer.Slot, unit: Unit) -> None:
         self.stream.wait_event(slot.free)
         with torch.cuda.stream(self.stream):
             for part in unit.parts():
@@ -270,7 +271,7 @@ def gpu_ablation(table: Table, empty: Any, state: dict[str, Tensor], size: int, 
         ("without prefetch", None, {"prefetch": False}),
         ("without overlap", (bigkit.offload.stream, "CudaLane", InOrder), {}),
         ("without coalescing", (bigkit.offload.stream, "CudaLane", Apart), {}),
-        ("without pinning", (store, "_may_pin", lambda nbytes: False), {}),
+        ("without pinning", (ring, "_may_pin", lambda nbytes: False), {}),
         ("with three slots", None, {"slots": 3}),
     ):
         with changed(*context) if context else nullcontext():

@@ -170,7 +170,8 @@ def one_round(rng: random.Random, folder: Path, gpu: bool) -> int:
         elif action < 0.85:
             dispatch_model(parts, places(rng, depth, main), **options)
         elif action < 0.9:
-            parts = copy.deepcopy(parts)
+            parts = copy.deepcopy(remove_hook_from_module(parts, recurse=True))
+            dispatch_model(parts, places(rng, depth, main), **options)
         elif action < 0.95:
             save_model(parts, folder / "again", rng.choice(["1KB", "1GB"]))
             loaded = copy.deepcopy(whole)

@@ -31,7 +31,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from ..devices import Device
 from ..model.spec import QUANTIZATIONS
-from ..offload.weights import ANATOMY, Anatomy
+from ..offload.codec import CODECS, TensorCodec
 from ..quantize import bnb as packed
 from ..quantize.load import BnbQuantizationConfig, replace_with_bnb_layers
 from ..units import dtype_name
@@ -85,7 +85,7 @@ def fake_bitsandbytes(notes: Notebook) -> Iterator[None]:
         enter(mock.patch.object(packed, "int4_weight", _int4_weight))
         enter(mock.patch.object(packed, "int8_weight", _int8_weight))
         enter(mock.patch.object(packed, "_reach", partial(_reach, notes)))
-        enter(mock.patch.dict(ANATOMY, dict.fromkeys((Params4bit, Int8Params), _ANATOMY)))
+        enter(mock.patch.dict(CODECS, dict.fromkeys((Params4bit, Int8Params), _CODEC)))
         enter(mock.patch.object(notes, "kernels", functions))
         enter(mock.patch.object(logging.getLogger("bitsandbytes.autograd._functions"), "disabled", True))
         yield
@@ -168,7 +168,7 @@ def _weight(cls: type[FakeTensor], codes: Tensor, **attributes: Any) -> Any:
     return made
 
 
-_ANATOMY = Anatomy(packed.take_apart, packed.put_together, packed.skeleton, ("", "absmax", "nested_absmax", "SCB"))
+_CODEC = TensorCodec(packed.take_apart, packed.put_together, packed.skeleton, ("", "absmax", "nested_absmax", "SCB"))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -160,7 +160,7 @@ def extra_tensors(module: nn.Module, load: bool = False) -> dict[str, Tensor]:
     own = {**module._parameters, **module._buffers}
     away: Any = {name: tensor for name, tensor in module._parameters.items() if hasattr(tensor, "streamer")}
     try:
-        module._parameters.update({name: a.load("cpu") if load else a.weight.like for name, a in away.items()})
+        module._parameters.update({name: a.load("cpu") if load else a.weight.template for name, a in away.items()})
         state = own_state(module)
     finally:
         module._parameters.update(away)

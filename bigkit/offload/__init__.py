@@ -1,1 +1,44 @@
-"""A model that is spread out: weights at rest, the copies that bring them in time, and the hooks that ask for them."""
+"""A model that is spread out: its weights rest in RAM or in files, and visit the GPU for the time of a forward.
+
+A block needs its weights only while it works. So a GPU with room for two blocks can run a model of any size: borrow,
+work, return. By hand, with PyTorch's own hooks:
+
+>>> import torch
+>>> from torch import nn
+>>> def offload(block, device):
+...     resting = {name: parameter.data for name, parameter in block.named_parameters()}
+...     def borrow(module, inputs):
+...         for name, parameter in module.named_parameters():
+...             parameter.data = resting[name].to(device)
+...         return tuple(x.to(device) for x in inputs)
+...     def give_back(module, inputs, output):
+...         for parameter in module.parameters():
+...             parameter.data = torch.empty(0)
+...     block.register_forward_pre_hook(borrow)
+...     block.register_forward_hook(give_back)
+>>> model, x = nn.Sequential(*[nn.Linear(8, 8) for _ in range(4)]), torch.ones(1, 8)
+>>> expected = model(x)
+>>> for block in model:
+...     offload(block, "cpu")  # or "cuda"
+>>> torch.equal(model(x), expected), sum(parameter.nbytes for parameter in model.parameters())
+(True, 0)
+
+What is wrong with it is what the files are about. Read in this order:
+
+- `weights.py`: a copy for each tensor. Those of a block lie together, pinned, as they will lie on the GPU; or in the
+  checkpoint's own files (`source.py`). A quantized tensor is several plain ones (`codec.py`).
+- `handle.py`: `weight.shape` is gone between two forwards, and what is written there is lost. A handle answers.
+- `transfer.py`: the GPU waits for every copy. A copy stream fills one slot while the GPU works on another; what comes
+  from a file goes through `checkpoints/ring.py`. On the CPU, pages of the file are lent instead (`mapped.py`).
+- `stream.py`: nothing is fetched ahead. A streamer lends units in turn, and fetches those that come next. `sites.py`
+  sees what users change in between, and `inference_only.py` refuses a backward.
+- `hooks.py`: an interrupted forward keeps its weights. A hook of bigkit's gives them back whatever is raised, and
+  moves inputs of any kind (`inputs.py`).
+- `dispatch.py`: the calls that users know from Accelerate. A device map says which weights travel, and which of them
+  together (`grouping.py`, `placing.py`). `whole_model.py` is for pipelines of several models.
+- `observe.py`: what a forward really did, step by step.
+- `_torch.py`: what is private in PyTorch and used here.
+
+Leaves out: making the map (`maps`), reading checkpoints (`checkpoints`), quantizing (`quantize`), and training: what
+is offloaded can run, but not learn.
+"""

@@ -31,6 +31,7 @@ from ..maps.plan import Plan
 from ..maps.strategies import STRATEGIES, place
 from ..meta.skeleton import spec_from_module
 from ..units import parse_bytes
+from .codec import codec_of
 from .grouping import Group, Rest, groups, has_forward, make_units, records, streamer_for
 from .hooks import (
     AlignDevicesHook,
@@ -42,7 +43,7 @@ from .hooks import (
     torch_device,
 )
 from .stream import Streamer
-from .weights import Unit, anatomy
+from .weights import Unit
 
 
 def dispatch_model(
@@ -207,7 +208,7 @@ def _with_residents(
         model, lambda name: runs_at(device_of(name)) != device_of(name), lambda name: name not in inner, classes
     )
     whole = [group for group in found if not group.loose]
-    sizes = [sum(anatomy(type(tensor)).nbytes(tensor) for tensor in group.module.parameters()) for group in whole]
+    sizes = [sum(codec_of(tensor).nbytes(tensor) for tensor in group.module.parameters()) for group in whole]
     chosen = {whole[i].name for i in spread(sizes, budget)}
     finer: dict[str, Device] = {}
     for prefix, module in model.named_modules():

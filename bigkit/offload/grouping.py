@@ -27,10 +27,12 @@ from ..checkpoints.resting import resting_place, write_file
 from ..devices import Device
 from ..meta.empty import twin
 from ..meta.skeleton import repeated_blocks, tied_groups
+from .codec import PLAIN, codec_of
 from .handle import Away
+from .source import Source
 from .stream import Mapped, Slots, Streamer
 from .transfer import readers
-from .weights import PLAIN, Part, Source, Unit, Weight, anatomy, open_source, part_of, rest_in_ram
+from .weights import Part, Unit, Weight, part_of, rest_in_ram
 
 Place = tuple[str, nn.Module, str]  # full name, module, own name
 
@@ -75,7 +77,7 @@ def records(model: nn.Module) -> list[Record]:
                 if owner not in found:
                     rests = tensor.weight if isinstance(tensor, Away) else None
                     persistent = own not in module._non_persistent_buffers_set
-                    found[owner] = Record(name, rests.like if rests else tensor, buffer, persistent, rests)
+                    found[owner] = Record(name, rests.template if rests else tensor, buffer, persistent, rests)
                 if (id(module), own) not in seen:  # a module may be reached by two names
                     seen.add((id(module), own))
                     found[owner].places.append((name, module, own))
@@ -195,7 +197,7 @@ class Rest:
     def source(self, file: Path) -> Source:
         """A file, with pages that belong to this model alone."""
         if file not in self._sources:
-            self._sources[file] = open_source(file).private(self.written.get(file))
+            self._sources[file] = Source(file, self.written.get(file))
         return self._sources[file]
 
     def parts(self, record: Record) -> dict[str, Tensor | Stored]:
@@ -209,12 +211,12 @@ class Rest:
             self.written.update((source.path, source.owner) for source in sources)
             return {suffix: _stored(part) or part.on_cpu() for suffix, part in record.rests.parts.items()}
         if not record.tensor.is_meta:
-            return dict(anatomy(type(record.tensor)).take_apart(record.tensor))
+            return dict(codec_of(record.tensor).take_apart(record.tensor))
         for name, *_ in record.places:
             if name in self.given:
                 return {"": self.given[name].detach()}
             if name in self.stored:
-                more = anatomy(type(record.tensor)).suffixes
+                more = codec_of(record.tensor).suffixes
                 named = {suffix: f"{name}.{suffix}" if suffix else name for suffix in more}
                 return {suffix: self.stored[full] for suffix, full in named.items() if full in self.stored}
         if place := resting_place(record.tensor):
@@ -229,7 +231,7 @@ class Rest:
         if not record.tensor.is_meta:
             return record.tensor
         parts = {suffix: _read(part, self) for suffix, part in self.parts(record).items()}
-        return anatomy(type(record.tensor)).put_together(record.tensor, parts)
+        return codec_of(record.tensor).put_together(record.tensor, parts)
 
 
 def _read(part: Tensor | Stored, rest: Rest) -> Tensor:
@@ -344,7 +346,7 @@ class _Settling:
             for record, places in inside:
                 at = [(module, own, record.buffer) for _, module, own in places]
                 if id(record) in self.made:
-                    laid.append((self.made[id(record)].again(at), {}))
+                    laid.append((self.made[id(record)].alias(at), {}))
                     continue
                 parts = self.rest.parts(record)
                 shapes = {suffix: _part(part) for suffix, part in parts.items()}
@@ -373,7 +375,7 @@ class _Settling:
         rest_in_ram(unit, values, self.pin)
         values.clear()
         for record, places in inside:
-            like = self.made[id(record)].like
+            like = self.made[id(record)].template
             for place in places:
                 record.put(place, like)
             self.left.setdefault(id(record), record.tensor.device)
@@ -383,7 +385,7 @@ class _Settling:
         """Move a tensor to the device, or the devices, where it stays."""
         weight = self.made.get(id(record))
         value = weight.load() if weight is not None and record.tensor.is_meta else self.rest.value(record)
-        kind = anatomy(type(value))
+        kind = codec_of(value)
         same = kind is PLAIN and isinstance(record.tensor, nn.Parameter) and not record.tensor.is_meta
         same = same and not hasattr(record.tensor, "fake_mode")  # whose data cannot be moved (a dry run)
         for device, places in here.items():
@@ -391,7 +393,7 @@ class _Settling:
             if kind is not PLAIN:
                 if value.device != device:
                     parts = {suffix: part.to(device) for suffix, part in kind.take_apart(value).items()}
-                    new = kind.put_together(kind.skeleton(value), parts)
+                    new = kind.put_together(kind.template(value), parts)
             elif same:  # the same object, so that others keep knowing it
                 self.stayed.append((record.tensor, record.tensor.data))
                 record.tensor.data, new, same = value.detach().to(device), record.tensor, False
@@ -423,7 +425,7 @@ class _Settling:
 
 def _like(record: Record, parts: Mapping[str, Part]) -> Tensor:
     """A tensor of a record without data, in the dtype that its data have: a checkpoint's may be another."""
-    like = anatomy(type(record.tensor)).skeleton(record.tensor)
+    like = codec_of(record.tensor).template(record.tensor)
     if [*parts] == [""] and parts[""].dtype != like.dtype:
         data = like.detach().to(parts[""].dtype)
         return twin(like, data) if isinstance(like, nn.Parameter) else data

@@ -30,11 +30,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..checkpoints.ring import Slab
 from ..maps.partition import spread
 from ..units import MiB
 from .handle import Away
 from .transfer import CudaLane, PlainLane, Slot
-from .weights import Slab, Unit, Weight
+from .weights import Unit, Weight
 
 AHEAD = 64 * MiB  # how far `Mapped` has files read ahead
 
@@ -132,7 +133,7 @@ class Streamer:
         for i, unit in enumerate(self.units):
             unit.index = i
             for weight in unit.weights:
-                shared = [twin.away for twin in weight.twins if twin.away is not None]
+                shared = [twin.away for twin in weight.aliases if twin.away is not None]
                 weight.away = shared[0] if shared else Away.of(weight, self)
         self._look()
         self.send_away()
@@ -153,7 +154,7 @@ class Streamer:
         where = {id(weight): i for i, unit in enumerate(self.units) for weight in unit.weights}
         for unit in self.units:
             for weight in unit.weights:
-                self._units_of[id(weight)] = [where[id(same)] for same in (weight, *weight.twins)]
+                self._units_of[id(weight)] = [where[id(same)] for same in (weight, *weight.aliases)]
         self._children = [[module._modules for module in unit.modules()] for unit in self.units]
         self._shapes = [*map(_shape, self._children)]
 
@@ -264,7 +265,7 @@ class Streamer:
         """A weight that was loaded is not needed any more: its pages may leave RAM. Nobody is to have written there."""
         with self.lock:
             if not self._loans:
-                weight.advise(mmap.MADV_DONTNEED)
+                weight.madvise(mmap.MADV_DONTNEED)
 
     def keep(self, weight: Weight, value: Tensor) -> None:
         """Make `value` the data of a weight.
@@ -300,7 +301,7 @@ class Streamer:
             self._notice(unit)
             values = self._released
             for weight in unit.weights:
-                twins = [values[id(twin)] for twin in weight.twins if id(twin) in values]
+                twins = [values[id(twin)] for twin in weight.aliases if id(twin) in values]
                 values[id(weight)] = twins[0] if twins else weight.load()
             for entry in self._entries[unit.index]:
                 if entry.tensors.get(entry.own) is entry.away:
@@ -340,7 +341,7 @@ class Streamer:
         units = [self.units[i] for i in self._units_of[id(weight)]]
         for unit, visit in {loan.unit.index: (loan.unit, loan.visit) for loan in self._loans}.values():
             if unit in units:
-                same = next(i for i, other in enumerate(unit.weights) if other is weight or other in weight.twins)
+                same = next(i for i, other in enumerate(unit.weights) if other is weight or other in weight.aliases)
                 weight.write_to(visit.weights[same])
         self._forget(units)
 
@@ -371,8 +372,8 @@ class Streamer:
     def _adopt(self, entry: _Entry) -> None:
         """A place refers to something else now: send that away, if it fits and all places of the weight agree on it."""
         value, weight = entry.tensors.get(entry.own), entry.weight
-        places = [place for same in (weight, *weight.twins) for place in same.places]
-        fits = value is not None and value.shape == weight.like.shape and value.dtype == weight.like.dtype
+        places = [place for same in (weight, *weight.aliases) for place in same.places]
+        fits = value is not None and value.shape == weight.template.shape and value.dtype == weight.template.dtype
         if fits and not isinstance(value, Away) and all(_at(place) is value for place in places):
             self.keep(weight, value)
             if isinstance(entry.away, nn.Parameter) and value.requires_grad != entry.away.requires_grad:
@@ -453,7 +454,7 @@ class Slots(Streamer):
 
     def close(self) -> None:
         for slot in self.slots:
-            self.lane.settle(slot)
+            self.lane.finish(slot)
         self.lane.close()
 
     def _bring(self, unit: Unit) -> _Visit:
@@ -521,7 +522,7 @@ class Slots(Streamer):
         return slot
 
     def _empty(self, slot: Slot) -> None:
-        self.lane.settle(slot)
+        self.lane.finish(slot)
         if slot.unit is not None:
             del self.holder[slot.unit.index]
         slot.unit = None
@@ -555,7 +556,7 @@ class Slots(Streamer):
 
     def _reset(self) -> None:
         for slot in self.slots:
-            self.lane.settle(slot)
+            self.lane.finish(slot)
             if slot.lent:
                 self.lane.leave(slot)  # what was started may read it still
             slot.unit, slot.lent = None, False
@@ -600,7 +601,7 @@ class Mapped(Streamer):
         for following in self._follow(unit, 16):
             if following.index not in self.asked:
                 self.asked.add(following.index)
-                following.advise(mmap.MADV_WILLNEED)
+                following.madvise(mmap.MADV_WILLNEED)
             ahead += following.nbytes
             if ahead >= AHEAD:
                 return
@@ -608,7 +609,7 @@ class Mapped(Streamer):
     def _leave(self, unit: Unit, visit: _Visit) -> None:
         if self._written(unit, visit):
             self._absorb(unit, visit)
-        unit.advise(mmap.MADV_DONTNEED)
+        unit.madvise(mmap.MADV_DONTNEED)
         self.asked.discard(unit.index)
 
     def _visits(self, unit: Unit) -> list[_Visit]:

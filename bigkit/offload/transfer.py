@@ -11,15 +11,13 @@ host never waits. For files it must: a copy can be queued only when the bytes ha
 `PlainLane` copies at once. It serves devices without streams: MPS, fake devices, and the CPU where it stands in for
 one.
 
-Leaves out: what to copy when, and into which slot (`offload/stream.py`).
+Leaves out: what to copy when, and into which slot (`offload/stream.py`), and the ring itself (`checkpoints/ring.py`).
 """
 
 from __future__ import annotations
 
 import mmap
 import os
-import queue
-import threading
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -29,28 +27,29 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..checkpoints.ring import READERS, Chunk, Ring
+from ..checkpoints.ring import count_readers as count_readers  # `measure/calibrate.py` reads with as many
 from ..units import MiB
-from .weights import Move, Slab, Unit
+from .weights import Move, Unit
 
-CHUNK = 16 * MiB  # one copy through the ring: so large that Python's part of it does not count
-READERS = 16  # threads, at most, that fill the ring
-SPARE = 4  # chunks that are being copied while each reader fills another
+CHUNK = 16 * MiB  # of one read and one copy: so large that Python's part of it does not count
+RING = READERS + 4  # chunks, where there are cores for all readers: some are copied while each reader fills another
 
 
 @dataclass(eq=False)
 class Slot:
     """Memory on the device for one unit at a time."""
 
-    base: Tensor  # shape (bytes of the largest unit,), uint8
+    base: Tensor  # the memory, shape (bytes of the largest unit,), uint8
     unit: Unit | None = None  # whose weights it holds
-    lent: bool = False  # a forward is using it
-    version: int = 0  # of `base` when it was lent: a higher one means that somebody wrote to it
-    owner: Unit | None = None  # the only unit that it is for, if it is
-    used: int = 0  # when it was last lent: the number of that loan
-    ready: Any = None  # event: filled
-    free: Any = None  # event: last read
-    pending: list[Future[None]] = field(default_factory=list)  # copies that are not queued yet
-    visits: dict[int, Any] = field(default_factory=dict)  # unit's index -> its weights in this slot
+    owner: Unit | None = None  # the only unit that it is for, if there is one
+    lent: bool = False  # whether a forward is using it
+    used: int = 0  # number of the last loan of it: the slot with the lowest is filled next
+    version: int = 0  # of `base` when it was lent: a higher one now means that somebody wrote to it
+    visits: dict[int, Any] = field(default_factory=dict)  # index of a unit -> its weights in this slot
+    ready: Any = None  # event after the last copy into it
+    free: Any = None  # event after the last work that read it
+    pending: list[Future[None]] = field(default_factory=list)  # readers that have copies into it still to queue
 
 
 class PlainLane:
@@ -69,7 +68,7 @@ class PlainLane:
         for part in unit.parts():
             if part.nbytes:
                 part.over(slot.base, part.offset).copy_(part.on_cpu())
-        unit.advise(mmap.MADV_DONTNEED)
+        unit.madvise(mmap.MADV_DONTNEED)
 
     def arrive(self, slot: Slot) -> None:
         """Make the work that follows wait until the slot is filled.
@@ -81,8 +80,8 @@ class PlainLane:
     def leave(self, slot: Slot) -> None:
         """Note that the work so far was the last to read the slot."""
 
-    def settle(self, slot: Slot) -> None:
-        """Wait until nothing is under way to the slot."""
+    def finish(self, slot: Slot) -> None:
+        """Wait until no reader is at work for the slot any more."""
 
     def close(self) -> None:
         """Wait for copies that are under way."""
@@ -94,7 +93,7 @@ class CudaLane(PlainLane):
     def __init__(self, device: torch.device) -> None:
         super().__init__(device)
         self.stream = torch.cuda.Stream(device)
-        self._ring: queue.SimpleQueue[_Chunk] | None = None
+        self._ring: Ring | None = None  # made when something first comes from a file or from RAM that is not pinned
 
     def slot(self, nbytes: int) -> Slot:
         slot = super().slot(nbytes)
@@ -112,46 +111,32 @@ class CudaLane(PlainLane):
                     target = slot.base[move.offset : move.offset + move.nbytes]
                     target.copy_(move.slab.bytes[move.at : move.at + move.nbytes], non_blocking=True)
             slot.ready.record(self.stream)
-        slow = [move for move in moves if move.slab is None or not move.slab.pinned]
-        jobs = [job for move in slow for job in _cut(move)]
-        shared = iter(jobs)  # each reader takes the next job
-        slot.pending = [readers().submit(self._carry, shared, slot.base) for _ in jobs[: count_readers()]]
+        jobs = [job for move in moves if move.slab is None or not move.slab.pinned for job in _cut(move)]
+        if jobs:
+            self._ring = self._ring or Ring(CHUNK, count_readers() + RING - READERS)
+            shared = iter(jobs)
+            slot.pending = [
+                readers().submit(self._carry, self._ring, shared, slot.base) for _ in jobs[: count_readers()]
+            ]
 
-    def _carry(self, jobs: Iterator[_Job], base: Tensor) -> None:
-        """One reader's work: fill chunks of the ring, queue their copies."""
-        ring = self._ring or self._make_ring()
+    def _carry(self, ring: Ring, jobs: Iterator[_Job], base: Tensor) -> None:
+        """One reader's work: fill chunks of the ring and queue their copies, until no job is left."""
+
+        def send(job: _Job, chunk: Chunk) -> None:
+            try:
+                for piece in job.pieces:
+                    source = chunk.bytes[piece.chunk : piece.chunk + piece.nbytes]
+                    base[piece.slot : piece.slot + piece.nbytes].copy_(source, non_blocking=True)
+            finally:
+                ring.give_back(chunk, self.stream)
+
         with torch.cuda.stream(self.stream):
-            for job in jobs:
-                chunk = ring.get()
-                try:
-                    chunk.copied.synchronize()
-                    if job.move.source is not None:
-                        job.move.source.read(chunk.view[: job.nbytes], job.at)
-                    else:
-                        assert job.move.slab is not None
-                        chunk.bytes[: job.nbytes].copy_(job.move.slab.bytes[job.at : job.at + job.nbytes])
-                    for piece in job.pieces:
-                        source = chunk.bytes[piece.chunk : piece.chunk + piece.nbytes]
-                        base[piece.slot : piece.slot + piece.nbytes].copy_(source, non_blocking=True)
-                    chunk.copied.record(self.stream)
-                finally:
-                    ring.put(chunk)
-
-    def _make_ring(self) -> queue.SimpleQueue[_Chunk]:
-        with _making:
-            if self._ring is None:
-                slab = Slab(CHUNK * (count_readers() + SPARE), pin=True)
-                slab.pin()
-                ring: queue.SimpleQueue[_Chunk] = queue.SimpleQueue()
-                for piece in slab.bytes.split(CHUNK):
-                    ring.put(_Chunk(piece, piece.numpy().data, torch.cuda.Event(), slab))
-                self._ring = ring
-            return self._ring
+            ring.fill(jobs, _read, send)
 
     def arrive(self, slot: Slot) -> None:
         if slot.pending:
             pending, slot.pending = slot.pending, []
-            errors = [error for copy in pending if (error := copy.exception()) is not None]
+            errors = [error for reader in pending if (error := reader.exception()) is not None]
             slot.ready.record(self.stream)
             if errors:
                 raise errors[0]
@@ -160,35 +145,30 @@ class CudaLane(PlainLane):
     def leave(self, slot: Slot) -> None:
         slot.free.record(torch.cuda.current_stream(self.device))
 
-    def settle(self, slot: Slot) -> None:
-        for copy in slot.pending:
-            copy.exception()
+    def finish(self, slot: Slot) -> None:
+        for reader in slot.pending:
+            reader.exception()
         slot.pending = []
 
     def close(self) -> None:
         self.stream.synchronize()
 
 
-class _Chunk(NamedTuple):
-    bytes: Tensor
-    view: memoryview
-    copied: torch.cuda.Event
-    slab: Slab  # kept alive with it
-
-
 class _Piece(NamedTuple):
-    chunk: int
-    slot: int
+    """Bytes that belong together in the slot too."""
+
+    chunk: int  # where they begin in the chunk
+    slot: int  # where they begin in the slot
     nbytes: int
 
 
 class _Job(NamedTuple):
-    """At most a chunk's worth of a move, and where its bytes belong in the slot."""
+    """At most a chunk's worth of a move."""
 
     move: Move
-    at: int
+    at: int  # where it begins in the slab or the file
     nbytes: int
-    pieces: list[_Piece]
+    pieces: list[_Piece]  # where its bytes belong
 
 
 def _cut(move: Move) -> Iterator[_Job]:
@@ -207,21 +187,20 @@ def _cut(move: Move) -> Iterator[_Job]:
         yield _Job(move, move.at + start, stop - start, pieces)
 
 
+def _read(job: _Job, chunk: Chunk) -> None:
+    """Bring a job's bytes into a chunk."""
+    if job.move.source is not None:
+        job.move.source.read(chunk.view[: job.nbytes], job.at)
+    else:
+        assert job.move.slab is not None
+        chunk.bytes[: job.nbytes].copy_(job.move.slab.bytes[job.at : job.at + job.nbytes])
+
+
 @cache
 def readers() -> ThreadPoolExecutor:
     """The reader threads, shared by all lanes of this process and started when they are first needed."""
     return ThreadPoolExecutor(count_readers(), thread_name_prefix="bigkit-reader")
 
 
-def count_readers() -> int:
-    """How many there are."""
-    return min(READERS, os.cpu_count() or 1)
-
-
-def _forget_readers() -> None:
-    readers.cache_clear()
-
-
-_making = threading.Lock()
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forget_readers)  # threads do not survive a fork
+    os.register_at_fork(after_in_child=readers.cache_clear)  # threads do not survive a fork

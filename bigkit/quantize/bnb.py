@@ -6,7 +6,7 @@ weight has two codes in each byte, a scale for each block of 64 (`absmax`) and t
 (`nested_quant_map`) of their own and a mean (`offset`) that was taken off before.
 
 `take_apart` gives those that grow with the weight, and `put_together` makes a weight around others like them, which may
-be views of any memory: that is how a quantized weight travels (`store.ANATOMY`). A checkpoint has the names that
+be views of any memory: that is how a quantized weight travels (`CODECS`). A checkpoint has the names that
 Transformers writes: the mean and what else is no tensor stand there as JSON in a tensor of bytes
 (`quant_state.bitsandbytes__nf4`).
 
@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from ..checkpoints.format import CheckpointError
-from ..offload.weights import ANATOMY, Anatomy
+from ..offload.codec import CODECS, TensorCodec
 
 PACKED = "quant_state.bitsandbytes__"  # and "nf4" or "fp4": the JSON
 _FLOATS = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -56,7 +56,7 @@ def bitsandbytes() -> ModuleType:
             "pip install 'bitsandbytes>=0.46'; everything else in bigkit works without it"
         ) from error
     for cls, suffixes in (("Params4bit", ("", "absmax", "nested_absmax")), ("Int8Params", ("", "SCB"))):
-        ANATOMY[getattr(bitsandbytes.nn, cls)] = Anatomy(take_apart, put_together, skeleton, suffixes, nbytes)
+        CODECS[getattr(bitsandbytes.nn, cls)] = TensorCodec(take_apart, put_together, skeleton, suffixes, nbytes)
     return bitsandbytes
 
 

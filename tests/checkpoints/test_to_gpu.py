@@ -1,14 +1,21 @@
 """Packing tensors into chunks and laying them out again, on the CPU; the real thing is in tests/gpu."""
 
+import os
+import threading
 from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 
+from bigkit.checkpoints import _torch
 from bigkit.checkpoints.format import Checkpoint, Stored, read_header
-from bigkit.checkpoints.to_gpu import _cut, _empty
+from bigkit.checkpoints.to_gpu import _cut, _lay_out, read_to_gpu, stream_to_gpu
+from tests import fake_cuda
+
+CPU = torch.device("cpu")
 
 DTYPES = [torch.float32, torch.bfloat16, torch.uint8, torch.int64, torch.bool, torch.float8_e4m3fn]
 
@@ -44,7 +51,7 @@ def test_every_byte_arrives_where_it_belongs(case, size, direct):
         chunk[: load.nbytes] = torch.frombuffer(bytearray(body), dtype=torch.uint8)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("bigkit.checkpoints.to_gpu.DIRECT", direct)
-            _empty(load, chunk, staging, stored, tensors)
+            _lay_out(load, chunk, staging, stored, tensors)
     for name, where in stored.items():
         body = content[where.file][where.offset : where.offset + where.nbytes]
         expected = (
@@ -56,9 +63,41 @@ def test_every_byte_arrives_where_it_belongs(case, size, direct):
 
 
 def test_loads_follow_the_files_order(tmp_path):
-    from safetensors.torch import save_file
-
     save_file({f"t{i}": torch.zeros(1000) for i in range(10)}, tmp_path / "a.safetensors")
     loads = list(_cut(read_header(tmp_path / "a.safetensors"), 9000))
     assert [load.start for load in loads] == sorted(load.start for load in loads)
     assert len(loads) == 5 and len(Checkpoint.open(tmp_path)) == 10
+
+
+@pytest.mark.parametrize(("chunk", "ring", "readers"), [(4096, 2, 1), (100_003, 3, 4), (1 << 20, 1, 1)])
+@pytest.mark.parametrize("refuse", [False, True])
+def test_whole_files_go_through_the_ring(tmp_path, monkeypatch, chunk, ring, readers, refuse):
+    """With streams that do everything at once; tests/gpu has the same with real ones."""
+    runtime = fake_cuda.install(monkeypatch, refuse)
+    tensors = {f"t{i}": torch.randn(3**i, 7) for i in range(9)} | {"empty": torch.empty(0, 2)}
+    tensors |= {"half": torch.randn(5).half(), "flag": torch.tensor(True)}
+    save_file(tensors, tmp_path / "model.safetensors")
+    stored, sizes = read_header(tmp_path / "model.safetensors"), {"chunk": chunk, "ring": ring, "readers": readers}
+    for name, value in read_to_gpu(stored, CPU, {"half": torch.float32}, **sizes).items():
+        assert torch.equal(value, tensors[name].to(value.dtype)) and not runtime.pinned, name
+    assert dict(stream_to_gpu(stored, CPU, **sizes)).keys() == tensors.keys()
+    first, value = next(arriving := stream_to_gpu(stored, CPU, **sizes))
+    arriving.close()  # the rest is not wanted
+    assert torch.equal(value, tensors[first]) and not runtime.pinned
+    os.truncate(tmp_path / "model.safetensors", 100_000)
+    with pytest.raises(OSError, match="is shorter than it was: nothing at byte"):
+        read_to_gpu(stored, CPU, **sizes)
+    os.unlink(tmp_path / "model.safetensors")
+    with pytest.raises(FileNotFoundError):
+        read_to_gpu(stored, CPU, **sizes)
+    assert not runtime.pinned and not [t for t in threading.enumerate() if t.name.startswith("bigkit-loader")]
+
+
+def test_torch_has_what_loading_uses():
+    version = f"in torch {torch.__version__}: see bigkit/checkpoints/_torch.py"
+    targets = [torch.zeros(2, 2), torch.zeros(3, dtype=torch.int64)]
+    views = _torch.cut_like(torch.arange(7.0), targets)
+    assert [view.tolist() for view in views] == [[[0, 1], [2, 3]], [4, 5, 6]], f"_unflatten_dense_tensors {version}"
+    _torch.copy_all(targets, views)
+    assert targets[1].tolist() == [4, 5, 6], f"_foreach_copy_ does not cast {version}"
+    assert _torch.detect_fake_mode() is None, f"detect_fake_mode sees a mode where there is none {version}"

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import bigkit
-from bigkit.offload import weights as store
+from bigkit.checkpoints import ring
 from bigkit.offload.stream import Slots
 
 GPU = torch.device("cuda:0")
@@ -83,7 +83,7 @@ def test_equal_to_the_whole_model(net, tmp_path, where, slots):
 def test_pinning_refused(net, monkeypatch):
     tokens = torch.randint(0, 1000, (4, 64), device=GPU)
     expected = run(copy.deepcopy(net).to(GPU), tokens)
-    monkeypatch.setattr(store, "_may_pin", lambda nbytes: False)
+    monkeypatch.setattr(ring, "_may_pin", lambda nbytes: False)
     model = bigkit.cpu_offload(net, 0)
     assert not any(part.slab.pinned for unit in slots_of(model).units for part in unit.parts())
     assert torch.equal(run(model, tokens, 5), expected)
@@ -210,11 +210,11 @@ def test_memory_is_given_back(tmp_path):
     cycle()
     gc.collect()
     torch.cuda.synchronize()
-    before, pinned = torch.cuda.memory_allocated(), store._pinned
+    before, pinned = torch.cuda.memory_allocated(), ring.pinned_bytes()
     for _ in range(5):
         cycle()
     gc.collect()
-    assert (torch.cuda.memory_allocated(), store._pinned) == (before, pinned)
+    assert (torch.cuda.memory_allocated(), ring.pinned_bytes()) == (before, pinned)
 
 
 def test_nothing_is_allocated_in_the_steady_state(net):

@@ -125,7 +125,7 @@ def test_recording_leaves_nothing_behind(tmp_path: Any) -> None:
 
 
 def test_chunks_are_those_of_the_lane() -> None:
-    assert (CHUNK, RING) == (lanes.CHUNK, lanes.READERS + lanes.SPARE)
+    assert (CHUNK, RING) == (lanes.CHUNK, lanes.RING)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

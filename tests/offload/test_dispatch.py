@@ -317,15 +317,12 @@ def test_temporary_files_go_with_the_model(tmp_path):
     ]  # fmt: skip
     for make in makers:
         model = make()
-        copied = copy.deepcopy(model)
         assert list(rest.iterdir())
+        if handles(model):
+            assert model(X.to(model.scale.dtype)).shape == (3, 8)
+            spread(model, {"": "disk"}, main_device=0)
+            assert model(X.to(model.scale.dtype)).shape == (3, 8)
         del model
-        gc.collect()
-        if handles(copied):
-            assert copied(X.to(copied.scale.dtype)).shape == (3, 8)
-            spread(copied, {"": "disk"}, main_device=0)
-            assert copied(X.to(copied.scale.dtype)).shape == (3, 8)
-        del copied
         gc.collect()
         assert not list(rest.iterdir())
 
@@ -494,8 +491,7 @@ def test_a_file_that_is_replaced_or_removed_stays_readable(options, tmp_path):
 
 def test_models_over_one_file_do_not_see_each_others_edits(tmp_path):
     whole = saved(tmp_path)
-    models = [load_checkpoint_and_dispatch(empty(), tmp_path, {"": "disk"}) for _ in range(2)]
-    models.append(copy.deepcopy(models[1]))
+    models = [load_checkpoint_and_dispatch(empty(), tmp_path, {"": "disk"}) for _ in range(3)]
     assert all(isinstance(handles(model)[0].streamer, Mapped) for model in models)
     for model in models[::2]:
         with torch.no_grad():

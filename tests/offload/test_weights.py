@@ -1,9 +1,7 @@
 """Resting places: slabs, files, the parts of weights and the moves that bring them."""
 
-import copy
 import gc
 import os
-import pickle
 
 import pytest
 import torch
@@ -14,8 +12,9 @@ from torch import nn
 
 from bigkit.checkpoints.format import Form, read_header
 from bigkit.checkpoints.resting import write_file
-from bigkit.offload import weights as store
-from bigkit.offload.weights import ALIGN, Part, Slab, Source, Unit, Weight, open_source, part_of, rest_in_ram
+from bigkit.checkpoints.ring import Slab
+from bigkit.offload.source import Source, open_source
+from bigkit.offload.weights import ALIGN, Part, Unit, Weight, part_of, rest_in_ram
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float64, torch.int64, torch.bool, torch.uint8, torch.float8_e4m3fn]
 
@@ -71,7 +70,7 @@ def test_what_lies_in_a_file_comes_out_of_as_few_reads_as_there_are_stretches(sh
         forms = {name: Form(tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
         written, _ = write_file(folder, forms, tensors.__getitem__)
         file = written.path
-    header, source = read_header(file), open_source(file).private()
+    header, source = read_header(file), Source(file)
     unit = unit_of(list(tensors.values()))
     for weight in unit.weights:
         part = weight.parts[""]
@@ -95,7 +94,7 @@ def test_what_lies_in_a_file_comes_out_of_as_few_reads_as_there_are_stretches(sh
 def test_a_tensor_that_starts_between_two_elements(tmp_path):
     path = tmp_path / "raw"
     path.write_bytes(b"x" + bytes_of(torch.arange(5.0)).numpy().tobytes())
-    part = Part((5,), (1,), torch.float32, at=1, source=open_source(path))
+    part = Part((5,), (1,), torch.float32, at=1, source=Source(path))
     assert torch.equal(part.on_cpu(), torch.arange(5.0))
 
 
@@ -134,59 +133,36 @@ def test_a_file_is_never_written_to(tmp_path):
     before = path.read_bytes()
     unit = unit_of([torch.ones(4, 4)])
     part = unit.weights[0].parts[""]
-    part.source, part.at = open_source(path).private(), read_header(path)["w0"].offset
+    part.source, part.at = Source(path), read_header(path)["w0"].offset
     with torch.no_grad():
         unit.weights[0].load().zero_()
     unit.weights[0].keep(torch.full((4, 4), 2.0))
     assert part.source is None and unit.weights[0].load().sum() == 32 and path.read_bytes() == before
 
 
-def test_sources_are_shared_private_and_closed(tmp_path):
+def open_files():
+    return [os.path.realpath(f"/proc/self/fd/{number}") for number in os.listdir("/proc/self/fd")]
+
+
+def test_sources_have_pages_of_their_own_and_close_their_file(tmp_path):
     path = tmp_path / "file"
     path.write_bytes(bytes(10000))
-    one, other = open_source(path), open_source(tmp_path / "." / "file")
-    links = [os.path.realpath(f"/proc/self/fd/{number}") for number in os.listdir("/proc/self/fd")]
-    assert one is other and links.count(str(path)) == 1
-    private = one.private()
-    torch.frombuffer(private.mapped(), dtype=torch.uint8)[:] = 7
-    assert one.mapped()[0] == 0 and path.read_bytes()[0] == 0 and copy.deepcopy(private).mapped()[0] == 0
-    again = pickle.loads(pickle.dumps(private))
-    assert again.identity == one.identity
-    private.check()
+    one, other = Source(path), Source(tmp_path / "." / "file")
+    torch.frombuffer(other.mapped(), dtype=torch.uint8)[:] = 7
+    assert one.mapped()[0] == 0 and path.read_bytes()[0] == 0 and other.mapped()[0] == 7
+    other.check()
     path.write_bytes(bytes(9999))
-    for source in (one, private):
+    for source in (one, other):
         with pytest.raises(OSError, match="changed under a model"):
             source.check()
-    with pytest.raises(OSError, match="has changed since weights of a model were left in it"):
-        pickle.loads(pickle.dumps(private))
-    with pytest.raises(OSError, match="shorter than when it was opened: nothing at byte 9999"):
+    with pytest.raises(OSError, match="shorter than it was: nothing at byte 9999"):
         one.read(memoryview(bytearray(10)), 9995)
-    assert open_source(path) is not one
     with pytest.raises(OSError):
         Source(tmp_path / "nothing")
-    del one, other, private, again, source
+    assert str(path) in open_files()
+    del one, other, source
     gc.collect()
-    assert str(path) not in [os.path.realpath(f"/proc/self/fd/{number}") for number in os.listdir("/proc/self/fd")]
-
-
-def test_slabs_copy_and_pickle():
-    slab = Slab(100)
-    slab.bytes.copy_(torch.arange(100, dtype=torch.uint8))
-    for other in (copy.deepcopy(slab), pickle.loads(pickle.dumps(slab))):
-        assert torch.equal(other.bytes, slab.bytes) and other.bytes.data_ptr() != slab.bytes.data_ptr()
-    assert Slab(0).bytes.numel() == 0 and not slab.pinned
-
-
-def test_pinning_keeps_to_the_control_group(monkeypatch):
-    monkeypatch.setattr(store, "ram_limit", lambda: 1000)
-    assert store._may_pin(900) and not store._may_pin(901)
-    store._count_pinned(500)
-    assert store._may_pin(400) and not store._may_pin(401)
-    store._count_pinned(-500)
-    monkeypatch.undo()
-    import psutil
-
-    assert 0 < store.ram_limit() <= psutil.virtual_memory().total
+    assert str(path) not in open_files()
 
 
 def test_written_files_are_what_safetensors_reads(tmp_path):

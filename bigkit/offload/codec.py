@@ -1,0 +1,55 @@
+"""How tensors that are made of several plain ones are taken apart, and put together again around other memory.
+
+A plain tensor is one part, itself. A quantized weight has several: packed bits, scales, perhaps scales of the scales.
+Only plain tensors travel and rest in files; the class, its attributes and `requires_grad` stay behind in a template,
+which has no data.
+
+Leaves out: the quantized classes, which register themselves in `CODECS` (`quantize/bnb.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..meta.empty import twin
+
+
+class TensorCodec(NamedTuple):
+    """How a class of tensors is taken apart into plain ones and put together again.
+
+    Args:
+        take_apart: tensor -> {suffix: plain tensor}.
+        put_together: (template, {suffix: plain tensor}) -> tensor; the plain tensors are views that must not be copied.
+        template: tensor -> one of the same class and attributes on meta, which keeps no data alive.
+        suffixes: all that there may be; "" is the tensor under its own name in a checkpoint, "absmax" one that lies
+            there as `name.absmax`.
+        nbytes: tensor -> bytes of all that it consists of.
+    """
+
+    take_apart: Callable[[Tensor], dict[str, Tensor]]
+    put_together: Callable[[Tensor, dict[str, Tensor]], Tensor]
+    template: Callable[[Tensor], Tensor]
+    suffixes: tuple[str, ...] = ("",)
+    nbytes: Callable[[Tensor], int] = lambda tensor: tensor.nbytes
+
+
+def _plain_template(tensor: Tensor) -> Tensor:
+    meta = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
+    return twin(tensor, meta) if isinstance(tensor, nn.Parameter) else meta
+
+
+def _plain_whole(template: Tensor, parts: dict[str, Tensor]) -> Tensor:
+    return twin(template, parts[""]) if isinstance(template, nn.Parameter) else parts[""]
+
+
+PLAIN = TensorCodec(lambda tensor: {"": tensor.detach()}, _plain_whole, _plain_template)
+CODECS: dict[type, TensorCodec] = {}
+
+
+def codec_of(tensor: Tensor) -> TensorCodec:
+    """The entry of `CODECS` for a tensor's class or one that it inherits from; `PLAIN` without one."""
+    return next((CODECS[base] for base in type(tensor).__mro__ if base in CODECS), PLAIN)

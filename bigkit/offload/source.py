@@ -1,0 +1,76 @@
+"""An open file that weights rest in.
+
+It is read in two ways: into memory that a GPU copies from (`read`), or as mapped pages, which the system reads when
+they are touched (`mapped`). It is never written to: a page that is written to is the process's own from then on.
+
+Leaves out: which tensor lies where in it (`checkpoints/format.py`).
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import weakref
+from pathlib import Path
+from typing import Any
+
+from ..checkpoints.ring import read_fully
+
+
+class Source:
+    """An open file that weights of one model rest in. It stays readable if its name is given to another file.
+
+    Args:
+        path: the file.
+        owner: kept alive as long as the file is in use (what removes the file when it goes).
+
+    Raises:
+        OSError: it cannot be opened.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], owner: Any = None) -> None:
+        self.path = Path(path).resolve()
+        self.owner = owner
+        self.descriptor = os.open(self.path, os.O_RDONLY)
+        weakref.finalize(self, os.close, self.descriptor)
+        self._state = self._size_and_time()
+        self._map: mmap.mmap | None = None
+
+    def _size_and_time(self) -> tuple[int, int]:
+        status = os.fstat(self.descriptor)
+        return status.st_size, status.st_mtime_ns
+
+    def check(self) -> None:
+        """Make sure that the file is what it was; touching a mapped page that it lacks would end the process.
+
+        Raises:
+            OSError: somebody wrote to it.
+        """
+        if self._size_and_time() != self._state:
+            raise OSError(f"{self.path} was changed under a model whose weights rest in it: load the checkpoint again")
+
+    def read(self, view: memoryview, offset: int) -> None:
+        """Fill `view` with the bytes from `offset` on.
+
+        Raises:
+            OSError: the file is shorter than it was.
+        """
+        read_fully(self.descriptor, view, offset, self.path)
+
+    def mapped(self) -> mmap.mmap:
+        """The file as memory: pages are read when touched and copied when written to, so that nobody else sees it."""
+        if self._map is None:
+            self._map = mmap.mmap(self.descriptor, 0, access=mmap.ACCESS_COPY)
+        return self._map
+
+    def madvise(self, advice: int, start: int, nbytes: int) -> None:
+        """Tell the system what is going to happen to these bytes; of pages to drop, only those that hold no others."""
+        drop = advice == mmap.MADV_DONTNEED
+        begin = (start + drop * (mmap.PAGESIZE - 1)) // mmap.PAGESIZE * mmap.PAGESIZE
+        end = (start + nbytes) // mmap.PAGESIZE * mmap.PAGESIZE if drop else start + nbytes
+        if begin < end:
+            self.mapped().madvise(advice, begin, end - begin)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Weights
