@@ -4,7 +4,7 @@ import pytest
 
 from bigkit import dry_run, zoo
 from bigkit.dryrun.workload import Workload
-from bigkit.measure.run import measure
+from bigkit.measure.record import measure
 
 
 def test_peaks_and_steps_of_the_real_run():
