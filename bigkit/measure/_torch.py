@@ -19,7 +19,7 @@ def clear_cublas_workspaces() -> None:
 
 def records_history() -> bool:
     """Whether somebody records what is asked of the allocator. With what options cannot be asked."""
-    return torch._C._cuda_isHistoryEnabled()
+    return bool(torch._C._cuda_isHistoryEnabled())
 
 
 def start_history() -> None:
