@@ -15,6 +15,7 @@ are quantized (`load.py`), and the arithmetic, which is bitsandbytes' own. Sourc
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Mapping
 from functools import cache
@@ -174,30 +175,16 @@ def put_together(like: Tensor, parts: Mapping[str, Tensor], tables: torch.device
         parts: the tensors, by the names that `take_apart` gives them.
         tables: the device of the copied tables; None takes that of the codes.
     """
-    state: Any = getattr(like, "quant_state", None)
     codes = parts[""]
+    state: Any = copy.copy(getattr(like, "quant_state", None))
     if state is None:
         return int8_weight(codes, parts["SCB"])
     device = codes.device if tables is None else tables
-    make, nested = type(state), None
+    state.absmax, state.code = parts["absmax"], state.code.to(device)
     if state.nested:
-        nested = make(
-            absmax=parts["nested_absmax"],
-            code=state.state2.code.to(device),
-            blocksize=state.state2.blocksize,
-            dtype=state.state2.dtype,
-        )
-    own = make(
-        absmax=parts["absmax"],
-        shape=state.shape,
-        code=state.code.to(device),
-        blocksize=state.blocksize,
-        quant_type=state.quant_type,
-        dtype=state.dtype,
-        offset=state.offset.to(device) if state.nested else None,
-        state2=nested,
-    )
-    return int4_weight(codes, own)
+        state.offset, state.state2 = state.offset.to(device), copy.copy(state.state2)
+        state.state2.absmax, state.state2.code = parts["nested_absmax"], state.state2.code.to(device)
+    return int4_weight(codes, state)
 
 
 def skeleton(weight: Tensor) -> nn.Parameter:

@@ -70,13 +70,11 @@ class BnbQuantizationConfig:
         object.__setattr__(self, "bnb_4bit_compute_dtype", compute)
         object.__setattr__(self, "torch_dtype", rest)
         for name in ("skip_modules", "keep_in_fp32_modules"):
-            names = getattr(self, name)
-            if names is None:
-                continue
-            listed = () if isinstance(names, str) else tuple(names)
-            if isinstance(names, str) or not all(isinstance(item, str) and item for item in listed):
-                raise ValueError(f"{name} must be a list of module names, not {names!r}")
-            object.__setattr__(self, name, listed)
+            if (names := getattr(self, name)) is not None:
+                modules = [None] if isinstance(names, str) else list(names)
+                if not all(isinstance(module, str) and module for module in modules):
+                    raise ValueError(f"{name} must be a list of module names, not {names!r}")
+                object.__setattr__(self, name, tuple(modules))
 
     @property
     def quantization(self) -> str:

@@ -340,12 +340,12 @@ def _weights_of_model(
     places.need_folder(parameters)
     del parameters
 
-    def made(on_disk: bool) -> Iterator[tuple[str, nn.Parameter]]:
+    def quantize(on_disk: bool) -> Iterator[tuple[str, nn.Parameter]]:
         names = [name for name in targets if (places.rests(name) == "disk") == on_disk]
         tensors = ((name, model.get_parameter(name).data.to(places.works(name), config.torch_dtype)) for name in names)
         return _quantize(tensors, config, targets, places)
 
-    return chain(list(made(on_disk=True)), made(on_disk=False))
+    return chain(list(quantize(on_disk=True)), quantize(on_disk=False))
 
 
 def _cast(model: nn.Module, config: BnbQuantizationConfig) -> None:

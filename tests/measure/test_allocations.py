@@ -34,7 +34,7 @@ def trace_of(events, streams, capacity=None):
         elif event < 0 and blocks[-event - 1] is not None:
             block = blocks[-event - 1]
             for action in ("free_requested", "free_completed"):
-                entries.append({"action": action, "addr": block.address, "size": block.requested, "stream": 0})
+                entries.append({"action": action, "addr": block.address, "size": block.size, "stream": 0})
             gpu.free(block)
         elif event == 0:
             gpu.empty_cache()
@@ -49,8 +49,8 @@ def test_a_trace_says_what_was_asked(run):
     _read(entries, [], recording)
     assert [e for e in recording.events if e > 0] == [e for e in events if e > 0]
     again = CachingAllocator()
-    told = replay(recording.events, recording.streams, again)
-    assert (told.peak_allocated, told.peak_reserved) == (gpu.peak_allocated, gpu.peak_reserved)
+    replayed = replay(recording.events, recording.streams, again)
+    assert (replayed.peak_allocated, replayed.peak_reserved) == (gpu.peak_allocated, gpu.peak_reserved)
     assert (again.allocated, again.reserved) == (gpu.allocated, gpu.reserved)
 
 
@@ -62,8 +62,8 @@ def test_a_full_device_is_read_rightly(run):
     recording = Recording(capacity=90 * MiB)
     _read(entries, [], recording)
     again = CachingAllocator(90 * MiB)
-    told = replay(recording.events, recording.streams, again)
-    assert (told.peak_allocated, told.peak_reserved) == (gpu.peak_allocated, gpu.peak_reserved)
+    replayed = replay(recording.events, recording.streams, again)
+    assert (replayed.peak_allocated, replayed.peak_reserved) == (gpu.peak_allocated, gpu.peak_reserved)
     assert (again.allocated, again.reserved) == (gpu.allocated, gpu.reserved)
 
 

@@ -60,11 +60,11 @@ def test_the_shipped_gpt_against_its_dry_run(tmp_path):
         for _ in passes(model, load, "cpu"):
             pass
     assert [call.phase for call in recorder.calls] == ["prefill", "token", "token", "token"]
-    rows = {name: (told, real, error) for name, told, real, error in recorder.rows()}
+    rows = {name: (expected, real, error) for name, expected, real, error in recorder.rows()}
     assert {"prefill", "token"} <= rows.keys()
-    for name, (told, real, error) in rows.items():
-        assert told == recorder.predicted[name] and real == recorder.measured[name]
-        assert error == pytest.approx(told / real - 1)
+    for name, (expected, real, error) in rows.items():
+        assert expected == recorder.predicted[name] and real == recorder.measured[name]
+        assert error == pytest.approx(expected / real - 1)
     assert "predicted" in recorder.explain() and len(repr(recorder)) < 110
     bias = Ledger.load(tmp_path / "ledger.json").bias(recorder.machine)
     assert bias["token"].ratio == pytest.approx(rows["token"][1] / rows["token"][0]) and bias["token"].runs == 1
@@ -137,16 +137,16 @@ def test_curves_of_a_real_run_reach_its_peaks(measured):
     assert all(a <= r for a, r in zip(allocated, reserved))
 
 
-def test_each_step_lies_over_the_step_that_was_foretold(run, measured):
+def test_each_step_lies_over_the_step_that_was_predicted(run, measured):
     marks = run.timeline(0).marks
     places = measured.over(marks)
     assert len(marks) == len(measured.recording.marks) and places == sorted(places)
     for (_, mine), (_, theirs) in zip(measured.recording.marks[:-1], marks):
-        assert places[mine] == pytest.approx(theirs), "a step begins where it was foretold to begin"
+        assert places[mine] == pytest.approx(theirs), "a step begins where it was predicted to begin"
     assert places[0] == 0 and places[-1] < marks[-1][1]
 
 
-def test_fewer_steps_than_foretold_and_none_at_all(run):
+def test_fewer_steps_than_predicted_and_none_at_all(run):
     marks = run.timeline(0).marks
     assert Measurement(Recording(events=[512, -1]), ()).over(marks) == []
     short = Measurement(Recording(events=[512, 512], marks=[("fill", 2)], segments=[(0, 2**21, 0)]), ())
@@ -154,7 +154,7 @@ def test_fewer_steps_than_foretold_and_none_at_all(run):
 
 
 def test_an_h200_is_drawn_over_its_dry_run(run, measured):
-    assert run.peak_allocated[0] == measured.recording.peaks["allocated"], "foretold to the byte"
+    assert run.peak_allocated[0] == measured.recording.peaks["allocated"], "predicted to the byte"
     figure, label = dryrun_figure(run, measured), dryrun_label(run, measured)
     picture = svg(figure, label)
     assert picture == svg(dryrun_figure(run, measured), label), "the same run, the same picture"
