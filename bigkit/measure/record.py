@@ -19,7 +19,6 @@ from __future__ import annotations
 import os
 import statistics
 import time
-from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -292,13 +291,13 @@ class Measurement:
 
     def over(self, marks: Sequence[tuple[str, int]]) -> list[float]:
         """Where to draw each event over a dry run with these marks: each step gets the room that it has there."""
-        ends, room = [0, *(end for _, end in self.recording.marks)], [0, *(end for _, end in marks)]
+        ends = [0, *(end for _, end in self.recording.marks)]
+        steps = list(zip(ends, [0, *(end for _, end in marks)]))  # (events here, events there) at the end of each
         places = []
-        for i in range(ends[-1]):
-            step = min(max(1, bisect_left(ends, i + 1)), len(room) - 1)
-            share = (i - ends[step - 1]) / max(1, ends[step] - ends[step - 1])
-            places.append(room[step - 1] + share * (room[step] - room[step - 1]))
-        return places
+        for (start, start_there), (end, end_there) in zip(steps, steps[1:]):
+            scale = (end_there - start_there) / max(1, end - start)
+            places += [start_there + scale * i for i in range(end - start)]
+        return places + [float(steps[-1][1])] * (ends[-1] - len(places))
 
 
 def obstacle(run: DryRun, machine: Hardware, in_ram: int = 0) -> str:

@@ -94,7 +94,7 @@ def load_and_quantize_model(
     config = bnb_quantization_config
     bitsandbytes()
     arguments: dict[str, Any] = {"offload_dir": offload_folder, "stand_in": stand_in, **options}
-    inspect.signature(dispatch_model).bind(model, {}, **arguments)  # an unknown option must not come up later
+    inspect.signature(dispatch_model).bind(model, {}, **arguments)  # an option that it lacks is an error now
     targets = layers_to_quantize(model, config)
     devices = _device_map(model, config, targets, device_map, no_split_module_classes, max_memory)
     places = _Places(devices, stand_in, offload_folder)
@@ -113,6 +113,7 @@ def load_and_quantize_model(
                 config.torch_dtype,
                 keep_in_fp32_modules=config.keep_in_fp32_modules,
             )
+    weights = chain([next(weights)], weights)  # the first one is made while the model is as it was
     with _refusing_to_run(model):
         for name, weight in weights:
             layer = empty_layer_for(targets[name], config)
@@ -139,7 +140,7 @@ def _refusing_to_run(model: nn.Module) -> Iterator[None]:
 
 def _refuse_to_run(model: nn.Module, args: Any) -> None:
     raise RuntimeError(
-        f"quantizing this {type(model).__name__} was interrupted: some of its layers are quantized, others are not. "
+        f"quantizing this {type(model).__name__} was interrupted: it is neither what it was nor ready to run. "
         "Build or load the model again"
     )
 
@@ -284,7 +285,7 @@ def _weights_of_checkpoint(
     targets: Mapping[str, nn.Module],
     places: _Places,
 ) -> Iterator[tuple[str, nn.Parameter]]:
-    """Name -> quantized weight, where it rests."""
+    """Name -> quantized weight, where it rests: those that are stored so, and the others quantized as they are read."""
     plain: dict[torch.device, list[str]] = {}
     ready: dict[Device | torch.device, dict[str, torch.dtype | None]] = {}
     for name, kind in kinds.items():
