@@ -142,13 +142,13 @@ def load(way: str, kind: str, folder: Path, layers: int, device: str, runs: int)
 
 def decode(model: Any, prompt: torch.Tensor, tokens: int) -> list[float]:
     """Seconds of the prompt, and of each token after it."""
-    cache, given, seconds = None, prompt, []
+    cache, ids, seconds = None, prompt, []
     for _ in range(1 + tokens):
         begin = time.perf_counter()
         with torch.no_grad():
-            out = model(given, past_key_values=cache, use_cache=True)
-        cache, given = out.past_key_values, out.logits[:, -1:].argmax(-1)
-        given.tolist()  # waits for the token, and not for weights that are on their way for the next one
+            out = model(ids, past_key_values=cache, use_cache=True)
+        cache, ids = out.past_key_values, out.logits[:, -1:].argmax(-1)
+        ids.tolist()  # waits for the token, and not for weights that are on their way for the next one
         seconds.append(time.perf_counter() - begin)
     return seconds
 
@@ -168,11 +168,11 @@ def run(where: str, kind: str, folder: Path, layers: int, tokens: int) -> dict[s
     prompt = torch.randint(0, 32000, (1, 16), device="cuda")
     decode(model.eval(), prompt, tokens)  # cuDNN plans its attention anew for every length that it has not seen
     torch.cuda.reset_peak_memory_stats()
-    one, *each = decode(model, prompt, tokens)
-    per_token = statistics.median(each)
+    prefill, *steps = decode(model, prompt, tokens)
+    per_token = statistics.median(steps)
     size = 2 if kind == "bfloat16" else quantized_bytes((4096, 11008), kind, 4096) / (4096 * 11008)
     travels = layers * (4 * 4096 * 4096 + 3 * 4096 * 11008) * size if where == "RAM" else 0
-    return {"what": "run", "where": where, "kind": kind, "tokens_per_s": 1 / per_token, "prompt_s": one,
+    return {"what": "run", "where": where, "kind": kind, "tokens_per_s": 1 / per_token, "prompt_s": prefill,
             "load_s": loaded, "travels_gb_per_token": travels / 1e9, "gb_per_s": travels / 1e9 / per_token,
             "gpu_peak_mb": torch.cuda.max_memory_allocated() / 1e6}  # fmt: skip
 
@@ -182,14 +182,14 @@ def perplexities(device: str, length: int) -> dict[str, Any]:
     from bigkit.zoo.gpt import heldout_text, load_pygpt, perplexity
 
     text = heldout_text()[:length]
-    found = {dtype: perplexity(load_pygpt(device, getattr(torch, dtype)), text) for dtype in ("float32", "bfloat16")}
+    values = {dtype: perplexity(load_pygpt(device, getattr(torch, dtype)), text) for dtype in ("float32", "bfloat16")}
     for kind in KINDS:
         config = BnbQuantizationConfig(
             **{**options(kind), "torch_dtype": "float32", "bnb_4bit_compute_dtype": "float32"}
         )
         model = load_and_quantize_model(load_pygpt(), config, device_map={"": 0 if device == "cuda" else "cpu"})
-        found[kind] = perplexity(model, text)
-    return {"what": "perplexity", "bytes": len(text), **found}
+        values[kind] = perplexity(model, text)
+    return {"what": "perplexity", "bytes": len(text), **values}
 
 
 def main() -> None:
@@ -270,16 +270,16 @@ def compare(root: Path, device: str, layers: int, given: argparse.Namespace) -> 
 
 def table(rows: list[dict[str, Any]]) -> None:
     """Print the rows as Markdown."""
-    if found := [row for row in rows if row["what"] == "load"]:
+    if loads := [row for row in rows if row["what"] == "load"]:
         print("\n| loaded as | way | load | host peak | GPU peak | held on the GPU |\n|---|---|---|---|---|---|")
-        for row in found:
+        for row in loads:
             print(f"| {row['kind']} | {row['way']} | {row['load_s']:.2f} s | {row['host_peak_mb']:.0f} MB"
                   f" | {row['gpu_peak_mb']:.0f} MB | {row['gpu_held_mb']:.0f} MB |")  # fmt: skip
-    if found := [row for row in rows if row["what"] == "run"]:
-        base = {row["where"]: row["tokens_per_s"] for row in found if row["kind"] == "bfloat16"}
+    if runs := [row for row in rows if row["what"] == "run"]:
+        base = {row["where"]: row["tokens_per_s"] for row in runs if row["kind"] == "bfloat16"}
         print("\n| blocks | stored as | tokens/s | over bfloat16 | bytes a token | link | GPU peak |")
         print("|---|---|---|---|---|---|---|")
-        for row in found:
+        for row in runs:
             ratio = row["tokens_per_s"] / base.get(row["where"], float("nan"))
             print(f"| {row['where']} | {row['kind']} | {row['tokens_per_s']:.2f} | {ratio:.2f}x"
                   f" | {row['travels_gb_per_token']:.2f} GB | {row['gb_per_s']:.1f} GB/s"

@@ -84,7 +84,7 @@ def fake_bitsandbytes(notes: Notebook) -> Iterator[None]:
         enter(mock.patch.object(bnb.functional, "create_dynamic_map", lambda: torch.empty(256)))
         enter(mock.patch.object(packed, "int4_weight", _int4_weight))
         enter(mock.patch.object(packed, "int8_weight", _int8_weight))
-        enter(mock.patch.object(packed, "_reach", partial(_reach, notes)))
+        enter(mock.patch.object(packed, "has_outliers", partial(_reach, notes)))
         enter(mock.patch.dict(CODECS, dict.fromkeys((Params4bit, Int8Params), _CODEC)))
         enter(mock.patch.object(notes, "kernels", functions))
         enter(mock.patch.object(logging.getLogger("bitsandbytes.autograd._functions"), "disabled", True))

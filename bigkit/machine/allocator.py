@@ -71,7 +71,6 @@ class Block:
     size: int
     pool: tuple[int, bool]  # stream, whether it is the pool of small blocks
     used: bool = False
-    requested: int = 0  # what was asked for, before rounding
     before: Block | None = None
     after: Block | None = None
 
@@ -111,11 +110,10 @@ class CachingAllocator:
         watch: Callable[[int, int], None] | None = None,
     ) -> None:
         self.capacity = capacity
-        self.allocated = self.reserved = self.requested = 0
+        self.allocated = self.reserved = 0
         self.peak_allocated = self.peak_reserved = 0
         self._free: dict[tuple[int, bool], list[tuple[int, int]]] = {}  # pool -> sorted keys of its free blocks
         self._at: dict[int, Block] = {}  # address -> free block
-        self._firsts: dict[int, Block] = {}  # address of a segment -> its first block
         self._space = _Space()
         self._place = place or self._space.take
         self._watch = watch or (lambda size, address: None)
@@ -138,9 +136,8 @@ class CachingAllocator:
                 block.after.before = tail
             block.after, block.size = tail, need
             self._shelve(tail)
-        block.used, block.requested = True, size
+        block.used = True
         self.allocated += block.size
-        self.requested += size
         self.peak_allocated = max(self.peak_allocated, self.allocated)
         return block
 
@@ -150,14 +147,11 @@ class CachingAllocator:
             raise ValueError(f"the block of {format_bytes(block.size)} at {block.address:#x} is free already")
         block.used = False
         self.allocated -= block.size
-        self.requested -= block.requested
         if block.before and not block.before.used:
             before = self._unshelve(block.before)
             block.address, block.size, block.before = before.address, before.size + block.size, before.before
             if block.before:
                 block.before.after = block
-            else:
-                self._firsts[block.address] = block
         if block.after and not block.after.used:
             after = self._unshelve(block.after)
             block.size, block.after = block.size + after.size, after.after
@@ -171,13 +165,8 @@ class CachingAllocator:
             if block.is_segment:
                 self._unshelve(block)
                 self.reserved -= block.size
-                del self._firsts[block.address]
                 self._space.give(block.address, block.size)
                 self._watch(-block.size, block.address)
-
-    def segments(self) -> list[Block]:
-        """The first block of each segment, by address; the others follow in `after`."""
-        return [self._firsts[address] for address in sorted(self._firsts)]
 
     def reset_peaks(self) -> None:
         """Let the peaks start from what is held now (`torch.cuda.reset_peak_memory_stats()`)."""
@@ -204,7 +193,6 @@ class CachingAllocator:
         self.reserved += size
         self.peak_reserved = max(self.peak_reserved, self.reserved)
         block = Block(self._place(size), size, pool)
-        self._firsts[block.address] = block
         self._watch(size, block.address)
         return block
 

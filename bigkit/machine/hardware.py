@@ -17,7 +17,7 @@ from pathlib import Path
 from ..devices import Device
 from ..units import GB, TB, GiB, MiB
 
-SPARE = 50  # one part in so many of a GPU: plans that offload keep it free, or dry runs find them out of memory
+FRAGMENTATION = 0.02  # share of a GPU that its allocator reserves but cannot use: found by dry runs of offloaded plans
 CONTEXT_BYTES = 527 * MiB  # what a CUDA context takes before the first tensor: measured on an H200 with torch 2.11
 
 
@@ -44,7 +44,14 @@ class Gpu:
 
 @dataclass(frozen=True)
 class Hardware:
-    """A machine: its GPUs in order, RAM and disk for weights in bytes, and the disk's bytes a second.
+    """A machine.
+
+    Args:
+        name: how it is called in tables.
+        gpus: its GPUs, in order.
+        ram: bytes of RAM for weights.
+        disk: bytes of a disk for weights.
+        disk_rate: bytes a second that large reads from the disk bring.
 
     >>> HARDWARE["2 x RTX 4090"].max_memory()["cpu"] // 2**30
     64
@@ -58,10 +65,11 @@ class Hardware:
 
     @staticmethod
     def detect(folder: str | os.PathLike[str] = ".") -> Hardware:
-        """This machine: its GPUs, its RAM (or what its control group may have of it), and what is free on a disk.
+        """This machine: its GPUs, the RAM that this process may use, and the free space of a disk.
 
-        A GPU that is not in `GPUS` gets its own memory and the other figures of the one there whose compute capability
-        is nearest; `calibrate()` replaces them by measured ones.
+        A GPU that is not in `GPUS` (an H100 PCIe, a laptop's RTX 4090) gets its own memory, and the other figures of
+        the one there whose compute capability is nearest, which the machine's name says; `calibrate()` replaces them
+        by measured ones.
 
         Args:
             folder: where weights would rest on disk.
@@ -70,21 +78,24 @@ class Hardware:
         True
         """
         gpus = _gpus()
-        names = [gpu.name for gpu in gpus]
+        names = [
+            gpu.name if known_gpu(gpu.name) else f"{gpu.name} (with the figures of {_nearest(gpu.capability).name})"
+            for gpu in gpus
+        ]
         name = f"{len(names)} x {names[0]}" if names and len({*names}) == 1 else ", ".join(names) or "no GPU"
         return Hardware(f"this machine: {name}", gpus, ram_limit(), shutil.disk_usage(folder).free)
 
     @property
     def overhead(self) -> int:
-        """Bytes that a plan must leave of each GPU: the CUDA context, and what the allocator reserves and cannot use.
+        """Bytes of each GPU that a plan must leave free: the CUDA context, and what fragmentation costs.
 
         >>> HARDWARE["Colab T4"].overhead // MiB, HARDWARE["laptop, no GPU"].overhead
         (834, 0)
         """
-        return max((CONTEXT_BYTES + gpu.memory // SPARE for gpu in self.gpus), default=0)
+        return max((CONTEXT_BYTES + int(FRAGMENTATION * gpu.memory) for gpu in self.gpus), default=0)
 
     def max_memory(self) -> dict[Device, int]:
-        """Budgets for `plan`: every GPU whole, RAM and disk. What is lost of a GPU is `plan`'s `overhead`."""
+        """Budgets for `plan`: all of every GPU, RAM and disk. What a GPU cannot use is `plan`'s `overhead`."""
         return {**{i: gpu.memory for i, gpu in enumerate(self.gpus)}, "cpu": self.ram, "disk": self.disk}
 
 
@@ -161,36 +172,48 @@ def machine_of(name: str) -> Hardware:
 # This machine
 
 
-def known_gpu(name: str, memory: int = 0) -> Gpu | None:
-    """The entry of `GPUS` that a driver's name for a GPU means, or None.
+# Names of products as drivers report them, without "NVIDIA", "Tesla" and "GeForce" -> the entry of `GPUS`. Boards that
+# share a word of the name (RTX 4090 D and Laptop, 3090 Ti, H100 PCIe and NVL, A100 80GB PCIe, slices by MIG) differ in
+# memory, clocks or link by NVIDIA's data sheets, and are not listed. Both A100 of 40 GB have the same figures.
+_PRODUCTS = {
+    "A100-SXM4-40GB": "A100-40GB",
+    "A100-PCIE-40GB": "A100-40GB",
+    "A100-SXM4-80GB": "A100-80GB",
+    "H100 80GB HBM3": "H100-80GB",
+    **{name: name for name in GPUS},
+}
 
-    >>> known_gpu("NVIDIA A100-SXM4-80GB").name, known_gpu("NVIDIA GeForce RTX 4090").name, known_gpu("Quadro K620")
-    ('A100-80GB', 'RTX 4090', None)
+
+def known_gpu(name: str) -> Gpu | None:
+    """The entry of `GPUS` for a product, by the whole name that its driver reports; None for every other product.
+
+    >>> known_gpu("NVIDIA A100-SXM4-80GB").name, known_gpu("NVIDIA GeForce RTX 4090").name
+    ('A100-80GB', 'RTX 4090')
+    >>> known_gpu("NVIDIA GeForce RTX 4090 Laptop GPU"), known_gpu("NVIDIA H100 PCIe")
+    (None, None)
     """
-    words = name.replace("-", " ").split()
-    models = [gpu for gpu in GPUS.values() if all(word in words for word in gpu.name.split("-")[0].split())]
-    sized = [gpu for gpu in models if gpu.name.partition("-")[2] in words] if len(models) > 1 else models
-    if not sized and models and memory:
-        sized = [min(models, key=lambda gpu: abs(gpu.memory - memory))]
-    return sized[0] if sized else None
+    product = " ".join(word for word in name.split() if word not in ("NVIDIA", "Tesla", "GeForce"))
+    return GPUS.get(_PRODUCTS.get(product, ""))
+
+
+def _nearest(capability: tuple[int, int]) -> Gpu:
+    return min(GPUS.values(), key=lambda gpu: [abs(a - b) for a, b in zip(gpu.capability, capability)])
 
 
 def _gpus() -> tuple[Gpu, ...]:
     import torch
 
-    found = []
+    gpus = []
     for i in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
         about = torch.cuda.get_device_properties(i)
         capability = (about.major, about.minor)
-        like = known_gpu(about.name, about.total_memory)
-        if like is None:
-            like = min(GPUS.values(), key=lambda gpu: [abs(a - b) for a, b in zip(gpu.capability, capability)])
-        found.append(Gpu(about.name, about.total_memory, like.bandwidth, like.flops, like.link, capability))
-    return tuple(found)
+        gpu = known_gpu(about.name) or _nearest(capability)
+        gpus.append(Gpu(about.name, about.total_memory, gpu.bandwidth, gpu.flops, gpu.link, capability))
+    return tuple(gpus)
 
 
 def ram_limit() -> int:
-    """Bytes of RAM that this process may have: the machine's, or fewer if its control group says so."""
+    """Bytes of RAM that this process may use: the machine's, or the limit of its control group if that is less."""
     import psutil
 
     limits = [int(psutil.virtual_memory().total)]

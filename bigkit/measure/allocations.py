@@ -1,28 +1,26 @@
-"""Recording what a real run asks of PyTorch's CUDA allocator, as the events that the model in `machine/allocator.py`
-replays.
+"""Recording what a real run asks of PyTorch's CUDA allocator, as events that `machine/allocator.py` replays.
 
-Leaves out: fake runs, which `trace.py` records in the same form.
+Leaves out: fake runs, whose events `dryrun/fake_gpu.py` records in the same form.
 """
 
 from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 
 from ..machine.allocator import Recording
-
-MOST_EVENTS = 2_000_000
+from . import _torch
 
 
 def settle(device: int = 0) -> int:
     """Give back everything that the allocator can give back; returns the bytes that are still reserved."""
     gc.collect()
     torch.cuda.synchronize(device)
-    torch._C._cuda_clearCublasWorkspaces()
+    _torch.clear_cublas_workspaces()
     torch.cuda.empty_cache()
     return torch.cuda.memory_reserved(device)
 
@@ -30,6 +28,10 @@ def settle(device: int = 0) -> int:
 @contextmanager
 def record_allocations(device: int = 0, capacity: int | None = None) -> Iterator[Callable[[str], None]]:
     """Record the allocations of a block of code on one GPU.
+
+    A replay starts from nothing: bytes that are held from before the block are left out of the peaks and stand in
+    `about["held"]` (0 if no tensor lies on the GPU). PyTorch's peak statistics start anew with the block; the memory
+    limit of the process is afterwards what it was.
 
     Args:
         device: the GPU's number. Other GPUs are not recorded.
@@ -39,14 +41,16 @@ def record_allocations(device: int = 0, capacity: int | None = None) -> Iterator
     Yields:
         A function that marks a moment by name; its attribute `recording` is complete once the block is left.
 
-    A replay starts from nothing. What is held from before the block, in bytes, is said in `about["held"]` (0 if no
-    tensor lies on the GPU) and left out of the peaks.
+    Raises:
+        RuntimeError: PyTorch is recording its memory history already, which would end with this block.
     """
+    if _torch.records_history():
+        raise RuntimeError(
+            "PyTorch records its memory history already, and records one at a time: end it with "
+            "torch.cuda.memory._record_memory_history(None) first"
+        )
     held = {"reserved": settle(device), "allocated": torch.cuda.memory_allocated(device)}
-    total = torch.cuda.get_device_properties(device).total_memory
-    if capacity is not None:
-        torch.cuda.set_per_process_memory_fraction(capacity / total, device)
-    recording = Recording(capacity=None if capacity is None else int(capacity / total * total))
+    recording = Recording()
     moments: list[tuple[str, int]] = []
     before = _count(device)
 
@@ -54,24 +58,28 @@ def record_allocations(device: int = 0, capacity: int | None = None) -> Iterator
         moments.append((name, _count(device) - before))
 
     mark.recording = recording  # type: ignore[attr-defined]
-    torch.cuda.reset_peak_memory_stats(device)
-    torch.cuda.memory._record_memory_history("all", context=None, max_entries=MOST_EVENTS)
-    try:
-        yield mark
-    finally:
-        torch.cuda.synchronize(device)
-        stats = torch.cuda.memory_stats(device)
-        entries = torch.cuda.memory._snapshot()["device_traces"][device]
-        torch.cuda.memory._record_memory_history(None)
+    with ExitStack() as restore:
         if capacity is not None:
-            torch.cuda.set_per_process_memory_fraction(1.0, device)
-        _read(entries, moments, recording)
-        recording.peaks = {name: stats[f"{name}_bytes.all.peak"] - kept for name, kept in held.items()}
-        recording.about = {
-            "gpu": torch.cuda.get_device_name(device),
-            "torch": torch.__version__,
-            "held": str(held["reserved"]),
-        }
+            total = torch.cuda.get_device_properties(device).total_memory
+            recording.capacity = int(capacity / total * total)
+            limit = torch.cuda.get_per_process_memory_fraction(device)
+            restore.callback(torch.cuda.set_per_process_memory_fraction, limit, device)
+            torch.cuda.set_per_process_memory_fraction(capacity / total, device)
+        torch.cuda.reset_peak_memory_stats(device)
+        restore.callback(_torch.stop_history)
+        _torch.start_history()
+        try:
+            yield mark
+        finally:
+            torch.cuda.synchronize(device)
+            stats = torch.cuda.memory_stats(device)
+            _read(_torch.history(device), moments, recording)
+            recording.peaks = {name: stats[f"{name}_bytes.all.peak"] - kept for name, kept in held.items()}
+            recording.about = {
+                "gpu": torch.cuda.get_device_name(device),
+                "torch": torch.__version__,
+                "held": str(held["reserved"]),
+            }
 
 
 def _count(device: int) -> int:
@@ -81,10 +89,10 @@ def _count(device: int) -> int:
 
 
 def _read(entries: list[dict[str, Any]], moments: list[tuple[str, int]], into: Recording) -> None:
-    """Turn PyTorch's trace into events.
+    """Turn PyTorch's history into events.
 
-    Segments are given back when the cache is emptied, or when a request finds no room below the capacity. The first is
-    an event of its own, and so is the second if the request failed in the end; otherwise it belongs to the request.
+    Segments are given back when the cache is emptied, which is an event of its own, or to make room for a request. Then
+    they belong to the request, unless it failed all the same: that too is an event of its own.
     """
     live: dict[int, int] = {}  # address -> number of the request
     streams: dict[int, int] = {0: 0}

@@ -1,11 +1,11 @@
 """What quantization does to a layer: which values its weights may take, how far they move, and how far its output does.
 
 `study` quantizes a weight as bitsandbytes does and measures it on inputs that the layer really gets (`layers_of`
-listens to a model). `planted` is a layer whose inputs have outliers, the case that LLM.int8 was made for. A `Study` is
-plain numbers, so that a picture of it needs no torch.
+records them in a forward of the model). `planted` is a layer whose inputs have outliers, the case that LLM.int8 was
+made for. A `Study` is plain numbers, so that a picture of it needs no torch. Errors are relative: the length of the
+difference over the length of the original.
 
-Leaves out: models (`quantize/load.py`). Errors are relative: the length of the difference over the length of the
-original.
+Leaves out: whole models (`load.py`).
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .bnb import bitsandbytes, empty_layer, int4_weight, nbytes, quantized
+from .bnb import block_scales, dequantized, empty_layer, nbytes, quantized
+from .stored import BLOCKSIZES as BLOCKSIZES
 
 BINS = 80
-BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 
 
 @dataclass(frozen=True)
@@ -70,11 +70,11 @@ class Study:
         layer: its name.
         scheme: the scheme.
         shape: (out, in) of the weight.
-        counts: weights, each divided by its scale, in `BINS` bins from -1 to 1.
-        codes: what a code can stand for, from -1 to 1.
-        nbytes: of the quantized weight, scales and tables included.
-        weight_error, output_error: how far weights and outputs move.
-        outliers: inputs (features) that reach the threshold somewhere.
+        counts: how many weights, each divided by its scale, lie in each of `BINS` bins from -1 to 1.
+        codes: the values that a code can stand for, from -1 to 1.
+        nbytes: bytes of the quantized weight, scales and tables included.
+        weight_error, output_error: how far weights and outputs move, relative to their length.
+        outliers: how many inputs (features) reach the threshold for some token.
     """
 
     layer: str
@@ -117,48 +117,43 @@ def study(sample: Sample, scheme: Scheme) -> Study:
     Raises:
         ImportError: bitsandbytes is not there.
 
-    >>> found = study(planted(), Scheme("int8", threshold=6.0))
-    >>> found.outliers, found.output_error < study(planted(), Scheme("int8", threshold=0.0)).output_error / 2
+    >>> result = study(planted(), Scheme("int8", threshold=6.0))
+    >>> result.outliers, result.output_error < study(planted(), Scheme("int8", threshold=0.0)).output_error / 2
     (3, True)
     """
     weight, x = sample.weight, sample.inputs
+    double = scheme.double and scheme.kind != "int8"
+    codes = quantized(weight, scheme.kind + "-double" * double, scheme.blocksize)
     if scheme.kind == "int8":
         outputs, inputs = weight.shape
         layer = empty_layer(nn.Linear(1, 1, bias=False), inputs, outputs, "int8", scheme.threshold, None)
-        layer._parameters["weight"] = made = quantized(weight, "int8")
-        scale = made.SCB[:, None].expand_as(weight)  # type: ignore[attr-defined]
-        rounded = made.data.float() * scale / 127
+        layer._parameters["weight"] = codes
         layer.eval()  # in training mode it would multiply without quantizing its inputs
         with torch.no_grad():
-            output = layer(x.half()).float()  # asked once for all tokens: an outlier anywhere sets its feature apart
-        codes = torch.arange(-127, 128) / 127
+            output = layer(x.half()).float()  # all tokens at once: an outlier anywhere sets its feature apart
+        scale = codes.SCB[:, None].expand_as(weight)  # type: ignore[attr-defined]
+        rounded = codes.data.float() * scale / 127
+        values = torch.arange(-127, 128) / 127
     else:
-        functional = bitsandbytes().functional
-        packed, state = functional.quantize_4bit(
-            weight, blocksize=scheme.blocksize, quant_type=scheme.kind, compress_statistics=scheme.double
-        )
-        made, scales = int4_weight(packed, state), state.absmax
-        if scheme.double:
-            scales = functional.dequantize_blockwise(state.absmax, state.state2) + state.offset
-        scale = scales.repeat_interleave(scheme.blocksize)[: weight.numel()].view_as(weight)
-        pairs = torch.cat([packed >> 4, packed & 15], 1).view(-1)[: weight.numel()]  # two codes in a byte
-        rounded = state.code[pairs.long()].view_as(weight) * scale
-        output, codes = F.linear(x, rounded), state.code
+        scale = block_scales(codes).repeat_interleave(scheme.blocksize)[: weight.numel()].view_as(weight)
+        rounded = dequantized(codes, torch.float32)
+        output = F.linear(x, rounded)
+        values = codes.quant_state.code  # type: ignore[attr-defined]
     return Study(
         layer=sample.name,
         scheme=scheme,
         shape=(weight.shape[0], weight.shape[1]),
         counts=tuple((weight / scale.clamp(min=1e-30)).clamp(-1, 1).histc(BINS, -1, 1).int().tolist()),
-        codes=tuple(codes.unique().tolist()),
-        nbytes=nbytes(made),
+        codes=tuple(values.unique().tolist()),
+        nbytes=nbytes(codes),
         weight_error=_error(rounded, weight),
         output_error=_error(output, sample.outputs),
         outliers=int((x.abs() >= scheme.threshold).any(0).sum()) if scheme.threshold else 0,
     )
 
 
-def _error(found: Tensor, expected: Tensor) -> float:
-    return ((found - expected).norm() / expected.norm()).item()
+def _error(actual: Tensor, expected: Tensor) -> float:
+    return ((actual - expected).norm() / expected.norm()).item()
 
 
 def planted(features: int = 256, outliers: int = 3, size: float = 60.0) -> Sample:
@@ -183,19 +178,23 @@ def layers_of(model: nn.Module, tokens: Tensor) -> dict[str, Sample]:
         model: in full precision; it runs once.
         tokens: what it is called with, of shape (1, tokens).
     """
-    found: dict[str, Sample] = {}
+    samples: dict[str, Sample] = {}
 
-    def listen(name: str, layer: nn.Linear) -> Any:
-        def hook(module: nn.Module, args: Any, output: Any) -> None:
-            found[name] = Sample(name, layer.weight.detach().float(), args[0].detach().float().flatten(0, -2))
+    def record(name: str) -> Any:
+        def hook(layer: Any, args: Any, output: Any) -> None:
+            samples[name] = Sample(name, layer.weight.detach().float(), args[0].detach().float().flatten(0, -2))
 
-        return layer.register_forward_hook(hook)
+        return hook
 
-    hooks = [listen(name, layer) for name, layer in model.named_modules() if isinstance(layer, nn.Linear)]
+    hooks = [
+        layer.register_forward_hook(record(name))
+        for name, layer in model.named_modules()
+        if isinstance(layer, nn.Linear)
+    ]
     try:
         with torch.no_grad():
             model(tokens)
     finally:
         for hook in hooks:
             hook.remove()
-    return found
+    return samples

@@ -17,7 +17,7 @@ from ..draw.dryrun import dryrun_figure, dryrun_label, dryrun_text, format_time
 from ..dryrun.run import DryRun, dry_run
 from ..machine.hardware import GPUS, LINKS, Gpu, Hardware
 from ..maps.plan import Plan
-from ..measure.run import Measurement, measure, obstacle
+from ..measure.record import Measurement, measure, obstacle
 from ..units import GiB, dtype_name, format_bytes
 from ._explorer import (
     AS_STORED,

@@ -23,23 +23,36 @@ def test_presets_make_sense():
 
 
 @pytest.mark.parametrize(
-    ("name", "memory", "known"),
+    ("name", "entry"),
     [
-        ("NVIDIA H200", 0, "H200"),
-        ("NVIDIA H100 80GB HBM3", 0, "H100-80GB"),
-        ("NVIDIA A100-SXM4-40GB", 0, "A100-40GB"),
-        ("NVIDIA A100-PCIE-80GB", 0, "A100-80GB"),
-        ("NVIDIA A100", 79 * GiB, "A100-80GB"),
-        ("Tesla T4", 0, "T4"),
-        ("NVIDIA L4", 0, "L4"),
-        ("NVIDIA GeForce RTX 3090", 0, "RTX 3090"),
-        ("NVIDIA L40S", 0, None),
-        ("NVIDIA GeForce RTX 2080 Ti", 0, None),
+        ("NVIDIA H200", "H200"),
+        ("NVIDIA H100 80GB HBM3", "H100-80GB"),
+        ("NVIDIA A100-SXM4-40GB", "A100-40GB"),
+        ("A100-PCIE-40GB", "A100-40GB"),
+        ("NVIDIA A100-SXM4-80GB", "A100-80GB"),
+        ("Tesla T4", "T4"),
+        ("NVIDIA L4", "L4"),
+        ("NVIDIA GeForce RTX 3090", "RTX 3090"),
+        ("GeForce RTX 4090", "RTX 4090"),
+        ("H100-80GB", "H100-80GB"),
     ],
 )
-def test_what_a_driver_calls_a_gpu(name, memory, known):
-    gpu = known_gpu(name, memory)
-    assert (gpu and gpu.name) == known
+def test_what_a_driver_calls_a_gpu(name, entry):
+    assert known_gpu(name) is GPUS[entry]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "NVIDIA GeForce RTX 4090 Laptop GPU", "NVIDIA GeForce RTX 4090 D", "NVIDIA GeForce RTX 3090 Ti",
+        "NVIDIA H100 PCIe", "NVIDIA H100 NVL", "NVIDIA H200 NVL", "NVIDIA GH200 480GB", "NVIDIA A100 80GB PCIe",
+        "NVIDIA A100-SXM4-80GB MIG 3g.40gb", "NVIDIA L40S", "NVIDIA L40", "NVIDIA T400", "Tesla T40",
+        "NVIDIA GeForce RTX 2080 Ti", "NVIDIA A100", "NVIDIA", "",
+    ],
+)  # fmt: skip
+def test_another_board_of_nearly_the_same_name_is_unknown(name):
+    """Its memory, bandwidth or link is not that of the entry: no figures are better than wrong ones."""
+    assert known_gpu(name) is None
 
 
 def test_this_machine():
@@ -57,8 +70,12 @@ def test_gpus_of_this_machine_are_described_and_what_was_measured_counts(monkeyp
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "get_device_properties", about.__getitem__)
     machine = Hardware.detect()
+    about[0].name = "NVIDIA H100 PCIe"
+    assert "NVIDIA H100 PCIe (with the figures of H100-80GB)" in Hardware.detect().name
+    about[0].name = "NVIDIA H200"
     monkeypatch.undo()
     assert [gpu.memory // GiB for gpu in machine.gpus] == [140, 48] and "H200, NVIDIA Something" in machine.name
+    assert machine.name.endswith("New (with the figures of L4)")
     assert machine.gpus[0].flops == GPUS["H200"].flops and machine.gpus[1].capability == (8, 9)
     monkeypatch.setenv("BIGKIT_LEDGER", str(tmp_path / "ledger.json"))
     plain = dry_run("pygpt", None, 1, 8, 1, machine)

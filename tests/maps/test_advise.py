@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 
 from bigkit import advise, describe, dry_run
-from bigkit.machine.hardware import HARDWARE, SPARE, Hardware, machine_of
+from bigkit.machine.hardware import FRAGMENTATION, HARDWARE, Hardware, machine_of
 from bigkit.machine.ledger import Calibration, Ledger
 from bigkit.model.spec import Attention, ModelSpec, ModuleSpec, TensorSpec
 
@@ -117,7 +117,7 @@ def test_rates_measured_here_are_used_and_said(monkeypatch, tmp_path):
     assert after.measured and "bigkit calibrate measured on this machine" in str(after)
     assert json.loads(after.to_json())["measured"] is True
     assert after.best.waits["link"] == pytest.approx(after.best.plan.offloaded / 10e9)
-    assert after.best.plan.shares[0].overhead == 2**30 + card.memory // SPARE
+    assert after.best.plan.shares[0].overhead == 2**30 + int(FRAGMENTATION * card.memory)
     run = dry_run("gpt2", None, 1, 8, 1, mine, dtype="float16")
     assert run.rates["cuda:0"].measured and run.rates["cuda:0"].link == 10e9, "a dry run takes the same"
     assert not advise(hardware="RTX 4090", **asked).measured, "another machine of the same kind was not measured"

@@ -1,16 +1,28 @@
-"""Real runs on the CPU, held against dry runs and kept in the ledger."""
+"""Real runs beside their predictions: calls on the CPU, and a run that an H200 recorded, laid over its dry run here."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
 
 from bigkit import cpu_offload, dry_run, record
+from bigkit.draw.canvas import svg
+from bigkit.draw.dryrun import dryrun_figure, dryrun_label, dryrun_text
 from bigkit.dryrun.workload import Workload, passes
+from bigkit.machine.allocator import Recording
+from bigkit.machine.hardware import GPUS, Hardware
 from bigkit.machine.ledger import Ledger
+from bigkit.measure.record import Measurement, measure, obstacle
+from bigkit.units import GiB, MiB
+from bigkit.widgets import DryRunExplorer, dryrun_explorer
+from bigkit.zoo import build, catalog
 from bigkit.zoo.gpt import load_pygpt
 
 transformers = pytest.importorskip("transformers")
+
+RECORDED = Path(__file__).parents[1] / "data" / "allocations" / "gpt2-xl.json.gz"  # 12 blocks, bfloat16, 4 x 256 + 4
+TIMES = (0.02, 0.01, 0.01, 0.01, 0.01)
 
 
 def llama():
@@ -42,28 +54,28 @@ def test_generate_is_a_prefill_and_tokens(tmp_path):
 
 def test_the_shipped_gpt_against_its_dry_run(tmp_path):
     load = Workload(2, 12, 3)
-    foretold = dry_run("pygpt", None, load.batch, load.prompt, load.new)
+    predicted = dry_run("pygpt", None, load.batch, load.prompt, load.new)
     model = load_pygpt()
-    with record(model, foretold, "gpt", ledger=tmp_path / "ledger.json") as recorder:
+    with record(model, predicted, "gpt", ledger=tmp_path / "ledger.json") as recorder:
         for _ in passes(model, load, "cpu"):
             pass
     assert [call.phase for call in recorder.calls] == ["prefill", "token", "token", "token"]
-    rows = {name: (told, real, error) for name, told, real, error in recorder.rows()}
+    rows = {name: (expected, real, error) for name, expected, real, error in recorder.rows()}
     assert {"prefill", "token"} <= rows.keys()
-    for name, (told, real, error) in rows.items():
-        assert told == recorder.predicted[name] and real == recorder.measured[name]
-        assert error == pytest.approx(told / real - 1)
-    assert "foretold" in recorder.explain() and len(repr(recorder)) < 110
+    for name, (expected, real, error) in rows.items():
+        assert expected == recorder.predicted[name] and real == recorder.measured[name]
+        assert error == pytest.approx(expected / real - 1)
+    assert "predicted" in recorder.explain() and len(repr(recorder)) < 110
     bias = Ledger.load(tmp_path / "ledger.json").bias(recorder.machine)
     assert bias["token"].ratio == pytest.approx(rows["token"][1] / rows["token"][0]) and bias["token"].runs == 1
     assert Ledger.load(tmp_path / "ledger.json").bias("another machine") == {}
 
 
-def test_other_work_than_was_foretold_is_not_compared(tmp_path):
+def test_other_work_than_was_predicted_is_not_compared(tmp_path):
     model = load_pygpt()
     with record(model, dry_run("pygpt", None, 1, 8), ledger=tmp_path / "ledger.json") as recorder:
         model(torch.zeros((1, 9), dtype=torch.long))
-    with pytest.raises(ValueError, match="1 x 8 tokens were foretold, and 1 x 9 ran"):
+    with pytest.raises(ValueError, match="1 x 8 tokens were predicted, and 1 x 9 ran"):
         recorder.rows()
     assert "no comparison" in recorder.explain()
     [run] = Ledger.load(tmp_path / "ledger.json").runs
@@ -101,3 +113,119 @@ def test_an_encoder_decoder_has_the_prompt_of_its_encoder():
         for _ in passes(model, Workload(2, 7, 2), "cpu"):
             pass
     assert [call[:3] for call in recorder.calls] == [("prefill", 2, 7), ("token", 2, 1), ("token", 2, 1)]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The work of a dry run, for real
+
+
+@pytest.fixture(scope="module")
+def run():
+    config = {**catalog.config(catalog.find("gpt2-xl")), "n_layer": 12}
+    return dry_run(lambda: build.build(config, dtype="bfloat16").eval(), None, 4, 256, 4, "H200")
+
+
+@pytest.fixture(scope="module")
+def measured():
+    return Measurement(Recording.load(RECORDED), TIMES)
+
+
+def test_curves_of_a_real_run_reach_its_peaks(measured):
+    allocated, reserved = measured.curves()
+    assert {"allocated": max(allocated), "reserved": max(reserved)} == measured.recording.peaks
+    assert len(allocated) == len(reserved) == measured.recording.marks[-1][1]
+    assert all(a <= r for a, r in zip(allocated, reserved))
+
+
+def test_each_step_lies_over_the_step_that_was_predicted(run, measured):
+    marks = run.timeline(0).marks
+    places = measured.over(marks)
+    assert len(marks) == len(measured.recording.marks) and places == sorted(places)
+    for (_, mine), (_, theirs) in zip(measured.recording.marks[:-1], marks):
+        assert places[mine] == pytest.approx(theirs), "a step begins where it was predicted to begin"
+    assert places[0] == 0 and places[-1] < marks[-1][1]
+
+
+def test_fewer_steps_than_predicted_and_none_at_all(run):
+    marks = run.timeline(0).marks
+    assert Measurement(Recording(events=[512, -1]), ()).over(marks) == []
+    short = Measurement(Recording(events=[512, 512], marks=[("fill", 2)], segments=[(0, 2**21, 0)]), ())
+    assert short.over(marks) == [0, marks[0][1] / 2] and short.curves() == ([512, 1024], [2**21] * 2)
+
+
+def test_an_h200_is_drawn_over_its_dry_run(run, measured):
+    assert run.peak_allocated[0] == measured.recording.peaks["allocated"], "predicted to the byte"
+    figure, label = dryrun_figure(run, measured), dryrun_label(run, measured)
+    picture = svg(figure, label)
+    assert picture == svg(dryrun_figure(run, measured), label), "the same run, the same picture"
+    assert len(figure.axes[0].lines) == len(dryrun_figure(run).axes[0].lines) + 2, "two curves more"
+    assert picture.count("measured") >= 3 and "measured" not in svg(dryrun_figure(run), dryrun_label(run))
+    assert "Measured on NVIDIA H200: 1.06 GiB, prefill 20.0 ms, token 10.0 ms." in label
+    rows = {line[:14].strip(): line for line in dryrun_text(run, measured).splitlines()}
+    assert rows["peak allocated"].split()[-2] == "+0.0" and rows["prefill"].split()[-1] == "%"
+
+
+def test_bars_of_time_are_as_long_as_what_was_measured(run, measured):
+    lanes = dryrun_figure(run, measured).axes[-1]
+    bars = [bar.get_paths()[0].get_extents().width for bar in lanes.collections[-len(TIMES) :]]
+    assert bars == pytest.approx([1000 * seconds for seconds in TIMES])
+    assert lanes.get_xlim()[1] >= 1000 * sum(TIMES)
+
+
+def test_what_stands_in_the_way():
+    run = dry_run("pygpt", {"": 0}, 1, 16, 1, "T4")
+    here = Hardware("this machine", (GPUS["T4"],), 8 * GiB, 0)
+    assert obstacle(run, here) == ""
+    assert obstacle(run, Hardware("this machine", (), 8 * GiB, 0)) == "no CUDA GPU here"
+    assert "rest in RAM" in obstacle(run, here, in_ram=6 * GiB)
+    assert "needs" in obstacle(dry_run("llama-2-7b", None, 1, 16, 0, "H100-80GB", dtype="float32"), here)
+    with pytest.raises(ValueError, match="only GPU 0 and RAM can be measured, not GPU 1"):
+        measure(None, {"a": 0, "b": 1}, Workload(1, 8))
+
+
+def test_the_button_says_why_not_or_measures(measured, monkeypatch):
+    """The run itself is replaced by the recorded one: that it runs is tested on a GPU."""
+    explorer = DryRunExplorer("gpt2", "T4", batch=1, prompt=64, new=4)
+    if not explorer._here.gpus:
+        assert explorer.real.disabled and explorer.real.description == "Measure: no CUDA GPU here"
+        with pytest.raises(ValueError, match="gpt2 cannot be measured: no CUDA GPU here"):
+            explorer.measure()
+    asked = []
+    monkeypatch.setattr(dryrun_explorer.Hardware, "detect", lambda: Hardware("this machine", (GPUS["T4"],), 2**36, 0))
+    monkeypatch.setattr(dryrun_explorer, "measure", lambda model, *work: asked.append(work) or measured)
+    explorer = DryRunExplorer("gpt2", "T4", batch=1, prompt=64, new=4)
+    assert explorer.real.description == "Measure it" and explorer.measured is None
+    explorer.real.click()
+    assert asked == [(explorer.plan.device_map, explorer.run.load)] and explorer.measured is measured
+    assert "Measured on NVIDIA H200" in explorer.picture.value and "measured on NVIDIA H200" in explorer.text.value
+    explorer.batch.value = 2
+    assert explorer.measured is None and "Measured" not in explorer.picture.value
+    explorer.batch.value = 1
+    assert explorer.measured is measured, "what was measured once is kept"
+    explorer.gpu.value = dryrun_explorer.HERE
+    assert explorer.run.hardware == "this machine"
+
+
+def test_a_run_that_fails_leaves_what_was_shown(monkeypatch):
+    def fails(*_):
+        raise RuntimeError("CUDA out of memory. Tried to allocate")
+
+    monkeypatch.setattr(dryrun_explorer.Hardware, "detect", lambda: Hardware("this machine", (GPUS["T4"],), 2**36, 0))
+    monkeypatch.setattr(dryrun_explorer, "measure", fails)
+    explorer = DryRunExplorer("gpt2", "T4", batch=1, prompt=64, new=0)
+    before = explorer.verdict.value, explorer.picture.value
+    explorer.real.click()
+    assert "CUDA out of memory." in explorer.error.value
+    assert (explorer.verdict.value, explorer.picture.value) == before
+    explorer.prompt.value = 16
+    assert explorer.error.value == ""
+
+
+@pytest.mark.parametrize("first, second, last, more", [(2**28, 2**30, 39.5, True), (2**30, 2**28, 40, False)])
+def test_curves_are_played_where_the_segments_lay(first, second, last, more):
+    """Two holes of 5 MiB: the lower one is filled, and what is free beside it decides whether 14.5 MiB find room."""
+    events = [5, 5, 5, 5, 5, 5, 5, 5, -2, -6, 4.5, -3, -4, 14.5]
+    segments = [(0, 20 * MiB, first), (4, 20 * MiB, second)] + [(13, 16 * MiB, 2**31)] * more
+    sizes = [int(event * MiB) if event > 0 else event for event in events]
+    allocated, _ = Measurement(Recording(events=sizes, segments=segments), ()).curves()
+    assert allocated[-1] == last * MiB

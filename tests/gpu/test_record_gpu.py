@@ -1,10 +1,28 @@
-"""Measured beside foretold, as `DryRunExplorer` draws them."""
+"""Real runs on the GPU beside their dry runs: calls, and the work that `DryRunExplorer` measures."""
 
 import pytest
 
-from bigkit import dry_run, zoo
-from bigkit.dryrun.workload import Workload
-from bigkit.measure.run import measure
+from bigkit import dry_run, record, zoo
+from bigkit.dryrun.workload import Workload, fill, passes
+from bigkit.machine.ledger import Ledger
+from bigkit.measure.allocations import settle
+from bigkit.measure.record import measure
+
+
+def test_memory_is_as_predicted_and_noted(tmp_path):
+    load = Workload(2, 64, 3)
+    predicted = dry_run("gpt2", None, load.batch, load.prompt, load.new, "H200", dtype="bfloat16")
+    settle()
+    model = fill(zoo.empty_model("gpt2", dtype="bfloat16").eval(), {"": 0})
+    with record(model, predicted, ledger=tmp_path / "ledger.json") as recorder:
+        for _ in passes(model, load, "cuda"):
+            pass
+    assert [call.phase for call in recorder.calls] == ["prefill", "token", "token", "token"]
+    errors = {name: error for name, _, _, error in recorder.rows()}
+    assert errors["allocated cuda:0"] == pytest.approx(0, abs=0.005)
+    assert errors["reserved cuda:0"] == pytest.approx(0, abs=0.03)
+    assert {"prefill", "token"} <= errors.keys()
+    assert Ledger.load(tmp_path / "ledger.json").bias()["allocated cuda:0"].runs == 1
 
 
 def test_peaks_and_steps_of_the_real_run():

@@ -1,0 +1,112 @@
+"""Which layers of a model are quantized, and bitsandbytes' layers in their place.
+
+Linear layers are quantized, GPT-2's `Conv1D` transposed first. The output head and tied modules are kept, and so are
+subclasses of `nn.Linear`, whose owners may read their weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..meta.empty import twin
+from ..meta.skeleton import spec_from_module
+from .bnb import empty_layer
+from .config import BnbQuantizationConfig
+
+
+def replace_with_bnb_layers(
+    model: nn.Module,
+    bnb_quantization_config: BnbQuantizationConfig,
+    modules_to_not_convert: Iterable[str] | None = None,
+    current_key_name: Iterable[str] | None = None,
+) -> nn.Module:
+    """Put bitsandbytes' layers in the place of linear ones, in the model itself.
+
+    They take over the weights as they are. bitsandbytes quantizes a weight when it is moved to a device, the CPU
+    included; `load_and_quantize_model` does all of it and needs less memory.
+
+    Args:
+        model: the model, on meta or not.
+        bnb_quantization_config: which layers they become.
+        modules_to_not_convert: names of modules that stay: whole names, or some of their parts; None takes what the
+            config says.
+        current_key_name: accepted for compatibility.
+
+    Returns:
+        The model.
+
+    Raises:
+        ImportError: bitsandbytes is not there.
+        ValueError: no layer of the model would be quantized.
+
+    >>> model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 8))
+    >>> replace_with_bnb_layers(model, BnbQuantizationConfig(load_in_8bit=True))
+    Sequential(
+      (0): Linear8bitLt(in_features=64, out_features=64, bias=True)
+      (1): Linear(in_features=64, out_features=8, bias=True)
+    )
+    """
+    names = None if modules_to_not_convert is None else tuple(modules_to_not_convert)
+    for name, module in layers_to_quantize(model, bnb_quantization_config, names).items():
+        layer: Any = empty_layer_for(module, bnb_quantization_config)
+        layer.weight = twin(layer.weight, rows(module, module.weight.data).contiguous())  # type: ignore[arg-type]
+        model.set_submodule(name.removesuffix(".weight"), layer)
+    return model
+
+
+def layers_to_quantize(
+    model: nn.Module, config: BnbQuantizationConfig, skip: tuple[str, ...] | None = None
+) -> dict[str, nn.Module]:
+    """Name of a weight -> its layer, for all that are to be quantized.
+
+    Raises:
+        ValueError: there is none.
+    """
+    spec = spec_from_module(model)
+    if skip is None:
+        kept = spec.kept if config.skip_modules is None else config.skip_modules
+        skip = (*kept, *(config.keep_in_fp32_modules or ()))
+    tied = {name.rpartition(".")[0] for group in spec.ties for name in group}
+    layers = {
+        f"{name}.weight": module
+        for name, module in model.named_modules()
+        if convertible(module) and not is_named(name, skip) and name not in tied
+    }
+    if not layers:
+        kinds = sorted({type(module).__name__ for module in model.modules() if isinstance(module, nn.Linear)})
+        has = f"it has {', '.join(kinds)}, all of them kept" if kinds else "it has no nn.Linear and no Conv1D"
+        raise ValueError(f"no layer of {type(model).__name__} would be quantized: {has}")
+    return layers
+
+
+def convertible(module: nn.Module) -> bool:
+    """Whether a layer can be quantized: a plain linear one. Subclasses have owners who may read their weights."""
+    return type(module) is nn.Linear or _is_conv1d(module)
+
+
+def _is_conv1d(module: nn.Module) -> bool:
+    """Whether it is the transposed linear layer of Transformers' GPT-2."""
+    return type(module).__name__ == "Conv1D" and type(module).__module__.startswith("transformers.")
+
+
+def is_named(name: str, names: Iterable[str]) -> bool:
+    """Whether some of the dotted parts of `name`, one after another, are one of `names`."""
+    return any(f".{other}." in f".{name}." for other in names)
+
+
+def rows(module: nn.Module, weight: Tensor) -> Tensor:
+    """A layer's weight, of whatever class the layer is, as (out, in)."""
+    return weight.T if _is_conv1d(module) else weight
+
+
+def empty_layer_for(module: nn.Module, config: BnbQuantizationConfig) -> nn.Module:
+    """A layer of bitsandbytes in the place of another one, with its bias and still without a weight."""
+    outputs, inputs = rows(module, module.weight).shape  # type: ignore[arg-type]
+    layer = empty_layer(
+        module, inputs, outputs, config.quantization, config.llm_int8_threshold, config.bnb_4bit_compute_dtype
+    )
+    layer.bias = module.bias
+    return layer.requires_grad_(False).train(module.training)
