@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from bigkit import BnbQuantizationConfig, advise, dry_run, init_empty_weights, plan, zoo
-from bigkit.dryrun.fake_gpu import Target, fake_gpus
+from bigkit.dryrun.attention import Target
+from bigkit.dryrun.fake_gpu import fake_gpus
 from bigkit.model.spec import QUANTIZATIONS, quantized_bytes
 from bigkit.quantize import bnb as packed
 
@@ -34,9 +35,9 @@ def test_weights_rest_in_the_bytes_that_a_plan_counts(quantization):
 
 
 def test_a_plan_says_how_its_weights_are_stored():
-    found = plan("gpt2", {0: "2GiB"}, dtype="float16", quantization="nf4", context=64)
-    run = dry_run("gpt2", found, 1, 32, 1, "T4")
-    assert run.timeline().at_peak()["weights"] == found.shares[0].weights
+    placed = plan("gpt2", {0: "2GiB"}, dtype="float16", quantization="nf4", context=64)
+    run = dry_run("gpt2", placed, 1, 32, 1, "T4")
+    assert run.timeline().at_peak()["weights"] == placed.shares[0].weights
     config = BnbQuantizationConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype="float16")
     assert dry_run("gpt2", None, 1, 32, 1, "T4", quantization=config).peak_allocated == run.peak_allocated
 
