@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any, Union
 from . import zoo
 from .devices import Device
 from .machine.hardware import Hardware, machine_of
-from .machine.roofline import calibration_of, rates_of
 from .maps import advise as advice
 from .maps import strategies as planner
 from .maps.plan import Plan
@@ -91,7 +90,7 @@ def plan(
     if strategy == "fastest":
         machine = Hardware.detect() if hardware is None else hardware
         machine = machine_of(machine) if isinstance(machine, str) else machine
-        rates = next(iter(rates_of(machine, calibration_of(machine))), None)
+        rates = next(iter(advice.rates_of(machine, advice.calibration_of(machine))), None)
     return planner.plan(
         describe(model), max_memory, strategy, dtype=dtype, quantization=quantization, special_dtypes=special_dtypes,
         no_split=no_split, batch=batch, context=context, overhead=overhead, offload_buffers=offload_buffers,

@@ -25,8 +25,9 @@ from ..devices import Device, device_label, read_device
 from ..machine.allocator import CachingAllocator, OutOfMemory, Recording, replay
 from ..machine.hardware import CONTEXT_BYTES, GPUS, Hardware, machine_of
 from ..machine.ledger import Calibration
-from ..machine.roofline import Operation, Rates, StepTime, calibration_of, rates_of, run_steps
+from ..machine.roofline import Operation, Rates, StepTime, run_steps
 from ..machine.streams import Span
+from ..maps.advise import calibration_of, rates_of
 from ..maps.plan import Plan
 from ..quantize.load import BnbQuantizationConfig
 from ..units import format_bytes, format_seconds

@@ -27,8 +27,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from .hardware import Gpu, Hardware
-from .ledger import Calibration, Ledger, machine_key
+from .hardware import Gpu
+from .ledger import Calibration
 from .streams import Clock, SlotState, Span
 
 Table = Sequence[tuple[float, float]]
@@ -52,10 +52,6 @@ class Typical:
         link: share of a vendor's link that a copy from pinned RAM reaches (H200).
         issue: seconds that Python takes for one step (H200: 5.4e-6; slower hosts more).
         kernel: seconds that the smallest kernel takes (H200: 1.8e-6).
-        ram: bytes a second that are read from RAM (2 channels of DDR4).
-        cpu: FLOP a second of a CPU's products (2 cores with AVX2).
-        block_steps: quantization -> Python's steps in a block of Llama (counted by dry runs; GPT-2 has 70).
-        other_steps: Python's steps in a layer that is no block (counted by dry runs).
         python_steps: Python's steps more in an operation that is itself written in Python (fitted to a token in nf4 on
             an H200, bitsandbytes 0.49).
         expert_steps: Python's steps more in a list of products, one for each expert (fitted to a token of Qwen3-30B on
@@ -71,16 +67,6 @@ class Typical:
     link: float = 0.87
     issue: float = 6e-6
     kernel: float = 2.5e-6
-    ram: float = 40e9
-    cpu: float = 1e11
-    block_steps: Mapping[str | None, int] = field(
-        default_factory=lambda: {
-            None: 130,
-            "int8": 330,
-            **dict.fromkeys(("nf4", "fp4", "nf4-double", "fp4-double"), 160),
-        }
-    )
-    other_steps: int = 10
     python_steps: int = 6
     expert_steps: int = 29
 
@@ -227,23 +213,6 @@ def rate_at(table: Table, size: float) -> float:
 def _saturating(peak: float) -> Table:
     """Products up to 1 GFLOP reach a tenth of the peak, from 1 TFLOP on all of it."""
     return ((1e9, 0.1 * peak), (1e10, 0.4 * peak), (1e11, 0.85 * peak), (1e12, peak))
-
-
-def calibration_of(hardware: Hardware) -> Calibration | None:
-    """What the ledger knows of a machine, if it is this one (`Hardware.detect()`)."""
-    if not hardware.name.startswith("this machine"):
-        return None
-    calibrations = Ledger.load().calibrations
-    if not hardware.gpus:
-        return calibrations.get(machine_key())
-    return next((item for item in calibrations.values() if item.gpu == hardware.gpus[0].name), None)
-
-
-def rates_of(hardware: Hardware, calibration: Calibration | None) -> list[Rates]:
-    """The rates of each GPU: measured, else the vendors'."""
-    if calibration is None:
-        return [Rates.of_gpu(gpu, hardware.disk_rate) for gpu in hardware.gpus]
-    return [Rates.of_calibration(calibration, gpu, hardware.disk_rate) for gpu in hardware.gpus]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -21,8 +21,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..machine.hardware import CONTEXT_BYTES, Hardware
-from ..machine.ledger import Calibration
-from ..machine.roofline import calibration_of, rates_of
+from ..machine.ledger import Calibration, Ledger, machine_key
+from ..machine.roofline import Rates
 from ..model.spec import ModelSpec
 from ..units import dtype_bits, format_bytes, text_table
 from .plan import Plan
@@ -213,6 +213,23 @@ def _rank(option: Option, target: str) -> tuple[float, ...]:
 def _beats(a: Option, b: Option) -> bool:
     mine, other = (a.token, a.memory, a.loss), (b.token, b.memory, b.loss)
     return all(x <= y for x, y in zip(mine, other)) and mine != other
+
+
+def calibration_of(hardware: Hardware) -> Calibration | None:
+    """What the ledger knows of a machine, if it is this one (`Hardware.detect()`)."""
+    if not hardware.name.startswith("this machine"):
+        return None
+    known = Ledger.load().calibrations
+    if not hardware.gpus:
+        return known.get(machine_key())
+    return next((item for item in known.values() if item.gpu == hardware.gpus[0].name), None)
+
+
+def rates_of(hardware: Hardware, calibration: Calibration | None) -> list[Rates]:
+    """The rates of each GPU: measured, else the vendors'."""
+    if calibration is None:
+        return [Rates.of_gpu(gpu, hardware.disk_rate) for gpu in hardware.gpus]
+    return [Rates.of_calibration(calibration, gpu, hardware.disk_rate) for gpu in hardware.gpus]
 
 
 def _cost(model: ModelSpec, found: Plan, hardware: Hardware, known: Calibration | None) -> Option:

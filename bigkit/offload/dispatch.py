@@ -26,8 +26,8 @@ from ..checkpoints.format import Checkpoint, Stored
 from ..checkpoints.load import load_checkpoint_in_model
 from ..devices import Device, collapse, placement, prefixes, read_device
 from ..machine.hardware import Hardware
-from ..machine.roofline import calibration_of, rates_of
 from ..maps import strategies
+from ..maps.advise import calibration_of, rates_of
 from ..maps.device_map import check_device_map, get_max_memory
 from ..maps.partition import spread
 from ..maps.strategies import STRATEGIES, interleaved
