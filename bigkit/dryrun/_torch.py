@@ -27,6 +27,7 @@ ATTENTION = {  # the fused kernels of scaled_dot_product_attention, by the names
     "cudnn": aten._scaled_dot_product_cudnn_attention,
 }
 GROUPED_MM = aten._grouped_mm  # the products of all experts in one kernel
+TO_COPY = aten._to_copy  # `tensor.to(...)`
 UNSAFE_VIEW = aten._unsafe_view  # a view, in products of more than two dimensions
 READ_VALUE = aten._local_scalar_dense  # `tensor.item()`
 ASK_DEVICE = torch.ops.prim.device  # `tensor.device` of a fake tensor; a real one does not ask the dispatcher

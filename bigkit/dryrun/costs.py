@@ -16,16 +16,14 @@ import torch
 from torch import Tensor
 
 from ..machine.roofline import TYPICAL, Operation
-from ._torch import ATTENTION, GROUPED_MM, UNSAFE_VIEW, aten, flop_formula, packet_of
+from ._torch import ATTENTION, GROUPED_MM, TO_COPY, UNSAFE_VIEW, aten, flop_formula, packet_of
 from .attention import attention_flops
 
 PRODUCTS = {aten.mm, aten.addmm, aten.bmm, aten.baddbmm, GROUPED_MM}
-COPIES = {aten._to_copy, aten.copy_, aten.clone}
+COPIES = {TO_COPY, aten.copy_, aten.clone}
 LOOKUPS = {aten.embedding, aten.index, aten.index_select, aten.gather, aten.slice_scatter}  # read as much as they write
-CREATORS = {
-    aten.empty, aten.zeros, aten.ones, aten.full, aten.arange, aten.randint, aten.empty_like, aten.zeros_like,
-    aten.fill_, aten.zero_, aten.normal_, aten.scalar_tensor,
-}  # fmt: skip
+_NAMES = "empty zeros ones full arange randint empty_like zeros_like fill_ zero_ normal_ scalar_tensor"
+CREATORS = {getattr(aten, name) for name in _NAMES.split()}  # read nothing
 FEW_INPUTS = 64  # of a convolution's filter: ConvNeXt's first has 3 x 4 x 4
 WITHOUT_KERNEL = {UNSAFE_VIEW, aten.detach, aten.empty, aten.empty_strided, aten.empty_like}
 

@@ -26,7 +26,8 @@ from ..offload.transfer import PlainLane, Slot
 from ..offload.weights import Unit
 from ..quantize.load import BnbQuantizationConfig
 from ..units import KiB, MiB
-from .fake_gpu import OperationLog, Target, Trace, fake_gpus
+from .attention import Target
+from .fake_gpu import OperationLog, Trace, fake_gpus
 from .replay import replaying
 from .workload import Workload, fill, passes
 

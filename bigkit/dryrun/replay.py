@@ -13,7 +13,7 @@ full ones.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
@@ -56,16 +56,14 @@ class Record(NamedTuple):
         kinds: what each request was for.
         operations: as they were noted.
         unissued: `Trace.unissued` at the end.
-        result: what it returned, tensors as `View`.
-        cache: (name, value) of its layer's cache, tensors as `View`.
+        left: what it returned, and its layer's cache by name; tensors as `View`.
     """
 
     events: tuple[int | str, ...]
     kinds: tuple[str, ...]
     operations: tuple[Operation, ...]
     unissued: int
-    result: Any
-    cache: tuple[tuple[str, Any], ...]
+    left: Any
 
 
 @contextmanager
@@ -105,9 +103,9 @@ class Replayer:
         try:
             with self.log.silent():  # asking a fake tensor for its device is an operation
                 seen = Seen()
-                arguments = seen.signature((args, kwargs))
+                arguments = described((args, kwargs), seen.about)
                 layer = seen.layer(block)
-                cached = None if layer is None else (type(layer), seen.signature(vars(layer)))
+                cached = None if layer is None else (type(layer), described(vars(layer), seen.about))
         except Incomparable:
             return forward()
         key = (modules, self.log.kind, self.trace.unissued, arguments, cached)
@@ -142,35 +140,28 @@ class Replayer:
         Raises:
             Incomparable: the block left something else behind, or freed what others made.
         """
-        events, kinds, operations = (lines[begin:] for lines, begin in zip(self._lines(), begins))
-        first = begins[1]
-        kept: set[int] = set()
-        views = self._views(result, first, kept)
-        items = () if layer is None else vars(layer).items()
-        cache = tuple((name, self._views(value, first, kept)) for name, value in items)
-        numbers: list[int | str | None] = []
-        for event in events:
-            numbers.append(event if event > 0 else event + first if -event > first else freeable.get(-event))
+        (events, kinds, operations), (event, first, operation) = self._lines(), begins
+        kept: set[int] = set()  # requests that the result and the cache keep alive
+
+        def view(tensor: object) -> View:
+            if not isinstance(tensor, Tensor) or not tensor.is_cuda or str(tensor.device) != self.device:
+                raise Incomparable
+            nbytes = tensor.untyped_storage().nbytes()
+            number = self.log.live[storage_key(tensor)][1] if nbytes else first
+            if nbytes and number <= first:
+                raise Incomparable
+            kept.update([number] if nbytes else [])
+            offset = int(tensor.storage_offset())
+            return View(number - first, nbytes, tuple(tensor.shape), tensor.stride(), offset, tensor.dtype)
+
+        left = described([result, {} if layer is None else vars(layer)], view)
+        numbers: list[Any] = []
+        for number in events[event:]:
+            numbers.append(number if number > 0 else number + first if -number > first else freeable.get(-number))
         if None in numbers or {number for _, number, _ in self.log.live.values() if number > first} != kept:
             raise Incomparable
-        return Record(tuple(numbers), tuple(kinds), tuple(operations), self.trace.unissued, views, cache)  # type: ignore
-
-    def _views(self, value: Any, first: int, kept: set[int]) -> Any:
-        """A result or an item of the cache, tensors as `View`; `kept` gets the requests that they keep alive."""
-        if type(value) in (list, tuple):
-            return type(value)(self._views(item, first, kept) for item in value)
-        if isinstance(value, PLAIN):
-            return value
-        if not isinstance(value, Tensor) or not value.is_cuda or str(value.device) != self.device:
-            raise Incomparable
-        shape, stride, nbytes = tuple(value.shape), value.stride(), value.untyped_storage().nbytes()
-        if not nbytes:
-            return View(0, 0, shape, stride, 0, value.dtype)
-        number = self.log.live[storage_key(value)][1]
-        if number <= first:
-            raise Incomparable
-        kept.add(number)
-        return View(number - first, nbytes, shape, stride, int(value.storage_offset()), value.dtype)
+        new = tuple(numbers), tuple(kinds[first:]), tuple(operations[operation:])
+        return Record(*new, self.trace.unissued, left)
 
     def replay(self, record: Record, layer: Any) -> Any:
         """Note again what a record says, and make its result and its layer's cache."""
@@ -187,57 +178,60 @@ class Replayer:
         kinds.extend(record.kinds)
         operations.extend(record.operations)
         self.trace.unissued = record.unissued
-        storages: dict[int, Tensor] = {}
         with self.log.silent():
-            for name, value in record.cache:
-                setattr(layer, name, self._tensors(value, first, storages))
-            return self._tensors(record.result, first, storages)
+            result, cache = self._restored(record.left, first, {})
+        for name, value in cache.items():
+            setattr(layer, name, value)
+        return result
 
-    def _tensors(self, value: Any, first: int, storages: dict[int, Tensor]) -> Any:
-        """The other way round: new tensors for each `View`."""
+    def _restored(self, value: Any, first: int, storages: dict[int, Tensor]) -> Any:
+        """The value that was described, with new tensors."""
         if isinstance(value, View):
-            if not value.storage:
-                return torch.empty_strided(value.shape, value.stride, dtype=value.dtype, device=self.device)
             if value.storage not in storages:
                 storages[value.storage] = torch.empty(value.nbytes, dtype=torch.uint8, device=self.device)
-                self.log.follow(storages[value.storage], self.device, first + value.storage)
+                if value.storage:
+                    self.log.follow(storages[value.storage], self.device, first + value.storage)
             return storages[value.storage].view(value.dtype).as_strided(value.shape, value.stride, value.offset)
-        if type(value) in (list, tuple):
-            return type(value)(self._tensors(item, first, storages) for item in value)
-        return value
+        kind, items = value
+        if kind is dict:
+            return {name: self._restored(item, first, storages) for name, item in items}
+        if kind in (list, tuple):
+            return kind(self._restored(item, first, storages) for item in items)
+        return items
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # What a block can see
 
 
+def described(value: Any, about: Callable[[Any], Any]) -> Any:
+    """A value that is equal for what looks the same. `about` gives it for what is not plain, or raises Incomparable."""
+    if isinstance(value, PLAIN):
+        return type(value), value
+    if type(value) in (list, tuple):
+        return type(value), tuple(described(item, about) for item in value)
+    if type(value) is dict:
+        return dict, tuple((name, described(item, about)) for name, item in value.items())
+    return about(value)
+
+
 class Seen:
-    """What the code of one call can see, as values to compare. Storages are numbered as they come."""
+    """What the code of one call can see. Storages are numbered as they come."""
 
     def __init__(self) -> None:
         self.storages: dict[int, int] = {}
         self.caches: list[Any] = []
 
-    def signature(self, value: Any) -> Any:
-        """A value that is equal for what looks the same.
-
-        Raises:
-            Incomparable: no such value is known.
-        """
+    def about(self, value: Any) -> Any:
+        """How a tensor lies in memory, and which others share it; or that it is a cache."""
         if isinstance(value, Tensor):
             alias = self.storages.setdefault(storage_key(value), len(self.storages))
             size = value.untyped_storage().nbytes()
             return tuple(value.shape), value.stride(), value.storage_offset(), value.dtype, value.device, alias, size
-        if isinstance(value, PLAIN):
-            return type(value), value
-        if type(value) in (list, tuple):
-            return tuple(map(self.signature, value))
-        if type(value) is dict:
-            return tuple((key, self.signature(item)) for key, item in value.items())
-        if type(value).__name__ == "DynamicCache":
-            self.caches.append(value)
-            return "cache"
-        raise Incomparable
+        if type(value).__name__ != "DynamicCache":
+            raise Incomparable
+        self.caches.append(value)
+        return "cache"
 
     def layer(self, block: nn.Module) -> Any:
         """The block's layer in the KV cache that it was given; None if it was given none."""
@@ -260,7 +254,7 @@ def _modules(block: nn.Module) -> Any:
         own = vars(module)
         if "_hf_hook" in own or "forward" in own or module._forward_hooks or module._forward_pre_hooks:
             return None
-        plain = tuple((key, _attribute(value)) for key, value in own.items() if key not in _IGNORED)
+        plain = tuple((key, described(value, _attribute)) for key, value in own.items() if key not in _IGNORED)
         tensors = tuple(
             (key, None if t is None else (tuple(t.shape), t.stride(), t.dtype, t.device))
             for key, t in (*module._parameters.items(), *module._buffers.items())
@@ -273,11 +267,7 @@ _IGNORED = {*vars(nn.Module()), "layer_idx"} - {"training"}  # what every module
 
 
 def _attribute(value: Any) -> Any:
-    """What stands for an attribute: itself if it is plain, else its identity: equal blocks share their config."""
-    if isinstance(value, PLAIN):
-        return type(value), value
-    if type(value) in (list, tuple):
-        return tuple(map(_attribute, value))
+    """What stands for an attribute that is not plain: its identity, since equal blocks share their config."""
     if type(value).__name__ == "MatmulLtState":  # of bitsandbytes' int8 layers, one for each
-        return tuple((key, item) for key, item in vars(value).items() if isinstance(item, PLAIN))
+        return tuple((name, item) for name, item in vars(value).items() if isinstance(item, PLAIN))
     return id(value)

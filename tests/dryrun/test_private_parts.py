@@ -21,7 +21,7 @@ def test_pytorch_has_what_fake_gpus_need():
     assert _torch.flop_formula(_torch.aten.mm), f"flop_registry has no formula for mm: {seen}"
     for name, packet in _torch.ATTENTION.items():
         assert packet.overloads(), f"the {name} kernel of attention is gone: {seen}"
-    for packet in (_torch.GROUPED_MM, _torch.UNSAFE_VIEW, _torch.READ_VALUE, _torch.ASK_DEVICE):
+    for packet in (_torch.GROUPED_MM, _torch.TO_COPY, _torch.UNSAFE_VIEW, _torch.READ_VALUE, _torch.ASK_DEVICE):
         assert packet.overloads(), f"{packet} is gone: {seen}"
 
 

@@ -6,20 +6,7 @@ from multiprocessing import get_context
 
 import pytest
 
-from bigkit.machine.ledger import Calibration, Ledger, ledger_path
-from bigkit.measure.calibrate import calibrate
-
-
-def test_what_is_measured_is_found_again(tmp_path, monkeypatch):
-    monkeypatch.setenv("BIGKIT_LEDGER", str(tmp_path / "deep" / "ledger.json"))
-    calibration = calibrate(folder=tmp_path, quick=True)
-    assert list(tmp_path.glob("bigkit-calibrate*")) == [], "the test file is gone"
-    again = Ledger.load()
-    assert again.calibrations == {calibration.machine: calibration} and again.path == ledger_path()
-    assert calibration.disk_warm > 1e6 and calibration.host_memory > 1e8 and 1e-7 < calibration.issue < 1e-2
-    assert all(rate > 1e6 for rows in calibration.products.values() for _, rate in rows)
-    calibrate(folder=tmp_path, quick=True)
-    assert len(Ledger.load().calibrations) == 1
+from bigkit.machine.ledger import Calibration, Ledger
 
 
 def test_a_calibration_of_an_older_form_is_read(tmp_path):
@@ -76,7 +63,7 @@ def test_writers_at_the_same_time_lose_nothing(tmp_path):
     for process in processes:
         process.start()
     for process in processes:
-        process.join(60)
+        process.join(300)
         assert process.exitcode == 0
     again = Ledger.load(path)
     assert sorted(run["run"] for run in again.runs) == [*range(10), *range(100, 110), *range(200, 210)]
