@@ -11,6 +11,7 @@ int8 products' own rate (that of 16-bit ones is taken). Needs bitsandbytes, on a
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -135,19 +136,20 @@ class PythonKernels(TorchDispatchMode):
         super().__init__()
         self.log, self.kernels = log, kernels
         self.following = False
-        self.norm: Any = None  # of an int8 layer's input, which it compares with its threshold
+        self.norm: Callable[[], Any] = lambda: None  # of an int8 layer's input, which is compared with a threshold
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         filling = self.log.kind == "weights"
         if func in QUESTIONS and filling:  # the mean of scales, while a state dict is made
             return 0.0
-        if func in QUESTIONS and (self.following or args[0] is self.norm):  # whether there are outliers: no
+        if func in QUESTIONS and (self.following or args[0] is self.norm()):  # whether there are outliers: no
             self.log.wait(args[0].device)
             return False
         if func is aten.linalg_vector_norm.default:
-            self.norm = func(*args, **kwargs)
-            return self.norm
+            norm = func(*args, **kwargs)
+            self.norm = weakref.ref(norm)  # it dies as early as without us
+            return norm
         if func not in self.kernels or not any(tensor.is_cuda for tensor in tensors_in(args)):
             return func(*args, **kwargs)
         if not filling:

@@ -16,7 +16,7 @@ import statistics
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +42,7 @@ def calibrate(folder: str | os.PathLike[str] | None = None, save: bool = True, q
     Args:
         folder: where the test file is written; the disk of your checkpoints. None takes the system's temporary folder.
         save: keep the result in the ledger, where predictions find it.
-        quick: a sixteenth of the bytes: good enough to see the order of magnitude, and for tests.
+        quick: a sixteenth of the bytes, and one tiny model: good enough for the order of magnitude, and for tests.
 
     Returns:
         What was measured.
@@ -55,7 +55,8 @@ def calibrate(folder: str | os.PathLike[str] | None = None, save: bool = True, q
     device = "cuda" if cuda else "cpu"
     block = BLOCK // 16 if quick else BLOCK
     context = _context() if cuda else None  # before anything else uses the GPU
-    host = [host_seconds(device)]  # the host's pace changes, so it is timed again at the end
+    hosts = HOSTS[:1] if quick else HOSTS
+    pace = {name: last_step(name, device) for name in hosts}  # it changes, so it is measured again at the end
     cold, warm = _disk(Path(folder) if folder is not None else Path(tempfile.gettempdir()), block)
     figures: dict[str, Any] = {
         "disk_cold": cold,
@@ -76,8 +77,8 @@ def calibrate(folder: str | os.PathLike[str] | None = None, save: bool = True, q
             "workspace": _workspace(),
             "capability": torch.cuda.get_device_capability(0),
         }
-    host.append(host_seconds(device))
-    calibration = Calibration(machine=machine_name(), issue=_issue(host), **figures)
+    pace = {name: min(seconds, last_step(name, device)) for name, seconds in pace.items()}
+    calibration = Calibration(machine=machine_name(), issue=_issue(pace), **figures)
     if save:
         Ledger.load().add(calibration)
     return calibration
@@ -243,13 +244,13 @@ def _workspace() -> int:
 # The host: the last step of a tiny model's work, for which a GPU always waits
 
 
-def _issue(rounds: Sequence[Mapping[str, float]]) -> float | None:
-    """Seconds for each step of the host: the median of the tiny models, each at its best of all rounds.
+def _issue(pace: Mapping[str, float]) -> float | None:
+    """Seconds for each step of the host: the median of tiny models, given the seconds of each one's last step.
 
     None where dry runs, which count the steps, cannot be made.
     """
     try:
-        return statistics.median(min(seconds[name] for seconds in rounds) / host_steps(name) for name in HOSTS)
+        return statistics.median(seconds / host_steps(name) for name, seconds in pace.items())
     except RuntimeError:
         return None
 
@@ -258,11 +259,6 @@ def host_steps(name: str) -> int:
     """Steps of the host in the last step of a tiny model's work."""
     trace = rehearse(tiny_model(name), {"": 0}, _load(name), Target())
     return sum(operation.issued for operation in trace.operations[trace.steps[-2][1] :])
-
-
-def host_seconds(device: str = "cpu") -> dict[str, float]:
-    """Tiny model -> seconds of the last step of its work."""
-    return {name: last_step(name, device) for name in HOSTS}
 
 
 def last_step(name: str, device: str = "cpu") -> float:

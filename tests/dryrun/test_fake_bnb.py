@@ -114,6 +114,7 @@ def test_what_int8_asks_for_tensor_by_tensor():
     events, operations = events_of("int8", 16)
     asked = [event for event in events if event > 0]
     assert asked == [2, 16 * 4, 16 * 256, 16 * 512 * 4, 16 * 1024]
+    assert events[:2] == [2, events[1]] and events[1] < 0, "the largest |x| is compared and let go at once"
     assert [operation.name for operation in operations if operation.name[0] == "c"] == [
         "cint8_vector_quant", "cigemmlt_32", "cdequant_mm_int32_fp16"
     ]  # fmt: skip
