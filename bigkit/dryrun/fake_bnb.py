@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from ..devices import Device
 from ..machine.roofline import TYPICAL, Operation
 from ..model.spec import QUANTIZATIONS
+from ..offload.hooks import torch_device
 from ..offload.weights import ANATOMY, Anatomy
 from ..quantize import bnb as packed
 from ..quantize.load import BnbQuantizationConfig, replace_with_bnb_layers
@@ -77,14 +78,23 @@ def quantize_empty(model: nn.Module, quantization: BnbQuantizationConfig) -> nn.
 
 
 def fill_quantized(
-    model: nn.Module, device_map: Mapping[str, Device], main: torch.device, quantization: BnbQuantizationConfig
+    model: nn.Module,
+    device_map: Mapping[str, Device],
+    main: torch.device | str | int,
+    quantization: BnbQuantizationConfig,
 ) -> nn.Module:
     """`workload.fill` for a model with bitsandbytes' layers: each weight is quantized where it works, then put away.
 
     Works on real devices too, so that a prediction and a measurement are of the same work.
+
+    Args:
+        model: empty, with bitsandbytes' layers (`quantize_empty`); it is changed.
+        device_map: module name -> where it rests.
+        main: the device on which those work that rest in RAM.
+        quantization: of the layers.
     """
     bnb: Any = packed.bitsandbytes()
-    place = torch_places(device_map)
+    place, main = torch_places(device_map), torch_device(main)
     weights: list[tuple[nn.Module, Tensor]] = []
     for name, module in model.named_modules():
         if not isinstance(module, (bnb.nn.Linear4bit, bnb.nn.Linear8bitLt)):

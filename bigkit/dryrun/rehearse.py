@@ -83,7 +83,7 @@ def rehearse(
             from .fake_bnb import fake_bitsandbytes, fill_quantized
 
             stack.enter_context(fake_bitsandbytes(log))
-            fill_quantized(model.eval(), in_ram, torch.device("cuda", main), quantization)
+            fill_quantized(model.eval(), in_ram, main, quantization)
         if set(places.values()) != {main}:
             dispatch_model(model, in_ram, main, slots=slots, resident_memory=resident_memory)
             _replace_lanes(model, log, places)

@@ -101,7 +101,7 @@ def events_of(quantization, rows):
     quantize_empty(model, config)
     with fake_gpus(Target()) as notes, fake_bitsandbytes(notes):
         notes.kind = "weights"
-        fill_quantized(model.eval(), {"": 0}, torch.device("cuda", 0), config)
+        fill_quantized(model.eval(), {"": "cuda:0"}, "cuda", config)
         notes.kind = "activations"
         x = torch.empty(rows, 256, dtype=torch.float16, device="cuda:0")
         begin = len(notes.trace.recordings["cuda:0"].events)
