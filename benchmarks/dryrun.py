@@ -1,4 +1,4 @@
-"""Memory and time of real models on one GPU, foretold by dry runs and measured.
+"""Memory and time of real models on one GPU, predicted by dry runs and measured.
 
     python benchmarks/dryrun.py --measure RESULTS.json [--traces FOLDER] [--seconds 450]      on a CUDA GPU
     python benchmarks/dryrun.py [--predict RESULTS.json ...] [--save]                         on any machine
@@ -10,7 +10,7 @@ from an empty allocator: fill the weights, run the prompt, generate. `--measure`
 the kernels that attention chose, and times; when all are done it times them once more and calibrates once more. It
 writes after every case and starts none after `--seconds`. `--predict` runs the same cases on fake GPUs and prints
 predicted against measured; without a file, it takes the results that are kept in benchmarks/results. `--offload`
-foretells what `benchmarks/offload.py --gpu` measured.
+predicts what `benchmarks/offload.py --gpu` measured.
 
 Times are the best of several, as those of `calibrate()` are, with the medians beside them: the host of a rented GPU
 slows down and speeds up by a half from one minute to the next, or for as long as it is rented. So `--predict` takes
@@ -160,18 +160,18 @@ class Kernels(TorchFunctionMode):
 def measure(case: dict[str, Any], traces: Path | None) -> dict[str, Any]:
     """One case on the GPU: its allocations from an empty start, then its times."""
     model, load, put = prepared(case)
-    found: dict[str, Any] = {}
+    figures: dict[str, Any] = {}
     with record_allocations() as mark:
         put()
         mark("filled")
-        found["filled"] = [torch.cuda.memory_allocated(), torch.cuda.memory_reserved()]
+        figures["filled"] = [torch.cuda.memory_allocated(), torch.cuda.memory_reserved()]
         for phase, _ in passes(model, load, "cuda"):
             mark(phase)
             if phase == "prefill":
-                found["prefill"] = [torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()]
+                figures["prefill"] = [torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()]
     recording = mark.recording  # type: ignore[attr-defined]
-    found["peak"] = [recording.peaks["allocated"], recording.peaks["reserved"]]
-    found["events"] = len(recording.events)
+    figures["peak"] = [recording.peaks["allocated"], recording.peaks["reserved"]]
+    figures["events"] = len(recording.events)
     if traces is not None:
         recording.about["work"] = key_of(case).replace("/", " ")
         recording.save(traces / f"{key_of(case).replace('/', '-')}.json.gz")
@@ -179,11 +179,11 @@ def measure(case: dict[str, Any], traces: Path | None) -> dict[str, Any]:
         with Kernels() as kernels:
             for _ in passes(model, load, "cuda"):
                 pass
-        found["attention"] = kernels.seen
+        figures["attention"] = kernels.seen
     except Exception as error:
-        found["attention"] = f"{type(error).__name__}: {error}"[:300]
-    found["times"] = times_of(model, load)
-    return found
+        figures["attention"] = f"{type(error).__name__}: {error}"[:300]
+    figures["times"] = times_of(model, load)
+    return figures
 
 
 def prepared(case: dict[str, Any]) -> tuple[torch.nn.Module, Workload, Callable[[], object]]:
@@ -222,11 +222,11 @@ def note_times(case: dict[str, Any], times: dict[str, list[float]]) -> str:
 
 def better(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
     """The first of two calibrations of machines of one kind, with the single rates that were better in the second."""
-    found = dict(first)
+    rates = dict(first)
     for name, value in second.items():
-        if isinstance(value, float) and isinstance(found[name], float):
-            found[name] = (min if name in ("issue", "kernel", "plan") else max)(value, found[name])
-    return found
+        if isinstance(value, float) and isinstance(rates[name], float):
+            rates[name] = (min if name in ("issue", "kernel") else max)(value, rates[name])
+    return rates
 
 
 def best_of(paths: list[Path]) -> dict[str, Any]:
@@ -238,7 +238,7 @@ def best_of(paths: list[Path]) -> dict[str, Any]:
         for case in first["cases"]:
             seconds, more = case.get("seconds", {}), times.get(key_of(case), {})
             case["seconds"] = {phase: min(value, more.get(phase, value)) for phase, value in seconds.items()}
-    return first | {"runs": sum(found.get("runs", 1) for found in (first, *others))}
+    return first | {"runs": sum(results.get("runs", 1) for results in (first, *others))}
 
 
 def boundary(name: str, shape: str, allocated: int, reserved: int) -> int:
@@ -309,13 +309,13 @@ def measure_all(path: Path, traces: Path | None, seconds: float, only: list[str]
     if traces is not None:
         traces.mkdir(parents=True, exist_ok=True)
 
-    def write(said: str) -> None:
-        """Let go of the case that is done, keep what was found so far, and say so."""
+    def write(line: str) -> None:
+        """Let go of the case that is done, store the results so far, and print a line."""
         gc.collect()
         torch.cuda.empty_cache()
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(results, indent=1) + "\n")
-        print(f"{time.perf_counter() - start:5.0f} s  {said}", flush=True)
+        print(f"{time.perf_counter() - start:5.0f} s  {line}", flush=True)
 
     def late() -> bool:
         return time.perf_counter() - start > seconds
@@ -327,17 +327,17 @@ def measure_all(path: Path, traces: Path | None, seconds: float, only: list[str]
             results.setdefault("not_started", []).append(key)
             continue
         try:
-            found = measure(case, traces)
-            times[key] = found.pop("times")
-            case |= found
-            allocated, reserved = found["peak"]
+            figures = measure(case, traces)
+            times[key] = figures.pop("times")
+            case |= figures
+            allocated, reserved = figures["peak"]
             memory = f"{allocated / GiB:6.2f} GiB allocated, {reserved / GiB:6.2f} reserved"
-            said = f"{memory}, {note_times(case, times[key])}"
+            line = f"{memory}, {note_times(case, times[key])}"
         except Exception as error:
             case |= {"error": f"{type(error).__name__}: {error}"[:2000], "where": traceback.format_exc()[-2000:]}
-            said = case["error"][:160]
+            line = case["error"][:160]
         results["cases"].append(case)
-        write(f"{key}  {said}")
+        write(f"{key}  {line}")
     done = {key_of(case): case for case in results["cases"] if "error" not in case}
     for key in BOUNDARIES:
         if key in done and not late():
@@ -358,8 +358,8 @@ def measure_all(path: Path, traces: Path | None, seconds: float, only: list[str]
         results["calibration"] = better(results["calibration"], asdict(calibrate(save=False)))
     for key, case in done.items():
         if not late():
-            case["predicted there"] = foretell(results, case)[1]
-            write(f"{key}  foretold here too")
+            case["predicted there"] = predict(results, case)[1]
+            write(f"{key}  predicted here too")
     results["seconds"] = time.perf_counter() - start
     write("done")
 
@@ -368,7 +368,7 @@ def measure_all(path: Path, traces: Path | None, seconds: float, only: list[str]
 # On any machine
 
 
-def foretell(results: dict[str, Any], case: dict[str, Any]) -> tuple[DryRun, dict[str, Any]]:
+def predict(results: dict[str, Any], case: dict[str, Any]) -> tuple[DryRun, dict[str, Any]]:
     """The dry run of one case for the machine that the results are from, and what of it is kept."""
     calibration = Calibration.from_json(results["calibration"])
     gpu = next((gpu for name, gpu in GPUS.items() if name.split("-")[0] in results["machine"]["gpu"]), GPUS["H200"])
@@ -386,18 +386,18 @@ def foretell(results: dict[str, Any], case: dict[str, Any]) -> tuple[DryRun, dic
 
 
 def predict_all(results: dict[str, Any], only: list[str], save: bool) -> None:
-    """Foretell every case that was measured, and print both."""
+    """Predict every case that was measured, and print both."""
     import transformers
 
     if (there := results["machine"]["transformers"]) != transformers.__version__:
-        print(f"measured with Transformers {there}, foretold with {transformers.__version__}: some models differ")
+        print(f"measured with Transformers {there}, predicted with {transformers.__version__}: some models differ")
     rows: list[list[float]] = []
     errors_of_time: dict[tuple[str, str], list[float]] = {}
     for case in results["cases"]:
         name = key_of(case)
         if "error" in case or (only and case["model"] not in only and name not in only):
             continue
-        run, case["predicted"] = foretell(results, case)
+        run, case["predicted"] = predict(results, case)
         allocated, reserved = case["predicted"]["peak"]
         real = case["peak"]
         times = {"prefill": case["seconds"]["prefill"], "token": case["seconds"].get("decode")}
@@ -405,15 +405,18 @@ def predict_all(results: dict[str, Any], only: list[str], save: bool) -> None:
             if value and key in run.seconds:
                 lane = "Python" if case["predicted"]["longest"][key] == "python" else "the GPU"
                 errors_of_time.setdefault((key, lane), []).append(run.seconds[key] / value - 1)
-        said = "  ".join(
+        comparison = "  ".join(
             f"{1000 * run.seconds[key]:8.1f} {1000 * value:8.1f} ms {100 * (run.seconds[key] / value - 1):+6.1f} %"
             for key, value in times.items()
             if value and key in run.seconds
         )
         errors = [100 * (a / b - 1) for a, b in zip((allocated, reserved), real)]
         rows.append(errors)
-        print(f"{name:34} {allocated / GiB:7.3f} {real[0] / GiB:7.3f} GiB {errors[0]:+6.2f} %  "
-              f"{reserved / GiB:7.3f} {real[1] / GiB:7.3f} GiB {errors[1]:+6.2f} %  {said}", flush=True)  # fmt: skip
+        memory = "  ".join(
+            f"{predicted / GiB:7.3f} {measured / GiB:7.3f} GiB {error:+6.2f} %"
+            for predicted, measured, error in zip((allocated, reserved), real, errors)
+        )
+        print(f"{name:34} {memory}  {comparison}", flush=True)
         if limit := results["boundaries"].get(name):
             low, high = allocated // 2, reserved
             while high - low > allocated // 1000:
@@ -426,17 +429,17 @@ def predict_all(results: dict[str, Any], only: list[str], save: bool) -> None:
             good = sum(abs(row[column]) <= bound for row in rows)
             worst = max(abs(row[column]) for row in rows)
             print(f"{title}: {good} of {len(rows)} within {bound} %, the worst {worst:.2f} %")
-    for (key, lane), found in sorted(errors_of_time.items()):
-        good, middle = sum(abs(error) <= 0.15 for error in found), statistics.median(map(abs, found))
-        print(f"{key}, {lane} longest busy: {good} of {len(found)} within 15 %, "
-              f"median error {100 * middle:.1f} %, the worst {100 * max(found, key=abs):+.0f} %")  # fmt: skip
+    for (key, lane), row in sorted(errors_of_time.items()):
+        good, middle = sum(abs(error) <= 0.15 for error in row), statistics.median(map(abs, row))
+        print(f"{key}, {lane} longest busy: {good} of {len(row)} within 15 %, "
+              f"median error {100 * middle:.1f} %, the worst {100 * max(row, key=abs):+.0f} %")  # fmt: skip
     if save:
         KEPT.write_text(json.dumps(results, indent=1) + "\n")
 
 
 def predict_offload(path: Path, save: bool) -> None:
-    """Foretell the forwards of a Llama-7B shape that rests in RAM or on disk, with the link that was measured beside
-    them, and the disk: cold as raw readers found it there, warm as the calibration says.
+    """Predict the forwards of a Llama-7B shape that rests in RAM or on disk, with the link that was measured beside
+    them, and the disk: cold as raw readers measured it there, warm as the calibration says.
 
     The benchmark keeps the logits of one forward during the next, which a dry run of one forward does not.
     """
@@ -446,15 +449,14 @@ def predict_offload(path: Path, save: bool) -> None:
     rates = replace(Calibration.from_json(kept["calibration"]), link_pinned=1e9 * measured["machine"]["pinned_gb_s"])
     size = measured["machine"]["bytes"]
     cold = 1e9 * statistics.mean(measured["machine"]["raw_cold_gb_s"])
-    found = []
+    rows = []
     ways: dict[str, tuple[dict[str, int | str] | None, int]] = {
         "resident": (None, 0),
         "bigkit, all in RAM": ({"": "cpu"}, 0),
         "bigkit, half in RAM": ({"": "cpu"}, size // 2),
         "bigkit, on disk, cold": ({"": "disk"}, 0),
+        "bigkit, on disk, warm": ({"": "disk"}, 0),
     }
-    if rates.disk_readers:
-        ways["bigkit, on disk, warm"] = {"": "disk"}, 0
 
     def llama() -> torch.nn.Module:
         config = transformers.LlamaConfig(dtype="bfloat16")
@@ -468,7 +470,7 @@ def predict_offload(path: Path, save: bool) -> None:
         batch, tokens = map(int, row["shape"].split("x"))
         run = dry_run(
             llama, places, batch, tokens, 0, "H200", all_logits=True, cache=False, resident_memory=resident,
-            calibration=replace(rates, disk_readers=cold) if row["way"].endswith("cold") else rates,
+            calibration=replace(rates, disk_warm=cold) if row["way"].endswith("cold") else rates,
         )  # fmt: skip
         logits = 2 * batch * tokens * 32000
         peak, seconds = run.peak_allocated[0] + logits, run.seconds["prefill"]
@@ -476,10 +478,10 @@ def predict_offload(path: Path, save: bool) -> None:
         held = f"{peak / 1e9:7.3f} {memory:7.3f} GB {100 * (peak / 1e9 / memory - 1):+5.2f} %" if memory else " " * 26
         print(f"{row['way']:22} {row['shape']:6} {held}  {1000 * seconds:7.1f} {1000 * row['s']:7.1f} ms "
               f"{100 * (seconds / row['s'] - 1):+6.1f} %")  # fmt: skip
-        found.append({"way": row["way"], "shape": row["shape"], "measured": {"peak_gb": memory, "seconds": row["s"]},
+        rows.append({"way": row["way"], "shape": row["shape"], "measured": {"peak_gb": memory, "seconds": row["s"]},
                       "predicted": {"peak_gb": peak / 1e9, "seconds": seconds}})  # fmt: skip
     if save:
-        KEPT.write_text(json.dumps({**kept, "offload": found}, indent=1) + "\n")
+        KEPT.write_text(json.dumps({**kept, "offload": rows}, indent=1) + "\n")
 
 
 def main() -> None:

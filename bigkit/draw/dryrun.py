@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..devices import device_label
 from ..dryrun.run import KINDS, DryRun, Timeline
-from ..machine.roofline import Span
+from ..machine.streams import Span
 from ..measure.record import Measurement
 from ..units import GiB, MiB, format_bytes, text_table
 from .canvas import BLACK, BLUE, DARK, GREEN, GREY, ORANGE, PURPLE, VERMILLION, WIDTH, YELLOW

@@ -1,4 +1,4 @@
-"""The work that is foretold and measured: a model with random weights, one pass over a prompt, then token by token.
+"""The work that is predicted and measured: a model with random weights, one pass over a prompt, then token by token.
 
 The same functions run on a real GPU and on fake devices, so what is compared is the same work: `fill` gives every
 tensor of an empty model memory on its device, in the model's order; `passes` runs the prompt and then one token at a
@@ -10,15 +10,16 @@ Leaves out: models that need more than token ids or one image (images with text)
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from ..devices import Device, prefixes
+from ..devices import Device, placement
 from ..model.config import facts
+from ..offload.hooks import torch_device
 
 
 @dataclass(frozen=True)
@@ -55,17 +56,24 @@ class Step(NamedTuple):
     cache: Any = None
 
 
-def device_of(name: str, device_map: Mapping[str, Device]) -> torch.device:
-    """The torch device that a device map gives a module or tensor: by its own name, or that of a module around it.
+def torch_places(device_map: Mapping[str, Device]) -> Callable[[str], torch.device]:
+    """A function from the name of a module or tensor to its torch device: that of the innermost entry around it.
 
-    >>> device_of("h.1.mlp.weight", {"h.0": 0, "h.1": 1})
+    Raises:
+        ValueError: by the function, if the map has no such entry.
+
+    >>> torch_places({"h.0": 0, "h.1": "cuda:1"})("h.1.mlp.weight")
     device(type='cuda', index=1)
     """
-    for prefix in reversed(prefixes(name)):
-        if prefix in device_map:
-            device = device_map[prefix]
-            return torch.device(f"cuda:{device}" if isinstance(device, int) else device)
-    raise ValueError(f"the device map has no entry for {name!r}: expected one for it or for a module around it")
+    device_of = placement(device_map)
+
+    def place(name: str) -> torch.device:
+        device = device_of(name)
+        if device is None:
+            raise ValueError(f"the device map has no entry for {name!r}: expected one for it or for a module around it")
+        return torch_device(device)
+
+    return place
 
 
 @torch.no_grad()
@@ -75,36 +83,37 @@ def fill(model: nn.Module, device_map: Mapping[str, Device], std: float = 0.02) 
     Args:
         model: empty (on the meta device), buffers real; it is changed. Tied parameters stay tied.
         device_map: module name -> device.
-        std: the deviation of the random values.
+        std: the standard deviation of the random values.
 
     >>> from bigkit import zoo
     >>> fill(zoo.empty_model("pygpt"), {"": "cpu"}).lm_head.weight.device
     device(type='cpu')
     """
-    made: dict[int, nn.Parameter] = {}
+    place = torch_places(device_map)
+    filled: dict[int, nn.Parameter] = {}  # id of an empty tensor -> the one with memory
     moved: dict[int, Tensor] = {}
     for module_name, module in model.named_modules():
+        prefix = f"{module_name}." if module_name else ""
         for name, parameter in module._parameters.items():
             if parameter is None:
                 continue
-            if id(parameter) not in made:
-                device = device_of(f"{module_name}.{name}" if module_name else name, device_map)
-                data = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
+            if id(parameter) not in filled:
+                data = torch.empty(parameter.shape, dtype=parameter.dtype, device=place(prefix + name))
                 data = data.normal_(0, std) if data.is_floating_point() and data.element_size() > 1 else data.zero_()
-                made[id(parameter)] = nn.Parameter(data, requires_grad=False)
-            module._parameters[name] = made[id(parameter)]
+                filled[id(parameter)] = nn.Parameter(data, requires_grad=False)
+            module._parameters[name] = filled[id(parameter)]
         for name, buffer in module._buffers.items():
             if buffer is None:
                 continue
             if id(buffer) not in moved:
-                device = device_of(f"{module_name}.{name}" if module_name else name, device_map)
+                device = place(prefix + name)
                 moved[id(buffer)] = torch.zeros_like(buffer, device=device) if buffer.is_meta else buffer.to(device)
             module._buffers[name] = moved[id(buffer)]
     return model
 
 
 @torch.no_grad()
-def passes(model: nn.Module, load: Workload, device: torch.device | str) -> Iterator[Step]:
+def passes(model: nn.Module, load: Workload, device: torch.device | str | int) -> Iterator[Step]:
     """Run the work; yields a `Step` after the prompt, then one after each new token.
 
     Args:
@@ -124,15 +133,15 @@ def passes(model: nn.Module, load: Workload, device: torch.device | str) -> Iter
             f"{type(model).__name__} has learned positions for {most:,} tokens, and {load.prompt:,} + {load.new:,} "
             "were asked for: take a shorter prompt, or fewer new tokens"
         )
+    device = torch_device(device)
     inputs, options = _inputs(model, load, device)
-    generates = _generates(model)
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False) and "input_ids" in inputs:
         inputs["decoder_input_ids"] = torch.zeros((load.batch, 1), dtype=torch.long, device=device)
     if _is_gpt(model):
         yield from _gpt_passes(model, load, inputs["input_ids"])
         return
     output = model(**inputs, **options) if "pixel_values" not in inputs or _named(model) else model(*inputs.values())
-    if not generates:
+    if not _generates(model):
         yield Step("prefill")
         return
     logits = output.logits
@@ -159,15 +168,15 @@ def most_tokens(model: nn.Module) -> int | None:
     (1024, None)
     """
     config: Any = getattr(model, "config", None)
-    known = facts(config.to_dict()) if hasattr(config, "to_dict") else {}
-    most = known.get("max_position_embeddings")
-    if known.get("positions") != "learned" or not most:
+    about = facts(config.to_dict()) if hasattr(config, "to_dict") else {}
+    most = about.get("max_position_embeddings")
+    if about.get("positions") != "learned" or not most:
         return None
     tables = (module.num_embeddings for module in model.modules() if isinstance(module, nn.Embedding))
     return most if any(most <= rows <= most + 2 for rows in tables) else None  # OPT's begins with row 2
 
 
-def _inputs(model: nn.Module, load: Workload, device: torch.device | str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def _inputs(model: nn.Module, load: Workload, device: torch.device) -> tuple[dict[str, Tensor], dict[str, Any]]:
     config: Any = getattr(model, "config", None)
     name = getattr(model, "main_input_name", "input_ids" if config is not None else "pixel_values")
     if name == "pixel_values":

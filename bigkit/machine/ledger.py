@@ -3,8 +3,8 @@
     Calibration     rates and overheads of one machine, as `calibrate()` measured them; predictions use it
     Ledger          the file: one calibration for each machine, and an entry for each run that `record()` measured
 
-Several processes may add to the file at once: each takes a lock, reads what is there, and puts a new file in its place.
-The file lies where BIGKIT_LEDGER says, else in the user's cache folder (~/.cache/bigkit/ledger.json).
+Several processes may add to the file at once: each takes a lock, reads the file, and puts a new one in its place.
+Its path is BIGKIT_LEDGER, else in the user's cache folder (~/.cache/bigkit/ledger.json).
 
 Leaves out: measuring (`measure/calibrate.py`).
 """
@@ -18,9 +18,11 @@ import statistics
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from ..units import counted
 
 MOST_RUNS = 1000  # kept in the file; older ones go
 
@@ -32,27 +34,20 @@ class Calibration:
     Args:
         machine: its GPU (or CPU) and the number of cores.
         gpu: the GPU's name, or None.
-        link_pinned, link_pageable: from RAM to the GPU, from memory that is pinned and that is not.
-        disk_cold, disk_warm: from a file, when the disk must be read, and when the system has it in memory.
-        memory: of the device that computes: bytes read and written by a large copy.
-        host_memory: of RAM, likewise.
-        products: dtype -> (FLOP of one matrix product, FLOP a second), from small to large; "float16, odd rows" and
-            "bfloat16, odd rows" are of products with rows of an odd length.
+        link_pinned, link_pageable: bytes a second from RAM to the GPU, from memory that is pinned and that is not.
+        disk_cold: bytes a second from a file when the disk must be read.
+        disk_warm: bytes a second from a file that the system has in memory, by the threads that offloading reads with.
+        memory: bytes a second that a large copy reads and writes, on the device that computes.
+        host_memory: bytes a second that a large copy in RAM reads and writes.
+        products: dtype -> (FLOP of one matrix product, FLOP a second), from small to large.
         attention: (FLOP of one call of fused attention, FLOP a second), from small to large, in half precision.
-        issue: what the host takes for one of its steps: to call a module, to issue an operation (views too), or to
-            launch a kernel.
-        kernel: what the smallest kernel takes on the GPU.
+        issue: seconds that the host takes for one of its steps: to call a module, to issue an operation (views too), or
+            to launch a kernel.
+        kernel: seconds that the smallest kernel takes on the GPU.
         context: bytes that a CUDA context takes before the first tensor.
         workspace: bytes that cuBLAS takes at the first matrix product.
         capability: the GPU's compute capability.
-        versions: of the libraries it was measured with.
-        gather: rows picked by a tensor of indices: bytes read and written.
-        grouped: (FLOP of one expert's product, FLOP a second of all), from small to large.
-        disk_readers: from a file that the system has in memory, by as many threads as offloading reads with.
-        masked: as `attention`, with a mask that is a tensor.
-        scattered: elements a second of an operation whose tensors lie in memory in different orders.
-        plan: what attention takes more at a length that it meets for the first time.
-        joined: elements a second of joining tensors that do not lie in memory as the result does (`torch.cat`).
+        versions: library -> the version that it was measured with.
     """
 
     machine: str
@@ -71,47 +66,44 @@ class Calibration:
     workspace: int | None = None
     capability: tuple[int, int] | None = None
     versions: Mapping[str, str] = field(default_factory=dict)
-    gather: float | None = None
-    grouped: tuple[tuple[float, float], ...] = ()
-    disk_readers: float | None = None
-    masked: tuple[tuple[float, float], ...] = ()
-    scattered: float | None = None
-    joined: float | None = None
-    plan: float | None = None
 
     def explain(self) -> str:
         """What was measured, as text."""
-        lines = [self.machine]
         rates = {
-            "link, pinned": self.link_pinned, "link, pageable": self.link_pageable, "disk, cold": self.disk_cold,
-            "disk, in the page cache": self.disk_warm, "the same, many readers": self.disk_readers,
-            "memory of the device": self.memory, "picking rows": self.gather, "RAM": self.host_memory,
-        }  # fmt: skip
-        lines += [f"  {name:28} {rate / 1e9:10,.1f} GB/s" for name, rate in rates.items() if rate]
-        for dtype, rows in self.products.items():
-            lines.append(f"  {f'products, {dtype}':28} {max(rate for _, rate in rows) / 1e12:10,.2f} TFLOP/s")
-        rates = {"elements, one by one": self.scattered, "elements, joined": self.joined}
-        lines += [f"  {name:28} {rate / 1e9:10,.1f} G/s" for name, rate in rates.items() if rate]
-        times = {"a step of the host": self.issue, "smallest kernel": self.kernel, "attention, a new length": self.plan}
-        lines += [f"  {name:28} {1e6 * seconds:10,.1f} µs" for name, seconds in times.items() if seconds]
+            "link, pinned": self.link_pinned,
+            "link, pageable": self.link_pageable,
+            "disk, cold": self.disk_cold,
+            "disk, in the page cache": self.disk_warm,
+            "memory of the device": self.memory,
+            "RAM": self.host_memory,
+        }
+        products = {f"products, {dtype}": max(rate for _, rate in rows) for dtype, rows in self.products.items()}
+        times = {"a step of the host": self.issue, "smallest kernel": self.kernel}
         sizes = {"CUDA context": self.context, "workspace of cuBLAS": self.workspace}
-        lines += [f"  {name:28} {size / 2**20:10,.1f} MiB" for name, size in sizes.items() if size]
-        return "\n".join(lines)
+        return "\n".join(
+            [
+                self.machine,
+                *(f"  {name:28} {rate / 1e9:10,.1f} GB/s" for name, rate in rates.items() if rate),
+                *(f"  {name:28} {rate / 1e12:10,.2f} TFLOP/s" for name, rate in products.items()),
+                *(f"  {name:28} {1e6 * seconds:10,.1f} µs" for name, seconds in times.items() if seconds),
+                *(f"  {name:28} {size / 2**20:10,.1f} MiB" for name, size in sizes.items() if size),
+            ]
+        )
 
     @staticmethod
     def from_json(data: Mapping[str, Any]) -> Calibration:
-        """From what `dataclasses.asdict` and JSON make of one.
+        """From what `dataclasses.asdict` and JSON make of one. What older versions measured beside it is left out.
 
         Raises:
-            ValueError: it is none.
+            ValueError: it is not a calibration.
         """
         try:
-            pairs = {name: tuple(map(tuple, rows)) for name, rows in data["products"].items()}
-            capability = data["capability"]
-            rest = {"products": pairs, "attention": tuple(map(tuple, data["attention"])),
-                    **{name: tuple(map(tuple, data.get(name, ()))) for name in ("grouped", "masked")},
-                    "capability": None if capability is None else tuple(capability)}  # fmt: skip
-            return Calibration(**{**data, **rest})
+            values = {item.name: data[item.name] for item in fields(Calibration) if item.name in data}
+            values["products"] = {name: tuple(map(tuple, rows)) for name, rows in data["products"].items()}
+            values["attention"] = tuple(map(tuple, data["attention"]))
+            values["capability"] = data["capability"] and tuple(data["capability"])
+            values["disk_warm"] = data.get("disk_readers") or data["disk_warm"]  # once a field of its own
+            return Calibration(**values)
         except (AttributeError, KeyError, TypeError) as error:
             raise ValueError(f"this is not the JSON of a Calibration: {error!r}") from error
 
@@ -129,22 +121,22 @@ class Ledger:
         """Read the ledger; one that does not exist is empty.
 
         Raises:
-            ValueError: the file is no ledger that this version reads.
+            ValueError: the file is not a ledger that this version reads.
         """
-        place = Path(path) if path is not None else ledger_path()
+        file = Path(path) if path is not None else ledger_path()
         try:
-            text = place.read_text(encoding="utf-8")
+            text = file.read_text(encoding="utf-8")
         except FileNotFoundError:
-            return Ledger(place)
+            return Ledger(file)
         try:
             data = json.loads(text)
             if data["format"] != 1:
                 raise ValueError(f"format {data['format']!r}")
-            known = {name: Calibration.from_json(item) for name, item in data["calibrations"].items()}
-            return Ledger(place, known, list(data["runs"]))
+            calibrations = {name: Calibration.from_json(item) for name, item in data["calibrations"].items()}
+            return Ledger(file, calibrations, list(data["runs"]))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(
-                f"{place} is no ledger that this version of bigkit reads ({error}): move it away"
+                f"{file} is not a ledger that this version of bigkit reads ({error}): move it away"
             ) from error
 
     def save(self) -> None:
@@ -166,14 +158,14 @@ class Ledger:
         self._change(lambda: self.calibrations.update({calibration.machine: calibration}))
 
     def add_run(self, run: Mapping[str, Any]) -> None:
-        """Keep what one run took, and was foretold to take (`Recorder.entry`). Past `MOST_RUNS` the oldest go."""
+        """Keep what one run took, measured and predicted (`Recorder.entry`). Past `MOST_RUNS` the oldest go."""
         self._change(lambda: self.runs.append(dict(run)))
 
     def bias(self, machine: str | None = None) -> dict[str, Bias]:
-        """Quantity -> how measured compared with predicted, over the runs that were foretold.
+        """Quantity -> how measured compared with predicted, over the runs that have a prediction.
 
         Args:
-            machine: only runs of this one.
+            machine: count only runs of this machine; None counts all.
 
         >>> ledger = Ledger(Path("unused"))
         >>> ledger.runs += [{"machine": "a", "predicted": {"token": 2.0}, "measured": {"token": 3.0}}]
@@ -183,19 +175,19 @@ class Ledger:
         ratios: dict[str, list[float]] = {}
         for run in self.runs:
             if machine in (None, run.get("machine")):
-                told, real = run.get("predicted") or {}, run.get("measured") or {}
-                for name in told.keys() & real.keys():
-                    if told[name] and real[name]:
-                        ratios.setdefault(name, []).append(real[name] / told[name])
+                predicted, measured = run.get("predicted") or {}, run.get("measured") or {}
+                for name in predicted.keys() & measured.keys():
+                    if predicted[name] and measured[name]:
+                        ratios.setdefault(name, []).append(measured[name] / predicted[name])
         return {
-            name: Bias(statistics.median(found), len(found), sum(abs(1 / ratio - 1) <= 0.15 for ratio in found))
-            for name, found in sorted(ratios.items())
+            name: Bias(statistics.median(row), len(row), sum(abs(1 / ratio - 1) <= 0.15 for ratio in row))
+            for name, row in sorted(ratios.items())
         }
 
     def explain(self) -> str:
         """What was measured here, and how the runs compared with their predictions, as text."""
         lines = [calibration.explain() for calibration in self.calibrations.values()]
-        lines.append(f"{len(self.runs):,} runs recorded")
+        lines.append(f"{counted(len(self.runs), 'run')} recorded")
         for name, (ratio, runs, within) in self.bias().items():
             lines.append(f"  {name:26} {ratio:6.2f} x predicted in the median; {within} of {runs} within 15 %")
         return "\n".join(lines)
@@ -204,15 +196,21 @@ class Ledger:
         """Read what is there now, change it, write it; other writers wait meanwhile."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with _locked(self.path.parent):
-            now = Ledger.load(self.path)
-            self.calibrations, self.runs = now.calibrations, now.runs
+            current = Ledger.load(self.path)
+            self.calibrations, self.runs = current.calibrations, current.runs
             change()
             del self.runs[:-MOST_RUNS]
             self.save()
 
 
 class Bias(NamedTuple):
-    """How runs compared with predictions: the median of measured / predicted, of how many, and how many within 15 %."""
+    """How runs compared with predictions.
+
+    Args:
+        ratio: the median of measured / predicted.
+        runs: the number of runs.
+        within: how many of them were predicted within 15 %.
+    """
 
     ratio: float
     runs: int

@@ -1,23 +1,23 @@
-"""When which bytes move, and when what works: the timing of a model that is spread out, as plain arithmetic.
+"""When which bytes move, and when what works: one clock for a model that is spread out, as plain arithmetic.
 
+    host      asks for copies and for work                     runs ahead of both
     disk      reads a unit's bytes from files                  bytes / rate of the disk
     link      copies them into a slot on the device            bytes / rate of the link
-    compute   its forward, from the slot                       seconds of its own
+    compute   the unit's forward, from the slot                seconds, which the caller knows
 
-Each lane does one thing at a time, in the order in which it is asked. Between lanes the rules are those of
-`offload/stream.py` and `offload/transfer.py`, which move the real bytes:
+The rules are those of `offload/stream.py` and `offload/transfer.py`, which move the real bytes. Each is one method,
+whose docstring states it:
 
-    - The order is a circle: after the last unit comes the first, since after a token comes another.
-    - When a unit is about to work, it and (with prefetch) the next ones are fetched, as far as there are slots.
-    - A slot is refilled only when the work that last read it is done; among those, the one used longest ago.
-    - A unit works when its bytes have arrived and the work before it is done.
-    - What rests where it works needs no slot: it works when the work before it is done.
-    - The host runs ahead. It does not wait for a copy or for work, but it waits for bytes from a file: a copy can be
-      asked for only when they have been read. Until then it asks for nothing else.
-    - A file is read in chunks through a ring of RAM: the link carries one chunk while the disk reads the next, and the
-      disk may be as far ahead of the link as the ring is long.
+    Clock.occupy        a lane does one thing at a time
+    Clock.fill          when a slot is refilled
+    Clock._read         how a file is read and copied, chunk by chunk
+    Clock.arrive        when a unit can work, and what the host waits for
+    Player.following    which units come next
+    Player.lend         what is fetched, and when
+    Player.idle_slot    into which slot
 
-So each span's start is the latest of a few earlier ends, and one pass over the model is enough to know all of them.
+`Clock` says when. `schedule` plays whole forwards with it, in the order and with the slots that `Player` chooses; a dry
+run (`machine/roofline.py`) plays what a real streamer asked for. Every start is the latest of a few earlier ends.
 
 Leaves out: how long work takes (the caller says), latencies, orders that change from one token to the next, units that
 work twice in a forward, units that a cache in RAM keeps after their first visit (give them as resting in RAM), and a
@@ -44,11 +44,11 @@ class Turn(NamedTuple):
     """A unit's part in each forward.
 
     Args:
-        name: of the unit.
-        nbytes: that move if it rests elsewhere.
-        seconds: that it works.
-        rests: "cpu", "disk", or a device that works.
-        works: the device on which it works. All that travels works on one device.
+        name: the unit's name, such as "transformer.h.3".
+        nbytes: bytes copied to the device for each forward, if the unit rests elsewhere.
+        seconds: time that its forward takes on the device.
+        rests: where its weights rest: a GPU's number, "cpu" or "disk".
+        works: the device on which it works. All units that travel must work on one device.
     """
 
     name: str
@@ -64,29 +64,32 @@ class Turn(NamedTuple):
 
 
 class Span(NamedTuple):
-    """A stretch of time in which a lane is busy with a turn.
+    """A stretch of time in which a lane is busy with one thing.
 
     Args:
-        lane: "compute", "link" or "disk". On the link, a unit from a file may have pauses while the disk reads.
-        turn: number of the turn.
-        token: number of the forward.
-        slot: number of the slot, or -1 for what rests where it works.
-        start, end: seconds.
+        lane: "compute", "link" or "disk" in a schedule; in a dry run "python", a device, "copy to" a device, or "disk".
+            A copy of a unit from a file may have pauses in which the disk reads.
+        name: the unit or operation.
+        start, end: seconds from the start of the run.
+        turn: the number of the turn, in a schedule.
+        token: the number of the forward, in a schedule.
+        slot: the number of the slot; -1 for what rests where it works.
     """
 
     lane: str
-    turn: int
-    token: int
-    slot: int
+    name: str
     start: float
     end: float
+    turn: int = -1
+    token: int = 0
+    slot: int = -1
 
 
 class Moment(NamedTuple):
     """Something that begins or ends.
 
     Args:
-        time: seconds.
+        time: seconds from the start of the run.
         kind: "fetch" (its bytes begin to move), "arrive" (they are there), "work" (its forward begins) or "return" (it
             has ended, and the slot may be refilled).
         turn, token, slot: see `Span`.
@@ -124,14 +127,9 @@ class Schedule:
     """What happens when. Made by `schedule`.
 
     Args:
-        turns: the units in the order in which they work.
-        link, disk: bytes a second.
-        slots: how many there are.
-        prefetch: whether the next units are fetched while one works.
-        tokens: how many forwards.
-        ahead: whether the host runs ahead.
-        spans: every lane's, in the order in which they were asked for.
-        moments: in the order of time.
+        turns, link, disk, slots, prefetch, tokens, ahead: what `schedule` was given.
+        spans: what every lane did, in the order in which it was asked for.
+        moments: every begin and end, in the order of time.
     """
 
     turns: tuple[Turn, ...]
@@ -209,25 +207,114 @@ class Schedule:
                 changes.append((span.start, span.end, -held[span.slot], size))
                 held[span.slot] = size
         times = sorted({0.0, self.seconds, *(t for start, end, *_ in changes for t in (start, end))})
-        found: list[tuple[float, float]] = []
+        points: list[tuple[float, float]] = []
         for time in times:
             for inclusive in (False, True):  # before and after what happens at once
                 begun = [c for c in changes if c[0] < time or (inclusive and c[0] == time)]
                 share = [1.0 if end <= time else (time - start) / (end - start) for start, end, *_ in begun]
                 value = sum(at_once + size * part for (_, _, at_once, size), part in zip(begun, share))
-                if not found or found[-1] != (time, value):
-                    found.append((time, value))
-        return found
+                if not points or points[-1] != (time, value):
+                    points.append((time, value))
+        return points
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The clock
 
 
 @dataclass
-class _Slot:
-    number: int
-    holds: int | None = None
-    used: int = 0  # number of the loan for which it was last used
-    free: float = 0.0  # when the work that last read it was done
+class SlotState:
+    """Device memory that holds one unit in flight; times in seconds."""
+
+    number: int = 0
+    holds: int | None = None  # the turn whose weights it holds
+    used: int = 0  # the number of the loan for which it was last used
+    free: float = 0.0  # when the work that last read it is done
+    read: float = 0.0  # when its bytes had been read from a file; 0 if they came from RAM
     ready: float = 0.0  # when its bytes have arrived
-    read: float = 0.0  # when they had been read from the file
+
+
+class Filling(NamedTuple):
+    """When a unit's bytes begin to move into a slot, and start and end of copying and reading; seconds."""
+
+    begins: float
+    copied: tuple[float, float]
+    read: tuple[float, float] | None = None
+
+
+class Clock:
+    """When the host and each lane are free, in seconds.
+
+    Args:
+        chunk, ring: bytes of a chunk of a file, and how many chunks RAM holds at once.
+
+    >>> clock = Clock()
+    >>> clock.occupy("link", 2.0), clock.occupy("link", 1.0), clock.occupy("compute", 1.0, after=2.0)
+    ((0.0, 2.0), (2.0, 3.0), (2.0, 3.0))
+    """
+
+    def __init__(self, chunk: int = CHUNK, ring: int = RING) -> None:
+        self.chunk = chunk
+        self.now = 0.0  # until when the host is busy
+        self.free: dict[str, float] = {}  # lane -> when it has done all that it was asked for
+        self.busy: dict[str, float] = {}  # lane -> seconds in which it did something
+        self.carried = deque([0.0] * ring, maxlen=ring)  # when the link was done with each of the ring's chunks
+
+    def occupy(self, lane: str, seconds: float, after: float = 0.0) -> tuple[float, float]:
+        """A lane does one thing at a time, in the order in which it is asked. Returns start and end."""
+        start = max(self.now, self.free.get(lane, 0.0), after)
+        end = self.free[lane] = start + seconds
+        self.busy[lane] = self.busy.get(lane, 0.0) + seconds
+        return start, end
+
+    def wait(self, lane: str) -> None:
+        """The host waits until a lane has done all that it was asked for."""
+        self.now = max(self.now, self.free.get(lane, 0.0))
+
+    def fill(self, slot: SlotState, nbytes: int, link: float, disk: float | None = None, lane: str = "link") -> Filling:
+        """A slot is refilled when the work that last read it is done.
+
+        Args:
+            slot: the slot.
+            nbytes: bytes to bring.
+            link: bytes a second into the slot.
+            disk: bytes a second from the files; None if the weights rest in RAM.
+            lane: the link's name.
+        """
+        if disk is not None:
+            return self._read(slot, nbytes, link, disk, lane)
+        copied = self.occupy(lane, nbytes / link, slot.free)
+        slot.read, slot.ready = 0.0, copied[1]
+        return Filling(copied[0], copied)
+
+    def _read(self, slot: SlotState, nbytes: int, link: float, disk: float, lane: str) -> Filling:
+        """A file is read in chunks through a ring of RAM: the link carries one chunk while the disk reads the next, and
+        the disk may be as far ahead of the link as the ring is long.
+        """
+        reads, copies = [], []
+        for start in range(0, nbytes, self.chunk) or (0,):
+            size = min(self.chunk, nbytes - start)
+            reads.append(self.occupy("disk", size / disk, self.carried[0]))
+            copies.append(self.occupy(lane, size / link, max(reads[-1][1], slot.free)))
+            self.carried.append(copies[-1][1])
+        slot.read, slot.ready = reads[-1][1], copies[-1][1]
+        begins = max(reads[0][0], slot.free)  # the ring may fill before the slot is free
+        return Filling(begins, (copies[0][0], slot.ready), (reads[0][0], slot.read))
+
+    def arrive(self, slot: SlotState, lane: str = "compute") -> None:
+        """A unit works when its bytes have arrived. The host does not wait for a copy, but it waits for bytes from a
+        file: a copy can be asked for only when they have been read, and until then the host asks for nothing else.
+        """
+        self.now = max(self.now, slot.read)
+        self.free[lane] = max(self.free.get(lane, 0.0), slot.ready)
+
+    def leave(self, slot: SlotState, lane: str = "compute") -> None:
+        """Note that the work asked for so far is the last that reads the slot."""
+        slot.free = max(self.now, self.free.get(lane, 0.0))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Whole forwards
 
 
 def schedule(
@@ -275,91 +362,90 @@ def schedule(
         raise ValueError("a schedule needs at least one turn")
     if any(turn.nbytes < 0 or turn.seconds < 0 for turn in turns):
         raise ValueError("a turn has negative bytes or seconds")
-    away = [i for i, turn in enumerate(turns) if turn.travels]
-    if len({turns[i].works for i in away}) > 1:
+    if len({turn.works for turn in turns if turn.travels}) > 1:
         raise ValueError("units that travel must all work on one device")
-
-    spans: list[Span] = []
-    moments: list[Moment] = []
-    pool = [_Slot(number) for number in range(slots)]
-    holder: dict[int, _Slot] = {}  # turn -> the slot that holds it
-    carried: deque[float] = deque([0.0] * ring, maxlen=ring)  # when the link was done with each of the ring's chunks
-    host = link_free = disk_free = done = 0.0  # until when each is busy
-    loans = 0
-
-    def idle(spared: Sequence[int], lent: _Slot | None) -> _Slot | None:
-        """The slot to fill next: not in use, not holding what is needed soon, used longest ago."""
-        found = [slot for slot in pool if slot is not lent and slot.holds not in spared]
-        return min(found, key=lambda slot: slot.used) if found else None
-
-    def fetch(i: int, slot: _Slot, token: int) -> None:
-        nonlocal link_free, disk_free, host
-        turn = turns[i]
-        if slot.holds is not None:
-            del holder[slot.holds]
-        slot.holds, holder[i] = i, slot
-        if turn.rests == "disk":
-            reads: list[float] = []
-            copies: list[float] = []
-            for size in _cut(turn.nbytes, chunk):
-                begin = max(host, disk_free, carried[0])
-                disk_free = begin + size / disk
-                copy = max(disk_free, link_free, slot.free)
-                link_free = copy + size / link
-                carried.append(link_free)
-                reads.append(begin)
-                copies.append(copy)
-            start, slot.read = copies[0], disk_free
-            spans.append(Span("disk", i, token, slot.number, reads[0], disk_free))
-            begins = max(reads[0], slot.free)  # the ring may fill earlier
-        else:
-            begins = start = max(host, link_free, slot.free)
-            link_free = start + turn.nbytes / link
-            slot.read = 0.0
-        slot.ready = link_free
-        if not ahead:
-            host = link_free
-        spans.append(Span("link", i, token, slot.number, start, link_free))
-        moments.append(Moment(begins, "fetch", i, token, slot.number))
-        moments.append(Moment(link_free, "arrive", i, token, slot.number))
-
+    player = Player(turns, link, disk, slots, prefetch, ahead, Clock(chunk, ring))
     for token in range(tokens):
-        for i, turn in enumerate(turns):
-            number, start = -1, done
-            if turn.travels:
-                at = away.index(i)
-                circle = [away[(at + k) % len(away)] for k in range(1, min(slots, len(away)))]
-                following = circle if prefetch else []
-                if i not in holder:
-                    slot = idle(following, None) or idle([], None)
-                    assert slot is not None
-                    fetch(i, slot, token)
-                lent = holder[i]
-                loans += 1
-                lent.used = loans
-                for j in following:
-                    if j not in holder:
-                        slot = idle(following, lent)
-                        if slot is None:
-                            break
-                        fetch(j, slot, token if j > i else token + 1)
-                if turn.rests == "disk":
-                    host = max(host, lent.read)
-                number, start = lent.number, max(done, lent.ready)
-            start = max(start, host) if not ahead else start
-            done = start + turn.seconds
-            if not ahead:
-                host = done
-            if number >= 0:
-                pool[number].free = done
-            spans.append(Span("compute", i, token, number, start, done))
-            moments.append(Moment(start, "work", i, token, number))
-            moments.append(Moment(done, "return", i, token, number))
+        for i in range(len(turns)):
+            player.forward(i, token)
     # Each moment was noted after those that it had to wait for, so a stable sort keeps causes before effects.
-    moments.sort(key=lambda moment: moment.time)
-    return Schedule(tuple(turns), link, disk, slots, prefetch, tokens, ahead, tuple(spans), tuple(moments))
+    moments = sorted(player.moments, key=lambda moment: moment.time)
+    return Schedule(tuple(turns), link, disk, slots, prefetch, tokens, ahead, tuple(player.spans), tuple(moments))
 
 
-def _cut(nbytes: int, chunk: int) -> list[int]:
-    """The sizes of the chunks of a file that hold so many bytes; one of 0 bytes for none."""
-    return [min(chunk, nbytes - start) for start in range(0, nbytes, chunk)] or [0]
+class Player:
+    """Fetches, lends and works as the real streamer does, and notes when. See `schedule` for the arguments."""
+
+    def __init__(
+        self, turns: Sequence[Turn], link: float, disk: float, slots: int, prefetch: bool, ahead: bool, clock: Clock
+    ) -> None:
+        self.turns, self.link, self.disk, self.clock = turns, link, disk, clock
+        self.prefetch, self.ahead = prefetch, ahead
+        self.circle = [i for i, turn in enumerate(turns) if turn.travels]
+        self.places = {turn: place for place, turn in enumerate(self.circle)}
+        self.slots = [SlotState(number) for number in range(slots)]
+        self.holder: dict[int, SlotState] = {}  # turn -> the slot that holds it
+        self.loans = 0
+        self.spans: list[Span] = []
+        self.moments: list[Moment] = []
+
+    def forward(self, i: int, token: int) -> None:
+        """A unit works when the work before it is done. What rests where it works needs no slot."""
+        slot = self.lend(i, token) if self.turns[i].travels else None
+        if slot is not None:
+            self.clock.arrive(slot)
+        start, end = self.clock.occupy("compute", self.turns[i].seconds)
+        if not self.ahead:
+            self.clock.wait("compute")
+        if slot is not None:
+            self.clock.leave(slot)
+        number = -1 if slot is None else slot.number
+        self.spans.append(Span("compute", self.turns[i].name, start, end, i, token, number))
+        self.moments += [Moment(start, "work", i, token, number), Moment(end, "return", i, token, number)]
+
+    def following(self, i: int) -> list[int]:
+        """The order is a circle: after the last unit comes the first, since after a token comes another.
+
+        With prefetch, those are the next ones, as many as there are slots beside this unit's.
+        """
+        if not self.prefetch:
+            return []
+        place, count = self.places[i], min(len(self.slots), len(self.circle))
+        return [self.circle[(place + k) % len(self.circle)] for k in range(1, count)]
+
+    def lend(self, i: int, token: int) -> SlotState:
+        """When a unit is about to work, it and (with prefetch) the next ones are fetched, as far as there are slots."""
+        following = self.following(i)
+        if i not in self.holder:
+            slot = self.idle_slot(following) or self.idle_slot([])
+            assert slot is not None
+            self.fetch(i, token, slot)
+        lent = self.holder[i]
+        self.loans += 1
+        lent.used = self.loans
+        for later in following:
+            if later not in self.holder:
+                slot = self.idle_slot(following, lent)
+                if slot is None:
+                    break
+                self.fetch(later, token if later > i else token + 1, slot)
+        return lent
+
+    def idle_slot(self, spared: Sequence[int], lent: SlotState | None = None) -> SlotState | None:
+        """The slot to refill is not in use and holds nothing that is spared; of those, it was used longest ago."""
+        idle = [slot for slot in self.slots if slot is not lent and slot.holds not in spared]
+        return min(idle, key=lambda slot: slot.used) if idle else None
+
+    def fetch(self, i: int, token: int, slot: SlotState) -> None:
+        """Bring a unit into a slot."""
+        if slot.holds is not None:
+            del self.holder[slot.holds]
+        slot.holds, self.holder[i] = i, slot
+        turn, about = self.turns[i], (i, token, slot.number)
+        filling = self.clock.fill(slot, turn.nbytes, self.link, self.disk if turn.rests == "disk" else None)
+        if not self.ahead:
+            self.clock.wait("link")
+        if filling.read is not None:
+            self.spans.append(Span("disk", turn.name, *filling.read, *about))
+        self.spans.append(Span("link", turn.name, *filling.copied, *about))
+        self.moments += [Moment(filling.begins, "fetch", *about), Moment(filling.copied[1], "arrive", *about)]

@@ -2,7 +2,7 @@
 
 Each figure is the best of a few repetitions after a warm-up: predictions start from what the machine can do. With a
 GPU: the link, its memory, matrix products, fused attention, the smallest kernel, the CUDA context. Without one the CPU
-stands in for it. Always: RAM, a file read cold and warm, and what a step of the host takes, over four tiny models of
+stands in for it. Always: RAM, a file read cold and warm, and the time of a step of the host, over four tiny models of
 Transformers that are built differently, their steps counted by dry runs of them.
 
 Leaves out: several GPUs (the first one is measured) and the links between them.
@@ -10,15 +10,13 @@ Leaves out: several GPUs (the first one is measured) and the links between them.
 
 from __future__ import annotations
 
-import itertools
 import os
 import platform
-import queue
 import statistics
 import tempfile
+import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,15 +24,16 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..dryrun.fake_gpu import Target
-from ..dryrun.run import rehearse
+from ..dryrun.attention import Target
+from ..dryrun.rehearse import rehearse
 from ..dryrun.workload import Workload, fill, passes
 from ..machine.ledger import Calibration, Ledger, machine_key
-from ..machine.roofline import ODD
-from ..offload.transfer import CHUNK, count_readers, readers
+from ..offload.transfer import CHUNK, readers
 from ..units import MiB
 
 BLOCK = 256 * MiB
+HOSTS = ("llama", "gpt2", "gemma2", "bert")  # types in Transformers of the tiny models by which the host is timed
+Table = tuple[tuple[float, float], ...]  # (FLOP of one call, FLOP a second)
 
 
 def calibrate(folder: str | os.PathLike[str] | None = None, save: bool = True, quick: bool = False) -> Calibration:
@@ -43,79 +42,73 @@ def calibrate(folder: str | os.PathLike[str] | None = None, save: bool = True, q
     Args:
         folder: where the test file is written; the disk of your checkpoints. None takes the system's temporary folder.
         save: keep the result in the ledger, where predictions find it.
-        quick: a tenth of the bytes: good enough to see the order of magnitude, and for tests.
+        quick: a sixteenth of the bytes, and one tiny model: good enough for the order of magnitude, and for tests.
 
     Returns:
         What was measured.
 
-    >>> found = calibrate(save=False, quick=True)
-    >>> found.disk_warm > 0 and found.issue > 0
+    >>> calibration = calibrate(save=False, quick=True)
+    >>> calibration.disk_warm > 0 and calibration.issue > 0
     True
     """
     cuda = torch.cuda.is_available()
-    block = BLOCK // 16 if quick else BLOCK
     device = "cuda" if cuda else "cpu"
-    context = _context() if cuda else None
-    rounds = [_round(device)]  # of Python's pace, which changes: at the start, in the middle, at the end
-    cold, warm, readers = _disk(Path(folder) if folder is not None else Path(tempfile.gettempdir()), block)
-    rounds.append(_round(device))
-    found = Calibration(
-        machine=machine_name(),
-        gpu=torch.cuda.get_device_name(0) if cuda else None,
-        link_pinned=_link(block, pinned=True) if cuda else None,
-        link_pageable=_link(block, pinned=False) if cuda else None,
-        disk_cold=cold,
-        disk_warm=warm,
-        disk_readers=readers,
-        memory=_copy(device, block),
-        host_memory=_copy("cpu", block),
-        products=_products(cuda, quick),
-        attention=_attention(quick) if cuda else (),
-        masked=_attention(quick, masked=True) if cuda else (),
-        grouped=_grouped(quick) if cuda else (),
-        gather=_gather(device, block),
-        scattered=_scattered(device, quick),
-        joined=_joined(device, quick),
-        plan=_plan() if cuda else None,
-        kernel=_kernel() if cuda else None,
-        context=context,
-        workspace=_workspace() if cuda else None,
-        capability=torch.cuda.get_device_capability(0) if cuda else None,
-        versions=_versions(),
-    )
-    found = replace(found, issue=_issue([*rounds, _round(device)]))
+    block = BLOCK // 16 if quick else BLOCK
+    context = _context() if cuda else None  # before anything else uses the GPU
+    hosts = HOSTS[:1] if quick else HOSTS
+    pace = {name: last_step(name, device) for name in hosts}  # it changes, so it is measured again at the end
+    cold, warm = _disk(Path(folder) if folder is not None else Path(tempfile.gettempdir()), block)
+    figures: dict[str, Any] = {
+        "disk_cold": cold,
+        "disk_warm": warm,
+        "memory": _copy(device, 4 * block if cuda else block),
+        "host_memory": _copy("cpu", block),
+        "products": _products(cuda, quick),
+        "versions": _versions(),
+    }
+    if cuda:
+        figures |= {
+            "gpu": torch.cuda.get_device_name(0),
+            "link_pinned": _link(block, pinned=True),
+            "link_pageable": _link(block, pinned=False),
+            "attention": _attention(quick),
+            "kernel": _kernel(),
+            "context": context,
+            "workspace": _workspace(),
+            "capability": torch.cuda.get_device_capability(0),
+        }
+    pace = {name: min(seconds, last_step(name, device)) for name, seconds in pace.items()}
+    calibration = Calibration(machine=machine_name(), issue=_issue(pace), **figures)
     if save:
-        Ledger.load().add(found)
-    return found
+        Ledger.load().add(calibration)
+    return calibration
 
 
-def best(work: Callable[[], Any], device: str = "cpu", repeats: int = 5, inner: int = 1) -> float:
-    """Seconds that `work` takes: the best of `repeats`, each of `inner` calls, after a warm-up.
+def machine_name() -> str:
+    """The name of this machine in the ledger."""
+    return machine_key(torch.cuda.get_device_name(0) if torch.cuda.is_available() else None)
+
+
+def best(work: Callable[[], Any], device: str = "cpu", repeats: int = 5) -> float:
+    """Seconds that `work` takes: the best of `repeats` after a warm-up.
 
     >>> best(lambda: sum(range(1000))) < 1
     True
     """
-    work()
     times = []
-    for _ in range(repeats):
+    for _ in range(1 + repeats):
         if device == "cuda":
             torch.cuda.synchronize()
         start = time.perf_counter()
-        for _ in range(inner):
-            work()
+        work()
         if device == "cuda":
             torch.cuda.synchronize()
-        times.append((time.perf_counter() - start) / inner)
-    return min(times)
+        times.append(time.perf_counter() - start)
+    return min(times[1:])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # One figure each
-
-
-def machine_name() -> str:
-    """What this machine's calibration goes by in the ledger."""
-    return machine_key(torch.cuda.get_device_name(0) if torch.cuda.is_available() else None)
 
 
 def _versions() -> dict[str, str]:
@@ -139,123 +132,72 @@ def _link(size: int, pinned: bool) -> float:
 
 
 def _copy(device: str, size: int) -> float:
-    size = 4 * size if device == "cuda" else size
     source = torch.ones(size // 4, device=device)
     target = torch.empty_like(source)
     return 2 * size / best(lambda: target.copy_(source), device)
 
 
-def _gather(device: str, size: int) -> float:
-    source = torch.ones(size // 8192, 4096, device=device, dtype=torch.bfloat16)
-    rows = torch.randperm(len(source), device=device)
-    return 2 * source.nbytes / best(lambda: source[rows], device)
+def _disk(folder: Path, size: int) -> tuple[float | None, float]:
+    """Bytes a second from a file: cold, by one thread, and warm, as offloading reads.
 
-
-def _heads(device: str, quick: bool) -> torch.Tensor:
-    """Rows cut into heads, and seen by the head, as attention sees them: (sequences, heads, tokens, 128)."""
-    return torch.ones(1 if quick else 8, 512, 32, 128, device=device, dtype=torch.bfloat16).transpose(1, 2)
-
-
-def _scattered(device: str, quick: bool) -> float:
-    heads = _heads(device, quick)
-    turn = torch.ones(512, 128, device=device, dtype=torch.bfloat16)
-    return heads.numel() / _alone(lambda: heads * turn, device == "cuda")
-
-
-def _joined(device: str, quick: bool) -> float:
-    heads = _heads(device, quick)
-    return heads.numel() / _alone(lambda: torch.cat((heads[..., 64:], heads[..., :64]), -1), device == "cuda")
-
-
-def _disk(folder: Path, size: int) -> tuple[float | None, float | None, float | None]:
-    """Bytes a second from a file that is read cold, warm, and warm by many threads, in large pieces.
-
-    None for the first where pages cannot be dropped.
+    None for the first where the system's copy cannot be dropped.
     """
     handle, name = tempfile.mkstemp(dir=folder, prefix="bigkit-calibrate")
-    buffer = bytearray(16 * MiB)
-
-    def read() -> float:
-        start = time.perf_counter()
-        os.lseek(handle, 0, os.SEEK_SET)
-        while os.readv(handle, [buffer]):
-            pass
-        return size / (time.perf_counter() - start)
-
     try:
-        piece = os.urandom(len(buffer))
-        for _ in range(size // len(piece)):
-            os.write(handle, piece)
+        chunk = bytearray(os.urandom(CHUNK))
+        for _ in range(size // CHUNK):
+            os.write(handle, chunk)
         os.fsync(handle)
         cold = None
         if hasattr(os, "posix_fadvise"):
             os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
-            cold = read()
-        read()
-        return cold, max(read() for _ in range(3)), size / best(lambda: _read_shared(name, size))
+            os.lseek(handle, 0, os.SEEK_SET)
+            start = time.perf_counter()
+            while os.readv(handle, [chunk]):
+                pass
+            cold = size / (time.perf_counter() - start)
+        return cold, size / best(lambda: _read_shared(name, size))
     finally:
         os.close(handle)
         os.unlink(name)
 
 
 def _read_shared(name: str, size: int) -> None:
-    """Read a file as offloading does: all of its reader threads, a chunk each at a time, into chunks that are kept."""
+    """Read a file as offloading does: all of its reader threads, a chunk each at a time, into memory that is kept."""
 
-    def take(jobs: Iterator[int]) -> None:
-        buffer = _chunks.get()
+    def read(at: int) -> None:
+        if not hasattr(_kept, "chunk"):
+            _kept.chunk = bytearray(CHUNK)
         with open(name, "rb", buffering=0) as file:
-            for at in jobs:
-                file.seek(at)
-                file.readinto(buffer)
-        _chunks.put(buffer)
+            file.seek(at)
+            file.readinto(_kept.chunk)
 
-    while _chunks.qsize() < count_readers():
-        _chunks.put(bytearray(CHUNK))
-    jobs = iter(range(0, size, CHUNK))
-    for done in [readers().submit(take, jobs) for _ in range(count_readers())]:
-        done.result()
+    list(readers().map(read, range(0, size, CHUNK)))
 
 
-_chunks: queue.SimpleQueue[bytearray] = queue.SimpleQueue()
+_kept = threading.local()
 
 
-def _products(cuda: bool, quick: bool) -> dict[str, tuple[tuple[float, float], ...]]:
+def _products(cuda: bool, quick: bool) -> dict[str, Table]:
     sizes = (256, 512, 1024, 2048, 4096, 8192) if cuda and not quick else (64, 128, 256, 512)
     dtypes = (torch.float32, torch.float16, torch.bfloat16) if cuda else (torch.float32, torch.bfloat16)
-    device = "cuda" if cuda else "cpu"
-    found = {}
+    products = {}
     for dtype in dtypes:
         rows = []
         for n in sizes:
-            a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+            a, b = (torch.randn(n, n, device="cuda" if cuda else "cpu").to(dtype) for _ in range(2))
             flops = 2 * n**3
             rows.append((float(flops), flops / _alone(lambda: a @ b, cuda, flops)))  # noqa: B023
-        found[str(dtype).removeprefix("torch.")] = tuple(rows)
-    return found | (_odd_products(quick) if cuda else {})
+        products[str(dtype).removeprefix("torch.")] = tuple(rows)
+    return products
 
 
-def _odd_products(quick: bool) -> dict[str, tuple[tuple[float, float], ...]]:
-    """16-bit products with weights of an odd number of rows, so that no row of the result begins where a kernel that
-    takes several elements at once wants it.
-    """
-    found = {}
-    for dtype in (torch.float16, torch.bfloat16):
-        rows = []
-        for n in (512,) if quick else (1024, 4096):
-            inputs, weight = (torch.randn(size, n, device="cuda").to(dtype) for size in (n, n + 1))
-            flops = 2 * n * n * (n + 1)
-            rows.append((float(flops), flops / _alone(lambda: F.linear(inputs, weight), True, flops)))  # noqa: B023
-        found[str(dtype).removeprefix("torch.") + ODD] = tuple(rows)
-    return found
-
-
-def _attention(quick: bool, masked: bool = False) -> tuple[tuple[float, float], ...]:
+def _attention(quick: bool) -> Table:
     rows = []
     for tokens in (128, 512, 2048) if quick else (128, 512, 2048, 8192):
         q = torch.randn(1, 32, tokens, 128, device="cuda", dtype=torch.float16)
-        mask = torch.ones(tokens, tokens, device="cuda", dtype=torch.bool).tril() if masked else None
         flops = 4 * 32 * tokens**2 * 128
-        seconds = _alone(lambda: F.scaled_dot_product_attention(q, q, q, mask), True, flops)  # noqa: B023
+        seconds = _alone(lambda: F.scaled_dot_product_attention(q, q, q), True, flops)  # noqa: B023
         rows.append((float(flops), flops / seconds))
     return tuple(rows)
 
@@ -298,62 +240,19 @@ def _workspace() -> int:
     return max(mark.recording.events)  # type: ignore[attr-defined]
 
 
-def _plan() -> float:
-    q = torch.randn(1, 32, 1, 128, device="cuda", dtype=torch.float16)
-
-    def attend(tokens: int) -> float:
-        k = torch.randn(1, 32, tokens, 128, device="cuda", dtype=torch.float16)
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        F.scaled_dot_product_attention(q, k, k)
-        torch.cuda.synchronize()
-        return time.perf_counter() - start
-
-    attend(next(_lengths))
-    new = [next(_lengths) for _ in range(3)]
-    return max(0.0, statistics.median(map(attend, new)) - statistics.median(map(attend, new)))
+# ---------------------------------------------------------------------------------------------------------------------
+# The host: the last step of a tiny model's work, for which a GPU always waits
 
 
-_lengths = itertools.count(1009, 2)  # what calls before have met is planned already
-
-
-def _grouped(quick: bool) -> tuple[tuple[float, float], ...]:
-    """Products of experts in one kernel, from few rows for each to many, each expert met by as many rows as chance
-    gives it; empty where PyTorch has none for this GPU.
-    """
-    rows, experts, width = [], 32, 2048
-    weights = torch.randn(experts, width, width, device="cuda").to(torch.bfloat16).transpose(1, 2)
-    for each in (16, 128) if quick else (16, 128, 512, 2048):
-        inputs = torch.randn(experts * each, width, device="cuda").to(torch.bfloat16)
-        chosen = torch.randint(experts, (experts * each,), generator=torch.Generator().manual_seed(0))
-        ends = torch.bincount(chosen, minlength=experts).cumsum(0).to("cuda", torch.int32)
-        flops = 2 * each * width**2
-        try:
-            seconds = _alone(lambda: torch._grouped_mm(inputs, weights, offs=ends), True, flops * experts)  # noqa: B023
-        except (AttributeError, RuntimeError):
-            return ()
-        rows.append((float(flops), flops * experts / seconds))
-    return tuple(rows)
-
-
-def _issue(rounds: Sequence[Mapping[str, float]]) -> float | None:
-    """Seconds for each step of the host: the median of four models so small that a GPU always waits for Python, each
-    at its best of all rounds.
+def _issue(pace: Mapping[str, float]) -> float | None:
+    """Seconds for each step of the host: the median of tiny models, given the seconds of each one's last step.
 
     None where dry runs, which count the steps, cannot be made.
     """
     try:
-        return statistics.median(min(seconds[name] for seconds in rounds) / host_steps(name) for name in HOSTS)
+        return statistics.median(seconds / host_steps(name) for name, seconds in pace.items())
     except RuntimeError:
         return None
-
-
-def _round(device: str) -> dict[str, float]:
-    """Seconds of a step of each of the four."""
-    return {name: last_step(name, device) for name in HOSTS}
-
-
-HOSTS = ("llama", "gpt2", "gemma2", "bert")
 
 
 def host_steps(name: str) -> int:
@@ -362,12 +261,26 @@ def host_steps(name: str) -> int:
     return sum(operation.issued for operation in trace.operations[trace.steps[-2][1] :])
 
 
+def last_step(name: str, device: str = "cpu") -> float:
+    """Seconds of the last step of a tiny model's work, a token if it makes some: the best of ten after two others."""
+    model = fill(tiny_model(name, torch.float32 if device == "cpu" else torch.bfloat16), {"": device})
+    times = []
+    for _ in range(12):
+        ends = [time.perf_counter()]
+        for _ in passes(model, _load(name), device):
+            if device == "cuda":
+                torch.cuda.synchronize()
+            ends.append(time.perf_counter())
+        times.append(ends[-1] - ends[-2])
+    return min(times[2:])
+
+
 def _load(name: str) -> Workload:
     return Workload(1, 4, 0 if name == "bert" else 1)
 
 
 def tiny_model(name: str, dtype: torch.dtype = torch.bfloat16) -> nn.Module:
-    """An empty model of eight blocks, 64 wide, by its type in Transformers: "llama", "gpt2", "bert"."""
+    """An empty model of eight blocks, 64 wide, by its type in Transformers: one of `HOSTS`."""
     import transformers
 
     from ..meta.empty import init_empty_weights
@@ -383,20 +296,3 @@ def tiny_model(name: str, dtype: torch.dtype = torch.bfloat16) -> nn.Module:
     with init_empty_weights():
         model: nn.Module = auto.from_config(config, dtype=dtype).eval()
     return model
-
-
-def last_step(name: str, device: str = "cpu") -> float:
-    """Seconds of the last step of a tiny model's work, a token if it makes some: the best of ten after two others."""
-    model = fill(
-        tiny_model(name, torch.float32 if device == "cpu" else torch.bfloat16), {"": 0 if device == "cuda" else "cpu"}
-    )
-    times = []
-    for _ in range(12):
-        start = time.perf_counter()
-        for _ in passes(model, _load(name), device):
-            if device == "cuda":
-                torch.cuda.synchronize()
-            start, before = time.perf_counter(), start
-            last = start - before
-        times.append(last)
-    return min(times[2:])

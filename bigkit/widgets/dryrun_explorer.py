@@ -158,8 +158,6 @@ class DryRunExplorer(Explorer):
         of = f" of {format_bytes(fullest.capacity)}" if fullest.capacity else ""
         one = "At most" if len(run.timelines) == 1 else f"The fullest of {len(run.timelines)} GPUs holds"
         speed = f"{run.tokens_per_second:,.1f} tokens/s. " if run.tokens_per_second else ""
-        if run.planning and speed:
-            speed += f"The first time at each length takes {format_time(run.planning)} more. "
         away = f"{100 * found.offloaded / sum(share.weights for share in found.shares):.0f} % of the weights travel. "
         said = (
             f"{one} {format_bytes(fullest.peak_reserved)}{of}. Prefill {format_time(run.seconds['prefill'])}. {speed}"

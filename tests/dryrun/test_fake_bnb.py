@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from bigkit import BnbQuantizationConfig, advise, dry_run, init_empty_weights, plan, zoo
-from bigkit.dryrun.fake_gpu import Target, fake_gpus
+from bigkit.dryrun.attention import Target
+from bigkit.dryrun.fake_gpu import fake_gpus
 from bigkit.model.spec import QUANTIZATIONS, quantized_bytes
 from bigkit.quantize import bnb as packed
 
@@ -34,9 +35,9 @@ def test_weights_rest_in_the_bytes_that_a_plan_counts(quantization):
 
 
 def test_a_plan_says_how_its_weights_are_stored():
-    found = plan("gpt2", {0: "2GiB"}, dtype="float16", quantization="nf4", context=64)
-    run = dry_run("gpt2", found, 1, 32, 1, "T4")
-    assert run.timeline().at_peak()["weights"] == found.shares[0].weights
+    placed = plan("gpt2", {0: "2GiB"}, dtype="float16", quantization="nf4", context=64)
+    run = dry_run("gpt2", placed, 1, 32, 1, "T4")
+    assert run.timeline().at_peak()["weights"] == placed.shares[0].weights
     config = BnbQuantizationConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype="float16")
     assert dry_run("gpt2", None, 1, 32, 1, "T4", quantization=config).peak_allocated == run.peak_allocated
 
@@ -100,7 +101,7 @@ def events_of(quantization, rows):
     quantize_empty(model, config)
     with fake_gpus(Target()) as notes, fake_bitsandbytes(notes):
         notes.kind = "weights"
-        fill_quantized(model.eval(), {"": 0}, torch.device("cuda", 0), config)
+        fill_quantized(model.eval(), {"": "cuda:0"}, "cuda", config)
         notes.kind = "activations"
         x = torch.empty(rows, 256, dtype=torch.float16, device="cuda:0")
         begin = len(notes.trace.recordings["cuda:0"].events)
@@ -113,6 +114,7 @@ def test_what_int8_asks_for_tensor_by_tensor():
     events, operations = events_of("int8", 16)
     asked = [event for event in events if event > 0]
     assert asked == [2, 16 * 4, 16 * 256, 16 * 512 * 4, 16 * 1024]
+    assert events[:2] == [2, events[1]] and events[1] < 0, "the largest |x| is compared and let go at once"
     assert [operation.name for operation in operations if operation.name[0] == "c"] == [
         "cint8_vector_quant", "cigemmlt_32", "cdequant_mm_int32_fp16"
     ]  # fmt: skip

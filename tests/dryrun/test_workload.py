@@ -1,11 +1,11 @@
-"""The work that is foretold: filling a model, and a prompt with decoding after it."""
+"""The work that is predicted: filling a model, and a prompt with decoding after it."""
 
 import pytest
 import torch
 from torch import nn
 
 from bigkit import init_empty_weights
-from bigkit.dryrun.workload import Step, Workload, device_of, fill, passes
+from bigkit.dryrun.workload import Step, Workload, fill, passes, torch_places
 from bigkit.zoo.gpt import load_pygpt
 from tests.dryrun.test_fake_gpu import TINY, tiny
 
@@ -22,12 +22,12 @@ def test_every_tensor_gets_memory_and_ties_stay():
 
 
 def test_the_nearest_entry_of_a_map_decides():
-    places = {"": 3, "h": 1, "h.2.mlp": "cpu"}
-    assert [str(device_of(name, places)) for name in ("wte", "h.0", "h.2.mlp.weight", "h.21")] == [
-        "cuda:3", "cuda:1", "cpu", "cuda:1",
+    place = torch_places({"": 3, "h": "cuda:1", "h.2.mlp": "cpu", "head": torch.device("cuda:2")})
+    assert [str(place(name)) for name in ("wte", "h.0", "h.2.mlp.weight", "h.21", "head.bias")] == [
+        "cuda:3", "cuda:1", "cpu", "cuda:1", "cuda:2",
     ]  # fmt: skip
     with pytest.raises(ValueError, match="no entry for 'wte'"):
-        device_of("wte", {"h": 0})
+        torch_places({"h": 0})("wte")
 
 
 @pytest.mark.parametrize("name", ["llama-3.1-8b", "t5-large", "gpt2"])

@@ -6,27 +6,15 @@ from multiprocessing import get_context
 
 import pytest
 
-from bigkit.machine.ledger import Calibration, Ledger, ledger_path
-from bigkit.measure.calibrate import calibrate
-
-
-def test_what_is_measured_is_found_again(tmp_path, monkeypatch):
-    monkeypatch.setenv("BIGKIT_LEDGER", str(tmp_path / "deep" / "ledger.json"))
-    found = calibrate(folder=tmp_path, quick=True)
-    assert list(tmp_path.glob("bigkit-calibrate*")) == [], "the test file is gone"
-    again = Ledger.load()
-    assert again.calibrations == {found.machine: found} and again.path == ledger_path()
-    assert found.disk_warm > 1e6 and found.host_memory > 1e8 and 1e-7 < found.issue < 1e-2
-    assert found.disk_readers > 1e6 and found.gather > 1e6
-    assert all(rate > 1e6 for rows in found.products.values() for _, rate in rows)
-    calibrate(folder=tmp_path, quick=True)
-    assert len(Ledger.load().calibrations) == 1
+from bigkit.machine.ledger import Calibration, Ledger
 
 
 def test_a_calibration_of_an_older_form_is_read(tmp_path):
-    new = asdict(Calibration("a", issue=1e-5))
-    old = {name: value for name, value in new.items() if name not in ("gather", "grouped", "disk_readers")}
-    assert Calibration.from_json(json.loads(json.dumps(old))) == Calibration("a", issue=1e-5)
+    plain = asdict(Calibration("a", issue=1e-5, disk_warm=1e9))
+    older = {name: value for name, value in plain.items() if name not in ("workspace", "context")}
+    richer = {**plain, "gather": 1e12, "grouped": [[1.0, 2.0]], "plan": 0.04, "disk_readers": 9e9}
+    for data, disk in ((older, 1e9), (richer, 9e9)):
+        assert Calibration.from_json(json.loads(json.dumps(data))) == Calibration("a", issue=1e-5, disk_warm=disk)
 
 
 def test_several_machines_and_runs(tmp_path):
@@ -47,7 +35,7 @@ def test_several_machines_and_runs(tmp_path):
 )
 def test_what_is_no_ledger_is_refused(tmp_path, text):
     (tmp_path / "ledger.json").write_text(text)
-    with pytest.raises(ValueError, match="ledger.json is no ledger"):
+    with pytest.raises(ValueError, match="ledger.json is not a ledger"):
         Ledger.load(tmp_path / "ledger.json")
 
 
@@ -75,11 +63,11 @@ def test_writers_at_the_same_time_lose_nothing(tmp_path):
     for process in processes:
         process.start()
     for process in processes:
-        process.join(60)
+        process.join(300)
         assert process.exitcode == 0
     again = Ledger.load(path)
     assert sorted(run["run"] for run in again.runs) == [*range(10), *range(100, 110), *range(200, 210)]
-    assert again.calibrations == {"a": Calibration("a")} and [found.name for found in tmp_path.iterdir()] == [path.name]
+    assert again.calibrations == {"a": Calibration("a")} and [file.name for file in tmp_path.iterdir()] == [path.name]
 
 
 def test_old_runs_go_and_the_file_stays_small(tmp_path, monkeypatch):
@@ -90,7 +78,7 @@ def test_old_runs_go_and_the_file_stays_small(tmp_path, monkeypatch):
     assert [run["run"] for run in Ledger.load(ledger.path).runs] == [2, 3, 4]
 
 
-def test_bias_counts_only_what_was_foretold(tmp_path):
+def test_bias_counts_only_runs_with_a_prediction(tmp_path):
     ledger = Ledger(tmp_path / "ledger.json")
     ledger.runs += [
         {"machine": "a", "predicted": {"token": 1.0, "prefill": 2.0}, "measured": {"token": 1.1}},

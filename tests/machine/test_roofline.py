@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 
 from bigkit.machine.hardware import GPUS
 from bigkit.machine.ledger import Calibration
-from bigkit.machine.roofline import MASKED, ODD, ODD_SHARE, STREAMED, Operation, Rates, rate_at, run_steps
+from bigkit.machine.roofline import ARRIVE, FILL, LEAVE, TYPICAL, WAIT, Operation, Rates, rate_at, run_steps
+from bigkit.machine.streams import Span, Turn, schedule
 
 FLAT = Rates(1e12, {"float16": ((1e9, 1e14),)}, ((1e9, 1e14),), issue=1e-5, kernel=1e-6, link=5e10, peer=2e11, disk=2e9)
 
@@ -21,38 +22,23 @@ def test_one_operation_takes_the_longer_of_its_limits():
     assert FLAT.seconds(product()) == FLAT.kernel
     assert FLAT.seconds(product(flops=10**12)) == pytest.approx(0.01, rel=0.01)
     assert FLAT.seconds(product(flops=10**12, size=10**11)) == pytest.approx(0.1, rel=0.01)
-    assert FLAT.seconds(product(size=10**11)) == pytest.approx(0.1 / STREAMED, rel=0.01)
+    assert FLAT.seconds(product(size=10**11)) == pytest.approx(0.1 / TYPICAL.streamed, rel=0.01)
     assert FLAT.seconds(product(size=2 * 10**9, source="cpu")) == pytest.approx(10**9 / 5e10)
     assert FLAT.seconds(product(size=2 * 10**9, source="cuda:1")) == pytest.approx(10**9 / 2e11)
 
 
-def test_gathers_and_products_of_experts_have_rates_of_their_own():
-    rates = replace(FLAT, gather=1e11, grouped=((1e6, 1e13), (1e9, 5e13)))
-    rows = Operation("index", "cuda:0", 0, 10**9, "float16")
-    assert rates.seconds(rows) == pytest.approx(0.01, rel=0.01)
-    assert rates.seconds(replace(rows, name="add")) == FLAT.seconds(rows)
+def test_products_of_experts_are_as_fast_as_one_of_their_size():
+    rates = replace(FLAT, products={"float16": ((1e6, 1e13), (1e9, 5e13))})
     experts = Operation("_grouped_mm", "cuda:0", 10**12, 0, "float16", parts=1000)  # 1 GFLOP each
     assert rates.seconds(experts) == pytest.approx(0.02, rel=0.01)
-    assert FLAT.seconds(experts) == pytest.approx(0.01, rel=0.01)
     assert rates.seconds(replace(experts, parts=10**6)) == pytest.approx(0.1, rel=0.01)
 
 
-def test_elements_one_by_one_and_masks_have_rates_of_their_own():
-    rates = replace(FLAT, scattered=1e11, joined=1e10, masked=((1e9, 1e13),))
+def test_elements_one_by_one_have_a_rate_of_their_own():
+    one_by_one = TYPICAL.scattered * FLAT.memory
     added = Operation("add", "cuda:0", 0, 10**6, "float16", scattered=10**9)
-    assert rates.seconds(added) == pytest.approx(0.01, rel=0.01)
-    assert rates.seconds(replace(added, name="cat")) == pytest.approx(0.1, rel=0.01)
-    assert rates.seconds(replace(added, bytes=10**11)) == pytest.approx(0.1 / STREAMED, rel=0.01)
-    attention = Operation("_scaled_dot_product_flash_attention", "cuda:0", 10**12, 0, "float16")
-    assert rates.seconds(replace(attention, name=attention.name + MASKED)) == pytest.approx(0.1, rel=0.01)
-    assert rates.seconds(attention) == FLAT.seconds(replace(attention, name=attention.name + MASKED))
-
-
-def test_products_with_odd_rows_have_a_rate_of_their_own_or_a_share():
-    odd = Operation("mm" + ODD, "cuda:0", 10**12, 0, "bfloat16")
-    assert FLAT.seconds(odd) == pytest.approx(FLAT.seconds(replace(odd, name="mm")) / ODD_SHARE, rel=0.01)
-    measured = replace(FLAT, products={**FLAT.products, "bfloat16" + ODD: ((1e9, 2e13),)})
-    assert measured.seconds(odd) == pytest.approx(0.05, rel=0.01)
+    assert FLAT.seconds(added) == pytest.approx(10**9 / one_by_one, rel=0.01)
+    assert FLAT.seconds(replace(added, bytes=10**11)) == pytest.approx(0.1 / TYPICAL.streamed, rel=0.01)
 
 
 @given(st.floats(1, 1e20))
@@ -99,7 +85,42 @@ def test_rates_of_a_vendor_and_of_a_machine():
     measured = Calibration("m", memory=1e12, issue=5e-6, products={"float16": ((1e9, 1e13),)})
     mixed = Rates.of_calibration(measured, GPUS["T4"])
     assert mixed.memory == 1e12 and mixed.issue == 5e-6 and mixed.link == Rates.of_gpu(GPUS["T4"]).link
-    more = replace(measured, disk_readers=9e9, disk_warm=3e9, gather=2e11)
-    assert Rates.of_calibration(more, GPUS["T4"]).disk == 9e9 and Rates.of_calibration(more, GPUS["T4"]).gather == 2e11
+    assert mixed.measured and Rates.of_calibration(replace(measured, disk_warm=3e9), GPUS["T4"]).disk == 3e9
     with pytest.raises(ValueError, match="lacks attention, kernel, link, peer, disk: name a GPU"):
         Rates.of_calibration(measured)
+
+
+def moves(unit, slot, rests):
+    """What a streamer notes when a unit is fetched, worked with (1 ms) and its slot given back."""
+    fill, arrive, leave = (
+        Operation(name, "cuda:0", 0, 10**9, "uint8", 0, rests, slot, unit) for name in (FILL, ARRIVE, LEAVE)
+    )
+    return fill, [arrive, product(10**11, issued=0), leave]
+
+
+@pytest.mark.parametrize("rests", ["cpu", "disk"])
+@pytest.mark.parametrize("slots", [1, 2, 3])
+def test_steps_keep_the_clock_of_schedules(rests, slots):
+    """A dry run's operations and a schedule of the same units end at the same time, copy by copy."""
+    fills, works = zip(*(moves(f"h.{i}", i % slots, rests) for i in range(6)))
+    operations = [*fills[:slots]]
+    for i, work in enumerate(works):
+        operations += [*work, *fills[i + slots : i + slots + 1]]
+    spans = []
+    [step] = run_steps(operations, [("token", len(operations))], {"cuda:0": FLAT}, spans)
+    work = FLAT.seconds(product(10**11))
+    blocks = [Turn(f"h.{i}", 10**9, work, rests) for i in range(6)]
+    expected = schedule(blocks, link=FLAT.link, disk=FLAT.disk, slots=slots)
+    ends = {span.name: span.end for span in spans if span.lane == "copy to cuda:0"}
+    assert step.seconds == pytest.approx(expected.seconds)
+    for span in expected.spans:
+        if span.lane == "link" and span.token == 0:
+            assert ends[span.name] == pytest.approx(span.end), span.name
+
+
+def test_python_waits_for_a_value():
+    spans = []
+    asks = Operation(WAIT, "cuda:0", 0, 0, "bool")
+    run_steps([product(10**11), asks, product()], [("token", 3)], {"cuda:0": FLAT}, spans)
+    work, last = (span for span in spans if span.lane == "cuda:0")
+    assert last.start > work.end and isinstance(last, Span)

@@ -74,14 +74,14 @@ def test_order_and_slots_are_those_of_the_real_streamer(
 ) -> None:
     model, run = real(rests, slots, prefetch, tokens, tmp_path_factory.mktemp("offload"))
     recording = observe(model, run)
-    found = recording.schedule(1.0, 1.0, 1.0)  # raises if fetches or slots differ
-    assert [t.rests for t in found.turns] == rests and found.tokens == tokens
+    timing = recording.schedule(1.0, 1.0, 1.0)  # raises if fetches or slots differ
+    assert [t.rests for t in timing.turns] == rests and timing.tokens == tokens
     works = [event.unit for event in recording.events if event.kind == "work"]
-    assert works == [str(span.turn) for span in found.spans if span.lane == "compute"]
+    assert works == [str(span.turn) for span in timing.spans if span.lane == "compute"]
     if any(place != 0 for place in rests):
         assert (recording.slots, recording.prefetch) == (slots, prefetch)
     for kind in ("work", "return"):
-        mine = [moment.turn for moment in found.moments if moment.kind == kind]
+        mine = [moment.turn for moment in timing.moments if moment.kind == kind]
         assert [str(i) for i in mine] == [event.unit for event in recording.events if event.kind == kind]
 
 
@@ -153,10 +153,10 @@ def tick_by_tick(
     last_asked: list[dict[str, Any]] = []  # what the host waits for if it does not run ahead
 
     def job(lane: str, i: int, ticks: int, needs: list[dict[str, Any]], n: int, takes: int = 0, gives: int = 0) -> Any:
-        made = {"lane": lane, "key": (lane, i, n), "left": ticks, "needs": needs, "done": False,
+        task = {"lane": lane, "key": (lane, i, n), "left": ticks, "needs": needs, "done": False,
                 "takes": takes, "gives": gives}  # fmt: skip
-        queues[lane].append(made)
-        return made
+        queues[lane].append(task)
+        return task
 
     def number(lane: str, i: int) -> int:
         count[lane, i] = count.get((lane, i), -1) + 1
@@ -224,11 +224,11 @@ def test_every_span_is_where_a_clock_has_it(
 ) -> None:  # fmt: skip
     model, run = real([t.rests for t in turns], slots, prefetch, tokens, tmp_path_factory.mktemp("offload"))
     events = list(observe(model, run).events)
-    found = schedule(
+    timing = schedule(
         turns, link=1, disk=1 / slow, slots=slots, prefetch=prefetch, tokens=tokens, ahead=ahead, chunk=chunk, ring=ring
     )
     mine: dict[tuple[str, int, int], tuple[float, float]] = {}
-    for span in found.spans:
+    for span in timing.spans:
         n = sum(key[:2] == (span.lane, span.turn) for key in mine)
         mine[span.lane, span.turn, n] = (span.start, span.end)
     assert mine == tick_by_tick(turns, events, slow, chunk, ring, ahead)
@@ -242,52 +242,52 @@ def test_every_span_is_where_a_clock_has_it(
 def test_no_lane_does_two_things_and_no_slot_is_overwritten(
     turns: list[Turn], slots: int, prefetch: bool, tokens: int
 ) -> None:
-    found = schedule(turns, link=2, disk=1, slots=slots, prefetch=prefetch, tokens=tokens, chunk=3, ring=2)
+    timing = schedule(turns, link=2, disk=1, slots=slots, prefetch=prefetch, tokens=tokens, chunk=3, ring=2)
     for lane in ("compute", "link", "disk"):
-        own = [span for span in found.spans if span.lane == lane]
+        own = [span for span in timing.spans if span.lane == lane]
         assert all(one.start <= one.end <= two.start for one, two in zip(own, own[1:])), lane
     reading = dict.fromkeys(range(slots), 0.0)
-    for span in found.spans:
+    for span in timing.spans:
         if span.lane == "compute" and span.slot >= 0:
             reading[span.slot] = span.end
         elif span.lane == "link":
             assert span.start >= reading[span.slot], "a slot was refilled while it was read"
-    for t, before in ((m.time, n.time) for m, n in zip(found.moments[1:], found.moments)):
+    for t, before in ((m.time, n.time) for m, n in zip(timing.moments[1:], timing.moments)):
         assert t >= before
-    assert found.seconds >= found.busy["compute"] * tokens
-    if found.busy["link"] and slots < sum(t.travels for t in turns):
-        assert found.seconds >= found.busy["link"] * tokens - slots * max(t.nbytes for t in turns) / 2
+    assert timing.seconds >= timing.busy["compute"] * tokens
+    if timing.busy["link"] and slots < sum(t.travels for t in turns):
+        assert timing.seconds >= timing.busy["link"] * tokens - slots * max(t.nbytes for t in turns) / 2
 
 
 @given(turns=turn_lists(), slots=st.integers(1, 4), prefetch=st.booleans(), tokens=st.integers(1, 3))
 def test_scenes_make_sense(turns: list[Turn], slots: int, prefetch: bool, tokens: int) -> None:
-    found = schedule(turns, link=2, disk=1, slots=slots, prefetch=prefetch, tokens=tokens)
+    timing = schedule(turns, link=2, disk=1, slots=slots, prefetch=prefetch, tokens=tokens)
     legal = {("empty", "arriving"), ("arriving", "ready"), ("ready", "working"), ("working", "done"),
              ("done", "arriving"), ("done", "working")}  # fmt: skip
-    for step in range(1, len(found.moments) + 1):
-        before, scene = found.scene(step - 1), found.scene(step)
+    for step in range(1, len(timing.moments) + 1):
+        before, scene = timing.scene(step - 1), timing.scene(step)
         assert sum(state == "working" for _, state in scene.slots) <= 1
         for (held, was), (holds, now) in zip(before.slots, scene.slots):
             assert (held, was) == (holds, now) or (was, now) in legal
             assert held == holds or now == "arriving"
         if scene.working is not None and turns[scene.working].travels:
             assert (scene.working, "working") in scene.slots
-    assert found.scene(0).moment is None and found.scene(len(found.moments)).working is None
-    times = [found.moments[step - 1].time for step in found.frames[1:]]
-    assert found.frames[0] == 0 and times == sorted({moment.time for moment in found.moments})
+    assert timing.scene(0).moment is None and timing.scene(len(timing.moments)).working is None
+    times = [timing.moments[step - 1].time for step in timing.frames[1:]]
+    assert timing.frames[0] == 0 and times == sorted({moment.time for moment in timing.moments})
     with pytest.raises(IndexError, match="moments"):
-        found.scene(len(found.moments) + 1)
+        timing.scene(len(timing.moments) + 1)
 
 
 @given(turns=turn_lists(), slots=st.integers(1, 4), tokens=st.integers(1, 3))
 def test_filled_follows_the_link(turns: list[Turn], slots: int, tokens: int) -> None:
-    found = schedule(turns, link=2, disk=1, slots=slots, tokens=tokens)
-    line = found.filled()
+    timing = schedule(turns, link=2, disk=1, slots=slots, tokens=tokens)
+    line = timing.filled()
     room = slots * max((t.nbytes for t in turns), default=0)
     assert all(-1e-9 <= value <= room + 1e-9 for _, value in line)
     assert [time for time, _ in line] == sorted(time for time, _ in line)
     held: dict[int, int] = {}
-    for span in found.spans:
+    for span in timing.spans:
         if span.lane == "link":
             held[span.slot] = turns[span.turn].nbytes
     assert line[-1][1] == pytest.approx(sum(held.values()))
@@ -317,8 +317,8 @@ def test_equal_blocks_in_the_steady_state(n: int, size: int, work: int, slots: i
 
 @given(turns=turn_lists(), tokens=st.integers(1, 3))
 def test_room_for_everything_copies_once(turns: list[Turn], tokens: int) -> None:
-    found = schedule(turns, link=1, slots=len(turns), tokens=tokens)
-    assert sum(span.lane == "link" for span in found.spans) == sum(t.travels for t in turns)
+    timing = schedule(turns, link=1, slots=len(turns), tokens=tokens)
+    assert sum(span.lane == "link" for span in timing.spans) == sum(t.travels for t in turns)
 
 
 def test_spread_residents_hide_copies() -> None:
@@ -332,8 +332,8 @@ def test_spread_residents_hide_copies() -> None:
 
 def test_the_disk_may_be_a_ring_ahead() -> None:
     blocks = [turn("disk", 10, 0, i) for i in range(3)]
-    found = schedule(blocks, link=1, disk=2, slots=1, chunk=1, ring=4)
-    (first, *_), (copy, *_) = ([s for s in found.spans if s.lane == lane] for lane in ("disk", "link"))
+    timing = schedule(blocks, link=1, disk=2, slots=1, chunk=1, ring=4)
+    (first, *_), (copy, *_) = ([s for s in timing.spans if s.lane == lane] for lane in ("disk", "link"))
     assert (first.start, copy.start) == (0, 0.5) and copy.end == 10.5
     assert first.end == 7.0  # the last chunk is read once chunk 6 of 10 has been copied, at 6.5
 
@@ -365,5 +365,5 @@ def test_no_torch_is_needed() -> None:
 
 
 def test_a_schedule_of_ten_thousand_turns_is_quick_to_make() -> None:
-    found: Schedule = schedule([turn("cpu", 1, 1, i) for i in range(1000)], link=1, tokens=10)
-    assert found.per_token == 1000
+    timing: Schedule = schedule([turn("cpu", 1, 1, i) for i in range(1000)], link=1, tokens=10)
+    assert timing.per_token == 1000

@@ -8,7 +8,7 @@ import pytest
 from bigkit import dry_run
 from bigkit.draw.canvas import svg
 from bigkit.draw.dryrun import dryrun_figure, dryrun_label, dryrun_text, merge
-from bigkit.machine.roofline import Span
+from bigkit.machine.streams import Span
 from bigkit.widgets import DryRunExplorer, dryrun_explorer
 
 

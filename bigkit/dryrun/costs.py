@@ -1,0 +1,141 @@
+"""What an operation on a fake GPU costs: what it computes, what it reads and writes, what its kernel takes meanwhile.
+
+    cost_of             an operation as `Operation`, whose time a roofline says
+    kernel_workspaces   bytes that its kernel takes for itself while it runs
+
+Leaves out: time (`machine/roofline.py`), and bitsandbytes' kernels (`fake_bnb.py`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..machine.roofline import TYPICAL, Operation
+from ._torch import ATTENTION, GROUPED_MM, TO_COPY, UNSAFE_VIEW, aten, flop_formula, packet_of
+from .attention import attention_flops
+
+PRODUCTS = {aten.mm, aten.addmm, aten.bmm, aten.baddbmm, GROUPED_MM}
+COPIES = {TO_COPY, aten.copy_, aten.clone}
+LOOKUPS = {aten.embedding, aten.index, aten.index_select, aten.gather, aten.slice_scatter}  # read as much as they write
+_NAMES = "empty zeros ones full arange randint empty_like zeros_like fill_ zero_ normal_ scalar_tensor"
+CREATORS = {getattr(aten, name) for name in _NAMES.split()}  # read nothing
+FEW_INPUTS = 64  # of a convolution's filter: ConvNeXt's first has 3 x 4 x 4
+WITHOUT_KERNEL = {UNSAFE_VIEW, aten.detach, aten.empty, aten.empty_strided, aten.empty_like}
+
+
+def cost_of(
+    func: Any, args: Any, kwargs: Any, inputs: Sequence[Tensor], outputs: Sequence[Tensor], result: Any
+) -> Operation | None:
+    """An operation as a cost, or None if no kernel runs: it is a view, makes an empty tensor, or no GPU takes part.
+
+    Args:
+        func: as PyTorch's dispatcher calls it.
+        args, kwargs: its arguments.
+        inputs, outputs: the tensors in them, and in its result.
+        result: what it returned.
+    """
+    packet, device = packet_of(func), device_of(outputs, inputs)
+    if device is None or not outputs or func.is_view or packet in WITHOUT_KERNEL:
+        return None
+    output, parts, issued = outputs[0], 1, 1  # the launch
+    read, written = sum(map(dense_bytes, inputs)), sum(map(dense_bytes, outputs))
+    if packet in LOOKUPS:
+        read = written
+    elif packet in CREATORS:
+        read = 0
+    elif packet is GROUPED_MM:
+        parts, issued = args[1].shape[0], 1 + TYPICAL.expert_steps
+        read = dense_bytes(args[0]) + _bytes_of_chosen_experts(args[0], args[1])
+    source = ""
+    if packet in COPIES:
+        source = next((str(tensor.device) for tensor in inputs if tensor.device != output.device), "")
+    name, dtype = str(packet).removeprefix("aten."), str(output.dtype).removeprefix("torch.")
+    flops, scattered = _flops(func, args, kwargs, result), _scattered(func, packet, inputs, output)
+    return Operation(name, device, flops, read + written, dtype, issued, source, parts=parts, scattered=scattered)
+
+
+def _flops(func: Any, args: Any, kwargs: Any, result: Any) -> int:
+    """Floating-point operations: PyTorch's formula where it has one that fits, else our own, else 0."""
+    packet = packet_of(func)
+    if packet in ATTENTION.values():
+        return attention_flops(*args[:3])
+    if packet is GROUPED_MM:  # each row meets one expert
+        return 2 * args[0].shape[0] * args[1].shape[1] * args[1].shape[2]
+    formula = flop_formula(packet)
+    return int(formula(*args, **kwargs, out_val=result)) if formula else 0
+
+
+def _bytes_of_chosen_experts(rows: Tensor, experts: Tensor) -> int:
+    """Bytes of the experts that some row meets, by chance; one that no row meets is not read."""
+    count = experts.shape[0]
+    return round(dense_bytes(experts) * (1 - (1 - 1 / count) ** rows.shape[0]))
+
+
+def _scattered(func: Any, packet: Any, inputs: Sequence[Tensor], output: Tensor) -> int:
+    """Elements that a pointwise operation, a copy or a `cat` takes one by one.
+
+    Source: TensorIterator in PyTorch, which vectorizes only what all of its tensors have in one order.
+    """
+    if packet is aten.cat:
+        return 0 if all(tensor.is_contiguous() for tensor in inputs) else output.numel()
+    if torch.Tag.pointwise not in func.tags and packet not in COPIES:
+        return 0
+    operands = [tensor for tensor in inputs if tensor.numel() > 1]
+    in_one_order = all(tensor.shape == output.shape and tensor.stride() == output.stride() for tensor in operands)
+    return 0 if in_one_order else output.numel()
+
+
+def kernel_workspaces(func: Any, args: Any, outputs: Sequence[Tensor]) -> Sequence[int]:
+    """Bytes of each request that a kernel makes for itself, and gives back when it is done."""
+    packet = packet_of(func)
+    if packet is ATTENTION["cudnn"]:
+        return 8, 8  # seed and offset of a dropout that does not happen
+    if packet is aten.convolution:
+        return _convolution_workspace(args, outputs[0])
+    return ()
+
+
+def _convolution_workspace(args: Any, result: Tensor) -> Sequence[int]:
+    """What cuDNN takes to lay 16-bit images out with the channels last, as its kernels want them.
+
+    Input, result and filter, channels in eights; nothing if the images lie so, if the filter has few inputs, or if it
+    is a point and each row of pixels can be taken as it is. Source: seen with cuDNN 9.19 on an H200; equal to the byte
+    for ResNet-50, and to the nearest segment for ConvNeXt.
+    """
+    image, weight, stride, groups = args[0], args[1], args[3], args[8]
+    if image.element_size() != 2 or image.dim() != 4 or groups > 1 or not image.is_contiguous():
+        return ()
+    if math.prod(weight.shape[1:]) < FEW_INPUTS:
+        return ()
+    point = tuple(weight.shape[2:]) == (1, 1)
+    if point and set(stride) == {1} and math.prod(image.shape[2:]) % 4 == 0:
+        return ()
+    eights = -(-image.shape[1] // 8) * 8
+    filters = 0 if point else weight.shape[0] * eights * math.prod(weight.shape[2:])
+    elements = image.shape[0] * eights * math.prod(image.shape[2:]) + result.numel() + filters
+    return (2 * elements + 16,)
+
+
+def device_of(*groups: Sequence[Tensor]) -> str | None:
+    """The first fake GPU among tensors, such as "cuda:0"."""
+    return next((str(tensor.device) for tensors in groups for tensor in tensors if tensor.is_cuda), None)
+
+
+def dense_bytes(tensor: Tensor) -> int:
+    """Bytes behind a tensor; what an expanded dimension repeats is counted once."""
+    elements = math.prod(n for n, step in zip(tensor.shape, tensor.stride()) if step or n <= 1)
+    return elements * tensor.element_size()
+
+
+def tensors_in(values: Any) -> Iterator[Tensor]:
+    """The tensors among arguments or results, lists and tuples looked into."""
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, (list, tuple)):
+            yield from tensors_in(value)

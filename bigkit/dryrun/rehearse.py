@@ -1,0 +1,164 @@
+"""One run on fake GPUs: `rehearse` fills an empty model, spreads it as a map says, and does the work.
+
+Weights that rest in RAM or on disk are dispatched as in a real run: the same hooks borrow them, into slots on a fake
+GPU, through a lane that notes what it is asked to bring and when (`FakeLane`).
+
+Leaves out: what the run costs (`run.py`), and blocks that are kept in RAM after they were read from disk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..devices import Device, placement, read_device
+from ..machine.hardware import Gpu
+from ..machine.ledger import Calibration
+from ..machine.roofline import ARRIVE, FILL, LEAVE, Operation
+from ..offload.dispatch import dispatch_model
+from ..offload.hooks import AlignDevicesHook, SequentialHook
+from ..offload.stream import Slots
+from ..offload.transfer import PlainLane, Slot
+from ..offload.weights import Unit
+from ..quantize.load import BnbQuantizationConfig
+from ..units import KiB, MiB
+from .attention import Target
+from .fake_gpu import OperationLog, Trace, fake_gpus
+from .replay import replaying
+from .workload import Workload, fill, passes
+
+PROCESSORS = {"T4": 40, "L4": 58, "RTX 3090": 82, "RTX 4090": 128, "A100-40GB": 108, "A100-80GB": 108}  # others: 132
+
+
+def target_of(gpu: Gpu, calibration: Calibration | None = None) -> Target:
+    """What code can ask of a GPU.
+
+    Hopper's cuBLAS takes 32 MiB of workspace, others 8.125 MiB. On Hopper and Blackwell PyTorch tries cuDNN's attention
+    first: seen on an H200 with PyTorch 2.11 and cuDNN 9.19.
+
+    >>> from bigkit.machine.hardware import GPUS
+    >>> target_of(GPUS["T4"]).workspace
+    8519680
+    """
+    capability = calibration.capability if calibration and calibration.capability else gpu.capability
+    usual = 32 * MiB if capability[0] == 9 else 8 * MiB + 128 * KiB
+    attention = ("cudnn", "flash", "efficient") if capability in ((9, 0), (10, 0)) else ("flash", "efficient")
+    workspace = (calibration.workspace if calibration else None) or usual
+    return Target(capability, attention, workspace, PROCESSORS.get(gpu.name, 132))
+
+
+def rehearse(
+    model: nn.Module,
+    places: Mapping[str, Device],
+    load: Workload,
+    target: Target,
+    slots: int = 2,
+    resident_memory: int | str = 0,
+    quantization: BnbQuantizationConfig | None = None,
+    replay: bool = False,
+) -> Trace:
+    """Fill an empty model on fake GPUs, spread it as a map says, and do the work; returns what was noted.
+
+    Args:
+        model: empty; it is left without memory, on fake devices.
+        places: module name -> where it rests.
+        load: the work.
+        target: the GPU that is imagined.
+        slots, resident_memory: see `dispatch_model`.
+        quantization: of its linear layers, which are bitsandbytes' already.
+        replay: see `dry_run`.
+    """
+    places = {name: read_device(device) for name, device in places.items()}
+    main = next((device for device in places.values() if isinstance(device, int)), 0)
+    in_ram = {name: "cpu" if device == "disk" else device for name, device in places.items()}
+    with fake_gpus(target) as log, ExitStack() as stack:
+        log.kind = "weights"
+        if quantization is None:
+            fill(model.eval(), in_ram)
+        else:
+            from .fake_bnb import fake_bitsandbytes, fill_quantized
+
+            stack.enter_context(fake_bitsandbytes(log))
+            fill_quantized(model.eval(), in_ram, main, quantization)
+        if set(places.values()) != {main}:
+            dispatch_model(model, in_ram, main, slots=slots, resident_memory=resident_memory)
+            _replace_lanes(model, log, places)
+        log.trace.mark("fill")
+        log.kind = "activations"
+        if replay:
+            stack.enter_context(replaying(model, log))
+        for i, (_, cache) in enumerate(passes(model, load, main)):
+            label_cache(log, cache)
+            log.trace.mark(f"token {i}" if i else "prefill")
+    log.live.clear()
+    for recording in log.trace.recordings.values():
+        del recording.events[recording.marks[-1][1] :]  # what is freed when everything is over
+    return log.trace
+
+
+class FakeLane(PlainLane):
+    """Brings nothing, and notes what it was asked to bring, into which slot, and when the work needs it."""
+
+    def __init__(self, device: torch.device, log: OperationLog, places: Mapping[str, Device]) -> None:
+        super().__init__(device)
+        self.log, self.place = log, placement(places)
+        self.numbers: dict[int, int] = {}
+
+    def slot(self, nbytes: int) -> Slot:
+        kind, self.log.kind = self.log.kind, "slots"
+        try:
+            slot = super().slot(nbytes)
+        finally:
+            self.log.kind = kind
+        self.numbers[id(slot)] = len(self.numbers)
+        return slot
+
+    def fill(self, slot: Slot, unit: Unit) -> None:
+        self._note(FILL, slot, unit)
+
+    def arrive(self, slot: Slot) -> None:
+        self._note(ARRIVE, slot, slot.unit)
+
+    def leave(self, slot: Slot) -> None:
+        self._note(LEAVE, slot, slot.unit)
+
+    def _note(self, name: str, slot: Slot, unit: Unit | None) -> None:
+        assert unit is not None
+        rests = {self.place(inside) for inside in (unit.name, *(weight.name for weight in unit.weights))}
+        source, number = "disk" if "disk" in rests else "cpu", self.numbers[id(slot)]
+        self.log.trace.operations.append(
+            Operation(name, str(self.device), 0, unit.nbytes, "uint8", 0, source, number, unit.name)
+        )
+
+
+def _replace_lanes(model: nn.Module, log: OperationLog, places: Mapping[str, Device]) -> None:
+    """Put fake lanes in the place of those of a dispatched model."""
+    hooks = [vars(module).get("_hf_hook") for module in model.modules()]
+    parts = [part for hook in hooks for part in (hook.hooks if isinstance(hook, SequentialHook) else (hook,))]
+    streamers = {part.streamer for part in parts if isinstance(part, AlignDevicesHook) and part.streamer is not None}
+    for streamer in streamers:
+        assert isinstance(streamer, Slots)
+        streamer.lane = FakeLane(streamer.device, log, places)
+
+
+def label_cache(log: OperationLog, cache: Any) -> None:
+    """Say which storages are the KV cache: every tensor that the cache object holds, however deep."""
+    seen: set[int] = set()
+    waiting = [cache]
+    while waiting:
+        item = waiting.pop()
+        if id(item) in seen or item is None or isinstance(item, (str, int, float, nn.Module)):
+            continue
+        seen.add(id(item))
+        if isinstance(item, Tensor):
+            log.label(item, "KV cache")
+        elif isinstance(item, (list, tuple)):
+            waiting += item
+        elif isinstance(item, dict):
+            waiting += item.values()
+        elif hasattr(item, "__dict__"):
+            waiting += vars(item).values()
