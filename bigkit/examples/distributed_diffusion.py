@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from .. import PartialState, gather_object
+from bigkit import PartialState, gather_object
 
 PROMPTS = ["a dog", "a cat", "a chicken"]
 MOVED = {"runwayml/stable-diffusion-v1-5": "stable-diffusion-v1-5/stable-diffusion-v1-5"}  # its first home is gone
