@@ -48,7 +48,8 @@ _HOMES = {
         "get_max_memory",
         "infer_auto_device_map",
     ),
-    "distributed.gather": ("PartialState", "gather", "gather_for_results", "gather_object", "split_between_processes"),
+    "distributed.state": ("PartialState", "split_between_processes"),
+    "distributed.gather": ("gather", "gather_for_results", "gather_object"),
     "distributed.notebook": ("notebook_launcher",),
     "distributed.map_file": ("map_file",),
     "quantize.load": ("BnbQuantizationConfig", "load_and_quantize_model", "replace_with_bnb_layers"),
@@ -62,9 +63,10 @@ if TYPE_CHECKING:
     from .api import advise, describe, estimate_memory, plan
     from .checkpoints.load import load_checkpoint_in_model, load_state_dict
     from .checkpoints.save import save_model
-    from .distributed.gather import PartialState, gather, gather_for_results, gather_object, split_between_processes
+    from .distributed.gather import gather, gather_for_results, gather_object
     from .distributed.map_file import map_file
     from .distributed.notebook import notebook_launcher
+    from .distributed.state import PartialState, split_between_processes
     from .dryrun.run import DryRun, dry_run
     from .machine.hardware import HARDWARE, Hardware
     from .machine.ledger import Calibration, Ledger

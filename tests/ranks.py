@@ -30,7 +30,7 @@ def free_port() -> int:
 def serve(pipe: Connection, variables: dict[str, str]) -> None:
     """One rank: join the group, then run what comes until None does."""
     os.environ.update(variables)
-    from bigkit.distributed.gather import PartialState
+    from bigkit.distributed.state import PartialState
 
     state = PartialState(timeout=SECONDS)
     while (work := pipe.recv_bytes()) != b"":

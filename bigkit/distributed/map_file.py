@@ -25,9 +25,10 @@ from typing import Any
 from uuid import uuid4
 
 import torch.distributed as dist
-from torch.distributed import distributed_c10d
 
-from .gather import PartialState, gather_object, together
+from ._torch import default_store
+from .gather import gather_object
+from .state import PartialState, together
 
 
 def map_file(
@@ -102,7 +103,7 @@ def _turns(name: str) -> Iterator[int]:
     """Numbers from 0, each of them to one process only, whoever asks first."""
     if not dist.is_initialized():
         yield from count()
-    store = distributed_c10d._get_default_store()
+    store = default_store()
     while True:
         with together("map_file"):
             turn = store.add(f"bigkit-{name}", 1) - 1

@@ -24,17 +24,10 @@ from hypothesis import strategies as st
 from transformers import BatchEncoding
 
 import bigkit
-from bigkit.distributed.gather import (
-    PartialState,
-    ProcessLost,
-    gather,
-    gather_for_results,
-    gather_object,
-    len_of,
-    split,
-    split_between_processes,
-)
+from bigkit.distributed.gather import gather, gather_for_results, gather_object
 from bigkit.distributed.shares import Shares, share
+from bigkit.distributed.split import len_of, split
+from bigkit.distributed.state import PartialState, ProcessLost, split_between_processes
 from tests.ranks import ROOT, Ranks
 
 WORLDS = (1, 2, 3, 8)
@@ -617,10 +610,10 @@ def test_accelerate_aborts_on_uneven_gathers_and_waits_after_errors() -> None:
                 if state.is_main_process:
                     raise OSError("no such model")
         except OSError:
-            time.sleep(3)  # busy with something else
+            time.sleep(2)  # busy with something else
             if theirs:
                 state.wait_for_everyone()
         return time.monotonic() - start
 
-    assert group(fails, False)[1] < 3 <= group(fails, True)[1]
+    assert group(fails, False)[1] < 1.9 < group(fails, True)[1]
     group.close()
