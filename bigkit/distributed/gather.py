@@ -106,19 +106,15 @@ def gather_for_results(results: T, total: int) -> T:
     """
     lengths, totals = zip(*_exchange((len_of(results, "results"), total), "gather_for_results"))
     if len(set(totals)) > 1:
-        raise ValueError(
-            f"the processes split different inputs: they say {sorted(set(totals))} items. Every process must hold the "
-            "same inputs in the same order"
-        )
+        hint = "Every process must hold the same inputs in the same order"
+        raise ValueError(f"the processes split different inputs: they say {sorted(set(totals))} items. {hint}")
     world = len(lengths)
     exact = [len(share(total, world, rank)) for rank in range(world)]
     padded = [padded_length(total, world)] * world
     if list(lengths) not in (exact, padded):
         counts = ", ".join(f"process {rank} has {length}" for rank, length in enumerate(lengths))
-        raise ValueError(
-            f"{total} inputs on {world} processes give {exact} results, or {padded} with padding, but {counts}. "
-            "Return one result for each input"
-        )
+        expected = f"{total} inputs on {world} processes give {exact} results, or {padded} with padding"
+        raise ValueError(f"{expected}, but {counts}. Return one result for each input")
     own = exact[dist.get_rank() if dist.is_initialized() else 0]
     return map_columns(lambda column: _join_column(take(column, range(own))), results)
 

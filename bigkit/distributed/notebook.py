@@ -9,7 +9,7 @@
 Each process is a fresh Python: nothing is forked, so CUDA may be in use already and any library imported. The function
 and the globals that it names are sent to it by value (cloudpickle); a module that it imports is imported again there.
 
-Leaves out: scripts (`distributed/launch.py`), and changing what a process computed with after it has started.
+Leaves out: scripts (`launch.py`), and changing what a process computed with after it has started.
 """
 
 from __future__ import annotations
@@ -88,16 +88,12 @@ def notebook_launcher(
     from ._torch import MEET_AT_THE_LAUNCHER
 
     if mixed_precision not in ("no", None):
-        raise ValueError(
-            f"mixed_precision is {mixed_precision!r}: expected 'no'. For inference load the model in the dtype that it "
-            "shall compute in, as in from_pretrained(name, dtype='bfloat16')"
-        )
+        hint = "load the model in the dtype that it shall compute in, as in from_pretrained(name, dtype='bfloat16')"
+        raise ValueError(f"mixed_precision is {mixed_precision!r}: expected 'no'. For inference {hint}")
     count = max(1, torch.cuda.device_count()) if num_processes is None else num_processes
     if count < 1 or num_nodes < 1 or not 0 <= node_rank < num_nodes:
-        raise ValueError(
-            f"cannot start {count} processes on host {node_rank} of {num_nodes}: expected at least one process and one "
-            "host, and node_rank from 0"
-        )
+        expected = "expected at least one process and one host, and node_rank from 0"
+        raise ValueError(f"cannot start {count} processes on host {node_rank} of {num_nodes}: {expected}")
     if num_nodes > 1 and use_port is None:
         raise ValueError("several hosts need a port to meet at: pass use_port, the same on each host")
     call = _pack(function, tuple(args))
@@ -151,7 +147,7 @@ def _pack(function: Callable[..., Any], args: tuple[Any, ...]) -> bytes:
             variables = inspect.getclosurevars(function)
             for name, value in {**variables.globals, **variables.nonlocals}.items():
                 parts[f"the variable {name!r}"] = value
-        problem = f"cannot send {_name(function)} to other processes"
+        problem = f"cannot send {getattr(function, '__name__', function)} to other processes"
         for name, value in parts.items():
             try:
                 cloudpickle.dumps(value)
@@ -159,14 +155,6 @@ def _pack(function: Callable[..., Any], args: tuple[Any, ...]) -> bytes:
                 kind = type(value).__name__
                 raise TypeError(f"{problem} because of {name}, a {kind} ({error}). Make it in the function") from error
         raise TypeError(f"{problem}: {error}") from error
-
-
-def _name(function: Any) -> str:
-    return getattr(function, "__name__", None) or type(function).__name__
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Here: start, show, end
 
 
 class _Processes:
@@ -224,8 +212,9 @@ class _Processes:
             if code is None or (code == 0 and (self.folder / f"result-{local}").exists()):
                 continue
             is_lost, when, text = False, 0.0, f"ended with status {code} and without an error"
-            if (self.folder / f"error-{local}").exists():
-                is_lost, when, text = pickle.loads((self.folder / f"error-{local}").read_bytes())
+            error = self.folder / f"error-{local}"
+            if code == 1 and error.exists():
+                is_lost, when, text = pickle.loads(error.read_bytes())
             elif code < 0:
                 hint = "; often that means that memory ran out" if code == -signal.SIGKILL else ""
                 text = f"was ended by {signal.Signals(-code).name}{hint}"
@@ -263,10 +252,6 @@ def _show(process: subprocess.Popen[str], rank: str) -> None:
             print(f"[{rank}] {line}", end="" if line.endswith("\n") else "\n", flush=True)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# There: run the function
-
-
 def _work(folder: str, local: str) -> None:
     """What each process does: call the function, leave its result or its error in the folder."""
     lifeline = os.dup(0)
@@ -279,27 +264,21 @@ def _work(folder: str, local: str) -> None:
         try:
             result = cloudpickle.dumps(value)
         except Exception as error:
-            problem = f"{_name(function)} returned a {type(value).__name__}, which cannot be sent back"
-            raise TypeError(f"{problem} ({error}): return plain data or CPU tensors") from error
-        _write(Path(folder, f"result-{local}"), result)
+            problem = f"returned a {type(value).__name__}, which cannot be sent back ({error})"
+            hint = "return plain data or CPU tensors"
+            raise TypeError(f"{getattr(function, '__name__', function)} {problem}: {hint}") from error
+        Path(folder, f"result-{local}").write_bytes(result)
     except BaseException as error:
         is_lost = type(error).__name__ == "ProcessLost"  # whose module imports torch, as the function need not
         last_line = traceback.format_exception_only(type(error), error)[-1].strip()
         frames = error.__traceback__ and error.__traceback__.tb_next  # without this function's own
         lines = "".join(traceback.format_exception(type(error), error, frames))
         failure = (is_lost, time.time(), f"failed: {last_line}\n\n{lines}")
-        _write(Path(folder, f"error-{local}"), pickle.dumps(failure))
+        Path(folder, f"error-{local}").write_bytes(pickle.dumps(failure))
         sys.exit(1)
     distributed = sys.modules.get("torch.distributed")
     if distributed is not None and distributed.is_initialized():
         distributed.destroy_process_group()
-
-
-def _write(path: Path, content: bytes) -> None:
-    """Write a file that is there wholly or not at all."""
-    part = path.with_suffix(".part")
-    part.write_bytes(content)
-    part.rename(path)
 
 
 def _end_with_parent(lifeline: int, folder: str) -> None:

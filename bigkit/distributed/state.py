@@ -182,10 +182,6 @@ def split_between_processes(inputs: T, apply_padding: bool = False) -> Iterator[
         yield mine
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Joining the others
-
-
 def _is_launched() -> bool:
     """Whether this process was started together with others.
 
@@ -193,18 +189,17 @@ def _is_launched() -> bool:
         RuntimeError: only some of the variables are set, so the others cannot be found: each would do all of the work.
     """
     present = [name for name in VARIABLES if os.environ.get(name)]
-    if len(present) == len(VARIABLES):
-        for name in ("RANK", "WORLD_SIZE"):
-            if not os.environ[name].isdigit():
-                raise RuntimeError(f"the environment variable {name} is {os.environ[name]!r}: expected a whole number")
-        return True
-    if os.environ.get("RANK", "0") != "0" or os.environ.get("WORLD_SIZE", "1") != "1":
+    if len(present) < len(VARIABLES):
+        if os.environ.get("RANK", "0") == "0" and os.environ.get("WORLD_SIZE", "1") == "1":
+            return False
         missing = " and ".join(name for name in VARIABLES if name not in present)
-        raise RuntimeError(
-            f"{' and '.join(present)} is set but {missing} is not: start the script with `bigkit launch` or torchrun, "
-            "or unset it to run as one process"
-        )
-    return False
+        problem = f"{' and '.join(present)} is set but {missing} is not"
+        hint = "start the script with `bigkit launch` or torchrun, or unset it to run as one process"
+        raise RuntimeError(f"{problem}: {hint}")
+    for name in ("RANK", "WORLD_SIZE"):
+        if not os.environ[name].isdigit():
+            raise RuntimeError(f"the environment variable {name} is {os.environ[name]!r}: expected a whole number")
+    return True
 
 
 def in_group(call: str) -> bool:
@@ -217,10 +212,8 @@ def in_group(call: str) -> bool:
         return True
     if _is_launched() and os.environ["WORLD_SIZE"] != "1":
         rank, world = os.environ["RANK"], os.environ["WORLD_SIZE"]
-        raise RuntimeError(
-            f"process {rank} of {world} called {call} outside the group: make a PartialState before, and destroy it "
-            "after the last call"
-        )
+        hint = "make a PartialState before, and destroy it after the last call"
+        raise RuntimeError(f"process {rank} of {world} called {call} outside the group: {hint}")
     return False
 
 
@@ -234,18 +227,16 @@ def _join(cuda: bool, timeout: timedelta) -> None:
     """Join the group that the environment names; a process of torchrun also ends with it and reports its failure."""
     local = _local_rank(int(os.environ["RANK"]))
     if cuda and local >= torch.cuda.device_count():
-        raise RuntimeError(
-            f"process {local} of this host has no GPU: there are {torch.cuda.device_count()}. Start as many processes "
-            "as GPUs, or add --cpu or PartialState(cpu=True)"
-        )
+        hint = "Start as many processes as GPUs, or add --cpu or PartialState(cpu=True)"
+        raise RuntimeError(f"process {local} of this host has no GPU: there are {torch.cuda.device_count()}. {hint}")
     if RUN_ID in os.environ:
         _end_with_the_launcher()
-        if not isinstance(sys.excepthook, _FailureHook):
-            sys.excepthook = _FailureHook(sys.excepthook)
     if cuda:
         torch.cuda.set_device(local)
+    hook = sys.excepthook
     with together("PartialState()"):
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timeout)
+    sys.excepthook = _FailureHook(before=hook, next_hook=sys.excepthook)
     atexit.register(_leave)  # one of gloo's threads that outlives the interpreter would abort the process
 
 
@@ -254,10 +245,6 @@ def _leave() -> None:
         dist.destroy_process_group()
     if isinstance(sys.excepthook, _FailureHook):
         sys.excepthook = sys.excepthook.before
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Failures, here and elsewhere
 
 
 @contextmanager
@@ -269,27 +256,29 @@ def together(call: str) -> Iterator[None]:
         rank, world = os.environ.get("RANK", "?"), os.environ.get("WORLD_SIZE", "?")
         reason = re.sub(r"^\[[^]]*\]\s*", "", str(error).strip())  # without the line of gloo's source
         reason = reason.partition("\n")[0].partition(". ")[0]
-        raise ProcessLost(
-            f"process {rank} of {world} cannot finish {call}: another process has ended, or did not come here in time. "
-            f"See the first error that was shown ({reason})"
-        ) from error
+        problem = "another process has ended, or did not come here in time. See the first error that was shown"
+        raise ProcessLost(f"process {rank} of {world} cannot finish {call}: {problem} ({reason})") from error
 
 
 class _FailureHook:
-    """`sys.excepthook` from joining torchrun's processes to leaving them (`PartialState.destroy`).
+    """`sys.excepthook` of a launched process from joining the others to leaving them (`PartialState.destroy`).
 
     It writes an uncaught exception into torchrun's summary, and shows a lost neighbour in one line only. So the first
     traceback that is shown is that of the process which failed, not of those that missed it.
+
+    Args:
+        before: the hook before joining, which leaving restores.
+        next_hook: the one that PyTorch has set in joining, which shows the rank before each line.
     """
 
-    def __init__(self, before: Callable[..., Any]) -> None:
-        self.before = before
+    def __init__(self, before: Callable[..., Any], next_hook: Callable[..., Any]) -> None:
+        self.before, self.next_hook = before, next_hook
 
     def __call__(self, kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
         if isinstance(error, ProcessLost):
             print(error, file=sys.stderr, flush=True)
             return
-        self.before(kind, error, traceback)
+        self.next_hook(kind, error, traceback)
         if isinstance(error, Exception):
             record_failure(error)
 

@@ -28,7 +28,7 @@ from bigkit.distributed.gather import gather, gather_for_results, gather_object
 from bigkit.distributed.shares import Shares, share
 from bigkit.distributed.split import len_of, split
 from bigkit.distributed.state import PartialState, ProcessLost, split_between_processes
-from tests.ranks import ROOT, Ranks
+from tests.ranks import ROOT, Ranks, free_port
 
 WORLDS = (1, 2, 3, 8)
 
@@ -423,10 +423,7 @@ def test_a_process_that_does_not_come_is_an_error_in_time() -> None:
         else:
             time.sleep(3)
 
-    # a second group of the same processes needs a store of its own
-    from tests.ranks import free_port
-
-    port = str(free_port())
+    port = str(free_port())  # a second group of the same processes needs a store of its own
     group(lambda state, port: os.environ.update(MASTER_PORT=port), port)
     answers = group.tries(late)
     assert [fine for fine, _ in answers] == [False, True] and "cannot finish wait_for_everyone" in answers[0][1]
@@ -466,6 +463,28 @@ def test_half_a_launch_is_refused(variables: dict[str, str], said: str, monkeypa
         monkeypatch.setenv(name, value)
     with pytest.raises(RuntimeError, match=said):
         PartialState()
+
+
+def test_the_hook_on_uncaught_errors_is_there_only_while_a_launcher_waits() -> None:
+    before = sys.excepthook
+    state = PartialState(cpu=True)
+    assert sys.excepthook is before, "a single process is left alone"
+    state.destroy()
+    assert sys.excepthook is before
+
+    def joined(state: PartialState, port: str) -> list[bool]:
+        state.destroy()
+        before = sys.excepthook
+        os.environ.update(MASTER_PORT=port, TORCHELASTIC_RUN_ID="test")
+        state = PartialState(cpu=True)
+        hooks = [sys.excepthook is before]
+        PartialState(cpu=True)
+        state.destroy()
+        return [*hooks, sys.excepthook is before]
+
+    group = Ranks(1)
+    assert group(joined, str(free_port())) == [[False, True]]
+    group.close()
 
 
 def test_a_call_outside_the_group_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
