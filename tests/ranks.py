@@ -1,7 +1,7 @@
 """Groups of real processes for tests: each has a rank, gloo between them, and runs what the test sends it.
 
 A server process imports torch once and forks the rest, so that a group of eight is there in a second. Not a launcher:
-those are tested as they are, in test_launch.py and test_notebook_launcher.py.
+those are tested as they are, in test_launch.py and test_notebook.py.
 """
 
 from __future__ import annotations

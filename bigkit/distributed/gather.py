@@ -1,8 +1,7 @@
 """The results of all processes, whole and in the order of the inputs, on every process.
 
     with state.split_between_processes(prompts) as mine:
-        answers = [model(prompt) for prompt in mine]
-    answers = gather_for_results(answers, len(prompts))      # all of them, in the order of prompts, on every process
+        answers = gather_for_results([model(prompt) for prompt in mine], len(prompts))
 
 A collective call needs equally long tensors on every process, and shares differ in length: they are sent padded to the
 longest, and cut when they have arrived. Whatever is no tensor is sent as bytes (pickle).
@@ -56,10 +55,9 @@ def gather(tensor: Any) -> Any:
         return f"{leaf.dtype} of shape (…, {', '.join(map(str, leaf.shape[1:]))})"
 
     structure = repr(_map_tensors(collect, tensor, "the input of gather"))
-    lengths = [len(rows) for rows in tensors]
     if in_group("gather"):
-        everyones_lengths = _agree(structure, lengths)
-        tensors = [_join_rows(rows, [theirs[i] for theirs in everyones_lengths]) for i, rows in enumerate(tensors)]
+        lengths = zip(*_agree(structure, [len(rows) for rows in tensors]))  # for each tensor those on every process
+        tensors = [_join_rows(rows, everyones) for rows, everyones in zip(tensors, lengths)]
     joined = iter(tensors)
     return _map_tensors(lambda leaf: next(joined), tensor, "the input of gather")
 
@@ -78,8 +76,7 @@ def gather_object(items: Sequence[T]) -> list[T]:
     ['a', 'b']
     """
     if not isinstance(items, (list, tuple)):
-        kind = type(items).__name__
-        raise TypeError(f"gather_object joins the items of lists, not a {kind}: put a single object in a list")
+        raise TypeError(f"gather_object joins lists, not a {type(items).__name__}: put a single object in a list")
     return [item for part in _exchange(list(items), "gather_object") for item in part]
 
 
@@ -115,8 +112,8 @@ def gather_for_results(results: T, total: int) -> T:
         counts = ", ".join(f"process {rank} has {length}" for rank, length in enumerate(lengths))
         expected = f"{total} inputs on {world} processes give {exact} results, or {padded} with padding"
         raise ValueError(f"{expected}, but {counts}. Return one result for each input")
-    own = exact[dist.get_rank() if dist.is_initialized() else 0]
-    return map_columns(lambda column: _join_column(take(column, range(own))), results)
+    own = range(exact[dist.get_rank() if dist.is_initialized() else 0])  # without padding
+    return map_columns(lambda column: _join_column(take(column, own)), results)
 
 
 def _join_column(column: Any) -> Any:
@@ -144,11 +141,7 @@ def _exchange(thing: T, call: str) -> list[T]:
 
 
 def _agree(structure: str, lengths: list[int]) -> list[list[int]]:
-    """The tensors' lengths on every process. They are mostly equal: a hash of eight bytes is compared first.
-
-    Raises:
-        ValueError: the structures differ.
-    """
+    """The tensors' lengths on every process, or an error if the structures differ; a hash of both is compared first."""
     digest = hashlib.blake2b(f"{structure} {lengths}".encode(), digest_size=8).digest()
     own = torch.tensor([int.from_bytes(digest, "little", signed=True)], device=_carrier("cpu"))
     digests = own.new_empty(dist.get_world_size())
@@ -164,7 +157,7 @@ def _agree(structure: str, lengths: list[int]) -> list[list[int]]:
     return list(everyones_lengths)
 
 
-def _join_rows(tensor: torch.Tensor, lengths: list[int]) -> torch.Tensor:
+def _join_rows(tensor: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
     """Tensors of shape (length, ...) from all processes, joined: sent padded to the longest, then cut."""
     longest = max(lengths)
     sent = tensor.detach().contiguous()
@@ -199,5 +192,4 @@ def _map_tensors(function: Callable[[torch.Tensor], Any], thing: Any, path: str)
     if isinstance(thing, (list, tuple)):
         parts = [_map_tensors(function, item, f"{path}[{i}]") for i, item in enumerate(thing)]
         return type(thing)(*parts) if is_record(thing) else type(thing)(parts)
-    kind = type(thing).__name__
-    raise TypeError(f"{path} is a {kind}, and gather takes tensors: use gather_object for anything else")
+    raise TypeError(f"{path} is a {type(thing).__name__}, and gather takes tensors: use gather_object for the rest")

@@ -18,6 +18,7 @@ import os
 import re
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -237,7 +238,7 @@ def _join(cuda: bool, timeout: timedelta) -> None:
     with together("PartialState()"):
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timeout)
     sys.excepthook = _FailureHook(before=hook, next_hook=sys.excepthook)
-    atexit.register(_leave)  # one of gloo's threads that outlives the interpreter would abort the process
+    atexit.register(_end_gloo)
 
 
 def _leave() -> None:
@@ -245,6 +246,14 @@ def _leave() -> None:
         dist.destroy_process_group()
     if isinstance(sys.excepthook, _FailureHook):
         sys.excepthook = sys.excepthook.before
+
+
+def _end_gloo() -> None:
+    """End gloo's threads before Python ends: one that lets go of a tensor after that aborts the process."""
+    if dist.is_initialized() and "nccl" in dist.get_backend_config():
+        time.sleep(0.2)  # leaving would also wait for nccl, and that for processes which may have failed
+    else:
+        _leave()
 
 
 @contextmanager
