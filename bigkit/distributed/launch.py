@@ -1,4 +1,4 @@
-"""`bigkit launch`: a script in several processes, on this host or on several. A front of torchrun, nothing more.
+"""`bigkit launch`: a script in several processes, on this host or on several; torchrun by Accelerate's option names.
 
     bigkit launch --num_processes 2 script.py --its --own --options
     bigkit launch --config_file my_config.yaml script.py
@@ -9,7 +9,7 @@ The torchrun command is printed, and then takes this process's place: signals an
 file is JSON or YAML with the keys that Accelerate's have; those that would change what is computed are refused. A
 script that makes a PartialState ends within a second of its launcher, even if that is killed.
 
-Leaves out: starting the command on the other hosts, and notebooks (`distributed/notebook.py`).
+Leaves out: starting the command on the other hosts, and notebooks (`notebook.py`).
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import difflib
 import json
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -35,13 +36,13 @@ class Settings:
     """How to start a script.
 
     Args:
-        num_processes: on all hosts together; None takes one for each GPU, or one a host.
-        num_machines: hosts.
-        machine_rank: which of them this is, from 0.
-        main_process_ip, main_process_port: where process 0 is, as all hosts see it; needed with several.
+        num_processes: how many processes to start on all hosts together; None: one for each GPU, or one on each host.
+        num_machines: how many hosts there are.
+        machine_rank: the number of this host, from 0.
+        main_process_ip, main_process_port: where process 0 is, as all hosts see it; needed with several hosts.
         rdzv_backend: "static": the hosts meet at main_process_ip. For another one use torchrun itself.
-        use_cpu: leave GPUs alone.
-        gpu_ids: which GPUs of this host to use, "all" or as in "0,2".
+        use_cpu: whether the processes compute on the CPU although there are GPUs.
+        gpu_ids: the GPUs of this host to use, "all" or as in "0,2".
 
     Raises:
         ValueError: a value that makes no sense, by its name.
@@ -92,7 +93,7 @@ class Settings:
         return ["--nnodes", str(self.num_machines), *count, *address, *script]
 
     def environment(self) -> dict[str, str]:
-        """The variables to set beside it. Without OMP_NUM_THREADS torchrun would give each process one thread."""
+        """The variables to set for it. Without OMP_NUM_THREADS torchrun would give each process one thread."""
         variables = {}
         if self.use_cpu:
             variables["BIGKIT_USE_CPU"] = "1"
@@ -103,7 +104,7 @@ class Settings:
         return variables
 
     def _processes_here(self) -> int:
-        """How many processes to start on this host; if nothing is said, one for each of its GPUs, or one."""
+        """How many processes to start on this host; by default one for each of its GPUs, or one."""
         if self.num_processes is not None:
             return self.num_processes // self.num_machines
         if self.use_cpu:
@@ -224,10 +225,7 @@ def write_example(kind: str, folder: str | os.PathLike[str] = ".") -> Path:
     if kind not in EXAMPLES:
         raise ValueError(f"there is no example {kind!r}: expected {' or '.join(EXAMPLES)}")
     path = Path(folder, f"distributed_{kind}.py")
-    text = (Path(__file__).parents[1] / "examples" / path.name).read_text(encoding="utf-8")
-    try:
-        with path.open("x", encoding="utf-8") as file:
-            file.write(text)
-    except FileExistsError:
-        raise FileExistsError(f"{path} is there already: move it away first") from None
+    if path.exists():
+        raise FileExistsError(f"{path} is there already: move it away first")
+    shutil.copyfile(Path(__file__).parents[1] / "examples" / path.name, path)
     return path

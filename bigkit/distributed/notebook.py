@@ -8,6 +8,8 @@
 
 Each process is a fresh Python: nothing is forked, so CUDA may be in use already and any library imported. The function
 and the globals that it names are sent to it by value (cloudpickle); a module that it imports is imported again there.
+torch.distributed.elastic starts functions too, but takes over the kernel's SIGINT and SIGTERM for good, imports the
+main script again, mixes the lines of two processes, and leaves the processes behind when the kernel is killed.
 
 Leaves out: scripts (`launch.py`), and changing what a process computed with after it has started.
 """
@@ -62,11 +64,11 @@ def notebook_launcher(
     Args:
         function: defined in a notebook or anywhere else. What it refers to must be picklable.
         args: its arguments, the same for each process.
-        num_processes: how many on this host; None takes one for each GPU, or one.
-        mixed_precision: "no": load a model in the dtype that it shall compute in.
-        use_port: where the processes meet; None takes a free one. With several hosts, the same on each.
+        num_processes: how many processes to start on this host; None: one for each GPU, or one.
+        mixed_precision: only "no": load a model in the dtype that it shall compute in.
+        use_port: the port where the processes meet; None takes a free one. With several hosts, the same on each.
         master_addr: with several hosts, the address of the first.
-        node_rank, num_nodes: with several hosts, which one this is and how many there are.
+        node_rank, num_nodes: with several hosts, the number of this one, from 0, and how many there are.
 
     Returns:
         The results of this host's processes, in the order of their numbers. Return tensors on the CPU.

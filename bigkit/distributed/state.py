@@ -1,4 +1,4 @@
-"""Who am I among the processes that were launched together, on which device, and what if another one fails?
+"""A process among those that were launched together: its number, its device, waiting for the others, and failures.
 
     state = PartialState()
     with state.split_between_processes(prompts) as mine:     # 3 prompts on 2 processes: 2 + 1
@@ -53,9 +53,9 @@ class PartialState:
         timeout: how long a call waits for the others, in seconds or as a `timedelta`; that of the first one counts.
 
     Attributes:
-        num_processes: all processes on all hosts (the world size).
-        process_index: this one's number among them (its rank).
-        local_process_index: its number on this host (its local rank).
+        num_processes: the number of processes on all hosts (the world size).
+        process_index: the number of this process among them, from 0 (its rank).
+        local_process_index: its number on this host, from 0 (its local rank).
         device: `cuda:<local_process_index>`, or the CPU.
 
     Raises:
