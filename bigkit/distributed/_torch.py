@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import torch.distributed as dist
+from typing import Any
+
 from torch.distributed import distributed_c10d
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
@@ -10,7 +11,7 @@ from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 MEET_AT_THE_LAUNCHER = {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
 
 
-def default_store() -> dist.Store:
+def default_store() -> Any:
     """The key-value store through which the processes of the default group met."""
     return distributed_c10d._get_default_store()
 

@@ -78,7 +78,8 @@ def map_file(
     attempt = 1 + max((int(part.name.split("-")[0]) for part in job.files()), default=-1)
     attempt, run = gather_object([(attempt, uuid4().hex)])[0]
     job.parts.mkdir(parents=True, exist_ok=True)
-    total = sum(1 for _ in job.prompts())
+    with job.source.open("rb") as lines:
+        total = sum(1 for _ in lines)
     take_turn, count_answers = _shared_counter(f"{run}-turns"), _shared_counter(f"{run}-answers")
     unanswered = ((index, prompt) for index, prompt in job.prompts() if index not in answered)
     hidden = not (progress and state.is_main_process)

@@ -101,7 +101,9 @@ def notebook_launcher(
     call = _pack(function, tuple(args))
     port = int(use_port or 0)
     if node_rank == 0:  # the store lives here, so that no other program can take its port before the processes do
-        store = dist.TCPStore(master_addr, port, is_master=True, wait_for_workers=False)
+        store = dist.TCPStore(  # type: ignore[attr-defined]
+            master_addr, port, is_master=True, wait_for_workers=False
+        )
         port = store.port
     world = {
         "WORLD_SIZE": str(count * num_nodes),

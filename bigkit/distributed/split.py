@@ -13,7 +13,7 @@ import copy
 import sys
 from collections import UserDict
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 
@@ -75,10 +75,11 @@ def map_columns(function: Callable[[Any], Any], inputs: Any) -> Any:
     mapped = copy.copy(inputs)
     for name, column in inputs.items():
         mapped[name] = map_columns(function, column)
-    if getattr(inputs, "encodings", None) is None:
+    encodings, make = getattr(inputs, "encodings", None), cast(Any, type(inputs))
+    if encodings is None:
         return mapped
     # A fast tokenizer's output: `tokens(0)`, `char_to_token` and the like read its encodings, one for each text.
-    return type(inputs)(dict(mapped), function(inputs.encodings))  # type: ignore[call-arg,arg-type,union-attr]
+    return make(dict(mapped), function(encodings))
 
 
 def len_of(inputs: object, path: str = "inputs") -> int:
