@@ -52,7 +52,7 @@ def answer(prompts: list[str], tokens: int, gpu: bool, plain: bool) -> dict[str,
     state = PartialState(cpu=not gpu)
     model = load_pygpt(state.device, torch.float32)
     generate(model, prompts[:2], tokens, state.device)
-    found = {}
+    seconds = {}
     state.wait_for_everyone()
     start = time.perf_counter()
     if plain:
@@ -61,17 +61,17 @@ def answer(prompts: list[str], tokens: int, gpu: bool, plain: bool) -> dict[str,
     with state.split_between_processes(prompts) as mine:
         texts = generate(model, mine, tokens, state.device)
     assert len(gather_for_results(texts, len(prompts))) == len(prompts)
-    found["split"] = time.perf_counter() - start
+    seconds["split"] = time.perf_counter() - start
 
     folder = Path(gather_object([tempfile.mkdtemp()])[0])
     if state.is_main_process:
         (folder / "prompts.jsonl").write_text("".join(json.dumps(prompt) + "\n" for prompt in prompts))
     state.wait_for_everyone()
     start = time.perf_counter()
-    map_file(lambda batch: generate(model, batch, tokens, state.device), folder / "prompts.jsonl", folder / "out.jsonl",
-             batch_size=2, progress=False)  # fmt: skip
-    found["file"] = time.perf_counter() - start
-    return found
+    source, output = folder / "prompts.jsonl", folder / "out.jsonl"
+    map_file(lambda batch: generate(model, batch, tokens, state.device), source, output, batch_size=2, progress=False)
+    seconds["file"] = time.perf_counter() - start
+    return seconds
 
 
 def gathers(sizes: list[int], gpu: bool, runs: int) -> dict[str, float]:
@@ -124,10 +124,9 @@ def main() -> None:
     for _ in range(options.runs):
         for world in worlds:
             start = time.perf_counter()
-            for kind, taken in notebook_launcher(answer, (prompts, options.tokens, options.gpu, False), world)[
-                0
-            ].items():
-                times.setdefault((world, kind), []).append(taken)
+            results = notebook_launcher(answer, (prompts, options.tokens, options.gpu, False), world)
+            for kind, seconds in results[0].items():
+                times.setdefault((world, kind), []).append(seconds)
             whole = time.perf_counter() - start - times[world, "split"][-1] - times[world, "file"][-1]
             times.setdefault((world, "start"), []).append(whole)
         loop = notebook_launcher(answer, (prompts, options.tokens, options.gpu, True), 1)[0]["loop"]

@@ -14,9 +14,10 @@ _HOMES = {  # module -> the public names in it
     "api": "advise describe estimate_memory plan",
     "checkpoints.load": "load_checkpoint_in_model load_state_dict",
     "checkpoints.save": "save_model",
-    "distributed.gather": "PartialState gather gather_for_results gather_object split_between_processes",
+    "distributed.gather": "gather gather_for_results gather_object",
     "distributed.map_file": "map_file",
     "distributed.notebook": "notebook_launcher",
+    "distributed.state": "PartialState split_between_processes",
     "dryrun.run": "DryRun dry_run",
     "machine.hardware": "HARDWARE Hardware",
     "machine.ledger": "Calibration Ledger",
@@ -45,9 +46,10 @@ if TYPE_CHECKING:
     from .api import advise, describe, estimate_memory, plan
     from .checkpoints.load import load_checkpoint_in_model, load_state_dict
     from .checkpoints.save import save_model
-    from .distributed.gather import PartialState, gather, gather_for_results, gather_object, split_between_processes
+    from .distributed.gather import gather, gather_for_results, gather_object
     from .distributed.map_file import map_file
     from .distributed.notebook import notebook_launcher
+    from .distributed.state import PartialState, split_between_processes
     from .dryrun.run import DryRun, dry_run
     from .machine.hardware import HARDWARE, Hardware
     from .machine.ledger import Calibration, Ledger

@@ -1,7 +1,7 @@
 """Groups of real processes for tests: each has a rank, gloo between them, and runs what the test sends it.
 
 A server process imports torch once and forks the rest, so that a group of eight is there in a second. Not a launcher:
-those are tested as they are, in test_launch.py and test_notebook_launcher.py.
+those are tested as they are, in test_launch.py and test_notebook.py.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def free_port() -> int:
 def serve(pipe: Connection, variables: dict[str, str]) -> None:
     """One rank: join the group, then run what comes until None does."""
     os.environ.update(variables)
-    from bigkit.distributed.gather import PartialState
+    from bigkit.distributed.state import PartialState
 
     state = PartialState(timeout=SECONDS)
     while (work := pipe.recv_bytes()) != b"":

@@ -1,4 +1,4 @@
-"""`bigkit launch`: a script in several processes, on this host or on several. A front of torchrun, nothing more.
+"""`bigkit launch`: a script in several processes, on this host or on several; torchrun by Accelerate's option names.
 
     bigkit launch --num_processes 2 script.py --its --own --options
     bigkit launch --config_file my_config.yaml script.py
@@ -9,7 +9,7 @@ The torchrun command is printed, and then takes this process's place: signals an
 file is JSON or YAML with the keys that Accelerate's have; those that would change what is computed are refused. A
 script that makes a PartialState ends within a second of its launcher, even if that is killed.
 
-Leaves out: starting the command on the other hosts, and notebooks (`distributed/notebook.py`).
+Leaves out: starting the command on the other hosts, and notebooks (`notebook.py`).
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import difflib
 import json
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -27,14 +28,7 @@ from typing import Any
 
 EXAMPLES = ("inference", "diffusion")
 # Keys of Accelerate's config files that say nothing about how processes are started for inference.
-SILENT = ("debug", "downcast_bf16", "enable_cpu_affinity", "main_training_function", "mixed_precision", "same_network")
-# Keys that change what is computed or by whom; an empty one does no harm.
-FOREIGN = (
-    "deepspeed_config", "dynamo_config", "fp8_config", "fsdp_config", "ipex_config", "megatron_lm_config",
-    "mpirun_config", "parallelism_config", "tpu_commands", "tpu_env", "tpu_name", "tpu_use_cluster", "tpu_use_sudo",
-    "tpu_vm", "tpu_zone",
-)  # fmt: skip
-TYPES = ("NO", "MULTI_CPU", "MULTI_GPU")
+IGNORED = ("debug", "downcast_bf16", "enable_cpu_affinity", "main_training_function", "mixed_precision", "same_network")
 
 
 @dataclass(frozen=True)
@@ -42,13 +36,13 @@ class Settings:
     """How to start a script.
 
     Args:
-        num_processes: on all hosts together; None takes one for each GPU, or one a host.
-        num_machines: hosts.
-        machine_rank: which of them this is, from 0.
-        main_process_ip, main_process_port: where process 0 is, as all hosts see it; needed with several.
+        num_processes: how many processes to start on all hosts together; None: one for each GPU, or one on each host.
+        num_machines: how many hosts there are.
+        machine_rank: the number of this host, from 0.
+        main_process_ip, main_process_port: where process 0 is, as all hosts see it; needed with several hosts.
         rdzv_backend: "static": the hosts meet at main_process_ip. For another one use torchrun itself.
-        use_cpu: leave GPUs alone.
-        gpu_ids: which GPUs of this host to use, "all" or as in "0,2".
+        use_cpu: whether the processes compute on the CPU although there are GPUs.
+        gpu_ids: the GPUs of this host to use, "all" or as in "0,2".
 
     Raises:
         ValueError: a value that makes no sense, by its name.
@@ -71,56 +65,48 @@ class Settings:
             value = getattr(self, name)
             if value is None and name in ("num_processes", "main_process_port"):
                 continue
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            if type(value) is not int or value < least:
                 raise ValueError(f"{name} is {value!r}: expected a whole number, at least {least}")
         if not isinstance(self.use_cpu, bool):
             raise ValueError(f"use_cpu is {self.use_cpu!r}: expected true or false")
         if self.rdzv_backend != "static":
-            raise ValueError(
-                f"rdzv_backend is {self.rdzv_backend!r}: expected static; for another one use torchrun itself"
-            )
+            raise ValueError(f"rdzv_backend is {self.rdzv_backend!r}: expected static, or use torchrun itself")
         if self.gpu_ids != "all" and not all(part.strip().isdigit() for part in str(self.gpu_ids).split(",")):
             raise ValueError(f"gpu_ids is {self.gpu_ids!r}: expected all, or numbers as in 0,2")
-        if self.machine_rank >= self.num_machines:
-            raise ValueError(
-                f"machine_rank is {self.machine_rank}: the {self.num_machines} machines are numbered from 0"
-            )
-        if self.num_processes is not None and self.num_processes % self.num_machines:
-            raise ValueError(
-                f"num_processes is {self.num_processes}, which {self.num_machines} machines cannot share evenly"
-            )
-        if self.num_machines > 1:
-            for name in ("main_process_ip", "main_process_port"):
-                if not getattr(self, name):
-                    raise ValueError(f"{name} is missing: {self.num_machines} machines must know where to meet")
+        machines = self.num_machines
+        if self.machine_rank >= machines:
+            raise ValueError(f"machine_rank is {self.machine_rank}: the {machines} machines are numbered from 0")
+        if self.num_processes is not None and self.num_processes % machines:
+            raise ValueError(f"num_processes is {self.num_processes}, which {machines} machines cannot share evenly")
+        for name in ("main_process_ip", "main_process_port"):
+            if machines > 1 and not getattr(self, name):
+                raise ValueError(f"{name} is missing: {machines} machines must know where to meet")
 
     def torchrun(self, command: Sequence[str], module: bool = False) -> list[str]:
         """The arguments of torchrun for a script and its own arguments."""
-        each = str((self.num_processes or 1) // self.num_machines) if self.num_processes else None
-        count = ["--nproc-per-node", each or str(self._one_each())]
+        port = ["--master-port", str(self.main_process_port)] if self.main_process_port else []
+        count = ["--nproc-per-node", str(self._processes_here())]
+        script = ["-m", *command] if module else [*command]
         if self.num_machines == 1:
-            port = self.main_process_port
-            where = ["--master-port", str(port)] if port else ["--standalone"]
-            return [*where, *count, *(["-m"] if module else []), *command]
-        where = ["--nnodes", str(self.num_machines), *count]
-        where += ["--node-rank", str(self.machine_rank), "--master-addr", str(self.main_process_ip),
-                  "--master-port", str(self.main_process_port)]  # fmt: skip
-        return [*where, *(["-m"] if module else []), *command]
+            return [*(port or ["--standalone"]), *count, *script]
+        address = ["--node-rank", str(self.machine_rank), "--master-addr", str(self.main_process_ip), *port]
+        return ["--nnodes", str(self.num_machines), *count, *address, *script]
 
     def environment(self) -> dict[str, str]:
-        """The variables to set beside it. Without OMP_NUM_THREADS torchrun would give each process one thread."""
-        found = {}
+        """The variables to set for it. Without OMP_NUM_THREADS torchrun would give each process one thread."""
+        variables = {}
         if self.use_cpu:
-            found["BIGKIT_USE_CPU"] = "1"
+            variables["BIGKIT_USE_CPU"] = "1"
         elif self.gpu_ids != "all":
-            found["CUDA_VISIBLE_DEVICES"] = str(self.gpu_ids).replace(" ", "")
+            variables["CUDA_VISIBLE_DEVICES"] = str(self.gpu_ids).replace(" ", "")
         if "OMP_NUM_THREADS" not in os.environ:
-            here = (self.num_processes or self._one_each()) // (self.num_machines if self.num_processes else 1)
-            found["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // max(1, here)))
-        return found
+            variables["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // self._processes_here()))
+        return variables
 
-    def _one_each(self) -> int:
-        """One process for each GPU of this host, or one."""
+    def _processes_here(self) -> int:
+        """How many processes to start on this host; by default one for each of its GPUs, or one."""
+        if self.num_processes is not None:
+            return self.num_processes // self.num_machines
         if self.use_cpu:
             return 1
         if self.gpu_ids != "all":
@@ -143,64 +129,61 @@ def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
     >>> read_config(path)
     {'num_processes': 2, 'use_cpu': True}
     """
+    import yaml
+
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"there is no config file {path}")
     text = path.read_text(encoding="utf-8")
+    kind = "JSON" if path.suffix == ".json" else "YAML"
     try:
-        content = json.loads(text) if path.suffix == ".json" else _yaml(text)
-    except ValueError as error:
-        raise ValueError(f"{path} is no {'JSON' if path.suffix == '.json' else 'YAML'}: {error}") from error
+        content = json.loads(text) if kind == "JSON" else yaml.safe_load(text)
+    except (ValueError, yaml.YAMLError) as error:
+        raise ValueError(f"{path} is no {kind}: {' '.join(str(error).split())}") from error
     if not isinstance(content, Mapping):
         raise ValueError(f"{path} holds a {type(content).__name__}: expected keys and values")
     try:
-        return _settings(content)
+        values = _read_keys(content)
+        Settings(**values)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
+    return values
 
 
-def _yaml(text: str) -> Any:
-    import yaml
+def _read_keys(content: Mapping[str, Any]) -> dict[str, Any]:
+    """The values for `Settings` in a config of ours or of Accelerate's.
 
-    try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ValueError(str(error).replace("\n", " ")) from error
-
-
-def _settings(content: Mapping[str, Any]) -> dict[str, Any]:
-    known = [field.name for field in fields(Settings)]
-    found = {name: content[name] for name in known if content.get(name) is not None}
+    Raises:
+        ValueError: a key that is none of theirs, or a value by which something else would be computed.
+    """
+    names = [field.name for field in fields(Settings)]
+    values = {name: content[name] for name in names if content.get(name) is not None}
+    environment = content.get("compute_environment", "LOCAL_MACHINE")
+    if environment != "LOCAL_MACHINE":
+        raise ValueError(f"compute_environment is {environment!r}: expected LOCAL_MACHINE")
+    kind = content.get("distributed_type")
+    if kind is False or kind == "NO":  # YAML reads NO as false
+        if values.get("num_processes", 1) != 1:
+            raise ValueError(f"distributed_type is NO, but num_processes is {values['num_processes']}")
+    elif kind == "MULTI_CPU":
+        values["use_cpu"] = True
+    elif kind not in (None, "MULTI_GPU"):
+        expected = "NO, MULTI_CPU, MULTI_GPU, since bigkit runs inference with the whole model in each process"
+        raise ValueError(f"distributed_type is {kind!r}: expected {expected}")
+    if type(values.get("gpu_ids")) in (int, list):  # YAML may hold 0 or [0, 2] instead of "0,2"
+        values["gpu_ids"] = str(values["gpu_ids"]).strip("[]")
     for name, value in content.items():
-        if name in known or name in SILENT:
+        if name in (*names, *IGNORED, "compute_environment", "distributed_type"):
             continue
-        if name == "compute_environment":
-            if value != "LOCAL_MACHINE":
-                raise ValueError(f"compute_environment is {value!r}: expected LOCAL_MACHINE")
-        elif name == "distributed_type":
-            if str(value) not in (*TYPES, "False"):  # YAML reads NO as false
-                raise ValueError(f"distributed_type is {value!r}: expected {', '.join(TYPES)}, since bigkit runs "
-                                 "inference with the whole model in each process")  # fmt: skip
-            if str(value) in ("NO", "False") and found.get("num_processes", 1) != 1:
-                raise ValueError(f"distributed_type is NO, but num_processes is {found['num_processes']}")
-            if value == "MULTI_CPU":
-                found["use_cpu"] = True
-        elif name in FOREIGN:
-            if value:
-                raise ValueError(f"{name} is set, and bigkit launch cannot honour it: remove the key")
-        else:
-            close = difflib.get_close_matches(str(name), [*known, *SILENT, *FOREIGN], 1)
-            raise ValueError(f"unknown key {name!r}{f': is {close[0]} meant?' if close else '.'} "
-                             f"bigkit launch reads {', '.join(known)}")  # fmt: skip
-    if isinstance(found.get("gpu_ids"), (int, list)) and not isinstance(found["gpu_ids"], bool):
-        ids = found["gpu_ids"]
-        found["gpu_ids"] = ",".join(map(str, ids if isinstance(ids, list) else [ids]))
-    Settings(**found)
-    return found
+        if meant := difflib.get_close_matches(str(name), names, 1):
+            raise ValueError(f"unknown key {name!r}: is {meant[0]} meant? bigkit launch reads {', '.join(names)}")
+        if value:  # as deepspeed_config, fsdp_config or tpu_name; an empty one does no harm
+            raise ValueError(f"{name} is set, and bigkit launch cannot honour it: remove the key")
+    return values
 
 
 def command_line(settings: Settings, command: Sequence[str], module: bool = False) -> str:
-    """What to type to get the same without bigkit.
+    """The command that does the same without bigkit.
 
     >>> command_line(Settings(2, use_cpu=True), ["script.py"]).replace("OMP_NUM_THREADS=1 ", "")
     'BIGKIT_USE_CPU=1 torchrun --standalone --nproc-per-node 2 script.py'
@@ -213,7 +196,7 @@ def launch(settings: Settings, command: Sequence[str], module: bool = False) -> 
     """Print the torchrun command and become it; on Windows, run it.
 
     Args:
-        settings: how.
+        settings: how many processes, and where.
         command: the script and its arguments.
         module: the script is a module's name, as for `python -m`.
 
@@ -242,10 +225,7 @@ def write_example(kind: str, folder: str | os.PathLike[str] = ".") -> Path:
     if kind not in EXAMPLES:
         raise ValueError(f"there is no example {kind!r}: expected {' or '.join(EXAMPLES)}")
     path = Path(folder, f"distributed_{kind}.py")
-    text = (Path(__file__).parents[1] / "examples" / path.name).read_text(encoding="utf-8")
-    try:
-        with path.open("x", encoding="utf-8") as file:
-            file.write(text)
-    except FileExistsError:
-        raise FileExistsError(f"{path} is there already: move it away first") from None
+    if path.exists():
+        raise FileExistsError(f"{path} is there already: move it away first")
+    shutil.copyfile(Path(__file__).parents[1] / "examples" / path.name, path)
     return path

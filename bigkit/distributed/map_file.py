@@ -7,8 +7,7 @@ It appends its answers to a file of its own in `answers.jsonl.parts`, one line e
 process 0 merges these files in order and puts the whole in place with one rename. Whatever ends the job, what stands in
 the parts is kept: the next run, with as many processes as you like, reads it and does the rest.
 
-Leaves out: prompts that are no file (`split_between_processes`), and starting processes (`distributed/launch.py`,
-`distributed/notebook.py`).
+Leaves out: prompts that are no file (`split_between_processes`), and starting processes (`launch.py`, `notebook.py`).
 """
 
 from __future__ import annotations
@@ -19,15 +18,17 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from itertools import count, islice
+from itertools import islice
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
 import torch.distributed as dist
-from torch.distributed import distributed_c10d
+from tqdm import tqdm
 
-from .gather import PartialState, gather_object, together
+from ._torch import default_store
+from .gather import gather_object
+from .state import PartialState, together
 
 
 def map_file(
@@ -70,70 +71,72 @@ def map_file(
         raise ValueError(f"batch_size is {batch_size}: expected at least one prompt in a batch")
     state = PartialState()
     job = _Job(Path(source), Path(output))
-    known = job.known()
+    answered = job.answered()
     state.wait_for_everyone()  # before anybody writes, all have seen the same
-    if known is None:
+    if answered is None:
         return job.output
     attempt = 1 + max((int(part.name.split("-")[0]) for part in job.files()), default=-1)
-    attempt, name = gather_object([(attempt, uuid4().hex)])[0]
+    attempt, run = gather_object([(attempt, uuid4().hex)])[0]
     job.parts.mkdir(parents=True, exist_ok=True)
-    total = job.count()
-    bar = _Bar(total, len(known), job, progress and state.is_main_process)
-    left = ((index, prompt) for index, prompt in job.prompts() if index not in known)
-    with (job.parts / f"{attempt:04}-{state.process_index:05}.jsonl").open("xb") as part, bar:
-        numbered = enumerate(_batches(left, batch_size))
-        for turn in _turns(name):
-            batch = next((batch for number, batch in numbered if number == turn), None)
-            if batch is None:
-                break
-            part.write(b"".join(_answered(function, batch, job.source)))
-            part.flush()
-            os.fsync(part.fileno())
-            bar.update()
+    with job.source.open("rb") as lines:
+        total = sum(1 for _ in lines)
+    take_turn, count_answers = _shared_counter(f"{run}-turns"), _shared_counter(f"{run}-answers")
+    unanswered = ((index, prompt) for index, prompt in job.prompts() if index not in answered)
+    hidden = not (progress and state.is_main_process)
+    with (
+        (job.parts / f"{attempt:04}-{state.process_index:05}.jsonl").open("xb") as part,
+        tqdm(total=total, initial=len(answered), unit=" prompts", file=sys.stderr, disable=hidden) as bar,
+    ):
+        turn = take_turn(1)  # batches are numbered from 1, and each is for the process that drew its number
+        batches = iter(lambda: list(islice(unanswered, batch_size)), [])
+        for number, batch in enumerate(batches, start=1):
+            if number == turn:
+                part.write(_answer(function, batch, job.source))
+                part.flush()
+                os.fsync(part.fileno())
+                bar.update(len(answered) + count_answers(len(batch)) - bar.n)
+                turn = take_turn(1)
         state.wait_for_everyone()
-        bar.update()
+        bar.update(len(answered) + count_answers(0) - bar.n)
     with state.main_process_first():
         if state.is_main_process:
             job.merge(total)
     return job.output
 
 
-def _turns(name: str) -> Iterator[int]:
-    """Numbers from 0, each of them to one process only, whoever asks first."""
-    if not dist.is_initialized():
-        yield from count()
-    store = distributed_c10d._get_default_store()
-    while True:
-        with together("map_file"):
-            turn = store.add(f"bigkit-{name}", 1) - 1
-        yield turn
+def _shared_counter(name: str) -> Callable[[int], int]:
+    """A function that adds to a number which all processes share, and returns the sum."""
+    total = 0
+
+    def add(more: int) -> int:
+        nonlocal total
+        if dist.is_initialized():
+            with together("map_file"):
+                return default_store().add(f"bigkit-{name}", more)
+        total += more
+        return total
+
+    return add
 
 
-def _answered(
-    function: Callable[[list[Any]], Sequence[Any]], batch: list[tuple[int, Any]], source: Path
-) -> list[bytes]:
-    """The lines for one batch."""
+def _answer(function: Callable[[list[Any]], Sequence[Any]], batch: list[tuple[int, Any]], source: Path) -> bytes:
+    """The lines for one batch of (number, prompt)."""
     answers = function([prompt for _, prompt in batch])
     where = f"lines {batch[0][0] + 1} to {batch[-1][0] + 1} of {source.name}"
     if not isinstance(answers, (list, tuple)) or len(answers) != len(batch):
-        got = len(answers) if isinstance(answers, (list, tuple)) else f"a {type(answers).__name__}"
-        raise ValueError(f"the function returned {got} for the {len(batch)} prompts of {where}: expected a list with "
-                         "one answer for each")  # fmt: skip
+        returned = len(answers) if isinstance(answers, (list, tuple)) else f"a {type(answers).__name__}"
+        expected = f"for the {len(batch)} prompts of {where}: expected a list with one answer for each"
+        raise ValueError(f"the function returned {returned} {expected}")
     try:
-        return [_line(index, prompt, answer) for (index, prompt), answer in zip(batch, answers)]
+        return b"".join(_line(index, prompt, answer) for (index, prompt), answer in zip(batch, answers))
     except (TypeError, ValueError) as error:
-        raise ValueError(f"an answer to {where} cannot be written as JSON ({error}): return texts, numbers, lists and "
-                         "dicts, such as tensor.tolist()") from error  # fmt: skip
+        hint = "return texts, numbers, lists and dicts, such as tensor.tolist()"
+        raise ValueError(f"an answer to {where} cannot be written as JSON ({error}): {hint}") from error
 
 
 def _line(index: int, prompt: Any, answer: Any) -> bytes:
     record = {"index": index, "prompt": prompt, "output": answer}
     return json.dumps(record, ensure_ascii=False, allow_nan=False).encode() + b"\n"
-
-
-def _batches(items: Iterator[tuple[int, Any]], size: int) -> Iterator[list[tuple[int, Any]]]:
-    while batch := list(islice(items, size)):
-        yield batch
 
 
 class _Job:
@@ -159,11 +162,7 @@ class _Job:
                 except ValueError as error:
                     raise ValueError(f"line {index + 1} of {self.source} is no {kind}: {error}") from error
 
-    def count(self) -> int:
-        with self.source.open("rb") as file:
-            return sum(1 for _ in file)
-
-    def known(self) -> set[int] | None:
+    def answered(self) -> set[int] | None:
         """Numbers of the lines that have an answer in the parts; None if the whole is done.
 
         Raises:
@@ -171,18 +170,17 @@ class _Job:
             ValueError: the source has changed.
         """
         if self.output.exists():
-            answered = list(_records(self.output))
-            asked = list(self.prompts())
-            if [(record["index"], record["prompt"]) for record in answered] != asked:
-                raise FileExistsError(f"{self.output} is already there and does not answer {self.source}: remove it or "
-                                      "choose another name")  # fmt: skip
+            pairs = [(record["index"], record["prompt"]) for record in _records(self.output)]
+            if pairs != list(self.prompts()):
+                hint = "remove it or choose another name"
+                raise FileExistsError(f"{self.output} is already there and does not answer {self.source}: {hint}")
             return None
-        told = {record["index"]: record["prompt"] for part in self.files() for record in _records(part)}
+        asked = {record["index"]: record["prompt"] for part in self.files() for record in _records(part)}
         for index, prompt in self.prompts():
-            if index in told and told[index] != prompt:
-                raise ValueError(f"line {index + 1} of {self.source} has changed since {self.parts} was begun: remove "
-                                 "that folder to begin again")  # fmt: skip
-        return set(told)
+            if index in asked and asked[index] != prompt:
+                hint = f"since {self.parts} was begun: remove that folder to begin again"
+                raise ValueError(f"line {index + 1} of {self.source} has changed {hint}")
+        return set(asked)
 
     def merge(self, total: int) -> None:
         """Put the parts together, in order and each line once, and remove them."""
@@ -199,46 +197,15 @@ class _Job:
             file.flush()
             os.fsync(file.fileno())
         if expected != total:
-            raise ValueError(f"line {expected + 1} of {self.source} has no answer in {self.parts}: with several hosts "
-                             "this folder must be one that all of them see")  # fmt: skip
+            hint = "with several hosts this folder must be one that all of them see"
+            raise ValueError(f"line {expected + 1} of {self.source} has no answer in {self.parts}: {hint}")
         whole.replace(self.output)
         shutil.rmtree(self.parts)
 
 
 def _records(path: Path) -> Iterator[dict[str, Any]]:
-    """The records of a file of answers; a last line that was cut off by a kill is none."""
+    """The records of a file of answers; a last line that a kill cut off is left out."""
     with path.open("rb") as file:
         for raw in file:
             if raw.endswith(b"\n"):
                 yield json.loads(raw)
-
-
-class _Bar:
-    """Progress over all processes: the lines that stand in this attempt's parts."""
-
-    def __init__(self, total: int, known: int, job: _Job, shown: bool) -> None:
-        self.job, self.read = job, dict.fromkeys((part.name for part in job.files()), -1)
-        self.bar: Any = None
-        if shown:
-            from tqdm import tqdm
-
-            self.bar = tqdm(total=total, initial=known, unit=" prompts", file=sys.stderr)
-
-    def update(self) -> None:
-        if self.bar is None:
-            return
-        for part in self.job.files():
-            start = self.read.get(part.name, 0)
-            if start >= 0:  # of this attempt
-                with part.open("rb") as file:
-                    file.seek(start)
-                    new = file.read()
-                self.read[part.name] = start + len(new)
-                self.bar.update(new.count(b"\n"))
-
-    def __enter__(self) -> _Bar:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self.bar is not None:
-            self.bar.close()

@@ -8,8 +8,10 @@
 
 Each process is a fresh Python: nothing is forked, so CUDA may be in use already and any library imported. The function
 and the globals that it names are sent to it by value (cloudpickle); a module that it imports is imported again there.
+torch.distributed.elastic starts functions too, but takes over the kernel's SIGINT and SIGTERM for good, imports the
+main script again, mixes the lines of two processes, and leaves the processes behind when the kernel is killed.
 
-Leaves out: scripts (`distributed/launch.py`), and changing what a process computed with after it has started.
+Leaves out: scripts (`launch.py`), and changing what a process computed with after it has started.
 """
 
 from __future__ import annotations
@@ -17,9 +19,9 @@ from __future__ import annotations
 import inspect
 import io
 import linecache
+import marshal
 import os
 import pickle
-import queue
 import shutil
 import signal
 import subprocess
@@ -28,14 +30,16 @@ import tempfile
 import threading
 import time
 import traceback
-from collections import ChainMap
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import CodeType
 from typing import Any
 
+import cloudpickle
+
 PATIENCE = 5.0  # seconds that a process has to end when it is asked to
-_WORK = "import sys; from bigkit.distributed.notebook import _work; _work(*sys.argv[1:])"
+_WORKER = "import sys; from bigkit.distributed.notebook import _work; _work(*sys.argv[1:])"
 
 
 class LaunchError(RuntimeError):
@@ -60,11 +64,11 @@ def notebook_launcher(
     Args:
         function: defined in a notebook or anywhere else. What it refers to must be picklable.
         args: its arguments, the same for each process.
-        num_processes: how many on this host; None takes one for each GPU, or one.
-        mixed_precision: "no": load a model in the dtype that it shall compute in.
-        use_port: where the processes meet; None takes a free one. With several hosts, the same on each.
+        num_processes: how many processes to start on this host; None: one for each GPU, or one.
+        mixed_precision: only "no": load a model in the dtype that it shall compute in.
+        use_port: the port where the processes meet; None takes a free one. With several hosts, the same on each.
         master_addr: with several hosts, the address of the first.
-        node_rank, num_nodes: with several hosts, which one this is and how many there are.
+        node_rank, num_nodes: with several hosts, the number of this one, from 0, and how many there are.
 
     Returns:
         The results of this host's processes, in the order of their numbers. Return tensors on the CPU.
@@ -80,256 +84,205 @@ def notebook_launcher(
     >>> notebook_launcher(double, (21,), num_processes=2)
     [(0, 42), (1, 42)]
     """
+    import torch
     import torch.distributed as dist
 
+    from ._torch import MEET_AT_THE_LAUNCHER
+
     if mixed_precision not in ("no", None):
-        raise ValueError(f"mixed_precision is {mixed_precision!r}: expected 'no'. For inference load the model in the "
-                         "dtype that it shall compute in, as in from_pretrained(name, dtype='bfloat16')")  # fmt: skip
-    count = _gpus_or_one() if num_processes is None else num_processes
+        hint = "load the model in the dtype that it shall compute in, as in from_pretrained(name, dtype='bfloat16')"
+        raise ValueError(f"mixed_precision is {mixed_precision!r}: expected 'no'. For inference {hint}")
+    count = max(1, torch.cuda.device_count()) if num_processes is None else num_processes
     if count < 1 or num_nodes < 1 or not 0 <= node_rank < num_nodes:
-        raise ValueError(f"cannot start {count} processes on host {node_rank} of {num_nodes}: expected at least one "
-                         "process and one host, and node_rank from 0")  # fmt: skip
+        expected = "expected at least one process and one host, and node_rank from 0"
+        raise ValueError(f"cannot start {count} processes on host {node_rank} of {num_nodes}: {expected}")
     if num_nodes > 1 and use_port is None:
         raise ValueError("several hosts need a port to meet at: pass use_port, the same on each host")
-    work = _pack(function, tuple(args))
-    # The store lives here, so that its port is never free for others between being chosen and being used.
-    store = None
-    if node_rank == 0:
+    call = _pack(function, tuple(args))
+    port = int(use_port or 0)
+    if node_rank == 0:  # the store lives here, so that no other program can take its port before the processes do
         store = dist.TCPStore(  # type: ignore[attr-defined]
-            master_addr, int(use_port or 0), is_master=True, wait_for_workers=False
+            master_addr, port, is_master=True, wait_for_workers=False
         )
-    port = store.port if store is not None else int(use_port or 0)
+        port = store.port
     world = {
-        "WORLD_SIZE": count * num_nodes, "LOCAL_WORLD_SIZE": count, "MASTER_ADDR": master_addr, "MASTER_PORT": port,
-        "GROUP_RANK": node_rank, "TORCHELASTIC_USE_AGENT_STORE": True, "TORCHELASTIC_RESTART_COUNT": 0,
-    }  # fmt: skip
+        "WORLD_SIZE": str(count * num_nodes),
+        "LOCAL_WORLD_SIZE": str(count),
+        "GROUP_RANK": str(node_rank),
+        "MASTER_ADDR": master_addr,
+        "MASTER_PORT": str(port),
+        **MEET_AT_THE_LAUNCHER,
+    }
     with tempfile.TemporaryDirectory(prefix="bigkit-") as folder:
-        Path(folder, "work").write_bytes(work)
-        group = _Group(count, node_rank * count, Path(folder), {name: str(value) for name, value in world.items()})
+        Path(folder, "call").write_bytes(call)
+        processes = _Processes(count, node_rank * count, Path(folder), world)
         try:
-            group.wait()
+            processes.start()
+            processes.wait()
         finally:
-            group.end()
-        return [group.result(i) for i in range(count)]
+            processes.end()
+        return [pickle.loads(Path(folder, f"result-{local}").read_bytes()) for local in range(count)]
 
 
-def _gpus_or_one() -> int:
-    import torch
+class _Pickler(cloudpickle.CloudPickler):
+    """Pickles by value what is in no file; code keeps the name of its cell, so that a traceback can show its lines."""
 
-    return max(1, torch.cuda.device_count())
+    def reducer_override(self, thing: Any) -> Any:
+        if isinstance(thing, CodeType):
+            return marshal.loads, (marshal.dumps(thing),)  # the same Python reads it
+        return super().reducer_override(thing)
 
 
 def _pack(function: Callable[..., Any], args: tuple[Any, ...]) -> bytes:
-    """The call as bytes; what cannot be sent is named."""
-    import cloudpickle
+    """The call as bytes.
 
+    Raises:
+        TypeError: a part of it cannot be sent; it is named.
+    """
+    # The lines of the cells, which a traceback shows: they are in no file that the process could read.
+    cells = {name: entry for name, entry in linecache.cache.items() if len(entry) > 1 and entry[1] is None}
+    file = io.BytesIO()
     try:
-        # the lines of the cells, which a traceback shows: they are in no file that the process could read
-        cells = {name: entry for name, entry in linecache.cache.items() if len(entry) > 1 and entry[1] is None}
-        return _dumps((function, args, cells))
+        _Pickler(file).dump((function, args, cells))
+        return file.getvalue()
     except Exception as error:
         parts = {f"argument {i}": arg for i, arg in enumerate(args)}
-        try:
-            found = inspect.getclosurevars(function)
-            parts |= {f"the variable {name!r}": value for name, value in {**found.globals, **found.nonlocals}.items()}
-        except TypeError:
-            pass
+        with suppress(TypeError):  # no function that was written in Python
+            variables = inspect.getclosurevars(function)
+            for name, value in {**variables.globals, **variables.nonlocals}.items():
+                parts[f"the variable {name!r}"] = value
+        problem = f"cannot send {getattr(function, '__name__', function)} to other processes"
         for name, value in parts.items():
             try:
                 cloudpickle.dumps(value)
             except Exception:
-                raise TypeError(f"cannot send {_name(function)} to other processes because of {name}, "
-                                f"a {type(value).__name__} ({error}). Make it in the function") from error  # fmt: skip
-        raise TypeError(f"cannot send {_name(function)} to other processes: {error}") from error
+                kind = type(value).__name__
+                raise TypeError(f"{problem} because of {name}, a {kind} ({error}). Make it in the function") from error
+        raise TypeError(f"{problem}: {error}") from error
 
 
-def _dumps(thing: Any) -> bytes:
-    """By value, as cloudpickle does; code keeps the name of its file, so that a traceback can show its lines."""
-    import cloudpickle
-
-    def reduce(code: CodeType) -> tuple[Any, ...]:
-        make, parts = cloudpickle.CloudPickler.dispatch_table[CodeType](code)
-        return _named_code, (make, parts, code.co_filename)
-
-    class Pickler(cloudpickle.CloudPickler):
-        dispatch_table = ChainMap({CodeType: reduce}, cloudpickle.CloudPickler.dispatch_table)
-
-    file = io.BytesIO()
-    Pickler(file).dump(thing)
-    return file.getvalue()
-
-
-def _named_code(make: Callable[..., CodeType], parts: tuple[Any, ...], name: str) -> CodeType:
-    return make(*parts).replace(co_filename=name)
-
-
-def _name(function: Any) -> str:
-    return getattr(function, "__name__", None) or type(function).__name__
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Here: start, listen, end
-
-
-class _Group:
-    """The processes of this host: what they say, how they end, and that they end."""
+class _Processes:
+    """The processes of this host; process `local` of them is number `first + local` of all."""
 
     def __init__(self, count: int, first: int, folder: Path, world: dict[str, str]) -> None:
-        self.first, self.folder, self.world = first, folder, int(world["WORLD_SIZE"])
-        self.lines: queue.Queue[tuple[int, str]] = queue.Queue()
+        self.count, self.first, self.folder, self.world = count, first, folder, world
         self.processes: list[subprocess.Popen[str]] = []
-        self.listeners: list[threading.Thread] = []
-        threads = max(1, (os.cpu_count() or 1) // count)
-        common = {"OMP_NUM_THREADS": str(threads), **os.environ, **world, "PYTHONUNBUFFERED": "1"}
-        common["PYTHONPATH"] = os.pathsep.join(path or os.getcwd() for path in sys.path)
-        try:
-            for local in range(count):
-                rank = first + local
-                process = subprocess.Popen(
-                    [sys.executable, "-c", _WORK, str(folder), str(local)],
-                    env={**common, "RANK": str(rank), "LOCAL_RANK": str(local)},
-                    stdin=subprocess.PIPE,  # never written to: its end tells a process that this Python is gone
-                    stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
-                    start_new_session=True,
-                )  # fmt: skip
-                self.processes.append(process)
-                self.listeners.append(threading.Thread(target=self._listen, args=(local, process), daemon=True))
-                self.listeners[-1].start()
-        except BaseException:
-            self.end()
-            raise
+        self.printers: list[threading.Thread] = []
 
-    def _listen(self, local: int, process: subprocess.Popen[str]) -> None:
-        assert process.stdout is not None
-        with process.stdout:
-            for line in process.stdout:
-                self.lines.put((local, line))
+    def start(self) -> None:
+        """Start them, each with a thread here that shows what it prints."""
+        threads = max(1, (os.cpu_count() or 1) // self.count)
+        common = {"OMP_NUM_THREADS": str(threads), **os.environ, **self.world, "PYTHONUNBUFFERED": "1"}
+        common["PYTHONPATH"] = os.pathsep.join(path or os.getcwd() for path in sys.path)
+        for local in range(self.count):
+            rank = str(self.first + local)
+            process = subprocess.Popen(
+                [sys.executable, "-c", _WORKER, str(self.folder), str(local)],
+                env={**common, "RANK": rank, "LOCAL_RANK": str(local)},
+                stdin=subprocess.PIPE,  # never written to: its end tells a process that this Python is gone
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                errors="replace",
+                start_new_session=True,
+            )
+            self.processes.append(process)
+            self.printers.append(threading.Thread(target=_show, args=(process, rank), daemon=True))
+            self.printers[-1].start()
 
     def wait(self) -> None:
-        """Show what the processes say until all have ended well.
+        """Wait until all have ended well.
 
         Raises:
             LaunchError: one did not.
         """
-        while not self._failed() and any(process.poll() is None for process in self.processes):
-            self._show(0.05)
-        if self._failed():
-            raise LaunchError(self._why())
-        self.end()
+        while not (failures := self._failures()):
+            if all(process.poll() is not None for process in self.processes):
+                return
+            time.sleep(0.05)
+        # A process that died in silence may be noticed after those that lost it: the first of the others is the cause.
+        deadline = time.monotonic() + 1
+        while all(is_lost for is_lost, *_ in failures) and time.monotonic() < deadline:
+            time.sleep(0.05)
+            failures = self._failures()
+        _, _, local, text = min(failures)
+        raise LaunchError(f"process {self.first + local} of {self.world['WORLD_SIZE']} {text}")
 
-    def _failed(self) -> list[int]:
-        """Those that have ended without leaving a result."""
-        ended = [i for i, process in enumerate(self.processes) if process.poll() is not None]
-        return [i for i in ended if self.processes[i].poll() or not (self.folder / f"result-{i}").exists()]
-
-    def _why(self) -> str:
-        """End all, and say who failed first: not one that merely missed a neighbour, if there is another."""
-        until = time.monotonic() + 1  # who misses a process that died without a word may be heard before it
-        while True:
-            failures = [(*self._failure(i), i) for i in self._failed()]
-            if time.monotonic() > until or not all(lost for lost, *_ in failures):
-                break
-            self._show(0.05)
-        self.end()
-        _, _, said, local = min(failures)
-        return f"process {self.first + local} of {self.world} {said}"
-
-    def _failure(self, local: int) -> tuple[bool, float, str]:
-        """(whether it only missed another one, when, what happened) of a process that has failed."""
-        code = self.processes[local].poll() or 0
-        try:
-            lost, when, text = pickle.loads((self.folder / f"error-{local}").read_bytes())
-            return lost, when, text
-        except FileNotFoundError:
-            if code >= 0:
-                return False, 0.0, f"ended with status {code} and without an error"
-            hint = "; often that means that memory ran out" if code == -9 else ""
-            return False, 0.0, f"was ended by {signal.Signals(-code).name}{hint}"
-
-    def _show(self, seconds: float) -> None:
-        try:
-            local, line = self.lines.get(timeout=seconds)
-        except queue.Empty:
-            return
-        print(f"[{self.first + local}] {line}", end="" if line.endswith("\n") else "\n", flush=True)
-
-    def result(self, local: int) -> Any:
-        """What the function returned in a process."""
-        return pickle.loads((self.folder / f"result-{local}").read_bytes())
+    def _failures(self) -> list[tuple[bool, float, int, str]]:
+        """Of each process that has ended without a result: whether it only lost another, when, which, what happened."""
+        failures = []
+        for local, process in enumerate(self.processes):
+            code = process.poll()
+            if code is None or (code == 0 and (self.folder / f"result-{local}").exists()):
+                continue
+            is_lost, when, text = False, 0.0, f"ended with status {code} and without an error"
+            error = self.folder / f"error-{local}"
+            if code == 1 and error.exists():
+                is_lost, when, text = pickle.loads(error.read_bytes())
+            elif code < 0:
+                hint = "; often that means that memory ran out" if code == -signal.SIGKILL else ""
+                text = f"was ended by {signal.Signals(-code).name}{hint}"
+            failures.append((is_lost, when, local, text))
+        return failures
 
     def end(self) -> None:
-        """End every process that still runs and everything that it started, and show what they said last."""
-        for signalled in (signal.SIGTERM, getattr(signal, "SIGKILL", signal.SIGTERM)):
-            left = [process for process in self.processes if process.poll() is None]
-            for process in left:
-                _signal_session(process, signalled)
-            until = time.monotonic() + PATIENCE
-            for process in left:
-                try:
-                    process.wait(max(0.0, until - time.monotonic()))
-                except subprocess.TimeoutExpired:
-                    pass
+        """End every process that still runs and everything that they started, and show what they printed last."""
+        self._signal(signal.SIGTERM)
+        deadline = time.monotonic() + PATIENCE
         for process in self.processes:
-            _signal_session(process, getattr(signal, "SIGKILL", signal.SIGTERM))  # what it left behind
-            if process.stdin is not None:
-                process.stdin.close()
-        for listener in self.listeners:
-            listener.join(1)
-        while not self.lines.empty():
-            self._show(0)
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(max(0.0, deadline - time.monotonic()))
+        self._signal(getattr(signal, "SIGKILL", signal.SIGTERM))
+        for process, printer in zip(self.processes, self.printers):
+            process.wait()
+            printer.join(1)
+            assert process.stdin is not None
+            process.stdin.close()
+
+    def _signal(self, number: int) -> None:
+        for process in self.processes:
+            with suppress(ProcessLookupError, PermissionError):
+                if hasattr(os, "killpg"):
+                    os.killpg(process.pid, number)  # with all that it started
+                else:
+                    process.send_signal(number)
 
 
-def _signal_session(process: subprocess.Popen[str], number: int) -> None:
-    try:
-        if hasattr(os, "killpg"):
-            os.killpg(process.pid, number)
-        else:
-            process.send_signal(number)
-    except (ProcessLookupError, PermissionError):
-        pass
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# There: run the function
+def _show(process: subprocess.Popen[str], rank: str) -> None:
+    """Print each line of a process after its number."""
+    assert process.stdout is not None
+    with process.stdout:
+        for line in process.stdout:
+            print(f"[{rank}] {line}", end="" if line.endswith("\n") else "\n", flush=True)
 
 
 def _work(folder: str, local: str) -> None:
     """What each process does: call the function, leave its result or its error in the folder."""
-    import cloudpickle
-
     lifeline = os.dup(0)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     threading.Thread(target=_end_with_parent, args=(lifeline, folder), daemon=True).start()
     try:
-        function, args, cells = pickle.loads(Path(folder, "work").read_bytes())
+        function, args, cells = pickle.loads(Path(folder, "call").read_bytes())
         linecache.cache.update(cells)
         value = function(*args)
         try:
-            packed = cloudpickle.dumps(value)
+            result = cloudpickle.dumps(value)
         except Exception as error:
-            raise TypeError(f"{_name(function)} returned a {type(value).__name__}, which cannot be sent back "
-                            f"({error}): return plain data or CPU tensors") from error  # fmt: skip
-        _leave(Path(folder, f"result-{local}"), packed)
+            problem = f"returned a {type(value).__name__}, which cannot be sent back ({error})"
+            hint = "return plain data or CPU tensors"
+            raise TypeError(f"{getattr(function, '__name__', function)} {problem}: {hint}") from error
+        Path(folder, f"result-{local}").write_bytes(result)
     except BaseException as error:
-        lost = type(error).__name__ == "ProcessLost"
-        last = traceback.format_exception_only(type(error), error)[-1].strip()
-        inner = error.__traceback__ and error.__traceback__.tb_next
-        shown = "".join(traceback.format_exception(type(error), error, inner))
-        _leave(Path(folder, f"error-{local}"), pickle.dumps((lost, time.time(), f"failed: {last}\n\n{shown}")))
+        is_lost = type(error).__name__ == "ProcessLost"  # whose module imports torch, as the function need not
+        last_line = traceback.format_exception_only(type(error), error)[-1].strip()
+        frames = error.__traceback__ and error.__traceback__.tb_next  # without this function's own
+        lines = "".join(traceback.format_exception(type(error), error, frames))
+        failure = (is_lost, time.time(), f"failed: {last_line}\n\n{lines}")
+        Path(folder, f"error-{local}").write_bytes(pickle.dumps(failure))
         sys.exit(1)
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
     distributed = sys.modules.get("torch.distributed")
     if distributed is not None and distributed.is_initialized():
         distributed.destroy_process_group()
-        time.sleep(0.2)  # see `distributed.settle`
-
-
-def _leave(path: Path, content: bytes) -> None:
-    """Write a file that is there wholly or not at all."""
-    path.with_suffix(".part").write_bytes(content)
-    path.with_suffix(".part").rename(path)
 
 
 def _end_with_parent(lifeline: int, folder: str) -> None:

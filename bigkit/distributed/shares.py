@@ -3,7 +3,7 @@
     3 items on 2 processes    0 1 | 2        the first processes take the remainder
     padded                    0 1 | 2 2      the last item is repeated until all shares are equally long
 
-Leaves out: the items themselves and the processes (`distributed/gather.py`).
+Leaves out: the items themselves (`split.py`) and the processes (`state.py`).
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ def share(items: int, processes: int, process: int) -> range:
     [range(0, 2), range(2, 4), range(4, 5)]
     """
     if items < 0 or not 0 <= process < processes:
-        raise ValueError(f"cannot give process {process} of {processes} a share of {items} items: "
-                         "expected zero or more items and a process from 0 to the number of processes - 1")  # fmt: skip
-    each, more = divmod(items, processes)
-    start = process * each + min(process, more)
-    return range(start, start + each + (process < more))
+        expected = "expected zero or more items and a process from 0 to the number of processes - 1"
+        raise ValueError(f"cannot give process {process} of {processes} a share of {items} items: {expected}")
+    each, remainder = divmod(items, processes)
+    start = process * each + min(process, remainder)
+    return range(start, start + each + (process < remainder))
 
 
 def padded_length(items: int, processes: int) -> int:
@@ -59,11 +59,11 @@ class Shares:
     @property
     def parts(self) -> tuple[tuple[int, ...], ...]:
         """For each process the positions of its items, padding included. Without items there is nothing to repeat."""
-        found = [tuple(share(self.items, self.processes, process)) for process in range(self.processes)]
+        parts = [tuple(share(self.items, self.processes, process)) for process in range(self.processes)]
         if self.padding and self.items:
             longest = padded_length(self.items, self.processes)
-            found = [part + (self.items - 1,) * (longest - len(part)) for part in found]
-        return tuple(found)
+            parts = [part + (self.items - 1,) * (longest - len(part)) for part in parts]
+        return tuple(parts)
 
     @property
     def lengths(self) -> tuple[int, ...]:

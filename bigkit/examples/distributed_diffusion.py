@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from .. import PartialState, gather_object
+from bigkit import PartialState, gather_object
 
 PROMPTS = ["a dog", "a cat", "a chicken"]
 MOVED = {"runwayml/stable-diffusion-v1-5": "stable-diffusion-v1-5/stable-diffusion-v1-5"}  # its first home is gone
@@ -56,17 +56,10 @@ def tiny_pipeline() -> Any:
     )  # fmt: skip
 
 
-def load(name: str, dtype: torch.dtype) -> Any:
-    """The pipeline that is named."""
-    from diffusers import DiffusionPipeline
-
-    if name == "tiny":
-        return tiny_pipeline()
-    return DiffusionPipeline.from_pretrained(MOVED.get(name, name), torch_dtype=dtype)
-
-
 def main() -> None:
     """Split the prompts, make the images, say who wrote what."""
+    from diffusers import DiffusionPipeline
+
     parser = argparse.ArgumentParser(description="one image for each prompt")
     parser.add_argument("--model", default="tiny", help="tiny, a Hub id or a folder (%(default)s)")
     parser.add_argument("--folder", type=Path, default=Path("."), help="where the images go (%(default)s)")
@@ -75,16 +68,18 @@ def main() -> None:
 
     state = PartialState()
     dtype = torch.float16 if state.device.type == "cuda" and options.model != "tiny" else torch.float32
-    with state.main_process_first():
-        pipeline = load(options.model, dtype)
+    with state.main_process_first():  # one process downloads the model, the others find it
+        if options.model == "tiny":
+            pipeline = tiny_pipeline()
+        else:
+            name = MOVED.get(options.model, options.model)
+            pipeline = DiffusionPipeline.from_pretrained(name, torch_dtype=dtype)
     pipeline.to(state.device)
     pipeline.set_progress_bar_config(disable=not state.is_local_main_process)
     written = []
     with state.split_between_processes(PROMPTS) as mine:
         for prompt in mine:
-            seed = torch.Generator("cpu").manual_seed(
-                PROMPTS.index(prompt)
-            )  # the same image on any number of processes
+            seed = torch.Generator("cpu").manual_seed(PROMPTS.index(prompt))  # the same image on any process
             image = pipeline(prompt, num_inference_steps=options.steps, generator=seed).images[0]
             path = options.folder / f"{prompt.replace(' ', '_')}_{state.process_index}.png"
             image.save(path)

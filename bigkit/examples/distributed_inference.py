@@ -7,8 +7,8 @@ To use your own: change `load` and `continue_text`. Each process loads the whole
 
 import torch
 
-from .. import PartialState, gather_for_results
-from ..zoo.gpt import GPT, decode, encode, load_pygpt
+from bigkit import PartialState, gather_for_results
+from bigkit.zoo.gpt import GPT, decode, encode, load_pygpt
 
 PROMPTS = ["import ", "def __init__(self", "class ", "for i in range("]
 

@@ -68,17 +68,7 @@ def test_words_of_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
     assert shown("--gpu_ids", "0, 2", "--main_process_port", "5", "x.py") == (
         "CUDA_VISIBLE_DEVICES=0,2 torchrun --master-port 5 --nproc-per-node 2 x.py"
     )
-    hosts = [
-        "--num_processes",
-        "4",
-        "--num_machines",
-        "2",
-        "--main_process_ip",
-        "h",
-        "--main_process_port",
-        "5",
-        "x.py",
-    ]
+    hosts = "--num_processes 4 --num_machines 2 --main_process_ip h --main_process_port 5 x.py".split()
     assert shown("--machine_rank", "1", *hosts) == (
         "torchrun --nnodes 2 --nproc-per-node 2 --node-rank 1 --master-addr h --master-port 5 x.py"
     )
@@ -182,6 +172,7 @@ def test_options_overrule_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         ('{"deepspeed_config": {"zero_stage": 3}}', "deepspeed_config is set"),
         ('{"compute_environment": "AMAZON_SAGEMAKER"}', "compute_environment is 'AMAZON_SAGEMAKER'"),
         ('{"gpu_ids": true}', "gpu_ids is True"),
+        ('{"fsdp_config": {}, "tpu_env": [], "gpu_id": null}', "unknown key 'gpu_id': is gpu_ids meant?"),
         ('["num_processes"]', "holds a list"),
         ('{"num_processes": 2', "is no JSON"),
     ],
@@ -295,7 +286,9 @@ time.sleep(600)
 """
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGKILL"])
+@pytest.mark.parametrize(
+    "name", ["SIGKILL", *(pytest.param(name, marks=pytest.mark.soak) for name in ("SIGTERM", "SIGINT"))]
+)  # of these two torchrun tells its processes itself
 def test_nothing_outlives_the_launcher(name: str, tmp_path: Path) -> None:
     (tmp_path / "wait.py").write_text(WAITING)
     words = [*BIGKIT, "launch", "--num_processes", "2", "--cpu", "wait.py"]
@@ -317,6 +310,7 @@ def test_nothing_outlives_the_launcher(name: str, tmp_path: Path) -> None:
         process.wait()
 
 
+@pytest.mark.soak  # test_words_of_torchrun reads the line, and the example runs what it says
 def test_the_printed_line_does_the_same(tmp_path: Path) -> None:
     (tmp_path / "who.py").write_text("from bigkit import PartialState\nprint(PartialState())\n")
     line = command_line(Settings(2, use_cpu=True), ["who.py"])

@@ -200,13 +200,14 @@ state.destroy()
 """
 
 
-def test_killed_and_resumed_with_another_number_of_processes(tmp_path: Path) -> None:
-    """kill -9 to the launcher in the middle, twice; then three processes finish what two began."""
-    lines = 60
+@pytest.mark.parametrize("kills", [1, pytest.param(3, marks=pytest.mark.soak)])
+def test_killed_and_resumed_with_another_number_of_processes(kills: int, tmp_path: Path) -> None:
+    """kill -9 to the launcher in the middle, and again; then three processes finish what two began."""
+    lines = 30 * (1 + kills)
     write(tmp_path, lines)
     (tmp_path / "job.py").write_text(JOB)
-    parts, first = tmp_path / "out.jsonl.parts", []
-    for attempt in range(2):
+    parts, counts = tmp_path / "out.jsonl.parts", [0]
+    for attempt in range(kills):
         words = ["-m", "bigkit.cli", "launch", "--num_processes", "2", "--cpu", "job.py", "0.3"]
         with open(tmp_path / "log", "w") as log:
             process = subprocess.Popen([sys.executable, *words], cwd=tmp_path, env=ENVIRONMENT, stdout=log, stderr=log)
@@ -220,9 +221,9 @@ def test_killed_and_resumed_with_another_number_of_processes(tmp_path: Path) -> 
         process.wait()
         assert still_alive(pids) == []
         done = sum(path.read_bytes().count(b"\n") for path in parts.glob("*.jsonl"))
-        assert 0 < done < lines and not (tmp_path / "out.jsonl").exists()
-        first.append(done)
-    assert first[0] < first[1], "the second run went on where the first had ended"
+        assert counts[-1] < done < lines, "each run goes on where the one before had ended"
+        assert not (tmp_path / "out.jsonl").exists()
+        counts.append(done)
     done_before = {
         json.loads(line)["prompt"] for path in parts.glob("*.jsonl") for line in path.read_bytes().splitlines()
     }
@@ -231,7 +232,7 @@ def test_killed_and_resumed_with_another_number_of_processes(tmp_path: Path) -> 
     words = ["-m", "bigkit.cli", "launch", "--num_processes", "3", "--cpu", "job.py", "0"]
     done_run = subprocess.run([sys.executable, *words], cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True)
     assert done_run.returncode == 0, done_run.stderr
-    assert f"{first[1]}/{lines}" in done_run.stderr, "the bar starts at what is done"
+    assert f"{counts[-1]}/{lines}" in done_run.stderr, "the bar starts at what is done"
     found = records(tmp_path / "out.jsonl")
     assert [(r["index"], r["output"]) for r in found] == [(i, f"prompt {i}"[::-1]) for i in range(lines)]
     again = [
@@ -241,5 +242,5 @@ def test_killed_and_resumed_with_another_number_of_processes(tmp_path: Path) -> 
         for line in path.read_text().splitlines()
     ]
     assert not done_before & set(again), "what had an answer was asked again"
-    assert len(again) == len(set(again)) == lines - first[1]
+    assert len(again) == len(set(again)) == lines - counts[-1]
     assert not parts.exists()
