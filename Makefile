@@ -1,5 +1,6 @@
 # make lab      the course: JupyterLab opens on the first notebook
 # make test     everything CI runs: lint, unit, browser, notebooks
+# make soak     the long forms of the tests, and half an hour of random models
 # make bench    side by side against Accelerate and Transformers
 # make lint | format | unit | browser | notebooks | clean
 #
@@ -14,9 +15,13 @@ NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 10))
 PYTHON ?= $(firstword $(foreach p,python3 python3.13 python3.12 python3.11 python3.10,\
             $(shell $(p) -c '$(NEW_ENOUGH)' 2>/dev/null && echo $(p))))
 
-unit browser notebooks bench: export HF_HUB_OFFLINE = 1
+unit browser notebooks soak bench: export HF_HUB_OFFLINE = 1
+# Tests run in as many processes as there are cores, each with a thread of its own.
+unit notebooks soak: export OMP_NUM_THREADS = 1
+PYTEST := $(BIN)/python -m pytest -q
+EACH   := -n logical --dist worksteal
 
-.PHONY: lab test lint format unit browser notebooks bench clean
+.PHONY: lab test lint format unit browser notebooks soak bench clean
 .NOTPARALLEL:
 
 lab: $(STAMP)
@@ -34,13 +39,17 @@ format: $(STAMP)
 	$(BIN)/ruff format .
 
 unit: $(STAMP)
-	$(BIN)/python -m pytest -q tests --ignore=tests/browser
+	$(PYTEST) $(EACH) tests --ignore=tests/browser
 
 browser: $(STAMP)
-	$(BIN)/python -m pytest -q tests/browser
+	$(PYTEST) tests/browser
 
 notebooks: $(STAMP)
-	$(BIN)/python -m pytest -q --nbval notebooks
+	$(PYTEST) -n logical --dist loadfile --nbval notebooks
+
+soak: $(STAMP)
+	$(PYTEST) $(EACH) -m soak tests
+	$(BIN)/python scripts/soak.py --minutes 30
 
 bench: $(STAMP)
 	@set -e; for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python $$script; done

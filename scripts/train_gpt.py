@@ -180,7 +180,7 @@ def train(args: argparse.Namespace, config: GPTConfig, train_bytes: bytes, valid
         now_s = time.perf_counter()
         if step == 1:
             first = now_s  # compilation is over: the schedule covers what is left
-        progress = (now_s - first) / max(1e-9, args.minutes * 60 - (first - began))
+        progress = step / args.steps if args.steps else (now_s - first) / max(1e-9, args.minutes * 60 - (first - began))
 
         if progress >= 1 or now_s - evaluated > args.evaluate_every:
             record = {
@@ -248,6 +248,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
     parser.add_argument("--out", type=Path, required=True, help="folder for the model")
     parser.add_argument("--minutes", type=float, default=8.5, help="time to train, compilation included")
+    parser.add_argument("--steps", type=int, default=0, help="train so many steps instead, whatever time they need")
     parser.add_argument("--stdlib", type=Path, default=Path(sysconfig.get_path("stdlib")), help="this Python's")
     parser.add_argument("--test_share", type=float, default=0.5, help="most of the corpus that may come from tests")
     parser.add_argument("--n_layer", type=int, default=0, help="0: the preset pygpt's, as for the next three")

@@ -4,6 +4,7 @@ import ast
 import doctest
 import importlib
 import inspect
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -75,6 +76,15 @@ def test_public_names_are_documented_with_an_example(name):
     assert len(text) > 40, name
     if inspect.isfunction(thing):
         assert ">>>" in text, f"{name} has no example"
+
+
+def test_the_core_is_an_evening():
+    """README's "Read it tonight" lists the core in reading order."""
+    chapter = (ROOT.parent / "README.md").read_text(encoding="utf-8").split("## Read it tonight")[1].split("\n## ")[0]
+    core = re.findall(r"\]\((bigkit/[\w/]+\.py)\)", chapter)
+    assert len(core) == len(set(core)) == 16
+    lines = {file: len((ROOT.parent / file).read_text(encoding="utf-8").splitlines()) for file in core}
+    assert sum(lines.values()) <= 4000, lines
 
 
 def test_library_never_imports_accelerate():

@@ -174,10 +174,21 @@ def test_readme_names_commands_that_exist() -> None:
     assert (ROOT / ".ci/run").read_text(encoding="utf-8").rstrip().endswith("make test")
 
 
-@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md"])
+@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "benchmarks/README.md"])
 def test_local_links_lead_somewhere(name: str) -> None:
-    targets = re.findall(r"\]\((?!https?://|#)([^)#\s]+)", (ROOT / name).read_text(encoding="utf-8"))
-    assert targets and [target for target in targets if not (ROOT / target).exists()] == []
+    page = ROOT / name
+    targets = re.findall(r"\]\((?!https?://|#)([^)#\s]+)", page.read_text(encoding="utf-8"))
+    assert targets and [target for target in targets if not (page.parent / target).exists()] == []
+
+
+def test_readme_is_short() -> None:
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 160
+
+
+def test_tables_are_those_of_the_kept_results() -> None:
+    command = [sys.executable, str(ROOT / "scripts" / "benchmark_tables.py"), "--check"]
+    checked = subprocess.run(command, capture_output=True, text=True)
+    assert checked.returncode == 0, checked.stderr
 
 
 def test_no_file_names_a_registry_or_this_machine() -> None:

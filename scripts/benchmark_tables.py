@@ -1,0 +1,316 @@
+"""Write the tables of benchmarks/README.md and README.md from benchmarks/results, so that no figure is typed by hand.
+
+    python scripts/benchmark_tables.py            # rewrite what stands between the markers
+    python scripts/benchmark_tables.py --check    # say which tables are out of date; a test calls this
+
+A table stands between `<!-- table: NAME -->` and `<!-- end -->`, and NAME is a function below.
+Leaves out: the prose around them, and measuring (`benchmarks/*.py --save`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import statistics
+import sys
+from collections.abc import Callable, Iterable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = (ROOT / "README.md", ROOT / "benchmarks" / "README.md")
+TABLES: dict[str, Callable[[], str]] = {}
+
+
+@cache
+def results(name: str) -> Any:
+    return json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
+
+
+def row(name: str, **wanted: object) -> dict[str, Any]:
+    """The row of a result whose columns have these values."""
+    return next(r for r in results(name)["rows"] if all(r.get(key) == value for key, value in wanted.items()))
+
+
+def table(*headers: str) -> Callable[[Callable[[], Iterable[Iterable[str]]]], None]:
+    """Register a function that yields rows as a table under its name."""
+
+    def register(rows: Callable[[], Iterable[Iterable[str]]]) -> None:
+        def markdown() -> str:
+            lines = [headers, ["---"] * len(headers), *rows()]
+            return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+
+        TABLES[rows.__name__] = markdown
+
+    return register
+
+
+def text(value: float | None, unit: str = "", digits: int = 2) -> str:
+    return "" if value is None else f"{value:,.{digits}f}{unit}"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One table of headlines
+
+
+@table("What, measured in one run", "bigkit", "others", "limit")
+def headlines() -> Iterable[Iterable[str]]:
+    load, link = results("checkpoint-gpu"), results("offload-gpu")["machine"]["pinned_gb_s"]
+    size = load["machine"]["bytes"] / 1e9
+    own, theirs = (size / row("checkpoint-gpu", way=way, model="large")["warm_s"] for way in ("bigkit", "transformers"))
+    yield ("load 13.5 GB to the GPU, files in the page cache", f"{own:.1f} GB/s", f"Transformers {theirs:.1f}",
+           f"{load['machine']['pinned_gb_s']:.1f} (link)")  # fmt: skip
+    own, theirs = (
+        row("offload-gpu", way=f"{way}, all in RAM", shape="1x16")["gb_s"] for way in ("bigkit", "accelerate")
+    )
+    yield "run a 7B whose weights rest in RAM", f"{own:.1f} GB/s", f"Accelerate {theirs:.1f}", f"{link:.1f} (link)"
+    own = row("offload-gpu", way="bigkit, on disk, cold", shape="1x16")["gb_s"]
+    raw = statistics.mean(results("offload-gpu")["machine"]["raw_cold_gb_s"])
+    yield "the same from a cold disk", f"{own:.2f} GB/s", "", f"{raw:.2f} (raw readers)"
+    bf16, nf4 = (row("quantize-gpu", where="RAM", kind=kind)["tokens_per_s"] for kind in ("bfloat16", "nf4"))
+    yield "the same in nf4, in RAM", f"{nf4:.1f} tokens/s", f"bf16 {bf16:.1f}", ""
+    longest = results("planner")["rows"][2]
+    yield (f"plan {longest['model']} over 8 GPUs, from layer records", f"{longest['balanced_ms']:.1f} ms",
+           f"Accelerate {longest['accelerate_ms']:.0f} ms", "")  # fmt: skip
+    good = sum(abs(a - b) <= 0.005 * b for a, b in memory_pairs(0))
+    yield "peak memory predicted on a laptop, 72 runs", f"{good} of 72 within 0.5 %", "", "measured on an H200"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Planning
+
+
+@table("model", "layers", "GPUs", "Accelerate", "bigkit from the nn.Module", "bigkit from records", "exact", "ratio")
+def planning_time() -> Iterable[Iterable[str]]:
+    for r in results("planner")["rows"]:
+        yield (r["model"], str(r["layers"]), str(r["gpus"]), text(r["accelerate_ms"], " ms", 1),
+               text(r["from_module_ms"], " ms", 1), text(r["balanced_ms"], " ms"), text(r["exact_ms"], " ms"),
+               f"{r['ratio']:.0f}x")  # fmt: skip
+
+
+@table("float16 weights", "on GPUs", "Accelerate", "on the fullest GPU", "Accelerate")
+def planning_places() -> Iterable[Iterable[str]]:
+    columns = ("on_gpus_gib", "accelerate_on_gpus_gib", "fullest_gib", "accelerate_fullest_gib")
+    for r in results("planner")["rows"]:
+        yield r["model"], *(text(r.get(column), " GiB") for column in columns)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checkpoints
+
+
+@table("to the GPU", "warm", "rate", "cold", "rate", "host memory", "20,000 small tensors, warm")
+def loading_gpu() -> Iterable[Iterable[str]]:
+    size = results("checkpoint-gpu")["machine"]["bytes"] / 1e9
+    many = {r["way"]: r["warm_s"] for r in results("checkpoint-gpu")["rows"] if r["model"] == "many"}
+    for r in results("checkpoint-gpu")["rows"]:
+        if r["model"] == "large":
+            yield (NAMES[r["way"]], text(r["warm_s"], " s", 3), text(size / r["warm_s"], " GB/s", 1),
+                   text(r["cold_s"], " s"), text(size / r["cold_s"], " GB/s"), text(r["host_total_mb"], " MB", 0),
+                   text(many.get(r["way"]), " s"))  # fmt: skip
+
+
+@table("on the CPU", "load", "load + first forward", "cold", "20,000 small tensors")
+def loading_cpu() -> Iterable[Iterable[str]]:
+    many = {r["way"]: r["warm_s"] for r in results("checkpoint-cpu")["rows"] if r["model"] == "many"}
+    for r in results("checkpoint-cpu")["rows"]:
+        if r["model"] == "large":
+            yield (NAMES[r["way"]], text(r["warm_s"], " s", 3), text(r["load_and_forward_s"], " s"),
+                   text(r["cold_s"], " s"), text(many.get(r["way"]), " s"))  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Models that are spread out
+
+NAMES = {
+    "bigkit": "bigkit",
+    "accelerate": "Accelerate",
+    "transformers": "Transformers",
+    "safetensors": "safetensors `load_file`",
+    "resident": "all on the GPU",
+    "bigkit, on disk, warm": "bigkit, on disk, files in the page cache",
+    "bigkit, on disk, kept in RAM": "bigkit, on disk, kept in RAM after the first visit",
+    "accelerate, all in RAM": "Accelerate, all in RAM",
+    "accelerate, half in RAM": "Accelerate, half in RAM",
+    "accelerate, helped": "Accelerate helped, all in RAM",
+    "diffusers, group offload": "diffusers group offload, blocks in RAM",
+    "accelerate, on disk, warm": "Accelerate, on disk, page cache",
+}
+
+
+@table("weights", "1 x 16 tokens", "rate", "8 x 512 tokens", "GPU memory", "to prepare")
+def offloading_gpu() -> Iterable[Iterable[str]]:
+    ways = ("resident", "bigkit, all in RAM", "bigkit, half in RAM", "bigkit, on disk, warm",
+            "bigkit, on disk, kept in RAM", "accelerate, all in RAM", "accelerate, half in RAM", "accelerate, helped",
+            "diffusers, group offload", "accelerate, on disk, warm")  # fmt: skip
+    for way in ways:
+        short, long = (row("offload-gpu", way=way, shape=shape) for shape in ("1x16", "8x512"))
+        yield (NAMES.get(way, way), text(short["s"], " s", 3), text(short.get("gb_s"), " GB/s", 1),
+               text(long["s"], " s", 3), text(short["gpu_peak_gb"], " GB", 1),
+               text(short.get("prepare_s"), " s", 1))  # fmt: skip
+
+
+@table("bigkit, all in RAM", "1 x 16 tokens", "8 x 512 tokens")
+def offloading_ideas() -> Iterable[Iterable[str]]:
+    ways = {
+        "all in RAM": "as it is", "without pinning": "without pinned memory",
+        "without overlap": "copies in turn with the work", "without prefetch": "fetched when called, not before",
+        "without coalescing": "weight by weight", "with three slots": "three slots instead of two",
+    }  # fmt: skip
+    for way, name in ways.items():
+        yield name, *(text(row("offload-gpu", way=f"bigkit, {way}", shape=s)["s"], " s", 3) for s in ("1x16", "8x512"))
+
+
+@table("", "whole, on the GPU", "bigkit", "rate", "GPU memory")
+def offloading_larger() -> Iterable[Iterable[str]]:
+    for name, whole, spread, shape in (
+        ("32.4 GB, 32 tokens generated", "resident, large", "bigkit, large", "32 tokens"),
+        ("16 experts, 6.9 GB, 1 x 16 tokens", "resident, 16 experts", "bigkit, 16 experts in RAM", "1x16"),
+        ("16 experts, 6.9 GB, 8 x 512 tokens", "resident, 16 experts", "bigkit, 16 experts in RAM", "8x512"),
+    ):
+        one, other = row("offload-gpu", way=whole, shape=shape), row("offload-gpu", way=spread, shape=shape)
+        yield (name, text(one["s"], " s", 3), text(other["s"], " s", 3), text(other["gb_s"], " GB/s", 1),
+               text(other["gpu_peak_gb"], " GB", 1))  # fmt: skip
+
+
+@table("on the CPU", "1 token", "4 tokens", "a hook, resident", "a hook, weights in RAM", "a hook, on disk")
+def offloading_cpu() -> Iterable[Iterable[str]]:
+    cases = {(r["way"], r["shape"]): r.get("s") or r.get("us") for r in results("offload-cpu")["rows"]}
+
+    def forwards(way: str) -> list[str]:
+        return [text(1000 * cases[way, shape], " ms", 0) for shape in ("1x1", "1x4")]
+
+    def hooks(name: str) -> list[str]:
+        return [text(cases.get((f"{name}, {rest}", "hook")), " µs", 1) for rest in ("resident", "in RAM", "on disk")]
+
+    yield "all in RAM", *forwards("resident"), "", "", ""
+    yield "bigkit, on disk, page cache", *forwards("bigkit, on disk, warm"), *hooks("bigkit")
+    yield "Accelerate, on disk, page cache", *forwards("accelerate, on disk, warm"), *hooks("accelerate")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Processes
+
+
+@table("two cores, gloo", "bigkit", "Accelerate")
+def gathering() -> Iterable[Iterable[str]]:
+    times = results("distributed-cpu")["gather_ms"]
+    for what in dict.fromkeys(name.partition(",")[0] for name in times):
+        yield f"gather {what}", *(text(times[f"{what}, {who}"], " ms") for who in ("bigkit", "Accelerate"))
+
+
+@table("processes", "32 prompts", "against one", "a file of them", "against one", "starting them")
+def splitting() -> Iterable[Iterable[str]]:
+    for r in results("distributed-cpu")["scaling"]:
+        yield (str(r["processes"]), text(r["split_s"], " s"), text(r["split_ratio"], "x"), text(r["file_s"], " s"),
+               text(r["file_ratio"], "x"), text(r["start_s"], " s", 1))  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Fewer bits
+
+
+@table("quantized while loaded, on two cores", "bigkit", "its peak", "Transformers", "its peak")
+def quantized_loading() -> Iterable[Iterable[str]]:
+    for kind in ("int8", "nf4", "nf4-double"):
+        own, theirs = (row("quantize-cpu", what="load", way=w, kind=kind) for w in ("bigkit", "transformers"))
+        yield (kind, text(own["load_s"], " s"), text(own["host_peak_mb"], " MB", 0), text(theirs["load_s"], " s"),
+               text(theirs["host_peak_mb"], " MB", 0))  # fmt: skip
+
+
+@table("stored as", "in RAM", "against bfloat16", "travels for a token", "link", "on the GPU")
+def quantized_running() -> Iterable[Iterable[str]]:
+    plain = row("quantize-gpu", where="RAM", kind="bfloat16")["tokens_per_s"]
+    for kind in ("bfloat16", "int8", "nf4", "nf4-double"):
+        away, here = (row("quantize-gpu", where=where, kind=kind) for where in ("RAM", "resident"))
+        yield (kind, text(away["tokens_per_s"], " tokens/s"), text(away["tokens_per_s"] / plain),
+               text(away["travels_gb_per_token"], " GB"), text(away["gb_per_s"], " GB/s", 1),
+               text(here["tokens_per_s"], " tokens/s", 1))  # fmt: skip
+
+
+@table("stored as", "float32", "bfloat16", "int8", "nf4", "nf4-double", "fp4")
+def quantized_perplexity() -> Iterable[Iterable[str]]:
+    r = row("quantize-cpu", what="perplexity")
+    yield "perplexity", *(text(r[k], "", 3) for k in ("float32", "bfloat16", "int8", "nf4", "nf4-double", "fp4"))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Dry runs
+
+
+def memory_pairs(column: int) -> list[tuple[int, int]]:
+    """(predicted, measured) peaks in bytes: column 0 is what was allocated, 1 what was reserved."""
+    return [(case["predicted"]["peak"][column], case["peak"][column]) for case in results("dryrun")["cases"]]
+
+
+@table("72 runs", "within", "how many", "worst")
+def dryrun_memory() -> Iterable[Iterable[str]]:
+    data = results("dryrun")
+    plain = {f"{case['model']}/{case['shape']}": case for case in data["cases"] if "quantization" not in case}
+    limits = [(plain[name]["predicted"]["boundary"], limit) for name, limit in data["boundaries"].items()]
+    for name, rows, bound in (
+        ("`max_memory_allocated`", memory_pairs(0), 0.5),
+        ("`max_memory_reserved`", memory_pairs(1), 3.0),
+        (f"smallest memory that it runs with ({len(limits)} runs)", limits, 1.0),
+    ):
+        errors = [100 * abs(predicted / measured - 1) for predicted, measured in rows]
+        yield name, f"{bound:g} %", str(sum(error <= bound for error in errors)), f"{max(errors):.2f} %"
+
+
+@table("what", "longest busy", "within 15 %", "median error", "worst")
+def dryrun_time() -> Iterable[Iterable[str]]:
+    for what, predicted, measured in (("prompt", "prefill", "prefill"), ("token", "token", "decode")):
+        for lane in ("the GPU", "Python"):
+            errors = [
+                100 * abs(case["predicted"]["seconds"][predicted] / case["seconds"][measured] - 1)
+                for case in results("dryrun")["cases"]
+                if measured in case["seconds"] and predicted in case["predicted"]["seconds"]
+                if (case["predicted"]["longest"][predicted] == "python") == (lane == "Python")
+            ]
+            good = sum(error <= 15 for error in errors)
+            yield (what, lane, f"{good} of {len(errors)}", f"{statistics.median(errors):.1f} %",
+                   f"{max(errors):.0f} %")  # fmt: skip
+
+
+@table("Llama-7B", "predicted", "measured")
+def dryrun_offload() -> Iterable[Iterable[str]]:
+    for r in results("dryrun")["offload"]:
+        batch, tokens = r["shape"].split("x")
+        seconds = [r[key]["seconds"] for key in ("predicted", "measured")]
+        yield f"{r['way']}, {batch} x {tokens} tokens", *(text(s, " s", 3 if s < 1 else 2) for s in seconds)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def filled(page: str) -> str:
+    """The text of a page with every table as the results have it.
+
+    Raises:
+        KeyError: a marker names a table that there is none of.
+    """
+    return re.sub(
+        r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)",
+        lambda found: f"{found[1]}\n{TABLES[found[2]]()}\n\n{found[3]}",
+        page,
+        flags=re.DOTALL,
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Write the tables of the README files from benchmarks/results.")
+    parser.add_argument("--check", action="store_true", help="change nothing; fail if a table is out of date")
+    check = parser.parse_args().check
+    for path in PAGES:
+        before = path.read_text(encoding="utf-8")
+        after = filled(before)
+        if check and after != before:
+            sys.exit(f"{path.relative_to(ROOT)} is out of date: run python scripts/benchmark_tables.py")
+        if not check:
+            path.write_text(after, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
