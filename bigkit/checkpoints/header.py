@@ -114,7 +114,7 @@ def _fault(room: int, fields: Any) -> str:
     first, last = offsets
     if not first <= last <= room:
         return f"claims the bytes {first} to {last}, but the file has {room} (is it truncated?)"
-    return f"has {last - first} bytes, but its shape {shape} needs {math.prod(shape) * DTYPES[dtype][1]}"
+    return f"has {last - first} bytes, but its shape {shape} takes {math.prod(shape) * DTYPES[dtype][1]}"
 
 
 def _sizes(value: Any) -> bool:
