@@ -20,7 +20,7 @@ from .model.estimate import CLASSIC
 from .model.spec import QUANTIZATIONS
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+    from .draw.canvas import Picture
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -120,13 +120,10 @@ def _add_svg(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--svg", nargs="?", const="-", metavar="FILE", help="write the picture (without FILE: print)")
 
 
-def _picture(path: str, figure: Figure, label: str) -> str:
-    from .draw.canvas import svg
-
-    text = svg(figure, label)
+def _picture(path: str, picture: Picture) -> str:
     if path == "-":
-        return text
-    Path(path).write_text(text, encoding="utf-8")
+        return picture.svg
+    Path(path).write_text(picture.svg, encoding="utf-8")
     return f"the picture is in {path}"
 
 
@@ -167,9 +164,9 @@ def _dry_run(options: argparse.Namespace) -> str:
     if options.json:
         return run.to_json()
     if options.svg:
-        from .draw.dryrun import dryrun_figure, dryrun_label
+        from .draw.dryrun import dryrun_figure
 
-        return _picture(options.svg, dryrun_figure(run), dryrun_label(run))
+        return _picture(options.svg, dryrun_figure(run))
     return f"{found.explain()}\n\n{run}"
 
 
@@ -179,9 +176,9 @@ def _advise(options: argparse.Namespace) -> str:
     spec = describe(options.model, options.library_name, trust_remote_code=options.trust_remote_code)
     found = advise(spec, options.hardware, options.batch, options.context, options.target)
     if options.svg and not options.json:
-        from .draw.advice import advice_figure, advice_label
+        from .draw.advice import advice_figure
 
-        return _picture(options.svg, advice_figure(found), advice_label(found))
+        return _picture(options.svg, advice_figure(found))
     return found.to_json() if options.json else found.explain()
 
 
@@ -214,9 +211,9 @@ def _plan(options: argparse.Namespace) -> str:
     if options.json:
         return found.to_json()
     if options.svg:
-        from .draw.canvas import plan_figure, plan_label
+        from .draw.plan import plan_figure
 
-        return _picture(options.svg, plan_figure(found), plan_label(found))
+        return _picture(options.svg, plan_figure(found))
     return found.to_code() if options.code else found.explain()
 
 

@@ -44,7 +44,7 @@ def test_contrast_as_wcag_has_it():
 @pytest.mark.parametrize("name", COLOURS)
 def test_text_on_a_colour_is_read(name):
     ground = COLOURS[name]
-    assert contrast(draw._ink(ground), ground) >= 4.5
+    assert contrast(draw.ink(ground), ground) >= 4.5
 
 
 def test_text_beside_the_bars_and_in_the_verdict_is_read():

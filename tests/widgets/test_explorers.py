@@ -16,7 +16,6 @@ import ipywidgets as widgets
 import pytest
 
 from bigkit import HARDWARE, Plan, describe, estimate_memory, plan
-from bigkit.machine.hardware import CONTEXT_BYTES
 from bigkit.widgets import MemoryExplorer, PlanExplorer
 from bigkit.widgets._explorer import LONGEST_REPR, TOKENS, Explorer
 
@@ -108,9 +107,9 @@ def counting(explorer: Explorer) -> list[int]:
     """A list whose only element counts the calls of `compute` from now on."""
     count, compute = [0], explorer.compute
 
-    def counted() -> None:
+    def counted() -> object:
         count[0] += 1
-        compute()
+        return compute()
 
     explorer.compute = counted  # type: ignore[method-assign]
     return count
@@ -139,7 +138,10 @@ def test_machines_of_the_menu() -> None:
         for device, budget in machine.max_memory().items():
             shown = explorer.max_memory[device]
             assert budget - GIB < shown <= budget, "rounded down to a step of the control, never up"
-    assert explorer.plan.shares[0].overhead == CONTEXT_BYTES
+        if machine.gpus:
+            assert 0 <= explorer.plan.shares[0].overhead - machine.overhead < 2**20, (
+                "as for `plan` and the other explorers"
+            )
 
 
 def test_a_machine_is_one_computation_and_budgets_name_it() -> None:
@@ -347,7 +349,7 @@ def test_shipped_models_are_explored_without_torch() -> None:
     code = (
         "import sys\nfrom bigkit.widgets import MemoryExplorer, PlanExplorer\n"
         "PlanExplorer(), MemoryExplorer()\n"
-        "print([name for name in ('torch', 'transformers', 'matplotlib.pyplot') if name in sys.modules])"
+        "print([name for name in ('torch', 'transformers', 'matplotlib') if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
