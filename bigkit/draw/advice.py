@@ -9,7 +9,8 @@ import math
 
 from ..maps.advise import Advice, Option
 from ..units import format_seconds
-from .canvas import ABOVE, BLACK, BLUE, DARK, GREY, GROUND, PURPLE, SOFT, WHITE, WIDTH, Picture
+from .canvas import ABOVE, GROUND, WIDTH, Picture
+from .colours import BLACK, BLUE, DARK, GREY, PURPLE, SOFT, WHITE
 
 COLOURS = {"Python": GREY, "GPU": BLUE, "RAM": BLUE, "link": PURPLE, "disk": DARK}
 HATCHES = {"disk": "/"}  # its grey and the blue are equally dark

@@ -6,23 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..units import GiB, KiB, MiB
-from .canvas import (
-    ABOVE,
-    BLACK,
-    BLUE,
-    DARK,
-    GREEN,
-    GROUND,
-    ORANGE,
-    PURPLE,
-    TRACK,
-    VERMILLION,
-    WHITE,
-    WIDTH,
-    YELLOW,
-    Picture,
-    text_width,
-)
+from .canvas import ABOVE, GROUND, WIDTH, Picture, text_width
+from .colours import BLACK, BLUE, DARK, GREEN, ORANGE, PURPLE, TRACK, VERMILLION, WHITE, YELLOW
 
 ROW, BAR = 23, 16  # points from one bar to the next, and of a bar
 

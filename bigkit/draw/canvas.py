@@ -1,8 +1,7 @@
 """What every picture is drawn with: boxes, lines, texts, legends and axes, written as SVG text.
 
 A picture is made by a pure function of data, from the top downwards, in points. It needs no plotting library, so an
-explorer can draw it again at each turn of a slider. Colours are the palette of Okabe and Ito, which colour-blind
-readers can tell apart; where two colours could be mistaken for each other there is a hatch or a label too.
+explorer can draw it again at each turn of a slider.
 
 Leaves out: what is drawn; each topic has its file beside this one.
 """
@@ -14,16 +13,9 @@ import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from ..devices import Device
-
-# Source: Okabe and Ito, Color Universal Design, https://jfly.uni-koeln.de/color/
-BLACK, ORANGE, SKY, GREEN = "#000000", "#E69F00", "#56B4E9", "#009E73"
-YELLOW, BLUE, VERMILLION, PURPLE = "#F0E442", "#0072B2", "#D55E00", "#CC79A7"
-WHITE, TRACK, PALE, GREY, DARK, SOFT = "#FFFFFF", "#EEEEEE", "#D9D9D9", "#B8B8B8", "#555555", "#333333"
-
-GPU_COLOURS = (BLUE, SKY, GREEN, PURPLE)  # in turn: neighbours always differ
+from .colours import BLACK, DARK, GREY, SOFT, WHITE, ink
 
 WIDTH = 540  # points
 PIXELS = 900  # that a picture is wide where there is room; with less room it shrinks
@@ -42,7 +34,10 @@ BOLD = 1.12  # times as wide
 
 
 class Box(NamedTuple):
-    """A rectangle in points. A hatch is "/" or "x", drawn with `ink`; a colour "none" leaves the ground visible."""
+    """A rectangle in points; `kind` says what it stands for.
+
+    A hatch is "/" or "x", drawn in the colour `ink`; the colour "none" leaves the ground visible.
+    """
 
     kind: str
     x: float
@@ -116,26 +111,17 @@ class Picture:
 
     # -- shapes and texts
 
-    def box(
-        self, kind: str, x: float, y: float, width: float, height: float, colour: str,
-        hatch: str = "", ink: str = DARK, depth: int = NORMAL,
-    ) -> None:  # fmt: skip
-        """Draw a rectangle; `kind` says what it stands for."""
-        self.shapes.append(Box(kind, x, y, width, height, colour, hatch, ink, depth))
+    def box(self, *values: Any, **options: Any) -> None:
+        """Draw a `Box`."""
+        self.shapes.append(Box(*values, **options))
 
-    def line(
-        self, kind: str, points: Sequence[tuple[float, float]], colour: str, width: float = 0,
-        dash: str = "", depth: int = TOP,
-    ) -> None:  # fmt: skip
-        """Draw a line or, without a width, a filled polygon."""
-        self.shapes.append(Line(kind, points, colour, width, dash, depth))
+    def line(self, *values: Any, **options: Any) -> None:
+        """Draw a `Line`."""
+        self.shapes.append(Line(*values, **options))
 
-    def text(
-        self, x: float, y: float, text: str, size: float = 10, colour: str = BLACK,
-        anchor: str = "start", bold: bool = False, plate: bool = False,
-    ) -> None:  # fmt: skip
-        """Write a text whose middle is at height `y`."""
-        self.texts.append(Text(x, y, text, size, colour, anchor, bold, plate))
+    def text(self, *values: Any, **options: Any) -> None:
+        """Write a `Text`."""
+        self.texts.append(Text(*values, **options))
 
     def label_in(
         self, x: float, middle: float, width: float, texts: Iterable[str], size: float = 8.5,
@@ -246,16 +232,6 @@ class Picture:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Measures
-
-
-def device_colour(device: Device) -> str:
-    """The colour of a device: the GPUs take four in turn, RAM is grey and disk pale."""
-    return GPU_COLOURS[device % 4] if isinstance(device, int) else {"cpu": GREY, "disk": PALE}.get(device, BLUE)
-
-
-def ink(ground: str) -> str:
-    """Black or white, whichever reads better on a colour."""
-    return WHITE if ground in (BLACK, BLUE, DARK, SOFT) else BLACK
 
 
 def text_width(text: str, size: float, bold: bool = False) -> float:

@@ -12,25 +12,8 @@ from ..dryrun.run import KINDS, DryRun, Timeline
 from ..machine.roofline import Span, StepTime
 from ..measure.run import Measurement
 from ..units import GiB, MiB, format_bytes, format_seconds, text_table
-from .canvas import (
-    ABOVE,
-    BLACK,
-    BLUE,
-    DARK,
-    GREEN,
-    GREY,
-    GROUND,
-    ORANGE,
-    PURPLE,
-    SOFT,
-    TOP,
-    VERMILLION,
-    WHITE,
-    YELLOW,
-    Picture,
-    ticks,
-    time_unit,
-)
+from .canvas import ABOVE, GROUND, TOP, Picture, ticks, time_unit
+from .colours import BLACK, BLUE, DARK, GREEN, GREY, ORANGE, PURPLE, SOFT, VERMILLION, WHITE, YELLOW
 
 COLOURS = {"weights": BLUE, "slots": PURPLE, "KV cache": ORANGE, "activations": YELLOW, "workspace": DARK}
 POINTS = 400  # of a curve: each is the highest of the events that it stands for

@@ -12,7 +12,8 @@ from ..devices import Device, device_label
 from ..maps.plan import Plan, Share
 from ..units import format_bytes, text_table
 from .bars import HATCHES, PART_COLOURS, Bar, draw_bars
-from .canvas import ABOVE, BLACK, SOFT, VERMILLION, WHITE, WIDTH, Picture, device_colour, text_width
+from .canvas import ABOVE, WIDTH, Picture, text_width
+from .colours import BLACK, SOFT, VERMILLION, WHITE, device_colour
 
 PARTS = {"weights": "weights", "kv_cache": "KV cache", "activations": "activations", "reserve": "reserve",
          "overhead": "overhead"}  # field of a `Share` -> its name in pictures  # fmt: skip
@@ -29,7 +30,7 @@ def plan_figure(plan: Plan) -> Picture:
     <Picture: Memory of gpt2 on each device: GPU 0 297.50 MiB of 300.00 MiB, ... It fits.>
     """
     working = [share for share in plan.shares if share.runs or share.device not in ("cpu", "disk")]
-    resting = [share for share in plan.shares if share not in working]
+    resting = [share for share in plan.shares if share not in working and (share.used or share.budget != 0)]
     picture = Picture(plan.model, plan_label(plan))
     picture.head(_settings(plan))
     picture.legend(_legend(plan), HATCHES)
@@ -37,7 +38,7 @@ def plan_figure(plan: Plan) -> Picture:
     if any(share.used for share in resting):
         picture.heading(f"Resting until {device_label(working[0].device)} needs them, on a scale of their own")
         draw_bars(picture, [_bar(share) for share in resting])
-    elif free := [f"{device_label(share.device)} ({_limit(share)})" for share in resting if share.budget != 0]:
+    elif free := [f"{device_label(share.device)} ({_limit(share)})" for share in resting]:
         picture.heading(f"Not needed: {' and '.join(free)}.")
     _draw_layers(picture, plan)
     return picture

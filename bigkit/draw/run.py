@@ -14,25 +14,8 @@ from itertools import groupby
 from ..devices import Device, device_label
 from ..machine.streams import LANES, Moment, Schedule
 from ..units import counted, format_bytes, format_seconds, text_table
-from .canvas import (
-    ABOVE,
-    BLACK,
-    GREEN,
-    GREY,
-    GROUND,
-    ORANGE,
-    PALE,
-    SOFT,
-    TOP,
-    TRACK,
-    VERMILLION,
-    WHITE,
-    WIDTH,
-    YELLOW,
-    Picture,
-    device_colour,
-    time_unit,
-)
+from .canvas import ABOVE, GROUND, TOP, WIDTH, Picture, time_unit
+from .colours import BLACK, GREEN, GREY, ORANGE, PALE, SOFT, TRACK, VERMILLION, WHITE, YELLOW, device_colour
 
 Charts = Mapping[str, Schedule]  # a name for each way to run
 

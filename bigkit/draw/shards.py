@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from ..checkpoints.shards import Cut
 from ..units import counted, format_bytes, text_table
-from .canvas import ABOVE, DARK, GPU_COLOURS, ORANGE, SOFT, WHITE, WIDTH, YELLOW, Picture, shorten
+from .canvas import ABOVE, WIDTH, Picture, shorten
+from .colours import DARK, GPU_COLOURS, ORANGE, SOFT, WHITE, YELLOW
 
 STRIPS = 8  # rows that many files are wrapped into, about
 LISTED = 24  # files that a text names; of more, the first and the last

@@ -10,7 +10,8 @@ from collections.abc import Sequence
 
 from ..distributed.shares import Shares
 from ..units import counted, text_table
-from .canvas import GPU_COLOURS, SOFT, TRACK, WHITE, Picture
+from .canvas import Picture
+from .colours import GPU_COLOURS, SOFT, TRACK, WHITE
 
 
 def shares_figure(split: Shares) -> Picture:

@@ -9,7 +9,8 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from ..units import format_bytes, text_table
-from .canvas import BLUE, GREEN, ORANGE, SKY, SOFT, WIDTH, Picture, shorten, text_width
+from .canvas import WIDTH, Picture, shorten, text_width
+from .colours import BLUE, GREEN, ORANGE, SKY, SOFT
 
 if TYPE_CHECKING:
     from ..quantize.study import Study

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import base64
 import html
+import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,23 +20,18 @@ from typing import Any
 import ipywidgets as widgets
 
 from ..api import Source, describe
-from ..devices import Device, device_label
-from ..draw.canvas import GREEN, ORANGE, VERMILLION, Picture
+from ..draw.canvas import Picture
 from ..model.spec import ModelSpec
+from ._controls import field, menu
+from ._html import MONO, pill, preformatted, short
 
-WIDE = {"description_width": "82px"}
-TOKENS = (128, 192, *(n << i for i in range(12) for n in (256, 384)), 2**20)  # 128 .. 1,048,576, two steps an octave
-AS_STORED = "as stored"  # in a menu; a Dropdown shows an option that stands for None as a blank
-DTYPES = (AS_STORED, "float32", "float16", "bfloat16", "float8_e4m3fn")
 OWN = "my own"  # in a menu of presets: the controls agree with none of them
 LONGEST_REPR = 109  # ipywidgets cuts a longer one where a cell shows it
 
-PILLS = {"good": ("#DDF3EA", GREEN), "slow": ("#FFF1D6", ORANGE), "bad": ("#FBE3D6", VERMILLION)}  # ground and edge
 _COPY = ("const t=this.parentNode.querySelector('textarea');t.focus();t.select();"
          "this.textContent=document.execCommand('copy')?'Copied':'Press Ctrl+C'")  # fmt: skip
 # JupyterLab writes the titles of closed panes in a grey that is hard to read on theirs.
 _STYLE = "<style>.bigkit-explorer .jupyter-widget-Collapse-header{color:var(--jp-ui-font-color1,inherit)}</style>"
-_MONO = "margin:0;font:11.5px/1.4 ui-monospace,Menlo,Consolas,'DejaVu Sans Mono',monospace;white-space:pre"
 
 
 class Explorer(widgets.VBox):
@@ -118,9 +114,14 @@ class Explorer(widgets.VBox):
         """Python that gives what is shown."""
         raise NotImplementedError
 
+    def content(self) -> dict[str, Any]:
+        """What is shown, as plain data."""
+        content: dict[str, Any] = json.loads(self.shown.to_json())
+        return content
+
     def to_json(self) -> str:
         """What is shown, as JSON text."""
-        raise NotImplementedError
+        return json.dumps(self.content(), indent=2) + "\n"
 
     def to_svg(self) -> str:
         """The picture, as SVG text."""
@@ -237,10 +238,8 @@ class Explorer(widgets.VBox):
         if not isinstance(model, str):
             spec = describe(model)
             model, self._specs = spec.name, {spec.name: spec}
-        return widgets.Combobox(
-            value=model, options=zoo.names(), description="Model", continuous_update=False, ensure_option=False,
-            placeholder="name, Hub id, URL or folder", style=WIDE, layout=widgets.Layout(width="100%"),
-        )  # fmt: skip
+        hint = "name, Hub id, URL or folder"
+        return field(widgets.Combobox, "Model", model, options=zoo.names(), ensure_option=False, placeholder=hint)
 
     def spec(self) -> ModelSpec:
         """The records of the model that `model` names."""
@@ -277,7 +276,7 @@ class Explorer(widgets.VBox):
         code = self.to_code()
         return (
             f'<div><textarea readonly aria-label="Python code" rows="{code.count(chr(10)) + 1}" '
-            f'style="width:100%;box-sizing:border-box;{_MONO}">{html.escape(code)}</textarea>'
+            f'style="width:100%;box-sizing:border-box;{MONO}">{html.escape(code)}</textarea>'
             f'<button onclick="{_COPY}">Copy to clipboard</button></div>'
         )
 
@@ -300,79 +299,3 @@ def _button(name: str, tip: str, action: Callable[[], None]) -> widgets.Button:
     button = widgets.Button(description=name, tooltip=tip, layout=widgets.Layout(width="auto"))
     button.on_click(lambda _: action())
     return button
-
-
-def preformatted(text: str, wrap: bool = False) -> str:
-    """Plain text as HTML that keeps its columns; lines that are too long scroll, or wrap."""
-    style = f"{_MONO}-wrap" if wrap else f"{_MONO};overflow:auto"
-    return f'<pre tabindex="0" style="{style}">{html.escape(text)}</pre>'
-
-
-def map_table(device_map: Mapping[str, Device]) -> str:
-    """A device map as an HTML table."""
-    rows = "".join(
-        f"<tr><td>{html.escape(name) or 'the whole model'}</td><td>{html.escape(repr(device))}</td>"
-        f"<td>{html.escape(device_label(device))}</td></tr>"
-        for name, device in device_map.items()
-    )
-    table = f"<table><tr><th>module</th><th>device</th><th></th></tr>{rows}</table>"
-    return f'<div style="max-height:300px;overflow:auto;line-height:1.2" tabindex="0">{table}</div>'
-
-
-def pill(news: str, headline: str, rest: str = "", role: str = "status") -> str:
-    """A line of news ("good", "slow" or "bad"), which a screen reader says when it changes."""
-    ground, edge = PILLS[news]
-    style = f"background:{ground};color:#111;border-left:4px solid {edge};padding:4px 10px;line-height:1.4"
-    words = f"<b>{html.escape(headline)}</b> {html.escape(rest)}"
-    return f'<div role="{role}" style="{style};white-space:normal">{words}</div>'
-
-
-def short(text: str, length: int = 30) -> str:
-    """A name cut to fit a `repr`.
-
-    >>> short("a" * 40, 10)
-    'aaaaaaaaa…'
-    """
-    return text if len(text) <= length else text[: length - 1] + "…"
-
-
-def stored_dtype(value: str) -> str | None:
-    """What an option of `DTYPES` stands for: None as stored."""
-    return None if value == AS_STORED else value
-
-
-def slider(description: str, options: Iterable[tuple[str, int]], value: int) -> widgets.SelectionSlider:
-    """A slider over (text, number) options, as wide as the column; it reports when the hand lets go."""
-    return widgets.SelectionSlider(
-        options=list(options), value=value, description=description, continuous_update=False, style=WIDE,
-        layout=widgets.Layout(width="100%"),
-    )  # fmt: skip
-
-
-def token_slider(value: int, none: bool) -> widgets.SelectionSlider:
-    """A slider over context lengths, two steps an octave; `value` is among them, and 0 ("none") if wanted."""
-    lengths = sorted({*TOKENS, value, *([0] if none else [])})
-    return slider("Context", [(f"{n:,}" if n else "none", n) for n in lengths], value)
-
-
-def checkbox(description: str, value: bool) -> widgets.Checkbox:
-    """A box to tick, as wide as the column."""
-    return widgets.Checkbox(value=value, description=description, indent=False, layout=widgets.Layout(width="100%"))
-
-
-def number_field(kind: type[widgets.Widget], description: str, **options: Any) -> widgets.Widget:
-    """A number with arrows or a slider, as wide as the column; it reports when the hand lets go."""
-    layout = widgets.Layout(width="100%")
-    return kind(description=description, continuous_update=False, style=WIDE, layout=layout, **options)
-
-
-def menu(description: str, options: Sequence[Any], value: Any) -> widgets.Dropdown:
-    """A list to choose from, as wide as the column.
-
-    Raises:
-        ValueError: `value` is not in the list.
-    """
-    if value not in options:
-        raise ValueError(f"unknown {description.lower()} {value!r}: expected one of {', '.join(map(repr, options))}")
-    layout = widgets.Layout(width="100%")
-    return widgets.Dropdown(options=options, value=value, description=description, style=WIDE, layout=layout)

@@ -12,7 +12,9 @@ from ..draw.advice import advice_figure
 from ..machine.hardware import HARDWARE, machine_of
 from ..maps.advise import TARGETS, Advice, advise
 from ..units import format_bytes
-from ._explorer import Explorer, menu, number_field, pill, preformatted, short, token_slider
+from ._controls import field, menu, token_slider
+from ._explorer import Explorer
+from ._html import pill, preformatted, short
 
 
 class Advisor(Explorer):
@@ -48,7 +50,7 @@ class Advisor(Explorer):
     ) -> None:
         self.model = self.model_field(model)
         self.hardware = menu("Machine", [*HARDWARE], hardware)
-        self.batch = number_field(widgets.BoundedIntText, "Batch", value=batch, min=1, max=4096)
+        self.batch = field(widgets.BoundedIntText, "Batch", batch, min=1, max=4096)
         self.context = token_slider(context, none=False)
         self.target = menu("Best by", [*TARGETS], target)
         super().__init__(
@@ -61,10 +63,7 @@ class Advisor(Explorer):
             [("Plan of the best", self._plan_pane)],
         )
 
-    @property
-    def advice(self) -> Advice | None:
-        """The advice that is shown; None if there is none yet."""
-        return self.result
+    advice = property(lambda self: self.result)
 
     def compute(self) -> Advice:
         """Rank the ways for the model and the machine that are named."""
@@ -92,10 +91,6 @@ class Advisor(Explorer):
             f"target={advice.target!r})\nprint(advice)\n"
             "device_map = advice.best.plan.device_map if advice.best else None\n"
         )
-
-    def to_json(self) -> str:
-        """The options as JSON text."""
-        return self.shown.to_json() + "\n"
 
     def _plan_pane(self) -> str:
         best = self.shown.best

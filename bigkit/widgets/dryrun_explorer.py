@@ -7,6 +7,7 @@ Leaves out: models that need more than token ids or one image, and quantized wei
 
 from __future__ import annotations
 
+import json
 from typing import Any, NamedTuple
 
 import ipywidgets as widgets
@@ -17,19 +18,10 @@ from ..dryrun.run import DryRun, dry_run
 from ..machine.hardware import GPUS, LINKS, Gpu, Hardware
 from ..maps.plan import Plan
 from ..measure.run import Measurement, measure, obstacle
-from ..units import GiB, dtype_name, format_bytes, format_seconds
-from ._explorer import (
-    AS_STORED,
-    DTYPES,
-    Explorer,
-    menu,
-    number_field,
-    pill,
-    preformatted,
-    short,
-    slider,
-    stored_dtype,
-)
+from ..units import GiB, format_bytes, format_seconds
+from ._controls import chosen_dtype, dtype_menu, field, menu, slider
+from ._explorer import Explorer
+from ._html import pill, preformatted, short
 
 ITS_OWN = "the GPU's own"
 HERE = "the one here"
@@ -103,14 +95,14 @@ class DryRunExplorer(Explorer):
         self._here = Hardware.detect()
         self.preset = self.preset_menu("Preset")
         self.model = self.model_field(model)
-        self.dtype = menu("Dtype", DTYPES, AS_STORED if dtype is None else dtype_name(dtype))
+        self.dtype = dtype_menu(dtype)
         self.gpu = menu("GPU", [*([HERE] if self._here.gpus else []), *GPUS], gpu)
-        self.count = number_field(widgets.IntSlider, "GPUs", value=count, min=1, max=8)
-        self.ram = number_field(widgets.BoundedIntText, "RAM, GiB", value=ram, min=0, max=4096)
+        self.count = field(widgets.IntSlider, "GPUs", count, min=1, max=8)
+        self.ram = field(widgets.BoundedIntText, "RAM, GiB", ram, min=0, max=4096)
         self.link = menu("Link", [ITS_OWN, *LINKS], ITS_OWN)
-        self.batch = number_field(widgets.BoundedIntText, "Batch", value=batch, min=1, max=512)
+        self.batch = field(widgets.BoundedIntText, "Batch", batch, min=1, max=512)
         self.prompt = slider("Prompt", [(f"{n:,}", n) for n in sorted({*PROMPTS, prompt})], prompt)
-        self.new = number_field(widgets.IntSlider, "New tokens", value=new, min=0, max=16)
+        self.new = field(widgets.IntSlider, "New tokens", new, min=0, max=16)
         self.real = widgets.Button(layout=widgets.Layout(width="auto"))
         self.real.on_click(lambda _: self._try_to_measure())
         super().__init__(
@@ -123,20 +115,9 @@ class DryRunExplorer(Explorer):
             [("Plan", lambda: preformatted(self.shown.plan.explain(), wrap=True))],
         )
 
-    @property
-    def plan(self) -> Plan | None:
-        """The plan that is shown; None if there is none yet."""
-        return self.result and self.result.plan
-
-    @property
-    def run(self) -> DryRun | None:
-        """The run that is shown; None if there is none yet."""
-        return self.result and self.result.run
-
-    @property
-    def measured(self) -> Measurement | None:
-        """What was measured of the run that is shown; None if it was not."""
-        return self.result and self._measured.get(self.result.key)
+    plan = property(lambda self: self.result and self.result.plan)
+    run = property(lambda self: self.result and self.result.run)
+    measured = property(lambda self: self.result and self._measured.get(self.result.key))
 
     @property
     def hardware(self) -> Hardware:
@@ -153,7 +134,7 @@ class DryRunExplorer(Explorer):
     def compute(self) -> Rehearsal:
         """Plan for the machine and the load, and rehearse the plan."""
         name, machine = self.model.value.strip(), self.hardware
-        dtype = stored_dtype(self.dtype.value)
+        dtype = chosen_dtype(self.dtype)
         batch, prompt, new = self.batch.value, self.prompt.value, self.new.value
         places = plan(
             self.spec(), machine.max_memory(), dtype=dtype, batch=batch, context=prompt + new,
@@ -232,9 +213,10 @@ class DryRunExplorer(Explorer):
             "print(run)\n"
         )
 
-    def to_json(self) -> str:
+    def content(self) -> dict[str, Any]:
         """The figures of the run, as JSON text."""
-        return self.shown.run.to_json() + "\n"
+        content: dict[str, Any] = json.loads(self.shown.run.to_json())
+        return content
 
     def summary(self, rehearsal: Rehearsal) -> list[str]:
         """The model, the machine, the load, whether it fits, and the highest peak."""

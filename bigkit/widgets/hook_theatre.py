@@ -9,7 +9,6 @@ Leaves out: measured times, and models other than the shipped one.
 
 from __future__ import annotations
 
-import json
 from typing import Any, NamedTuple
 
 import ipywidgets as widgets
@@ -20,7 +19,9 @@ from ..machine.streams import Schedule, schedule
 from ..maps.partition import spread
 from ..offload.observe import Observation, observe
 from ..units import GB, counted, format_bytes, format_seconds
-from ._explorer import LONGEST_REPR, Explorer, checkbox, map_table, number_field, pill, preformatted, short
+from ._controls import field
+from ._explorer import LONGEST_REPR, Explorer
+from ._html import map_table, pill, preformatted, short
 
 BLOCKS = 10  # of the shipped GPT
 PROMPT = "def "
@@ -87,22 +88,22 @@ class HookTheatre(Explorer):
         self._recordings: dict[tuple[Any, ...], Observation] = {}
         self.preset = self.preset_menu("Preset", preset)
         start = PRESETS.get(preset) or next(iter(PRESETS.values()))
-        self.step = number_field(widgets.IntSlider, "Step", value=0, min=0, max=1)
+        self.step = field(widgets.IntSlider, "Step", 0, min=0, max=1)
         self.step.add_class("bigkit-step-slider")
         self.play = widgets.Play(value=0, min=0, max=1, interval=700, layout=widgets.Layout(width="auto"))
         widgets.jslink((self.play, "value"), (self.step, "value"))
         self.steering = (self.play,)
         self.mode = widgets.ToggleButtons(options=[ONE_BY_ONE, PREFETCH], value=mode, style={"button_width": "110px"})
         self.mode.add_class("bigkit-mode")
-        self.slots = number_field(widgets.IntSlider, "Slots", value=slots, min=1, max=4)
-        self.tokens = number_field(widgets.IntSlider, "Tokens", value=tokens, min=1, max=3)
+        self.slots = field(widgets.IntSlider, "Slots", slots, min=1, max=4)
+        self.tokens = field(widgets.IntSlider, "Tokens", tokens, min=1, max=3)
         self.gpu0, self.gpu1, self.ram = (
-            number_field(widgets.IntSlider, name, value=start[control], min=0, max=BLOCKS)
+            field(widgets.IntSlider, name, start[control], min=0, max=BLOCKS)
             for name, control in (("GPU 0", "gpu0"), ("GPU 1", "gpu1"), ("RAM", "ram"))
         )
-        self.spread = checkbox("Spread GPU 0's blocks evenly", start["spread"])
+        self.spread = field(widgets.Checkbox, "Spread GPU 0's blocks evenly", start["spread"], indent=False)
         self.link, self.disk, self.rate = (
-            number_field(widgets.BoundedFloatText, f"{name}, GB/s", value=start[control], min=0.1, max=10_000, step=1)
+            field(widgets.BoundedFloatText, f"{name}, GB/s", start[control], min=0.1, max=10_000, step=1)
             for name, control in (("Link", "link"), ("Disk", "disk"), ("Work", "rate"))
         )
         super().__init__(
@@ -118,21 +119,9 @@ class HookTheatre(Explorer):
             ],
         )
 
-    @property
-    def recording(self) -> Observation | None:
-        """The real run behind what is shown; None if there is none yet."""
-        return self.result and self.result.recording
-
-    @property
-    def schedule(self) -> Schedule | None:
-        """When what happens in the run that is shown; None if there is none yet."""
-        return self.result and self.result.schedule
-
-    @property
-    def charts(self) -> dict[str, Schedule]:
-        """Both ways to run, with short names."""
-        return self.shown.charts
-
+    recording = property(lambda self: self.result and self.result.recording)
+    schedule = property(lambda self: self.result and self.result.schedule)
+    charts = property(lambda self: self.shown.charts)
     # -- where everything rests
 
     @property
@@ -233,10 +222,10 @@ class HookTheatre(Explorer):
             f"ahead={shown.ahead})\n"
         )
 
-    def to_json(self) -> str:
-        """What is shown, as JSON text: what was recorded, and when it happens, each way."""
+    def content(self) -> dict[str, Any]:
+        """What is shown, as plain data: what was recorded, and when it happens, each way."""
         recording, shown, charts = self.shown
-        content = {
+        return {
             "mode": self.mode.value, "slots": shown.slots, "tokens": shown.tokens, "device_map": self.device_map,
             "link": shown.link, "disk": shown.disk, "rate": self.rate.value * GB,
             "turns": [turn._asdict() for turn in shown.turns],
@@ -247,7 +236,6 @@ class HookTheatre(Explorer):
                 for name, chart in charts.items()
             },
         }  # fmt: skip
-        return json.dumps(content, indent=2) + "\n"
 
     def _story_pane(self) -> str:
         _, shown, charts = self.shown

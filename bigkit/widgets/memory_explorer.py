@@ -13,7 +13,9 @@ from ..api import Source, estimate_memory
 from ..draw.estimate import estimate_figure, estimate_text
 from ..model.estimate import CLASSIC, STORED, MemoryEstimate
 from ..units import format_bytes
-from ._explorer import WIDE, Explorer, number_field, pill, short, token_slider
+from ._controls import field, token_slider
+from ._explorer import Explorer
+from ._html import pill, short
 
 DTYPES = ("float32", "bfloat16", "float16", "float8_e4m3fn", "int8", "int4")
 STORAGES = ("float32", "bfloat16", "float16", "float8_e4m3fn", "int8", "nf4", "nf4-double", "fp4", "fp4-double")
@@ -52,14 +54,11 @@ class MemoryExplorer(Explorer):
         self.dtypes = _choices("Dtypes", DTYPES, dtypes)
         self.stored = _choices("Stored as", STORAGES, stored)
         self.context = token_slider(context, none=False)
-        self.batch = number_field(widgets.BoundedIntText, "Batch", value=batch, min=1, max=4096)
+        self.batch = field(widgets.BoundedIntText, "Batch", batch, min=1, max=4096)
         weights, load = [self.dtypes, self.stored], [self.context, self.batch]
         super().__init__([("Model", [self.model]), ("Weights", weights), ("Load", load)])
 
-    @property
-    def estimate(self) -> MemoryEstimate | None:
-        """The estimate that is shown; None if there is none yet."""
-        return self.result
+    estimate = property(lambda self: self.result)
 
     def compute(self) -> MemoryEstimate:
         """Estimate the model that is named."""
@@ -86,10 +85,6 @@ class MemoryExplorer(Explorer):
             f"    batch={estimate.batch},\n    context={estimate.context},\n)\n"
         )
 
-    def to_json(self) -> str:
-        """The estimate as JSON text."""
-        return self.shown.to_json()
-
     def summary(self, estimate: MemoryEstimate) -> list[str]:
         """The model, its parameters, the load and, if there is room, what it takes to run."""
         text = f"{short(estimate.name)}, {estimate.parameters / 1e6:,.1f} M parameters"
@@ -100,7 +95,4 @@ class MemoryExplorer(Explorer):
 
 def _choices(description: str, options: Iterable[str], chosen: Iterable[str]) -> widgets.SelectMultiple:
     options = list(dict.fromkeys([*options, *chosen]))
-    return widgets.SelectMultiple(
-        options=options, value=tuple(chosen), rows=len(options), description=description, style=WIDE,
-        layout=widgets.Layout(width="100%"),
-    )  # fmt: skip
+    return field(widgets.SelectMultiple, description, tuple(chosen), options=options, rows=len(options))

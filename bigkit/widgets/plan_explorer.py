@@ -18,20 +18,10 @@ from ..machine.hardware import HARDWARE, Hardware
 from ..maps.plan import Plan
 from ..maps.strategies import STRATEGIES, PlanError, plan, read_budgets
 from ..model.spec import QUANTIZATIONS
-from ..units import GiB, MiB, dtype_name, parse_bytes
-from ._explorer import (
-    AS_STORED,
-    DTYPES,
-    Explorer,
-    map_table,
-    menu,
-    number_field,
-    pill,
-    preformatted,
-    short,
-    stored_dtype,
-    token_slider,
-)
+from ..units import GiB, MiB, parse_bytes
+from ._controls import chosen_dtype, dtype_menu, field, menu, token_slider
+from ._explorer import Explorer
+from ._html import map_table, pill, preformatted, short
 
 NONE = "none"  # in a menu, as AS_STORED is
 MOST_GPUS = 16
@@ -116,24 +106,24 @@ class PlanExplorer(Explorer):
             start = {**start, "overhead": parse_bytes(overhead) / MiB}
 
         self.model = self.model_field(model)
-        self.dtype = menu("Dtype", DTYPES, AS_STORED if dtype is None else dtype_name(dtype))
+        self.dtype = dtype_menu(dtype)
         self.quantization = menu("Quantized", [NONE, *QUANTIZATIONS], quantization or NONE)
         self.hardware = self.preset = self.preset_menu("Machine", machine)
         sizes = start["sizes"]
-        self.count = number_field(widgets.IntSlider, "GPUs", value=len(sizes), min=0, max=MOST_GPUS)
+        self.count = field(widgets.IntSlider, "GPUs", len(sizes), min=0, max=MOST_GPUS)
         self._step = FINE if sizes and max(sizes) < 2 else STEP
         self._sliders: list[widgets.FloatSlider] = []
         self._gpu_box = widgets.VBox(layout=widgets.Layout(width="100%"))
         self._set_gpus(sizes)
         self.ram, self.disk, self.overhead = (
-            number_field(widgets.BoundedFloatText, name, value=start[control], min=0, max=most, step=1)
+            field(widgets.BoundedFloatText, name, start[control], min=0, max=most, step=1)
             for name, control, most in (
                 ("RAM, GiB", "ram", 2.0**15), ("Disk, GiB", "disk", 2.0**20), ("CUDA, MiB", "overhead", 2.0**14),
             )
         )  # fmt: skip
         self.strategy = menu("Strategy", STRATEGIES, strategy)
         self.context = token_slider(context, none=True)
-        self.batch = number_field(widgets.BoundedIntText, "Batch", value=batch, min=1, max=4096)
+        self.batch = field(widgets.BoundedIntText, "Batch", batch, min=1, max=4096)
         self.steering = (self.count,)
         self.count.observe(self._take_count, "value")
         super().__init__(
@@ -149,16 +139,8 @@ class PlanExplorer(Explorer):
         )
         self._start += [(slider, slider.value) for slider in self._sliders]
 
-    @property
-    def plan(self) -> Plan | None:
-        """The plan that is shown; None if there is none yet."""
-        return self.result
-
-    @property
-    def device_map(self) -> dict[str, Device]:
-        """Module name -> device, of the plan that is shown."""
-        return self.shown.device_map
-
+    plan = property(lambda self: self.result)
+    device_map = property(lambda self: self.shown.device_map)
     # -- the machine
 
     @property
@@ -178,8 +160,7 @@ class PlanExplorer(Explorer):
         """Show one slider for each size; those made before are used again."""
         end = next((end for end in ENDS if end >= 2 * max(sizes, default=0)), ENDS[-1])
         for i in range(len(self._sliders), len(sizes)):
-            slider = number_field(
-                widgets.FloatSlider, f"GPU {i}, GiB", value=sizes[i], min=0, max=max(end, *sizes), step=self._step,
+            slider = field(widgets.FloatSlider, f"GPU {i}, GiB", sizes[i], min=0, max=max(end, *sizes), step=self._step,
                 readout_format=".2f" if self._step == STEP else ".3f",
             )  # fmt: skip
             slider.continuous_update = True  # a redraw takes less than 50 ms, even of 405 billion parameters
@@ -214,7 +195,7 @@ class PlanExplorer(Explorer):
     def compute(self) -> Plan:
         """Plan with what the controls say; a budget that is too small gives the plan that comes closest."""
         options = {
-            "dtype": stored_dtype(self.dtype.value),
+            "dtype": chosen_dtype(self.dtype),
             "quantization": None if self.quantization.value == NONE else self.quantization.value,
             "batch": self.batch.value, "context": self.context.value, "overhead": round(self.overhead.value * MiB),
         }  # fmt: skip
@@ -237,10 +218,6 @@ class PlanExplorer(Explorer):
     def to_code(self) -> str:
         """Python that makes this plan again."""
         return self.shown.to_code()
-
-    def to_json(self) -> str:
-        """The plan as JSON text."""
-        return self.shown.to_json()
 
     def summary(self, plan: Plan) -> list[str]:
         """The model, whether it fits, and what each GPU or all of them hold."""

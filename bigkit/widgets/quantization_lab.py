@@ -5,10 +5,9 @@ Leaves out: the arithmetic (`quantize/study.py`, and notebook 09 by hand).
 
 from __future__ import annotations
 
-import json
 import math
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import ipywidgets as widgets
 
@@ -16,7 +15,9 @@ from ..draw.study import study_figure, study_text
 from ..model.spec import quantized_bytes
 from ..quantize.study import BLOCKSIZES, Sample, Scheme, Study, layers_of, planted, study
 from ..units import format_bytes, text_table
-from ._explorer import Explorer, checkbox, menu, number_field, pill, preformatted, slider
+from ._controls import field, menu, slider
+from ._explorer import Explorer
+from ._html import pill, preformatted
 
 TOKENS = 256  # of the held-out text, that the layers of the shipped GPT are measured on
 SCORED = 2000  # bytes of it that perplexity is measured on: enough to see the order, in a second or two each
@@ -66,10 +67,8 @@ class QuantizationLab(Explorer):
         self.layer = menu("Layer", list(_samples()), layer)
         self.kind = menu("Stored as", ("int8", "nf4", "fp4"), scheme.kind)
         self.blocksize = slider("Block size", [(str(size), size) for size in BLOCKSIZES], scheme.blocksize)
-        self.double = checkbox("Double quantization", scheme.double)
-        self.threshold = number_field(
-            widgets.FloatSlider, "Outliers ≥", value=scheme.threshold, min=0.0, max=20.0, step=0.5
-        )
+        self.double = field(widgets.Checkbox, "Double quantization", scheme.double, indent=False)
+        self.threshold = field(widgets.FloatSlider, "Outliers ≥", scheme.threshold, min=0.0, max=20.0, step=0.5)
         super().__init__(
             [
                 ("Start from", [self.preset]),
@@ -81,15 +80,8 @@ class QuantizationLab(Explorer):
             [("Perplexity", self._perplexity_pane)],
         )
 
-    @property
-    def study(self) -> Study | None:
-        """The study of the layer that is shown; None if there is none yet."""
-        return self.result and self.result.study
-
-    @property
-    def errors(self) -> dict[str, float]:
-        """Layer -> relative error of its output."""
-        return self.shown.errors
+    study = property(lambda self: self.result and self.result.study)
+    errors = property(lambda self: self.shown.errors)
 
     @property
     def scheme(self) -> Scheme:
@@ -137,9 +129,9 @@ class QuantizationLab(Explorer):
             f"{sample}found = study(sample, {self.scheme!r})\nfound.bits, found.output_error\n"
         )
 
-    def to_json(self) -> str:
-        """The study as JSON text, with the output error of every layer."""
-        return json.dumps({**self.shown.study.to_dict(), "output_errors": self.errors}, indent=2) + "\n"
+    def content(self) -> dict[str, Any]:
+        """The study as plain data, with the output error of every layer."""
+        return {**self.shown.study.to_dict(), "output_errors": self.errors}
 
     def _perplexity_pane(self) -> str:
         rows = []

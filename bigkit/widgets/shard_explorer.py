@@ -5,15 +5,17 @@ Leaves out: the weights; names and sizes are enough.
 
 from __future__ import annotations
 
-import json
+from typing import Any
 
 import ipywidgets as widgets
 
 from ..api import Source
 from ..checkpoints.shards import Cut, cut_model, read_limit
 from ..draw.shards import shards_figure, shards_text
-from ..units import counted, dtype_name, format_bytes
-from ._explorer import AS_STORED, DTYPES, WIDE, Explorer, menu, pill, preformatted, short, slider, stored_dtype
+from ..units import counted, format_bytes
+from ._controls import AS_STORED, chosen_dtype, dtype_menu, field, slider
+from ._explorer import Explorer
+from ._html import pill, preformatted, short
 
 LIMITS = tuple(digit * 10**power for power in range(3, 11) for digit in (1, 2, 5))  # 1 KB .. 50 GB
 INDEX_LINES = 24
@@ -54,13 +56,10 @@ class ShardExplorer(Explorer):
         self._settings: tuple[str, str | None] = ("", None)  # model and dtype of `cut`
         limit = read_limit(max_shard_size)
         self.model = self.model_field(model)
-        self.dtype = menu("Dtype", DTYPES, AS_STORED if dtype is None else dtype_name(dtype))
+        self.dtype = dtype_menu(dtype)
         self.limit = slider("File size", [(_size(size), size) for size in sorted({*LIMITS, limit})], limit)
         self.limit.add_class("bigkit-limit-slider")
-        self.find = widgets.Text(
-            value=find, description="Find", placeholder="part of a tensor's name", continuous_update=False,
-            style=WIDE, layout=widgets.Layout(width="100%"),
-        )  # fmt: skip
+        self.find = field(widgets.Text, "Find", find, placeholder="part of a tensor's name")
         super().__init__(
             [
                 ("Model", [self.model, self.dtype]),
@@ -70,10 +69,7 @@ class ShardExplorer(Explorer):
             [("Index", self._index_pane)],
         )
 
-    @property
-    def cut(self) -> Cut | None:
-        """The cut that is shown; None if there is none yet."""
-        return self.result
+    cut = property(lambda self: self.result)
 
     @property
     def found(self) -> dict[str, str]:
@@ -83,7 +79,7 @@ class ShardExplorer(Explorer):
 
     def compute(self) -> Cut:
         """Cut the model that is named."""
-        dtype = stored_dtype(self.dtype.value)
+        dtype = chosen_dtype(self.dtype)
         cut = cut_model(self.spec(), self.limit.value, dtype)
         self._settings = (self.model.value.strip(), dtype)
         return cut
@@ -115,14 +111,13 @@ class ShardExplorer(Explorer):
             f"# bigkit.checkpoints.save.save_model(model, folder, max_shard_size={cut.limit})\n"
         )
 
-    def to_json(self) -> str:
-        """The cut as JSON text: every file with its tensors and their bytes."""
+    def content(self) -> dict[str, Any]:
+        """The cut as plain data: every file with its tensors and their bytes."""
         cut, (name, dtype) = self.shown, self._settings
-        content = {
+        return {
             "model": name, "dtype": dtype, "max_shard_size": cut.limit, "total_size": cut.bytes,
             "files": {file: dict(tensors) for file, tensors in cut.files.items()}, "ties": dict(cut.ties),
         }  # fmt: skip
-        return json.dumps(content, indent=2) + "\n"
 
     def _index_pane(self) -> str:
         cut = self.shown

@@ -5,14 +5,16 @@ Leaves out: the processes; the arithmetic is enough. Each item is taken to need 
 
 from __future__ import annotations
 
-import json
+from typing import Any
 
 import ipywidgets as widgets
 
 from ..distributed.shares import Shares
 from ..draw.shares import shares_figure, shares_text
 from ..units import counted
-from ._explorer import Explorer, checkbox, number_field, pill
+from ._controls import field
+from ._explorer import Explorer
+from ._html import pill
 
 MOST_ITEMS, MOST_PROCESSES = 64, 16
 PRESETS = {
@@ -51,18 +53,15 @@ class SplitExplorer(Explorer):
             raise ValueError(f"cannot show {items} items on {processes} processes: expected 0 to {MOST_ITEMS} items "
                              f"and 1 to {MOST_PROCESSES} processes")  # fmt: skip
         self.preset = self.preset_menu("Preset")
-        self.items = number_field(widgets.IntSlider, "Items", value=items, min=0, max=MOST_ITEMS)
-        self.processes = number_field(widgets.IntSlider, "Processes", value=processes, min=1, max=MOST_PROCESSES)
+        self.items = field(widgets.IntSlider, "Items", items, min=0, max=MOST_ITEMS)
+        self.processes = field(widgets.IntSlider, "Processes", processes, min=1, max=MOST_PROCESSES)
         for slider in (self.items, self.processes):
             slider.continuous_update = True  # a redraw is cheap
         self.items.add_class("bigkit-items-slider")
-        self.padding = checkbox("apply_padding", padding)
+        self.padding = field(widgets.Checkbox, "apply_padding", padding, indent=False)
         super().__init__([("Start from", [self.preset]), ("Split", [self.items, self.processes, self.padding])])
 
-    @property
-    def split(self) -> Shares:
-        """The split that is shown."""
-        return self.shown
+    split = property(lambda self: self.shown)
 
     def compute(self) -> Shares:
         """Split as the controls say."""
@@ -96,15 +95,14 @@ class SplitExplorer(Explorer):
             f"shares = notebook_launcher(work, (list(range({split.items})),), num_processes={split.processes})\n"
         )
 
-    def to_json(self) -> str:
-        """The split as JSON text: who gets which positions."""
+    def content(self) -> dict[str, Any]:
+        """The split as plain data: who gets which positions."""
         split = self.shown
-        content = {
+        return {
             "items": split.items, "processes": split.processes, "apply_padding": split.padding,
             "shares": [list(part) for part in split.parts], "gather": list(split.gathered), "turns": split.rounds,
             "idle": split.idle, "repeated": split.padded,
         }  # fmt: skip
-        return json.dumps(content, indent=2) + "\n"
 
     def summary(self, split: Shares) -> list[str]:
         """The items and processes, the length of each share if there is room, and how many turns it takes."""

@@ -14,7 +14,8 @@ import pytest
 from bigkit import HARDWARE, advise, describe, dry_run, estimate_memory, plan
 from bigkit.checkpoints.shards import cut
 from bigkit.draw.advice import advice_figure
-from bigkit.draw.canvas import BLUE, WHITE, Picture, shorten, text_width, ticks
+from bigkit.draw.canvas import Picture, shorten, text_width, ticks
+from bigkit.draw.colours import BLUE, WHITE
 from bigkit.draw.dryrun import dryrun_figure
 from bigkit.draw.estimate import estimate_figure
 from bigkit.draw.plan import plan_figure

@@ -8,7 +8,8 @@ import pytest
 
 from bigkit import HARDWARE, format_bytes, plan
 from bigkit.devices import device_label
-from bigkit.draw.canvas import GPU_COLOURS, VERMILLION, WIDTH, Box, Picture, device_colour
+from bigkit.draw.canvas import WIDTH, Box, Picture
+from bigkit.draw.colours import GPU_COLOURS, VERMILLION, device_colour
 from bigkit.draw.plan import plan_figure, plan_label, plan_text, plan_verdict
 from bigkit.machine.hardware import CONTEXT_BYTES
 from bigkit.maps.plan import Plan

@@ -7,8 +7,8 @@ import ipywidgets
 import pytest
 
 from bigkit import widgets
-from bigkit.draw import canvas as draw
-from bigkit.widgets import _explorer
+from bigkit.draw import colours as draw
+from bigkit.widgets import _html
 
 COLOURS = {
     name: value for name, value in vars(draw).items() if name.isupper() and re.match("#[0-9A-F]{6}$", str(value))
@@ -51,7 +51,7 @@ def test_text_beside_the_bars_and_in_the_verdict_is_read():
     assert len(COLOURS) >= 12
     for ground in ("#FFFFFF", draw.TRACK):  # pictures have a ground of their own in both themes
         assert contrast("#333333", ground) >= 4.5
-    for ground, edge in _explorer.PILLS.values():
+    for ground, edge in _html.PILLS.values():
         assert contrast("#111", ground) >= 4.5 and contrast(edge, "#111111") >= 3, "an edge is seen on a dark page"
 
 

@@ -14,7 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bigkit import init_empty_weights, load_checkpoint_and_dispatch
-from bigkit.draw.canvas import GREEN, ORANGE, TRACK, WIDTH, YELLOW, Box, Picture
+from bigkit.draw.canvas import WIDTH, Box, Picture
+from bigkit.draw.colours import GREEN, ORANGE, TRACK, YELLOW
 from bigkit.draw.run import gantt_figure, gantt_label, gantt_text, run_figure, run_label, run_news, run_text
 from bigkit.machine.streams import Schedule, Turn, schedule
 from bigkit.offload.observe import observe

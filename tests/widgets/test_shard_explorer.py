@@ -21,7 +21,8 @@ from bigkit.checkpoints.format import INDEX, SINGLE
 from bigkit.checkpoints.load import load_checkpoint_in_model
 from bigkit.checkpoints.save import save_model
 from bigkit.checkpoints.shards import Cut, cut, cut_model
-from bigkit.draw.canvas import WIDTH, YELLOW, Box, Picture
+from bigkit.draw.canvas import WIDTH, Box, Picture
+from bigkit.draw.colours import YELLOW
 from bigkit.draw.shards import STRIPS, shards_figure, shards_label, shards_text, shards_verdict
 from bigkit.widgets import ShardExplorer
 from bigkit.widgets._explorer import LONGEST_REPR
