@@ -37,21 +37,21 @@ _STYLE = "<style>.bigkit-explorer .jupyter-widget-Collapse-header{color:var(--jp
 class Explorer(widgets.VBox):
     """A panel of controls and what follows from them.
 
-    A subclass makes its controls, calls `super().__init__`, and says in `compute` what follows from their values, in
-    `show` how that looks, and in `summary` what its `repr` says. Whatever goes wrong in `compute` is shown as one
-    sentence, above the last good picture.
+    A subclass gives its controls to `super().__init__`, and says in `compute` what follows from their values, in `show`
+    how that looks, and in `summary` what its `repr` says. Whatever goes wrong in `compute` is shown as one sentence,
+    above the last good picture.
 
     A preset gives several controls their values at once; a menu in `preset` names the one that the controls agree with.
 
     Args:
-        groups: (heading, controls) from the top.
-        panes: (title, function that makes its HTML); closed at first, and made only when open.
+        groups: heading -> name -> control, from the top; each becomes an attribute of that name.
+        panes: title -> function that makes its HTML; closed at first, and made only when open.
     """
 
     presets: Mapping[str, Mapping[str, Any]] = {}  # name -> control -> value
     own = OWN  # the option of the menu when no preset fits
     preset: Any = None  # the menu of presets, if there are any
-    steering: tuple[widgets.Widget, ...] = ()  # more controls that only turn others; the subclass listens to them
+    steering: tuple[str, ...] = ()  # names of controls that only turn others
     missing = "nothing yet"  # said where there is no result
     cure = "give the explorer a model that it can find"
     result: Any = None  # what `compute` returned last
@@ -59,16 +59,15 @@ class Explorer(widgets.VBox):
     _waiting = False  # for the end of `together`
 
     def __init__(
-        self,
-        groups: Sequence[tuple[str, Sequence[widgets.Widget]]],
-        panes: Sequence[tuple[str, Callable[[], str]]] = (),
+        self, groups: Mapping[str, Mapping[str, widgets.Widget]], panes: Mapping[str, Callable[[], str]] = {}
     ) -> None:
-        self.error, self.verdict, self.picture, self.text = (
-            _output(name) for name in ("error", "verdict", "picture", "text")
-        )
-        self._panes = [*panes, ("Code", self._code_pane), ("Export", self._export_pane)]
+        named = {name: control for group in groups.values() for name, control in group.items()}
+        for name, control in named.items():
+            setattr(self, name, control)
+        self.error, self.verdict, self.picture, self.text = map(_output, ("error", "verdict", "picture", "text"))
+        self._panes = {**panes, "Code": self._code_pane, "Export": self._export_pane}
         self.panes = widgets.Accordion([widgets.HTML() for _ in self._panes], selected_index=None)
-        for i, (title, _) in enumerate(self._panes):
+        for i, title in enumerate(self._panes):
             self.panes.set_title(i, title)
         self.panes.observe(lambda _: self._fill_pane(), "selected_index")
         self.buttons = widgets.HBox(
@@ -78,7 +77,7 @@ class Explorer(widgets.VBox):
                 _button("Export", "Save as JSON or SVG", lambda: self._open_pane("Export")),
             ]
         )
-        left = [item for heading, group in groups for item in (widgets.HTML(f"<b>{heading}</b>"), *group)]
+        left = [item for heading in groups for item in (widgets.HTML(f"<b>{heading}</b>"), *groups[heading].values())]
         style = widgets.HTML(_STYLE, layout=widgets.Layout(display="none"))
         right = [style, self.error, self.verdict, self.picture, self.text, self.panes]
         narrow = widgets.Layout(flex="0 0 290px", width="290px", padding="0 12px 0 0")
@@ -88,10 +87,10 @@ class Explorer(widgets.VBox):
         super().__init__([widgets.HBox(columns, layout=widgets.Layout(width="100%", flex_flow="row wrap"))])
         self.add_class("bigkit-explorer")
 
-        controls = [control for _, group in groups for control in group if control.has_trait("value")]
-        controls = [control for control in controls if control is not self.preset]
-        self._start = [(control, control.value) for control in controls]
-        self.listen(control for control in controls if control not in self.steering)
+        turned = {name: control for name, control in named.items() if control.has_trait("value")}
+        turned = {name: control for name, control in turned.items() if control is not self.preset}
+        self._start = [(control, control.value) for control in turned.values()]
+        self.listen(control for name, control in turned.items() if name not in self.steering)
         if self.preset is not None:
             self.preset.observe(lambda _: self._take_preset(), "value")
         self.refresh()
@@ -213,8 +212,9 @@ class Explorer(widgets.VBox):
         getattr(self, name).value = value
 
     def preset_menu(self, description: str, value: str = "") -> widgets.Dropdown:
-        """A menu of the presets; it starts as `own` until the first result names one."""
-        return menu(description, [*self.presets, self.own], value or self.own)
+        """The menu of the presets; without a value it starts as `own`, until the first result names a preset."""
+        self.preset = menu(description, [*self.presets, self.own], value or self.own)
+        return self.preset
 
     def _take_preset(self) -> None:
         with self.together():
@@ -264,13 +264,13 @@ class Explorer(widgets.VBox):
         return path
 
     def _open_pane(self, title: str) -> None:
-        self.panes.selected_index = [name for name, _ in self._panes].index(title)
+        self.panes.selected_index = [*self._panes].index(title)
         self._fill_pane()
 
     def _fill_pane(self) -> None:
         """Make the open pane; those that are closed cost nothing."""
         if self.panes.selected_index is not None and self.picture.value:
-            self.panes.children[self.panes.selected_index].value = self._panes[self.panes.selected_index][1]()
+            self.panes.children[self.panes.selected_index].value = [*self._panes.values()][self.panes.selected_index]()
 
     def _code_pane(self) -> str:
         code = self.to_code()

@@ -48,19 +48,17 @@ class Advisor(Explorer):
         context: int = 2048,
         target: str = "speed",
     ) -> None:
-        self.model = self.model_field(model)
-        self.hardware = menu("Machine", [*HARDWARE], hardware)
-        self.batch = field(widgets.BoundedIntText, "Batch", batch, min=1, max=4096)
-        self.context = token_slider(context, none=False)
-        self.target = menu("Best by", [*TARGETS], target)
         super().__init__(
-            [
-                ("Model", [self.model]),
-                ("Machine", [self.hardware]),
-                ("Load", [self.batch, self.context]),
-                ("What counts", [self.target]),
-            ],
-            [("Plan of the best", self._plan_pane)],
+            {
+                "Model": {"model": self.model_field(model)},
+                "Machine": {"hardware": menu("Machine", [*HARDWARE], hardware)},
+                "Load": {
+                    "batch": field(widgets.BoundedIntText, "Batch", batch, min=1, max=4096),
+                    "context": token_slider(context, none=False),
+                },
+                "What counts": {"target": menu("Best by", [*TARGETS], target)},
+            },
+            {"Plan of the best": self._plan_pane},
         )
 
     advice = property(lambda self: self.result)

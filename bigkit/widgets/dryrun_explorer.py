@@ -8,6 +8,7 @@ Leaves out: models that need more than token ids or one image, and quantized wei
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import ipywidgets as widgets
@@ -15,7 +16,7 @@ import ipywidgets as widgets
 from ..api import plan
 from ..draw.dryrun import dryrun_figure, dryrun_text
 from ..dryrun.run import DryRun, dry_run
-from ..machine.hardware import GPUS, LINKS, Gpu, Hardware
+from ..machine.hardware import GPUS, LINKS, Hardware
 from ..maps.plan import Plan
 from ..measure.run import Measurement, measure, obstacle
 from ..units import GiB, format_bytes, format_seconds
@@ -93,27 +94,29 @@ class DryRunExplorer(Explorer):
         self._runs: dict[Any, DryRun] = {}
         self._measured: dict[Any, Measurement] = {}
         self._here = Hardware.detect()
-        self.preset = self.preset_menu("Preset")
-        self.model = self.model_field(model)
-        self.dtype = dtype_menu(dtype)
-        self.gpu = menu("GPU", [*([HERE] if self._here.gpus else []), *GPUS], gpu)
-        self.count = field(widgets.IntSlider, "GPUs", count, min=1, max=8)
-        self.ram = field(widgets.BoundedIntText, "RAM, GiB", ram, min=0, max=4096)
-        self.link = menu("Link", [ITS_OWN, *LINKS], ITS_OWN)
-        self.batch = field(widgets.BoundedIntText, "Batch", batch, min=1, max=512)
-        self.prompt = slider("Prompt", [(f"{n:,}", n) for n in sorted({*PROMPTS, prompt})], prompt)
-        self.new = field(widgets.IntSlider, "New tokens", new, min=0, max=16)
         self.real = widgets.Button(layout=widgets.Layout(width="auto"))
         self.real.on_click(lambda _: self._try_to_measure())
+        gpus = [*([HERE] if self._here.gpus else []), *GPUS]
         super().__init__(
-            [
-                ("Model", [self.preset, self.model, self.dtype]),
-                ("Machine", [self.gpu, self.count, self.ram, self.link]),
-                ("Load", [self.batch, self.prompt, self.new]),
-                ("On the GPU that is here", [self.real]),
-            ],
-            [("Plan", lambda: preformatted(self.shown.plan.explain(), wrap=True))],
-        )
+            {
+                "Model": {
+                    "preset": self.preset_menu("Preset"), "model": self.model_field(model), "dtype": dtype_menu(dtype),
+                },
+                "Machine": {
+                    "gpu": menu("GPU", gpus, gpu),
+                    "count": field(widgets.IntSlider, "GPUs", count, min=1, max=8),
+                    "ram": field(widgets.BoundedIntText, "RAM, GiB", ram, min=0, max=4096),
+                    "link": menu("Link", [ITS_OWN, *LINKS], ITS_OWN),
+                },
+                "Load": {
+                    "batch": field(widgets.BoundedIntText, "Batch", batch, min=1, max=512),
+                    "prompt": slider("Prompt", [(f"{n:,}", n) for n in sorted({*PROMPTS, prompt})], prompt),
+                    "new": field(widgets.IntSlider, "New tokens", new, min=0, max=16),
+                },
+                "On the GPU that is here": {"real": self.real},
+            },
+            {"Plan": lambda: preformatted(self.shown.plan.explain(), wrap=True)},
+        )  # fmt: skip
 
     plan = property(lambda self: self.result and self.result.plan)
     run = property(lambda self: self.result and self.result.run)
@@ -122,14 +125,13 @@ class DryRunExplorer(Explorer):
     @property
     def hardware(self) -> Hardware:
         """The machine that the controls describe."""
+        count, ram, link = self.count.value, self.ram.value * GiB, self.link.value
         if self.gpu.value == HERE:
-            here = self._here
-            return Hardware(here.name, here.gpus[: self.count.value], self.ram.value * GiB, 0)
-        gpu = GPUS[self.gpu.value]
-        if self.link.value != ITS_OWN:
-            gpu = Gpu(gpu.name, gpu.memory, gpu.bandwidth, gpu.flops, LINKS[self.link.value], gpu.capability)
-        link = "" if self.link.value == ITS_OWN else f", {self.link.value}"
-        return Hardware(f"{self.count.value} x {gpu.name}{link}", (gpu,) * self.count.value, self.ram.value * GiB, 0)
+            return Hardware(self._here.name, self._here.gpus[:count], ram, 0)
+        gpu, name = GPUS[self.gpu.value], f"{count} x {self.gpu.value}"
+        if link != ITS_OWN:
+            gpu, name = replace(gpu, link=LINKS[link]), f"{name}, {link}"
+        return Hardware(name, (gpu,) * count, ram, 0)
 
     def compute(self) -> Rehearsal:
         """Plan for the machine and the load, and rehearse the plan."""
@@ -214,7 +216,7 @@ class DryRunExplorer(Explorer):
         )
 
     def content(self) -> dict[str, Any]:
-        """The figures of the run, as JSON text."""
+        """The figures of the run, as plain data."""
         content: dict[str, Any] = json.loads(self.shown.run.to_json())
         return content
 

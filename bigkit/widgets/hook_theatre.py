@@ -77,6 +77,7 @@ class HookTheatre(Explorer):
     """
 
     presets = PRESETS
+    steering = ("play",)
     missing = "nothing has run yet"
     cure = "place no more blocks than the model has"
 
@@ -86,42 +87,41 @@ class HookTheatre(Explorer):
         if mode not in (ONE_BY_ONE, PREFETCH):
             raise ValueError(f"unknown mode {mode!r}: expected {ONE_BY_ONE!r} or {PREFETCH!r}")
         self._recordings: dict[tuple[Any, ...], Observation] = {}
-        self.preset = self.preset_menu("Preset", preset)
         start = PRESETS.get(preset) or next(iter(PRESETS.values()))
-        self.step = field(widgets.IntSlider, "Step", 0, min=0, max=1)
-        self.step.add_class("bigkit-step-slider")
-        self.play = widgets.Play(value=0, min=0, max=1, interval=700, layout=widgets.Layout(width="auto"))
-        widgets.jslink((self.play, "value"), (self.step, "value"))
-        self.steering = (self.play,)
-        self.mode = widgets.ToggleButtons(options=[ONE_BY_ONE, PREFETCH], value=mode, style={"button_width": "110px"})
-        self.mode.add_class("bigkit-mode")
-        self.slots = field(widgets.IntSlider, "Slots", slots, min=1, max=4)
-        self.tokens = field(widgets.IntSlider, "Tokens", tokens, min=1, max=3)
-        self.gpu0, self.gpu1, self.ram = (
-            field(widgets.IntSlider, name, start[control], min=0, max=BLOCKS)
-            for name, control in (("GPU 0", "gpu0"), ("GPU 1", "gpu1"), ("RAM", "ram"))
-        )
-        self.spread = field(widgets.Checkbox, "Spread GPU 0's blocks evenly", start["spread"], indent=False)
-        self.link, self.disk, self.rate = (
-            field(widgets.BoundedFloatText, f"{name}, GB/s", start[control], min=0.1, max=10_000, step=1)
-            for name, control in (("Link", "link"), ("Disk", "disk"), ("Work", "rate"))
-        )
+        blocks = {"min": 0, "max": BLOCKS}
+        rates = {"min": 0.1, "max": 10_000, "step": 1}
+        modes = widgets.ToggleButtons(options=[ONE_BY_ONE, PREFETCH], value=mode, style={"button_width": "110px"})
+        play = widgets.Play(value=0, min=0, max=1, interval=700, layout=widgets.Layout(width="auto"))
+        step = field(widgets.IntSlider, "Step", 0, min=0, max=1).add_class("bigkit-step-slider")
+        widgets.jslink((play, "value"), (step, "value"))
         super().__init__(
-            [
-                ("Play, or step with the arrow keys", [self.play, self.step]),
-                ("How weights are brought", [self.mode, self.slots, self.tokens]),
-                ("Where blocks rest (else: disk)", [self.preset, self.gpu0, self.gpu1, self.ram, self.spread]),
-                ("How fast", [self.link, self.disk, self.rate]),
-            ],
-            [
-                ("What happened, step by step", self._story_pane),
-                ("Device map", lambda: map_table(self.device_map)),
-            ],
+            {
+                "Play, or step with the arrow keys": {"play": play, "step": step},
+                "How weights are brought": {
+                    "mode": modes.add_class("bigkit-mode"),
+                    "slots": field(widgets.IntSlider, "Slots", slots, min=1, max=4),
+                    "tokens": field(widgets.IntSlider, "Tokens", tokens, min=1, max=3),
+                },
+                "Where blocks rest (else: disk)": {
+                    "preset": self.preset_menu("Preset", preset),
+                    "gpu0": field(widgets.IntSlider, "GPU 0", start["gpu0"], **blocks),
+                    "gpu1": field(widgets.IntSlider, "GPU 1", start["gpu1"], **blocks),
+                    "ram": field(widgets.IntSlider, "RAM", start["ram"], **blocks),
+                    "spread": field(widgets.Checkbox, "Spread GPU 0's blocks evenly", start["spread"], indent=False),
+                },
+                "How fast": {
+                    "link": field(widgets.BoundedFloatText, "Link, GB/s", start["link"], **rates),
+                    "disk": field(widgets.BoundedFloatText, "Disk, GB/s", start["disk"], **rates),
+                    "rate": field(widgets.BoundedFloatText, "Work, GB/s", start["rate"], **rates),
+                },
+            },
+            {"What happened, step by step": self._story_pane, "Device map": lambda: map_table(self.device_map)},
         )
 
     recording = property(lambda self: self.result and self.result.recording)
     schedule = property(lambda self: self.result and self.result.schedule)
     charts = property(lambda self: self.shown.charts)
+
     # -- where everything rests
 
     @property
@@ -135,13 +135,11 @@ class HookTheatre(Explorer):
         if (placed := first + second + ram) > BLOCKS:
             raise ValueError(f"{placed} blocks are placed and the model has {BLOCKS}: move a slider to the left")
         ends: Device = 1 if second else 0
-        others = BLOCKS - second
-        here = spread([1] * others, first) if self.spread.value else set(range(first))
-        kinds = iter(["cpu"] * ram + ["disk"] * BLOCKS)
+        away = ["cpu"] * ram + ["disk"] * (BLOCKS - placed)
+        blocks: list[Device] = [0] * first + [1] * second + away
         if self.spread.value:
-            blocks: list[Device] = [0 if i in here else next(kinds) for i in range(others)] + [1] * second
-        else:
-            blocks = ([0] * first + [1] * second + ["cpu"] * ram + ["disk"] * BLOCKS)[:BLOCKS]
+            here, rest = spread([1] * (BLOCKS - second), first), iter(away)
+            blocks = [0 if i in here else next(rest) for i in range(BLOCKS - second)] + [1] * second
         before: dict[str, Device] = {"transformer.wte": 0, "transformer.wpe": 0, "transformer.drop": 0}
         after: dict[str, Device] = {"transformer.ln_f": ends, "lm_head": ends}
         return {**before, **{f"transformer.h.{i}": device for i, device in enumerate(blocks)}, **after}
@@ -157,7 +155,7 @@ class HookTheatre(Explorer):
         if key not in self._recordings:
             self._recordings[key] = _run(places, slots, prefetch, self.tokens.value)
         recording = self._recordings[key]
-        rates = [field.value * GB for field in (self.rate, self.link, self.disk)]
+        rates = [control.value * GB for control in (self.rate, self.link, self.disk)]
         shown = recording.schedule(*rates, ahead=prefetch)
         options: dict[str, Any] = {"link": shown.link, "disk": shown.disk, "tokens": shown.tokens}
         turns = [turn._replace(name=turn.name.removeprefix("transformer.")) for turn in shown.turns]
@@ -181,22 +179,15 @@ class HookTheatre(Explorer):
         gain = slow.per_token / fast.per_token
         bound = {"compute": "work itself", "link": "the link", "disk": "the disk"}[fast.bound]
         news = "good" if gain >= 1.2 or fast.bound == "compute" else "slow"
-        verdict = pill(
-            news,
-            f"Prefetch: {format_seconds(fast.per_token)} a token,",
-            f"{gain:.2f} times as fast as one by one; {bound} has the most to do.",
-        )
+        facts = f"{gain:.2f} times as fast as one by one; {bound} has the most to do."
+        verdict = pill(news, f"Prefetch: {format_seconds(fast.per_token)} a token,", facts)
         arriving = sum(shown.turns[i].nbytes for i in shown.scene(step).arriving)
         flight = f"In flight: {format_bytes(arriving, 'si')}. " if arriving else "Nothing is in flight. "
         end = f"It wrote {written!r}, as the whole model does: {equal}." if self.step.value == last else ""
-        here = pill(
-            "good" if equal else "bad",
-            f"Step {self.step.value} of {last},",
-            f"{run_news(charts[self._chart], step)}. {flight}{end}",
-        )
+        facts = f"{run_news(charts[self._chart], step)}. {flight}{end}"
+        verdict += pill("good" if equal else "bad", f"Step {self.step.value} of {last},", facts)
         title = "pygpt over " + ", ".join(dict.fromkeys(device_label(turn.rests) for turn in shown.turns))
-        picture = run_figure(charts, self._chart, step, title)
-        self.put(verdict + here, picture, run_text(charts, self._chart, step))
+        self.put(verdict, run_figure(charts, self._chart, step, title), run_text(charts, self._chart, step))
 
     @property
     def _chart(self) -> str:

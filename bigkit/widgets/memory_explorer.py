@@ -50,13 +50,19 @@ class MemoryExplorer(Explorer):
         context: int = 2048,
         batch: int = 1,
     ) -> None:
-        self.model = self.model_field(model)
-        self.dtypes = _choices("Dtypes", DTYPES, dtypes)
-        self.stored = _choices("Stored as", STORAGES, stored)
-        self.context = token_slider(context, none=False)
-        self.batch = field(widgets.BoundedIntText, "Batch", batch, min=1, max=4096)
-        weights, load = [self.dtypes, self.stored], [self.context, self.batch]
-        super().__init__([("Model", [self.model]), ("Weights", weights), ("Load", load)])
+        super().__init__(
+            {
+                "Model": {"model": self.model_field(model)},
+                "Weights": {
+                    "dtypes": _choices("Dtypes", DTYPES, dtypes),
+                    "stored": _choices("Stored as", STORAGES, stored),
+                },
+                "Load": {
+                    "context": token_slider(context, none=False),
+                    "batch": field(widgets.BoundedIntText, "Batch", batch, min=1, max=4096),
+                },
+            }
+        )
 
     estimate = property(lambda self: self.result)
 

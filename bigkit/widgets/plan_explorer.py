@@ -26,7 +26,6 @@ from ._html import map_table, pill, preformatted, short
 NONE = "none"  # in a menu, as AS_STORED is
 MOST_GPUS = 16
 STEP, FINE = 0.25, 1 / 256  # GiB: of the GPU sliders, and of those for budgets below 2 GiB
-ENDS = (4.0, 16.0, 32.0, 64.0, 128.0, 192.0)  # GiB: a slider reaches to the first that is twice its size, or the last
 DISK = 1024.0  # GiB, where the budgets name none
 
 
@@ -83,6 +82,7 @@ class PlanExplorer(Explorer):
     presets = {name: _machine(machine) for name, machine in HARDWARE.items()}
     own = "my own budgets"
     missing = "no plan yet"
+    steering = ("count",)
 
     def __init__(
         self,
@@ -105,42 +105,45 @@ class PlanExplorer(Explorer):
         if overhead is not None:
             start = {**start, "overhead": parse_bytes(overhead) / MiB}
 
-        self.model = self.model_field(model)
-        self.dtype = dtype_menu(dtype)
-        self.quantization = menu("Quantized", [NONE, *QUANTIZATIONS], quantization or NONE)
-        self.hardware = self.preset = self.preset_menu("Machine", machine)
         sizes = start["sizes"]
-        self.count = field(widgets.IntSlider, "GPUs", len(sizes), min=0, max=MOST_GPUS)
         self._step = FINE if sizes and max(sizes) < 2 else STEP
         self._sliders: list[widgets.FloatSlider] = []
         self._gpu_box = widgets.VBox(layout=widgets.Layout(width="100%"))
         self._set_gpus(sizes)
-        self.ram, self.disk, self.overhead = (
-            field(widgets.BoundedFloatText, name, start[control], min=0, max=most, step=1)
-            for name, control, most in (
-                ("RAM, GiB", "ram", 2.0**15), ("Disk, GiB", "disk", 2.0**20), ("CUDA, MiB", "overhead", 2.0**14),
-            )
-        )  # fmt: skip
-        self.strategy = menu("Strategy", STRATEGIES, strategy)
-        self.context = token_slider(context, none=True)
-        self.batch = field(widgets.BoundedIntText, "Batch", batch, min=1, max=4096)
-        self.steering = (self.count,)
-        self.count.observe(self._take_count, "value")
         super().__init__(
-            [
-                ("Model", [self.model, self.dtype, self.quantization]),
-                ("Machine", [self.hardware, self.count, self._gpu_box, self.ram, self.disk, self.overhead]),
-                ("Plan", [self.strategy, self.context, self.batch]),
-            ],
-            [
-                ("Why each boundary stands where it does", lambda: preformatted(self.shown.explain(), wrap=True)),
-                ("Device map", lambda: map_table(self.device_map)),
-            ],
+            {
+                "Model": {
+                    "model": self.model_field(model),
+                    "dtype": dtype_menu(dtype),
+                    "quantization": menu("Quantized", [NONE, *QUANTIZATIONS], quantization or NONE),
+                },
+                "Machine": {
+                    "hardware": self.preset_menu("Machine", machine),
+                    "count": field(widgets.IntSlider, "GPUs", len(sizes), min=0, max=MOST_GPUS),
+                    "_gpu_box": self._gpu_box,
+                    "ram": field(widgets.BoundedFloatText, "RAM, GiB", start["ram"], min=0, max=2**15, step=1),
+                    "disk": field(widgets.BoundedFloatText, "Disk, GiB", start["disk"], min=0, max=2**20, step=1),
+                    "overhead": field(
+                        widgets.BoundedFloatText, "CUDA, MiB", start["overhead"], min=0, max=2**14, step=1
+                    ),
+                },
+                "Plan": {
+                    "strategy": menu("Strategy", STRATEGIES, strategy),
+                    "context": token_slider(context, none=True),
+                    "batch": field(widgets.BoundedIntText, "Batch", batch, min=1, max=4096),
+                },
+            },
+            {
+                "Why each boundary stands where it does": lambda: preformatted(self.shown.explain(), wrap=True),
+                "Device map": lambda: map_table(self.device_map),
+            },
         )
+        self.count.observe(self._take_count, "value")
         self._start += [(slider, slider.value) for slider in self._sliders]
 
     plan = property(lambda self: self.result)
     device_map = property(lambda self: self.shown.device_map)
+
     # -- the machine
 
     @property
@@ -157,18 +160,17 @@ class PlanExplorer(Explorer):
         return {**budgets, "disk": round(self.disk.value * GiB)}
 
     def _set_gpus(self, sizes: Sequence[float]) -> None:
-        """Show one slider for each size; those made before are used again."""
-        end = next((end for end in ENDS if end >= 2 * max(sizes, default=0)), ENDS[-1])
+        """Show one slider for each size, which reaches to twice the largest; those made before are used again."""
+        end, digits = max(4.0, 2 * max(sizes, default=0)), ".2f" if self._step == STEP else ".3f"
         for i in range(len(self._sliders), len(sizes)):
-            slider = field(widgets.FloatSlider, f"GPU {i}, GiB", sizes[i], min=0, max=max(end, *sizes), step=self._step,
-                readout_format=".2f" if self._step == STEP else ".3f",
-            )  # fmt: skip
+            limits = {"min": 0, "max": end, "step": self._step, "readout_format": digits}
+            slider = field(widgets.FloatSlider, f"GPU {i}, GiB", sizes[i], **limits)
             slider.continuous_update = True  # a redraw takes less than 50 ms, even of 405 billion parameters
             slider.add_class("bigkit-gpu-slider")
             self._sliders.append(slider)
             self.listen([slider])
         for slider, size in zip(self._sliders, sizes):
-            slider.max = max(slider.max, end, size)
+            slider.max = max(slider.max, end)
             slider.value = size
         self._gpu_box.children = self._sliders[: len(sizes)]
 

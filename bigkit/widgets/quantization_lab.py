@@ -63,21 +63,20 @@ class QuantizationLab(Explorer):
     cure = "is bitsandbytes installed?"
 
     def __init__(self, layer: str = "transformer.h.0.mlp.c_fc", scheme: Scheme = Scheme()) -> None:
-        self.preset = self.preset_menu("Preset")
-        self.layer = menu("Layer", list(_samples()), layer)
-        self.kind = menu("Stored as", ("int8", "nf4", "fp4"), scheme.kind)
-        self.blocksize = slider("Block size", [(str(size), size) for size in BLOCKSIZES], scheme.blocksize)
-        self.double = field(widgets.Checkbox, "Double quantization", scheme.double, indent=False)
-        self.threshold = field(widgets.FloatSlider, "Outliers ≥", scheme.threshold, min=0.0, max=20.0, step=0.5)
         super().__init__(
-            [
-                ("Start from", [self.preset]),
-                ("Layer", [self.layer]),
-                ("Weights", [self.kind]),
-                ("4 bit", [self.blocksize, self.double]),
-                ("8 bit", [self.threshold]),
-            ],
-            [("Perplexity", self._perplexity_pane)],
+            {
+                "Start from": {"preset": self.preset_menu("Preset")},
+                "Layer": {"layer": menu("Layer", [*_samples()], layer)},
+                "Weights": {"kind": menu("Stored as", ("int8", "nf4", "fp4"), scheme.kind)},
+                "4 bit": {
+                    "blocksize": slider("Block size", [(str(size), size) for size in BLOCKSIZES], scheme.blocksize),
+                    "double": field(widgets.Checkbox, "Double quantization", scheme.double, indent=False),
+                },
+                "8 bit": {
+                    "threshold": field(widgets.FloatSlider, "Outliers ≥", scheme.threshold, min=0, max=20, step=0.5),
+                },
+            },
+            {"Perplexity": self._perplexity_pane},
         )
 
     study = property(lambda self: self.result and self.result.study)

@@ -55,18 +55,16 @@ class ShardExplorer(Explorer):
     ) -> None:
         self._settings: tuple[str, str | None] = ("", None)  # model and dtype of `cut`
         limit = read_limit(max_shard_size)
-        self.model = self.model_field(model)
-        self.dtype = dtype_menu(dtype)
-        self.limit = slider("File size", [(_size(size), size) for size in sorted({*LIMITS, limit})], limit)
-        self.limit.add_class("bigkit-limit-slider")
-        self.find = field(widgets.Text, "Find", find, placeholder="part of a tensor's name")
+        limits = [(_size(size), size) for size in sorted({*LIMITS, limit})]
         super().__init__(
-            [
-                ("Model", [self.model, self.dtype]),
-                ("Largest file", [self.limit]),
-                ("Which file holds this tensor?", [self.find]),
-            ],
-            [("Index", self._index_pane)],
+            {
+                "Model": {"model": self.model_field(model), "dtype": dtype_menu(dtype)},
+                "Largest file": {"limit": slider("File size", limits, limit).add_class("bigkit-limit-slider")},
+                "Which file holds this tensor?": {
+                    "find": field(widgets.Text, "Find", find, placeholder="part of a tensor's name"),
+                },
+            },
+            {"Index": self._index_pane},
         )
 
     cut = property(lambda self: self.result)

@@ -52,14 +52,19 @@ class SplitExplorer(Explorer):
         if not (0 <= items <= MOST_ITEMS and 1 <= processes <= MOST_PROCESSES):
             raise ValueError(f"cannot show {items} items on {processes} processes: expected 0 to {MOST_ITEMS} items "
                              f"and 1 to {MOST_PROCESSES} processes")  # fmt: skip
-        self.preset = self.preset_menu("Preset")
-        self.items = field(widgets.IntSlider, "Items", items, min=0, max=MOST_ITEMS)
-        self.processes = field(widgets.IntSlider, "Processes", processes, min=1, max=MOST_PROCESSES)
-        for slider in (self.items, self.processes):
-            slider.continuous_update = True  # a redraw is cheap
-        self.items.add_class("bigkit-items-slider")
-        self.padding = field(widgets.Checkbox, "apply_padding", padding, indent=False)
-        super().__init__([("Start from", [self.preset]), ("Split", [self.items, self.processes, self.padding])])
+        limits = {"min": 0, "max": MOST_ITEMS, "continuous_update": True}  # a redraw is cheap
+        super().__init__(
+            {
+                "Start from": {"preset": self.preset_menu("Preset")},
+                "Split": {
+                    "items": field(widgets.IntSlider, "Items", items, **limits).add_class("bigkit-items-slider"),
+                    "processes": field(
+                        widgets.IntSlider, "Processes", processes, **{**limits, "min": 1, "max": MOST_PROCESSES}
+                    ),
+                    "padding": field(widgets.Checkbox, "apply_padding", padding, indent=False),
+                },
+            }
+        )
 
     split = property(lambda self: self.shown)
 
