@@ -57,7 +57,8 @@ def test_text_beside_the_bars_and_in_the_verdict_is_read():
 
 @pytest.fixture(scope="module", params=EXPLORERS)
 def explorer(request):
-    return getattr(widgets, request.param)()
+    small = {"model": "pygpt", "batch": 1, "prompt": 16, "new": 1} if request.param == "DryRunExplorer" else {}
+    return getattr(widgets, request.param)(**small)
 
 
 def test_a_picture_is_announced(explorer):

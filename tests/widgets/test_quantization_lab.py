@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from bigkit.draw.study import study_figure, study_label, study_text
 from bigkit.model.spec import quantized_bytes
 from bigkit.quantize.study import BLOCKSIZES, Sample, Scheme, layers_of, planted, study
-from bigkit.widgets import QuantizationLab
+from bigkit.widgets import QuantizationLab, quantization_lab
 from bigkit.widgets._explorer import LONGEST_REPR, OWN
 from bigkit.widgets.quantization_lab import PRESETS
 from bigkit.zoo.gpt import load_pygpt
@@ -127,6 +127,16 @@ def test_the_lab_exports_what_it_shows(tmp_path):
         assert names["found"].output_error == pytest.approx(shown.study.output_error)
 
 
+def test_perplexities_of_a_few_bytes_are_close(monkeypatch):
+    quantization_lab._perplexity.cache_clear()
+    monkeypatch.setattr(quantization_lab, "SCORED", 200)
+    found = QuantizationLab().perplexities()
+    quantization_lab._perplexity.cache_clear()
+    assert list(found) == ["float32", "bfloat16", "int8", "nf4", "nf4-double", "fp4"]
+    assert all(value == pytest.approx(found["float32"], rel=0.1) for value in found.values())
+
+
+@pytest.mark.soak
 def test_perplexity_rises_as_bits_fall():
     found = QuantizationLab().perplexities()
     assert list(found) == ["float32", "bfloat16", "int8", "nf4", "nf4-double", "fp4"]
