@@ -72,8 +72,8 @@ def _draw_bar(picture: Picture, bar: Bar, longest: int, unit: int, unit_name: st
     total = three_figures(bar.used / unit)
     total += "" if bar.capacity is None else f" of {three_figures(bar.capacity / unit)}"
     total = f"{total} {unit_name}"
-    size = 9.5 if text_width(total, 9.5, over) < picture.right - 12 else 8
-    picture.text(WIDTH - 8, middle, total, size, "#B00000" if over else BLACK, "end", bold=over)
+    font = 9.5 if text_width(total, 9.5, over) < picture.right - 12 else 8.0
+    picture.text(WIDTH - 8, middle, total, font, "#B00000" if over else BLACK, "end", bold=over)
     picture.y += ROW
 
 

@@ -82,8 +82,8 @@ def _compared(run: DryRun, measured: Measurement) -> str:
         predicted, real = peaks[measured.device], measured.recording.peaks[name]
         rows.append([f"peak {name}", format_bytes(predicted), format_bytes(real), _error(predicted, real)])
     steps = list(zip(run.times, measured.seconds))
-    for step, real in steps[:1] + steps[1:][-1:]:
-        rows.append([step.name, format_seconds(step.seconds), format_seconds(real), _error(step.seconds, real)])
+    for step, seconds in steps[:1] + steps[1:][-1:]:
+        rows.append([step.name, format_seconds(step.seconds), format_seconds(seconds), _error(step.seconds, seconds)])
     return text_table(["", "predicted", "measured", "off by"], rows)
 
 

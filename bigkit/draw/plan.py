@@ -26,8 +26,8 @@ def plan_figure(plan: Plan) -> Picture:
     overhead have their own. What lies above a budget is hatched. GPUs share one scale, RAM and disk another.
 
     >>> from bigkit import plan
-    >>> plan_figure(plan("gpt2", {0: "300MiB", 1: "300MiB"}))  # doctest: +ELLIPSIS
-    <Picture: Memory of gpt2 on each device: GPU 0 297.50 MiB of 300.00 MiB, ... It fits.>
+    >>> plan_figure(plan("gpt2", {0: "300MiB", 1: "300MiB"}))
+    <Picture: Memory of gpt2 on each device: GPU 0 231.35 MiB of 300.00 MiB, GPU 1 243.35 MiB of 300.00 MiB. It fits.>
     """
     working = [share for share in plan.shares if share.runs or share.device not in ("cpu", "disk")]
     resting = [share for share in plan.shares if share not in working and (share.used or share.budget != 0)]

@@ -118,8 +118,8 @@ def gantt_figure(charts: Charts, title: str = "") -> Picture:
 
     >>> from bigkit.machine.streams import Turn, schedule
     >>> blocks = [Turn(f"h.{i}", 10**9, 0.01, "cpu") for i in range(4)]
-    >>> gantt_figure({f"{n} slots": schedule(blocks, link=50e9, slots=n) for n in (1, 2)})
-    <Picture: Time for the last token: 1 slots 80.0 ms, 2 slots 80.0 ms.>
+    >>> gantt_figure({name: schedule(blocks, link=50e9, slots=n) for n, name in ((1, "one slot"), (2, "two"))})
+    <Picture: Time for the last token: one slot 120 ms, two 90.0 ms.>
     """
     picture = Picture(title or " and ".join(charts), gantt_label(charts), LEFT, RIGHT)
     if title:

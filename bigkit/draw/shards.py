@@ -23,8 +23,8 @@ def shards_figure(cut: Cut, find: str = "") -> Picture:
 
     >>> from bigkit import describe
     >>> from bigkit.checkpoints.shards import cut_model
-    >>> shards_figure(cut_model(describe("pygpt"), "5MB", "bfloat16"))  # doctest: +ELLIPSIS
-    <Picture: Checkpoint of pygpt: 4 files, 16.32 MB in all, limit 5.00 MB; 4.07 MB, ...>
+    >>> shards_figure(cut_model(describe("pygpt"), "5MB", "bfloat16")).label
+    'Checkpoint of pygpt, bfloat16: 4 files, 16.32 MB in all, limit 5.00 MB; 4.61 MB, 4.74 MB, 4.74 MB, 2.24 MB.'
     """
     picture = Picture(cut.model or "checkpoint", shards_label(cut, find))
     picture.head(shards_verdict(cut))

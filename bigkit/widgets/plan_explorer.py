@@ -98,12 +98,12 @@ class PlanExplorer(Explorer):
     ) -> None:
         self._cure = ""  # what would make a plan fit that does not
         if isinstance(max_memory, Mapping):
-            machine, start = self.own, _budgets(max_memory)
+            hardware, start = self.preset_menu("Machine"), _budgets(max_memory)
         else:
-            machine = max_memory or "2 x RTX 4090"
-            start = self.presets.get(machine, {"sizes": [], "ram": 0, "disk": 0, "overhead": 0})
+            hardware = self.preset_menu("Machine", max_memory or "2 x RTX 4090")
+            start = dict(self.presets.get(hardware.value) or self.presets["2 x RTX 4090"])
         if overhead is not None:
-            start = {**start, "overhead": parse_bytes(overhead) / MiB}
+            start["overhead"] = parse_bytes(overhead) / MiB
 
         sizes = start["sizes"]
         self._step = FINE if sizes and max(sizes) < 2 else STEP
@@ -118,7 +118,7 @@ class PlanExplorer(Explorer):
                     "quantization": menu("Quantized", [NONE, *QUANTIZATIONS], quantization or NONE),
                 },
                 "Machine": {
-                    "hardware": self.preset_menu("Machine", machine),
+                    "hardware": hardware,
                     "count": field(widgets.IntSlider, "GPUs", len(sizes), min=0, max=MOST_GPUS),
                     "_gpu_box": self._gpu_box,
                     "ram": field(widgets.BoundedFloatText, "RAM, GiB", start["ram"], min=0, max=2**15, step=1),

@@ -5,28 +5,24 @@ from __future__ import annotations
 import pytest
 
 from bigkit import estimate_memory, format_bytes
+from bigkit.draw.canvas import Box
 from bigkit.draw.estimate import estimate_figure, estimate_label, estimate_text
-from tests.draw.test_plan import boxes, rows, texts
 
 
 @pytest.mark.parametrize("name", ["bert-base-cased", "deepseek-v3", "resnet50.a1_in1k"])
 def test_estimate_bars_are_as_long_as_the_bytes(name: str) -> None:
     estimate = estimate_memory(name)
     picture = estimate_figure(estimate)
-    tops = rows(picture)
-    records = [*estimate.inference, *estimate.training]
-    assert len(tops) == len(records)
-    kinds = {"weights": "weights", "kv_cache": "KV cache", "activations": "activations", "gradients": "gradients",
-             "optimizer": "optimizer"}  # fmt: skip
-    for group in (estimate.inference, estimate.training):
-        lengths = {}
-        for record in group:
-            y = tops[records.index(record)]
-            drawn = [box for kind in kinds.values() for box in boxes(picture, kind) if box.y == y]
-            lengths[record.total] = sum(box.width for box in drawn)
-        longest = max(lengths)
-        for total, length in lengths.items():
-            assert length / lengths[longest] == pytest.approx(total / longest)
+    parts = {"weights", "KV cache", "activations", "gradients", "optimizer"}
+    bars: dict[float, float] = {}  # top of a bar -> its length
+    for shape in picture.shapes:
+        if isinstance(shape, Box) and shape.kind in parts:
+            bars[shape.y] = bars.get(shape.y, 0) + shape.width
+    lengths = [length for _, length in sorted(bars.items())]
+    runs = len(estimate.inference)
+    for group, drawn in ((estimate.inference, lengths[:runs]), (estimate.training, lengths[runs:])):
+        scale = max(drawn) / max(row.total for row in group)
+        assert drawn == pytest.approx([row.total * scale for row in group])
 
 
 def test_estimate_text_and_label() -> None:
@@ -39,4 +35,4 @@ def test_estimate_text_and_label() -> None:
 
 def test_estimate_without_rows_is_drawn() -> None:
     estimate = estimate_memory("gpt2", stored=())
-    assert "To train GPT2LMHeadModel (another scale)" in texts(estimate_figure(estimate))
+    assert "To train GPT2LMHeadModel (another scale)" in {text.text for text in estimate_figure(estimate).texts}
