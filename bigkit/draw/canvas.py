@@ -317,16 +317,8 @@ def _line_style(line: Line) -> str:
 
 
 def _trace(line: Line) -> str:
-    """The path of a line; what runs level or upright needs one number for each point."""
-    (x, y), *rest = [(_number(x), _number(y)) for x, y in line.points]
-    path = [f"M{x} {y}"]
-    for next_x, next_y in rest:
-        if next_y == y:
-            path.append(f"H{next_x}" if next_x != x else "")
-        else:
-            path.append(f"V{next_y}" if next_x == x else f"L{next_x} {next_y}")
-        x, y = next_x, next_y
-    return "".join(path) + ("" if line.width else "z")
+    points = "L".join(f"{_number(x)} {_number(y)}" for x, y in line.points)
+    return f"M{points}" + ("" if line.width else "z")
 
 
 def _hatch(box: Box) -> Iterator[str]:

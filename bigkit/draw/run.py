@@ -14,7 +14,7 @@ from itertools import groupby
 from ..devices import Device, device_label
 from ..machine.streams import LANES, Moment, Schedule
 from ..units import counted, format_bytes, format_seconds, text_table
-from .canvas import ABOVE, GROUND, TOP, WIDTH, Picture, time_unit
+from .canvas import ABOVE, GROUND, TOP, WIDTH, Picture, shorten, time_unit
 from .colours import BLACK, GREEN, GREY, ORANGE, PALE, SOFT, TRACK, VERMILLION, WHITE, YELLOW, device_colour
 
 Charts = Mapping[str, Schedule]  # a name for each way to run
@@ -258,7 +258,7 @@ def _draw_charts(picture: Picture, charts: Charts, longest: float, shown: str | 
     """The lanes of each way to run, on one scale, with an axis below."""
     for name, schedule in charts.items():
         text = f"{name}: {format_seconds(schedule.per_token)} for the last token"
-        picture.text(8, picture.y + 9, text, 9.5, bold=name == shown)
+        picture.text(8, picture.y + 9, shorten(text, WIDTH - 16, 9.5, name == shown), 9.5, bold=name == shown)
         picture.y += 19
         begin = picture.y
         for lane in LANES:

@@ -70,13 +70,10 @@ class Explorer(widgets.VBox):
         for i, title in enumerate(self._panes):
             self.panes.set_title(i, title)
         self.panes.observe(lambda _: self._fill_pane(), "selected_index")
-        self.buttons = widgets.HBox(
-            [
-                _button("Reset", "Back to how it began", self.reset),
-                _button("Copy as code", "Show the Python that gives this", lambda: self._open_pane("Code")),
-                _button("Export", "Save as JSON or SVG", lambda: self._open_pane("Export")),
-            ]
-        )
+        reset = _button("Reset", "Back to how it began", self.reset)
+        copy = _button("Copy as code", "Show the Python that gives this", lambda: self._open_pane("Code"))
+        export = _button("Export", "Save as JSON or SVG", lambda: self._open_pane("Export"))
+        self.buttons = widgets.HBox([reset, copy, export])
         left = [item for heading in groups for item in (widgets.HTML(f"<b>{heading}</b>"), *groups[heading].values())]
         style = widgets.HTML(_STYLE, layout=widgets.Layout(display="none"))
         right = [style, self.error, self.verdict, self.picture, self.text, self.panes]

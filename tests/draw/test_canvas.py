@@ -14,7 +14,7 @@ import pytest
 from bigkit import HARDWARE, advise, describe, dry_run, estimate_memory, plan
 from bigkit.checkpoints.shards import cut
 from bigkit.draw.advice import advice_figure
-from bigkit.draw.canvas import Picture, shorten, text_width, ticks
+from bigkit.draw.canvas import WIDTH, Picture, shorten, text_width, ticks
 from bigkit.draw.colours import BLUE, WHITE
 from bigkit.draw.dryrun import dryrun_figure
 from bigkit.draw.estimate import estimate_figure
@@ -60,6 +60,8 @@ def test_text_from_outside_is_escaped_everywhere() -> None:
         assert tags == {"svg", "title", "path", "text"}, topic
         assert "<script>" in "".join(root.itertext()), f"{topic}: text stays text"
         assert set(root.attrib) == {"role", "aria-label", "viewBox", "width", "style", "font-family"}
+        for span in (text.span for text in picture.texts):
+            assert span[0] >= 0 and span[1] <= WIDTH, f"{topic}: a text leaves the picture"
 
 
 def test_svg_is_one_accessible_element() -> None:
@@ -68,7 +70,7 @@ def test_svg_is_one_accessible_element() -> None:
     picture.line("line", [(0, 0), (5, 0), (5, 7.123), (8, 9)], BLUE, 1, "4 2")
     picture.text(10, 20, "hatched", plate=True)
     text = picture.svg
-    assert text.startswith("<svg ") and text.endswith("</svg>") and "M0 0H5V7.12L8 9" in text
+    assert text.startswith("<svg ") and text.endswith("</svg>") and "M0 0L5 0L5 7.12L8 9" in text
     root = ElementTree.fromstring(text)
     assert root.tag == "{http://www.w3.org/2000/svg}svg" and root.get("role") == "img"
     assert root.get("aria-label") == 'a label "<&' and root[0].text == "a title"
