@@ -21,9 +21,9 @@ from .model.estimate import CLASSIC
 from .model.spec import QUANTIZATIONS
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
     from torch import nn
 
+    from .draw.canvas import Picture
     from .machine.hardware import Hardware
     from .maps.plan import Plan
     from .model.spec import ModelSpec
@@ -121,13 +121,11 @@ def _add_plan(parser: argparse.ArgumentParser) -> None:
     add("--quantization", choices=QUANTIZATIONS, help="of the linear layers; a dry run of it needs bitsandbytes")
 
 
-def _picture(path: str, figure: Figure, label: str) -> str:
-    from .draw.canvas import svg
-
-    text = svg(figure, label)
-    if path != "-":
-        Path(path).write_text(text, encoding="utf-8")
-    return text if path == "-" else f"the picture is in {path}"
+def _picture(path: str, picture: Picture) -> str:
+    if path == "-":
+        return picture.svg
+    Path(path).write_text(picture.svg, encoding="utf-8")
+    return f"the picture is in {path}"
 
 
 def _describe(options: argparse.Namespace) -> ModelSpec:
@@ -172,9 +170,9 @@ def _plan(options: argparse.Namespace) -> str:
     if options.json:
         return plan.to_json()
     if options.svg:
-        from .draw.canvas import plan_figure, plan_label
+        from .draw.plan import plan_figure
 
-        return _picture(options.svg, plan_figure(plan), plan_label(plan))
+        return _picture(options.svg, plan_figure(plan))
     return plan.to_code() if options.code else plan.explain()
 
 
@@ -199,9 +197,9 @@ def _dry_run(options: argparse.Namespace) -> str:
     if options.json:
         return run.to_json()
     if options.svg:
-        from .draw.dryrun import dryrun_figure, dryrun_label
+        from .draw.dryrun import dryrun_figure
 
-        return _picture(options.svg, dryrun_figure(run), dryrun_label(run))
+        return _picture(options.svg, dryrun_figure(run))
     return f"{plan.explain()}\n\n{run}"
 
 
@@ -212,9 +210,9 @@ def _advise(options: argparse.Namespace) -> str:
     if options.json:
         return advice.to_json()
     if options.svg:
-        from .draw.advice import advice_figure, advice_label
+        from .draw.advice import advice_figure
 
-        return _picture(options.svg, advice_figure(advice), advice_label(advice))
+        return _picture(options.svg, advice_figure(advice))
     return advice.explain()
 
 

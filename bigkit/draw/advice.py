@@ -1,89 +1,77 @@
 """The picture of an advice: what a token waits for, option by option. Its text twin is `Advice.explain`.
 
-Leaves out: finding the options (`maps/advise.py`) and controls (`widgets/advisor.py`).
+Leaves out: finding the options (`maps/advise.py`), and controls (`widgets/advisor.py`).
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+import math
 
-from ..maps.advise import Advice
-from .canvas import BLUE, DARK, GREY, PURPLE, WIDTH
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+from ..maps.advise import Advice, Option
+from ..units import format_seconds
+from .canvas import ABOVE, GROUND, WIDTH, Picture
+from .colours import BLACK, BLUE, DARK, GREY, PURPLE, SOFT, WHITE
 
 COLOURS = {"Python": GREY, "GPU": BLUE, "RAM": BLUE, "link": PURPLE, "disk": DARK}
+HATCHES = {"disk": "/"}  # its grey and the blue are equally dark
+ROW, LANE = 56, 11  # points from one option to the next, and of a lane
+DECADES = 3  # of the axis, up to the longest time
 
 
-def advice_figure(advice: Advice) -> Figure:
+def advice_figure(advice: Advice) -> Picture:
     """An advice as a picture: for each option a bar for each lane, its length the time of one token, on a log scale.
 
     The longest bar of an option is what a token takes. A star marks the front of speed, memory and quality.
 
     >>> from bigkit import advise
-    >>> figure = advice_figure(advise("llama-2-70b", "1 x RTX 4090"))
-    >>> figure.savefig("advice.png")  # doctest: +SKIP
+    >>> advice_figure(advise("llama-2-70b", "1 x RTX 4090"))  # doctest: +ELLIPSIS
+    <Picture: Ways to run llama-2-70b on 1 x RTX 4090, best first: ... tokens a second, waiting for ...>
     """
-    from matplotlib.figure import Figure
-    from matplotlib.patches import Patch
-
-    height = 96 + 52 * max(1, len(advice.options))
-    figure = Figure(figsize=(WIDTH / 72, height / 72))
-    title = f"{advice.batch} x {advice.context:,} tokens on {advice.hardware}"
-    figure.text(8 / WIDTH, 1 - 14 / height, advice.model, fontsize=12, weight="bold", va="center", parse_math=False)
-    figure.text(8 / WIDTH, 1 - 30 / height, title, fontsize=9.5, color="#333333", va="center", parse_math=False)
+    picture = Picture(advice.model, advice_label(advice), left=92, right=104)
+    picture.head(f"{advice.batch} x {advice.context:,} tokens on {advice.hardware}")
     if not advice.options:
-        figure.text(0.5, 0.4, "Nothing fits.", fontsize=12, ha="center")
-        return figure
-    axes = figure.add_axes((84 / WIDTH, 40 / height, (WIDTH - 188) / WIDTH, (height - 84) / height))
-    lanes = list(advice.options[0].waits)
+        picture.text(WIDTH / 2, picture.y + 12, "Nothing fits.", 12, anchor="middle")
+        picture.y += 32
+        return picture
+    picture.legend([(lane, COLOURS[lane]) for lane in advice.options[0].waits], HATCHES)
     longest = max(option.token for option in advice.options)
-    shortest = longest / 1000
-    for row, option in enumerate(advice.options):
-        for i, lane in enumerate(lanes):
-            seconds = max(option.waits[lane], shortest)
-            if option.waits[lane]:
-                axes.barh(row + (i - 1.5) * 0.19, seconds - shortest, 0.17, shortest, **_look(lane))
-        said = f"{advice.batch / option.token:,.2f} tokens/s"
-        figure.text(1 - 8 / WIDTH, row, said, fontsize=9, va="center", ha="right", transform=_right_of(axes, figure))
-    axes.set_xscale("log")
-    axes.set_xlim(shortest, longest)
-    axes.set_ylim(len(advice.options) - 0.5, -0.5)
-    stored = [option.plan.quantization or option.plan.dtype for option in advice.options]
-    names = [f"{'* ' if option.front else ''}{how}" for how, option in zip(stored, advice.options)]
-    axes.set_yticks(range(len(names)), names, fontsize=9.5)
-    axes.xaxis.set_major_formatter(lambda seconds, _: _time(seconds))
-    axes.set_xlabel("time for one token; the longest bar is what it takes", fontsize=8.5)
-    axes.tick_params(labelsize=8, length=2)
-    axes.tick_params(axis="y", labelsize=9.5)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
-    handles = [Patch(label=lane, **_look(lane)) for lane in lanes]
-    figure.legend(handles=handles, loc="upper right", ncols=4, fontsize=8.5, frameon=False)
-    return figure
+    top = picture.y
+    for option in advice.options:
+        _draw_option(picture, option, longest)
+        speed = f"{advice.batch / option.token:,.2f} tokens/s"
+        picture.text(WIDTH - 8, picture.y - ROW / 2, speed, 9.5, anchor="end")
+    _draw_axis(picture, longest, top)
+    return picture
 
 
-def _look(lane: str) -> dict[str, Any]:
-    """The colour of a lane; the disk is hatched too, as its grey and the GPU's blue are equally dark."""
-    hatched = {"hatch": "////", "edgecolor": "white"} if lane == "disk" else {}
-    return {"facecolor": COLOURS[lane], "linewidth": 0, **hatched}
+def _draw_option(picture: Picture, option: Option, longest: float) -> None:
+    name = f"{'* ' if option.front else ''}{option.plan.quantization or option.plan.dtype}"
+    picture.text(picture.left - 8, picture.y + ROW / 2, name, 9.5, anchor="end", bold=option.front)
+    for i, (lane, seconds) in enumerate(option.waits.items()):
+        width = _x(picture, seconds, longest) - picture.left
+        if width > 0:
+            y = picture.y + 5 + i * (LANE + 1)
+            picture.box(lane, picture.left, y, width, LANE, COLOURS[lane], HATCHES.get(lane, ""), WHITE)
+    picture.y += ROW
 
 
-def _right_of(axes: Any, figure: Figure) -> Any:
-    """Across: a share of the figure. Down: a row of the axes."""
-    from matplotlib.transforms import blended_transform_factory
+def _draw_axis(picture: Picture, longest: float, top: float) -> None:
+    """A thin line for each power of ten, with its time below."""
+    for power in range(math.ceil(math.log10(longest)) - DECADES, math.floor(math.log10(longest) + 1e-9) + 1):
+        x = _x(picture, 10.0**power, longest)
+        picture.box("grid", x - 0.25, top, 0.5, picture.y - top, GREY, depth=GROUND)
+        time = format_seconds(10.0**power).replace(".00", "").replace(".0", "")
+        picture.text(x, picture.y + 7, time, 8, SOFT, "middle")
+    picture.line("frame", [(picture.left, top), (picture.left, picture.y)], BLACK, 0.8, depth=ABOVE)
+    middle = picture.left + picture.room / 2
+    picture.text(middle, picture.y + 21, "time for one token; the longest bar is what it takes", 8.5, SOFT, "middle")
+    picture.y += 32
 
-    return blended_transform_factory(figure.transFigure, axes.transData)
 
-
-def _time(seconds: float) -> str:
-    """A time as a tick says it.
-
-    >>> _time(0.0001), _time(0.01), _time(10)
-    ('0.1 ms', '10 ms', '10 s')
-    """
-    return f"{1000 * seconds:g} ms" if seconds < 1 else f"{seconds:g} s"
+def _x(picture: Picture, seconds: float, longest: float) -> float:
+    """Where a time lies on the axis; shorter ones than its start lie left of it."""
+    share = 1 + math.log10(seconds / longest) / DECADES if seconds else 0
+    return picture.left + share * picture.room
 
 
 def advice_label(advice: Advice) -> str:

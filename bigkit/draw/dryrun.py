@@ -6,25 +6,23 @@ Leaves out: running it (`dryrun/run.py`) and controls (`widgets/dryrun_explorer.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
 
 from ..devices import device_label
 from ..dryrun.run import KINDS, DryRun, Timeline
+from ..machine.roofline import StepTime
 from ..machine.streams import Span
 from ..measure.record import Measurement
-from ..units import GiB, MiB, format_bytes, text_table
-from .canvas import BLACK, BLUE, DARK, GREEN, GREY, ORANGE, PURPLE, VERMILLION, WIDTH, YELLOW
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+from ..units import GiB, MiB, format_bytes, format_seconds, text_table
+from .canvas import ABOVE, GROUND, TOP, Picture, ticks, time_unit
+from .colours import BLACK, BLUE, DARK, GREEN, GREY, ORANGE, PURPLE, SOFT, VERMILLION, WHITE, YELLOW
 
 COLOURS = {"weights": BLUE, "slots": PURPLE, "KV cache": ORANGE, "activations": YELLOW, "workspace": DARK}
 POINTS = 400  # of a curve: each is the highest of the events that it stands for
-ROOM = 84  # points of height for each device
-HEAD, LANE = 68, 16  # points above the first device, and for each lane
+CHART, LANE = 68, 16  # points of height: of a device's memory, and of a lane
+LEFT, RIGHT = 76, 12  # points beside the charts
 
 
-def dryrun_figure(run: DryRun, measured: Measurement | None = None) -> Figure:
+def dryrun_figure(run: DryRun, measured: Measurement | None = None) -> Picture:
     """A dry run as a picture, and what was measured over it.
 
     Above, for each device: what its live tensors were asked for, by kind, one column for each request and free, and the
@@ -32,34 +30,21 @@ def dryrun_figure(run: DryRun, measured: Measurement | None = None) -> Figure:
     device, each link and the disk do when. Dashed green lines and outlined bars are what was measured.
 
     >>> from bigkit import dry_run
-    >>> figure = dryrun_figure(dry_run("pygpt", batch_size=1, prompt_tokens=32, new_tokens=2))
-    >>> figure.savefig("run.png")  # doctest: +SKIP
+    >>> picture = dryrun_figure(dry_run("pygpt", batch_size=1, prompt_tokens=32, new_tokens=2))
+    >>> picture.save("run.svg")  # doctest: +SKIP
     """
-    from matplotlib.figure import Figure
-
-    lines = list(run.timelines.values())
-    lanes = ["python", *sorted({span.lane for span in run.spans} - {"python"}, key=_order)]
-    rows = len(lanes) + (measured is not None)
-    height = HEAD + ROOM * len(lines) + 46 + LANE * rows + 30
-    figure = Figure(figsize=(WIDTH / 72, height / 72))
-
-    def write(x: float, down: float, text: str, **style: Any) -> None:
-        figure.text(x / WIDTH, 1 - down / height, text, va="center", parse_math=False, **style)
-
-    write(8, 14, run.model, fontsize=12, weight="bold")
-    write(8, 30, _about(run, measured), fontsize=9.5, color="#333333")
-    write(8, 48, "Memory, one column for each request and free", fontsize=9, color="#333333")
-    top = height - HEAD
-    for line in lines:
-        box = (62 / WIDTH, (top - 66) / height, (WIDTH - 72) / WIDTH, 66 / height)
-        mine = measured if measured is not None and measured.device == line.device else None
-        _memory(figure.add_axes(box), line, mine, named=line is lines[0])
-        top -= ROOM
-    _key(figure, top, height, run, measured)
-    write(8, height - top + 28, "Time, and what is busy when", fontsize=9, color="#333333")
-    axes = figure.add_axes((62 / WIDTH, 30 / height, (WIDTH - 72) / WIDTH, LANE * rows / height))
-    _lanes(axes, run, lanes, measured)
-    return figure
+    picture = Picture(run.model, dryrun_label(run, measured), LEFT, RIGHT)
+    picture.head(_settings(run, measured))
+    picture.heading("Memory, one column for each request and free")
+    picture.y += 8
+    timelines = list(run.timelines.values())
+    for timeline in timelines:
+        here = measured if measured is not None and measured.device == timeline.device else None
+        _draw_memory(picture, timeline, here, named=timeline is timelines[0])
+    _draw_legend(picture, run, measured)
+    picture.heading("Time, and what is busy when")
+    _draw_lanes(picture, run, measured)
+    return picture
 
 
 def dryrun_text(run: DryRun, measured: Measurement | None = None) -> str:
@@ -69,8 +54,8 @@ def dryrun_text(run: DryRun, measured: Measurement | None = None) -> str:
     >>> print(dryrun_text(dry_run("pygpt", batch_size=1, prompt_tokens=32)).splitlines()[0])
     pygpt: fits
     """
-    kinds = [kind for kind in KINDS if any(line.at_peak()[kind] for line in run.timelines.values())]
     lines = list(run.timelines.values())
+    kinds = [kind for kind in KINDS if any(line.at_peak()[kind] for line in lines)]
     rows = {
         "capacity": [format_bytes(line.capacity) if line.capacity else "-" for line in lines],
         "reserved": [format_bytes(line.peak_reserved) for line in lines],
@@ -82,39 +67,29 @@ def dryrun_text(run: DryRun, measured: Measurement | None = None) -> str:
     )
     times = text_table(
         ["step", "time", "busy longest"],
-        [[step.name, format_time(step.seconds), _lane_name(step.bottleneck)] for step in _few(run.times)],
+        [[step.name, format_seconds(step.seconds), _lane_name(step.bottleneck)] for step in _few(run.times)],
     )
     speed = [f"{run.tokens_per_second:,.1f} tokens/s"] if run.tokens_per_second else []
     if not run.fits:
         times = "If there were memory enough:\n" + times
     real = [] if measured is None else ["", f"measured on {measured.gpu}", _compared(run, measured)]
-    return "\n".join([f"{run.model}: {dryrun_verdict(run)}", _about(run), "", memory, "", times, *speed, *real])
+    return "\n".join([f"{run.model}: {dryrun_verdict(run)}", _settings(run), "", memory, "", times, *speed, *real])
 
 
 def _compared(run: DryRun, measured: Measurement) -> str:
+    """A table of what was predicted and what was measured: the peaks, and the first and the last step."""
     rows = []
-    for name, found in (("allocated", run.peak_allocated), ("reserved", run.peak_reserved)):
-        real = measured.recording.peaks[name]
-        said = found[measured.device]
-        rows.append([f"peak {name}", format_bytes(said), format_bytes(real), _error(said, real)])
-    names = [step.name for step in run.times]
-    for step, seconds in zip(run.times, measured.seconds):
-        if step.name in (names[0], names[-1]):
-            rows.append([step.name, format_time(step.seconds), format_time(seconds), _error(step.seconds, seconds)])
-    return text_table(["", "foretold", "measured", "off by"], rows)
+    for name, peaks in (("allocated", run.peak_allocated), ("reserved", run.peak_reserved)):
+        predicted, real = peaks[measured.device], measured.recording.peaks[name]
+        rows.append([f"peak {name}", format_bytes(predicted), format_bytes(real), _error(predicted, real)])
+    steps = list(zip(run.times, measured.seconds))
+    for step, seconds in steps[:1] + steps[1:][-1:]:
+        rows.append([step.name, format_seconds(step.seconds), format_seconds(seconds), _error(step.seconds, seconds)])
+    return text_table(["", "predicted", "measured", "off by"], rows)
 
 
-def _error(said: float, real: float) -> str:
-    return f"{100 * (said / real - 1):+.1f} %" if real else "-"
-
-
-def format_time(seconds: float) -> str:
-    """Seconds as text, with the unit that keeps it short.
-
-    >>> format_time(0.0238), format_time(42.4347)
-    ('23.8 ms', '42.4 s')
-    """
-    return f"{1000 * seconds:,.1f} ms" if seconds < 10 else f"{seconds:,.1f} s"
+def _error(predicted: float, real: float) -> str:
+    return f"{100 * (predicted / real - 1):+.1f} %" if real else "-"
 
 
 def dryrun_verdict(run: DryRun) -> str:
@@ -123,79 +98,88 @@ def dryrun_verdict(run: DryRun) -> str:
 
 
 def dryrun_label(run: DryRun, measured: Measurement | None = None) -> str:
-    """What the picture of a dry run says, for those who cannot see it."""
+    """One sentence for those who cannot see the picture of a dry run."""
     loads = ", ".join(
         f"{device_label(device)} {format_bytes(line.peak_reserved)}"
         + (f" of {format_bytes(line.capacity)}" if line.capacity else "")
         for device, line in run.timelines.items()
     )
-    times = ", ".join(f"{name} {format_time(seconds)}" for name, seconds in run.seconds.items())
-    said = f"Memory that {run.model} reserves over its run: at most {loads}. Time: {times}. It {dryrun_verdict(run)}."
+    times = ", ".join(f"{name} {format_seconds(seconds)}" for name, seconds in run.seconds.items())
+    label = f"Memory that {run.model} reserves over its run: at most {loads}. Time: {times}. It {dryrun_verdict(run)}."
     if measured is None:
-        return said
-    token = f", token {format_time(measured.token)}" if measured.token else ""
+        return label
+    token = f", token {format_seconds(measured.token)}" if measured.token else ""
     peak = format_bytes(measured.recording.peaks["reserved"])
-    return f"{said} Measured on {measured.gpu}: {peak}, prefill {format_time(measured.seconds[0])}{token}."
+    return f"{label} Measured on {measured.gpu}: {peak}, prefill {format_seconds(measured.seconds[0])}{token}."
 
 
-def _about(run: DryRun, measured: Measurement | None = None) -> str:
+def _settings(run: DryRun, measured: Measurement | None = None) -> str:
     tokens = f"{run.load.batch} x {run.load.prompt:,} tokens, then {run.load.new:,} more"
     calibrated = any(rates.measured for rates in run.rates.values())
     real = f"; measured on {measured.gpu}" if measured else ""
     return f"{run.hardware}, {tokens}, {'calibrated' if calibrated else 'nominal'} rates{real}"
 
 
-def _memory(axes: Any, line: Timeline, measured: Measurement | None, named: bool) -> None:
-    chosen = _sample(line.allocated)
-    unit, name = (GiB, "GiB") if line.peak_reserved >= GiB else (MiB, "MiB")
-    kinds = [kind for kind in KINDS if any(line.kinds[kind])]
-    curves = [[line.kinds[kind][i] / unit for i in chosen] for kind in kinds]
-    axes.stackplot(chosen, curves, colors=[COLOURS[kind] for kind in kinds], step="post", linewidth=0)
-    axes.step(chosen, [line.reserved[i] / unit for i in chosen], color=BLACK, linewidth=0.9, where="post")
-    highest = line.peak_reserved / unit
-    if measured is not None:
-        highest = max(highest, _measured(axes, line, measured, unit))
-    if line.capacity and _is_near(line, highest * unit):
-        axes.axhline(line.capacity / unit, color=VERMILLION, linewidth=1.4)
-        highest = max(highest, line.capacity / unit)
-    elif line.capacity:
-        said = f"capacity {format_bytes(line.capacity)}, far above"
-        axes.text(1, 0.98, said, fontsize=8, ha="right", va="top", color="#333333", transform=axes.transAxes)
-        highest *= 1.25
-    ends = [end for _, end in line.marks]
-    for start, (step, end) in zip([0, *ends], line.marks):
-        axes.axvline(end, color=GREY, linewidth=0.5)
-        if named and end - start > 0.08 * len(line.allocated):
-            axes.text(
-                (start + end) / 2, 1.02, step, fontsize=8, ha="center", va="bottom", color="#333333",
-                transform=axes.get_xaxis_transform(),
-            )  # fmt: skip
-    axes.set_xlim(0, len(line.allocated))
-    axes.set_ylim(0, 1.12 * highest)
-    axes.set_ylabel(f"{device_label(line.device)}\n{name}", fontsize=9)
-    _plain(axes)
-    axes.set_xticks([])
+def _draw_memory(picture: Picture, timeline: Timeline, measured: Measurement | None, named: bool) -> None:
+    """What a device holds, event by event: by kind, what is reserved, the capacity, and what was measured."""
+    events = len(timeline.allocated)
+    unit, unit_name = (GiB, "GiB") if timeline.peak_reserved >= GiB else (MiB, "MiB")
+    curves = [] if measured is None else measured.curves()
+    highest = max([timeline.peak_reserved, *(max(curve, default=0) for curve in curves)]) or 1
+    near = _is_near(timeline, highest)
+    if timeline.capacity and near:
+        highest = max(highest, timeline.capacity)
+    top, bottom = picture.y, picture.y + CHART
+    right, level = picture.left + picture.room, (CHART - (10 if near else 18)) / highest
+
+    def steps(places: Sequence[float], values: Sequence[int]) -> list[tuple[float, float]]:
+        """The corners of a curve that keeps each value until the next; there is one place more than values."""
+        xs = [picture.left + picture.room * place / events for place in places]
+        ys = [bottom - value * level for value in values]
+        return [corner for x, end, y in zip(xs, xs[1:], ys) for corner in ((x, y), (end, y))]
+
+    picture.text(picture.left - 34, top + 14, device_label(timeline.device), 9, anchor="end")
+    picture.text(picture.left - 34, top + 27, unit_name, 9, SOFT, "end")
+    for value in ticks(highest / unit, parts=2):
+        y = bottom - value * unit * level
+        picture.box("grid", picture.left - 3, y - 0.25, 3, 0.5, GREY)
+        picture.text(picture.left - 6, y, f"{value:,g}", 8, SOFT, "end")
+    chosen = _sample(timeline.allocated)
+    sums = [0] * len(chosen)
+    stack = []
+    for kind in KINDS:
+        sums = [total + timeline.kinds[kind][i] for total, i in zip(sums, chosen)]
+        if any(timeline.kinds[kind]):
+            stack.append((kind, steps([*chosen, events], sums)))
+    for kind, corners in reversed(stack):  # the lower ones cover the higher ones
+        picture.line(kind, [(picture.left, bottom), *corners, (right, bottom)], COLOURS[kind], depth=GROUND)
+    picture.line("reserved", steps([*chosen, events], [timeline.reserved[i] for i in chosen]), BLACK, 0.9, depth=ABOVE)
+    if timeline.capacity and near:
+        y = bottom - timeline.capacity * level
+        picture.line("capacity", [(picture.left, y), (right, y)], VERMILLION, 1.4)
+    elif timeline.capacity:
+        text = f"capacity {format_bytes(timeline.capacity)}, far above"
+        picture.text(right, top + 4, text, 8, SOFT, "end", plate=True)
+    for curve in curves:
+        places = measured.over(timeline.marks) if measured else []
+        chosen = _sample(curve)
+        corners = steps([*(places[i] for i in chosen), places[-1]], [curve[i] for i in chosen])
+        picture.line("ground of measured", corners, WHITE, 2.6)
+        picture.line("measured", corners, GREEN, 1.5, "6 3", TOP + 1)
+    start = 0
+    for step, end in timeline.marks:
+        x, width = picture.left + picture.room * start / events, picture.room * (end - start) / events
+        picture.box("mark", x + width - 0.25, top, 0.5, CHART, GREY, depth=ABOVE)
+        if named:
+            picture.label_in(x, top - 6, width, (step,), 8, margin=2)
+        start = end
+    picture.box("mark", picture.left, bottom, picture.room, 0.5, GREY)
+    picture.y += CHART + 14
 
 
-def _is_near(line: Timeline, highest: float) -> bool:
+def _is_near(timeline: Timeline, highest: float) -> bool:
     """Whether the line of the capacity can be drawn without pressing all below it flat."""
-    return bool(line.capacity and line.capacity < 2.5 * highest)
-
-
-def _measured(axes: Any, line: Timeline, measured: Measurement, unit: int) -> float:
-    """Draw what was allocated and reserved in the real run, step over step; returns the highest of it."""
-    from matplotlib.patheffects import withStroke
-
-    places = measured.over(line.marks)
-    highest = 0.0
-    for values in measured.curves():
-        chosen = _sample(values)
-        heights = [values[i] / unit for i in chosen]
-        (drawn,) = axes.step([places[i] for i in chosen], heights, where="post")
-        drawn.set(color=GREEN, linewidth=1.5, linestyle=(0, (4, 2)), zorder=4)
-        drawn.set_path_effects([withStroke(linewidth=2.6, foreground="white")])
-        highest = max(highest, *heights)
-    return highest
+    return bool(timeline.capacity and timeline.capacity < 2.5 * highest)
 
 
 def _sample(values: Sequence[int]) -> list[int]:
@@ -204,58 +188,49 @@ def _sample(values: Sequence[int]) -> list[int]:
     return [max(range(i, min(i + width, len(values))), key=values.__getitem__) for i in range(0, len(values), width)]
 
 
-def _key(figure: Any, top: float, height: float, run: DryRun, measured: Measurement | None) -> None:
-    from matplotlib.patches import Rectangle
-
-    used = [kind for kind in KINDS if any(any(line.kinds[kind]) for line in run.timelines.values())]
-    near = any(_is_near(line, line.peak_reserved) for line in run.timelines.values())
-    lines = {
-        "reserved": BLACK,
-        **({"capacity": VERMILLION} if near else {}),
-        **({"measured": GREEN} if measured else {}),
-    }
-    x = 30.0
-    for name, colour in [*((kind, COLOURS[kind]) for kind in used), *lines.items()]:
-        for dash in (0, 7) if name == "measured" else (0,):
-            box = ((x + dash) / WIDTH, (top + (5 if name in lines else 2)) / height)
-            wide = 5 if name == "measured" else 12
-            figure.add_artist(Rectangle(box, wide / WIDTH, (2 if name in lines else 9) / height, facecolor=colour))
-        figure.text((x + 16) / WIDTH, (top + 6) / height, name, fontsize=8.5, va="center")
-        x += 25 + 4.9 * len(name)
+def _draw_legend(picture: Picture, run: DryRun, measured: Measurement | None) -> None:
+    timelines = run.timelines.values()
+    entries = [(kind, COLOURS[kind]) for kind in KINDS if any(any(line.kinds[kind]) for line in timelines)]
+    entries.append(("reserved", BLACK))
+    if any(_is_near(timeline, timeline.peak_reserved) for timeline in timelines):
+        entries.append(("capacity", VERMILLION))
+    if measured is not None:
+        entries.append(("measured", GREEN))
+    picture.legend(entries, {"reserved": "-", "capacity": "-", "measured": "--"})
 
 
 def _order(lane: str) -> tuple[int, str]:
-    """Devices in order, then their links, then the disk."""
-    return (2 if lane == "disk" else lane.startswith("copy"), lane)
+    """Python, devices in order, then their links, then the disk."""
+    return (-1 if lane == "python" else 2 if lane == "disk" else lane.startswith("copy"), lane)
 
 
-def _lanes(axes: Any, run: DryRun, lanes: list[str], measured: Measurement | None) -> None:
-    last = max((span.end for span in run.spans), default=1e-9)
-    whole = max(last, sum(measured.seconds)) if measured else last
-    scale, unit = (1, "s") if whole >= 10 else (1000, "ms")
-    for row, lane in enumerate(lanes):
-        spans = merge([span for span in run.spans if span.lane == lane], last / 600)
+def _draw_lanes(picture: Picture, run: DryRun, measured: Measurement | None) -> None:
+    """A row for each lane, with a bar while it is busy; below them what was measured, step by step."""
+    last = max((span.end for span in run.spans), default=0.0) or 1e-9
+    longest = max(last, sum(measured.seconds)) if measured else last
+    scale, top = picture.room / longest, picture.y
+    for lane in sorted({"python", *(span.lane for span in run.spans)}, key=_order):
         colour = {"python": GREY, "disk": DARK}.get(lane, PURPLE if lane.startswith("copy") else GREEN)
-        bars = [(scale * start, scale * (end - start)) for start, end in spans]
-        axes.broken_barh(bars, (row + 0.15, 0.7), facecolors=colour, linewidth=0)
-    names = [_lane_name(lane) for lane in lanes]
+        picture.text(picture.left - 6, picture.y + LANE / 2, _lane_name(lane), 8.5, anchor="end")
+        for start, end in merge([span for span in run.spans if span.lane == lane], last / 600):
+            x = picture.left + start * scale
+            picture.box(lane, x, picture.y + 2, (end - start) * scale, LANE - 4, colour)
+        picture.y += LANE
     passed = 0.0
     for step in run.times:
         passed += step.seconds
-        axes.plot([scale * passed] * 2, [0, len(lanes)], color=GREY, linewidth=0.5)
+        picture.box("mark", picture.left + passed * scale - 0.25, top, 0.5, picture.y - top, GREY, depth=ABOVE)
     if measured is not None:
-        start = 0.0
+        picture.text(picture.left - 6, picture.y + LANE / 2, "measured", 8.5, anchor="end")
+        x = picture.left
         for seconds in measured.seconds:
-            axes.broken_barh(
-                [(scale * start, scale * seconds)], (len(names) + 0.15, 0.7), facecolors="white", edgecolors=BLACK
-            )
-            start += seconds
-        names.append("measured")
-    axes.set_xlim(0, scale * whole)
-    axes.set_ylim(len(names), 0)
-    axes.set_yticks([row + 0.5 for row in range(len(names))], names, fontsize=8.5)
-    _plain(axes)
-    axes.set_xlabel(unit, fontsize=8.5, labelpad=0)
+            width = seconds * scale
+            picture.box("measured step", x, picture.y + 2, width, LANE - 4, BLACK)
+            picture.box("inside", x + 0.6, picture.y + 2.6, max(0, width - 1.2), LANE - 5.2, WHITE, depth=ABOVE)
+            x += width
+        picture.y += LANE
+    unit, unit_name = time_unit(longest)
+    picture.axis(longest / unit, unit_name, picture.y - 2)
 
 
 def merge(spans: Sequence[Span], gap: float) -> list[tuple[float, float]]:
@@ -279,14 +254,6 @@ def _lane_name(lane: str) -> str:
     return f"link to {gpu}" if lane.startswith("copy") else gpu
 
 
-def _plain(axes: Any) -> None:
-    axes.tick_params(labelsize=8, length=2)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
-    for side in ("left", "bottom"):
-        axes.spines[side].set_color(GREY)
-
-
-def _few(steps: Sequence[Any]) -> list[Any]:
+def _few(steps: Sequence[StepTime]) -> list[StepTime]:
     """The first and the last of a long list."""
     return [*steps] if len(steps) < 7 else [*steps[:3], *steps[-2:]]

@@ -1,49 +1,61 @@
 """Explorers: ipywidgets panels that turn a question about memory, files or time with sliders.
 
-Each is imported when it is first used, so that `import bigkit.widgets` is cheap. Plain ipywidgets, 7.7 (Colab) or 8.
-"""
+An explorer is a function from the values of its controls to a result, and from the result to a verdict, a picture and a
+text that says the same. By hand:
 
-from __future__ import annotations
+    size = widgets.FloatSlider(10, min=0, max=24, description="GPU 0, GiB")
+    picture = widgets.HTML()
+
+    def follow(change=None):
+        p = bigkit.plan("llama-2-7b", {0: f"{size.value}GiB", "cpu": "64GiB"}, strict=False)
+        picture.value = plan_figure(p).svg
+
+    size.observe(follow, "value")
+    follow()
+    widgets.VBox([size, picture])
+
+`_explorer.py` adds what all of them share: groups of controls, presets, one sentence for an error, Reset, the Python
+code of what is shown, export as JSON and SVG, and a short `repr`, which is what tests of notebooks compare.
+
+In the order of the course:
+
+    memory_explorer     how much memory a model takes to load, run and train
+    plan_explorer       which layer rests on which device
+    shard_explorer      into which files a checkpoint is cut
+    hook_theatre        a real forward of a small spread-out model, step by step
+    quantization_lab    what fewer bits do to a layer's weights and outputs
+    split_explorer      which process gets which items
+    dryrun_explorer     a run on GPUs that you do not have
+    advisor             which way to store and place a model is fastest
+
+Each is imported when it is first used, so that `import bigkit.widgets` is cheap. Plain ipywidgets, 7.7 (Colab) or 8.
+Leaves out: the pictures (`draw/`) and whatever they show; an explorer only asks for them.
+"""
 
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-_HOMES = {
-    "Advisor": "advisor",
-    "DryRunExplorer": "dryrun_explorer",
-    "HookTheatre": "hook_theatre",
-    "MemoryExplorer": "memory_explorer",
-    "PlanExplorer": "plan_explorer",
-    "QuantizationLab": "quantization_lab",
-    "ShardExplorer": "shard_explorer",
-    "SplitExplorer": "split_explorer",
-}
+if TYPE_CHECKING:  # for editors and type checkers
+    from .advisor import Advisor as Advisor
+    from .dryrun_explorer import DryRunExplorer as DryRunExplorer
+    from .hook_theatre import HookTheatre as HookTheatre
+    from .memory_explorer import MemoryExplorer as MemoryExplorer
+    from .plan_explorer import PlanExplorer as PlanExplorer
+    from .quantization_lab import QuantizationLab as QuantizationLab
+    from .shard_explorer import ShardExplorer as ShardExplorer
+    from .split_explorer import SplitExplorer as SplitExplorer
 
-__all__ = [
-    "Advisor",
-    "DryRunExplorer",
-    "HookTheatre",
-    "MemoryExplorer",
-    "PlanExplorer",
-    "QuantizationLab",
-    "ShardExplorer",
-    "SplitExplorer",
-]
-
-if TYPE_CHECKING:
-    from .advisor import Advisor
-    from .dryrun_explorer import DryRunExplorer
-    from .hook_theatre import HookTheatre
-    from .memory_explorer import MemoryExplorer
-    from .plan_explorer import PlanExplorer
-    from .quantization_lab import QuantizationLab
-    from .shard_explorer import ShardExplorer
-    from .split_explorer import SplitExplorer
+_FILES = {
+    "Advisor": "advisor", "DryRunExplorer": "dryrun_explorer", "HookTheatre": "hook_theatre",
+    "MemoryExplorer": "memory_explorer", "PlanExplorer": "plan_explorer", "QuantizationLab": "quantization_lab",
+    "ShardExplorer": "shard_explorer", "SplitExplorer": "split_explorer",
+}  # fmt: skip
+__all__ = [*_FILES]
 
 
 def __getattr__(name: str) -> object:
-    if name in _HOMES:
-        return getattr(import_module(f".{_HOMES[name]}", __name__), name)
+    if name in _FILES:
+        return getattr(import_module(f".{_FILES[name]}", __name__), name)
     raise AttributeError(f"module 'bigkit.widgets' has no attribute {name!r}")
 
 

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import base64
 import html
+import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,114 +20,133 @@ from typing import Any
 import ipywidgets as widgets
 
 from ..api import Source, describe
-from ..draw.canvas import GREEN, ORANGE, VERMILLION
+from ..draw.canvas import Picture
 from ..model.spec import ModelSpec
+from ._controls import field, menu
+from ._html import MONO, pill, preformatted, short
 
-WIDE = {"description_width": "82px"}
-TOKENS = (128, 192, *(n << i for i in range(12) for n in (256, 384)), 2**20)  # 128 .. 1,048,576, two steps an octave
-AS_STORED = "as stored"  # in a menu; a Dropdown shows an option that stands for None as a blank
-DTYPES = (AS_STORED, "float32", "float16", "bfloat16", "float8_e4m3fn")
+OWN = "my own"  # in a menu of presets: the controls agree with none of them
 LONGEST_REPR = 109  # ipywidgets cuts a longer one where a cell shows it
 
-PILLS = {"good": ("#DDF3EA", GREEN), "slow": ("#FFF1D6", ORANGE), "bad": ("#FBE3D6", VERMILLION)}  # ground and edge
 _COPY = ("const t=this.parentNode.querySelector('textarea');t.focus();t.select();"
          "this.textContent=document.execCommand('copy')?'Copied':'Press Ctrl+C'")  # fmt: skip
 # JupyterLab writes the titles of closed panes in a grey that is hard to read on theirs.
 _STYLE = "<style>.bigkit-explorer .jupyter-widget-Collapse-header{color:var(--jp-ui-font-color1,inherit)}</style>"
-_MONO = "margin:0;font:11.5px/1.4 ui-monospace,Menlo,Consolas,'DejaVu Sans Mono',monospace;white-space:pre"
 
 
 class Explorer(widgets.VBox):
     """A panel of controls and what follows from them.
 
-    A subclass makes its controls, calls `super().__init__`, and says in `compute` what follows from their values and in
-    `show` how that looks. Whatever goes wrong in `compute` is shown as one sentence, above the last good picture.
+    A subclass gives its controls to `super().__init__`, and says in `compute` what follows from their values, in `show`
+    how that looks, and in `summary` what its `repr` says. Whatever goes wrong in `compute` is shown as one sentence,
+    above the last good picture.
+
+    A preset gives several controls their values at once; a menu in `preset` names the one that the controls agree with.
 
     Args:
-        groups: (heading, controls) from the top.
-        panes: (title, function that makes its HTML); closed at first, and made only when open.
+        groups: heading -> name -> control, from the top; each becomes an attribute of that name.
+        panes: title -> function that makes its HTML; closed at first, and made only when open.
     """
 
-    steering: tuple[widgets.Widget, ...] = ()  # controls that only turn others; the subclass listens to them
+    presets: Mapping[str, Mapping[str, Any]] = {}  # name -> control -> value
+    own = OWN  # the option of the menu when no preset fits
+    preset: Any = None  # the menu of presets, if there are any
+    steering: tuple[str, ...] = ()  # names of controls that only turn others
+    missing = "nothing yet"  # said where there is no result
+    cure = "give the explorer a model that it can find"
+    result: Any = None  # what `compute` returned last
     _depth = 0  # of `together`
     _waiting = False  # for the end of `together`
 
     def __init__(
-        self,
-        groups: Sequence[tuple[str, Sequence[widgets.Widget]]],
-        panes: Sequence[tuple[str, Callable[[], str]]],
+        self, groups: Mapping[str, Mapping[str, widgets.Widget]], panes: Mapping[str, Callable[[], str]] = {}
     ) -> None:
-        self.error = widgets.HTML()
-        self.verdict = widgets.HTML()
-        self.picture = widgets.HTML(layout=widgets.Layout(width="100%"))
-        self.text = widgets.HTML(layout=widgets.Layout(width="100%", overflow="auto"))
-        for widget, name in ((self.error, "error"), (self.verdict, "verdict"),
-                             (self.picture, "picture"), (self.text, "text")):  # fmt: skip
-            widget.add_class(f"bigkit-{name}")
-
-        self._panes = [*panes, ("Code", self._code_pane), ("Export", self._export_pane)]
+        named = {name: control for group in groups.values() for name, control in group.items()}
+        for name, control in named.items():
+            setattr(self, name, control)
+        self.error, self.verdict, self.picture, self.text = map(_output, ("error", "verdict", "picture", "text"))
+        self._panes = {**panes, "Code": self._code_pane, "Export": self._export_pane}
         self.panes = widgets.Accordion([widgets.HTML() for _ in self._panes], selected_index=None)
-        for i, (title, _) in enumerate(self._panes):
+        for i, title in enumerate(self._panes):
             self.panes.set_title(i, title)
         self.panes.observe(lambda _: self._fill_pane(), "selected_index")
-
-        buttons = []
-        for name, tip, action in (
-            ("Reset", "Back to how it began", self.reset),
-            ("Copy as code", "Show the Python that gives this", lambda: self._open_pane("Code")),
-            ("Export", "Save as JSON or SVG", lambda: self._open_pane("Export")),
-        ):
-            button = widgets.Button(description=name, tooltip=tip, layout=widgets.Layout(width="auto"))
-            button.on_click(lambda _, action=action: action())
-            buttons.append(button)
-        self.buttons = widgets.HBox(buttons)
-
-        left = widgets.VBox(
-            [item for heading, controls in groups for item in (widgets.HTML(f"<b>{heading}</b>"), *controls)]
-            + [self.buttons],
-            layout=widgets.Layout(flex="0 0 290px", width="290px", padding="0 12px 0 0"),
-        )
-        right = widgets.VBox(
-            [
-                widgets.HTML(_STYLE, layout=widgets.Layout(display="none")),
-                self.error,
-                self.verdict,
-                self.picture,
-                self.text,
-                self.panes,
-            ],
-            layout=widgets.Layout(flex="1 1 380px", min_width="0", width="auto"),
-        )
+        reset = _button("Reset", "Back to how it began", self.reset)
+        copy = _button("Copy as code", "Show the Python that gives this", lambda: self._open_pane("Code"))
+        export = _button("Export", "Save as JSON or SVG", lambda: self._open_pane("Export"))
+        self.buttons = widgets.HBox([reset, copy, export])
+        left = [item for heading in groups for item in (widgets.HTML(f"<b>{heading}</b>"), *groups[heading].values())]
+        style = widgets.HTML(_STYLE, layout=widgets.Layout(display="none"))
+        right = [style, self.error, self.verdict, self.picture, self.text, self.panes]
+        narrow = widgets.Layout(flex="0 0 290px", width="290px", padding="0 12px 0 0")
+        wide = widgets.Layout(flex="1 1 380px", width="auto", min_width="0")
+        columns = [widgets.VBox([*left, self.buttons], layout=narrow), widgets.VBox(right, layout=wide)]
         # In a narrow window the picture goes below the controls.
-        super().__init__([widgets.HBox([left, right], layout=widgets.Layout(width="100%", flex_flow="row wrap"))])
+        super().__init__([widgets.HBox(columns, layout=widgets.Layout(width="100%", flex_flow="row wrap"))])
         self.add_class("bigkit-explorer")
 
-        controls = [control for _, group in groups for control in group if control.has_trait("value")]
-        self._start = [(control, control.value) for control in controls]
-        self.listen(control for control in controls if control not in self.steering)
+        turned = {name: control for name, control in named.items() if control.has_trait("value")}
+        turned = {name: control for name, control in turned.items() if control is not self.preset}
+        self._start = [(control, control.value) for control in turned.values()]
+        self.listen(control for name, control in turned.items() if name not in self.steering)
+        if self.preset is not None:
+            self.preset.observe(lambda _: self._take_preset(), "value")
         self.refresh()
 
     # -- what a subclass says
 
-    def compute(self) -> None:
-        """Find what follows from the controls. An exception's text is shown, and nothing else changes."""
+    def compute(self) -> Any:
+        """What follows from the controls. An exception's text is shown, and nothing else changes."""
         raise NotImplementedError
 
-    def show(self) -> None:
-        """Put what `compute` found into `verdict`, `picture` and `text`."""
+    def show(self, result: Any) -> None:
+        """Show what `compute` returned, usually with `put`."""
+        raise NotImplementedError
+
+    def summary(self, result: Any) -> Sequence[str]:
+        """What stands between the brackets of the `repr`: the first of these that is short enough."""
         raise NotImplementedError
 
     def to_code(self) -> str:
         """Python that gives what is shown."""
         raise NotImplementedError
 
+    def content(self) -> dict[str, Any]:
+        """What is shown, as plain data."""
+        content: dict[str, Any] = json.loads(self.shown.to_json())
+        return content
+
     def to_json(self) -> str:
         """What is shown, as JSON text."""
-        raise NotImplementedError
+        return json.dumps(self.content(), indent=2) + "\n"
 
     def to_svg(self) -> str:
         """The picture, as SVG text."""
         return self.picture.value
+
+    # -- the result
+
+    @property
+    def shown(self) -> Any:
+        """The result that is shown.
+
+        Raises:
+            ValueError: there is none yet.
+        """
+        if self.result is None:
+            raise ValueError(f"{self.missing}: {self.cure}")
+        return self.result
+
+    def put(self, verdict: str, picture: Picture, text: str, wrap: bool = False) -> None:
+        """Show a verdict as HTML, a picture and its text twin, whose long lines scroll or wrap."""
+        self.verdict.value, self.picture.value, self.text.value = verdict, picture.svg, preformatted(text, wrap)
+
+    def __repr__(self) -> str:
+        name = type(self).__name__
+        if self.result is None:
+            return f"{name}({self.missing})"
+        room = LONGEST_REPR - len(name) - 2
+        texts = self.summary(self.result)
+        return f"{name}({next((text for text in texts if len(text) <= room), short(texts[-1], room))})"
 
     # -- following the controls
 
@@ -157,25 +177,73 @@ class Explorer(widgets.VBox):
         """Compute and show again."""
         verdict = self.verdict.value  # `compute` may say meanwhile that it works
         try:
-            self.compute()
+            self.result = self.compute()
         except Exception as error:  # building a model from an arbitrary name may raise anything
             self.say_sorry(error)
             self.verdict.value = verdict
             return
         self.error.value = ""
-        self.show()
+        self._name_preset()
+        self.show(self.result)
         self._fill_pane()
 
     def say_sorry(self, error: Exception) -> None:
         """Show what went wrong as one sentence."""
-        said = str(error).strip().partition("\n")[0].partition(". ")[0] or type(error).__name__
-        self.error.value = pill("bad", "Sorry:", said.removesuffix(".") + ".", role="alert")
+        text = str(error).strip().partition("\n")[0].partition(". ")[0] or type(error).__name__
+        self.error.value = pill("bad", "Sorry:", text.removesuffix(".") + ".", role="alert")
 
     def reset(self) -> None:
         """Bring every control back to where it began."""
         with self.together():
             for control, value in self._start:
                 control.value = value
+
+    # -- presets
+
+    def setting(self, name: str) -> Any:
+        """The value of a control."""
+        return getattr(self, name).value
+
+    def turn(self, name: str, value: Any) -> None:
+        """Give a control a value."""
+        getattr(self, name).value = value
+
+    def preset_menu(self, description: str, value: str = "") -> widgets.Dropdown:
+        """The menu of the presets; without a value it starts as `own`, until the first result names a preset."""
+        self.preset = menu(description, [*self.presets, self.own], value or self.own)
+        return self.preset
+
+    def _take_preset(self) -> None:
+        with self.together():
+            for name, value in self.presets.get(self.preset.value, {}).items():
+                self.turn(name, value)
+
+    def _name_preset(self) -> None:
+        """Let the menu name the preset that the controls agree with: of several, the one that says most."""
+        if self.preset is not None:
+            fitting = [name for name, values in self.presets.items()
+                       if all(self.setting(control) == value for control, value in values.items())]  # fmt: skip
+            self.preset.value = max(fitting, key=lambda name: len(self.presets[name]), default=self.own)
+
+    # -- the model, where there is one
+
+    def model_field(self, model: Source) -> widgets.Combobox:
+        """A field for a model's name, with the shipped names as suggestions. One given as an object keeps its name."""
+        from .. import zoo
+
+        self._specs: dict[str, ModelSpec] = {}
+        if not isinstance(model, str):
+            spec = describe(model)
+            model, self._specs = spec.name, {spec.name: spec}
+        hint = "name, Hub id, URL or folder"
+        return field(widgets.Combobox, "Model", model, options=zoo.names(), ensure_option=False, placeholder=hint)
+
+    def spec(self) -> ModelSpec:
+        """The records of the model that `model` names."""
+        name = self.model.value.strip()
+        if name not in self._specs:
+            self._specs[name] = describe(name)
+        return self._specs[name]
 
     # -- code and export
 
@@ -193,19 +261,19 @@ class Explorer(widgets.VBox):
         return path
 
     def _open_pane(self, title: str) -> None:
-        self.panes.selected_index = [name for name, _ in self._panes].index(title)
+        self.panes.selected_index = [*self._panes].index(title)
         self._fill_pane()
 
     def _fill_pane(self) -> None:
         """Make the open pane; those that are closed cost nothing."""
         if self.panes.selected_index is not None and self.picture.value:
-            self.panes.children[self.panes.selected_index].value = self._panes[self.panes.selected_index][1]()
+            self.panes.children[self.panes.selected_index].value = [*self._panes.values()][self.panes.selected_index]()
 
     def _code_pane(self) -> str:
         code = self.to_code()
         return (
             f'<div><textarea readonly aria-label="Python code" rows="{code.count(chr(10)) + 1}" '
-            f'style="width:100%;box-sizing:border-box;{_MONO}">{html.escape(code)}</textarea>'
+            f'style="width:100%;box-sizing:border-box;{MONO}">{html.escape(code)}</textarea>'
             f'<button onclick="{_COPY}">Copy to clipboard</button></div>'
         )
 
@@ -218,69 +286,13 @@ class Explorer(widgets.VBox):
         return f"<p>Download {' or '.join(links)}.</p>"
 
 
-def preformatted(text: str, wrap: bool = False) -> str:
-    """Plain text as HTML that keeps its columns; lines that are too long scroll, or wrap."""
-    style = f"{_MONO}-wrap" if wrap else f"{_MONO};overflow:auto"
-    return f'<pre tabindex="0" style="{style}">{html.escape(text)}</pre>'
+def _output(name: str) -> widgets.HTML:
+    widget = widgets.HTML(layout=widgets.Layout(width="100%", overflow="auto" if name == "text" else None))
+    widget.add_class(f"bigkit-{name}")
+    return widget
 
 
-def pill(news: str, headline: str, rest: str = "", role: str = "status") -> str:
-    """A line of news ("good", "slow" or "bad"), which a screen reader says when it changes."""
-    ground, edge = PILLS[news]
-    style = f"background:{ground};color:#111;border-left:4px solid {edge};padding:4px 10px;line-height:1.4"
-    words = f"<b>{html.escape(headline)}</b> {html.escape(rest)}"
-    return f'<div role="{role}" style="{style};white-space:normal">{words}</div>'
-
-
-def short(text: str, length: int = 30) -> str:
-    """A name cut to fit a `repr`.
-
-    >>> short("a" * 40, 10)
-    'aaaaaaaaa…'
-    """
-    return text if len(text) <= length else text[: length - 1] + "…"
-
-
-def named(model: Source) -> tuple[str, dict[str, ModelSpec]]:
-    """A name to show for a model, and its spec under that name if it was given as an object."""
-    if isinstance(model, str):
-        return model, {}
-    spec = describe(model)
-    return spec.name, {spec.name: spec}
-
-
-def model_field(value: str) -> widgets.Combobox:
-    """A text field for a model, with the shipped names as suggestions."""
-    from .. import zoo
-
-    return widgets.Combobox(
-        value=value, options=zoo.names(), description="Model", continuous_update=False, ensure_option=False,
-        placeholder="name, Hub id, URL or folder", style=WIDE, layout=widgets.Layout(width="100%"),
-    )  # fmt: skip
-
-
-def token_slider(value: int, none: bool) -> widgets.SelectionSlider:
-    """A slider over context lengths, two steps an octave; `value` is among them, and 0 ("none") if wanted."""
-    lengths = sorted({*TOKENS, value, *([0] if none else [])})
-    return widgets.SelectionSlider(
-        options=[(f"{n:,}" if n else "none", n) for n in lengths], value=value, description="Context",
-        continuous_update=False, style=WIDE, layout=widgets.Layout(width="100%"),
-    )  # fmt: skip
-
-
-def number_field(kind: type[widgets.Widget], description: str, **options: Any) -> widgets.Widget:
-    """A number with arrows or a slider, as wide as the column; it reports when the hand lets go."""
-    layout = widgets.Layout(width="100%")
-    return kind(description=description, continuous_update=False, style=WIDE, layout=layout, **options)
-
-
-def menu(description: str, options: Sequence[Any], value: Any) -> widgets.Dropdown:
-    """A list to choose from, as wide as the column.
-
-    Raises:
-        ValueError: `value` is not in the list.
-    """
-    if value not in options:
-        raise ValueError(f"unknown {description.lower()} {value!r}: expected one of {', '.join(map(repr, options))}")
-    layout = widgets.Layout(width="100%")
-    return widgets.Dropdown(options=options, value=value, description=description, style=WIDE, layout=layout)
+def _button(name: str, tip: str, action: Callable[[], None]) -> widgets.Button:
+    button = widgets.Button(description=name, tooltip=tip, layout=widgets.Layout(width="auto"))
+    button.on_click(lambda _: action())
+    return button

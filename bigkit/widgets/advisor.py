@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import ipywidgets as widgets
 
-from ..api import Source, describe
-from ..draw.advice import advice_figure, advice_label
-from ..draw.canvas import svg
+from ..api import Source
+from ..draw.advice import advice_figure
 from ..machine.hardware import HARDWARE, machine_of
 from ..maps.advise import TARGETS, Advice, advise
 from ..units import format_bytes
-from ._explorer import Explorer, menu, model_field, named, number_field, pill, preformatted, short, token_slider
+from ._controls import field, menu, token_slider
+from ._explorer import Explorer
+from ._html import pill, preformatted, short
 
 
 class Advisor(Explorer):
@@ -37,6 +38,8 @@ class Advisor(Explorer):
     Advisor(llama-2-7b on 1 x RTX 4090, 4 x 2,048, best by speed: bfloat16, 160.26 tokens/s)
     """
 
+    missing = "no advice yet"
+
     def __init__(
         self,
         model: Source = "llama-2-70b",
@@ -45,77 +48,56 @@ class Advisor(Explorer):
         context: int = 2048,
         target: str = "speed",
     ) -> None:
-        self.advice: Advice | None = None
-        name, self._specs = named(model)
-        self.model = model_field(name)
-        self.hardware = menu("Machine", [*HARDWARE], hardware)
-        self.batch = number_field(widgets.BoundedIntText, "Batch", value=batch, min=1, max=4096)
-        self.context = token_slider(context, none=False)
-        self.target = menu("Best by", [*TARGETS], target)
         super().__init__(
-            [
-                ("Model", [self.model]),
-                ("Machine", [self.hardware]),
-                ("Load", [self.batch, self.context]),
-                ("What counts", [self.target]),
-            ],
-            [("Plan of the best", self._plan_pane)],
+            {
+                "Model": {"model": self.model_field(model)},
+                "Machine": {"hardware": menu("Machine", [*HARDWARE], hardware)},
+                "Load": {
+                    "batch": field(widgets.BoundedIntText, "Batch", batch, min=1, max=4096),
+                    "context": token_slider(context, none=False),
+                },
+                "What counts": {"target": menu("Best by", [*TARGETS], target)},
+            },
+            {"Plan of the best": self._plan_pane},
         )
 
-    def compute(self) -> None:
-        """Rank the ways for the model and the machine that are named."""
-        name = self.model.value.strip()
-        if name not in self._specs:
-            self._specs[name] = describe(name)
-        machine = machine_of(self.hardware.value)
-        self.advice = advise(self._specs[name], machine, self.batch.value, self.context.value, self.target.value)
+    advice = property(lambda self: self.result)
 
-    def show(self) -> None:
+    def compute(self) -> Advice:
+        """Rank the ways for the model and the machine that are named."""
+        machine = machine_of(self.hardware.value)
+        return advise(self.spec(), machine, self.batch.value, self.context.value, self.target.value)
+
+    def show(self, advice: Advice) -> None:
         """Show the advice."""
-        found = self._shown()
-        best = found.best
+        best = advice.best
         if best is None:
-            self.verdict.value = pill("bad", "Nothing fits.", found.cures[0] if found.cures else "")
+            verdict = pill("bad", "Nothing fits.", advice.cures[0] if advice.cures else "")
         else:
             away = f", {format_bytes(best.plan.offloaded)} rest elsewhere" if best.plan.offloaded else ""
-            said = f"{found.batch / best.token:,.2f} tokens/s, waiting for {best.bottleneck}{away}."
-            how = best.plan.quantization or best.plan.dtype
-            self.verdict.value = pill("slow" if best.plan.offloaded else "good", f"Store it as {how}.", said)
-        self.picture.value = svg(advice_figure(found), advice_label(found))
-        self.text.value = preformatted(found.explain())
+            speed = f"{advice.batch / best.token:,.2f} tokens/s, waiting for {best.bottleneck}{away}."
+            stored = best.plan.quantization or best.plan.dtype
+            verdict = pill("slow" if best.plan.offloaded else "good", f"Store it as {stored}.", speed)
+        self.put(verdict, advice_figure(advice), advice.explain())
 
     def to_code(self) -> str:
         """Python that gives the same advice, and the device map of its best option."""
-        found = self._shown()
+        advice = self.shown
         return (
             "from bigkit import advise\n\n"
-            f"advice = advise({found.model!r}, {found.hardware!r}, batch={found.batch}, context={found.context}, "
-            f"target={found.target!r})\nprint(advice)\n"
+            f"advice = advise({advice.model!r}, {advice.hardware!r}, batch={advice.batch}, context={advice.context}, "
+            f"target={advice.target!r})\nprint(advice)\n"
             "device_map = advice.best.plan.device_map if advice.best else None\n"
         )
 
-    def to_json(self) -> str:
-        """The options as JSON text."""
-        return self._shown().to_json() + "\n"
-
-    def _shown(self) -> Advice:
-        if self.advice is None:
-            raise ValueError("there is no advice yet: give the advisor a model that it can find")
-        return self.advice
-
     def _plan_pane(self) -> str:
-        best = self._shown().best
+        best = self.shown.best
         return preformatted(best.plan.explain(), wrap=True) if best else "<p>Nothing fits.</p>"
 
-    def __repr__(self) -> str:
-        found = getattr(self, "advice", None)
-        if found is None:
-            return "Advisor(no advice yet)"
-        best = found.best
-        how = "nothing fits" if best is None else (
-            f"{best.plan.quantization or best.plan.dtype}, {found.batch / best.token:,.2f} tokens/s"
-        )  # fmt: skip
-        load = f"{found.batch} x {found.context:,}"
-        return (
-            f"Advisor({short(found.model, 20)} on {short(found.hardware, 16)}, {load}, best by {found.target}: {how})"
-        )
+    def summary(self, advice: Advice) -> list[str]:
+        """The model, the machine, the load, and the best way."""
+        best, way = advice.best, "nothing fits"
+        if best is not None:
+            way = f"{best.plan.quantization or best.plan.dtype}, {advice.batch / best.token:,.2f} tokens/s"
+        load = f"{advice.batch} x {advice.context:,}"
+        return [f"{short(advice.model, 20)} on {short(advice.hardware, 16)}, {load}, best by {advice.target}: {way}"]

@@ -1,55 +1,54 @@
 """`HookTheatre`: a real forward of the shipped GPT, spread over two fake GPUs, RAM and disk, step by step.
 
 The model runs, on the CPU, with the hooks, units, slots and files that it would have on GPUs; what it fetches, into
-which slot, and in which order things work is recorded from that run (`record.py`). How long each of it would take comes
-from the rates that the controls say (`machine/streams.py`).
+which slot, and in which order things work is recorded from that run (`offload/observe.py`). How long each of it would
+take comes from the rates that the controls say (`machine/streams.py`).
 
 Leaves out: measured times, and models other than the shipped one.
 """
 
 from __future__ import annotations
 
-import html
-import json
 from typing import Any, NamedTuple
 
 import ipywidgets as widgets
 
 from ..devices import Device, device_label
-from ..draw.canvas import svg
-from ..draw.run import run_figure, run_label, run_news, run_text
+from ..draw.run import run_figure, run_news, run_text
 from ..machine.streams import Schedule, schedule
 from ..maps.partition import spread
 from ..offload.observe import Observation, observe
-from ..units import GB, format_bytes, format_seconds
-from ._explorer import LONGEST_REPR, WIDE, Explorer, menu, number_field, pill, preformatted, short
+from ..units import GB, counted, format_bytes, format_seconds
+from ._controls import field
+from ._explorer import LONGEST_REPR, Explorer
+from ._html import map_table, pill, preformatted, short
 
 BLOCKS = 10  # of the shipped GPT
 PROMPT = "def "
 ONE_BY_ONE, PREFETCH = "one by one", "prefetch"
-OWN = "my own"
 
 
-class Preset(NamedTuple):
-    """Where the blocks rest (the others on disk), whether GPU 0's are spread, and rates in GB/s."""
-
-    gpu0: int
-    gpu1: int
-    ram: int
-    spread: bool
-    link: float
-    disk: float
-    rate: float
+def _preset(gpu0: int, gpu1: int, ram: int, spread: bool = False, rate: float = 30.0) -> dict[str, Any]:
+    """Blocks on each place (the others rest on disk), whether GPU 0's are spread, and rates in GB/s."""
+    return {"gpu0": gpu0, "gpu1": gpu1, "ram": ram, "spread": spread, "link": 25.0, "disk": 6.0, "rate": rate}
 
 
 PRESETS = {
-    "two GPUs, RAM and disk": Preset(2, 2, 3, False, 25, 6, 30),
-    "everything in RAM": Preset(0, 0, 10, False, 25, 6, 30),
-    "half on the GPU": Preset(5, 0, 5, False, 25, 6, 30),
-    "half on the GPU, spread": Preset(5, 0, 5, True, 25, 6, 30),
-    "everything on disk": Preset(0, 0, 0, False, 25, 6, 30),
-    "one token, RTX 4090": Preset(4, 0, 6, False, 25, 6, 1000),
+    "two GPUs, RAM and disk": _preset(2, 2, 3),
+    "everything in RAM": _preset(0, 0, 10),
+    "half on the GPU": _preset(5, 0, 5),
+    "half on the GPU, spread": _preset(5, 0, 5, spread=True),
+    "everything on disk": _preset(0, 0, 0),
+    "one token, RTX 4090": _preset(4, 0, 6, rate=1000.0),
 }
+
+
+class Performance(NamedTuple):
+    """A real run, when what happens in it by the rates of the controls, and both ways to run it, by name."""
+
+    recording: Observation
+    schedule: Schedule
+    charts: dict[str, Schedule]
 
 
 class HookTheatre(Explorer):
@@ -77,49 +76,51 @@ class HookTheatre(Explorer):
     HookTheatre(blocks 0+0+10+0, prefetch, 2 slots, step 3 of 50, after 13.1 µs: wpe returns)
     """
 
+    presets = PRESETS
+    steering = ("play",)
+    missing = "nothing has run yet"
+    cure = "place no more blocks than the model has"
+
     def __init__(
         self, preset: str = "two GPUs, RAM and disk", *, mode: str = PREFETCH, slots: int = 2, tokens: int = 2
     ) -> None:
-        self.recording: Observation | None = None
-        self.schedule: Schedule | None = None
-        self.charts: dict[str, Schedule] = {}
-        self._runs: dict[tuple[Any, ...], Observation] = {}
-        self.preset = menu("Preset", [*PRESETS, OWN], preset)
-        start = PRESETS.get(preset) or next(iter(PRESETS.values()))
-
-        self.step = number_field(widgets.IntSlider, "Step", value=0, min=0, max=1)
-        self.step.add_class("bigkit-step-slider")
-        self.play = widgets.Play(value=0, min=0, max=1, interval=700, layout=widgets.Layout(width="auto"))
-        widgets.jslink((self.play, "value"), (self.step, "value"))
         if mode not in (ONE_BY_ONE, PREFETCH):
             raise ValueError(f"unknown mode {mode!r}: expected {ONE_BY_ONE!r} or {PREFETCH!r}")
-        self.mode = widgets.ToggleButtons(options=[ONE_BY_ONE, PREFETCH], value=mode, style={"button_width": "110px"})
-        self.mode.add_class("bigkit-mode")
-        self.slots = number_field(widgets.IntSlider, "Slots", value=slots, min=1, max=4)
-        self.tokens = number_field(widgets.IntSlider, "Tokens", value=tokens, min=1, max=3)
-        self.gpu0, self.gpu1, self.ram = (
-            number_field(widgets.IntSlider, name, value=value, min=0, max=BLOCKS)
-            for name, value in (("GPU 0", start.gpu0), ("GPU 1", start.gpu1), ("RAM", start.ram))
-        )
-        self.spread = widgets.Checkbox(
-            value=start.spread, description="Spread GPU 0's blocks evenly", style=WIDE, indent=False,
-            layout=widgets.Layout(width="100%"),
-        )  # fmt: skip
-        self.link, self.disk, self.rate = (
-            number_field(widgets.BoundedFloatText, f"{name}, GB/s", value=value, min=0.1, max=10_000, step=1)
-            for name, value in (("Link", start.link), ("Disk", start.disk), ("Work", start.rate))
-        )
-        self.steering = (self.preset, self.play)
-        self.preset.observe(self._take_preset, "value")
+        self._recordings: dict[tuple[Any, ...], Observation] = {}
+        start = PRESETS.get(preset) or next(iter(PRESETS.values()))
+        blocks = {"min": 0, "max": BLOCKS}
+        rates = {"min": 0.1, "max": 10_000, "step": 1}
+        modes = widgets.ToggleButtons(options=[ONE_BY_ONE, PREFETCH], value=mode, style={"button_width": "110px"})
+        play = widgets.Play(value=0, min=0, max=1, interval=700, layout=widgets.Layout(width="auto"))
+        step = field(widgets.IntSlider, "Step", 0, min=0, max=1).add_class("bigkit-step-slider")
+        widgets.jslink((play, "value"), (step, "value"))
         super().__init__(
-            [
-                ("Play, or step with the arrow keys", [self.play, self.step]),
-                ("How weights are brought", [self.mode, self.slots, self.tokens]),
-                ("Where blocks rest (else: disk)", [self.preset, self.gpu0, self.gpu1, self.ram, self.spread]),
-                ("How fast", [self.link, self.disk, self.rate]),
-            ],
-            [("What happened, step by step", self._story_pane), ("Device map", self._map_pane)],
-        )  # fmt: skip
+            {
+                "Play, or step with the arrow keys": {"play": play, "step": step},
+                "How weights are brought": {
+                    "mode": modes.add_class("bigkit-mode"),
+                    "slots": field(widgets.IntSlider, "Slots", slots, min=1, max=4),
+                    "tokens": field(widgets.IntSlider, "Tokens", tokens, min=1, max=3),
+                },
+                "Where blocks rest (else: disk)": {
+                    "preset": self.preset_menu("Preset", preset),
+                    "gpu0": field(widgets.IntSlider, "GPU 0", start["gpu0"], **blocks),
+                    "gpu1": field(widgets.IntSlider, "GPU 1", start["gpu1"], **blocks),
+                    "ram": field(widgets.IntSlider, "RAM", start["ram"], **blocks),
+                    "spread": field(widgets.Checkbox, "Spread GPU 0's blocks evenly", start["spread"], indent=False),
+                },
+                "How fast": {
+                    "link": field(widgets.BoundedFloatText, "Link, GB/s", start["link"], **rates),
+                    "disk": field(widgets.BoundedFloatText, "Disk, GB/s", start["disk"], **rates),
+                    "rate": field(widgets.BoundedFloatText, "Work, GB/s", start["rate"], **rates),
+                },
+            },
+            {"What happened, step by step": self._story_pane, "Device map": lambda: map_table(self.device_map)},
+        )
+
+    recording = property(lambda self: self.result and self.result.recording)
+    schedule = property(lambda self: self.result and self.result.schedule)
+    charts = property(lambda self: self.shown.charts)
 
     # -- where everything rests
 
@@ -134,95 +135,69 @@ class HookTheatre(Explorer):
         if (placed := first + second + ram) > BLOCKS:
             raise ValueError(f"{placed} blocks are placed and the model has {BLOCKS}: move a slider to the left")
         ends: Device = 1 if second else 0
-        others = BLOCKS - second
-        here = spread([1] * others, first) if self.spread.value else set(range(first))
-        kinds = iter(["cpu"] * ram + ["disk"] * BLOCKS)
+        away = ["cpu"] * ram + ["disk"] * (BLOCKS - placed)
+        blocks: list[Device] = [0] * first + [1] * second + away
         if self.spread.value:
-            blocks: list[Device] = [0 if i in here else next(kinds) for i in range(others)] + [1] * second
-        else:
-            blocks = ([0] * first + [1] * second + ["cpu"] * ram + ["disk"] * BLOCKS)[:BLOCKS]
+            here, rest = spread([1] * (BLOCKS - second), first), iter(away)
+            blocks = [0 if i in here else next(rest) for i in range(BLOCKS - second)] + [1] * second
         before: dict[str, Device] = {"transformer.wte": 0, "transformer.wpe": 0, "transformer.drop": 0}
         after: dict[str, Device] = {"transformer.ln_f": ends, "lm_head": ends}
         return {**before, **{f"transformer.h.{i}": device for i, device in enumerate(blocks)}, **after}
 
-    def _take_preset(self, change: object) -> None:
-        if self.preset.value == OWN:
-            return
-        with self.together():
-            for name, value in PRESETS[self.preset.value]._asdict().items():
-                getattr(self, name).value = value
-
-    def _name_preset(self) -> None:
-        shown = tuple(getattr(self, name).value for name in Preset._fields)
-        with self.together():
-            self.preset.value = next((name for name, preset in PRESETS.items() if preset == shown), OWN)
-            self._waiting = False
-
     # -- the run
 
-    def compute(self) -> None:
+    def compute(self) -> Performance:
         """Run the model as the controls say, unless it has run so before, and find when what happens."""
         places = self.device_map
         prefetch = self.mode.value == PREFETCH
         slots = self.slots.value if prefetch else 1
         key = (*places.values(), slots, prefetch, self.tokens.value)
-        if key not in self._runs:
-            self._runs[key] = _run(places, slots, prefetch, self.tokens.value)
-        recording = self._runs[key]
-        rates = [field.value * GB for field in (self.rate, self.link, self.disk)]
+        if key not in self._recordings:
+            self._recordings[key] = _run(places, slots, prefetch, self.tokens.value)
+        recording = self._recordings[key]
+        rates = [control.value * GB for control in (self.rate, self.link, self.disk)]
         shown = recording.schedule(*rates, ahead=prefetch)
         options: dict[str, Any] = {"link": shown.link, "disk": shown.disk, "tokens": shown.tokens}
         turns = [turn._replace(name=turn.name.removeprefix("transformer.")) for turn in shown.turns]
         count = self.slots.value
-        self.charts = {
+        charts = {
             ONE_BY_ONE: schedule(turns, slots=1, prefetch=False, ahead=False, **options),
-            f"{PREFETCH}, {_slots(count)}": schedule(turns, slots=count, **options),
+            f"{PREFETCH}, {counted(count, 'slot')}": schedule(turns, slots=count, **options),
         }
-        self.recording, self.schedule = recording, shown
+        return Performance(recording, shown, charts)
 
-    def show(self) -> None:
+    def show(self, performance: Performance) -> None:
         """Show the step."""
-        found = self._shown()
-        self._name_preset()
+        recording, shown, charts = performance
         with self.together():
-            last = len(found.frames) - 1
+            last = len(shown.frames) - 1
             self.step.max = self.play.max = last
             self._waiting = False
-        at, name = found.frames[self.step.value], self._chart
-        slow, fast = self.charts.values()
-        assert self.recording is not None
-        written, equal = self.recording.result
+        step = shown.frames[self.step.value]
+        slow, fast = charts.values()
+        written, equal = recording.result
         gain = slow.per_token / fast.per_token
         bound = {"compute": "work itself", "link": "the link", "disk": "the disk"}[fast.bound]
-        said = f"{gain:.2f} times as fast as one by one; {bound} has the most to do."
         news = "good" if gain >= 1.2 or fast.bound == "compute" else "slow"
-        verdict = pill(news, f"Prefetch: {format_seconds(fast.per_token)} a token,", said)
-        arriving = sum(found.turns[i].nbytes for i in found.scene(at).arriving)
+        facts = f"{gain:.2f} times as fast as one by one; {bound} has the most to do."
+        verdict = pill(news, f"Prefetch: {format_seconds(fast.per_token)} a token,", facts)
+        arriving = sum(shown.turns[i].nbytes for i in shown.scene(step).arriving)
         flight = f"In flight: {format_bytes(arriving, 'si')}. " if arriving else "Nothing is in flight. "
         end = f"It wrote {written!r}, as the whole model does: {equal}." if self.step.value == last else ""
-        step = f"Step {self.step.value} of {last},"
-        self.verdict.value = verdict + pill("good" if equal else "bad", step, f"{self._news(at)}. {flight}{end}")
-        title = "pygpt over " + ", ".join(dict.fromkeys(device_label(turn.rests) for turn in found.turns))
-        self.picture.value = svg(run_figure(self.charts, name, at, title), run_label(self.charts, name, at))
-        self.text.value = preformatted(run_text(self.charts, name, at))
+        facts = f"{run_news(charts[self._chart], step)}. {flight}{end}"
+        verdict += pill("good" if equal else "bad", f"Step {self.step.value} of {last},", facts)
+        title = "pygpt over " + ", ".join(dict.fromkeys(device_label(turn.rests) for turn in shown.turns))
+        self.put(verdict, run_figure(charts, self._chart, step, title), run_text(charts, self._chart, step))
 
     @property
     def _chart(self) -> str:
         return [*self.charts][0 if self.mode.value == ONE_BY_ONE else 1]
 
-    def _news(self, at: int) -> str:
-        return run_news(self.charts[self._chart], at)
-
-    def _shown(self) -> Schedule:
-        if self.schedule is None:
-            raise ValueError("nothing has run yet: give the model no more blocks than it has")
-        return self.schedule
-
     # -- code and export
 
     def to_code(self) -> str:
         """Python that runs the model the same way, and gives the same schedule."""
-        found = self._shown()
+        shown = self.shown.schedule
         places = "\n".join(f"    {name!r}: {device!r}," for name, device in self.device_map.items())
         return (
             "import torch\n\nfrom bigkit import init_empty_weights, load_checkpoint_and_dispatch\n"
@@ -230,52 +205,43 @@ class HookTheatre(Explorer):
             f"device_map = {{\n{places}\n}}\n"
             "with init_empty_weights():\n    model = GPT(GPTConfig('pygpt')).eval()\n"
             "model = load_checkpoint_and_dispatch(\n"
-            f"    model, PYGPT, device_map, dtype='bfloat16', slots={found.slots}, prefetch={found.prefetch},\n"
+            f"    model, PYGPT, device_map, dtype='bfloat16', slots={shown.slots}, prefetch={shown.prefetch},\n"
             "    stand_in={0: 'cpu', 1: 'cpu'}, force_hooks=True,  # without stand_in: on the GPUs themselves\n)\n"
             f"prompt = torch.tensor([encode({PROMPT!r})])\n"
-            f"recording = observe(model, lambda: model.generate(prompt, {found.tokens}))\n"
-            f"found = recording.schedule(rate={self.rate.value * GB:g}, link={found.link:g}, disk={found.disk:g}, "
-            f"ahead={found.ahead})\n"
+            f"recording = observe(model, lambda: model.generate(prompt, {shown.tokens}))\n"
+            f"found = recording.schedule(rate={self.rate.value * GB:g}, link={shown.link:g}, disk={shown.disk:g}, "
+            f"ahead={shown.ahead})\n"
         )
 
-    def to_json(self) -> str:
-        """What is shown, as JSON text: what was recorded, and when it happens, each way."""
-        found = self._shown()
-        assert self.recording is not None
-        charts = {
-            name: {"first_token": chart.ends[0], "last_token": chart.per_token, "busy": chart.busy,
-                   "spans": [{**span._asdict(), "turn": chart.turns[span.turn].name} for span in chart.spans]}
-            for name, chart in self.charts.items()
+    def content(self) -> dict[str, Any]:
+        """What is shown, as plain data: what was recorded, and when it happens, each way."""
+        recording, shown, charts = self.shown
+        return {
+            "mode": self.mode.value, "slots": shown.slots, "tokens": shown.tokens, "device_map": self.device_map,
+            "link": shown.link, "disk": shown.disk, "rate": self.rate.value * GB,
+            "turns": [turn._asdict() for turn in shown.turns],
+            "recorded": [event._asdict() for event in recording.events],
+            "charts": {
+                name: {"first_token": chart.ends[0], "last_token": chart.per_token, "busy": chart.busy,
+                       "spans": [{**span._asdict(), "turn": chart.turns[span.turn].name} for span in chart.spans]}
+                for name, chart in charts.items()
+            },
         }  # fmt: skip
-        content = {
-            "mode": self.mode.value, "slots": found.slots, "tokens": found.tokens, "device_map": self.device_map,
-            "link": found.link, "disk": found.disk, "rate": self.rate.value * GB,
-            "turns": [turn._asdict() for turn in found.turns],
-            "recorded": [event._asdict() for event in self.recording.events], "charts": charts,
-        }  # fmt: skip
-        return json.dumps(content, indent=2) + "\n"
 
     def _story_pane(self) -> str:
-        lines = [f"{i:>4}  {self._news(at)}" for i, at in enumerate(self._shown().frames)]
+        _, shown, charts = self.shown
+        lines = [f"{i:>4}  {run_news(charts[self._chart], step)}" for i, step in enumerate(shown.frames)]
         return f'<div style="max-height:300px;overflow:auto">{preformatted(chr(10).join(lines))}</div>'
 
-    def _map_pane(self) -> str:
-        rows = "".join(
-            f"<tr><td>{html.escape(name)}</td><td>{html.escape(repr(device))}</td><td>{device_label(device)}</td></tr>"
-            for name, device in self.device_map.items()
-        )
-        return f"<table><tr><th>module</th><th>device</th><th></th></tr>{rows}</table>"
-
-    def __repr__(self) -> str:
-        found = getattr(self, "schedule", None)
-        if found is None:
-            return "HookTheatre(nothing has run yet)"
-        turns = [turn for turn in found.turns if ".h." in turn.name]
-        counts = "+".join(str(sum(turn.rests == place for turn in turns)) for place in (0, 1, "cpu", "disk"))
-        mode = f"{PREFETCH}, {_slots(found.slots)}" if found.prefetch else ONE_BY_ONE
-        news = self._news(found.frames[self.step.value])
-        head = f"HookTheatre(blocks {counts}, {mode}, step {self.step.value} of {len(found.frames) - 1}, "
-        return f"{head}{short(news, LONGEST_REPR - len(head) - 1)})"
+    def summary(self, performance: Performance) -> list[str]:
+        """How many blocks rest on each place, the way to run, and what has just happened."""
+        _, shown, charts = performance
+        blocks = [turn for turn in shown.turns if ".h." in turn.name]
+        counts = "+".join(str(sum(turn.rests == place for turn in blocks)) for place in (0, 1, "cpu", "disk"))
+        mode = f"{PREFETCH}, {counted(shown.slots, 'slot')}" if shown.prefetch else ONE_BY_ONE
+        news = run_news(charts[self._chart], shown.frames[self.step.value])
+        head = f"blocks {counts}, {mode}, step {self.step.value} of {len(shown.frames) - 1}, "
+        return [head + short(news, LONGEST_REPR - len(head) - len("HookTheatre()"))]
 
 
 def _run(places: dict[str, Device], slots: int, prefetch: bool, tokens: int) -> Observation:
@@ -297,7 +263,3 @@ def _run(places: dict[str, Device], slots: int, prefetch: bool, tokens: int) -> 
     expected = load_pygpt().generate(prompt, tokens)
     result = (decode(recording.result[0]), bool(torch.equal(recording.result, expected)))
     return Observation(recording.units, recording.events, recording.slots, recording.prefetch, result)
-
-
-def _slots(count: int) -> str:
-    return "1 slot" if count == 1 else f"{count} slots"

@@ -10,10 +10,12 @@ from collections.abc import Iterable
 import ipywidgets as widgets
 
 from ..api import Source, estimate_memory
-from ..draw.canvas import estimate_figure, estimate_label, estimate_text, svg
+from ..draw.estimate import estimate_figure, estimate_text
 from ..model.estimate import CLASSIC, STORED, MemoryEstimate
 from ..units import format_bytes
-from ._explorer import LONGEST_REPR, WIDE, Explorer, model_field, number_field, pill, preformatted, short, token_slider
+from ._controls import field, token_slider
+from ._explorer import Explorer
+from ._html import pill, short
 
 DTYPES = ("float32", "bfloat16", "float16", "float8_e4m3fn", "int8", "int4")
 STORAGES = ("float32", "bfloat16", "float16", "float8_e4m3fn", "int8", "nf4", "nf4-double", "fp4", "fp4-double")
@@ -37,6 +39,8 @@ class MemoryExplorer(Explorer):
     MemoryExplorer(gpt2, 124.4 M parameters, batch 1, context 2,048: float32 714.89 MiB to run)
     """
 
+    missing = "no estimate yet"
+
     def __init__(
         self,
         model: Source = "bert-base-cased",
@@ -46,37 +50,40 @@ class MemoryExplorer(Explorer):
         context: int = 2048,
         batch: int = 1,
     ) -> None:
-        self.estimate: MemoryEstimate | None = None
-        name = model if isinstance(model, str) else str(getattr(model, "name", type(model).__name__))
-        self._given = {name: model}  # a model given as an object is found under its name
-        self.model = model_field(name)
-        self.dtypes = _choices("Dtypes", DTYPES, dtypes)
-        self.stored = _choices("Stored as", STORAGES, stored)
-        self.context = token_slider(context, none=False)
-        self.batch = number_field(widgets.BoundedIntText, "Batch", value=batch, min=1, max=4096)
-        weights, load = [self.dtypes, self.stored], [self.context, self.batch]
-        super().__init__([("Model", [self.model]), ("Weights", weights), ("Load", load)], [])
+        super().__init__(
+            {
+                "Model": {"model": self.model_field(model)},
+                "Weights": {
+                    "dtypes": _choices("Dtypes", DTYPES, dtypes),
+                    "stored": _choices("Stored as", STORAGES, stored),
+                },
+                "Load": {
+                    "context": token_slider(context, none=False),
+                    "batch": field(widgets.BoundedIntText, "Batch", batch, min=1, max=4096),
+                },
+            }
+        )
 
-    def compute(self) -> None:
+    estimate = property(lambda self: self.result)
+
+    def compute(self) -> MemoryEstimate:
         """Estimate the model that is named."""
         name = self.model.value.strip()
-        self.estimate = estimate_memory(
-            self._given.get(name, name), self.dtypes.value, stored=self.stored.value,
+        return estimate_memory(
+            self._specs.get(name, name), self.dtypes.value, stored=self.stored.value,
             context=self.context.value, batch=self.batch.value,
         )  # fmt: skip
 
-    def show(self) -> None:
+    def show(self, estimate: MemoryEstimate) -> None:
         """Show the estimate."""
-        estimate = self._shown()
         sizes = [f"{row.dtype} {format_bytes(row.total_size, 'classic')}" for row in estimate.rows]
         count = f"{estimate.parameters / 1e6:,.1f} M parameters."
-        self.verdict.value = pill("good", count, f"To load: {', '.join(sizes)}." if sizes else "")
-        self.picture.value = svg(estimate_figure(estimate), estimate_label(estimate))
-        self.text.value = preformatted(estimate_text(estimate))
+        verdict = pill("good", count, f"To load: {', '.join(sizes)}." if sizes else "")
+        self.put(verdict, estimate_figure(estimate), estimate_text(estimate))
 
     def to_code(self) -> str:
         """Python that makes this estimate again."""
-        estimate = self._shown()
+        estimate = self.shown
         return (
             "from bigkit import estimate_memory\n\n"
             f"estimate_memory(\n    {estimate.name!r},\n    dtypes={[row.dtype for row in estimate.rows]!r},\n"
@@ -84,28 +91,14 @@ class MemoryExplorer(Explorer):
             f"    batch={estimate.batch},\n    context={estimate.context},\n)\n"
         )
 
-    def to_json(self) -> str:
-        """The estimate as JSON text."""
-        return self._shown().to_json()
-
-    def _shown(self) -> MemoryEstimate:
-        if self.estimate is None:
-            raise ValueError("there is no estimate yet: give the explorer a model that it can find")
-        return self.estimate
-
-    def __repr__(self) -> str:
-        estimate = getattr(self, "estimate", None)
-        if estimate is None:
-            return "MemoryExplorer(no estimate yet)"
-        text = f"MemoryExplorer({short(estimate.name)}, {estimate.parameters / 1e6:,.1f} M parameters"
+    def summary(self, estimate: MemoryEstimate) -> list[str]:
+        """The model, its parameters, the load and, if there is room, what it takes to run."""
+        text = f"{short(estimate.name)}, {estimate.parameters / 1e6:,.1f} M parameters"
         text += f", batch {estimate.batch}, context {estimate.context:,}"
-        run = "".join(f": {row.stored} {format_bytes(row.total)} to run" for row in estimate.inference[:1])
-        return f"{text}{run if len(text + run) < LONGEST_REPR else ''})"
+        run = [f"{text}: {row.stored} {format_bytes(row.total)} to run" for row in estimate.inference[:1]]
+        return [*run, text]
 
 
 def _choices(description: str, options: Iterable[str], chosen: Iterable[str]) -> widgets.SelectMultiple:
     options = list(dict.fromkeys([*options, *chosen]))
-    return widgets.SelectMultiple(
-        options=options, value=tuple(chosen), rows=len(options), description=description, style=WIDE,
-        layout=widgets.Layout(width="100%"),
-    )  # fmt: skip
+    return field(widgets.SelectMultiple, description, tuple(chosen), options=options, rows=len(options))

@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from bigkit import cpu_offload, dry_run, record
-from bigkit.draw.canvas import svg
 from bigkit.draw.dryrun import dryrun_figure, dryrun_label, dryrun_text
 from bigkit.dryrun.workload import Workload, passes
 from bigkit.machine.allocator import Recording
@@ -156,20 +155,21 @@ def test_fewer_steps_than_predicted_and_none_at_all(run):
 def test_an_h200_is_drawn_over_its_dry_run(run, measured):
     assert run.peak_allocated[0] == measured.recording.peaks["allocated"], "predicted to the byte"
     figure, label = dryrun_figure(run, measured), dryrun_label(run, measured)
-    picture = svg(figure, label)
-    assert picture == svg(dryrun_figure(run, measured), label), "the same run, the same picture"
-    assert len(figure.axes[0].lines) == len(dryrun_figure(run).axes[0].lines) + 2, "two curves more"
-    assert picture.count("measured") >= 3 and "measured" not in svg(dryrun_figure(run), dryrun_label(run))
+    picture = figure.svg
+    assert picture == dryrun_figure(run, measured).svg, "the same run, the same picture"
+    assert [shape.kind for shape in figure.shapes].count("measured") == 2, "two curves more"
+    assert picture.count("measured") >= 3 and "measured" not in dryrun_figure(run).svg
     assert "Measured on NVIDIA H200: 1.06 GiB, prefill 20.0 ms, token 10.0 ms." in label
     rows = {line[:14].strip(): line for line in dryrun_text(run, measured).splitlines()}
     assert rows["peak allocated"].split()[-2] == "+0.0" and rows["prefill"].split()[-1] == "%"
 
 
 def test_bars_of_time_are_as_long_as_what_was_measured(run, measured):
-    lanes = dryrun_figure(run, measured).axes[-1]
-    bars = [bar.get_paths()[0].get_extents().width for bar in lanes.collections[-len(TIMES) :]]
-    assert bars == pytest.approx([1000 * seconds for seconds in TIMES])
-    assert lanes.get_xlim()[1] >= 1000 * sum(TIMES)
+    picture = dryrun_figure(run, measured)
+    bars = [shape for shape in picture.shapes if shape.kind == "measured step"]
+    scale = bars[0].width / TIMES[0]
+    assert [bar.width for bar in bars] == pytest.approx([scale * seconds for seconds in TIMES])
+    assert bars[-1].x + bars[-1].width <= picture.left + picture.room + 1e-6
 
 
 def test_what_stands_in_the_way():

@@ -7,8 +7,8 @@ import ipywidgets
 import pytest
 
 from bigkit import widgets
-from bigkit.draw import canvas as draw
-from bigkit.widgets import _explorer
+from bigkit.draw import colours as draw
+from bigkit.widgets import _html
 
 COLOURS = {
     name: value for name, value in vars(draw).items() if name.isupper() and re.match("#[0-9A-F]{6}$", str(value))
@@ -44,20 +44,21 @@ def test_contrast_as_wcag_has_it():
 @pytest.mark.parametrize("name", COLOURS)
 def test_text_on_a_colour_is_read(name):
     ground = COLOURS[name]
-    assert contrast(draw._ink(ground), ground) >= 4.5
+    assert contrast(draw.ink(ground), ground) >= 4.5
 
 
 def test_text_beside_the_bars_and_in_the_verdict_is_read():
     assert len(COLOURS) >= 12
     for ground in ("#FFFFFF", draw.TRACK):  # pictures have a ground of their own in both themes
         assert contrast("#333333", ground) >= 4.5
-    for ground, edge in _explorer.PILLS.values():
+    for ground, edge in _html.PILLS.values():
         assert contrast("#111", ground) >= 4.5 and contrast(edge, "#111111") >= 3, "an edge is seen on a dark page"
 
 
 @pytest.fixture(scope="module", params=EXPLORERS)
 def explorer(request):
-    return getattr(widgets, request.param)()
+    small = {"model": "pygpt", "batch": 1, "prompt": 16, "new": 1} if request.param == "DryRunExplorer" else {}
+    return getattr(widgets, request.param)(**small)
 
 
 def test_a_picture_is_announced(explorer):

@@ -5,21 +5,24 @@ from __future__ import annotations
 import base64
 import json
 import re
+import runpy
 import statistics
 import subprocess
 import sys
 import time
 import xml.etree.ElementTree as ElementTree
+from collections.abc import Iterator
 from pathlib import Path
 
 import ipywidgets as widgets
 import pytest
 
 from bigkit import HARDWARE, Plan, describe, estimate_memory, plan
-from bigkit.machine.hardware import CONTEXT_BYTES
-from bigkit.widgets import MemoryExplorer, PlanExplorer
-from bigkit.widgets._explorer import LONGEST_REPR, TOKENS, Explorer
+from bigkit.widgets import Advisor, MemoryExplorer, PlanExplorer, ShardExplorer
+from bigkit.widgets._controls import TOKENS
+from bigkit.widgets._explorer import LONGEST_REPR, Explorer
 
+ROOT = Path(__file__).resolve().parent.parent.parent
 GIB = 2**30
 SMALL = {0: "300MiB", 1: "300MiB"}
 
@@ -108,9 +111,9 @@ def counting(explorer: Explorer) -> list[int]:
     """A list whose only element counts the calls of `compute` from now on."""
     count, compute = [0], explorer.compute
 
-    def counted() -> None:
+    def counted() -> object:
         count[0] += 1
-        compute()
+        return compute()
 
     explorer.compute = counted  # type: ignore[method-assign]
     return count
@@ -139,7 +142,6 @@ def test_machines_of_the_menu() -> None:
         for device, budget in machine.max_memory().items():
             shown = explorer.max_memory[device]
             assert budget - GIB < shown <= budget, "rounded down to a step of the control, never up"
-    assert explorer.plan.shares[0].overhead == CONTEXT_BYTES
 
 
 def test_a_machine_is_one_computation_and_budgets_name_it() -> None:
@@ -299,12 +301,49 @@ def test_export(tmp_path: Path) -> None:
         explorer.export(tmp_path / "plan.png")
 
 
-def test_names_are_escaped() -> None:
-    explorer = PlanExplorer(describe("gpt2").renamed("<b>&"), SMALL)
-    explorer.panes.selected_index = 2
-    for widget in (explorer.picture, explorer.text, explorer.verdict, explorer.panes.children[2]):
-        assert "<b>&" not in widget.value
-    ElementTree.fromstring(explorer.picture.value)
+EVIL = "<script>alert('1')</script> & \"quotes\" $x$"
+
+
+def evil_explorers() -> Iterator[Explorer]:
+    """Explorers of a model whose name and layers would be markup if they were not escaped."""
+    from torch import nn
+
+    module = nn.Sequential()
+    module.add_module(EVIL, nn.Linear(8, 8))
+    spec = describe(module).renamed(EVIL)
+    for kind in (PlanExplorer, MemoryExplorer, ShardExplorer, Advisor):
+        yield kind(spec)
+    yield PlanExplorer(EVIL)  # an error that quotes the name
+    yield ShardExplorer("gpt2", find=EVIL)
+
+
+def test_names_are_escaped_everywhere() -> None:
+    for explorer in evil_explorers():
+        for i in range(len(explorer.panes.children)):
+            explorer.panes.selected_index = i
+        pieces = [widget.value for widget in tree(explorer) if isinstance(widget, widgets.HTML)]
+        assert any("&lt;script&gt;" in piece for piece in pieces)
+        assert not any("<script" in piece or "&lt;script>" in piece for piece in pieces), explorer
+        if explorer.picture.value:
+            ElementTree.fromstring(explorer.picture.value)
+
+
+def test_a_machine_has_one_overhead() -> None:
+    """The explorer, `bigkit plan --hardware` and the other explorers leave the same bytes of each GPU."""
+    machine = HARDWARE["2 x RTX 4090"]
+    explorer = PlanExplorer("llama-2-7b", "2 x RTX 4090")
+    assert 0 <= explorer.plan.shares[0].overhead - machine.overhead < 2**20, "the control counts whole MiB"
+    explorer.hardware.value = "4 x L4"
+    assert 0 <= explorer.plan.shares[0].overhead - HARDWARE["4 x L4"].overhead < 2**20
+    assert PlanExplorer("llama-2-7b", "4 x L4", overhead=0).plan.shares[0].overhead == 0
+    assert PlanExplorer("llama-2-7b", {0: "20GiB"}).plan.shares[0].overhead == 0
+
+
+def test_the_picture_of_the_readme_is_what_is_drawn(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    script = runpy.run_path(str(ROOT / "scripts" / "draw_readme.py"))
+    monkeypatch.setitem(script["main"].__globals__, "PATH", tmp_path / "plan.svg")
+    script["main"]()
+    assert (tmp_path / "plan.svg").read_text() == (ROOT / "notebooks" / "images" / "plan.svg").read_text()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -347,7 +386,7 @@ def test_shipped_models_are_explored_without_torch() -> None:
     code = (
         "import sys\nfrom bigkit.widgets import MemoryExplorer, PlanExplorer\n"
         "PlanExplorer(), MemoryExplorer()\n"
-        "print([name for name in ('torch', 'transformers', 'matplotlib.pyplot') if name in sys.modules])"
+        "print([name for name in ('torch', 'transformers', 'matplotlib') if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

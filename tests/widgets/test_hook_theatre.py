@@ -5,9 +5,8 @@ from __future__ import annotations
 import json
 import re
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bigkit import init_empty_weights, load_checkpoint_and_dispatch
-from bigkit.draw.canvas import GREEN, ORANGE, TRACK, WIDTH, YELLOW
+from bigkit.draw.canvas import WIDTH, Box, Picture
+from bigkit.draw.colours import GREEN, ORANGE, TRACK, YELLOW
 from bigkit.draw.run import gantt_figure, gantt_label, gantt_text, run_figure, run_label, run_news, run_text
 from bigkit.machine.streams import Schedule, Turn, schedule
 from bigkit.offload.observe import observe
@@ -24,9 +24,6 @@ from bigkit.widgets import HookTheatre
 from bigkit.widgets._explorer import LONGEST_REPR
 from bigkit.widgets.hook_theatre import BLOCKS, ONE_BY_ONE, PREFETCH, PRESETS
 from bigkit.zoo.gpt import GPT, PYGPT, GPTConfig
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 
 def looks(theatre: HookTheatre) -> tuple[str, str, str, str]:
@@ -77,48 +74,42 @@ def run(request: pytest.FixtureRequest) -> Schedule:
     return RUNS[request.param]()
 
 
-def boxes(figure: Figure, kind: str) -> Iterator[tuple[float, float, float, float, str]]:
-    """(x, y, width, height, colour) of every box of a kind, in points."""
-    from matplotlib.colors import to_hex
-    from matplotlib.patches import PathPatch
-
-    for patch in figure.artists:
-        if patch.get_label() == kind and isinstance(patch, PathPatch):
-            for corners in patch.get_path().vertices.reshape(-1, 5, 2):
-                (left, top), (right, bottom) = corners.min(0), corners.max(0)
-                yield left, top, right - left, bottom - top, to_hex(patch.get_facecolor()).upper()
+def boxes(picture: Picture, kind: str) -> list[Box]:
+    """Every box of a kind, from the top and the left."""
+    found = [shape for shape in picture.shapes if isinstance(shape, Box) and shape.kind == kind]
+    return sorted(found, key=lambda box: (box.y, box.x))
 
 
 def test_a_chart_has_a_bar_for_each_span_as_long_as_it_lasts(run: Schedule) -> None:
-    figure = gantt_figure({"one": run, "again": run}, "a model")
+    picture = gantt_figure({"one": run, "again": run}, "a model")
     for lane in ("compute", "link", "disk"):
         spans = [span for span in run.spans if span.lane == lane and span.start < run.seconds] * 2
-        drawn = sorted(boxes(figure, lane), key=lambda box: (box[1], box[0]))
+        drawn = boxes(picture, lane)
         assert len(drawn) == len(spans)
         if spans and run.seconds:
             most = max(min(span.end, run.seconds) for span in spans)
-            scale = max(x + width - 58 for x, _, width, *_ in drawn) / most
-            for (x, _, width, *_), span in zip(drawn, sorted(spans[: len(spans) // 2], key=lambda s: s.start) * 2):
-                assert x - 58 == pytest.approx(span.start * scale, abs=1e-6)
-                assert width == pytest.approx((min(span.end, run.seconds) - span.start) * scale, abs=1e-6)
-    assert all(x + width <= WIDTH for kind in ("compute", "link", "disk") for x, _, width, *_ in boxes(figure, kind))
+            scale = max(box.x + box.width - 58 for box in drawn) / most
+            for box, span in zip(drawn, sorted(spans[: len(spans) // 2], key=lambda s: s.start) * 2):
+                assert box.x - 58 == pytest.approx(span.start * scale, abs=1e-6)
+                assert box.width == pytest.approx((min(span.end, run.seconds) - span.start) * scale, abs=1e-6)
+    assert all(box.x + box.width <= WIDTH for kind in ("compute", "link", "disk") for box in boxes(picture, kind))
 
 
 def test_every_scene_is_drawn_as_it_is(run: Schedule) -> None:
     colours = {"arriving": YELLOW, "ready": GREEN, "working": ORANGE, "done": TRACK}
     for step in run.frames[:: max(1, len(run.frames) // 12)]:
         scene = run.scene(step)
-        figure = run_figure({"run": run}, "run", step)
-        units = [*boxes(figure, "units")]
+        picture = run_figure({"run": run}, "run", step)
+        units = boxes(picture, "units")
         held = [colours[state] for holds, state in scene.slots if holds is not None]
         assert len(units) == len(run.turns) + len(held)
-        drawn = [box[-1] for box in units]
+        drawn = [box.colour for box in units]
         resident = scene.working is not None and not run.turns[scene.working].travels
         for colour in (YELLOW, GREEN, ORANGE, TRACK):
             assert drawn.count(colour) - held.count(colour) == (colour == ORANGE and resident) or colour == GREEN
-        ends = [x for p in figure.artists if p.get_label() == "slots" for x in p.get_xy()[:, 0]]
+        ends = [x for shape in picture.shapes if shape.kind == "slots" for x, _ in shape.points]
         assert not ends or (min(ends) == 58 and max(ends) <= WIDTH - 92 + 1e-6), "the future is not drawn"
-        arrows = [patch for patch in figure.artists if patch.get_label() == "arrow"]
+        arrows = [shape for shape in picture.shapes if shape.kind == "arrow"]
         assert len(arrows) == 2 * len(scene.arriving)
         text, label = run_text({"run": run}, "run", step), run_label({"run": run}, "run", step)
         assert run_news(run, step) in text and run_news(run, step) in label
@@ -159,8 +150,9 @@ def test_every_preset_runs_and_writes_what_the_whole_model_writes(theatre: HookT
     assert equal and len(written) == len("def ") + theatre.tokens.value
     found = PRESETS[preset]
     blocks = [device for name, device in theatre.device_map.items() if ".h." in name]
-    assert (blocks.count(0), blocks.count(1), blocks.count("cpu")) == found[:3] and len(blocks) == BLOCKS
-    if found.spread:
+    places = [blocks.count(place) for place in (0, 1, "cpu")]
+    assert places == [found["gpu0"], found["gpu1"], found["ram"]] and len(blocks) == BLOCKS
+    if found["spread"]:
         assert blocks != sorted(blocks, key=str), "GPU 0's blocks stand together"
     fetched = {event.unit for event in theatre.recording.events if event.kind == "fetch"}
     assert fetched == {f"transformer.h.{i}" for i, device in enumerate(blocks) if device in ("cpu", "disk")}

@@ -7,9 +7,7 @@ import re
 import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import pytest
 import torch
@@ -23,12 +21,11 @@ from bigkit.checkpoints.format import INDEX, SINGLE
 from bigkit.checkpoints.load import load_checkpoint_in_model
 from bigkit.checkpoints.save import save_model
 from bigkit.checkpoints.shards import Cut, cut, cut_model
-from bigkit.draw.canvas import STRIPS, WIDTH, YELLOW, shards_figure, shards_label, shards_text, shards_verdict
+from bigkit.draw.canvas import WIDTH, Box, Picture
+from bigkit.draw.colours import YELLOW
+from bigkit.draw.shards import STRIPS, shards_figure, shards_label, shards_text, shards_verdict
 from bigkit.widgets import ShardExplorer
 from bigkit.widgets._explorer import LONGEST_REPR
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 
 class Tied(nn.Module):
@@ -169,50 +166,42 @@ def made(request: pytest.FixtureRequest) -> Cut:
     return CUTS[request.param]()
 
 
-def boxes(figure: Figure, *kinds: str) -> Iterator[tuple[float, float, float, str]]:
-    """(x, y, width, colour) of every box of some kinds, in points."""
-    from matplotlib.colors import to_hex
-
-    for patch in figure.artists:
-        if patch.get_label() in kinds:
-            for corners in patch.get_path().vertices.reshape(-1, 5, 2):
-                (left, top), (right, _) = corners.min(0), corners.max(0)
-                yield float(left), float(top), float(right - left), to_hex(patch.get_facecolor()).upper()
+def boxes(picture: Picture, *kinds: str) -> list[Box]:
+    """Every box of some kinds, from the top and the left."""
+    found = [shape for shape in picture.shapes if isinstance(shape, Box) and shape.kind in kinds]
+    return sorted(found, key=lambda box: (box.y, box.x))
 
 
 def test_every_tensor_is_drawn_as_wide_as_its_bytes(made: Cut) -> None:
-    kinds = ("tensors", "found", "larger than the limit")
-    drawn = sorted(boxes(shards_figure(made), *kinds), key=lambda box: (box[1], box[0]))
+    kinds = ("tensors", "matches", "larger than the limit")
+    drawn = boxes(shards_figure(made), *kinds)
     sizes = [size for tensors in made.files.values() for size in tensors.values() if size]
     assert len(drawn) == len(sizes)
     if sizes:
-        scale = sum(width for _, _, width, _ in drawn) / sum(sizes)
-        assert [width for _, _, width, _ in drawn] == pytest.approx([size * scale for size in sizes], abs=1e-6)
-        assert max(x + width for x, _, width, _ in drawn) <= WIDTH - 7.9
-    assert len({y for _, y, _, _ in drawn}) <= 2 * STRIPS + 16
-    limit = list(boxes(shards_figure(made), "limit"))
-    assert not limit or limit[0][2] == pytest.approx(made.limit * scale)
+        scale = sum(box.width for box in drawn) / sum(sizes)
+        assert [box.width for box in drawn] == pytest.approx([size * scale for size in sizes], abs=1e-6)
+        assert max(box.x + box.width for box in drawn) <= WIDTH - 7.9
+    assert len({box.y for box in drawn}) <= 2 * STRIPS + 16
+    limit = boxes(shards_figure(made), "limit")
+    assert not limit or limit[0].width == pytest.approx(made.limit * scale)
 
 
 def test_a_file_is_one_box_in_one_row(made: Cut) -> None:
-    drawn = sorted((y, x, width) for x, y, width, _ in boxes(shards_figure(made), "tensors", "larger than the limit"))
-    rows = iter(drawn)
+    drawn = iter(boxes(shards_figure(made), "tensors", "larger than the limit"))
     for tensors in made.files.values():
-        own = [next(rows) for size in tensors.values() if size]
-        assert len({y for y, *_ in own}) <= 1
-        assert [x + width for _, x, width in own[:-1]] == pytest.approx([x for _, x, _ in own[1:]])
+        own = [next(drawn) for size in tensors.values() if size]
+        assert len({box.y for box in own}) <= 1
+        assert [box.x + box.width for box in own[:-1]] == pytest.approx([box.x for box in own[1:]])
 
 
 def test_what_is_found_is_yellow_and_what_is_too_large_is_hatched() -> None:
     made = cut_model(describe("gpt2"), "100MB")
-    figure = shards_figure(made, "lm_head")
-    ((*_, colour),) = list(boxes(figure, "larger than the limit"))
-    assert colour == YELLOW and not list(boxes(figure, "found"))
-    figure = shards_figure(made, "h.3.mlp")
-    found = list(boxes(figure, "found"))
-    assert len(found) == 4 and {colour for *_, colour in found} == {YELLOW}
-    assert [p.get_hatch() for p in figure.artists if p.get_label() == "larger than the limit"] == ["////"]
-    assert not list(boxes(shards_figure(made), "found"))
+    picture = shards_figure(made, "lm_head")
+    (box,) = boxes(picture, "larger than the limit")
+    assert box.colour == YELLOW and box.hatch == "/" and not boxes(picture, "matches")
+    matches = boxes(shards_figure(made, "h.3.mlp"), "matches")
+    assert len(matches) == 4 and {box.colour for box in matches} == {YELLOW}
+    assert not boxes(shards_figure(made), "matches")
 
 
 def test_the_text_tells_every_file_until_there_are_too_many(made: Cut) -> None:

@@ -15,7 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bigkit.distributed.shares import Shares
-from bigkit.draw.canvas import WIDTH, shares_figure, shares_label, shares_text
+from bigkit.draw.canvas import WIDTH, Box
+from bigkit.draw.shares import shares_figure, shares_label, shares_text
 from bigkit.widgets import SplitExplorer
 from bigkit.widgets._explorer import LONGEST_REPR
 
@@ -23,10 +24,9 @@ from bigkit.widgets._explorer import LONGEST_REPR
 def count_boxes(split: Shares) -> dict[str, int]:
     """How many boxes of each kind are drawn; all lie inside the picture."""
     found: dict[str, int] = {}
-    for patch in shares_figure(split).artists:
-        boxes = patch.get_path().vertices.reshape(-1, 5, 2)
-        assert boxes[..., 0].max() <= WIDTH + 1e-6
-        found[patch.get_label()] = found.get(patch.get_label(), 0) + len(boxes)
+    for box in shares_figure(split).shapes:
+        assert isinstance(box, Box) and box.x + box.width <= WIDTH + 1e-6
+        found[box.kind] = found.get(box.kind, 0) + 1
     return found
 
 

@@ -1,0 +1,46 @@
+"""Pieces of HTML that explorers show; all text from outside is escaped here."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Mapping
+
+from ..devices import Device, device_label
+from ..draw.colours import GREEN, ORANGE, VERMILLION
+
+PILLS = {"good": ("#DDF3EA", GREEN), "slow": ("#FFF1D6", ORANGE), "bad": ("#FBE3D6", VERMILLION)}  # ground and edge
+MONO = "margin:0;font:11.5px/1.4 ui-monospace,Menlo,Consolas,'DejaVu Sans Mono',monospace;white-space:pre"
+
+
+def preformatted(text: str, wrap: bool = False) -> str:
+    """Plain text as HTML that keeps its columns; lines that are too long scroll, or wrap."""
+    style = f"{MONO}-wrap" if wrap else f"{MONO};overflow:auto"
+    return f'<pre tabindex="0" style="{style}">{html.escape(text)}</pre>'
+
+
+def map_table(device_map: Mapping[str, Device]) -> str:
+    """A device map as an HTML table."""
+    rows = "".join(
+        f"<tr><td>{html.escape(name) or 'the whole model'}</td><td>{html.escape(repr(device))}</td>"
+        f"<td>{html.escape(device_label(device))}</td></tr>"
+        for name, device in device_map.items()
+    )
+    table = f"<table><tr><th>module</th><th>device</th><th></th></tr>{rows}</table>"
+    return f'<div style="max-height:300px;overflow:auto;line-height:1.2" tabindex="0">{table}</div>'
+
+
+def pill(news: str, headline: str, rest: str = "", role: str = "status") -> str:
+    """A line of news ("good", "slow" or "bad"), which a screen reader says when it changes."""
+    ground, edge = PILLS[news]
+    style = f"background:{ground};color:#111;border-left:4px solid {edge};padding:4px 10px;line-height:1.4"
+    words = f"<b>{html.escape(headline)}</b> {html.escape(rest)}"
+    return f'<div role="{role}" style="{style};white-space:normal">{words}</div>'
+
+
+def short(text: str, length: int = 30) -> str:
+    """A name cut to fit a `repr`.
+
+    >>> short("a" * 40, 10)
+    'aaaaaaaaa…'
+    """
+    return text if len(text) <= length else text[: length - 1] + "…"
