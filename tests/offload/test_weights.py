@@ -13,7 +13,7 @@ from torch import nn
 from bigkit.checkpoints.format import Form, read_header
 from bigkit.checkpoints.resting import write_file
 from bigkit.checkpoints.ring import Slab
-from bigkit.offload.source import Source, open_source
+from bigkit.offload.source import Source
 from bigkit.offload.weights import ALIGN, Part, Unit, Weight, part_of, rest_in_ram
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float64, torch.int64, torch.bool, torch.uint8, torch.float8_e4m3fn]
