@@ -26,13 +26,8 @@ _HOMES = {
     "meta.empty": ("init_empty_weights", "init_on_device"),
     "checkpoints.load": ("load_checkpoint_in_model", "load_state_dict"),
     "checkpoints.save": ("save_model",),
-    "offload.dispatch": (
-        "cpu_offload",
-        "cpu_offload_with_hook",
-        "disk_offload",
-        "dispatch_model",
-        "load_checkpoint_and_dispatch",
-    ),
+    "offload.dispatch": ("cpu_offload", "disk_offload", "dispatch_model", "load_checkpoint_and_dispatch"),
+    "offload.whole_model": ("cpu_offload_with_hook",),
     "offload.hooks": (
         "AlignDevicesHook",
         "ModelHook",
@@ -84,14 +79,9 @@ if TYPE_CHECKING:
     from .meta.empty import init_empty_weights, init_on_device
     from .model.estimate import MemoryEstimate
     from .model.spec import Layer, ModelSpec, Precision
-    from .offload.dispatch import (
-        cpu_offload,
-        cpu_offload_with_hook,
-        disk_offload,
-        dispatch_model,
-        load_checkpoint_and_dispatch,
-    )
+    from .offload.dispatch import cpu_offload, disk_offload, dispatch_model, load_checkpoint_and_dispatch
     from .offload.hooks import AlignDevicesHook, ModelHook, SequentialHook, add_hook_to_module, remove_hook_from_module
+    from .offload.whole_model import cpu_offload_with_hook
     from .quantize.load import BnbQuantizationConfig, load_and_quantize_model, replace_with_bnb_layers
     from .units import format_bytes, parse_bytes
 

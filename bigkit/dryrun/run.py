@@ -37,7 +37,7 @@ from ..maps.advise import calibration_of, rates_of
 from ..maps.plan import Plan
 from ..offload.dispatch import dispatch_model
 from ..offload.hooks import AlignDevicesHook, SequentialHook
-from ..offload.stream import Slots
+from ..offload.slots import Slots
 from ..offload.transfer import PlainLane, Slot
 from ..offload.weights import Unit
 from ..quantize.load import BnbQuantizationConfig

@@ -1,7 +1,7 @@
 """Running a model that is spread over GPUs, RAM and disk: the calls with Accelerate's names.
 
 `dispatch_model` applies a device map: weights that rest on a GPU go there, the others are sent away
-(`offload/grouping.py`), and each placed module gets a hook that brings inputs and weights together
+(`offload/placing.py`), and each placed module gets a hook that brings inputs and weights together
 (`offload/hooks.py`). What rests in RAM or on disk works on the main device. From then on `model(...)` runs as if the
 model were whole.
 
@@ -9,42 +9,38 @@ What differs from Accelerate, on purpose: weights travel by the block, ahead of 
 a range of the checkpoint's own files; a model with resting weights refuses to be moved; its default main device is the
 first one that the map names.
 
-Leaves out: making the map (`api.py`, `maps/device_map.py`), and training.
+Leaves out: making the map (`api.py`, `maps/device_map.py`), offloading by the whole model
+(`offload/whole_model.py`), and training.
 """
 
 from __future__ import annotations
 
+import inspect
 import os
-from collections.abc import Callable, Iterable, Mapping
-from pathlib import Path
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..checkpoints.format import Checkpoint, Stored
 from ..checkpoints.load import load_checkpoint_in_model
-from ..devices import Device, collapse, placement, prefixes, read_device
+from ..devices import Device, read_device
 from ..machine.hardware import Hardware
 from ..maps import strategies
 from ..maps.advise import calibration_of, rates_of
 from ..maps.device_map import check_device_map, get_max_memory
-from ..maps.partition import spread
 from ..maps.strategies import STRATEGIES, interleaved
 from ..meta.skeleton import spec_from_module
 from ..units import parse_bytes
-from .grouping import Group, Rest, groups, has_forward, make_units, records, streamer_for
-from .hooks import (
-    AlignDevicesHook,
-    ModelHook,
-    add_hook_to_module,
-    drop_placed,
-    remove_hook_from_module,
-    send_to_device,
-    torch_device,
-)
+from .grouping import Layout, has_forward, put, records, with_residents
+from .hooks import AlignDevicesHook, add_hook_to_module, drop_hooks, hooks_in
+from .inputs import torch_device
+from .mapped import Mapped
+from .placing import Origins, make_units
+from .slots import Slots, is_real_cuda
 from .stream import Streamer
-from .weights import Unit, anatomy
+from .weights import Unit
 
 
 def dispatch_model(
@@ -101,158 +97,123 @@ def dispatch_model(
     >>> model.hf_device_map
     {'': 0}
     """
-    if not isinstance(device_map, Mapping):
-        raise ValueError(f"device_map must map module names to devices, not {device_map!r}; bigkit.plan makes one")
+    options = _Options(device_map, main_device, slots, prefetch, resident_memory, ram_cache, stand_in)
     check_device_map(model, device_map)
-    places = {name: read_device(device) for name, device in device_map.items()}
-    main = _main_device(places, main_device)
-    stands = {device: torch_device(other) for device, other in (stand_in or {}).items()}
-    if set(places.values()) == {main} and not force_hooks:
-        return _whole(model, places, _device(main, stands), _rest(model, state_dict, offload_index, None))
-
-    def runs_at(device: Device) -> Device:
-        return main if device in ("cpu", "disk") else device
-
-    rest = _rest(model, state_dict, offload_index, offload_dir)
+    layout = options.layout()
+    origins = Origins.of(model, state_dict, offload_index, offload_dir)
+    keys = (skip_keys,) if isinstance(skip_keys, str) else tuple(skip_keys or ())
     classes = [preload_module_classes] if isinstance(preload_module_classes, str) else [*(preload_module_classes or ())]
+    if set(layout.places.values()) == {layout.main} and not force_hooks:
+        return _whole(model, layout, origins)
     if budget := parse_bytes(resident_memory):
-        places = _with_residents(model, places, runs_at, classes, budget)
-    inner = {prefix for name in places for prefix in prefixes(name)[:-1]}
-    accelerated = _device(main, stands).type == "cuda"
-    units = make_units(
-        model,
-        placement(places),
-        runs_at,
-        lambda device: _device(device, stands),
-        rest,
-        offload_buffers=offload_buffers,
-        whole_classes=classes,
-        uniform=lambda name: name not in inner,
-        pin=accelerated and torch._guards.detect_fake_mode() is None,
-    )
-    _forget_files(model)
-    drop_placed(model)
-    streamer = None
-    for group, unit in units:
-        unit.loose = group.loose
-    if units:
-        options: dict[str, Any] = {
-            "prefetch": prefetch,
-            "name": str(torch_device(main)),
-        }
-        if main in stands or _device(main, stands).type != "cpu":
-            options |= {"count": slots, "cache": _cache(ram_cache, units, accelerated), "stands_in": main in stands}
-        streamer = streamer_for(_device(main, stands), [unit for _, unit in units], **options)
-    _attach(model, places, lambda device: _device(runs_at(device), stands), units, streamer, skip_keys)
-    model.hf_device_map = dict(places)  # type: ignore[assignment]
-    vars(model)["_apply"] = _Refusal()
+        layout = with_residents(model, layout, classes, budget)
+    units = make_units(model, layout, origins, offload_buffers=offload_buffers, whole_classes=classes)
+    _forget_earlier(model)
+    _attach(model, layout, units, options.streamer(layout, units), keys)
+    model.hf_device_map = dict(layout.places)  # type: ignore[assignment]
+    vars(model)["_apply"] = _Refusal()  # beneath `to`, `cuda`, `half`, ..., each of which Accelerate replaces
     return model
 
 
-def _forget_files(model: nn.Module) -> None:
-    """The weights that a checkpoint was to provide have their places now."""
-    for name in ("_on_disk", "_written"):
-        vars(model).pop(name, None)
+@dataclass(frozen=True)
+class _Options:
+    """What `dispatch_model` was asked for. All of it is checked before anything of the model changes."""
+
+    device_map: Mapping[str, Device]
+    main_device: Device | torch.device | None = None
+    slots: int = 2
+    prefetch: bool = True
+    resident_memory: int | str = 0
+    ram_cache: int | str | None = None
+    stand_in: Mapping[Device, torch.device | str] | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.device_map, Mapping):
+            raise ValueError(
+                f"device_map must map module names to devices, not {self.device_map!r}; bigkit.plan makes one"
+            )
+        if not isinstance(self.slots, int) or isinstance(self.slots, bool) or self.slots < 1:
+            raise ValueError(f"slots must be a number of blocks, at least 1, not {self.slots!r}")
+        parse_bytes(self.resident_memory)
+        parse_bytes(self.ram_cache or 0)
+        self.layout()
+
+    @classmethod
+    def of_call(cls, device_map: Mapping[str, Device], **options: Any) -> _Options:
+        """Check the options of a call of `dispatch_model` that is made later.
+
+        Raises:
+            TypeError: it has no such option.
+        """
+        inspect.signature(dispatch_model).bind(None, device_map, **options)
+        own = {field.name for field in fields(cls)}
+        return cls(device_map, **{name: value for name, value in options.items() if name in own})
+
+    def layout(self) -> Layout:
+        """The map with the main device and the stand-ins."""
+        places = {name: read_device(device) for name, device in self.device_map.items()}
+        stands = {read_device(device): torch_device(other) for device, other in (self.stand_in or {}).items()}
+        gpus = [device for device in places.values() if device not in ("cpu", "disk")]
+        main = (gpus or ["cpu"])[0] if self.main_device is None else read_device(self.main_device)
+        if main == "disk":
+            raise ValueError("main_device must be where weights work, a GPU or 'cpu', not 'disk'")
+        layout = Layout(places, main, stands)
+        for device in {layout.device(place) for place in (*gpus, main)}:
+            if is_real_cuda(device):
+                torch.cuda.get_device_properties(device)  # an error if there is no such GPU
+        return layout
+
+    def streamer(self, layout: Layout, units: list[Unit]) -> Streamer | None:
+        """What lends these units."""
+        if not units:
+            return None
+        device, name = layout.device(layout.main), str(torch_device(layout.main))
+        if device.type == "cpu" and layout.main not in layout.stand_in:
+            return Mapped(device, units, prefetch=self.prefetch, name=name)
+        cache = parse_bytes(self.ram_cache or 0)
+        if self.ram_cache is None and device.type == "cuda" and any(unit.rests_in() == "disk" for unit in units):
+            import psutil
+
+            cache = psutil.virtual_memory().available // 2
+        return Slots(device, units, count=self.slots, prefetch=self.prefetch, cache=cache, name=name)
 
 
-def _device(device: Device, stands: Mapping[Device, torch.device]) -> torch.device:
-    return stands.get(device) or torch_device(device)
-
-
-def _main_device(places: Mapping[str, Device], given: Device | torch.device | None) -> Device:
-    if given is not None:
-        return read_device(given)
-    return next((device for device in places.values() if device not in ("cpu", "disk")), "cpu")
-
-
-def _whole(model: nn.Module, places: dict[str, Device], device: torch.device, rest: Rest) -> nn.Module:
+def _whole(model: nn.Module, layout: Layout, origins: Origins) -> nn.Module:
     """A model that lies on one device needs no hooks."""
     for record in records(model):
         if record.tensor.is_meta:
-            value = rest.value(record)
-            for place in record.places:
-                record.put(place, value)
-    _forget_files(model)
-    drop_placed(model)
-    model.to(device)
-    model.hf_device_map = dict(places)  # type: ignore[assignment]
+            put(record.places.values(), origins.value(record))
+    _forget_earlier(model)
+    model.to(layout.device(layout.main))
+    model.hf_device_map = dict(layout.places)  # type: ignore[assignment]
     return model
 
 
-def _rest(
-    model: nn.Module,
-    state_dict: Mapping[str, Tensor] | None,
-    offload_index: Mapping[str, Mapping[str, Any]] | None,
-    folder: str | os.PathLike[str] | None,
-) -> Rest:
-    stored: dict[str, Stored] = {**vars(model).get("_on_disk", {})}
-    opened: dict[str, Checkpoint] = {}
-    for name, entry in (offload_index or {}).items():
-        file = entry.get("safetensors_file")
-        if file is not None:
-            if file not in opened:
-                opened[file] = Checkpoint.open(file)
-            known = opened[file].stored
-            key = entry.get("weight_name", name)
-            if key not in known:
-                raise ValueError(f"the offload index says that {name!r} is {key!r} in {file}, which lacks it")
-            stored[name] = known[key]
-        elif folder is not None:
-            path, dtype = Path(folder) / f"{name}.dat", getattr(torch, str(entry["dtype"]))
-            stored[name] = Stored(path, 0, path.stat().st_size, dtype, tuple(entry["shape"]))
-    written = vars(model).get("_written", {})
-    return Rest(stored, state_dict or {}, None if folder is None else Path(folder), dict(written))
-
-
-def _with_residents(
-    model: nn.Module, places: dict[str, Device], runs_at: Callable[[Device], Device], classes: list[str], budget: int
-) -> dict[str, Device]:
-    """The map with as many groups as a budget allows moved to where they work, spread evenly along the model."""
-    device_of = placement(places)
-    inner = {prefix for name in places for prefix in prefixes(name)[:-1]}
-    found, _ = groups(
-        model, lambda name: runs_at(device_of(name)) != device_of(name), lambda name: name not in inner, classes
-    )
-    whole = [group for group in found if not group.loose]
-    sizes = [sum(anatomy(type(tensor)).nbytes(tensor) for tensor in group.module.parameters()) for group in whole]
-    chosen = {whole[i].name for i in spread(sizes, budget)}
-    finer: dict[str, Device] = {}
-    for prefix, module in model.named_modules():
-        for own in (*module._parameters, *module._buffers):
-            name = f"{prefix}.{own}" if prefix else own
-            resident = next((outer for outer in prefixes(name) if outer in chosen), None)
-            finer[resident or name] = runs_at(device_of(name)) if resident is not None else device_of(name)
-    return collapse(finer)
-
-
-def _cache(asked: int | str | None, units: list[tuple[Group, Unit]], accelerated: bool) -> int:
-    if asked is not None:
-        return parse_bytes(asked)
-    if not accelerated or all(unit.rests_in() == "cpu" for _, unit in units):
-        return 0
-    import psutil
-
-    return psutil.virtual_memory().available // 2
+def _forget_earlier(model: nn.Module) -> None:
+    """Drop what an earlier dispatch or load has left at the model, now that all weights are in their places."""
+    for name in ("_on_disk", "_written", "_apply"):
+        vars(model).pop(name, None)
+    for module in model.modules():
+        placed = [hook for hook in hooks_in(module) if isinstance(hook, AlignDevicesHook) and hook.is_placed]
+        for hook in placed:
+            if hook.streamer is not None:
+                hook.streamer.close()
+        drop_hooks(module, placed)
 
 
 def _attach(
-    model: nn.Module,
-    places: Mapping[str, Device],
-    runs_on: Callable[[Device], torch.device],
-    units: list[tuple[Group, Unit]],
-    streamer: Streamer | None,
-    skip_keys: str | Iterable[str] | None,
+    model: nn.Module, layout: Layout, units: list[Unit], streamer: Streamer | None, skip_keys: tuple[str, ...]
 ) -> None:
     """Put hooks: one for each unit, one for each placed module that is called, and one around the model."""
     hooks: dict[nn.Module, AlignDevicesHook] = {}
-    for group, unit in units:
+    for unit in units:
         assert streamer is not None
-        hooks[group.module] = AlignDevicesHook.placed(streamer.device, skip_keys, streamer, unit)
+        hooks[unit.module] = AlignDevicesHook.placed(streamer.device, skip_keys, streamer, unit)
     modules = dict(model.named_modules())
-    for name, device in places.items():
+    for name in layout.places:
         for module in _called(modules[name]) if name in modules else ():
-            hooks.setdefault(module, AlignDevicesHook.placed(runs_on(device), skip_keys))
-    first = streamer.device if streamer else runs_on(next(iter(places.values())))
+            hooks.setdefault(module, AlignDevicesHook.placed(layout.device(layout.works(name)), skip_keys))
+    first = streamer.device if streamer else layout.device(layout.works(next(iter(layout.places))))
     root = hooks.pop(model, None) or AlignDevicesHook.placed(first, skip_keys)
     root.io_same_device, root.streamer = True, streamer
     for module, hook in (*hooks.items(), (model, root)):
@@ -302,7 +263,7 @@ def load_checkpoint_and_dispatch(
     Args:
         model: the model.
         checkpoint: a file, an index or a folder.
-        device_map: a map, or one of `planner.STRATEGIES` ("auto", ...), which finds one.
+        device_map: a map, or one of `maps.strategies.STRATEGIES` ("auto", ...), which finds one.
             Where blocks must be offloaded, those that stay are spread among them (not with "sequential"), so that
             copies hide behind work. None loads and does no more.
         max_memory: device -> budget, for a strategy; None asks this machine.
@@ -330,6 +291,14 @@ def load_checkpoint_and_dispatch(
     >>> model(torch.tensor([[1, 2, 3]]))[0].shape
     torch.Size([1, 3, 256])
     """
+    dispatching = {
+        "offload_dir": offload_folder,
+        "offload_buffers": offload_buffers,
+        "skip_keys": skip_keys,
+        "preload_module_classes": preload_module_classes,
+        "force_hooks": force_hooks,
+    }
+    _Options.of_call({}, **dispatching, **options)
     if isinstance(device_map, str):
         if device_map not in STRATEGIES:
             raise ValueError(f"unknown device_map {device_map!r}: expected a map or one of {', '.join(STRATEGIES)}")
@@ -339,27 +308,36 @@ def load_checkpoint_and_dispatch(
         if device_map == "fastest":
             machine = Hardware.detect()
             rates = next(iter(rates_of(machine, calibration_of(machine))), None)
-        found = strategies.plan(
-            spec_from_module(model), max_memory, device_map, dtype=dtype, no_split=classes,
-            offload_buffers=offload_buffers, rates=rates,
-        )  # fmt: skip
-        device_map = found.device_map if device_map in ("sequential", "fastest") else interleaved(found)
+        plan = strategies.plan(
+            spec_from_module(model),
+            max_memory,
+            device_map,
+            dtype=dtype,
+            no_split=classes,
+            offload_buffers=offload_buffers,
+            rates=rates,
+        )
+        device_map = plan.device_map if device_map in ("sequential", "fastest") else interleaved(plan)
+    loading = None
     if device_map is not None:
+        layout = _Options.of_call(device_map, **dispatching, **options).layout()
         check_device_map(model, device_map)
-    stand_in = options.get("stand_in") or {}
-    loading = device_map and {n: "cpu" if read_device(d) in stand_in else d for n, d in device_map.items()}
+        loading = {name: "cpu" if device in layout.stand_in else device for name, device in layout.places.items()}
     report = load_checkpoint_in_model(
-        model, checkpoint, loading, offload_folder, dtype, offload_buffers=offload_buffers, strict=strict,
+        model,
+        checkpoint,
+        loading,
+        offload_folder,
+        dtype,
+        offload_buffers=offload_buffers,
+        strict=strict,
         keep_in_fp32_modules=keep_in_fp32_modules,
-    )  # fmt: skip
+    )
     if device_map is None:
         return model
     if report.missing and any(record.tensor.is_meta and record.name in report.missing for record in records(model)):
         raise ValueError(f"{checkpoint} does not fill {type(model).__name__}: {report}")
-    return dispatch_model(
-        model, device_map, offload_dir=offload_folder, offload_buffers=offload_buffers, skip_keys=skip_keys,
-        preload_module_classes=preload_module_classes, force_hooks=force_hooks, **options,
-    )  # fmt: skip
+    return dispatch_model(model, device_map, **dispatching, **options)
 
 
 def cpu_offload(
@@ -386,9 +364,14 @@ def cpu_offload(
     """
     device = _execution_device(model, execution_device)
     return dispatch_model(
-        model, {"": "cpu"}, device, state_dict, offload_buffers=offload_buffers,
-        preload_module_classes=preload_module_classes, **{"force_hooks": True, **options},
-    )  # fmt: skip
+        model,
+        {"": "cpu"},
+        device,
+        state_dict,
+        offload_buffers=offload_buffers,
+        preload_module_classes=preload_module_classes,
+        **{"force_hooks": True, **options},
+    )
 
 
 def disk_offload(
@@ -415,9 +398,14 @@ def disk_offload(
     """
     device = _execution_device(model, execution_device)
     return dispatch_model(
-        model, {"": "disk"}, device, offload_dir=offload_dir, offload_buffers=offload_buffers,
-        preload_module_classes=preload_module_classes, **options,
-    )  # fmt: skip
+        model,
+        {"": "disk"},
+        device,
+        offload_dir=offload_dir,
+        offload_buffers=offload_buffers,
+        preload_module_classes=preload_module_classes,
+        **options,
+    )
 
 
 def _execution_device(model: nn.Module, given: torch.device | Device | None) -> Device:
@@ -425,82 +413,3 @@ def _execution_device(model: nn.Module, given: torch.device | Device | None) -> 
         return read_device(given)
     first = next(model.parameters(), None)
     return "cpu" if first is None or first.is_meta else read_device(first.device)
-
-
-class CpuOffload(ModelHook):
-    """Brings a whole model to a device when it is called, and keeps it there until `offload()`.
-
-    Its weights stay in RAM too: to send them away again nothing needs to be copied, unless something wrote to them.
-    """
-
-    def __init__(self, execution_device: torch.device | Device | None, previous: UserCpuOffloadHook | None) -> None:
-        self.execution_device = torch_device("cuda" if execution_device is None else execution_device)
-        self.previous = previous
-        self.in_ram: list[tuple[Tensor, Tensor, int]] = []  # tensor of the model, its data in RAM, its version
-
-    def init_hook(self, module: nn.Module) -> nn.Module:
-        return module.to("cpu")
-
-    def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        if self.previous is not None:
-            self.previous.offload()
-        if not self.in_ram:
-            for record in records(module):
-                ram = record.tensor.data
-                record.tensor.data = ram.to(self.execution_device)
-                self.in_ram.append((record.tensor, ram, record.tensor._version))
-        return send_to_device(args, self.execution_device), send_to_device(kwargs, self.execution_device)
-
-    def offload(self) -> None:
-        """Send the weights back to RAM."""
-        for tensor, ram, version in self.in_ram:
-            if tensor._version != version:
-                ram.copy_(tensor.data)
-            tensor.data = ram
-        self.in_ram = []
-
-    def detach_hook(self, module: nn.Module) -> nn.Module:
-        self.offload()
-        return module
-
-
-class UserCpuOffloadHook:
-    """What `cpu_offload_with_hook` returns beside the model: sends it away, or ends the offloading."""
-
-    def __init__(self, model: nn.Module, hook: CpuOffload) -> None:
-        self.model, self.hook = model, hook
-
-    def offload(self) -> None:
-        """Send the model's weights back to RAM."""
-        self.hook.offload()
-
-    def remove(self) -> None:
-        """Take the hook away."""
-        remove_hook_from_module(self.model)
-
-
-def cpu_offload_with_hook(
-    model: nn.Module,
-    execution_device: torch.device | Device | None = None,
-    prev_module_hook: UserCpuOffloadHook | None = None,
-) -> tuple[nn.Module, UserCpuOffloadHook]:
-    """Keep a model in RAM until it is called, and on the device from then until the next of a chain is called.
-
-    For pipelines in which one model works at a time, several times in a row.
-
-    Args:
-        model: the model.
-        execution_device: where it works; None takes the first GPU.
-        prev_module_hook: that of the model before it in the chain, which is sent away when this one is called.
-
-    Returns:
-        The model, and the hook that sends it away (`offload()`) or ends the offloading (`remove()`).
-
-    >>> first, hook = cpu_offload_with_hook(nn.Linear(2, 2), "cpu")
-    >>> second, hook_2 = cpu_offload_with_hook(nn.Linear(2, 2), "cpu", prev_module_hook=hook)
-    >>> second(first(torch.ones(1, 2))).shape
-    torch.Size([1, 2])
-    """
-    hook = CpuOffload(execution_device, prev_module_hook)
-    add_hook_to_module(model, hook, append=True)
-    return model, UserCpuOffloadHook(model, hook)

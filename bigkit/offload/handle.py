@@ -15,7 +15,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from contextlib import nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -165,6 +165,21 @@ class AwayParameter(Away, nn.Parameter):
     __deepcopy__ = Away.__deepcopy__
     __reduce_ex__ = Away.__reduce_ex__
     __repr__ = Away.__repr__  # type: ignore[assignment]
+
+
+def refuse_copy(what: str) -> NoReturn:
+    """Refuse to copy or pickle something that a streamer serves.
+
+    Args:
+        what: its name and what it is, such as "the weight 'h.0.a.weight'".
+
+    Raises:
+        TypeError: always.
+    """
+    raise TypeError(
+        f"{what} is spread out by bigkit and cannot be copied or pickled: call "
+        "remove_hook_from_module(model, recurse=True) first, or copy the model before it is dispatched"
+    )
 
 
 def _nothing_fake() -> Any:

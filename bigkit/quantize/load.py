@@ -32,7 +32,7 @@ from ..maps.strategies import STRATEGIES, plan
 from ..meta.empty import twin
 from ..meta.skeleton import spec_from_module
 from ..offload.dispatch import dispatch_model
-from ..offload.hooks import torch_device
+from ..offload.inputs import torch_device
 from ..units import dtype_name
 from .bnb import (
     bitsandbytes,

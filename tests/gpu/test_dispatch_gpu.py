@@ -10,7 +10,7 @@ from torch import nn
 
 import bigkit
 from bigkit.offload import weights as store
-from bigkit.offload.stream import Slots
+from bigkit.offload.slots import Slots
 
 GPU = torch.device("cuda:0")
 

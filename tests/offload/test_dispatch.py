@@ -23,14 +23,14 @@ from bigkit.checkpoints.load import load_checkpoint_in_model
 from bigkit.checkpoints.save import save_model
 from bigkit.offload.dispatch import (
     cpu_offload,
-    cpu_offload_with_hook,
     disk_offload,
     dispatch_model,
     load_checkpoint_and_dispatch,
 )
 from bigkit.offload.grouping import handles
 from bigkit.offload.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
-from bigkit.offload.stream import Mapped
+from bigkit.offload.mapped import Mapped
+from bigkit.offload.whole_model import cpu_offload_with_hook
 from tests.spread import STAND_IN, Net, check_at_rest, same, spread, spread_ways
 
 X = torch.randn(3, 8, generator=torch.Generator().manual_seed(0))
@@ -302,15 +302,12 @@ def test_temporary_files_go_with_the_model(tmp_path):
     ]  # fmt: skip
     for make in makers:
         model = make()
-        copied = copy.deepcopy(model)
         assert list(rest.iterdir())
+        if handles(model):
+            assert model(X.to(model.scale.dtype)).shape == (3, 8)
+            spread(model, {"": "disk"}, main_device=0)
+            assert model(X.to(model.scale.dtype)).shape == (3, 8)
         del model
-        gc.collect()
-        if handles(copied):
-            assert copied(X.to(copied.scale.dtype)).shape == (3, 8)
-            spread(copied, {"": "disk"}, main_device=0)
-            assert copied(X.to(copied.scale.dtype)).shape == (3, 8)
-        del copied
         gc.collect()
         assert not list(rest.iterdir())
 
@@ -352,7 +349,8 @@ def test_what_does_not_match_is_named(tmp_path):
         with pytest.raises(ValueError, match=r"does not fill Net: missing in the checkpoint: 'h\.2\.a\.bias'"):
             load_checkpoint_and_dispatch(empty(), tmp_path, device_map, offload_folder=tmp_path, stand_in=STAND_IN)
         with pytest.raises(CheckpointError, match=r"'h\.2\.a\.bias'"):
-            load_checkpoint_and_dispatch(Net(), tmp_path, device_map, offload_folder=tmp_path, strict=True)
+            load_checkpoint_and_dispatch(Net(), tmp_path, device_map, offload_folder=tmp_path, strict=True,
+                                         stand_in=STAND_IN)  # fmt: skip
     with pytest.raises(ValueError, match="unknown device_map 'best'"):
         load_checkpoint_and_dispatch(empty(), tmp_path, "best")
     with pytest.raises(FileNotFoundError):
@@ -382,22 +380,21 @@ def test_saving_takes_the_memory_of_one_shard(tmp_path):
         from bigkit.offload.dispatch import load_checkpoint_and_dispatch
         with init_empty_weights():
             model = nn.Sequential(*[nn.Linear(1024, 1024) for _ in range(48)])
-        options = {"main_device": 0, "stand_in": {0: "cpu"}} if sys.argv[2] == "slots" else {}
-        load_checkpoint_and_dispatch(model, sys.argv[1], {"": "disk"}, **options)
         def status(key):
             return int(next(l for l in open("/proc/self/status") if l.startswith(key)).split()[1]) / 1024
-        open("/proc/self/clear_refs", "w").write("5")
-        start = status("VmRSS")
-        save_model(model, sys.argv[1] + "/new", "20MB")
-        print(status("VmHWM") - start)
+        for options in ({}, {"main_device": 0, "stand_in": {0: "cpu"}}):  # mapped pages, slots
+            load_checkpoint_and_dispatch(model, sys.argv[1], {"": "disk"}, **options)
+            open("/proc/self/clear_refs", "w").write("5")
+            start = status("VmRSS")
+            save_model(model, sys.argv[1] + "/new", "20MB")
+            print(status("VmHWM") - start)
     """)
     with init_empty_weights():
         large = nn.Sequential(*[nn.Linear(1024, 1024) for _ in range(48)])
     save_model(large.to_empty(device="cpu"), tmp_path, "50MB")
-    for kind in ("mapped", "slots"):
-        run = subprocess.run([sys.executable, "-c", script, str(tmp_path), kind], capture_output=True, text=True)
-        assert not run.returncode, run.stderr
-        assert float(run.stdout) < 70, run.stdout  # MB, of 200
+    run = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True)
+    assert not run.returncode, run.stderr
+    assert max(map(float, run.stdout.split())) < 70, run.stdout  # MB, of 200
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -463,8 +460,7 @@ def test_a_file_that_changes_under_a_model_is_an_error(fault, options, tmp_path)
             assert same(result, whole.scale if result.shape == (8,) else whole.h[0](X))
     with pytest.raises(OSError, match="changed under a model"):
         parts(X)
-    check_slots = handles(parts)[0].streamer
-    assert not any(check_slots.lent)
+    assert not handles(parts)[0].streamer._loans
 
 
 @pytest.mark.parametrize("options", [{}, {"main_device": 0, "stand_in": STAND_IN}], ids=["mapped", "slots"])
@@ -479,8 +475,7 @@ def test_a_file_that_is_replaced_or_removed_stays_readable(options, tmp_path):
 
 def test_models_over_one_file_do_not_see_each_others_edits(tmp_path):
     whole = saved(tmp_path)
-    models = [load_checkpoint_and_dispatch(empty(), tmp_path, {"": "disk"}) for _ in range(2)]
-    models.append(copy.deepcopy(models[1]))
+    models = [load_checkpoint_and_dispatch(empty(), tmp_path, {"": "disk"}) for _ in range(3)]
     assert all(isinstance(handles(model)[0].streamer, Mapped) for model in models)
     for model in models[::2]:
         with torch.no_grad():

@@ -21,11 +21,9 @@ from bigkit.offload.hooks import (
     ModelHook,
     SequentialHook,
     add_hook_to_module,
-    find_device,
     remove_hook_from_module,
-    send_to_device,
-    torch_device,
 )
+from bigkit.offload.inputs import find_device, send_to_device, torch_device
 from tests.spread import STAND_IN, Net, check_at_rest, same, spread, spread_ways
 
 X = torch.randn(3, 8, generator=torch.Generator().manual_seed(0))
@@ -123,8 +121,8 @@ def test_no_grad():
 
 
 def test_signature_documentation_and_direct_calls(tmp_path):
-    for _, model in spread_ways(Net(), tmp_path):
-        whole = remove_hook_from_module(copy.deepcopy(model), recurse=True)
+    whole = Net()
+    for _, model in spread_ways(whole, tmp_path):
         assert inspect.signature(model.forward) == inspect.signature(whole.forward)
         assert model.forward.__doc__ == Net.forward.__doc__ and model.forward.__name__ == "forward"
         assert same(model.forward(X), whole(X)) and same(model.h[0].forward(X), whole.h[0](X))
@@ -132,9 +130,10 @@ def test_signature_documentation_and_direct_calls(tmp_path):
 
 
 def test_user_hooks_compose(tmp_path):
-    for way, model in spread_ways(Net(), tmp_path):
+    net = Net()
+    for way, model in spread_ways(net, tmp_path):
         seen = []
-        whole = remove_hook_from_module(copy.deepcopy(model), recurse=True)
+        whole = copy.deepcopy(net)
         for one in (model, whole):
             one.h[1].register_forward_pre_hook(lambda module, args: (args[0] * 2,))
             one.h[1].register_forward_hook(lambda module, args, output: output + 1)
@@ -379,7 +378,6 @@ def test_output_goes_back_to_the_device_of_the_input():
     assert layer(torch.ones(1, device="meta"))["at"].is_meta
     with pytest.raises(NotImplementedError):  # nothing can come back from meta: it was tried
         layer(torch.ones(1))
-    assert not layer._hf_hook._calls
 
 
 def test_device_names():
@@ -424,13 +422,29 @@ def test_weights_map_fills_an_empty_module():
         add_hook_to_module(nn.Linear(8, 8, device="meta"), AlignDevicesHook("cpu", offload=True))
 
 
-def test_hooked_modules_copy_and_pickle():
-    layer = add_hook_to_module(nn.Linear(8, 8), AlignDevicesHook("cpu", offload=True))
-    for other in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
-        assert same(other(X), layer(X)) and other._hf_hook is not layer._hf_hook
+def test_a_spread_model_is_not_copied(tmp_path):
+    """Not even in part: the copy would share a streamer, and its lock, with the original."""
+    model = Net()
+    for way, parts in spread_ways(model, tmp_path):
+        for one in (parts, parts.h[1], parts.h[1]._hf_hook, parts._hf_hook, parts.scale.streamer):
+            for copied in (copy.copy, copy.deepcopy) if one is parts.scale.streamer else (copy.deepcopy,):
+                with pytest.raises(TypeError, match=r"cannot be copied or pickled: call remove_hook_from_module\("):
+                    copied(one)
+            with pytest.raises(TypeError, match="cannot be copied or pickled"):
+                pickle.dumps(one)
+        assert same(parts(X), model(X)), way
+        again = copy.deepcopy(remove_hook_from_module(parts, recurse=True))
+        assert same(again(X), model(X)) and same(pickle.loads(pickle.dumps(again))(X), model(X))
+
+
+def test_modules_with_hooks_that_lend_nothing_copy_and_pickle():
+    """peft copies the head that is to be trained, with the hook that dispatch has put there."""
+    model = spread(Net(), {"h": "cpu", "scale": 0, "out": 0})
+    for other in (copy.deepcopy(model.out), pickle.loads(pickle.dumps(model.out))):
+        assert same(other(X), model.out(X)) and other._hf_hook is not model.out._hf_hook
         with torch.no_grad():
             other.weight.zero_()
-        assert not same(other(X), layer(X))
+        assert not same(other(X), model.out(X))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -868,7 +868,6 @@ def test_a_quantized_model_can_be_dispatched_again(four_saved):
         assert torch.equal(run(model), expected)
         bigkit.dispatch_model(model, MAPS["mixed"], offload_dir=folder / "offload", stand_in={0: "cpu"})
         assert torch.equal(run(model), expected)
-        assert torch.equal(run(copy.deepcopy(model)), expected)
 
 
 def test_int8_layers_can_be_pickled_and_moved(saved):
