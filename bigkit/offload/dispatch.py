@@ -97,19 +97,28 @@ def dispatch_model(
     >>> model.hf_device_map
     {'': 0}
     """
-    options = _Options(device_map, main_device, slots, prefetch, resident_memory, ram_cache, stand_in)
+    options = _Options(
+        device_map,
+        main_device,
+        skip_keys,
+        preload_module_classes,
+        slots,
+        prefetch,
+        resident_memory,
+        ram_cache,
+        stand_in,
+    )
     check_device_map(model, device_map)
     layout = options.layout()
     origins = Origins.of(model, state_dict, offload_index, offload_dir)
-    keys = (skip_keys,) if isinstance(skip_keys, str) else tuple(skip_keys or ())
-    classes = [preload_module_classes] if isinstance(preload_module_classes, str) else [*(preload_module_classes or ())]
+    classes = _names(preload_module_classes)
     if set(layout.places.values()) == {layout.main} and not force_hooks:
         return _whole(model, layout, origins)
     if budget := parse_bytes(resident_memory):
         layout = with_residents(model, layout, classes, budget)
     units = make_units(model, layout, origins, offload_buffers=offload_buffers, whole_classes=classes)
     _forget_earlier(model)
-    _attach(model, layout, units, options.streamer(layout, units), keys)
+    _attach(model, layout, units, options.streamer(layout, units), _names(skip_keys))
     model.hf_device_map = dict(layout.places)  # type: ignore[assignment]
     vars(model)["_apply"] = _Refusal()  # beneath `to`, `cuda`, `half`, ..., each of which Accelerate replaces
     return model
@@ -121,6 +130,8 @@ class _Options:
 
     device_map: Mapping[str, Device]
     main_device: Device | torch.device | None = None
+    skip_keys: str | Iterable[str] | None = None
+    preload_module_classes: str | Iterable[str] | None = None
     slots: int = 2
     prefetch: bool = True
     resident_memory: int | str = 0
@@ -134,6 +145,8 @@ class _Options:
             )
         if not isinstance(self.slots, int) or isinstance(self.slots, bool) or self.slots < 1:
             raise ValueError(f"slots must be a number of blocks, at least 1, not {self.slots!r}")
+        _names(self.skip_keys)
+        _names(self.preload_module_classes)
         parse_bytes(self.resident_memory)
         parse_bytes(self.ram_cache or 0)
         self.layout()
@@ -176,6 +189,14 @@ class _Options:
 
             cache = psutil.virtual_memory().available // 2
         return Slots(device, units, count=self.slots, prefetch=self.prefetch, cache=cache, name=name)
+
+
+def _names(given: str | Iterable[str] | None) -> tuple[str, ...]:
+    if isinstance(given, str):
+        return (given,)
+    if not isinstance(given, Iterable | None):
+        raise ValueError(f"expected a name or several, not {given!r}")
+    return tuple(given or ())
 
 
 def _whole(model: nn.Module, layout: Layout, origins: Origins) -> nn.Module:

@@ -12,6 +12,8 @@ from collections import OrderedDict, UserDict, defaultdict, namedtuple
 import accelerate.hooks
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 from torch.nn.utils.rnn import PackedSequence, pack_sequence
 
@@ -21,6 +23,7 @@ from bigkit.offload.hooks import (
     ModelHook,
     SequentialHook,
     add_hook_to_module,
+    hooks_in,
     remove_hook_from_module,
 )
 from bigkit.offload.inputs import find_device, send_to_device, torch_device
@@ -289,6 +292,156 @@ def test_a_hook_that_never_began_is_not_told_of_an_error():
     check_at_rest(parts)
 
 
+class Sub(SequentialHook):
+    pass
+
+
+class CallsSuper(SequentialHook):
+    def pre_forward(self, module, *args, **kwargs):
+        return super().pre_forward(module, *args, **kwargs)
+
+    def post_forward(self, module, output):
+        return super().post_forward(module, output)
+
+
+class ByItself(SequentialHook):
+    """Calls its hooks in its own way."""
+
+    def pre_forward(self, module, *args, **kwargs):
+        for hook in self.hooks:
+            args, kwargs = hook.pre_forward(module, *args, **kwargs)
+        return args, kwargs
+
+    def post_forward(self, module, output):
+        for hook in self.hooks:
+            output = hook.post_forward(module, output)
+        return output
+
+
+class Around(ModelHook):
+    """Stands around another hook, and knows nothing of `on_error`: Accelerate has no such method."""
+
+    def __init__(self, *hooks):
+        self.inner = SequentialHook(*hooks) if len(hooks) > 1 else hooks[0]
+
+    def init_hook(self, module):
+        return self.inner.init_hook(module)
+
+    def pre_forward(self, module, *args, **kwargs):
+        return self.inner.pre_forward(module, *args, **kwargs)
+
+    def post_forward(self, module, output):
+        return self.inner.post_forward(module, output)
+
+    def detach_hook(self, module):
+        return self.inner.detach_hook(module)
+
+
+class Boom(ModelHook):
+    """Raises in one of its methods, while it is armed."""
+
+    def __init__(self, where, kind):
+        self.where, self.kind, self.armed = where, kind, False
+
+    def boom(self, where):
+        if self.armed and where == self.where:
+            raise self.kind("stop")
+
+    def pre_forward(self, module, *args, **kwargs):
+        self.boom("pre")
+        return args, kwargs
+
+    def post_forward(self, module, output):
+        self.boom("post")
+        return output
+
+    def on_error(self, module):
+        self.boom("error")
+
+
+SIBLINGS = st.lists(st.sampled_from(["pre", "post", "error"]), max_size=2)
+NESTING = st.lists(
+    st.tuples(st.sampled_from([SequentialHook, Sub, CallsSuper, ByItself, Around]), SIBLINGS, SIBLINGS), max_size=4
+)
+
+
+@settings(max_examples=60)
+@given(NESTING, st.sampled_from([ValueError, KeyboardInterrupt]), st.booleans(), st.booleans())
+def test_hooks_nested_in_any_way_give_everything_back(nesting, kind, forward_fails, recursive):
+    """Whatever class of hooks stands around the one that lends, and whoever of them raises: also in a second call of
+    the module, from within its own forward, of which the outer one catches the error.
+    """
+
+    class Layer(nn.Linear):
+        fails = False
+
+        def forward(self, x, depth=int(recursive)):
+            if depth:
+                try:
+                    self(x, depth=depth - 1)
+                except BaseException:  # noqa: B902
+                    booms_off()
+            if self.fails and not depth:
+                raise kind("stop")
+            return super().forward(x)
+
+    booms = []
+
+    def booms_off():
+        for boom in booms:
+            boom.armed = False
+
+    def made(places):
+        booms.extend(Boom(where, kind) for where in places)
+        return booms[-len(places) :] if places else []
+
+    layer, align = Layer(8, 8), AlignDevicesHook("cpu", offload=True)
+    expected = layer(X)
+    hook = align
+    for cls, before, after in nesting:
+        hook = cls(*made(before), hook, *made(after))
+    add_hook_to_module(layer, hook)
+    assert [one for one in hooks_in(layer) if one is align] or any(cls is Around for cls, *_ in nesting)
+    assert same(layer(X), expected)
+    for boom in booms:
+        boom.armed = True
+    layer.fails = forward_fails
+    try:
+        assert same(layer(X), expected)
+    except BaseException as error:  # noqa: B902
+        assert type(error) is kind
+    check_at_rest(layer)
+    layer.fails = False
+    booms_off()
+    results = []
+    thread = threading.Thread(target=lambda: results.append(layer(X)), daemon=True)
+    thread.start()
+    thread.join(20)
+    assert results and same(results[0], expected)
+    remove_hook_from_module(layer)
+    assert type(layer.weight) is nn.Parameter and same(layer(X), expected)
+
+
+def test_dispatching_again_drops_its_hooks_from_any_nest():
+    model = Net()
+    parts = cpu_offload(copy.deepcopy(model), 0, stand_in=STAND_IN)
+    own = ModelHook()
+    own.post_forward = lambda module, output: output + 1
+    for name in ("0", "2"):
+        block = parts.h.get_submodule(name)
+        placed = block._hf_hook
+        placed_by_dispatch = vars(block).pop("_hf_hook"), vars(block).pop("_old_forward"), vars(block).pop("forward")
+        assert placed_by_dispatch[0] is placed
+        add_hook_to_module(block, Sub(own, CallsSuper(placed)))
+    cpu_offload(parts, 0, stand_in=STAND_IN)
+    for block in (parts.h[0], parts.h[2]):
+        assert sum(isinstance(hook, AlignDevicesHook) for hook in hooks_in(block)) == 1
+    for block in (model.h[0], model.h[2]):
+        block.register_forward_hook(lambda module, args, output: output + 1)
+    assert same(parts(X), model(X))
+    check_at_rest(parts)
+
+
 def test_errors_in_order():
     events = []
     layer = add_hook_to_module(nn.Identity(), Log("a", events))
@@ -422,6 +575,15 @@ def test_weights_map_fills_an_empty_module():
         add_hook_to_module(nn.Linear(8, 8, device="meta"), AlignDevicesHook("cpu", offload=True))
 
 
+def test_offloading_without_a_device_is_refused():
+    """Accelerate takes it, and fails in the first forward: "device() received an invalid combination of arguments"."""
+    layer = nn.Linear(8, 8)
+    with pytest.raises(ValueError, match=r"AlignDevicesHook\(offload=True\) has no execution_device: name the device"):
+        add_hook_to_module(layer, AlignDevicesHook(offload=True))
+    assert type(layer.weight) is nn.Parameter and not hasattr(layer, "_hf_hook") and layer(X).shape == (3, 8)
+    assert same(add_hook_to_module(layer, AlignDevicesHook(io_same_device=True))(X), layer(X))
+
+
 def test_a_spread_model_is_not_copied(tmp_path):
     """Not even in part: the copy would share a streamer, and its lock, with the original."""
     model = Net()
@@ -466,12 +628,20 @@ def test_compiled_models_are_right(tmp_path):
             changed.h[0].a.weight.mul_(2)
             assert same(compiled(X), changed(X))
             check_at_rest(parts)
-            by_block = way(copy.deepcopy(model))
+            by_block, graphs = way(copy.deepcopy(model)), []
+
+            def backend(graph, inputs, graphs=graphs):
+                graphs.append(graph)
+                return graph
+
             for block in by_block.h:
-                block.compile(backend="eager")
+                block.compile(backend=backend)
             for _ in range(3):
                 assert same(by_block(X), model(X))
             check_at_rest(by_block)
+            called = {str(node.target) for graph in graphs for node in graph.graph.nodes if node.op == "call_function"}
+            assert sum("linear" in name for name in called) == 1  # what is in the blocks, and nothing of the hooks
+            assert len(called) <= 3, called
     torch._dynamo.reset()
 
 

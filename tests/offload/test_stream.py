@@ -221,6 +221,10 @@ def test_modules_that_were_added_go_where_their_block_works_and_no_others(monkey
     moved.clear()
     parts(X)
     assert not moved
+    parts.h[3].a = nn.Sequential(parts.h[3].a, nn.Linear(8, 8))
+    parts.h[3].b.bias = None  # at once with another change
+    parts(X)
+    assert parts.h[3].a[1] in moved
 
 
 # ---------------------------------------------------------------------------------------------------------------------
