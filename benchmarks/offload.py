@@ -34,7 +34,7 @@ from checkpoint import GB, drop, llama, pinned_rate, read_raw, warm
 from torch import Tensor, nn
 
 import bigkit
-import bigkit.offload.slots
+import bigkit.offload.stream
 from bigkit.offload import transfer as lanes
 from bigkit.offload import weights as store
 
@@ -268,8 +268,8 @@ def gpu_ablation(table: Table, empty: Any, state: dict[str, Tensor], size: int, 
     """What each idea is worth: all but one."""
     for name, context, options in (
         ("without prefetch", None, {"prefetch": False}),
-        ("without overlap", (bigkit.offload.slots, "CudaLane", InOrder), {}),
-        ("without coalescing", (bigkit.offload.slots, "CudaLane", Apart), {}),
+        ("without overlap", (bigkit.offload.stream, "CudaLane", InOrder), {}),
+        ("without coalescing", (bigkit.offload.stream, "CudaLane", Apart), {}),
         ("without pinning", (store, "_may_pin", lambda nbytes: False), {}),
         ("with three slots", None, {"slots": 3}),
     ):

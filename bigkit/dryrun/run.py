@@ -37,7 +37,6 @@ from ..maps.advise import calibration_of, rates_of
 from ..maps.plan import Plan
 from ..offload.dispatch import dispatch_model
 from ..offload.hooks import AlignDevicesHook, SequentialHook
-from ..offload.slots import Slots
 from ..offload.transfer import PlainLane, Slot
 from ..offload.weights import Unit
 from ..quantize.load import BnbQuantizationConfig
@@ -443,7 +442,6 @@ def rehearse(
         if set(places.values()) != {main}:
             dispatch_model(model, in_ram, main, slots=slots, resident_memory=resident_memory)
             for streamer in {hook.streamer for hook in _hooks(model) if hook.streamer is not None}:
-                assert isinstance(streamer, Slots)
                 streamer.lane = FakeLane(streamer.device, notes, places)
         notes.trace.mark("fill")
         notes.kind = "activations"

@@ -18,7 +18,6 @@ from __future__ import annotations
 import inspect
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -36,10 +35,9 @@ from ..units import parse_bytes
 from .grouping import Layout, has_forward, put, records, with_residents
 from .hooks import AlignDevicesHook, add_hook_to_module, drop_hooks, hooks_in
 from .inputs import torch_device
-from .mapped import Mapped
+from .mapped import PageLane
 from .placing import Origins, make_units
-from .slots import Slots, is_real_cuda
-from .stream import Streamer
+from .stream import Streamer, is_real_cuda
 from .weights import Unit
 
 
@@ -97,106 +95,79 @@ def dispatch_model(
     >>> model.hf_device_map
     {'': 0}
     """
-    options = _Options(
-        device_map,
-        main_device,
-        skip_keys,
-        preload_module_classes,
-        slots,
-        prefetch,
-        resident_memory,
-        ram_cache,
-        stand_in,
+    layout = _read_options(
+        device_map, main_device, slots, resident_memory, ram_cache, stand_in, skip_keys, preload_module_classes
     )
     check_device_map(model, device_map)
-    layout = options.layout()
     origins = Origins.of(model, state_dict, offload_index, offload_dir)
-    classes = _names(preload_module_classes)
     if set(layout.places.values()) == {layout.main} and not force_hooks:
         return _whole(model, layout, origins)
+    classes = _names(preload_module_classes)
     if budget := parse_bytes(resident_memory):
         layout = with_residents(model, layout, classes, budget)
     units = make_units(model, layout, origins, offload_buffers=offload_buffers, whole_classes=classes)
+    streamer = _streamer(layout, units, slots, prefetch, ram_cache) if units else None
     _forget_earlier(model)
-    _attach(model, layout, units, options.streamer(layout, units), _names(skip_keys))
+    _attach(model, layout, units, streamer, _names(skip_keys))
     model.hf_device_map = dict(layout.places)  # type: ignore[assignment]
     vars(model)["_apply"] = _Refusal()  # beneath `to`, `cuda`, `half`, ..., each of which Accelerate replaces
     return model
 
 
-@dataclass(frozen=True)
-class _Options:
-    """What `dispatch_model` was asked for. All of it is checked before anything of the model changes."""
+def _read_options(
+    device_map: Mapping[str, Device],
+    main_device: Device | torch.device | None = None,
+    slots: int = 2,
+    resident_memory: int | str = 0,
+    ram_cache: int | str | None = None,
+    stand_in: Mapping[Device, torch.device | str] | None = None,
+    *names: str | Iterable[str] | None,
+    **others: Any,
+) -> Layout:
+    """Check what `dispatch_model` was asked for, before anything of the model changes.
 
-    device_map: Mapping[str, Device]
-    main_device: Device | torch.device | None = None
-    skip_keys: str | Iterable[str] | None = None
-    preload_module_classes: str | Iterable[str] | None = None
-    slots: int = 2
-    prefetch: bool = True
-    resident_memory: int | str = 0
-    ram_cache: int | str | None = None
-    stand_in: Mapping[Device, torch.device | str] | None = None
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.device_map, Mapping):
-            raise ValueError(
-                f"device_map must map module names to devices, not {self.device_map!r}; bigkit.plan makes one"
-            )
-        if not isinstance(self.slots, int) or isinstance(self.slots, bool) or self.slots < 1:
-            raise ValueError(f"slots must be a number of blocks, at least 1, not {self.slots!r}")
-        _names(self.skip_keys)
-        _names(self.preload_module_classes)
-        parse_bytes(self.resident_memory)
-        parse_bytes(self.ram_cache or 0)
-        self.layout()
-
-    @classmethod
-    def of_call(cls, device_map: Mapping[str, Device], **options: Any) -> _Options:
-        """Check the options of a call of `dispatch_model` that is made later.
-
-        Raises:
-            TypeError: it has no such option.
-        """
-        inspect.signature(dispatch_model).bind(None, device_map, **options)
-        own = {field.name for field in fields(cls)}
-        return cls(device_map, **{name: value for name, value in options.items() if name in own})
-
-    def layout(self) -> Layout:
-        """The map with the main device and the stand-ins."""
-        places = {name: read_device(device) for name, device in self.device_map.items()}
-        stands = {read_device(device): torch_device(other) for device, other in (self.stand_in or {}).items()}
-        gpus = [device for device in places.values() if device not in ("cpu", "disk")]
-        main = (gpus or ["cpu"])[0] if self.main_device is None else read_device(self.main_device)
-        if main == "disk":
-            raise ValueError("main_device must be where weights work, a GPU or 'cpu', not 'disk'")
-        layout = Layout(places, main, stands)
-        for device in {layout.device(place) for place in (*gpus, main)}:
-            if is_real_cuda(device):
-                torch.cuda.get_device_properties(device)  # an error if there is no such GPU
-        return layout
-
-    def streamer(self, layout: Layout, units: list[Unit]) -> Streamer | None:
-        """What lends these units."""
-        if not units:
-            return None
-        device, name = layout.device(layout.main), str(torch_device(layout.main))
-        if device.type == "cpu" and layout.main not in layout.stand_in:
-            return Mapped(device, units, prefetch=self.prefetch, name=name)
-        cache = parse_bytes(self.ram_cache or 0)
-        if self.ram_cache is None and device.type == "cuda" and any(unit.rests_in() == "disk" for unit in units):
-            import psutil
-
-            cache = psutil.virtual_memory().available // 2
-        return Slots(device, units, count=self.slots, prefetch=self.prefetch, cache=cache, name=name)
+    Returns:
+        The map with its main device and stand-ins.
+    """
+    if not isinstance(device_map, Mapping):
+        raise ValueError(f"device_map must map module names to devices, not {device_map!r}; bigkit.plan makes one")
+    if not isinstance(slots, int) or isinstance(slots, bool) or slots < 1:
+        raise ValueError(f"slots must be a number of blocks, at least 1, not {slots!r}")
+    parse_bytes(resident_memory)
+    parse_bytes(ram_cache or 0)
+    for given in (*names, others.get("skip_keys"), others.get("preload_module_classes")):
+        _names(given)
+    places = {name: read_device(device) for name, device in device_map.items()}
+    gpus = [device for device in places.values() if device not in ("cpu", "disk")]
+    main = (gpus or ["cpu"])[0] if main_device is None else read_device(main_device)
+    if main == "disk":
+        raise ValueError("main_device must be where weights work, a GPU or 'cpu', not 'disk'")
+    layout = Layout(
+        places, main, {read_device(place): torch_device(other) for place, other in (stand_in or {}).items()}
+    )
+    for device in {layout.device(place) for place in (*gpus, main)}:
+        if is_real_cuda(device):
+            torch.cuda.get_device_properties(device)  # an error if there is no such GPU
+    return layout
 
 
 def _names(given: str | Iterable[str] | None) -> tuple[str, ...]:
-    if isinstance(given, str):
-        return (given,)
     if not isinstance(given, Iterable | None):
         raise ValueError(f"expected a name or several, not {given!r}")
-    return tuple(given or ())
+    return (given,) if isinstance(given, str) else tuple(given or ())
+
+
+def _streamer(layout: Layout, units: list[Unit], slots: int, prefetch: bool, ram_cache: int | str | None) -> Streamer:
+    """What lends the units."""
+    device, name = layout.device(layout.main), str(torch_device(layout.main))
+    if device.type == "cpu" and layout.main not in layout.stand_in:
+        return Streamer(device, units, PageLane(device), prefetch=prefetch, name=name)
+    cache = parse_bytes(ram_cache or 0)
+    if ram_cache is None and device.type == "cuda" and any(unit.rests_in() == "disk" for unit in units):
+        import psutil
+
+        cache = psutil.virtual_memory().available // 2
+    return Streamer(device, units, count=slots, prefetch=prefetch, cache=cache, name=name)
 
 
 def _whole(model: nn.Module, layout: Layout, origins: Origins) -> nn.Module:
@@ -217,8 +188,7 @@ def _forget_earlier(model: nn.Module) -> None:
     for module in model.modules():
         placed = [hook for hook in hooks_in(module) if isinstance(hook, AlignDevicesHook) and hook.is_placed]
         for hook in placed:
-            if hook.streamer is not None:
-                hook.streamer.close()
+            hook.retire()
         drop_hooks(module, placed)
 
 
@@ -312,14 +282,16 @@ def load_checkpoint_and_dispatch(
     >>> model(torch.tensor([[1, 2, 3]]))[0].shape
     torch.Size([1, 3, 256])
     """
-    dispatching = {
-        "offload_dir": offload_folder,
-        "offload_buffers": offload_buffers,
-        "skip_keys": skip_keys,
-        "preload_module_classes": preload_module_classes,
-        "force_hooks": force_hooks,
-    }
-    _Options.of_call({}, **dispatching, **options)
+    dispatching = dict(
+        offload_dir=offload_folder,
+        offload_buffers=offload_buffers,
+        skip_keys=skip_keys,
+        preload_module_classes=preload_module_classes,
+        force_hooks=force_hooks,
+        **options,
+    )
+    inspect.signature(dispatch_model).bind(model, {}, **dispatching)  # options are checked before weights are loaded
+    _read_options({}, **dispatching)
     if isinstance(device_map, str):
         if device_map not in STRATEGIES:
             raise ValueError(f"unknown device_map {device_map!r}: expected a map or one of {', '.join(STRATEGIES)}")
@@ -341,7 +313,7 @@ def load_checkpoint_and_dispatch(
         device_map = plan.device_map if device_map in ("sequential", "fastest") else interleaved(plan)
     loading = None
     if device_map is not None:
-        layout = _Options.of_call(device_map, **dispatching, **options).layout()
+        layout = _read_options(device_map, **dispatching)
         check_device_map(model, device_map)
         loading = {name: "cpu" if device in layout.stand_in else device for name, device in layout.places.items()}
     report = load_checkpoint_in_model(
@@ -358,7 +330,7 @@ def load_checkpoint_and_dispatch(
         return model
     if report.missing and any(record.tensor.is_meta and record.name in report.missing for record in records(model)):
         raise ValueError(f"{checkpoint} does not fill {type(model).__name__}: {report}")
-    return dispatch_model(model, device_map, **dispatching, **options)
+    return dispatch_model(model, device_map, **dispatching)
 
 
 def cpu_offload(

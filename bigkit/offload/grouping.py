@@ -21,7 +21,7 @@ from ..meta.skeleton import repeated_blocks, tied_groups
 from .handle import Away
 from .inputs import torch_device
 from .sites import Place, tensors_of
-from .slots import is_real_cuda
+from .stream import is_real_cuda
 from .weights import Weight, anatomy
 
 

@@ -171,16 +171,10 @@ def hooks_in(module: nn.Module) -> Iterator[ModelHook]:
 
 def drop_hooks(module: nn.Module, unwanted: Container[ModelHook]) -> None:
     """Take some of a module's hooks away, without calling them, and leave the others."""
-    if any(hook in unwanted for hook in hooks_in(module)):
-        _wrap(module, _kept(_own_hooks(module), unwanted))
-
-
-def _kept(hooks: Iterable[ModelHook], unwanted: Container[ModelHook]) -> list[ModelHook]:
+    hooks = _own_hooks(module)
     kept = [hook for hook in hooks if hook not in unwanted]
-    for hook in kept:
-        if isinstance(hook, SequentialHook):  # of a class of its own, which stays
-            hook.hooks = tuple(_kept(hook.hooks, unwanted))
-    return kept
+    if len(kept) < len(hooks):
+        _wrap(module, kept)
 
 
 def _own_hooks(module: nn.Module) -> list[ModelHook]:
@@ -350,6 +344,12 @@ class AlignDevicesHook(ModelHook):
         hook = cls(device, skip_keys=skip_keys)
         hook.streamer, hook.unit, hook.is_placed = streamer, unit, True
         return hook
+
+    def retire(self) -> None:
+        """Do nothing from now on: the model is dispatched anew. Users may hold the hook within one of their own."""
+        if self.streamer is not None:
+            self.streamer.close()
+        self.execution_device, self.io_same_device, self.streamer, self.unit = None, False, None, None
 
     def init_hook(self, module: nn.Module) -> nn.Module:
         if self.is_placed:

@@ -26,9 +26,8 @@ from ..meta.empty import twin
 from ..units import listed
 from ._torch import is_fake
 from .grouping import Cut, Group, Layout, Record, put, records
-from .mapped import Mapped
+from .mapped import PageLane
 from .sites import Place, tensors_of
-from .slots import Slots
 from .stream import Streamer
 from .transfer import readers
 from .weights import PLAIN, Part, Source, Unit, Weight, anatomy, open_source, part_of, rest_in_ram
@@ -371,4 +370,4 @@ def stream_alone(
         raise
     if not units:
         return None
-    return Mapped(device, units) if device.type == "cpu" else Slots(device, units)
+    return Streamer(device, units, PageLane(device) if device.type == "cpu" else None)

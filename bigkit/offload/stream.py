@@ -8,31 +8,36 @@ back:
     return   handles (`offload/handle.py`) take the parameters' places; the slot may be filled anew
 
 Units are fetched ahead in the order in which they worked the last time; at first, in the model's, and after the last
-the first, since after a token comes another. The order is only a hint: a wrong guess costs time, nothing else.
+the first, since after a token comes another. The order is only a hint. A slot knows what it holds, so a unit that was
+skipped, repeated or called out of order is found or fetched: a wrong guess costs time, nothing else.
+
+In the steady state nothing is allocated and the host waits for nothing, except for a disk that is slower than the link.
 
 One thread at a time: the lock is taken where a unit is lent and released where it is taken back, so it is held during
 the forward. It is reentrant, so the forwards of units may nest.
 
-Leaves out: which slot a unit goes to (`offload/slots.py`), the streamer of the CPU, which has none
-(`offload/mapped.py`), how bytes travel (`offload/transfer.py`), and who borrows (`offload/hooks.py`).
+Leaves out: how bytes get into a slot (`offload/transfer.py`), weights that work on the CPU (`offload/mapped.py`), what
+users change in the model (`offload/sites.py`), and who borrows (`offload/hooks.py`).
 """
 
 from __future__ import annotations
 
 import mmap
 import threading
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ._torch import held_by_this_thread, mark_lent, storage_id
+from ..maps.partition import spread
+from ._torch import detect_fake_mode, held_by_this_thread, mark_lent, storage_id
 from .handle import Away, refuse_copy
 from .inference_only import end_guards, enter_guard, refuse_gradient
+from .mapped import PageLane, pages_ahead
 from .sites import Site
-from .weights import Unit, Weight
+from .transfer import CudaLane, PlainLane, Slot
+from .weights import Slab, Unit, Weight
 
 
 class Event(NamedTuple):
@@ -44,7 +49,7 @@ class Event(NamedTuple):
         nbytes: bytes that move; 0 unless `kind` is "fetch".
         rests: where the unit's weights rest, "cpu" or "disk".
         device: the device on which the unit works.
-        slot: the slot's number; -1 where there are no slots, and unless `kind` is "fetch".
+        slot: the slot's number; -1 unless `kind` is "fetch".
     """
 
     kind: str
@@ -56,7 +61,7 @@ class Event(NamedTuple):
 
 
 class Views(NamedTuple):
-    """A unit's weights as tensors over a slot, or over pages of a file. Made once for each.
+    """A unit's weights as tensors over a slot. Made once for each slot.
 
     Args:
         values: the tensor for each entry of the unit's site.
@@ -77,19 +82,41 @@ class _Loan(NamedTuple):
     guard: torch.autograd.graph.saved_tensors_hooks | None  # against a backward, in grad mode
 
 
-class Streamer(ABC):
-    """Lends the weights of units to a model on one device.
+class Streamer:
+    """Lends the weights of units to a model on one device, from a few slots there.
 
     Args:
         device: where they work.
         units: in the order in which the model is likely to use them.
+        lane: what fills the slots; None takes the one that suits the device.
+        count: number of slots; one more is made when forwards are nested so deeply that all are in use.
         prefetch: fetch the next units while one works.
+        cache: bytes of RAM that may keep units from the disk after their first forward. Always the same units: if those
+            used last were kept, a cycle longer than the cache would never find the next one in it.
         name: what events call the device.
     """
 
-    def __init__(self, device: torch.device, units: Sequence[Unit], *, prefetch: bool = True, name: str = "") -> None:
-        self.device, self.units, self.prefetch = device, list(units), prefetch
+    def __init__(
+        self,
+        device: torch.device,
+        units: Sequence[Unit],
+        lane: PlainLane | None = None,
+        *,
+        count: int = 2,
+        prefetch: bool = True,
+        cache: int = 0,
+        name: str = "",
+    ) -> None:
+        self.device, self.units, self.count, self.prefetch = device, list(units), count, prefetch
         self.name = name or str(device)
+        self.lane = lane or (CudaLane(device) if is_real_cuda(device) else PlainLane(device))
+        self.maps = isinstance(self.lane, PageLane)  # the pages of files are lent, there is nothing to copy
+        if self.maps:
+            self.count = pages_ahead(self.units)
+        self.slots: list[Slot] = []
+        self.holder: dict[int, Slot] = {}  # unit's index -> the slot that holds it
+        self.loans = 0  # so far: the clock by which slots are used
+        self.cached = spread([unit.nbytes if unit.rests_in() == "disk" else 0 for unit in units], cache)
         self.listeners: list[Callable[[Event], None]] = []
         self.lock = threading.RLock()  # from `lend` to `take_back`
         self.after = {i: (i + 1) % len(self.units) for i in range(len(self.units))}  # unit -> the one that follows
@@ -155,7 +182,7 @@ class Streamer(ABC):
                 for entry, value in zip(self.sites[unit.index].entries, loan.views.values):
                     if entry.tensors.get(entry.own) is value:
                         entry.tensors[entry.own] = entry.handle
-                self._leave(unit, loan.views)
+                self._leave(loan)
             if self.listeners:
                 self._tell("return", unit)
         except Exception:
@@ -173,15 +200,22 @@ class Streamer(ABC):
             return
         end_guards(self)
         for site in self.sites:
-            lent = {id(value) for views in self._all_views(site.unit) for value in views.values}
+            views = [slot.visits[site.unit.index] for slot in self.slots if site.unit.index in slot.visits]
+            views += [loan.views for loan in self._loans if loan.unit is site.unit]
+            lent = {id(value) for one in views for value in one.values}
             for entry in site.entries:
                 if id(entry.tensors.get(entry.own)) in lent:
                     entry.tensors[entry.own] = entry.handle
         for loan in self._loans:
-            if self._written(loan.unit, loan.views):
-                self._absorb(loan.unit, loan.views)
+            if self._written(loan):
+                self._absorb(loan)
         self._loans = []
-        self._reset()
+        for slot in self.slots:
+            self.lane.settle(slot)
+            if slot.lent:
+                self.lane.leave(slot)  # work that was started may still read it
+            slot.unit, slot.lent = None, False
+        self.holder = {}
         while self.held():
             self.lock.release()
 
@@ -220,7 +254,7 @@ class Streamer(ABC):
     def forget(self, weight: Weight) -> None:
         """Fetch a weight anew the next time: something about it has changed."""
         with self.lock:
-            self._forget(self._units_with(weight))
+            self._forget(weight)
 
     def rests_in(self, weight: Weight) -> str:
         """Where a weight rests, "cpu" or "disk"."""
@@ -238,37 +272,114 @@ class Streamer(ABC):
                 if entry.tensors.get(entry.own) is entry.handle:
                     entry.tensors[entry.own] = self._released[id(entry.weight)]
 
-    # -- what differs between streamers
-
-    @abstractmethod
     def close(self) -> None:
         """Wait for copies that are under way."""
+        for slot in self.slots:
+            self.lane.settle(slot)
+        self.lane.close()
 
-    @abstractmethod
+    # -- slots
+
     def _bring(self, unit: Unit) -> Views:
         """Make a unit ready to work."""
+        slot = self.holder.get(unit.index)
+        shared = sum(slot.owner is None for slot in self.slots) or self.count
+        following = self._following(unit, shared - 1) if self.prefetch else []
+        if slot is None:
+            slot = self._fetch(unit, following)
+        slot.lent = True
+        self.loans += 1
+        slot.used = self.loans
+        try:
+            self._prefetch(following)
+            self.lane.arrive(slot)
+            if unit.index not in slot.visits:
+                weights = [weight.load() if self.maps else weight.over(slot.base) for weight in unit.weights]
+                slot.visits[unit.index] = self._make_views(unit, weights)
+        except BaseException:
+            slot.lent = False
+            self._empty(slot)
+            raise
+        views: Views = slot.visits[unit.index]
+        slot.version = self._version(slot, views)
+        return views
 
-    @abstractmethod
-    def _leave(self, unit: Unit, views: Views) -> None:
-        """Note that a unit's forward has ended."""
+    def _prefetch(self, following: list[Unit]) -> None:
+        for unit in following:
+            if unit.index in self.holder:
+                continue
+            if not (unit.loose or self.maps) and self._idle(following) is None:
+                return
+            try:
+                self._fetch(unit, following)
+            except OSError:
+                return  # it was a guess: if the unit is needed, the error comes then
 
-    @abstractmethod
-    def _all_views(self, unit: Unit) -> list[Views]:
-        """All tensors that may stand in the model for a unit's weights while it is lent."""
+    def _idle(self, spared: list[Unit]) -> Slot | None:
+        """The slot to fill next: not lent, not holding what is needed soon, and used longest ago."""
+        free = [slot for slot in self.slots if not slot.lent and slot.owner is None and slot.unit not in spared]
+        return min(free, key=lambda slot: slot.used) if free else None
 
-    @abstractmethod
-    def _written(self, unit: Unit, views: Views) -> bool:
-        """Whether somebody wrote to the weights of a unit that is lent."""
+    def _fetch(self, unit: Unit, following: list[Unit]) -> Slot:
+        slot = self._own_slot(unit) if unit.loose or self.maps else self._shared_slot(following)
+        unit.check()
+        self._empty(slot)
+        self.lane.fill(slot, unit)
+        slot.unit, self.holder[unit.index] = unit, slot
+        if self.listeners:
+            self._tell("fetch", unit, self.slots.index(slot))
+        return slot
 
-    @abstractmethod
-    def _reset(self) -> None:
-        """Forget all that was lent and fetched."""
+    def _shared_slot(self, following: list[Unit]) -> Slot:
+        """A slot for any unit; the first time all are made, and one more when forwards are nested too deeply."""
+        while (slot := self._idle(following) or self._idle([])) is None:
+            size = max(unit.nbytes for unit in self.units if not unit.loose)
+            first = all(slot.owner is not None for slot in self.slots)
+            self.slots += [self.lane.slot(size) for _ in range(self.count if first else 1)]
+        return slot
 
-    @abstractmethod
-    def _forget(self, units: Iterable[Unit]) -> None:
-        """Forget what was fetched of these units: their weights have changed where they rest."""
+    def _own_slot(self, unit: Unit) -> Slot:
+        """The slot of a loose unit: it is lent while other units come and go, and must not keep one from them.
 
-    # -- order
+        Where pages are lent every unit has one, without memory.
+        """
+        slot = next((slot for slot in self.slots if slot.owner is unit), None)
+        if slot is None:
+            slot = self.lane.slot(0 if self.maps else unit.nbytes)
+            slot.owner = unit
+            self.slots.append(slot)
+        return slot
+
+    def _empty(self, slot: Slot) -> None:
+        self.lane.settle(slot)
+        if slot.unit is not None:
+            del self.holder[slot.unit.index]
+        slot.unit = None
+
+    def _leave(self, loan: _Loan) -> None:
+        """A unit's forward has ended."""
+        slot = self.holder[loan.unit.index]
+        written = self._written(loan)
+        try:
+            if written:
+                self._absorb(loan)
+            elif loan.unit.index in self.cached:
+                self._cache(loan.unit, slot)
+        finally:
+            self.lane.leave(slot)
+            slot.lent = False
+        if written or self.maps:
+            self._empty(slot)
+
+    def _cache(self, unit: Unit, slot: Slot) -> None:
+        """Keep a unit from the disk in RAM, as it lies in the slot."""
+        slab = Slab(unit.nbytes, pin=is_real_cuda(self.device))
+        slab.pin()
+        slab.bytes.copy_(slot.base[: unit.nbytes])
+        for part in unit.parts():
+            part.slab, part.at, part.source = slab, part.offset, None
+        unit.forget_moves()
+        self.cached.discard(unit.index)
 
     def _following(self, unit: Unit, most: int) -> list[Unit]:
         """The units that probably come next."""
@@ -282,9 +393,18 @@ class Streamer(ABC):
 
     # -- changes of weights
 
-    def _absorb(self, unit: Unit, views: Views) -> None:
+    def _version(self, slot: Slot, views: Views) -> int:
+        """A number that every write to the weights in a slot raises."""
+        return sum(tensor._version for tensor in views.weights) if self.maps else slot.base._version
+
+    def _written(self, loan: _Loan) -> bool:
+        """Whether somebody has written to the weights that are lent."""
+        slot = self.holder.get(loan.unit.index)
+        return slot is not None and slot.lent and slot.version != self._version(slot, loan.views)
+
+    def _absorb(self, loan: _Loan) -> None:
         """Keep what a forward wrote into its weights."""
-        for weight, value in zip(unit.weights, views.weights):
+        for weight, value in zip(loan.unit.weights, loan.views.weights):
             weight.keep(value)
             self._update(weight)
 
@@ -294,10 +414,17 @@ class Streamer(ABC):
             for own, value in zip(loan.unit.weights, loan.views.weights):
                 if own is weight or own in weight.twins:
                     own.write_to(value)
-        self._forget(self._units_with(weight))
+        self._forget(weight)
 
-    def _units_with(self, weight: Weight) -> list[Unit]:
-        return [self._unit_of[id(same)] for same in (weight, *weight.twins)]
+    def _forget(self, weight: Weight) -> None:
+        """Forget what was fetched of a weight: it has changed where it rests."""
+        for unit in (self._unit_of[id(same)] for same in (weight, *weight.twins)):
+            unit.forget_moves()
+            for slot in self.slots:
+                slot.visits.pop(unit.index, None)
+            held = self.holder.get(unit.index)
+            if held is not None and not held.lent:
+                self._empty(held)
 
     # -- tensors and events
 
@@ -314,3 +441,8 @@ class Streamer(ABC):
         event = Event(kind, unit.name, unit.nbytes if kind == "fetch" else 0, unit.rests_in(), self.name, slot)
         for listener in self.listeners:
             listener(event)
+
+
+def is_real_cuda(device: torch.device) -> bool:
+    """Whether a device is a CUDA GPU that exists, not one of a dry run."""
+    return device.type == "cuda" and detect_fake_mode() is None
