@@ -234,7 +234,7 @@ class _Mover:
         self.filling: list[Future[None]] = []
         # Handles of an earlier streamer hold no data, so they can be kept.
         earlier = [place for record in tensors if record.away for place in record.places.values()]
-        self.handles = [(place, tensors_of(place)[place[1]]) for place in earlier]
+        self.handles: list[tuple[Place, Any]] = [(place, tensors_of(place)[place[1]]) for place in earlier]
 
     def send_away(self, travelling: Travelling) -> list[Unit]:
         """Make the units, and begin to fill their RAM."""

@@ -8,7 +8,7 @@ Leaves out: what is written into a weight, in place or through `data` (`offload/
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -82,8 +82,7 @@ class Site:
         """
         value, weight, handle = entry.tensors.get(entry.own), entry.weight, entry.handle
         places = [place for same in (weight, *weight.twins) for place in same.places]
-        fits = value is not None and value.shape == weight.like.shape and value.dtype == weight.like.dtype
-        if fits and not isinstance(value, Away) and all(tensors_of(place).get(place[1]) is value for place in places):
+        if _fits(value, weight) and all(tensors_of(place).get(place[1]) is value for place in places):
             self.streamer.keep(weight, value)
             if isinstance(handle, nn.Parameter) and value.requires_grad != handle.requires_grad:
                 handle.requires_grad_(value.requires_grad)
@@ -95,6 +94,13 @@ class Site:
             entry.tensors[entry.own] = moved(value, self.streamer.device)
         self.look()
         self.streamer.forget(weight)
+
+
+def _fits(value: Tensor | None, weight: Weight) -> TypeGuard[Tensor]:
+    """Whether a tensor can become the data of a weight."""
+    if value is None or isinstance(value, Away):
+        return False
+    return value.shape == weight.like.shape and value.dtype == weight.like.dtype
 
 
 def tensors_of(place: Place) -> dict[str, Tensor | None]:

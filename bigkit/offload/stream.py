@@ -287,6 +287,8 @@ class Streamer:
         following = self._following(unit, shared - 1) if self.prefetch else []
         if slot is None:
             slot = self._fetch(unit, following)
+        elif self.maps:
+            unit.check()  # the file may have changed since its pages were asked for
         slot.lent = True
         self.loans += 1
         slot.used = self.loans
