@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from typing import Any, TypeVar
 
 import torch
@@ -64,11 +64,12 @@ def never_compiled(function: Function, *, with_callees: bool = True) -> Function
     What `torch.compiler.disable` does, without a wrapper for each call and without importing the compiler.
     `_torchdynamo_disable` and `torch._C._dynamo.eval_frame`, 2.11 to 2.15.
     """
-    compiler = torch._C._dynamo.eval_frame
-    skip, default = compiler._FrameAction.SKIP, compiler._FrameAction.DEFAULT
-    strategy = compiler._FrameExecStrategy(skip, skip if with_callees else default)
-    compiler.set_code_exec_strategy(function.__code__, strategy)
     vars(function)["_torchdynamo_disable"] = True
+    with suppress(AttributeError, RuntimeError):  # a Python for which torch has no compiler
+        compiler = torch._C._dynamo.eval_frame
+        skip, default = compiler._FrameAction.SKIP, compiler._FrameAction.DEFAULT
+        strategy = compiler._FrameExecStrategy(skip, skip if with_callees else default)
+        compiler.set_code_exec_strategy(function.__code__, strategy)
     return function
 
 

@@ -110,7 +110,7 @@ def dispatch_model(
     _forget_earlier(model)
     _attach(model, layout, units, streamer, _names(skip_keys))
     model.hf_device_map = dict(layout.places)  # type: ignore[assignment]
-    vars(model)["_apply"] = _Refusal()  # beneath `to`, `cuda`, `half`, ..., each of which Accelerate replaces
+    vars(model)["_apply"] = _refuse_to_move
     return model
 
 
@@ -121,10 +121,11 @@ def _read_options(
     resident_memory: int | str = 0,
     ram_cache: int | str | None = None,
     stand_in: Mapping[Device, torch.device | str] | None = None,
-    *names: str | Iterable[str] | None,
+    skip_keys: str | Iterable[str] | None = None,
+    preload_module_classes: str | Iterable[str] | None = None,
     **others: Any,
 ) -> Layout:
-    """Check what `dispatch_model` was asked for, before anything of the model changes.
+    """Check the options of `dispatch_model` before anything of the model changes; any value is right for the `others`.
 
     Returns:
         The map with its main device and stand-ins.
@@ -135,16 +136,15 @@ def _read_options(
         raise ValueError(f"slots must be a number of blocks, at least 1, not {slots!r}")
     parse_bytes(resident_memory)
     parse_bytes(ram_cache or 0)
-    for given in (*names, others.get("skip_keys"), others.get("preload_module_classes")):
-        _names(given)
+    _names(skip_keys)
+    _names(preload_module_classes)
     places = {name: read_device(device) for name, device in device_map.items()}
     gpus = [device for device in places.values() if device not in ("cpu", "disk")]
     main = (gpus or ["cpu"])[0] if main_device is None else read_device(main_device)
     if main == "disk":
         raise ValueError("main_device must be where weights work, a GPU or 'cpu', not 'disk'")
-    layout = Layout(
-        places, main, {read_device(place): torch_device(other) for place, other in (stand_in or {}).items()}
-    )
+    stands = {read_device(place): torch_device(device) for place, device in (stand_in or {}).items()}
+    layout = Layout(places, main, stands)
     for device in {layout.device(place) for place in (*gpus, main)}:
         if is_real_cuda(device):
             torch.cuda.get_device_properties(device)  # an error if there is no such GPU
@@ -218,14 +218,12 @@ def _called(module: nn.Module) -> list[nn.Module]:
     return [inner for child in module.children() for inner in _called(child)]
 
 
-class _Refusal:
-    """What `model.to` and its kin run into."""
-
-    def __call__(self, *args: Any, **kwargs: Any) -> nn.Module:
-        raise RuntimeError(
-            "this model is spread over devices by its hf_device_map and cannot be moved or cast as a whole: call "
-            "bigkit.remove_hook_from_module(model, recurse=True) first, or dispatch it again with another map"
-        )
+def _refuse_to_move(*args: Any, **kwargs: Any) -> nn.Module:
+    """What stands beneath `model.to`, `cuda`, `half`, ...; Accelerate replaces each of these."""
+    raise RuntimeError(
+        "this model is spread over devices by its hf_device_map and cannot be moved or cast as a whole: call "
+        "bigkit.remove_hook_from_module(model, recurse=True) first, or dispatch it again with another map"
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -252,9 +252,15 @@ class Streamer:
             self._update(weight)
 
     def forget(self, weight: Weight) -> None:
-        """Fetch a weight anew the next time: something about it has changed."""
+        """Fetch a weight anew the next time: it has changed where it rests, or in what it is."""
         with self.lock:
-            self._forget(weight)
+            for unit in (self._unit_of[id(same)] for same in (weight, *weight.twins)):
+                unit.forget_moves()
+                for slot in self.slots:
+                    slot.visits.pop(unit.index, None)
+                held = self.holder.get(unit.index)
+                if held is not None and not held.lent:
+                    self._empty(held)
 
     def rests_in(self, weight: Weight) -> str:
         """Where a weight rests, "cpu" or "disk"."""
@@ -416,17 +422,7 @@ class Streamer:
             for own, value in zip(loan.unit.weights, loan.views.weights):
                 if own is weight or own in weight.twins:
                     own.write_to(value)
-        self._forget(weight)
-
-    def _forget(self, weight: Weight) -> None:
-        """Forget what was fetched of a weight: it has changed where it rests."""
-        for unit in (self._unit_of[id(same)] for same in (weight, *weight.twins)):
-            unit.forget_moves()
-            for slot in self.slots:
-                slot.visits.pop(unit.index, None)
-            held = self.holder.get(unit.index)
-            if held is not None and not held.lent:
-                self._empty(held)
+        self.forget(weight)
 
     # -- tensors and events
 
