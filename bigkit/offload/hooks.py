@@ -22,6 +22,7 @@ from __future__ import annotations
 import functools
 import threading
 from collections.abc import Container, Iterable, Iterator, Mapping
+from types import MethodType
 from typing import Any
 
 import torch
@@ -90,15 +91,15 @@ class SequentialHook(ModelHook):
         return module
 
     def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        call = _thread.call
+        begun = _thread.begun
         for hook in self.hooks:
-            args, kwargs = _begin(call, hook, module, args, kwargs)
+            args, kwargs = _begin(begun, hook, module, args, kwargs)
         return args, kwargs
 
     def post_forward(self, module: nn.Module, output: Any) -> Any:
-        call = _thread.call
+        begun = _thread.begun
         for hook in self.hooks:
-            output = _end(call, hook, module, output)
+            output = _end(begun, hook, module, output)
         return output
 
     def detach_hook(self, module: nn.Module) -> nn.Module:
@@ -210,21 +211,11 @@ def _unwrap(module: nn.Module) -> None:
 # One forward
 
 
-class _Call:
-    """One forward of a module with hooks: which of them have begun, and what they have to undo."""
-
-    __slots__ = ("begun", "loans")
-
-    def __init__(self) -> None:
-        self.begun: list[ModelHook] = []
-        self.loans: dict[AlignDevicesHook, _Loan] = {}
-
-
 class _Thread(threading.local):
-    """The innermost call that this thread is in."""
+    """The innermost forward that this thread is in: the hooks that have begun there, and what each has to undo."""
 
     def __init__(self) -> None:
-        self.call = _Call()
+        self.begun: dict[ModelHook, _Loan | None] = {}
 
 
 _thread = _Thread()
@@ -233,38 +224,38 @@ _thread = _Thread()
 @functools.partial(never_compiled, with_callees=False)
 def _run(hook: ModelHook, module: nn.Module, own_forward: Any, /, *args: Any, **kwargs: Any) -> Any:
     """A module's forward with a hook around it."""
-    outer, call = _thread.call, _Call()
+    outer: dict[ModelHook, _Loan | None] = _thread.begun
+    begun: dict[ModelHook, _Loan | None] = {}
     try:
-        _thread.call = call
-        args, kwargs = _begin(call, hook, module, args, kwargs)
+        _thread.begun = begun
+        args, kwargs = _begin(begun, hook, module, args, kwargs)
         # The class's own forward is looked up at each call, so that a copied module never runs the original's.
-        forward = own_forward or functools.partial(type(module).forward, module)
+        forward = own_forward or MethodType(type(module).forward, module)
         if hook.no_grad:
             with torch.no_grad():
                 output = forward(*args, **kwargs)
         else:
             output = forward(*args, **kwargs)
-        _thread.call = call  # an interrupt within may have left another
-        return _end(call, hook, module, output)
+        _thread.begun = begun  # an interrupt within may have left another
+        return _end(begun, hook, module, output)
     except BaseException:
-        _thread.call = call
-        _fail([*call.begun, *(lender for lender in call.loans if lender not in call.begun)], module)
+        _thread.begun = begun
+        _fail([*begun], module)
         raise
     finally:
-        _thread.call = outer
+        _thread.begun = outer
 
 
 @never_compiled
-def _begin(call: _Call, hook: ModelHook, module: nn.Module, args: Any, kwargs: Any) -> Any:
-    call.begun.append(hook)
+def _begin(begun: dict[ModelHook, Any], hook: ModelHook, module: nn.Module, args: Any, kwargs: Any) -> Any:
+    begun[hook] = None
     return hook.pre_forward(module, *args, **kwargs)
 
 
 @never_compiled
-def _end(call: _Call, hook: ModelHook, module: nn.Module, output: Any) -> Any:
+def _end(begun: dict[ModelHook, Any], hook: ModelHook, module: nn.Module, output: Any) -> Any:
     output = hook.post_forward(module, output)
-    if hook in call.begun:
-        call.begun.remove(hook)
+    begun.pop(hook, None)
     return output
 
 
@@ -374,7 +365,7 @@ class AlignDevicesHook(ModelHook):
     def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
         if self.unit is not None or self.io_same_device:
             loan = _Loan(self.streamer is None or not self.streamer.held())
-            _thread.call.loans[self] = loan
+            _thread.begun[self] = loan  # also if it is called by a hook that says nothing of errors
             if self.io_same_device:
                 loan.input_device = find_device((args, kwargs))
             if self.unit is not None:
@@ -391,20 +382,18 @@ class AlignDevicesHook(ModelHook):
 
     def post_forward(self, module: nn.Module, output: Any) -> Any:
         if self.unit is not None or self.io_same_device:
-            loan = _thread.call.loans[self]
+            loan = _thread.begun[self]
+            assert loan is not None
             self._give_back(loan)
             if loan.input_device is not None:
                 output = send_to_device(output, loan.input_device, self.skip_keys)
-            del _thread.call.loans[self]
+            del _thread.begun[self]
         return output
 
     def on_error(self, module: nn.Module) -> None:
-        loan = _thread.call.loans.get(self)
+        loan = _thread.begun.get(self)
         if loan is not None:
-            try:
-                self._give_back(loan)
-            finally:
-                del _thread.call.loans[self]
+            self._give_back(loan)
 
     def _give_back(self, loan: _Loan) -> None:
         try:
