@@ -32,8 +32,9 @@ _HOMES = {  # module -> the public names in it
     "model.estimate": "MemoryEstimate",
     "model.precision": "Precision",
     "model.spec": "Layer ModelSpec",
-    "offload.dispatch": "cpu_offload cpu_offload_with_hook disk_offload dispatch_model load_checkpoint_and_dispatch",
+    "offload.dispatch": "cpu_offload disk_offload dispatch_model load_checkpoint_and_dispatch",
     "offload.hooks": "AlignDevicesHook ModelHook SequentialHook add_hook_to_module remove_hook_from_module",
+    "offload.whole_model": "cpu_offload_with_hook",
     "quantize.load": "BnbQuantizationConfig load_and_quantize_model replace_with_bnb_layers",
     "units": "format_bytes parse_bytes",
 }
@@ -70,14 +71,9 @@ if TYPE_CHECKING:
     from .model.estimate import MemoryEstimate
     from .model.precision import Precision
     from .model.spec import Layer, ModelSpec
-    from .offload.dispatch import (
-        cpu_offload,
-        cpu_offload_with_hook,
-        disk_offload,
-        dispatch_model,
-        load_checkpoint_and_dispatch,
-    )
+    from .offload.dispatch import cpu_offload, disk_offload, dispatch_model, load_checkpoint_and_dispatch
     from .offload.hooks import AlignDevicesHook, ModelHook, SequentialHook, add_hook_to_module, remove_hook_from_module
+    from .offload.whole_model import cpu_offload_with_hook
     from .quantize.load import BnbQuantizationConfig, load_and_quantize_model, replace_with_bnb_layers
     from .units import format_bytes, parse_bytes
 

@@ -14,7 +14,6 @@ from torch.nn import functional as F
 from bigkit.offload.dispatch import cpu_offload, disk_offload, dispatch_model
 from bigkit.offload.grouping import handles
 from bigkit.offload.handle import Away
-from bigkit.offload.stream import Slots
 
 STAND_IN = {0: "cpu", 1: "cpu"}  # GPUs that are the CPU, but with slots
 
@@ -78,18 +77,16 @@ def same(one: Any, other: Any) -> bool:
 def check_at_rest(model: nn.Module) -> None:
     """Every weight that was sent away is away, nothing is lent, and each slot knows what it holds."""
     for streamer in {id(handle.streamer): handle.streamer for handle in handles(model)}.values():
-        assert not any(streamer.lent) and not streamer._loans
-        streamer._ready()
-        for entries in streamer._entries:
-            for entry in entries:
+        assert not streamer._loans
+        for site in streamer.sites:
+            for entry in site.entries:
                 assert isinstance(entry.tensors[entry.own], Away), entry.weight.name
-        if isinstance(streamer, Slots):
-            assert not any(slot.lent for slot in streamer.slots)
-            assert {slot.unit.index: slot for slot in streamer.slots if slot.unit is not None} == streamer.holder
-            for i, slot in streamer.holder.items():
-                for weight in streamer.units[i].weights:
-                    assert torch.equal(weight.over(slot.base), weight.load()), weight.name
-        assert not streamer.lock._is_owned()  # type: ignore[attr-defined]
+        assert not any(slot.lent for slot in streamer.slots)
+        assert {slot.unit.index: slot for slot in streamer.slots if slot.unit is not None} == streamer.holder
+        for i, slot in streamer.holder.items():
+            for weight in () if streamer.maps else streamer.units[i].weights:
+                assert torch.equal(weight.over(slot.base), weight.load()), weight.name
+        assert not streamer.held()
 
 
 def spread(model: nn.Module, device_map: dict[str, Any], **options: Any) -> nn.Module:

@@ -21,7 +21,6 @@ from ..machine.ledger import Calibration
 from ..machine.roofline import ARRIVE, FILL, LEAVE, Operation
 from ..offload.dispatch import dispatch_model
 from ..offload.hooks import AlignDevicesHook, SequentialHook
-from ..offload.stream import Slots
 from ..offload.transfer import PlainLane, Slot
 from ..offload.weights import Unit
 from ..quantize.load import BnbQuantizationConfig
@@ -141,7 +140,6 @@ def _replace_lanes(model: nn.Module, log: OperationLog, places: Mapping[str, Dev
     parts = [part for hook in hooks for part in (hook.hooks if isinstance(hook, SequentialHook) else (hook,))]
     streamers = {part.streamer for part in parts if isinstance(part, AlignDevicesHook) and part.streamer is not None}
     for streamer in streamers:
-        assert isinstance(streamer, Slots)
         streamer.lane = FakeLane(streamer.device, log, places)
 
 

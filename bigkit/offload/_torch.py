@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from contextlib import AbstractContextManager, nullcontext, suppress
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
+
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 # -> the fake-tensor mode that is on (a dry run's), or None. `torch._guards`, 2.11 to 2.15.
 detect_fake_mode: Callable[[], Any] = torch._guards.detect_fake_mode
@@ -35,6 +38,76 @@ def real_tensors() -> AbstractContextManager[Any]:
     from torch._subclasses.fake_tensor import unset_fake_temporarily
 
     return unset_fake_temporarily()
+
+
+def is_fake(tensor: Tensor) -> bool:
+    """Whether a tensor is one of a dry run, without data. `FakeTensor.fake_mode`, 2.11 to 2.15."""
+    return hasattr(tensor, "fake_mode")
+
+
+def held_by_this_thread(lock: threading.RLock) -> bool:
+    """Whether this thread has acquired a lock. `RLock._is_owned` of Python, on which `threading.Condition` rests."""
+    held: bool = lock._is_owned()  # type: ignore[attr-defined]
+    return held
+
+
+def pop_saved_tensors_hooks(is_ours: Callable[[Any], bool]) -> None:
+    """End the innermost `saved_tensors_hooks` of this thread, as long as `is_ours(pack_hook)`.
+
+    Those that an interrupt left behind can be ended in no public way: their context manager may not exist yet.
+    `torch._C._autograd._top_saved_tensors_default_hooks` and `_pop_...`, 2.11 to 2.15.
+    """
+    while (hooks := torch._C._autograd._top_saved_tensors_default_hooks(False)) is not None and is_ours(hooks[0]):
+        torch._C._autograd._pop_saved_tensors_default_hooks()
+
+
+def never_compiled(function: Function, *, with_callees: bool = True) -> Function:
+    """Make `torch.compile` leave a function alone, and with `with_callees` all that it calls.
+
+    What `torch.compiler.disable` does, without a wrapper for each call and without importing the compiler.
+    `_torchdynamo_disable` and `torch._C._dynamo.eval_frame`, 2.11 to 2.15.
+    """
+    vars(function)["_torchdynamo_disable"] = True
+    with suppress(AttributeError, RuntimeError):  # a Python for which torch has no compiler
+        compiler = torch._C._dynamo.eval_frame
+        skip, default = compiler._FrameAction.SKIP, compiler._FrameAction.DEFAULT
+        strategy = compiler._FrameExecStrategy(skip, skip if with_callees else default)
+        compiler.set_code_exec_strategy(function.__code__, strategy)
+    return function
+
+
+def _lent_data(tensor: Tensor) -> Tensor:
+    return tensor.detach()
+
+
+def _set_lent_data(tensor: Tensor, value: Tensor) -> None:
+    if value.shape != tensor.shape or value.dtype != tensor.dtype:
+        raise ValueError(
+            f"a weight of shape {tuple(tensor.shape)} {tensor.dtype} that is lent to a forward cannot become "
+            f"{tuple(value.shape)} {value.dtype} there: assign it between forwards"
+        )
+    tensor.detach().copy_(value)
+
+
+class LentParameter(nn.Parameter):
+    """A parameter that is lent to a forward. Writing to its `data` raises `_version`, so that no write goes unseen."""
+
+    data = property(_lent_data, _set_lent_data)
+
+
+class LentBuffer(Tensor):
+    """A buffer that is lent to a forward; as `LentParameter`. `_disabled_torch_function_impl`, 2.11 to 2.15."""
+
+    data = property(_lent_data, _set_lent_data)
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+
+def mark_lent(tensor: Tensor) -> None:
+    """Give a plain parameter or buffer the class above by assigning `__class__`, which torch allows, 2.11 to 2.15."""
+    if type(tensor) is nn.Parameter:
+        tensor.__class__ = LentParameter
+    elif type(tensor) is Tensor:
+        tensor.__class__ = LentBuffer
 
 
 def tree_leaves(tree: Any) -> list[Any]:

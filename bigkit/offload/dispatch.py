@@ -1,7 +1,7 @@
 """Running a model that is spread over GPUs, RAM and disk: the calls with Accelerate's names.
 
 `dispatch_model` applies a device map: weights that rest on a GPU go there, the others are sent away
-(`offload/grouping.py`), and each placed module gets a hook that brings inputs and weights together
+(`offload/placing.py`), and each placed module gets a hook that brings inputs and weights together
 (`offload/hooks.py`). What rests in RAM or on disk works on the main device. From then on `model(...)` runs as if the
 model were whole.
 
@@ -9,40 +9,33 @@ What differs from Accelerate, on purpose: weights travel by the block, ahead of 
 a range of the checkpoint's own files; a model with resting weights refuses to be moved; its default main device is the
 first one that the map names.
 
-Leaves out: making the map (`api.py`, `maps/device_map.py`), and training.
+Leaves out: making the map (`api.py`, `maps/device_map.py`), offloading by the whole model
+(`offload/whole_model.py`), and training.
 """
 
 from __future__ import annotations
 
+import inspect
 import os
-from collections.abc import Callable, Iterable, Mapping
-from pathlib import Path
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..checkpoints.format import Checkpoint, Stored
 from ..checkpoints.load import load_checkpoint_in_model
-from ..devices import Device, collapse, placement, prefixes, read_device
+from ..devices import Device, read_device
 from ..maps.device_map import check_device_map, get_max_memory
-from ..maps.partition import spread
 from ..maps.plan import Plan
 from ..maps.strategies import STRATEGIES, place
 from ..meta.skeleton import spec_from_module
 from ..units import parse_bytes
-from .codec import codec_of
-from .grouping import Group, Rest, groups, has_forward, make_units, records, streamer_for
-from .hooks import (
-    AlignDevicesHook,
-    ModelHook,
-    add_hook_to_module,
-    drop_placed,
-    remove_hook_from_module,
-    send_to_device,
-    torch_device,
-)
-from .stream import Streamer
+from .grouping import Layout, has_forward, put, records, with_residents
+from .hooks import AlignDevicesHook, add_hook_to_module, drop_hooks, hooks_in
+from .inputs import torch_device
+from .mapped import PageLane
+from .placing import Origins, make_units
+from .stream import Streamer, is_real_cuda
 from .weights import Unit
 
 
@@ -70,7 +63,7 @@ def dispatch_model(
         model: the model; weights on meta need data from `state_dict`, `offload_index`, or a checkpoint that
             `load_checkpoint_in_model` has put on "disk".
         device_map: module name -> GPU number, "cuda:N", "mps", "cpu" or "disk", covering the model; or a `Plan`, whose
-            number of slots then takes the place of `slots`.
+            slots are taken too.
         main_device: where weights from "cpu" and "disk" work; None takes the first GPU (or MPS) that the map names, or
             the CPU.
         state_dict: name -> tensor, for weights that the model has on meta.
@@ -104,149 +97,115 @@ def dispatch_model(
     if isinstance(device_map, Plan):
         slots = device_map.slots or slots
         device_map = device_map.device_map
-    if not isinstance(device_map, Mapping):
-        raise ValueError(f"device_map must map module names to devices, not {device_map!r}; bigkit.plan makes one")
-    check_device_map(model, device_map)
-    places = {name: read_device(device) for name, device in device_map.items()}
-    main = _main_device(places, main_device)
-    stands = {device: torch_device(other) for device, other in (stand_in or {}).items()}
-    if set(places.values()) == {main} and not force_hooks:
-        return _whole(model, places, _device(main, stands), _rest(model, state_dict, offload_index, None))
-
-    def runs_at(device: Device) -> Device:
-        return main if device in ("cpu", "disk") else device
-
-    rest = _rest(model, state_dict, offload_index, offload_dir)
-    classes = [preload_module_classes] if isinstance(preload_module_classes, str) else [*(preload_module_classes or ())]
-    if budget := parse_bytes(resident_memory):
-        places = _with_residents(model, places, runs_at, classes, budget)
-    inner = {prefix for name in places for prefix in prefixes(name)[:-1]}
-    accelerated = _device(main, stands).type == "cuda"
-    units = make_units(
-        model,
-        placement(places),
-        runs_at,
-        lambda device: _device(device, stands),
-        rest,
-        offload_buffers=offload_buffers,
-        whole_classes=classes,
-        uniform=lambda name: name not in inner,
-        pin=accelerated and torch._guards.detect_fake_mode() is None,
+    layout = _read_options(
+        device_map, main_device, slots, resident_memory, ram_cache, stand_in, skip_keys, preload_module_classes
     )
-    drop_placed(model)
-    streamer = None
-    for group, unit in units:
-        unit.loose = group.loose
-    if units:
-        options: dict[str, Any] = {
-            "prefetch": prefetch,
-            "name": str(torch_device(main)),
-        }
-        if main in stands or _device(main, stands).type != "cpu":
-            options |= {"count": slots, "cache": _cache(ram_cache, units, accelerated), "stands_in": main in stands}
-        streamer = streamer_for(_device(main, stands), [unit for _, unit in units], **options)
-    _attach(model, places, lambda device: _device(runs_at(device), stands), units, streamer, skip_keys)
-    model.hf_device_map = dict(places)  # type: ignore[assignment]
-    vars(model)["_apply"] = _Refusal()
+    check_device_map(model, device_map)
+    origins = Origins.of(state_dict, offload_index, offload_dir)
+    if set(layout.places.values()) == {layout.main} and not force_hooks:
+        return _whole(model, layout, origins)
+    classes = _names(preload_module_classes)
+    if budget := parse_bytes(resident_memory):
+        layout = with_residents(model, layout, classes, budget)
+    units = make_units(model, layout, origins, offload_buffers=offload_buffers, whole_classes=classes)
+    streamer = _streamer(layout, units, slots, prefetch, ram_cache) if units else None
+    _forget_earlier(model)
+    _attach(model, layout, units, streamer, _names(skip_keys))
+    model.hf_device_map = dict(layout.places)  # type: ignore[assignment]
+    vars(model)["_apply"] = _refuse_to_move
     return model
 
 
-def _device(device: Device, stands: Mapping[Device, torch.device]) -> torch.device:
-    return stands.get(device) or torch_device(device)
+def _read_options(
+    device_map: Mapping[str, Device],
+    main_device: Device | torch.device | None = None,
+    slots: int = 2,
+    resident_memory: int | str = 0,
+    ram_cache: int | str | None = None,
+    stand_in: Mapping[Device, torch.device | str] | None = None,
+    skip_keys: str | Iterable[str] | None = None,
+    preload_module_classes: str | Iterable[str] | None = None,
+    **others: Any,
+) -> Layout:
+    """Check the options of `dispatch_model` before anything of the model changes; any value is right for the `others`.
+
+    Returns:
+        The map with its main device and stand-ins.
+    """
+    if not isinstance(device_map, Mapping):
+        raise ValueError(f"device_map must map module names to devices, not {device_map!r}; bigkit.plan makes one")
+    if not isinstance(slots, int) or isinstance(slots, bool) or slots < 1:
+        raise ValueError(f"slots must be a number of blocks, at least 1, not {slots!r}")
+    parse_bytes(resident_memory)
+    parse_bytes(ram_cache or 0)
+    _names(skip_keys)
+    _names(preload_module_classes)
+    places = {name: read_device(device) for name, device in device_map.items()}
+    gpus = [device for device in places.values() if device not in ("cpu", "disk")]
+    main = (gpus or ["cpu"])[0] if main_device is None else read_device(main_device)
+    if main == "disk":
+        raise ValueError("main_device must be where weights work, a GPU or 'cpu', not 'disk'")
+    stands = {read_device(given): torch_device(device) for given, device in (stand_in or {}).items()}
+    layout = Layout(places, main, stands)
+    for device in {layout.device(working) for working in (*gpus, main)}:
+        if is_real_cuda(device):
+            torch.cuda.get_device_properties(device)  # an error if there is no such GPU
+    return layout
 
 
-def _main_device(places: Mapping[str, Device], given: Device | torch.device | None) -> Device:
-    if given is not None:
-        return read_device(given)
-    return next((device for device in places.values() if device not in ("cpu", "disk")), "cpu")
+def _names(given: str | Iterable[str] | None) -> tuple[str, ...]:
+    if not isinstance(given, Iterable | None):
+        raise ValueError(f"expected a name or several, not {given!r}")
+    return (given,) if isinstance(given, str) else tuple(given or ())
 
 
-def _whole(model: nn.Module, places: dict[str, Device], device: torch.device, rest: Rest) -> nn.Module:
+def _streamer(layout: Layout, units: list[Unit], slots: int, prefetch: bool, ram_cache: int | str | None) -> Streamer:
+    """What lends the units."""
+    device, name = layout.device(layout.main), str(torch_device(layout.main))
+    if device.type == "cpu" and layout.main not in layout.stand_in:
+        return Streamer(device, units, PageLane(device), prefetch=prefetch, name=name)
+    cache = parse_bytes(ram_cache or 0)
+    if ram_cache is None and device.type == "cuda" and any(unit.rests_in() == "disk" for unit in units):
+        import psutil
+
+        cache = psutil.virtual_memory().available // 2
+    return Streamer(device, units, count=slots, prefetch=prefetch, cache=cache, name=name)
+
+
+def _whole(model: nn.Module, layout: Layout, origins: Origins) -> nn.Module:
     """A model that lies on one device needs no hooks."""
     for record in records(model):
         if record.tensor.is_meta:
-            value = rest.value(record)
-            for place in record.places:
-                record.put(place, value)
-    drop_placed(model)
-    model.to(device)
-    model.hf_device_map = dict(places)  # type: ignore[assignment]
+            put(record.places.values(), origins.value(record))
+    _forget_earlier(model)
+    model.to(layout.device(layout.main))
+    model.hf_device_map = dict(layout.places)  # type: ignore[assignment]
     return model
 
 
-def _rest(
-    model: nn.Module,
-    state_dict: Mapping[str, Tensor] | None,
-    offload_index: Mapping[str, Mapping[str, Any]] | None,
-    folder: str | os.PathLike[str] | None,
-) -> Rest:
-    stored: dict[str, Stored] = {}
-    opened: dict[str, Checkpoint] = {}
-    for name, entry in (offload_index or {}).items():
-        file = entry.get("safetensors_file")
-        if file is not None:
-            if file not in opened:
-                opened[file] = Checkpoint.open(file)
-            known = opened[file].stored
-            key = entry.get("weight_name", name)
-            if key not in known:
-                raise ValueError(f"the offload index says that {name!r} is {key!r} in {file}, which lacks it")
-            stored[name] = known[key]
-        elif folder is not None:
-            path, dtype = Path(folder) / f"{name}.dat", getattr(torch, str(entry["dtype"]))
-            stored[name] = Stored(path, 0, path.stat().st_size, dtype, tuple(entry["shape"]))
-    return Rest(stored, state_dict or {}, None if folder is None else Path(folder))
-
-
-def _with_residents(
-    model: nn.Module, places: dict[str, Device], runs_at: Callable[[Device], Device], classes: list[str], budget: int
-) -> dict[str, Device]:
-    """The map with as many groups as a budget allows moved to where they work, spread evenly along the model."""
-    device_of = placement(places)
-    inner = {prefix for name in places for prefix in prefixes(name)[:-1]}
-    found, _ = groups(
-        model, lambda name: runs_at(device_of(name)) != device_of(name), lambda name: name not in inner, classes
-    )
-    whole = [group for group in found if not group.loose]
-    sizes = [sum(codec_of(tensor).nbytes(tensor) for tensor in group.module.parameters()) for group in whole]
-    chosen = {whole[i].name for i in spread(sizes, budget)}
-    finer: dict[str, Device] = {}
-    for prefix, module in model.named_modules():
-        for own in (*module._parameters, *module._buffers):
-            name = f"{prefix}.{own}" if prefix else own
-            resident = next((outer for outer in prefixes(name) if outer in chosen), None)
-            finer[resident or name] = runs_at(device_of(name)) if resident is not None else device_of(name)
-    return collapse(finer)
-
-
-def _cache(asked: int | str | None, units: list[tuple[Group, Unit]], accelerated: bool) -> int:
-    if asked is not None:
-        return parse_bytes(asked)
-    if not accelerated or all(unit.rests_in() == "cpu" for _, unit in units):
-        return 0
-    import psutil
-
-    return psutil.virtual_memory().available // 2
+def _forget_earlier(model: nn.Module) -> None:
+    """Drop what an earlier dispatch or load has left at the model, now that all weights are in their places."""
+    vars(model).pop("_apply", None)
+    for module in model.modules():
+        placed = [hook for hook in hooks_in(module) if isinstance(hook, AlignDevicesHook) and hook.is_placed]
+        for hook in placed:
+            hook.retire()
+        drop_hooks(module, placed)
 
 
 def _attach(
-    model: nn.Module,
-    places: Mapping[str, Device],
-    runs_on: Callable[[Device], torch.device],
-    units: list[tuple[Group, Unit]],
-    streamer: Streamer | None,
-    skip_keys: str | Iterable[str] | None,
+    model: nn.Module, layout: Layout, units: list[Unit], streamer: Streamer | None, skip_keys: tuple[str, ...]
 ) -> None:
     """Put hooks: one for each unit, one for each placed module that is called, and one around the model."""
     hooks: dict[nn.Module, AlignDevicesHook] = {}
-    for group, unit in units:
+    for unit in units:
         assert streamer is not None
-        hooks[group.module] = AlignDevicesHook.placed(streamer.device, skip_keys, streamer, unit)
+        hooks[unit.module] = AlignDevicesHook.placed(streamer.device, skip_keys, streamer, unit)
     modules = dict(model.named_modules())
-    for name, device in places.items():
+    for name in layout.places:
         for module in _called(modules[name]) if name in modules else ():
-            hooks.setdefault(module, AlignDevicesHook.placed(runs_on(device), skip_keys))
-    first = streamer.device if streamer else runs_on(next(iter(places.values())))
+            hooks.setdefault(module, AlignDevicesHook.placed(layout.device(layout.works(name)), skip_keys))
+    first = streamer.device if streamer else layout.device(layout.works(next(iter(layout.places))))
     root = hooks.pop(model, None) or AlignDevicesHook.placed(first, skip_keys)
     root.io_same_device, root.streamer = True, streamer
     for module, hook in (*hooks.items(), (model, root)):
@@ -260,14 +219,12 @@ def _called(module: nn.Module) -> list[nn.Module]:
     return [inner for child in module.children() for inner in _called(child)]
 
 
-class _Refusal:
-    """What `model.to` and its kin run into."""
-
-    def __call__(self, *args: Any, **kwargs: Any) -> nn.Module:
-        raise RuntimeError(
-            "this model is spread over devices by its hf_device_map and cannot be moved or cast as a whole: call "
-            "bigkit.remove_hook_from_module(model, recurse=True) first, or dispatch it again with another map"
-        )
+def _refuse_to_move(*args: Any, **kwargs: Any) -> nn.Module:
+    """What stands beneath `model.to`, `cuda`, `half`, ...; Accelerate replaces each of these."""
+    raise RuntimeError(
+        "this model is spread over devices by its hf_device_map and cannot be moved or cast as a whole: call "
+        "bigkit.remove_hook_from_module(model, recurse=True) first, or dispatch it again with another map"
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -296,8 +253,8 @@ def load_checkpoint_and_dispatch(
     Args:
         model: the model.
         checkpoint: a file, an index or a folder.
-        device_map: a map, a `Plan`, or one of `strategies.STRATEGIES` ("auto", ...), which makes one. None loads and
-            does no more.
+        device_map: a map, a `Plan`, or one of `maps.strategies.STRATEGIES` ("auto", ...), which makes one. None loads
+            and does no more.
         max_memory: device -> budget, for a strategy; None asks this machine.
         no_split_module_classes: classes that stay on one device, for a strategy; None takes the model's own list.
         offload_folder: where weights for "disk" are written that lie in no file as they are needed (of another dtype).
@@ -323,34 +280,52 @@ def load_checkpoint_and_dispatch(
     >>> model(torch.tensor([[1, 2, 3]]))[0].shape
     torch.Size([1, 3, 256])
     """
+    dispatching = dict(
+        offload_dir=offload_folder,
+        offload_buffers=offload_buffers,
+        skip_keys=skip_keys,
+        preload_module_classes=preload_module_classes,
+        force_hooks=force_hooks,
+        **options,
+    )
+    inspect.signature(dispatch_model).bind(model, {}, **dispatching)  # options are checked before weights are loaded
+    _read_options({}, **dispatching)
     if isinstance(device_map, str):
         if device_map not in STRATEGIES:
             raise ValueError(f"unknown device_map {device_map!r}: expected a map or one of {', '.join(STRATEGIES)}")
         classes = [no_split_module_classes] if isinstance(no_split_module_classes, str) else no_split_module_classes
         max_memory = get_max_memory() if max_memory is None else max_memory
         device_map = place(
-            spec_from_module(model), max_memory, device_map, dtype=dtype, no_split=classes,
+            spec_from_module(model),
+            max_memory,
+            device_map,
+            dtype=dtype,
+            no_split=classes,
             offload_buffers=offload_buffers,
-        )  # fmt: skip
+        )
     if isinstance(device_map, Plan):
-        options.setdefault("slots", device_map.slots or 2)
+        dispatching.setdefault("slots", device_map.slots or 2)
         device_map = device_map.device_map
+    loading = None
     if device_map is not None:
+        layout = _read_options(device_map, **dispatching)
         check_device_map(model, device_map)
-    stand_in = options.get("stand_in") or {}
-    loading = device_map and {n: "cpu" if read_device(d) in stand_in else d for n, d in device_map.items()}
+        loading = {name: "cpu" if device in layout.stand_in else device for name, device in layout.places.items()}
     report = load_checkpoint_in_model(
-        model, checkpoint, loading, offload_folder, dtype, offload_buffers=offload_buffers, strict=strict,
+        model,
+        checkpoint,
+        loading,
+        offload_folder,
+        dtype,
+        offload_buffers=offload_buffers,
+        strict=strict,
         keep_in_fp32_modules=keep_in_fp32_modules,
-    )  # fmt: skip
+    )
     if device_map is None:
         return model
     if report.missing and any(record.tensor.is_meta and record.name in report.missing for record in records(model)):
         raise ValueError(f"{checkpoint} does not fill {type(model).__name__}: {report}")
-    return dispatch_model(
-        model, device_map, offload_dir=offload_folder, offload_buffers=offload_buffers, skip_keys=skip_keys,
-        preload_module_classes=preload_module_classes, force_hooks=force_hooks, **options,
-    )  # fmt: skip
+    return dispatch_model(model, device_map, **dispatching)
 
 
 def cpu_offload(
@@ -377,9 +352,14 @@ def cpu_offload(
     """
     device = _execution_device(model, execution_device)
     return dispatch_model(
-        model, {"": "cpu"}, device, state_dict, offload_buffers=offload_buffers,
-        preload_module_classes=preload_module_classes, **{"force_hooks": True, **options},
-    )  # fmt: skip
+        model,
+        {"": "cpu"},
+        device,
+        state_dict,
+        offload_buffers=offload_buffers,
+        preload_module_classes=preload_module_classes,
+        **{"force_hooks": True, **options},
+    )
 
 
 def disk_offload(
@@ -406,9 +386,14 @@ def disk_offload(
     """
     device = _execution_device(model, execution_device)
     return dispatch_model(
-        model, {"": "disk"}, device, offload_dir=offload_dir, offload_buffers=offload_buffers,
-        preload_module_classes=preload_module_classes, **options,
-    )  # fmt: skip
+        model,
+        {"": "disk"},
+        device,
+        offload_dir=offload_dir,
+        offload_buffers=offload_buffers,
+        preload_module_classes=preload_module_classes,
+        **options,
+    )
 
 
 def _execution_device(model: nn.Module, given: torch.device | Device | None) -> Device:
@@ -416,82 +401,3 @@ def _execution_device(model: nn.Module, given: torch.device | Device | None) -> 
         return read_device(given)
     first = next(model.parameters(), None)
     return "cpu" if first is None or first.is_meta else read_device(first.device)
-
-
-class CpuOffload(ModelHook):
-    """Brings a whole model to a device when it is called, and keeps it there until `offload()`.
-
-    Its weights stay in RAM too: to send them away again nothing needs to be copied, unless something wrote to them.
-    """
-
-    def __init__(self, execution_device: torch.device | Device | None, previous: UserCpuOffloadHook | None) -> None:
-        self.execution_device = torch_device("cuda" if execution_device is None else execution_device)
-        self.previous = previous
-        self.in_ram: list[tuple[Tensor, Tensor, int]] = []  # tensor of the model, its data in RAM, its version
-
-    def init_hook(self, module: nn.Module) -> nn.Module:
-        return module.to("cpu")
-
-    def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        if self.previous is not None:
-            self.previous.offload()
-        if not self.in_ram:
-            for record in records(module):
-                ram = record.tensor.data
-                record.tensor.data = ram.to(self.execution_device)
-                self.in_ram.append((record.tensor, ram, record.tensor._version))
-        return send_to_device(args, self.execution_device), send_to_device(kwargs, self.execution_device)
-
-    def offload(self) -> None:
-        """Send the weights back to RAM."""
-        for tensor, ram, version in self.in_ram:
-            if tensor._version != version:
-                ram.copy_(tensor.data)
-            tensor.data = ram
-        self.in_ram = []
-
-    def detach_hook(self, module: nn.Module) -> nn.Module:
-        self.offload()
-        return module
-
-
-class UserCpuOffloadHook:
-    """What `cpu_offload_with_hook` returns beside the model: sends it away, or ends the offloading."""
-
-    def __init__(self, model: nn.Module, hook: CpuOffload) -> None:
-        self.model, self.hook = model, hook
-
-    def offload(self) -> None:
-        """Send the model's weights back to RAM."""
-        self.hook.offload()
-
-    def remove(self) -> None:
-        """Take the hook away."""
-        remove_hook_from_module(self.model)
-
-
-def cpu_offload_with_hook(
-    model: nn.Module,
-    execution_device: torch.device | Device | None = None,
-    prev_module_hook: UserCpuOffloadHook | None = None,
-) -> tuple[nn.Module, UserCpuOffloadHook]:
-    """Keep a model in RAM until it is called, and on the device from then until the next of a chain is called.
-
-    For pipelines in which one model works at a time, several times in a row.
-
-    Args:
-        model: the model.
-        execution_device: where it works; None takes the first GPU.
-        prev_module_hook: that of the model before it in the chain, which is sent away when this one is called.
-
-    Returns:
-        The model, and the hook that sends it away (`offload()`) or ends the offloading (`remove()`).
-
-    >>> first, hook = cpu_offload_with_hook(nn.Linear(2, 2), "cpu")
-    >>> second, hook_2 = cpu_offload_with_hook(nn.Linear(2, 2), "cpu", prev_module_hook=hook)
-    >>> second(first(torch.ones(1, 2))).shape
-    torch.Size([1, 2])
-    """
-    hook = CpuOffload(execution_device, prev_module_hook)
-    add_hook_to_module(model, hook, append=True)
-    return model, UserCpuOffloadHook(model, hook)

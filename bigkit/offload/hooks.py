@@ -8,30 +8,29 @@ module works on and, if the module's weights rest elsewhere, borrows them for th
 (`offload/stream.py`).
 
 Why not `Module.register_forward_hook(always_call=True)`: PyTorch calls such a hook after an `Exception` alone. An
-interrupted forward (Ctrl-C raises `KeyboardInterrupt`, which is none) would keep its weights, and their lock. And it is
-not called at all where code calls `module.forward` itself. So a hook here stands around `forward`, in a `finally` of
-Python's own. Forward hooks that users register run outside of it.
+interrupted forward (Ctrl-C raises `KeyboardInterrupt`, which is a `BaseException`) would keep its weights, and their
+lock. And it is not called where code calls `module.forward` itself. So a hook here stands around `forward`, and
+whatever is raised there is told to every hook that had begun. Forward hooks that users register run outside of it.
 
 Under `torch.compile` a hook is a place where the graph breaks: what is inside the module is compiled, the hook is not.
 
-Leaves out: which modules get which hook (`offload/dispatch.py`).
+Leaves out: moving inputs (`offload/inputs.py`), and which modules get which hook (`offload/dispatch.py`).
 """
 
 from __future__ import annotations
 
 import functools
 import threading
-from collections import defaultdict
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Container, Iterable, Iterator, Mapping
+from types import MethodType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._compile import _disable_dynamo
-from torch.nn.utils.rnn import PackedSequence
 
-from .grouping import stream_alone
+from ._torch import never_compiled
+from .inputs import find_device, send_to_device, torch_device
+from .placing import stream_alone
 from .stream import Streamer
 from .weights import Unit
 
@@ -75,7 +74,7 @@ class ModelHook:
 
 
 class SequentialHook(ModelHook):
-    """Several hooks as one; each method calls theirs in order.
+    """Several hooks as one; each method calls theirs in order. Each is told of errors for itself.
 
     >>> hook = SequentialHook(ModelHook(), ModelHook())
     >>> hook.post_forward(nn.Identity(), 1)
@@ -92,13 +91,15 @@ class SequentialHook(ModelHook):
         return module
 
     def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        begun = _thread.begun
         for hook in self.hooks:
-            args, kwargs = hook.pre_forward(module, *args, **kwargs)
+            args, kwargs = _begin(begun, hook, module, args, kwargs)
         return args, kwargs
 
     def post_forward(self, module: nn.Module, output: Any) -> Any:
+        begun = _thread.begun
         for hook in self.hooks:
-            output = hook.post_forward(module, output)
+            output = _end(begun, hook, module, output)
         return output
 
     def detach_hook(self, module: nn.Module) -> nn.Module:
@@ -126,7 +127,7 @@ def add_hook_to_module(module: nn.Module, hook: ModelHook, append: bool = False)
     >>> type(layer._hf_hook).__name__, tuple(layer(torch.ones(1, 2)).shape)
     ('ModelHook', (1, 2))
     """
-    before = _hooks(module) if append else []
+    before = _own_hooks(module) if append else []
     if not append:
         remove_hook_from_module(module)
     module = hook.init_hook(module)
@@ -157,10 +158,32 @@ def remove_hook_from_module(module: nn.Module, recurse: bool = False) -> nn.Modu
     return module
 
 
-def _hooks(module: nn.Module) -> list[ModelHook]:
-    """The hooks of a module, one by one."""
+def hooks_in(module: nn.Module) -> Iterator[ModelHook]:
+    """All hooks of a module, those within a `SequentialHook` one by one."""
     hook: ModelHook | None = vars(module).get("_hf_hook")
-    return [*hook.hooks] if type(hook) is SequentialHook else [] if hook is None else [hook]
+    waiting = [] if hook is None else [hook]
+    while waiting:
+        hook = waiting.pop(0)
+        if isinstance(hook, SequentialHook):
+            waiting = [*hook.hooks, *waiting]
+        else:
+            yield hook
+
+
+def drop_hooks(module: nn.Module, unwanted: Container[ModelHook]) -> None:
+    """Take some of a module's hooks away, without calling them, and leave the others."""
+    hooks = _own_hooks(module)
+    kept = [hook for hook in hooks if hook not in unwanted]
+    if len(kept) < len(hooks):
+        _wrap(module, kept)
+
+
+def _own_hooks(module: nn.Module) -> list[ModelHook]:
+    """The hooks of a module as they were added; `_wrap` has put several into a `SequentialHook`."""
+    hook: ModelHook | None = vars(module).get("_hf_hook")
+    if type(hook) is SequentialHook:
+        return [*hook.hooks]
+    return [] if hook is None else [hook]
 
 
 def _wrap(module: nn.Module, hooks: list[ModelHook]) -> None:
@@ -171,9 +194,9 @@ def _wrap(module: nn.Module, hooks: list[ModelHook]) -> None:
         return
     own_forward = vars(module).get("forward")
     whole = hooks[0] if len(hooks) == 1 else SequentialHook(*hooks)
-    wrapped = functools.partial(_hooked, whole, module, own_forward)
+    wrapped = functools.partial(_run, whole, module, own_forward)
     functools.update_wrapper(wrapped, module.forward)
-    vars(module).update(_hf_hook=whole, _old_forward=own_forward)
+    vars(module).update(_hf_hook=whole, _old_forward=own_forward)  # names that Accelerate's users look for
     module.forward = wrapped
 
 
@@ -184,136 +207,81 @@ def _unwrap(module: nn.Module) -> None:
         module.forward = own_forward
 
 
-def drop_placed(model: nn.Module) -> None:
-    """Take away the hooks of an earlier `dispatch_model`, those of the user aside. Weights stay where they are."""
-    for module in model.modules():
-        hooks = _hooks(module)
-        kept = [hook for hook in hooks if not (isinstance(hook, AlignDevicesHook) and hook._is_placed)]
-        for hook in hooks:
-            if hook not in kept and hook.streamer is not None:  # type: ignore[attr-defined]
-                hook.streamer.close()  # type: ignore[attr-defined]
-        if len(kept) < len(hooks):
-            _wrap(module, kept)
-    vars(model).pop("_apply", None)
+# ---------------------------------------------------------------------------------------------------------------------
+# One forward
 
 
-def _hooked(hook: ModelHook, module: nn.Module, own_forward: Any, /, *args: Any, **kwargs: Any) -> Any:
+class _Thread(threading.local):
+    """The innermost forward that this thread is in: the hooks that have begun there, and what each has to undo."""
+
+    def __init__(self) -> None:
+        self.begun: dict[ModelHook, _Loan | None] = {}
+
+
+_thread = _Thread()
+
+
+@functools.partial(never_compiled, with_callees=False)
+def _run(hook: ModelHook, module: nn.Module, own_forward: Any, /, *args: Any, **kwargs: Any) -> Any:
     """A module's forward with a hook around it."""
-    if torch.compiler.is_dynamo_compiling():
-        return _run_untraced(_UNTRACED, hook, module, own_forward, args, kwargs)
-    return _run(_TRACED, hook, module, own_forward, args, kwargs)
-
-
-def _run(steps: Any, hook: ModelHook, module: nn.Module, own_forward: Any, args: Any, kwargs: Any) -> Any:
-    before, after, failed = steps
-    hooks = hook.hooks if type(hook) is SequentialHook else (hook,)
-    begun: list[ModelHook] = []
+    outer: dict[ModelHook, _Loan | None] = _thread.begun
+    begun: dict[ModelHook, _Loan | None] = {}
     try:
-        args, kwargs = before(hooks, begun, module, args, kwargs)
+        _thread.begun = begun
+        args, kwargs = _begin(begun, hook, module, args, kwargs)
         # The class's own forward is looked up at each call, so that a copied module never runs the original's.
-        forward = own_forward or functools.partial(type(module).forward, module)
+        forward = own_forward or MethodType(type(module).forward, module)
         if hook.no_grad:
             with torch.no_grad():
                 output = forward(*args, **kwargs)
         else:
             output = forward(*args, **kwargs)
-        return after(hooks, begun, module, output)
+        _thread.begun = begun  # an interrupt within may have left another
+        return _end(begun, hook, module, output)
     except BaseException:
-        failed(begun, module)
+        _thread.begun = begun
+        _fail([*begun], module)
         raise
+    finally:
+        _thread.begun = outer
 
 
-def _before(hooks: Any, begun: list[ModelHook], module: nn.Module, args: Any, kwargs: Any) -> Any:
-    for hook in hooks:
-        begun.append(hook)
-        args, kwargs = hook.pre_forward(module, *args, **kwargs)
-    return args, kwargs
+@never_compiled
+def _begin(begun: dict[ModelHook, Any], hook: ModelHook, module: nn.Module, args: Any, kwargs: Any) -> Any:
+    begun[hook] = None
+    return hook.pre_forward(module, *args, **kwargs)
 
 
-def _after(hooks: Any, begun: list[ModelHook], module: nn.Module, output: Any) -> Any:
-    for hook in hooks:
-        output = hook.post_forward(module, output)
-        begun.remove(hook)
+@never_compiled
+def _end(begun: dict[ModelHook, Any], hook: ModelHook, module: nn.Module, output: Any) -> Any:
+    output = hook.post_forward(module, output)
+    begun.pop(hook, None)
     return output
 
 
-def _failed(begun: list[ModelHook], module: nn.Module) -> None:
-    for hook in begun:
-        hook.on_error(module)
-
-
-# PyTorch's own decorator for its optimizers and the like: it imports the compiler only if it is called.
-_TRACED = (_before, _after, _failed)
-_UNTRACED = tuple(_disable_dynamo(step) for step in _TRACED)
-_run_untraced = _disable_dynamo(_run, recursive=False)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Moving inputs
-
-
-def send_to_device(value: Any, device: torch.device, skip_keys: Iterable[str] = ()) -> Any:
-    """Tensors in nested lists, tuples, dicts and objects with a `to` method, on a device.
-
-    Args:
-        value: anything; what is no tensor and holds none comes back as it is, and so does what is there already.
-        device: where to.
-        skip_keys: keys of dicts whose values stay where they are.
-
-    >>> send_to_device({"x": [torch.ones(1)], "n": 3}, torch.device("meta"))
-    {'x': [tensor(..., device='meta', size=(1,))], 'n': 3}
-    """
-    if isinstance(value, Tensor):
-        return value if value.device == device else value.to(device)
-    if isinstance(value, (str, bytes, int, float, type(None), nn.Module, torch.device, torch.dtype)):
-        return value
-    if isinstance(value, PackedSequence):
-        return value.to(device)  # type: ignore[arg-type]  # it knows what of it stays on the CPU
-    if isinstance(value, (list, tuple)):
-        items = [send_to_device(item, device, skip_keys) for item in value]
-        if all(new is old for new, old in zip(items, value)):
-            return value
-        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
-    if isinstance(value, Mapping):
-        moved = {
-            key: item if key in skip_keys else send_to_device(item, device, skip_keys) for key, item in value.items()
-        }
-        if all(moved[key] is item for key, item in value.items()):
-            return value
-        if isinstance(value, defaultdict):
-            return defaultdict(value.default_factory, moved)
-        return type(value)(moved)  # type: ignore[call-arg]
-    if hasattr(value, "to") and callable(value.to):
-        return value.to(device)
-    return value
-
-
-def find_device(value: Any) -> torch.device | None:
-    """The device of the first tensor in nested lists, tuples and dicts.
-
-    >>> find_device([1, {"x": torch.ones(1)}])
-    device(type='cpu')
-    """
-    if isinstance(value, Tensor):
-        return value.device
-    if isinstance(value, (list, tuple, Mapping)):
-        for item in value.values() if isinstance(value, Mapping) else value:
-            if (device := find_device(item)) is not None:
-                return device
-    return None
+@never_compiled
+def _fail(hooks: list[ModelHook], module: nn.Module) -> None:
+    """Tell all hooks of an error, also if telling one raises another."""
+    if hooks:
+        try:
+            hooks[0].on_error(module)
+        finally:
+            _fail(hooks[1:], module)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The hook of a spread-out model
 
 
-@dataclass
-class _Call:
-    """What one forward has to undo."""
+class _Loan:
+    """What an `AlignDevicesHook` has to undo after one forward."""
 
-    outermost: bool = True  # of those in which this thread is lent something
-    input_device: torch.device | None = None
-    lent: bool = False
+    __slots__ = ("outermost", "input_device", "lent")
+
+    def __init__(self, outermost: bool) -> None:
+        self.outermost = outermost  # of the forwards in which this thread is lent something
+        self.input_device: torch.device | None = None
+        self.lent = False
 
 
 class AlignDevicesHook(ModelHook):
@@ -327,6 +295,9 @@ class AlignDevicesHook(ModelHook):
         offload_buffers: send persistent buffers away too.
         place_submodules: the hook is for the modules within too, not for what the module itself holds alone.
         skip_keys: keyword arguments (and keys of an output) that stay where they are.
+
+    Raises:
+        ValueError: when it is added with `offload=True` and without `execution_device`.
 
     >>> layer = add_hook_to_module(nn.Linear(2, 2), AlignDevicesHook("cpu", offload=True))
     >>> layer.weight
@@ -354,28 +325,36 @@ class AlignDevicesHook(ModelHook):
         self.skip_keys = (skip_keys,) if isinstance(skip_keys, str) else tuple(skip_keys or ())
         self.streamer: Streamer | None = None
         self.unit: Unit | None = None
-        self._is_placed = False
-        self._calls: dict[int, list[_Call]] = {}  # thread -> its forwards under way, innermost last
+        self.is_placed = False
 
     @classmethod
     def placed(
-        cls, device: torch.device, skip_keys: str | Iterable[str] | None, streamer: Streamer | None = None,
-        unit: Unit | None = None, io_same_device: bool = False,
-    ) -> AlignDevicesHook:  # fmt: skip
+        cls, device: torch.device, skip_keys: Iterable[str], streamer: Streamer | None = None, unit: Unit | None = None
+    ) -> AlignDevicesHook:
         """A hook for a module whose weights are where they belong: on the device, or sent away by a streamer."""
-        hook = cls(device, io_same_device=io_same_device, skip_keys=skip_keys)
-        hook.streamer, hook.unit, hook._is_placed = streamer, unit, True
+        hook = cls(device, skip_keys=skip_keys)
+        hook.streamer, hook.unit, hook.is_placed = streamer, unit, True
         return hook
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_calls": {}}
+    def retire(self) -> None:
+        """Do nothing from now on: the model is dispatched anew. Users may hold the hook within one of their own."""
+        if self.streamer is not None:
+            self.streamer.close()
+        self.execution_device, self.io_same_device, self.streamer, self.unit = None, False, None, None
 
     def init_hook(self, module: nn.Module) -> nn.Module:
-        if self._is_placed or self.execution_device is None:
+        if self.is_placed:
             return module
-        if self.offload:
-            self.streamer = stream_alone(module, self.execution_device, self.weights_map, self.offload_buffers,
-                                         self.place_submodules)  # fmt: skip
+        if self.execution_device is None:
+            if self.offload:
+                raise ValueError(
+                    "AlignDevicesHook(offload=True) has no execution_device: name the device on which the weights are "
+                    'to work, such as AlignDevicesHook("cuda:0", offload=True)'
+                )
+        elif self.offload:
+            self.streamer = stream_alone(
+                module, self.execution_device, self.weights_map, self.offload_buffers, self.place_submodules
+            )
             self.unit = self.streamer.units[0] if self.streamer else None
         elif self.place_submodules:
             module.to(self.execution_device)
@@ -385,14 +364,14 @@ class AlignDevicesHook(ModelHook):
 
     def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
         if self.unit is not None or self.io_same_device:
-            call = _Call(self.streamer is None or not self.streamer.held())
-            self._calls.setdefault(threading.get_ident(), []).append(call)
+            loan = _Loan(self.streamer is None or not self.streamer.held())
+            _thread.begun[self] = loan  # also if it is called by a hook that says nothing of errors
             if self.io_same_device:
-                call.input_device = find_device((args, kwargs))
+                loan.input_device = find_device((args, kwargs))
             if self.unit is not None:
                 assert self.streamer is not None
                 self.streamer.lend(self.unit)
-                call.lent = True
+                loan.lent = True
         device = self.execution_device
         if device is not None:
             if not all(isinstance(value, Tensor) and value.device == device for value in args):  # mostly they are there
@@ -403,49 +382,30 @@ class AlignDevicesHook(ModelHook):
 
     def post_forward(self, module: nn.Module, output: Any) -> Any:
         if self.unit is not None or self.io_same_device:
-            call = self._calls[threading.get_ident()][-1]
-            self._return(call)
-            if call.outermost and self.streamer is not None:
-                self.streamer.recover()  # there is something to do only if an interrupt was caught within
-            if call.input_device is not None:
-                output = send_to_device(output, call.input_device, self.skip_keys)
-            self._forget()
+            loan = _thread.begun[self]
+            assert loan is not None
+            self._give_back(loan)
+            if loan.input_device is not None:
+                output = send_to_device(output, loan.input_device, self.skip_keys)
+            del _thread.begun[self]
         return output
 
     def on_error(self, module: nn.Module) -> None:
-        if calls := self._calls.get(threading.get_ident()):
-            call = calls[-1]
-            try:
-                self._return(call)
-            finally:
-                if call.outermost and self.streamer is not None:
-                    self.streamer.recover()
-                self._forget()
+        loan = _thread.begun.get(self)
+        if loan is not None:
+            self._give_back(loan)
 
-    def _return(self, call: _Call) -> None:
-        if call.lent:
-            assert self.streamer is not None and self.unit is not None
-            call.lent = False
-            if self.streamer._loans and self.streamer._loans[-1].unit is self.unit:  # else it was interrupted
+    def _give_back(self, loan: _Loan) -> None:
+        try:
+            if loan.lent:
+                assert self.streamer is not None and self.unit is not None
+                loan.lent = False
                 self.streamer.take_back(self.unit)
-
-    def _forget(self) -> None:
-        calls = self._calls[threading.get_ident()]
-        calls.pop()
-        if not calls:
-            del self._calls[threading.get_ident()]
+        finally:
+            if loan.outermost and self.streamer is not None:
+                self.streamer.recover()  # no-op unless an interrupt came, perhaps one that user code has caught
 
     def detach_hook(self, module: nn.Module) -> nn.Module:
         if self.streamer is not None and self.unit is not None:
             self.streamer.release(self.unit)
         return module
-
-
-def torch_device(device: torch.device | str | int) -> torch.device:
-    """A device as PyTorch names it: 0 and "cuda" are cuda:0.
-
-    >>> torch_device(1)
-    device(type='cuda', index=1)
-    """
-    found = torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
-    return torch.device("cuda", 0) if found.type == "cuda" and found.index is None else found

@@ -11,19 +11,21 @@ Leaves out: modules without weights, and what happens inside a unit.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
-from ..devices import Device, prefixes, read_device
+from ..devices import Device, placement, prefixes, read_device
 from ..machine.streams import Schedule, Turn, schedule
-from ..meta.skeleton import repeated_blocks
-from .grouping import has_forward
+from .grouping import block_classes, has_forward, joined
 from .handle import Away
-from .hooks import AlignDevicesHook, ModelHook, SequentialHook, torch_device
-from .stream import Event, Streamer
+from .hooks import AlignDevicesHook, hooks_in
+from .inputs import torch_device
+from .stream import Event
+from .weights import Unit
 
 
 @dataclass(frozen=True)
@@ -63,14 +65,14 @@ class Observation:
         tokens = len(works) // len(self.units)
         if works != [*self.units] * tokens:
             raise ValueError("the units did not work in the same order in each forward: a schedule cannot say when")
-        found = schedule(
+        timeline = schedule(
             self.turns(rate), link=link, disk=disk, slots=self.slots, prefetch=self.prefetch, tokens=tokens, ahead=ahead
         )
         fetched = [(event.unit, event.slot) for event in self.events if event.kind == "fetch"]
-        planned = [(found.turns[span.turn].name, span.slot) for span in found.spans if span.lane == "link"]
+        planned = [(timeline.turns[span.turn].name, span.slot) for span in timeline.spans if span.lane == "link"]
         if fetched != planned:
             raise ValueError(f"the model fetched {fetched}, by the rules it should have been {planned}")
-        return found
+        return timeline
 
 
 def observe(model: nn.Module, run: Callable[[], Any]) -> Observation:
@@ -91,84 +93,78 @@ def observe(model: nn.Module, run: Callable[[], Any]) -> Observation:
     >>> [f"{event.kind} {event.unit}" for event in recording.events][:6]
     ['work 0', 'return 0', 'fetch 1', 'fetch 2', 'work 1', 'return 1']
     """
-    places: Mapping[str, Device] | None = vars(model).get("hf_device_map")
+    places: dict[str, Device] | None = vars(model).get("hf_device_map")
     if places is None:
         raise ValueError(f"{type(model).__name__} is not spread out: call bigkit.dispatch_model on it first")
-    streamers = list(_streamers(model))
+    hooks = [hook for module in model.modules() for hook in hooks_in(module) if isinstance(hook, AlignDevicesHook)]
+    streamers = list(dict.fromkeys(hook.streamer for hook in hooks if hook.streamer is not None))
     if len(streamers) > 1:
         raise ValueError(f"{type(model).__name__} has {len(streamers)} streamers: record one dispatched model at once")
-    events: list[Event] = []
-    units: dict[str, tuple[int, Device, Device]] = {}
-    travelling = {unit.name: unit for streamer in streamers for unit in streamer.units}
+    streamer = streamers[0] if streamers else None
+    notes = _Notes({unit.name: unit for unit in streamer.units} if streamer else {})
+    with ExitStack() as stack:
+        if streamer is not None:
+            streamer.listeners.append(notes.listen)
+            stack.callback(streamer.listeners.remove, notes.listen)
+        for name, module in _residents(model, places, {unit.module for unit in notes.travelling.values()}):
+            for handle in notes.attend(name, module, placement(places)(name)):
+                stack.callback(handle.remove)
+        result = run()
+    if not notes.units:
+        raise ValueError(f"nothing in {type(model).__name__} worked while it was recorded")
+    slots = getattr(streamer, "count", 1)
+    return Observation(notes.units, tuple(notes.events), slots, streamer is not None and streamer.prefetch, result)
 
-    def note(event: Event) -> None:
-        events.append(event)
-        if event.kind == "work" and event.unit in travelling:
-            nbytes, works = travelling[event.unit].nbytes, read_device(event.device)
-            units.setdefault(event.unit, (nbytes, "disk" if event.rests == "disk" else "cpu", works))
 
-    def about(name: str, module: nn.Module) -> tuple[Callable[..., None], Callable[..., None]]:
-        device = next(places[prefix] for prefix in reversed(prefixes(name)) if prefix in places)
+class _Notes:
+    """What has happened so far.
+
+    Args:
+        travelling: name -> unit, for the streamer's.
+    """
+
+    def __init__(self, travelling: dict[str, Unit]) -> None:
+        self.travelling = travelling
+        self.events: list[Event] = []
+        self.units: dict[str, tuple[int, Device, Device]] = {}
+
+    def listen(self, event: Event) -> None:
+        """Note what a streamer tells."""
+        self.events.append(event)
+        if event.kind == "work":
+            rests: Device = "disk" if event.rests == "disk" else "cpu"
+            self.units.setdefault(event.unit, (self.travelling[event.unit].nbytes, rests, read_device(event.device)))
+
+    def attend(self, name: str, module: nn.Module, device: Device) -> list[RemovableHandle]:
+        """Note when a module works that lies on a device."""
         nbytes, where = sum(tensor.nbytes for tensor in module.parameters()), str(torch_device(device))
 
         def begins(*_: Any) -> None:
-            units.setdefault(name, (nbytes, device, device))
-            events.append(Event("work", name, 0, where, where, -1))
+            self.units.setdefault(name, (nbytes, device, device))
+            self.events.append(Event("work", name, 0, where, where, -1))
 
         def ends(*_: Any) -> None:
-            events.append(Event("return", name, 0, where, where, -1))
+            self.events.append(Event("return", name, 0, where, where, -1))
 
-        return begins, ends
-
-    with ExitStack() as stack:
-        for streamer in streamers:
-            stack.enter_context(_listening(streamer, note))
-        for name, module in _residents(model, places, {id(unit.module) for unit in travelling.values()}):
-            begins, ends = about(name, module)
-            stack.callback(module.register_forward_pre_hook(begins).remove)
-            stack.callback(module.register_forward_hook(ends).remove)
-        result = run()
-    if not units:
-        raise ValueError(f"nothing in {type(model).__name__} worked while it was recorded")
-    slots = getattr(streamers[0], "count", 1) if streamers else 1
-    return Observation(units, tuple(events), slots, bool(streamers and streamers[0].prefetch), result)
+        return [module.register_forward_pre_hook(begins), module.register_forward_hook(ends)]
 
 
-def _streamers(model: nn.Module) -> Iterator[Streamer]:
-    seen: set[int] = set()
-    for module in model.modules():
-        hook: ModelHook | None = vars(module).get("_hf_hook")
-        for part in hook.hooks if isinstance(hook, SequentialHook) else [hook]:
-            streamer = part.streamer if isinstance(part, AlignDevicesHook) else None
-            if streamer is not None and id(streamer) not in seen:
-                seen.add(id(streamer))
-                yield streamer
-
-
-@contextmanager
-def _listening(streamer: Streamer, note: Callable[[Event], None]) -> Iterator[None]:
-    streamer.listeners.append(note)
-    try:
-        yield
-    finally:
-        streamer.listeners.remove(note)
-
-
-def _residents(model: nn.Module, places: Mapping[str, Device], travelling: set[int]) -> Iterator[tuple[str, nn.Module]]:
+def _residents(
+    model: nn.Module, places: Mapping[str, Device], travelling: set[nn.Module]
+) -> Iterator[tuple[str, nn.Module]]:
     """The blocks, and what lies beside them, that hold weights and work where they rest."""
-    blocks = {cls for part in model.modules() for cls in getattr(part, "_no_split_modules", None) or ()}
-    blocks |= set() if blocks else repeated_blocks(model)
+    blocks = block_classes(model)
 
     def walk(name: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         if all(isinstance(parameter, Away) for parameter in module.parameters()):
             return
         inside = [part for part in module.modules() if part is not module]
-        cut = any(type(part).__name__ in blocks or id(part) in travelling for part in inside)
-        if has_forward(module) and not cut and any(prefix in places for prefix in prefixes(name)):
-            if id(module) not in travelling:  # a unit may share a weight with what lies on the device
+        holds_blocks = any(type(part).__name__ in blocks or part in travelling for part in inside)
+        if has_forward(module) and not holds_blocks and any(prefix in places for prefix in prefixes(name)):
+            if module not in travelling:  # a unit may share a weight with what lies on the device
                 yield name, module
             return
         for own, child in module.named_children():
-            yield from walk(f"{name}.{own}" if name else own, child)
+            yield from walk(joined(name, own), child)
 
     yield from walk("", model)

@@ -7,49 +7,50 @@ back:
     work     the unit's forward; meanwhile the next units are fetched into the other slots
     return   handles (`offload/handle.py`) take the parameters' places; the slot may be filled anew
 
-Which unit comes next is learned: it is the one that came next the last time, and before that the one that follows in
-the model; the first follows the last, since after a token comes another. It is only a hint. A slot knows what it holds,
-so a unit that was skipped, repeated or called out of order is found or fetched, and a wrong guess costs time, nothing
-else.
+Units are fetched ahead in the order in which they worked the last time; at first, in the model's, and after the last
+the first, since after a token comes another. The order is only a hint. A slot knows what it holds, so a unit that was
+skipped, repeated or called out of order is found or fetched: a wrong guess costs time, nothing else.
 
-In the steady state nothing is allocated and nothing waits on the host, except for a disk that is slower than the link.
+In the steady state nothing is allocated and the host waits for nothing, except for a disk that is slower than the link.
 
-`Slots` fills a few fixed slots through a lane (`offload/transfer.py`). `Mapped` serves the CPU: it lends the pages of
-the files themselves, asks the system to read those of the next units, and lets go of those that have been used.
+One thread at a time: the lock is taken where a unit is lent and released where it is taken back, so it is held during
+the forward. It is reentrant, so the forwards of units may nest.
 
-Leaves out: who borrows (`offload/hooks.py`), and which units there are (`offload/dispatch.py`).
+Leaves out: how bytes get into a slot (`offload/transfer.py`), weights that work on the CPU (`offload/mapped.py`), what
+users change in the model (`offload/sites.py`), and who borrows (`offload/hooks.py`).
 """
 
 from __future__ import annotations
 
 import mmap
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..checkpoints.ring import Slab
 from ..maps.partition import spread
-from ..units import MiB
-from .handle import Away
+from ._torch import detect_fake_mode, held_by_this_thread, mark_lent, storage_id
+from .handle import Away, refuse_copy
+from .inference_only import end_guards, enter_guard, refuse_gradient
+from .mapped import PageLane, pages_ahead
+from .sites import Site
 from .transfer import CudaLane, PlainLane, Slot
 from .weights import Unit, Weight
-
-AHEAD = 64 * MiB  # how far `Mapped` has files read ahead
 
 
 class Event(NamedTuple):
     """What a streamer tells its listeners.
 
     Args:
-        kind: "fetch" (its bytes begin to move), "work" (its forward begins) or "return" (it has ended).
-        unit: name of the unit.
-        nbytes: bytes that move; 0 for the other kinds.
-        rests: "cpu" or "disk".
-        device: the device that it works on.
-        slot: number of the slot, or -1 without slots.
+        kind: "fetch" (the unit's bytes begin to move), "work" (its forward begins) or "return" (its forward has ended).
+        unit: the unit's name.
+        nbytes: bytes that move; 0 unless `kind` is "fetch".
+        rests: where the unit's weights rest, "cpu" or "disk".
+        device: the device on which the unit works.
+        slot: the slot's number; -1 unless `kind` is "fetch".
     """
 
     kind: str
@@ -60,209 +61,183 @@ class Event(NamedTuple):
     slot: int
 
 
-class _Entry(NamedTuple):
-    """One reference in the model to a weight of a unit."""
+class Views(NamedTuple):
+    """A unit's weights as tensors over a slot. Made once for each slot.
 
-    tensors: Any  # a module's `_parameters` or `_buffers`
-    own: str
-    away: Away
-    weight: Weight
-    place: tuple[nn.Module, str, bool]
+    Args:
+        values: the tensor for each entry of the unit's site.
+        weights: the tensor for each weight of the unit.
+        storages: `storage_id` of their memory.
+    """
 
-
-class _Visit(NamedTuple):
-    """A unit's weights where they work: made once for each slot."""
-
-    values: list[Tensor]  # one for each entry
-    weights: list[Tensor]  # one for each weight
+    values: list[Tensor]
+    weights: list[Tensor]
     storages: frozenset[int]
-
-
-def _data(lent: Tensor) -> Tensor:
-    return lent.detach()
-
-
-def _set_data(lent: Tensor, value: Tensor) -> None:
-    if value.shape != lent.shape or value.dtype != lent.dtype:
-        raise ValueError(f"a weight of shape {tuple(lent.shape)} {lent.dtype} that was lent to a forward cannot become "
-                         f"{tuple(value.shape)} {value.dtype} there: do so between forwards")  # fmt: skip
-    lent.detach().copy_(value)
-
-
-class LentParameter(nn.Parameter):
-    """A parameter at work. Its `data` counts its versions too, so that no write goes unseen."""
-
-    data = property(_data, _set_data)
-
-
-class LentBuffer(Tensor):
-    """A buffer at work."""
-
-    data = property(_data, _set_data)
-    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
-
-
-_LENT: dict[type, type] = {nn.Parameter: LentParameter, Tensor: LentBuffer}
 
 
 class _Loan(NamedTuple):
     """One forward's use of a unit."""
 
     unit: Unit
-    visit: _Visit
-    guard: Any
+    views: Views
+    guard: torch.autograd.graph.saved_tensors_hooks | None  # against a backward, in grad mode
 
 
 class Streamer:
-    """Lends the weights of units to a model on one device.
+    """Lends the weights of units to a model on one device, from a few slots there.
 
     Args:
         device: where they work.
         units: in the order in which the model is likely to use them.
+        lane: what fills the slots; None takes the one that suits the device.
+        count: number of slots; one more is made when forwards are nested so deeply that all are in use.
         prefetch: fetch the next units while one works.
+        cache: bytes of RAM that may keep units from the disk after their first forward. Always the same units: if those
+            used last were kept, a cycle longer than the cache would never find the next one in it.
         name: what events call the device.
     """
 
-    def __init__(self, device: torch.device, units: Sequence[Unit], *, prefetch: bool = True, name: str = "") -> None:
-        self.device, self.units, self.prefetch = device, list(units), prefetch
+    def __init__(
+        self,
+        device: torch.device,
+        units: Sequence[Unit],
+        lane: PlainLane | None = None,
+        *,
+        count: int = 2,
+        prefetch: bool = True,
+        cache: int = 0,
+        name: str = "",
+    ) -> None:
+        self.device, self.units, self.count, self.prefetch = device, list(units), count, prefetch
         self.name = name or str(device)
+        self.lane = lane or (CudaLane(device) if is_real_cuda(device) else PlainLane(device))
+        self.maps = isinstance(self.lane, PageLane)  # the pages of files are lent, there is nothing to copy
+        if self.maps:
+            self.count = pages_ahead(self.units)
+        self.slots: list[Slot] = []
+        self.holder: dict[int, Slot] = {}  # unit's index -> the slot that holds it
+        self.loans = 0  # so far: the clock by which slots are used
+        self.cached = spread([unit.nbytes if unit.rests_in() == "disk" else 0 for unit in units], cache)
         self.listeners: list[Callable[[Event], None]] = []
-        self.after = {i: (i + 1) % len(self.units) for i in range(len(self.units))}
-        self.lent = [0] * len(self.units)
-        self._start()
+        self.lock = threading.RLock()  # from `lend` to `take_back`
+        self.after = {i: (i + 1) % len(self.units) for i in range(len(self.units))}  # unit -> the one that follows
+        self.last: int | None = None  # the unit that worked last
+        self._loans: list[_Loan] = []  # innermost last
+        self._unit_of: dict[int, Unit] = {}  # id of a weight -> its unit
+        self._released: dict[int, Tensor] = {}  # id of a weight -> the tensor that took its place for good
         for i, unit in enumerate(self.units):
             unit.index = i
             for weight in unit.weights:
                 shared = [twin.away for twin in weight.aliases if twin.away is not None]
                 weight.away = shared[0] if shared else Away.of(weight, self)
-        self._look()
-        self.send_away()
+                self._unit_of[id(weight)] = unit
+        self.sites = [Site(unit, self) for unit in self.units]
+        for site in self.sites:
+            site.put_handles()
 
-    def _look(self) -> None:
-        """Where in the model the units' weights are referred to, and which modules there are around them."""
-        self._entries = [
-            [
-                _Entry(
-                    module._buffers if buffer else module._parameters, own, weight.away, weight, (module, own, buffer)
-                )
-                for weight in unit.weights
-                for module, own, buffer in weight.places
-            ]
-            for unit in self.units
-        ]
-        self._units_of: dict[int, list[int]] = {}  # weight -> the units that hold it, or its twins
-        where = {id(weight): i for i, unit in enumerate(self.units) for weight in unit.weights}
-        for unit in self.units:
-            for weight in unit.weights:
-                self._units_of[id(weight)] = [where[id(same)] for same in (weight, *weight.aliases)]
-        self._children = [[module._modules for module in unit.modules()] for unit in self.units]
-        self._shapes = [*map(_shape, self._children)]
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        refuse_copy("this model")
 
-    def _ready(self) -> None:
-        if self._entries is None:  # a copy of a streamer: its modules were not complete before
-            self._look()
-
-    def _start(self) -> None:
-        """What a copy or a pickle of the streamer makes anew."""
-        self.lock = threading.RLock()
-        self.last: int | None = None
-        self._loans: list[_Loan] = []
-        self._released: dict[int, Tensor] = {}  # weight -> what stands in the model for it, for good
-
-    def __getstate__(self) -> dict[str, Any]:
-        runtime = {"lock", "last", "_loans", "_entries", "_children", "_shapes", "_units_of", "_released", "listeners"}
-        return {name: value for name, value in vars(self).items() if name not in runtime}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state, listeners=[], lent=[0] * len(state["units"]), _entries=None)
-        self._start()
-
-    # -- the three verbs
+    # -- borrow and return
 
     def lend(self, unit: Unit) -> None:
-        """Put a unit's weights into the model, on the device; the calling thread holds the streamer until the return.
+        """Put a unit's weights into the model, on the device. The calling thread holds the lock until `take_back`.
 
         Raises:
             OSError: a file could not be read; nothing is lent then.
         """
         self.lock.acquire()
+        loan: _Loan | None = None
         try:
-            self._ready()
-            if self.lent[unit.index]:  # it calls itself
-                visit = next(loan.visit for loan in self._loans if loan.unit is unit)
-            else:
-                self._notice(unit)
-                visit = self._bring(unit)
-            self.lent[unit.index] += 1
-            self._loans.append(_Loan(unit, visit, self._guard(unit, visit) if torch.is_grad_enabled() else None))
-        except Exception:
-            self.lock.release()
-            raise  # anything else is an interrupt, which may come at any point: see `recover`
-        try:
-            for entry, value in zip(self._entries[unit.index], visit.values):
+            loan = _Loan(*self._borrowed(unit))
+            self._loans.append(loan)
+            for entry, value in zip(self.sites[unit.index].entries, loan.views.values):
                 entry.tensors[entry.own] = value
             if self.listeners:
                 self._tell("work", unit)
-        except Exception:
-            self.take_back(unit)
+        except Exception:  # not a KeyboardInterrupt, which may come between any two lines: see `recover`
+            if loan is None:
+                self.lock.release()
+            else:
+                self.take_back(unit)
             raise
+
+    def _borrowed(self, unit: Unit) -> tuple[Unit, Views, Any]:
+        loan = self._loan_of(unit)  # there is one if the unit calls itself
+        if loan is not None:
+            views = loan.views
+        else:
+            self.sites[unit.index].take_in_changes()
+            views = self._bring(unit)
+        return unit, views, enter_guard(self, unit.name, views.storages) if torch.is_grad_enabled() else None
 
     def take_back(self, unit: Unit) -> None:
         """Put the handles back into the model, and keep what the forward wrote into the weights."""
+        if not self._loans or self._loans[-1].unit is not unit:
+            return  # user code has caught a KeyboardInterrupt, after which a loan was left open: `recover` ends all
         try:
             loan = self._loans.pop()
             if loan.guard is not None:
                 loan.guard.__exit__(None, None, None)
-            self.lent[unit.index] -= 1
-            if not self.lent[unit.index]:
-                for entry, value in zip(self._entries[unit.index], loan.visit.values):
+            if self._loan_of(unit) is None:
+                for entry, value in zip(self.sites[unit.index].entries, loan.views.values):
                     if entry.tensors.get(entry.own) is value:
-                        entry.tensors[entry.own] = entry.away
-                self._leave(unit, loan.visit)
+                        entry.tensors[entry.own] = entry.handle
+                self._leave(loan)
             if self.listeners:
                 self._tell("return", unit)
         except Exception:
             self.lock.release()
             raise
-        self.lock.release()
+        self.lock.release()  # in no `finally`: after an interrupt, that the lock is held tells `recover` of it
 
     def held(self) -> bool:
-        """Whether this thread has something of ours."""
-        held: bool = self.lock._is_owned()  # type: ignore[attr-defined]
-        return held
+        """Whether this thread is lent something."""
+        return held_by_this_thread(self.lock)
 
     def recover(self) -> None:
-        """Take back all that this thread was lent: an interrupt came, perhaps in the middle of a lending."""
+        """Take back all that this thread is lent, also after an interrupt in the middle of `lend` or `take_back`."""
         if not self.held():
             return
-        top = torch._C._autograd._top_saved_tensors_default_hooks
-        while (hooks := top(False)) is not None and getattr(hooks[0], "streamer", None) is self:
-            torch._C._autograd._pop_saved_tensors_default_hooks()
-        self._ready()
-        for unit in self.units:
-            lent = {id(value): visit for visit in self._visits(unit) for value in visit.values}
-            for entry in self._entries[unit.index]:
+        end_guards(self)
+        for site in self.sites:
+            views = [slot.visits[site.unit.index] for slot in self.slots if site.unit.index in slot.visits]
+            views += [loan.views for loan in self._loans if loan.unit is site.unit]
+            lent = {id(value) for one in views for value in one.values}
+            for entry in site.entries:
                 if id(entry.tensors.get(entry.own)) in lent:
-                    entry.tensors[entry.own] = entry.away
-        for unit, visit in {loan.unit.index: (loan.unit, loan.visit) for loan in self._loans}.values():
-            if self._written(unit, visit):
-                self._absorb(unit, visit)
+                    entry.tensors[entry.own] = entry.handle
+        for loan in self._loans:
+            if self._written(loan):
+                self._absorb(loan)
         self._loans = []
-        self.lent = [0] * len(self.units)
-        self._reset()
+        for slot in self.slots:
+            self.lane.finish(slot)
+            if slot.lent:
+                self.lane.leave(slot)  # work that was started may still read it
+            slot.unit, slot.lent = None, False
+        self.holder = {}
         while self.held():
             self.lock.release()
+
+    def _loan_of(self, unit: Unit) -> _Loan | None:
+        for loan in self._loans:
+            if loan.unit is unit:
+                return loan
+        return None
+
+    # -- what handles ask for
 
     def load(self, weight: Weight, device: torch.device | None = None) -> Tensor:
         """A weight's data outside of its unit's forward."""
         with self.lock:
             value = weight.load(device or self.device)
         if value.requires_grad:
-            value.register_hook(_refuse(weight.name))
+            value.register_hook(refuse_gradient(weight.name))
         return value
 
     def unload(self, weight: Weight) -> None:
-        """A weight that was loaded is not needed any more: its pages may leave RAM. Nobody is to have written there."""
+        """Let the pages of a weight that was loaded leave RAM. Nobody may have written to them."""
         with self.lock:
             if not self._loans:
                 weight.madvise(mmap.MADV_DONTNEED)
@@ -274,195 +249,53 @@ class Streamer:
             ValueError: it has another shape or dtype.
         """
         with self.lock:
-            self._ready()
             weight.keep(value)
             self._update(weight)
 
     def forget(self, weight: Weight) -> None:
-        """Fetch a weight anew the next time: something about it has changed."""
+        """Fetch a weight anew the next time: it has changed where it rests, or in what it is."""
         with self.lock:
-            self._ready()
-            self._forget([self.units[i] for i in self._units_of[id(weight)]])
+            for unit in (self._unit_of[id(same)] for same in (weight, *weight.aliases)):
+                unit.forget_moves()
+                for slot in self.slots:
+                    slot.visits.pop(unit.index, None)
+                held = self.holder.get(unit.index)
+                if held is not None and not held.lent:
+                    self._empty(held)
 
     def rests_in(self, weight: Weight) -> str:
-        """ "cpu" or "disk"."""
+        """Where a weight rests, "cpu" or "disk"."""
         return "disk" if any(part.source for part in weight.parts.values()) else "cpu"
-
-    def send_away(self) -> None:
-        """Put handles into the model for all weights."""
-        for entries in self._entries:
-            for entry in entries:
-                entry.tensors[entry.own] = entry.away
 
     def release(self, unit: Unit) -> None:
         """Put a unit's weights into the model for good, on the CPU."""
         with self.lock:
-            self._ready()
-            self._notice(unit)
-            values = self._released
+            site = self.sites[unit.index]
+            site.take_in_changes()
             for weight in unit.weights:
-                twins = [values[id(twin)] for twin in weight.aliases if id(twin) in values]
-                values[id(weight)] = twins[0] if twins else weight.load()
-            for entry in self._entries[unit.index]:
-                if entry.tensors.get(entry.own) is entry.away:
-                    entry.tensors[entry.own] = values[id(entry.weight)]
+                twins = [self._released[id(twin)] for twin in weight.aliases if id(twin) in self._released]
+                self._released[id(weight)] = twins[0] if twins else weight.load()
+            for entry in site.entries:
+                if entry.tensors.get(entry.own) is entry.handle:
+                    entry.tensors[entry.own] = self._released[id(entry.weight)]
 
     def close(self) -> None:
-        """Wait for what is under way."""
-
-    # -- what differs between streamers
-
-    def _bring(self, unit: Unit) -> _Visit:
-        """Make a unit ready to work."""
-        raise NotImplementedError
-
-    def _leave(self, unit: Unit, visit: _Visit) -> None:
-        """A unit's forward has ended."""
-        raise NotImplementedError
-
-    def _visits(self, unit: Unit) -> list[_Visit]:
-        """The forms in which a unit may stand in the model."""
-        raise NotImplementedError
-
-    def _written(self, unit: Unit, visit: _Visit) -> bool:
-        """Whether somebody wrote to the weights of a unit that is lent."""
-        raise NotImplementedError
-
-    def _reset(self) -> None:
-        """Nothing is lent, and nothing that was fetched counts any more."""
-        raise NotImplementedError
-
-    def _forget(self, units: Iterable[Unit]) -> None:
-        """What these units are made of has changed: what was fetched of them before does not count any more."""
-        raise NotImplementedError
-
-    def _update(self, weight: Weight) -> None:
-        """A weight has changed where it rests: change it too where it is lent."""
-        units = [self.units[i] for i in self._units_of[id(weight)]]
-        for unit, visit in {loan.unit.index: (loan.unit, loan.visit) for loan in self._loans}.values():
-            if unit in units:
-                same = next(i for i, other in enumerate(unit.weights) if other is weight or other in weight.aliases)
-                weight.write_to(visit.weights[same])
-        self._forget(units)
-
-    # -- order
-
-    def _follow(self, unit: Unit, most: int) -> list[Unit]:
-        """The units that probably come next."""
-        if self.last is not None:
-            self.after[self.last] = unit.index
-        self.last = at = unit.index
-        found: list[Unit] = []
-        while len(found) < most and (at := self.after[at]) != unit.index and self.units[at] not in found:
-            found.append(self.units[at])
-        return found
-
-    # -- changes that others make to the model
-
-    def _notice(self, unit: Unit) -> None:
-        """Keep parameters that were replaced since the last forward, and move modules that were added (adapters)."""
-        for entry in self._entries[unit.index]:
-            if entry.tensors.get(entry.own) is not entry.away:
-                self._adopt(entry)
-        if _shape(self._children[unit.index]) != self._shapes[unit.index]:
-            for module in unit.modules():
-                _move_own(module, self.device)
-            self._look()
-
-    def _adopt(self, entry: _Entry) -> None:
-        """A place refers to something else now: send that away, if it fits and all places of the weight agree on it."""
-        value, weight = entry.tensors.get(entry.own), entry.weight
-        places = [place for same in (weight, *weight.aliases) for place in same.places]
-        fits = value is not None and value.shape == weight.template.shape and value.dtype == weight.template.dtype
-        if fits and not isinstance(value, Away) and all(_at(place) is value for place in places):
-            self.keep(weight, value)
-            if isinstance(entry.away, nn.Parameter) and value.requires_grad != entry.away.requires_grad:
-                entry.away.requires_grad_(value.requires_grad)
-            for module, own, buffer in places:
-                (module._buffers if buffer else module._parameters)[own] = entry.away  # type: ignore[assignment]
-            return
-        weight.places.remove(entry.place)  # it is no longer ours
-        if value is not None and not isinstance(value, Away):
-            entry.tensors[entry.own] = _on(value, self.device)
-        self._look()
-        self.forget(weight)
-
-    def _absorb(self, unit: Unit, visit: _Visit) -> None:
-        """Keep what a forward wrote into its weights."""
-        for weight, value in zip(unit.weights, visit.weights):
-            weight.keep(value)
-            self._update(weight)
-
-    # -- training
-
-    def _guard(self, unit: Unit, visit: _Visit) -> Any:
-        """Make a backward through borrowed weights an error: they are gone by then."""
-
-        def pack(tensor: Tensor) -> Any:
-            # Detached: a node that kept its own output as it is would never be freed.
-            return _Gone(unit.name) if _storage(tensor) in visit.storages else tensor.detach()
-
-        pack.streamer = self  # type: ignore[attr-defined]
-        guard = torch.autograd.graph.saved_tensors_hooks(pack, _unpack)
-        guard.__enter__()
-        return guard
-
-    # --
-
-    def _make_visit(self, unit: Unit, weights: list[Tensor]) -> _Visit:
-        for weight, value in zip(unit.weights, weights, strict=True):
-            value.__class__ = _LENT.get(type(value), type(value))
-            if value.requires_grad:
-                value.register_hook(_refuse(weight.name))
-        found = {id(weight): value for weight, value in zip(unit.weights, weights)}
-        values = [found[id(entry.weight)] for entry in self._entries[unit.index]]
-        return _Visit(values, weights, frozenset(map(_storage, weights)))
-
-    def _tell(self, kind: str, unit: Unit, slot: int = -1) -> None:
-        event = Event(kind, unit.name, unit.nbytes if kind == "fetch" else 0, unit.rests_in(), self.name, slot)
-        for listener in self.listeners:
-            listener(event)
-
-
-class Slots(Streamer):
-    """Lends weights from a few fixed slots on the device.
-
-    Args:
-        device, units, prefetch, name: see `Streamer`.
-        count: slots; one more is made when forwards are nested so deeply that all are in use.
-        cache: bytes of RAM that may keep units from the disk after their first visit. Always the same units: of a cycle
-            longer than the cache, the one used last is needed last.
-    """
-
-    def __init__(
-        self, device: torch.device, units: Sequence[Unit], *, count: int = 2, prefetch: bool = True, cache: int = 0,
-        name: str = "",
-    ) -> None:  # fmt: skip
-        self.count = count
-        self.cached = spread([unit.nbytes if unit.rests_in() == "disk" else 0 for unit in units], cache)
-        super().__init__(device, units, prefetch=prefetch, name=name)
-
-    def _start(self) -> None:
-        super()._start()
-        self.lane = CudaLane(self.device) if _real_cuda(self.device) else PlainLane(self.device)
-        self.slots: list[Slot] = []
-        self.holder: dict[int, Slot] = {}  # unit's index -> the slot that holds it
-        self.loans = 0
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in super().__getstate__().items() if k not in ("lane", "slots", "holder", "loans")}
-
-    def close(self) -> None:
+        """Wait for copies that are under way."""
         for slot in self.slots:
             self.lane.finish(slot)
         self.lane.close()
 
-    def _bring(self, unit: Unit) -> _Visit:
+    # -- slots
+
+    def _bring(self, unit: Unit) -> Views:
+        """Make a unit ready to work."""
         slot = self.holder.get(unit.index)
         shared = sum(slot.owner is None for slot in self.slots) or self.count
-        following = self._follow(unit, shared - 1) if self.prefetch else []
+        following = self._following(unit, shared - 1) if self.prefetch else []
         if slot is None:
             slot = self._fetch(unit, following)
+        elif self.maps:
+            unit.check()  # the file may have changed since its pages were asked for
         slot.lent = True
         self.loans += 1
         slot.used = self.loans
@@ -470,24 +303,26 @@ class Slots(Streamer):
             self._prefetch(following)
             self.lane.arrive(slot)
             if unit.index not in slot.visits:
-                slot.visits[unit.index] = self._make_visit(unit, [weight.over(slot.base) for weight in unit.weights])
+                weights = [weight.load() if self.maps else weight.over(slot.base) for weight in unit.weights]
+                slot.visits[unit.index] = self._make_views(unit, weights)
         except BaseException:
             slot.lent = False
             self._empty(slot)
             raise
-        slot.version = slot.base._version
-        visit: _Visit = slot.visits[unit.index]
-        return visit
+        views: Views = slot.visits[unit.index]
+        slot.version = self._version(slot, views)
+        return views
 
     def _prefetch(self, following: list[Unit]) -> None:
         for unit in following:
-            if unit.index not in self.holder and not (unit.loose and self.lent[unit.index]):
-                if not unit.loose and self._idle(following) is None:
-                    return
-                try:
-                    self._fetch(unit, following)
-                except OSError:
-                    return  # it was a guess: if the unit is needed, the error comes then
+            if unit.index in self.holder:
+                continue
+            if not (unit.loose or self.maps) and self._idle(following) is None:
+                return
+            try:
+                self._fetch(unit, following)
+            except OSError:
+                return  # it was a guess: if the unit is needed, the error comes then
 
     def _idle(self, spared: list[Unit]) -> Slot | None:
         """The slot to fill next: not lent, not holding what is needed soon, and used longest ago."""
@@ -495,7 +330,7 @@ class Slots(Streamer):
         return min(free, key=lambda slot: slot.used) if free else None
 
     def _fetch(self, unit: Unit, following: list[Unit]) -> Slot:
-        slot = self._own_slot(unit) if unit.loose else self._shared_slot(following)
+        slot = self._own_slot(unit) if unit.loose or self.maps else self._shared_slot(following)
         unit.check()
         self._empty(slot)
         self.lane.fill(slot, unit)
@@ -513,10 +348,13 @@ class Slots(Streamer):
         return slot
 
     def _own_slot(self, unit: Unit) -> Slot:
-        """The slot of a loose unit: it is lent while other units come and go, and must not keep one from them."""
+        """The slot of a loose unit: it is lent while other units come and go, and must not keep one from them.
+
+        Where pages are lent every unit has one, without memory.
+        """
         slot = next((slot for slot in self.slots if slot.owner is unit), None)
         if slot is None:
-            slot = self.lane.slot(unit.nbytes)
+            slot = self.lane.slot(0 if self.maps else unit.nbytes)
             slot.owner = unit
             self.slots.append(slot)
         return slot
@@ -527,19 +365,24 @@ class Slots(Streamer):
             del self.holder[slot.unit.index]
         slot.unit = None
 
-    def _leave(self, unit: Unit, visit: _Visit) -> None:
-        slot = self.holder[unit.index]
-        written = self._written(unit, visit)
-        slot.lent = False
-        self.lane.leave(slot)
-        if written:
-            self._absorb(unit, visit)
-        elif unit.index in self.cached:
-            self._cache(unit, slot)
+    def _leave(self, loan: _Loan) -> None:
+        """A unit's forward has ended."""
+        slot = self.holder[loan.unit.index]
+        written = self._written(loan)
+        try:
+            if written:
+                self._absorb(loan)
+            elif loan.unit.index in self.cached:
+                self._cache(loan.unit, slot)
+        finally:
+            self.lane.leave(slot)
+            slot.lent = False
+        if written or self.maps:
+            self._empty(slot)
 
     def _cache(self, unit: Unit, slot: Slot) -> None:
         """Keep a unit from the disk in RAM, as it lies in the slot."""
-        slab = Slab(unit.nbytes, pin=_real_cuda(self.device))
+        slab = Slab(unit.nbytes, pin=is_real_cuda(self.device))
         slab.pin()
         slab.bytes.copy_(slot.base[: unit.nbytes])
         for part in unit.parts():
@@ -547,145 +390,58 @@ class Slots(Streamer):
         unit.forget_moves()
         self.cached.discard(unit.index)
 
-    def _visits(self, unit: Unit) -> list[_Visit]:
-        return [slot.visits[unit.index] for slot in self.slots if unit.index in slot.visits]
+    def _following(self, unit: Unit, most: int) -> list[Unit]:
+        """The units that probably come next."""
+        if self.last is not None:
+            self.after[self.last] = unit.index
+        self.last = at = unit.index
+        following: list[Unit] = []
+        while len(following) < most and (at := self.after[at]) != unit.index and self.units[at] not in following:
+            following.append(self.units[at])
+        return following
 
-    def _written(self, unit: Unit, visit: _Visit) -> bool:
-        slot = self.holder.get(unit.index)
-        return slot is not None and slot.lent and slot.base._version != slot.version
+    # -- changes of weights
 
-    def _reset(self) -> None:
-        for slot in self.slots:
-            self.lane.finish(slot)
-            if slot.lent:
-                self.lane.leave(slot)  # what was started may read it still
-            slot.unit, slot.lent = None, False
-        self.holder = {}
+    def _version(self, slot: Slot, views: Views) -> int:
+        """A number that every write to the weights in a slot raises."""
+        return sum(tensor._version for tensor in views.weights) if self.maps else slot.base._version
 
-    def _forget(self, units: Iterable[Unit]) -> None:
-        for unit in units:
-            unit.forget_moves()
-            for slot in self.slots:
-                slot.visits.pop(unit.index, None)
-            slot_of = self.holder.get(unit.index)
-            if slot_of is not None and not slot_of.lent:
-                self._empty(slot_of)
+    def _written(self, loan: _Loan) -> bool:
+        """Whether somebody has written to the weights that are lent."""
+        slot = self.holder.get(loan.unit.index)
+        return slot is not None and slot.lent and slot.version != self._version(slot, loan.views)
 
+    def _absorb(self, loan: _Loan) -> None:
+        """Keep what a forward wrote into its weights."""
+        for weight, value in zip(loan.unit.weights, loan.views.weights):
+            weight.keep(value)
+            self._update(weight)
 
-class Mapped(Streamer):
-    """Lends the pages of files to a model on the CPU: nothing is copied, and nothing stays in memory after its use."""
+    def _update(self, weight: Weight) -> None:
+        """A weight has changed where it rests: change it where it is lent, and fetch it anew the next time."""
+        for loan in self._loans:
+            for own, value in zip(loan.unit.weights, loan.views.weights):
+                if own is weight or own in weight.aliases:
+                    own.write_to(value)
+        self.forget(weight)
 
-    def _start(self) -> None:
-        super()._start()
-        self.visits: dict[int, _Visit] = {}
-        self.versions: dict[int, int] = {}
-        self.asked: set[int] = set()  # units whose pages the system has been asked to read
+    # -- tensors and events
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in super().__getstate__().items() if k not in ("visits", "versions", "asked")}
+    def _make_views(self, unit: Unit, weights: list[Tensor]) -> Views:
+        for weight, value in zip(unit.weights, weights, strict=True):
+            mark_lent(value)
+            if value.requires_grad:
+                value.register_hook(refuse_gradient(weight.name))
+        value_of = {id(weight): value for weight, value in zip(unit.weights, weights)}
+        values = [value_of[id(entry.weight)] for entry in self.sites[unit.index].entries]
+        return Views(values, weights, frozenset(map(storage_id, weights)))
 
-    def _bring(self, unit: Unit) -> _Visit:
-        unit.check()
-        visit = self.visits.get(unit.index)
-        if visit is None:
-            visit = self.visits[unit.index] = self._make_visit(unit, [weight.load() for weight in unit.weights])
-        self.versions[unit.index] = _version(visit)
-        if self.listeners:
-            self._tell("fetch", unit)
-        if self.prefetch:
-            self._read_ahead(unit)
-        return visit
-
-    def _read_ahead(self, unit: Unit) -> None:
-        ahead = 0
-        for following in self._follow(unit, 16):
-            if following.index not in self.asked:
-                self.asked.add(following.index)
-                following.madvise(mmap.MADV_WILLNEED)
-            ahead += following.nbytes
-            if ahead >= AHEAD:
-                return
-
-    def _leave(self, unit: Unit, visit: _Visit) -> None:
-        if self._written(unit, visit):
-            self._absorb(unit, visit)
-        unit.madvise(mmap.MADV_DONTNEED)
-        self.asked.discard(unit.index)
-
-    def _visits(self, unit: Unit) -> list[_Visit]:
-        return [self.visits[unit.index]] if unit.index in self.visits else []
-
-    def _written(self, unit: Unit, visit: _Visit) -> bool:
-        return _version(visit) != self.versions[unit.index]
-
-    def _reset(self) -> None:
-        self.visits, self.asked = {}, set()
-
-    def _forget(self, units: Iterable[Unit]) -> None:
-        for unit in units:
-            unit.forget_moves()
-            if not self.lent[unit.index]:
-                self.visits.pop(unit.index, None)
+    def _tell(self, kind: str, unit: Unit, slot: int = -1) -> None:
+        event = Event(kind, unit.name, unit.nbytes if kind == "fetch" else 0, unit.rests_in(), self.name, slot)
+        for listener in self.listeners:
+            listener(event)
 
 
-def _version(visit: _Visit) -> int:
-    return sum(tensor._version for tensor in visit.weights)
-
-
-def _real_cuda(device: torch.device) -> bool:
-    return device.type == "cuda" and torch._guards.detect_fake_mode() is None
-
-
-def _storage(tensor: Tensor) -> int:
-    return tensor.untyped_storage()._cdata
-
-
-def _shape(children: list[dict[str, nn.Module | None]]) -> list[int]:
-    """What changes when modules are added to others."""
-    return [id(child) for own in children for child in own.values()]
-
-
-def _at(place: tuple[nn.Module, str, bool]) -> Tensor | None:
-    module, own, buffer = place
-    return (module._buffers if buffer else module._parameters).get(own)
-
-
-def _on(tensor: Tensor, device: torch.device) -> Tensor:
-    if isinstance(tensor, nn.Parameter):
-        tensor.data = tensor.data.to(device)
-        return tensor
-    return tensor.to(device)
-
-
-def _move_own(module: nn.Module, device: torch.device) -> None:
-    """Move what a module itself holds, handles aside, to a device."""
-    for tensors in (module._parameters, module._buffers):
-        for own, tensor in tensors.items():
-            if tensor is not None and not isinstance(tensor, Away) and tensor.device != device and not tensor.is_meta:
-                tensors[own] = _on(tensor, device)  # type: ignore[assignment]
-
-
-class _Gone(NamedTuple):
-    """What autograd keeps in place of a borrowed weight."""
-
-    unit: str
-
-
-def _unpack(kept: Any) -> Tensor:
-    if isinstance(kept, _Gone):
-        raise RuntimeError(_NO_TRAINING.format(kept.unit))
-    tensor: Tensor = kept
-    return tensor
-
-
-_NO_TRAINING = (
-    "backward reached {!r}, whose weights rest elsewhere and were only lent to the forward: offloaded weights are for "
-    "inference. Place what is to be trained, and all that comes after it, on a GPU, or run under torch.no_grad()"
-)
-
-
-def _refuse(name: str) -> Callable[[Tensor], None]:
-    def hook(grad: Tensor) -> None:
-        raise RuntimeError(_NO_TRAINING.format(name))
-
-    return hook
+def is_real_cuda(device: torch.device) -> bool:
+    """Whether a device is a CUDA GPU that exists, not one of a dry run."""
+    return device.type == "cuda" and detect_fake_mode() is None

@@ -31,7 +31,7 @@ from ..maps.device_map import check_device_map, get_max_memory
 from ..maps.strategies import STRATEGIES, place
 from ..meta.skeleton import spec_from_module
 from ..offload.dispatch import dispatch_model
-from ..offload.hooks import torch_device
+from ..offload.inputs import torch_device
 from ..units import is_floating, listed
 from .bnb import bitsandbytes, put_together, quantized, skeleton, take_apart
 from .config import BnbQuantizationConfig as BnbQuantizationConfig

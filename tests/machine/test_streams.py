@@ -1,7 +1,7 @@
 """A schedule is what the rules say, tick by tick, and follows what the real streamer does with a real model.
 
-Two oracles: `Slots` itself, run on real modules, says what is fetched in which order and into which slot; a clock that
-advances by one tick at a time says when each of these operations can begin, knowing nothing of the recursion in
+Two oracles: the streamer itself, run on real modules, says what is fetched in which order and into which slot; a clock
+that advances by one tick at a time says when each of these operations can begin, knowing nothing of the recursion in
 `schedule`.
 """
 

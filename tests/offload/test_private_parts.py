@@ -1,9 +1,84 @@
 """PyTorch's private parts that the wing uses are there and do what they are used for."""
 
+import threading
+
+import pytest
 import torch
 from torch import nn
 
 from bigkit.offload import _torch
+
+VERSION = f"in torch {torch.__version__}: see bigkit/offload/_torch.py"
+
+
+def test_locks_tell_whose_they_are():
+    lock, answers = threading.RLock(), []
+    assert not _torch.held_by_this_thread(lock), "RLock._is_owned says that a free lock is held"
+    with lock:
+        thread = threading.Thread(target=lambda: answers.append(_torch.held_by_this_thread(lock)))
+        thread.start()
+        thread.join()
+        assert _torch.held_by_this_thread(lock) and answers == [False], "RLock._is_owned does not tell threads apart"
+
+
+def test_saved_tensors_hooks_can_be_ended():
+    def ours(tensor):
+        return tensor
+
+    def other(tensor):
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(other, other):
+        for _ in range(2):
+            torch.autograd.graph.saved_tensors_hooks(ours, ours).__enter__()
+        _torch.pop_saved_tensors_hooks(lambda pack: pack is ours)
+        top = torch._C._autograd._top_saved_tensors_default_hooks(False)
+        assert top is not None and top[0] is other, (
+            f"other hooks for saved tensors were ended, or ours were not {VERSION}"
+        )
+    assert torch._C._autograd._top_saved_tensors_default_hooks(False) is None
+
+
+def test_writing_to_the_data_of_what_is_lent_is_seen():
+    for tensor in (nn.Parameter(torch.zeros(4)), torch.zeros(4)):
+        kind = type(tensor)
+        _torch.mark_lent(tensor)
+        assert isinstance(tensor, kind) and type(tensor) is not kind, f"__class__ of a tensor was not changed {VERSION}"
+        for write in (lambda t: t.data.add_(1), lambda t: setattr(t, "data", torch.ones(4))):
+            before = tensor._version
+            write(tensor)
+            assert tensor._version > before, f"a write to the data of a lent tensor goes unseen {VERSION}"
+        with pytest.raises(ValueError, match=r"shape \(4,\) torch.float32 .* cannot become \(2,\)"):
+            tensor.data = torch.ones(2)
+        assert type(tensor + 1) is torch.Tensor, f"operations on a lent tensor give lent tensors {VERSION}"
+
+
+def test_what_is_never_compiled_is_not():
+    seen = []
+
+    def callee(x):
+        return x.sin()
+
+    @_torch.never_compiled
+    def apart(x):
+        return callee(x)
+
+    def between(x):
+        return callee(x)
+
+    only_itself = _torch.never_compiled(between, with_callees=False)
+
+    def backend(graph, inputs):
+        seen.extend(node.target for node in graph.graph.nodes if node.op.startswith("call"))
+        return graph
+
+    for function, names in ((apart, {"cos"}), (only_itself, {"cos", "sin"})):
+        torch._dynamo.reset()
+        seen.clear()
+        result = torch.compile(lambda x: function(x.cos()), backend=backend)(torch.ones(2))  # noqa: B023
+        assert torch.equal(result, torch.ones(2).cos().sin())
+        assert set(seen) == names, f"torch.compile has compiled {seen}, it should have been {names} {VERSION}"
+    torch._dynamo.reset()
 
 
 def test_torch_has_what_offloading_uses():

@@ -16,9 +16,8 @@ from torch.nn import functional as F
 from bigkit import init_empty_weights
 from bigkit.checkpoints.save import save_model
 from bigkit.maps.partition import spread
-from bigkit.offload.dispatch import cpu_offload, disk_offload, load_checkpoint_and_dispatch
+from bigkit.offload.dispatch import cpu_offload, disk_offload, dispatch_model, load_checkpoint_and_dispatch
 from bigkit.offload.grouping import handles
-from bigkit.offload.stream import Slots
 from tests.spread import STAND_IN, Block, Net, check_at_rest, same, spread_ways
 from tests.spread import spread as spread_by
 
@@ -94,7 +93,7 @@ KINDS = ["call", "call", "call", "twice", "nested", "foreign", "edit", "edit aro
 STEPS = st.lists(st.tuples(st.sampled_from(KINDS), st.integers(0, 7)), max_size=10)
 
 
-@settings(max_examples=300)
+@settings(max_examples=100)  # more of the kind: scripts/soak.py
 @given(
     depth=st.integers(1, 6),
     tied=st.booleans(),
@@ -117,8 +116,6 @@ def test_any_use_is_that_of_the_whole_model(
     options = {"ram_cache": cache, "slots": slots, "stand_in": STAND_IN}
     if mapped:
         device_map, options = {name: "cpu" if at == 0 else at for name, at in device_map.items()}, {}
-    from bigkit.offload.dispatch import dispatch_model
-
     folder = tmp_path_factory.mktemp("rest")
     dispatch_model(parts, device_map, offload_dir=folder, offload_buffers=buffers, prefetch=prefetch,
                    force_hooks=True, **options)  # fmt: skip
@@ -214,7 +211,7 @@ def test_spread_never_exceeds_its_budget(sizes, budget):
 
 def test_modules_that_were_added_go_where_their_block_works_and_no_others(monkeypatch):
     moved = []
-    monkeypatch.setattr("bigkit.offload.stream._move_own", lambda module, device: moved.append(module))
+    monkeypatch.setattr("bigkit.offload.sites.move_own", lambda module, device: moved.append(module))
     parts = spread_by(Net(), {"scale": "cpu", "h.0": 1, "h.1": "cpu", "h.2": 0, "h.3": "cpu", "out": 0})
     for block in parts.h[:2]:
         block.a = nn.Sequential(block.a, nn.Linear(8, 8))
@@ -223,6 +220,10 @@ def test_modules_that_were_added_go_where_their_block_works_and_no_others(monkey
     moved.clear()
     parts(X)
     assert not moved
+    parts.h[3].a = nn.Sequential(parts.h[3].a, nn.Linear(8, 8))
+    parts.h[3].b.bias = None  # at once with another change
+    parts(X)
+    assert parts.h[3].a[1] in moved
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -322,31 +323,25 @@ def test_memory_is_bounded_by_the_blocks_in_flight(tmp_path):
         from torch import nn
         from bigkit import init_empty_weights
         from bigkit.offload.dispatch import load_checkpoint_and_dispatch
-        folder, slots = sys.argv[1], sys.argv[2] == "slots"
-        with init_empty_weights():
-            model = nn.Sequential(*[nn.Linear(1024, 1024) for _ in range(48)])
-        options = {"main_device": 0, "stand_in": {0: "cpu"}} if slots else {}
-        model = load_checkpoint_and_dispatch(model, folder, {"": "disk"}, **options)
-        def peak():
-            return int(next(l for l in open("/proc/self/status") if l.startswith("VmHWM")).split()[1]) / 1024
-        def rss():
-            return int(next(l for l in open("/proc/self/status") if l.startswith("VmRSS")).split()[1]) / 1024
-        open("/proc/self/clear_refs", "w").write("5")
-        start = rss()
-        with torch.no_grad():
-            for _ in range(2):
-                model(torch.ones(1, 1024))
-        print(peak() - start)
+        def status(key):
+            return int(next(l for l in open("/proc/self/status") if l.startswith(key)).split()[1]) / 1024
+        for options in ({}, {"main_device": 0, "stand_in": {0: "cpu"}}):  # mapped pages, slots
+            with init_empty_weights():
+                model = nn.Sequential(*[nn.Linear(1024, 1024) for _ in range(48)])
+            model = load_checkpoint_and_dispatch(model, sys.argv[1], {"": "disk"}, **options)
+            open("/proc/self/clear_refs", "w").write("5")
+            start = status("VmRSS")
+            with torch.no_grad():
+                for _ in range(2):
+                    model(torch.ones(1, 1024))
+            print(status("VmHWM") - start)
     """)
     with init_empty_weights():
         large = nn.Sequential(*[nn.Linear(1024, 1024) for _ in range(48)])
     save_model(large.to_empty(device="cpu"), tmp_path, "50MB")
-    for kind in ("mapped", "slots"):
-        run = subprocess.run(
-            [sys.executable, "-c", script, str(tmp_path), kind], capture_output=True, text=True, timeout=120
-        )
-        assert not run.returncode, run.stderr
-        assert float(run.stdout) < 40, (kind, run.stdout)  # MB; a block is 4 MB
+    run = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, timeout=120)
+    assert not run.returncode, run.stderr
+    assert max(map(float, run.stdout.split())) < 40, run.stdout  # MB; a block is 4 MB
 
 
 def test_many_cycles_hold_on_to_nothing(tmp_path):
@@ -377,7 +372,7 @@ def test_a_checkpoint_is_read_in_place(tmp_path):
         parts = Net()
     load_checkpoint_and_dispatch(parts, tmp_path / "model", {"": "disk"}, offload_folder=rest)
     assert same(parts(X), whole(X)) and not rest.exists()
-    assert isinstance(handles(spread_by(parts, {"": "cpu"}, main_device=0))[0].streamer, Slots)
+    assert not handles(spread_by(parts, {"": "cpu"}, main_device=0))[0].streamer.maps
     assert isinstance(parts.h[0], Block) and same(parts(X), whole(X))
 
 

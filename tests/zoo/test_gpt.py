@@ -197,7 +197,8 @@ def test_training_script(tmp_path):
     (stdlib / "site-packages" / "stranger.py").write_text("'no part of the library'")
     out = tmp_path / "out"
     command = [sys.executable, ROOT / "scripts/train_gpt.py", "--stdlib", stdlib, "--out", out, "--device", "cpu"]
-    small = "--steps 40 --evaluate_every 1000 --n_layer 2 --n_head 2 --n_embd 64 --block_size 64 --batch 8 --sample_tokens 4 --no-compile"
+    small = "--n_layer 2 --n_head 2 --n_embd 64 --block_size 64 --batch 8 --sample_tokens 4 --no-compile"
+    small += " --steps 40 --evaluate_every 1000"
     environment = {"PYTHONPATH": str(ROOT), "PATH": "", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     run = subprocess.run([*command, *small.split()], env=environment, capture_output=True, text=True, timeout=600)
     assert run.returncode == 0, run.stderr

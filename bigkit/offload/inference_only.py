@@ -1,0 +1,67 @@
+"""A backward through weights that were only lent to the forward is an error that names them.
+
+By the time of a backward the slot holds another block, so a gradient computed with it would be wrong. Two things can
+reach a lent weight: what an operation has saved for its backward, and the weight's own gradient.
+
+Leaves out: training what stays on a GPU beside offloaded weights; that works, and needs nothing from here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ._torch import pop_saved_tensors_hooks, storage_id
+
+_NO_TRAINING = (
+    "backward reached {!r}, whose weights rest elsewhere and were only lent to the forward: offloaded weights are for "
+    "inference. Place what is to be trained, and all that comes after it, on a GPU, or run under torch.no_grad()"
+)
+
+
+class _LentTo(NamedTuple):
+    """What autograd keeps in place of a lent weight."""
+
+    unit: str
+
+
+def enter_guard(streamer: Any, unit: str, storages: frozenset[int]) -> torch.autograd.graph.saved_tensors_hooks:
+    """Watch what autograd saves from now on; the caller exits the context that is returned.
+
+    Args:
+        streamer: who lends; see `end_guards`.
+        unit: the unit's name.
+        storages: `storage_id` of the memory that is lent.
+    """
+
+    def pack(tensor: Tensor) -> Tensor | _LentTo:
+        # Detached: a node of the graph that saved its own output would keep itself alive.
+        return _LentTo(unit) if storage_id(tensor) in storages else tensor.detach()
+
+    pack.streamer = streamer  # type: ignore[attr-defined]
+    guard = torch.autograd.graph.saved_tensors_hooks(pack, _unpack)
+    guard.__enter__()
+    return guard
+
+
+def _unpack(saved: Tensor | _LentTo) -> Tensor:
+    if isinstance(saved, _LentTo):
+        raise RuntimeError(_NO_TRAINING.format(saved.unit))
+    return saved
+
+
+def end_guards(streamer: Any) -> None:
+    """Exit the guards of a streamer that an interrupt left behind."""
+    pop_saved_tensors_hooks(lambda pack: getattr(pack, "streamer", None) is streamer)
+
+
+def refuse_gradient(name: str) -> Callable[[Tensor], None]:
+    """A hook on a lent tensor that refuses its gradient."""
+
+    def hook(grad: Tensor) -> None:
+        raise RuntimeError(_NO_TRAINING.format(name))
+
+    return hook

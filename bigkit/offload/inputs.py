@@ -1,0 +1,73 @@
+"""Where a module's inputs are, and bringing them to another device.
+
+Leaves out: when that is done (`offload/hooks.py`).
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+
+
+def send_to_device(value: Any, device: torch.device, skip_keys: Iterable[str] = ()) -> Any:
+    """Tensors in nested lists, tuples, dicts and objects with a `to` method, on a device.
+
+    Args:
+        value: anything; what is no tensor and holds none comes back as it is, and so does what is there already.
+        device: where to.
+        skip_keys: keys of dicts whose values stay where they are.
+
+    >>> send_to_device({"x": [torch.ones(1)], "n": 3}, torch.device("meta"))
+    {'x': [tensor(..., device='meta', size=(1,))], 'n': 3}
+    """
+    if isinstance(value, Tensor):
+        return value if value.device == device else value.to(device)
+    if isinstance(value, (str, bytes, int, float, type(None), nn.Module, torch.device, torch.dtype)):
+        return value
+    if isinstance(value, PackedSequence):
+        return value.to(device)  # type: ignore[arg-type]  # it knows what of it stays on the CPU
+    if isinstance(value, (list, tuple)):
+        items = [send_to_device(item, device, skip_keys) for item in value]
+        if all(new is old for new, old in zip(items, value)):
+            return value
+        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+    if isinstance(value, Mapping):
+        pairs = {k: item if k in skip_keys else send_to_device(item, device, skip_keys) for k, item in value.items()}
+        if all(pairs[key] is item for key, item in value.items()):
+            return value
+        if isinstance(value, defaultdict):
+            return defaultdict(value.default_factory, pairs)
+        return type(value)(pairs)  # type: ignore[call-arg]
+    if hasattr(value, "to") and callable(value.to):
+        return value.to(device)
+    return value
+
+
+def find_device(value: Any) -> torch.device | None:
+    """The device of the first tensor in nested lists, tuples and dicts.
+
+    >>> find_device([1, {"x": torch.ones(1)}])
+    device(type='cpu')
+    """
+    if isinstance(value, Tensor):
+        return value.device
+    if isinstance(value, (list, tuple, Mapping)):
+        for item in value.values() if isinstance(value, Mapping) else value:
+            if (device := find_device(item)) is not None:
+                return device
+    return None
+
+
+def torch_device(device: torch.device | str | int) -> torch.device:
+    """A device as PyTorch names it: 0 and "cuda" are cuda:0.
+
+    >>> torch_device(1)
+    device(type='cuda', index=1)
+    """
+    named = torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
+    return torch.device("cuda", 0) if named.type == "cuda" and named.index is None else named

@@ -1,0 +1,377 @@
+"""Putting every weight of a model where its device map wants it, and the model back as it was if that fails.
+
+What stays is moved to its device. What travels is laid out in units: in RAM as a slot on the device holds it, on disk
+where it lies in its file. A tensor that is tied over several units rests once and travels with each. One that is tied
+between a GPU and RAM is kept on the GPU, and the places that run there share it.
+
+Leaves out: what travels together (`offload/grouping.py`), and when (`offload/stream.py`).
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from concurrent.futures import Future, wait
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..checkpoints.format import Checkpoint, Form, Stored
+from ..checkpoints.resting import resting_place, write_file
+from ..devices import Device
+from ..meta.empty import twin
+from ..units import listed
+from ._torch import is_fake
+from .codec import PLAIN, codec_of
+from .grouping import Cut, Group, Layout, Record, put, records
+from .mapped import PageLane
+from .sites import Place, tensors_of
+from .source import Source
+from .stream import Streamer
+from .transfer import readers
+from .weights import Part, Unit, Weight, part_of, rest_in_ram
+
+Parts = Mapping[str, Tensor | Stored]  # suffix -> a plain tensor of a weight, as data or as the range of a file
+Travelling = dict[Group, dict[Record, list[str]]]  # the tensors of each group, with their names in it
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Where data come from
+
+
+@dataclass
+class Origins:
+    """Where the data of weights come from, and where those go that are to rest on disk.
+
+    Args:
+        stored: name -> range of a file that holds the tensor.
+        given: name -> tensor, for those that the model has on meta.
+        folder: where tensors are written that rest on disk and are in no file.
+        written: path -> what keeps a file from being removed.
+    """
+
+    stored: Mapping[str, Stored] = field(default_factory=dict)
+    given: Mapping[str, Tensor] = field(default_factory=dict)
+    folder: Path | None = None
+    written: dict[Path, Any] = field(default_factory=dict)
+    _sources: dict[Path, Source] = field(default_factory=dict)
+
+    @classmethod
+    def of(
+        cls,
+        state_dict: Mapping[str, Tensor] | None,
+        offload_index: Mapping[str, Mapping[str, Any]] | None,
+        folder: str | os.PathLike[str] | None,
+    ) -> Origins:
+        """The origins that `dispatch_model` was given; where a checkpoint left weights on disk, each tensor knows.
+
+        Raises:
+            ValueError: the index names a tensor that its file lacks.
+        """
+        stored: dict[str, Stored] = {}
+        opened: dict[str, Checkpoint] = {}
+        for name, entry in (offload_index or {}).items():
+            file = entry.get("safetensors_file")
+            if file is not None:
+                if file not in opened:
+                    opened[file] = Checkpoint.open(file)
+                key = entry.get("weight_name", name)
+                if key not in opened[file].stored:
+                    raise ValueError(f"the offload index says that {name!r} is {key!r} in {file}, which lacks it")
+                stored[name] = opened[file].stored[key]
+            elif folder is not None:
+                path, dtype = Path(folder) / f"{name}.dat", getattr(torch, str(entry["dtype"]))
+                stored[name] = Stored(path, 0, path.stat().st_size, dtype, tuple(entry["shape"]))
+        return cls(stored, state_dict or {}, None if folder is None else Path(folder))
+
+    def source(self, file: Path) -> Source:
+        """A file, with pages that belong to this model alone."""
+        if file not in self._sources:
+            self._sources[file] = Source(file, self.written.get(file))
+        return self._sources[file]
+
+    def parts(self, record: Record) -> Parts:
+        """The plain tensors of a weight: as data, or as ranges of files.
+
+        Raises:
+            ValueError: it is on meta and its data are nowhere.
+        """
+        if record.away is not None:
+            sources = [part.source for part in record.away.parts.values() if part.source is not None]
+            self.written.update((source.path, source.owner) for source in sources)
+            return {suffix: _range_of(part) or part.on_cpu() for suffix, part in record.away.parts.items()}
+        if not record.tensor.is_meta:
+            return codec_of(record.tensor).take_apart(record.tensor)
+        for name in record.places:
+            if name in self.given:
+                return {"": self.given[name].detach()}
+            if name in self.stored:
+                names = {suffix: _part_name(name, suffix) for suffix in codec_of(record.tensor).suffixes}
+                return {suffix: self.stored[full] for suffix, full in names.items() if full in self.stored}
+        if place := resting_place(record.tensor):
+            self.written.update((where.file, place.written) for where in place.parts.values())
+            return dict(place.parts)
+        raise ValueError(f"{record.name!r} is on meta and has no data: load a checkpoint into the model first")
+
+    def value(self, record: Record) -> Tensor:
+        """The tensor itself."""
+        if record.away is not None:
+            return record.away.load()
+        if not record.tensor.is_meta:
+            return record.tensor
+        return codec_of(record.tensor).put_together(record.tensor, self.read(self.parts(record)))
+
+    def read(self, parts: Parts) -> dict[str, Tensor]:
+        """Parts as tensors on the CPU; of those in files, the mapped pages."""
+        return {
+            suffix: part if isinstance(part, Tensor) else _unplaced(part, self.source(part.file)).on_cpu()
+            for suffix, part in parts.items()
+        }
+
+    def write(self, tensors: dict[str, Tensor]) -> dict[str, Stored]:
+        """Write tensors to a new file.
+
+        Raises:
+            ValueError: there is no folder.
+            OSError: it could not be written.
+        """
+        if self.folder is None:
+            names = listed(map(repr, tensors), 3)
+            raise ValueError(f"{names} shall rest on disk and are in no file that is known: give an offload folder")
+        forms = {name: Form(tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
+        file, stored = write_file(self.folder, forms, tensors.__getitem__)
+        self.written[file.path] = file
+        return stored
+
+
+def _part_name(name: str, suffix: str) -> str:
+    return f"{name}.{suffix}" if suffix else name
+
+
+def _unplaced(data: Tensor | Stored, source: Source | None = None) -> Part:
+    """The part that data will be; of a range of a file, in that file if it is given."""
+    if isinstance(data, Tensor):
+        return part_of(data)
+    return Part(data.shape, _strides(data.shape), data.dtype, at=data.offset if source else 0, source=source)
+
+
+def _range_of(part: Part) -> Stored | None:
+    """The range of a file that holds a part, if one does."""
+    if part.source is None or part.stride != _strides(part.shape):
+        return None
+    return Stored(part.source.path, part.at, part.nbytes, part.dtype, part.shape)
+
+
+def _strides(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(torch.empty(shape, device="meta").stride())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# From tensors to units
+
+
+def make_units(
+    model: nn.Module,
+    layout: Layout,
+    origins: Origins,
+    *,
+    offload_buffers: bool = False,
+    whole_classes: Iterable[str] = (),
+) -> list[Unit]:
+    """Put every tensor of a model where its layout wants it.
+
+    Args:
+        model, layout: the model, and where it is to rest and work.
+        origins: where data come from.
+        offload_buffers, whole_classes: see `dispatch_model` and `Cut`.
+
+    Returns:
+        The units, in the model's order. What stays has been moved to its device.
+
+    Raises:
+        ValueError, OSError: something has no data or no place; the model is as it was.
+    """
+    cut = Cut(model, layout, whole_classes)
+    mover = _Mover(records(model), layout, origins)
+    travelling: Travelling = {group: {} for group in cut.groups}
+    staying: list[tuple[Record, dict[torch.device, list[Place]]]] = []
+    for record in mover.records:
+        stays = record.buffer and not (offload_buffers and record.persistent)
+        away = [name for name in record.places if layout.is_away(name) and not stays]
+        here: dict[Device, list[Place]] = {}  # where it works -> the places that have it there for good
+        for name, place in record.places.items():
+            if name not in away:
+                here.setdefault(layout.works(name), []).append(place)
+        for name in away:
+            module = record.places[name][0]
+            if layout.works(name) in here:
+                here[layout.works(name)].append(record.places[name])  # it shares what is there
+            else:
+                travelling[cut.group_of[id(module)]].setdefault(record, []).append(name)
+        if here:
+            staying.append((record, {layout.device(works): places for works, places in here.items()}))
+    try:
+        units = mover.send_away(travelling)
+        for record, devices in staying:
+            mover.stay(record, devices)
+        mover.finish()
+    except BaseException:
+        mover.undo()
+        raise
+    return units
+
+
+class _Mover:
+    """Moves tensors to where they rest; `undo` brings those back that have left.
+
+    What has been copied to RAM is let go of at once: at no time is more than a few units in memory twice.
+    """
+
+    def __init__(self, tensors: list[Record], layout: Layout, origins: Origins) -> None:
+        self.records, self.layout, self.origins = tensors, layout, origins
+        self.weights: dict[Record, Weight] = {}  # the weight that each became first
+        self.left: dict[Record, torch.device] = {}  # the device that each has left for RAM
+        self.stayed: list[tuple[Tensor, Tensor]] = []  # a tensor of the model, and its data before
+        self.filling: list[Future[None]] = []
+        # Handles of an earlier streamer hold no data, so they can be kept.
+        earlier = [place for record in tensors if record.away for place in record.places.values()]
+        self.handles: list[tuple[Place, Any]] = [(place, tensors_of(place)[place[1]]) for place in earlier]
+
+    def send_away(self, travelling: Travelling) -> list[Unit]:
+        """Make the units, and begin to fill their RAM."""
+        units: list[Unit] = []
+        times = Counter(record for inside in travelling.values() for record in inside)
+        for group, inside in travelling.items():
+            if not inside:
+                continue
+            laid: list[tuple[Weight, dict[str, Tensor]]] = []  # with the data of what is to rest in RAM
+            on_disk: list[tuple[Weight, Parts]] = []
+            for record, names in inside.items():
+                places = [record.places[name] for name in names]
+                if record in self.weights:
+                    laid.append((self.weights[record].alias(places), {}))
+                    continue
+                parts = self.origins.parts(record)
+                weight = self.weights[record] = _new_weight(record, parts, places)
+                if self.layout.rests(names[0]) == "disk":
+                    on_disk.append((weight, parts))
+                    laid.append((weight, {}))
+                else:
+                    laid.append((weight, self.origins.read(parts)))
+            self._rest_on_disk(on_disk)
+            laid.sort(key=lambda item: item[0].order())  # as they lie in their files: fewer and longer reads
+            units.append(Unit(group.name, group.module, [weight for weight, _ in laid], group.loose))
+            values = [tensors for _, tensors in laid]
+            if self.layout.pins and all(times[record] == 1 for record in inside):
+                # Pinning takes long, and runs well on several threads.
+                self.filling.append(readers().submit(self._fill, units[-1], values, inside))
+            else:
+                self._fill(units[-1], values, inside)
+        return units
+
+    def _rest_on_disk(self, weights: list[tuple[Weight, Parts]]) -> None:
+        """Point parts to the files that hold them, after writing what is in none."""
+        all_parts = [
+            (weight.parts[suffix], _part_name(weight.name, suffix), data)
+            for weight, parts in weights
+            for suffix, data in parts.items()
+        ]
+        in_no_file = {name: data for _, name, data in all_parts if isinstance(data, Tensor)}
+        written = self.origins.write(in_no_file) if in_no_file else {}
+        for part, name, data in all_parts:
+            stored = written[name] if isinstance(data, Tensor) else data
+            part.stride, part.at, part.source = _strides(part.shape), stored.offset, self.origins.source(stored.file)
+
+    def _fill(self, unit: Unit, values: list[dict[str, Tensor]], inside: Iterable[Record]) -> None:
+        """Give a unit its RAM, and let go of what the model held."""
+        rest_in_ram(unit, values, self.layout.pins)
+        values.clear()
+        for record in inside:
+            like = self.weights[record].template
+            self.left.setdefault(record, record.tensor.device)
+            record.tensor = like
+        for weight in unit.weights:
+            put(weight.places, weight.template)
+
+    def stay(self, record: Record, devices: Mapping[torch.device, list[Place]]) -> None:
+        """Move a tensor to the device, or the devices, where it stays."""
+        weight, tensor = self.weights.get(record), record.tensor
+        value = weight.load() if weight is not None and tensor.is_meta else self.origins.value(record)
+        codec = codec_of(value)
+        # The same object stays in the model, so that others keep knowing it. Data of a fake tensor cannot be moved.
+        same = codec is PLAIN and isinstance(tensor, nn.Parameter) and not (tensor.is_meta or is_fake(tensor))
+        for device, places in devices.items():
+            new = value
+            if codec is not PLAIN:
+                if value.device != device:
+                    parts = {suffix: part.to(device) for suffix, part in codec.take_apart(value).items()}
+                    new = codec.put_together(codec.template(value), parts)
+            elif same:
+                self.stayed.append((tensor, tensor.data))
+                tensor.data, new, same = value.detach().to(device), tensor, False
+            elif value.device != device or tensor.is_meta:
+                new = value.detach().to(device)
+                new = twin(tensor, new) if isinstance(tensor, nn.Parameter) else new
+            put(places, new)
+
+    def finish(self) -> None:
+        """Wait until all RAM is filled."""
+        for done in self.filling:
+            done.result()
+
+    def undo(self) -> None:
+        """Make the model what it was."""
+        wait(self.filling)
+        for tensor, data in self.stayed:
+            tensor.data = data
+        for record in self.records:
+            tensor = record.tensor
+            if record in self.left and self.left[record].type != "meta":
+                tensor = self.weights[record].load(self.left[record])
+            put(record.places.values(), tensor)
+        for place, handle in self.handles:
+            put([place], handle)
+
+
+def _new_weight(record: Record, parts: Parts, places: list[Place]) -> Weight:
+    """A record's weight, in the dtype that its data have: a checkpoint's may be another than the model's."""
+    forms = {suffix: _unplaced(part) for suffix, part in parts.items()}
+    like = codec_of(record.tensor).template(record.tensor)
+    if [*forms] == [""] and forms[""].dtype != like.dtype:
+        data = like.detach().to(forms[""].dtype)
+        like = twin(like, data) if isinstance(like, nn.Parameter) else data
+    return Weight(record.name, like, places, forms)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A streamer for one module alone
+
+
+def stream_alone(
+    module: nn.Module,
+    device: torch.device,
+    given: Mapping[str, Tensor] | None,
+    offload_buffers: bool,
+    submodules: bool,
+) -> Streamer | None:
+    """Send what a module holds (with `submodules`, what is in it) to RAM; None if that is nothing."""
+    mover = _Mover(records(module), Layout({"": "cpu"}, str(device)), Origins(given=given or {}))
+    inside: dict[Record, list[str]] = {}
+    try:
+        for record in mover.records:
+            if submodules or any(owner is module for owner, *_ in record.places.values()):
+                if record.buffer and not (offload_buffers and record.persistent):
+                    mover.stay(record, {device: [*record.places.values()]})
+                else:
+                    inside[record] = [*record.places]
+        units = mover.send_away({Group("", module): inside})
+        mover.finish()
+    except BaseException:
+        mover.undo()
+        raise
+    if not units:
+        return None
+    return Streamer(device, units, PageLane(device) if device.type == "cpu" else None)
