@@ -237,6 +237,7 @@ def _join(cuda: bool, timeout: timedelta) -> None:
     hook = sys.excepthook
     with together("PartialState()"):
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timeout)
+        dist.all_reduce(torch.zeros(1))  # all have joined: one that left earlier would break off the others' joining
     sys.excepthook = _FailureHook(before=hook, next_hook=sys.excepthook)
     atexit.register(_end_gloo)
 

@@ -6,10 +6,12 @@ import subprocess
 import sys
 import time
 from typing import Any
+from unittest import mock
 
 import cloudpickle
 import pytest
 import torch
+import torch.distributed as dist
 
 import bigkit
 from bigkit.distributed.gather import gather, gather_for_results, gather_object
@@ -148,6 +150,28 @@ def test_the_hook_on_uncaught_errors_is_there_only_while_a_launcher_waits() -> N
 
     group = Ranks(1)
     assert group(joined, str(free_port())) == [[False, True]]
+    group.close()
+
+
+def test_joining_ends_when_all_have_joined() -> None:
+    """Else a process that has nothing to do ends while another is still connecting, which then fails."""
+
+    def join(state: PartialState, port: str) -> float:
+        state.destroy()
+        os.environ["MASTER_PORT"] = port
+        init = dist.init_process_group
+
+        def slow_init(*args: Any, **options: Any) -> None:
+            init(*args, **options)
+            time.sleep(0.5 * state.process_index)
+
+        start = time.monotonic()
+        with mock.patch.object(dist, "init_process_group", slow_init):
+            PartialState(cpu=True)
+        return time.monotonic() - start
+
+    group = Ranks(2)
+    assert group(join, str(free_port()))[0] > 0.4, "process 0 went on before process 1 had joined"
     group.close()
 
 
