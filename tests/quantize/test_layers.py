@@ -77,7 +77,7 @@ FOUR_BIT = ("nf4", "nf4-double", "fp4", "fp4-double")
 @pytest.mark.parametrize("inputs, outputs", SHAPES)
 @pytest.mark.parametrize("kind", FOUR_BIT)
 def test_rows_that_are_no_whole_blocks(inputs, outputs, kind):
-    """bitsandbytes' kernel for CPUs takes wrong scales for some of these; held against the codes and the arithmetic."""
+    """bitsandbytes' kernel for CPUs takes wrong scales for some of these; compared with codes and arithmetic."""
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         model = nn.Sequential(nn.Linear(inputs, outputs), nn.Linear(outputs, 2)).to(dtype)
         original = model[0].weight.detach().float()
