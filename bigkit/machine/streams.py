@@ -69,7 +69,7 @@ class Span(NamedTuple):
     Args:
         lane: "compute", "link" or "disk" in a schedule; in a dry run "python", a device, "copy to" a device, or "disk".
             A copy of a unit from a file may have pauses in which the disk reads.
-        name: the unit or operation.
+        name: the unit or operation, in a dry run; a schedule's spans have the number of the turn instead.
         start, end: seconds from the start of the run.
         turn: the number of the turn, in a schedule.
         token: the number of the forward, in a schedule.
@@ -400,7 +400,7 @@ class Player:
         if slot is not None:
             self.clock.leave(slot)
         number = -1 if slot is None else slot.number
-        self.spans.append(Span("compute", self.turns[i].name, start, end, i, token, number))
+        self.spans.append(Span("compute", "", start, end, i, token, number))
         self.moments += [Moment(start, "work", i, token, number), Moment(end, "return", i, token, number)]
 
     def following(self, i: int) -> list[int]:
@@ -446,6 +446,6 @@ class Player:
         if not self.ahead:
             self.clock.wait("link")
         if filling.read is not None:
-            self.spans.append(Span("disk", turn.name, *filling.read, *about))
-        self.spans.append(Span("link", turn.name, *filling.copied, *about))
+            self.spans.append(Span("disk", "", *filling.read, *about))
+        self.spans.append(Span("link", "", *filling.copied, *about))
         self.moments += [Moment(filling.begins, "fetch", *about), Moment(filling.copied[1], "arrive", *about)]
