@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import pickle
 import sys
 from collections import UserDict
 from collections.abc import Callable, Sequence
@@ -24,7 +23,7 @@ import torch.distributed as dist
 
 from .shares import padded_length, share
 from .split import is_a, is_record, len_of, map_columns, take
-from .state import in_group, together
+from .state import exchange, in_group, together
 
 T = TypeVar("T")
 
@@ -77,7 +76,7 @@ def gather_object(items: Sequence[T]) -> list[T]:
     """
     if not isinstance(items, (list, tuple)):
         raise TypeError(f"gather_object joins lists, not a {type(items).__name__}: put a single object in a list")
-    return [item for part in _exchange(list(items), "gather_object") for item in part]
+    return [item for part in exchange(list(items), "gather_object") for item in part]
 
 
 def gather_for_results(results: T, total: int) -> T:
@@ -101,7 +100,7 @@ def gather_for_results(results: T, total: int) -> T:
     >>> gather_for_results([len(prompt) for prompt in ["a dog", "a cat"]], 2)  # one process
     [5, 5]
     """
-    lengths, totals = zip(*_exchange((len_of(results, "results"), total), "gather_for_results"))
+    lengths, totals = zip(*exchange((len_of(results, "results"), total), "gather_for_results"))
     if len(set(totals)) > 1:
         hint = "Every process must hold the same inputs in the same order"
         raise ValueError(f"the processes split different inputs: they say {sorted(set(totals))} items. {hint}")
@@ -121,23 +120,10 @@ def _join_column(column: Any) -> Any:
     if isinstance(column, torch.Tensor):
         return gather(column)
     if is_a("numpy", "ndarray", column):
-        return sys.modules["numpy"].concatenate(_exchange(column, "gather_for_results"))
+        return sys.modules["numpy"].concatenate(exchange(column, "gather_for_results"))
     if is_a("datasets", "Dataset", column):
-        return sys.modules["datasets"].concatenate_datasets(_exchange(column, "gather_for_results"))
+        return sys.modules["datasets"].concatenate_datasets(exchange(column, "gather_for_results"))
     return (tuple if isinstance(column, tuple) else list)(gather_object(list(column)))
-
-
-def _exchange(thing: T, call: str) -> list[T]:
-    """What every process holds, in the order of the processes."""
-    if not in_group(call):
-        return [thing]
-    import cloudpickle
-
-    packed = cloudpickle.dumps(thing)  # by value where needed: a class of a notebook is in no module of the others
-    parts: list[Any] = [None] * dist.get_world_size()
-    with together(call):
-        dist.all_gather_object(parts, packed)
-    return [pickle.loads(part) for part in parts]
 
 
 def _agree(structure: str, lengths: list[int]) -> list[list[int]]:
@@ -149,7 +135,7 @@ def _agree(structure: str, lengths: list[int]) -> list[list[int]]:
         dist.all_gather_into_tensor(digests, own)
     if len(set(digests.tolist())) == 1:
         return [lengths] * len(digests)
-    structures, everyones_lengths = zip(*_exchange((structure, lengths), "gather"))
+    structures, everyones_lengths = zip(*exchange((structure, lengths), "gather"))
     for rank, other in enumerate(structures):
         if other != structures[0]:
             kinds = f"process 0 has {structures[0]} and process {rank} has {other}"

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import atexit
 import os
+import pickle
 import re
 import sys
 import threading
@@ -26,6 +27,7 @@ from functools import cache, wraps
 from types import TracebackType
 from typing import Any, TypeVar
 
+import cloudpickle
 import torch
 import torch.distributed as dist
 
@@ -268,6 +270,17 @@ def together(call: str) -> Iterator[None]:
         reason = reason.partition("\n")[0].partition(". ")[0]
         problem = "another process has ended, or did not come here in time. See the first error that was shown"
         raise ProcessLost(f"process {rank} of {world} cannot finish {call}: {problem} ({reason})") from error
+
+
+def exchange(thing: T, call: str) -> list[T]:
+    """What every process holds, in the order of the processes; for anything that pickles."""
+    if not in_group(call):
+        return [thing]
+    packed = cloudpickle.dumps(thing)  # by value where needed: a class of a notebook is in no module of the others
+    parts: list[Any] = [None] * dist.get_world_size()
+    with together(call):
+        dist.all_gather_object(parts, packed)
+    return [pickle.loads(part) for part in parts]
 
 
 class _FailureHook:
