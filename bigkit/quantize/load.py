@@ -98,7 +98,9 @@ def load_and_quantize_model(
     arguments: dict[str, Any] = {"offload_dir": offload_folder, "stand_in": stand_in, **options}
     inspect.signature(dispatch_model).bind(model, {}, **arguments)  # an option that it lacks is an error now
     targets = layers_to_quantize(model, config)
-    devices = _device_map(model, config, targets, device_map, no_split_module_classes, max_memory)
+    devices, slots = _device_map(model, config, targets, device_map, no_split_module_classes, max_memory)
+    if slots is not None:
+        arguments.setdefault("slots", slots)  # those that the plan left room for
     places = _Places(devices, stand_in, offload_folder)
     if weights_location is None:
         weights = _weights_of_model(model, config, targets, places)
@@ -152,19 +154,19 @@ def _device_map(
     device_map: Mapping[str, Device] | str | None,
     no_split: Iterable[str] | None,
     max_memory: Mapping[Device, int | str] | None,
-) -> dict[str, Device]:
-    """The map that is asked for, checked; by name, planned with the sizes that the weights will have."""
+) -> tuple[dict[str, Device], int | None]:
+    """The map that is asked for, checked; by name, planned with the sizes that the weights will have. And its slots."""
     if device_map is None:
         device_map = {"": 0 if torch.cuda.is_available() else "cpu"}
     if not isinstance(device_map, str):
         check_device_map(model, device_map)
-        return {name: read_device(device) for name, device in device_map.items()}
+        return {name: read_device(device) for name, device in device_map.items()}, None
     if device_map not in STRATEGIES:
         raise ValueError(f"unknown device_map {device_map!r}: expected a dict or one of {', '.join(STRATEGIES)}")
     spec = spec_from_module(model)
     fp32 = config.keep_in_fp32_modules or ()
     floats = [name for name, (tensor, _) in spec.tensors.items() if is_floating(tensor.dtype)]
-    return place(
+    plan = place(
         spec,
         get_max_memory(max_memory),
         device_map,
@@ -173,7 +175,8 @@ def _device_map(
         keep=[name for name, module in spec.root.walk() if module.linear and f"{name}.weight" not in targets],
         special_dtypes={name: "float32" for name in floats if is_named(name, fp32)},
         no_split=no_split,
-    ).device_map
+    )
+    return plan.device_map, plan.slots or None
 
 
 class _Places:

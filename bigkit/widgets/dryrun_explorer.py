@@ -181,7 +181,7 @@ class DryRunExplorer(Explorer):
         if why := obstacle(run, self._here, plan.offloaded):
             raise ValueError(f"{run.model} cannot be measured: {why}")
         empty = zoo.empty_model(run.model, dtype=plan.dtype)
-        self._measured[key] = measure(empty, plan.device_map, run.load)
+        self._measured[key] = measure(empty, plan.device_map, run.load, plan.slots or 2)
         self.refresh()
         return self._measured[key]
 
