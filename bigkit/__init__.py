@@ -24,16 +24,16 @@ _HOMES = {  # module -> the public names in it
     "maps.advise": "Advice",
     "maps.device_map": "check_device_map compute_module_sizes find_tied_parameters get_balanced_memory get_max_memory "
     "infer_auto_device_map",
-    "maps.plan": "Plan",
-    "maps.strategies": "PlanError",
+    "maps.plan": "Plan PlanError",
     "measure.calibrate": "calibrate",
     "measure.record": "Recorder record",
     "meta.empty": "init_empty_weights init_on_device",
     "model.estimate": "MemoryEstimate",
     "model.precision": "Precision",
     "model.spec": "Layer ModelSpec",
-    "offload.dispatch": "cpu_offload disk_offload dispatch_model load_checkpoint_and_dispatch",
+    "offload.dispatch": "dispatch_model load_checkpoint_and_dispatch",
     "offload.hooks": "AlignDevicesHook ModelHook SequentialHook add_hook_to_module remove_hook_from_module",
+    "offload.one_place": "cpu_offload disk_offload",
     "offload.whole_model": "cpu_offload_with_hook",
     "quantize.load": "BnbQuantizationConfig load_and_quantize_model replace_with_bnb_layers",
     "units": "format_bytes parse_bytes",
@@ -63,16 +63,16 @@ if TYPE_CHECKING:
         get_max_memory,
         infer_auto_device_map,
     )
-    from .maps.plan import Plan
-    from .maps.strategies import PlanError
+    from .maps.plan import Plan, PlanError
     from .measure.calibrate import calibrate
     from .measure.record import Recorder, record
     from .meta.empty import init_empty_weights, init_on_device
     from .model.estimate import MemoryEstimate
     from .model.precision import Precision
     from .model.spec import Layer, ModelSpec
-    from .offload.dispatch import cpu_offload, disk_offload, dispatch_model, load_checkpoint_and_dispatch
+    from .offload.dispatch import dispatch_model, load_checkpoint_and_dispatch
     from .offload.hooks import AlignDevicesHook, ModelHook, SequentialHook, add_hook_to_module, remove_hook_from_module
+    from .offload.one_place import cpu_offload, disk_offload
     from .offload.whole_model import cpu_offload_with_hook
     from .quantize.load import BnbQuantizationConfig, load_and_quantize_model, replace_with_bnb_layers
     from .units import format_bytes, parse_bytes

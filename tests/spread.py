@@ -11,9 +11,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from bigkit.offload.dispatch import cpu_offload, disk_offload, dispatch_model
+from bigkit.offload.dispatch import dispatch_model
 from bigkit.offload.grouping import handles
 from bigkit.offload.handle import Away
+from bigkit.offload.one_place import cpu_offload, disk_offload
 
 STAND_IN = {0: "cpu", 1: "cpu"}  # GPUs that are the CPU, but with slots
 

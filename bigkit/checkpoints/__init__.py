@@ -26,7 +26,7 @@ tensor that is not on meta is the truth, and a range of a file counts only for t
 Read in this order:
 
 - `header.py`: the table of contents of one file, checked, without torch.
-- `format.py`: a checkpoint of several files, its index, a tensor of it; how a file is written.
+- `format.py`: a checkpoint, of one file or several (`index.py`), and a tensor of it. `write.py`: how a file is written.
 - `match.py`: which tensor of a checkpoint is which of a model, and the report of what does not match.
 - `load.py`: `load_checkpoint_in_model`; and `to_gpu.py`, from files to a GPU at full speed.
 - `resting.py`: which bytes of which file stand for a tensor that a model has on meta.

@@ -10,13 +10,11 @@ Formats: https://huggingface.co/docs/safetensors, and the index of Hugging Face 
 
 from __future__ import annotations
 
-import json
-import math
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
-from typing import Any, BinaryIO, NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,13 +23,14 @@ from ..units import listed
 from ._transformers import Made
 from .header import DTYPES, LONGEST_HEADER, parse_header
 from .header import CheckpointError as CheckpointError
+from .index import files_of_index
 
 # Tried in this order in a folder; the same as Transformers.
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLE, PICKLE_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 
 _DTYPES: dict[str, torch.dtype] = {name: getattr(torch, torch_name) for name, (torch_name, _) in DTYPES.items()}
-_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
 class Stored(NamedTuple):
@@ -82,7 +81,7 @@ class Checkpoint:
         target = _in_folder(path) if path.is_dir() else path
         if not target.exists():
             raise FileNotFoundError(f"there is no checkpoint at {target}")
-        names_of = _files_of_index(target) if target.suffix == ".json" else {target: None}
+        names_of = files_of_index(target) if target.suffix == ".json" else {target: None}
         if missing := [file.name for file in names_of if not file.is_file()]:
             raise CheckpointError(f"{target} names {listed(missing)}, which is not in its folder")
         checkpoint = Checkpoint(path, tuple(names_of))
@@ -196,87 +195,3 @@ def _in_folder(folder: Path) -> Path:
             raise CheckpointError(f"{folder} has several files and no index: {names}; name one of them")
     expected = f"{SINGLE}, {INDEX}, {PICKLE} or {PICKLE_INDEX}"
     raise FileNotFoundError(f"there is no checkpoint in {folder}: expected {expected}")
-
-
-def _files_of_index(index: Path) -> dict[Path, list[str] | None]:
-    """The files that an index names, each with the tensors that it says are in it."""
-    names_of: dict[str, list[str]] = {}
-    for name, file in read_index(index).items():
-        names_of.setdefault(file, []).append(name)
-    return {index.parent / file: names for file, names in names_of.items()}
-
-
-def read_index(path: Path) -> dict[str, str]:
-    """The index of a checkpoint: tensor name -> file name, all of them in the folder of the index.
-
-    Raises:
-        CheckpointError: it is no index, or names a file outside of its folder.
-    """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"the index {path} is no valid JSON: {error}") from error
-    weight_map = content.get("weight_map", content) if isinstance(content, dict) else None
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(f"the index {path} has no weight_map of tensor names to files")
-    checked: set[str] = set()
-    for name, file in weight_map.items():
-        if not isinstance(file, str) or file not in checked:
-            if fault := _fault(file):
-                raise CheckpointError(f"the index {path} puts {name!r} into {file!r}, {fault}")
-            checked.add(file)
-    return weight_map
-
-
-def _fault(file: Any) -> str:
-    """What is wrong with a file name in an index, if anything."""
-    if not isinstance(file, str) or not file or file[0] == "/" or ".." in PurePosixPath(file).parts:
-        return "which is no file in its folder"
-    if any(sign in file for sign in ("\\", "\0", ":")):
-        return "which is no file in its folder"
-    return "" if file.endswith((".safetensors", ".bin", ".pt", ".pth")) else "expected .safetensors or .bin"
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Writing
-
-
-class Form(NamedTuple):
-    """What a tensor is, without its data."""
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-
-
-def check_dtypes(forms: Mapping[str, Form]) -> None:
-    """Make sure that a safetensors file can hold tensors.
-
-    Raises:
-        ValueError: it has no name for a dtype.
-    """
-    if nameless := [name for name, form in forms.items() if form.dtype not in _NAMES]:
-        dtype = str(forms[nameless[0]].dtype).removeprefix("torch.")
-        raise ValueError(f"{listed(nameless)} is {dtype}, which safetensors files cannot hold: convert it first")
-
-
-def write_safetensors(file: BinaryIO, forms: Mapping[str, Form], read: Callable[[str], Tensor]) -> None:
-    """Write tensors into an empty file, one after another, so that no more than one is in memory.
-
-    Args:
-        file: where to.
-        forms: name -> shape and dtype, checked by `check_dtypes`; large elements are written first, else in this order.
-        read: name -> the tensor, on any device.
-    """
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # which Transformers asks for
-    end = 0
-    order = sorted(forms, key=lambda name: -forms[name].dtype.itemsize)  # so that each starts at a multiple of its own
-    for name in order:
-        shape, dtype = forms[name]
-        start, end = end, end + math.prod(shape) * dtype.itemsize
-        header[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]}
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    file.write(len(text).to_bytes(8, "little") + text)
-    for name in order:
-        plain = read(name).detach().to("cpu").resolve_conj().resolve_neg().contiguous()
-        file.write(plain.reshape(-1).view(torch.uint8).numpy().data)

@@ -21,10 +21,11 @@ from torch import Tensor, nn
 from ..devices import Device, placement
 from ..meta.skeleton import extra_tensors
 from ..units import dtype_name, listed
-from .format import Checkpoint, Form, Stored
+from .format import Checkpoint, Stored
 from .header import CheckpointError
 from .match import LoadReport, Slot, match
 from .resting import WrittenFile, record_resting_place, write_file
+from .write import Form
 
 
 def load_state_dict(

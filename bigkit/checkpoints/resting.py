@@ -20,7 +20,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, UntypedStorage
 
-from .format import Form, Stored, check_dtypes, read_header, write_safetensors
+from .format import Stored, read_header
+from .write import Form, check_dtypes, write_safetensors
 
 
 class RestingPlace(NamedTuple):

@@ -19,22 +19,13 @@ from torch import Tensor, nn
 
 from ..meta.skeleton import extra_tensors
 from ..units import format_bytes, listed
-from .format import (
-    INDEX,
-    PICKLE,
-    PICKLE_INDEX,
-    SINGLE,
-    Checkpoint,
-    Form,
-    Stored,
-    check_dtypes,
-    read_index,
-    write_safetensors,
-)
+from .format import INDEX, PICKLE, PICKLE_INDEX, SINGLE, Checkpoint, Stored
 from .header import CheckpointError
+from .index import read_index
 from .match import model_slots
 from .resting import RestingPlace, record_resting_place, resting_place
 from .shards import Cut, cut
+from .write import Form, check_dtypes, write_safetensors
 
 
 def save_model(

@@ -25,7 +25,7 @@ from ..devices import Device
 from ..machine.roofline import TYPICAL, Operation
 from ..model.spec import QUANTIZATIONS
 from ..offload.codec import CODECS, TensorCodec
-from ..offload.hooks import torch_device
+from ..offload.inputs import torch_device
 from ..quantize import bnb as packed
 from ..quantize.load import BnbQuantizationConfig, replace_with_bnb_layers
 from ..units import dtype_name

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ..devices import Device, placement
 from ..model.config import facts
-from ..offload.hooks import torch_device
+from ..offload.inputs import torch_device
 
 
 @dataclass(frozen=True)

@@ -26,8 +26,8 @@ from ..machine.ledger import Calibration, Ledger, machine_key
 from ..machine.roofline import Rates
 from ..model.spec import ModelSpec
 from ..units import dtype_bits, format_bytes, format_seconds, text_table
-from .plan import Plan
-from .strategies import PlanError, place
+from .plan import Plan, PlanError
+from .strategies import place
 
 STORED = (None, "int8", "nf4", "nf4-double")
 LOSS = {None: 0, "int8": 1, "nf4": 2, "fp4": 3, "nf4-double": 3, "fp4-double": 4}  # rank: how far from the 16-bit model

@@ -19,7 +19,8 @@ from ..devices import Device, prefixes, read_device
 from ..meta.skeleton import spec_from_module, tied_groups
 from ..model.spec import Precision, tensor_bytes
 from ..units import dtype_name
-from .strategies import place, read_budgets
+from .strategies import place
+from .task import read_budgets
 
 if TYPE_CHECKING:
     import torch

@@ -220,3 +220,17 @@ def _stretches(layers: Sequence[Placed], device: Device) -> str:
         previous = layer.device
     texts = [run[0] if len(run) == 1 else f"{run[0]} .. {run[-1]} ({len(run)} layers)" for run in runs[:4]]
     return ", ".join(texts) + (f" and {len(runs) - 4} more runs" if len(runs) > 4 else "")
+
+
+class PlanError(ValueError):
+    """No placement keeps every device within its budget. The message says by how much, and what would help.
+
+    `plan` is the placement that comes closest, `cure` the sentence that says what would help.
+    """
+
+    def __init__(self, plan: Plan, cure: str) -> None:
+        super().__init__(f"{plan.model} does not fit: {plan.problem}. {cure}")
+        self.plan, self.cure = plan, cure
+
+    def __reduce__(self) -> tuple[type[PlanError], tuple[Plan, str]]:
+        return type(self), (self.plan, self.cure)

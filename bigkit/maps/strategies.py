@@ -30,27 +30,13 @@ from ..machine.hardware import DISKS, LINKS
 from ..model.spec import ModelSpec, Precision
 from ..units import dtype_name, listed, parse_bytes
 from .partition import Chain, last_true, spread
-from .plan import Plan
+from .plan import Plan, PlanError
 from .reasons import cures
-from .task import SLOTS, Task
+from .task import SLOTS, Task, read_budgets
 
 STRATEGIES = ("auto", "balanced", "balanced_low_0", "sequential", "exact")
 ONE_SLOT = 0.9  # with a single slot copies wait for work: it must leave a tenth less to copy to be worth it
 DISK = LINKS["PCIe 4.0 x16"] / DISKS["NVMe, PCIe 3.0 x4"]  # reading a byte from disk takes as long as copying nine
-
-
-class PlanError(ValueError):
-    """No placement keeps every device within its budget. The message says by how much, and what would help.
-
-    `plan` is the placement that comes closest, `cure` the sentence that says what would help.
-    """
-
-    def __init__(self, plan: Plan, cure: str) -> None:
-        super().__init__(f"{plan.model} does not fit: {plan.problem}. {cure}")
-        self.plan, self.cure = plan, cure
-
-    def __reduce__(self) -> tuple[type[PlanError], tuple[Plan, str]]:
-        return type(self), (self.plan, self.cure)
 
 
 def place(
@@ -134,24 +120,6 @@ def place(
     if strict and not plan.feasible:
         raise PlanError(plan, cures(task, plan, _solve))
     return plan
-
-
-def read_budgets(max_memory: Mapping[Device, int | str]) -> dict[Device, int | None]:
-    """Budgets in bytes, devices in the order GPUs, "mps", "cpu", "disk"; a disk that is not named has no limit.
-
-    >>> read_budgets({"cpu": "1KB", 0: 10})
-    {0: 10, 'cpu': 1000, 'disk': None}
-    """
-    for device in max_memory:
-        gpu = isinstance(device, int) and not isinstance(device, bool) and device >= 0
-        if not gpu and device not in ("mps", "cpu", "disk"):
-            raise ValueError(f"unknown device {device!r} in max_memory: expected a GPU number, 'mps', 'cpu' or 'disk'")
-    gpus = sorted(device for device in max_memory if isinstance(device, int))
-    order: list[Device] = [*gpus, *(name for name in ("mps", "cpu") if name in max_memory)]
-    budgets: dict[Device, int | None] = {device: parse_bytes(max_memory[device]) for device in order}
-    if not any(budgets[device] for device in order if device != "cpu"):
-        budgets.setdefault("cpu", 0)  # it must run everything
-    return {**budgets, "disk": parse_bytes(max_memory["disk"]) if "disk" in max_memory else None}
 
 
 def _read_map(task: Task, device_map: Mapping[str, Device]) -> tuple[Task, list[Device]]:

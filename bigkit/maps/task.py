@@ -17,7 +17,7 @@ from typing import Any
 from ..devices import Device, device_label, prefixes
 from ..model.estimate import activation_bytes
 from ..model.spec import Attention, Layer, ModelSpec, Precision
-from ..units import dtype_bits, format_bytes
+from ..units import dtype_bits, format_bytes, parse_bytes
 from .partition import Chain, last_true
 from .plan import Placed, Plan, Share
 from .reasons import why
@@ -242,3 +242,21 @@ class Task:
             options=dict(self.options),
         )
         return replace(plan, shares=tuple(replace(share, why=why(plan, share)) for share in shares))
+
+
+def read_budgets(max_memory: Mapping[Device, int | str]) -> dict[Device, int | None]:
+    """Budgets in bytes, devices in the order GPUs, "mps", "cpu", "disk"; a disk that is not named has no limit.
+
+    >>> read_budgets({"cpu": "1KB", 0: 10})
+    {0: 10, 'cpu': 1000, 'disk': None}
+    """
+    for device in max_memory:
+        gpu = isinstance(device, int) and not isinstance(device, bool) and device >= 0
+        if not gpu and device not in ("mps", "cpu", "disk"):
+            raise ValueError(f"unknown device {device!r} in max_memory: expected a GPU number, 'mps', 'cpu' or 'disk'")
+    gpus = sorted(device for device in max_memory if isinstance(device, int))
+    order: list[Device] = [*gpus, *(name for name in ("mps", "cpu") if name in max_memory)]
+    budgets: dict[Device, int | None] = {device: parse_bytes(max_memory[device]) for device in order}
+    if not any(budgets[device] for device in order if device != "cpu"):
+        budgets.setdefault("cpu", 0)  # it must run everything
+    return {**budgets, "disk": parse_bytes(max_memory["disk"]) if "disk" in max_memory else None}

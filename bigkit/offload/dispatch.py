@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from ..checkpoints.load import load_checkpoint_in_model
-from ..devices import Device, read_device
+from ..devices import Device
 from ..maps.device_map import check_device_map, get_max_memory
 from ..maps.plan import Plan
 from ..maps.strategies import STRATEGIES, place
@@ -34,8 +34,9 @@ from .grouping import Layout, has_forward, put, records, with_residents
 from .hooks import AlignDevicesHook, add_hook_to_module, drop_hooks, hooks_in
 from .inputs import torch_device
 from .mapped import PageLane
+from .options import names_of, read_options
 from .placing import Origins, make_units
-from .stream import Streamer, is_real_cuda
+from .stream import Streamer
 from .weights import Unit
 
 
@@ -97,66 +98,23 @@ def dispatch_model(
     if isinstance(device_map, Plan):
         slots = device_map.slots or slots
         device_map = device_map.device_map
-    layout = _read_options(
+    layout = read_options(
         device_map, main_device, slots, resident_memory, ram_cache, stand_in, skip_keys, preload_module_classes
     )
     check_device_map(model, device_map)
     origins = Origins.of(state_dict, offload_index, offload_dir)
     if set(layout.places.values()) == {layout.main} and not force_hooks:
         return _whole(model, layout, origins)
-    classes = _names(preload_module_classes)
+    classes = names_of(preload_module_classes)
     if budget := parse_bytes(resident_memory):
         layout = with_residents(model, layout, classes, budget)
     units = make_units(model, layout, origins, offload_buffers=offload_buffers, whole_classes=classes)
     streamer = _streamer(layout, units, slots, prefetch, ram_cache) if units else None
     _forget_earlier(model)
-    _attach(model, layout, units, streamer, _names(skip_keys))
+    _attach(model, layout, units, streamer, names_of(skip_keys))
     model.hf_device_map = dict(layout.places)  # type: ignore[assignment]
     vars(model)["_apply"] = _refuse_to_move
     return model
-
-
-def _read_options(
-    device_map: Mapping[str, Device],
-    main_device: Device | torch.device | None = None,
-    slots: int = 2,
-    resident_memory: int | str = 0,
-    ram_cache: int | str | None = None,
-    stand_in: Mapping[Device, torch.device | str] | None = None,
-    skip_keys: str | Iterable[str] | None = None,
-    preload_module_classes: str | Iterable[str] | None = None,
-    **others: Any,
-) -> Layout:
-    """Check the options of `dispatch_model` before anything of the model changes; any value is right for the `others`.
-
-    Returns:
-        The map with its main device and stand-ins.
-    """
-    if not isinstance(device_map, Mapping):
-        raise ValueError(f"device_map must map module names to devices, not {device_map!r}; bigkit.plan makes one")
-    if not isinstance(slots, int) or isinstance(slots, bool) or slots < 1:
-        raise ValueError(f"slots must be a number of blocks, at least 1, not {slots!r}")
-    parse_bytes(resident_memory)
-    parse_bytes(ram_cache or 0)
-    _names(skip_keys)
-    _names(preload_module_classes)
-    places = {name: read_device(device) for name, device in device_map.items()}
-    gpus = [device for device in places.values() if device not in ("cpu", "disk")]
-    main = (gpus or ["cpu"])[0] if main_device is None else read_device(main_device)
-    if main == "disk":
-        raise ValueError("main_device must be where weights work, a GPU or 'cpu', not 'disk'")
-    stands = {read_device(given): torch_device(device) for given, device in (stand_in or {}).items()}
-    layout = Layout(places, main, stands)
-    for device in {layout.device(working) for working in (*gpus, main)}:
-        if is_real_cuda(device):
-            torch.cuda.get_device_properties(device)  # an error if there is no such GPU
-    return layout
-
-
-def _names(given: str | Iterable[str] | None) -> tuple[str, ...]:
-    if not isinstance(given, Iterable | None):
-        raise ValueError(f"expected a name or several, not {given!r}")
-    return (given,) if isinstance(given, str) else tuple(given or ())
 
 
 def _streamer(layout: Layout, units: list[Unit], slots: int, prefetch: bool, ram_cache: int | str | None) -> Streamer:
@@ -227,10 +185,6 @@ def _refuse_to_move(*args: Any, **kwargs: Any) -> nn.Module:
     )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The short ways
-
-
 def load_checkpoint_and_dispatch(
     model: nn.Module,
     checkpoint: str | os.PathLike[str],
@@ -289,7 +243,7 @@ def load_checkpoint_and_dispatch(
         **options,
     )
     inspect.signature(dispatch_model).bind(model, {}, **dispatching)  # options are checked before weights are loaded
-    _read_options({}, **dispatching)
+    read_options({}, **dispatching)
     if isinstance(device_map, str):
         if device_map not in STRATEGIES:
             raise ValueError(f"unknown device_map {device_map!r}: expected a map or one of {', '.join(STRATEGIES)}")
@@ -308,7 +262,7 @@ def load_checkpoint_and_dispatch(
         device_map = device_map.device_map
     loading = None
     if device_map is not None:
-        layout = _read_options(device_map, **dispatching)
+        layout = read_options(device_map, **dispatching)
         check_device_map(model, device_map)
         loading = {name: "cpu" if device in layout.stand_in else device for name, device in layout.places.items()}
     report = load_checkpoint_in_model(
@@ -326,78 +280,3 @@ def load_checkpoint_and_dispatch(
     if report.missing and any(record.tensor.is_meta and record.name in report.missing for record in records(model)):
         raise ValueError(f"{checkpoint} does not fill {type(model).__name__}: {report}")
     return dispatch_model(model, device_map, **dispatching)
-
-
-def cpu_offload(
-    model: nn.Module,
-    execution_device: torch.device | Device | None = None,
-    offload_buffers: bool = False,
-    state_dict: Mapping[str, Tensor] | None = None,
-    preload_module_classes: Iterable[str] | None = None,
-    **options: Any,
-) -> nn.Module:
-    """Keep a model's weights in RAM and bring each block to a device for its forward.
-
-    Args:
-        model: the model.
-        execution_device: where it works; None takes the device of its first parameter.
-        state_dict: name -> tensor, for weights that the model has on meta.
-        offload_buffers, preload_module_classes, options: see `dispatch_model`.
-
-    >>> model = cpu_offload(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), 0, stand_in={0: "cpu"})
-    >>> model[0].weight
-    <0.weight: 2 x 2 torch.float32, rests in RAM, works on cpu>
-    >>> model(torch.ones(1, 2)).shape
-    torch.Size([1, 2])
-    """
-    device = _execution_device(model, execution_device)
-    return dispatch_model(
-        model,
-        {"": "cpu"},
-        device,
-        state_dict,
-        offload_buffers=offload_buffers,
-        preload_module_classes=preload_module_classes,
-        **{"force_hooks": True, **options},
-    )
-
-
-def disk_offload(
-    model: nn.Module,
-    offload_dir: str | os.PathLike[str],
-    execution_device: torch.device | Device | None = None,
-    offload_buffers: bool = False,
-    preload_module_classes: Iterable[str] | None = None,
-    **options: Any,
-) -> nn.Module:
-    """Keep a model's weights on disk and bring each block to a device for its forward.
-
-    Args:
-        model: the model. Weights that `load_checkpoint_in_model` left on "disk" stay in the files of their checkpoint.
-        offload_dir: where the others are written; the files go with the model.
-        execution_device: where it works; None takes the device of its first parameter.
-        offload_buffers, preload_module_classes, options: see `dispatch_model`.
-
-    >>> import tempfile
-    >>> with tempfile.TemporaryDirectory() as folder:
-    ...     model = disk_offload(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), folder)
-    ...     model(torch.ones(1, 2)).shape
-    torch.Size([1, 2])
-    """
-    device = _execution_device(model, execution_device)
-    return dispatch_model(
-        model,
-        {"": "disk"},
-        device,
-        offload_dir=offload_dir,
-        offload_buffers=offload_buffers,
-        preload_module_classes=preload_module_classes,
-        **options,
-    )
-
-
-def _execution_device(model: nn.Module, given: torch.device | Device | None) -> Device:
-    if given is not None:
-        return read_device(given)
-    first = next(model.parameters(), None)
-    return "cpu" if first is None or first.is_meta else read_device(first.device)

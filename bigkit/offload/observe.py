@@ -20,11 +20,11 @@ from torch.utils.hooks import RemovableHandle
 
 from ..devices import Device, placement, prefixes, read_device
 from ..machine.streams import Schedule, Turn, schedule
+from .events import Event
 from .grouping import block_classes, has_forward, joined
 from .handle import Away
 from .hooks import AlignDevicesHook, hooks_in
 from .inputs import torch_device
-from .stream import Event
 from .weights import Unit
 
 

@@ -20,8 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..checkpoints.format import Checkpoint, Form, Stored
+from ..checkpoints.format import Checkpoint, Stored
 from ..checkpoints.resting import resting_place, write_file
+from ..checkpoints.write import Form
 from ..devices import Device
 from ..meta.empty import twin
 from ..units import listed

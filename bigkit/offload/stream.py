@@ -33,32 +33,13 @@ from torch import Tensor
 from ..checkpoints.ring import Slab
 from ..maps.partition import spread
 from ._torch import detect_fake_mode, held_by_this_thread, mark_lent, storage_id
+from .events import Event
 from .handle import Away, refuse_copy
 from .inference_only import end_guards, enter_guard, refuse_gradient
 from .mapped import PageLane, pages_ahead
 from .sites import Site
 from .transfer import CudaLane, PlainLane, Slot
 from .weights import Unit, Weight
-
-
-class Event(NamedTuple):
-    """What a streamer tells its listeners.
-
-    Args:
-        kind: "fetch" (the unit's bytes begin to move), "work" (its forward begins) or "return" (its forward has ended).
-        unit: the unit's name.
-        nbytes: bytes that move; 0 unless `kind` is "fetch".
-        rests: where the unit's weights rest, "cpu" or "disk".
-        device: the device on which the unit works.
-        slot: the slot's number; -1 unless `kind` is "fetch".
-    """
-
-    kind: str
-    unit: str
-    nbytes: int
-    rests: str
-    device: str
-    slot: int
 
 
 class Views(NamedTuple):

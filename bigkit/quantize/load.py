@@ -22,10 +22,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..checkpoints.format import Checkpoint, CheckpointError, Form
+from ..checkpoints.format import Checkpoint, CheckpointError
 from ..checkpoints.load import load_checkpoint_in_model, read_tensors, stream_tensors
 from ..checkpoints.match import match
 from ..checkpoints.resting import record_resting_place, write_file
+from ..checkpoints.write import Form
 from ..devices import Device, placement, read_device
 from ..maps.device_map import check_device_map, get_max_memory
 from ..maps.strategies import STRATEGIES, place

@@ -15,8 +15,9 @@ from ..api import Source
 from ..devices import Device
 from ..draw.plan import plan_figure, plan_text, plan_verdict
 from ..machine.hardware import HARDWARE, Hardware
-from ..maps.plan import Plan
-from ..maps.strategies import STRATEGIES, PlanError, place, read_budgets
+from ..maps.plan import Plan, PlanError
+from ..maps.strategies import STRATEGIES, place
+from ..maps.task import read_budgets
 from ..model.spec import QUANTIZATIONS
 from ..units import GiB, MiB, parse_bytes
 from ._controls import chosen_dtype, dtype_menu, field, menu, token_slider

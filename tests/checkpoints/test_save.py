@@ -12,9 +12,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from bigkit import disk_offload
-from bigkit.checkpoints.format import INDEX, PICKLE, PICKLE_INDEX, SINGLE, Checkpoint, write_safetensors
+from bigkit.checkpoints.format import INDEX, PICKLE, PICKLE_INDEX, SINGLE, Checkpoint
 from bigkit.checkpoints.load import load_checkpoint_in_model, load_state_dict
 from bigkit.checkpoints.save import save_model
+from bigkit.checkpoints.write import write_safetensors
 from tests.checkpoints.nets import Net, empty, same
 
 

@@ -23,8 +23,8 @@ from torch import nn
 from bigkit import dispatch_model
 from bigkit.machine.streams import CHUNK, RING, Schedule, Turn, schedule
 from bigkit.offload import transfer as lanes
+from bigkit.offload.events import Event
 from bigkit.offload.observe import observe
-from bigkit.offload.stream import Event
 
 RESTS = st.sampled_from([0, "cpu", "cpu", "disk"])
 

@@ -10,9 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bigkit.devices import collapse, read_device
-from bigkit.maps.plan import Plan
-from bigkit.maps.strategies import SLOTS, STRATEGIES, PlanError, read_budgets
+from bigkit.maps.plan import Plan, PlanError
+from bigkit.maps.strategies import SLOTS, STRATEGIES
 from bigkit.maps.strategies import place as plan
+from bigkit.maps.task import read_budgets
 from bigkit.model.spec import Attention, ModelSpec, ModuleSpec, Precision, TensorSpec
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -12,8 +12,8 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
-from bigkit.offload.dispatch import cpu_offload
 from bigkit.offload.handle import AwayParameter
+from bigkit.offload.one_place import cpu_offload
 from tests.spread import STAND_IN, Net, check_at_rest, same, spread_ways
 
 X = torch.randn(3, 8, generator=torch.Generator().manual_seed(0))

@@ -17,7 +17,6 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn.utils.rnn import PackedSequence, pack_sequence
 
-from bigkit.offload.dispatch import cpu_offload, disk_offload
 from bigkit.offload.hooks import (
     AlignDevicesHook,
     ModelHook,
@@ -27,6 +26,7 @@ from bigkit.offload.hooks import (
     remove_hook_from_module,
 )
 from bigkit.offload.inputs import find_device, send_to_device, torch_device
+from bigkit.offload.one_place import cpu_offload, disk_offload
 from tests.spread import STAND_IN, Net, check_at_rest, same, spread, spread_ways
 
 X = torch.randn(3, 8, generator=torch.Generator().manual_seed(0))

@@ -16,8 +16,9 @@ from torch.nn import functional as F
 from bigkit import init_empty_weights
 from bigkit.checkpoints.save import save_model
 from bigkit.maps.partition import spread
-from bigkit.offload.dispatch import cpu_offload, disk_offload, dispatch_model, load_checkpoint_and_dispatch
+from bigkit.offload.dispatch import dispatch_model, load_checkpoint_and_dispatch
 from bigkit.offload.grouping import handles
+from bigkit.offload.one_place import cpu_offload, disk_offload
 from tests.spread import STAND_IN, Block, Net, check_at_rest, same, spread_ways
 from tests.spread import spread as spread_by
 

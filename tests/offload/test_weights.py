@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import nn
 
-from bigkit.checkpoints.format import Form, read_header
+from bigkit.checkpoints.format import read_header
 from bigkit.checkpoints.resting import write_file
 from bigkit.checkpoints.ring import Slab
+from bigkit.checkpoints.write import Form
 from bigkit.offload.source import Source
 from bigkit.offload.weights import ALIGN, Part, Unit, Weight, part_of, rest_in_ram
 

@@ -1,0 +1,51 @@
+"""The index of a checkpoint of several files: which tensor is in which file, every claim checked.
+
+Leaves out: the files themselves (`format.py`). Format: `weight_map` of Hugging Face Transformers.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from .header import CheckpointError as CheckpointError
+
+
+def files_of_index(index: Path) -> dict[Path, list[str] | None]:
+    """The files that an index names, each with the tensors that it says are in it."""
+    names_of: dict[str, list[str]] = {}
+    for name, file in read_index(index).items():
+        names_of.setdefault(file, []).append(name)
+    return {index.parent / file: names for file, names in names_of.items()}
+
+
+def read_index(path: Path) -> dict[str, str]:
+    """The index of a checkpoint: tensor name -> file name, all of them in the folder of the index.
+
+    Raises:
+        CheckpointError: it is no index, or names a file outside of its folder.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"the index {path} is no valid JSON: {error}") from error
+    weight_map = content.get("weight_map", content) if isinstance(content, dict) else None
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"the index {path} has no weight_map of tensor names to files")
+    checked: set[str] = set()
+    for name, file in weight_map.items():
+        if not isinstance(file, str) or file not in checked:
+            if fault := _fault(file):
+                raise CheckpointError(f"the index {path} puts {name!r} into {file!r}, {fault}")
+            checked.add(file)
+    return weight_map
+
+
+def _fault(file: Any) -> str:
+    """What is wrong with a file name in an index, if anything."""
+    if not isinstance(file, str) or not file or file[0] == "/" or ".." in PurePosixPath(file).parts:
+        return "which is no file in its folder"
+    if any(sign in file for sign in ("\\", "\0", ":")):
+        return "which is no file in its folder"
+    return "" if file.endswith((".safetensors", ".bin", ".pt", ".pth")) else "expected .safetensors or .bin"

@@ -1,0 +1,60 @@
+"""The options of a dispatch, read and checked before anything of the model changes.
+
+Leaves out: the device map against the model (`maps/device_map.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+
+from ..devices import Device, read_device
+from ..units import parse_bytes
+from .grouping import Layout
+from .inputs import torch_device
+from .stream import is_real_cuda
+
+
+def read_options(
+    device_map: Mapping[str, Device],
+    main_device: Device | torch.device | None = None,
+    slots: int = 2,
+    resident_memory: int | str = 0,
+    ram_cache: int | str | None = None,
+    stand_in: Mapping[Device, torch.device | str] | None = None,
+    skip_keys: str | Iterable[str] | None = None,
+    preload_module_classes: str | Iterable[str] | None = None,
+    **others: Any,
+) -> Layout:
+    """Check the options of `dispatch_model` before anything of the model changes; any value is right for the `others`.
+
+    Returns:
+        The map with its main device and stand-ins.
+    """
+    if not isinstance(device_map, Mapping):
+        raise ValueError(f"device_map must map module names to devices, not {device_map!r}; bigkit.plan makes one")
+    if not isinstance(slots, int) or isinstance(slots, bool) or slots < 1:
+        raise ValueError(f"slots must be a number of blocks, at least 1, not {slots!r}")
+    parse_bytes(resident_memory)
+    parse_bytes(ram_cache or 0)
+    names_of(skip_keys)
+    names_of(preload_module_classes)
+    places = {name: read_device(device) for name, device in device_map.items()}
+    gpus = [device for device in places.values() if device not in ("cpu", "disk")]
+    main = (gpus or ["cpu"])[0] if main_device is None else read_device(main_device)
+    if main == "disk":
+        raise ValueError("main_device must be where weights work, a GPU or 'cpu', not 'disk'")
+    stands = {read_device(given): torch_device(device) for given, device in (stand_in or {}).items()}
+    layout = Layout(places, main, stands)
+    for device in {layout.device(working) for working in (*gpus, main)}:
+        if is_real_cuda(device):
+            torch.cuda.get_device_properties(device)  # an error if there is no such GPU
+    return layout
+
+
+def names_of(given: str | Iterable[str] | None) -> tuple[str, ...]:
+    if not isinstance(given, Iterable | None):
+        raise ValueError(f"expected a name or several, not {given!r}")
+    return (given,) if isinstance(given, str) else tuple(given or ())
