@@ -113,6 +113,7 @@ class Slab:
             self.pinned = False
 
 
+@torch.inference_mode(False)  # who writes there may be in another mode than the forward that first asked for it
 def _anonymous(nbytes: int, huge: bool) -> Tensor:
     """RAM of its own as a tensor of shape (nbytes,), uint8."""
     if detect_fake_mode() is not None:

@@ -161,3 +161,11 @@ def test_slabs_of_a_dry_run_take_no_memory():
     with FakeTensorMode():
         assert isinstance(Slab(2**40, pin=True).bytes, FakeTensor)
     assert type(Slab(10).bytes) is torch.Tensor
+
+
+def test_a_ring_made_in_inference_mode_is_filled_in_every_mode():
+    """Slots are first asked for by a forward, and filled by threads that know nothing of its mode."""
+    with torch.inference_mode():
+        slab = Slab(64)
+    slab.bytes.copy_(torch.arange(64, dtype=torch.uint8))
+    assert slab.bytes[3] == 3 and not slab.bytes.is_inference()
