@@ -72,11 +72,12 @@ class Checkpoint:
 
         Args:
             path: a `.safetensors` or `.bin` file, an index (`*.json`, with `weight_map` or bare), or a folder, in which
-                safetensors come before pickles.
+                safetensors come before pickles, and an index may have any name if there is one only (`*.index.json`).
 
         Raises:
             FileNotFoundError: there is no checkpoint.
-            CheckpointError: a file or index is broken; nothing of it was used.
+            CheckpointError: a file or index is broken, or is a git-lfs pointer or a web page in a file's place; nothing
+                of it was used.
         """
         path = Path(path)
         target = _in_folder(path) if path.is_dir() else path
@@ -117,17 +118,18 @@ class Checkpoint:
             return self.stored[name].shape, self.stored[name].dtype
         if name in self.made:
             return self.made[name].shape, self.made[name].dtype
-        tensor = self.read(name)
+        tensor = self.unpickle(self.pickled[name])[name]
         return tuple(tensor.shape), tensor.dtype
 
     def read(self, name: str) -> Tensor:
-        """One tensor on the CPU, its pages those of the file: read when touched, shared, copied when written to.
+        """One tensor on the CPU: of a safetensors file its pages, which are read when touched, shared, and copied when
+        written to; of a `.bin` file, which programs write anew in place, a copy.
 
         Raises:
             KeyError: the checkpoint has no such tensor.
         """
         if name in self.pickled:
-            return self.unpickle(self.pickled[name])[name]
+            return self.unpickle(self.pickled[name])[name].clone()  # trainers write such files anew, in place
         if name in self.made:
             return self.made[name].make({part: self.read(part) for part in self.made[name].sources})
         where = self.stored[name]
@@ -150,10 +152,14 @@ class Checkpoint:
             self.unpickle(file)[new] = self.unpickle(file).pop(old)
 
     def unpickle(self, file: Path) -> dict[str, Tensor]:
-        """The tensors of a `.bin` file; nothing in it is ever executed."""
+        """The tensors of a `.bin` file, one of before PyTorch 1.6 too; nothing in it is ever executed."""
         if file not in self._pickles:
-            try:
-                content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+            with open(file, "rb") as stream:
+                start = stream.read(256)
+            if fault := _no_weights(start):
+                raise CheckpointError(f"{file} {fault}")
+            try:  # before PyTorch 1.6 files were no zip archives, and such files cannot be mapped
+                content = torch.load(file, map_location="cpu", weights_only=True, mmap=start[:4] == b"PK\3\4")
             except Exception as error:  # every broken pickle fails in its own way
                 reason = str(error).split("\n")[0]
                 raise CheckpointError(f"{file} is no file of tensors that can be loaded safely: {reason}") from error
@@ -171,6 +177,9 @@ def read_header(file: Path) -> dict[str, Stored]:
     """
     with open(file, "rb") as stream:
         size = os.fstat(stream.fileno()).st_size
+        if fault := _no_weights(stream.read(256)):
+            raise CheckpointError(f"{file} {fault}")
+        stream.seek(0)
         length = int.from_bytes(stream.read(8), "little")
         if size < 8 or not 2 <= length <= min(LONGEST_HEADER, size - 8):
             raise CheckpointError(f"{file} is no complete safetensors file: {size} bytes, header announced {length}")
@@ -182,16 +191,30 @@ def read_header(file: Path) -> dict[str, Stored]:
     }
 
 
+def _no_weights(start: bytes) -> str:
+    """What a file is instead of weights, by its first bytes, and what to do; "" if it may hold weights."""
+    text = start.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+    if not start:
+        return "is empty: download it again"
+    if text.startswith(b"version https://git-lfs"):
+        return "is a git-lfs pointer, not the file itself: run `git lfs pull` in its folder, or download it again"
+    if text.startswith((b"<!doctype", b"<html", b"<?xml")):
+        return "is a web page, not the file itself: download it again, from an address of the file"
+    return ""
+
+
 def _in_folder(folder: Path) -> Path:
     """The file of a folder that a reader starts with."""
     for name in (SINGLE, INDEX, PICKLE, PICKLE_INDEX):
         if (folder / name).exists():
             return folder / name
-    for pattern in ("*.safetensors.index.json", "*.safetensors", "*.bin.index.json", "*.bin"):
+    for pattern in ("*.safetensors.index.json", "*.safetensors", "*.bin.index.json", "*.index.json", "*.bin"):
         files = sorted(folder.glob(pattern))
         if len(files) == 1:
             return files[0]
         if files:
+            if len(indexes := list(folder.glob("*.index.json"))) == 1:
+                return indexes[0]
             names = listed(file.name for file in files)
             raise CheckpointError(f"{folder} has several files and no index: {names}; name one of them")
     expected = f"{SINGLE}, {INDEX}, {PICKLE} or {PICKLE_INDEX}"
@@ -212,8 +235,11 @@ def read_index(path: Path) -> dict[str, str]:
     Raises:
         CheckpointError: it is no index, or names a file outside of its folder.
     """
+    text = path.read_bytes()
+    if fault := _no_weights(text[:256]):
+        raise CheckpointError(f"the index {path} {fault}")
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(text.decode())
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"the index {path} is no valid JSON: {error}") from error
     weight_map = content.get("weight_map", content) if isinstance(content, dict) else None

@@ -70,13 +70,15 @@ def load_checkpoint_in_model(
     """Load a checkpoint into a model that is empty (on meta) or not.
 
     Nothing changes before everything has been checked and read: on an error the model is as it was. On the CPU a tensor
-    of the right dtype is not copied: the model uses the pages of the file.
+    of the right dtype is not copied from a safetensors file: the model uses the pages of the file, so replace such a
+    file by a new one (as `save_model` does), never in place. What a `.bin` file holds is copied, and the file is free.
 
     Args:
         model: the model.
         checkpoint: a file, an index or a folder.
-        device_map: module name -> device, covering the model. What it puts on "disk" is on meta in the model and is
-            found in the report's `on_disk`. None puts each tensor where the model has it (meta: on the CPU).
+        device_map: module name -> device, covering the model. What it puts on "disk" is on meta in the model
+            afterwards, and is found in the report's `on_disk`. None puts each tensor
+            where the model has it (meta: on the CPU).
         offload_folder: where tensors for "disk" are written that no file of the checkpoint holds as they are needed (of
             another dtype, or in a `.bin` file). The file goes with the model.
         dtype: floating tensors become this; all others, and with None these too, become what the model has: an integer
