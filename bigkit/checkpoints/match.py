@@ -114,6 +114,24 @@ def model_slots(model: nn.Module) -> list[Slot]:
     return list(slots.values())
 
 
+_WRAPPED = {"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"}  # attributes of torch's wrappers
+
+
+def plain_name(model: nn.Module, name: str) -> str:
+    """What a tensor is called without the modules that only wrap another one: compiled, checkpointed, in parallel.
+
+    >>> plain_name(nn.DataParallel(nn.Linear(2, 2)), "module.weight")
+    'weight'
+    """
+    parts, module = [], model
+    for part in name.split("."):
+        parallel = isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel))
+        if not (part in _WRAPPED or parallel and part == "module"):
+            parts.append(part)
+        module = getattr(module, "_modules", {}).get(part)
+    return ".".join(parts)
+
+
 def match(model: nn.Module, source: Checkpoint) -> tuple[list[Slot], LoadReport]:
     """Find each tensor of a model in a checkpoint, and say what does not match. Reads no tensor.
 
@@ -121,6 +139,9 @@ def match(model: nn.Module, source: Checkpoint) -> tuple[list[Slot], LoadReport]
     """
     slots = model_slots(model)
     if not _find(slots, source):
+        wrapped = {plain_name(model, name): name for slot in slots for name in slot.names}
+        for plain in (name for name in wrapped if name in source and wrapped[name] != name):
+            source.rename(plain, wrapped[plain])
         tensors = {name: slot.tensor for slot in slots for name in slot.names}
         renamed, source.made = conversions(model, tensors, source, source.shape_and_dtype)
         for old, new in renamed.items():
