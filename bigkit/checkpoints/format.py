@@ -30,6 +30,8 @@ from .header import CheckpointError as CheckpointError
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLE, PICKLE_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 
+ASIDE = "\0"  # ends the names of tensors that are set aside
+
 _DTYPES: dict[str, torch.dtype] = {name: getattr(torch, torch_name) for name, (torch_name, _) in DTYPES.items()}
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
@@ -55,6 +57,9 @@ class Checkpoint:
         pickled: tensor name -> its file (`.bin` only); the tensor is known once the file is unpickled.
         duplicates: names that more than one file holds; the index decides, or else the last file.
         made: name -> how the tensor is made from others, for the model that is loaded.
+        key: in `.bin` files, the key of the dict that holds the tensors ("state_dict", "a.b"); "" is the file's own.
+        nested: key -> names of the tensors that `.bin` files hold there.
+        metadata: module name -> what PyTorch noted of it in a `.bin` file: the version of its names.
     """
 
     path: Path
@@ -63,16 +68,21 @@ class Checkpoint:
     pickled: dict[str, Path] = field(default_factory=dict)
     duplicates: tuple[str, ...] = ()
     made: dict[str, Made] = field(default_factory=dict)
+    key: str = ""
+    nested: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    metadata: dict[str, dict[str, Any]] = field(default_factory=dict)
     _maps: dict[Path, torch.UntypedStorage] = field(default_factory=dict, repr=False)
     _pickles: dict[Path, dict[str, Tensor]] = field(default_factory=dict, repr=False)
 
     @staticmethod
-    def open(path: str | os.PathLike[str]) -> Checkpoint:
+    def open(path: str | os.PathLike[str], key: str = "", prefix: str = "") -> Checkpoint:
         """Read and check the headers of a checkpoint.
 
         Args:
             path: a `.safetensors` or `.bin` file, an index (`*.json`, with `weight_map` or bare), or a folder, in which
                 safetensors come before pickles, and an index may have any name if there is one only (`*.index.json`).
+            key: see `Checkpoint`.
+            prefix: what tensors are found without, if their names begin so ("module.").
 
         Raises:
             FileNotFoundError: there is no checkpoint.
@@ -86,7 +96,7 @@ class Checkpoint:
         names_of = _files_of_index(target) if target.suffix == ".json" else {target: None}
         if missing := [file.name for file in names_of if not file.is_file()]:
             raise CheckpointError(f"{target} names {listed(missing)}, which is not in its folder")
-        checkpoint = Checkpoint(path, tuple(names_of))
+        checkpoint = Checkpoint(path, tuple(names_of), key=key)
         seen: set[str] = set()
         duplicates: dict[str, None] = {}
         for file, names in names_of.items():
@@ -100,6 +110,11 @@ class Checkpoint:
                 content = {name: content[name] for name in names}
             (checkpoint.stored if safe else checkpoint.pickled).update(content)
         checkpoint.duplicates = tuple(duplicates)
+        for name in [name for name in checkpoint if prefix and name.startswith(prefix)]:
+            checkpoint.rename(name, name.removeprefix(prefix))
+        checkpoint.metadata = {
+            f"{name}.".removeprefix(prefix).rstrip("."): data for name, data in checkpoint.metadata.items()
+        }
         return checkpoint
 
     def __contains__(self, name: object) -> bool:
@@ -147,9 +162,19 @@ class Checkpoint:
         """Find a tensor under another name from now on."""
         if old in self.stored:
             self.stored[new] = self.stored.pop(old)
+        elif old in self.made:
+            self.made[new] = self.made.pop(old)
         else:
             self.pickled[new] = file = self.pickled.pop(old)
             self.unpickle(file)[new] = self.unpickle(file).pop(old)
+
+    def set_aside(self, name: str) -> str:
+        """Give a tensor a name that no model has: others are made of it, or it is not wanted. Returns that name."""
+        aside = name + ASIDE
+        while aside in self:
+            aside += ASIDE
+        self.rename(name, aside)
+        return aside
 
     def unpickle(self, file: Path) -> dict[str, Tensor]:
         """The tensors of a `.bin` file, one of before PyTorch 1.6 too; nothing in it is ever executed."""
@@ -165,7 +190,12 @@ class Checkpoint:
                 raise CheckpointError(f"{file} is no file of tensors that can be loaded safely: {reason}") from error
             if not isinstance(content, dict) or not all(isinstance(name, str) for name in content):
                 raise CheckpointError(f"{file} holds a {type(content).__name__}, expected a dict of tensors by name")
-            self._pickles[file] = {name: value for name, value in content.items() if isinstance(value, Tensor)}
+            dicts = dict(_by_key(content))
+            self.nested |= {key: tuple(_tensors(inner)) for key, inner in dicts.items() if key}
+            if self.key not in dicts:
+                raise CheckpointError(f"{file} has no tensors under {self.key!r}, but under {listed(self.nested)}")
+            self._pickles[file] = _tensors(dicts[self.key])
+            self.metadata |= getattr(dicts[self.key], "_metadata", {})
         return self._pickles[file]
 
 
@@ -189,6 +219,19 @@ def read_header(file: Path) -> dict[str, Stored]:
         name: Stored(file, offset, nbytes, _DTYPES[dtype], shape)
         for name, (offset, nbytes, dtype, shape) in entries.items()
     }
+
+
+def _by_key(content: dict[str, Any], key: str = "", depth: int = 3) -> Iterator[tuple[str, dict[str, Any]]]:
+    """A dict, and dicts in it that hold tensors, each with the key that leads there."""
+    if not key or _tensors(content):
+        yield key, content
+    for name, value in content.items():
+        if depth and isinstance(value, dict) and all(isinstance(inner, str) for inner in value):
+            yield from _by_key(value, f"{key}.{name}" if key else name, depth - 1)
+
+
+def _tensors(content: dict[str, Any]) -> dict[str, Tensor]:
+    return {name: value for name, value in content.items() if isinstance(value, Tensor)}
 
 
 def _no_weights(start: bytes) -> str:
