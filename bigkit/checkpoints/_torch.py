@@ -52,7 +52,8 @@ def run_post_hooks(model: nn.Module, missing: list[str], unexpected: list[str]) 
 
 
 def extra_states(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Name -> module, for those that take a state beside their tensors. `_extra_state`, 2.11 to 2.15."""
+    """Name -> module, for those that give and take a state beside their tensors. `_extra_state`, 2.11 to 2.15."""
     for name, module in model.named_modules():
-        if type(module).set_extra_state is not nn.Module.set_extra_state:
+        own, plain = type(module), nn.Module
+        if own.set_extra_state is not plain.set_extra_state and own.get_extra_state is not plain.get_extra_state:
             yield f"{name}._extra_state" if name else "_extra_state", module

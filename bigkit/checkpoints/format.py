@@ -160,6 +160,7 @@ class Checkpoint:
 
     def rename(self, old: str, new: str) -> None:
         """Find a tensor under another name from now on."""
+        self.made.pop(new, None)
         if old in self.stored:
             self.stored[new] = self.stored.pop(old)
         elif old in self.made:

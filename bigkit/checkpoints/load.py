@@ -286,7 +286,7 @@ def stream_tensors(source: Checkpoint, names: Iterable[str], device: torch.devic
         for name, where in sorted(stored.items(), key=lambda item: (str(item[1].file), item[1].offset)):
             yield name, _private(where).to(device)
     for name in names:
-        if name in source.pickled:
+        if name in source.pickled or name in source.made:
             yield name, source.read(name).to(device)
 
 

@@ -121,6 +121,7 @@ def model_slots(model: nn.Module) -> list[Slot]:
 
 
 _WRAPPED = {"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"}  # attributes of torch's wrappers
+_PARALLEL = (nn.DataParallel, nn.parallel.DistributedDataParallel)  # their attribute is "module"
 
 
 def plain_name(model: nn.Module, name: str) -> str:
@@ -131,11 +132,14 @@ def plain_name(model: nn.Module, name: str) -> str:
     """
     parts, module = [], model
     for part in name.split("."):
-        parallel = isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel))
-        if not (part in _WRAPPED or parallel and part == "module"):
+        if not (part in _WRAPPED or part == "module" and isinstance(module, _PARALLEL)):
             parts.append(part)
         module = getattr(module, "_modules", {}).get(part)
     return ".".join(parts)
+
+
+def _has_wrappers(model: nn.Module) -> bool:
+    return any(isinstance(module, _PARALLEL) or _WRAPPED & module._modules.keys() for module in model.modules())
 
 
 def match(model: nn.Module, source: Checkpoint) -> tuple[list[Slot], LoadReport]:
@@ -144,11 +148,12 @@ def match(model: nn.Module, source: Checkpoint) -> tuple[list[Slot], LoadReport]
     Where Transformers would rename tensors or make them of others, the checkpoint has them so afterwards.
     """
     slots = model_slots(model)
+    wrapped = {plain_name(model, name): name for slot in slots for name in slot.names} if _has_wrappers(model) else {}
+    for plain, name in wrapped.items():
+        if plain in source and name not in source:
+            source.rename(plain, name)
     migrate(model, source)
     if not _find(slots, source):
-        wrapped = {plain_name(model, name): name for slot in slots for name in slot.names}
-        for plain in (name for name in wrapped if name in source and wrapped[name] != name):
-            source.rename(plain, wrapped[plain])
         tensors = {name: slot.tensor for slot in slots for name in slot.names}
         renamed, made = conversions(model, tensors, source, source.shape_and_dtype)
         source.made |= made

@@ -31,6 +31,8 @@ def migrate(model: nn.Module, source: Checkpoint) -> None:
     for name, module in modules:
         prefix = name and name + "."
         before = {own: tensor for own, tensor in state.items() if own.startswith(prefix)}
+        if not before:  # nor has a default a place where the file has nothing
+            continue
         run = partial(load_own_way, module, prefix, source.metadata.get(name, {}))
         try:
             after = run(before)

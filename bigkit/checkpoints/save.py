@@ -11,6 +11,7 @@ import contextlib
 import os
 import re
 import tempfile
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 
 from ..meta.skeleton import extra_tensors
 from ..units import format_bytes, listed
+from ._torch import extra_states
 from .format import (
     INDEX,
     PICKLE,
@@ -45,7 +47,8 @@ def save_model(
 ) -> None:
     """Write a model's parameters and persistent buffers as a checkpoint that Hugging Face libraries read.
 
-    What modules add to their state dict on their own is written too: the scales of quantized weights. Names are those
+    What modules add to their state dict on their own is written too: the scales of quantized weights, and
+    extra state that is a tensor. Names are those
     of the plain model: without `module.` of a DataParallel, and without `_orig_mod.` of what `torch.compile` wraps.
 
     Shards are written under temporary names and brought to disk; then the index is put in place in one step. Whenever
@@ -122,6 +125,11 @@ def _to_save(
             name = f"{prefix}.{own}" if prefix else own
             if own in extra or name in saved:
                 tensors[plain_name(model, name)] = extra[own] if own in extra else saved[name]
+    for name, module in extra_states(model):
+        if isinstance(extra_state := module.get_extra_state(), Tensor):
+            tensors[plain_name(model, name)] = extra_state
+        else:
+            warnings.warn(f"{name!r} is a {type(extra_state).__name__}, no tensor, and is not saved", stacklevel=3)
     if empty := [name for name, tensor in tensors.items() if isinstance(tensor, Tensor) and tensor.is_meta]:
         raise ValueError(f"{listed(empty)} are on meta and have no data to save: load a checkpoint first")
     return tensors

@@ -6,8 +6,10 @@ from safetensors.torch import save_file
 from torch import nn
 
 from bigkit import load_checkpoint_and_dispatch
-from bigkit.checkpoints.format import PICKLE, SINGLE
-from bigkit.checkpoints.load import load_checkpoint_in_model
+from bigkit.checkpoints.format import PICKLE, SINGLE, Checkpoint
+from bigkit.checkpoints.load import load_checkpoint_in_model, stream_tensors
+from bigkit.checkpoints.match import match
+from bigkit.checkpoints.save import save_model
 
 
 class Fused(nn.Module):
@@ -167,3 +169,31 @@ def test_torch_has_what_loading_asks_for():
     for name in ("_load_state_dict_pre_hooks", "_load_state_dict_post_hooks"):
         assert hasattr(nn.Linear(1, 1), name), f"nn.Module.{name} {version}"
     assert "_extra_state" in Extra().state_dict(), f"the name _extra_state {version}"
+
+
+def test_extra_state_is_saved(tmp_path):
+    model, again = Extra(), Extra()
+    model.set_extra_state(torch.tensor([5.0, 6.0]))
+    save_model(model, tmp_path)
+    load_checkpoint_in_model(again, tmp_path, strict=True)
+    assert torch.equal(again.extra, model.extra)
+    model.extra = {"scale": 3}
+    with pytest.warns(UserWarning, match="'_extra_state' is a dict, no tensor, and is not saved"):
+        save_model(model, tmp_path)
+
+
+def test_the_counter_in_a_file_comes_before_a_default(tmp_path):
+    saved, model = nn.Sequential(nn.BatchNorm1d(3)), nn.DataParallel(nn.Sequential(nn.BatchNorm1d(3)))
+    saved[0].num_batches_tracked += 5
+    save_model(saved, tmp_path)
+    load_checkpoint_in_model(model, tmp_path, strict=True)
+    assert model.module[0].num_batches_tracked == 5
+
+
+def test_what_is_made_is_streamed_too(tmp_path):
+    save_file(qkv(""), tmp_path / SINGLE)
+    source = Checkpoint.open(tmp_path)
+    match(Fused(), source)
+    assert {name: tensor.shape for name, tensor in stream_tensors(source, ["qkv.weight"], torch.device("cpu"))} == {
+        "qkv.weight": (12, 4)
+    }
