@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -130,7 +131,8 @@ def plain_name(model: nn.Module, name: str) -> str:
     >>> plain_name(nn.DataParallel(nn.Linear(2, 2)), "module.weight")
     'weight'
     """
-    parts, module = [], model
+    parts: list[str] = []
+    module: Any = model
     for part in name.split("."):
         if not (part in _WRAPPED or part == "module" and isinstance(module, _PARALLEL)):
             parts.append(part)
