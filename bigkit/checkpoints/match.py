@@ -140,22 +140,17 @@ def plain_name(model: nn.Module, name: str) -> str:
     return ".".join(parts)
 
 
-def _has_wrappers(model: nn.Module) -> bool:
-    return any(isinstance(module, _PARALLEL) or _WRAPPED & module._modules.keys() for module in model.modules())
-
-
 def match(model: nn.Module, source: Checkpoint) -> tuple[list[Slot], LoadReport]:
     """Find each tensor of a model in a checkpoint, and say what does not match. Reads no tensor.
 
     Where Transformers would rename tensors or make them of others, the checkpoint has them so afterwards.
     """
     slots = model_slots(model)
-    wrapped = {plain_name(model, name): name for slot in slots for name in slot.names} if _has_wrappers(model) else {}
-    for plain, name in wrapped.items():
-        if plain in source and name not in source:
-            source.rename(plain, name)
-    migrate(model, source)
+    migrate(model, source)  # which some wrappers use to give the names that their parts have
     if not _find(slots, source):
+        for name in (name for slot in slots if not slot.source for name in slot.names):
+            if (plain := plain_name(model, name)) != name and plain in source:
+                source.rename(plain, name)
         tensors = {name: slot.tensor for slot in slots for name in slot.names}
         renamed, made = conversions(model, tensors, source, source.shape_and_dtype)
         source.made |= made
