@@ -27,6 +27,7 @@ Read in this order:
 
 - `header.py`: the table of contents of one file, checked, without torch.
 - `format.py`: a checkpoint, of one file or several (`index.py`), and a tensor of it. `write.py`: how a file is written.
+- `migrate.py`: what modules' own hooks make of names and tensors, as in `load_state_dict`.
 - `match.py`: which tensor of a checkpoint is which of a model, and the report of what does not match.
 - `load.py`: `load_checkpoint_in_model`; and `to_gpu.py`, from files to a GPU at full speed.
 - `resting.py`: which bytes of which file stand for a tensor that a model has on meta.

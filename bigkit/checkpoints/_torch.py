@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._utils import _unflatten_dense_tensors
+from torch.nn.modules.module import _IncompatibleKeys
 
 # -> the fake-tensor mode that is on (a dry run's), or None. `torch._guards`, 2.11 to 2.15.
 detect_fake_mode: Callable[[], Any] = torch._guards.detect_fake_mode
@@ -22,3 +23,37 @@ def cut_like(flat: Tensor, tensors: list[Tensor]) -> tuple[Tensor, ...]:
 def copy_all(targets: list[Tensor], sources: tuple[Tensor, ...]) -> None:
     """Copy many small tensors in few kernels, casts included. `torch._foreach_copy_`, 2.11 to 2.15."""
     torch._foreach_copy_(targets, sources)
+
+
+def loads_its_own_way(module: nn.Module) -> bool:
+    """Whether a module changes a state dict before it is loaded. `_load_state_dict_pre_hooks`, 2.11 to 2.15."""
+    own = type(module)._load_from_state_dict is not nn.Module._load_from_state_dict
+    return own or bool(module._load_state_dict_pre_hooks)
+
+
+def load_own_way(
+    module: nn.Module, prefix: str, metadata: Mapping[str, Any], state: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """What a module makes of a state dict; it keeps its own tensors. `_load_from_state_dict`, 2.11 to 2.15."""
+    state = {name: tensor for name, tensor in state.items() if name != f"{prefix}_extra_state"}
+    stand_in = object.__new__(type(module))
+    stand_in.__dict__ |= module.__dict__
+    stand_in.__dict__ |= {"_parameters": {**module._parameters}, "_buffers": {**module._buffers}}
+    options = {**metadata, "assign_to_params_buffers": True}  # nothing is copied
+    stand_in._load_from_state_dict(state, prefix, options, False, [], [], [])
+    return state
+
+
+def run_post_hooks(model: nn.Module, missing: list[str], unexpected: list[str]) -> None:
+    """What modules do after loading, parts first; they may take names from the lists. `_load_state_dict_post_hooks`."""
+    for module in reversed(list(model.modules())):
+        for hook in module._load_state_dict_post_hooks.values():
+            hook(module, _IncompatibleKeys(missing, unexpected))
+
+
+def extra_states(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Name -> module, for those that give and take a state beside their tensors. `_extra_state`, 2.11 to 2.15."""
+    for name, module in model.named_modules():
+        own, plain = type(module), nn.Module
+        if own.set_extra_state is not plain.set_extra_state and own.get_extra_state is not plain.get_extra_state:
+            yield f"{name}._extra_state" if name else "_extra_state", module

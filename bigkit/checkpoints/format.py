@@ -21,13 +21,15 @@ from torch import Tensor
 
 from ..units import listed
 from ._transformers import Made
-from .header import DTYPES, LONGEST_HEADER, parse_header
+from .header import DTYPES, LONGEST_HEADER, no_weights, parse_header
 from .header import CheckpointError as CheckpointError
 from .index import files_of_index
 
 # Tried in this order in a folder; the same as Transformers.
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLE, PICKLE_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
+
+ASIDE = "\0"  # ends the names of tensors that are set aside
 
 _DTYPES: dict[str, torch.dtype] = {name: getattr(torch, torch_name) for name, (torch_name, _) in DTYPES.items()}
 NAMES = {dtype: name for name, dtype in _DTYPES.items()}
@@ -54,6 +56,9 @@ class Checkpoint:
         pickled: tensor name -> its file (`.bin` only); the tensor is known once the file is unpickled.
         duplicates: names that more than one file holds; the index decides, or else the last file.
         made: name -> how the tensor is made from others, for the model that is loaded.
+        key: in `.bin` files, the key of the dict that holds the tensors ("state_dict", "a.b"); "" is the file's own.
+        nested: key -> names of the tensors that `.bin` files hold there.
+        metadata: module name -> what PyTorch noted of it in a `.bin` file: the version of its names.
     """
 
     path: Path
@@ -62,20 +67,26 @@ class Checkpoint:
     pickled: dict[str, Path] = field(default_factory=dict)
     duplicates: tuple[str, ...] = ()
     made: dict[str, Made] = field(default_factory=dict)
+    key: str = ""
+    nested: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    metadata: dict[str, dict[str, Any]] = field(default_factory=dict)
     _maps: dict[Path, torch.UntypedStorage] = field(default_factory=dict, repr=False)
     _pickles: dict[Path, dict[str, Tensor]] = field(default_factory=dict, repr=False)
 
     @staticmethod
-    def open(path: str | os.PathLike[str]) -> Checkpoint:
+    def open(path: str | os.PathLike[str], key: str = "", prefix: str = "") -> Checkpoint:
         """Read and check the headers of a checkpoint.
 
         Args:
             path: a `.safetensors` or `.bin` file, an index (`*.json`, with `weight_map` or bare), or a folder, in which
-                safetensors come before pickles.
+                safetensors come before pickles, and an index may have any name if there is one only (`*.index.json`).
+            key: see `Checkpoint`.
+            prefix: what tensors are found without, if their names begin so ("module.").
 
         Raises:
             FileNotFoundError: there is no checkpoint.
-            CheckpointError: a file or index is broken; nothing of it was used.
+            CheckpointError: a file or index is broken, or is a git-lfs pointer or a web page in a file's place; nothing
+                of it was used.
         """
         path = Path(path)
         target = _in_folder(path) if path.is_dir() else path
@@ -84,7 +95,7 @@ class Checkpoint:
         names_of = files_of_index(target) if target.suffix == ".json" else {target: None}
         if missing := [file.name for file in names_of if not file.is_file()]:
             raise CheckpointError(f"{target} names {listed(missing)}, which is not in its folder")
-        checkpoint = Checkpoint(path, tuple(names_of))
+        checkpoint = Checkpoint(path, tuple(names_of), key=key)
         seen: set[str] = set()
         duplicates: dict[str, None] = {}
         for file, names in names_of.items():
@@ -98,6 +109,11 @@ class Checkpoint:
                 content = {name: content[name] for name in names}
             (checkpoint.stored if safe else checkpoint.pickled).update(content)
         checkpoint.duplicates = tuple(duplicates)
+        for name in [name for name in checkpoint if prefix and name.startswith(prefix)]:
+            checkpoint.rename(name, name.removeprefix(prefix))
+        checkpoint.metadata = {
+            f"{name}.".removeprefix(prefix).rstrip("."): data for name, data in checkpoint.metadata.items()
+        }
         return checkpoint
 
     def __contains__(self, name: object) -> bool:
@@ -116,17 +132,18 @@ class Checkpoint:
             return self.stored[name].shape, self.stored[name].dtype
         if name in self.made:
             return self.made[name].shape, self.made[name].dtype
-        tensor = self.read(name)
+        tensor = self.unpickle(self.pickled[name])[name]
         return tuple(tensor.shape), tensor.dtype
 
     def read(self, name: str) -> Tensor:
-        """One tensor on the CPU, its pages those of the file: read when touched, shared, copied when written to.
+        """One tensor on the CPU: of a safetensors file its pages, which are read when touched, shared, and copied when
+        written to; of a `.bin` file, which programs write anew in place, a copy.
 
         Raises:
             KeyError: the checkpoint has no such tensor.
         """
         if name in self.pickled:
-            return self.unpickle(self.pickled[name])[name]
+            return self.unpickle(self.pickled[name])[name].clone()  # trainers write such files anew, in place
         if name in self.made:
             return self.made[name].make({part: self.read(part) for part in self.made[name].sources})
         where = self.stored[name]
@@ -142,23 +159,43 @@ class Checkpoint:
 
     def rename(self, old: str, new: str) -> None:
         """Find a tensor under another name from now on."""
+        self.made.pop(new, None)
         if old in self.stored:
             self.stored[new] = self.stored.pop(old)
+        elif old in self.made:
+            self.made[new] = self.made.pop(old)
         else:
             self.pickled[new] = file = self.pickled.pop(old)
             self.unpickle(file)[new] = self.unpickle(file).pop(old)
 
+    def set_aside(self, name: str) -> str:
+        """Give a tensor a name that no model has: others are made of it, or it is not wanted. Returns that name."""
+        aside = name + ASIDE
+        while aside in self:
+            aside += ASIDE
+        self.rename(name, aside)
+        return aside
+
     def unpickle(self, file: Path) -> dict[str, Tensor]:
-        """The tensors of a `.bin` file; nothing in it is ever executed."""
+        """The tensors of a `.bin` file, one of before PyTorch 1.6 too; nothing in it is ever executed."""
         if file not in self._pickles:
-            try:
-                content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+            with open(file, "rb") as stream:
+                start = stream.read(256)
+            if fault := no_weights(start):
+                raise CheckpointError(f"{file} {fault}")
+            try:  # before PyTorch 1.6 files were no zip archives, and such files cannot be mapped
+                content = torch.load(file, map_location="cpu", weights_only=True, mmap=start[:4] == b"PK\3\4")
             except Exception as error:  # every broken pickle fails in its own way
                 reason = str(error).split("\n")[0]
                 raise CheckpointError(f"{file} is no file of tensors that can be loaded safely: {reason}") from error
             if not isinstance(content, dict) or not all(isinstance(name, str) for name in content):
                 raise CheckpointError(f"{file} holds a {type(content).__name__}, expected a dict of tensors by name")
-            self._pickles[file] = {name: value for name, value in content.items() if isinstance(value, Tensor)}
+            dicts = dict(_by_key(content))
+            self.nested |= {key: tuple(_tensors(inner)) for key, inner in dicts.items() if key}
+            if self.key not in dicts:
+                raise CheckpointError(f"{file} has no tensors under {self.key!r}, but under {listed(self.nested)}")
+            self._pickles[file] = _tensors(dicts[self.key])
+            self.metadata |= getattr(dicts[self.key], "_metadata", {})
         return self._pickles[file]
 
 
@@ -170,6 +207,9 @@ def read_header(file: Path) -> dict[str, Stored]:
     """
     with open(file, "rb") as stream:
         size = os.fstat(stream.fileno()).st_size
+        if fault := no_weights(stream.read(256)):
+            raise CheckpointError(f"{file} {fault}")
+        stream.seek(0)
         length = int.from_bytes(stream.read(8), "little")
         if size < 8 or not 2 <= length <= min(LONGEST_HEADER, size - 8):
             raise CheckpointError(f"{file} is no complete safetensors file: {size} bytes, header announced {length}")
@@ -181,16 +221,31 @@ def read_header(file: Path) -> dict[str, Stored]:
     }
 
 
+def _by_key(content: dict[str, Any], key: str = "", depth: int = 3) -> Iterator[tuple[str, dict[str, Any]]]:
+    """A dict, and dicts in it that hold tensors, each with the key that leads there."""
+    if not key or _tensors(content):
+        yield key, content
+    for name, value in content.items():
+        if depth and isinstance(value, dict) and all(isinstance(inner, str) for inner in value):
+            yield from _by_key(value, f"{key}.{name}" if key else name, depth - 1)
+
+
+def _tensors(content: dict[str, Any]) -> dict[str, Tensor]:
+    return {name: value for name, value in content.items() if isinstance(value, Tensor)}
+
+
 def _in_folder(folder: Path) -> Path:
     """The file of a folder that a reader starts with."""
     for name in (SINGLE, INDEX, PICKLE, PICKLE_INDEX):
         if (folder / name).exists():
             return folder / name
-    for pattern in ("*.safetensors.index.json", "*.safetensors", "*.bin.index.json", "*.bin"):
+    for pattern in ("*.safetensors.index.json", "*.safetensors", "*.bin.index.json", "*.index.json", "*.bin"):
         files = sorted(folder.glob(pattern))
         if len(files) == 1:
             return files[0]
         if files:
+            if len(indexes := list(folder.glob("*.index.json"))) == 1:
+                return indexes[0]
             names = listed(file.name for file in files)
             raise CheckpointError(f"{folder} has several files and no index: {names}; name one of them")
     expected = f"{SINGLE}, {INDEX}, {PICKLE} or {PICKLE_INDEX}"

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import math
+import reprlib
 from operator import itemgetter
 from typing import Any, NamedTuple
 
@@ -58,7 +59,8 @@ def parse_header(text: bytes, start: int, size: int, file: object) -> dict[str, 
         file: what errors call it.
 
     Raises:
-        CheckpointError: the header is wrong, or the file is not as long as it says; names the file and the tensor.
+        CheckpointError: the header is wrong, the file is not as long as it says, or a shape has more than 64 sizes or
+            2**62 elements or more; names the file and the tensor.
 
     >>> parse_header(b'{"w": {"dtype": "F16", "shape": [2], "data_offsets": [0, 4]}}', 68, 72, "a.safetensors")
     {'w': Entry(offset=68, nbytes=4, dtype='F16', shape=(2,))}
@@ -93,7 +95,7 @@ def _entry(start: int, size: int, fields: Any) -> Entry | None:
     try:
         itemsize, shape, (first, last) = DTYPES[fields["dtype"]][1], fields["shape"], fields["data_offsets"]
         if len(fields) == 3 and _sizes(shape) and _sizes(fields["data_offsets"]) and first <= last <= size - start:
-            if last - first == math.prod(shape) * itemsize:
+            if not _too_large(shape) and last - first == math.prod(shape) * itemsize:
                 return Entry(start + first, last - first, fields["dtype"], tuple(shape))
     except (KeyError, TypeError, ValueError):
         pass
@@ -106,11 +108,13 @@ def _fault(room: int, fields: Any) -> str:
         return "has no dtype, shape and data_offsets, or more than these"
     dtype, shape, offsets = str(fields["dtype"]), fields["shape"], fields["data_offsets"]
     if dtype not in DTYPES:
-        return f"has the dtype {fields['dtype']!r}, expected one of {', '.join(DTYPES)}"
+        return f"has the dtype {reprlib.repr(fields['dtype'])}, expected one of {', '.join(DTYPES)}"
     if not _sizes(shape):
-        return f"has the shape {shape!r}, expected a list of sizes"
+        return f"has the shape {reprlib.repr(shape)}, expected a list of sizes"
+    if _too_large(shape):
+        return f"has the shape {reprlib.repr(shape)}, expected at most 64 sizes and fewer than 2**62 elements"
     if not _sizes(offsets) or len(offsets) != 2:
-        return f"has the byte range {offsets!r}, expected two offsets"
+        return f"has the byte range {reprlib.repr(offsets)}, expected two offsets"
     first, last = offsets
     if not first <= last <= room:
         return f"claims the bytes {first} to {last}, but the file has {room} (is it truncated?)"
@@ -127,8 +131,25 @@ def _sizes(value: Any) -> bool:
     return True
 
 
+def _too_large(shape: list[int]) -> bool:
+    """Whether a shape is more than any tensor has; a product of very many sizes would take minutes."""
+    return len(shape) > 64 or math.prod(size or 1 for size in shape) >= 2**62
+
+
 def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     fields = dict(pairs)
     if len(fields) != len(pairs):
         raise ValueError("a key appears twice")
     return fields
+
+
+def no_weights(start: bytes) -> str:
+    """What a file is instead of weights, by its first bytes, and what to do; "" if it may hold weights."""
+    text = start.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+    if not start:
+        return "is empty: download it again"
+    if text.startswith(b"version https://git-lfs"):
+        return "is a git-lfs pointer, not the file itself: run `git lfs pull` in its folder, or download it again"
+    if text.startswith((b"<!doctype", b"<html", b"<?xml")):
+        return "is a web page, not the file itself: download it again, from an address of the file"
+    return ""

@@ -10,6 +10,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from .header import CheckpointError as CheckpointError
+from .header import no_weights
 
 
 def files_of_index(index: Path) -> dict[Path, list[str] | None]:
@@ -26,8 +27,11 @@ def read_index(path: Path) -> dict[str, str]:
     Raises:
         CheckpointError: it is no index, or names a file outside of its folder.
     """
+    text = path.read_bytes()
+    if fault := no_weights(text[:256]):
+        raise CheckpointError(f"the index {path} {fault}")
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(text.decode())
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"the index {path} is no valid JSON: {error}") from error
     weight_map = content.get("weight_map", content) if isinstance(content, dict) else None

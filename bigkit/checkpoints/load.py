@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import os
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from ..devices import Device, placement
 from ..meta.skeleton import extra_tensors
 from ..units import dtype_name, listed
+from ._torch import extra_states, run_post_hooks
 from .format import Checkpoint, Stored
 from .header import CheckpointError
 from .match import LoadReport, Slot, match
@@ -29,7 +31,10 @@ from .write import Form
 
 
 def load_state_dict(
-    checkpoint_file: str | os.PathLike[str], device_map: Mapping[str, Device] | None = None
+    checkpoint_file: str | os.PathLike[str],
+    device_map: Mapping[str, Device] | None = None,
+    key: str = "",
+    prefix: str = "",
 ) -> dict[str, Tensor]:
     """The tensors of a checkpoint, on the CPU or where a device map puts them.
 
@@ -37,6 +42,7 @@ def load_state_dict(
         checkpoint_file: a file, an index, or a folder.
         device_map: module name -> device; tensors that it leaves on "disk" or does not name stay on the CPU, mapped
             from the file.
+        key, prefix: see `load_checkpoint_in_model`.
 
     Raises:
         FileNotFoundError, CheckpointError: there is none, or it is broken.
@@ -48,7 +54,7 @@ def load_state_dict(
     ...     load_state_dict(folder)["weight"].shape
     torch.Size([3, 2])
     """
-    checkpoint = Checkpoint.open(checkpoint_file)
+    checkpoint = Checkpoint.open(checkpoint_file, key, prefix)
     device_of = placement(device_map)
     places: dict[Device | torch.device, dict[str, torch.dtype | None]] = {}
     for name in checkpoint:
@@ -67,17 +73,24 @@ def load_checkpoint_in_model(
     offload_buffers: bool = False,
     keep_in_fp32_modules: Iterable[str] | None = None,
     strict: bool = False,
+    key: str = "",
+    prefix: str = "",
 ) -> LoadReport:
-    """Load a checkpoint into a model that is empty (on meta) or not.
+    """Load a checkpoint into a model that is empty (on meta) or not; a warning names all that does not match.
 
     Nothing changes before everything has been checked and read: on an error the model is as it was. On the CPU a tensor
-    of the right dtype is not copied: the model uses the pages of the file.
+    of the right dtype is not copied from a safetensors file: the model uses the pages of the file, so replace such a
+    file by a new one (as `save_model` does), never in place. What a `.bin` file holds is copied, and the file is free.
+
+    Modules do what they do in `load_state_dict`: hooks, older names, extra state that is a tensor. Hooks that run after
+    loading find on meta what rests on disk.
 
     Args:
         model: the model.
         checkpoint: a file, an index or a folder.
-        device_map: module name -> device, covering the model. What it puts on "disk" is on meta in the model and is
-            found in the report's `on_disk`. None puts each tensor where the model has it (meta: on the CPU).
+        device_map: module name -> device, covering the model. What it puts on "disk" is on meta in the model
+            afterwards, and is found in the report's `on_disk`. None puts each tensor
+            where the model has it (meta: on the CPU).
         offload_folder: where tensors for "disk" are written that no file of the checkpoint holds as they are needed (of
             another dtype, or in a `.bin` file). The file goes with the model.
         dtype: floating tensors become this; all others, and with None these too, become what the model has: an integer
@@ -86,7 +99,10 @@ def load_checkpoint_in_model(
         offload_buffers: whether buffers of modules on "disk" rest there too; else they are loaded to the CPU.
         keep_in_fp32_modules: whole parts of module names ("lm_head", "h.0") whose weights stay float32 when `dtype` is
             float16 or bfloat16.
-        strict: raise if anything does not match.
+        strict: raise if anything does not match, instead of a warning.
+        key: where in a `.bin` or `.pt` file of a trainer the weights are: `"state_dict"`, `"model"`, or `"a.b"` for the
+            dict `b` in the dict `a`. The warning names the one that fits.
+        prefix: what names of the checkpoint begin with and names of the model do not, as "module.".
 
     Returns:
         What did not match, and what rests on disk.
@@ -106,30 +122,65 @@ def load_checkpoint_in_model(
     """
     if quantized := [name for name, module in model.named_modules() if extra_tensors(module)]:
         raise ValueError(f"{listed(quantized)} is quantized: load_and_quantize_model fills an empty model")
+    with _collector_paused():
+        report = load_matching(
+            model,
+            Checkpoint.open(checkpoint, key, prefix),
+            device_map,
+            offload_folder,
+            dtype,
+            offload_buffers,
+            keep_in_fp32_modules,
+            strict,
+        )
+    if not report.clean:
+        unlike = len(report.mismatched) + len(report.wrong_dtype)
+        counts = f"{len(report.missing)} tensors missing, {len(report.unexpected)} unknown, {unlike} of another kind"
+        text = (
+            f"{checkpoint} does not fit {type(model).__name__}; what does not match is not loaded ({counts}): {report}"
+        )
+        warnings.warn(text, stacklevel=2)
+    return report
+
+
+def load_matching(
+    model: nn.Module,
+    source: Checkpoint,
+    device_map: Mapping[str, Device] | None = None,
+    offload_folder: str | os.PathLike[str] | None = None,
+    dtype: torch.dtype | str | None = None,
+    offload_buffers: bool = False,
+    keep_in_fp32_modules: Iterable[str] | None = None,
+    strict: bool = False,
+) -> LoadReport:
+    """Load what matches of an open checkpoint, and report the rest. See `load_checkpoint_in_model`."""
     floats = None if dtype is None else getattr(torch, dtype_name(dtype))
     fp32 = {*(keep_in_fp32_modules or ())} if floats in (torch.float16, torch.bfloat16) else set()
-    with _collector_paused():
-        source = Checkpoint.open(checkpoint)
-        slots, report = match(model, source)
-        if strict and not report.clean:
-            raise CheckpointError(f"{source.path} does not fit {type(model).__name__}: {report}")
-        unfit = {name for name, *_ in (*report.mismatched, *report.wrong_dtype)}
-        slots = [slot for slot in slots if slot.source is not None and slot.name not in unfit]
-        places: dict[Device | torch.device, dict[str, torch.dtype | None]] = {}
-        for slot, place in _placed(slots, device_map, offload_buffers):
-            places.setdefault(place, {})[str(slot.source)] = _dtype(slot, floats, fp32)
-        stored, written = _rest(source, places.pop("disk", {}), offload_folder)
-        values = read_tensors(source, places)
-        on_disk: dict[str, Stored] = {}
-        for slot in slots:
-            if slot.source in values:
-                slot.fill(values[slot.source])
-            elif slot.source in stored:
-                on_disk[slot.name] = where = stored[slot.source]
-                empty = torch.empty(where.shape, dtype=where.dtype, device="meta")
-                slot.fill(empty)
-                record_resting_place(empty, {"": where}, written if written and where.file == written.path else None)
-    return replace(report, on_disk=on_disk)
+    slots, report = match(model, source)
+    if strict and not report.clean:
+        raise CheckpointError(f"{source.path} does not fit {type(model).__name__}: {report}")
+    unfit = {name for name, *_ in (*report.mismatched, *report.wrong_dtype)}
+    slots = [slot for slot in slots if slot.source is not None and slot.name not in unfit]
+    places: dict[Device | torch.device, dict[str, torch.dtype | None]] = {}
+    for slot, place in _placed(slots, device_map, offload_buffers):
+        places.setdefault(place, {})[str(slot.source)] = _dtype(slot, floats, fp32)
+    stored, written = _rest(source, places.pop("disk", {}), offload_folder)
+    values = read_tensors(source, places)
+    on_disk: dict[str, Stored] = {}
+    for slot in slots:
+        if slot.source in values:
+            slot.fill(values[slot.source])
+        elif slot.source in stored:
+            on_disk[slot.name] = where = stored[slot.source]
+            empty = torch.empty(where.shape, dtype=where.dtype, device="meta")
+            slot.fill(empty)
+            record_resting_place(empty, {"": where}, written if written and where.file == written.path else None)
+    for name, module in extra_states(model):
+        if name in source:
+            module.set_extra_state(source.read(name))
+    missing, unexpected = [*report.missing], [*report.unexpected]
+    run_post_hooks(model, missing, unexpected)
+    return replace(report, on_disk=on_disk, missing=tuple(missing), unexpected=tuple(unexpected))
 
 
 def _placed(
@@ -216,7 +267,7 @@ def read_tensors(
             for name, made in source.made.items():
                 if name in dtypes and source.stored.keys() >= {*made.sources}:
                     parts = read_to_gpu({part: source.stored[part] for part in made.sources}, device)
-                    values[name] = made.make(parts).to(dtype=dtypes[name])
+                    values[name] = made.make(parts).to(device=device, dtype=dtypes[name])
         for name in (name for name in dtypes if name not in values):
             values[name] = source.read(name).to(device=device, dtype=dtypes[name])
     return values
@@ -236,7 +287,7 @@ def stream_tensors(source: Checkpoint, names: Iterable[str], device: torch.devic
         for name, where in sorted(stored.items(), key=lambda item: (str(item[1].file), item[1].offset)):
             yield name, _private(where).to(device)
     for name in names:
-        if name in source.pickled:
+        if name in source.pickled or name in source.made:
             yield name, source.read(name).to(device)
 
 

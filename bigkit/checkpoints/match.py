@@ -8,8 +8,10 @@ Leaves out: reading and placing the tensors (`load.py`).
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,8 +19,10 @@ from torch import Tensor, nn
 from ..meta.empty import twin
 from ..meta.skeleton import tied
 from ..units import dtype_name, listed
-from ._transformers import conversions, ignored_names
-from .format import Checkpoint, Stored
+from ._torch import extra_states
+from ._transformers import Made, conversions, ignored_names
+from .format import ASIDE, Checkpoint, Stored
+from .migrate import migrate
 
 _SCALES = ("_scale", "_scale_inv", ".scale")  # names of scales end so; a tensor of one byte that has one is quantized
 
@@ -34,6 +38,7 @@ class LoadReport:
         wrong_dtype: (name, dtype in the checkpoint, dtype in the model) where no cast is right: between integers,
             floating and complex numbers, or from a float8 whose scales the model does not know.
         duplicates: names that several files of the checkpoint hold.
+        advice: which `key` or `prefix` would find tensors that are missing, or into which part of the model they fit.
         on_disk: tensor name -> where it rests, for what a device map leaves on disk; the model has it on meta.
     """
 
@@ -42,6 +47,7 @@ class LoadReport:
     mismatched: tuple[tuple[str, tuple[int, ...], tuple[int, ...]], ...] = ()
     wrong_dtype: tuple[tuple[str, str, str], ...] = ()
     duplicates: tuple[str, ...] = ()
+    advice: str = ""
     on_disk: Mapping[str, Stored] = field(default_factory=dict)
 
     @property
@@ -63,6 +69,7 @@ class LoadReport:
             parts += [f"wrong {what}: {', '.join(shown)}{more}"] if records else []
         if self.duplicates:
             parts.append(f"in more than one file: {listed(self.duplicates)}")
+        parts += [self.advice] if self.advice else []
         return "; ".join(parts) or "everything matches"
 
 
@@ -114,19 +121,53 @@ def model_slots(model: nn.Module) -> list[Slot]:
     return list(slots.values())
 
 
+_WRAPPED = {"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"}  # attributes of torch's wrappers
+_PARALLEL = (nn.DataParallel, nn.parallel.DistributedDataParallel)  # their attribute is "module"
+
+
+def plain_name(model: nn.Module, name: str) -> str:
+    """What a tensor is called without the modules that only wrap another one: compiled, checkpointed, in parallel.
+
+    >>> plain_name(nn.DataParallel(nn.Linear(2, 2)), "module.weight")
+    'weight'
+    """
+    parts: list[str] = []
+    module: Any = model
+    for part in name.split("."):
+        if not (part in _WRAPPED or part == "module" and isinstance(module, _PARALLEL)):
+            parts.append(part)
+        module = getattr(module, "_modules", {}).get(part)
+    return ".".join(parts)
+
+
 def match(model: nn.Module, source: Checkpoint) -> tuple[list[Slot], LoadReport]:
     """Find each tensor of a model in a checkpoint, and say what does not match. Reads no tensor.
 
     Where Transformers would rename tensors or make them of others, the checkpoint has them so afterwards.
     """
     slots = model_slots(model)
+    migrate(model, source)  # which some wrappers use to give the names that their parts have
     if not _find(slots, source):
+        for name in (name for slot in slots if not slot.source for name in slot.names):
+            if (plain := plain_name(model, name)) != name and plain in source:
+                source.rename(plain, name)
         tensors = {name: slot.tensor for slot in slots for name in slot.names}
-        renamed, source.made = conversions(model, tensors, source, source.shape_and_dtype)
+        renamed, made = conversions(model, tensors, source, source.shape_and_dtype)
+        source.made |= made
         for old, new in renamed.items():
             source.rename(old, new)
         _find(slots, source)
+    for slot in slots:
+        if slot.source and not slot.tensor.shape and len(source.shape_and_dtype(slot.source)[0]) == 1:
+            _make_scalar(slot.source, source)
     return slots, _compare(model, source, slots)
+
+
+def _make_scalar(name: str, source: Checkpoint) -> None:
+    """Take the number out of a vector, as which PyTorch before 0.4 saved it."""
+    dtype = source.shape_and_dtype(name)[1]
+    aside = source.set_aside(name)
+    source.made[name] = Made(name, (), dtype, (aside,), lambda tensors: {name: tensors[aside][0]})
 
 
 def _find(slots: list[Slot], source: Checkpoint) -> bool:
@@ -148,15 +189,38 @@ def _compare(model: nn.Module, source: Checkpoint, slots: list[Slot]) -> LoadRep
             wrong_dtype.append((slot.name, dtype_name(dtype), dtype_name(slot.tensor.dtype)))
     expected = {name for slot in slots for name in slot.names}
     expected.update(part for name in expected & source.made.keys() for part in source.made[name].sources)
-    missing = (slot.name for slot in slots if slot.source is None)
-    unexpected = (name for name in source if name not in expected)
+    missing = _without_ignored((slot.name for slot in slots if slot.source is None), model, "missing")
+    expected.update(name for name, _ in extra_states(model))
+    unexpected = (name for name in source if name not in expected and not name.endswith(ASIDE))
     return LoadReport(
-        missing=_without_ignored(missing, model, "missing"),
+        missing=missing,
         unexpected=_without_ignored(unexpected, model, "unexpected"),
         mismatched=tuple(mismatched),
         wrong_dtype=tuple(wrong_dtype),
         duplicates=source.duplicates,
+        advice=_advice(missing, source),
     )
+
+
+def _advice(missing: tuple[str, ...], source: Checkpoint) -> str:
+    """Where missing tensors may be: under a key of a file or a prefix, or in a file for one part of the model."""
+    texts: Counter[str] = Counter()
+    for key, names in {source.key: tuple(source), **source.nested}.items() if missing else ():
+        at_key = f"key={key!r}" if key else ""
+        for prefix, count in _prefixes(names, {*missing}).items():
+            texts[", ".join(filter(None, (at_key, f"prefix={prefix!r}" if prefix else "")))] += count
+        for prefix, count in _prefixes(missing, {*names}).items():
+            if prefix:
+                texts[f"{at_key} and loading into the model's part {prefix[:-1]!r}".removeprefix(" and ")] += count
+    for text, count in texts.most_common(1):
+        return f"{text} would find {count} of the {len(missing)} that are missing"
+    return ""
+
+
+def _prefixes(names: Iterable[str], others: set[str]) -> Counter[str]:
+    """Prefix -> how many of the names are, without it, among the others."""
+    found = (name[:i] for name in names for i in range(len(name)) if i == 0 or name[i - 1] == "." if name[i:] in others)
+    return Counter(found)
 
 
 def _castable(source: Checkpoint, name: str, dtype: torch.dtype, wanted: torch.dtype) -> bool:

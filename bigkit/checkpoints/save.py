@@ -11,6 +11,7 @@ import contextlib
 import os
 import re
 import tempfile
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -19,12 +20,13 @@ from torch import Tensor, nn
 
 from ..meta.skeleton import extra_tensors
 from ..units import format_bytes, listed
+from ._torch import extra_states
 from .format import INDEX, PICKLE, PICKLE_INDEX, SINGLE, Checkpoint, Stored
 from .header import CheckpointError
 from .index import read_index
-from .match import model_slots
+from .match import model_slots, plain_name
 from .resting import RestingPlace, record_resting_place, resting_place
-from .shards import Cut, cut
+from .shards import Cut, cut, read_limit
 from .write import Form, check_dtypes, write_safetensors
 
 
@@ -36,10 +38,13 @@ def save_model(
 ) -> None:
     """Write a model's parameters and persistent buffers as a checkpoint that Hugging Face libraries read.
 
-    What modules add to their state dict on their own is written too: the scales of quantized weights.
+    What modules add to their state dict on their own is written too: the scales of quantized weights, and
+    extra state that is a tensor. Names are those
+    of the plain model: without `module.` of a DataParallel, and without `_orig_mod.` of what `torch.compile` wraps.
 
     Shards are written under temporary names and brought to disk; then the index is put in place in one step. Whenever
-    the process is stopped, the folder holds the old checkpoint or the new one.
+    the process is stopped, the folder holds the old checkpoint or the new one. Processes and threads that save into one
+    folder take turns, and the last one's checkpoint stays; only one of a launch's processes needs to save.
 
     A checkpoint of the same format that is in the folder is replaced: at last `model.safetensors`, its index and the
     files that this index names are removed (with pickles: `pytorch_model.bin` and so on). All other files stay, also
@@ -73,25 +78,29 @@ def save_model(
     single, index = (SINGLE, INDEX) if safe_serialization else (PICKLE, PICKLE_INDEX)
     if safe_serialization:
         check_dtypes(forms)
-    elif others := [name for name in (SINGLE, INDEX) if (folder / name).exists()]:
-        raise ValueError(f"{folder} has {listed(others)}, which is read before pickles: remove it, or save elsewhere")
-    sizes = {name: tensor.nbytes for name, tensor in tensors.items()}
-    plan = cut(sizes, max_shard_size, single, _next_generation(folder, single.partition(".")[0]))
-    last = index if len(plan.files) > 1 else single  # what a reader looks for comes last
+    sizes, limit = {name: tensor.nbytes for name, tensor in tensors.items()}, read_limit(max_shard_size)
     folder.mkdir(parents=True, exist_ok=True)
-    old = _old_files(folder, single, index)
-    with _staging(folder, plan.bytes) as stage:
-        for file, names in plan.files.items():
-            _write(stage / file, {name: tensors[name] for name in names}, forms)
-        _put_in_place(plan, stage, folder, last)
-    if safe_serialization and folder.resolve() in {file.resolve().parent for file in _files_of(places)}:
-        stored = Checkpoint.open(folder / last).stored  # weights rest in files that are about to go
-        for slot in slots:
-            if slot.name in places:
-                record_resting_place(slot.tensor, {"": stored[slot.name]})
-    for name in old:
-        if name not in {*plan.files, last}:
-            (folder / name).unlink(missing_ok=True)
+    with _locked(folder):
+        if places:
+            places = {slot.name: place for slot in slots if (place := resting_place(slot.tensor))}  # still the same?
+        others = listed(name for name in (SINGLE, INDEX) if (folder / name).exists())
+        if others and not safe_serialization:
+            raise ValueError(f"{folder} has {others}, which is read before pickles: remove it, or save elsewhere")
+        plan = cut(sizes, limit, single, _next_generation(folder, single.partition(".")[0]))
+        last = index if len(plan.files) > 1 else single  # what a reader looks for comes last
+        old = _old_files(folder, single, index)
+        with _staging(folder, plan.bytes) as stage:
+            for file, names in plan.files.items():
+                _write(stage / file, {name: tensors[name] for name in names}, forms)
+            _put_in_place(plan, stage, folder, last)
+        if safe_serialization and folder.resolve() in {file.resolve().parent for file in _files_of(places)}:
+            stored = Checkpoint.open(folder / last).stored  # weights rest in files that are about to go
+            for slot in slots:
+                if slot.name in places:
+                    record_resting_place(slot.tensor, {"": stored[plain_name(model, slot.name)]})
+        for name in old:
+            if name not in {*plan.files, last}:
+                (folder / name).unlink(missing_ok=True)
 
 
 def _to_save(
@@ -106,7 +115,12 @@ def _to_save(
         for own in (*module._parameters, *module._buffers, *extra):
             name = f"{prefix}.{own}" if prefix else own
             if own in extra or name in saved:
-                tensors[name] = extra[own] if own in extra else saved[name]
+                tensors[plain_name(model, name)] = extra[own] if own in extra else saved[name]
+    for name, module in extra_states(model):
+        if isinstance(extra_state := module.get_extra_state(), Tensor):
+            tensors[plain_name(model, name)] = extra_state
+        else:
+            warnings.warn(f"{name!r} is a {type(extra_state).__name__}, no tensor, and is not saved", stacklevel=3)
     if empty := [name for name, tensor in tensors.items() if isinstance(tensor, Tensor) and tensor.is_meta]:
         raise ValueError(f"{listed(empty)} are on meta and have no data to save: load a checkpoint first")
     return tensors
@@ -187,6 +201,24 @@ def _next_generation(folder: Path, stem: str) -> str:
     taken = [file.name for file in folder.glob(f"{stem}*-of-*")]
     numbers = [int(match[1] or 1) for name in taken if (match := re.match(rf"{stem}(?:\.v(\d+))?-\d", name))]
     return f".v{max(numbers) + 1}" if numbers else ""
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Wait until no other writer holds the folder, and hold it. Windows and some network file systems have no locks."""
+    descriptor = None
+    with contextlib.suppress(ImportError, OSError):
+        import fcntl
+
+        descriptor = os.open(folder, os.O_RDONLY)
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+    try:
+        yield
+    finally:
+        if descriptor is not None:
+            with contextlib.suppress(OSError):
+                fcntl.flock(descriptor, fcntl.LOCK_UN)  # a child that was forked meanwhile has the descriptor too
+            os.close(descriptor)
 
 
 _STAGE = ".saving-"

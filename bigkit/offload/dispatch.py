@@ -200,6 +200,8 @@ def load_checkpoint_and_dispatch(
     force_hooks: bool = False,
     strict: bool = False,
     keep_in_fp32_modules: Iterable[str] | None = None,
+    key: str = "",
+    prefix: str = "",
     **options: Any,
 ) -> nn.Module:
     """Load a checkpoint into a model, usually an empty one, and spread it over devices.
@@ -214,8 +216,8 @@ def load_checkpoint_and_dispatch(
         offload_folder: where weights for "disk" are written that lie in no file as they are needed (of another dtype).
         dtype: floating weights become this.
         offload_state_dict: accepted for compatibility; nothing is held in memory twice either way.
-        strict: raise if anything in the checkpoint and the model does not match.
-        keep_in_fp32_modules: see `load_checkpoint_in_model`.
+        strict: raise if anything in the checkpoint and the model does not match; else a warning names it.
+        keep_in_fp32_modules, key, prefix: see `load_checkpoint_in_model`.
         offload_buffers, skip_keys, preload_module_classes, force_hooks, options: see `dispatch_model`.
 
     Returns:
@@ -274,6 +276,8 @@ def load_checkpoint_and_dispatch(
         offload_buffers=offload_buffers,
         strict=strict,
         keep_in_fp32_modules=keep_in_fp32_modules,
+        key=key,
+        prefix=prefix,
     )
     if device_map is None:
         return model

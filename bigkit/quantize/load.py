@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from ..checkpoints.format import Checkpoint, CheckpointError
-from ..checkpoints.load import load_checkpoint_in_model, read_tensors, stream_tensors
+from ..checkpoints.load import load_matching, read_tensors, stream_tensors
 from ..checkpoints.match import match
 from ..checkpoints.resting import record_resting_place, write_file
 from ..checkpoints.write import Form
@@ -110,9 +110,9 @@ def load_and_quantize_model(
         kinds = _check(model, config, targets, source)
         weights = iter(list(_weights_of_checkpoint(source, kinds, config, targets, places)))
         with _without_weights(targets.values()):
-            load_checkpoint_in_model(
+            load_matching(
                 model,
-                weights_location,
+                Checkpoint.open(weights_location),
                 places.devices,
                 offload_folder,
                 config.torch_dtype,

@@ -2,6 +2,10 @@
 
 import json
 import os
+import subprocess
+import sys
+import time
+import warnings
 from pathlib import Path
 
 import pytest
@@ -61,7 +65,8 @@ def broken_checkpoints_give_one_clear_error(tmp_path_factory, good, data):
             (folder / name).write_bytes(body)
     model = empty()
     try:
-        report = load_checkpoint_in_model(model, folder)
+        with warnings.catch_warnings(action="ignore", category=UserWarning):  # of what does not match
+            report = load_checkpoint_in_model(model, folder)
     except (CheckpointError, FileNotFoundError) as error:
         assert str(folder) in str(error) and "\n" not in str(error)
         assert all(parameter.is_meta for parameter in model.parameters())
@@ -163,3 +168,93 @@ def test_safetensors_come_before_pickles(tmp_path):
     model = nn.Linear(2, 2)
     load_checkpoint_in_model(model, tmp_path)
     assert model.weight.sum() == 4
+
+
+WRITE_ANEW = """
+import sys, torch
+from torch import nn
+from bigkit import load_checkpoint_in_model, load_state_dict
+from bigkit.checkpoints.load import Checkpoint, stream_tensors
+how, file = sys.argv[1:]
+model = nn.Sequential(*[nn.Linear(200, 200) for _ in range(3)])
+torch.save(model.state_dict(), file)
+if how == "into a model":
+    load_checkpoint_in_model(model, file)
+    tensors = model.state_dict()
+elif how == "as a state dict":
+    tensors = load_state_dict(file)
+else:
+    tensors = dict(stream_tensors(source := Checkpoint.open(file), list(source), torch.device("cpu")))
+    del source
+torch.save(tensors, file)
+assert torch.load(file).keys() == tensors.keys()
+"""
+
+
+@pytest.mark.parametrize("how", ["into a model", "as a state dict", "as a stream"])
+def test_a_pickle_may_be_written_anew_in_place_after_loading(tmp_path, how):
+    done = subprocess.run(
+        [sys.executable, "-c", WRITE_ANEW, how, str(tmp_path / PICKLE)], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shards", [1, 2])
+def test_files_of_before_pytorch_1_6_are_loaded(tmp_path, dtype, shards):
+    good = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3)).to(dtype)
+    state, files = good.state_dict(), [PICKLE] if shards == 1 else ["a.bin", "b.bin"]
+    index = {name: files[int(name[0]) % shards] for name in state}
+    for file in files:
+        part = {name: tensor for name, tensor in state.items() if index[name] == file}
+        torch.save(part, tmp_path / file, _use_new_zipfile_serialization=False)
+    if shards > 1:
+        (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": index}))
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3)).to(dtype)
+    load_checkpoint_in_model(model, tmp_path, strict=True)
+    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("name", [SINGLE, PICKLE, INDEX, "model.pt"])
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", "is a git-lfs pointer.*git lfs pull"),
+        (b"\n <!DOCTYPE html><title>Not found</title>", "is a web page"),
+        (b"<?xml version='1.0'?><Error><Code>AccessDenied</Code></Error>", "is a web page"),
+        (b"", "is empty"),
+    ],
+)
+def test_what_stands_in_the_place_of_a_file_is_named(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(CheckpointError, match=message) as error:
+        load_checkpoint_in_model(nn.Linear(2, 2), tmp_path / name)
+    assert name in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "shape", [[2**61] * 300, [2**61] * 50_000, [1] * 65, [2**61, 2**61, 0], [2**31] * 2, [2**62], [1, [2] * 50_000]]
+)
+def test_shapes_that_no_tensor_has_are_refused_at_once(tmp_path, shape):
+    text = json.dumps({"a": {"dtype": "F32", "shape": shape, "data_offsets": [0, 8]}}).encode()
+    (tmp_path / SINGLE).write_bytes(len(text).to_bytes(8, "little") + text + bytes(8))
+    start = time.perf_counter()
+    with pytest.raises(CheckpointError, match="tensor 'a' in .* has the shape") as error:
+        Checkpoint.open(tmp_path)
+    assert time.perf_counter() - start < 2 and len(str(error.value)) < 500
+
+
+@pytest.mark.parametrize("save", [torch.save, save_file])
+@pytest.mark.parametrize("index", ["weight_map.index.json", "x.safetensors.index.json", "my.bin.index.json"])
+def test_an_index_may_have_any_name_if_it_is_the_only_one(tmp_path, index, save):
+    state = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)).state_dict()
+    end = ".bin" if save is torch.save else ".safetensors"
+    places = {name: f"part{name[0]}{end}" for name in state}
+    for file in {*places.values()}:
+        save({name: state[name] for name in state if places[name] == file}, str(tmp_path / file))
+    (tmp_path / index).write_text(json.dumps(places))
+    assert {*Checkpoint.open(tmp_path)} == {*state}
+    (tmp_path / "other.index.json").write_text(json.dumps(places))
+    if index == "weight_map.index.json":
+        with pytest.raises(CheckpointError, match="several files and no index"):
+            Checkpoint.open(tmp_path)

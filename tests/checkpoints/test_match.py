@@ -7,9 +7,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from bigkit import init_empty_weights
+from bigkit import init_empty_weights, load_checkpoint_and_dispatch
 from bigkit.checkpoints.format import INDEX, PICKLE, SINGLE, CheckpointError
-from bigkit.checkpoints.load import load_checkpoint_in_model
+from bigkit.checkpoints.load import load_checkpoint_in_model, load_state_dict
 from bigkit.checkpoints.save import save_model
 from tests.checkpoints.nets import Net, same
 
@@ -31,7 +31,8 @@ def test_the_report_names_everything_at_once(tmp_path):
     for said in ("norm.bias", "h.0.weight", "(2, 2)", "(16, 16)", "int32", "stranger"):
         assert said in str(error.value)
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
-    report = load_checkpoint_in_model(model, tmp_path)
+    with pytest.warns(UserWarning, match="1 tensors missing, 1 unknown, 2 of another kind"):
+        report = load_checkpoint_in_model(model, tmp_path)
     assert report.missing == ("norm.bias",) and report.unexpected == ("stranger",)
     assert [name for name, *_ in report.mismatched] == ["h.0.weight"]
     assert [name for name, *_ in report.wrong_dtype] == ["h.1.weight"]
@@ -45,14 +46,16 @@ def test_duplicates_are_reported_and_the_index_decides(tmp_path):
     save_file({"weight": torch.ones(2, 2)}, tmp_path / "b.safetensors")
     (tmp_path / INDEX).write_text(json.dumps({"weight": "b.safetensors", "bias": "a.safetensors"}))  # a bare index
     model = nn.Linear(2, 2)
-    report = load_checkpoint_in_model(model, tmp_path)
+    with pytest.warns(UserWarning, match="in more than one file: 'weight'"):
+        report = load_checkpoint_in_model(model, tmp_path)
     assert report.duplicates == ("weight",) and model.weight.sum() == 4
 
 
 def test_fp8_with_scales_is_not_taken_for_weights(tmp_path):
     weight = torch.ones(4, 4).to(torch.float8_e4m3fn)
     save_file({"weight": weight, "weight_scale_inv": torch.ones(1), "bias": torch.zeros(4)}, tmp_path / SINGLE)
-    report = load_checkpoint_in_model(nn.Linear(4, 4), tmp_path)
+    with pytest.warns(UserWarning, match="wrong dtype: 'weight'"):
+        report = load_checkpoint_in_model(nn.Linear(4, 4), tmp_path)
     assert report.wrong_dtype == (("weight", "float8_e4m3fn", "float32"),)
 
 
@@ -149,6 +152,7 @@ def test_fp8_weights_with_scales_go_both_ways(tmp_path):
         torch.testing.assert_close(plain.model.layers[0].mlp.up_proj.weight, expected.bfloat16())
 
 
+@pytest.mark.filterwarnings("ignore:.* does not fit")
 @pytest.mark.parametrize("safe", [True, False])
 def test_experts_that_transformers_saves_apart_are_put_together(tmp_path, safe):
     """Transformers fuses experts when it loads and cuts them when it saves: a file's names are not the model's."""
@@ -180,6 +184,7 @@ def test_experts_that_transformers_saves_apart_are_put_together(tmp_path, safe):
     assert same(ours, cls.from_pretrained(tmp_path / "ours"))
 
 
+@pytest.mark.filterwarnings("ignore:.* does not fit")
 def test_old_names_are_renamed_and_rest_where_they_are(tmp_path):
     """Files of older BERTs say gamma and beta; a tensor that has its present name as well keeps that one."""
     cls, config = {n: (cls, config) for n, cls, config in tiny_models()}["bert"]
@@ -198,6 +203,7 @@ def test_old_names_are_renamed_and_rest_where_they_are(tmp_path):
     assert report.on_disk["bert.embeddings.LayerNorm.weight"].file == tmp_path / SINGLE
 
 
+@pytest.mark.filterwarnings("ignore:.* does not fit")
 def test_experts_that_do_not_fit_together_are_reported(tmp_path):
     cls, config = {n: (cls, config) for n, cls, config in tiny_models()}["mixtral"]
     cls(config).save_pretrained(tmp_path)
@@ -218,3 +224,68 @@ def test_experts_that_do_not_fit_together_are_reported(tmp_path):
     save_file(state, tmp_path / SINGLE)
     report = load_checkpoint_in_model(ours, tmp_path)
     assert report.wrong_dtype == (("model.layers.0.mlp.experts.down_proj", "float8_e4m3fn", "float32"),)
+
+
+def prefixed(prefix):
+    return lambda state: {prefix + name: tensor for name, tensor in state.items()}
+
+
+def under(*keys):
+    def nest(state):
+        for key in reversed(keys):
+            state = {key: state, "optimizer": {"state": {0: {"step": torch.ones(())}}, "lr": 1.0}, "epoch": 3}
+        return state
+
+    return nest
+
+
+def inner(state):
+    return {name.removeprefix("0."): tensor for name, tensor in state.items()}
+
+
+UNLIKE = [
+    (under("model"), "key='model'"),
+    (under("state_dict"), "key='state_dict'"),
+    (under("ema", "weights"), "key='ema.weights'"),
+    (prefixed("module."), "prefix='module.'"),
+    (prefixed("_orig_mod."), "prefix='_orig_mod.'"),
+    (lambda state: under("state_dict")(prefixed("model.net.")(state)), "key='state_dict', prefix='model.net.'"),
+    (inner, "loading into the model's part '0'"),
+    (lambda state: under("module")(inner(state)), "key='module' and loading into the model's part '0'"),
+]
+
+
+@pytest.mark.parametrize(("change", "advice"), UNLIKE)
+@pytest.mark.parametrize("dispatch", [False, True])
+def test_a_warning_says_what_would_find_the_weights(tmp_path, change, advice, dispatch):
+    def net():
+        return nn.Sequential(nn.Linear(3, 3))
+
+    good, model, file = net(), net(), tmp_path / "last.pt"
+    torch.save(change(good.state_dict()), file)
+    load = load_checkpoint_and_dispatch if dispatch else load_checkpoint_in_model
+    message = (
+        f"last.pt does not fit Sequential; .*2 tensors missing.*'0.weight', '0.bias'.*{advice} would find 2 of the 2"
+    )
+    with pytest.warns(UserWarning, match=message):
+        load(model, file, {"": "cpu"})
+    with pytest.raises(CheckpointError, match=f"{advice} would find 2 of the 2"):
+        load(model, file, {"": "cpu"}, strict=True)
+    if "part" not in advice:
+        options = dict(option.split("=") for option in advice.replace("'", "").split(", "))
+        load(model, file, {"": "cpu"}, strict=True, **options)
+        assert torch.equal(model[0].weight, good[0].weight)
+        assert torch.equal(load_state_dict(file, **options)["0.weight"], good[0].weight)
+
+
+def test_a_key_that_is_not_there_is_an_error_that_names_those_that_are(tmp_path):
+    torch.save({"model": nn.Linear(3, 3).state_dict()}, tmp_path / "last.pt")
+    with pytest.raises(CheckpointError, match="no tensors under 'state_dict', but under 'model'"):
+        load_checkpoint_in_model(nn.Linear(3, 3), tmp_path / "last.pt", key="state_dict")
+
+
+@pytest.mark.parametrize("saved", [nn.Linear(3, 3, bias=False), nn.Linear(3, 4), nn.Bilinear(3, 3, 3), nn.Sequential()])
+def test_no_difference_is_silent(tmp_path, saved):
+    torch.save(saved.state_dict(), tmp_path / "last.pt")
+    with pytest.warns(UserWarning, match="last.pt does not fit Linear"):
+        assert not load_checkpoint_in_model(nn.Linear(3, 3), tmp_path / "last.pt").clean

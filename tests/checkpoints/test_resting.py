@@ -1,6 +1,7 @@
 """Weights that rest on disk: whatever happens to a model, its own tensors are the truth."""
 
 import os
+import warnings
 
 import pytest
 import torch
@@ -263,7 +264,8 @@ class Compared:
 def stays_what_a_dictionary_would_be(tmp_path_factory, steps):
     compared = Compared(tmp_path_factory.mktemp("compared"))
     for step, argument in steps:
-        getattr(compared, step.replace(" ", "_"))(argument)
+        with warnings.catch_warnings(action="ignore", category=UserWarning):  # a file may hold what was deleted
+            getattr(compared, step.replace(" ", "_"))(argument)
     compared.save((0, "1GB"))
 
 

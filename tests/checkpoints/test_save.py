@@ -3,6 +3,10 @@
 import json
 import os
 import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -10,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 from bigkit import disk_offload
 from bigkit.checkpoints.format import INDEX, PICKLE, PICKLE_INDEX, SINGLE, Checkpoint
@@ -256,3 +261,84 @@ def test_saving_while_a_model_uses_the_old_pages(tmp_path):
     before = {name: tensor.clone() for name, tensor in user.state_dict().items()}
     save_model(Net(), tmp_path, "1KB")
     assert all(torch.equal(before[name], tensor) for name, tensor in user.state_dict().items())
+
+
+def stack():
+    return nn.Sequential(*[nn.Linear(20, 20, bias=False) for _ in range(6)])
+
+
+@pytest.mark.parametrize("safe", [True, False])
+@pytest.mark.parametrize("sizes", [["2KB"] * 4, ["2KB", "10GB", "3KB", "10GB"], ["10GB"] * 4])
+def test_several_writers_of_one_folder_take_turns(tmp_path, monkeypatch, safe, sizes):
+    from bigkit.checkpoints import save
+
+    def slowly(*arguments, put_in_place=save._put_in_place):
+        time.sleep(0.02)
+        put_in_place(*arguments)
+        time.sleep(0.02)
+
+    monkeypatch.setattr(save, "_put_in_place", slowly)
+    save_model(stack(), tmp_path, safe_serialization=safe)
+    models = [stack() for _ in sizes]
+    with ThreadPoolExecutor(len(sizes)) as pool:
+        done = [pool.submit(save_model, model, tmp_path, size, safe) for model, size in zip(models, sizes)]
+        for saved in done:
+            saved.result()
+    state, files = load_state_dict(tmp_path), {file.name for file in tmp_path.iterdir()}
+    assert any(all(torch.equal(state[name], own) for name, own in model.state_dict().items()) for model in models)
+    assert files == {file.name for file in Checkpoint.open(tmp_path).files} | (files & {INDEX, PICKLE_INDEX})
+
+
+RANKS = """
+import os, sys, torch
+from torch import nn
+from bigkit import load_state_dict, save_model
+torch.set_num_threads(1)
+model = nn.Sequential(*[nn.Linear(200, 200, bias=False) for _ in range(6)])
+for _ in range(12):
+    ranks = []
+    for _ in range(4):
+        rank = os.fork()
+        if not rank:
+            save_model(model, sys.argv[1], 160_010)
+            os._exit(0)
+        ranks.append(rank)
+    assert all(os.waitpid(rank, 0)[1] == 0 for rank in ranks)
+    state = load_state_dict(sys.argv[1])
+    assert all(torch.equal(state[name], tensor) for name, tensor in model.state_dict().items())
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_every_process_of_a_launch_may_save(tmp_path):
+    done = subprocess.run([sys.executable, "-c", RANKS, str(tmp_path)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def compiled_within(model):
+    model[0] = torch.compile(model[0], backend="eager")
+    return model
+
+
+WRAPPERS = [
+    lambda model: torch.compile(model, backend="eager"),
+    nn.DataParallel,
+    compiled_within,
+    lambda model: nn.DataParallel(torch.compile(model, backend="eager")),
+    checkpoint_wrapper,
+]
+
+
+@pytest.mark.parametrize("wrap", WRAPPERS)
+@pytest.mark.parametrize("safe", [True, False])
+def test_a_wrapped_model_is_saved_and_loaded_under_plain_names(tmp_path, wrap, safe):
+    wrapped = wrap(nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3)))
+    save_model(wrapped, tmp_path / "a", safe_serialization=safe)
+    plain = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    load_checkpoint_in_model(plain, tmp_path / "a", strict=True)
+    assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), wrapped.parameters()))
+    again = wrap(nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3)))
+    load_checkpoint_in_model(again, tmp_path / "a", strict=True)
+    assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), again.parameters()))
+    save_file(dict(wrapped.state_dict()), tmp_path / "own names.safetensors")  # as training loops write them
+    load_checkpoint_in_model(again, tmp_path / "own names.safetensors", strict=True)
