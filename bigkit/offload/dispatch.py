@@ -83,7 +83,8 @@ def dispatch_model(
         stand_in: GPU number -> another device in its place, to try a plan out without GPUs.
 
     Returns:
-        The model, with `hf_device_map`.
+        The model, with `hf_device_map`. What a module returns or keeps of its weights, and what another thread reads
+        of them meanwhile, stays as it is when other weights come and go.
 
     Raises:
         ValueError: the map misses, repeats or invents modules; a weight has no data; the disk is needed and no folder

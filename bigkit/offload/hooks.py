@@ -384,6 +384,9 @@ class AlignDevicesHook(ModelHook):
         if self.unit is not None or self.io_same_device:
             loan = _thread.begun[self]
             assert loan is not None
+            if loan.lent:
+                assert self.streamer is not None and self.unit is not None
+                output = self.streamer.own_output(self.unit, output)
             self._give_back(loan)
             if loan.input_device is not None:
                 output = send_to_device(output, loan.input_device, self.skip_keys)
@@ -393,14 +396,14 @@ class AlignDevicesHook(ModelHook):
     def on_error(self, module: nn.Module) -> None:
         loan = _thread.begun.get(self)
         if loan is not None:
-            self._give_back(loan)
+            self._give_back(loan, failed=True)
 
-    def _give_back(self, loan: _Loan) -> None:
+    def _give_back(self, loan: _Loan, failed: bool = False) -> None:
         try:
             if loan.lent:
                 assert self.streamer is not None and self.unit is not None
                 loan.lent = False
-                self.streamer.take_back(self.unit)
+                self.streamer.take_back(self.unit, failed)
         finally:
             if loan.outermost and self.streamer is not None:
                 self.streamer.recover()  # no-op unless an interrupt came, perhaps one that user code has caught
