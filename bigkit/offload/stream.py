@@ -144,24 +144,19 @@ class Streamer:
     def lend(self, unit: Unit) -> None:
         """Put a unit's weights into the model, on the device. The calling thread holds the lock until `take_back`.
 
+        Whatever is raised here or in `take_back`, between any two lines (the handler of a signal may raise anything),
+        the lock stays held and `recover` must be called.
+
         Raises:
-            OSError: a file could not be read; nothing is lent then.
+            OSError: a file could not be read.
         """
         self.lock.acquire()
-        loan: _Loan | None = None
-        try:
-            loan = _Loan(*self._borrowed(unit))
-            self._loans.append(loan)
-            for entry, value in zip(self.sites[unit.index].entries, loan.views.values):
-                entry.tensors[entry.own] = value
-            if self.listeners:
-                self._tell("work", unit)
-        except Exception:  # not a KeyboardInterrupt, which may come between any two lines: see `recover`
-            if loan is None:
-                self.lock.release()
-            else:
-                self.take_back(unit)
-            raise
+        loan = _Loan(*self._borrowed(unit))
+        self._loans.append(loan)
+        for entry, value in zip(self.sites[unit.index].entries, loan.views.values):
+            entry.tensors[entry.own] = value
+        if self.listeners:
+            self._tell("work", unit)
 
     def _borrowed(self, unit: Unit) -> tuple[Unit, Views, Any]:
         loan = self._loan_of(unit)  # there is one if the unit calls itself
@@ -185,20 +180,16 @@ class Streamer:
             failed: its forward has raised something, and nobody needs what that had computed.
         """
         if not self._loans or self._loans[-1].unit is not unit:
-            return  # user code has caught a KeyboardInterrupt, after which a loan was left open: `recover` ends all
-        try:
-            loan = self._loans.pop()
-            if loan.guard is not None:
-                loan.guard.__exit__(None, None, None)
-            if self._loan_of(unit) is None:
-                self._put_handles(loan)
-                self._leave(loan, failed)
-            if self.listeners:
-                self._tell("return", unit)
-        except Exception:
-            self.lock.release()
-            raise
-        self.lock.release()  # in no `finally`: after an interrupt, that the lock is held tells `recover` of it
+            return  # user code has caught what was raised, and a loan was left open: `recover` ends all
+        loan = self._loans.pop()
+        if loan.guard is not None:
+            loan.guard.__exit__(None, None, None)
+        if self._loan_of(unit) is None:
+            self._put_handles(loan)
+            self._leave(loan, failed)
+        if self.listeners:
+            self._tell("return", unit)
+        self.lock.release()  # in no `finally`: that the lock is still held tells `recover` of what was raised
 
     def _put_handles(self, loan: _Loan) -> None:
         for entry, value in zip(self.sites[loan.unit.index].entries, loan.views.values):
@@ -336,6 +327,8 @@ class Streamer:
                 return
             try:
                 self._fetch(unit, following)
+            except TimeoutError:
+                raise  # the handler of a signal may raise it
             except OSError:
                 return  # it was a guess: if the unit is needed, the error comes then
 
