@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ._torch import storage_id, storage_users
-from .codec import PLAIN, codec_of
+from .codec import PLAIN, codec_of, own_copy
 from .handle import Away
 from .inputs import map_leaves
 
@@ -53,10 +53,6 @@ def own_copies(output: Any, storages: frozenset[int]) -> Any:
             return value
         if storage_id(value) not in storages:
             return value
-        codec = codec_of(value)
-        if codec is PLAIN:
-            return value.clone()
-        parts = {suffix: part.clone() for suffix, part in codec.take_apart(value).items()}
-        return codec.put_together(codec.template(value), parts)
+        return value.clone() if codec_of(value) is PLAIN else own_copy(value)
 
     return map_leaves(own, output)

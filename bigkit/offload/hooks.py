@@ -38,8 +38,8 @@ from .weights import Unit
 class ModelHook:
     """Code around a module's forward. Inherit from it and override what you need.
 
-    Hooks that inherit from Accelerate's class work too; they have no `on_error` and are not told of errors. Accelerate's
-    own functions take bigkit's hooks away as `remove_hook_from_module` does.
+    Hooks that inherit from Accelerate's class work too; they have no `on_error` and are not told of errors.
+    Accelerate's own functions take bigkit's hooks away as `remove_hook_from_module` does.
 
     Attributes:
         no_grad: run the forward under `torch.no_grad()`.
