@@ -26,6 +26,12 @@ def storage_id(tensor: Tensor) -> int:
     return tensor.untyped_storage()._cdata
 
 
+def storage_users(tensor: Tensor) -> int:
+    """How many tensors share a tensor's memory, and a constant. `torch._C._storage_Use_Count`, 2.11 to 2.15."""
+    users: int = torch._C._storage_Use_Count(storage_id(tensor))
+    return users
+
+
 def make_subclass(cls: type, data: Tensor, requires_grad: bool) -> Any:
     """A tensor of class `cls` with the data of another, as a new leaf. `Tensor._make_subclass`, 2.11 to 2.15."""
     return Tensor._make_subclass(cls, data, requires_grad)

@@ -53,3 +53,10 @@ CODECS: dict[type, TensorCodec] = {}
 def codec_of(tensor: Tensor) -> TensorCodec:
     """The entry of `CODECS` for a tensor's class or one that it inherits from; `PLAIN` without one."""
     return next((CODECS[base] for base in type(tensor).__mro__ if base in CODECS), PLAIN)
+
+
+def own_copy(tensor: Tensor) -> Tensor:
+    """A copy of a tensor in memory of its own, of the same class and with the same attributes, as a new leaf."""
+    codec = codec_of(tensor)
+    parts = {suffix: part.clone() for suffix, part in codec.take_apart(tensor).items()}
+    return codec.put_together(codec.template(tensor), parts)

@@ -6,8 +6,8 @@
 model were whole.
 
 What differs from Accelerate, on purpose: weights travel by the block, ahead of time and over pinned memory; disk means
-a range of the checkpoint's own files; a model with resting weights refuses to be moved; its default main device is the
-first one that the map names.
+a range of the checkpoint's own files; a model with resting weights refuses to be moved or cast; its default
+main device is the first one that the map names.
 
 Leaves out: making the map (`api.py`, `maps/device_map.py`), offloading by the whole model
 (`offload/whole_model.py`), and training.
@@ -18,6 +18,7 @@ from __future__ import annotations
 import inspect
 import os
 from collections.abc import Iterable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -34,6 +35,7 @@ from .grouping import Layout, has_forward, put, records, with_residents
 from .hooks import AlignDevicesHook, add_hook_to_module, drop_hooks, hooks_in
 from .inputs import torch_device
 from .mapped import PageLane
+from .moving import cast_or_move, device_map_of, refuse_to_move
 from .options import names_of, read_options
 from .placing import Origins, make_units
 from .stream import Streamer
@@ -84,7 +86,9 @@ def dispatch_model(
         stand_in: GPU number -> another device in its place, to try a plan out without GPUs.
 
     Returns:
-        The model, with `hf_device_map`.
+        The model, with `hf_device_map`, in which modules on "disk" come last. It can be cast and moved as a whole only
+        if all its weights lie where they work. What a module returns or keeps of its weights, and what another thread
+        reads of them meanwhile, stays as it is when other weights come and go.
 
     Raises:
         ValueError: the map misses, repeats or invents modules; a weight has no data; the disk is needed and no folder
@@ -112,8 +116,8 @@ def dispatch_model(
     streamer = _streamer(layout, units, slots, prefetch, ram_cache) if units else None
     _forget_earlier(model)
     _attach(model, layout, units, streamer, names_of(skip_keys))
-    model.hf_device_map = dict(layout.places)  # type: ignore[assignment]
-    vars(model)["_apply"] = _refuse_to_move
+    model.hf_device_map = device_map_of(layout)  # type: ignore[assignment]
+    vars(model)["_apply"] = refuse_to_move if units else partial(cast_or_move, model)
     return model
 
 
@@ -137,7 +141,7 @@ def _whole(model: nn.Module, layout: Layout, origins: Origins) -> nn.Module:
             put(record.places.values(), origins.value(record))
     _forget_earlier(model)
     model.to(layout.device(layout.main))
-    model.hf_device_map = dict(layout.places)  # type: ignore[assignment]
+    model.hf_device_map = device_map_of(layout)  # type: ignore[assignment]
     return model
 
 
@@ -175,14 +179,6 @@ def _called(module: nn.Module) -> list[nn.Module]:
     if has_forward(module):
         return [module]
     return [inner for child in module.children() for inner in _called(child)]
-
-
-def _refuse_to_move(*args: Any, **kwargs: Any) -> nn.Module:
-    """What stands beneath `model.to`, `cuda`, `half`, ...; Accelerate replaces each of these."""
-    raise RuntimeError(
-        "this model is spread over devices by its hf_device_map and cannot be moved or cast as a whole: call "
-        "bigkit.remove_hook_from_module(model, recurse=True) first, or dispatch it again with another map"
-    )
 
 
 def load_checkpoint_and_dispatch(

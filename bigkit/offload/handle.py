@@ -9,7 +9,8 @@ PyTorch, an uninitialised result. A handle, `Away`, gives what the weight itself
                   of the module's forward works, only slowly
     write         `weight.mul_(2)`, `weight[0] = 1` and `weight.data = new` are kept where the weight rests
     view          `weight[0]` and `weight.T` can be read; a write into them is an error, since nothing would keep it
-    copy, pickle  an error; a handle in a `state_dict()` becomes a plain tensor
+    copy, pickle  give the weight itself, in memory of its own (pickled, on the CPU), so that `torch.load` reads it
+    memory        each weight has an address of its own, by which those that save find out what is tied
 
 Leaves out: the fast way, where a whole block's weights arrive before its forward asks for them (`offload/stream.py`).
 """
@@ -22,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from ._torch import DisableTorchFunctionSubclass, make_subclass, real_tensors, storage_id, tree_leaves, tree_map_only
+from .codec import own_copy
 
 if TYPE_CHECKING:
     from .weights import Weight
@@ -30,7 +32,7 @@ if TYPE_CHECKING:
 _QUESTIONS = {
     Tensor.size, Tensor.dim, Tensor.ndimension, Tensor.numel, Tensor.nelement, Tensor.stride, Tensor.storage_offset,
     Tensor.element_size, Tensor.is_contiguous, Tensor.is_floating_point, Tensor.is_complex, Tensor.is_signed,
-    Tensor.untyped_storage, Tensor.get_device, Tensor.__len__, Tensor.__hash__,
+    Tensor.untyped_storage, Tensor.data_ptr, Tensor.get_device, Tensor.__len__, Tensor.__hash__,
     Tensor.register_hook, Tensor.register_post_accumulate_grad_hook, Tensor.retain_grad, Tensor.is_shared,
     torch.is_floating_point, torch.is_complex, torch.numel, torch.is_tensor, torch.is_same_size, Tensor.is_same_size,
 }  # fmt: skip
@@ -133,14 +135,11 @@ class Away(Tensor):
         return super().__format__(spec) if spec else repr(self)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
-        if self.in_model:
-            refuse_copy(f"the weight {self.weight.name!r}")
-        return self.clone()
+        return own_copy(self.load()) if self.in_model else self.clone()
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        if self.in_model:
-            refuse_copy(f"the weight {self.weight.name!r}")
-        return self.clone().__reduce_ex__(protocol)
+        value = own_copy(self.load("cpu")) if self.in_model else self.load("cpu").clone()
+        return value.__reduce_ex__(protocol)
 
 
 class AwayParameter(Away, nn.Parameter):
@@ -164,6 +163,30 @@ class AwayView(Away):
         return self.to(device or self.device, copy=True)
 
 
+class RestingStorage:
+    """What stands for the storage of a handle. It answers what those ask who look for tensors that share memory."""
+
+    def __init__(self, handle: Away) -> None:
+        self.handle = handle
+
+    def data_ptr(self) -> int:
+        """The address where the weight rests."""
+        return self.handle.weight.address()
+
+    def nbytes(self) -> int:
+        """Bytes of the weight."""
+        return self.handle.numel() * self.handle.element_size()
+
+    size = __len__ = nbytes
+
+    @property
+    def _cdata(self) -> int:
+        return id(self.handle.weight)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.handle.load().untyped_storage(), name)
+
+
 def _connect(handle: Any, weight: Weight, streamer: WeightStreamer, in_model: bool = False) -> Away:
     handle.weight, handle.streamer, handle.in_model = weight, streamer, in_model
     connected: Away = handle
@@ -179,6 +202,10 @@ def _answer(func: Any, attribute: str, args: Any, kwargs: Any) -> Any:
         return handle.streamer.device.type == attribute.removeprefix("is_")
     if attribute == "data":
         return handle._detached()
+    if func is Tensor.data_ptr:
+        return handle.weight.address()
+    if func is Tensor.untyped_storage:
+        return RestingStorage(handle)
     with DisableTorchFunctionSubclass():
         return func(*args, **kwargs)
 

@@ -38,6 +38,9 @@ from .weights import Unit
 class ModelHook:
     """Code around a module's forward. Inherit from it and override what you need.
 
+    Hooks that inherit from Accelerate's class work too; they have no `on_error` and are not told of errors.
+    Accelerate's own functions take bigkit's hooks away as `remove_hook_from_module` does.
+
     Attributes:
         no_grad: run the forward under `torch.no_grad()`.
 
@@ -83,7 +86,7 @@ class SequentialHook(ModelHook):
 
     def __init__(self, *hooks: ModelHook) -> None:
         self.hooks = hooks
-        self.no_grad = any(hook.no_grad for hook in hooks)
+        self.no_grad = any(getattr(hook, "no_grad", False) for hook in hooks)
 
     def init_hook(self, module: nn.Module) -> nn.Module:
         for hook in self.hooks:
@@ -196,15 +199,16 @@ def _wrap(module: nn.Module, hooks: list[ModelHook]) -> None:
     whole = hooks[0] if len(hooks) == 1 else SequentialHook(*hooks)
     wrapped = functools.partial(_run, whole, module, own_forward)
     functools.update_wrapper(wrapped, module.forward)
-    vars(module).update(_hf_hook=whole, _old_forward=own_forward)  # names that Accelerate's users look for
+    # Names that Accelerate's users look for; its own functions put `_old_forward` back.
+    vars(module).update(_hf_hook=whole, _old_forward=module.forward)
     module.forward = wrapped
 
 
 def _unwrap(module: nn.Module) -> None:
-    own_forward = vars(module).pop("_old_forward")
+    old_forward = vars(module).pop("_old_forward")
     del module.forward, module._hf_hook
-    if own_forward is not None:
-        module.forward = own_forward
+    if getattr(old_forward, "__func__", None) is not type(module).forward:
+        module.forward = old_forward
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -212,9 +216,12 @@ def _unwrap(module: nn.Module) -> None:
 
 
 class _Thread(threading.local):
-    """The innermost forward that this thread is in: the hooks that have begun there, and what each has to undo."""
+    """The innermost forward that this thread is in: its module, the hooks that have begun there, and what each has to
+    undo.
+    """
 
     def __init__(self) -> None:
+        self.module: nn.Module | None = None
         self.begun: dict[ModelHook, _Loan | None] = {}
 
 
@@ -224,26 +231,26 @@ _thread = _Thread()
 @functools.partial(never_compiled, with_callees=False)
 def _run(hook: ModelHook, module: nn.Module, own_forward: Any, /, *args: Any, **kwargs: Any) -> Any:
     """A module's forward with a hook around it."""
-    outer: dict[ModelHook, _Loan | None] = _thread.begun
+    outer, around = _thread.begun, _thread.module
     begun: dict[ModelHook, _Loan | None] = {}
     try:
-        _thread.begun = begun
+        _thread.begun, _thread.module = begun, module
         args, kwargs = _begin(begun, hook, module, args, kwargs)
         # The class's own forward is looked up at each call, so that a copied module never runs the original's.
         forward = own_forward or MethodType(type(module).forward, module)
-        if hook.no_grad:
+        if getattr(hook, "no_grad", False):
             with torch.no_grad():
                 output = forward(*args, **kwargs)
         else:
             output = forward(*args, **kwargs)
-        _thread.begun = begun  # an interrupt within may have left another
+        _thread.begun, _thread.module = begun, module  # an interrupt within may have left others
         return _end(begun, hook, module, output)
     except BaseException:
         _thread.begun = begun
         _fail([*begun], module)
         raise
     finally:
-        _thread.begun = outer
+        _thread.begun, _thread.module = outer, around
 
 
 @never_compiled
@@ -264,7 +271,8 @@ def _fail(hooks: list[ModelHook], module: nn.Module) -> None:
     """Tell all hooks of an error, also if telling one raises another."""
     if hooks:
         try:
-            hooks[0].on_error(module)
+            if hasattr(hooks[0], "on_error"):  # Accelerate's hooks have none
+                hooks[0].on_error(module)
         finally:
             _fail(hooks[1:], module)
 
@@ -286,6 +294,9 @@ class _Loan:
 
 class AlignDevicesHook(ModelHook):
     """Runs a module on one device, wherever its inputs come from and its weights rest.
+
+    Whatever is raised in a forward, at any point (by the handler of a signal, too), gives its weights back. Where code
+    calls `pre_forward` without the forward, nothing is lent, and each operation brings the weights it needs.
 
     Args:
         execution_device: where inputs go before the forward; None leaves them.
@@ -344,6 +355,9 @@ class AlignDevicesHook(ModelHook):
 
     def init_hook(self, module: nn.Module) -> nn.Module:
         if self.is_placed:
+            if self.unit is not None:  # it may have been detached before
+                assert self.streamer is not None
+                self.streamer.sites[self.unit.index].take_in_changes()
             return module
         if self.execution_device is None:
             if self.offload:
@@ -363,7 +377,9 @@ class AlignDevicesHook(ModelHook):
         return module
 
     def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        if self.unit is not None or self.io_same_device:
+        # Others may call this alone and never end it, as `apply_forward_hook` of Diffusers does: then handles serve.
+        ends = _thread.module is module and _thread.begun.get(self) is None
+        if ends and (self.unit is not None or self.io_same_device):
             loan = _Loan(self.streamer is None or not self.streamer.held())
             _thread.begun[self] = loan  # also if it is called by a hook that says nothing of errors
             if self.io_same_device:
@@ -381,26 +397,28 @@ class AlignDevicesHook(ModelHook):
         return args, kwargs
 
     def post_forward(self, module: nn.Module, output: Any) -> Any:
-        if self.unit is not None or self.io_same_device:
-            loan = _thread.begun[self]
-            assert loan is not None
+        loan = _thread.begun.get(self)
+        if loan is not None:
+            if loan.lent:
+                assert self.streamer is not None and self.unit is not None
+                output = self.streamer.own_output(self.unit, output)
             self._give_back(loan)
             if loan.input_device is not None:
                 output = send_to_device(output, loan.input_device, self.skip_keys)
-            del _thread.begun[self]
+            _thread.begun.pop(self, None)
         return output
 
     def on_error(self, module: nn.Module) -> None:
         loan = _thread.begun.get(self)
         if loan is not None:
-            self._give_back(loan)
+            self._give_back(loan, failed=True)
 
-    def _give_back(self, loan: _Loan) -> None:
+    def _give_back(self, loan: _Loan, failed: bool = False) -> None:
         try:
             if loan.lent:
                 assert self.streamer is not None and self.unit is not None
                 loan.lent = False
-                self.streamer.take_back(self.unit)
+                self.streamer.take_back(self.unit, failed)
         finally:
             if loan.outermost and self.streamer is not None:
                 self.streamer.recover()  # no-op unless an interrupt came, perhaps one that user code has caught
@@ -408,4 +426,6 @@ class AlignDevicesHook(ModelHook):
     def detach_hook(self, module: nn.Module) -> nn.Module:
         if self.streamer is not None and self.unit is not None:
             self.streamer.release(self.unit)
+        if self.is_placed:
+            vars(module).pop("_apply", None)  # `dispatch_model` made it refuse to move
         return module

@@ -33,6 +33,7 @@ from torch import Tensor
 from ..checkpoints.ring import Slab
 from ..maps.partition import spread
 from ._torch import detect_fake_mode, held_by_this_thread, mark_lent, storage_id
+from .escapes import count_holders, own_copies
 from .events import Event
 from .handle import Away, refuse_copy
 from .inference_only import end_guards, enter_guard, refuse_gradient
@@ -124,24 +125,19 @@ class Streamer:
     def lend(self, unit: Unit) -> None:
         """Put a unit's weights into the model, on the device. The calling thread holds the lock until `take_back`.
 
+        Whatever is raised here or in `take_back`, between any two lines (the handler of a signal may raise anything),
+        the lock stays held and `recover` must be called.
+
         Raises:
-            OSError: a file could not be read; nothing is lent then.
+            OSError: a file could not be read.
         """
         self.lock.acquire()
-        loan: _Loan | None = None
-        try:
-            loan = _Loan(*self._borrowed(unit))
-            self._loans.append(loan)
-            for entry, value in zip(self.sites[unit.index].entries, loan.views.values):
-                entry.tensors[entry.own] = value
-            if self.listeners:
-                self._tell("work", unit)
-        except Exception:  # not a KeyboardInterrupt, which may come between any two lines: see `recover`
-            if loan is None:
-                self.lock.release()
-            else:
-                self.take_back(unit)
-            raise
+        loan = _Loan(*self._borrowed(unit))
+        self._loans.append(loan)
+        for entry, value in zip(self.sites[unit.index].entries, loan.views.values):
+            entry.tensors[entry.own] = value
+        if self.listeners:
+            self._tell("work", unit)
 
     def _borrowed(self, unit: Unit) -> tuple[Unit, Views, Any]:
         loan = self._loan_of(unit)  # there is one if the unit calls itself
@@ -152,25 +148,34 @@ class Streamer:
             views = self._bring(unit)
         return unit, views, enter_guard(self, unit.name, views.storages) if torch.is_grad_enabled() else None
 
-    def take_back(self, unit: Unit) -> None:
-        """Put the handles back into the model, and keep what the forward wrote into the weights."""
+    def own_output(self, unit: Unit, output: Any) -> Any:
+        """What the forward of a unit that is lent returns, with copies in place of its weights and of views of them."""
+        loan = self._loan_of(unit)
+        return output if loan is None else own_copies(output, loan.views.storages)
+
+    def take_back(self, unit: Unit, failed: bool = False) -> None:
+        """Put the handles back into the model, and keep what the forward wrote into the weights.
+
+        Args:
+            unit: the unit that was lent last.
+            failed: its forward has raised something, and nobody needs what that had computed.
+        """
         if not self._loans or self._loans[-1].unit is not unit:
-            return  # user code has caught a KeyboardInterrupt, after which a loan was left open: `recover` ends all
-        try:
-            loan = self._loans.pop()
-            if loan.guard is not None:
-                loan.guard.__exit__(None, None, None)
-            if self._loan_of(unit) is None:
-                for entry, value in zip(self.sites[unit.index].entries, loan.views.values):
-                    if entry.tensors.get(entry.own) is value:
-                        entry.tensors[entry.own] = entry.handle
-                self._leave(loan)
-            if self.listeners:
-                self._tell("return", unit)
-        except Exception:
-            self.lock.release()
-            raise
-        self.lock.release()  # in no `finally`: after an interrupt, that the lock is held tells `recover` of it
+            return  # user code has caught what was raised, and a loan was left open: `recover` ends all
+        loan = self._loans.pop()
+        if loan.guard is not None:
+            loan.guard.__exit__(None, None, None)
+        if self._loan_of(unit) is None:
+            self._put_handles(loan)
+            self._leave(loan, failed)
+        if self.listeners:
+            self._tell("return", unit)
+        self.lock.release()  # in no `finally`: that the lock is still held tells `recover` of what was raised
+
+    def _put_handles(self, loan: _Loan) -> None:
+        for entry, value in zip(self.sites[loan.unit.index].entries, loan.views.values):
+            if entry.tensors.get(entry.own) is value:
+                entry.tensors[entry.own] = entry.handle
 
     def held(self) -> bool:
         """Whether this thread is lent something."""
@@ -271,7 +276,7 @@ class Streamer:
     def _bring(self, unit: Unit) -> Views:
         """Make a unit ready to work."""
         slot = self.holder.get(unit.index)
-        shared = sum(slot.owner is None for slot in self.slots) or self.count
+        shared = max(sum(slot.owner is None for slot in self.slots), self.count)
         following = self._following(unit, shared - 1) if self.prefetch else []
         if slot is None:
             slot = self._fetch(unit, following)
@@ -292,6 +297,7 @@ class Streamer:
             raise
         views: Views = slot.visits[unit.index]
         slot.version = self._version(slot, views)
+        slot.holders = None if self.maps else count_holders(slot.base, views.values)
         return views
 
     def _prefetch(self, following: list[Unit]) -> None:
@@ -302,6 +308,8 @@ class Streamer:
                 return
             try:
                 self._fetch(unit, following)
+            except TimeoutError:
+                raise  # the handler of a signal may raise it
             except OSError:
                 return  # it was a guess: if the unit is needed, the error comes then
 
@@ -322,10 +330,11 @@ class Streamer:
 
     def _shared_slot(self, following: list[Unit]) -> Slot:
         """A slot for any unit; the first time all are made, and one more when forwards are nested too deeply."""
+        size = max(unit.nbytes for unit in self.units if not unit.loose)
+        missing = self.count - sum(slot.owner is None for slot in self.slots)
+        self.slots += [self.lane.slot(size) for _ in range(missing)]
         while (slot := self._idle(following) or self._idle([])) is None:
-            size = max(unit.nbytes for unit in self.units if not unit.loose)
-            first = all(slot.owner is not None for slot in self.slots)
-            self.slots += [self.lane.slot(size) for _ in range(self.count if first else 1)]
+            self.slots.append(self.lane.slot(size))
         return slot
 
     def _own_slot(self, unit: Unit) -> Slot:
@@ -346,9 +355,10 @@ class Streamer:
             del self.holder[slot.unit.index]
         slot.unit = None
 
-    def _leave(self, loan: _Loan) -> None:
+    def _leave(self, loan: _Loan, failed: bool) -> None:
         """A unit's forward has ended."""
         slot = self.holder[loan.unit.index]
+        kept = not failed and self._kept(slot, loan)
         written = self._written(loan)
         try:
             if written:
@@ -358,8 +368,18 @@ class Streamer:
         finally:
             self.lane.leave(slot)
             slot.lent = False
-        if written or self.maps:
+        if written or self.maps or kept:
             self._empty(slot)
+        if kept:
+            self.slots.remove(slot)
+
+    def _kept(self, slot: Slot, loan: _Loan) -> bool:
+        """Whether a view of a slot's memory outlives the loan: the memory must not be filled anew then."""
+        if self.maps:
+            return False
+        holders = count_holders(slot.base, loan.views.values)
+        # In grad mode the graph refers to parameters.
+        return holders.memory > slot.holders.memory or (loan.guard is None and holders.tensors > slot.holders.tensors)
 
     def _cache(self, unit: Unit, slot: Slot) -> None:
         """Keep a unit from the disk in RAM, as it lies in the slot."""

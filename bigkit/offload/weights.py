@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from ..checkpoints.ring import Slab
+from ._torch import real_tensors
 from .codec import codec_of
 from .source import Source
 
@@ -123,6 +124,11 @@ class Weight:
         """Where it rests: "disk" if any part of it does, else "cpu"."""
         return "disk" if any(part.source is not None for part in self.parts.values()) else "cpu"
 
+    def address(self) -> int:
+        """Where its bytes lie: for each weight another, though those of a unit lie in one slab."""
+        with real_tensors():
+            return next(iter(self.parts.values())).on_cpu().data_ptr()
+
     def order(self) -> tuple[str, int]:
         """What sorts weights as they lie in their files; those in RAM keep their order, and come first."""
         part = next(iter(self.parts.values()))
@@ -160,7 +166,11 @@ class Weight:
             tensor = new.get(suffix)
             if tensor is None or tuple(tensor.shape) != part.shape or tensor.dtype != part.dtype:
                 given = "nothing" if tensor is None else f"{tuple(tensor.shape)} {tensor.dtype}"
-                raise ValueError(f"{self.name!r} rests as {part.shape} {part.dtype} and cannot become {given}")
+                raise ValueError(
+                    f"{self.name!r} rests as {part.shape} {part.dtype} and cannot become {given}: to change its shape "
+                    "or dtype (as resize_token_embeddings does) call remove_hook_from_module(model, recurse=True), "
+                    "change it, and dispatch the model again"
+                )
         for suffix, part in self.parts.items():
             if part.slab is None:
                 part.slab, part.source, part.at = Slab(part.nbytes), None, 0

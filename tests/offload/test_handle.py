@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from bigkit.offload.handle import AwayParameter
+from bigkit.offload.hooks import remove_hook_from_module
 from bigkit.offload.one_place import cpu_offload
 from tests.spread import STAND_IN, Net, check_at_rest, same, spread_ways
 
@@ -219,20 +220,103 @@ def test_requires_grad_can_be_switched(tmp_path):
         assert parts(X).requires_grad and not parts.h[0](X).requires_grad
 
 
-def test_copies_and_pickles_are_refused(tmp_path):
-    ways = (copy.deepcopy, copy.copy, pickle.dumps, lambda thing: torch.save(thing, io.BytesIO()))
-    for way, parts in spread_ways(Net(), tmp_path):
-        expected = parts(X)
-        for thing in (parts.h[1].a.weight, parts.scale, dict(parts.named_parameters())):
-            for work in ways[: 4 if not isinstance(thing, dict) else 1]:
-                with pytest.raises(
-                    TypeError, match=r"'.*' is spread out by bigkit and cannot be copied or pickled: call"
-                ):
-                    work(thing)
-        with pytest.raises(TypeError, match="is spread out by bigkit"):
-            copy.deepcopy(parts)
-        assert same(parts(X), expected), way
+def saved(thing):
+    file = io.BytesIO()
+    torch.save(thing, file)
+    assert file.tell() < 12_000  # bytes: the weights alone, not what they rest in
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+COPIES = {
+    "deepcopy": copy.deepcopy,
+    "copy": copy.copy,
+    "pickle": lambda thing: pickle.loads(pickle.dumps(thing)),
+    "torch.save": saved,
+}
+THINGS = {
+    "a weight": weight,
+    "the root's own": lambda model: model.scale,
+    "parameters": lambda model: dict(model.named_parameters()),
+    "tied": lambda model: [model.h[0].a.weight, model.h[0].a.weight],
+    "detached": lambda model: {"w": weight(model).detach()},
+    "state dict": lambda model: dict(model.state_dict()),
+    "state dict of handles": lambda model: dict(model.state_dict(keep_vars=True)),
+}
+
+
+@pytest.mark.parametrize("way_to_copy", COPIES.values(), ids=COPIES)
+@pytest.mark.parametrize("thing", THINGS.values(), ids=THINGS)
+def test_handles_copy_and_pickle_as_the_weights(way_to_copy, thing, tmp_path):
+    model = Net()
+    expected = thing(model)
+    for way, parts in spread_ways(model, tmp_path):
+        before = parts(X)
+        given = thing(parts)
+        copied = way_to_copy(given)
+        if way_to_copy is copy.copy and not isinstance(given, torch.Tensor):
+            continue  # a new container of the same handles
+        assert same(copied, expected), way
+        pairs = [(copied, expected)] if isinstance(copied, torch.Tensor) else []
+        if isinstance(copied, dict):
+            pairs = [(copied[name], expected[name]) for name in expected]
+        elif isinstance(copied, list):
+            assert copied[0] is copied[1]
+        with torch.no_grad():
+            for new, old in pairs:
+                assert type(new) is type(old) and new.requires_grad == old.requires_grad, way
+                new.zero_()
+        assert same(parts(X), before)
         check_at_rest(parts)
+
+
+def test_a_spread_model_does_not_copy_but_a_layer_in_it_does(tmp_path):
+    model = Net()
+    for way, parts in spread_ways(model, tmp_path):
+        for work in (copy.deepcopy, pickle.dumps, lambda thing: torch.save(thing, io.BytesIO())):
+            for thing in (parts, parts.h[1], {"model": parts}):
+                with pytest.raises(TypeError, match="is spread out by bigkit and cannot be copied or pickled: call"):
+                    work(thing)
+        assert same(copy.deepcopy(parts.h[1].a)(X), model.h[1].a(X)), way
+        check_at_rest(parts)
+
+
+def test_weights_have_addresses_of_their_own(tmp_path):
+    """By these Accelerate, safetensors, Transformers and others tell what is tied."""
+    import accelerate
+    import safetensors.torch
+
+    model = Net()
+    model.out.weight = model.h[0].a.weight
+    for i, (way, parts) in enumerate(spread_ways(model, tmp_path)):
+        for state in (parts.state_dict(), parts.state_dict(keep_vars=True)):
+            storages = [tensor.untyped_storage() for tensor in state.values()]
+            pointers = {storage.data_ptr(): name for name, storage in zip(state, storages)}
+            assert len(pointers) == len(state) - 1 and 0 not in pointers, way
+            assert [storage.nbytes() for storage in storages] == [tensor.nbytes for tensor in state.values()]
+            assert state["out.weight"].data_ptr() == state["h.0.a.weight"].untyped_storage().data_ptr()
+        accelerate.Accelerator(cpu=True).save_model(parts, tmp_path / f"a{i}")
+        safetensors.torch.save_model(parts, tmp_path / f"s{i}")
+        for file in (tmp_path / f"a{i}" / "model.safetensors", tmp_path / f"s{i}"):
+            loaded = safetensors.torch.load_file(file)
+            assert len(loaded) == len(pointers)
+            for name, value in loaded.items():
+                assert torch.equal(value, model.state_dict()[name]), (way, name)
+        assert same(parts(X), model(X)), way
+
+
+@pytest.mark.parametrize("vocabulary", [12, 5])
+def test_embeddings_that_are_resized_say_what_to_do(vocabulary):
+    import transformers
+
+    config = transformers.GPT2Config(vocab_size=9, n_embd=8, n_layer=2, n_head=2, n_positions=8)
+    model, ids = transformers.GPT2LMHeadModel(config).eval(), torch.tensor([[1, 2]])
+    parts = cpu_offload(copy.deepcopy(model), 0, stand_in=STAND_IN)
+    with pytest.raises(ValueError, match=r"'transformer.wte.weight' .* call remove_hook_from_module\(.* dispatch"):
+        parts.resize_token_embeddings(vocabulary, mean_resizing=False)
+    assert parts.config.vocab_size == 9 and torch.equal(parts(ids).logits, model(ids).logits)
+    remove_hook_from_module(parts, recurse=True).resize_token_embeddings(vocabulary, mean_resizing=False)
+    assert cpu_offload(parts, 0, stand_in=STAND_IN)(ids).logits.shape == (1, 2, vocabulary)
 
 
 VIEWS = {

@@ -27,10 +27,14 @@ from bigkit.offload.hooks import (
 )
 from bigkit.offload.inputs import find_device, send_to_device, torch_device
 from bigkit.offload.one_place import cpu_offload, disk_offload
-from tests.spread import STAND_IN, Net, check_at_rest, same, spread, spread_ways
+from tests.spread import STAND_IN, Block, Net, check_at_rest, same, spread, spread_ways
 
 X = torch.randn(3, 8, generator=torch.Generator().manual_seed(0))
 META = torch.device("meta")
+
+
+class Stop(Exception):
+    pass
 
 
 class Log(ModelHook):
@@ -197,25 +201,29 @@ def test_what_is_raised_gives_every_weight_back_and_the_lock(kind, where, tmp_pa
 
 # One that comes while a finalizer runs is swallowed by Python, with this warning.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-def test_an_interrupt_may_come_at_any_point(tmp_path):
-    """A timer interrupts forwards of tiny blocks, so that most interrupts come in the midst of lending."""
+@pytest.mark.parametrize("kind", [KeyboardInterrupt, Stop, TimeoutError, OSError])
+def test_an_interrupt_may_come_at_any_point(kind, tmp_path):
+    """A timer interrupts forwards of tiny blocks, so that most interrupts come in the midst of lending.
+
+    The handler of a signal may raise anything, as those of timeouts do.
+    """
 
     def interrupt(*_):
-        raise KeyboardInterrupt
+        raise kind
 
     model, interrupted, rng = Net(6), 0, random.Random(0)
     expected, ways = model(X), [*spread_ways(model, tmp_path)]
     before = signal.signal(signal.SIGALRM, interrupt)
     gc.disable()  # so that few come there
     try:
-        for i in range(400):
+        for i in range(200):
             way, parts = ways[i % len(ways)]
             try:
                 signal.setitimer(signal.ITIMER_REAL, rng.uniform(2e-5, 2e-3))
                 for _ in range(3):
                     parts(X)
                 signal.setitimer(signal.ITIMER_REAL, 0)
-            except KeyboardInterrupt:
+            except kind:
                 interrupted += 1
             signal.setitimer(signal.ITIMER_REAL, 0)
             check_at_rest(parts)
@@ -257,6 +265,114 @@ def test_an_interrupt_that_is_caught_within_a_forward():
     streamer.listeners.clear()
     check_at_rest(parts)
     assert same(parts(X), expected)
+
+
+class Coder(nn.Module):
+    """Calls its hook as the decorator `apply_forward_hook` of Diffusers does."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale, self.inner = nn.Parameter(torch.tensor(2.0)), nn.Linear(8, 8)
+
+    def encode(self, x):
+        if hasattr(self, "_hf_hook"):
+            self._hf_hook.pre_forward(self)
+        return self.inner(x) * self.scale
+
+    def forward(self, x):
+        return self.encode(x) + self.scale
+
+
+class Pipe(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.coder, self.gain = Coder(), nn.Parameter(torch.tensor(3.0))
+
+    def forward(self, x):
+        return self.coder.encode(x) * self.gain + self.coder(x)
+
+
+def by_hand(model):
+    args, kwargs = model._hf_hook.pre_forward(model, X) if hasattr(model, "_hf_hook") else ((X,), {})
+    output = type(model).forward(model, *args, **kwargs)
+    return model._hf_hook.post_forward(model, output) if hasattr(model, "_hf_hook") else output
+
+
+ALONE = {
+    "alone": (Coder, lambda model: model.encode(X)),
+    "within its own forward": (Coder, lambda model: model(X)),
+    "within another forward": (Pipe, lambda model: model(X)),
+    "by hand": (Coder, by_hand),
+}
+
+
+@pytest.mark.parametrize(("kind", "call"), ALONE.values(), ids=ALONE)
+def test_a_hook_that_is_called_alone_leaves_no_loan(kind, call, tmp_path):
+    model = kind()
+    expected = call(model)
+    for way, parts in spread_ways(model, tmp_path):
+        results = []
+        for _ in range(2):
+            assert same(call(parts), expected), way
+            check_at_rest(parts)
+        thread = threading.Thread(target=lambda: results.append(parts(X)), daemon=True)  # noqa: B023
+        thread.start()
+        thread.join(20)
+        assert results and same(results[0], model(X)), way
+
+
+class Duck:
+    """A hook with nothing that a hook need not have."""
+
+    def init_hook(self, module):
+        return module
+
+    detach_hook = init_hook
+
+    def pre_forward(self, module, *args, **kwargs):
+        return args, kwargs
+
+    def post_forward(self, module, output):
+        return output
+
+
+@pytest.mark.parametrize("hook", [accelerate.hooks.ModelHook, Duck, lambda: SequentialHook(Duck(), ModelHook())])
+@pytest.mark.parametrize("append", [False, True])
+def test_a_hook_without_on_error_hides_no_error(hook, append):
+    block = Block()
+    block.b.forward = lambda x: [][1]
+    parts = cpu_offload(nn.Sequential(block, Block()), 0, stand_in=STAND_IN)
+    add_hook_to_module(parts[0], hook(), append=append)
+    with pytest.raises(IndexError, match="list index out of range"):
+        parts(X)
+    if append:  # else the block is no longer spread
+        check_at_rest(parts)
+
+
+TAKEN = {
+    "all": lambda model: accelerate.hooks.remove_hook_from_module(model, recurse=True),
+    "submodules": accelerate.hooks.remove_hook_from_submodules,
+    "the root": accelerate.hooks.remove_hook_from_module,
+    "a block": lambda model: accelerate.hooks.remove_hook_from_module(model.h[1]),
+    "replaced": lambda model: accelerate.hooks.add_hook_to_module(model.h[1], accelerate.hooks.ModelHook()),
+    "another": lambda model: accelerate.hooks.add_hook_to_module(model.h[1], accelerate.hooks.ModelHook(), append=True),
+    "another, at the root": lambda model: accelerate.hooks.add_hook_to_module(
+        model, accelerate.hooks.ModelHook(), append=True
+    ),
+}
+
+
+@pytest.mark.parametrize("take", TAKEN.values(), ids=TAKEN)
+def test_functions_of_accelerate_that_handle_hooks(take, tmp_path):
+    model = Net()
+    for way, parts in spread_ways(model, tmp_path):
+        take(parts)
+        assert same(parts(X), model(X)) and same(parts(X), model(X)), way
+        remove_hook_from_module(parts, recurse=True)
+        assert same(parts(X), model(X)), way
+    parts = cpu_offload(copy.deepcopy(model), 0, stand_in=STAND_IN)
+    accelerate.hooks.remove_hook_from_module(parts, recurse=True)
+    assert same(parts.double()(X.double()), model.double()(X.double()))
 
 
 def test_a_hook_that_never_began_is_not_told_of_an_error():

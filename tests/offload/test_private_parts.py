@@ -86,6 +86,11 @@ def test_torch_has_what_offloading_uses():
     base = torch.zeros(4)
     assert _torch.storage_id(base) == _torch.storage_id(base[1:]), f"views no longer share a storage's _cdata {version}"
     assert _torch.storage_id(base) != _torch.storage_id(base.clone()), f"two storages have one _cdata {version}"
+    users = _torch.storage_users(base)
+    view = base[1:]
+    assert _torch.storage_users(base) == users + 1, f"views no longer count as users of a storage {version}"
+    del view
+    assert _torch.storage_users(base) == users, f"a view that is gone still counts {version}"
     made = _torch.make_subclass(nn.Parameter, base, False)
     assert type(made) is nn.Parameter and made.data_ptr() == base.data_ptr(), f"_make_subclass copies {version}"
     assert _torch.detect_fake_mode() is None, f"detect_fake_mode sees a mode where there is none {version}"
