@@ -29,13 +29,14 @@ from ..checkpoints.resting import record_resting_place, write_file
 from ..devices import Device, placement, read_device
 from ..maps.device_map import check_device_map, get_max_memory
 from ..maps.strategies import STRATEGIES, place
-from ..meta.skeleton import spec_from_module
+from ..meta.skeleton import is_linear, spec_from_module
+from ..model.precision import is_named
 from ..offload.dispatch import dispatch_model
 from ..offload.inputs import torch_device
 from ..units import is_floating, listed
 from .bnb import bitsandbytes, put_together, quantized, skeleton, take_apart
 from .config import BnbQuantizationConfig as BnbQuantizationConfig
-from .replace import convertible, empty_layer_for, is_named, layers_to_quantize, rows
+from .replace import cast, empty_layer_for, layers_to_quantize, rows
 from .replace import replace_with_bnb_layers as replace_with_bnb_layers
 from .stored import from_stored, stored_keys, stored_kind, travelling_keys
 
@@ -126,9 +127,9 @@ def load_and_quantize_model(
             targets[name]._parameters["weight"] = None  # it can go, whoever still holds the old layer
             del weight
         if weights_location is None:
-            _cast(model, config)
+            cast(model, config)
         dispatch_model(model, devices, **arguments)
-        _mark(model, config)
+        _mark(model, config, targets)
     return model
 
 
@@ -348,26 +349,19 @@ def _weights_of_model(
     return chain(list(quantize(on_disk=True)), quantize(on_disk=False))
 
 
-def _cast(model: nn.Module, config: BnbQuantizationConfig) -> None:
-    """Bring what is not quantized to its dtype."""
-    for name, parameter in model.named_parameters():
-        if parameter.is_floating_point():
-            fp32 = is_named(name, config.keep_in_fp32_modules or ())
-            parameter.data = parameter.data.to(torch.float32 if fp32 else config.torch_dtype)
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Afterwards
 
 
-def _mark(model: nn.Module, config: BnbQuantizationConfig) -> None:
+def _mark(model: nn.Module, config: BnbQuantizationConfig, targets: Iterable[str]) -> None:
     """What others ask a quantized model for: peft two flags, Transformers the config under which it loads it again."""
     model.requires_grad_(False)
     model.eval()
     marks: Any = model
     marks.is_loaded_in_4bit, marks.is_loaded_in_8bit = config.load_in_4bit, config.load_in_8bit
     if hasattr(marks, "config") and hasattr(marks.config, "to_dict") and hasattr(marks.config, "save_pretrained"):
-        kept = [name for name, module in model.named_modules() if convertible(module)]
+        linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) or is_linear(module)]
+        kept = [name for name in linear if f"{name}.weight" not in targets]
         stated = dataclasses.replace(config, skip_modules=kept, keep_in_fp32_modules=())
         marks.config = copy.deepcopy(marks.config)
         marks.config.quantization_config = stated.to_dict()

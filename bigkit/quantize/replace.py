@@ -1,7 +1,6 @@
-"""Which layers of a model are quantized, and bitsandbytes' layers in their place.
+"""Bitsandbytes' layers in the place of those that are quantized.
 
-Linear layers are quantized, GPT-2's `Conv1D` transposed first. The output head and tied modules are kept, and so are
-subclasses of `nn.Linear`, whose owners may read their weights.
+Which ones they are, `ModelSpec.precision` says: for plans and estimates too. GPT-2's `Conv1D` is transposed first.
 """
 
 from __future__ import annotations
@@ -9,10 +8,13 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..meta.empty import twin
-from ..meta.skeleton import spec_from_module
+from ..meta.skeleton import modules_to_keep, spec_from_module
+from ..model.precision import float32_modules, is_named
+from ..units import dtype_name
 from .bnb import empty_layer
 from .config import BnbQuantizationConfig
 
@@ -31,8 +33,7 @@ def replace_with_bnb_layers(
     Args:
         model: the model, on meta or not.
         bnb_quantization_config: which layers they become.
-        modules_to_not_convert: names of modules that stay: whole names, or some of their parts; None takes what the
-            config says.
+        modules_to_not_convert: names of modules that stay, or the ends of names; None takes what the config says.
         current_key_name: accepted for compatibility.
 
     Returns:
@@ -66,25 +67,20 @@ def layers_to_quantize(
         ValueError: there is none.
     """
     spec = spec_from_module(model)
+    fp32 = config.keep_in_fp32_modules or ()
     if skip is None:
-        kept = spec.kept if config.skip_modules is None else config.skip_modules
-        skip = (*kept, *(config.keep_in_fp32_modules or ()))
-    tied = {name.rpartition(".")[0] for group in spec.ties for name in group}
+        skip = config.skip_modules
+    precision = spec.precision(config.torch_dtype, config.quantization, skip)
     layers = {
-        f"{name}.weight": module
-        for name, module in model.named_modules()
-        if convertible(module) and not is_named(name, skip) and name not in tied
+        f"{name}.weight": model.get_submodule(name) for name in spec.quantized(precision) if not is_named(name, fp32)
     }
     if not layers:
         kinds = sorted({type(module).__name__ for module in model.modules() if isinstance(module, nn.Linear)})
         has = f"it has {', '.join(kinds)}, all of them kept" if kinds else "it has no nn.Linear and no Conv1D"
+        if config.load_in_8bit and spec.facts.get("keep_in_int8"):
+            has += " (PyTorch's fast nn.TransformerEncoderLayer would read int8 codes as weights: take 4 bit)"
         raise ValueError(f"no layer of {type(model).__name__} would be quantized: {has}")
     return layers
-
-
-def convertible(module: nn.Module) -> bool:
-    """Whether a layer can be quantized: a plain linear one. Subclasses have owners who may read their weights."""
-    return type(module) is nn.Linear or _is_conv1d(module)
 
 
 def _is_conv1d(module: nn.Module) -> bool:
@@ -92,9 +88,13 @@ def _is_conv1d(module: nn.Module) -> bool:
     return type(module).__name__ == "Conv1D" and type(module).__module__.startswith("transformers.")
 
 
-def is_named(name: str, names: Iterable[str]) -> bool:
-    """Whether some of the dotted parts of `name`, one after another, are one of `names`."""
-    return any(f".{other}." in f".{name}." for other in names)
+def cast(model: nn.Module, config: BnbQuantizationConfig) -> None:
+    """Bring what is not quantized to its dtype: that of the config, or float32 where the config or a class needs it."""
+    facts = modules_to_keep(model)
+    fp32 = (*(config.keep_in_fp32_modules or ()), *float32_modules(facts, dtype_name(config.torch_dtype)))
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(torch.float32 if is_named(name, fp32) else config.torch_dtype)
 
 
 def rows(module: nn.Module, weight: Tensor) -> Tensor:
