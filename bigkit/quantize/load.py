@@ -61,7 +61,8 @@ def load_and_quantize_model(
     From a checkpoint, one tensor at a time is read, cast to `torch_dtype`, quantized on the device that will run it and
     placed. Nothing of the model changes before all of it has been checked and read. Without a checkpoint each weight
     is let go when it has been quantized: after an error in the middle (no memory, an interrupt) the model refuses to
-    run. All its parameters are frozen.
+    run. All its parameters are frozen. Hooks and attributes of the layers are kept; layers whose `forward` was replaced
+    are refused.
 
     Args:
         model: the model, changed in place: on meta if there is a checkpoint.

@@ -5,7 +5,7 @@ Which ones they are, `ModelSpec.precision` says: for plans and estimates too. GP
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..meta.empty import twin
 from ..meta.skeleton import modules_to_keep, spec_from_module
 from ..model.precision import float32_modules, is_named
-from ..units import dtype_name
+from ..units import dtype_name, listed
 from .bnb import empty_layer
 from .config import BnbQuantizationConfig
 
@@ -80,7 +80,29 @@ def layers_to_quantize(
         if config.load_in_8bit and spec.facts.get("keep_in_int8"):
             has += " (PyTorch's fast nn.TransformerEncoderLayer would read int8 codes as weights: take 4 bit)"
         raise ValueError(f"no layer of {type(model).__name__} would be quantized: {has}")
+    _refuse_patched(layers)
     return layers
+
+
+def _refuse_patched(layers: Mapping[str, nn.Module]) -> None:
+    """What a user has put on a layer goes over to the new one (`_carry_over`), except what is bound to the old one."""
+    bound = ("forward", "_state_dict_hooks", "_state_dict_pre_hooks", "_load_state_dict_pre_hooks")
+    patched = [name for name, module in layers.items() if any(vars(module).get(attribute) for attribute in bound)]
+    if patched:
+        raise ValueError(
+            f"{listed(patched)}: the layer's forward was replaced or has hooks on its state dict, which would be lost "
+            "when it is quantized. Put them on afterwards, or name the layer in skip_modules"
+        )
+
+
+def _carry_over(module: nn.Module, layer: nn.Module) -> None:
+    """Hooks, attributes, and parts that a layer had beside its weight and bias: the new layer gets the same objects."""
+    plain = vars(nn.Linear(1, 1, device="meta"))
+    for name, value in vars(module).items():
+        if name in ("_parameters", "_buffers", "_modules"):
+            vars(layer)[name].update({own: part for own, part in value.items() if own not in ("weight", "bias")})
+        elif name not in plain and name not in vars(layer) or (value and ("forward" in name or "backward" in name)):
+            vars(layer)[name] = value
 
 
 def _is_conv1d(module: nn.Module) -> bool:
@@ -109,4 +131,5 @@ def empty_layer_for(module: nn.Module, config: BnbQuantizationConfig) -> nn.Modu
         module, inputs, outputs, config.quantization, config.llm_int8_threshold, config.bnb_4bit_compute_dtype
     )
     layer.bias = module.bias
+    _carry_over(module, layer)
     return layer.requires_grad_(False).train(module.training)

@@ -1,6 +1,7 @@
 """Which layers are quantized."""
 
 import copy
+import types
 
 import pytest
 import torch
@@ -152,6 +153,54 @@ def test_what_a_class_needs_in_float32_is_loaded_and_planned_so(half, tmp_path):
         assert loaded == fp32
         planned = plan(empty(make), {"cpu": "1GiB"}, dtype=half).used["cpu"]
         assert planned == sum(parameter.nbytes for parameter in model.parameters())
+
+
+def _times_ten(layer):
+    layer.register_forward_hook(lambda module, inputs, output: output * 10)
+
+
+def _plus_five(layer):
+    layer.register_forward_pre_hook(lambda module, args, kwargs: ((args[0] + 5,), kwargs), with_kwargs=True)
+
+
+def _removed(layer):
+    layer.handle = layer.register_forward_hook(lambda module, inputs, output: output * 10)
+
+
+def _attribute(layer):
+    layer.scale, layer.extra = 3.0, nn.Linear(64, 64)
+    layer.register_buffer("shift", torch.ones(64))
+    layer.register_forward_hook(lambda module, i, output: output * module.scale + module.shift + module.extra(output))
+
+
+@pytest.mark.parametrize("change", [_times_ten, _plus_five, _removed, _attribute])
+@pytest.mark.parametrize("kind", ["int8", "nf4"])
+def test_what_users_put_on_a_layer_stays_on_it(kind, change):
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64), nn.Linear(64, 8)).eval(), torch.randn(4, 64)
+    change(model[0])
+    with torch.no_grad():
+        if change is _removed:  # a handle still finds its hook
+            expected = model[2](model[1](nn.functional.linear(x, model[0].weight, model[0].bias)))
+        else:
+            expected = model(x)
+        model = load_and_quantize_model(model, config(kind), device_map=CPU)
+        if change is _removed:
+            model[0].handle.remove()
+        assert (model(x) - expected).norm() < 0.2 * expected.norm()
+
+
+@pytest.mark.parametrize("how", ["forward", "register_state_dict_post_hook", "register_load_state_dict_pre_hook"])
+def test_what_is_bound_to_a_layer_is_refused_before_anything_changes(how):
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64), nn.Linear(64, 8))
+    if how == "forward":
+        model[1].forward = types.MethodType(lambda self, x: type(self).forward(self, x) * 3, model[1])
+    else:
+        getattr(model[1], how)(lambda *args: None)
+    with pytest.raises(ValueError, match="'1.weight': the layer's forward was replaced or has hooks .* skip_modules"):
+        load_and_quantize_model(model, config("int8"), device_map=CPU)
+    assert type(model[0]) is nn.Linear
+    load_and_quantize_model(model, config("int8", skip_modules=["1", "2"]), device_map=CPU)
 
 
 def test_a_model_without_linear_layers_is_refused():
