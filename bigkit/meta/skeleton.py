@@ -182,14 +182,15 @@ def extra_tensors(module: nn.Module, load: bool = False) -> dict[str, Tensor]:
     """
     if not has_own_state(module):
         return {}
-    quantization = getattr(getattr(module, "weight", None), "quant_state", None)
-    if hasattr(quantization, "original_qshape"):  # bitsandbytes would undo this, but the scales have been rounded
+    own = {**module._parameters, **module._buffers}
+    away: Any = {name: tensor for name, tensor in module._parameters.items() if hasattr(tensor, "streamer")}
+    weight = away["weight"].weight.template if "weight" in away else own.get("weight")
+    # bitsandbytes would undo this, but the scales have been rounded.
+    if hasattr(getattr(weight, "quant_state", None), "original_qshape"):
         raise ValueError(
             f"the 4-bit weight of a {type(module).__name__} was packed anew for this CPU by a forward, which rounded "
             "its scales: load the model again, and save it before it runs"
         )
-    own = {**module._parameters, **module._buffers}
-    away: Any = {name: tensor for name, tensor in module._parameters.items() if hasattr(tensor, "streamer")}
     try:
         module._parameters.update({name: a.load("cpu") if load else a.weight.template for name, a in away.items()})
         state = own_state(module)

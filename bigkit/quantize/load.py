@@ -79,7 +79,8 @@ def load_and_quantize_model(
         stand_in, options: see `dispatch_model`.
 
     Returns:
-        The model, with `hf_device_map`. What rests in RAM or on disk travels in its quantized form.
+        The model, with `hf_device_map`. What rests in RAM or on disk travels in its quantized form; `state_dict()` and
+        adapters of `peft` find its scales too (DoRA on an offloaded 4-bit layer is refused).
 
     Raises:
         ImportError: bitsandbytes is not there.
