@@ -13,6 +13,7 @@ import copy
 import dataclasses
 import inspect
 import os
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import chain
@@ -33,7 +34,7 @@ from ..meta.skeleton import is_linear, spec_from_module
 from ..model.precision import is_named
 from ..offload.dispatch import dispatch_model
 from ..offload.inputs import torch_device
-from ..units import is_floating, listed
+from ..units import dtype_name, format_bytes, is_floating, listed
 from .bnb import bitsandbytes, put_together, quantized, skeleton, take_apart
 from .config import BnbQuantizationConfig as BnbQuantizationConfig
 from .replace import cast, empty_layer_for, layers_to_quantize, rows
@@ -62,7 +63,8 @@ def load_and_quantize_model(
     placed. Nothing of the model changes before all of it has been checked and read. Without a checkpoint each weight
     is let go when it has been quantized: after an error in the middle (no memory, an interrupt) the model refuses to
     run. All its parameters are frozen. Hooks and attributes of the layers are kept; layers whose `forward` was replaced
-    are refused.
+    are refused, and so is a model that is quantized already. Experts that are stacked in one tensor stay in
+    `torch_dtype`; a warning names them and their bytes.
 
     Args:
         model: the model, changed in place: on meta if there is a checkpoint.
@@ -101,6 +103,7 @@ def load_and_quantize_model(
     arguments: dict[str, Any] = {"offload_dir": offload_folder, "stand_in": stand_in, **options}
     inspect.signature(dispatch_model).bind(model, {}, **arguments)  # an option that it lacks is an error now
     targets = layers_to_quantize(model, config)
+    _warn_of_experts(model, config)
     devices, slots = _device_map(model, config, targets, device_map, no_split_module_classes, max_memory)
     if slots is not None:
         arguments.setdefault("slots", slots)  # those that the plan left room for
@@ -133,6 +136,21 @@ def load_and_quantize_model(
         dispatch_model(model, devices, **arguments)
         _mark(model, config, targets)
     return model
+
+
+def _warn_of_experts(model: nn.Module, config: BnbQuantizationConfig) -> None:
+    """Say which stacks of matrices, such as the experts of a mixture, are in no linear layer and stay as they are."""
+    stacks = {
+        name: tensor.elements * config.torch_dtype.itemsize
+        for name, (tensor, owner) in spec_from_module(model).tensors.items()
+        if len(tensor.shape) == 3 and min(tensor.shape) > 1 and not tensor.buffer and "Conv" not in owner.cls
+    }
+    if stacks:
+        warnings.warn(
+            f"{listed(stacks)}: weights of several experts (or heads) in one tensor, which is no linear layer, are not "
+            f"quantized. They stay in {dtype_name(config.torch_dtype)}: {format_bytes(sum(stacks.values()))}",
+            stacklevel=3,
+        )
 
 
 @contextmanager

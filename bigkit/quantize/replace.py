@@ -64,7 +64,7 @@ def layers_to_quantize(
     """Name of a weight -> its layer, for all that are to be quantized.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is none, the model is quantized already, or a layer's forward was replaced.
     """
     spec = spec_from_module(model)
     fp32 = config.keep_in_fp32_modules or ()
@@ -74,6 +74,11 @@ def layers_to_quantize(
     layers = {
         f"{name}.weight": model.get_submodule(name) for name in spec.quantized(precision) if not is_named(name, fp32)
     }
+    if any(type(module).__name__ in ("Linear8bitLt", "Linear4bit") for module in model.modules()):
+        raise ValueError(
+            f"this {type(model).__name__} is quantized already: quantizing changes a model itself, so it is no "
+            "longer empty. Build it again (with init_empty_weights) to load another checkpoint"
+        )
     if not layers:
         kinds = sorted({type(module).__name__ for module in model.modules() if isinstance(module, nn.Linear)})
         has = f"it has {', '.join(kinds)}, all of them kept" if kinds else "it has no nn.Linear and no Conv1D"
