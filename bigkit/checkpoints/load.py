@@ -20,7 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from ..devices import Device, placement
-from ..meta.skeleton import extra_tensors
+from ..meta.skeleton import extra_tensors, modules_to_keep
+from ..model.precision import float32_modules, is_named
 from ..units import dtype_name, listed
 from ._torch import extra_states, run_post_hooks
 from .format import Checkpoint, Stored
@@ -97,8 +98,9 @@ def load_checkpoint_in_model(
             of another width is cast without a check of its range, as `load_state_dict` of torch does it.
         offload_state_dict: accepted for compatibility; nothing is held in memory twice either way.
         offload_buffers: whether buffers of modules on "disk" rest there too; else they are loaded to the CPU.
-        keep_in_fp32_modules: whole parts of module names ("lm_head", "h.0") whose weights stay float32 when `dtype` is
-            float16 or bfloat16.
+        keep_in_fp32_modules: names of modules, or the ends of names ("lm_head", "h.0", "norm"), whose weights become
+            float32 when `dtype` is float16 or bfloat16. Those that the model's classes list for this
+            (`_keep_in_fp32_modules`, `_keep_in_fp32_modules_strict` of Transformers) always do.
         strict: raise if anything does not match, instead of a warning.
         key: where in a `.bin` or `.pt` file of a trainer the weights are: `"state_dict"`, `"model"`, or `"a.b"` for the
             dict `b` in the dict `a`. The warning names the one that fits.
@@ -156,6 +158,7 @@ def load_matching(
     """Load what matches of an open checkpoint, and report the rest. See `load_checkpoint_in_model`."""
     floats = None if dtype is None else getattr(torch, dtype_name(dtype))
     fp32 = {*(keep_in_fp32_modules or ())} if floats in (torch.float16, torch.bfloat16) else set()
+    fp32 |= {*float32_modules(modules_to_keep(model), floats and dtype_name(floats))}
     slots, report = match(model, source)
     if strict and not report.clean:
         raise CheckpointError(f"{source.path} does not fit {type(model).__name__}: {report}")
@@ -202,7 +205,7 @@ def _dtype(slot: Slot, floats: torch.dtype | None, fp32: Iterable[str]) -> torch
     """What a tensor becomes: floating ones in modules named in `fp32` float32, in others `floats` if given."""
     if not slot.tensor.is_floating_point():
         return slot.tensor.dtype
-    if any(f".{part}." in f".{slot.name}." for part in fp32):
+    if is_named(slot.name, fp32):
         return torch.float32
     return floats or slot.tensor.dtype
 

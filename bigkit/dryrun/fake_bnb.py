@@ -28,6 +28,7 @@ from ..offload.codec import CODECS, TensorCodec
 from ..offload.inputs import torch_device
 from ..quantize import bnb as packed
 from ..quantize.load import BnbQuantizationConfig, replace_with_bnb_layers
+from ..quantize.replace import cast
 from ..units import dtype_name
 from ._bnb import native_calls
 from ._torch import READ_VALUE, FakeTensor, TorchDispatchMode, aten
@@ -69,11 +70,7 @@ def config_of(quantization: BnbQuantizationConfig | str, dtype: object = None) -
 def quantize_empty(model: nn.Module, quantization: BnbQuantizationConfig) -> nn.Module:
     """Put bitsandbytes' layers into an empty model, and cast the rest, as `load_and_quantize_model` would."""
     replace_with_bnb_layers(model, quantization)
-    fp32 = tuple(quantization.keep_in_fp32_modules or ())
-    for name, parameter in model.named_parameters():
-        if parameter.is_floating_point():
-            kept = any(f".{other}." in f".{name}." for other in fp32)
-            parameter.data = parameter.data.to(torch.float32 if kept else quantization.torch_dtype)
+    cast(model, quantization)
     return model
 
 

@@ -10,7 +10,6 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from ..devices import device_label
-from ..model.spec import Precision
 from ..units import counted, format_bytes
 from .partition import last_true
 from .plan import Plan, Share
@@ -70,7 +69,7 @@ def cures(task: Task, plan: Plan, solve: Callable[[Task, str], Plan]) -> str:
     if precision.dtype in (None, "float32", "float64") and helps(precision=replace(precision, dtype="float16")):
         helpful.append("dtype='float16'")
     for quantization in ("int8", "nf4") if precision.quantization is None else ():
-        if helps(precision=Precision("float16", quantization, task.model.kept, precision.special)):
+        if helps(precision=task.model.precision("float16", quantization, special=precision.dtypes)):
             helpful.append(f"quantization={quantization!r}")
     if task.context and helps(context=0):
         longest = last_true(lambda context: helps(context=context), 0, task.context)

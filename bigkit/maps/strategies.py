@@ -27,7 +27,7 @@ from typing import NamedTuple
 
 from ..devices import Device, placement, prefixes, read_device
 from ..machine.hardware import DISKS, LINKS
-from ..model.spec import ModelSpec, Precision
+from ..model.spec import ModelSpec
 from ..units import dtype_name, listed, parse_bytes
 from .partition import Chain, last_true, spread
 from .plan import Plan, PlanError
@@ -62,9 +62,11 @@ def place(
         max_memory: device -> budget in bytes or as text ("10GiB"). Devices are GPU numbers, "mps", "cpu" and "disk".
             A disk that is not named has no limit; RAM that is not named is not used.
         strategy: one of `STRATEGIES`, or a device map of your own (module name -> device) to be checked and measured.
-        dtype: floating weights are cast to it; None keeps them as they are.
+        dtype: floating weights are cast to it; None keeps them as they are. In 16 bit those count as float32 that the
+            model's classes need so (`_keep_in_fp32_modules` of Transformers).
         quantization: None or one of `model.spec.QUANTIZATIONS`.
-        keep: modules that stay in `dtype` then; None takes the output head and tied modules.
+        keep: modules that stay in `dtype` then; None takes the output head and tied modules. Always kept are subclasses
+            of `nn.Linear` and the layers that the model's classes need in float32, as loading keeps them.
         special_dtypes: tensor name -> dtype, for tensors that differ.
         no_split: classes whose modules stay whole; None takes the model's own list, or the repeated blocks that its
             facts name where it has no list (timm).
@@ -91,10 +93,9 @@ def place(
     if quantization and dtype is None:
         dtype = "float16"
     special = {name: dtype_name(value) for name, value in (special_dtypes or {}).items()}
-    kept = (model.kept if keep is None else frozenset(keep)) if quantization else frozenset()
     classes = [no_split] if isinstance(no_split, str) else no_split if no_split is None else list(no_split)
     options = {
-        "keep": sorted(kept) if quantization and keep is not None else None,
+        "keep": sorted(keep) if quantization and keep is not None else None,
         "special_dtypes": special or None,
         "no_split": classes,
         "offload_buffers": offload_buffers or None,
@@ -103,7 +104,7 @@ def place(
         model=model,
         layers=model.layers(model.no_split or model.facts.get("blocks", ()) if classes is None else classes),
         budgets=read_budgets(max_memory),
-        precision=Precision(None if dtype is None else dtype_name(dtype), quantization, kept, tuple(special.items())),
+        precision=model.precision(dtype, quantization, keep, special),
         batch=batch,
         context=context,
         overhead=parse_bytes(overhead),

@@ -47,6 +47,7 @@ def spec_from_module(model: nn.Module, name: str | None = None, no_split: Iterab
         raise TypeError(f"expected an nn.Module, not {type(model).__name__}; for a model's name use bigkit.plan(name)")
     root, library = _Skeleton().module(model, ""), _library(model)
     facts, attention = _read_config(model, root)
+    facts |= modules_to_keep(model)
     if library == "timm":
         facts["blocks"] = _blocks(root)
     if no_split is None:
@@ -122,8 +123,7 @@ class _Skeleton:
             if child is not None
         }
         cls = type(module).__name__
-        linear = isinstance(module, nn.Linear) or cls == "Conv1D"  # transformers' Conv1D is a transposed Linear
-        linear &= getattr(module.weight, "is_floating_point", bool)() if linear else False  # or it is quantized already
+        linear = is_linear(module) and name != ""
         key = (cls, linear, *tensors.items(), *((own, id(child)) for own, child in children.items()))
         return self.module_specs.setdefault(key, ModuleSpec(cls, tensors, children, linear))
 
@@ -140,6 +140,37 @@ class _Skeleton:
         return self.tensor_specs[key]
 
 
+def is_linear(module: nn.Module) -> bool:
+    """Whether a layer can be quantized: a plain linear one, with a floating weight of its own that is not empty.
+
+    Subclasses of `nn.Linear` have owners who may read their weights. Transformers' `Conv1D` (GPT-2) is a transposed
+    one, and its `FalconLinear` only rounds otherwise.
+    """
+    cls = type(module)
+    if cls is not nn.Linear and not (
+        cls.__name__ in ("Conv1D", "FalconLinear") and cls.__module__.startswith("transformers.")
+    ):
+        return False
+    weight = module._parameters.get("weight")  # asking for `.weight` would run the code of a parametrized one
+    return weight is not None and weight.ndim == 2 and weight.is_floating_point() and weight.numel() > 0
+
+
+def modules_to_keep(model: nn.Module) -> dict[str, list[str]]:
+    """What a model's classes say about the dtypes of their parts, as facts of a `ModelSpec`; only what is not empty.
+
+    keep_in_fp32, keep_in_fp32_strict: names that need float32 in float16, or in 16 bit (`float32_modules`).
+    keep_in_int8: layers that `nn.TransformerEncoderLayer` computes with by itself where it is fast.
+    """
+    facts: dict[str, list[str]] = {}
+    for fact in ("keep_in_fp32", "keep_in_fp32_strict"):
+        attribute = f"_{fact.replace('fp32', 'fp32_modules')}"
+        lists = (getattr(part, attribute, None) for part in model.modules())
+        facts[fact] = sorted({name for names in lists if isinstance(names, (list, tuple, set)) for name in names})
+    encoders = (name for name, part in model.named_modules() if isinstance(part, nn.TransformerEncoderLayer))
+    facts["keep_in_int8"] = [f"{name}.{own}".lstrip(".") for name in encoders for own in ("linear1", "linear2")]
+    return {fact: names for fact, names in facts.items() if names}
+
+
 def extra_tensors(module: nn.Module, load: bool = False) -> dict[str, Tensor]:
     """What a module stores beside its parameters and buffers: the scales of quantized weights.
 
@@ -151,14 +182,15 @@ def extra_tensors(module: nn.Module, load: bool = False) -> dict[str, Tensor]:
     """
     if not has_own_state(module):
         return {}
-    quantization = getattr(getattr(module, "weight", None), "quant_state", None)
-    if hasattr(quantization, "original_qshape"):  # bitsandbytes would undo this, but the scales have been rounded
+    own = {**module._parameters, **module._buffers}
+    away: Any = {name: tensor for name, tensor in module._parameters.items() if hasattr(tensor, "streamer")}
+    weight = away["weight"].weight.template if "weight" in away else own.get("weight")
+    # bitsandbytes would undo this, but the scales have been rounded.
+    if hasattr(getattr(weight, "quant_state", None), "original_qshape"):
         raise ValueError(
             f"the 4-bit weight of a {type(module).__name__} was packed anew for this CPU by a forward, which rounded "
             "its scales: load the model again, and save it before it runs"
         )
-    own = {**module._parameters, **module._buffers}
-    away: Any = {name: tensor for name, tensor in module._parameters.items() if hasattr(tensor, "streamer")}
     try:
         module._parameters.update({name: a.load("cpu") if load else a.weight.template for name, a in away.items()})
         state = own_state(module)

@@ -266,11 +266,8 @@ def _training(model: ModelSpec, batch: int, context: int) -> tuple[TrainingRow, 
     Source: ZeRO (arXiv:1910.02054), section 3.1; LoRA (arXiv:2106.09685): rank * (in + out) for each linear layer.
     """
     n = model.parameters
-    adapters = LORA_RANK * sum(
-        sum(tensor.shape)
-        for name, (tensor, owner) in model.tensors.items()
-        if owner.linear and not tensor.buffer and len(tensor.shape) == 2 and name.rpartition(".")[0] not in model.kept
-    )
+    layers = model.quantized(model.precision("bfloat16", "nf4-double"))
+    adapters = LORA_RANK * sum(sum(model.tensors[f"{name}.weight"][0].shape) for name in layers)
     kept = training_activation_bytes(model, batch, context)
     bf16, nf4 = (model.bytes(model.precision("bfloat16", q)) for q in (None, "nf4-double"))
     rows = [

@@ -6,7 +6,10 @@ Leaves out: which tensors of a model are concerned (`spec.py`), and the values (
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
 from ..units import dtype_name
 
@@ -43,10 +46,40 @@ class Precision:
         items = dict(self.special).items()
         object.__setattr__(self, "special", tuple(sorted((name, dtype_name(dtype)) for name, dtype in items)))
 
+    @cached_property
+    def dtypes(self) -> dict[str, str]:
+        """`special` as a dict: exact tensor name -> dtype."""
+        return dict(self.special)
+
     @property
     def label(self) -> str:
         """What a table calls this precision: the quantization if there is one, else the dtype."""
         return self.quantization or self.dtype or "as stored"
+
+
+def is_named(name: str, names: Iterable[str]) -> bool:
+    """Whether a module or tensor is one of `names`, or inside of one: each is a full name, or the end of one.
+
+    Accelerate and Transformers match so too: "norm" is the end of "input_layernorm", "h.1" is not in "h.11".
+
+    >>> [is_named("h.0.self_attn.q.weight", names) for names in (["attn"], ["h.0"], ["q.weight"], ["self"])]
+    [True, True, True, False]
+    """
+    return any(f"{other}." in f"{name}." for other in names)
+
+
+def float32_modules(facts: Mapping[str, Any], dtype: str | None) -> tuple[str, ...]:
+    """Modules and tensors that a model's classes need in float32 when the rest is loaded in `dtype`.
+
+    Transformers' classes list them in `_keep_in_fp32_modules` (for float16) and `_keep_in_fp32_modules_strict` (for
+    float16 and bfloat16). See `is_named`.
+
+    Args:
+        facts: those of a `ModelSpec`.
+        dtype: its plain name.
+    """
+    strict = tuple(facts.get("keep_in_fp32_strict", ())) if dtype in ("float16", "bfloat16") else ()
+    return (*facts.get("keep_in_fp32", ()), *strict) if dtype == "float16" else strict
 
 
 def quantized_bytes(shape: tuple[int, ...], quantization: str, rows: int, blocksize: int = 64) -> int:

@@ -21,6 +21,7 @@ from ..devices import join, prefixes
 from ..units import dtype_bits, dtype_name, is_floating
 from .precision import QUANTIZATIONS as QUANTIZATIONS
 from .precision import Precision as Precision
+from .precision import float32_modules, is_named
 from .precision import quantized_bytes as quantized_bytes
 
 
@@ -48,7 +49,7 @@ class TensorSpec:
 class ModuleSpec:
     """One module: its class, its own tensors and its children, in registration order.
 
-    `linear` marks what bitsandbytes would replace: `nn.Linear`, its subclasses, and the `Conv1D` of GPT-2.
+    `linear` marks what bitsandbytes would replace: `nn.Linear`, and the `Conv1D` of GPT-2; no other classes.
     Compared by identity, so that equal blocks can be one shared object with one cached size.
     """
 
@@ -95,9 +96,8 @@ class ModuleSpec:
 
 def tensor_bytes(name: str, tensor: TensorSpec, owner: ModuleSpec, precision: Precision) -> int:
     """Bytes that the tensor called `name` takes when its module `owner` is stored with `precision`."""
-    for special, dtype in precision.special:
-        if special == name:
-            return math.ceil(tensor.elements * dtype_bits(dtype) / 8)
+    if name in precision.dtypes:
+        return math.ceil(tensor.elements * dtype_bits(precision.dtypes[name]) / 8)
     weight = owner.linear and not tensor.buffer and len(tensor.shape) == 2
     if precision.quantization and weight and not precision.keep.intersection(prefixes(name)[:-1]):
         rows = tensor.shape[1] if owner.cls == "Conv1D" else tensor.shape[0]  # Conv1D stores (in, out)
@@ -137,7 +137,7 @@ class ModelSpec:
         no_split: classes whose modules stay on one device (residual connections cross their parts).
         attention: KV-cache growth of each block, in order.
         facts: numbers of the config that estimates use (hidden_size, intermediate_size, vocab_size,
-            num_hidden_layers, max_position_embeddings, ...).
+            num_hidden_layers, max_position_embeddings, ...), and what its classes need in float32 (`float32_modules`).
         library: where it comes from: "transformers", "timm", "bigkit", "safetensors" or "module".
     """
 
@@ -212,16 +212,47 @@ class ModelSpec:
     @property
     def kept(self) -> frozenset[str]:
         """Modules that quantization leaves alone by default: the output head, and whatever shares a tied tensor."""
-        tied = {name.rpartition(".")[0] for group in self.ties for name in group}
         children = [name for name, child in self.root.children.items() if any(True for _ in child.named_tensors())]
-        return frozenset(tied | set(children[-1:] if self.facts.get("has_head", True) else ()))
+        return self._tied | frozenset(children[-1:] if self.facts.get("has_head", True) else ())
 
-    def precision(self, dtype: object = None, quantization: str | None = None, keep: Iterable[str] = ()) -> Precision:
-        """A `Precision` for this model, with the modules kept that bitsandbytes' integrations keep."""
-        if quantization and dtype is None:
-            dtype = "float16"
-        keep = self.kept | set(keep) if quantization else frozenset()
-        return Precision(None if dtype is None else dtype_name(dtype), quantization, frozenset(keep))
+    @property
+    def _tied(self) -> frozenset[str]:
+        """Modules with a tied tensor."""
+        return frozenset(name.rpartition(".")[0] for group in self.ties for name in group)
+
+    def precision(
+        self,
+        dtype: object = None,
+        quantization: str | None = None,
+        keep: Iterable[str] | None = None,
+        special: Mapping[str, object] | None = None,
+    ) -> Precision:
+        """A `Precision` for this model: how loading stores each of its tensors.
+
+        Args:
+            dtype: of floating tensors; None keeps theirs, and takes float16 with a quantization.
+            quantization: None, or one of `QUANTIZATIONS`.
+            keep: modules that stay in `dtype` then, see `is_named`; None takes `kept`. Always kept as well: tied
+                modules, the layers that the model's classes need in float32, and those whose int8 weight PyTorch's
+                own code would read.
+            special: exact tensor name -> dtype, which overrides the rest.
+        """
+        dtype = dtype_name(dtype) if dtype is not None else "float16" if quantization else None
+        own = float32_modules(self.facts, dtype)
+        floats = [name for name, (tensor, _) in self.tensors.items() if own and is_floating(tensor.dtype)]
+        special = {**{name: "float32" for name in floats if is_named(name, own)}, **(special or {})}
+        names = [*(keep or ()), *self.facts.get("keep_in_fp32", ())]
+        exact = self.kept if keep is None else self._tied
+        if quantization == "int8":
+            exact = exact.union(self.facts.get("keep_in_int8", ()))
+        linear = [name for name, module in self.root.walk() if module.linear] if quantization else []
+        kept = frozenset(name for name in linear if exact.intersection(prefixes(name)) or is_named(name, names))
+        return Precision(dtype, quantization, kept, tuple((name, dtype_name(other)) for name, other in special.items()))
+
+    def quantized(self, precision: Precision) -> list[str]:
+        """Names of the layers that are quantized with this precision: planned, estimated and loaded so."""
+        linear = [name for name, module in self.root.walk() if module.linear] if precision.quantization else []
+        return [name for name in linear if not precision.keep.intersection(prefixes(name))]
 
     def renamed(self, name: str) -> ModelSpec:
         """The same model under another name."""

@@ -9,6 +9,7 @@ PyTorch, an uninitialised result. A handle, `Away`, gives what the weight itself
                   of the module's forward works, only slowly
     write         `weight.mul_(2)`, `weight[0] = 1` and `weight.data = new` are kept where the weight rests
     view          `weight[0]` and `weight.T` can be read; a write into them is an error, since nothing would keep it
+    attribute     what else the weight has (the scales of a quantized one) is loaded where it works
     copy, pickle  give the weight itself, in memory of its own (pickled, on the CPU), so that `torch.load` reads it
     memory        each weight has an address of its own, by which those that save find out what is tied
 
@@ -17,6 +18,7 @@ Leaves out: the fast way, where a whole block's weights arrive before its forwar
 
 from __future__ import annotations
 
+from functools import cache
 from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
 import torch
@@ -36,6 +38,7 @@ _QUESTIONS = {
     Tensor.register_hook, Tensor.register_post_accumulate_grad_hook, Tensor.retain_grad, Tensor.is_shared,
     torch.is_floating_point, torch.is_complex, torch.numel, torch.is_tensor, torch.is_same_size, Tensor.is_same_size,
 }  # fmt: skip
+_PLAIN_VALUES = (bool, int, float, str, torch.dtype, type(None))
 _TENSOR_ATTRIBUTES = {"T", "mT", "H", "mH", "real", "imag"}
 
 
@@ -85,9 +88,18 @@ class Away(Tensor):
         # Under fake tensors (a dry run) too a handle is real, whatever it stands for.
         with real_tensors():
             meta = torch.empty_strided(template.shape, template.stride(), dtype=template.dtype, device="meta")
-        cls = AwayParameter if isinstance(template, nn.Parameter) else Away
+        cls = _handle_class(type(template).__name__) if isinstance(template, nn.Parameter) else Away
         handle = make_subclass(cls, meta, template.requires_grad and template.is_leaf)
+        values = {name: value for name, value in vars(template).items() if isinstance(value, _PLAIN_VALUES)}
+        vars(handle).update(values)  # peft makes a weight like this one from them
         return _connect(handle, weight, streamer, in_model=True)
+
+    def __getattr__(self, name: str) -> Any:
+        """What the weight has beside its data and is no plain value: the scales of a quantized one, loaded."""
+        weight = self.__dict__.get("weight")
+        if weight is None or name.startswith("_") or name not in vars(weight.template):
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        return getattr(self.load(), name)
 
     def load(self, device: torch.device | str | None = None) -> Tensor:
         """The weight's data on a device (None: where it works), in memory that is not this weight's resting place
@@ -149,6 +161,12 @@ class AwayParameter(Away, nn.Parameter):
     __deepcopy__ = Away.__deepcopy__
     __reduce_ex__ = Away.__reduce_ex__
     __repr__ = Away.__repr__  # type: ignore[assignment]
+
+
+@cache
+def _handle_class(name: str) -> type[AwayParameter]:
+    """The class of handles on parameters of a class of this name. peft asks for the names of quantized ones."""
+    return AwayParameter if name == "Parameter" else type(name, (AwayParameter,), {})
 
 
 class AwayView(Away):

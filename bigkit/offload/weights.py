@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from ..checkpoints.ring import Slab
 from ._torch import real_tensors
-from .codec import codec_of
+from .codec import PLAIN, codec_of
 from .source import Source
 
 ALIGN = 512  # bytes; as PyTorch's allocator does, so that a kernel sees a travelling weight as it sees a resident one
@@ -161,7 +161,8 @@ class Weight:
         Raises:
             ValueError: it has another shape or dtype.
         """
-        new = codec_of(self.template).take_apart(value)
+        codec = codec_of(self.template)
+        new = codec.take_apart(value)
         for suffix, part in self.parts.items():
             tensor = new.get(suffix)
             if tensor is None or tuple(tensor.shape) != part.shape or tensor.dtype != part.dtype:
@@ -178,6 +179,9 @@ class Weight:
             for alias in self.aliases:
                 same = alias.parts[suffix]
                 same.slab, same.source, same.at = part.slab, None, part.at
+        if codec is not PLAIN:  # the tables of a quantized weight, and the mean of its scales, are the new ones
+            for weight in (self, *self.aliases):
+                weight.template = codec.template(value)
 
     def write_to(self, value: Tensor) -> None:
         """Write what rests into another copy of the weight."""

@@ -144,6 +144,8 @@ def quantized(weight: Tensor, quantization: str, blocksize: int = 64) -> nn.Para
 
 def is_quantized(tensor: object) -> bool:
     """Whether a tensor is a weight that bitsandbytes has quantized (told by its class's name: imports nothing)."""
+    if hasattr(tensor, "streamer"):  # a handle (`offload/handle.py`): it has no data
+        return False
     classes = {cls.__name__ for cls in type(tensor).__mro__}
     if "Params4bit" in classes:
         return getattr(tensor, "quant_state", None) is not None

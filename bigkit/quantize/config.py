@@ -29,8 +29,9 @@ class BnbQuantizationConfig:
         bnb_4bit_compute_dtype: what 4-bit weights become to be multiplied: a torch dtype or its name ("fp16", "bf16").
         torch_dtype: the dtype of all other floating tensors, and of the weights before they are quantized; None takes
             float16 for 8 bit and the compute dtype for 4 bit.
-        skip_modules: names of modules that stay in `torch_dtype`: whole names, or some of their parts ("lm_head",
-            "h.0", "c_proj"). None takes the output head and tied modules.
+        skip_modules: names of modules that stay in `torch_dtype`, or the ends of names ("lm_head", "h.0", "attn" for
+            "self_attn"). None takes the output head. Tied modules, subclasses of `nn.Linear` and what the model's
+            classes list in `_keep_in_fp32_modules` (T5's "wo") always stay.
         keep_in_fp32_modules: the same, for modules that stay in float32.
 
     Raises:

@@ -10,12 +10,25 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..meta.skeleton import extra_tensors
 from . import _bnb, bnb
 
 bitsandbytes: Any = bnb.bitsandbytes()
 
 
-class Linear8bitLt(bitsandbytes.nn.Linear8bitLt):
+class _SavesScales(nn.Module):
+    """A layer whose state dict has the scales of its weight (in RAM) when that rests elsewhere, too."""
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        if not hasattr(self.weight, "streamer"):
+            super()._save_to_state_dict(destination, prefix, keep_vars)
+            return
+        nn.Module._save_to_state_dict(self, destination, prefix, keep_vars)
+        scales = extra_tensors(self, load=True)  # may be views of the memory where many weights rest
+        destination.update({prefix + name: tensor.clone() for name, tensor in scales.items()})
+
+
+class Linear8bitLt(_SavesScales, bitsandbytes.nn.Linear8bitLt):  # type: ignore[misc]
     """bitsandbytes' int8 layer, with a weight that stays whole: theirs takes the scales away when it first runs.
 
     Without outliers and gradients it calls the kernels itself, to the same bits and with less Python around them.
@@ -49,7 +62,7 @@ class Linear8bitLt(bitsandbytes.nn.Linear8bitLt):
         return self
 
 
-class Linear4bit(bitsandbytes.nn.Linear4bit):
+class Linear4bit(_SavesScales, bitsandbytes.nn.Linear4bit):  # type: ignore[misc]
     """bitsandbytes' 4-bit layer, right on a CPU too where blocks of weights go on from one row to the next.
 
     Its kernel for CPUs with AVX512 then takes the wrong scales (seen in 0.50 with 32, 48, 96 and 160 inputs in blocks

@@ -13,6 +13,7 @@ import copy
 import dataclasses
 import inspect
 import os
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import chain
@@ -30,13 +31,14 @@ from ..checkpoints.write import Form
 from ..devices import Device, placement, read_device
 from ..maps.device_map import check_device_map, get_max_memory
 from ..maps.strategies import STRATEGIES, place
-from ..meta.skeleton import spec_from_module
+from ..meta.skeleton import is_linear, spec_from_module
+from ..model.precision import is_named
 from ..offload.dispatch import dispatch_model
 from ..offload.inputs import torch_device
-from ..units import is_floating, listed
+from ..units import dtype_name, format_bytes, is_floating, listed
 from .bnb import bitsandbytes, put_together, quantized, skeleton, take_apart
 from .config import BnbQuantizationConfig as BnbQuantizationConfig
-from .replace import convertible, empty_layer_for, is_named, layers_to_quantize, rows
+from .replace import cast, empty_layer_for, layers_to_quantize, rows
 from .replace import replace_with_bnb_layers as replace_with_bnb_layers
 from .stored import from_stored, stored_keys, stored_kind, travelling_keys
 
@@ -61,7 +63,9 @@ def load_and_quantize_model(
     From a checkpoint, one tensor at a time is read, cast to `torch_dtype`, quantized on the device that will run it and
     placed. Nothing of the model changes before all of it has been checked and read. Without a checkpoint each weight
     is let go when it has been quantized: after an error in the middle (no memory, an interrupt) the model refuses to
-    run. All its parameters are frozen.
+    run. All its parameters are frozen. Hooks and attributes of the layers are kept; layers whose `forward` was replaced
+    are refused, and so is a model that is quantized already. Experts that are stacked in one tensor stay in
+    `torch_dtype`; a warning names them and their bytes.
 
     Args:
         model: the model, changed in place: on meta if there is a checkpoint.
@@ -78,7 +82,8 @@ def load_and_quantize_model(
         stand_in, options: see `dispatch_model`.
 
     Returns:
-        The model, with `hf_device_map`. What rests in RAM or on disk travels in its quantized form.
+        The model, with `hf_device_map`. What rests in RAM or on disk travels in its quantized form; `state_dict()` and
+        adapters of `peft` find its scales too (DoRA on an offloaded 4-bit layer is refused).
 
     Raises:
         ImportError: bitsandbytes is not there.
@@ -99,6 +104,7 @@ def load_and_quantize_model(
     arguments: dict[str, Any] = {"offload_dir": offload_folder, "stand_in": stand_in, **options}
     inspect.signature(dispatch_model).bind(model, {}, **arguments)  # an option that it lacks is an error now
     targets = layers_to_quantize(model, config)
+    _warn_of_experts(model, config)
     devices, slots = _device_map(model, config, targets, device_map, no_split_module_classes, max_memory)
     if slots is not None:
         arguments.setdefault("slots", slots)  # those that the plan left room for
@@ -127,10 +133,25 @@ def load_and_quantize_model(
             targets[name]._parameters["weight"] = None  # it can go, whoever still holds the old layer
             del weight
         if weights_location is None:
-            _cast(model, config)
+            cast(model, config)
         dispatch_model(model, devices, **arguments)
-        _mark(model, config)
+        _mark(model, config, targets)
     return model
+
+
+def _warn_of_experts(model: nn.Module, config: BnbQuantizationConfig) -> None:
+    """Say which stacks of matrices, such as the experts of a mixture, are in no linear layer and stay as they are."""
+    stacks = {
+        name: tensor.elements * config.torch_dtype.itemsize
+        for name, (tensor, owner) in spec_from_module(model).tensors.items()
+        if len(tensor.shape) == 3 and min(tensor.shape) > 1 and not tensor.buffer and "Conv" not in owner.cls
+    }
+    if stacks:
+        warnings.warn(
+            f"{listed(stacks)}: weights of several experts (or heads) in one tensor, which is no linear layer, are not "
+            f"quantized. They stay in {dtype_name(config.torch_dtype)}: {format_bytes(sum(stacks.values()))}",
+            stacklevel=3,
+        )
 
 
 @contextmanager
@@ -349,26 +370,19 @@ def _weights_of_model(
     return chain(list(quantize(on_disk=True)), quantize(on_disk=False))
 
 
-def _cast(model: nn.Module, config: BnbQuantizationConfig) -> None:
-    """Bring what is not quantized to its dtype."""
-    for name, parameter in model.named_parameters():
-        if parameter.is_floating_point():
-            fp32 = is_named(name, config.keep_in_fp32_modules or ())
-            parameter.data = parameter.data.to(torch.float32 if fp32 else config.torch_dtype)
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Afterwards
 
 
-def _mark(model: nn.Module, config: BnbQuantizationConfig) -> None:
+def _mark(model: nn.Module, config: BnbQuantizationConfig, targets: Iterable[str]) -> None:
     """What others ask a quantized model for: peft two flags, Transformers the config under which it loads it again."""
     model.requires_grad_(False)
     model.eval()
     marks: Any = model
     marks.is_loaded_in_4bit, marks.is_loaded_in_8bit = config.load_in_4bit, config.load_in_8bit
     if hasattr(marks, "config") and hasattr(marks.config, "to_dict") and hasattr(marks.config, "save_pretrained"):
-        kept = [name for name, module in model.named_modules() if convertible(module)]
+        linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) or is_linear(module)]
+        kept = [name for name in linear if f"{name}.weight" not in targets]
         stated = dataclasses.replace(config, skip_modules=kept, keep_in_fp32_modules=())
         marks.config = copy.deepcopy(marks.config)
         marks.config.quantization_config = stated.to_dict()

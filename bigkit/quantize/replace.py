@@ -1,18 +1,20 @@
-"""Which layers of a model are quantized, and bitsandbytes' layers in their place.
+"""Bitsandbytes' layers in the place of those that are quantized.
 
-Linear layers are quantized, GPT-2's `Conv1D` transposed first. The output head and tied modules are kept, and so are
-subclasses of `nn.Linear`, whose owners may read their weights.
+Which ones they are, `ModelSpec.precision` says: for plans and estimates too. GPT-2's `Conv1D` is transposed first.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..meta.empty import twin
-from ..meta.skeleton import spec_from_module
+from ..meta.skeleton import modules_to_keep, spec_from_module
+from ..model.precision import float32_modules, is_named
+from ..units import dtype_name, listed
 from .bnb import empty_layer
 from .config import BnbQuantizationConfig
 
@@ -31,8 +33,7 @@ def replace_with_bnb_layers(
     Args:
         model: the model, on meta or not.
         bnb_quantization_config: which layers they become.
-        modules_to_not_convert: names of modules that stay: whole names, or some of their parts; None takes what the
-            config says.
+        modules_to_not_convert: names of modules that stay, or the ends of names; None takes what the config says.
         current_key_name: accepted for compatibility.
 
     Returns:
@@ -63,28 +64,50 @@ def layers_to_quantize(
     """Name of a weight -> its layer, for all that are to be quantized.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is none, the model is quantized already, or a layer's forward was replaced.
     """
     spec = spec_from_module(model)
+    fp32 = config.keep_in_fp32_modules or ()
     if skip is None:
-        kept = spec.kept if config.skip_modules is None else config.skip_modules
-        skip = (*kept, *(config.keep_in_fp32_modules or ()))
-    tied = {name.rpartition(".")[0] for group in spec.ties for name in group}
+        skip = config.skip_modules
+    precision = spec.precision(config.torch_dtype, config.quantization, skip)
     layers = {
-        f"{name}.weight": module
-        for name, module in model.named_modules()
-        if convertible(module) and not is_named(name, skip) and name not in tied
+        f"{name}.weight": model.get_submodule(name) for name in spec.quantized(precision) if not is_named(name, fp32)
     }
+    if any(type(module).__name__ in ("Linear8bitLt", "Linear4bit") for module in model.modules()):
+        raise ValueError(
+            f"this {type(model).__name__} is quantized already: quantizing changes a model itself, so it is no "
+            "longer empty. Build it again (with init_empty_weights) to load another checkpoint"
+        )
     if not layers:
         kinds = sorted({type(module).__name__ for module in model.modules() if isinstance(module, nn.Linear)})
         has = f"it has {', '.join(kinds)}, all of them kept" if kinds else "it has no nn.Linear and no Conv1D"
+        if config.load_in_8bit and spec.facts.get("keep_in_int8"):
+            has += " (PyTorch's fast nn.TransformerEncoderLayer would read int8 codes as weights: take 4 bit)"
         raise ValueError(f"no layer of {type(model).__name__} would be quantized: {has}")
+    _refuse_patched(layers)
     return layers
 
 
-def convertible(module: nn.Module) -> bool:
-    """Whether a layer can be quantized: a plain linear one. Subclasses have owners who may read their weights."""
-    return type(module) is nn.Linear or _is_conv1d(module)
+def _refuse_patched(layers: Mapping[str, nn.Module]) -> None:
+    """What a user has put on a layer goes over to the new one (`_carry_over`), except what is bound to the old one."""
+    bound = ("forward", "_state_dict_hooks", "_state_dict_pre_hooks", "_load_state_dict_pre_hooks")
+    patched = [name for name, module in layers.items() if any(vars(module).get(attribute) for attribute in bound)]
+    if patched:
+        raise ValueError(
+            f"{listed(patched)}: the layer's forward was replaced or has hooks on its state dict, which would be lost "
+            "when it is quantized. Put them on afterwards, or name the layer in skip_modules"
+        )
+
+
+def _carry_over(module: nn.Module, layer: nn.Module) -> None:
+    """Hooks, attributes, and parts that a layer had beside its weight and bias: the new layer gets the same objects."""
+    plain = vars(nn.Linear(1, 1, device="meta"))
+    for name, value in vars(module).items():
+        if name in ("_parameters", "_buffers", "_modules"):
+            vars(layer)[name].update({own: part for own, part in value.items() if own not in ("weight", "bias")})
+        elif name not in plain and name not in vars(layer) or (value and ("forward" in name or "backward" in name)):
+            vars(layer)[name] = value
 
 
 def _is_conv1d(module: nn.Module) -> bool:
@@ -92,9 +115,13 @@ def _is_conv1d(module: nn.Module) -> bool:
     return type(module).__name__ == "Conv1D" and type(module).__module__.startswith("transformers.")
 
 
-def is_named(name: str, names: Iterable[str]) -> bool:
-    """Whether some of the dotted parts of `name`, one after another, are one of `names`."""
-    return any(f".{other}." in f".{name}." for other in names)
+def cast(model: nn.Module, config: BnbQuantizationConfig) -> None:
+    """Bring what is not quantized to its dtype: that of the config, or float32 where the config or a class needs it."""
+    facts = modules_to_keep(model)
+    fp32 = (*(config.keep_in_fp32_modules or ()), *float32_modules(facts, dtype_name(config.torch_dtype)))
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(torch.float32 if is_named(name, fp32) else config.torch_dtype)
 
 
 def rows(module: nn.Module, weight: Tensor) -> Tensor:
@@ -109,4 +136,5 @@ def empty_layer_for(module: nn.Module, config: BnbQuantizationConfig) -> nn.Modu
         module, inputs, outputs, config.quantization, config.llm_int8_threshold, config.bnb_4bit_compute_dtype
     )
     layer.bias = module.bias
+    _carry_over(module, layer)
     return layer.requires_grad_(False).train(module.training)

@@ -3,12 +3,15 @@
 import copy
 import json
 import os
+import re
 import subprocess
 import sys
+import warnings
 import weakref
 
 import pytest
 import torch
+import transformers
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
@@ -25,6 +28,7 @@ from bigkit.quantize.bnb import (
     nbytes,
     take_apart,
 )
+from bigkit.units import format_bytes
 from bigkit.zoo.gpt import GPT, PYGPT, GPTConfig
 from tests.quantize.helpers import (
     CPU,
@@ -453,3 +457,49 @@ def test_without_bitsandbytes_the_rest_works(tmp_path):
 def test_importing_bigkit_imports_no_bitsandbytes():
     code = "import sys, bigkit.quantize.load, bigkit.quantize.bnb; print('bitsandbytes' in sys.modules)"
     assert subprocess.check_output([sys.executable, "-c", code], text=True) == "False\n"
+
+
+def mixtral():
+    sizes = {"vocab_size": 96, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1,
+             "num_attention_heads": 4, "num_key_value_heads": 4, "num_local_experts": 2}  # fmt: skip
+    return transformers.MixtralForCausalLM(transformers.MixtralConfig(**sizes))
+
+
+class Stacked(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.experts = nn.Parameter(torch.zeros(4, 64, 8))
+        self.up, self.head = nn.Linear(64, 64), nn.Linear(64, 8)
+
+
+class Convolutions(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.positions, self.conv = nn.Parameter(torch.zeros(1, 64, 64)), nn.Conv1d(8, 8, 3)
+        self.up, self.head = nn.Linear(64, 64), nn.Linear(64, 8)
+
+
+@pytest.mark.parametrize(
+    ("make", "names", "size"), [(mixtral, "experts.gate_up_proj.*experts.down_proj", 2 * 3 * 64 * 128 * 2),
+                                (Stacked, "'experts'", 4 * 64 * 8 * 2), (Convolutions, None, 0)]
+)  # fmt: skip
+def test_experts_that_are_not_quantized_are_named_with_their_bytes(make, names, size):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        load_and_quantize_model(make(), config("nf4", torch_dtype="fp16"), device_map=CPU)
+    messages = [str(warning.message) for warning in caught if "not quantized" in str(warning.message)]
+    assert len(messages) == (names is not None)
+    if names:
+        assert re.search(names, messages[0]) and messages[0].endswith(f"stay in float16: {format_bytes(size)}")
+
+
+@pytest.mark.parametrize("again", ["the same files", "its own files", "in place"])
+def test_a_model_that_is_quantized_already_is_refused_in_a_sentence(saved, tmp_path, again):
+    model = load_and_quantize_model(empty(), config("int8"), saved[1], CPU)
+    save_model(model, tmp_path / "quantized")
+    folder = {"the same files": saved[1], "its own files": tmp_path / "quantized", "in place": None}[again]
+    with pytest.raises(ValueError, match="this GPT is quantized already: .* Build it again"):
+        load_and_quantize_model(model, config("int8"), folder, CPU)
+    assert run(model).isfinite().all()
+    if folder:
+        load_and_quantize_model(empty(), config("int8"), folder, CPU)

@@ -1,0 +1,94 @@
+"""Quantized weights that rest elsewhere: state dicts, saving and adapters find the scales too."""
+
+import pytest
+import torch
+import transformers
+from torch import nn
+
+from bigkit import dispatch_model, load_and_quantize_model
+from tests.quantize.helpers import CPU, config, llama
+
+bnb = pytest.importorskip("bitsandbytes")
+peft = pytest.importorskip("peft")
+
+IDS = torch.arange(7)[None]
+KINDS = ["int8", "nf4", "nf4-double"]
+
+
+def base(kind, where, folder):
+    """A small Llama whose blocks rest in RAM or on disk, or work where they rest (None)."""
+    torch.manual_seed(0)
+    if where is None:
+        return load_and_quantize_model(llama(), config(kind), device_map=CPU)
+    places = {"model.embed_tokens": 0, "model.layers": where, "model.norm": 0, "model.rotary_emb": 0, "lm_head": 0}
+    return load_and_quantize_model(
+        llama(), config(kind), device_map=places, stand_in={0: "cpu"}, offload_folder=folder, force_hooks=True
+    )
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("where", ["cpu", "disk"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_state_dict_and_what_transformers_saves_have_the_scales(kind, where, tmp_path):
+    here, away = base(kind, None, tmp_path), base(kind, where, tmp_path)
+    expected, state = here.state_dict(), away.state_dict()
+    assert list(state) == list(expected)
+    torch.save(state, tmp_path / "state.pt")
+    read = torch.load(tmp_path / "state.pt", weights_only=True)
+    assert all(read[name].equal(expected[name]) for name in expected)
+    away.save_pretrained(tmp_path / "saved")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "saved", device_map=CPU)
+    with torch.no_grad():
+        assert torch.allclose(theirs(IDS).logits.float(), here(IDS).logits, atol=1e-3)
+
+
+def adapter(model, **options):
+    torch.manual_seed(1)
+    return peft.get_peft_model(
+        model, peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False, **options)
+    )
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("where", ["cpu", "disk"])
+@pytest.mark.parametrize("step", ["LoRA", "merge", "unmerge", "DoRA"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_adapters_on_weights_that_rest_elsewhere(kind, step, where, tmp_path):
+    def logits(model):
+        model = adapter(model, use_dora=step == "DoRA")
+        if step in ("merge", "unmerge"):
+            model.merge_adapter()
+            first = model(IDS).logits
+            if step == "unmerge":
+                model.unmerge_adapter()
+                first = model(IDS).logits
+            return first
+        return model(IDS).logits
+
+    with torch.no_grad():
+        expected, model = logits(base(kind, None, tmp_path)), base(kind, where, tmp_path)
+        if step == "DoRA" and kind != "int8":  # peft copies a 4-bit layer for it
+            with pytest.raises(TypeError, match="q_proj.weight' is spread out by bigkit and cannot be copied"):
+                logits(model)
+        else:
+            assert torch.allclose(logits(model), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_handle_has_the_attributes_of_its_weight(kind, tmp_path):
+    weight, handle = (base(kind, where, tmp_path).model.layers[0].self_attn.q_proj.weight for where in (None, "cpu"))
+    if kind == "int8":
+        assert handle.SCB.equal(weight.SCB)
+    else:
+        assert handle.quant_state.absmax.equal(weight.quant_state.absmax)
+        for name in ("quant_type", "compress_statistics", "blocksize", "bnb_quantized"):
+            assert getattr(handle, name) == getattr(weight, name)
+    with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
+        _ = handle.nothing
+
+
+def test_attributes_of_plain_parameters_too():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    model[0].weight.tag, model[0].weight.mask = "mine", torch.ones(4)
+    model = dispatch_model(model, CPU, main_device=0, stand_in={0: "cpu"}, force_hooks=True)
+    assert model[0].weight.tag == "mine" and model[0].weight.mask.equal(torch.ones(4))
