@@ -30,7 +30,8 @@ def spec_from_module(model: nn.Module, name: str | None = None, no_split: Iterab
 
     Returns:
         The tree of shapes and dtypes (identical parts are one object), ties, and for a model with a transformers config
-        the facts and the KV-cache growth read from it.
+        the facts and the KV-cache growth read from it. Weights that the model computes (parametrizations) are not read:
+        what counts are the tensors that they are computed from.
 
     Raises:
         TypeError: not a module.
@@ -114,7 +115,7 @@ class _Skeleton:
 
     def module(self, module: nn.Module, name: str) -> ModuleSpec:
         tensors = {own: self.tensor(module, own, tensor, name) for own, tensor in _own_tensors(module)}
-        with suppress(ValueError):
+        with suppress(Exception):  # a class's own code may not be made for meta tensors
             tensors |= {own: self.tensor(module, own, tensor, name) for own, tensor in extra_tensors(module).items()}
         children = {
             own: self.module(child, f"{name}.{own}" if name else own)
@@ -123,7 +124,8 @@ class _Skeleton:
         }
         cls = type(module).__name__
         linear = isinstance(module, nn.Linear) or cls == "Conv1D"  # transformers' Conv1D is a transposed Linear
-        linear &= getattr(module.weight, "is_floating_point", bool)() if linear else False  # or it is quantized already
+        weight = module._parameters.get("weight")  # none where it is parametrized: `module.weight` would compute it
+        linear &= weight is not None and weight.is_floating_point()  # or it is quantized already
         key = (cls, linear, *tensors.items(), *((own, id(child)) for own, child in children.items()))
         return self.module_specs.setdefault(key, ModuleSpec(cls, tensors, children, linear))
 
@@ -151,7 +153,7 @@ def extra_tensors(module: nn.Module, load: bool = False) -> dict[str, Tensor]:
     """
     if not has_own_state(module):
         return {}
-    quantization = getattr(getattr(module, "weight", None), "quant_state", None)
+    quantization = getattr(module._parameters.get("weight"), "quant_state", None)
     if hasattr(quantization, "original_qshape"):  # bitsandbytes would undo this, but the scales have been rounded
         raise ValueError(
             f"the 4-bit weight of a {type(module).__name__} was packed anew for this CPU by a forward, which rounded "
