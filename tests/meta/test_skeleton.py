@@ -78,12 +78,12 @@ def test_spec_of_a_transformers_model():
     assert not spec_from_module(model.transformer).facts["has_head"]
 
 
-class _Computed(nn.Linear):
+class _Computed(nn.Module):
     """A layer whose weight is a property, and which saves itself in a way of its own."""
 
     def __init__(self):
-        super().__init__(4, 4)
-        self.inner = self._parameters.pop("weight")
+        super().__init__()
+        self.inner = nn.Parameter(torch.ones(4, 4))
 
     @property
     def weight(self):
