@@ -80,8 +80,8 @@ def place(
         quantization: None or one of `model.spec.QUANTIZATIONS`.
         keep: modules that stay in `dtype` then; None takes the output head and tied modules.
         special_dtypes: tensor name -> dtype, for tensors that differ.
-        no_split: classes whose modules stay whole; None takes the model's own list, or the repeated blocks that its
-            facts name where it has no list (timm).
+        no_split: classes whose modules stay whole; None takes the model's own list. A model without one is cut between
+            its repeated blocks, and never inside anything else but containers: a residual could run there.
         batch, context: sequences and tokens (prompt and answer) that KV cache and activations are counted for;
             context 0 counts neither. With "exact" the context is what is looked for, and this is the least accepted.
             Where positions are learned, no context beyond them is looked for.
@@ -115,7 +115,7 @@ def place(
     }
     task = Task(
         model=model,
-        layers=model.layers(model.no_split or model.facts.get("blocks", ()) if classes is None else classes),
+        layers=model.layers_to_place() if classes is None else model.layers(classes),
         budgets=read_budgets(max_memory),
         precision=Precision(None if dtype is None else dtype_name(dtype), quantization, kept, tuple(special.items())),
         batch=batch,

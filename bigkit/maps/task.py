@@ -110,6 +110,9 @@ class Task:
             for i, size in others:
                 if 2 * size >= self.sizes[i] and home[i] == i:
                     home[i] = home[owner]
+        for i, layer in enumerate(self.layers):
+            if layer.with_previous:
+                home = [home[i - 1] if other == home[i] else other for other in home]
         groups: dict[int, list[int]] = defaultdict(list)
         for i, first in enumerate(home):
             groups[first].append(i)

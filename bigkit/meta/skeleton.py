@@ -48,8 +48,6 @@ def spec_from_module(model: nn.Module, name: str | None = None, no_split: Iterab
         raise TypeError(f"expected an nn.Module, not {type(model).__name__}; for a model's name use bigkit.plan(name)")
     root, library = _Skeleton().module(model, ""), _library(model)
     facts, attention = _read_config(model, root)
-    if library == "timm":
-        facts["blocks"] = _blocks(root)
     if no_split is None:
         no_split = [cls for part in model.modules() for cls in _own_no_split(part)]
     elif isinstance(no_split, str):
@@ -186,23 +184,7 @@ def repeated_blocks(model: nn.Module) -> set[str]:
     >>> repeated_blocks(nn.Sequential(nn.Sequential(nn.ReLU()), nn.TransformerEncoderLayer(4, 2)))
     {'TransformerEncoderLayer'}
     """
-    return {*_blocks(_Skeleton().module(model, ""))}
-
-
-def _blocks(root: ModuleSpec) -> list[str]:
-    """Classes of the repeated blocks, which residual connections cross: numbered modules that hold no such module.
-
-    timm's models do not name the classes that should stay on one device, as Transformers' `_no_split_modules` do.
-    """
-
-    def inner(module: ModuleSpec) -> set[str]:
-        classes: set[str] = set()
-        for name, child in module.children.items():
-            is_block = name.isdigit() and child.children and child.cls not in ("Sequential", "ModuleList")
-            classes |= inner(child) or ({child.cls} if is_block else set())
-        return classes
-
-    return sorted(inner(root))
+    return {*ModelSpec("", _Skeleton().module(model, "")).repeated_blocks}
 
 
 def _library(model: nn.Module) -> str:

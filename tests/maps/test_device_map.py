@@ -84,7 +84,7 @@ def test_no_split_classes_and_clean_result():
     memory = {0: 3000, 1: 10**6}
     whole = infer_auto_device_map(Model(), memory, "Block")
     assert {name for name in whole if name.startswith("h.")} == {f"h.{i}" for i in range(6)}
-    fine = infer_auto_device_map(Model(), memory, clean_result=False)
+    fine = infer_auto_device_map(Model(), memory, [], clean_result=False)
     assert "h.0.norm" in fine and "h.0" not in fine
     assert infer_auto_device_map(Model(), {0: 10**6}) == {"": 0}
 
@@ -98,7 +98,7 @@ def test_buffers_on_a_split_module_and_tied_parameters_on_it_are_placed():
             self.alias = self.inner.weight
 
     model = nn.Sequential(Odd(), nn.Linear(4, 4))
-    found = infer_auto_device_map(model, {0: 90, 1: 200})
+    found = infer_auto_device_map(model, {0: 90, 1: 200}, [])
     check_device_map(model, found)
     assert found["0.inner"] == found["0.alias"] and "0.mask" in found
 
