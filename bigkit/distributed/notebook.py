@@ -64,7 +64,7 @@ def notebook_launcher(
     Args:
         function: defined in a notebook or anywhere else. What it refers to must be picklable.
         args: its arguments, the same for each process.
-        num_processes: how many processes to start on this host; None: one for each GPU, or one.
+        num_processes: how many processes to start on this host; None: one for each GPU, or one. "2" is 2.
         mixed_precision: only "no": load a model in the dtype that it shall compute in.
         use_port: the port where the processes meet; None takes a free one. With several hosts, the same on each.
         master_addr: with several hosts, the address of the first.
@@ -92,7 +92,10 @@ def notebook_launcher(
     if mixed_precision not in ("no", None):
         hint = "load the model in the dtype that it shall compute in, as in from_pretrained(name, dtype='bfloat16')"
         raise ValueError(f"mixed_precision is {mixed_precision!r}: expected 'no'. For inference {hint}")
-    count = max(1, torch.cuda.device_count()) if num_processes is None else num_processes
+    if not isinstance(args, (list, tuple)):
+        raise TypeError(f"args is {args!r}: expected a tuple or list of the function's arguments, as in (5,)")
+    count = max(1, torch.cuda.device_count()) if num_processes is None else int(num_processes)
+    node_rank, num_nodes = int(node_rank), int(num_nodes)
     if count < 1 or num_nodes < 1 or not 0 <= node_rank < num_nodes:
         expected = "expected at least one process and one host, and node_rank from 0"
         raise ValueError(f"cannot start {count} processes on host {node_rank} of {num_nodes}: {expected}")

@@ -19,6 +19,7 @@ Leaves out: the arithmetic of cutting (`partition.py`), the bytes on each device
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter, defaultdict
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -76,6 +77,7 @@ def place(
         max_memory: device -> budget in bytes or as text ("10GiB"). Devices are GPU numbers, "mps", "cpu" and "disk".
             A disk that is not named has no limit; RAM that is not named is not used.
         strategy: one of `STRATEGIES`, or a device map of your own (module name -> device) to be checked and measured.
+            Of entries inside each other the innermost counts ({"": "cpu", "lm_head": 0}).
         dtype: floating weights are cast to it; None keeps them as they are.
         quantization: None or one of `model.spec.QUANTIZATIONS`.
         keep: modules that stay in `dtype` then; None takes the output head and tied modules.
@@ -142,10 +144,9 @@ def read_budgets(max_memory: Mapping[Device, int | str]) -> dict[Device, int | N
     >>> read_budgets({"cpu": "1KB", 0: 10})
     {0: 10, 'cpu': 1000, 'disk': None}
     """
-    for device in max_memory:
-        gpu = isinstance(device, int) and not isinstance(device, bool) and device >= 0
-        if not gpu and device not in ("mps", "cpu", "disk"):
-            raise ValueError(f"unknown device {device!r} in max_memory: expected a GPU number, 'mps', 'cpu' or 'disk'")
+    given, max_memory = max_memory, {read_device(device): size for device, size in max_memory.items()}
+    if len(max_memory) < len(given):
+        raise ValueError(f"max_memory names a device twice: {listed([str(device) for device in given])}")
     gpus = sorted(device for device in max_memory if isinstance(device, int))
     order: list[Device] = [*gpus, *(name for name in ("mps", "cpu") if name in max_memory)]
     budgets: dict[Device, int | None] = {device: parse_bytes(max_memory[device]) for device in order}
@@ -157,15 +158,16 @@ def read_budgets(max_memory: Mapping[Device, int | str]) -> dict[Device, int | N
 def _read_map(task: Task, device_map: Mapping[str, Device]) -> tuple[Task, list[Device]]:
     """The task cut as finely as a map of the user's own asks for, and the device of each of its layers.
 
+    Of entries inside each other the innermost counts; a name that is not in the model is warned of.
+
     Raises:
-        ValueError: the map misses layers, names one twice or one that is not there, or a device without a budget.
+        ValueError: the map misses layers, or names a device without a budget.
     """
     devices = {name: read_device(device) for name, device in device_map.items()}
-    modules = {name for name, _ in task.model.root.walk()} | set(task.index)
+    modules = {name for name, _ in task.model.root.walk()} | task.model.tensors.keys()
     if unknown := [name for name in devices if name not in modules]:
-        raise ValueError(f"the device map names {listed(unknown)}, but {task.model.name} has no such module")
-    if nested := [name for name in devices for outer in prefixes(name)[:-1] if outer in devices]:
-        raise ValueError(f"the device map places {listed(nested)} twice: a module around is in the map too")
+        warnings.warn(f"the device map names {listed(unknown)}, but {task.model.name} has no such module", stacklevel=4)
+        devices = {name: device for name, device in devices.items() if name in modules}
     if without := sorted({str(device) for device in devices.values() if device not in task.budgets}):
         raise ValueError(f"the device map uses {listed(without)}, but max_memory gives no budget for it")
     around = {prefix for name in devices for prefix in prefixes(name)[:-1]}

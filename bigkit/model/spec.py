@@ -23,7 +23,6 @@ from .precision import QUANTIZATIONS as QUANTIZATIONS
 from .precision import Precision as Precision
 from .precision import quantized_bytes as quantized_bytes
 
-
 _CONTAINERS = ("Sequential", "ModuleList", "ModuleDict")  # what they hold may be placed apart
 
 
