@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from . import __version__
 from .devices import Device, read_device
@@ -42,8 +42,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
+class _Parser(argparse.ArgumentParser):
+    """Takes each option with hyphens too: `--num-processes` is `--num_processes`."""
+
+    def add_argument(self, *names: Any, **options: Any) -> argparse.Action:
+        hyphens = ["--" + name[2:].replace("_", "-") for name in names if name.startswith("--") and "_" in name]
+        return super().add_argument(*names, *hyphens, **options)
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="bigkit", description="Plan and run models too big for one device.")
+    parser = _Parser(prog="bigkit", description="Plan and run models too big for one device.")
     parser.add_argument("--version", action="version", version=f"bigkit {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
@@ -86,7 +94,16 @@ def _add_launch(launch: argparse.ArgumentParser) -> None:
     add("--main_process_ip", help="where process 0 is, as all hosts see it; needed with several")
     add("--main_process_port", type=int, help="a port that is free there; needed with several")
     add("--gpu_ids", help="GPUs of this host to use, as in 0,2 (all)")
-    add("--cpu", dest="use_cpu", action="store_true", default=None, help="leave GPUs alone")
+    add("--cpu", "--use_cpu", dest="use_cpu", action="store_true", default=None, help="leave GPUs alone")
+    add("--num_cpu_threads_per_process", type=int, help="OMP_NUM_THREADS (the cores, shared out)")
+    add("--mixed_precision", choices=("no",), help="only no: load a model in the dtype that it shall compute in")
+    add("--rdzv_backend", choices=("static",), help="only static: for another one use torchrun itself")
+    add(
+        "--multi_gpu",
+        "--same_network",
+        action="store_true",
+        help="for Accelerate's users; it changes nothing",
+    )
     add("--config_file", help="JSON or YAML with these names as keys, or one of Accelerate's; options overrule it")
     add("-m", "--module", action="store_true", help="the script is a module's name, as for python -m")
     add("--show", action="store_true", help="print the torchrun command and stop")

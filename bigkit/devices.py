@@ -6,6 +6,7 @@ Leaves out: which layer goes to which device (`maps/`), and everything that need
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from numbers import Integral
 from typing import Any
 
 Device = int | str  # a GPU's number, "mps", "cpu" or "disk"
@@ -51,20 +52,34 @@ def device_label(device: Device) -> str:
 
 
 def read_device(device: object) -> Device:
-    """A device as plans name it: 1, "cuda:1" and torch.device("cuda:1") are 1; "cuda" is 0.
+    """A device as plans name it: 1, numpy's 1, "cuda:1" and torch.device("cuda:1") are 1; "cuda" is 0.
 
     Raises:
         ValueError: it is no GPU number, "mps", "cpu" or "disk".
     """
     text = str(device)
     kind, _, number = text.partition(":")
-    if isinstance(device, int) and not isinstance(device, bool) and device >= 0:
-        return device
+    if isinstance(device, Integral) and not isinstance(device, bool) and device >= 0:
+        return int(device)
     if kind == "cuda" and (number.isdigit() or not number):
         return int(number or 0)
     if kind in ("mps", "cpu", "disk") and number in ("", "0"):
         return kind
     raise ValueError(f"unknown device {device!r}: expected a GPU number, 'cuda:N', 'mps', 'cpu' or 'disk'")
+
+
+def whole_on(device_map: Any) -> Any:
+    """The map that a single device stands for: "cpu", 0 or torch.device("cuda:1"); anything else as it is.
+
+    >>> whole_on("cuda:1"), whole_on("auto")
+    ({'': 1}, 'auto')
+    """
+    if device_map is None or isinstance(device_map, Mapping):
+        return device_map
+    try:
+        return {"": read_device(device_map)}
+    except ValueError:
+        return device_map
 
 
 def placement(device_map: Mapping[str, Device] | None) -> Callable[[str], Any]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
+from numbers import Real
 
 KiB, MiB, GiB, TiB, PiB = 2**10, 2**20, 2**30, 2**40, 2**50
 KB, MB, GB, TB, PB = 10**3, 10**6, 10**9, 10**12, 10**15
@@ -34,8 +35,8 @@ _ALIASES = {"fp64": "float64", "fp32": "float32", "fp16": "float16", "bf16": "bf
 def parse_bytes(size: int | float | str) -> int:
     """A number of bytes from a number or a text, fractions dropped.
 
-    Binary units (KiB, MiB, GiB, TiB) are powers of 1024, decimal units (KB, MB, GB, TB) powers of 1000. A lower-case
-    final b is refused: some libraries read "1gb" as a gigabit, others as a gigabyte.
+    Binary units (KiB, MiB, GiB, TiB) are powers of 1024, decimal units (KB, MB, GB, TB) powers of 1000. "1gb" is
+    refused: some libraries read it as a gigabit, others as a gigabyte; "1gib" is a GiB.
 
     Args:
         size: bytes as a number, or text such as "10GiB", "1.5 GB", "512MiB", "300".
@@ -47,14 +48,14 @@ def parse_bytes(size: int | float | str) -> int:
     >>> parse_bytes("10GiB"), parse_bytes("10GB"), parse_bytes(42)
     (10737418240, 10000000000, 42)
     """
-    if isinstance(size, bool) or not isinstance(size, (int, float, str)):
+    if isinstance(size, bool) or not isinstance(size, (Real, str)):
         raise TypeError(f"a size must be a number of bytes or a text like '10GiB', not {type(size).__name__} {size!r}")
     if not isinstance(size, str):
         if not 0 <= size < float("inf"):
             raise ValueError(f"a size must be zero or more bytes, not {size!r}")
         return int(size)
     number, unit = match.groups() if (match := _BYTES.fullmatch(size)) else ("", "?")
-    if number and unit.endswith("b"):
+    if number and unit.endswith("b") and unit[-2:-1] not in ("i", "I"):
         good = unit[:-1].upper().replace("I", "i") + "B"
         raise ValueError(f"{size!r} is ambiguous (bits or bytes?): write {number + good!r} for bytes")
     if unit.upper() not in _UNITS:

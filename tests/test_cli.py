@@ -138,3 +138,21 @@ def test_errors_are_one_line_and_status_two(arguments, says, capsys):
     assert main(arguments) == 2
     error = capsys.readouterr().err
     assert says in error and error.count("\n") == 1 and error.startswith("bigkit: ")
+
+
+@pytest.mark.parametrize(
+    ("options", "shown"),
+    [
+        ("--num-processes 2", "--nproc-per-node 2"),
+        ("--multi_gpu --num_processes 2 --same-network", "--nproc-per-node 2"),
+        ("--mixed_precision no --rdzv_backend static", "--nproc-per-node"),
+        ("--use_cpu", "BIGKIT_USE_CPU=1"),
+        ("--use-cpu --num-cpu-threads-per-process 3", "OMP_NUM_THREADS=3"),
+    ],
+)
+def test_options_of_accelerates_command_line(options, shown, capsys):
+    from bigkit.cli import main
+
+    assert main(["launch", "--show", *options.split(), "script.py", "--its-own", "--use_cpu"]) == 0
+    printed = capsys.readouterr().out
+    assert shown in printed and printed.endswith("script.py --its-own --use_cpu\n")

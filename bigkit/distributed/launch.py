@@ -43,6 +43,7 @@ class Settings:
         rdzv_backend: "static": the hosts meet at main_process_ip. For another one use torchrun itself.
         use_cpu: whether the processes compute on the CPU although there are GPUs.
         gpu_ids: the GPUs of this host to use, "all" or as in "0,2".
+        num_cpu_threads_per_process: OMP_NUM_THREADS; None: as it is set, or the cores shared out.
 
     Raises:
         ValueError: a value that makes no sense, by its name.
@@ -59,8 +60,12 @@ class Settings:
     rdzv_backend: str = "static"
     use_cpu: bool = False
     gpu_ids: str = "all"
+    num_cpu_threads_per_process: int | None = None
 
     def __post_init__(self) -> None:
+        threads = self.num_cpu_threads_per_process
+        if threads is not None and (type(threads) is not int or threads < 1):
+            raise ValueError(f"num_cpu_threads_per_process is {threads!r}: expected a whole number, at least 1")
         for name, least in (("num_processes", 1), ("num_machines", 1), ("machine_rank", 0), ("main_process_port", 0)):
             value = getattr(self, name)
             if value is None and name in ("num_processes", "main_process_port"):
@@ -99,7 +104,9 @@ class Settings:
             variables["BIGKIT_USE_CPU"] = "1"
         elif self.gpu_ids != "all":
             variables["CUDA_VISIBLE_DEVICES"] = str(self.gpu_ids).replace(" ", "")
-        if "OMP_NUM_THREADS" not in os.environ:
+        if self.num_cpu_threads_per_process:
+            variables["OMP_NUM_THREADS"] = str(self.num_cpu_threads_per_process)
+        elif "OMP_NUM_THREADS" not in os.environ:
             variables["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // self._processes_here()))
         return variables
 

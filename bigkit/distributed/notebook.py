@@ -22,6 +22,7 @@ import linecache
 import marshal
 import os
 import pickle
+import pkgutil
 import shutil
 import signal
 import subprocess
@@ -33,7 +34,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from types import CodeType
+from types import CodeType, ModuleType
 from typing import Any
 
 import cloudpickle
@@ -62,9 +63,10 @@ def notebook_launcher(
     ended. Interrupting the cell ends all; so does the end of this Python, however it came.
 
     Args:
-        function: defined in a notebook or anywhere else. What it refers to must be picklable.
+        function: defined in a notebook or anywhere else. What it refers to must be picklable; modules, and objects
+            that stand for one (`torch.backends.cudnn`, `torch.ops.aten`), are found again by name.
         args: its arguments, the same for each process.
-        num_processes: how many processes to start on this host; None: one for each GPU, or one.
+        num_processes: how many processes to start on this host; None: one for each GPU, or one. "2" is 2.
         mixed_precision: only "no": load a model in the dtype that it shall compute in.
         use_port: the port where the processes meet; None takes a free one. With several hosts, the same on each.
         master_addr: with several hosts, the address of the first.
@@ -92,7 +94,10 @@ def notebook_launcher(
     if mixed_precision not in ("no", None):
         hint = "load the model in the dtype that it shall compute in, as in from_pretrained(name, dtype='bfloat16')"
         raise ValueError(f"mixed_precision is {mixed_precision!r}: expected 'no'. For inference {hint}")
-    count = max(1, torch.cuda.device_count()) if num_processes is None else num_processes
+    if not isinstance(args, (list, tuple)):
+        raise TypeError(f"args is {args!r}: expected a tuple or list of the function's arguments, as in (5,)")
+    count = max(1, torch.cuda.device_count()) if num_processes is None else int(num_processes)
+    node_rank, num_nodes = int(node_rank), int(num_nodes)
     if count < 1 or num_nodes < 1 or not 0 <= node_rank < num_nodes:
         expected = "expected at least one process and one host, and node_rank from 0"
         raise ValueError(f"cannot start {count} processes on host {node_rank} of {num_nodes}: {expected}")
@@ -125,12 +130,35 @@ def notebook_launcher(
 
 
 class _Pickler(cloudpickle.CloudPickler):
-    """Pickles by value what is in no file; code keeps the name of its cell, so that a traceback can show its lines."""
+    """Pickles by value what is in no file, and by name what stands for a module.
+
+    Code keeps the name of its cell, so that a traceback can show its lines.
+    """
 
     def reducer_override(self, thing: Any) -> Any:
         if isinstance(thing, CodeType):
             return marshal.loads, (marshal.dumps(thing),)  # the same Python reads it
+        if name := _module_like(thing):
+            return pkgutil.resolve_name, (name,)
         return super().reducer_override(thing)
+
+
+def _module_like(thing: Any) -> str | None:
+    """The name by which another process finds an object of a class of modules (torch.backends.cudnn), or an operation.
+
+    cloudpickle knows only plain modules, and would look into these.
+    """
+    if isinstance(thing, ModuleType) and type(thing) is not ModuleType:
+        names = [thing.__name__, *(name for name, module in list(sys.modules.items()) if module is thing)]
+    elif type(thing).__module__ == "torch._ops" and "." in str(thing):
+        names = [f"torch.ops.{thing}"]  # torch.ops.aten.add
+    else:
+        return None
+    for name in names:
+        with suppress(ImportError, AttributeError, ValueError):
+            if pkgutil.resolve_name(name) is thing:
+                return name
+    return None
 
 
 def _pack(function: Callable[..., Any], args: tuple[Any, ...]) -> bytes:
@@ -154,7 +182,7 @@ def _pack(function: Callable[..., Any], args: tuple[Any, ...]) -> bytes:
         problem = f"cannot send {getattr(function, '__name__', function)} to other processes"
         for name, value in parts.items():
             try:
-                cloudpickle.dumps(value)
+                _Pickler(io.BytesIO()).dump(value)
             except Exception:
                 kind = type(value).__name__
                 raise TypeError(f"{problem} because of {name}, a {kind} ({error}). Make it in the function") from error

@@ -23,7 +23,8 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from functools import cache, wraps
+from functools import cache, partial, wraps
+from itertools import count
 from types import TracebackType
 from typing import Any, TypeVar
 
@@ -37,6 +38,7 @@ from .split import split
 T = TypeVar("T")
 VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what torchrun sets, and `env://` reads
 RUN_ID = "TORCHELASTIC_RUN_ID"  # set by torchrun: a launcher waits for this process
+_joins = count()  # numbers the groups that this process has joined, which are the same for all
 USE_CPU = "BIGKIT_USE_CPU"  # set by `bigkit launch --cpu`
 
 
@@ -126,17 +128,61 @@ class PartialState:
             if is_first:
                 self.wait_for_everyone()
 
-    def on_main_process(self, function: Callable[..., T]) -> Callable[..., T | None]:
+    @property
+    def use_distributed(self) -> bool:
+        """Whether there are other processes."""
+        return self.num_processes > 1
+
+    @property
+    def initialized(self) -> bool:
+        """Whether this object knows who it is: always."""
+        return True
+
+    @property
+    def backend(self) -> str | None:
+        """What carries tensors between processes: "nccl" on GPUs, "gloo", or None without a group."""
+        if not dist.is_initialized():
+            return None
+        return "nccl" if "nccl" in dist.get_backend_config() else "gloo"
+
+    @property
+    def distributed_type(self) -> str:
+        """How the processes compute, by Accelerate's names: "NO", "MULTI_CPU" or "MULTI_GPU"."""
+        return "NO" if not dist.is_initialized() else "MULTI_GPU" if self.device.type == "cuda" else "MULTI_CPU"
+
+    @property
+    def default_device(self) -> torch.device:
+        """The device that a process alone would take: a GPU if there is one, else the CPU."""
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+    def set_device(self) -> None:
+        """Make `device` the current one, if it is a GPU; joining the others has done that already."""
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
+
+    def on_process(self, function: Callable[..., T] | None = None, process_index: int | None = None) -> Any:
+        """Decorator: the function runs on process `process_index`, or on the only one there is."""
+        if function is None:
+            return partial(self.on_process, process_index=process_index)
+        return _only_if(self.process_index == process_index or not self.use_distributed, function)
+
+    def on_local_process(self, function: Callable[..., T] | None = None, local_process_index: int | None = None) -> Any:
+        """Decorator: the function runs on process `local_process_index` of each host, or on the only one there is."""
+        if function is None:
+            return partial(self.on_local_process, local_process_index=local_process_index)
+        return _only_if(self.local_process_index == local_process_index or not self.use_distributed, function)
+
+    def on_main_process(self, function: Callable[..., T] | None = None) -> Any:
         """Decorator: the function runs on process 0; on the others it does nothing and returns None."""
-        return _only_if(self.is_main_process, function)
+        return self.on_main_process if function is None else _only_if(self.is_main_process, function)
 
-    def on_local_main_process(self, function: Callable[..., T]) -> Callable[..., T | None]:
+    def on_local_main_process(self, function: Callable[..., T] | None = None) -> Any:
         """Decorator: the function runs on process 0 of each host."""
-        return _only_if(self.is_local_main_process, function)
+        return self.on_local_main_process if function is None else _only_if(self.is_local_main_process, function)
 
-    def on_last_process(self, function: Callable[..., T]) -> Callable[..., T | None]:
+    def on_last_process(self, function: Callable[..., T] | None = None) -> Any:
         """Decorator: the function runs on the process with the highest number."""
-        return _only_if(self.is_last_process, function)
+        return self.on_last_process if function is None else _only_if(self.is_last_process, function)
 
     def print(self, *values: Any, **options: Any) -> None:
         """`print`, once for each host."""
@@ -149,7 +195,10 @@ class PartialState:
         yield split(inputs, self.num_processes, self.process_index, apply_padding)
 
     def destroy(self) -> None:
-        """Leave the group, when no process needs the others any more; a second call does nothing."""
+        """Leave the group, when no process needs the others any more; a second call does nothing.
+
+        A PartialState that is made afterwards joins again, with all others that do.
+        """
         _leave()
 
     destroy_process_group = destroy  # Accelerate's name
@@ -238,7 +287,10 @@ def _join(cuda: bool, timeout: timedelta) -> None:
         torch.cuda.set_device(local)
     hook = sys.excepthook
     with together("PartialState()"):
-        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timeout)
+        store, rank, world = next(dist.rendezvous("env://", timeout=timeout))  # type: ignore[attr-defined]
+        store = dist.PrefixStore(f"bigkit/{next(_joins)}", store)  # not where an earlier group left its addresses
+        backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+        dist.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=world)
         dist.all_reduce(torch.zeros(1))  # all have joined: one that left earlier would break off the others' joining
     sys.excepthook = _FailureHook(before=hook, next_hook=sys.excepthook)
     atexit.register(_end_gloo)

@@ -19,6 +19,7 @@ Leaves out: the arithmetic of cutting (`partition.py`), the bytes on each device
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter, defaultdict
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -62,14 +63,15 @@ def place(
         max_memory: device -> budget in bytes or as text ("10GiB"). Devices are GPU numbers, "mps", "cpu" and "disk".
             A disk that is not named has no limit; RAM that is not named is not used.
         strategy: one of `STRATEGIES`, or a device map of your own (module name -> device) to be checked and measured.
+            Of entries inside each other the innermost counts ({"": "cpu", "lm_head": 0}).
         dtype: floating weights are cast to it; None keeps them as they are. In 16 bit those count as float32 that the
             model's classes need so (`_keep_in_fp32_modules` of Transformers).
         quantization: None or one of `model.spec.QUANTIZATIONS`.
         keep: modules that stay in `dtype` then; None takes the output head and tied modules. Always kept are subclasses
             of `nn.Linear` and the layers that the model's classes need in float32, as loading keeps them.
         special_dtypes: tensor name -> dtype, for tensors that differ.
-        no_split: classes whose modules stay whole; None takes the model's own list, or the repeated blocks that its
-            facts name where it has no list (timm).
+        no_split: classes whose modules stay whole; None takes the model's own list. A model without one is cut between
+            its repeated blocks, and never inside anything else but containers: a residual could run there.
         batch, context: sequences and tokens (prompt and answer) that KV cache and activations are counted for;
             context 0 counts neither. With "exact" the context is what is looked for, and this is the least accepted.
             Where positions are learned, no context beyond them is looked for.
@@ -102,7 +104,7 @@ def place(
     }
     task = Task(
         model=model,
-        layers=model.layers(model.no_split or model.facts.get("blocks", ()) if classes is None else classes),
+        layers=model.layers_to_place() if classes is None else model.layers(classes),
         budgets=read_budgets(max_memory),
         precision=model.precision(dtype, quantization, keep, special),
         batch=batch,
@@ -126,15 +128,16 @@ def place(
 def _read_map(task: Task, device_map: Mapping[str, Device]) -> tuple[Task, list[Device]]:
     """The task cut as finely as a map of the user's own asks for, and the device of each of its layers.
 
+    Of entries inside each other the innermost counts; a name that is not in the model is warned of.
+
     Raises:
-        ValueError: the map misses layers, names one twice or one that is not there, or a device without a budget.
+        ValueError: the map misses layers, or names a device without a budget.
     """
     devices = {name: read_device(device) for name, device in device_map.items()}
-    modules = {name for name, _ in task.model.root.walk()} | set(task.index)
+    modules = {name for name, _ in task.model.root.walk()} | task.model.tensors.keys()
     if unknown := [name for name in devices if name not in modules]:
-        raise ValueError(f"the device map names {listed(unknown)}, but {task.model.name} has no such module")
-    if nested := [name for name in devices for outer in prefixes(name)[:-1] if outer in devices]:
-        raise ValueError(f"the device map places {listed(nested)} twice: a module around is in the map too")
+        warnings.warn(f"the device map names {listed(unknown)}, but {task.model.name} has no such module", stacklevel=4)
+        devices = {name: device for name, device in devices.items() if name in modules}
     if without := sorted({str(device) for device in devices.values() if device not in task.budgets}):
         raise ValueError(f"the device map uses {listed(without)}, but max_memory gives no budget for it")
     around = {prefix for name in devices for prefix in prefixes(name)[:-1]}

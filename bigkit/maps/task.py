@@ -14,10 +14,10 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
-from ..devices import Device, device_label, prefixes
+from ..devices import Device, device_label, prefixes, read_device
 from ..model.estimate import activation_bytes
 from ..model.spec import Attention, Layer, ModelSpec, Precision
-from ..units import dtype_bits, format_bytes, parse_bytes
+from ..units import dtype_bits, format_bytes, listed, parse_bytes
 from .partition import Chain, last_true
 from .plan import Placed, Plan, Share
 from .reasons import why
@@ -110,6 +110,9 @@ class Task:
             for i, size in others:
                 if 2 * size >= self.sizes[i] and home[i] == i:
                     home[i] = home[owner]
+        for i, layer in enumerate(self.layers):
+            if layer.with_previous:
+                home = [home[i - 1] if other == home[i] else other for other in home]
         groups: dict[int, list[int]] = defaultdict(list)
         for i, first in enumerate(home):
             groups[first].append(i)
@@ -250,10 +253,9 @@ def read_budgets(max_memory: Mapping[Device, int | str]) -> dict[Device, int | N
     >>> read_budgets({"cpu": "1KB", 0: 10})
     {0: 10, 'cpu': 1000, 'disk': None}
     """
-    for device in max_memory:
-        gpu = isinstance(device, int) and not isinstance(device, bool) and device >= 0
-        if not gpu and device not in ("mps", "cpu", "disk"):
-            raise ValueError(f"unknown device {device!r} in max_memory: expected a GPU number, 'mps', 'cpu' or 'disk'")
+    given, max_memory = max_memory, {read_device(device): size for device, size in max_memory.items()}
+    if len(max_memory) < len(given):
+        raise ValueError(f"max_memory names a device twice: {listed([str(device) for device in given])}")
     gpus = sorted(device for device in max_memory if isinstance(device, int))
     order: list[Device] = [*gpus, *(name for name in ("mps", "cpu") if name in max_memory)]
     budgets: dict[Device, int | None] = {device: parse_bytes(max_memory[device]) for device in order}

@@ -13,6 +13,8 @@ either. So `init_empty_weights` postpones the decision:
 3. A tensor whose values are needed (it is registered as a buffer or set as an attribute, read by `.item()` or
    `.tolist()`, written into a real tensor, given to an operation that meta cannot do) is computed then: the steps that
    led to it, and only those, are replayed for real. From there on the real storage stands for the deferred one.
+4. When the outermost block ends, every deferred tensor that is still alive elsewhere (in a cache, a closure, a
+   dataclass) becomes real, as the object that it is; else a later model would get a meta tensor from that cache.
 
 Invariant: a storage is either *waiting* (all its writes are on the tape) or *real* (none is). Two rules keep it. Replay
 takes along every step that read an older value of a storage it brings up to date; and before a real tensor changes, the
@@ -21,10 +23,9 @@ steps that wait for its present value are replayed.
 The wing's page (`__init__.py`) has a naive version, and says what it gets wrong.
 Leaves out: reading a module as layer records (`skeleton.py`), and filling the parameters afterwards
 (`checkpoints/load.py`). Random buffers are right in distribution but not number for number, since parameters no longer
-draw from the generator; `nn.init.trunc_normal_` does not fill them, because torch skips that call on meta. A tensor
-hidden in an object that is neither a module nor a list, tuple or dict on one stays on meta. A registered tensor sees
-later writes through an older reference (`mask[0] = 1`), but not that reference being turned into something else
-(`mask.data = other`, `mask.t_()`).
+draw from the generator; `nn.init.trunc_normal_` does not fill them, because torch skips that call on meta. A registered
+tensor sees later writes through an older reference (`mask[0] = 1`), but not that reference being turned into something
+else (`mask.data = other`, `mask.t_()`).
 """
 
 from __future__ import annotations
@@ -32,14 +33,15 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
-from weakref import WeakKeyDictionary, WeakSet
+from weakref import WeakKeyDictionary, WeakSet, ref
 
 import torch
 from torch import Tensor, UntypedStorage, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils import swap_tensors
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
@@ -61,7 +63,9 @@ def init_empty_weights(include_buffers: bool = False) -> Iterator[None]:
 
     Parameters are on meta as they are created, so none is ever allocated, not even for a moment. Ties made in
     `__init__` survive, and so do classes and attributes of custom parameters. Buffers and plain tensor attributes are
-    real and hold the values that they would hold anyway. Only models built by this thread are affected.
+    real and hold the values that they would hold anyway, and so does any other tensor made in the block that outlives
+    it (in an `lru_cache`, a closure, a dataclass), unless it was asked for with `device="meta"`. Only models built by
+    this thread are affected.
 
     Args:
         include_buffers: put buffers on meta too; their values are lost.
@@ -95,8 +99,9 @@ def init_on_device(device: torch.device | str | int, include_buffers: bool = Fal
         tape.targets.append((torch.device(device), bool(include_buffers)))
         try:
             yield
-            tape.settle_containers()
         finally:
+            if len(tape.targets) == 1:
+                tape.settle_survivors()
             tape.targets.pop()
 
 
@@ -149,8 +154,8 @@ class _Tape(TorchDispatchMode):
         steps: storage -> the steps that touch it, in order, while it waits.
         values: storage on meta -> the real one that stands for it.
         moved: tensor -> what was registered in its place.
-        parameters: storages of parameters.
-        containers: (module, attribute) of lists and dicts, which may still grow.
+        parameters: storages that stay on meta: those of parameters, and of buffers with `include_buffers`.
+        made: the deferred tensors that the model's code was given.
         count: steps so far.
         off: whether calls pass through, because they are the tape's own.
     """
@@ -160,7 +165,7 @@ class _Tape(TorchDispatchMode):
     values: WeakKeyDictionary[UntypedStorage, UntypedStorage] = field(default_factory=WeakKeyDictionary)
     moved: WeakTensorKeyDictionary = field(default_factory=WeakTensorKeyDictionary)
     parameters: WeakSet[UntypedStorage] = field(default_factory=WeakSet)
-    containers: list[tuple[nn.Module, str]] = field(default_factory=list)
+    made: list[ref[Tensor]] = field(default_factory=list)
     count: int = 0
     off: bool = False
 
@@ -330,26 +335,36 @@ class _Tape(TorchDispatchMode):
         return self.moved[tensor]
 
     def on_parameter(self, parameter: Tensor) -> Tensor:
-        parameter = self.move(parameter, self.targets[-1][0])
-        if parameter.layout == torch.strided:
-            self.parameters.add(parameter.untyped_storage())
-        return parameter
+        return self.stay(self.move(parameter, self.targets[-1][0]))
+
+    def stay(self, tensor: Tensor) -> Tensor:
+        if tensor.layout == torch.strided:
+            self.parameters.add(tensor.untyped_storage())
+        return tensor
 
     def on_buffer(self, buffer: Tensor) -> Tensor:
         device, include_buffers = self.targets[-1]
-        return self.move(buffer, device) if include_buffers else self.real(buffer)
+        return self.stay(self.move(buffer, device)) if include_buffers else self.real(buffer)
 
     def on_attribute(self, module: nn.Module, name: str) -> None:
         value = vars(module).get(name)
-        if isinstance(value, (Tensor, tuple)):
+        if isinstance(value, (Tensor, tuple)):  # lists and dicts may still grow: their tensors are survivors
             vars(module)[name] = replace_tensors(self.settled, value)
-        elif isinstance(value, (list, dict)):  # may still grow: looked at when the block ends
-            self.containers.append((module, name))
 
-    def settle_containers(self) -> None:
-        for module, name in self.containers:
-            replace_tensors(self.settled, vars(module).get(name))
-        self.containers.clear()
+    def settle_survivors(self) -> None:
+        """Make the deferred tensors real that outlive the block: the same objects, with the values that they stand for.
+
+        A view goes before the tensor that it views, which can only be changed when nothing in torch refers to it.
+        """
+        alive = {id(tensor): tensor for made in self.made if (tensor := made()) is not None}
+        real = {key: self.settled(tensor) for key, tensor in alive.items()}
+        self.made.clear()
+        self.moved.clear()  # no tensor with a weak reference can be swapped
+        with self.switched_off():
+            for key, tensor in reversed(alive.items()):
+                if real[key] is not tensor:
+                    with suppress(RuntimeError):  # somebody else's weak reference: it stays on meta
+                        swap_tensors(tensor, twin(tensor, real[key].detach()))
 
     def settled(self, tensor: Tensor) -> Tensor:
         """A plain attribute, made real unless it mirrors a parameter: is one, views one, is computed with gradients."""
@@ -358,8 +373,8 @@ class _Tape(TorchDispatchMode):
         return tensor if mirrors else self.real(tensor)
 
 
-class _Reads(TorchFunctionMode):
-    """The few ways to tensor values that do not pass the dispatcher."""
+class _Calls(TorchFunctionMode):
+    """Sees what the dispatcher does not: other ways to tensor values, and the tensors that callers are given."""
 
     def __init__(self, tape: _Tape) -> None:
         self.tape = tape
@@ -370,7 +385,11 @@ class _Reads(TorchFunctionMode):
         elif func == Tensor.data.__set__ and args[0].is_meta != args[1].is_meta:  # type: ignore[attr-defined]
             target, value = args
             args = (target, self.tape.move(value, META) if target.is_meta else self.tape.real(value))
-        return func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        if self.tape.deferring and str(kwargs.get("device")) != "meta":
+            self.tape.made += [ref(tensor) for tensor in tensors_in(result) if tensor.is_meta]
+        return result
 
 
 _here = threading.local()  # `tape`: the tape of this thread, while it builds
@@ -390,7 +409,7 @@ def _tape_of_this_thread() -> Iterator[_Tape]:
             _unwatch.append(watch_modules(lambda: getattr(_here, "tape", None)))
         _tapes.append(tape)
     try:
-        with _Reads(tape), tape:
+        with _Calls(tape), tape:
             yield tape
     finally:
         del _here.tape

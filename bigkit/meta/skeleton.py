@@ -30,7 +30,8 @@ def spec_from_module(model: nn.Module, name: str | None = None, no_split: Iterab
 
     Returns:
         The tree of shapes and dtypes (identical parts are one object), ties, and for a model with a transformers config
-        the facts and the KV-cache growth read from it.
+        the facts and the KV-cache growth read from it. Weights that the model computes (parametrizations) are not read:
+        what counts are the tensors that they are computed from.
 
     Raises:
         TypeError: not a module.
@@ -48,8 +49,6 @@ def spec_from_module(model: nn.Module, name: str | None = None, no_split: Iterab
     root, library = _Skeleton().module(model, ""), _library(model)
     facts, attention = _read_config(model, root)
     facts |= modules_to_keep(model)
-    if library == "timm":
-        facts["blocks"] = _blocks(root)
     if no_split is None:
         no_split = [cls for part in model.modules() for cls in _own_no_split(part)]
     elif isinstance(no_split, str):
@@ -115,7 +114,7 @@ class _Skeleton:
 
     def module(self, module: nn.Module, name: str) -> ModuleSpec:
         tensors = {own: self.tensor(module, own, tensor, name) for own, tensor in _own_tensors(module)}
-        with suppress(ValueError):
+        with suppress(Exception):  # a class's own code may not be made for meta tensors
             tensors |= {own: self.tensor(module, own, tensor, name) for own, tensor in extra_tensors(module).items()}
         children = {
             own: self.module(child, f"{name}.{own}" if name else own)
@@ -123,7 +122,8 @@ class _Skeleton:
             if child is not None
         }
         cls = type(module).__name__
-        linear = is_linear(module) and name != ""
+        weight = module._parameters.get("weight")  # none where it is parametrized: `module.weight` would compute it
+        linear = is_linear(module) and name != "" and weight is not None
         key = (cls, linear, *tensors.items(), *((own, id(child)) for own, child in children.items()))
         return self.module_specs.setdefault(key, ModuleSpec(cls, tensors, children, linear))
 
@@ -216,23 +216,7 @@ def repeated_blocks(model: nn.Module) -> set[str]:
     >>> repeated_blocks(nn.Sequential(nn.Sequential(nn.ReLU()), nn.TransformerEncoderLayer(4, 2)))
     {'TransformerEncoderLayer'}
     """
-    return {*_blocks(_Skeleton().module(model, ""))}
-
-
-def _blocks(root: ModuleSpec) -> list[str]:
-    """Classes of the repeated blocks, which residual connections cross: numbered modules that hold no such module.
-
-    timm's models do not name the classes that should stay on one device, as Transformers' `_no_split_modules` do.
-    """
-
-    def inner(module: ModuleSpec) -> set[str]:
-        classes: set[str] = set()
-        for name, child in module.children.items():
-            is_block = name.isdigit() and child.children and child.cls not in ("Sequential", "ModuleList")
-            classes |= inner(child) or ({child.cls} if is_block else set())
-        return classes
-
-    return sorted(inner(root))
+    return {*ModelSpec("", _Skeleton().module(model, "")).repeated_blocks}
 
 
 def _library(model: nn.Module) -> str:

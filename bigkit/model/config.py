@@ -38,6 +38,16 @@ _NAMES = {
     "image_size": ("image_size",),
     "patch_size": ("patch_size",),
 }  # fmt: skip
+# Other fields that must be numbers, and those that must be lists, to be counted with.
+_NUMBERS = frozenset(name for key, names in _NAMES.items() for name in names
+                     if key not in ("torch_dtype", "tie_word_embeddings")) | frozenset(
+    "attention_chunk_size attention_head_size d_kv encoder_layers expansion_ratio head_dim index_head_dim kv_channels "
+    "kv_lora_rank linear_conv_kernel_dim linear_key_head_dim linear_num_key_heads linear_num_value_heads "
+    "linear_value_head_dim max_source_positions max_window_layers moe_intermediate_size num_decoder_layers "
+    "num_key_value_heads num_kv_heads num_kv_shared_layers qk_nope_head_dim qk_rope_head_dim "
+    "sliding_window_pattern".split()
+)  # fmt: skip
+_LISTS = ("architectures", "cross_attention_layers", "indexer_types", "layer_types")
 _TEXT = ("text_config", "llm_config", "language_config", "thinker_config", "decoder")
 
 # Families whose feed-forward is 4 x hidden_size when the config is silent.
@@ -63,7 +73,8 @@ def facts(config: Mapping[str, Any]) -> dict[str, Any]:
     """The numbers of a config under one name each; what the config does not say is left out.
 
     Args:
-        config: a parsed config.json, or a Transformers config's `to_dict()`.
+        config: a parsed config.json, or a Transformers config's `to_dict()`. Of a number given for each layer the
+            largest counts; what should be a number and is none (a dict, a text) is left out.
 
     Returns:
         `model_type`, `architecture`, `torch_dtype`, `hidden_size`, `intermediate_size`, `vocab_size`,
@@ -79,12 +90,13 @@ def facts(config: Mapping[str, Any]) -> dict[str, Any]:
     >>> gpt2["hidden_size"], gpt2["intermediate_size"], gpt2["head_dim"], gpt2["positions"]
     (768, 3072, 64, 'learned')
     """
+    config = _checked(config)
     inner = _text(config)
     result: dict[str, Any] = {"model_type": str(config.get("model_type", ""))}
     if architectures := config.get("architectures"):
         result["architecture"] = architectures[0]
     for name, spellings in _NAMES.items():
-        if value := _largest(_first(inner, *spellings)):
+        if value := _first(inner, *spellings):
             result[name] = value
     if "torch_dtype" in result:
         result["torch_dtype"] = str(result["torch_dtype"]).removeprefix("torch.")
@@ -96,8 +108,7 @@ def facts(config: Mapping[str, Any]) -> dict[str, Any]:
             result["num_key_value_heads"] = _kv_heads(inner, heads)
             result["head_dim"] = _head_dim(inner, hidden, heads)
     if "num_experts" in result:
-        own = _largest(_first(inner, "moe_intermediate_size"))
-        result["moe_intermediate_size"] = own or result.get("intermediate_size")
+        result["moe_intermediate_size"] = inner.get("moe_intermediate_size") or result.get("intermediate_size")
     result["positions"] = _positions(inner, result)
     result["is_encoder_decoder"] = bool(config.get("is_encoder_decoder", False))
     if result["is_encoder_decoder"]:
@@ -134,6 +145,7 @@ def attention(config: Mapping[str, Any], root: ModuleSpec) -> tuple[Attention, .
     ...            "n_embd": 8, "n_layer": 2, "n_head": 2}, root)[1]
     Attention(layer='h.1', per_token=16, window=None, fixed=0)
     """
+    config = _checked(config)
     if not _caches(config):
         return ()
     inner = _text(config)
@@ -170,11 +182,30 @@ def _first(config: Mapping[str, Any], *names: str) -> Any:
     return next((config[name] for name in names if config.get(name) is not None), None)
 
 
-def _largest(value: Any) -> Any:
-    """A number as it is, and of one for each layer or side the largest; None for what is no number at all."""
-    if isinstance(value, (list, tuple)):
-        return max((item for item in value if isinstance(item, int)), default=None)
-    return None if isinstance(value, Mapping) else value
+def _checked(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config whose numbers are whole numbers and whose lists are lists; what is something else is None.
+
+    Of a number for each layer, side or kind of layer the largest counts.
+    """
+    result: dict[str, Any] = {}
+    for name, value in config.items():
+        if name in _NUMBERS:
+            numbers = [number for number in (value if isinstance(value, (list, tuple)) else [value]) if _counts(number)]
+            result[name] = int(max(numbers)) if numbers else None
+        elif name == "model_type":
+            result[name] = str(value)
+        elif name in _LISTS:
+            result[name] = value if isinstance(value, (list, tuple)) else None
+        else:
+            result[name] = _checked(value) if name in _TEXT and isinstance(value, Mapping) else value
+    return result
+
+
+def _counts(value: Any) -> bool:
+    """Whether a value is a whole number from 0, also one that is written as 8.0."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return False
+    return value >= 0 and (isinstance(value, int) or value.is_integer())
 
 
 def _caches(config: Mapping[str, Any]) -> bool:
@@ -185,7 +216,7 @@ def _caches(config: Mapping[str, Any]) -> bool:
     if inner.get("model_type") in _ENCODERS:
         return False
     names = config.get("architectures") or ()
-    return bool(inner.get("use_cache")) or any(name.endswith(_GENERATORS) for name in names)
+    return bool(inner.get("use_cache")) or any(str(name).endswith(_GENERATORS) for name in names)
 
 
 def _kv_heads(config: Mapping[str, Any], heads: int) -> int:
@@ -199,7 +230,7 @@ def _kv_heads(config: Mapping[str, Any], heads: int) -> int:
 
 def _head_dim(config: Mapping[str, Any], hidden: int, heads: int) -> int:
     if config.get("kv_lora_rank") and config.get("qk_rope_head_dim"):
-        return config.get("qk_nope_head_dim", 0) + config["qk_rope_head_dim"]
+        return int((config.get("qk_nope_head_dim") or 0) + config["qk_rope_head_dim"])
     value = _first(config, "head_dim", "d_kv", "attention_head_size", "kv_channels")
     return value if isinstance(value, int) else hidden // heads
 
@@ -207,7 +238,7 @@ def _head_dim(config: Mapping[str, Any], hidden: int, heads: int) -> int:
 def _per_token(config: Mapping[str, Any], index: int, kind: str) -> tuple[int, int]:
     """Elements that block number `index` caches for each token, and once for all."""
     if config.get("kv_lora_rank"):  # MLA: one latent for all heads, and one rotary key beside it
-        latent = int(config["kv_lora_rank"] + config["qk_rope_head_dim"])
+        latent = int(config["kv_lora_rank"] + (config.get("qk_rope_head_dim") or 0))
         chooses = kind == "indexed_attention" and (config.get("indexer_types") or {index: "full"})[index] != "shared"
         return latent + (config.get("index_head_dim") or 0) * chooses, 0
     numbers = facts(config)
@@ -224,11 +255,13 @@ def _linear_state(config: Mapping[str, Any]) -> int:
 
     One matrix (key x value) for each value head, and the last inputs of its convolution.
     """
-    if not (heads := config.get("linear_num_value_heads")):
+    names = ("num_value_heads", "value_head_dim", "num_key_heads", "key_head_dim", "conv_kernel_dim")
+    numbers = [int(config.get(f"linear_{name}") or 0) for name in names]
+    if not all(numbers):
         return 0
-    keys = config["linear_num_key_heads"] * config["linear_key_head_dim"]
-    values = heads * config["linear_value_head_dim"]
-    return int(values * config["linear_key_head_dim"] + (2 * keys + values) * config["linear_conv_kernel_dim"])
+    value_heads, value_dim, key_heads, key_dim, kernel = numbers
+    keys, values = key_heads * key_dim, value_heads * value_dim
+    return values * key_dim + (2 * keys + values) * kernel
 
 
 def _layer_kinds(config: Mapping[str, Any], count: int) -> list[str]:

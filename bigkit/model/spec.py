@@ -24,6 +24,8 @@ from .precision import Precision as Precision
 from .precision import float32_modules, is_named
 from .precision import quantized_bytes as quantized_bytes
 
+_CONTAINERS = ("Sequential", "ModuleList", "ModuleDict")  # what they hold may be placed apart
+
 
 @dataclass(frozen=True)
 class TensorSpec:
@@ -160,9 +162,43 @@ class ModelSpec:
         """
         if no_split is None:
             no_split = self.no_split
-        classes = frozenset((no_split,) if isinstance(no_split, str) else no_split)
-        if classes not in self._layers:
-            pieces = dict(_cut(self.root, "", classes))
+        return self._cut(frozenset((no_split,) if isinstance(no_split, str) else no_split), False)
+
+    def layers_to_place(self) -> tuple[Layer, ...]:
+        """The pieces that a planner places apart: those of `layers`, unless the model names no `no_split` classes.
+
+        Then nobody says where residual connections run, so only what holds a repeated block is cut, and else nothing
+        but containers (the model itself, Sequential, ModuleList); what comes before the first block beside it (tokens
+        and positions, which are added up) stays together.
+        """
+        if self.no_split:
+            return self.layers()
+        layers, blocks = list(self._cut(self.repeated_blocks, True)), self.repeated_blocks
+        around = {prefix for layer in layers if layer.cls in blocks for prefix in prefixes(layer.name)}
+        for i, layer in enumerate(layers):
+            parent = layer.name.rpartition(".")[0]
+            if layer.cls in blocks:
+                around -= set(prefixes(layer.name))  # what comes after a block may go elsewhere
+            elif i and parent in around and layers[i - 1].name.rpartition(".")[0] == parent:
+                layers[i] = replace(layer, with_previous=True)
+        return tuple(layers)
+
+    @cached_property
+    def repeated_blocks(self) -> frozenset[str]:
+        """Classes of the blocks, which residual connections cross: numbered modules that hold no such module."""
+
+        def inner(module: ModuleSpec) -> set[str]:
+            classes: set[str] = set()
+            for name, child in module.children.items():
+                is_block = name.isdigit() and child.children and child.cls not in _CONTAINERS
+                classes |= inner(child) or ({child.cls} if is_block else set())
+            return classes
+
+        return frozenset(inner(self.root))
+
+    def _cut(self, classes: frozenset[str], guessed: bool) -> tuple[Layer, ...]:
+        if (classes, guessed) not in self._layers:
+            pieces = dict(_cut(self.root, "", classes, guessed))
             ties: dict[str, list[tuple[str, str]]] = {}
             for owner, *others in self.ties:
                 for name in others:
@@ -170,13 +206,13 @@ class ModelSpec:
                     if piece is None:
                         raise ValueError(f"tied tensor {name!r} is no tensor of {self.name}")
                     ties.setdefault(piece, []).append((name, owner))
-            self._layers[classes] = tuple(
+            self._layers[classes, guessed] = tuple(
                 Layer(name, spec.cls, spec, tuple(ties.get(name, ()))) for name, spec in pieces.items()
             )
-        return self._layers[classes]
+        return self._layers[classes, guessed]
 
     @cached_property
-    def _layers(self) -> dict[frozenset[str], tuple[Layer, ...]]:
+    def _layers(self) -> dict[tuple[frozenset[str], bool], tuple[Layer, ...]]:
         return {}
 
     @cached_property
@@ -268,12 +304,14 @@ class Layer:
         cls: its class, or "Parameter"/"Buffer" for a tensor registered on a split module.
         spec: its tensors.
         ties: (own tensor name, owner tensor name) for each tensor that is stored with another one.
+        with_previous: whether it must be placed with the layer before it.
     """
 
     name: str
     cls: str
     spec: ModuleSpec
     ties: tuple[tuple[str, str], ...] = ()
+    with_previous: bool = False
 
     def bytes(self, precision: Precision = Precision(), buffers_only: bool = False) -> int:
         """Bytes at rest if this layer stood alone, its tied tensors counted."""
@@ -292,11 +330,14 @@ def _overlap(name: str, other: str) -> bool:
     return not name or name == other or other.startswith(name + ".") or name.startswith(other + ".")
 
 
-def _cut(module: ModuleSpec, name: str, no_split: frozenset[str]) -> Iterator[tuple[str, ModuleSpec]]:
-    if module.cls in no_split or (name and not module.children):
+def _cut(module: ModuleSpec, name: str, no_split: frozenset[str], guessed: bool) -> Iterator[tuple[str, ModuleSpec]]:
+    whole = module.cls in no_split or (name and not module.children)
+    if guessed and name and module.cls not in _CONTAINERS:
+        whole = whole or not any(part.cls in no_split for _, part in module.walk())
+    if whole:
         yield name, module
         return
     for own, tensor in module.tensors.items():
         yield join(name, own), ModuleSpec("Buffer" if tensor.buffer else "Parameter", {"": tensor})
     for child_name, child in module.children.items():
-        yield from _cut(child, join(name, child_name), no_split)
+        yield from _cut(child, join(name, child_name), no_split, guessed)

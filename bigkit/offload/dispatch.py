@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from ..checkpoints.load import load_checkpoint_in_model
-from ..devices import Device
+from ..devices import Device, whole_on
 from ..maps.device_map import check_device_map, get_max_memory
 from ..maps.plan import Plan
 from ..maps.strategies import STRATEGIES, place
@@ -102,6 +102,7 @@ def dispatch_model(
     if isinstance(device_map, Plan):
         slots = device_map.slots or slots
         device_map = device_map.device_map
+    device_map = whole_on(device_map)
     layout = read_options(
         device_map, main_device, slots, resident_memory, ram_cache, stand_in, skip_keys, preload_module_classes
     )
@@ -205,8 +206,8 @@ def load_checkpoint_and_dispatch(
     Args:
         model: the model.
         checkpoint: a file, an index or a folder.
-        device_map: a map, a `Plan`, or one of `maps.strategies.STRATEGIES` ("auto", ...), which makes one. None loads
-            and does no more.
+        device_map: a map, a device for the whole model (0, "cpu", `torch.device`), a `Plan`, or one of
+            `maps.strategies.STRATEGIES` ("auto", ...), which makes one. None loads and does no more.
         max_memory: device -> budget, for a strategy; None asks this machine.
         no_split_module_classes: classes that stay on one device, for a strategy; None takes the model's own list.
         offload_folder: where weights for "disk" are written that lie in no file as they are needed (of another dtype).
@@ -242,6 +243,7 @@ def load_checkpoint_and_dispatch(
     )
     inspect.signature(dispatch_model).bind(model, {}, **dispatching)  # options are checked before weights are loaded
     read_options({}, **dispatching)
+    device_map = whole_on(device_map)
     if isinstance(device_map, str):
         if device_map not in STRATEGIES:
             raise ValueError(f"unknown device_map {device_map!r}: expected a map or one of {', '.join(STRATEGIES)}")

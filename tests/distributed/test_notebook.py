@@ -143,6 +143,39 @@ def test_what_cannot_be_sent_is_named() -> None:
         notebook_launcher(lambda: (i for i in range(2)), (), 1)
 
 
+def test_modules_of_a_class_of_their_own_are_sent_by_name() -> None:
+    import torch
+    from torch.backends import cudnn, mkldnn, opt_einsum
+
+    def seed_everything() -> None:
+        torch.manual_seed(0)
+        torch.backends.cudnn.benchmark = False
+        cudnn.deterministic = True
+
+    operations, addition, overload = torch.ops.aten, torch.ops.aten.add, torch.ops.aten.add.Tensor
+
+    def work(given: Any) -> list[Any]:
+        seed_everything()
+        torch.backends.cuda.matmul.allow_tf32 = True
+        one = torch.ones(1)
+        sums = [operations.add(one, 1), torch.ops.aten.add(one, 1), addition(one, 1), overload(one, one)]
+        names = [module.__name__ for module in (given, mkldnn, opt_einsum, torch.classes)]
+        return [torch.backends.cudnn.deterministic, torch.backends.mps.is_available(), *map(float, sums), *names]
+
+    assert notebook_launcher(work, (cudnn,), num_processes="1") == [  # type: ignore[arg-type]
+        [True, False, 2.0, 2.0, 2.0, 2.0, "torch.backends.cudnn", *(f"torch.{name}" for name in MODULES)]
+    ]
+
+
+MODULES = ("backends.mkldnn", "backends.opt_einsum", "classes")
+
+
+@pytest.mark.parametrize("arguments", [5, "ab", None])
+def test_arguments_that_are_no_sequence(arguments: Any) -> None:
+    with pytest.raises(TypeError, match="expected a tuple or list of the function's arguments"):
+        notebook_launcher(print, arguments)
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [

@@ -244,3 +244,32 @@ def test_accelerate_aborts_on_uneven_gathers_and_waits_after_errors() -> None:
 
     assert group(fails, False)[1] < 0.9 < group(fails, True)[1]
     group.close()
+
+
+def test_members_that_accelerates_users_know(three: Ranks) -> None:
+    def members(state: PartialState) -> list[Any]:
+        calls = [state.on_process(process_index=1), state.on_local_process(local_process_index=0)]
+        calls += [state.on_main_process(), state.on_local_main_process(), state.on_last_process()]
+        state.set_device()
+        facts = [state.use_distributed, state.initialized, state.backend, state.distributed_type]
+        return [*facts, *(call(lambda: True)() for call in calls)]
+
+    facts = [True, True, "gloo", "MULTI_CPU"]
+    first, second = [*facts, None, True, True, True, None], [*facts, True, None, None, None, None]
+    assert three(members) == [first, second, [*facts, None, None, None, None, True]]
+    alone = PartialState(cpu=True)
+    assert (alone.use_distributed, alone.backend, alone.distributed_type) == (False, None, "NO")
+    assert alone.on_process(lambda: 5, 3)() == 5
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_group_can_be_joined_again_and_again(processes: int) -> None:
+    def again() -> list[list[int]]:
+        answers = []
+        for _ in range(4):
+            state = PartialState(cpu=True, timeout=60)
+            answers.append(gather_object([state.process_index]))
+            state.destroy()
+        return answers
+
+    assert bigkit.notebook_launcher(again, num_processes=processes) == [[[*range(processes)]] * 4] * processes

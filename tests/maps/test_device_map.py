@@ -1,5 +1,6 @@
 """The calls with Accelerate's names: same results where Accelerate is right, better ones where it is not."""
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -84,7 +85,7 @@ def test_no_split_classes_and_clean_result():
     memory = {0: 3000, 1: 10**6}
     whole = infer_auto_device_map(Model(), memory, "Block")
     assert {name for name in whole if name.startswith("h.")} == {f"h.{i}" for i in range(6)}
-    fine = infer_auto_device_map(Model(), memory, clean_result=False)
+    fine = infer_auto_device_map(Model(), memory, [], clean_result=False)
     assert "h.0.norm" in fine and "h.0" not in fine
     assert infer_auto_device_map(Model(), {0: 10**6}) == {"": 0}
 
@@ -98,7 +99,7 @@ def test_buffers_on_a_split_module_and_tied_parameters_on_it_are_placed():
             self.alias = self.inner.weight
 
     model = nn.Sequential(Odd(), nn.Linear(4, 4))
-    found = infer_auto_device_map(model, {0: 90, 1: 200})
+    found = infer_auto_device_map(model, {0: 90, 1: 200}, [])
     check_device_map(model, found)
     assert found["0.inner"] == found["0.alias"] and "0.mask" in found
 
@@ -134,10 +135,39 @@ def test_check_device_map_names_what_is_wrong():
     check_device_map(model, {"": "cpu"})
     with pytest.raises(ValueError, match="no device for 'head'"):
         check_device_map(model, {"scale": 0, "embed": 0, "h": 1})
-    with pytest.raises(ValueError, match="'nonsense'"):
+    with pytest.warns(UserWarning, match="names 'nonsense', but Model has no such module"):
         check_device_map(model, {"": 0, "nonsense": 1})
-    with pytest.raises(ValueError, match="twice"):
-        check_device_map(model, {"": 0, "head": 1})
+
+
+@pytest.mark.parametrize("device_map", ["cpu", torch.device("cpu"), 0, np.int64(0), "cuda:0", {"": "cpu", "1": "disk"}])
+def test_device_maps_as_users_have_them(device_map, tmp_path):
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    expected = model(torch.ones(2, 8))
+    bigkit.save_model(model, tmp_path)
+    options = {"stand_in": {0: "cpu"}, "offload_folder": tmp_path / "offload"}
+    with init_empty_weights():
+        empty = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    placed = bigkit.load_checkpoint_and_dispatch(empty, tmp_path, device_map, **options)
+    assert torch.equal(placed(torch.ones(2, 8)), expected)
+    if isinstance(device_map, dict):
+        assert "rests on disk" in repr(placed[1].weight) and "rests" not in repr(placed[0].weight)
+    else:
+        assert placed.hf_device_map in ({"": "cpu"}, {"": 0})
+        assert torch.equal(bigkit.dispatch_model(model, device_map, stand_in={0: "cpu"})(torch.ones(2, 8)), expected)
+
+
+@pytest.mark.parametrize(
+    "budgets",
+    [{0: np.int64(5000)}, {"cuda:0": 5000.0}, {torch.device("cuda:0"): "5KB"}, {np.int32(0): np.float32(5000)}],
+)
+def test_budgets_as_users_have_them(budgets):
+    assert get_max_memory(budgets) == {0: 5000}
+    assert infer_auto_device_map(nn.Linear(8, 8), budgets) == {"": 0}
+
+
+def test_a_device_named_twice_in_the_budgets_is_refused():
+    with pytest.raises(ValueError, match="names a device twice"):
+        get_max_memory({0: 5, "cuda:0": 6})
 
 
 def test_infeasible_budgets_are_an_error_with_the_missing_bytes():

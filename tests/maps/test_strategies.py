@@ -379,8 +379,6 @@ def test_custom_map_may_cut_through_a_block():
     ("device_map", "says"),
     [
         ({"0": 0}, "gives no device for '1', '2'"),
-        ({"": 0, "1": 1}, "places '1' twice"),
-        ({"": 0, "9": 1}, "names '9', but chain has no such module"),
         ({"": 7}, "uses '7', but max_memory gives no budget"),
         ({"": "gpu"}, "unknown device 'gpu'"),
     ],
@@ -388,6 +386,13 @@ def test_custom_map_may_cut_through_a_block():
 def test_wrong_maps_are_refused_by_name(device_map, says):
     with pytest.raises(ValueError, match=says):
         plan(chain(1, 2, 3), {0: 30, 1: 30}, device_map)
+
+
+def test_the_innermost_entry_of_a_map_counts():
+    placed = plan(chain(1, 2, 3), {0: 30, 1: 30}, {"": 0, "1": 1})
+    assert [layer.device for layer in placed.layers] == [0, 1, 0]
+    with pytest.warns(UserWarning, match="names '9', but chain has no such module"):
+        assert plan(chain(1, 2, 3), {0: 30, 1: 30}, {"": 0, "9": 1}).device_map == {"": 0}
 
 
 def test_infeasible_says_how_much_is_missing_and_what_helps():

@@ -711,3 +711,54 @@ def test_a_real_device_gets_parameters_and_buffers_only_if_asked():
         model.bias = model.weight
     assert model.running_mean.device == device and model.bias is model.weight
     assert untouched()
+
+
+class _Holder:
+    """An ordinary object that holds a tensor."""
+
+    def __init__(self, tensor):
+        self.tensor = tensor
+
+
+SURVIVORS = {
+    "cache": lambda kept: kept.append(torch.arange(4.0)),
+    "view": lambda kept: kept.append(torch.arange(8.0).view(2, 4)[0]),
+    "view and its base": lambda kept: kept.extend([base := torch.arange(8.0), base[:4]]),
+    "computed": lambda kept: kept.append(torch.arange(4.0) * 2 + 1),
+    "written to": lambda kept: kept.append(torch.empty(4).fill_(3)),
+    "parts": lambda kept: kept.extend(torch.arange(8.0).chunk(2)),
+    "object": lambda kept: kept.append(_Holder(torch.ones(4))),
+    "closure": lambda kept: kept.append(lambda table=torch.linspace(0, 1, 4): table),
+}
+
+
+@pytest.mark.parametrize("name", SURVIVORS)
+@pytest.mark.parametrize("as_buffer", [False, True])
+def test_tensors_that_outlive_the_block_are_real(name, as_buffer):
+    def tensors(kept):
+        return [item.tensor if isinstance(item, _Holder) else item() if callable(item) else item for item in kept]
+
+    wanted, kept = [], []
+    SURVIVORS[name](wanted)
+    with init_empty_weights():
+        SURVIVORS[name](kept)
+        model = nn.Module()
+        for i in range(len(kept) if as_buffer else 0):
+            model.register_buffer(f"b{i}", tensors(kept)[i])
+        model.linear = nn.Linear(4, 4)
+    for real, expected in zip(tensors(kept), tensors(wanted), strict=True):
+        assert torch.equal(real, expected)
+    for buffer, tensor in zip(model.buffers(), tensors(kept)):
+        assert buffer.data_ptr() == tensor.data_ptr()
+    assert model.linear.weight.is_meta
+
+
+def test_what_was_asked_for_on_meta_or_is_a_parameter_stays_there():
+    with init_empty_weights():
+        asked = torch.empty(2**40, device="meta")
+        loose = nn.Parameter(torch.empty(2**40))
+        with_buffers = nn.Module()
+    with init_empty_weights(include_buffers=True):
+        table = torch.empty(2**40)
+        with_buffers.register_buffer("table", table)
+    assert asked.is_meta and loose.is_meta and table.is_meta and with_buffers.table.is_meta

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parametrizations
 
 from bigkit import init_empty_weights
 from bigkit.meta.skeleton import spec_from_module, tied_groups
@@ -75,3 +76,49 @@ def test_spec_of_a_transformers_model():
     assert spec.facts["hidden_size"] == 768 and spec.facts["has_head"]
     assert spec.kv_bytes(1000) == 1000 * 12 * 2 * 768 * 2
     assert not spec_from_module(model.transformer).facts["has_head"]
+
+
+class _Computed(nn.Module):
+    """A layer whose weight is a property, and which saves itself in a way of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Parameter(torch.ones(4, 4))
+
+    @property
+    def weight(self):
+        raise AssertionError("the model's code was run")
+
+    def _save_to_state_dict(self, *args):
+        raise RuntimeError("no values on meta")
+
+
+def old_weight_norm():
+    with pytest.warns(FutureWarning):
+        return nn.utils.weight_norm(nn.Linear(4, 4))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: parametrizations.spectral_norm(nn.Linear(4, 4)),
+        lambda: parametrizations.weight_norm(nn.Linear(4, 4)),
+        lambda: parametrizations.orthogonal(nn.Linear(4, 4)),
+        old_weight_norm,
+        _Computed,
+    ],
+)
+def test_planning_never_computes_a_weight(make):
+    import bigkit
+
+    real = nn.Sequential(make(), nn.Linear(4, 4))
+    before = {name: tensor.clone() for name, tensor in [*real.named_parameters(), *real.named_buffers()]}
+    with init_empty_weights():
+        empty = nn.Sequential(make(), nn.Linear(4, 4))
+    for model in (real, empty):
+        size = bigkit.compute_module_sizes(model)[""]
+        assert size == sum(tensor.nbytes for tensor in before.values())
+        assert bigkit.infer_auto_device_map(model, {0: size}) == {"": 0}
+        assert bigkit.estimate_memory(model).parameters > 0
+    after = dict([*real.named_parameters(), *real.named_buffers()])
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())

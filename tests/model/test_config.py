@@ -261,6 +261,27 @@ def test_facts_of_odd_configs_can_be_counted_with(family):
         check_estimate(family)
 
 
+ODD = ([1, 2], [None], [], ["x"], {"a": 1}, None, "text", 2.5, -1, True)
+
+
+@pytest.mark.parametrize("family", ["llama", "deepseek_v3", "qwen3_next", "whisper", "mpt"])
+def test_configs_of_other_peoples_code_may_hold_anything(family):
+    from bigkit.model.estimate import estimate
+    from bigkit.model.spec import ModelSpec
+
+    settings = {**transformers.CONFIG_MAPPING[family]().to_dict(), "use_cache": True}
+    blocks = {str(index): ModuleSpec("Block") for index in range(settings.get("num_hidden_layers") or 1)}
+    root = ModuleSpec("Model", children={"decoder": ModuleSpec("ModuleList", children=blocks)})
+    for name in settings:
+        for odd in ODD:
+            config = {**settings, name: odd}
+            facts = reader.facts(config)
+            numbers = facts.keys() & {"hidden_size", "intermediate_size", "num_hidden_layers", "head_dim", "vocab_size"}
+            assert all(type(facts[number]) is int for number in numbers), (name, odd)
+            spec = ModelSpec(family, root, attention=reader.attention(config, root), facts=facts)
+            assert estimate(spec, context=64).inference[0].total >= 0
+
+
 def test_experts_without_a_size_of_their_own_have_that_of_the_feed_forward():
     for family, size in (("switch_transformers", 2048), ("nllb-moe", 4096)):
         facts = check_estimate(family)

@@ -123,7 +123,7 @@ def test_facts_of_shipped_models():
     assert zoo.describe("deepseek-v3").kv_bytes(1000) == 61 * 576 * 1000 * 2
     assert zoo.describe("llama-2-70b").kv_bytes(512) == 167_772_160
     assert zoo.describe("bloom").facts["torch_dtype"] == "bfloat16"
-    assert zoo.describe("resnet50.a1_in1k").facts["blocks"] == ["Bottleneck"]
+    assert zoo.describe("resnet50.a1_in1k").repeated_blocks == {"Bottleneck"}
     for name in zoo.names():
         assert "uncounted_cache" not in zoo.describe(name).facts
 
