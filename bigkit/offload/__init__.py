@@ -36,7 +36,8 @@ What is wrong with it is what the files are about. Read in this order:
 - `hooks.py`: an interrupted forward keeps its weights. A hook of bigkit's gives them back whatever is raised, and
   moves inputs of any kind (`inputs.py`).
 - `dispatch.py`: the calls that users know from Accelerate. A device map says which weights travel, and which of them
-  together (`grouping.py`, `placing.py`). `moving.py`: the model is cast or moved. `whole_model.py` is for pipelines of several models.
+  together (`grouping.py`, `placing.py`). `whole_model.py` is for pipelines of several models.
+- `moving.py`: the model is cast or moved as a whole, or others read its map.
 - `observe.py`: what a forward really did, step by step.
 - `_torch.py`: what is private in PyTorch and used here.
 
