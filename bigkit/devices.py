@@ -59,7 +59,7 @@ def read_device(device: object) -> Device:
     """
     text = str(device)
     kind, _, number = text.partition(":")
-    if isinstance(device, Integral) and not isinstance(device, bool) and device >= 0:
+    if isinstance(device, Integral) and not isinstance(device, bool) and int(device) >= 0:
         return int(device)
     if kind == "cuda" and (number.isdigit() or not number):
         return int(number or 0)

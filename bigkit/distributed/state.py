@@ -288,7 +288,8 @@ def _join(cuda: bool, timeout: timedelta) -> None:
     hook = sys.excepthook
     with together("PartialState()"):
         store, rank, world = next(dist.rendezvous("env://", timeout=timeout))  # type: ignore[attr-defined]
-        store = dist.PrefixStore(f"bigkit/{next(_joins)}", store)  # not where an earlier group left its addresses
+        prefix = f"bigkit/{next(_joins)}"  # not where an earlier group left its addresses
+        store = dist.PrefixStore(prefix, store)  # type: ignore[attr-defined]
         backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
         dist.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=world)
         dist.all_reduce(torch.zeros(1))  # all have joined: one that left earlier would break off the others' joining

@@ -102,11 +102,11 @@ def dispatch_model(
     if isinstance(device_map, Plan):
         slots = device_map.slots or slots
         device_map = device_map.device_map
-    device_map = whole_on(device_map)
+    entries: Mapping[str, Device] = whole_on(device_map)
     layout = read_options(
-        device_map, main_device, slots, resident_memory, ram_cache, stand_in, skip_keys, preload_module_classes
+        entries, main_device, slots, resident_memory, ram_cache, stand_in, skip_keys, preload_module_classes
     )
-    check_device_map(model, device_map)
+    check_device_map(model, entries)
     origins = Origins.of(state_dict, offload_index, offload_dir)
     if set(layout.places.values()) == {layout.main} and not force_hooks:
         return _whole(model, layout, origins)

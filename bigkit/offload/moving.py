@@ -36,7 +36,7 @@ def cast_or_move(model: nn.Module, change: Callable[[Tensor], Tensor], **options
         warnings.warn(
             "this model was moved, but its hooks still send inputs to the devices of its hf_device_map: call "
             "bigkit.remove_hook_from_module(model, recurse=True), or dispatch it again with another map",
-            stacklevel=4,  # `model.to`, or what else the user has called
+            stacklevel=3,  # `model.to`, or what else the user has called
         )
     return model
 

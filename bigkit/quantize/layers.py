@@ -19,6 +19,12 @@ bitsandbytes: Any = bnb.bitsandbytes()
 class _SavesScales(nn.Module):
     """A layer whose state dict has the scales of its weight (in RAM) when that rests elsewhere, too."""
 
+    weight: Any
+    bias: Any
+    state: Any
+    compute_dtype: Any
+    in_features: int
+
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         if not hasattr(self.weight, "streamer"):
             super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -28,7 +34,7 @@ class _SavesScales(nn.Module):
         destination.update({prefix + name: tensor.clone() for name, tensor in scales.items()})
 
 
-class Linear8bitLt(_SavesScales, bitsandbytes.nn.Linear8bitLt):  # type: ignore[misc]
+class Linear8bitLt(_SavesScales, bitsandbytes.nn.Linear8bitLt):
     """bitsandbytes' int8 layer, with a weight that stays whole: theirs takes the scales away when it first runs.
 
     Without outliers and gradients it calls the kernels itself, to the same bits and with less Python around them.
@@ -62,7 +68,7 @@ class Linear8bitLt(_SavesScales, bitsandbytes.nn.Linear8bitLt):  # type: ignore[
         return self
 
 
-class Linear4bit(_SavesScales, bitsandbytes.nn.Linear4bit):  # type: ignore[misc]
+class Linear4bit(_SavesScales, bitsandbytes.nn.Linear4bit):
     """bitsandbytes' 4-bit layer, right on a CPU too where blocks of weights go on from one row to the next.
 
     Its kernel for CPUs with AVX512 then takes the wrong scales (seen in 0.50 with 32, 48, 96 and 160 inputs in blocks

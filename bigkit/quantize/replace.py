@@ -68,8 +68,8 @@ def layers_to_quantize(
     """
     spec = spec_from_module(model)
     fp32 = config.keep_in_fp32_modules or ()
-    if skip is None:
-        skip = config.skip_modules
+    if skip is None and config.skip_modules is not None:
+        skip = tuple(config.skip_modules)
     precision = spec.precision(config.torch_dtype, config.quantization, skip)
     layers = {
         f"{name}.weight": model.get_submodule(name) for name in spec.quantized(precision) if not is_named(name, fp32)
