@@ -24,6 +24,7 @@ class _SavesScales(nn.Module):
     state: Any
     compute_dtype: Any
     in_features: int
+    out_features: Any
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         if not hasattr(self.weight, "streamer"):
