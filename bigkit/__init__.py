@@ -12,8 +12,9 @@ __version__ = "0.1.0"
 
 _HOMES = {  # module -> the public names in it
     "api": "advise describe estimate_memory plan",
-    "checkpoints.load": "load_checkpoint_in_model load_state_dict",
+    "checkpoints.load": "load_checkpoint_in_model",
     "checkpoints.save": "save_model",
+    "checkpoints.state_dict": "load_state_dict",
     "distributed.gather": "gather gather_for_results gather_object",
     "distributed.map_file": "map_file",
     "distributed.notebook": "notebook_launcher",
@@ -31,8 +32,9 @@ _HOMES = {  # module -> the public names in it
     "model.estimate": "MemoryEstimate",
     "model.precision": "Precision",
     "model.spec": "Layer ModelSpec",
-    "offload.dispatch": "dispatch_model load_checkpoint_and_dispatch",
+    "offload.dispatch": "dispatch_model",
     "offload.hooks": "AlignDevicesHook ModelHook SequentialHook add_hook_to_module remove_hook_from_module",
+    "offload.load_and_dispatch": "load_checkpoint_and_dispatch",
     "offload.one_place": "cpu_offload disk_offload",
     "offload.whole_model": "cpu_offload_with_hook",
     "quantize.load": "BnbQuantizationConfig load_and_quantize_model replace_with_bnb_layers",
@@ -45,8 +47,9 @@ __all__ = ["__version__", "zoo", *sorted(_HOME_OF)]
 if TYPE_CHECKING:
     from . import zoo
     from .api import advise, describe, estimate_memory, plan
-    from .checkpoints.load import load_checkpoint_in_model, load_state_dict
+    from .checkpoints.load import load_checkpoint_in_model
     from .checkpoints.save import save_model
+    from .checkpoints.state_dict import load_state_dict
     from .distributed.gather import gather, gather_for_results, gather_object
     from .distributed.map_file import map_file
     from .distributed.notebook import notebook_launcher
@@ -70,8 +73,9 @@ if TYPE_CHECKING:
     from .model.estimate import MemoryEstimate
     from .model.precision import Precision
     from .model.spec import Layer, ModelSpec
-    from .offload.dispatch import dispatch_model, load_checkpoint_and_dispatch
+    from .offload.dispatch import dispatch_model
     from .offload.hooks import AlignDevicesHook, ModelHook, SequentialHook, add_hook_to_module, remove_hook_from_module
+    from .offload.load_and_dispatch import load_checkpoint_and_dispatch
     from .offload.one_place import cpu_offload, disk_offload
     from .offload.whole_model import cpu_offload_with_hook
     from .quantize.load import BnbQuantizationConfig, load_and_quantize_model, replace_with_bnb_layers

@@ -38,10 +38,11 @@ from torch.nn import functional as F
 from bigkit import init_empty_weights
 from bigkit.checkpoints.load import load_checkpoint_in_model
 from bigkit.checkpoints.save import save_model
-from bigkit.offload.dispatch import dispatch_model, load_checkpoint_and_dispatch
+from bigkit.offload.dispatch import dispatch_model
 from bigkit.offload.grouping import handles
 from bigkit.offload.handle import Away
 from bigkit.offload.hooks import remove_hook_from_module
+from bigkit.offload.load_and_dispatch import load_checkpoint_and_dispatch
 
 SAMPLED = 2  # seconds between two samples of what the process holds
 

@@ -26,10 +26,12 @@ tensor that is not on meta is the truth, and a range of a file counts only for t
 Read in this order:
 
 - `header.py`: the table of contents of one file, checked, without torch.
-- `format.py`: a checkpoint, of one file or several (`index.py`), and a tensor of it. `write.py`: how a file is written.
+- `format.py`: a checkpoint, of one file or several (`index.py`), and a tensor of it; `pickles.py`: one of `.bin` files.
+  `write.py`: how a file is written.
 - `migrate.py`: what modules' own hooks make of names and tensors, as in `load_state_dict`.
 - `match.py`: which tensor of a checkpoint is which of a model, and the report of what does not match.
-- `load.py`: `load_checkpoint_in_model`; and `to_gpu.py`, from files to a GPU at full speed.
+- `load.py`: `load_checkpoint_in_model`; and `to_gpu.py`, from files to a GPU at full speed. Without a model:
+  `state_dict.py` for all tensors at once, `one_by_one.py` for each in turn.
 - `resting.py`: which bytes of which file stand for a tensor that a model has on meta.
 - `shards.py`: how a model is cut into files, from names and sizes alone.
 - `save.py`: `save_model`, which a crash at any moment leaves with the old checkpoint or the new one.

@@ -1,10 +1,11 @@
-"""How a checkpoint lies on disk: find it, check every claim that it makes, read a tensor, write a file.
+"""How a checkpoint lies on disk: check every claim that it makes, find a tensor, read it.
 
 A checkpoint is one safetensors file, or several (shards) and an index that says which tensor lies in which. A file
 starts with a header that says where each tensor lies (`header.py`), so a tensor is found without reading anything else.
 `Checkpoint` checks every claim that a header or an index makes before a byte of it is used.
 
-Leaves out: what a model makes of it (`match.py`, `load.py`), and saving a whole model (`save.py`).
+Leaves out: where to start in a folder (`index.py`), what a `.bin` file holds (`pickles.py`), what a model makes of
+it (`match.py`, `load.py`), and saving (`write.py`, `save.py`).
 Formats: https://huggingface.co/docs/safetensors, and the index of Hugging Face Transformers (`weight_map`).
 """
 
@@ -23,11 +24,8 @@ from ..units import listed
 from ._transformers import Made
 from .header import DTYPES, LONGEST_HEADER, no_weights, parse_header
 from .header import CheckpointError as CheckpointError
-from .index import files_of_index
-
-# Tried in this order in a folder; the same as Transformers.
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-PICKLE, PICKLE_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
+from .index import files_of_index, start_of_folder
+from .pickles import read_pickle, tensors_of
 
 ASIDE = "\0"  # ends the names of tensors that are set aside
 
@@ -89,7 +87,7 @@ class Checkpoint:
                 of it was used.
         """
         path = Path(path)
-        target = _in_folder(path) if path.is_dir() else path
+        target = start_of_folder(path) if path.is_dir() else path
         if not target.exists():
             raise FileNotFoundError(f"there is no checkpoint at {target}")
         names_of = files_of_index(target) if target.suffix == ".json" else {target: None}
@@ -179,22 +177,11 @@ class Checkpoint:
     def unpickle(self, file: Path) -> dict[str, Tensor]:
         """The tensors of a `.bin` file, one of before PyTorch 1.6 too; nothing in it is ever executed."""
         if file not in self._pickles:
-            with open(file, "rb") as stream:
-                start = stream.read(256)
-            if fault := no_weights(start):
-                raise CheckpointError(f"{file} {fault}")
-            try:  # before PyTorch 1.6 files were no zip archives, and such files cannot be mapped
-                content = torch.load(file, map_location="cpu", weights_only=True, mmap=start[:4] == b"PK\3\4")
-            except Exception as error:  # every broken pickle fails in its own way
-                reason = str(error).split("\n")[0]
-                raise CheckpointError(f"{file} is no file of tensors that can be loaded safely: {reason}") from error
-            if not isinstance(content, dict) or not all(isinstance(name, str) for name in content):
-                raise CheckpointError(f"{file} holds a {type(content).__name__}, expected a dict of tensors by name")
-            dicts = dict(_by_key(content))
-            self.nested |= {key: tuple(_tensors(inner)) for key, inner in dicts.items() if key}
+            dicts = read_pickle(file)
+            self.nested |= {key: tuple(tensors_of(inner)) for key, inner in dicts.items() if key}
             if self.key not in dicts:
                 raise CheckpointError(f"{file} has no tensors under {self.key!r}, but under {listed(self.nested)}")
-            self._pickles[file] = _tensors(dicts[self.key])
+            self._pickles[file] = tensors_of(dicts[self.key])
             self.metadata |= getattr(dicts[self.key], "_metadata", {})
         return self._pickles[file]
 
@@ -219,34 +206,3 @@ def read_header(file: Path) -> dict[str, Stored]:
         name: Stored(file, offset, nbytes, _DTYPES[dtype], shape)
         for name, (offset, nbytes, dtype, shape) in entries.items()
     }
-
-
-def _by_key(content: dict[str, Any], key: str = "", depth: int = 3) -> Iterator[tuple[str, dict[str, Any]]]:
-    """A dict, and dicts in it that hold tensors, each with the key that leads there."""
-    if not key or _tensors(content):
-        yield key, content
-    for name, value in content.items():
-        if depth and isinstance(value, dict) and all(isinstance(inner, str) for inner in value):
-            yield from _by_key(value, f"{key}.{name}" if key else name, depth - 1)
-
-
-def _tensors(content: dict[str, Any]) -> dict[str, Tensor]:
-    return {name: value for name, value in content.items() if isinstance(value, Tensor)}
-
-
-def _in_folder(folder: Path) -> Path:
-    """The file of a folder that a reader starts with."""
-    for name in (SINGLE, INDEX, PICKLE, PICKLE_INDEX):
-        if (folder / name).exists():
-            return folder / name
-    for pattern in ("*.safetensors.index.json", "*.safetensors", "*.bin.index.json", "*.index.json", "*.bin"):
-        files = sorted(folder.glob(pattern))
-        if len(files) == 1:
-            return files[0]
-        if files:
-            if len(indexes := list(folder.glob("*.index.json"))) == 1:
-                return indexes[0]
-            names = listed(file.name for file in files)
-            raise CheckpointError(f"{folder} has several files and no index: {names}; name one of them")
-    expected = f"{SINGLE}, {INDEX}, {PICKLE} or {PICKLE_INDEX}"
-    raise FileNotFoundError(f"there is no checkpoint in {folder}: expected {expected}")

@@ -1,6 +1,7 @@
-"""The index of a checkpoint of several files: which tensor is in which file, every claim checked.
+"""Which files a checkpoint consists of: where to start in a folder, and the index that says which tensor is where.
 
-Leaves out: the files themselves (`format.py`). Format: `weight_map` of Hugging Face Transformers.
+Every claim of an index is checked. Format: `weight_map` of Hugging Face Transformers.
+Leaves out: the files themselves (`format.py`).
 """
 
 from __future__ import annotations
@@ -9,8 +10,31 @@ import json
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from ..units import listed
 from .header import CheckpointError as CheckpointError
 from .header import no_weights
+
+# Tried in this order in a folder; the same as Transformers.
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+PICKLE, PICKLE_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
+
+
+def start_of_folder(folder: Path) -> Path:
+    """The file of a folder that a reader starts with."""
+    for name in (SINGLE, INDEX, PICKLE, PICKLE_INDEX):
+        if (folder / name).exists():
+            return folder / name
+    for pattern in ("*.safetensors.index.json", "*.safetensors", "*.bin.index.json", "*.index.json", "*.bin"):
+        files = sorted(folder.glob(pattern))
+        if len(files) == 1:
+            return files[0]
+        if files:
+            if len(indexes := list(folder.glob("*.index.json"))) == 1:
+                return indexes[0]
+            names = listed(file.name for file in files)
+            raise CheckpointError(f"{folder} has several files and no index: {names}; name one of them")
+    expected = f"{SINGLE}, {INDEX}, {PICKLE} or {PICKLE_INDEX}"
+    raise FileNotFoundError(f"there is no checkpoint in {folder}: expected {expected}")
 
 
 def files_of_index(index: Path) -> dict[Path, list[str] | None]:

@@ -3,8 +3,8 @@
 `load_checkpoint_in_model` maps the files into memory and hands their pages to the model: nothing is copied on the CPU.
 What a device map leaves on disk stays in the files: the model has it on meta, and `resting.py` knows where it is.
 
-Leaves out: finding each tensor in the checkpoint (`match.py`), the fast way to a GPU (`to_gpu.py`), and weights that
-stay on disk while the model runs (`offload/weights.py`).
+Leaves out: finding each tensor in the checkpoint (`match.py`), tensors without a model (`state_dict.py`), the fast way
+to a GPU (`to_gpu.py`), and weights that stay on disk while the model runs (`offload/weights.py`).
 """
 
 from __future__ import annotations
@@ -27,41 +27,7 @@ from ._torch import extra_states, run_post_hooks
 from .format import Checkpoint, Stored
 from .header import CheckpointError
 from .match import LoadReport, Slot, match
-from .resting import WrittenFile, record_resting_place, write_file
-from .write import Form
-
-
-def load_state_dict(
-    checkpoint_file: str | os.PathLike[str],
-    device_map: Mapping[str, Device] | None = None,
-    key: str = "",
-    prefix: str = "",
-) -> dict[str, Tensor]:
-    """The tensors of a checkpoint, on the CPU or where a device map puts them.
-
-    Args:
-        checkpoint_file: a file, an index, or a folder.
-        device_map: module name -> device; tensors that it leaves on "disk" or does not name stay on the CPU, mapped
-            from the file.
-        key, prefix: see `load_checkpoint_in_model`.
-
-    Raises:
-        FileNotFoundError, CheckpointError: there is none, or it is broken.
-
-    >>> import tempfile
-    >>> from bigkit import save_model
-    >>> with tempfile.TemporaryDirectory() as folder:
-    ...     save_model(nn.Linear(2, 3), folder)
-    ...     load_state_dict(folder)["weight"].shape
-    torch.Size([3, 2])
-    """
-    checkpoint = Checkpoint.open(checkpoint_file, key, prefix)
-    device_of = placement(device_map)
-    places: dict[Device | torch.device, dict[str, torch.dtype | None]] = {}
-    for name in checkpoint:
-        place = device_of(name)
-        places.setdefault("cpu" if place in ("disk", None) else place, {})[name] = None
-    return read_tensors(checkpoint, places)
+from .resting import record_resting_place, rest_on_disk
 
 
 def load_checkpoint_in_model(
@@ -167,7 +133,7 @@ def load_matching(
     places: dict[Device | torch.device, dict[str, torch.dtype | None]] = {}
     for slot, place in _placed(slots, device_map, offload_buffers):
         places.setdefault(place, {})[str(slot.source)] = _dtype(slot, floats, fp32)
-    stored, written = _rest(source, places.pop("disk", {}), offload_folder)
+    stored, written = rest_on_disk(source, places.pop("disk", {}), offload_folder)
     values = read_tensors(source, places)
     on_disk: dict[str, Stored] = {}
     for slot in slots:
@@ -222,36 +188,6 @@ def _collector_paused() -> Iterator[None]:
             gc.enable()
 
 
-def _rest(
-    source: Checkpoint, dtypes: Mapping[str, torch.dtype | None], folder: str | os.PathLike[str] | None
-) -> tuple[dict[str, Stored], WrittenFile | None]:
-    """Where tensors are on disk in the dtypes that are wanted: in the checkpoint itself, or in a new file."""
-    stored = {
-        name: source.stored[name]
-        for name, dtype in dtypes.items()
-        if name in source.stored and dtype in (None, source.stored[name].dtype)
-    }
-    forms: dict[str, Form] = {}
-    for name, dtype in dtypes.items():
-        if name not in stored:
-            shape, own = source.shape_and_dtype(name)
-            forms[name] = Form(shape, dtype or own)
-    if not forms:
-        return stored, None
-    if folder is None:
-        name, wanted = next((name, form.dtype) for name, form in forms.items())
-        own = source.shape_and_dtype(name)[1]
-        form = f"as {dtype_name(wanted)}" if name in source.stored else "as safetensors"
-        as_it_is = name in source.stored and own.is_floating_point
-        raise ValueError(
-            f"{listed(forms)} rests on disk in another form ({dtype_name(own)} in {source.path}) and must be written "
-            f"{form}: give an offload_folder"
-            + (f', or dtype="{dtype_name(own)}" to use it as it is' if as_it_is else "")
-        )
-    written, in_new_file = write_file(folder, forms, lambda name: source.read(name).to(forms[name].dtype))
-    return stored | in_new_file, written
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Reading many tensors, each to where it goes
 
@@ -274,33 +210,3 @@ def read_tensors(
         for name in (name for name in dtypes if name not in values):
             values[name] = source.read(name).to(device=device, dtype=dtypes[name])
     return values
-
-
-def stream_tensors(source: Checkpoint, names: Iterable[str], device: torch.device) -> Iterator[tuple[str, Tensor]]:
-    """Read tensors to a device one after another, in the order of the files: what is let go makes room for the next.
-
-    On the CPU each is in memory of its own: no page of the file counts as the process's.
-    """
-    stored = {name: source.stored[name] for name in names if name in source.stored}
-    if device.type == "cuda":
-        from .to_gpu import stream_to_gpu
-
-        yield from stream_to_gpu(stored, device)
-    else:
-        for name, where in sorted(stored.items(), key=lambda item: (str(item[1].file), item[1].offset)):
-            yield name, _private(where).to(device)
-    for name in names:
-        if name in source.pickled or name in source.made:
-            yield name, source.read(name).to(device)
-
-
-def _private(where: Stored) -> Tensor:
-    """A tensor read into memory of its own."""
-    raw = torch.empty(where.nbytes, dtype=torch.uint8)
-    with open(where.file, "rb") as stream:
-        stream.seek(where.offset)
-        count = stream.readinto(raw.numpy().data)
-    if count < where.nbytes:
-        end = where.offset + count
-        raise OSError(f"{where.file} is shorter than when it was checked: nothing at byte {end}")
-    return raw.view(where.dtype).view(where.shape)

@@ -18,9 +18,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, UntypedStorage
 
-from .format import Stored, read_header
+from ..units import dtype_name, listed
+from .format import Checkpoint, Stored, read_header
 from .write import Form, check_dtypes, write_safetensors
 
 
@@ -124,3 +126,33 @@ def write_file(
     except OSError as error:
         raise OSError(f"could not write weights to {folder}: {error}; the model is as it was") from error
     return written, read_header(written.path)
+
+
+def rest_on_disk(
+    source: Checkpoint, dtypes: Mapping[str, torch.dtype | None], folder: str | os.PathLike[str] | None
+) -> tuple[dict[str, Stored], WrittenFile | None]:
+    """Where tensors are on disk in the dtypes that are wanted: in the checkpoint itself, or in a new file."""
+    stored = {
+        name: source.stored[name]
+        for name, dtype in dtypes.items()
+        if name in source.stored and dtype in (None, source.stored[name].dtype)
+    }
+    forms: dict[str, Form] = {}
+    for name, dtype in dtypes.items():
+        if name not in stored:
+            shape, own = source.shape_and_dtype(name)
+            forms[name] = Form(shape, dtype or own)
+    if not forms:
+        return stored, None
+    if folder is None:
+        name, wanted = next((name, form.dtype) for name, form in forms.items())
+        own = source.shape_and_dtype(name)[1]
+        form = f"as {dtype_name(wanted)}" if name in source.stored else "as safetensors"
+        as_it_is = name in source.stored and own.is_floating_point
+        raise ValueError(
+            f"{listed(forms)} rests on disk in another form ({dtype_name(own)} in {source.path}) and must be written "
+            f"{form}: give an offload_folder"
+            + (f', or dtype="{dtype_name(own)}" to use it as it is' if as_it_is else "")
+        )
+    written, in_new_file = write_file(folder, forms, lambda name: source.read(name).to(forms[name].dtype))
+    return stored | in_new_file, written

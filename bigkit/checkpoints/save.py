@@ -2,7 +2,7 @@
 
 A crash at any moment leaves the old checkpoint or the new one, whole.
 
-Leaves out: how tensors are dealt out to shards (`shards.py`), and the bytes of one file (`format.py`).
+Leaves out: how tensors are dealt out to shards (`shards.py`), and the bytes of one file (`write.py`).
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from ..meta.skeleton import extra_tensors
 from ..units import format_bytes, listed
 from ._torch import extra_states
-from .format import INDEX, PICKLE, PICKLE_INDEX, SINGLE, Checkpoint, Stored
+from .format import Checkpoint, Stored
 from .header import CheckpointError
-from .index import read_index
+from .index import INDEX, PICKLE, PICKLE_INDEX, SINGLE, read_index
 from .match import model_slots, plain_name
 from .resting import RestingPlace, record_resting_place, resting_place
 from .shards import Cut, cut, read_limit

@@ -13,23 +13,22 @@ GPU keeps a reserve, and only then. All strategies but "sequential", which offlo
 bytes as they can, and spread what stays on the first GPU evenly among what does not, so that copies hide behind work.
 Without a GPU the CPU runs everything. Layers that share a tied tensor stay together, or each copy is counted.
 
-Leaves out: the arithmetic of cutting (`partition.py`), the bytes on each device (`task.py`), what a run takes
-(`dryrun/run.py`), and moving anything (`offload/dispatch.py`).
+Leaves out: the arithmetic of cutting (`partition.py`), the bytes on each device (`task.py`), a map of the user's own
+(`own_map.py`), what a run takes (`dryrun/run.py`), and moving anything (`offload/dispatch.py`).
 """
 
 from __future__ import annotations
 
-import warnings
 from collections import Counter, defaultdict
 from collections.abc import Hashable, Iterable, Mapping, Sequence
-from dataclasses import replace
 from itertools import accumulate, product
 from typing import NamedTuple
 
-from ..devices import Device, placement, prefixes, read_device
+from ..devices import Device
 from ..machine.hardware import DISKS, LINKS
 from ..model.spec import ModelSpec
-from ..units import dtype_name, listed, parse_bytes
+from ..units import dtype_name, parse_bytes
+from .own_map import read_map
 from .partition import Chain, last_true, spread
 from .plan import Plan, PlanError
 from .reasons import cures
@@ -114,7 +113,7 @@ def place(
         options={name: value for name, value in options.items() if value is not None},
     )
     if not isinstance(strategy, str):
-        task, places = _read_map(task, strategy)
+        task, places = read_map(task, strategy)
         plan = task.to_plan(places, "custom")
     elif strategy in STRATEGIES:
         plan = _solve(task, strategy)
@@ -123,31 +122,6 @@ def place(
     if strict and not plan.feasible:
         raise PlanError(plan, cures(task, plan, _solve))
     return plan
-
-
-def _read_map(task: Task, device_map: Mapping[str, Device]) -> tuple[Task, list[Device]]:
-    """The task cut as finely as a map of the user's own asks for, and the device of each of its layers.
-
-    Of entries inside each other the innermost counts; a name that is not in the model is warned of.
-
-    Raises:
-        ValueError: the map misses layers, or names a device without a budget.
-    """
-    devices = {name: read_device(device) for name, device in device_map.items()}
-    modules = {name for name, _ in task.model.root.walk()} | task.model.tensors.keys()
-    if unknown := [name for name in devices if name not in modules]:
-        warnings.warn(f"the device map names {listed(unknown)}, but {task.model.name} has no such module", stacklevel=4)
-        devices = {name: device for name, device in devices.items() if name in modules}
-    if without := sorted({str(device) for device in devices.values() if device not in task.budgets}):
-        raise ValueError(f"the device map uses {listed(without)}, but max_memory gives no budget for it")
-    around = {prefix for name in devices for prefix in prefixes(name)[:-1]}
-    if around & set(task.index):
-        task = replace(task, layers=task.model.layers(()), options={**task.options, "no_split": []})
-    device_of = placement(devices)
-    places = [device_of(layer.name) for layer in task.layers]
-    if missing := [layer.name for layer, place in zip(task.layers, places) if place is None]:
-        raise ValueError(f"the device map gives no device for {listed(missing)}")
-    return task, places
 
 
 def _solve(task: Task, strategy: str) -> Plan:

@@ -36,8 +36,9 @@ What is wrong with it is what the files are about. Read in this order:
 - `hooks.py`: an interrupted forward keeps its weights. A hook of bigkit's gives them back whatever is raised, and
   moves inputs of any kind (`inputs.py`).
 - `dispatch.py`: the calls that users know from Accelerate. A device map says which weights travel, and which of them
-  together (`options.py`, `grouping.py`, `placing.py`). `moving.py`: the model is cast or moved. `one_place.py` is for
-  all weights in RAM or on disk, `whole_model.py` for pipelines of several models.
+  together (`options.py`, `grouping.py`, `placing.py`). `moving.py`: the model is cast or moved. `load_and_dispatch.py`
+  begins at a checkpoint, `one_place.py` is for all weights in RAM or on disk, `whole_model.py` for pipelines of several
+  models.
 - `observe.py`: what a forward really did, step by step, from what a streamer tells (`events.py`).
 - `_torch.py`: what is private in PyTorch and used here.
 

@@ -9,13 +9,12 @@ What differs from Accelerate, on purpose: weights travel by the block, ahead of 
 a range of the checkpoint's own files; a model with resting weights refuses to be moved or cast; its default
 main device is the first one that the map names.
 
-Leaves out: making the map (`api.py`, `maps/device_map.py`), offloading by the whole model
-(`offload/whole_model.py`), and training.
+Leaves out: making the map (`api.py`, `maps/device_map.py`), loading and dispatching in one call
+(`offload/load_and_dispatch.py`), offloading by the whole model (`offload/whole_model.py`), and training.
 """
 
 from __future__ import annotations
 
-import inspect
 import os
 from collections.abc import Iterable, Mapping
 from functools import partial
@@ -24,12 +23,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..checkpoints.load import load_checkpoint_in_model
 from ..devices import Device, whole_on
-from ..maps.device_map import check_device_map, get_max_memory
+from ..maps.device_map import check_device_map
 from ..maps.plan import Plan
-from ..maps.strategies import STRATEGIES, place
-from ..meta.skeleton import spec_from_module
 from ..units import parse_bytes
 from .grouping import Layout, has_forward, put, records, with_residents
 from .hooks import AlignDevicesHook, add_hook_to_module, drop_hooks, hooks_in
@@ -180,105 +176,3 @@ def _called(module: nn.Module) -> list[nn.Module]:
     if has_forward(module):
         return [module]
     return [inner for child in module.children() for inner in _called(child)]
-
-
-def load_checkpoint_and_dispatch(
-    model: nn.Module,
-    checkpoint: str | os.PathLike[str],
-    device_map: str | Mapping[str, Device] | Plan | None = None,
-    max_memory: Mapping[Device, int | str] | None = None,
-    no_split_module_classes: Iterable[str] | str | None = None,
-    offload_folder: str | os.PathLike[str] | None = None,
-    offload_buffers: bool = False,
-    dtype: torch.dtype | str | None = None,
-    offload_state_dict: bool | None = None,
-    skip_keys: str | Iterable[str] | None = None,
-    preload_module_classes: Iterable[str] | None = None,
-    force_hooks: bool = False,
-    strict: bool = False,
-    keep_in_fp32_modules: Iterable[str] | None = None,
-    key: str = "",
-    prefix: str = "",
-    **options: Any,
-) -> nn.Module:
-    """Load a checkpoint into a model, usually an empty one, and spread it over devices.
-
-    Args:
-        model: the model.
-        checkpoint: a file, an index or a folder.
-        device_map: a map, a device for the whole model (0, "cpu", `torch.device`), a `Plan`, or one of
-            `maps.strategies.STRATEGIES` ("auto", ...), which makes one. None loads and does no more.
-        max_memory: device -> budget, for a strategy; None asks this machine.
-        no_split_module_classes: classes that stay on one device, for a strategy; None takes the model's own list.
-        offload_folder: where weights for "disk" are written that lie in no file as they are needed (of another dtype).
-        dtype: floating weights become this.
-        offload_state_dict: accepted for compatibility; nothing is held in memory twice either way.
-        strict: raise if anything in the checkpoint and the model does not match; else a warning names it.
-        keep_in_fp32_modules, key, prefix: see `load_checkpoint_in_model`.
-        offload_buffers, skip_keys, preload_module_classes, force_hooks, options: see `dispatch_model`.
-
-    Returns:
-        The model, with `hf_device_map`.
-
-    Raises:
-        ValueError, FileNotFoundError, CheckpointError, PlanError: as the calls that it is made of.
-
-    >>> from bigkit import init_empty_weights
-    >>> from bigkit.zoo.gpt import GPT, GPTConfig, PYGPT
-    >>> with init_empty_weights():
-    ...     model = GPT(GPTConfig("pygpt"))
-    >>> model = load_checkpoint_and_dispatch(model, PYGPT, {"transformer.h.0": "disk", "transformer.wte": "cpu",
-    ...     "transformer.wpe": "cpu", "transformer.drop": "cpu", "transformer.ln_f": "cpu", "lm_head": "cpu",
-    ...     **{f"transformer.h.{i}": "cpu" for i in range(1, 10)}}, dtype="bfloat16")
-    >>> model(torch.tensor([[1, 2, 3]]))[0].shape
-    torch.Size([1, 3, 256])
-    """
-    dispatching = dict(
-        offload_dir=offload_folder,
-        offload_buffers=offload_buffers,
-        skip_keys=skip_keys,
-        preload_module_classes=preload_module_classes,
-        force_hooks=force_hooks,
-        **options,
-    )
-    inspect.signature(dispatch_model).bind(model, {}, **dispatching)  # options are checked before weights are loaded
-    read_options({}, **dispatching)
-    device_map = whole_on(device_map)
-    if isinstance(device_map, str):
-        if device_map not in STRATEGIES:
-            raise ValueError(f"unknown device_map {device_map!r}: expected a map or one of {', '.join(STRATEGIES)}")
-        classes = [no_split_module_classes] if isinstance(no_split_module_classes, str) else no_split_module_classes
-        max_memory = get_max_memory() if max_memory is None else max_memory
-        device_map = place(
-            spec_from_module(model),
-            max_memory,
-            device_map,
-            dtype=dtype,
-            no_split=classes,
-            offload_buffers=offload_buffers,
-        )
-    if isinstance(device_map, Plan):
-        dispatching.setdefault("slots", device_map.slots or 2)
-        device_map = device_map.device_map
-    loading = None
-    if device_map is not None:
-        layout = read_options(device_map, **dispatching)
-        check_device_map(model, device_map)
-        loading = {name: "cpu" if device in layout.stand_in else device for name, device in layout.places.items()}
-    report = load_checkpoint_in_model(
-        model,
-        checkpoint,
-        loading,
-        offload_folder,
-        dtype,
-        offload_buffers=offload_buffers,
-        strict=strict,
-        keep_in_fp32_modules=keep_in_fp32_modules,
-        key=key,
-        prefix=prefix,
-    )
-    if device_map is None:
-        return model
-    if report.missing and any(record.tensor.is_meta and record.name in report.missing for record in records(model)):
-        raise ValueError(f"{checkpoint} does not fill {type(model).__name__}: {report}")
-    return dispatch_model(model, device_map, **dispatching)

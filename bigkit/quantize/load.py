@@ -24,8 +24,9 @@ import torch
 from torch import Tensor, nn
 
 from ..checkpoints.format import Checkpoint, CheckpointError
-from ..checkpoints.load import load_matching, read_tensors, stream_tensors
+from ..checkpoints.load import load_matching, read_tensors
 from ..checkpoints.match import match
+from ..checkpoints.one_by_one import stream_tensors
 from ..checkpoints.resting import record_resting_place, write_file
 from ..checkpoints.write import Form
 from ..devices import Device, placement, read_device

@@ -249,7 +249,7 @@ def _run(places: dict[str, Device], slots: int, prefetch: bool, tokens: int) -> 
     import torch
 
     from ..meta.empty import init_empty_weights
-    from ..offload.dispatch import load_checkpoint_and_dispatch
+    from ..offload.load_and_dispatch import load_checkpoint_and_dispatch
     from ..zoo.gpt import GPT, PYGPT, GPTConfig, decode, encode, load_pygpt
 
     with init_empty_weights():

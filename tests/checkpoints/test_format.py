@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from bigkit.checkpoints.format import INDEX, PICKLE, SINGLE, Checkpoint, CheckpointError, read_header
+from bigkit.checkpoints.format import Checkpoint, CheckpointError, read_header
+from bigkit.checkpoints.index import INDEX, PICKLE, SINGLE
 from bigkit.checkpoints.load import load_checkpoint_in_model
 from bigkit.checkpoints.save import save_model
 from tests.checkpoints.nets import Net, empty
@@ -174,7 +175,8 @@ WRITE_ANEW = """
 import sys, torch
 from torch import nn
 from bigkit import load_checkpoint_in_model, load_state_dict
-from bigkit.checkpoints.load import Checkpoint, stream_tensors
+from bigkit.checkpoints.load import Checkpoint
+from bigkit.checkpoints.one_by_one import stream_tensors
 how, file = sys.argv[1:]
 model = nn.Sequential(*[nn.Linear(200, 200) for _ in range(3)])
 torch.save(model.state_dict(), file)

@@ -9,9 +9,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from bigkit.checkpoints.format import SINGLE
-from bigkit.checkpoints.load import load_checkpoint_in_model, load_state_dict
+from bigkit.checkpoints.index import SINGLE
+from bigkit.checkpoints.load import load_checkpoint_in_model
 from bigkit.checkpoints.save import save_model
+from bigkit.checkpoints.state_dict import load_state_dict
 from tests.checkpoints.nets import Net, empty, same
 
 

@@ -8,9 +8,11 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from bigkit import init_empty_weights, load_checkpoint_and_dispatch
-from bigkit.checkpoints.format import INDEX, PICKLE, SINGLE, CheckpointError
-from bigkit.checkpoints.load import load_checkpoint_in_model, load_state_dict
+from bigkit.checkpoints.format import CheckpointError
+from bigkit.checkpoints.index import INDEX, PICKLE, SINGLE
+from bigkit.checkpoints.load import load_checkpoint_in_model
 from bigkit.checkpoints.save import save_model
+from bigkit.checkpoints.state_dict import load_state_dict
 from tests.checkpoints.nets import Net, same
 
 # ---------------------------------------------------------------------------------------------------------------------

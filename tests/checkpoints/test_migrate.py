@@ -6,9 +6,11 @@ from safetensors.torch import save_file
 from torch import nn
 
 from bigkit import load_checkpoint_and_dispatch
-from bigkit.checkpoints.format import PICKLE, SINGLE, Checkpoint
-from bigkit.checkpoints.load import load_checkpoint_in_model, stream_tensors
+from bigkit.checkpoints.format import Checkpoint
+from bigkit.checkpoints.index import PICKLE, SINGLE
+from bigkit.checkpoints.load import load_checkpoint_in_model
 from bigkit.checkpoints.match import match
+from bigkit.checkpoints.one_by_one import stream_tensors
 from bigkit.checkpoints.save import save_model
 
 

@@ -10,10 +10,12 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import nn
 
-from bigkit.checkpoints.format import SINGLE, Checkpoint
-from bigkit.checkpoints.load import load_checkpoint_in_model, load_state_dict
+from bigkit.checkpoints.format import Checkpoint
+from bigkit.checkpoints.index import SINGLE
+from bigkit.checkpoints.load import load_checkpoint_in_model
 from bigkit.checkpoints.resting import resting_place
 from bigkit.checkpoints.save import save_model
+from bigkit.checkpoints.state_dict import load_state_dict
 from tests.checkpoints.nets import Net, empty, same
 
 

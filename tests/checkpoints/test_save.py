@@ -17,9 +17,11 @@ from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 from bigkit import disk_offload
-from bigkit.checkpoints.format import INDEX, PICKLE, PICKLE_INDEX, SINGLE, Checkpoint
-from bigkit.checkpoints.load import load_checkpoint_in_model, load_state_dict
+from bigkit.checkpoints.format import Checkpoint
+from bigkit.checkpoints.index import INDEX, PICKLE, PICKLE_INDEX, SINGLE
+from bigkit.checkpoints.load import load_checkpoint_in_model
 from bigkit.checkpoints.save import save_model
+from bigkit.checkpoints.state_dict import load_state_dict
 from bigkit.checkpoints.write import write_safetensors
 from tests.checkpoints.nets import Net, empty, same
 

@@ -9,8 +9,9 @@ from torch import nn
 
 from bigkit import init_empty_weights
 from bigkit.checkpoints.format import Checkpoint
-from bigkit.checkpoints.load import load_checkpoint_in_model, load_state_dict
+from bigkit.checkpoints.load import load_checkpoint_in_model
 from bigkit.checkpoints.save import save_model
+from bigkit.checkpoints.state_dict import load_state_dict
 from bigkit.checkpoints.to_gpu import read_to_gpu
 
 GPU = torch.device("cuda:0")

@@ -21,9 +21,10 @@ from bigkit import init_empty_weights
 from bigkit.checkpoints.format import Checkpoint, CheckpointError, read_header
 from bigkit.checkpoints.load import load_checkpoint_in_model
 from bigkit.checkpoints.save import save_model
-from bigkit.offload.dispatch import dispatch_model, load_checkpoint_and_dispatch
+from bigkit.offload.dispatch import dispatch_model
 from bigkit.offload.grouping import handles
 from bigkit.offload.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
+from bigkit.offload.load_and_dispatch import load_checkpoint_and_dispatch
 from bigkit.offload.one_place import cpu_offload, disk_offload
 from bigkit.offload.whole_model import cpu_offload_with_hook
 from tests.spread import STAND_IN, Net, check_at_rest, same, spread, spread_ways
@@ -445,7 +446,7 @@ def test_saving_takes_the_memory_of_one_shard(tmp_path):
         from torch import nn
         from bigkit import init_empty_weights
         from bigkit.checkpoints.save import save_model
-        from bigkit.offload.dispatch import load_checkpoint_and_dispatch
+        from bigkit.offload.load_and_dispatch import load_checkpoint_and_dispatch
         with init_empty_weights():
             model = nn.Sequential(*[nn.Linear(1024, 1024) for _ in range(48)])
         def status(key):

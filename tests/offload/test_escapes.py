@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from torch import nn
 from transformers.utils import ModelOutput
 
-from bigkit.checkpoints.load import load_state_dict
 from bigkit.checkpoints.save import save_model
-from bigkit.offload.dispatch import cpu_offload
+from bigkit.checkpoints.state_dict import load_state_dict
+from bigkit.offload.one_place import cpu_offload
 from tests.spread import STAND_IN, Net, check_at_rest, same, spread_ways
 
 X = torch.randn(3, 8, generator=torch.Generator().manual_seed(0))

@@ -7,8 +7,9 @@ import warnings
 import pytest
 import torch
 
-from bigkit.offload.dispatch import disk_offload, dispatch_model
+from bigkit.offload.dispatch import dispatch_model
 from bigkit.offload.hooks import remove_hook_from_module
+from bigkit.offload.one_place import disk_offload
 from tests.spread import STAND_IN, Net, same, spread
 
 X = torch.randn(3, 8, generator=torch.Generator().manual_seed(0))

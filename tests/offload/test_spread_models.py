@@ -12,7 +12,7 @@ from torch.nn.utils import parametrizations
 
 from bigkit import init_empty_weights
 from bigkit.checkpoints.save import save_model
-from bigkit.offload.dispatch import load_checkpoint_and_dispatch
+from bigkit.offload.load_and_dispatch import load_checkpoint_and_dispatch
 from bigkit.offload.one_place import cpu_offload, disk_offload
 from tests.spread import STAND_IN, check_at_rest, same, spread, spread_ways
 

@@ -16,8 +16,9 @@ from torch.nn import functional as F
 from bigkit import init_empty_weights
 from bigkit.checkpoints.save import save_model
 from bigkit.maps.partition import spread
-from bigkit.offload.dispatch import dispatch_model, load_checkpoint_and_dispatch
+from bigkit.offload.dispatch import dispatch_model
 from bigkit.offload.grouping import handles
+from bigkit.offload.load_and_dispatch import load_checkpoint_and_dispatch
 from bigkit.offload.one_place import cpu_offload, disk_offload
 from tests.spread import STAND_IN, Block, Net, check_at_rest, same, spread_ways
 from tests.spread import spread as spread_by
@@ -323,7 +324,7 @@ def test_memory_is_bounded_by_the_blocks_in_flight(tmp_path):
         import sys, torch
         from torch import nn
         from bigkit import init_empty_weights
-        from bigkit.offload.dispatch import load_checkpoint_and_dispatch
+        from bigkit.offload.load_and_dispatch import load_checkpoint_and_dispatch
         def status(key):
             return int(next(l for l in open("/proc/self/status") if l.startswith(key)).split()[1]) / 1024
         for options in ({}, {"main_device": 0, "stand_in": {0: "cpu"}}):  # mapped pages, slots

@@ -17,7 +17,7 @@ from safetensors import safe_open
 from torch import nn
 
 from bigkit import describe, init_empty_weights, zoo
-from bigkit.checkpoints.format import INDEX, SINGLE
+from bigkit.checkpoints.index import INDEX, SINGLE
 from bigkit.checkpoints.load import load_checkpoint_in_model
 from bigkit.checkpoints.save import save_model
 from bigkit.checkpoints.shards import Cut, cut, cut_model

@@ -1,0 +1,39 @@
+"""A device map of the user's own, checked against the model and the budgets.
+
+Leaves out: making one (`strategies.py`), and maps without budgets (`device_map.py`).
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import replace
+
+from ..devices import Device, placement, prefixes, read_device
+from ..units import listed
+from .task import Task
+
+
+def read_map(task: Task, device_map: Mapping[str, Device]) -> tuple[Task, list[Device]]:
+    """The task cut as finely as a map of the user's own asks for, and the device of each of its layers.
+
+    Of entries inside each other the innermost counts; a name that is not in the model is warned of.
+
+    Raises:
+        ValueError: the map misses layers, or names a device without a budget.
+    """
+    devices = {name: read_device(device) for name, device in device_map.items()}
+    modules = {name for name, _ in task.model.root.walk()} | task.model.tensors.keys()
+    if unknown := [name for name in devices if name not in modules]:
+        warnings.warn(f"the device map names {listed(unknown)}, but {task.model.name} has no such module", stacklevel=4)
+        devices = {name: device for name, device in devices.items() if name in modules}
+    if without := sorted({str(device) for device in devices.values() if device not in task.budgets}):
+        raise ValueError(f"the device map uses {listed(without)}, but max_memory gives no budget for it")
+    around = {prefix for name in devices for prefix in prefixes(name)[:-1]}
+    if around & set(task.index):
+        task = replace(task, layers=task.model.layers(()), options={**task.options, "no_split": []})
+    device_of = placement(devices)
+    places = [device_of(layer.name) for layer in task.layers]
+    if missing := [layer.name for layer, place in zip(task.layers, places) if place is None]:
+        raise ValueError(f"the device map gives no device for {listed(missing)}")
+    return task, places
