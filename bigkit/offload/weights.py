@@ -125,9 +125,9 @@ class Weight:
         return "disk" if any(part.source is not None for part in self.parts.values()) else "cpu"
 
     def address(self) -> int:
-        """Where its bytes lie: for each weight another, though those of a unit lie in one slab."""
+        """Where its bytes lie (of a quantized one, its codes): safetensors reads them from there."""
         with real_tensors():
-            return next(iter(self.parts.values())).on_cpu().data_ptr()
+            return self.parts[""].on_cpu().data_ptr()
 
     def order(self) -> tuple[str, int]:
         """What sorts weights as they lie in their files; those in RAM keep their order, and come first."""

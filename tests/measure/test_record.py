@@ -196,7 +196,7 @@ def test_the_button_says_why_not_or_measures(measured, monkeypatch):
     explorer = DryRunExplorer("gpt2", "T4", batch=1, prompt=64, new=4)
     assert explorer.real.description == "Measure it" and explorer.measured is None
     explorer.real.click()
-    assert asked == [(explorer.plan.device_map, explorer.run.load)] and explorer.measured is measured
+    assert asked == [(explorer.plan.device_map, explorer.run.load, 2)] and explorer.measured is measured
     assert "Measured on NVIDIA H200" in explorer.picture.value and "measured on NVIDIA H200" in explorer.text.value
     explorer.batch.value = 2
     assert explorer.measured is None and "Measured" not in explorer.picture.value
