@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from ..devices import join
 from ..meta.skeleton import extra_tensors
 from ..units import format_bytes, listed
 from ._torch import extra_states
@@ -113,7 +114,7 @@ def _to_save(
     for prefix, module in model.named_modules():
         extra = extra_tensors(module, load=True)
         for own in (*module._parameters, *module._buffers, *extra):
-            name = f"{prefix}.{own}" if prefix else own
+            name = join(prefix, own)
             if own in extra or name in saved:
                 tensors[plain_name(model, name)] = extra[own] if own in extra else saved[name]
     for name, module in extra_states(model):

@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..devices import join
 from ..model.spec import Attention, ModelSpec, ModuleSpec, TensorSpec
 from ..units import dtype_name
 from ._torch import has_own_state, own_state, storage_key
@@ -82,7 +83,7 @@ def tied_groups(model: nn.Module, buffers: bool = True) -> list[list[str]]:
     [['wte.weight', 'head.weight']]
     """
     return tied(
-        (f"{name}.{own}" if name else own, tensor)
+        (join(name, own), tensor)
         for name, module in model.named_modules(remove_duplicate=False)
         for own, tensor in _own_tensors(module, buffers)
     )
@@ -117,9 +118,7 @@ class _Skeleton:
         with suppress(Exception):  # a class's own code may not be made for meta tensors
             tensors |= {own: self.tensor(module, own, tensor, name) for own, tensor in extra_tensors(module).items()}
         children = {
-            own: self.module(child, f"{name}.{own}" if name else own)
-            for own, child in module._modules.items()
-            if child is not None
+            own: self.module(child, join(name, own)) for own, child in module._modules.items() if child is not None
         }
         cls = type(module).__name__
         weight = module._parameters.get("weight")  # none where it is parametrized: `module.weight` would compute it
@@ -129,7 +128,7 @@ class _Skeleton:
 
     def tensor(self, module: nn.Module, own: str, tensor: Tensor, name: str) -> TensorSpec:
         if nn.parameter.is_lazy(tensor):
-            full = f"{name}.{own}" if name else own
+            full = join(name, own)
             raise ValueError(f"{full!r} of a lazy {type(module).__name__} has no shape yet: run the model once first")
         buffer = own in module._buffers
         persistent = own not in module._non_persistent_buffers_set

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from ..devices import Device, collapse, placement, prefixes
+from ..devices import Device, collapse, join, placement, prefixes
 from ..maps.partition import spread
 from ..meta.skeleton import repeated_blocks, tied_groups
 from .codec import codec_of
@@ -95,7 +95,7 @@ def records(model: nn.Module) -> list[Record]:
     seen: set[tuple[int, str]] = set()
     for prefix, module in model.named_modules(remove_duplicate=False):
         for own, (tensor, buffer) in _own_tensors(module).items():
-            name = joined(prefix, own)
+            name = join(prefix, own)
             owner = first.get(name, name)
             if owner not in by_name:
                 away = tensor.weight if isinstance(tensor, Away) else None
@@ -117,11 +117,6 @@ def put(places: Iterable[Place], tensor: Tensor) -> None:
     """Make places refer to a tensor."""
     for place in places:
         tensors_of(place)[place[1]] = tensor
-
-
-def joined(prefix: str, own: str) -> str:
-    """The full name of what a module holds."""
-    return f"{prefix}.{own}" if prefix else own
 
 
 def has_forward(module: nn.Module) -> bool:
@@ -193,11 +188,11 @@ class Cut:
                 for part in module.modules():
                     self.group_of.setdefault(id(part), self.groups[-1])
                 return
-        if any(self.layout.is_away(joined(name, own)) for own in _own_tensors(module)):
+        if any(self.layout.is_away(join(name, own)) for own in _own_tensors(module)):
             self.group_of[id(module)] = self._loose_group(*caller)
         for own, child in module._modules.items():
             if child is not None:
-                self._walk(joined(name, own), child, caller)
+                self._walk(join(name, own), child, caller)
 
     def _travels_whole(self, name: str, module: nn.Module) -> bool:
         if not self.layout.is_away(name) or not self.layout.is_uniform(name):
@@ -232,7 +227,7 @@ def with_residents(model: nn.Module, layout: Layout, whole_classes: Iterable[str
     finer: dict[str, Device] = {}
     for prefix, module in model.named_modules():
         for own in (*module._parameters, *module._buffers):
-            name = joined(prefix, own)
+            name = join(prefix, own)
             group = next((outer for outer in prefixes(name) if outer in resident), None)
             finer[group or name] = layout.rests(name) if group is None else layout.works(name)
     return Layout(collapse(finer), layout.main, layout.stand_in)

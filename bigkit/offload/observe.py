@@ -18,10 +18,10 @@ from typing import Any
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from ..devices import Device, placement, prefixes, read_device
+from ..devices import Device, join, placement, prefixes, read_device
 from ..machine.streams import Schedule, Turn, schedule
 from .events import Event
-from .grouping import block_classes, has_forward, joined
+from .grouping import block_classes, has_forward
 from .handle import Away
 from .hooks import AlignDevicesHook, hooks_in
 from .inputs import torch_device
@@ -165,6 +165,6 @@ def _residents(
                 yield name, module
             return
         for own, child in module.named_children():
-            yield from walk(joined(name, own), child)
+            yield from walk(join(name, own), child)
 
     yield from walk("", model)

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from ..checkpoints.format import Checkpoint, Stored
 from ..checkpoints.resting import resting_place, write_file
 from ..checkpoints.write import Form
-from ..devices import Device
+from ..devices import Device, join
 from ..meta.empty import twin
 from ..units import listed
 from ._torch import is_fake
@@ -110,7 +110,7 @@ class Origins:
             if name in self.given:
                 return {"": self.given[name].detach()}
             if name in self.stored:
-                names = {suffix: _part_name(name, suffix) for suffix in codec_of(record.tensor).suffixes}
+                names = {suffix: join(name, suffix) for suffix in codec_of(record.tensor).suffixes}
                 return {suffix: self.stored[full] for suffix, full in names.items() if full in self.stored}
         if place := resting_place(record.tensor):
             self.written.update((where.file, place.written) for where in place.parts.values())
@@ -146,10 +146,6 @@ class Origins:
         file, stored = write_file(self.folder, forms, tensors.__getitem__)
         self.written[file.path] = file
         return stored
-
-
-def _part_name(name: str, suffix: str) -> str:
-    return f"{name}.{suffix}" if suffix else name
 
 
 def _unplaced(data: Tensor | Stored, source: Source | None = None) -> Part:
@@ -276,7 +272,7 @@ class _Mover:
     def _rest_on_disk(self, weights: list[tuple[Weight, Parts]]) -> None:
         """Point parts to the files that hold them, after writing what is in none."""
         all_parts = [
-            (weight.parts[suffix], _part_name(weight.name, suffix), data)
+            (weight.parts[suffix], join(weight.name, suffix), data)
             for weight, parts in weights
             for suffix, data in parts.items()
         ]

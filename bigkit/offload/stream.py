@@ -249,10 +249,6 @@ class Streamer:
                 if held is not None and not held.lent:
                     self._empty(held)
 
-    def rests_in(self, weight: Weight) -> str:
-        """Where a weight rests, "cpu" or "disk"."""
-        return "disk" if any(part.source for part in weight.parts.values()) else "cpu"
-
     def release(self, unit: Unit) -> None:
         """Put a unit's weights into the model for good, on the CPU."""
         with self.lock:

@@ -27,8 +27,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..checkpoints.ring import READERS, Chunk, Ring
-from ..checkpoints.ring import count_readers as count_readers  # `measure/calibrate.py` reads with as many
+from ..checkpoints.ring import READERS, Chunk, Ring, count_readers
 from ..units import MiB
 from .weights import Move, Unit
 
