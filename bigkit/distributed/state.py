@@ -14,6 +14,7 @@ Leaves out: training (gradients, samplers, mixed precision), splitting one model
 from __future__ import annotations
 
 import atexit
+import importlib
 import os
 import pickle
 import re
@@ -285,6 +286,9 @@ def _join(cuda: bool, timeout: timedelta) -> None:
         _end_with_the_launcher()
     if cuda:
         torch.cuda.set_device(local)
+    # Its functions take the group that there is at its import for their default and keep it alive, threads and all, so
+    # it is imported before: gloo's threads must end with the group (see _end_gloo).
+    importlib.import_module("torch.distributed.nn.functional")
     hook = sys.excepthook
     with together("PartialState()"):
         store, rank, world = next(dist.rendezvous("env://", timeout=timeout))  # type: ignore[attr-defined]

@@ -175,6 +175,22 @@ def test_joining_ends_when_all_have_joined() -> None:
     group.close()
 
 
+@pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="needs the names of a process's threads")
+def test_leaving_ends_the_threads_of_the_group() -> None:
+    """Else one lets go of a tensor while Python ends, which aborts the process: rarely, and with all its work done."""
+    code = (
+        "import os\nfrom glob import glob\nfrom bigkit import PartialState\n"
+        "state = PartialState(cpu=True)\n"
+        "import torch.distributed.nn.functional  # as loading a model does: nine defaults hold what group there is\n"
+        "def threads(): return [path for path in glob('/proc/self/task/*/comm') if 'gloo' in open(path).read()]\n"
+        "assert threads()\nstate.destroy()\nassert not threads(), threads()\n"
+    )
+    variables = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    done = subprocess.run([sys.executable, "-c", code], env={**os.environ, **variables}, cwd=ROOT,
+                          capture_output=True, text=True)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+
+
 def test_a_call_outside_the_group_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {"RANK": "1", "WORLD_SIZE": "3", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "9"}.items():
         monkeypatch.setenv(name, value)
