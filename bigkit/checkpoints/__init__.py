@@ -25,7 +25,7 @@ tensor that is not on meta is the truth, and a range of a file counts only for t
 
 Read in this order:
 
-- `header.py`: the table of contents of one file, checked, without torch.
+- `model/header.py`: the table of contents of one file, checked, without torch.
 - `format.py`: a checkpoint, of one file or several (`index.py`), and a tensor of it; `pickles.py`: one of `.bin` files.
   `write.py`: how a file is written.
 - `migrate.py`: what modules' own hooks make of names and tensors, as in `load_state_dict`.

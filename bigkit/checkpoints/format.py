@@ -20,16 +20,18 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..model.header import DTYPES, header_length, parse_header
+from ..model.header import CheckpointError as CheckpointError
 from ..units import listed
 from ._transformers import Made
-from .header import DTYPES, LONGEST_HEADER, no_weights, parse_header
-from .header import CheckpointError as CheckpointError
 from .index import files_of_index, start_of_folder
 from .pickles import read_pickle, tensors_of
 
 ASIDE = "\0"  # ends the names of tensors that are set aside
 
-_DTYPES: dict[str, torch.dtype] = {name: getattr(torch, torch_name) for name, (torch_name, _) in DTYPES.items()}
+_DTYPES: dict[str, torch.dtype] = {
+    name: getattr(torch, torch_name) for name, (torch_name, size) in DTYPES.items() if size >= 1
+}
 NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
@@ -194,14 +196,15 @@ def read_header(file: Path) -> dict[str, Stored]:
     """
     with open(file, "rb") as stream:
         size = os.fstat(stream.fileno()).st_size
-        if fault := no_weights(stream.read(256)):
-            raise CheckpointError(f"{file} {fault}")
-        stream.seek(0)
-        length = int.from_bytes(stream.read(8), "little")
-        if size < 8 or not 2 <= length <= min(LONGEST_HEADER, size - 8):
-            raise CheckpointError(f"{file} is no complete safetensors file: {size} bytes, header announced {length}")
+        length = header_length(stream.read(256), size, file)
+        stream.seek(8)
         text = stream.read(length)
     entries = parse_header(text, 8 + length, size, file)
+    for name, entry in entries.items():
+        if entry.dtype not in _DTYPES:
+            raise CheckpointError(
+                f"tensor {name!r} in {file} is stored as {entry.dtype}, which torch cannot compute with"
+            )
     return {
         name: Stored(file, offset, nbytes, _DTYPES[dtype], shape)
         for name, (offset, nbytes, dtype, shape) in entries.items()

@@ -10,9 +10,9 @@ import json
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from ..model.header import CheckpointError as CheckpointError
+from ..model.header import no_weights
 from ..units import listed
-from .header import CheckpointError as CheckpointError
-from .header import no_weights
 
 # Tried in this order in a folder; the same as Transformers.
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"

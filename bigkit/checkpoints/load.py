@@ -21,11 +21,11 @@ from torch import Tensor, nn
 
 from ..devices import Device, placement
 from ..meta.skeleton import extra_tensors, modules_to_keep
+from ..model.header import CheckpointError
 from ..model.precision import float32_modules, is_named
 from ..units import dtype_name, listed
 from ._torch import extra_states, run_post_hooks
 from .format import Checkpoint, Stored
-from .header import CheckpointError
 from .match import LoadReport, Slot, match
 from .resting import record_resting_place, rest_on_disk
 

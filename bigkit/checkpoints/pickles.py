@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .header import CheckpointError, no_weights
+from ..model.header import CheckpointError, no_weights
 
 
 def read_pickle(file: Path) -> dict[str, dict[str, Any]]:

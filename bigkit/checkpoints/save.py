@@ -20,10 +20,10 @@ from torch import Tensor, nn
 
 from ..devices import join
 from ..meta.skeleton import extra_tensors
+from ..model.header import CheckpointError
 from ..units import format_bytes, listed
 from ._torch import extra_states
 from .format import Checkpoint, Stored
-from .header import CheckpointError
 from .index import INDEX, PICKLE, PICKLE_INDEX, SINGLE, read_index
 from .match import model_slots, plain_name
 from .resting import RestingPlace, record_resting_place, resting_place

@@ -13,9 +13,9 @@ from typing import Any, BinaryIO, NamedTuple
 import torch
 from torch import Tensor
 
+from ..model.header import CheckpointError as CheckpointError
 from ..units import listed
 from .format import NAMES
-from .header import CheckpointError as CheckpointError
 
 
 class Form(NamedTuple):

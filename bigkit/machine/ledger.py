@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import reprlib
 import statistics
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
@@ -25,6 +26,8 @@ from typing import Any, NamedTuple
 from ..units import counted
 
 MOST_RUNS = 1000  # kept in the file; older ones go
+_RATES = ("link_pinned", "link_pageable", "disk_cold", "disk_warm", "memory", "host_memory", "issue", "kernel")
+_SIZES = ("context", "workspace")
 
 
 @dataclass(frozen=True)
@@ -103,9 +106,15 @@ class Calibration:
             values["attention"] = tuple(map(tuple, data["attention"]))
             values["capability"] = data["capability"] and tuple(data["capability"])
             values["disk_warm"] = data.get("disk_readers") or data["disk_warm"]  # once a field of its own
-            return Calibration(**values)
         except (AttributeError, KeyError, TypeError) as error:
             raise ValueError(f"this is not the JSON of a Calibration: {error!r}") from error
+        rows = [*values["attention"], *(row for rows in values["products"].values() for row in rows)]
+        numbers = [values.get(name) for name in (*_RATES, *_SIZES)] + [number for row in rows for number in row]
+        if not all(number is None or _is_positive(number) for number in numbers) or any(len(row) != 2 for row in rows):
+            raise ValueError("a rate, time or size of a Calibration is not a positive number")
+        if not isinstance(values.get("machine"), str) or not isinstance(values.get("versions"), dict):
+            raise ValueError("a Calibration needs the name of its machine, and versions of libraries")
+        return Calibration(**values)
 
 
 @dataclass
@@ -133,8 +142,12 @@ class Ledger:
             if data["format"] != 1:
                 raise ValueError(f"format {data['format']!r}")
             calibrations = {name: Calibration.from_json(item) for name, item in data["calibrations"].items()}
+            for run in data["runs"]:
+                for part in ("predicted", "measured"):
+                    if not all(isinstance(value, (int, float)) for value in (run.get(part) or {}).values()):
+                        raise ValueError(f"{part} of a run holds {reprlib.repr(run[part])}: expected numbers")
             return Ledger(file, calibrations, list(data["runs"]))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(
                 f"{file} is not a ledger that this version of bigkit reads ({error}): move it away"
             ) from error
@@ -144,14 +157,7 @@ class Ledger:
         calibrations = {name: asdict(calibration) for name, calibration in self.calibrations.items()}
         text = json.dumps({"format": 1, "calibrations": calibrations, "runs": self.runs}, indent=1)
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=self.path.parent, prefix=".ledger")
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                file.write(text + "\n")
-            os.replace(name, self.path)
-        except BaseException:
-            Path(name).unlink(missing_ok=True)
-            raise
+        write_whole(self.path, f"{text}\n".encode())
 
     def add(self, calibration: Calibration) -> None:
         """Keep a calibration, in place of an older one of the same machine."""
@@ -217,6 +223,10 @@ class Bias(NamedTuple):
     within: int
 
 
+def _is_positive(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < float("inf")
+
+
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
     """Hold the lock of a folder. Windows has none: there the last of two writers at the same moment wins."""
@@ -246,4 +256,21 @@ def ledger_path() -> Path:
     """
     if named := os.environ.get("BIGKIT_LEDGER"):
         return Path(named)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "bigkit" / "ledger.json"
+    return cache_folder() / "ledger.json"
+
+
+def cache_folder() -> Path:
+    """Where bigkit keeps what it can do without: $XDG_CACHE_HOME/bigkit, else ~/.cache/bigkit."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "bigkit"
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Put a file in an old one's place: a reader sees the old bytes or the new ones."""
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=".bigkit")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+        os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise

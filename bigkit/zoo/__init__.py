@@ -27,7 +27,9 @@ Reading order:
     resolve.py    `describe` and `empty_model`: the four steps above
     catalog.py    the models that ship, and their layer tables as JSON
     build.py      from a config to the real classes of Transformers, timm or bigkit
-    hub.py        Hub ids, URLs, folders, configs, and the headers of weights
+    hub.py        Hub ids, URLs, folders, and their config.json
+    fetch.py      so many bytes and seconds from the Hub, and not one more
+    headers.py    a model known by the headers of its weights alone
     errors.py     what can go wrong, one class each
     gpt.py        a GPT of 8 million parameters whose weights ship, to run everything on
 

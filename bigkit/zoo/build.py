@@ -9,6 +9,7 @@ Leaves out: where configs come from (`catalog.py`, `hub.py`) and weights (`bigki
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -16,12 +17,14 @@ from typing import TYPE_CHECKING, Any
 from ..model.spec import ModelSpec
 from ..units import dtype_name
 from ._transformers import builds, from_config
-from .errors import NoConfig, RemoteCodeNeeded, UnknownModel
+from .errors import NoConfig, RemoteCodeNeeded, UnknownModel, ZooError
+from .fetch import printable
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
+MOST_PARTS = 100_000  # layers or experts; a config that says more would be built for hours
 # What to try when a config names no architecture that the installed Transformers knows.
 _HEADS = ("AutoModelForCausalLM", "AutoModelForSeq2SeqLM", "AutoModelForImageTextToText", "AutoModelForMaskedLM")
 
@@ -67,17 +70,21 @@ def build(
     Raises:
         RemoteCodeNeeded: only code from the model's repository can build it, and `remote` is None.
         UnknownModel: no installed library has its classes.
+        NoConfig: its numbers make no model.
     """
     library = library_of(config)
-    if library == "bigkit":
-        model = _bigkit(config)
-    elif library == "timm":
-        model = _timm(config)
-    elif library == "transformers":
-        return _transformers(config, base, dtype, remote)
-    else:
-        raise NoConfig('this config.json has neither a "model_type" (transformers) nor an "architecture" (timm)')
-    return model.to(_torch_dtype(dtype or config.get("torch_dtype") or "float32"))
+    for name, number in config.items():
+        if re.match(r"(n|num)_.*(layer|block|expert)", name) and isinstance(number, int) and number > MOST_PARTS:
+            raise NoConfig(f"config.json says {name} = {number}: expected at most {MOST_PARTS}")
+    try:
+        if library == "transformers":
+            return _transformers(config, base, dtype, remote)
+        model = _bigkit(config) if library == "bigkit" else _timm(config)
+        return model.to(_torch_dtype(dtype or config.get("torch_dtype") or "float32"))
+    except (ZooError, ImportError):
+        raise
+    except Exception as error:  # what a stranger's numbers lead to in the classes of a library
+        raise NoConfig(f"config.json builds no model ({type(error).__name__}: {printable(error)})") from error
 
 
 def can_build(config: Mapping[str, Any]) -> bool:
@@ -154,8 +161,8 @@ def _transformers(config: Mapping[str, Any], base: bool, dtype: object, remote: 
         try:
             settings = transformers.CONFIG_MAPPING[config["model_type"]].from_dict(dict(config))
         except Exception as error:  # each config class has its own checks and its own exceptions
-            reason = " ".join(str(error).split())
-            raise NoConfig(f"this is no valid config of model type {config['model_type']!r}: {reason}") from error
+            kind = config["model_type"]
+            raise NoConfig(f"this is no valid config of model type {kind!r}: {printable(error)}") from error
         options: dict[str, Any] = {}
     elif "auto_map" not in config:
         raise UnknownModel(

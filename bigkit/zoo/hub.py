@@ -1,11 +1,9 @@
-"""Where a model that is not shipped comes from: Hub ids, Hub URLs, local folders.
+"""Where a model that is not shipped comes from: Hub ids, Hub URLs, local folders; and its config.json.
 
 From the Hub comes config.json and nothing else; where there is no usable config, the headers of the safetensors files
-(a few kilobytes each, by range requests), which name every tensor with its shape and dtype. Weights are never
-downloaded. A folder is read in the same way.
+(`headers.py`). Weights are never downloaded. A folder is read in the same way.
 
 Leaves out: building the model from its config (`build.py`), and shipped models (`catalog.py`), which need none of this.
-`huggingface_hub` is imported when the Hub is asked, not before.
 """
 
 from __future__ import annotations
@@ -13,24 +11,19 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote, urlsplit
+from urllib.parse import quote, unquote, urlsplit
 
-from ..model import config as reader
-from ..model.spec import ModelSpec, ModuleSpec, TensorSpec
-from ..units import listed
+from ..machine.ledger import cache_folder, write_whole
 from . import catalog
-from .errors import BadURL, GatedModel, NoConfig, OfflineError, UnknownModel, ZooError
+from .errors import BadURL, NoConfig, OfflineError, UnknownModel, ZooError
+from .fetch import NoSuchFile, fetch, printable, whole
 
 _REPO = re.compile(r"[\w.-]+(/[\w.-]+)?")
-_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "F8_E4M3": "float8_e4m3fn",
-           "F8_E5M2": "float8_e5m2", "F8_E8M0": "float8_e8m0fnu", "F4": "uint4", "I64": "int64", "I32": "int32",
-           "I16": "int16", "I8": "int8", "U64": "uint64", "U32": "uint32", "U16": "uint16", "U8": "uint8",
-           "BOOL": "bool", "C64": "complex64"}  # fmt: skip
+LARGEST_CONFIG = 10_000_000  # bytes; large ones have 100,000
 
 
 @dataclass(frozen=True)
@@ -84,15 +77,21 @@ def folder_of(name: str) -> Path | None:
     Raises:
         UnknownModel: `name` is written as a path ("./x", "/x", "~/x"), and nothing is there.
     """
-    path = Path(name).expanduser()
+    try:
+        path = Path(name).expanduser()
+        exists = path.exists()
+    except (RuntimeError, OSError, ValueError) as error:  # no such user, a name too long, a zero byte
+        raise UnknownModel(f"{printable(name)!r} is no name of a folder or model: {printable(error)}") from error
+    if not exists:
+        if name.startswith((".", "/", "~")) or "\\" in name:
+            raise UnknownModel(f"there is no folder {name!r}")
+        return None
     if path.is_dir():
         return path
     if path.is_file() and path.name == "config.json":
         return path.parent
     if path.is_file() and path.suffix == ".safetensors":
         raise NoConfig(f"{name!r} is one weight file: give the folder it is in")
-    if name.startswith((".", "/", "~")) or "\\" in name:
-        raise UnknownModel(f"there is no folder {name!r}")
     return None
 
 
@@ -112,87 +111,47 @@ def read_config(source: Source, token: str | bool | None = None) -> dict[str, An
         path = source.folder / "config.json"
         if not path.is_file():
             return None
+        text = path.read_bytes()
     else:
-        from huggingface_hub.errors import RemoteEntryNotFoundError
-
         try:
-            with _explained(source):
-                path = _download_config(source, token)
-        except RemoteEntryNotFoundError:
+            text = _config_of_repo(source, token)
+        except NoSuchFile:
             return None
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise NoConfig(f"the config.json of {source} is not valid JSON ({error})") from error
+        config = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise NoConfig(f"the config.json of {source} is not valid JSON ({printable(error)})") from error
     if not isinstance(config, dict):
         raise NoConfig(f"the config.json of {source} holds a {type(config).__name__}; expected an object")
     return config
 
 
-def _download_config(source: Source, token: str | bool | None) -> Path:
-    """The cached config.json, brought up to date if the Hub answers.
+def _config_of_repo(source: Source, token: str | bool | None) -> bytes:
+    """config.json as the Hub has it now; where the Hub does not answer, as it was when last seen.
 
-    One HEAD request is sent first: `hf_hub_download` would repeat an unanswered request for half a minute.
+    What was seen lies in bigkit's cache, and in huggingface_hub's if another library has asked for it.
     """
-    from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
+    from huggingface_hub import try_to_load_from_cache
 
+    name = quote(f"{source.repo}@{source.revision or 'main'}", safe="@")
+    seen = cache_folder() / "configs" / f"{name}.json"
     try:
-        get_hf_file_metadata(hf_hub_url(source.repo, "config.json", revision=source.revision), token=token, timeout=10)
-    except Exception as error:
-        status = getattr(getattr(error, "response", None), "status_code", 500)
-        if status < 500:
-            raise
-        try:  # no answer: what the cache has is better than nothing
-            return Path(hf_hub_download(source.repo, "config.json", revision=source.revision, local_files_only=True))
-        except OSError:
-            raise error from None
-    return Path(hf_hub_download(source.repo, "config.json", revision=source.revision, token=token))
-
-
-@contextmanager
-def _explained(source: Source) -> Iterator[None]:
-    """Turns what huggingface_hub raises into the zoo's errors; a missing file stays what it is."""
-    from huggingface_hub import errors
-
-    repo, shipped = source.repo, shipped_hint(source.repo)
-    login = f"pass token=... or run `hf auth login`.{shipped}"
-    missing = f"the Hub has no model {repo!r}, or it is private: check the name, or {login}"
-    absent = f"{repo!r} does not ship with bigkit and is not in the local cache, and"
-    remedy = f"or give a folder with its config.json.{shipped}"
-    try:
-        yield
-    except errors.RemoteEntryNotFoundError:
+        fetched = fetch(source.repo, source.revision, "config.json", token, LARGEST_CONFIG)
+    except NoSuchFile:
         raise
-    except errors.GatedRepoError as error:
-        raise GatedModel(f"{repo!r} is gated: accept its licence on its model page, then {login}") from error
-    except errors.RevisionNotFoundError as error:
-        raise UnknownModel(f"the Hub has {repo!r}, but no revision {source.revision!r}") from error
-    except errors.RepositoryNotFoundError as error:
-        raise UnknownModel(missing) from error
-    except errors.HFValidationError as error:
-        raise UnknownModel(f"{repo!r} cannot be the name of a model on the Hub.{shipped}") from error
-    except errors.SafetensorsParsingError as error:
-        raise NoConfig(f"a safetensors header of {repo!r} cannot be read: {_one_line(error)}") from error
-    except errors.OfflineModeIsEnabled as error:
-        raise OfflineError(f"{absent} HF_HUB_OFFLINE is set: unset it, {remedy}") from error
-    except errors.HfHubHTTPError as error:
-        if error.response.status_code == 401:  # what a stranger hears about models that are private or do not exist
-            raise UnknownModel(missing) from error
-        raise ZooError(f"the Hub answered with an error for {repo!r}: {_one_line(error)}") from error
-    except Exception as error:
-        if _is_connection_error(error):
-            raise OfflineError(f"{absent} the Hub cannot be reached: connect to the network, {remedy}") from error
-        raise
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
-
-
-def _is_connection_error(error: Exception) -> bool:
-    """Whether no answer came at all; huggingface_hub talks through httpx (1.x and later) or requests."""
-    names = {cls.__name__ for cls in type(error).__mro__}
-    return isinstance(error, (ConnectionError, TimeoutError)) or bool(names & {"TransportError", "RequestException"})
+    except OfflineError as error:
+        theirs = try_to_load_from_cache(source.repo, "config.json", revision=source.revision)
+        for path in (seen, *([Path(theirs)] if isinstance(theirs, str) else [])):
+            if path.is_file():
+                return path.read_bytes()
+        raise OfflineError(f"{error}.{shipped_hint(source.repo)}") from error
+    except ZooError as error:
+        raise type(error)(f"{error}.{shipped_hint(source.repo)}") from error
+    text = whole(fetched, LARGEST_CONFIG, f"the config.json of {source}")
+    with suppress(OSError):  # a cache that cannot be written is none
+        seen.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(seen, text)
+    return text
 
 
 def shipped_hint(name: str) -> str:
@@ -201,120 +160,3 @@ def shipped_hint(name: str) -> str:
     return (
         f" Shipped, and close to it: {', '.join(near)}." if near else f" Shipped models: {', '.join(catalog.names())}."
     )
-
-
-def headers(source: Source, token: str | bool | None = None) -> dict[str, TensorSpec]:
-    """Every tensor of a model's safetensors files, by name, from the files' headers alone.
-
-    Raises:
-        NoConfig: there are no safetensors files, or one cannot be read.
-    """
-    records = _local_headers(source.folder) if source.folder is not None else _remote_headers(source, token)
-    if unknown := sorted({dtype for _, dtype in records.values()} - set(_DTYPES)):
-        raise NoConfig(f"tensors of {source} are stored as {listed(unknown)}: expected {', '.join(_DTYPES)}")
-    if not records:
-        raise NoConfig(
-            f"the folder {source} has neither a config.json that bigkit can build nor *.safetensors files whose "
-            "headers it can read"
-        )
-    return {name: TensorSpec(tuple(shape), _DTYPES[dtype]) for name, (shape, dtype) in records.items()}
-
-
-_Records = dict[str, tuple[Sequence[int], str]]  # tensor name -> its shape, and its dtype by the file's name for it
-
-
-def _local_headers(folder: Path) -> _Records:
-    from safetensors import SafetensorError, safe_open
-
-    files = sorted(folder.glob("*.safetensors"))
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():  # only what the index names: other formats of the same weights may lie beside them
-        try:
-            names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-            files = [folder / name for name in sorted(names)]
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
-            raise NoConfig(f"{str(index)!r} is no index of safetensors files: it has no usable weight_map") from error
-    elif (single := folder / "model.safetensors") in files:
-        files = [single]
-    records: _Records = {}
-    for file in files:
-        try:
-            with safe_open(file, "numpy") as opened:
-                slices = {name: opened.get_slice(name) for name in opened.keys()}
-                records |= {name: (part.get_shape(), part.get_dtype()) for name, part in slices.items()}
-        except (OSError, SafetensorError) as error:
-            raise NoConfig(f"{str(file)!r} is no readable safetensors file ({_one_line(error)})") from error
-    return records
-
-
-def _remote_headers(source: Source, token: str | bool | None) -> _Records:
-    from huggingface_hub import get_safetensors_metadata
-    from huggingface_hub.errors import NotASafetensorsRepoError
-
-    try:
-        with _explained(source), _quiet_bars():
-            metadata = get_safetensors_metadata(source.repo, revision=source.revision, token=token)
-    except NotASafetensorsRepoError:
-        raise NoConfig(
-            f"{source} has neither a config.json that bigkit can build nor safetensors weights whose headers it "
-            "can read: choose a repository of a transformers or timm model"
-        ) from None
-    files = metadata.files_metadata.values()
-    return {name: (info.shape, info.dtype) for file in files for name, info in file.tensors.items()}
-
-
-@contextmanager
-def _quiet_bars() -> Iterator[None]:
-    """No progress bar for a dozen headers."""
-    from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
-
-    hidden = are_progress_bars_disabled()
-    disable_progress_bars()
-    try:
-        yield
-    finally:
-        if not hidden:
-            enable_progress_bars()
-
-
-def spec_from_tensors(
-    name: str, tensors: Mapping[str, TensorSpec], config: Mapping[str, Any] | None = None
-) -> ModelSpec:
-    """A model's record from the names of its tensors: the dots separate modules.
-
-    Classes are not in a weight file. Numbered children make a "ModuleList" of "Block"s, which stay whole; a matrix
-    called "weight" counts as linear unless its name says that it embeds or normalises.
-
-    >>> spec = spec_from_tensors("tiny", {"h.0.up.weight": TensorSpec((8, 2)), "h.1.up.weight": TensorSpec((8, 2))})
-    >>> [(layer.name, layer.cls, layer.bytes()) for layer in spec.layers()]
-    [('h.0', 'Block', 64), ('h.1', 'Block', 64)]
-    """
-    tree: dict[str, Any] = {}
-    for full, tensor in tensors.items():
-        *path, leaf = full.split(".")
-        node = tree
-        for part in path:
-            node = node.setdefault(part, {})
-            if isinstance(node, TensorSpec):
-                raise NoConfig(f"the tensor {full!r} lies inside another tensor: these are not a module's weights")
-        node[leaf] = tensor
-    modules: dict[str, ModuleSpec] = {}  # equal modules are one object
-
-    def module(node: dict[str, Any], cls: str, own: str) -> ModuleSpec:
-        own_tensors = {key: value for key, value in node.items() if isinstance(value, TensorSpec)}
-        below = {key: value for key, value in node.items() if not isinstance(value, TensorSpec)}
-        numbered = bool(below) and all(key.isdigit() for key in below)
-        if numbered and cls == "Module":
-            cls = "ModuleList"
-        order = sorted(below, key=int) if numbered else list(below)
-        children = {key: module(below[key], "Block" if numbered else "Module", key) for key in order}
-        weight = own_tensors.get("weight")
-        embeds = re.search(r"emb|wte|wpe|norm|ln_|shared", own) is not None
-        linear = weight is not None and len(weight.shape) == 2 and not embeds
-        key = repr((cls, own_tensors, [(name, id(child)) for name, child in children.items()], linear))
-        return modules.setdefault(key, ModuleSpec(cls, own_tensors, children, linear))
-
-    root = module(tree, "Model", "")
-    facts, attention = (reader.facts(config), reader.attention(config, root)) if config else ({}, ())
-    head = any(name.startswith(("lm_head.", "score.", "classifier.", "head.", "fc.")) for name in tensors)
-    return ModelSpec(name, root, (), ("Block",), attention, {**facts, "has_head": head}, "safetensors")

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -56,14 +58,15 @@ def describe(
     if isinstance(source, Entry):
         spec = catalog.specs(source.name)["base" if base else "full"]
         return spec if spec.name == label else replace(spec, name=label)  # the same object keeps what it counted
-    from . import build, hub
+    from . import build, headers, hub
 
-    config, remote = _config(source, library_name, trust_remote_code, token)
-    if config is None or not build.can_build(config):
-        assert isinstance(source, hub.Source)  # timm models always have a usable config
-        return hub.spec_from_tensors(label, hub.headers(source, token), config)
-    model = build.build(config, base=base, remote=remote)
-    return build.spec_of(model, label, config)
+    with _named(label):
+        config, remote = _config(source, library_name, trust_remote_code, token)
+        if config is None or not build.can_build(config):
+            assert isinstance(source, hub.Source)  # timm models always have a usable config
+            return headers.spec_from_tensors(label, headers.headers(source, token), config)
+        model = build.build(config, base=base, remote=remote)
+        return build.spec_of(model, label, config)
 
 
 def empty_model(
@@ -93,10 +96,22 @@ def empty_model(
     source, label = _resolve(name, library_name, revision)
     from . import build
 
-    config, remote = _config(source, library_name, trust_remote_code, token)
-    if config is None:
-        raise NoConfig(f"{label!r} has no config.json that says how to build it: only `describe` can size its weights")
-    return build.build(config, base=base, dtype=dtype, remote=remote)
+    with _named(label):
+        config, remote = _config(source, library_name, trust_remote_code, token)
+        if config is None:
+            raise NoConfig("there is no config.json that says how to build it: only `describe` can size its weights")
+        return build.build(config, base=base, dtype=dtype, remote=remote)
+
+
+@contextmanager
+def _named(label: str) -> Iterator[None]:
+    """What goes wrong with a model begins with its name."""
+    try:
+        yield
+    except ZooError as error:
+        if label in str(error):
+            raise
+        raise type(error)(f"{label}: {error}") from error
 
 
 def _resolve(

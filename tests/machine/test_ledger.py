@@ -39,6 +39,28 @@ def test_what_is_no_ledger_is_refused(tmp_path, text):
         Ledger.load(tmp_path / "ledger.json")
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"link_pinned": "fast"}, {"issue": -1.0}, {"memory": float("nan")}, {"kernel": True}, {"disk_warm": [1.0]},
+        {"products": {"float16": [[1.0]]}}, {"products": {"float16": [["a", 2.0]]}}, {"products": [1]},
+        {"attention": 7}, {"capability": 9}, {"versions": []}, {"machine": None}, {"context": 0},
+    ],
+)  # fmt: skip
+def test_odd_values_of_a_calibration_name_the_file(tmp_path, change):
+    data = {"format": 1, "calibrations": {"a": {**asdict(Calibration("a", issue=1e-5)), **change}}, "runs": []}
+    (tmp_path / "ledger.json").write_text(json.dumps(data))
+    with pytest.raises(ValueError, match="ledger.json is not a ledger"):
+        Ledger.load(tmp_path / "ledger.json")
+
+
+@pytest.mark.parametrize("run", ["fast", 7, None, {"predicted": [1]}, {"measured": {"token": "soon"}}])
+def test_odd_runs_name_the_file(tmp_path, run):
+    (tmp_path / "ledger.json").write_text(json.dumps({"format": 1, "calibrations": {}, "runs": [run]}))
+    with pytest.raises(ValueError, match="ledger.json is not a ledger"):
+        Ledger.load(tmp_path / "ledger.json")
+
+
 def test_a_ledger_is_never_half_written(tmp_path, monkeypatch):
     ledger = Ledger.load(tmp_path / "ledger.json")
     ledger.add(Calibration("a"))

@@ -4,7 +4,7 @@ A file is eight bytes with the length of the header (little endian), the header 
 range), and the bytes of the tensors one after another. `parse_header` takes the text of a header from wherever it comes
 (a file, a range of a URL), so that nothing of a file is used before all of its header has been checked.
 
-Leaves out: opening files, and tensors (`format.py`).
+Leaves out: opening files, and tensors (`checkpoints/format.py`).
 Format: https://huggingface.co/docs/safetensors
 """
 
@@ -24,7 +24,7 @@ DTYPES = {
     "I64": ("int64", 8), "I32": ("int32", 4), "I16": ("int16", 2), "I8": ("int8", 1), "BOOL": ("bool", 1),
     "U64": ("uint64", 8), "U32": ("uint32", 4), "U16": ("uint16", 2), "U8": ("uint8", 1), "C64": ("complex64", 8),
     "F8_E4M3": ("float8_e4m3fn", 1), "F8_E5M2": ("float8_e5m2", 1), "F8_E8M0": ("float8_e8m0fnu", 1),
-    "F8_E4M3FNUZ": ("float8_e4m3fnuz", 1), "F8_E5M2FNUZ": ("float8_e5m2fnuz", 1),
+    "F8_E4M3FNUZ": ("float8_e4m3fnuz", 1), "F8_E5M2FNUZ": ("float8_e5m2fnuz", 1), "F4": ("uint4", 0.5),
 }  # fmt: skip
 _FIELDS = {"dtype", "shape", "data_offsets"}
 
@@ -47,6 +47,20 @@ class Entry(NamedTuple):
     nbytes: int
     dtype: str
     shape: tuple[int, ...]
+
+
+def header_length(start: bytes, size: int, file: object) -> int:
+    """Bytes of the header of a safetensors file of `size` bytes, by the first bytes of it (some 256 are enough).
+
+    Raises:
+        CheckpointError: it is no safetensors file, or not a complete one.
+    """
+    if fault := no_weights(start):
+        raise CheckpointError(f"{file} {fault}")
+    length = int.from_bytes(start[:8], "little")
+    if size < 8 or not 2 <= length <= min(LONGEST_HEADER, size - 8):
+        raise CheckpointError(f"{file} is no complete safetensors file: {size} bytes, header announced {length}")
+    return length
 
 
 def parse_header(text: bytes, start: int, size: int, file: object) -> dict[str, Entry]:
