@@ -114,3 +114,10 @@ def _results(convert: Any, kinds: Mapping[str, tuple[tuple[int, ...], torch.dtyp
 def ignored_names(model: nn.Module, kind: str) -> list[re.Pattern[str]]:
     """Patterns of the names of which a class says that they may be "missing" or "unexpected" in a checkpoint."""
     return [re.compile(pattern) for pattern in getattr(model, f"_keys_to_ignore_on_load_{kind}", None) or ()]
+
+
+def gptq_offset(model: nn.Module) -> int:
+    """What files in GPTQ's format add to zero points: 1, or 0 if the model's config says that they are of version 2."""
+    settings: Any = getattr(getattr(model, "config", None), "quantization_config", None) or {}
+    settings = settings if isinstance(settings, Mapping) else vars(settings)
+    return 0 if settings.get("checkpoint_format") == "gptq_v2" else 1

@@ -25,6 +25,7 @@ from ..model.header import CheckpointError
 from ..model.precision import float32_modules, is_named
 from ..units import dtype_name, listed
 from ._torch import extra_states, run_post_hooks
+from .as_stored import AsStored, as_stored
 from .format import Checkpoint, Stored
 from .match import LoadReport, Slot, match
 from .resting import record_resting_place, rest_on_disk
@@ -42,6 +43,7 @@ def load_checkpoint_in_model(
     strict: bool = False,
     key: str = "",
     prefix: str = "",
+    keep: str = "stored",
 ) -> LoadReport:
     """Load a checkpoint into a model that is empty (on meta) or not; a warning names all that does not match.
 
@@ -71,6 +73,9 @@ def load_checkpoint_in_model(
         key: where in a `.bin` or `.pt` file of a trainer the weights are: `"state_dict"`, `"model"`, or `"a.b"` for the
             dict `b` in the dict `a`. The warning names the one that fits.
         prefix: what names of the checkpoint begin with and names of the model do not, as "module.".
+        keep: what becomes of weights on meta that the checkpoint has quantized (FP8, MXFP4, GPTQ, AWQ, ...): "stored":
+            they stay as they are, whatever `dtype` says, and their modules decode them for each use; "dense": they are
+            decoded when they are loaded.
 
     Returns:
         What did not match, and what rests on disk.
@@ -90,17 +95,16 @@ def load_checkpoint_in_model(
     """
     if quantized := [name for name, module in model.named_modules() if extra_tensors(module)]:
         raise ValueError(f"{listed(quantized)} is quantized: load_and_quantize_model fills an empty model")
-    with _collector_paused():
-        report = load_matching(
-            model,
-            Checkpoint.open(checkpoint, key, prefix),
-            device_map,
-            offload_folder,
-            dtype,
-            offload_buffers,
-            keep_in_fp32_modules,
-            strict,
-        )
+    source = Checkpoint.open(checkpoint, key, prefix)
+    restore = as_stored(model, source, keep)
+    try:
+        with _collector_paused():
+            report = load_matching(
+                model, source, device_map, offload_folder, dtype, offload_buffers, keep_in_fp32_modules, strict
+            )
+    except BaseException:
+        restore()
+        raise
     if not report.clean:
         unlike = len(report.mismatched) + len(report.wrong_dtype)
         counts = f"{len(report.missing)} tensors missing, {len(report.unexpected)} unknown, {unlike} of another kind"
@@ -169,7 +173,8 @@ def _placed(
 
 def _dtype(slot: Slot, floats: torch.dtype | None, fp32: Iterable[str]) -> torch.dtype:
     """What a tensor becomes: floating ones in modules named in `fp32` float32, in others `floats` if given."""
-    if not slot.tensor.is_floating_point():
+    module, own = slot.places[0]
+    if not slot.tensor.is_floating_point() or (isinstance(module, AsStored) and own in module.stored):
         return slot.tensor.dtype
     if is_named(slot.name, fp32):
         return torch.float32

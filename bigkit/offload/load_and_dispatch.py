@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..checkpoints.as_stored import as_stored, stored_dtypes
+from ..checkpoints.format import Checkpoint
 from ..checkpoints.load import load_checkpoint_in_model
 from ..devices import Device, whole_on
 from ..maps.device_map import check_device_map, get_max_memory
@@ -41,6 +43,7 @@ def load_checkpoint_and_dispatch(
     keep_in_fp32_modules: Iterable[str] | None = None,
     key: str = "",
     prefix: str = "",
+    keep: str = "stored",
     **options: Any,
 ) -> nn.Module:
     """Load a checkpoint into a model, usually an empty one, and spread it over devices.
@@ -56,7 +59,7 @@ def load_checkpoint_and_dispatch(
         dtype: floating weights become this.
         offload_state_dict: accepted for compatibility; nothing is held in memory twice either way.
         strict: raise if anything in the checkpoint and the model does not match; else a warning names it.
-        keep_in_fp32_modules, key, prefix: see `load_checkpoint_in_model`.
+        keep_in_fp32_modules, key, prefix, keep: see `load_checkpoint_in_model`.
         offload_buffers, skip_keys, preload_module_classes, force_hooks, options: see `dispatch_model`.
 
     Returns:
@@ -91,11 +94,14 @@ def load_checkpoint_and_dispatch(
             raise ValueError(f"unknown device_map {device_map!r}: expected a map or one of {', '.join(STRATEGIES)}")
         classes = [no_split_module_classes] if isinstance(no_split_module_classes, str) else no_split_module_classes
         max_memory = get_max_memory() if max_memory is None else max_memory
+        if keep == "stored":  # the sizes to plan with
+            as_stored(model, Checkpoint.open(checkpoint, key, prefix))
         device_map = place(
             spec_from_module(model),
             max_memory,
             device_map,
             dtype=dtype,
+            special_dtypes=stored_dtypes(model),
             no_split=classes,
             offload_buffers=offload_buffers,
         )
@@ -118,6 +124,7 @@ def load_checkpoint_and_dispatch(
         keep_in_fp32_modules=keep_in_fp32_modules,
         key=key,
         prefix=prefix,
+        keep=keep,
     )
     if device_map is None:
         return model

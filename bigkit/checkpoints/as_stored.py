@@ -1,0 +1,217 @@
+"""Modules whose weights stay as a quantized checkpoint stores them: they travel so, and are decoded where they work.
+
+A layer of 4096 x 4096 in MXFP4 takes 8.9 MB on disk, in RAM, on the link and on the GPU; while it multiplies, and no
+longer, there is a bfloat16 weight of 33.6 MB too. `as_stored` gives the layers of an empty model the tensors that the
+checkpoint has under their names in place of `weight`, as plain parameters: sizes, plans, loading, offloading, dry runs
+and saving see these, and need to know no format.
+
+    linear layers       `StoredLinear`: weight = codec(parts), then the product
+    stacked experts     a subclass of their class, in which `self.gate_up_proj[chosen]` decodes the chosen experts only
+
+Leaves out: the formats (`codecs.py`), and decoding at loading (`load_checkpoint_in_model(..., keep="dense")`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..model.header import CheckpointError
+from ._transformers import Made, gptq_offset
+from .codecs import Codec, Kinds, decode_mxfp4, find_codec
+from .format import Checkpoint
+
+BLOCKS, SCALES = "_blocks", "_scales"  # ends of the names of MXFP4's tensors
+
+
+class AsStored(nn.Module):
+    """What has weights as they are stored.
+
+    Args:
+        stored: own names of their tensors. A cast of the model leaves them as they are.
+        works_in: the dtype that they are decoded to. A cast of the model changes it.
+    """
+
+    stored: tuple[str, ...] = ()
+    works_in: torch.dtype
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        parts = [self._parameters[name] for name in self.stored]
+
+        def keep_dtype(tensor: Tensor) -> Tensor:
+            new = fn(tensor)
+            as_it_was = new.dtype != tensor.dtype and any(tensor is part for part in parts)
+            return tensor.to(new.device) if as_it_was else new
+
+        self.works_in = fn(torch.empty(0, dtype=self.works_in)).dtype
+        return super()._apply(keep_dtype, recurse)
+
+
+class StoredLinear(AsStored, nn.Linear):
+    """A linear layer that decodes its weight for each product."""
+
+    codec: Codec
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., in) -> (..., out), in the dtype of x."""
+        parts: Any = {name: self._parameters[name] for name in self.stored}
+        return nn.functional.linear(x, self.codec.decode(parts, x.dtype), self.bias)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, stored as {self.codec.format}"
+
+
+class _Experts:
+    """Stacked weights (experts, ...) that are decoded when they are used: those of chosen experts, or all."""
+
+    def __init__(self, blocks: Tensor, scales: Tensor, dtype: torch.dtype) -> None:
+        self.blocks, self.scales, self.dtype = blocks, scales, dtype
+
+    def __getitem__(self, experts: Any) -> Tensor:
+        return decode_mxfp4(self.blocks[experts], self.scales[experts], self.dtype)
+
+    def all(self) -> Tensor:
+        return decode_mxfp4(self.blocks, self.scales, self.dtype)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.all(), name)
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        plain = [argument.all() if isinstance(argument, _Experts) else argument for argument in args]
+        return function(*plain, **(kwargs or {}))
+
+
+def as_stored(model: nn.Module, source: Checkpoint, keep: str = "stored") -> Callable[[], None]:
+    """Make the weights of an empty model those that a quantized checkpoint has; one that is not, changes nothing.
+
+    Args:
+        model: weights that are not on meta stay as they are.
+        source: the checkpoint; with "dense" it has, afterwards, weights made of its tensors.
+        keep: "stored": weights stay as they are stored. "dense": they are decoded when they are loaded.
+
+    Returns:
+        What puts the model's modules back.
+
+    Raises:
+        CheckpointError: a weight is stored in a way that is not known here.
+    """
+    if keep not in ("stored", "dense"):
+        raise ValueError(f"keep must be 'stored' or 'dense', not {keep!r}")
+    under: dict[str, Kinds] = {}
+    for name in source.stored:
+        module, _, own = name.rpartition(".")
+        under.setdefault(module, {})[own] = source.shape_and_dtype(name)  # type: ignore[index]
+    undo: list[Callable[[], None]] = []
+    for name, module in list(model.named_modules()):
+        kinds = under.get(name, {})
+        if type(module) is nn.Linear and module.weight.is_meta:
+            try:
+                codec = find_codec(tuple(module.weight.shape), kinds, gptq_offset(model))
+            except ValueError as error:
+                raise CheckpointError(f"{name} in {source.path}: {error}") from error
+            if codec:
+                _change(name, module, source, keep, codec, kinds, undo)
+        else:
+            for own in list(_stacked(module, kinds)):
+                _change_experts(name, module, own, source, keep, kinds, undo)
+
+    def restore() -> None:
+        for step in reversed(undo):
+            step()
+
+    return restore
+
+
+def _change(
+    name: str, module: nn.Linear, source: Checkpoint, keep: str, codec: Codec, kinds: Kinds, undo: list[Any]
+) -> None:
+    weight, parts = module.weight, {own: kind for own, kind in kinds.items() if own != "bias"}
+    if keep == "dense":
+        aside = {own: source.set_aside(f"{name}.{own}") for own in parts}
+
+        def make(tensors: Any) -> dict[str, Tensor]:
+            return {f"{name}.weight": codec.decode({own: tensors[key] for own, key in aside.items()}, weight.dtype)}
+
+        source.made[f"{name}.weight"] = Made(
+            f"{name}.weight", tuple(weight.shape), weight.dtype, tuple(aside.values()), make
+        )
+        return
+    _restorable(module, undo)
+    bias = module._parameters.pop("bias")
+    del module._parameters["weight"]
+    module.__class__ = StoredLinear
+    stored: Any = module
+    stored.codec, stored.works_in, stored.stored = codec, weight.dtype, tuple(parts)
+    for own, kind in parts.items():
+        module.register_parameter(own, _empty(kind))
+    module._parameters["bias"] = bias
+
+
+def _stacked(module: nn.Module, kinds: Kinds) -> Iterator[str]:
+    """Own names of stacked weights on meta that the checkpoint has in MXFP4."""
+    for own, parameter in module._parameters.items():
+        if parameter is not None and parameter.is_meta and kinds.keys() >= {own + BLOCKS, own + SCALES}:
+            yield own
+
+
+def _change_experts(
+    name: str, module: nn.Module, own: str, source: Checkpoint, keep: str, kinds: Kinds, undo: list[Any]
+) -> None:
+    weight, ends = module._parameters[own], (BLOCKS, SCALES)
+    assert weight is not None
+    if keep == "dense":
+        aside = [source.set_aside(f"{name}.{own}{end}") for end in ends]
+
+        def make(tensors: Any) -> dict[str, Tensor]:
+            return {f"{name}.{own}": decode_mxfp4(tensors[aside[0]], tensors[aside[1]], weight.dtype)}
+
+        source.made[f"{name}.{own}"] = Made(f"{name}.{own}", tuple(weight.shape), weight.dtype, tuple(aside), make)
+        return
+    _restorable(module, undo)
+    del module._parameters[own]
+    for end in ends:
+        module.register_parameter(own + end, _empty(kinds[own + end]))
+
+    def experts(self: Any) -> _Experts:
+        blocks, scales = (self._parameters[own + end] for end in ends)
+        return _Experts(blocks, scales, self.works_in)
+
+    cls = type(module)
+    bases = (cls,) if issubclass(cls, AsStored) else (AsStored, cls)
+    module.__class__ = type(cls.__name__, bases, {own: property(experts), "__module__": cls.__module__})
+    experts_module: Any = module
+    experts_module.works_in = weight.dtype
+    experts_module.stored = (*experts_module.stored, *(own + end for end in ends))
+
+
+def _restorable(module: nn.Module, undo: list[Any]) -> None:
+    """Note what a module is, to put it back."""
+    cls, parameters = type(module), dict(module._parameters)
+
+    def restore() -> None:
+        module.__class__ = cls
+        for name in ("codec", "works_in", "stored"):
+            vars(module).pop(name, None)
+        module._parameters.clear()
+        module._parameters.update(parameters)
+
+    undo.append(restore)
+
+
+def stored_dtypes(model: nn.Module) -> dict[str, torch.dtype]:
+    """Name -> dtype of the tensors that stay as they are stored."""
+    return {
+        f"{name}.{own}".lstrip("."): parameter.dtype
+        for name, module in model.named_modules()
+        if isinstance(module, AsStored)
+        for own, parameter in module._parameters.items()
+        if own in module.stored and parameter is not None
+    }
+
+
+def _empty(kind: tuple[tuple[int, ...], torch.dtype]) -> nn.Parameter:
+    return nn.Parameter(torch.empty(kind[0], dtype=kind[1], device="meta"), requires_grad=False)

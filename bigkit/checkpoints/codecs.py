@@ -1,0 +1,185 @@
+"""Weights as quantized checkpoints store them: how each format packs numbers, and the weight that they stand for.
+
+A format is told by the names, shapes and dtypes of the tensors that lie where the weight should be, not by what a
+config says: the file is the truth. All decode to the same thing, a weight of the shape that the model's class has:
+
+    fp8, int8   `weight` in one byte and `weight_scale(_inv)`: weight = code * scale, with one scale for the whole, for
+                each row, or for each block of 128 x 128 (DeepSeek-V3; compressed-tensors)
+    int4, int8  `weight_packed`, numbers of few bits in int32 (compressed-tensors): weight = (code - zero) * scale, with
+                a scale for each group of inputs
+    GPTQ, AWQ   `qweight`, the same transposed: (in, out), packed along the inputs (GPTQ) or the outputs (AWQ)
+    NVFP4       `weight_packed` in bytes: two numbers of 4 bits, a float8 scale for 16 of them, one scale for all
+    MXFP4       `*_blocks` and `*_scales` of stacked experts (gpt-oss): 4 bits, and a power of two for each 32
+
+Leaves out: which modules hold such tensors, and running them (`as_stored.py`); bitsandbytes' formats (`quantize/`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+Parts = Mapping[str, Tensor]  # own name -> a tensor as it is stored
+Kinds = Mapping[str, tuple[tuple[int, ...], torch.dtype]]  # own name -> shape and dtype in the file
+
+# What the 16 codes of E2M1 (a sign, two bits of exponent, one of mantissa) stand for, as MXFP4 and NVFP4 use them.
+E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
+AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)  # which of the eight numbers of an int32 is the first, second, ... output
+BLOCK = 128  # rows and columns that share a scale, where the grid of scales leaves a choice
+
+
+class Codec(NamedTuple):
+    """A format of one weight.
+
+    Args:
+        format: what it is called.
+        decode: its tensors by name, and a floating dtype -> the weight, in the shape that the model's class has.
+    """
+
+    format: str
+    decode: Callable[[Parts, torch.dtype], Tensor]
+
+
+def find_codec(shape: tuple[int, ...], kinds: Kinds, gptq_offset: int = 1) -> Codec | None:
+    """How a linear layer's weight is stored, by the tensors that a checkpoint has under the layer's name.
+
+    Args:
+        shape: (out, in) of the weight.
+        kinds: what the checkpoint has there.
+        gptq_offset: what GPTQ's files add to a zero point when it is used: 1, or 0 in version 2 of the format.
+
+    Returns:
+        None if the weight is not quantized.
+
+    Raises:
+        ValueError: it is quantized in a way that is not known here.
+
+    >>> find_codec((4, 8), {"weight": ((4, 8), torch.float8_e4m3fn), "weight_scale": ((4, 1), torch.float32)}).format
+    'fp8'
+    """
+    rows, columns = shape
+    weight, packed, qweight = kinds.get("weight"), kinds.get("weight_packed"), kinds.get("qweight")
+    scaled = kinds.keys() & {"weight_scale", "weight_scale_inv"}
+    if weight and weight[0] == shape and weight[1].itemsize == 1 and scaled:
+        return Codec("int8" if weight[1] == torch.int8 else "fp8", decode_scaled)
+    if packed and packed[1] == torch.uint8 and "weight_global_scale" in kinds and packed[0] == (rows, columns // 2):
+        return Codec("nvfp4", decode_nvfp4)
+    if packed and packed[1] == torch.int32 and "weight_scale" in kinds:
+        for bits in (4, 8):
+            if packed[0] == (rows, -(-columns * bits // 32)):
+                return Codec(f"int{bits}", partial(decode_packed, bits=bits, shape=shape))
+    if qweight and qweight[1] == torch.int32 and kinds.keys() >= {"qzeros", "scales"}:
+        for bits in (4, 8):
+            if qweight[0] == (columns * bits // 32, rows):
+                return Codec(f"gptq-int{bits}", partial(decode_gptq, bits=bits, offset=gptq_offset))
+        if qweight[0] == (columns, rows // 8):
+            return Codec("awq-int4", decode_awq)
+    if not (scaled or packed or qweight):
+        return None
+    stored = ", ".join(f"{name} {dtype} {list(size)}" for name, (size, dtype) in sorted(kinds.items()))
+    raise ValueError(f"a weight of shape {list(shape)} is stored as {stored}: this is no format that bigkit reads")
+
+
+def decode_scaled(parts: Parts, dtype: torch.dtype) -> Tensor:
+    """One byte a weight, and scales: one, one a row, or one a block. codes (out, in) -> (out, in).
+
+    The last block of a row or column may be cut. Source: the files of DeepSeek-V3 (arXiv 2412.19437, section 3.3), and
+    compressed-tensors' "float-quantized" and "int-quantized".
+    """
+    codes = parts["weight"]
+    scales = parts["weight_scale_inv" if "weight_scale_inv" in parts else "weight_scale"].to(torch.float32)
+    if scales.ndim == 2 and scales.numel() > 1:
+        for dim in (0, 1):
+            count, size = scales.shape[dim], codes.shape[dim]
+            if count not in (1, size):
+                block = BLOCK if -(-size // BLOCK) == count else -(-size // count)
+                scales = scales.repeat_interleave(block, dim).narrow(dim, 0, size)
+    return (codes.to(torch.float32) * scales).to(dtype)
+
+
+def decode_packed(parts: Parts, dtype: torch.dtype, bits: int, shape: tuple[int, ...]) -> Tensor:
+    """compressed-tensors' "pack-quantized": int32 of 32 / bits numbers along the inputs, the first in the lowest bits.
+
+    The numbers are stored without a sign, moved up by half of their range, and so are zero points.
+    """
+    half = 1 << (bits - 1)
+    codes = unpack(parts["weight_packed"], bits, 1)[:, : shape[1]] - half
+    scales = parts["weight_scale"].to(torch.float32)
+    group = _groups(parts.get("weight_g_idx"), shape[1], scales.shape[1], codes.device)
+    if "weight_zero_point" in parts:
+        zeros = unpack(parts["weight_zero_point"], bits, 0)[: shape[0]] - half
+        codes = codes - zeros[:, group]
+    return (codes * scales[:, group]).to(dtype)
+
+
+def decode_gptq(parts: Parts, dtype: torch.dtype, bits: int, offset: int) -> Tensor:
+    """GPTQ's files: `qweight` (in x bits / 32, out), `qzeros` (groups, out x bits / 32), `scales` (groups, out).
+
+    weight = (code - (zero + offset)) * scale. `g_idx` names the group of each input. Source: arXiv 2210.17323, and the
+    files that AutoGPTQ and its successors write.
+    """
+    codes = unpack(parts["qweight"], bits, 0)
+    zeros = unpack(parts["qzeros"], bits, 1)[:, : codes.shape[1]] + offset
+    scales = parts["scales"].to(torch.float32)
+    group = _groups(parts.get("g_idx"), codes.shape[0], scales.shape[0], codes.device)
+    return ((codes - zeros[group]) * scales[group]).to(dtype).t()
+
+
+def decode_awq(parts: Parts, dtype: torch.dtype) -> Tensor:
+    """AWQ's files ("gemm"): `qweight` (in, out / 8), `qzeros` (groups, out / 8), `scales` (groups, out).
+
+    The eight numbers of an int32 are outputs 0, 2, 4, 6, 1, 3, 5, 7, from the lowest bits up. Source: arXiv 2306.00978.
+    """
+
+    def outputs(packed: Tensor) -> Tensor:
+        eights = unpack(packed, 4, 1).view(packed.shape[0], -1, 8)
+        return eights[:, :, torch.tensor(AWQ_ORDER, device=packed.device)].reshape(packed.shape[0], -1)
+
+    codes, zeros, scales = outputs(parts["qweight"]), outputs(parts["qzeros"]), parts["scales"].to(torch.float32)
+    group = _groups(None, codes.shape[0], scales.shape[0], codes.device)
+    return ((codes - zeros[group]) * scales[group]).to(dtype).t()
+
+
+def decode_nvfp4(parts: Parts, dtype: torch.dtype) -> Tensor:
+    """compressed-tensors' "nvfp4-pack-quantized": two E2M1 in a byte, a float8 scale for 16, divided by one for all."""
+    values = e2m1(parts["weight_packed"])
+    scales = parts["weight_scale"].to(torch.float32) / parts["weight_global_scale"].to(torch.float32)
+    return (values.unflatten(1, (scales.shape[1], -1)) * scales[:, :, None]).flatten(1).to(dtype)
+
+
+def decode_mxfp4(blocks: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+    """Stacked experts in MXFP4. blocks (experts, out, groups, 16), scales (experts, out, groups) -> (experts, in, out).
+
+    A byte has two E2M1, the first in the low half; a scale is the exponent of a power of two, plus 127. Source: OCP
+    Microscaling Formats, version 1.0; the files of gpt-oss. Any shape may come before `out`, or none.
+    """
+    values = torch.ldexp(e2m1(blocks), (scales.to(torch.int32) - 127)[..., None])
+    return values.flatten(-2).to(dtype).transpose(-2, -1).contiguous()
+
+
+def e2m1(packed: Tensor) -> Tensor:
+    """Bytes of two E2M1 -> float32, twice as many in the last dimension."""
+    table = torch.tensor(E2M1, device=packed.device)
+    return torch.stack((table[(packed & 15).int()], table[(packed >> 4).int()]), -1).flatten(-2)
+
+
+def unpack(packed: Tensor, bits: int, dim: int) -> Tensor:
+    """Numbers without a sign in int32, the first in the lowest bits -> int32, 32 / bits as many along `dim`.
+
+    >>> unpack(torch.tensor([[0x21]], dtype=torch.int32), 4, 1)[0, :3].tolist()
+    [1, 2, 0]
+    """
+    shifts = torch.arange(0, 32, bits, device=packed.device, dtype=torch.int32)
+    numbers = (packed.unsqueeze(dim + 1) >> shifts.view(-1, *[1] * (packed.ndim - dim - 1))) & ((1 << bits) - 1)
+    return numbers.flatten(dim, dim + 1)
+
+
+def _groups(given: Tensor | None, inputs: int, groups: int, device: torch.device) -> Tensor:
+    """The group of each input."""
+    if given is not None:
+        return given.long()
+    return torch.arange(inputs, device=device) // -(-inputs // groups)

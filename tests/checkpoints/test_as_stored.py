@@ -1,0 +1,197 @@
+"""Quantized checkpoints run as they are stored: bit for bit what decoding all weights first gives."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import GptOssConfig, GptOssForCausalLM, LlamaConfig, LlamaForCausalLM
+
+import bigkit
+from bigkit.checkpoints.as_stored import StoredLinear
+from bigkit.checkpoints.codecs import decode_mxfp4, find_codec
+from bigkit.meta.skeleton import spec_from_module
+from bigkit.model.header import CheckpointError
+
+LLAMA = LlamaConfig(hidden_size=64, intermediate_size=128, num_hidden_layers=3, num_attention_heads=4, vocab_size=96,
+                    num_key_value_heads=2, max_position_embeddings=64, dtype="bfloat16")  # fmt: skip
+OSS = GptOssConfig(hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, vocab_size=96,
+                   num_key_value_heads=2, head_dim=16, num_local_experts=4, num_experts_per_tok=2, sliding_window=16,
+                   max_position_embeddings=64, dtype="bfloat16")  # fmt: skip
+PROMPT = torch.tensor([[5, 9, 33, 2, 71, 8]])
+
+
+def int32(*shape: int) -> Tensor:
+    return torch.randint(-(2**31), 2**31 - 1, shape, dtype=torch.int64).to(torch.int32)
+
+
+def fp8(rows: int, columns: int) -> dict[str, Tensor]:
+    scales = torch.rand(-(-rows // 128), -(-columns // 128)) / 50
+    return {"weight": torch.randn(rows, columns).to(torch.float8_e4m3fn), "weight_scale_inv": scales}
+
+
+def int4(rows: int, columns: int) -> dict[str, Tensor]:
+    return {
+        "weight_packed": int32(rows, columns // 8),
+        "weight_scale": (torch.rand(rows, columns // 32) / 50).bfloat16(),
+        "weight_shape": torch.tensor([rows, columns]),
+    }
+
+
+def gptq(rows: int, columns: int) -> dict[str, Tensor]:
+    scales = (torch.rand(columns // 32, rows) / 50).half()
+    index = torch.arange(columns, dtype=torch.int32) // 32
+    return {"qweight": int32(columns // 8, rows), "qzeros": int32(columns // 32, rows // 8), "scales": scales,
+            "g_idx": index}  # fmt: skip
+
+
+def awq(rows: int, columns: int) -> dict[str, Tensor]:
+    scales = (torch.rand(columns // 32, rows) / 50).half()
+    return {"qweight": int32(columns, rows // 8), "qzeros": int32(columns // 32, rows // 8), "scales": scales}
+
+
+FORMATS: dict[str, Callable[[int, int], dict[str, Tensor]]] = {"fp8": fp8, "int4": int4, "gptq": gptq, "awq": awq}
+
+
+def write(folder: Path, format: str) -> nn.Module:
+    """A checkpoint in a format, and the model that all of its weights decoded give."""
+    torch.manual_seed(0)
+    model = (GptOssForCausalLM(OSS) if format == "mxfp4" else LlamaForCausalLM(LLAMA)).bfloat16()
+    tensors = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    for name, module in model.named_modules():
+        if format == "mxfp4" and name.endswith("experts"):
+            for own in ("gate_up_proj", "down_proj"):
+                experts, columns, rows = getattr(module, own).shape
+                blocks = torch.randint(0, 256, (experts, rows, columns // 32, 16), dtype=torch.uint8)
+                scales = torch.randint(118, 122, (experts, rows, columns // 32), dtype=torch.uint8)
+                tensors |= {f"{name}.{own}_blocks": blocks, f"{name}.{own}_scales": scales}
+                getattr(module, own).data = decode_mxfp4(blocks, scales, torch.bfloat16)
+                del tensors[f"{name}.{own}"]
+        elif format in FORMATS and isinstance(module, nn.Linear) and name != "lm_head":
+            shape = tuple(module.weight.shape)
+            parts = FORMATS[format](*shape)
+            codec = find_codec(shape, {own: (tuple(part.shape), part.dtype) for own, part in parts.items()})  # type: ignore[arg-type]
+            assert codec is not None
+            module.weight.data = codec.decode(parts, torch.bfloat16)
+            del tensors[f"{name}.weight"]
+            tensors |= {f"{name}.{own}": part for own, part in parts.items()}
+    save_file(tensors, folder / "model.safetensors")
+    return model.eval()
+
+
+def empty(model: nn.Module) -> nn.Module:
+    with bigkit.init_empty_weights():
+        return type(model)(model.config).bfloat16().eval()
+
+
+def spread(count: int, *devices: int | str) -> dict[str, int | str]:
+    layers = {f"model.layers.{i}": devices[i % len(devices)] for i in range(count)}
+    return {"model.embed_tokens": 0, "model.norm": 0, "model.rotary_emb": 0, "lm_head": 0, **layers}
+
+
+PLACES = ["resident", "cpu", "disk", "slots", "slots-disk"]
+
+
+@pytest.mark.parametrize(
+    ("format", "place"),
+    [*(("fp8", place) for place in PLACES), *(("mxfp4", place) for place in PLACES), ("int4", "slots"),
+     ("gptq", "disk"), ("awq", "slots-disk")],
+)  # fmt: skip
+def test_outputs_are_those_of_the_decoded_weights(tmp_path: Path, format: str, place: str) -> None:
+    plain = write(tmp_path, format)
+    layers = plain.config.num_hidden_layers
+    options = {
+        "resident": {},
+        "cpu": {"device_map": {"": "cpu"}},
+        "disk": {"device_map": {**spread(layers, "disk"), "model.embed_tokens": "cpu", "model.norm": "cpu",
+                                "model.rotary_emb": "cpu", "lm_head": "cpu"}},
+        "slots": {"device_map": spread(layers, "cpu"), "stand_in": {0: "cpu"}},
+        "slots-disk": {"device_map": spread(layers, "disk", 0), "stand_in": {0: "cpu"}},
+    }[place]  # fmt: skip
+    model = bigkit.load_checkpoint_and_dispatch(empty(plain), tmp_path, strict=True, **options)
+    with torch.no_grad():
+        assert torch.equal(model(PROMPT).logits, plain(PROMPT).logits)
+    expected = plain.generate(PROMPT, max_new_tokens=8, do_sample=False)
+    assert torch.equal(model.generate(PROMPT, max_new_tokens=8, do_sample=False), expected)
+
+
+@pytest.mark.parametrize("format", [*FORMATS, "mxfp4"])
+def test_sizes_are_those_of_the_file_and_it_is_written_as_it_was_read(tmp_path: Path, format: str) -> None:
+    plain = write(tmp_path, format)
+    stored = load_file(tmp_path / "model.safetensors")
+    model = empty(plain)
+    report = bigkit.load_checkpoint_in_model(model, tmp_path, dtype="bfloat16")
+    assert report.clean, report
+    kept_in_float32 = [name for name, p in model.named_parameters() if p.dtype == torch.float32 != stored[name].dtype]
+    more = sum(2 * stored[name].numel() for name in kept_in_float32)  # norms of gpt-oss
+    buffers = sum(buffer.nbytes for buffer in model.buffers())
+    assert spec_from_module(model).bytes() == sum(tensor.nbytes for tensor in stored.values()) + buffers + more
+    bigkit.save_model(model, tmp_path / "again")
+    again = load_file(tmp_path / "again" / "model.safetensors")
+    assert again.keys() == stored.keys()
+    for name, tensor in again.items():
+        assert torch.equal(tensor.to(stored[name].dtype).view(torch.uint8), stored[name].view(torch.uint8)), name
+
+
+@pytest.mark.parametrize("format", [*FORMATS, "mxfp4"])
+def test_dense_is_a_plain_model(tmp_path: Path, format: str) -> None:
+    plain = write(tmp_path, format)
+    model = empty(plain)
+    assert bigkit.load_checkpoint_in_model(model, tmp_path, keep="dense").clean
+    assert all(type(module) is type(other) for module, other in zip(model.modules(), plain.modules(), strict=True))
+    for (name, ours), theirs in zip(model.named_parameters(), plain.parameters(), strict=True):
+        assert torch.equal(ours, theirs), name
+
+
+def test_plans_count_what_is_stored(tmp_path: Path) -> None:
+    plain = write(tmp_path, "fp8")
+    size = sum(tensor.nbytes for tensor in load_file(tmp_path / "model.safetensors").values())
+    for dtype in (None, torch.bfloat16):
+        model = empty(plain)
+        budget = {0: int(size * 1.15), "cpu": "1GB"}  # the weights in 16 bit take 1.7 times as much
+        bigkit.load_checkpoint_and_dispatch(model, tmp_path, "auto", budget, dtype=dtype, stand_in={0: "cpu"})
+        assert set(model.hf_device_map.values()) == {0}
+
+
+def test_a_cast_changes_what_it_works_in_and_not_what_is_stored(tmp_path: Path) -> None:
+    plain = write(tmp_path, "fp8")
+    model = empty(plain)
+    bigkit.load_checkpoint_in_model(model, tmp_path)
+    layer = model.model.layers[0].mlp.up_proj
+    assert isinstance(layer, StoredLinear)
+    before = layer._parameters["weight_scale_inv"].clone()
+    model.float()
+    assert layer._parameters["weight"].dtype == torch.float8_e4m3fn
+    assert torch.equal(layer._parameters["weight_scale_inv"], before)
+    assert layer.works_in == torch.float32 and model(PROMPT).logits.dtype == torch.float32
+
+
+def test_after_an_error_the_model_is_as_it_was(tmp_path: Path) -> None:
+    plain = write(tmp_path, "fp8")
+    tensors = load_file(tmp_path / "model.safetensors")
+    del tensors["model.norm.weight"]
+    save_file(tensors, tmp_path / "model.safetensors")
+    model = empty(plain)
+    with pytest.raises(CheckpointError, match="model.norm.weight"):
+        bigkit.load_checkpoint_in_model(model, tmp_path, strict=True)
+    assert all(type(module) is not StoredLinear for module in model.modules())
+    assert [(name, p.dtype) for name, p in model.named_parameters()] == [(n, p.dtype) for n, p in
+                                                                         plain.named_parameters()]  # fmt: skip
+
+
+def test_a_format_that_is_not_known_is_one_sentence(tmp_path: Path) -> None:
+    plain = write(tmp_path, "fp8")
+    tensors = load_file(tmp_path / "model.safetensors")
+    name = "model.layers.1.mlp.up_proj"
+    tensors[f"{name}.qweight"] = int32(7, 9)
+    tensors |= {f"{name}.qzeros": int32(1, 1), f"{name}.scales": torch.rand(1, 1)}
+    del tensors[f"{name}.weight"], tensors[f"{name}.weight_scale_inv"]
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match=f"{name} in .*qweight torch.int32 .* no format that bigkit reads"):
+        bigkit.load_checkpoint_in_model(empty(plain), tmp_path)
+    with pytest.raises(ValueError, match="keep must be"):
+        bigkit.load_checkpoint_in_model(empty(plain), tmp_path, keep="fp8")
