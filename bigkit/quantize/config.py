@@ -46,7 +46,7 @@ class BnbQuantizationConfig:
     load_in_4bit: bool = False
     bnb_4bit_quant_type: str = "fp4"
     bnb_4bit_use_double_quant: bool = False
-    bnb_4bit_compute_dtype: Any = "float16"
+    bnb_4bit_compute_dtype: Any = "fp16"
     torch_dtype: Any = None
     skip_modules: Iterable[str] | None = None
     keep_in_fp32_modules: Iterable[str] | None = None
