@@ -58,7 +58,7 @@ def attach_align_device_hook(
     preload_module_classes: Iterable[str] | None = None,
     tied_params_map: Any = None,
 ) -> None:
-    """Put an `AlignDevicesHook` on every module with tensors of its own; they fetch nothing ahead, as `dispatch_model` does.
+    """Put an `AlignDevicesHook` on every module with tensors of its own; other than `dispatch_model`s none looks ahead.
 
     Args:
         module: the model, or the part of one that is called `module_name` in `weights_map`.
