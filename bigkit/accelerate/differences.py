@@ -68,8 +68,22 @@ OTHERWISE = {
     "AcceleratorState.destroy_process_group": "no `group`: there is one",
 }
 
-# What behaves otherwise. Accelerate's own tests that fail with bigkit name one of these.
-BEHAVIOUR: dict[str, str] = {}
+# What behaves otherwise. Each of Accelerate's own tests that fail with bigkit names one of these.
+BEHAVIOUR = {
+    "handles": "A weight that rests elsewhere is never on meta: it is a handle, on the device that it works on. A "
+    "weight that rests where it works stays as it is, without a hook.",
+    "maps": "The first GPU keeps a reserve only if something is offloaded, and then for two blocks in flight. What "
+    "fits is never left out: `fallback_allocation` changes nothing.",
+    "budgets": "No map is over a budget. Buffers of offloaded layers count; where nothing fits, PlanError says how "
+    "many bytes are missing.",
+    "words": "Messages are bigkit's own. They are Python warnings, not lines of a log.",
+    "ties": "Tensors that share memory are written under each of their names, so nothing is removed and no one warned.",
+    "execution device": "AlignDevicesHook(offload=True) must be told where the weights are to work.",
+    "training": "Accelerator.prepare takes models; an optimizer, a scheduler or a data loader is an error.",
+    "private": "Accelerate's private attributes (`_models`) and the inner names of its modules are not there.",
+    "reset": "An object goes on knowing who it is after `PartialState._reset_state()`, which empties `_shared_state`.",
+    "environment": "Of the ACCELERATE_ variables LOG_LEVEL is read. BIGKIT_USE_CPU=1 leaves GPUs alone.",
+}
 
 
 def reason_left_out(name: str) -> str | None:

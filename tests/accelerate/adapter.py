@@ -8,6 +8,7 @@ test which uses it. What helps the tests themselves (`accelerate.test_utils`) st
 
 import ast
 import importlib
+import inspect
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -26,9 +27,13 @@ class LeftOut:
         self.__dict__["name"] = name
 
     def __call__(self, *args, **kwargs):
-        if self.name.startswith("is_"):
+        if self.name.endswith("_available"):
             return False
-        pytest.skip(f"{self.name} is left out: {reason_left_out(self.name) or 'its module is'}")
+        reason = f"{self.name} is left out: {reason_left_out(self.name) or 'its module is'}"
+        decorated = args and (inspect.isclass(args[0]) or inspect.isfunction(args[0]))
+        if decorated and "<locals>" not in args[0].__qualname__:  # a test
+            return pytest.mark.skip(reason=reason)(args[0])
+        pytest.skip(reason)
 
     def __getattr__(self, attribute):
         if attribute.startswith("__"):
