@@ -106,13 +106,14 @@ def set_module_tensor_to_device(
             "incorrect."
         )
     data = (old if value is None else value).detach()
+    like = old.weight.template if isinstance(old, Away) else old
     if data.is_floating_point():
         cast = old.dtype if dtype is None else getattr(torch, dtype_name(dtype))
     else:
         cast = data.dtype
     if value is not None or data.device != target or data.dtype != cast:
         with torch.no_grad():
-            tensors[own] = twin(old, data.to(target, cast, non_blocking=non_blocking))
+            tensors[own] = twin(like, data.to(target, cast, non_blocking=non_blocking))
 
 
 def retie_parameters(model: nn.Module, tied_params: Iterable[Sequence[str]]) -> None:
@@ -189,14 +190,10 @@ def clean_device_map(device_map: dict[str, Device], module_name: str = "") -> di
     >>> clean_device_map({"h.0": 0, "h.1": 0, "head": 1})
     {'h': 0, 'head': 1}
     """
-    inside = {
-        name: device
-        for name, device in device_map.items()
-        if not module_name or name == module_name or name.startswith(f"{module_name}.")
-    }
-    for name in inside:
-        del device_map[name]
-    device_map.update(collapse(inside))
+    prefix = f"{module_name}." if module_name else ""
+    names = [name for name in device_map if name == module_name or name.startswith(prefix)]
+    inside = collapse({name.removeprefix(prefix): device_map.pop(name) for name in names if name != module_name})
+    device_map.update({join(module_name, name): device for name, device in inside.items()})
     return device_map
 
 
