@@ -67,7 +67,7 @@ class Accelerator(AcceleratorState):
         deepspeed_plugins: Any = None,
         parallelism_config: Any = None,
     ) -> None:
-        timeouts = [one.timeout for one in kwargs_handlers or () if isinstance(one, InitProcessGroupKwargs)]
+        timeouts: list[Any] = [one.timeout for one in kwargs_handlers or () if isinstance(one, InitProcessGroupKwargs)]
         refuse_training(
             "Accelerator", split_batches=None if split_batches is _BY_DEVICE else split_batches,
             gradient_accumulation_steps=None if gradient_accumulation_steps == 1 else gradient_accumulation_steps,
@@ -76,9 +76,10 @@ class Accelerator(AcceleratorState):
             kwargs_handlers=None if len(timeouts) == len(kwargs_handlers or ()) else kwargs_handlers,
             dynamo_backend=None if str(dynamo_backend).lower() == "no" else dynamo_backend,
         )  # fmt: skip
+        options: dict[str, Any] = {"timeout": timeouts[0]} if timeouts and timeouts[0] else {}
         super().__init__(
             mixed_precision, cpu, dynamo_plugin, deepspeed_plugin, fsdp_plugin, torch_tp_plugin, megatron_lm_plugin,
-            parallelism_config, **({"timeout": timeouts[0]} if timeouts and timeouts[0] else {}),
+            parallelism_config, **options,
         )  # fmt: skip
         self.device_placement, self.project_dir = device_placement, project_dir
 

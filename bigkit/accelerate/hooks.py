@@ -133,7 +133,9 @@ def attach_align_device_hook_on_blocks(
             hook = AlignDevicesHook(execution_device, io_same_device=True, place_submodules=True, skip_keys=skip_keys)
             add_hook_to_module(module, hook)
         return
-    devices = execution_device if isinstance(execution_device, Mapping) else dict.fromkeys(offload, execution_device)  # type: ignore[arg-type]
+    devices: Any = execution_device
+    if not isinstance(devices, Mapping):
+        devices = dict.fromkeys(offload, devices)  # type: ignore[arg-type]
     away = offload if isinstance(offload, Mapping) else dict.fromkeys(devices, offload)
     if module_name in devices and module_name in away:
         device: Any = devices[module_name]

@@ -11,7 +11,7 @@ from typing import Any
 from ..distributed.state import PartialState
 
 
-class MultiProcessAdapter(logging.LoggerAdapter):  # type: ignore[type-arg]
+class MultiProcessAdapter(logging.LoggerAdapter):
     """A logger for several processes. Each call takes two options more.
 
     main_process_only: only process 0 logs (True).

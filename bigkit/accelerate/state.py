@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from ..distributed.state import PartialState
 from .differences import refuse_training
@@ -24,7 +24,7 @@ class AcceleratorState(PartialState):
     'no'
     """
 
-    _shared_state: dict[str, Any] = {}
+    _shared_state: ClassVar[dict[str, Any]] = {}
     mixed_precision = "no"
     is_fsdp2 = False
 
@@ -51,7 +51,7 @@ class AcceleratorState(PartialState):
         AcceleratorState._shared_state.update(vars(self))
 
     @property
-    def distributed_type(self) -> DistributedType:  # type: ignore[override]
+    def distributed_type(self) -> DistributedType:
         """How the processes compute."""
         return DistributedType(super().distributed_type)
 

@@ -61,7 +61,7 @@ def gather(tensor: Any) -> Any:
     return _map_tensors(lambda leaf: next(joined), tensor, "the input of gather")
 
 
-def gather_object(items: Sequence[T] | dict[Any, Any]) -> list[Any]:
+def gather_object(items: Sequence[Any] | dict[Any, Any]) -> list[Any]:
     """The lists of all processes, one after another, on every process; for anything that pickles.
 
     Args:

@@ -35,7 +35,7 @@ IGNORED = (
     "main_training_function", "max_restarts", "mixed_precision", "monitor_interval", "multi_gpu", "quiet",
     "same_network",
 )  # fmt: skip
-_NOTHING_SAID = (None, False, "no", "NO", "main", {})  # what they hold where nobody has chosen
+_NOTHING_SAID: tuple[Any, ...] = (None, False, "no", "NO", "main", {})  # what they hold where nobody has chosen
 _SILENT = ("multi_gpu", "same_network")  # nothing to say: GPUs are used anyway, and hosts meet where they are told
 
 

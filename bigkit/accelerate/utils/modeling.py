@@ -80,7 +80,7 @@ def set_module_tensor_to_device(
         tensor_name: such as "h.0.weight"; other names of a tied tensor keep the old one.
         device: where to; "meta" drops the data.
         value: the data, of the same shape; None takes what the tensor has.
-        dtype: what floating data become; None takes the tensor's own.
+        dtype: what a floating value becomes; None takes the tensor's own.
         non_blocking: see `torch.Tensor.to`.
         fp16_statistics, tied_params_map, clear_cache: accepted for compatibility.
 
@@ -107,11 +107,10 @@ def set_module_tensor_to_device(
         )
     data = (old if value is None else value).detach()
     like = old.weight.template if isinstance(old, Away) else old
-    if data.is_floating_point():
+    cast = data.dtype
+    if value is not None and value.is_floating_point():
         cast = old.dtype if dtype is None else getattr(torch, dtype_name(dtype))
-    else:
-        cast = data.dtype
-    if value is not None or data.device != target or data.dtype != cast:
+    if value is not None or data.device != target:
         with torch.no_grad():
             tensors[own] = twin(like, data.to(target, cast, non_blocking=non_blocking))
 

@@ -43,8 +43,8 @@ def extract_model_from_parallel(
         inner = inner._orig_mod if is_compiled_module(inner) else inner.module
     if compiled is not None and keep_torch_compile:
         compiled._orig_mod = inner
-        return compiled  # type: ignore[no-any-return]
-    return inner  # type: ignore[no-any-return]
+        return compiled
+    return inner
 
 
 def save(
