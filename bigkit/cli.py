@@ -92,6 +92,10 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+# Options of `accelerate launch` by which something else would be computed.
+_REFUSED = ("tpu", "use_deepspeed", "use_fsdp", "use_megatron_lm", "use_parallelism_config")
+
+
 def _add_launch(launch: argparse.ArgumentParser) -> None:
     launch.description = "Run a script in several processes: a front of torchrun, whose command is printed first."
     launch.usage = "bigkit launch [options] script.py [its own options]\n       bigkit launch --example [KIND]"
@@ -116,6 +120,8 @@ def _add_launch(launch: argparse.ArgumentParser) -> None:
         add(name, action="store_true", help="for Accelerate's users; no effect")
     for name in ("--dynamo_backend", "--dynamo_mode", "--max_restarts", "--mixed_precision", "--monitor_interval"):
         add(name, help="for Accelerate's users; no effect: a model computes in the dtype that it is loaded in")
+    for name in _REFUSED:
+        add(f"--{name}", action="store_true", help=argparse.SUPPRESS)
     add("--show", action="store_true", help="print the torchrun command and stop")
     add("--example", nargs="?", const="inference", metavar="KIND",
         help="write distributed_KIND.py to start from: inference or diffusion (inference)")  # fmt: skip
@@ -262,6 +268,10 @@ def _launch(options: argparse.Namespace) -> str:
     if options.example:
         path = launch.write_example(options.example)
         return f"{path} is there. Start it with: bigkit launch --num_processes 2 {path}"
+    if refused := [name for name in _REFUSED if getattr(options, name)]:
+        raise ValueError(
+            f"bigkit launch cannot do --{refused[0]}: it runs inference, with the whole model in each process"
+        )
     launch.say_ignored(vars(options))
     content = _launch_config(options.config_file)
     flags = {field.name: getattr(options, field.name, None) for field in fields(launch.Settings)}

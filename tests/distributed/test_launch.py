@@ -97,6 +97,8 @@ def test_programs_and_modules_and_what_has_no_effect(
     assert capsys.readouterr().err == (
         "bigkit launch ignores debug (True), dynamo_backend (inductor), mixed_precision (bf16)\n"
     )
+    assert cli.main(["launch", "--use-fsdp", "x.py"]) == 2
+    assert "cannot do --use_fsdp: it runs inference" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         shown("--module", "--no_python", "x")
 
