@@ -85,7 +85,7 @@ if TYPE_CHECKING:
 def __getattr__(name: str) -> object:
     if name in _HOME_OF:
         return getattr(import_module(f".{_HOME_OF[name]}", __name__), name)
-    if name in ("zoo", "widgets"):
+    if name in ("accelerate", "widgets", "zoo"):
         return import_module(f".{name}", __name__)
     raise AttributeError(f"module 'bigkit' has no attribute {name!r}")
 

@@ -1,4 +1,4 @@
-"""The command line: `bigkit estimate-memory NAME`, `plan`, `dry-run`, `advise`, `calibrate` and `launch script.py`.
+"""The command line: `bigkit estimate-memory NAME`, `plan`, `dry-run`, `advise`, `calibrate`, `launch script.py`, `env`.
 
 Leaves out: anything that needs torch, unless a name must be looked up on the Hub or this machine asked for its GPUs.
 """
@@ -19,6 +19,7 @@ from .maps.advise import TARGETS
 from .maps.strategies import STRATEGIES
 from .model.estimate import CLASSIC
 from .model.spec import QUANTIZATIONS
+from .units import format_bytes
 
 if TYPE_CHECKING:
     from torch import nn
@@ -81,7 +82,18 @@ def _parser() -> argparse.ArgumentParser:
     measure.set_defaults(run=_calibrate)
 
     _add_launch(commands.add_parser("launch", help="run a script in several processes, on one host or on several"))
+
+    config = commands.add_parser("config", help="write the config file that launch takes if it is told no other")
+    config.add_argument("kind", choices=("default",), help="for this machine: a process for each GPU")
+    config.set_defaults(run=_config)
+
+    commands.add_parser("env", help="versions and devices, to be copied into an issue").set_defaults(run=_env)
+    commands.add_parser("test", help="how to try a launch").set_defaults(run=_test)
     return parser
+
+
+# Options of `accelerate launch` by which something else would be computed.
+_REFUSED = ("tpu", "use_deepspeed", "use_fsdp", "use_megatron_lm", "use_parallelism_config")
 
 
 def _add_launch(launch: argparse.ArgumentParser) -> None:
@@ -96,16 +108,20 @@ def _add_launch(launch: argparse.ArgumentParser) -> None:
     add("--gpu_ids", help="GPUs of this host to use, as in 0,2 (all)")
     add("--cpu", "--use_cpu", dest="use_cpu", action="store_true", default=None, help="leave GPUs alone")
     add("--num_cpu_threads_per_process", type=int, help="OMP_NUM_THREADS (the cores, shared out)")
-    add("--mixed_precision", choices=("no",), help="only no: load a model in the dtype that it shall compute in")
     add("--rdzv_backend", choices=("static",), help="only static: for another one use torchrun itself")
-    add(
-        "--multi_gpu",
-        "--same_network",
-        action="store_true",
-        help="for Accelerate's users; it changes nothing",
-    )
-    add("--config_file", help="JSON or YAML with these names as keys, or one of Accelerate's; options overrule it")
-    add("-m", "--module", action="store_true", help="the script is a module's name, as for python -m")
+    add("--config_file", help="JSON or YAML with these names as keys, or one of Accelerate's; options overrule it "
+        "(Accelerate's default_config.yaml, if it is there)")  # fmt: skip
+    kind = launch.add_mutually_exclusive_group()
+    kind.add_argument("-m", "--module", dest="kind", action="store_const", const="module", default="script",
+                      help="the script is a module's name, as for python -m")  # fmt: skip
+    kind.add_argument("--no_python", "--no-python", dest="kind", action="store_const", const="program",
+                      help="the script is a program that needs no Python")  # fmt: skip
+    for name in ("--debug", "--enable_cpu_affinity", "--multi_gpu", "--quiet", "--same_network"):
+        add(name, action="store_true", help="for Accelerate's users; no effect")
+    for name in ("--dynamo_backend", "--dynamo_mode", "--max_restarts", "--mixed_precision", "--monitor_interval"):
+        add(name, help="for Accelerate's users; no effect: a model computes in the dtype that it is loaded in")
+    for name in _REFUSED:
+        add(f"--{name}", action="store_true", help=argparse.SUPPRESS)
     add("--show", action="store_true", help="print the torchrun command and stop")
     add("--example", nargs="?", const="inference", metavar="KIND",
         help="write distributed_KIND.py to start from: inference or diffusion (inference)")  # fmt: skip
@@ -252,12 +268,59 @@ def _launch(options: argparse.Namespace) -> str:
     if options.example:
         path = launch.write_example(options.example)
         return f"{path} is there. Start it with: bigkit launch --num_processes 2 {path}"
-    content = launch.read_config(options.config_file) if options.config_file else {}
+    if refused := [name for name in _REFUSED if getattr(options, name)]:
+        raise ValueError(
+            f"bigkit launch cannot do --{refused[0]}: it runs inference, with the whole model in each process"
+        )
+    launch.say_ignored(vars(options))
+    content = _launch_config(options.config_file)
     flags = {field.name: getattr(options, field.name, None) for field in fields(launch.Settings)}
     settings = launch.Settings(**{**content, **{name: value for name, value in flags.items() if value is not None}})
     if options.show:
-        return launch.command_line(settings, options.command, options.module)
-    sys.exit(launch.launch(settings, options.command, options.module))
+        return launch.command_line(settings, options.command, options.kind)
+    sys.exit(launch.launch(settings, options.command, options.kind))
+
+
+def _launch_config(path: str | None) -> dict[str, Any]:
+    """The settings of a config file. What Accelerate's default one says of training does not stop a launch."""
+    from .distributed.launch import default_config, read_config
+
+    if path is not None:
+        return read_config(path)
+    try:
+        return read_config(default_config()) if default_config().is_file() else {}
+    except ValueError as error:
+        print(f"bigkit launch ignores {error}", file=sys.stderr)
+        return {}
+
+
+def _config(options: argparse.Namespace) -> str:
+    from .distributed.launch import write_default_config
+
+    return f"{write_default_config()} is there: `bigkit launch` and `accelerate launch` read it"
+
+
+def _env(options: argparse.Namespace) -> str:
+    import platform
+    from importlib.metadata import PackageNotFoundError, version
+
+    from .distributed.launch import default_config
+    from .machine.hardware import Hardware
+
+    said = {"bigkit": __version__, "Python": platform.python_version(), "system": platform.platform()}
+    for package in ("torch", "transformers", "bitsandbytes", "accelerate"):
+        try:
+            said[package] = version(package)
+        except PackageNotFoundError:
+            said[package] = "not installed"
+    machine = Hardware.detect()
+    said["machine"] = f"{machine.name}, {format_bytes(machine.ram)} of RAM"
+    said["config of launch"] = str(default_config()) if default_config().is_file() else "none"
+    return "\n".join(f"- {name}: {value}" for name, value in said.items())
+
+
+def _test(options: argparse.Namespace) -> str:
+    return "bigkit launch --example writes a script: if it runs under bigkit launch --num_processes 2, launching works"
 
 
 if __name__ == "__main__":

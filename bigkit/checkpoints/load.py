@@ -40,7 +40,10 @@ def load_checkpoint_in_model(
     offload_state_dict: bool = False,
     offload_buffers: bool = False,
     keep_in_fp32_modules: Iterable[str] | None = None,
+    offload_8bit_bnb: bool = False,
     strict: bool = False,
+    full_state_dict: bool = True,
+    broadcast_from_rank0: bool = False,
     key: str = "",
     prefix: str = "",
     keep: str = "stored",
@@ -64,7 +67,8 @@ def load_checkpoint_in_model(
             another dtype, or in a `.bin` file). The file goes with the model.
         dtype: floating tensors become this; all others, and with None these too, become what the model has: an integer
             of another width is cast without a check of its range, as `load_state_dict` of torch does it.
-        offload_state_dict: accepted for compatibility; nothing is held in memory twice either way.
+        offload_state_dict, offload_8bit_bnb, full_state_dict, broadcast_from_rank0: accepted for compatibility: nothing
+            is held in memory twice, and each process reads the whole checkpoint.
         offload_buffers: whether buffers of modules on "disk" rest there too; else they are loaded to the CPU.
         keep_in_fp32_modules: names of modules, or the ends of names ("lm_head", "h.0", "norm"), whose weights become
             float32 when `dtype` is float16 or bfloat16. Those that the model's classes list for this

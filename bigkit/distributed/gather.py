@@ -61,20 +61,22 @@ def gather(tensor: Any) -> Any:
     return _map_tensors(lambda leaf: next(joined), tensor, "the input of gather")
 
 
-def gather_object(items: Sequence[T]) -> list[T]:
+def gather_object(items: Sequence[Any] | dict[Any, Any]) -> list[Any]:
     """The lists of all processes, one after another, on every process; for anything that pickles.
 
     Args:
-        items: this process's list (or tuple); lengths may differ.
+        items: this process's list (or tuple); lengths may differ. A dict counts as a list with this one item.
 
     Raises:
-        TypeError: no list or tuple: put a single object in a list.
+        TypeError: neither: put a single object in a list.
         ProcessLost: another process ended, or did not come in time.
 
     >>> gather_object(["a", "b"])  # one process
     ['a', 'b']
     """
-    if not isinstance(items, (list, tuple)):
+    if isinstance(items, dict):
+        items = [items]
+    elif not isinstance(items, (list, tuple)):
         raise TypeError(f"gather_object joins lists, not a {type(items).__name__}: put a single object in a list")
     return [item for part in exchange(list(items), "gather_object") for item in part]
 

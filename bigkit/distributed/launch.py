@@ -4,10 +4,11 @@
     bigkit launch --config_file my_config.yaml script.py
     bigkit launch --example
 
-Settings come from the command line, else from the config file, else from the machine: one process for each GPU, or one.
-The torchrun command is printed, and then takes this process's place: signals and the exit status are its own. A config
-file is JSON or YAML with the keys that Accelerate's have; those that would change what is computed are refused. A
-script that makes a PartialState ends within a second of its launcher, even if that is killed.
+Settings come from the command line, else from the config file (Accelerate's default one, if no other is named), else
+from the machine: one process for each GPU, or one. The torchrun command is printed, and then takes this process's
+place: signals and the exit status are its own. A config file is JSON or YAML with the keys of Accelerate's: how a
+model is trained, or spread over processes, is refused, and one line says what else has no effect here. A script that
+makes a PartialState ends within a second of its launcher, even if that is killed.
 
 Leaves out: starting the command on the other hosts, and notebooks (`notebook.py`).
 """
@@ -27,8 +28,15 @@ from pathlib import Path
 from typing import Any
 
 EXAMPLES = ("inference", "diffusion")
-# Keys of Accelerate's config files that say nothing about how processes are started for inference.
-IGNORED = ("debug", "downcast_bf16", "enable_cpu_affinity", "main_training_function", "mixed_precision", "same_network")
+_KINDS = {"script": (), "module": ("-m",), "program": ("--no-python",)}
+# Keys of Accelerate's config files, and options of its command line, that have no effect here.
+IGNORED = (
+    "debug", "downcast_bf16", "dynamo_backend", "dynamo_config", "dynamo_mode", "enable_cpu_affinity",
+    "main_training_function", "max_restarts", "mixed_precision", "monitor_interval", "multi_gpu", "quiet",
+    "same_network",
+)  # fmt: skip
+_NOTHING_SAID: tuple[Any, ...] = (None, False, "no", "NO", "main", {})  # what they hold where nobody has chosen
+_SILENT = ("multi_gpu", "same_network")  # nothing to say: GPUs are used anyway, and hosts meet where they are told
 
 
 @dataclass(frozen=True)
@@ -87,11 +95,11 @@ class Settings:
             if machines > 1 and not getattr(self, name):
                 raise ValueError(f"{name} is missing: {machines} machines must know where to meet")
 
-    def torchrun(self, command: Sequence[str], module: bool = False) -> list[str]:
-        """The arguments of torchrun for a script and its own arguments."""
+    def torchrun(self, command: Sequence[str], kind: str = "script") -> list[str]:
+        """The arguments of torchrun for a script, a "module" or a "program" and its own arguments."""
         port = ["--master-port", str(self.main_process_port)] if self.main_process_port else []
         count = ["--nproc-per-node", str(self._processes_here())]
-        script = ["-m", *command] if module else [*command]
+        script = [*_KINDS[kind], *command]
         if self.num_machines == 1:
             return [*(port or ["--standalone"]), *count, *script]
         address = ["--node-rank", str(self.machine_rank), "--master-addr", str(self.main_process_ip), *port]
@@ -121,6 +129,46 @@ class Settings:
         import torch
 
         return max(1, torch.cuda.device_count())
+
+
+def default_config() -> Path:
+    """Where `accelerate config` writes its config file, and `bigkit config default` too."""
+    cache = os.environ.get("XDG_CACHE_HOME", "~/.cache")
+    home = os.environ.get("HF_HOME", os.path.join(cache, "huggingface"))
+    return Path(home, "accelerate", "default_config.yaml").expanduser()
+
+
+def write_default_config() -> Path:
+    """Write a config file for this machine, one process for each GPU, as Accelerate reads it.
+
+    Raises:
+        FileExistsError: it is there already; nothing is overwritten.
+    """
+    import torch
+    import yaml
+
+    path, gpus = default_config(), torch.cuda.device_count()
+    if path.exists():
+        raise FileExistsError(f"{path} is there already: edit it, or remove it first")
+    content = {
+        "compute_environment": "LOCAL_MACHINE", "debug": False, "distributed_type": "MULTI_GPU" if gpus > 1 else "NO",
+        "machine_rank": 0, "mixed_precision": "no", "num_machines": 1, "num_processes": max(1, gpus),
+        "use_cpu": not gpus,
+    }  # fmt: skip
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(yaml.safe_dump(content), encoding="utf-8")
+    return path
+
+
+def say_ignored(given: Mapping[str, Any]) -> None:
+    """Say on one line of stderr which options or keys have no effect here."""
+    ignored = [
+        f"{name} ({value})"
+        for name, value in given.items()
+        if name in IGNORED and name not in _SILENT and value not in _NOTHING_SAID
+    ]
+    if ignored:
+        print(f"bigkit launch ignores {', '.join(ignored)}", file=sys.stderr)
 
 
 def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -154,6 +202,7 @@ def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
         Settings(**values)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
+    say_ignored(content)
     return values
 
 
@@ -189,34 +238,34 @@ def _read_keys(content: Mapping[str, Any]) -> dict[str, Any]:
     return values
 
 
-def command_line(settings: Settings, command: Sequence[str], module: bool = False) -> str:
+def command_line(settings: Settings, command: Sequence[str], kind: str = "script") -> str:
     """The command that does the same without bigkit.
 
     >>> command_line(Settings(2, use_cpu=True), ["script.py"]).replace("OMP_NUM_THREADS=1 ", "")
     'BIGKIT_USE_CPU=1 torchrun --standalone --nproc-per-node 2 script.py'
     """
     variables = [f"{name}={shlex.quote(value)}" for name, value in settings.environment().items()]
-    return " ".join([*variables, "torchrun", shlex.join(settings.torchrun(command, module))])
+    return " ".join([*variables, "torchrun", shlex.join(settings.torchrun(command, kind))])
 
 
-def launch(settings: Settings, command: Sequence[str], module: bool = False) -> int:
+def launch(settings: Settings, command: Sequence[str], kind: str = "script") -> int:
     """Print the torchrun command and become it; on Windows, run it.
 
     Args:
         settings: how many processes, and where.
         command: the script and its arguments.
-        module: the script is a module's name, as for `python -m`.
+        kind: "script", "module" (its name, as for `python -m`), or "program" that needs no Python.
 
     Raises:
         FileNotFoundError: there is no such script.
     """
     if not command:
         raise ValueError("bigkit launch needs a script: write one to start from with `bigkit launch --example`")
-    if not module and not Path(command[0]).is_file():
+    if kind == "script" and not Path(command[0]).is_file():
         raise FileNotFoundError(f"there is no script {command[0]}")
-    print(command_line(settings, command, module), file=sys.stderr, flush=True)
+    print(command_line(settings, command, kind), file=sys.stderr, flush=True)
     os.environ.update(settings.environment())
-    line = [sys.executable, "-m", "torch.distributed.run", *settings.torchrun(command, module)]
+    line = [sys.executable, "-m", "torch.distributed.run", *settings.torchrun(command, kind)]
     if sys.platform == "win32":  # there exec would let the shell go on at once
         return subprocess.call(line)
     os.execv(line[0], line)

@@ -27,7 +27,7 @@ from datetime import timedelta
 from functools import cache, partial, wraps
 from itertools import count
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import cloudpickle
 import torch
@@ -72,6 +72,9 @@ class PartialState:
     (0, 1, device(type='cpu'), True)
     """
 
+    _shared_state: ClassVar[dict[str, Any]] = {}  # Accelerate's users ask whether it is empty: is there a state yet?
+    debug = fork_launched = False  # Accelerate's users read them; here no process is ever forked
+
     def __init__(self, cpu: bool = False, *, timeout: float | timedelta = 1800) -> None:
         cpu = cpu or os.environ.get(USE_CPU, "").lower() in ("1", "true", "yes")
         cuda = not cpu and torch.cuda.is_available()
@@ -84,6 +87,12 @@ class PartialState:
         if joined:
             cuda = not cpu and "nccl" in dist.get_backend_config()
         self.device = torch.device("cuda", self.local_process_index) if cuda else torch.device("cpu")
+        PartialState._shared_state.update(vars(self))
+
+    @staticmethod
+    def _reset_state() -> None:
+        """Forget that there is a state, as Accelerate's tests do; the group stays, and objects know what they knew."""
+        PartialState._shared_state.clear()
 
     @property
     def is_main_process(self) -> bool:

@@ -306,6 +306,7 @@ class AlignDevicesHook(ModelHook):
         offload_buffers: send persistent buffers away too.
         place_submodules: the hook is for the modules within too, not for what the module itself holds alone.
         skip_keys: keyword arguments (and keys of an output) that stay where they are.
+        tied_params_map: accepted for compatibility.
 
     Raises:
         ValueError: when it is added with `offload=True` and without `execution_device`.
@@ -326,6 +327,7 @@ class AlignDevicesHook(ModelHook):
         offload_buffers: bool = False,
         place_submodules: bool = False,
         skip_keys: str | Iterable[str] | None = None,
+        tied_params_map: Any = None,
     ) -> None:
         self.execution_device = None if execution_device is None else torch_device(execution_device)
         self.offload = offload

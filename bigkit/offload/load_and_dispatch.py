@@ -40,6 +40,8 @@ def load_checkpoint_and_dispatch(
     preload_module_classes: Iterable[str] | None = None,
     force_hooks: bool = False,
     strict: bool = False,
+    full_state_dict: bool = True,
+    broadcast_from_rank0: bool = False,
     keep_in_fp32_modules: Iterable[str] | None = None,
     key: str = "",
     prefix: str = "",
@@ -57,7 +59,8 @@ def load_checkpoint_and_dispatch(
         no_split_module_classes: classes that stay on one device, for a strategy; None takes the model's own list.
         offload_folder: where weights for "disk" are written that lie in no file as they are needed (of another dtype).
         dtype: floating weights become this.
-        offload_state_dict: accepted for compatibility; nothing is held in memory twice either way.
+        offload_state_dict, full_state_dict, broadcast_from_rank0: accepted for compatibility: nothing is held in memory
+            twice, and each process reads the whole checkpoint.
         strict: raise if anything in the checkpoint and the model does not match; else a warning names it.
         keep_in_fp32_modules, key, prefix, keep: see `load_checkpoint_in_model`.
         offload_buffers, skip_keys, preload_module_classes, force_hooks, options: see `dispatch_model`.

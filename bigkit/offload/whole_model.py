@@ -22,9 +22,13 @@ class CpuOffload(ModelHook):
     Its weights stay in RAM too: to send them away again nothing needs to be copied, unless something wrote to them.
     """
 
-    def __init__(self, execution_device: torch.device | Device | None, previous: UserCpuOffloadHook | None) -> None:
+    def __init__(
+        self,
+        execution_device: torch.device | Device | None = None,
+        prev_module_hook: UserCpuOffloadHook | None = None,
+    ) -> None:
         self.execution_device = torch_device("cuda" if execution_device is None else execution_device)
-        self.previous = previous
+        self.previous = prev_module_hook
         self.in_ram: list[tuple[Tensor, Tensor, int]] = []  # tensor of the model, its data in RAM, its version
 
     def init_hook(self, module: nn.Module) -> nn.Module:

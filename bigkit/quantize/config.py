@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -46,7 +46,7 @@ class BnbQuantizationConfig:
     load_in_4bit: bool = False
     bnb_4bit_quant_type: str = "fp4"
     bnb_4bit_use_double_quant: bool = False
-    bnb_4bit_compute_dtype: Any = "float16"
+    bnb_4bit_compute_dtype: Any = "fp16"
     torch_dtype: Any = None
     skip_modules: Iterable[str] | None = None
     keep_in_fp32_modules: Iterable[str] | None = None
@@ -76,6 +76,20 @@ class BnbQuantizationConfig:
                 if not all(isinstance(module, str) and module for module in modules):
                     raise ValueError(f"{name} must be a list of module names, not {names!r}")
                 object.__setattr__(self, name, tuple(modules))
+
+    @classmethod
+    def of(cls, config: Any) -> BnbQuantizationConfig:
+        """The same options from Accelerate's config, or another with these attributes.
+
+        Raises:
+            TypeError: it is none.
+        """
+        if isinstance(config, cls):
+            return config
+        names = [field.name for field in fields(cls)]
+        if missing := [name for name in names if not hasattr(config, name)]:
+            raise TypeError(f"expected a BnbQuantizationConfig, not a {type(config).__name__} without {missing[0]}")
+        return cls(**{name: getattr(config, name) for name in names})
 
     @property
     def quantization(self) -> str:

@@ -70,7 +70,7 @@ def load_and_quantize_model(
 
     Args:
         model: the model, changed in place: on meta if there is a checkpoint.
-        bnb_quantization_config: what becomes of it.
+        bnb_quantization_config: what becomes of it; Accelerate's object is taken too.
         weights_location: a checkpoint in full precision or quantized in the same way, by bigkit or Transformers: a
             file, an index or a folder. None quantizes the weights that the model has.
         device_map: module name -> device; or one of `STRATEGIES` ("auto", ...), planned with the sizes that the weights
@@ -100,7 +100,7 @@ def load_and_quantize_model(
     >>> type(model.transformer["h"][0].mlp.c_fc).__name__, type(model.lm_head).__name__
     ('Linear4bit', 'Linear')
     """
-    config = bnb_quantization_config
+    config = BnbQuantizationConfig.of(bnb_quantization_config)
     bitsandbytes()
     arguments: dict[str, Any] = {"offload_dir": offload_folder, "stand_in": stand_in, **options}
     inspect.signature(dispatch_model).bind(model, {}, **arguments)  # an option that it lacks is an error now

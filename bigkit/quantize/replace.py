@@ -51,8 +51,9 @@ def replace_with_bnb_layers(
     )
     """
     names = None if modules_to_not_convert is None else tuple(modules_to_not_convert)
-    for name, module in layers_to_quantize(model, bnb_quantization_config, names).items():
-        layer: Any = empty_layer_for(module, bnb_quantization_config)
+    config = BnbQuantizationConfig.of(bnb_quantization_config)
+    for name, module in layers_to_quantize(model, config, names).items():
+        layer: Any = empty_layer_for(module, config)
         layer.weight = twin(layer.weight, rows(module, module.weight.data).contiguous())  # type: ignore[arg-type]
         model.set_submodule(name.removesuffix(".weight"), layer)
     return model

@@ -138,3 +138,33 @@ def test_same_padded_tensors_and_gathers_as_accelerate() -> None:
 
     assert all(all(found) for found in group(both))
     group.close()
+
+
+def test_accelerates_other_operations(three: Ranks) -> None:
+    def operate(state: PartialState) -> dict[str, Any]:
+        from bigkit.accelerate import utils
+        from bigkit.accelerate.logging import get_logger
+
+        rank = state.process_index
+        own = torch.full((2,), float(rank))
+        objects = [rank, "x"]
+        padded = utils.pad_across_processes({"a": torch.ones(1, rank + 1)}, dim=1, pad_index=9, pad_first=True)["a"]
+        get_logger("ranks").warning("in order", in_order=True)
+        return {
+            "broadcast": utils.broadcast({"a": own}, 2)["a"].tolist(),
+            "objects": utils.broadcast_object_list(objects, 1) == objects == [1, "x"],
+            "sum": utils.reduce(own, "sum").tolist(),
+            "mean": utils.reduce([own])[0].tolist(),
+            "padded": padded.tolist()[0],
+            "dicts": utils.gather_object({"rank": rank}),
+        }
+
+    for rank, found in enumerate(three(operate)):
+        assert found == {
+            "broadcast": [2.0, 2.0],
+            "objects": True,
+            "sum": [3.0, 3.0],
+            "mean": [1.0, 1.0],
+            "padded": [9.0] * (2 - rank) + [1.0] * (rank + 1),
+            "dicts": [{"rank": 0}, {"rank": 1}, {"rank": 2}],
+        }

@@ -20,8 +20,16 @@ from bigkit import cli
 from bigkit.distributed.launch import Settings, command_line, read_config, write_example
 from tests.ranks import ROOT
 
-ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+ENVIRONMENT = {
+    **os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HOME": "/no/such/folder",
+    "PYTHONFAULTHANDLER": "1",
+}  # fmt: skip
 BIGKIT = [sys.executable, "-m", "bigkit.cli"]
+
+
+@pytest.fixture(autouse=True)
+def no_default_config(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
 
 
 def launch(folder: Path, *words: str | Path, **options: Any) -> subprocess.CompletedProcess[str]:
@@ -73,6 +81,26 @@ def test_words_of_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
         "torchrun --nnodes 2 --nproc-per-node 2 --node-rank 1 --master-addr h --master-port 5 x.py"
     )
     assert "'a b.py'" in shown("--cpu", "a b.py")
+
+
+def test_programs_and_modules_and_what_has_no_effect(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    assert shown("--num-processes", "2", "--no_python", "prog") == (
+        "torchrun --standalone --nproc-per-node 2 --no-python prog"
+    )
+    everyday = "--multi_gpu --same_network --mixed-precision no --dynamo_backend no --num_machines 1 --machine_rank 0"
+    assert shown("--num-processes", "2", *everyday.split(), "x.py") == "torchrun --standalone --nproc-per-node 2 x.py"
+    assert capsys.readouterr().err == ""
+    assert shown("--cpu", "--mixed_precision", "bf16", "--dynamo-backend=inductor", "--debug", "x.py")
+    assert capsys.readouterr().err == (
+        "bigkit launch ignores debug (True), dynamo_backend (inductor), mixed_precision (bf16)\n"
+    )
+    assert cli.main(["launch", "--use-fsdp", "x.py"]) == 2
+    assert "cannot do --use_fsdp: it runs inference" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        shown("--module", "--no_python", "x")
 
 
 def test_torchrun_understands_the_words() -> None:
@@ -151,6 +179,33 @@ use_cpu: false
     assert found["num_processes"] == 4 and found["main_process_ip"] == "10.0.0.1" and found["gpu_ids"] == "0,1"
     (tmp_path / "my_config.json").write_text('{"num_processes": 2, "distributed_type": "MULTI_CPU", "gpu_ids": null}')
     assert read_config(tmp_path / "my_config.json") == {"num_processes": 2, "use_cpu": True}
+
+
+def test_accelerates_default_file_is_found_and_never_in_the_way(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    path = tmp_path / "hf" / "accelerate" / "default_config.yaml"
+    assert shown("x.py") == "torchrun --standalone --nproc-per-node 1 x.py"
+    path.parent.mkdir(parents=True)
+    path.write_text("distributed_type: MULTI_CPU\nnum_processes: 3\nmixed_precision: bf16\n")
+    assert shown("x.py") == "BIGKIT_USE_CPU=1 torchrun --standalone --nproc-per-node 3 x.py"
+    assert capsys.readouterr().err == "bigkit launch ignores mixed_precision (bf16)\n"
+    assert "--nproc-per-node 2" in shown("--num_processes", "2", "x.py")
+    capsys.readouterr()
+    path.write_text("distributed_type: FSDP\nnum_processes: 8\n")
+    assert "--nproc-per-node 1" in shown("x.py")
+    said = capsys.readouterr().err
+    assert said.startswith(f"bigkit launch ignores {path}: distributed_type is 'FSDP'") and said.count("\n") == 1
+    assert cli.main(["config", "default"]) == 2 and "is there already" in capsys.readouterr().err
+    path.unlink()
+    assert cli.main(["config", "default"]) == 0
+    assert load_config_from_file(str(path)).num_processes == read_config(path)["num_processes"] == 1
+    capsys.readouterr()
+    assert cli.main(["env"]) == 0 and str(path) in capsys.readouterr().out
+    assert cli.main(["test"]) == 0 and "--example" in capsys.readouterr().out
 
 
 def test_options_overrule_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
