@@ -120,6 +120,16 @@ def facts(config: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in result.items() if value is not None}
 
 
+def stored_dtype(config: Mapping[str, Any]) -> str:
+    """The dtype of a checkpoint's weights, by its config; float32 if that names none that weights are made in.
+
+    >>> stored_dtype({"torch_dtype": "torch.bfloat16"}), stored_dtype({"dtype": "auto"})
+    ('bfloat16', 'float32')
+    """
+    named = facts(config).get("torch_dtype")
+    return named if named in ("float16", "bfloat16", "float64") else "float32"
+
+
 def attention(config: Mapping[str, Any], root: ModuleSpec) -> tuple[Attention, ...]:
     """What each block adds to the KV cache, in order; empty for a model that keeps none (BERT, ViT, ResNet).
 

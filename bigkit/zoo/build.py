@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from ..model.config import stored_dtype
 from ..model.spec import ModelSpec
 from ..units import dtype_name
 from ._transformers import builds, from_config
@@ -61,23 +62,23 @@ def build(
     Args:
         config: a parsed config.json.
         base: without the output head, as `AutoModel.from_config` builds it.
-        dtype: of the parameters; None takes the config's `torch_dtype`.
+        dtype: of the parameters; None takes the checkpoint's (`stored_dtype`).
         remote: where its code may be loaded from, as arguments of `AutoConfig.from_pretrained`; None forbids that.
 
     Raises:
         RemoteCodeNeeded: only code from the model's repository can build it, and `remote` is None.
         UnknownModel: no installed library has its classes.
     """
-    library = library_of(config)
+    library, wanted = library_of(config), _torch_dtype(stored_dtype(config) if dtype is None else dtype)
     if library == "bigkit":
         model = _bigkit(config)
     elif library == "timm":
         model = _timm(config)
     elif library == "transformers":
-        return _transformers(config, base, dtype, remote)
+        return _transformers(config, base, wanted, remote)
     else:
         raise NoConfig('this config.json has neither a "model_type" (transformers) nor an "architecture" (timm)')
-    return model.to(_torch_dtype(dtype or config.get("torch_dtype") or "float32"))
+    return model.to(wanted)
 
 
 def can_build(config: Mapping[str, Any]) -> bool:
@@ -93,7 +94,7 @@ def spec_of(model: nn.Module, name: str, config: Mapping[str, Any]) -> ModelSpec
     spec, library = spec_from_module(model, name), library_of(config) or ""
     facts, attention = dict(spec.facts), spec.attention
     if library == "transformers":  # the built config says in which dtype it was built, the file how weights are stored
-        facts |= {"torch_dtype": reader.facts(config).get("torch_dtype", "float32")}
+        facts |= {"torch_dtype": stored_dtype(config)}
     elif library == "bigkit":
         facts, attention = reader.facts(config), reader.attention(config, spec.root)
     elif library == "timm":
@@ -146,7 +147,9 @@ def _timm_facts(model: nn.Module) -> dict[str, Any]:
     return {name: value for name, value in facts.items() if value is not None}
 
 
-def _transformers(config: Mapping[str, Any], base: bool, dtype: object, remote: Mapping[str, Any] | None) -> nn.Module:
+def _transformers(
+    config: Mapping[str, Any], base: bool, wanted: torch.dtype, remote: Mapping[str, Any] | None
+) -> nn.Module:
     from ..meta.empty import init_empty_weights
 
     transformers = _import("transformers", f"a model of type {config['model_type']!r}")
@@ -170,7 +173,6 @@ def _transformers(config: Mapping[str, Any], base: bool, dtype: object, remote: 
     else:
         settings = transformers.AutoConfig.from_pretrained(**remote, trust_remote_code=True)
         options = {"trust_remote_code": True}
-    wanted = _torch_dtype(dtype if dtype is not None else getattr(settings, "dtype", None) or "float32")
     quiet = logging.getLogger("transformers")
     level = quiet.level
     quiet.setLevel(logging.ERROR)  # "generation flags", "tied weights": nothing that concerns an empty model
