@@ -80,9 +80,9 @@ def facts(config: Mapping[str, Any]) -> dict[str, Any]:
         `model_type`, `architecture`, `torch_dtype`, `hidden_size`, `intermediate_size`, `vocab_size`,
         `num_hidden_layers`, `num_attention_heads`, `num_key_value_heads`, `head_dim` (elements of one query head),
         `max_position_embeddings`, `positions` ("learned" is a hard limit; "rotary", "alibi", "relative" are not),
-        `is_encoder_decoder`, and where they apply `encoder_layers`, `num_experts`, `experts_per_token`,
-        `shared_experts`, `dense_layers`, `moe_intermediate_size`, `sliding_window`, `image_size`, `patch_size`,
-        `quantization`, `uncounted_cache`.
+        `is_encoder_decoder`, `generates` (token by token, so that it keeps a cache), and where they apply
+        `encoder_layers`, `num_experts`, `experts_per_token`, `shared_experts`, `dense_layers`, `moe_intermediate_size`,
+        `sliding_window`, `image_size`, `patch_size`, `quantization`, `uncounted_cache`.
 
     Source: the configuration classes of Hugging Face Transformers.
 
@@ -111,6 +111,7 @@ def facts(config: Mapping[str, Any]) -> dict[str, Any]:
         result["moe_intermediate_size"] = inner.get("moe_intermediate_size") or result.get("intermediate_size")
     result["positions"] = _positions(inner, result)
     result["is_encoder_decoder"] = bool(config.get("is_encoder_decoder", False))
+    result["generates"] = _caches(config)
     if result["is_encoder_decoder"]:
         result["encoder_layers"] = _first(inner, "encoder_layers", "num_layers", "num_hidden_layers")
         result["num_hidden_layers"] = _decoder_layers(inner)

@@ -237,7 +237,7 @@ def test_recurrent_layers_are_named_not_taken_for_zero():
 
 
 def test_facts_never_invent():
-    assert reader.facts({}) == {"model_type": "", "is_encoder_decoder": False}
+    assert reader.facts({}) == {"model_type": "", "is_encoder_decoder": False, "generates": False}
     assert reader.attention({}, ModuleSpec("Empty")) == ()
 
 
