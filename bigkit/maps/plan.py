@@ -104,7 +104,7 @@ class Plan:
     options: Mapping[str, Any] = field(default_factory=dict, hash=False)
     stored: str = ""
     positions: int | None = None
-    notes: tuple[str, ...] = ()
+    notes: tuple[str, ...] = field(default=(), compare=False)
 
     @property
     def feasible(self) -> bool:

@@ -26,7 +26,7 @@ from typing import NamedTuple
 
 from ..devices import Device
 from ..machine.hardware import DISKS, LINKS
-from ..model.estimate import remarks, tokens_seen
+from ..model.estimate import tokens_seen
 from ..model.spec import ModelSpec
 from ..units import dtype_name, parse_bytes
 from .own_map import read_map
@@ -112,7 +112,7 @@ def place(
         overhead=parse_bytes(overhead),
         offload_buffers=offload_buffers,
         options={name: value for name, value in options.items() if value is not None},
-        notes=remarks(model.name, model.facts, context),
+        asked=context,
     )
     if not isinstance(strategy, str):
         task, places = read_map(task, strategy)

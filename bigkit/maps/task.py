@@ -15,7 +15,7 @@ from functools import cached_property
 from typing import Any
 
 from ..devices import Device, device_label, prefixes, read_device
-from ..model.estimate import activation_bytes, longest_context, stored_as
+from ..model.estimate import activation_bytes, longest_context, remarks, stored_as
 from ..model.spec import Attention, Layer, ModelSpec, Precision
 from ..units import dtype_bits, format_bytes, listed, parse_bytes
 from .partition import Chain, last_true
@@ -51,7 +51,7 @@ class Unit:
 class Task:
     """A model, the devices, and the load; the arguments of `strategies.place`, read and checked.
 
-    `options` are the arguments that only `Plan.to_code` needs again.
+    `options` are the arguments that only `Plan.to_code` needs again, `asked` the context before positions limit it.
     """
 
     model: ModelSpec
@@ -63,7 +63,7 @@ class Task:
     overhead: int
     offload_buffers: bool
     options: Mapping[str, Any] = field(default_factory=dict)
-    notes: tuple[str, ...] = ()
+    asked: int = 0
 
     # -- the model's side
 
@@ -246,7 +246,7 @@ class Task:
             options=dict(self.options),
             stored=stored_as(self.model, self.precision),
             positions=longest_context(self.model.facts),
-            notes=self.notes,
+            notes=remarks(self.model.name, self.model.facts, max(self.asked, context)),
         )
         return replace(plan, shares=tuple(replace(share, why=why(plan, share)) for share in shares))
 

@@ -77,7 +77,10 @@ class MemoryExplorer(Explorer):
     def show(self, estimate: MemoryEstimate) -> None:
         """Show the estimate."""
         sizes = [f"{row.stored} {format_bytes(row.total)}" for row in estimate.inference]
-        said = [*([f"To run: {', '.join(sizes)}."] if sizes else []), *estimate.notes]
+        said = [
+            *([f"To run: {', '.join(sizes)}."] if sizes else []),
+            *(note for note in estimate.notes if note[0] != "*"),
+        ]
         verdict = pill("good", f"{format_count(estimate.parameters)} parameters.", " ".join(said))
         self.put(verdict, estimate_figure(estimate), estimate_text(estimate))
 
@@ -88,7 +91,7 @@ class MemoryExplorer(Explorer):
             "from bigkit import estimate_memory\n\n"
             f"estimate_memory(\n    {estimate.name!r},\n    dtypes={[row.dtype for row in estimate.rows]!r},\n"
             f"    stored={[row.stored for row in estimate.inference]!r},\n"
-            f"    batch={estimate.batch},\n    context={estimate.context},\n)\n"
+            f"    batch={estimate.batch},\n    context={self.context.value},\n)\n"
         )
 
     def summary(self, estimate: MemoryEstimate) -> list[str]:

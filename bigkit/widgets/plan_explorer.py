@@ -20,7 +20,7 @@ from ..maps.plan import Plan, PlanError
 from ..maps.strategies import STRATEGIES, place
 from ..maps.task import read_budgets
 from ..model.spec import QUANTIZATIONS
-from ..units import GiB, MiB, parse_bytes
+from ..units import GiB, MiB, format_bytes, parse_bytes
 from ._controls import chosen_dtype, dtype_menu, field, menu, token_slider
 from ._explorer import Explorer
 from ._html import map_table, pill, preformatted, short
@@ -237,7 +237,7 @@ class PlanExplorer(Explorer):
         away = f"offloads {plan.offloaded / GiB:.1f}" if plan.offloaded else "fits"
         head = f"{short(plan.model)} {plan.stored} {plan.strategy}, {away if plan.feasible else 'does not fit'}, "
         working = [share for share in plan.shares if share.runs]
-        tail = f" of {sum(share.budget or 0 for share in working) / GiB:.2f} GiB"
+        tail = f" of {format_bytes(sum(share.budget or 0 for share in working))}"
         loads = [share.used / GiB for share in working]
         forms = ["+".join(f"{load:.{digits}f}" for load in loads) for digits in (1, 0)]
         return [f"{head}{form}{tail}" for form in (*forms, f"{sum(loads):.1f}")]
