@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Union
 from . import zoo
 from .devices import Device
 from .machine.hardware import Hardware, machine_of
+from .machine.ledger import overhead_of
 from .maps import advise as _advise
 from .maps.advise import Advice
 from .maps.plan import Plan
@@ -74,10 +75,11 @@ def plan(
 
     Args:
         model: a name, URL, folder, `nn.Module` or `ModelSpec`.
-        max_memory: device -> budget; None takes those of `hardware`, or asks this machine (`get_max_memory`).
+        max_memory: device -> budget; None takes those of `hardware`, or of this machine (`Hardware.detect`).
         strategy, dtype, quantization, keep, special_dtypes, no_split, batch, context, offload_buffers, strict: see
             `maps.strategies.place`.
-        overhead: bytes that the runtime takes on each GPU; None takes `hardware.overhead`, or 0 where none is named.
+        overhead: bytes that the runtime takes on each GPU; None takes `overhead_of` the machine, or 0 for budgets that
+            are given without one.
         hardware: a machine, or the name of one ("1 x RTX 4090", "L4").
 
     Raises:
@@ -90,14 +92,16 @@ def plan(
     {'': 0}
     """
     machine = machine_of(hardware) if isinstance(hardware, str) else hardware
-    if max_memory is None and machine is not None:
-        max_memory = machine.max_memory()
-    elif max_memory is None:
+    if max_memory is None and machine is None:
         from .maps.device_map import get_max_memory
 
-        max_memory = get_max_memory()
+        machine, free = Hardware.detect(), get_max_memory()
+        max_memory = {**free, "disk": machine.disk} if "mps" in free else None
+    if max_memory is None and machine is not None:
+        max_memory = machine.max_memory()
     if overhead is None:
-        overhead = machine.overhead if machine else 0
+        overhead = overhead_of(machine) if machine else 0
+    assert max_memory is not None
     return place(
         describe(model), max_memory, strategy, dtype=dtype, quantization=quantization, keep=keep,
         special_dtypes=special_dtypes, no_split=no_split, batch=batch, context=context, overhead=overhead,

@@ -137,8 +137,27 @@ def format_seconds(value: float) -> str:
     if not value:
         return "0 s"
     scale, unit = (1, "s") if value >= 0.9995 else (1e-3, "ms") if value >= 0.9995e-3 else (1e-6, "µs")
-    number = value / scale
-    return f"{number:.{0 if number >= 99.95 else 1 if number >= 9.995 else 2}f} {unit}"
+    return f"{three_figures(value / scale)} {unit}"
+
+
+def three_figures(value: float) -> str:
+    """A number with three figures, or all of those before the point.
+
+    >>> three_figures(12.345), three_figures(12345), three_figures(0)
+    ('12.3', '12,345', '0')
+    """
+    return f"{value:,.0f}" if value >= 99.95 or not value else f"{value:.1f}" if value >= 9.995 else f"{value:.2f}"
+
+
+def format_count(count: int) -> str:
+    """A number of parameters with three figures: millions, billions, trillions.
+
+    >>> format_count(8_030_261_248), format_count(124_439_808), format_count(4_096)
+    ('8.03 B', '124 M', '4,096')
+    """
+    sizes = ((scale, unit) for scale, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M")) if count >= 0.9995 * scale)
+    scale, unit = next(sizes, (1, ""))
+    return f"{three_figures(count / scale)} {unit}" if unit else f"{count:,}"
 
 
 def text_table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

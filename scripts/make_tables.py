@@ -21,7 +21,7 @@ def table(entry: catalog.Entry) -> dict[str, Any]:
     config = catalog.config(entry)
     specs = {}
     for key, base in (("base", True), ("full", False)):
-        specs[key] = build.spec_of(build.build(config, base=base), entry.name, config)
+        specs[key] = build.spec_of(build.build(config, base=base, dtype=None), entry.name, config)
     return catalog.specs_to_json(specs)
 
 

@@ -93,3 +93,22 @@ def test_library_never_imports_accelerate():
             names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
             names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
             assert not any(name.split(".")[0] == "accelerate" for name in names), path
+
+
+@pytest.mark.parametrize("module", [name for name in MODULES if name != "bigkit.units"])
+def test_quantities_are_said_by_units(module):
+    """No f-string divides by a million or 2**30 itself, or writes a unit behind a number that it rounds."""
+    unit = re.compile(r"\s?([KMGT]i?B|[mµ]?s|M|B|tokens(/s| a second))\b")
+    for node in ast.walk(ast.parse(inspect.getsource(importlib.import_module(module)))):
+        if not isinstance(node, ast.JoinedStr):
+            continue
+        for value, following in zip(node.values, [*node.values[1:], None]):
+            if isinstance(value, ast.FormattedValue) and value.format_spec is not None:
+                rounds = ast.unparse(value.format_spec).rstrip("'\"").endswith(("f", "g"))
+                text = str(following.value) if isinstance(following, ast.Constant) else ""
+                divides = isinstance(value.value, ast.BinOp) and isinstance(value.value.op, ast.Div)
+                by = ast.unparse(value.value.right) if divides else ""
+                assert not (rounds and unit.match(text)), f"{module}: {ast.unparse(node)}"
+                assert not re.fullmatch(r"1?0*e?\d{4,}.*|1e\d+|(2|10) \*\* \d+|1000|1024", by), (
+                    f"{module}: {ast.unparse(node)}"
+                )

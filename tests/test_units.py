@@ -56,7 +56,7 @@ def test_no_number_is_rounded_up_to_the_next_unit(style, step, power, less):
 
 @given(st.floats(1e-7, 1e4))
 def test_seconds_have_three_figures(value):
-    number, unit = format_seconds(value).split()
+    number, unit = format_seconds(value).replace(",", "").split()
     assert abs(float(number) * {"s": 1, "ms": 1e-3, "µs": 1e-6}[unit] - value) <= max(0.006 * value, 6e-9)
     assert unit == "s" or float(number) < 1000
 

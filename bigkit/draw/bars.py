@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ..units import GiB, KiB, MiB
+from ..units import GiB, KiB, MiB, three_figures
 from .canvas import ABOVE, GROUND, WIDTH, Picture, text_width
 from .colours import BLACK, BLUE, DARK, GREEN, ORANGE, PURPLE, TRACK, VERMILLION, WHITE, YELLOW
 
@@ -75,12 +75,3 @@ def _draw_bar(picture: Picture, bar: Bar, longest: int, unit: int, unit_name: st
     font = 9.5 if text_width(total, 9.5, over) < picture.right - 12 else 8.0
     picture.text(WIDTH - 8, middle, total, font, "#B00000" if over else BLACK, "end", bold=over)
     picture.y += ROW
-
-
-def three_figures(value: float) -> str:
-    """A number with three figures, or all of those before the point.
-
-    >>> three_figures(12.345), three_figures(12345), three_figures(0)
-    ('12.3', '12,345', '0')
-    """
-    return f"{value:,.0f}" if value >= 99.95 or not value else f"{value:.1f}" if value >= 9.995 else f"{value:.2f}"

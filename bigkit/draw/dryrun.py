@@ -13,13 +13,13 @@ from ..machine.roofline import StepTime
 from ..machine.streams import Span
 from ..measure.record import Measurement
 from ..units import GiB, MiB, format_bytes, format_seconds, text_table
-from .canvas import ABOVE, GROUND, TOP, Picture, ticks, time_unit
-from .colours import BLACK, BLUE, DARK, GREEN, GREY, ORANGE, PURPLE, SOFT, VERMILLION, WHITE, YELLOW
+from .canvas import ABOVE, GROUND, TOP, WIDTH, Picture, ticks, time_unit
+from .colours import BLACK, BLUE, DARK, GREEN, GREY, ORANGE, PURPLE, SOFT, TRACK, VERMILLION, WHITE, YELLOW
 
 COLOURS = {"weights": BLUE, "slots": PURPLE, "KV cache": ORANGE, "activations": YELLOW, "workspace": DARK}
 POINTS = 400  # of a curve: each is the highest of the events that it stands for
 CHART, LANE = 68, 16  # points of height: of a device's memory, and of a lane
-LEFT, RIGHT = 76, 12  # points beside the charts
+LEFT, RIGHT = 76, 64  # points beside the charts
 
 
 def dryrun_figure(run: DryRun, measured: Measurement | None = None) -> Picture:
@@ -69,11 +69,13 @@ def dryrun_text(run: DryRun, measured: Measurement | None = None) -> str:
         ["step", "time", "busy longest"],
         [[step.name, format_seconds(step.seconds), _lane_name(step.bottleneck)] for step in _few(run.times)],
     )
-    speed = [f"{run.tokens_per_second:,.1f} tokens/s"] if run.tokens_per_second else []
+    busy = ", ".join(f"{_lane_name(lane)} {100 * run.busy[lane]:.0f} %" for lane in sorted(run.busy, key=_order))
+    speed = [f"busy: {busy}", *([run.speed] if run.speed else [])]
     if not run.fits:
         times = "If there were memory enough:\n" + times
     real = [] if measured is None else ["", f"measured on {measured.gpu}", _compared(run, measured)]
-    return "\n".join([f"{run.model}: {dryrun_verdict(run)}", _settings(run), "", memory, "", times, *speed, *real])
+    head = [f"{run.model}: {dryrun_verdict(run)}", _settings(run), *run.notes]
+    return "\n".join([*head, "", memory, "", times, *speed, *real])
 
 
 def _compared(run: DryRun, measured: Measurement) -> str:
@@ -114,10 +116,9 @@ def dryrun_label(run: DryRun, measured: Measurement | None = None) -> str:
 
 
 def _settings(run: DryRun, measured: Measurement | None = None) -> str:
-    tokens = f"{run.load.batch} x {run.load.prompt:,} tokens, then {run.load.new:,} more"
     calibrated = any(rates.measured for rates in run.rates.values())
     real = f"; measured on {measured.gpu}" if measured else ""
-    return f"{run.hardware}, {tokens}, {'calibrated' if calibrated else 'nominal'} rates{real}"
+    return f"{run.hardware}, {run.asked}, {'calibrated' if calibrated else 'nominal'} rates{real}"
 
 
 def _draw_memory(picture: Picture, timeline: Timeline, measured: Measurement | None, named: bool) -> None:
@@ -205,16 +206,21 @@ def _order(lane: str) -> tuple[int, str]:
 
 
 def _draw_lanes(picture: Picture, run: DryRun, measured: Measurement | None) -> None:
-    """A row for each lane, with a bar while it is busy; below them what was measured, step by step."""
+    """A row for each lane, with a bar while it is busy, as high as its share of the time at work if it pauses between
+    operations; below them what was measured, step by step.
+    """
     last = max((span.end for span in run.spans), default=0.0) or 1e-9
     longest = max(last, sum(measured.seconds)) if measured else last
     scale, top = picture.room / longest, picture.y
-    for lane in sorted({"python", *(span.lane for span in run.spans)}, key=_order):
+    for lane in sorted(run.busy, key=_order):
         colour = {"python": GREY, "disk": DARK}.get(lane, PURPLE if lane.startswith("copy") else GREEN)
         picture.text(picture.left - 6, picture.y + LANE / 2, _lane_name(lane), 8.5, anchor="end")
-        for start, end in merge([span for span in run.spans if span.lane == lane], last / 600):
+        picture.box("room", picture.left, picture.y + 2, last * scale, LANE - 4, TRACK, depth=GROUND)
+        for start, end, busy in merge([span for span in run.spans if span.lane == lane], last / 600):
+            height = (LANE - 4) * busy / (end - start)  # of a stretch with gaps too short to be seen: its share at work
             x = picture.left + start * scale
-            picture.box(lane, x, picture.y + 2, (end - start) * scale, LANE - 4, colour)
+            picture.box(lane, x, picture.y + LANE - 2 - height, (end - start) * scale, height, colour)
+        picture.text(WIDTH - 8, picture.y + LANE / 2, f"busy {100 * run.busy[lane]:.0f} %", 8.5, SOFT, "end")
         picture.y += LANE
     passed = 0.0
     for step in run.times:
@@ -233,18 +239,16 @@ def _draw_lanes(picture: Picture, run: DryRun, measured: Measurement | None) -> 
     picture.axis(longest / unit, unit_name, picture.y - 2)
 
 
-def merge(spans: Sequence[Span], gap: float) -> list[tuple[float, float]]:
-    """Spans of one lane as stretches; what lies closer together than `gap` is one.
+def merge(spans: Sequence[Span], gap: float) -> list[tuple[float, float, float]]:
+    """Spans of one lane as stretches (start, end, seconds at work); what lies closer together than `gap` is one.
 
-    >>> merge([Span("a", "x", 0, 1), Span("a", "y", 1.1, 2), Span("a", "z", 5, 6)], 0.5)
-    [(0, 2), (5, 6)]
+    >>> merge([Span("a", "x", 0, 1), Span("a", "y", 1.5, 2), Span("a", "z", 5, 6)], 0.6)
+    [(0, 2, 1.5), (5, 6, 1)]
     """
-    merged: list[tuple[float, float]] = []
+    merged: list[tuple[float, float, float]] = []
     for span in spans:
-        if merged and span.start - merged[-1][1] < gap:
-            merged[-1] = (merged[-1][0], max(span.end, merged[-1][1]))
-        else:
-            merged.append((span.start, span.end))
+        start, end, busy = merged.pop() if merged and span.start - merged[-1][1] < gap else (span.start, span.start, 0)
+        merged.append((start, max(span.end, end), busy + max(0, span.end - max(span.start, end))))
     return merged
 
 

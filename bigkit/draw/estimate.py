@@ -5,7 +5,7 @@ Leaves out: devices (`draw/plan.py`), and controls (`widgets/memory_explorer.py`
 
 from __future__ import annotations
 
-from ..model.estimate import MemoryEstimate
+from ..model.estimate import MemoryEstimate, load_text
 from ..units import format_bytes
 from .bars import PART_COLOURS, Bar, draw_bars
 from .canvas import Picture
@@ -22,7 +22,7 @@ def estimate_figure(estimate: MemoryEstimate) -> Picture:
     <Picture: Memory that bert-base-cased takes to run: float32 ...; to train: ...>
     """
     picture = Picture(estimate.name, estimate_label(estimate), left=142, right=74)
-    picture.head(f"batch {estimate.batch}" + (f", context {estimate.context:,}" if estimate.context else ""))
+    picture.head(load_text(estimate.batch, estimate.context))
     parts = dict.fromkeys([*RUN.values(), *TRAIN.values()])
     picture.legend([(part, PART_COLOURS[part]) for part in parts])
     picture.heading(f"To run {estimate.classes[1]}, weights stored as")

@@ -10,6 +10,7 @@ from itertools import groupby
 
 from ..devices import Device, device_label
 from ..maps.plan import Plan, Share
+from ..model.estimate import load_text
 from ..units import format_bytes, text_table
 from .bars import HATCHES, PART_COLOURS, Bar, draw_bars
 from .canvas import ABOVE, WIDTH, Picture, text_width
@@ -63,7 +64,8 @@ def plan_text(plan: Plan) -> str:
         for share in shares
     ]  # fmt: skip
     strip = [f"  {device_label(device)}: {_whole_span(names)}" for device, names, _ in _stretches(plan)]
-    return "\n".join([f"{plan.model}: {plan_verdict(plan)}", _settings(plan), "", text_table(headers, rows), "",
+    return "\n".join([f"{plan.model}: {plan_verdict(plan)}", _settings(plan), *plan.notes, "",
+                      text_table(headers, rows), "",
                       f"{len(plan.layers)} layers in order, {_sizes(plan)}:", *strip])  # fmt: skip
 
 
@@ -87,9 +89,8 @@ def plan_label(plan: Plan) -> str:
 
 
 def _settings(plan: Plan) -> str:
-    stored = " + ".join(text for text in (plan.quantization, plan.dtype) if text) or "as stored"
-    load = f"context {plan.context:,}" if plan.context else "no context counted"
-    return f"{stored}, strategy {plan.strategy}, batch {plan.batch}, {load}"
+    stored = f"{plan.quantization} + {plan.dtype}" if plan.quantization else plan.stored
+    return f"{stored}, strategy {plan.strategy}, {load_text(plan.batch, plan.context)}"
 
 
 def _bar(share: Share) -> Bar:

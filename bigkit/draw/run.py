@@ -166,7 +166,8 @@ def _in_words(schedule: Schedule, moment: Moment) -> str:
 
 def _settings(schedule: Schedule) -> str:
     size = format_bytes(sum(turn.nbytes for turn in schedule.turns), "si")
-    rates = [f"{lane} {getattr(schedule, lane) / 1e9:g} GB/s" for lane in ("link", "disk") if schedule.busy[lane]]
+    busy = [lane for lane in ("link", "disk") if schedule.busy[lane]]
+    rates = [f"{lane} {format_bytes(getattr(schedule, lane), 'si')}/s" for lane in busy]
     return ", ".join([counted(len(schedule.turns), "unit"), size, counted(schedule.tokens, "forward"), *rates])
 
 

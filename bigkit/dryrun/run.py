@@ -18,23 +18,28 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
 from ..devices import Device, device_label, read_device
 from ..machine.allocator import CachingAllocator, OutOfMemory, Recording, replay
 from ..machine.hardware import CONTEXT_BYTES, GPUS, Hardware, machine_of
-from ..machine.ledger import Calibration
+from ..machine.ledger import Calibration, calibration_of, overhead_of
 from ..machine.roofline import Operation, Rates, StepTime, run_steps
 from ..machine.streams import Span
-from ..maps.advise import calibration_of, rates_of
+from ..maps.advise import rates_of
 from ..maps.plan import Plan
+from ..maps.strategies import place
+from ..meta.skeleton import spec_from_module
+from ..model.config import facts
+from ..model.estimate import remarks
 from ..quantize.load import BnbQuantizationConfig
-from ..units import format_bytes, format_seconds
+from ..units import format_bytes, format_seconds, three_figures
 from .export import chrome_trace
 from .rehearse import rehearse, target_of
 from .replay import Unlike
-from .workload import Workload
+from .workload import Workload, in_words
 
 KINDS = ("weights", "slots", "KV cache", "activations", "workspace")
 
@@ -94,6 +99,8 @@ class DryRun:
         operations, steps: see `roofline.run_steps`.
         rates: device -> the rates by which times are predicted.
         capacity: device -> bytes that its allocator can have.
+        asked: the work in words.
+        notes: what must be said beside the figures.
     """
 
     model: str
@@ -106,6 +113,8 @@ class DryRun:
     steps: Sequence[tuple[str, int]] = field(repr=False)
     rates: Mapping[str, Rates] = field(repr=False)
     capacity: Mapping[Device, int] = field(repr=False)
+    asked: str = ""
+    notes: tuple[str, ...] = ()
 
     @cached_property
     def timelines(self) -> dict[Device, Timeline]:
@@ -202,10 +211,21 @@ class DryRun:
         """Tokens a second of all sequences together while decoding; 0 if none were generated."""
         return self.load.batch / self.seconds["token"] if "token" in self.seconds else 0.0
 
+    @property
+    def speed(self) -> str:
+        """The same in words; empty if no tokens were generated."""
+        return f"{three_figures(self.tokens_per_second)} tokens/s" if self.tokens_per_second else ""
+
+    @property
+    def busy(self) -> dict[str, float]:
+        """Lane -> the share of the whole time that it works."""
+        whole = sum(step.seconds for step in self.times) or 1.0
+        lanes = dict.fromkeys(lane for step in self.times for lane in step.busy)
+        return {lane: sum(step.busy.get(lane, 0.0) for step in self.times) / whole for lane in lanes}
+
     def explain(self) -> str:
         """The run as a short story."""
-        load = self.load
-        lines = [f"{self.model} on {self.hardware}: {load.batch} x {load.prompt} tokens, then {load.new} more each"]
+        lines = [f"{self.model} on {self.hardware}: {self.asked}"]
         for device, line in self.timelines.items():
             parts = ", ".join(f"{kind} {format_bytes(n)}" for kind, n in line.at_peak().items() if n)
             limit = f" of {format_bytes(line.capacity)}" if line.capacity else ""
@@ -216,8 +236,7 @@ class DryRun:
         for name, seconds in self.seconds.items():
             step = self.times[0] if name == "prefill" else self.times[-1]
             lines.append(f"  {name}: {format_seconds(seconds)}, longest busy: {step.bottleneck}")
-        if self.tokens_per_second:
-            lines.append(f"  {self.tokens_per_second:,.1f} tokens/s")
+        lines += [f"  {text}" for text in (self.speed, *self.notes) if text]
         lines.append(f"  DOES NOT FIT: {self.problem}" if self.problem else "  Fits.")
         return "\n".join(lines)
 
@@ -226,8 +245,7 @@ class DryRun:
     def __repr__(self) -> str:
         peak = max(self.peak_reserved.values(), default=0)
         verdict = "fits" if self.fits else "OUT OF MEMORY"
-        load = f"{self.load.batch} x {self.load.prompt}+{self.load.new}"
-        text = f"DryRun({self.model} {load}, {verdict}, peak {peak / 2**30:.2f} GiB)"
+        text = f"DryRun({self.model}, {self.asked}: {verdict}, peak {format_bytes(peak)})"
         return text if len(text) < 110 else text[:105] + "...)"
 
     def to_json(self) -> str:
@@ -298,7 +316,8 @@ def dry_run(
     Args:
         model: a name, an empty model (on the meta device, see `init_empty_weights`; it is left without memory, on fake
             devices), or a function that builds one.
-        plan: where its parts rest: a `Plan`, a device map, or None for all on GPU 0.
+        plan: where its parts rest: a `Plan`, a device map, or None for all on GPU 0; of a machine with several, for
+            what `bigkit.plan` gives there.
         batch_size: sequences, or images.
         prompt_tokens: tokens of each sequence's prompt.
         new_tokens: tokens that are then generated for each sequence, one at a time.
@@ -324,6 +343,8 @@ def dry_run(
     >>> run.fits, [step.name for step in run.times]
     (True, ['prefill', 'token 1', 'token 2'])
     """
+    if plan is None and hardware is not None and len(_machine(hardware, 1).gpus) > 1:
+        plan = _plan(model, _machine(hardware, 1), dtype, quantization, batch_size, prompt_tokens + new_tokens)
     places = _places(plan)
     if isinstance(plan, Plan):
         dtype, quantization = dtype or plan.dtype, quantization or plan.quantization
@@ -349,6 +370,8 @@ def dry_run(
             ) from None
         name, empty = _model(model, dtype, config)
         trace = rehearse(empty, places, load, target, slots or 2, resident_memory, config)
+    known: Any = getattr(empty, "config", None)
+    about = facts(known.to_dict()) if hasattr(known, "to_dict") else {}
     context = calibration.context if calibration and calibration.context else CONTEXT_BYTES
     rates = rates_of(machine, calibration)
     return DryRun(
@@ -362,7 +385,31 @@ def dry_run(
         steps=trace.steps[1:],
         rates={f"cuda:{i}": rates[i] for i in numbers},
         capacity={i: machine.gpus[i].memory - context for i in numbers},
+        asked=in_words(empty, load),
+        notes=remarks(name, about, prompt_tokens + new_tokens),
     )
+
+
+def _plan(
+    model: str | nn.Module | Callable[[], nn.Module],
+    machine: Hardware,
+    dtype: object,
+    quantization: BnbQuantizationConfig | str | None,
+    batch: int,
+    context: int,
+) -> Plan:
+    """What `bigkit.plan` gives on a machine."""
+    if isinstance(model, str):
+        from .. import zoo
+
+        spec = zoo.describe(model)
+    else:
+        spec = spec_from_module(model if isinstance(model, nn.Module) else model())
+    kind = quantization.quantization if isinstance(quantization, BnbQuantizationConfig) else quantization
+    return place(
+        spec, machine.max_memory(), dtype=dtype, quantization=kind, batch=batch, context=context,
+        overhead=overhead_of(machine), strict=False,
+    )  # fmt: skip
 
 
 def _places(plan: Plan | Mapping[str, Device] | None) -> dict[str, Device]:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from ..devices import Device, placement
 from ..model.config import facts
 from ..offload.inputs import torch_device
+from ..units import counted
 
 
 @dataclass(frozen=True)
@@ -160,6 +161,19 @@ def passes(model: nn.Module, load: Workload, device: torch.device | str | int) -
         yield Step("decode", state["past_key_values"])
 
 
+def in_words(model: nn.Module, load: Workload) -> str:
+    """What a model is asked to do, in words.
+
+    >>> from bigkit import zoo
+    >>> in_words(zoo.empty_model("gpt2"), Workload(2, 8, 3))
+    '2 x 8 tokens, then 3 more each'
+    """
+    if _input_name(model) == "pixel_values":
+        return counted(load.batch, "image")
+    then = f", then {load.new:,} more each" if load.new and _generates(model) else ""
+    return f"{load.batch:,} x {load.prompt:,} tokens{then}"
+
+
 def most_tokens(model: nn.Module) -> int | None:
     """The most tokens that a model's table of learned positions has room for; None if it has no such table.
 
@@ -178,7 +192,7 @@ def most_tokens(model: nn.Module) -> int | None:
 
 def _inputs(model: nn.Module, load: Workload, device: torch.device) -> tuple[dict[str, Tensor], dict[str, Any]]:
     config: Any = getattr(model, "config", None)
-    name = getattr(model, "main_input_name", "input_ids" if config is not None else "pixel_values")
+    name = _input_name(model)
     if name == "pixel_values":
         size = getattr(config, "image_size", None) or _timm_size(model)
         dtype = next(parameter.dtype for parameter in model.parameters())
@@ -192,6 +206,11 @@ def _inputs(model: nn.Module, load: Workload, device: torch.device) -> tuple[dic
         if not load.all_logits and "logits_to_keep" in inspect.signature(model.forward).parameters:
             options["logits_to_keep"] = 1
     return {name: torch.randint(vocabulary, (load.batch, load.prompt), device=device)}, options
+
+
+def _input_name(model: nn.Module) -> str:
+    has_config = getattr(model, "config", None) is not None
+    return str(getattr(model, "main_input_name", "input_ids" if has_config else "pixel_values"))
 
 
 def _generates(model: nn.Module) -> bool:

@@ -65,7 +65,8 @@ class Hardware:
 
     @staticmethod
     def detect(folder: str | os.PathLike[str] = ".") -> Hardware:
-        """This machine: its GPUs, the RAM that this process may use, and the free space of a disk.
+        """This machine: its GPUs, the RAM that this process may use, and the free space of a disk; what others hold
+        is left out.
 
         A GPU that is not in `GPUS` (an H100 PCIe, a laptop's RTX 4090) gets its own memory, and the other figures of
         the one there whose compute capability is nearest, which the machine's name says; `calibrate()` replaces them
@@ -83,7 +84,10 @@ class Hardware:
             for gpu in gpus
         ]
         name = f"{len(names)} x {names[0]}" if names and len({*names}) == 1 else ", ".join(names) or "no GPU"
-        return Hardware(f"this machine: {name}", gpus, ram_limit(), shutil.disk_usage(folder).free)
+        import psutil
+
+        ram = min(ram_limit(), psutil.virtual_memory().available)
+        return Hardware(f"this machine: {name}", gpus, ram, shutil.disk_usage(folder).free)
 
     @property
     def overhead(self) -> int:
@@ -208,7 +212,8 @@ def _gpus() -> tuple[Gpu, ...]:
         about = torch.cuda.get_device_properties(i)
         capability = (about.major, about.minor)
         gpu = known_gpu(about.name) or _nearest(capability)
-        gpus.append(Gpu(about.name, about.total_memory, gpu.bandwidth, gpu.flops, gpu.link, capability))
+        memory = min(about.total_memory, torch.cuda.mem_get_info(i)[0] + CONTEXT_BYTES)  # without what others hold
+        gpus.append(Gpu(about.name, memory, gpu.bandwidth, gpu.flops, gpu.link, capability))
     return tuple(gpus)
 
 

@@ -23,7 +23,8 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..units import counted
+from ..units import counted, format_bytes, format_seconds, three_figures
+from .hardware import CONTEXT_BYTES, Hardware
 
 MOST_RUNS = 1000  # kept in the file; older ones go
 _RATES = ("link_pinned", "link_pageable", "disk_cold", "disk_warm", "memory", "host_memory", "issue", "kernel")
@@ -86,10 +87,10 @@ class Calibration:
         return "\n".join(
             [
                 self.machine,
-                *(f"  {name:28} {rate / 1e9:10,.1f} GB/s" for name, rate in rates.items() if rate),
-                *(f"  {name:28} {rate / 1e12:10,.2f} TFLOP/s" for name, rate in products.items()),
-                *(f"  {name:28} {1e6 * seconds:10,.1f} µs" for name, seconds in times.items() if seconds),
-                *(f"  {name:28} {size / 2**20:10,.1f} MiB" for name, size in sizes.items() if size),
+                *(f"  {name:28} {format_bytes(rate, 'si'):>13}/s" for name, rate in rates.items() if rate),
+                *(f"  {name:28} {three_figures(rate / 1e12):>8} TFLOP/s" for name, rate in products.items()),
+                *(f"  {name:28} {format_seconds(seconds):>13}" for name, seconds in times.items() if seconds),
+                *(f"  {name:28} {format_bytes(size):>13}" for name, size in sizes.items() if size),
             ]
         )
 
@@ -246,6 +247,28 @@ def _locked(folder: Path) -> Iterator[None]:
 def machine_key(gpu: str | None = None) -> str:
     """What a machine goes by in the ledger: its GPU (or the processor) and the number of cores."""
     return f"{gpu or platform.processor() or platform.machine()}, {os.cpu_count()} cores"
+
+
+def calibration_of(hardware: Hardware) -> Calibration | None:
+    """What the ledger has on a machine, if it is this one (`Hardware.detect()`)."""
+    if not hardware.name.startswith("this machine"):
+        return None
+    calibrations = Ledger.load().calibrations
+    if not hardware.gpus:
+        return calibrations.get(machine_key())
+    return next((item for item in calibrations.values() if item.gpu == hardware.gpus[0].name), None)
+
+
+def overhead_of(hardware: Hardware, calibration: Calibration | None = None) -> int:
+    """Bytes of each GPU that a plan must leave free: `Hardware.overhead`, with the CUDA context that was measured.
+
+    Args:
+        hardware: the machine.
+        calibration: what was measured there; None takes `calibration_of(hardware)`.
+    """
+    calibration = calibration or calibration_of(hardware)
+    measured = (calibration.context if calibration else None) or CONTEXT_BYTES
+    return hardware.overhead + (measured - CONTEXT_BYTES if hardware.gpus else 0)
 
 
 def ledger_path() -> Path:

@@ -16,18 +16,22 @@ Leaves out: speculation, tensor parallelism, and what quantized kernels cost bey
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 from ..devices import Device
-from ..machine.hardware import CONTEXT_BYTES, GPUS, Hardware
-from ..machine.ledger import Calibration, Ledger, machine_key
+from ..machine.hardware import GPUS, Hardware
+from ..machine.ledger import Calibration, calibration_of, overhead_of
 from ..machine.roofline import Rates
+from ..model.estimate import generates, load_text, longest_context, remarks, tokens_seen
 from ..model.spec import ModelSpec
-from ..units import dtype_bits, format_bytes, format_seconds, text_table
+from ..units import dtype_bits, format_bytes, format_seconds, text_table, three_figures
+from .partition import last_true
 from .plan import Plan, PlanError
 from .strategies import place
+from .task import LONGEST
 
 STORED = (None, "int8", "nf4", "nf4-double")
 LOSS = {None: 0, "int8": 1, "nf4": 2, "fp4": 3, "nf4-double": 3, "fp4-double": 4}  # rank: how far from the 16-bit model
@@ -63,41 +67,54 @@ class Option:
 
     Args:
         plan: which layer rests on which device.
-        token: predicted seconds for one token of each sequence.
-        prefill: predicted seconds for a prompt of the whole context.
-        waits: "Python", "GPU" (or "RAM"), "link", "disk" -> predicted seconds that it works for a token.
+        token: predicted seconds for one token of each sequence; None for a model that does not generate.
+        prefill: predicted seconds for one pass over the whole context, or over an image.
+        waits: "Python", "GPU" (or "RAM"), "link", "disk" -> predicted seconds that it works for a token (or the pass).
         loss: rank of the loss of quality by quantization; 0 is none.
-        front: whether no other option is at least as good in speed, memory and quality, and better in one.
+        front: whether every option that is better by the target loses more quality.
     """
 
     plan: Plan
-    token: float
+    token: float | None
     prefill: float
     waits: dict[str, float]
     loss: int
     front: bool = False
 
     @property
+    def seconds(self) -> float:
+        """What is waited for: a token, or the pass of a model that does not generate."""
+        return self.prefill if self.token is None else self.token
+
+    @property
+    def speed(self) -> str:
+        """The same in words: "12.3 tokens/s" of all sequences together, or "45.6 ms a pass"."""
+        if self.token is None:
+            return f"{format_seconds(self.prefill)} a pass"
+        return f"{three_figures(self.plan.batch / self.token)} tokens/s"
+
+    @property
     def label(self) -> str:
         """How the weights are stored, and the strategy."""
-        return f"{self.plan.quantization or self.plan.dtype}, {self.plan.strategy}"
+        return f"{self.plan.stored}, {self.plan.strategy}"
 
     @property
     def bottleneck(self) -> str:
-        """What a token waits for longest."""
+        """What is waited for longest."""
         return max(self.waits, key=lambda lane: self.waits[lane])
 
     @property
     def memory(self) -> int:
-        """Bytes on all devices that run layers."""
-        return sum(share.used for share in self.plan.shares if share.runs)
+        """Bytes on all devices, those where weights only rest included."""
+        return sum(share.used for share in self.plan.shares)
 
 
 @dataclass(frozen=True)
 class Advice:
     """The ways to run a model on a machine, best first; `cures` say what would have to change if there is none.
 
-    `measured` says whether rates were measured on that machine; else they are the vendors'.
+    `measured` says whether rates were measured on that machine; else they are the vendors'. `notes` are what must be
+    said beside the figures.
     """
 
     model: str
@@ -108,6 +125,7 @@ class Advice:
     options: tuple[Option, ...]
     cures: tuple[str, ...] = field(default=())
     measured: bool = False
+    notes: tuple[str, ...] = ()
 
     @property
     def best(self) -> Option | None:
@@ -116,24 +134,25 @@ class Advice:
 
     @property
     def front(self) -> tuple[Option, ...]:
-        """The options that no other beats in speed, memory and quality together."""
+        """The options worth a thought: what is better by the target loses more quality."""
         return tuple(option for option in self.options if option.front)
 
     def explain(self) -> str:
         """The options as a table, and a sentence."""
-        head = f"{self.model} on {self.hardware}, batch {self.batch}, context {self.context:,}; best by {self.target}"
+        head = f"{self.model} on {self.hardware}, {load_text(self.batch, self.context)}; best by {self.target}"
         if self.best is None:
-            return "\n".join([head, "Nothing fits.", *(f"  {cure}" for cure in self.cures)])
+            return "\n".join([head, "Nothing fits.", *(f"  {cure}" for cure in self.cures), *self.notes])
+        step = "pass" if self.best.token is None else "token"
         rows = [
-            [("* " if option.front else "  ") + option.label, f"{self.batch / option.token:,.2f}",
-             format_seconds(option.token), option.bottleneck, format_seconds(option.prefill),
+            [("* " if option.front else "  ") + option.label, option.speed, option.bottleneck,
+             format_seconds(option.seconds), format_seconds(option.prefill),
              format_bytes(option.memory), format_bytes(option.plan.offloaded),
              f"{option.plan.max_context:,}" if option.plan.max_context else "-"]
             for option in self.options
         ]  # fmt: skip
-        headers = ["  stored, strategy", "tokens/s", "token", "waits for", "prefill", "where it runs",
-                   "rests elsewhere", "longest context"]  # fmt: skip
-        notes = ["* on the front: no other beats it in speed, memory and quality together"]
+        headers = ["  stored, strategy", "speed", "waits for", step, "prefill", "memory", "of it elsewhere",
+                   "longest context"]  # fmt: skip
+        notes = ["* whatever is better by the target loses more quality", *self.notes]
         if self.measured:
             notes.append("Times follow the rates that bigkit calibrate measured on this machine.")
         return "\n".join([head, "", text_table(headers, rows), "", *notes])
@@ -143,20 +162,20 @@ class Advice:
     def __repr__(self) -> str:
         best = "nothing fits"
         if self.best is not None:
-            best = f"{self.best.label}, {self.batch / self.best.token:,.2f} tokens/s, {len(self.options)} options"
+            best = f"{self.best.label}, {self.best.speed}, {len(self.options)} options"
         return f"Advice({self.model[:30]} on {self.hardware[:24]}: {best})"
 
     def to_json(self) -> str:
         """The options as JSON text; sizes in bytes, times in seconds."""
-        names = ("token", "prefill", "waits", "loss", "memory", "front")
+        names = ("token", "prefill", "speed", "waits", "loss", "memory", "front")
         plan_names = ("strategy", "offloaded", "max_context", "device_map")
         options = [
-            {"stored": option.plan.quantization or option.plan.dtype}
+            {"stored": option.plan.stored}
             | {name: getattr(option, name) for name in names}
             | {name: getattr(option.plan, name) for name in plan_names}
             for option in self.options
         ]
-        own = ("model", "hardware", "batch", "context", "target", "measured", "cures")
+        own = ("model", "hardware", "batch", "context", "target", "measured", "cures", "notes")
         return json.dumps({**{name: getattr(self, name) for name in own}, "options": options}, indent=1)
 
 
@@ -176,7 +195,8 @@ def advise(
         model: the model's skeleton.
         hardware: the machine.
         batch, context: the load: sequences, and tokens of each.
-        target: what ranks first: "speed", "quality" (then speed), "memory", or "context" (the longest that fits: the
+        target: what ranks first: "speed", "quality" (then speed), "memory" (on all devices together), or "context" (the
+            longest that fits, as many weights as need be resting elsewhere, and that the model was trained for: the
             plans are then made, and timed, for that).
         stored: quantizations to try; None is 16 bits (bfloat16; float16 on GPUs before Ampere).
         calibration: what was measured on that machine; None takes the one in the ledger if the hardware is this
@@ -198,48 +218,47 @@ def advise(
         raise ValueError(f"unknown target {target!r}: expected one of {', '.join(TARGETS)}")
     half = "float16" if hardware.gpus and hardware.gpus[0].capability < (8, 0) else "bfloat16"
     calibration = calibration or calibration_of(hardware)
-    overhead = hardware.overhead
-    if calibration and calibration.context:
-        overhead += calibration.context - CONTEXT_BYTES
+    overhead = overhead_of(hardware, calibration)
     options, cures = [], []
     for quantization in stored:
+        if quantization and not model.quantized(model.precision(half, quantization)):
+            continue  # no layer of the model can be
+        ask = partial(
+            place, model, hardware.max_memory(), dtype=half, quantization=quantization, batch=batch, overhead=overhead
+        )
         try:
-            plan = place(
-                model, hardware.max_memory(), "exact" if target == "context" else "auto", dtype=half,
-                quantization=quantization, batch=batch, context=context, overhead=overhead,
-            )  # fmt: skip
+            plan = ask(context=context)
+            if target == "context" and plan.max_context is not None:
+                plan = _longest(ask, plan.context, max(plan.context, longest_context(model.facts) or LONGEST))
             options.append(_predict(model, plan, hardware, calibration))
         except PlanError as error:
             cures.append(f"{quantization or half}: {error.plan.problem}. {error.cure}")
     ranked = sorted(options, key=lambda option: _rank(option, target))
-    marked = tuple(replace(a, front=not any(_beats(b, a) for b in ranked)) for a in ranked)
-    needed = () if marked else tuple(dict.fromkeys(cures))
-    return Advice(model.name, hardware.name, batch, context, target, marked, needed, calibration is not None)
+    fronts = [all(option.loss < better.loss for better in ranked[:i]) for i, option in enumerate(ranked)]
+    marked = tuple(replace(option, front=front) for option, front in zip(ranked, fronts))
+    notes = remarks(model.name, model.facts, context)
+    if not generates(model) and "vocab_size" not in model.facts:
+        notes += ("Times are the least that a pass takes: its operations do not follow from sizes.",)
+    return Advice(
+        model.name, hardware.name, batch, tokens_seen(model, context), target, marked,
+        () if marked else tuple(dict.fromkeys(cures)), calibration is not None, notes,
+    )  # fmt: skip
+
+
+def _longest(ask: Callable[..., Plan], least: int, most: int) -> Plan:
+    """The plan for the longest context that is feasible, in steps of 256 tokens."""
+    steps = last_true(lambda n: ask(context=256 * n, strict=False).feasible, least // 256, most // 256)
+    return ask(context=max(least, 256 * steps))
 
 
 def _rank(option: Option, target: str) -> tuple[float, ...]:
-    speed, quality, memory = option.token, option.loss, option.memory
+    speed, quality, memory = option.seconds, option.loss, option.memory
     return {
         "speed": (speed, quality, memory),
         "quality": (quality, speed, memory),
         "memory": (memory, speed, quality),
-        "context": (-(option.plan.max_context or 0), speed, quality),
+        "context": (-option.plan.context, speed, quality),
     }[target]
-
-
-def _beats(a: Option, b: Option) -> bool:
-    mine, other = (a.token, a.memory, a.loss), (b.token, b.memory, b.loss)
-    return all(x <= y for x, y in zip(mine, other)) and mine != other
-
-
-def calibration_of(hardware: Hardware) -> Calibration | None:
-    """What the ledger has on a machine, if it is this one (`Hardware.detect()`)."""
-    if not hardware.name.startswith("this machine"):
-        return None
-    calibrations = Ledger.load().calibrations
-    if not hardware.gpus:
-        return calibrations.get(machine_key())
-    return next((item for item in calibrations.values() if item.gpu == hardware.gpus[0].name), None)
 
 
 def rates_of(hardware: Hardware, calibration: Calibration | None) -> list[Rates]:
@@ -274,26 +293,32 @@ def _predict(model: ModelSpec, plan: Plan, hardware: Hardware, calibration: Cali
     bits = dtype_bits(model.computes_in(model.precision(plan.dtype, plan.quantization)))
     blocks = max(1, len(model.attention) or model.facts.get("num_hidden_layers", 1))
     routed = sum(tensor.elements for name, (tensor, _) in model.tensors.items() if ".experts." in name)
-    picked = _picked(model, 1)
-    used = 1 - (1 - _picked(model, plan.batch)) * routed / max(1, model.parameters)  # share of the weights
-    flops = 2 * plan.batch * (model.parameters - (1 - picked) * routed)
+    routed_share = routed / max(1, model.parameters)
+    flops = 2 * plan.batch * (model.parameters - (1 - _picked(model, 1)) * routed)
     total = max(1, sum(share.weights for share in plan.shares))
-    reading = computing = 0.0
-    for share in runners:
-        rate = rates[share.device]
-        weights = share.weights + (plan.offloaded if on_gpus and share is runners[0] else 0)
-        reading += (used * weights + share.kv_cache) / rate.memory
-        computing += weights / total * flops / rate.table("bfloat16" if bits == 16 else "float32")[-1][1]
     on_disk = sum(share.weights for share in plan.shares if share.device == "disk")
-    waits = {
-        "Python": ASSUMED.steps[plan.quantization] * blocks * first.issue,
-        "GPU" if on_gpus else "RAM": max(reading, computing),
-        "link": plan.offloaded / first.link if on_gpus else 0.0,
-        "disk": on_disk / first.disk,
-    }
-    prompt = max(plan.context, 1) * computing
-    prefill = max(waits["Python"], reading, prompt, waits["link"], waits["disk"])
-    return Option(plan, max(waits.values()), prefill, waits, LOSS[plan.quantization])
+
+    def lanes(tokens: int) -> dict[str, float]:
+        """Lane -> seconds that it works when each sequence brings so many tokens."""
+        used = 1 - (1 - _picked(model, plan.batch * tokens)) * routed_share  # share of the weights that are read
+        reading = computing = 0.0
+        for share in runners:
+            rate = rates[share.device]
+            weights = share.weights + (plan.offloaded if on_gpus and share is runners[0] else 0)
+            reading += (used * weights + share.kv_cache) / rate.memory
+            product = rate.table("bfloat16" if bits == 16 else "float32")[-1][1]
+            computing += weights / total * tokens * flops / product
+        return {
+            "Python": ASSUMED.steps[plan.quantization] * blocks * first.issue,
+            "GPU" if on_gpus else "RAM": max(reading, computing),
+            "link": plan.offloaded / first.link if on_gpus else 0.0,
+            "disk": on_disk / first.disk,
+        }
+
+    whole = lanes(max(plan.context, 1))
+    waits = lanes(1) if generates(model) else whole
+    token = max(waits.values()) if generates(model) else None
+    return Option(plan, token, max(whole.values()), waits, LOSS[plan.quantization])
 
 
 def _picked(model: ModelSpec, tokens: int) -> float:

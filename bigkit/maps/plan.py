@@ -15,7 +15,8 @@ from functools import cached_property
 from typing import Any
 
 from ..devices import Device, collapse, device_label
-from ..units import format_bytes
+from ..model.estimate import load_text
+from ..units import GiB, format_bytes
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,9 @@ class Plan:
             offloaded.
         library: where the model comes from; see `ModelSpec`.
         options: what else the plan was made with, by the names of `bigkit.plan`'s arguments.
+        stored: how the weights are stored, in words.
+        positions: tokens that the model has positions for, or was trained with; None if nothing says so.
+        notes: what must be said beside the figures, in sentences.
     """
 
     model: str
@@ -98,6 +102,9 @@ class Plan:
     slots: int = 0
     library: str = ""
     options: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    stored: str = ""
+    positions: int | None = None
+    notes: tuple[str, ...] = field(default=(), compare=False)
 
     @property
     def feasible(self) -> bool:
@@ -127,10 +134,18 @@ class Plan:
         """Bytes of weights that rest on a device that does not run them."""
         return sum(share.weights for share in self.shares if not share.runs)
 
+    @property
+    def longest(self) -> str:
+        """The longest context in words; empty if nothing grows with it."""
+        if self.max_context is None:
+            return ""
+        trained = self.positions is not None and self.positions < self.max_context
+        return f"{self.max_context:,} tokens" + (f" (trained for {self.positions:,})" if trained else "")
+
     def explain(self) -> str:
         """The plan in sentences: which layers rest where, and why each boundary stands where it does."""
-        stored = f"{self.quantization} (the rest {self.dtype})" if self.quantization else self.dtype or "as stored"
-        lines = [f"{self.model}, {stored}, strategy {self.strategy!r}, batch {self.batch}, context {self.context:,}:"]
+        stored = f"{self.quantization} (the rest {self.dtype})" if self.quantization else self.stored
+        lines = [f"{self.model}, {stored}, strategy {self.strategy!r}, {load_text(self.batch, self.context)}:"]
         for share in self.shares:
             own = [layer.name for layer in self.layers if layer.device == share.device]
             if not own and not share.used:
@@ -146,8 +161,9 @@ class Plan:
                 if getattr(share, name)
             ]
             lines.append(f"      {' + '.join(parts)}." + (f" {share.why}" if share.why else ""))
-        if self.max_context is not None:
-            lines.append(f"  Longest context this placement holds: {self.max_context:,} tokens.")
+        if self.longest:
+            lines.append(f"  Longest context this placement holds: {self.longest}.")
+        lines += [f"  {note}" for note in self.notes]
         lines.append(f"  NOT FEASIBLE: {self.problem}" if self.problem else "  Every device is within its budget.")
         return "\n".join(lines)
 
@@ -189,19 +205,18 @@ class Plan:
             data = json.loads(text)
             shares = tuple(Share(**share) for share in data.pop("shares"))
             layers = tuple(Placed(**layer) for layer in data.pop("layers"))
-            return Plan(shares=shares, layers=layers, **data)
+            return Plan(shares=shares, layers=layers, **{**data, "notes": tuple(data.get("notes", ()))})
         except (json.JSONDecodeError, AttributeError, KeyError, TypeError) as error:
             raise ValueError(f"this is not the JSON of a bigkit Plan: {error}") from error
 
     def __repr__(self) -> str:
         loads = ", ".join(
-            f"{share.device}: {share.used / 2**30:.1f}"
-            + ("" if share.budget is None else f"/{share.budget / 2**30:.4g}")
+            f"{share.device}: {share.used / GiB:.1f}" + ("" if share.budget is None else f"/{share.budget / GiB:.4g}")
             for share in self.shares
             if share.used
         )
         verdict = "fits" if self.feasible else "DOES NOT FIT"
-        text = f"Plan({self.model} {self.quantization or self.dtype or ''} {self.strategy}, {verdict}, GiB {{{loads}}})"
+        text = f"Plan({self.model} {self.stored} {self.strategy}, {verdict}, GiB {{{loads}}})"
         return text if len(text) < 110 else text[:105] + "...)"
 
     __str__ = explain

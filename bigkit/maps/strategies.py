@@ -26,6 +26,7 @@ from typing import NamedTuple
 
 from ..devices import Device
 from ..machine.hardware import DISKS, LINKS
+from ..model.estimate import tokens_seen
 from ..model.spec import ModelSpec
 from ..units import dtype_name, parse_bytes
 from .own_map import read_map
@@ -63,7 +64,7 @@ def place(
             A disk that is not named has no limit; RAM that is not named is not used.
         strategy: one of `STRATEGIES`, or a device map of your own (module name -> device) to be checked and measured.
             Of entries inside each other the innermost counts ({"": "cpu", "lm_head": 0}).
-        dtype: floating weights are cast to it; None keeps them as they are. In 16 bit those count as float32 that the
+        dtype: floating weights are cast to it; None keeps them as stored. In 16 bit those count as float32 that the
             model's classes need so (`_keep_in_fp32_modules` of Transformers).
         quantization: None or one of `model.spec.QUANTIZATIONS`.
         keep: modules that stay in `dtype` then; None takes the output head and tied modules. Always kept are subclasses
@@ -73,7 +74,7 @@ def place(
             its repeated blocks, and never inside anything else but containers: a residual could run there.
         batch, context: sequences and tokens (prompt and answer) that KV cache and activations are counted for;
             context 0 counts neither. With "exact" the context is what is looked for, and this is the least accepted.
-            Where positions are learned, no context beyond them is looked for.
+            Where positions are learned, none beyond them is looked for or counted.
         overhead: bytes that the runtime takes on each GPU.
         offload_buffers: whether buffers of offloaded layers leave the GPU too.
         strict: raise if the plan is not feasible; False returns it, with `problem` set.
@@ -107,10 +108,11 @@ def place(
         budgets=read_budgets(max_memory),
         precision=model.precision(dtype, quantization, keep, special),
         batch=batch,
-        context=context,
+        context=tokens_seen(model, context),
         overhead=parse_bytes(overhead),
         offload_buffers=offload_buffers,
         options={name: value for name, value in options.items() if value is not None},
+        asked=context,
     )
     if not isinstance(strategy, str):
         task, places = read_map(task, strategy)

@@ -15,7 +15,7 @@ from functools import cached_property
 from typing import Any
 
 from ..devices import Device, device_label, prefixes, read_device
-from ..model.estimate import activation_bytes
+from ..model.estimate import activation_bytes, longest_context, remarks, stored_as
 from ..model.spec import Attention, Layer, ModelSpec, Precision
 from ..units import dtype_bits, format_bytes, listed, parse_bytes
 from .partition import Chain, last_true
@@ -51,7 +51,7 @@ class Unit:
 class Task:
     """A model, the devices, and the load; the arguments of `strategies.place`, read and checked.
 
-    `options` are the arguments that only `Plan.to_code` needs again.
+    `options` are the arguments that only `Plan.to_code` needs again, `asked` the context before positions limit it.
     """
 
     model: ModelSpec
@@ -63,6 +63,7 @@ class Task:
     overhead: int
     offload_buffers: bool
     options: Mapping[str, Any] = field(default_factory=dict)
+    asked: int = 0
 
     # -- the model's side
 
@@ -137,8 +138,8 @@ class Task:
     @property
     def longest(self) -> int:
         """Tokens beyond which no context is looked for: learned positions are a hard limit."""
-        limit = self.model.facts.get("max_position_embeddings")
-        return limit if limit and self.model.facts.get("positions") == "learned" else LONGEST
+        learned = self.model.facts.get("positions") == "learned"
+        return (longest_context(self.model.facts) if learned else None) or LONGEST
 
     # -- the devices' side
 
@@ -243,6 +244,9 @@ class Task:
             slots=slots if any(place not in self.runners for place in places) else 0,
             library=self.model.library,
             options=dict(self.options),
+            stored=stored_as(self.model, self.precision),
+            positions=longest_context(self.model.facts),
+            notes=remarks(self.model.name, self.model.facts, max(self.asked, context)),
         )
         return replace(plan, shares=tuple(replace(share, why=why(plan, share)) for share in shares))
 

@@ -80,9 +80,9 @@ def facts(config: Mapping[str, Any]) -> dict[str, Any]:
         `model_type`, `architecture`, `torch_dtype`, `hidden_size`, `intermediate_size`, `vocab_size`,
         `num_hidden_layers`, `num_attention_heads`, `num_key_value_heads`, `head_dim` (elements of one query head),
         `max_position_embeddings`, `positions` ("learned" is a hard limit; "rotary", "alibi", "relative" are not),
-        `is_encoder_decoder`, and where they apply `encoder_layers`, `num_experts`, `experts_per_token`,
-        `shared_experts`, `dense_layers`, `moe_intermediate_size`, `sliding_window`, `image_size`, `patch_size`,
-        `quantization`, `uncounted_cache`.
+        `is_encoder_decoder`, `generates` (token by token, so that it keeps a cache), and where they apply
+        `encoder_layers`, `num_experts`, `experts_per_token`, `shared_experts`, `dense_layers`, `moe_intermediate_size`,
+        `sliding_window`, `image_size`, `patch_size`, `quantization`, `uncounted_cache`.
 
     Source: the configuration classes of Hugging Face Transformers.
 
@@ -111,6 +111,7 @@ def facts(config: Mapping[str, Any]) -> dict[str, Any]:
         result["moe_intermediate_size"] = inner.get("moe_intermediate_size") or result.get("intermediate_size")
     result["positions"] = _positions(inner, result)
     result["is_encoder_decoder"] = bool(config.get("is_encoder_decoder", False))
+    result["generates"] = _caches(config)
     if result["is_encoder_decoder"]:
         result["encoder_layers"] = _first(inner, "encoder_layers", "num_layers", "num_hidden_layers")
         result["num_hidden_layers"] = _decoder_layers(inner)
@@ -118,6 +119,16 @@ def facts(config: Mapping[str, Any]) -> dict[str, Any]:
         result["quantization"] = str(quantization.get("quant_method", "unknown"))
     result["uncounted_cache"] = _uncounted(inner) or None
     return {name: value for name, value in result.items() if value is not None}
+
+
+def stored_dtype(config: Mapping[str, Any]) -> str:
+    """The dtype of a checkpoint's weights, by its config; float32 if that names none that weights are made in.
+
+    >>> stored_dtype({"torch_dtype": "torch.bfloat16"}), stored_dtype({"dtype": "auto"})
+    ('bfloat16', 'float32')
+    """
+    named = facts(config).get("torch_dtype")
+    return named if named in ("float16", "bfloat16", "float64") else "float32"
 
 
 def attention(config: Mapping[str, Any], root: ModuleSpec) -> tuple[Attention, ...]:

@@ -18,11 +18,11 @@ from __future__ import annotations
 import html
 import json
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from ..units import dtype_bits, dtype_name, format_bytes, is_floating, text_table
+from ..units import dtype_bits, dtype_name, format_bytes, format_count, is_floating, text_table
 from .precision import Precision
 from .spec import ModelSpec
 
@@ -54,6 +54,62 @@ def activation_bytes(model: ModelSpec, batch: int, tokens: int, dtype: str = "bf
         wide = max(wide, per_token * facts.get("moe_intermediate_size", wide))
     elements = batch * tokens * (3 * wide + 4 * hidden) + batch * facts.get("vocab_size", 0)
     return elements * dtype_bits(dtype) // 8
+
+
+def generates(model: ModelSpec) -> bool:
+    """Whether the model makes one token after another; one that no config describes does if it keeps a cache."""
+    return bool(model.facts.get("generates", model.attention))
+
+
+def tokens_seen(model: ModelSpec, context: int) -> int:
+    """Tokens of each sequence that memory and time are counted for, when a context is asked for.
+
+    Learned positions are a hard limit. An image brings its patches and the class token, whatever the context (0: the
+    facts do not say how many).
+    """
+    facts = model.facts
+    if model.attention or "vocab_size" in facts or not ("image_size" in facts or "num_features" in facts):
+        return min(context, longest_context(facts) or context) if facts.get("positions") == "learned" else context
+    image, patch = facts.get("image_size"), facts.get("patch_size")
+    return (image // patch) ** 2 + 1 if image and patch else 0
+
+
+def longest_context(facts: Mapping[str, Any]) -> int | None:
+    """The tokens that a model has learned positions for, or was trained with; None if nothing says so."""
+    return facts.get("max_position_embeddings") if facts.get("positions") in ("learned", "rotary") else None
+
+
+def remarks(name: str, facts: Mapping[str, Any], context: int) -> tuple[str, ...]:
+    """What must be said beside every figure: a context that is too long, packed checkpoints, caches not counted."""
+    notes, most = [], longest_context(facts)
+    if most and context > most and facts["positions"] == "learned":
+        notes.append(f"{name} has positions for {most:,} tokens: these are counted, not {context:,}.")
+    elif most and context > most:
+        notes.append(f"Context {context:,} is beyond the {most:,} tokens that {name} was trained for.")
+    if packed := facts.get("quantization"):
+        notes.append(f"The checkpoint of {name} is packed ({packed}): its weights are counted unpacked.")
+    if uncounted := facts.get("uncounted_cache"):
+        notes.append(f"The cache of {', '.join(map(str, uncounted))} is not counted.")
+    return tuple(notes)
+
+
+def load_text(batch: int, context: int) -> str:
+    """The load that figures are counted for, in words.
+
+    >>> load_text(4, 2048), load_text(1, 0)
+    ('batch 4, context 2,048', 'batch 1')
+    """
+    return f"batch {batch}" + (f", context {context:,}" if context else "")
+
+
+def stored_as(model: ModelSpec, precision: Precision) -> str:
+    """How a model's weights are stored, in words: "nf4", "float16", or "bfloat16 as stored"."""
+    if precision.quantization or precision.dtype:
+        return precision.quantization or str(precision.dtype)
+    sizes = Counter[str]()
+    for tensor, _ in model.tensors.values():
+        sizes[tensor.dtype] += tensor.elements
+    return " ".join([*(dtype for dtype, _ in sizes.most_common(1)), "as stored"])
 
 
 def training_activation_bytes(model: ModelSpec, batch: int, tokens: int) -> int:
@@ -147,12 +203,12 @@ class MemoryEstimate:
         ]  # fmt: skip
         inference = [[row.stored, *map(size, (row.weights, row.kv_cache, row.activations, row.total))]
                      for row in self.inference]  # fmt: skip
-        training = [[row.method, f"{row.trained / 1e6:,.1f} M",
+        training = [[row.method, format_count(row.trained),
                      *map(size, (row.weights, row.gradients, row.optimizer, row.activations, row.total))]
                     for row in self.training]  # fmt: skip
-        load = f"batch {self.batch}" + (f", context {self.context:,}" if self.context else "")
+        load = load_text(self.batch, self.context)
         return [
-            (f"Classic estimate of {self.name} ({self.classes[0]})",
+            (f"Classic estimate of {self.name} ({self.classes[0]}; steps of 1024, labelled KB, MB, GB)",
              ["dtype", "largest layer", "largest module", "total size", "training using Adam"], classic),
             (f"To run {self.classes[1]}, {load}",
              ["stored as", "weights", "KV cache", "activations", "total"], inference),
@@ -170,9 +226,8 @@ class MemoryEstimate:
         )
 
     def __repr__(self) -> str:
-        first = self.rows[0] if self.rows else None
-        total = f", {first.dtype} {format_bytes(first.total_size, 'classic')}" if first else ""
-        return f"MemoryEstimate({self.name}, {self.parameters / 1e6:,.1f} M parameters{total})"
+        run = [f", {row.stored} {format_bytes(row.total)} to run" for row in self.inference[:1]]
+        return f"MemoryEstimate({self.name}, {format_count(self.parameters)} parameters{''.join(run)})"
 
 
 def estimate(
@@ -190,8 +245,7 @@ def estimate(
         full: the model that is run and trained (with its head); None for the same.
         dtypes: rows of the classic table: dtype names, or "int4".
         stored: rows of the inference table: dtype names or quantizations of `precision.QUANTIZATIONS`.
-        batch, context: sequences, and tokens each, that KV cache and activations are counted for. A vision
-            transformer sees as many tokens as its image has patches, whatever the context.
+        batch, context: sequences, and tokens each, that KV cache and activations are counted for; see `tokens_seen`.
 
     Raises:
         ValueError: an unknown dtype, or a batch or context that is not positive.
@@ -199,8 +253,7 @@ def estimate(
     if batch < 1 or context < 1:
         raise ValueError(f"batch and context must be at least 1, not {batch} and {context}")
     full = full or base
-    if "vocab_size" not in full.facts and not full.attention:
-        context = _patches(full)
+    asked, context = context, tokens_seen(full, context)
     total, layers, modules = _classic_bits(base)
     layer_name, module_name = max(layers, key=layers.__getitem__), max(modules, key=modules.__getitem__)
     rows = []
@@ -214,8 +267,7 @@ def estimate(
     inference = tuple(_inference(full, name, batch, context) for name in stored)
     if not any(row.activations for row in inference):
         notes.append("Activations are not estimated: the config does not say how wide the model is.")
-    if uncounted := full.facts.get("uncounted_cache"):
-        notes.append(f"The cache of {uncounted} is not counted.")
+    notes += remarks(full.name, full.facts, asked)
     return MemoryEstimate(
         name=base.name,
         library=base.library,
@@ -230,12 +282,6 @@ def estimate(
         training=_training(full, batch, context),
         notes=tuple(notes),
     )
-
-
-def _patches(model: ModelSpec) -> int:
-    """Tokens of one image: its patches and the class token; 0 if the facts do not say."""
-    image, patch = model.facts.get("image_size"), model.facts.get("patch_size")
-    return (image // patch) ** 2 + 1 if image and patch else 0
 
 
 def _classic_bits(model: ModelSpec) -> tuple[int, dict[str, int], dict[str, int]]:
@@ -254,7 +300,7 @@ def _classic_bits(model: ModelSpec) -> tuple[int, dict[str, int], dict[str, int]
 
 def _inference(model: ModelSpec, name: str, batch: int, context: int) -> InferenceRow:
     quantization = name if name == "int8" or name.startswith(("nf4", "fp4")) else None
-    precision = model.precision("bfloat16" if quantization else name, quantization)
+    precision = model.precision(None if quantization else name, quantization)
     computes = model.computes_in(precision)
     kv_cache, activations = model.kv_bytes(context, batch, computes), activation_bytes(model, batch, context, computes)
     return InferenceRow(quantization or dtype_name(name), model.bytes(precision), kv_cache, activations)

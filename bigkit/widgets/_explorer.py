@@ -221,9 +221,12 @@ class Explorer(widgets.VBox):
     def _name_preset(self) -> None:
         """Let the menu name the preset that the controls agree with: of several, the one that says most."""
         if self.preset is not None:
-            fitting = [name for name, values in self.presets.items()
-                       if all(self.setting(control) == value for control, value in values.items())]  # fmt: skip
-            self.preset.value = max(fitting, key=lambda name: len(self.presets[name]), default=self.own)
+            self.preset.value = max(self.fitting(), key=lambda name: len(self.presets[name]), default=self.own)
+
+    def fitting(self) -> list[str]:
+        """The presets that the controls agree with."""
+        return [name for name, values in self.presets.items()
+                if all(self.setting(control) == value for control, value in values.items())]  # fmt: skip
 
     # -- the model, where there is one
 

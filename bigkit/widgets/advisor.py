@@ -11,6 +11,7 @@ from ..api import Source
 from ..draw.advice import advice_figure
 from ..machine.hardware import HARDWARE, machine_of
 from ..maps.advise import TARGETS, Advice, advise
+from ..model.estimate import load_text
 from ..units import format_bytes
 from ._controls import field, menu, token_slider
 from ._explorer import Explorer
@@ -35,7 +36,7 @@ class Advisor(Explorer):
     >>> advisor = Advisor("llama-2-7b", "1 x RTX 4090")
     >>> advisor.batch.value = 4
     >>> advisor
-    Advisor(llama-2-7b on 1 x RTX 4090, 4 x 2,048, best by speed: bfloat16, 160.26 tokens/s)
+    Advisor(llama-2-7b on 1 x RTX 4090, batch 4, context 2,048, best by speed: bfloat16, 160 tokens/s)
     """
 
     missing = "no advice yet"
@@ -75,9 +76,8 @@ class Advisor(Explorer):
             verdict = pill("bad", "Nothing fits.", advice.cures[0] if advice.cures else "")
         else:
             away = f", {format_bytes(best.plan.offloaded)} rest elsewhere" if best.plan.offloaded else ""
-            speed = f"{advice.batch / best.token:,.2f} tokens/s, waiting for {best.bottleneck}{away}."
-            stored = best.plan.quantization or best.plan.dtype
-            verdict = pill("slow" if best.plan.offloaded else "good", f"Store it as {stored}.", speed)
+            facts = " ".join([f"{best.speed}, waiting for {best.bottleneck}{away}.", *advice.notes])
+            verdict = pill("slow" if best.plan.offloaded else "good", f"Store it as {best.plan.stored}.", facts)
         self.put(verdict, advice_figure(advice), advice.explain())
 
     def to_code(self) -> str:
@@ -98,6 +98,6 @@ class Advisor(Explorer):
         """The model, the machine, the load, and the best way."""
         best, way = advice.best, "nothing fits"
         if best is not None:
-            way = f"{best.plan.quantization or best.plan.dtype}, {advice.batch / best.token:,.2f} tokens/s"
-        load = f"{advice.batch} x {advice.context:,}"
+            way = f"{best.plan.stored}, {best.speed}"
+        load = load_text(advice.batch, advice.context)
         return [f"{short(advice.model, 20)} on {short(advice.hardware, 16)}, {load}, best by {advice.target}: {way}"]

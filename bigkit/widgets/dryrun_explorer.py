@@ -138,10 +138,7 @@ class DryRunExplorer(Explorer):
         name, machine = self.model.value.strip(), self.hardware
         dtype = chosen_dtype(self.dtype)
         batch, prompt, new = self.batch.value, self.prompt.value, self.new.value
-        places = plan(
-            self.spec(), machine.max_memory(), dtype=dtype, batch=batch, context=prompt + new,
-            overhead=machine.overhead, strict=False,
-        )  # fmt: skip
+        places = plan(self.spec(), hardware=machine, dtype=dtype, batch=batch, context=prompt + new, strict=False)
         key = (name, dtype, tuple(places.device_map.items()), batch, prompt, new, machine)
         if key not in self._runs:
             self.verdict.value = pill("slow", f"Rehearsing {name} …", "A few seconds.")
@@ -155,11 +152,11 @@ class DryRunExplorer(Explorer):
         of = f" of {format_bytes(fullest.capacity)}" if fullest.capacity else ""
         one = "At most" if len(run.timelines) == 1 else f"The fullest of {len(run.timelines)} GPUs holds"
         facts = f"{one} {format_bytes(fullest.peak_reserved)}{of}. Prefill {format_seconds(run.seconds['prefill'])}. "
-        if run.tokens_per_second:
-            facts += f"{run.tokens_per_second:,.1f} tokens/s. "
+        facts += f"{run.speed}. " if run.speed else ""
         if plan.offloaded:
             share = plan.offloaded / sum(share.weights for share in plan.shares)
             facts += f"{100 * share:.0f} % of the weights travel. "
+        facts += " ".join(plan.notes)
         verdict = pill("slow" if plan.offloaded else "good", "It fits.", facts)
         if not run.fits:
             verdict = pill("bad", "Out of memory.", f"{run.problem}.")
@@ -221,7 +218,6 @@ class DryRunExplorer(Explorer):
     def summary(self, rehearsal: Rehearsal) -> list[str]:
         """The model, the machine, the load, whether it fits, and the highest peak."""
         run = rehearsal.run
-        peak = max(run.peak_reserved.values()) / GiB
+        peak = format_bytes(max(run.peak_reserved.values()))
         verdict = "fits" if run.fits else "out of memory"
-        load = f"{run.load.batch} x {run.load.prompt}+{run.load.new}"
-        return [f"{short(run.model)}, {short(run.hardware, 24)}, {load}: {verdict}, peak {peak:.2f} GiB"]
+        return [f"{short(run.model)}, {short(run.hardware, 24)}, {run.asked}: {verdict}, peak {peak}"]

@@ -11,8 +11,8 @@ import ipywidgets as widgets
 
 from ..api import Source, estimate_memory
 from ..draw.estimate import estimate_figure, estimate_text
-from ..model.estimate import CLASSIC, STORED, MemoryEstimate
-from ..units import format_bytes
+from ..model.estimate import CLASSIC, STORED, MemoryEstimate, load_text
+from ..units import format_bytes, format_count
 from ._controls import field, token_slider
 from ._explorer import Explorer
 from ._html import pill, short
@@ -36,7 +36,7 @@ class MemoryExplorer(Explorer):
     >>> explorer = MemoryExplorer("bert-base-cased")
     >>> explorer.model.value = "gpt2"
     >>> explorer
-    MemoryExplorer(gpt2, 124.4 M parameters, batch 1, context 2,048: float32 714.89 MiB to run)
+    MemoryExplorer(gpt2, 124 M parameters, batch 1, context 1,024: float32 594.79 MiB to run)
     """
 
     missing = "no estimate yet"
@@ -76,9 +76,12 @@ class MemoryExplorer(Explorer):
 
     def show(self, estimate: MemoryEstimate) -> None:
         """Show the estimate."""
-        sizes = [f"{row.dtype} {format_bytes(row.total_size, 'classic')}" for row in estimate.rows]
-        count = f"{estimate.parameters / 1e6:,.1f} M parameters."
-        verdict = pill("good", count, f"To load: {', '.join(sizes)}." if sizes else "")
+        sizes = [f"{row.stored} {format_bytes(row.total)}" for row in estimate.inference]
+        said = [
+            *([f"To run: {', '.join(sizes)}."] if sizes else []),
+            *(note for note in estimate.notes if note[0] != "*"),
+        ]
+        verdict = pill("good", f"{format_count(estimate.parameters)} parameters.", " ".join(said))
         self.put(verdict, estimate_figure(estimate), estimate_text(estimate))
 
     def to_code(self) -> str:
@@ -88,13 +91,13 @@ class MemoryExplorer(Explorer):
             "from bigkit import estimate_memory\n\n"
             f"estimate_memory(\n    {estimate.name!r},\n    dtypes={[row.dtype for row in estimate.rows]!r},\n"
             f"    stored={[row.stored for row in estimate.inference]!r},\n"
-            f"    batch={estimate.batch},\n    context={estimate.context},\n)\n"
+            f"    batch={estimate.batch},\n    context={self.context.value},\n)\n"
         )
 
     def summary(self, estimate: MemoryEstimate) -> list[str]:
         """The model, its parameters, the load and, if there is room, what it takes to run."""
-        text = f"{short(estimate.name)}, {estimate.parameters / 1e6:,.1f} M parameters"
-        text += f", batch {estimate.batch}, context {estimate.context:,}"
+        text = f"{short(estimate.name)}, {format_count(estimate.parameters)} parameters"
+        text += f", {load_text(estimate.batch, estimate.context)}"
         run = [f"{text}: {row.stored} {format_bytes(row.total)} to run" for row in estimate.inference[:1]]
         return [*run, text]
 

@@ -15,11 +15,12 @@ from ..api import Source
 from ..devices import Device
 from ..draw.plan import plan_figure, plan_text, plan_verdict
 from ..machine.hardware import HARDWARE, Hardware
+from ..machine.ledger import overhead_of
 from ..maps.plan import Plan, PlanError
 from ..maps.strategies import STRATEGIES, place
 from ..maps.task import read_budgets
 from ..model.spec import QUANTIZATIONS
-from ..units import GiB, MiB, parse_bytes
+from ..units import GiB, MiB, format_bytes, parse_bytes
 from ._controls import chosen_dtype, dtype_menu, field, menu, token_slider
 from ._explorer import Explorer
 from ._html import map_table, pill, preformatted, short
@@ -153,8 +154,15 @@ class PlanExplorer(Explorer):
         return tuple(self._sliders[: self.count.value])
 
     @property
+    def machine(self) -> Hardware | None:
+        """The machine whose figures the controls show, to their steps."""
+        return HARDWARE.get(next(iter(self.fitting()), ""))
+
+    @property
     def max_memory(self) -> dict[Device, int]:
-        """The budgets that the controls show, in bytes."""
+        """The budgets in bytes: those of the machine, or what the controls show."""
+        if machine := self.machine:
+            return machine.max_memory()
         budgets: dict[Device, int] = {i: round(slider.value * GiB) for i, slider in enumerate(self.gpus)}
         if self.ram.value or not budgets:
             budgets["cpu"] = round(self.ram.value * GiB)
@@ -200,7 +208,8 @@ class PlanExplorer(Explorer):
         options = {
             "dtype": chosen_dtype(self.dtype),
             "quantization": None if self.quantization.value == NONE else self.quantization.value,
-            "batch": self.batch.value, "context": self.context.value, "overhead": round(self.overhead.value * MiB),
+            "batch": self.batch.value, "context": self.context.value,
+            "overhead": overhead_of(self.machine) if self.machine else round(self.overhead.value * MiB),
         }  # fmt: skip
         try:
             result, self._cure = place(self.spec(), self.max_memory, self.strategy.value, **options), ""
@@ -213,10 +222,11 @@ class PlanExplorer(Explorer):
         news = "bad" if not plan.feasible else "slow" if plan.offloaded else "good"
         headline = {"bad": "Does not fit.", "slow": "Fits, offloaded.", "good": "Fits."}[news]
         details = [plan_verdict(plan).partition(", " if plan.feasible else ": ")[2]]
-        if plan.max_context is not None:
-            details.append(f"Longest context here: {plan.max_context:,} tokens")
+        if plan.longest:
+            details.append(f"Longest context here: {plan.longest}")
         sentences = "".join(f"{detail[0].upper()}{detail[1:]}. " for detail in details if detail)
-        self.put(pill(news, headline, sentences + self._cure), plan_figure(plan), plan_text(plan))
+        sentences += " ".join([*plan.notes, self._cure])
+        self.put(pill(news, headline, sentences), plan_figure(plan), plan_text(plan))
 
     def to_code(self) -> str:
         """Python that makes this plan again."""
@@ -224,11 +234,10 @@ class PlanExplorer(Explorer):
 
     def summary(self, plan: Plan) -> list[str]:
         """The model, whether it fits, and what each GPU or all of them hold."""
-        stored = plan.quantization or plan.dtype or "as stored"
         away = f"offloads {plan.offloaded / GiB:.1f}" if plan.offloaded else "fits"
-        head = f"{short(plan.model)} {stored} {plan.strategy}, {away if plan.feasible else 'does not fit'}, "
+        head = f"{short(plan.model)} {plan.stored} {plan.strategy}, {away if plan.feasible else 'does not fit'}, "
         working = [share for share in plan.shares if share.runs]
-        tail = f" of {sum(share.budget or 0 for share in working) / GiB:.2f} GiB"
+        tail = f" of {format_bytes(sum(share.budget or 0 for share in working))}"
         loads = [share.used / GiB for share in working]
         forms = ["+".join(f"{load:.{digits}f}" for load in loads) for digits in (1, 0)]
         return [f"{head}{form}{tail}" for form in (*forms, f"{sum(loads):.1f}")]

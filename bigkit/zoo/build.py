@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from ..model.config import stored_dtype
 from ..model.spec import ModelSpec
 from ..units import dtype_name
 from ._transformers import builds, from_config
@@ -64,7 +65,7 @@ def build(
     Args:
         config: a parsed config.json.
         base: without the output head, as `AutoModel.from_config` builds it.
-        dtype: of the parameters; None takes the config's `torch_dtype`.
+        dtype: of the parameters; None takes the checkpoint's (`stored_dtype`).
         remote: where its code may be loaded from, as arguments of `AutoConfig.from_pretrained`; None forbids that.
 
     Raises:
@@ -73,14 +74,17 @@ def build(
         NoConfig: its numbers make no model.
     """
     library = library_of(config)
+    if library is None:
+        raise NoConfig('this config.json has neither a "model_type" (transformers) nor an "architecture" (timm)')
     for name, number in config.items():
         if re.match(r"(n|num)_.*(layer|block|expert)", name) and isinstance(number, int) and number > MOST_PARTS:
             raise NoConfig(f"config.json says {name} = {number}: expected at most {MOST_PARTS}")
     try:
+        wanted = _torch_dtype(stored_dtype(config) if dtype is None else dtype)
         if library == "transformers":
-            return _transformers(config, base, dtype, remote)
+            return _transformers(config, base, wanted, remote)
         model = _bigkit(config) if library == "bigkit" else _timm(config)
-        return model.to(_torch_dtype(dtype or config.get("torch_dtype") or "float32"))
+        return model.to(wanted)
     except (ZooError, ImportError):
         raise
     except Exception as error:  # what a stranger's numbers lead to in the classes of a library
@@ -100,7 +104,7 @@ def spec_of(model: nn.Module, name: str, config: Mapping[str, Any]) -> ModelSpec
     spec, library = spec_from_module(model, name), library_of(config) or ""
     facts, attention = dict(spec.facts), spec.attention
     if library == "transformers":  # the built config says in which dtype it was built, the file how weights are stored
-        facts |= {"torch_dtype": reader.facts(config).get("torch_dtype", "float32")}
+        facts |= {"torch_dtype": stored_dtype(config)}
     elif library == "bigkit":
         facts, attention = reader.facts(config), reader.attention(config, spec.root)
     elif library == "timm":
@@ -153,7 +157,9 @@ def _timm_facts(model: nn.Module) -> dict[str, Any]:
     return {name: value for name, value in facts.items() if value is not None}
 
 
-def _transformers(config: Mapping[str, Any], base: bool, dtype: object, remote: Mapping[str, Any] | None) -> nn.Module:
+def _transformers(
+    config: Mapping[str, Any], base: bool, wanted: torch.dtype, remote: Mapping[str, Any] | None
+) -> nn.Module:
     from ..meta.empty import init_empty_weights
 
     transformers = _import("transformers", f"a model of type {config['model_type']!r}")
@@ -177,7 +183,6 @@ def _transformers(config: Mapping[str, Any], base: bool, dtype: object, remote: 
     else:
         settings = transformers.AutoConfig.from_pretrained(**remote, trust_remote_code=True)
         options = {"trust_remote_code": True}
-    wanted = _torch_dtype(dtype if dtype is not None else getattr(settings, "dtype", None) or "float32")
     quiet = logging.getLogger("transformers")
     level = quiet.level
     quiet.setLevel(logging.ERROR)  # "generation flags", "tied weights": nothing that concerns an empty model

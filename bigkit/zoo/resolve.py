@@ -35,7 +35,7 @@ def describe(
     revision: str | None = None,
     token: str | bool | None = None,
 ) -> ModelSpec:
-    """The record of a model: its layers, ties, KV cache and facts.
+    """The record of a model: its layers, ties, KV cache and facts, with its weights in the checkpoint's dtype.
 
     Args:
         name: a shipped name, a folder, a timm name, a Hub id or a Hub URL.
@@ -65,7 +65,7 @@ def describe(
         if config is None or not build.can_build(config):
             assert isinstance(source, hub.Source)  # timm models always have a usable config
             return headers.spec_from_tensors(label, headers.headers(source, token), config)
-        model = build.build(config, base=base, remote=remote)
+        model = build.build(config, base=base, dtype=None, remote=remote)
         return build.spec_of(model, label, config)
 
 
@@ -83,7 +83,7 @@ def empty_model(
 
     Args:
         name, library_name, base, trust_remote_code, revision, token: as in `describe`.
-        dtype: of the parameters, a torch dtype or its name; None takes the one that the config names.
+        dtype: of the parameters, a torch dtype or its name; None takes the checkpoint's, as `describe` has it.
 
     Raises:
         ZooError: as `describe`; a model known by its weights alone cannot be built.

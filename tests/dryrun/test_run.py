@@ -11,7 +11,7 @@ from bigkit.dryrun.run import KINDS, dry_run
 from bigkit.dryrun.workload import fill
 from bigkit.machine.hardware import GPUS, HARDWARE, Gpu, Hardware, machine_of
 from bigkit.machine.ledger import Calibration
-from bigkit.units import GiB, MiB
+from bigkit.units import GiB, MiB, format_bytes
 
 
 def gpu(memory, **fields):
@@ -27,7 +27,8 @@ def test_a_llama_fits_a_gpu_of_the_right_size():
     assert parts["KV cache"] >= 2 * 32 * 32 * 128 * 512 * 2 and parts["workspace"] == 8 * MiB + 128 * 1024
     assert sum(parts.values()) <= run.peak_allocated[0] <= run.peak_reserved[0] < run.timeline().capacity
     assert [step.name for step in run.times] == ["prefill", "token 1", "token 2"]
-    assert repr(run) == f"DryRun(llama-2-7b 1 x 512+2, fits, peak {run.peak_reserved[0] / GiB:.2f} GiB)"
+    peak = format_bytes(run.peak_reserved[0])
+    assert repr(run) == f"DryRun(llama-2-7b, 1 x 512 tokens, then 2 more each: fits, peak {peak})"
     assert "Fits." in str(run) and "tokens/s" in str(run)
 
 

@@ -69,6 +69,7 @@ def test_gpus_of_this_machine_are_described_and_what_was_measured_counts(monkeyp
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "get_device_properties", about.__getitem__)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda i: (about[i].total_memory, about[i].total_memory))
     machine = Hardware.detect()
     about[0].name = "NVIDIA H100 PCIe"
     assert "NVIDIA H100 PCIe (with the figures of H100-80GB)" in Hardware.detect().name

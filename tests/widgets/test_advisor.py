@@ -8,7 +8,7 @@ from bigkit.widgets import Advisor
 def test_controls_change_the_advice_and_reset_brings_it_back(tmp_path):
     advisor = Advisor("llama-2-70b", "1 x RTX 4090")
     first, picture = advisor.advice, advisor.picture.value
-    assert 'role="img"' in picture and "tokens a second" in picture and "waiting for" in advisor.verdict.value
+    assert 'role="img"' in picture and "tokens/s" in picture and "waiting for" in advisor.verdict.value
     advisor.hardware.value = "8 x H100-80GB"
     assert advisor.advice.best.plan.offloaded == 0 and advisor.picture.value != picture
     advisor.target.value = "memory"

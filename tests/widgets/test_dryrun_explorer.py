@@ -19,7 +19,8 @@ def explorer():
 def test_controls_change_what_is_shown(explorer):
     explorer.reset()
     first, picture = explorer.run, explorer.picture.value
-    assert re.match(r"DryRunExplorer\(gpt2, 1 x T4, 1 x 64\+1: fits, peak \d\.\d\d GiB\)", repr(explorer))
+    asked = "1 x 64 tokens, then 1 more each"
+    assert re.match(rf"DryRunExplorer\(gpt2, 1 x T4, {asked}: fits, peak \d+\.\d\d MiB\)", repr(explorer))
     explorer.batch.value = 8
     assert explorer.run.peak_allocated[0] > first.peak_allocated[0] and explorer.picture.value != picture
     assert 'role="img"' in picture and "aria-label" in picture and "GPU 0" in picture
@@ -107,5 +108,5 @@ def test_the_picture_says_what_the_text_says():
 
 def test_stretches_are_in_order_and_apart():
     spans = [Span("x", "", i, i + 0.5) for i in range(5)]
-    assert merge(spans, 0.1) == [(i, i + 0.5) for i in range(5)]
-    assert merge(spans, 0.6) == [(0, 4.5)] and merge([], 1) == []
+    assert merge(spans, 0.1) == [(i, i + 0.5, 0.5) for i in range(5)]
+    assert merge(spans, 0.6) == [(0, 4.5, 2.5)] and merge([], 1) == []
