@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext, suppress
@@ -23,7 +24,10 @@ DisableTorchFunctionSubclass: Callable[[], AbstractContextManager[None]] = torch
 
 def storage_id(tensor: Tensor) -> int:
     """The same number for all tensors that share memory. `UntypedStorage._cdata`, 2.11 to 2.15."""
-    return tensor.untyped_storage()._cdata
+    try:
+        return tensor.untyped_storage()._cdata
+    except NotImplementedError:  # a tensor of `torch.func`, around another
+        return 0
 
 
 def storage_users(tensor: Tensor) -> int:
@@ -35,6 +39,11 @@ def storage_users(tensor: Tensor) -> int:
 def make_subclass(cls: type, data: Tensor, requires_grad: bool) -> Any:
     """A tensor of class `cls` with the data of another, as a new leaf. `Tensor._make_subclass`, 2.11 to 2.15."""
     return Tensor._make_subclass(cls, data, requires_grad)
+
+
+def mark_parameter(tensor: Tensor) -> None:
+    """Let a tensor of any class count as an `nn.Parameter` for `isinstance`. `_is_param`, 2.11 to 2.15."""
+    tensor._is_param = True  # type: ignore[attr-defined]
 
 
 def real_tensors() -> AbstractContextManager[Any]:
@@ -65,6 +74,25 @@ def pop_saved_tensors_hooks(is_ours: Callable[[Any], bool]) -> None:
     """
     while (hooks := torch._C._autograd._top_saved_tensors_default_hooks(False)) is not None and is_ours(hooks[0]):
         torch._C._autograd._pop_saved_tensors_default_hooks()
+
+
+def in_functional_call() -> bool:
+    """Whether this thread is in a `torch.func.functional_call`. `torch.nn.utils.stateless`, 2.11 to 2.15."""
+    code = torch.nn.utils.stateless._functional_call.__code__
+    frame = sys._getframe()
+    while frame is not None and frame.f_code is not code:
+        frame = frame.f_back  # type: ignore[assignment]
+    return frame is not None
+
+
+def is_traced() -> bool:
+    """Whether operations are being recorded: by `torch.jit.trace`, or for `torch.export` and `make_fx`.
+
+    `torch._C._get_tracing_state`, `_get_dispatch_mode` and its key `PROXY`, 2.11 to 2.15.
+    """
+    if torch.compiler.is_exporting() or torch._C._get_tracing_state() is not None:
+        return True
+    return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None
 
 
 def never_compiled(function: Function, *, with_callees: bool = True) -> Function:

@@ -167,6 +167,8 @@ def _attach(
     first = streamer.device if streamer else layout.device(layout.works(next(iter(layout.places))))
     root = hooks.pop(model, None) or AlignDevicesHook.placed(first, skip_keys)
     root.io_same_device, root.streamer = True, streamer
+    if streamer is not None:
+        streamer.model_id = id(model)
     for module, hook in (*hooks.items(), (model, root)):
         add_hook_to_module(module, hook, append=True)
 

@@ -18,13 +18,22 @@ Leaves out: the fast way, where a whole block's weights arrive before its forwar
 
 from __future__ import annotations
 
+import weakref
 from functools import cache
 from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from ._torch import DisableTorchFunctionSubclass, make_subclass, real_tensors, storage_id, tree_leaves, tree_map_only
+from ._torch import (
+    DisableTorchFunctionSubclass,
+    make_subclass,
+    mark_parameter,
+    real_tensors,
+    storage_id,
+    tree_leaves,
+    tree_map_only,
+)
 from .codec import own_copy
 
 if TYPE_CHECKING:
@@ -75,11 +84,13 @@ class Away(Tensor):
         weight: what it stands for.
         streamer: what brings it.
         in_model: whether it stands in a model; else it is what `detach()` or `data` of such a handle gave.
+        stands_for: the class of what it stands for; `nn.Parameter` for buffers too.
     """
 
     weight: Weight
     streamer: WeightStreamer
     in_model: bool
+    stands_for: type = nn.Parameter
 
     @staticmethod
     def of(weight: Weight, streamer: WeightStreamer) -> Away:
@@ -88,11 +99,20 @@ class Away(Tensor):
         # Under fake tensors (a dry run) too a handle is real, whatever it stands for.
         with real_tensors():
             meta = torch.empty_strided(template.shape, template.stride(), dtype=template.dtype, device="meta")
-        cls = _handle_class(type(template).__name__) if isinstance(template, nn.Parameter) else Away
-        handle = make_subclass(cls, meta, template.requires_grad and template.is_leaf)
+        handle = make_subclass(_handle_class(type(template)), meta, template.requires_grad and template.is_leaf)
         values = {name: value for name, value in vars(template).items() if isinstance(value, _PLAIN_VALUES)}
         vars(handle).update(values)  # peft makes a weight like this one from them
+        if isinstance(template, nn.Parameter):
+            mark_parameter(handle)
+        handle._unswapped = weakref.ref(handle)  # `torch.utils.swap_tensors` refuses what has a weak reference
         return _connect(handle, weight, streamer, in_model=True)
+
+    def __new__(cls, data: Tensor, requires_grad: bool = True, **attributes: Any) -> Any:
+        """A weight, not a handle: others make one like this by `type(weight)(data, requires_grad=...)`."""
+        if cls is not Away and isinstance(data, cls.stands_for):
+            return data
+        own = {name: value for name, value in attributes.items() if name not in Away.__annotations__}
+        return cls.stands_for(data, requires_grad, **own)
 
     def __getattr__(self, name: str) -> Any:
         """What the weight has beside its data and is no plain value: the scales of a quantized one, loaded."""
@@ -108,6 +128,22 @@ class Away(Tensor):
         value = self.streamer.load(self.weight, None if device is None else torch.device(device))
         return value if self.in_model else value.detach()
 
+    # Operations of which torch does not tell a subclass.
+
+    def set_(self, *source: Any) -> Away:  # type: ignore[override]
+        """Set the data to another tensor, or to what lies in a storage."""
+        real = [item.load() if isinstance(item, Away) else item for item in source]
+        self.data = torch.empty(0, dtype=self.dtype).set_(*real)
+        return self
+
+    def new(self, *args: Any, **kwargs: Any) -> Tensor:
+        """A tensor of this dtype, where the weight works."""
+        return torch.empty(0, dtype=self.dtype, device=self.device).new(*args, **kwargs)
+
+    def new_tensor(self, *args: Any, **kwargs: Any) -> Tensor:
+        """A tensor of this dtype with other data, where the weight works."""
+        return torch.empty(0, dtype=self.dtype, device=self.device).new_tensor(*args, **kwargs)
+
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -122,6 +158,10 @@ class Away(Tensor):
             return args[0]
         if func is Tensor.detach:
             return args[0]._detached()
+        if func is Tensor.module_load:
+            raise RuntimeError(
+                "weights that rest elsewhere are not swapped: load without set_swap_module_params_on_conversion"
+            )
         if func in (Tensor.cpu, Tensor.to) and args[0].device.type != "cpu" and _goes_to_cpu(func, args, kwargs):
             return args[0].load("cpu").clone()
         return _operate(func, args, kwargs)
@@ -154,19 +194,10 @@ class Away(Tensor):
         return value.__reduce_ex__(protocol)
 
 
-class AwayParameter(Away, nn.Parameter):
-    """A handle on a parameter."""
-
-    __torch_function__ = Away.__torch_function__
-    __deepcopy__ = Away.__deepcopy__
-    __reduce_ex__ = Away.__reduce_ex__
-    __repr__ = Away.__repr__  # type: ignore[assignment]
-
-
 @cache
-def _handle_class(name: str) -> type[AwayParameter]:
-    """The class of handles on parameters of a class of this name. peft asks for the names of quantized ones."""
-    return AwayParameter if name == "Parameter" else type(name, (AwayParameter,), {})
+def _handle_class(cls: type) -> type[Away]:
+    """The class of handles on tensors of a class. Those on quantized weights have their name, for which peft asks."""
+    return Away if cls in (nn.Parameter, Tensor) else type(cls.__name__, (Away,), {"stands_for": cls})
 
 
 class AwayView(Away):

@@ -19,6 +19,7 @@ Leaves out: moving inputs (`offload/inputs.py`), and which modules get which hoo
 
 from __future__ import annotations
 
+import copy
 import functools
 import threading
 from collections.abc import Container, Iterable, Iterator, Mapping
@@ -29,6 +30,7 @@ import torch
 from torch import Tensor, nn
 
 from ._torch import never_compiled
+from .handle import refuse_copy
 from .inputs import find_device, send_to_device, torch_device
 from .placing import stream_alone
 from .stream import Streamer
@@ -348,6 +350,14 @@ class AlignDevicesHook(ModelHook):
         hook = cls(device, skip_keys=skip_keys)
         hook.streamer, hook.unit, hook.is_placed = streamer, unit, True
         return hook
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> AlignDevicesHook:
+        """The hook of a part that is copied alone: that has its weights with it, on the device that they work on."""
+        if self.streamer is not None and (self.unit is None or self.streamer.model_id in memo):
+            refuse_copy("this model")
+        copied = copy.copy(self)
+        copied.streamer = copied.unit = None
+        return copied
 
     def retire(self) -> None:
         """Do nothing from now on: the model is dispatched anew. Users may hold the hook within one of their own."""

@@ -9,7 +9,7 @@ Leaves out: training what stays on a GPU beside offloaded weights; that works, a
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
@@ -43,7 +43,10 @@ def enter_guard(streamer: Any, unit: str, storages: frozenset[int]) -> torch.aut
 
     pack.streamer = streamer  # type: ignore[attr-defined]
     guard = torch.autograd.graph.saved_tensors_hooks(pack, _unpack)
-    guard.__enter__()
+    try:
+        guard.__enter__()
+    except RuntimeError as error:  # `torch.func.grad` and its kin allow no such hooks
+        raise RuntimeError(_NO_TRAINING.format(unit)) from error
     return guard
 
 
@@ -51,6 +54,14 @@ def _unpack(saved: Tensor | _LentTo) -> Tensor:
     if isinstance(saved, _LentTo):
         raise RuntimeError(_NO_TRAINING.format(saved.unit))
     return saved
+
+
+def refuse_trace(unit: str) -> NoReturn:
+    """Refuse to be traced or exported: slots would become constants of the graph."""
+    raise RuntimeError(
+        f"the weights of {unit or 'this model'!r} rest elsewhere, so it cannot be traced or exported: call "
+        "remove_hook_from_module(model, recurse=True) first"
+    )
 
 
 def end_guards(streamer: Any) -> None:

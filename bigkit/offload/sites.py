@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple, TypeGuard
 import torch
 from torch import Tensor, nn
 
+from ._torch import in_functional_call
 from .handle import Away
 from .weights import Unit, Weight
 
@@ -48,7 +49,17 @@ class Site:
         self.look()
 
     def look(self) -> None:
-        """Read the model again."""
+        """Read the model again; a handle may lie under another name (pruning and weight norm do that)."""
+        weights = {id(same): weight for weight in self.unit.weights for same in (weight, *weight.aliases)}
+        places = {(id(place[0]), place[1]) for weight in self.unit.weights for place in weight.places}
+        for module in self.unit.modules():
+            for tensors, buffer in ((module._parameters, False), (module._buffers, True)):
+                for own, tensor in tensors.items():
+                    if isinstance(tensor, Away) and id(tensor.weight) in weights and (id(module), own) not in places:
+                        weight = weights[id(tensor.weight)]
+                        weight.places.append((module, own, buffer))
+                        tensors[own] = weight.away  # type: ignore[assignment]
+                        self.streamer.forget(weight)  # the views that were made lack this place
         self.entries = [
             Entry(tensors_of(place), place[1], weight, weight.away, place)
             for weight in self.unit.weights
@@ -71,8 +82,9 @@ class Site:
             for module in self.unit.modules():
                 move_own(module, self.streamer.device)
             self.look()
-        for entry in self.entries:
-            if entry.tensors.get(entry.own) is not entry.handle:
+        changed = [entry for entry in self.entries if entry.tensors.get(entry.own) is not entry.handle]
+        if changed and not in_functional_call():  # that puts other tensors into modules for the time of a call
+            for entry in changed:
                 self._adopt(entry)
 
     def _adopt(self, entry: Entry) -> None:
@@ -89,8 +101,9 @@ class Site:
             for place in places:
                 tensors_of(place)[place[1]] = handle
             return
+        self.look()  # it may have another name now
         weight.places.remove(entry.place)
-        if value is not None and not isinstance(value, Away):
+        if value is not None and not isinstance(value, Away) and not value.is_meta:
             entry.tensors[entry.own] = moved(value, self.streamer.device)
         self.look()
         self.streamer.forget(weight)
@@ -98,7 +111,7 @@ class Site:
 
 def _fits(value: Tensor | None, weight: Weight) -> TypeGuard[Tensor]:
     """Whether a tensor can become the data of a weight."""
-    if value is None or isinstance(value, Away):
+    if value is None or isinstance(value, Away) or value.is_meta:
         return False
     return value.shape == weight.template.shape and value.dtype == weight.template.dtype
 

@@ -32,12 +32,13 @@ from torch import Tensor
 
 from ..checkpoints.ring import Slab
 from ..maps.partition import spread
-from ._torch import detect_fake_mode, held_by_this_thread, mark_lent, storage_id
+from ._torch import detect_fake_mode, held_by_this_thread, is_traced, mark_lent, storage_id
 from .escapes import count_holders, own_copies
 from .events import Event
 from .handle import Away, refuse_copy
-from .inference_only import end_guards, enter_guard, refuse_gradient
+from .inference_only import end_guards, enter_guard, refuse_gradient, refuse_trace
 from .mapped import PageLane, pages_ahead
+from .other_form import keep_other_form
 from .sites import Site
 from .transfer import CudaLane, PlainLane, Slot
 from .weights import Unit, Weight
@@ -98,6 +99,7 @@ class Streamer:
             self.count = pages_ahead(self.units)
         self.slots: list[Slot] = []
         self.holder: dict[int, Slot] = {}  # unit's index -> the slot that holds it
+        self.model_id = 0  # `id` of the model that was dispatched
         self.loans = 0  # so far: the clock by which slots are used
         self.cached = spread([unit.nbytes if unit.rests_in() == "disk" else 0 for unit in units], cache)
         self.listeners: list[Callable[[Event], None]] = []
@@ -130,12 +132,16 @@ class Streamer:
 
         Raises:
             OSError: a file could not be read.
+            RuntimeError: the forward is being traced.
         """
+        if is_traced():
+            refuse_trace(unit.name)
         self.lock.acquire()
         loan = _Loan(*self._borrowed(unit))
         self._loans.append(loan)
         for entry, value in zip(self.sites[unit.index].entries, loan.views.values):
-            entry.tensors[entry.own] = value
+            if entry.tensors.get(entry.own) is entry.handle:  # not in `functional_call`, nor if it is lent already
+                entry.tensors[entry.own] = value
         if self.listeners:
             self._tell("work", unit)
 
@@ -232,9 +238,13 @@ class Streamer:
         """Make `value` the data of a weight.
 
         Raises:
-            ValueError: it has another shape or dtype.
+            ValueError: it has another shape or dtype, and the weight is quantized or a forward is running.
         """
         with self.lock:
+            if not weight.fits(value):
+                units = [self._unit_of[id(same)] for same in (weight, *weight.aliases)]
+                keep_other_form(self, weight, value, units, running=bool(self._loans))
+                return
             weight.keep(value)
             self._update(weight)
 
@@ -252,14 +262,18 @@ class Streamer:
     def release(self, unit: Unit) -> None:
         """Put a unit's weights into the model for good, on the CPU."""
         with self.lock:
-            site = self.sites[unit.index]
-            site.take_in_changes()
-            for weight in unit.weights:
-                twins = [self._released[id(twin)] for twin in weight.aliases if id(twin) in self._released]
-                self._released[id(weight)] = twins[0] if twins else weight.load()
-            for entry in site.entries:
-                if entry.tensors.get(entry.own) is entry.handle:
-                    entry.tensors[entry.own] = self._released[id(entry.weight)]
+            self.sites[unit.index].take_in_changes()
+            for module in unit.modules():
+                for tensors in (module._parameters, module._buffers):
+                    for own, handle in tensors.items():
+                        if isinstance(handle, Away) and handle.streamer is self:
+                            tensors[own] = self._released_weight(handle.weight)  # type: ignore[assignment]
+
+    def _released_weight(self, weight: Weight) -> Tensor:
+        for same in (weight, *weight.aliases):
+            if id(same) in self._released:
+                return self._released[id(same)]
+        return self._released.setdefault(id(weight), weight.load())
 
     def close(self) -> None:
         """Wait for copies that are under way."""

@@ -154,24 +154,19 @@ class Weight:
     def _around(self, tensors: dict[str, Tensor]) -> Tensor:
         return codec_of(self.template).put_together(self.template, tensors)
 
+    def fits(self, value: Tensor) -> bool:
+        """Whether a tensor has the shape and dtype of what rests."""
+        new = codec_of(self.template).take_apart(value)
+        return all(
+            suffix in new and tuple(new[suffix].shape) == part.shape and new[suffix].dtype == part.dtype
+            for suffix, part in self.parts.items()
+        )
+
     @torch.inference_mode(False)
     def keep(self, value: Tensor) -> None:
-        """Make `value` what rests, in RAM: a file is never written to.
-
-        Raises:
-            ValueError: it has another shape or dtype.
-        """
+        """Make `value`, which fits, what rests, in RAM: a file is never written to."""
         codec = codec_of(self.template)
         new = codec.take_apart(value)
-        for suffix, part in self.parts.items():
-            tensor = new.get(suffix)
-            if tensor is None or tuple(tensor.shape) != part.shape or tensor.dtype != part.dtype:
-                given = "nothing" if tensor is None else f"{tuple(tensor.shape)} {tensor.dtype}"
-                raise ValueError(
-                    f"{self.name!r} rests as {part.shape} {part.dtype} and cannot become {given}: to change its shape "
-                    "or dtype (as resize_token_embeddings does) call remove_hook_from_module(model, recurse=True), "
-                    "change it, and dispatch the model again"
-                )
         for suffix, part in self.parts.items():
             if part.slab is None:
                 part.slab, part.source, part.at = Slab(part.nbytes), None, 0
@@ -218,6 +213,11 @@ class Unit:
     _moves: list[Move] | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
+        self.lay_out()
+
+    def lay_out(self) -> None:
+        """Give every part its place in a slot."""
+        self.nbytes, self._moves = 0, None
         for part in self.parts():
             part.offset = self.nbytes
             self.nbytes += -(-part.nbytes // ALIGN) * ALIGN

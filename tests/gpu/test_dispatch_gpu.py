@@ -10,6 +10,7 @@ from torch import nn
 
 import bigkit
 from bigkit.checkpoints import ring
+from bigkit.offload.handle import Away
 
 GPU = torch.device("cuda:0")
 
@@ -148,7 +149,7 @@ def test_an_error_gives_everything_back(net, error):
         with pytest.raises(error), torch.no_grad():
             model(tokens)
         assert not any(slot.lent for slot in slots_of(model).slots)
-        assert all(type(p).__name__ == "AwayParameter" for p in model.parameters())
+        assert all(isinstance(p, Away) for p in model.parameters())
     handle.remove()
     assert torch.equal(run(model, tokens), expected)
 

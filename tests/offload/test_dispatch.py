@@ -23,6 +23,7 @@ from bigkit.checkpoints.load import load_checkpoint_in_model
 from bigkit.checkpoints.save import save_model
 from bigkit.offload.dispatch import dispatch_model
 from bigkit.offload.grouping import handles
+from bigkit.offload.handle import Away
 from bigkit.offload.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
 from bigkit.offload.load_and_dispatch import load_checkpoint_and_dispatch
 from bigkit.offload.one_place import cpu_offload, disk_offload
@@ -152,12 +153,17 @@ def test_moving_is_refused(move):
     assert move(whole) is whole
 
 
-def test_moving_a_part_is_refused_or_does_nothing():
-    model, whole = cpu_offload(Net(), 0, stand_in=STAND_IN), None
-    expected = model(X)
-    with pytest.raises((ValueError, RuntimeError), match="rests"):
-        model.h[0].half()
-    assert same(model(X), expected), whole
+def test_a_part_is_cast_where_it_rests():
+    whole = Net()
+    parts = cpu_offload(copy.deepcopy(whole), 0, stand_in=STAND_IN)
+    for each in (whole, parts):
+        each(X)
+        each.h.double()
+        each.h[0].to("cpu", torch.float64)
+        with pytest.raises(RuntimeError, match="dtype"):
+            each(X)
+        each.h.float()
+    assert same(parts(X), whole(X)) and isinstance(parts.h[0].a.weight, Away)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
-from bigkit.offload.handle import AwayParameter
+from bigkit.offload.handle import Away
 from bigkit.offload.hooks import remove_hook_from_module
 from bigkit.offload.one_place import cpu_offload
 from tests.spread import STAND_IN, Net, check_at_rest, same, spread_ways
@@ -138,7 +138,7 @@ def test_a_parameter_that_is_replaced_takes_its_place_in_ram(tmp_path):
     for _, model in spread_ways(Net(), tmp_path):
         model.h[1].a.weight = nn.Parameter(torch.ones(8, 8), requires_grad=False)
         model(X)
-        assert isinstance(weight(model), AwayParameter) and not weight(model).requires_grad
+        assert isinstance(weight(model), Away) and not weight(model).requires_grad
         assert torch.equal(weight(model).clone(), torch.ones(8, 8))
 
 
@@ -270,14 +270,18 @@ def test_handles_copy_and_pickle_as_the_weights(way_to_copy, thing, tmp_path):
         check_at_rest(parts)
 
 
-def test_a_spread_model_does_not_copy_but_a_layer_in_it_does(tmp_path):
+def test_a_spread_model_does_not_copy_but_a_part_of_it_does(tmp_path):
     model = Net()
     for way, parts in spread_ways(model, tmp_path):
         for work in (copy.deepcopy, pickle.dumps, lambda thing: torch.save(thing, io.BytesIO())):
-            for thing in (parts, parts.h[1], {"model": parts}):
+            for thing in (parts, {"model": parts}, nn.Sequential(parts)):
                 with pytest.raises(TypeError, match="is spread out by bigkit and cannot be copied or pickled: call"):
                     work(thing)
-        assert same(copy.deepcopy(parts.h[1].a)(X), model.h[1].a(X)), way
+        for copied in (copy.deepcopy(parts.h[1]), copy.deepcopy(parts.h)[1]):
+            assert type(copied.a.weight) is nn.Parameter and same(copied(X), model.h[1](X)), way
+            with torch.no_grad():
+                copied.a.weight.zero_()
+        assert same(copy.deepcopy(parts.h[1].a)(X), model.h[1].a(X)) and same(parts(X), model(X)), way
         check_at_rest(parts)
 
 
@@ -303,20 +307,6 @@ def test_weights_have_addresses_of_their_own(tmp_path):
             for name, value in loaded.items():
                 assert torch.equal(value, model.state_dict()[name]), (way, name)
         assert same(parts(X), model(X)), way
-
-
-@pytest.mark.parametrize("vocabulary", [12, 5])
-def test_embeddings_that_are_resized_say_what_to_do(vocabulary):
-    import transformers
-
-    config = transformers.GPT2Config(vocab_size=9, n_embd=8, n_layer=2, n_head=2, n_positions=8)
-    model, ids = transformers.GPT2LMHeadModel(config).eval(), torch.tensor([[1, 2]])
-    parts = cpu_offload(copy.deepcopy(model), 0, stand_in=STAND_IN)
-    with pytest.raises(ValueError, match=r"'transformer.wte.weight' .* call remove_hook_from_module\(.* dispatch"):
-        parts.resize_token_embeddings(vocabulary, mean_resizing=False)
-    assert parts.config.vocab_size == 9 and torch.equal(parts(ids).logits, model(ids).logits)
-    remove_hook_from_module(parts, recurse=True).resize_token_embeddings(vocabulary, mean_resizing=False)
-    assert cpu_offload(parts, 0, stand_in=STAND_IN)(ids).logits.shape == (1, 2, vocabulary)
 
 
 VIEWS = {
@@ -362,15 +352,47 @@ def test_views_can_be_read(tmp_path):
         assert torch.equal(torch.cat([first, second]), weight(model))
 
 
-def test_data_that_does_not_fit_is_refused():
-    parts = cpu_offload(Net(), 0, stand_in=STAND_IN)
+def test_a_weight_of_another_form(tmp_path):
+    """Other shapes and dtypes, as when embeddings are resized."""
+    model = Net()
+    for way, parts in spread_ways(model, tmp_path):
+        whole = copy.deepcopy(model)
+        for each in (whole, parts):
+            each(X)
+            inner = each.h[1]
+            inner.a.weight.data = torch.cat([inner.a.weight.data, 2 * inner.a.weight.data[:3]])
+            inner.a.bias.data = torch.arange(11.0)
+            inner.b.weight.data = F.pad(inner.b.weight.data, (0, 3), value=0.5)
+            each.h[2].a.weight = each.h[3].a.weight
+            each.h[3].a.weight.data = each.h[3].a.weight.data.T.contiguous()
+        for _ in range(2):
+            assert same(parts(X), whole(X)), way
+        check_at_rest(parts)
+        assert repr(parts.h[1].a.weight).startswith("<h.1.a.weight: 11 x 8 torch.float32, rests in RAM")
+        for each in (whole, parts):
+            for parameter in each.parameters():
+                parameter.data = parameter.data.double()
+        assert same(parts(X.double()), whole(X.double())), way
+        assert same(dict(parts.state_dict()), dict(whole.state_dict())), way
+        remove_hook_from_module(parts, recurse=True)
+        assert same(parts(X.double()), whole(X.double())), way
+
+
+def test_a_form_that_cannot_be_is_refused():
+    parts, seen = cpu_offload(Net(), 0, stand_in=STAND_IN), []
     with pytest.raises(RuntimeError, match=r"this is a detached 'h\.1\.a\.weight'"):
         weight(parts).data.data = torch.zeros(8, 8)
-    with pytest.raises(ValueError, match=r"'h\.1\.a\.weight' rests as \(8, 8\)"):
-        weight(parts).data = torch.zeros(3)
-    expected = weight(parts).clone().T
-    weight(parts).data = weight(parts).data.T  # a view of what is written to
-    assert torch.equal(weight(parts).clone(), expected)
+    with pytest.raises(ValueError, match=r"rests as \(8, 8\) torch.float32 and cannot become \(2, 2\)"):
+        weight(parts).data = torch.zeros(2, 2, device="meta")
+
+    def change(*_):
+        with pytest.raises(ValueError, match="while a forward runs: change it between forwards") as error:
+            parts.h[3].a.weight.data = torch.zeros(2, 2)
+        seen.append(error)
+
+    parts.h[1].register_forward_hook(change)
+    before = parts(X)
+    assert seen and same(parts(X), before)
 
 
 def test_a_leaf_that_requires_grad_is_not_written_to_outside_no_grad():

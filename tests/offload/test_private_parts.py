@@ -93,6 +93,8 @@ def test_torch_has_what_offloading_uses():
     assert _torch.storage_users(base) == users, f"a view that is gone still counts {version}"
     made = _torch.make_subclass(nn.Parameter, base, False)
     assert type(made) is nn.Parameter and made.data_ptr() == base.data_ptr(), f"_make_subclass copies {version}"
+    _torch.mark_parameter(base)
+    assert isinstance(base, nn.Parameter), f"_is_param no longer makes a parameter of a tensor {version}"
     assert _torch.detect_fake_mode() is None, f"detect_fake_mode sees a mode where there is none {version}"
     from torch._subclasses.fake_tensor import FakeTensorMode
 

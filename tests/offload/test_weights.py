@@ -119,12 +119,12 @@ def test_moves_follow_what_rests_elsewhere_now():
     assert [len(move.parts) for move in unit.moves()] == [1, 1, 1] and unit.rests_in() == "cpu"
 
 
-def test_keep_refuses_another_form():
+def test_keep_and_what_fits():
     unit = unit_of([torch.randn(2, 3)])
     rest_in_ram(unit, [{"": torch.zeros(2, 3)}], pin=False)
     for wrong in (torch.zeros(3, 2), torch.zeros(2, 3, dtype=torch.float64)):
-        with pytest.raises(ValueError, match=r"'w0' rests as \(2, 3\) torch.float32 and cannot become"):
-            unit.weights[0].keep(wrong)
+        assert not unit.weights[0].fits(wrong)
+    assert unit.weights[0].fits(torch.ones(3, 2).t())
     unit.weights[0].keep(torch.ones(3, 2).t())
     assert unit.weights[0].load().sum() == 6
 
