@@ -9,7 +9,8 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import replace
 
-from ..devices import Device, placement, prefixes, read_device
+from ..devices import Device, join, placement, prefixes, read_device
+from ..model.spec import Layer, ModuleSpec
 from ..units import listed
 from .task import Task
 
@@ -31,9 +32,21 @@ def read_map(task: Task, device_map: Mapping[str, Device]) -> tuple[Task, list[D
         raise ValueError(f"the device map uses {listed(without)}, but max_memory gives no budget for it")
     around = {prefix for name in devices for prefix in prefixes(name)[:-1]}
     if around & set(task.index):
-        task = replace(task, layers=task.model.layers(()), options={**task.options, "no_split": []})
+        pieces = (_by_tensor(layer) if layer.name in around else [layer] for layer in task.model.layers(()))
+        layers = tuple(piece for several in pieces for piece in several)
+        task = replace(task, layers=layers, options={**task.options, "no_split": []})
     device_of = placement(devices)
     places = [device_of(layer.name) for layer in task.layers]
     if missing := [layer.name for layer, place in zip(task.layers, places) if place is None]:
         raise ValueError(f"the device map gives no device for {listed(missing)}")
     return task, places
+
+
+def _by_tensor(layer: Layer) -> list[Layer]:
+    """A layer without children in pieces of one tensor each."""
+    pieces = []
+    for own, tensor in layer.spec.tensors.items():
+        name, cls = join(layer.name, own), "Buffer" if tensor.buffer else "Parameter"
+        ties = tuple(tie for tie in layer.ties if tie[0] == name)
+        pieces.append(Layer(name, cls, ModuleSpec(cls, {"": tensor}), ties))
+    return pieces

@@ -209,13 +209,15 @@ def _own_no_split(module: nn.Module) -> list[str]:
     return sorted(classes) if isinstance(classes, (set, frozenset)) else list(classes)
 
 
-def repeated_blocks(model: nn.Module) -> set[str]:
+def repeated_blocks(model: nn.Module, named: Iterable[str] = ()) -> set[str]:
     """Classes of a model's repeated blocks, found by their place: numbered modules that hold no such module.
+
+    Those are left out that are within, or around, a module of a class that is `named`.
 
     >>> repeated_blocks(nn.Sequential(nn.Sequential(nn.ReLU()), nn.TransformerEncoderLayer(4, 2)))
     {'TransformerEncoderLayer'}
     """
-    return {*ModelSpec("", _Skeleton().module(model, "")).repeated_blocks}
+    return {*ModelSpec("", _Skeleton().module(model, ""), no_split=tuple(named)).repeated_blocks}
 
 
 def _library(model: nn.Module) -> str:

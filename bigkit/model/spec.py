@@ -172,7 +172,7 @@ class ModelSpec:
         and positions, which are added up) stays together.
         """
         if self.no_split:
-            return self.layers()
+            return self.layers(self.repeated_blocks.union(self.no_split))
         layers, blocks = list(self._cut(self.repeated_blocks, True)), self.repeated_blocks
         around = {prefix for layer in layers if layer.cls in blocks for prefix in prefixes(layer.name)}
         for i, layer in enumerate(layers):
@@ -185,16 +185,16 @@ class ModelSpec:
 
     @cached_property
     def repeated_blocks(self) -> frozenset[str]:
-        """Classes of the blocks, which residual connections cross: numbered modules that hold no such module."""
+        """Classes of other blocks, which residual connections cross: numbered modules that hold no block."""
 
         def inner(module: ModuleSpec) -> set[str]:
-            classes: set[str] = set()
-            for name, child in module.children.items():
+            classes: set[str] = {module.cls}.intersection(self.no_split)
+            for name, child in module.children.items() if not classes else ():
                 is_block = name.isdigit() and child.children and child.cls not in _CONTAINERS
                 classes |= inner(child) or ({child.cls} if is_block else set())
             return classes
 
-        return frozenset(inner(self.root))
+        return frozenset(inner(self.root).difference(self.no_split))
 
     def _cut(self, classes: frozenset[str], guessed: bool) -> tuple[Layer, ...]:
         if (classes, guessed) not in self._layers:

@@ -27,8 +27,9 @@ from ..devices import Device, whole_on
 from ..maps.device_map import check_device_map
 from ..maps.plan import Plan
 from ..units import parse_bytes
-from .grouping import Layout, has_forward, put, records, with_residents
-from .hooks import AlignDevicesHook, add_hook_to_module, drop_hooks, hooks_in
+from .attach import attach
+from .grouping import Layout, put, records, with_residents
+from .hooks import AlignDevicesHook, drop_hooks, hooks_in
 from .inputs import torch_device
 from .mapped import PageLane
 from .moving import cast_or_move, device_map_of, refuse_to_move
@@ -112,7 +113,7 @@ def dispatch_model(
     units = make_units(model, layout, origins, offload_buffers=offload_buffers, whole_classes=classes)
     streamer = _streamer(layout, units, slots, prefetch, ram_cache) if units else None
     _forget_earlier(model)
-    _attach(model, layout, units, streamer, names_of(skip_keys))
+    attach(model, layout, units, streamer, names_of(skip_keys))
     model.hf_device_map = device_map_of(layout)  # type: ignore[assignment]
     vars(model)["_apply"] = refuse_to_move if units else partial(cast_or_move, model)
     return model
@@ -150,31 +151,3 @@ def _forget_earlier(model: nn.Module) -> None:
         for hook in placed:
             hook.retire()
         drop_hooks(module, placed)
-
-
-def _attach(
-    model: nn.Module, layout: Layout, units: list[Unit], streamer: Streamer | None, skip_keys: tuple[str, ...]
-) -> None:
-    """Put hooks: one for each unit, one for each placed module that is called, and one around the model."""
-    hooks: dict[nn.Module, AlignDevicesHook] = {}
-    for unit in units:
-        assert streamer is not None
-        hooks[unit.module] = AlignDevicesHook.placed(streamer.device, skip_keys, streamer, unit)
-    modules = dict(model.named_modules())
-    for name in layout.places:
-        for module in _called(modules[name]) if name in modules else ():
-            hooks.setdefault(module, AlignDevicesHook.placed(layout.device(layout.works(name)), skip_keys))
-    first = streamer.device if streamer else layout.device(layout.works(next(iter(layout.places))))
-    root = hooks.pop(model, None) or AlignDevicesHook.placed(first, skip_keys)
-    root.io_same_device, root.streamer = True, streamer
-    if streamer is not None:
-        streamer.model_id = id(model)
-    for module, hook in (*hooks.items(), (model, root)):
-        add_hook_to_module(module, hook, append=True)
-
-
-def _called(module: nn.Module) -> list[nn.Module]:
-    """The module itself, or what is called in its place if it is a mere container."""
-    if has_forward(module):
-        return [module]
-    return [inner for child in module.children() for inner in _called(child)]

@@ -94,7 +94,7 @@ def records(model: nn.Module) -> list[Record]:
     by_name: dict[str, Record] = {}
     seen: set[tuple[int, str]] = set()
     for prefix, module in model.named_modules(remove_duplicate=False):
-        for own, (tensor, buffer) in _own_tensors(module).items():
+        for own, (tensor, buffer) in own_tensors(module).items():
             name = join(prefix, own)
             owner = first.get(name, name)
             if owner not in by_name:
@@ -109,7 +109,7 @@ def records(model: nn.Module) -> list[Record]:
 
 def handles(model: nn.Module) -> list[Away]:
     """Every handle that stands in a model."""
-    own = [tensor for module in model.modules() for tensor, _ in _own_tensors(module).values()]
+    own = [tensor for module in model.modules() for tensor, _ in own_tensors(module).values()]
     return [tensor for tensor in own if isinstance(tensor, Away)]
 
 
@@ -125,12 +125,12 @@ def has_forward(module: nn.Module) -> bool:
 
 
 def block_classes(model: nn.Module) -> set[str]:
-    """Classes of a model's blocks: those that it, or a part of it, names as not to be split; else the repeated ones."""
+    """Classes of a model's blocks: those that it, or a part of it, names as not to be split; other repeated ones."""
     named = {cls for part in model.modules() for cls in getattr(part, "_no_split_modules", None) or ()}
-    return named or repeated_blocks(model)
+    return named | repeated_blocks(model, named)
 
 
-def _own_tensors(module: nn.Module) -> dict[str, tuple[Tensor, bool]]:
+def own_tensors(module: nn.Module) -> dict[str, tuple[Tensor, bool]]:
     """What a module itself holds: own name -> (tensor, whether it is a buffer)."""
     both = ((module._parameters, False), (module._buffers, True))
     return {own: (tensor, buffer) for held, buffer in both for own, tensor in held.items() if tensor is not None}
@@ -188,7 +188,7 @@ class Cut:
                 for part in module.modules():
                     self.group_of.setdefault(id(part), self.groups[-1])
                 return
-        if any(self.layout.is_away(join(name, own)) for own in _own_tensors(module)):
+        if any(self.layout.is_away(join(name, own)) for own in own_tensors(module)):
             self.group_of[id(module)] = self._loose_group(*caller)
         for own, child in module._modules.items():
             if child is not None:
@@ -226,7 +226,7 @@ def with_residents(model: nn.Module, layout: Layout, whole_classes: Iterable[str
     resident = {groups[i].name for i in spread([_nbytes(group.module) for group in groups], budget)}
     finer: dict[str, Device] = {}
     for prefix, module in model.named_modules():
-        for own in (*module._parameters, *module._buffers):
+        for own in own_tensors(module) or ([] if module._modules else [""]):  # the map names what holds nothing too
             name = join(prefix, own)
             group = next((outer for outer in prefixes(name) if outer in resident), None)
             finer[group or name] = layout.rests(name) if group is None else layout.works(name)

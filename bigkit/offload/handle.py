@@ -121,6 +121,13 @@ class Away(Tensor):
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
         return getattr(self.load(), name)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        """What users note at a weight, forwards find at the tensor that is lent to them."""
+        super().__setattr__(name, value)
+        if self.__dict__.get("in_model") and not hasattr(type(self), name) and name not in Away.__annotations__:
+            vars(self.weight.template)[name] = value
+            self.streamer.forget(self.weight)
+
     def load(self, device: torch.device | str | None = None) -> Tensor:
         """The weight's data on a device (None: where it works), in memory that is not this weight's resting place
         unless that is the CPU.

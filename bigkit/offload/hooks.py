@@ -341,6 +341,7 @@ class AlignDevicesHook(ModelHook):
         self.streamer: Streamer | None = None
         self.unit: Unit | None = None
         self.is_placed = False
+        self.output_device: torch.device | None = None  # where outputs go, of a part of a module on several devices
 
     @classmethod
     def placed(
@@ -363,7 +364,8 @@ class AlignDevicesHook(ModelHook):
         """Do nothing from now on: the model is dispatched anew. Users may hold the hook within one of their own."""
         if self.streamer is not None:
             self.streamer.close()
-        self.execution_device, self.io_same_device, self.streamer, self.unit = None, False, None, None
+        self.execution_device = self.output_device = self.streamer = self.unit = None
+        self.io_same_device = False
 
     def init_hook(self, module: nn.Module) -> nn.Module:
         if self.is_placed:
@@ -418,6 +420,8 @@ class AlignDevicesHook(ModelHook):
             if loan.input_device is not None:
                 output = send_to_device(output, loan.input_device, self.skip_keys)
             _thread.begun.pop(self, None)
+        if self.output_device is not None:
+            output = send_to_device(output, self.output_device, self.skip_keys)
         return output
 
     def on_error(self, module: nn.Module) -> None:

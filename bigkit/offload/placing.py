@@ -208,8 +208,11 @@ def make_units(
                 here[layout.works(name)].append(record.places[name])  # it shares what is there
             else:
                 travelling[cut.group_of[id(module)]].setdefault(record, []).append(name)
-        if here:
-            staying.append((record, {layout.device(works): places for works, places in here.items()}))
+        devices: dict[torch.device, list[Place]] = {}
+        for works, places in here.items():
+            devices.setdefault(layout.device(works), []).extend(places)  # one may stand in for several
+        if devices:
+            staying.append((record, devices))
     try:
         units = mover.send_away(travelling)
         for record, devices in staying:

@@ -35,9 +35,9 @@ def models(draw, ties=True, buffers=True, attention=True):
         split = draw(st.booleans())
         buffer = draw(st.integers(0, 3)) if buffers else 0
         parts = {"a": linear(size, buffer), "b": linear(draw(st.integers(0, 10)))}
-        children[str(i)] = ModuleSpec("Block" if split else "Whole", {}, parts)
+        children[f"b{i}"] = ModuleSpec("Block" if split else "Whole", {}, parts)
         if attention and draw(st.booleans()):
-            records.append(Attention(f"h.{i}", draw(st.integers(1, 4)), draw(st.sampled_from([None, 3]))))
+            records.append(Attention(f"h.b{i}", draw(st.integers(1, 4)), draw(st.sampled_from([None, 3]))))
     top, tied = {}, ()
     if draw(st.booleans()):
         top["embed"] = linear(draw(st.integers(1, 40)))

@@ -1,0 +1,74 @@
+"""Which modules get a hook, and where the outputs of each go.
+
+A hook stands around each unit that travels, each placed module, and the model. Where the model works on one device that
+is all. Where it works on several, two kinds of code would let tensors of two devices meet:
+
+- A placed module need not be what is called: layers of a Sequential are called one by one, an embedding by a method of
+  the model around it. So everything within that holds tensors gets a hook too.
+- A module whose parts are on several devices computes with what they return, and with tensors of its own (residuals,
+  positions, biases of the output). It has one device, its *home*: inputs come there, and so do outputs of its parts.
+  Those of blocks stay where they are, since the next block takes them, and those within a Sequential.
+
+Leaves out: what hooks do (`hooks.py`), and which weights travel together (`grouping.py`).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from ..devices import join, prefixes
+from .grouping import Layout, block_classes, has_forward, own_tensors
+from .hooks import AlignDevicesHook, add_hook_to_module
+from .stream import Streamer
+from .weights import Unit
+
+
+def attach(
+    model: nn.Module, layout: Layout, units: list[Unit], streamer: Streamer | None, skip_keys: tuple[str, ...]
+) -> None:
+    """Put hooks where a layout needs them."""
+    hooks: dict[nn.Module, AlignDevicesHook] = {}
+    for unit in units:
+        assert streamer is not None
+        hooks[unit.module] = AlignDevicesHook.placed(streamer.device, skip_keys, streamer, unit)
+    modules, several = dict(model.named_modules()), len({*map(layout.works, layout.places)}) > 1
+    for name in layout.places:
+        for module in _called(modules[name]) if name in modules else ():
+            if not several or _holds_tensors(module):  # else it works wherever its inputs are
+                hooks.setdefault(module, AlignDevicesHook.placed(layout.device(layout.works(name)), skip_keys))
+    if several:
+        for name, module in modules.items():
+            if has_forward(module) and (not layout.is_uniform(name) or own_tensors(module)):
+                hooks.setdefault(module, AlignDevicesHook.placed(_home(layout, name, module), skip_keys))
+        blocks = block_classes(model)
+        for name, module in modules.items():
+            if has_forward(module) and not layout.is_uniform(name) and not isinstance(module, nn.Sequential):
+                for part in (inner for child in module.children() for inner in _called(child)):
+                    if part in hooks and type(part).__name__ not in blocks:
+                        hooks[part].output_device = hooks[module].execution_device
+    first = streamer.device if streamer else layout.device(layout.works(next(iter(layout.places))))
+    root = hooks.pop(model, None) or AlignDevicesHook.placed(first, skip_keys)
+    root.io_same_device, root.streamer = True, streamer
+    if streamer is not None:
+        streamer.model_id = id(model)
+    for module, hook in (*hooks.items(), (model, root)):
+        add_hook_to_module(module, hook, append=True)
+
+
+def _called(module: nn.Module) -> list[nn.Module]:
+    """The module itself, or what is called in its place if it is a mere container."""
+    if has_forward(module):
+        return [module]
+    return [inner for child in module.children() for inner in _called(child)]
+
+
+def _holds_tensors(module: nn.Module) -> bool:
+    return any(map(own_tensors, module.modules()))
+
+
+def _home(layout: Layout, name: str, module: nn.Module) -> torch.device:
+    """The device of what a module itself holds, or else of the first part of it."""
+    own = [join(name, own) for own in own_tensors(module)]
+    inside = (other for other in layout.places if name in prefixes(other))
+    return layout.device(layout.works(own[0] if own else next(inside, name)))
