@@ -24,6 +24,7 @@ from ..devices import Device
 from ..machine.hardware import CONTEXT_BYTES, GPUS, Hardware
 from ..machine.ledger import Calibration, Ledger, machine_key
 from ..machine.roofline import Rates
+from ..model.experts import experts_of
 from ..model.spec import ModelSpec
 from ..units import dtype_bits, format_bytes, format_seconds, text_table
 from .plan import Plan, PlanError
@@ -273,7 +274,7 @@ def _predict(model: ModelSpec, plan: Plan, hardware: Hardware, calibration: Cali
     on_gpus = runners[0].device != "cpu"
     bits = dtype_bits(model.computes_in(model.precision(plan.dtype, plan.quantization)))
     blocks = max(1, len(model.attention) or model.facts.get("num_hidden_layers", 1))
-    routed = sum(tensor.elements for name, (tensor, _) in model.tensors.items() if ".experts." in name)
+    routed = sum(experts.parameters for experts in experts_of(model))
     picked = _picked(model, 1)
     used = 1 - (1 - _picked(model, plan.batch)) * routed / max(1, model.parameters)  # share of the weights
     flops = 2 * plan.batch * (model.parameters - (1 - picked) * routed)

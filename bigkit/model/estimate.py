@@ -23,6 +23,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from ..units import dtype_bits, dtype_name, format_bytes, is_floating, text_table
+from .experts import active_bytes, active_parameters, sentence
 from .precision import Precision
 from .spec import ModelSpec
 
@@ -83,12 +84,16 @@ class ClassicRow:
 
 @dataclass(frozen=True)
 class InferenceRow:
-    """What running takes when the weights are stored in one way; bytes."""
+    """What running takes when the weights are stored in one way; bytes.
+
+    `active` are those of the weights that one token uses: all but the experts that are not chosen for it.
+    """
 
     stored: str
     weights: int
     kv_cache: int
     activations: int
+    active: int = 0
 
     @property
     def total(self) -> int:
@@ -117,7 +122,8 @@ class TrainingRow:
 class MemoryEstimate:
     """The estimate of one model: `rows` (classic), `inference`, `training`, and what they were counted for.
 
-    `print` gives text, a notebook shows tables, `to_json` gives every figure in bytes.
+    `print` gives text, a notebook shows tables, `to_json` gives every figure in bytes. `active` is the number of
+    parameters that one token uses; fewer than `parameters` in a mixture of experts.
     """
 
     name: str
@@ -132,6 +138,7 @@ class MemoryEstimate:
     inference: tuple[InferenceRow, ...]
     training: tuple[TrainingRow, ...]
     notes: tuple[str, ...] = ()
+    active: int = 0
 
     def to_json(self) -> str:
         """Every figure as JSON text, sizes in bytes."""
@@ -145,8 +152,9 @@ class MemoryEstimate:
              size(row.training, "classic") + ("" if row.trainable else " *")]
             for row in self.rows
         ]  # fmt: skip
-        inference = [[row.stored, *map(size, (row.weights, row.kv_cache, row.activations, row.total))]
-                     for row in self.inference]  # fmt: skip
+        routed = self.active < self.parameters
+        inference = [[row.stored, *map(size, (row.weights, row.kv_cache, row.activations, row.total)),
+                      *([size(row.active)] if routed else [])] for row in self.inference]  # fmt: skip
         training = [[row.method, f"{row.trained / 1e6:,.1f} M",
                      *map(size, (row.weights, row.gradients, row.optimizer, row.activations, row.total))]
                     for row in self.training]  # fmt: skip
@@ -155,7 +163,8 @@ class MemoryEstimate:
             (f"Classic estimate of {self.name} ({self.classes[0]})",
              ["dtype", "largest layer", "largest module", "total size", "training using Adam"], classic),
             (f"To run {self.classes[1]}, {load}",
-             ["stored as", "weights", "KV cache", "activations", "total"], inference),
+             ["stored as", "weights", "KV cache", "activations", "total", *(["used by a token"] if routed else [])],
+             inference),
             (f"To train {self.classes[1]}, {load}",
              ["method", "trained", "weights", "gradients", "optimizer", "activations", "total"], training),
         ]  # fmt: skip
@@ -172,7 +181,8 @@ class MemoryEstimate:
     def __repr__(self) -> str:
         first = self.rows[0] if self.rows else None
         total = f", {first.dtype} {format_bytes(first.total_size, 'classic')}" if first else ""
-        return f"MemoryEstimate({self.name}, {self.parameters / 1e6:,.1f} M parameters{total})"
+        active = f", {self.active / 1e6:,.1f} M for a token" if self.active < self.parameters else ""
+        return f"MemoryEstimate({self.name}, {self.parameters / 1e6:,.1f} M parameters{active}{total})"
 
 
 def estimate(
@@ -208,7 +218,7 @@ def estimate(
         sizes = [bits * dtype_bits(name) // 256 for bits in (layers[layer_name], total, modules[module_name])]
         trainable = is_floating(name) and dtype_bits(name) >= 16
         rows.append(ClassicRow(name, sizes[0], sizes[1], 4 * sizes[1], sizes[2], trainable))
-    notes = []
+    notes = [about] if (about := sentence(full)) else []
     if not all(row.trainable for row in rows):
         notes.append("* 4 x the size, as the classic table counts; weights of this dtype alone cannot be trained.")
     inference = tuple(_inference(full, name, batch, context) for name in stored)
@@ -229,6 +239,7 @@ def estimate(
         inference=inference,
         training=_training(full, batch, context),
         notes=tuple(notes),
+        active=active_parameters(full),
     )
 
 
@@ -257,7 +268,8 @@ def _inference(model: ModelSpec, name: str, batch: int, context: int) -> Inferen
     precision = model.precision("bfloat16" if quantization else name, quantization)
     computes = model.computes_in(precision)
     kv_cache, activations = model.kv_bytes(context, batch, computes), activation_bytes(model, batch, context, computes)
-    return InferenceRow(quantization or dtype_name(name), model.bytes(precision), kv_cache, activations)
+    weights, active = model.bytes(precision), active_bytes(model, precision)
+    return InferenceRow(quantization or dtype_name(name), weights, kv_cache, activations, active)
 
 
 def _training(model: ModelSpec, batch: int, context: int) -> tuple[TrainingRow, ...]:
