@@ -11,6 +11,7 @@ from dataclasses import replace
 
 from ..devices import Device, placement, prefixes, read_device
 from ..units import listed
+from .experts import apart
 from .task import Task
 
 
@@ -29,9 +30,13 @@ def read_map(task: Task, device_map: Mapping[str, Device]) -> tuple[Task, list[D
         devices = {name: device for name, device in devices.items() if name in modules}
     if without := sorted({str(device) for device in devices.values() if device not in task.budgets}):
         raise ValueError(f"the device map uses {listed(without)}, but max_memory gives no budget for it")
-    around = {prefix for name in devices for prefix in prefixes(name)[:-1]}
-    if around & set(task.index):
-        task = replace(task, layers=task.model.layers(()), options={**task.options, "no_split": []})
+    inside = {name for name in devices if not set(task.index).isdisjoint(prefixes(name)[:-1])}
+    if inside:
+        finer = apart(task)
+        if finer is not None and inside <= {finer.layers[i].name for i in finer.around}:
+            task = finer
+        else:
+            task = replace(task, layers=task.model.layers(()), options={**task.options, "no_split": []})
     device_of = placement(devices)
     places = [device_of(layer.name) for layer in task.layers]
     if missing := [layer.name for layer, place in zip(task.layers, places) if place is None]:

@@ -14,8 +14,9 @@ from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import Any
 
-from ..devices import Device, collapse, device_label
-from ..units import format_bytes
+from ..devices import Device, collapse, device_label, placement
+from ..units import counted, format_bytes
+from .experts import is_apart, llama_cpp_flags, why_apart
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,7 @@ class Plan:
             offloaded.
         library: where the model comes from; see `ModelSpec`.
         options: what else the plan was made with, by the names of `bigkit.plan`'s arguments.
+        experts: if experts are placed apart from their blocks, how many a token takes, and of how many.
     """
 
     model: str
@@ -98,6 +100,7 @@ class Plan:
     slots: int = 0
     library: str = ""
     options: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    experts: tuple[int, int] | None = None
 
     @property
     def feasible(self) -> bool:
@@ -120,7 +123,11 @@ class Plan:
 
         `dispatch_model(model, plan)` takes the plan's number of slots with it; a dict alone gets two.
         """
-        return collapse({layer.name: layer.device for layer in self.layers})
+        inner = {layer.name for layer in is_apart(self.layers)}
+        whole = collapse({layer.name: layer.device for layer in self.layers if layer.name not in inner})
+        device_of = placement(whole)
+        own = {layer.name: layer.device for layer in self.layers if layer.name in inner}
+        return {**whole, **{name: device for name, device in own.items() if device != device_of(name)}}
 
     @property
     def offloaded(self) -> int:
@@ -146,6 +153,9 @@ class Plan:
                 if getattr(share, name)
             ]
             lines.append(f"      {' + '.join(parts)}." + (f" {share.why}" if share.why else ""))
+        if about := why_apart(self, self.experts):
+            flags = llama_cpp_flags(self)
+            lines += [f"  {about}", *([f"  llama.cpp places them so with {flags}"] if flags else [])]
         if self.max_context is not None:
             lines.append(f"  Longest context this placement holds: {self.max_context:,} tokens.")
         lines.append(f"  NOT FEASIBLE: {self.problem}" if self.problem else "  Every device is within its budget.")
@@ -189,7 +199,8 @@ class Plan:
             data = json.loads(text)
             shares = tuple(Share(**share) for share in data.pop("shares"))
             layers = tuple(Placed(**layer) for layer in data.pop("layers"))
-            return Plan(shares=shares, layers=layers, **data)
+            experts = tuple(data.pop("experts", None) or ()) or None
+            return Plan(shares=shares, layers=layers, experts=experts, **data)
         except (json.JSONDecodeError, AttributeError, KeyError, TypeError) as error:
             raise ValueError(f"this is not the JSON of a bigkit Plan: {error}") from error
 
@@ -211,7 +222,9 @@ def _stretches(layers: Sequence[Placed], device: Device) -> str:
     """The runs of layers on a device, as "embed .. h.3 (5 layers), head"."""
     runs: list[list[str]] = []
     previous: Device | None = None
-    for layer in layers:
+    experts = is_apart(layers)
+    inner = {layer.name for layer in experts}
+    for layer in (layer for layer in layers if layer.name not in inner):
         if layer.device == device:
             if previous == device:
                 runs[-1].append(layer.name)
@@ -219,7 +232,9 @@ def _stretches(layers: Sequence[Placed], device: Device) -> str:
                 runs.append([layer.name])
         previous = layer.device
     texts = [run[0] if len(run) == 1 else f"{run[0]} .. {run[-1]} ({len(run)} layers)" for run in runs[:4]]
-    return ", ".join(texts) + (f" and {len(runs) - 4} more runs" if len(runs) > 4 else "")
+    here = sum(layer.device == device for layer in experts)
+    texts += [f"and {len(runs) - 4} more runs"] if len(runs) > 4 else []
+    return ", ".join([*texts, *([f"the experts of {counted(here, 'block')}"] if here else [])]).replace(", and", " and")
 
 
 class PlanError(ValueError):

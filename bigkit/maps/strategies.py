@@ -28,6 +28,7 @@ from ..devices import Device
 from ..machine.hardware import DISKS, LINKS
 from ..model.spec import ModelSpec
 from ..units import dtype_name, parse_bytes
+from .experts import place_apart
 from .own_map import read_map
 from .partition import Chain, last_true, spread
 from .plan import Plan, PlanError
@@ -54,6 +55,7 @@ def place(
     overhead: int | str = 0,
     offload_buffers: bool = False,
     strict: bool = True,
+    experts_on_cpu: int | None = None,
 ) -> Plan:
     """Place a model's layers on devices so that no device holds more than its budget.
 
@@ -76,6 +78,8 @@ def place(
             Where positions are learned, no context beyond them is looked for.
         overhead: bytes that the runtime takes on each GPU.
         offload_buffers: whether buffers of offloaded layers leave the GPU too.
+        experts_on_cpu: in a mixture of experts, of how many blocks the experts rest in RAM, from the first block on
+            (llama.cpp's `--n-cpu-moe`); all others stay. None: of as many as must.
         strict: raise if the plan is not feasible; False returns it, with `problem` set.
 
     Returns:
@@ -100,6 +104,7 @@ def place(
         "special_dtypes": special or None,
         "no_split": classes,
         "offload_buffers": offload_buffers or None,
+        "experts_on_cpu": experts_on_cpu,
     }
     task = Task(
         model=model,
@@ -115,6 +120,8 @@ def place(
     if not isinstance(strategy, str):
         task, places = read_map(task, strategy)
         plan = task.to_plan(places, "custom")
+    elif experts_on_cpu is not None:
+        plan = _experts_on_cpu(task, strategy, experts_on_cpu)
     elif strategy in STRATEGIES:
         plan = _solve(task, strategy)
     else:
@@ -126,6 +133,9 @@ def place(
 
 def _solve(task: Task, strategy: str) -> Plan:
     if not task.fits(task.context):
+        found = place_apart(task) if strategy != "sequential" else None
+        if found is not None and (plan := found[0].to_plan(found[1], strategy, slots=found[2])).feasible:
+            return plan
         return _offload(task, strategy)
     context = task.context
     if strategy == "exact":
@@ -144,6 +154,13 @@ def _solve(task: Task, strategy: str) -> Plan:
     starts = [0, *ends[:-1]]
     places = [runner for runner, start, end in zip(task.runners, starts, ends) for _ in range(start, end)]
     return task.to_plan(task.by_layer(places), strategy, context)
+
+
+def _experts_on_cpu(task: Task, strategy: str, count: int) -> Plan:
+    found = place_apart(task, count)
+    if found is None:  # not even the other layers fit: say what is missing
+        return _offload(task, strategy)
+    return found[0].to_plan(found[1], strategy, slots=found[2])
 
 
 class _Trial(NamedTuple):
