@@ -260,7 +260,7 @@ class _Mover:
                     laid.append((weight, self.origins.read(parts)))
             self._rest_on_disk(on_disk)
             laid.sort(key=lambda item: item[0].order())  # as they lie in their files: fewer and longer reads
-            units.append(Unit(group.name, group.module, [weight for weight, _ in laid], group.loose))
+            units.append(Unit(group.name, group.module, [weight for weight, _ in laid], group.loose, group.routed))
             values = [tensors for _, tensors in laid]
             if self.layout.pins and all(times[record] == 1 for record in inside):
                 # Pinning takes long, and runs well on several threads.

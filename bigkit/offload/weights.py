@@ -56,6 +56,14 @@ class Part:
         """Bytes of data; strides never leave holes."""
         return math.prod(self.shape) * self.dtype.itemsize
 
+    def row(self, number: int) -> list[Part]:
+        """One row of it (an expert of a block), where that rests and where it belongs in a slot."""
+        start = self.nbytes // self.shape[0] * number
+        row = replace(
+            self, shape=self.shape[1:], stride=self.stride[1:], offset=self.offset + start, at=self.at + start
+        )
+        return [row] if row.nbytes else []
+
     def over(self, memory: Tensor, offset: int) -> Tensor:
         """The tensor whose bytes are those of `memory` (shape (n,), uint8) from `offset` on."""
         raw = memory[offset : offset + self.nbytes]
@@ -205,6 +213,7 @@ class Unit:
         module: that module.
         weights: in the order in which they lie in a slot.
         loose: whether they are only what the module holds itself, not all that is in it.
+        routed: whether they are experts, which a router chooses.
         nbytes: bytes of a slot that holds them.
         index: the unit's number in its streamer.
     """
@@ -213,6 +222,7 @@ class Unit:
     module: nn.Module
     weights: list[Weight]
     loose: bool = False
+    routed: bool = False
     nbytes: int = 0
     index: int = 0
     _moves: list[Move] | None = field(default=None, repr=False)
