@@ -42,6 +42,7 @@ from .grouping import Layout
 from .hooks import AlignDevicesHook
 from .inputs import torch_device
 from .mapped import PageLane
+from .source import Range
 from .stream import Streamer, Views
 from .transfer import PlainLane, Slot, readers
 from .weights import Move, Part, Unit
@@ -204,24 +205,26 @@ def _read(parts: Sequence[Part], memory: Tensor) -> int:
         Bytes that were read.
     """
     view = memory.numpy().data
-    runs: list[list[Part]] = []
-    for part in sorted(parts, key=lambda part: (str(part.source and part.source.path), part.at)):
-        last = runs[-1][-1] if runs else None
-        if last is not None and last.source is part.source and last.at + last.nbytes == part.at:
-            runs[-1].append(part)
-        else:
-            runs.append([part])
-    total = 0
-    for run in runs:
-        source, views = run[0].source, [view[part.offset : part.offset + part.nbytes] for part in run]
-        if source is None:  # it was written to, and rests in RAM since
-            for part, target in zip(run, views):
-                target[:] = part.on_cpu().contiguous().view(torch.uint8).flatten().numpy().data
-        elif os.preadv(source.descriptor, views, run[0].at) < sum(map(len, views)):  # seldom: read piece by piece
-            for part, target in zip(run, views):
-                source.read(target, part.at)
-        total += sum(map(len, views)) if source else 0
-    return total
+    jobs: list[tuple[Range, memoryview]] = []
+    for part in parts:
+        target = view[part.offset : part.offset + part.nbytes]
+        if part.source is None:  # it was written to, and rests in RAM since
+            target[:] = part.on_cpu().contiguous().view(torch.uint8).flatten().numpy().data
+            continue
+        own = part.source.ranges(part.at, part.nbytes)
+        jobs += [(place, target[place.start : place.start + place.nbytes]) for place in own]
+    jobs.sort(key=lambda job: (str(job[0].source.path), job[0].at))
+    while jobs:
+        run, first = 1, jobs[0][0]
+        end = first.at + first.nbytes
+        while run < len(jobs) and jobs[run][0][:2] == (first.source, end):
+            end, run = end + jobs[run][0].nbytes, run + 1
+        views = [target for _, target in jobs[:run]]
+        if os.preadv(first.source.descriptor, views, first.at) < end - first.at:  # seldom: read piece by piece
+            for place, target in jobs[:run]:
+                place.source.read(target, place.at)
+        jobs = jobs[run:]
+    return sum(part.nbytes for part in parts if part.source is not None)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

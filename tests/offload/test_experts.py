@@ -2,14 +2,24 @@
 
 import copy
 import gc
+import os
 from pathlib import Path
 
 import pytest
 import torch
 import transformers as tf
+from safetensors.torch import save_file
 from torch import nn
 
-from bigkit import cpu_offload, disk_offload, dispatch_model, remove_hook_from_module
+from bigkit import (
+    cpu_offload,
+    disk_offload,
+    dispatch_model,
+    init_empty_weights,
+    load_checkpoint_and_dispatch,
+    remove_hook_from_module,
+    save_model,
+)
 from bigkit.offload import experts as experts_module
 from bigkit.offload.experts import ExpertsHook, ExpertStreamer, chosen_rows, count_rows
 from bigkit.offload.handle import Away
@@ -223,6 +233,66 @@ def test_threshold_follows_from_the_choice():
     assert chosen_rows(streamer, unit, module, [torch.zeros(1, 32)]) is None
     module.config._experts_implementation = "sonicmoe"  # may read any expert
     assert rows([[3, 1]]) is None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The files of a checkpoint, in which each expert may lie alone
+
+
+def loaded(model, folder, places, **options):
+    with init_empty_weights():
+        empty = type(model)(copy.deepcopy(model.config)).eval()
+    return load_checkpoint_and_dispatch(empty, folder, places, strict=True, **options)
+
+
+@pytest.mark.parametrize("stand_in", [{}, {0: "cpu"}])
+@pytest.mark.parametrize("make", FAMILIES)
+def test_experts_rest_in_the_files_they_came_in(make, stand_in, tmp_path):
+    """No folder to write to is given, nor needed."""
+    model = made(make)
+    expected = generated(model)
+    model.save_pretrained(tmp_path, max_shard_size="30KB")
+    files = {file: file.stat().st_mtime_ns for file in tmp_path.iterdir()}
+    found = loaded(model, tmp_path, apart(model, "disk", 0 if stand_in else "cpu"), stand_in=stand_in)
+    assert torch.equal(generated(found), expected)
+    assert {file: file.stat().st_mtime_ns for file in tmp_path.iterdir()} == files
+    again = dispatch_model(found, apart(model, "disk", "cpu"))  # where they rest is known from the model
+    assert torch.equal(generated(again), expected)
+    save_model(again, tmp_path / "saved")
+    model.config.save_pretrained(tmp_path / "saved")
+    assert torch.equal(generated(type(model).from_pretrained(tmp_path / "saved")), expected)
+
+
+def test_what_lies_together_is_read_at_once(tmp_path, monkeypatch):
+    """In a file of its own names an expert is one range: gate, up and down come in one call, and nothing else."""
+    model = made(mixtral)
+    state = {}
+    for name, tensor in model.state_dict().items():
+        block, _, own = name.partition(".mlp.experts.")
+        for number in range(COUNT if own else 0):
+            expert = f"{block}.block_sparse_moe.experts.{number}"
+            if own == "down_proj":
+                state[f"{expert}.w2.weight"] = tensor[number].clone()
+            else:
+                state[f"{expert}.w1.weight"], state[f"{expert}.w3.weight"] = (
+                    part.clone() for part in tensor[number].chunk(2)
+                )
+        if not own:
+            state[name.replace(".mlp.gate", ".block_sparse_moe.gate")] = tensor
+    save_file(state, tmp_path / "model.safetensors")
+    found = loaded(model, tmp_path, apart(model, "disk", "cpu"))
+    calls, preadv = [], os.preadv
+
+    def counted(descriptor, views, offset):
+        calls.append((offset, sum(map(len, views)), len(views)))
+        return preadv(descriptor, views, offset)
+
+    monkeypatch.setattr(os, "preadv", counted)
+    with torch.no_grad():
+        assert torch.equal(found(torch.tensor([[7]])).logits, model(torch.tensor([[7]])).logits)
+    one = 3 * 32 * 48 * 4
+    assert len(calls) == 2 * 3 and {call[1:] for call in calls} == {(one, 3)}
+    assert streamer_of(found).cache.bytes_read == 6 * one
 
 
 class Expert(nn.Module):
