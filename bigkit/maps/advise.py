@@ -4,8 +4,8 @@ Each way is a plan, and the plan says what a token waits for. Four things work s
 
     Python      issues a number of steps for each block, most where bitsandbytes multiplies
     GPU         reads the weights that rest on it and the KV cache; of experts, those that the router picks
-    link        copies what rests in RAM and on disk, whole blocks
-    disk        reads what rests there
+    link        copies what rests in RAM and on disk: whole blocks, but of experts those that the router picks
+    disk        reads what rests there, likewise
 
 Several GPUs work one after another. No model is built and nothing is traced: sizes alone, so that 600 B parameters take
 as long as one. `dry_run` checks the way that you choose.
@@ -286,14 +286,16 @@ def _predict(model: ModelSpec, plan: Plan, hardware: Hardware, calibration: Cali
         reading += (used * weights + share.kv_cache) / rate.memory
         computing += weights / total * flops / rate.table("bfloat16" if bits == 16 else "float32")[-1][1]
     on_disk = sum(share.weights for share in plan.shares if share.device == "disk")
+    link, disk = plan.offloaded / first.link if on_gpus else 0.0, on_disk / first.disk
+    travels = _picked(model, plan.batch) if plan.experts else 1.0  # of experts that are apart, those that are chosen
     waits = {
         "Python": ASSUMED.steps[plan.quantization] * blocks * first.issue,
         "GPU" if on_gpus else "RAM": max(reading, computing),
-        "link": plan.offloaded / first.link if on_gpus else 0.0,
-        "disk": on_disk / first.disk,
+        "link": link * travels,
+        "disk": disk * travels,
     }
     prompt = max(plan.context, 1) * computing
-    prefill = max(waits["Python"], reading, prompt, waits["link"], waits["disk"])
+    prefill = max(waits["Python"], reading, prompt, link, disk)
     return Option(plan, max(waits.values()), prefill, waits, LOSS[plan.quantization])
 
 

@@ -6,7 +6,7 @@ device of its own block; the rest in RAM, then on disk. What rests elsewhere wor
 
     >>> from bigkit import plan
     >>> p = plan("mixtral-8x7b", {0: "24GiB", "cpu": "128GiB"}, dtype="bfloat16")
-    >>> p.device_map["model.layers.0.mlp.experts"], p.device_map[""], p.slots
+    >>> p.device_map["model.layers.1.mlp.experts"], p.device_map[""], p.slots
     ('cpu', 0, 2)
 
 Leaves out: how the chosen experts travel (`offload/experts.py`), and models whose other parts fit on no device: their

@@ -27,6 +27,7 @@ from __future__ import annotations
 import math
 import mmap
 import os
+import random
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -69,11 +70,14 @@ class Rows:
     """Some of a unit's experts, as a lane fills them into a slot: it sees them as it sees a unit.
 
     Args:
+        unit: the unit.
         parts: a plain tensor for each parameter and expert, where it rests and where in the slot it belongs.
     """
 
-    def __init__(self, parts: Sequence[Part]) -> None:
+    def __init__(self, unit: Unit, parts: Sequence[Part]) -> None:
+        self.name, self.weights = unit.name, unit.weights
         self._parts = [*parts]
+        self.nbytes = sum(part.nbytes for part in parts)
 
     def parts(self) -> list[Part]:
         """The parts, in the order of the slot."""
@@ -83,7 +87,8 @@ class Rows:
         """What has to be copied: neighbours where they rest and in the slot in one piece."""
         moves: list[Move] = []
         for part in sorted(self._parts, key=lambda part: part.offset):
-            if moves and moves[-1].continued_by(part):
+            end = moves[-1].offset + moves[-1].nbytes if moves else -1
+            if moves and part.offset == end and moves[-1].continued_by(part):
                 moves[-1].parts.append(part)
             else:
                 moves.append(Move(part.slab, part.source, part.at, part.offset, [part]))
@@ -275,8 +280,7 @@ class ExpertStreamer(Streamer):
         return [*range(self.counts[unit.index])] if rows is None else rows
 
     def _bring(self, unit: Unit) -> Views:
-        if detect_fake_mode() is not None or (self._wanted is None and not self.on_pages):
-            self._wanted = None
+        if self._wanted is None and not self.on_pages:
             if unit.index in self.filled:
                 self._empty(self.holder[unit.index])
             return super()._bring(unit)
@@ -290,6 +294,10 @@ class ExpertStreamer(Streamer):
             if self.on_pages and len(rows) * 2 > self.counts[unit.index]:  # a prompt: the next block will want most too
                 for following in self._following(unit, 1):
                     following.madvise(mmap.MADV_WILLNEED)
+
+    def _following(self, unit: Unit, most: int) -> list[Unit]:
+        # What comes after the last block is another token, which may want a few experts only.
+        return [following for following in super()._following(unit, most) if following.index > unit.index]
 
     def _bring_rows(self, unit: Unit, rows: list[int]) -> None:
         """Make a slot hold some of a unit's experts, beside those that it holds already."""
@@ -307,9 +315,11 @@ class ExpertStreamer(Streamer):
             if self.on_pages:
                 self.cache.bring(unit, missing)
             else:
-                in_ram = [part for own in rows_of(unit, missing).values() for part in own]
-                chosen = Rows(in_ram if unit.rests_in() == "cpu" else self.cache.bring(unit, missing))
-                self.lane.fill(slot, chosen)  # type: ignore[arg-type]
+                if unit.rests_in() == "disk" and detect_fake_mode() is None:
+                    parts = self.cache.bring(unit, missing)
+                else:
+                    parts = [part for own in rows_of(unit, missing).values() for part in own]
+                self.lane.fill(slot, Rows(unit, parts))  # type: ignore[arg-type]
                 if self.listeners:
                     self._tell("fetch", unit, self.slots.index(slot))
         except BaseException:
@@ -425,9 +435,21 @@ def chosen_rows(streamer: ExpertStreamer, unit: Unit, module: nn.Module, given: 
     """
     choices = [value for value in given if isinstance(value, Tensor) and value.dtype in (torch.int64, torch.int32)]
     known = getattr(module.config, "_experts_implementation", None) in KNOWN
-    if len(choices) != 1 or choices[0].is_meta or not known or detect_fake_mode() is not None:
+    if len(choices) != 1 or choices[0].is_meta or not known or not streamer.pays(unit, choices[0].numel()):
         return None
-    if not streamer.pays(unit, choices[0].numel()):
-        return None
+    if detect_fake_mode() is not None:  # a dry run: nobody chooses
+        return by_chance(streamer.counts[unit.index], *choices[0].shape[-2:], seed=streamer.loans)
     rows = sorted(set(choices[0].flatten().tolist()))  # of a GPU's, the host waits for it here
     return rows if not rows or 0 <= rows[0] and rows[-1] < streamer.counts[unit.index] else None
+
+
+def by_chance(count: int, tokens: int, per_token: int, seed: int) -> list[int]:
+    """As many different experts as are chosen on average if each token chooses by chance; which ones is drawn.
+
+    With n experts of which k work, b tokens leave one untouched with probability (1 - k/n)^b.
+
+    >>> len(by_chance(128, 1, 8, seed=0)), len(by_chance(8, 4, 2, seed=0))
+    (8, 5)
+    """
+    distinct = round(count * (1 - (1 - per_token / count) ** tokens))
+    return sorted(random.Random(seed).sample(range(count), distinct))

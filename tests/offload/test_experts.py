@@ -21,7 +21,7 @@ from bigkit import (
     save_model,
 )
 from bigkit.offload import experts as experts_module
-from bigkit.offload.experts import ExpertsHook, ExpertStreamer, chosen_rows, count_rows
+from bigkit.offload.experts import ExpertsHook, ExpertStreamer, Rows, chosen_rows, count_rows, rows_of
 from bigkit.offload.handle import Away
 from bigkit.offload.hooks import AlignDevicesHook
 
@@ -216,6 +216,27 @@ def test_memory_for_experts_that_nobody_chose_is_not_touched(tmp_path):
         elif inside and line.startswith("Rss:"):
             resident += int(line.split()[1]) * 1024
     assert 2 * unit.nbytes // 64 <= resident <= 2 * unit.nbytes // 64 + 10 * 4096 < nbytes / 8
+
+
+def test_moves_are_the_chosen_rows_and_nothing_between():
+    model = made(gpt_oss)
+    unit = streamer_of(dispatch_model(model, apart(model, "cpu"), stand_in={0: "cpu"})).units[0]
+    for rows, pieces in (([0, 1, 2], 4), ([1, 3, 4, 7], 12), ([6], 4)):
+        parts = [part for own in rows_of(unit, rows).values() for part in own]
+        moves = Rows(unit, parts).moves()
+        assert len(moves) == pieces, "a piece for each parameter and stretch of neighbours"
+        assert sum(move.nbytes for move in moves) == sum(part.nbytes for part in parts) == unit_bytes(unit) * len(rows)
+        slot = torch.zeros(unit.nbytes, dtype=torch.uint8)
+        for move in moves:
+            slot[move.offset : move.offset + move.nbytes] = move.slab.bytes[move.at : move.at + move.nbytes]
+        for weight in unit.weights:
+            there = weight.over(slot)
+            assert torch.equal(there[rows], weight.load()[rows])
+            assert not there[[row for row in range(COUNT) if row not in rows]].any()
+
+
+def unit_bytes(unit):
+    return sum(part.nbytes for part in unit.parts()) // COUNT
 
 
 def test_threshold_follows_from_the_choice():
