@@ -75,48 +75,41 @@ def is_apart(layers: Sequence[Placed]) -> list[Placed]:
     return [layer for layer in layers if not names.isdisjoint(prefixes(layer.name)[:-1])]
 
 
-def place_apart(task: Task, on_cpu: int | None = None) -> tuple[Task, list[Device], int] | None:
-    """A place for each layer, experts apart; None if the model has no experts or its other parts do not fit.
+def plan_apart(task: Task, strategy: str) -> Plan | None:
+    """A plan with experts apart; None if the model has no experts, its other parts do not fit, or nothing is gained.
 
-    Args:
-        task: what to place.
-        on_cpu: how many blocks' experts rest in RAM, the first ones, while all others stay where they work; None
-            keeps as many as there is room for, spread evenly along the model.
-
-    Returns:
-        The task with experts apart, the place of each of its layers, and the slots for experts in flight.
+    With `task.experts_on_cpu` the experts of so many blocks rest in RAM, the first ones, and all others stay where they
+    work; else as many stay as there is room for, spread evenly along the model.
 
     Raises:
-        ValueError: on_cpu, and there are no experts or fewer blocks that have some.
+        ValueError: experts_on_cpu is given, and there are no experts, fewer blocks that have some, or no RAM for them.
     """
-    finer = apart(task)
+    finer, on_cpu = apart(task), task.experts_on_cpu
     if on_cpu is not None:
-        blocks = len(experts_of(task.model))
+        blocks, name = len(experts_of(task.model)), task.model.name
         if finer is None:
-            raise ValueError(f"experts_on_cpu={on_cpu}, but {task.model.name} has no experts")
+            raise ValueError(f"experts_on_cpu={on_cpu}, but {name} has no experts")
         if "cpu" not in task.shelves:
             raise ValueError(f"experts_on_cpu={on_cpu} needs a GPU for the rest, and a budget for 'cpu' in max_memory")
         if not 0 <= on_cpu <= blocks:
-            raise ValueError(
-                f"experts_on_cpu={on_cpu}, but {task.model.name} has experts in {counted(blocks, 'block')}"
-            )
-    if finer is None:
+            raise ValueError(f"experts_on_cpu={on_cpu}, but {name} has experts in {counted(blocks, 'block')}")
+    if finer is None or (strategy == "sequential" and on_cpu is None):
         return None
     nested = set(finer.around)
     experts = [k for k, unit in enumerate(finer.units) if nested.issuperset(unit.layers)]
     dense = [k for k in range(len(finer.units)) if k not in set(experts)]
     largest = max(finer.units[k].weights for k in experts)
     for slots in SLOTS:
-        places = _fill(finer, dense, experts, slots * largest, on_cpu)
+        places = _fill(finer, dense, experts, slots * largest)
         if places is not None:
-            return finer, finer.by_layer(places), slots
+            plan = finer.to_plan(finer.by_layer(places), strategy, slots=slots)
+            return plan if plan.feasible or on_cpu is not None else None
     return None
 
 
-def _fill(
-    task: Task, dense: Sequence[int], experts: Sequence[int], reserve: int, on_cpu: int | None
-) -> list[Device] | None:
+def _fill(task: Task, dense: Sequence[int], experts: Sequence[int], reserve: int) -> list[Device] | None:
     """The place of each unit; None if the dense ones do not fit beside the reserve on each runner."""
+    on_cpu = task.experts_on_cpu
     units, places = task.units, [task.runners[0]] * len(task.units)
     rooms = [room - reserve for room in task.rooms(task.context)]
     chain = Chain([units[k].weights + task.kv(units[k].attention, task.context) for k in dense])

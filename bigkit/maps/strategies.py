@@ -28,7 +28,7 @@ from ..devices import Device
 from ..machine.hardware import DISKS, LINKS
 from ..model.spec import ModelSpec
 from ..units import dtype_name, parse_bytes
-from .experts import place_apart
+from .experts import plan_apart
 from .own_map import read_map
 from .partition import Chain, last_true, spread
 from .plan import Plan, PlanError
@@ -115,13 +115,12 @@ def place(
         context=context,
         overhead=parse_bytes(overhead),
         offload_buffers=offload_buffers,
+        experts_on_cpu=experts_on_cpu,
         options={name: value for name, value in options.items() if value is not None},
     )
     if not isinstance(strategy, str):
         task, places = read_map(task, strategy)
         plan = task.to_plan(places, "custom")
-    elif experts_on_cpu is not None:
-        plan = _experts_on_cpu(task, strategy, experts_on_cpu)
     elif strategy in STRATEGIES:
         plan = _solve(task, strategy)
     else:
@@ -132,11 +131,8 @@ def place(
 
 
 def _solve(task: Task, strategy: str) -> Plan:
-    if not task.fits(task.context):
-        found = place_apart(task) if strategy != "sequential" else None
-        if found is not None and (plan := found[0].to_plan(found[1], strategy, slots=found[2])).feasible:
-            return plan
-        return _offload(task, strategy)
+    if task.experts_on_cpu is not None or not task.fits(task.context):
+        return plan_apart(task, strategy) or _offload(task, strategy)
     context = task.context
     if strategy == "exact":
         context = last_true(task.fits, min(context, task.longest), task.longest)
@@ -154,13 +150,6 @@ def _solve(task: Task, strategy: str) -> Plan:
     starts = [0, *ends[:-1]]
     places = [runner for runner, start, end in zip(task.runners, starts, ends) for _ in range(start, end)]
     return task.to_plan(task.by_layer(places), strategy, context)
-
-
-def _experts_on_cpu(task: Task, strategy: str, count: int) -> Plan:
-    found = place_apart(task, count)
-    if found is None:  # not even the other layers fit: say what is missing
-        return _offload(task, strategy)
-    return found[0].to_plan(found[1], strategy, slots=found[2])
 
 
 class _Trial(NamedTuple):

@@ -63,6 +63,7 @@ class Task:
     context: int
     overhead: int
     offload_buffers: bool
+    experts_on_cpu: int | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
 
     # -- the model's side

@@ -27,7 +27,7 @@ from ..devices import Device, whole_on
 from ..maps.device_map import check_device_map
 from ..maps.plan import Plan
 from ..units import parse_bytes
-from .experts import ExpertsHook, ExpertStreamer, streamers_of
+from .experts import hook_class, streamers_of
 from .grouping import Layout, has_forward, put, records, with_residents
 from .hooks import AlignDevicesHook, add_hook_to_module, drop_hooks, hooks_in
 from .inputs import torch_device
@@ -79,7 +79,7 @@ def dispatch_model(
         resident_memory: bytes of the main device for blocks of the "cpu" and "disk" part to stay there, spread evenly
             so that copies hide behind work. They show in `hf_device_map`.
         ram_cache: bytes of RAM that may keep blocks from disk, pinned, after their first visit. None: half of what is
-            free, if the main device is a GPU, or if what rests on disk are experts.
+            free, if the main device is a GPU, or if what rests on disk are experts of a mixture.
         stand_in: GPU number -> another device in its place, to try a plan out without GPUs.
 
     Returns:
@@ -111,34 +111,27 @@ def dispatch_model(
     if budget := parse_bytes(resident_memory):
         layout = with_residents(model, layout, classes, budget)
     units = make_units(model, layout, origins, offload_buffers=offload_buffers, whole_classes=classes)
-    cache = _ram_cache(layout, units, ram_cache)
-    experts = streamers_of(layout, units, slots, cache, prefetch)
-    others = [unit for unit in units if unit not in experts]
-    streamer = _streamer(layout, others, slots, prefetch, cache) if others else None
+    lenders = streamers_of(layout, units, slots, prefetch, ram_cache)
+    if others := [unit for unit in units if unit not in lenders]:
+        lenders = {**dict.fromkeys(others, _streamer(layout, others, slots, prefetch, ram_cache)), **lenders}
     _forget_earlier(model)
-    _attach(model, layout, others, streamer, names_of(skip_keys), experts)
+    _attach(model, layout, lenders, names_of(skip_keys))
     model.hf_device_map = device_map_of(layout)  # type: ignore[assignment]
     vars(model)["_apply"] = refuse_to_move if units else partial(cast_or_move, model)
     return model
 
 
-def _streamer(layout: Layout, units: list[Unit], slots: int, prefetch: bool, cache: int) -> Streamer:
+def _streamer(layout: Layout, units: list[Unit], slots: int, prefetch: bool, ram_cache: int | str | None) -> Streamer:
     """What lends the units."""
     device, name = layout.device(layout.main), str(torch_device(layout.main))
     if device.type == "cpu" and layout.main not in layout.stand_in:
         return Streamer(device, units, PageLane(device), prefetch=prefetch, name=name)
+    cache = parse_bytes(ram_cache or 0)
+    if ram_cache is None and device.type == "cuda" and any(unit.rests_in() == "disk" for unit in units):
+        import psutil
+
+        cache = psutil.virtual_memory().available // 2
     return Streamer(device, units, count=slots, prefetch=prefetch, cache=cache, name=name)
-
-
-def _ram_cache(layout: Layout, units: list[Unit], given: int | str | None) -> int:
-    """Bytes of RAM that may keep what rests on disk."""
-    on_disk = [unit for unit in units if unit.rests_in() == "disk"]
-    on_gpu = layout.device(layout.main).type == "cuda"
-    if given is not None or not on_disk or not (on_gpu or any(unit.routed for unit in on_disk)):
-        return parse_bytes(given or 0)
-    import psutil
-
-    return psutil.virtual_memory().available // 2
 
 
 def _whole(model: nn.Module, layout: Layout, origins: Origins) -> nn.Module:
@@ -162,22 +155,12 @@ def _forget_earlier(model: nn.Module) -> None:
         drop_hooks(module, placed)
 
 
-def _attach(
-    model: nn.Module,
-    layout: Layout,
-    units: list[Unit],
-    streamer: Streamer | None,
-    skip_keys: tuple[str, ...],
-    experts: Mapping[Unit, Streamer],
-) -> None:
+def _attach(model: nn.Module, layout: Layout, lenders: Mapping[Unit, Streamer], skip_keys: tuple[str, ...]) -> None:
     """Put hooks: one for each unit, one for each placed module that is called, and one around the model."""
     hooks: dict[nn.Module, AlignDevicesHook] = {}
-    for unit in units:
-        assert streamer is not None
-        hooks[unit.module] = AlignDevicesHook.placed(streamer.device, skip_keys, streamer, unit)
-    for unit, own in experts.items():
-        cls = ExpertsHook if isinstance(own, ExpertStreamer) else AlignDevicesHook
-        hooks[unit.module] = cls.placed(own.device, skip_keys, own, unit)
+    for unit, own in lenders.items():
+        hooks[unit.module] = hook_class(own).placed(own.device, skip_keys, own, unit)
+    streamer = next(iter(lenders.values()), None)
     modules = dict(model.named_modules())
     for name in layout.places:
         for module in _called(modules[name]) if name in modules else ():

@@ -38,6 +38,7 @@ from torch import Tensor, nn
 
 from ..checkpoints.ring import Slab
 from ..devices import Device
+from ..units import parse_bytes
 from ._torch import detect_fake_mode
 from .grouping import Layout
 from .hooks import AlignDevicesHook
@@ -100,8 +101,14 @@ class Rows:
 
 def rows_of(unit: Unit, rows: Iterable[int]) -> dict[int, list[Part]]:
     """Number of an expert -> its plain tensors, each where it rests and where it belongs in a slot."""
-    parts = unit.parts()
-    return {row: [piece for part in parts for piece in part.row(row)] for row in rows}
+    parts = [part for part in unit.parts() if part.nbytes]
+    return {row: [_row(part, row) for part in parts] for row in rows}
+
+
+def _row(part: Part, number: int) -> Part:
+    start = part.nbytes // part.shape[0] * number
+    shape, stride = part.shape[1:], part.stride[1:]
+    return Part(shape, stride, part.dtype, part.offset + start, part.at + start, part.slab, part.source)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -374,25 +381,28 @@ class ExpertStreamer(Streamer):
             self._wanted, self.filled = None, {}
 
 
-def streamers_of(layout: Layout, units: Sequence[Unit], slots: int, cache: int, prefetch: bool) -> dict[Unit, Streamer]:
+def streamers_of(
+    layout: Layout, units: Sequence[Unit], slots: int, prefetch: bool, ram_cache: int | str | None
+) -> dict[Unit, Streamer]:
     """Who lends each unit of experts; other units are left out.
 
     Args:
         layout: where they rest and work.
         units: all of a model.
-        slots, prefetch: see `dispatch_model`.
-        cache: bytes of RAM that may keep experts from disk, on all devices together.
+        slots, prefetch, ram_cache: see `dispatch_model`; experts may have what others from disk leave of the cache.
     """
     found: dict[Unit, Streamer] = {}
     by_device: dict[tuple[Device, bool], list[Unit]] = {}
     for unit in units:
         if unit.routed:
             by_device.setdefault((layout.works(unit.name), has_rows(unit)), []).append(unit)
-    on_disk = max(1, sum(unit.nbytes for own in by_device.values() for unit in own if unit.rests_in() == "disk"))
+    others = sum(unit.nbytes for unit in units if not unit.routed and unit.rests_in() == "disk")
+    on_disk = sum(unit.nbytes for unit in units if unit.routed and unit.rests_in() == "disk")
+    cache = max(0, (_half_of_ram() if ram_cache is None and on_disk else parse_bytes(ram_cache or 0)) - others)
     for (place, rows), own in by_device.items():
         device, name = layout.device(place), str(torch_device(place))
         is_cpu = device.type == "cpu" and place not in layout.stand_in
-        share = cache * sum(unit.nbytes for unit in own if unit.rests_in() == "disk") // on_disk
+        share = cache * sum(unit.nbytes for unit in own if unit.rests_in() == "disk") // max(on_disk, 1)
         streamer: Streamer
         if rows:
             streamer = ExpertStreamer(
@@ -403,6 +413,12 @@ def streamers_of(layout: Layout, units: Sequence[Unit], slots: int, cache: int, 
             streamer = Streamer(device, own, lane, count=slots, prefetch=False, cache=0 if is_cpu else share, name=name)
         found.update(dict.fromkeys(own, streamer))
     return found
+
+
+def _half_of_ram() -> int:
+    import psutil
+
+    return int(psutil.virtual_memory().available // 2)
 
 
 def has_rows(unit: Unit) -> bool:
@@ -423,6 +439,11 @@ class ExpertsHook(AlignDevicesHook):
     def _lend(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         assert isinstance(self.streamer, ExpertStreamer) and self.unit is not None
         self.streamer.lend_rows(self.unit, chosen_rows(self.streamer, self.unit, module, (*args, *kwargs.values())))
+
+
+def hook_class(streamer: Streamer) -> type[AlignDevicesHook]:
+    """The class of the hooks of units that a streamer lends."""
+    return ExpertsHook if isinstance(streamer, ExpertStreamer) else AlignDevicesHook
 
 
 def chosen_rows(streamer: ExpertStreamer, unit: Unit, module: nn.Module, given: Sequence[Any]) -> list[int] | None:

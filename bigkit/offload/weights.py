@@ -56,14 +56,6 @@ class Part:
         """Bytes of data; strides never leave holes."""
         return math.prod(self.shape) * self.dtype.itemsize
 
-    def row(self, number: int) -> list[Part]:
-        """One row of it (an expert of a block), where that rests and where it belongs in a slot."""
-        start = self.nbytes // self.shape[0] * number
-        row = replace(
-            self, shape=self.shape[1:], stride=self.stride[1:], offset=self.offset + start, at=self.at + start
-        )
-        return [row] if row.nbytes else []
-
     def over(self, memory: Tensor, offset: int) -> Tensor:
         """The tensor whose bytes are those of `memory` (shape (n,), uint8) from `offset` on."""
         raw = memory[offset : offset + self.nbytes]
