@@ -69,6 +69,7 @@ def plan(
     overhead: int | str | None = None,
     offload_buffers: bool = False,
     strict: bool = True,
+    experts_on_cpu: int | None = None,
     hardware: Hardware | str | None = None,
 ) -> Plan:
     """Place a model's layers on devices so that no device holds more than its budget.
@@ -76,8 +77,8 @@ def plan(
     Args:
         model: a name, URL, folder, `nn.Module` or `ModelSpec`.
         max_memory: device -> budget; None takes those of `hardware`, or of this machine (`Hardware.detect`).
-        strategy, dtype, quantization, keep, special_dtypes, no_split, batch, context, offload_buffers, strict: see
-            `maps.strategies.place`.
+        strategy, dtype, quantization, keep, special_dtypes, no_split, batch, context, offload_buffers, strict,
+            experts_on_cpu: see `maps.strategies.place`.
         overhead: bytes that the runtime takes on each GPU; None takes `overhead_of` the machine, or 0 for budgets that
             are given without one.
         hardware: a machine, or the name of one ("1 x RTX 4090", "L4").
@@ -105,7 +106,7 @@ def plan(
     return place(
         describe(model), max_memory, strategy, dtype=dtype, quantization=quantization, keep=keep,
         special_dtypes=special_dtypes, no_split=no_split, batch=batch, context=context, overhead=overhead,
-        offload_buffers=offload_buffers, strict=strict,
+        offload_buffers=offload_buffers, strict=strict, experts_on_cpu=experts_on_cpu,
     )  # fmt: skip
 
 

@@ -25,7 +25,7 @@ import platform
 import random
 import sysconfig
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ from typing import Any
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import save_file
+from torch import nn
 
 from bigkit.zoo.gpt import GPT, SEPARATOR, GPTConfig, decode, encode, load_gpt, perplexity
 
@@ -112,7 +113,7 @@ def crops(data: torch.Tensor, starts: torch.Tensor, length: int) -> tuple[torch.
 # Training
 
 
-def optimizer_for(model: GPT, lr: float, weight_decay: float) -> torch.optim.AdamW:
+def optimizer_for(model: nn.Module, lr: float, weight_decay: float) -> torch.optim.AdamW:
     """AdamW that decays matrices and tables but no biases and norms."""
     matrices = [p for p in model.parameters() if p.dim() > 1]
     vectors = [p for p in model.parameters() if p.dim() == 1]
@@ -128,32 +129,42 @@ def rate(progress: float, warmup: float = 0.02, floor: float = 0.02) -> float:
 
 
 @torch.no_grad()
-def bits_per_byte(model: GPT, data: torch.Tensor, starts: torch.Tensor, autocast: torch.autocast) -> float:
+def bits_per_byte(model: nn.Module, data: torch.Tensor, starts: torch.Tensor, autocast: torch.autocast) -> float:
     """Mean loss of `model` in bits on the crops at `starts`, without dropout."""
     losses = []
     model.eval()
     with autocast:
         for part in starts.split(64):
-            _, loss = model(*crops(data, part, model.block_size))
+            _, loss = model(*crops(data, part, int(model.block_size)))  # type: ignore[arg-type]
             losses.append(loss * len(part))
     return float(sum(losses)) / len(starts) / math.log(2)
 
 
-def train(args: argparse.Namespace, config: GPTConfig, train_bytes: bytes, validation: bytes) -> tuple[GPT, dict]:
-    """The average of the weights that was best on the validation bytes, and the figures of the run."""
+def train(
+    args: argparse.Namespace,
+    model: nn.Module,
+    train_bytes: bytes,
+    validation: bytes,
+    keep: Callable[[nn.Module], None] = lambda average: None,
+) -> tuple[nn.Module, dict]:
+    """Train `model`, which gives (logits, loss) as `GPT` does and has a `block_size`.
+
+    Returns:
+        The average of its weights that was best on the validation bytes, and the figures of the run. `keep` is called
+        with each average that is the best so far.
+    """
     began = time.perf_counter()
     device = torch.device(args.device)
     autocast = torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda")
-    torch.manual_seed(args.seed)
     torch.set_float32_matmul_precision("high")
 
     texts = (train_bytes, validation)
     data, unseen = (torch.frombuffer(bytearray(text), dtype=torch.uint8).to(device) for text in texts)
-    length = config.block_size
+    length = int(model.block_size)  # type: ignore[arg-type]
     probe = torch.randint(len(data) - length, (128,), device=device)  # where the training loss is measured, fixed
     tiles = torch.arange(0, len(unseen) - length, length, device=device)
 
-    model = GPT(config).to(device)
+    model = model.to(device)
     average = copy.deepcopy(model).requires_grad_(False)
     optimizer = optimizer_for(model, args.lr, args.weight_decay)
     forward = torch.compile(model) if args.compile else model
@@ -192,6 +203,7 @@ def train(args: argparse.Namespace, config: GPTConfig, train_bytes: bytes, valid
             }
             if not history or record["validation"] < min(earlier["validation"] for earlier in history):
                 best = {name: tensor.clone() for name, tensor in average.state_dict().items()}
+                keep(average)
             history.append(record)
             print("  ".join(f"{name} {value}" for name, value in record.items()), flush=True)
             evaluated = time.perf_counter()
@@ -242,20 +254,15 @@ def samples(model: GPT, seed: int, tokens: int) -> list[dict[str, str]]:
     return texts
 
 
-def main() -> None:
-    """Train, save, and report the figures of the saved files."""
+def arguments(description: str) -> argparse.ArgumentParser:
+    """What every training here asks for; the model's sizes are its script's own."""
     cuda = torch.cuda.is_available()
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
+    parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--out", type=Path, required=True, help="folder for the model")
     parser.add_argument("--minutes", type=float, default=8.5, help="time to train, compilation included")
     parser.add_argument("--steps", type=int, default=0, help="train so many steps instead, whatever time they need")
     parser.add_argument("--stdlib", type=Path, default=Path(sysconfig.get_path("stdlib")), help="this Python's")
     parser.add_argument("--test_share", type=float, default=0.5, help="most of the corpus that may come from tests")
-    parser.add_argument("--n_layer", type=int, default=0, help="0: the preset pygpt's, as for the next three")
-    parser.add_argument("--n_head", type=int, default=0)
-    parser.add_argument("--n_embd", type=int, default=0)
-    parser.add_argument("--block_size", type=int, default=0)
-    parser.add_argument("--dropout", type=float, default=0.1)
     parser.add_argument("--batch", type=int, default=256, help="crops a step")
     parser.add_argument("--lr", type=float, default=2e-3, help="peak learning rate")
     parser.add_argument("--weight_decay", type=float, default=0.1)
@@ -265,6 +272,17 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--device", default="cuda" if cuda else "cpu")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=cuda)
+    return parser
+
+
+def main() -> None:
+    """Train, save, and report the figures of the saved files."""
+    parser = arguments(__doc__.splitlines()[0])  # type: ignore[union-attr]
+    parser.add_argument("--n_layer", type=int, default=0, help="0: the preset pygpt's, as for the next three")
+    parser.add_argument("--n_head", type=int, default=0)
+    parser.add_argument("--n_embd", type=int, default=0)
+    parser.add_argument("--block_size", type=int, default=0)
+    parser.add_argument("--dropout", type=float, default=0.1)
     args = parser.parse_args()
 
     dropout = dict.fromkeys(("embd_pdrop", "resid_pdrop", "attn_pdrop"), args.dropout)
@@ -275,9 +293,10 @@ def main() -> None:
     lengths = {"train": len(train_bytes), "validation": len(validation), "held_out": len(held_out.encode())}
     print(f"{parameters:,} parameters; bytes: {lengths}", flush=True)
 
-    model, figures = train(args, config, train_bytes, validation)
+    torch.manual_seed(args.seed)
+    model, figures = train(args, GPT(config), train_bytes, validation)
     args.out.mkdir(parents=True, exist_ok=True)
-    save(model, args.out)
+    save(model, args.out)  # type: ignore[arg-type]
     (args.out / "heldout.txt").write_text(held_out, encoding="utf-8", newline="\n")
 
     saved = load_gpt(args.out, args.device)

@@ -36,13 +36,19 @@ NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
 class Stored(NamedTuple):
-    """Where one tensor lies: `nbytes` bytes from `offset` of `file`."""
+    """Where one tensor lies: `nbytes` bytes from `offset` of `file`; or in `pieces`, of which that is the first."""
 
     file: Path
     offset: int
     nbytes: int
     dtype: torch.dtype
     shape: tuple[int, ...]
+    pieces: tuple[Any, ...] = ()
+
+    @property
+    def files(self) -> set[Path]:
+        """The files that hold it."""
+        return {piece.file for piece in self.pieces} or {self.file}
 
 
 @dataclass

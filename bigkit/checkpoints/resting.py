@@ -23,6 +23,7 @@ from torch import Tensor, UntypedStorage
 
 from ..units import dtype_name, listed
 from .format import Checkpoint, Stored, read_header
+from .in_order import joined
 from .write import Form, check_dtypes, write_safetensors
 
 
@@ -51,7 +52,7 @@ def record_resting_place(tensor: Tensor, parts: Mapping[str, Stored], written: W
         tensor: a tensor on meta that stands in a model.
         parts, written: see `RestingPlace`.
     """
-    versions = {file: _version(file) for file in {where.file for where in parts.values()}}
+    versions = {file: _version(file) for where in parts.values() for file in where.files}
     _places.setdefault(tensor.untyped_storage(), {})[_view(tensor)] = RestingPlace(parts, written, versions)
 
 
@@ -139,6 +140,8 @@ def rest_on_disk(
     }
     forms: dict[str, Form] = {}
     for name, dtype in dtypes.items():
+        if name in source.made and dtype in (None, source.made[name].dtype) and (where := joined(source, name)):
+            stored[name] = where
         if name not in stored:
             shape, own = source.shape_and_dtype(name)
             forms[name] = Form(shape, dtype or own)

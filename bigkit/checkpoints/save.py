@@ -151,6 +151,8 @@ def _write_pickle(file: Path, tensors: dict[str, Tensor]) -> None:
 def _value(tensor: Tensor | Stored) -> Tensor:
     """A tensor on the CPU, read if it rests on disk."""
     if isinstance(tensor, Stored):
+        if tensor.pieces:
+            return torch.cat([_value(piece).flatten() for piece in tensor.pieces]).view(tensor.shape)
         return Checkpoint(tensor.file, stored={"": tensor}).read("")
     value = tensor.detach().to("cpu").contiguous()
     return value if type(value) is Tensor else value.clone()  # it may be a handle on a weight
@@ -174,7 +176,7 @@ def _put_in_place(plan: Cut, stage: Path, folder: Path, last: str) -> None:
 
 
 def _files_of(places: Mapping[str, RestingPlace]) -> set[Path]:
-    return {where.file for place in places.values() for where in place.parts.values()}
+    return {file for place in places.values() for where in place.parts.values() for file in where.files}
 
 
 def _old_files(folder: Path, single: str, index: str) -> list[str]:

@@ -102,10 +102,12 @@ def rehearse(
 class FakeLane(PlainLane):
     """Brings nothing, and notes what it was asked to bring, into which slot, and when the work needs it."""
 
-    def __init__(self, device: torch.device, log: OperationLog, places: Mapping[str, Device]) -> None:
+    def __init__(
+        self, device: torch.device, log: OperationLog, places: Mapping[str, Device], numbers: dict[int, int]
+    ) -> None:
         super().__init__(device)
         self.log, self.place = log, placement(places)
-        self.numbers: dict[int, int] = {}
+        self.numbers = numbers  # id of a slot -> its number; experts have slots of their own
 
     def slot(self, nbytes: int) -> Slot:
         kind, self.log.kind = self.log.kind, "slots"
@@ -139,8 +141,9 @@ def _replace_lanes(model: nn.Module, log: OperationLog, places: Mapping[str, Dev
     hooks = [vars(module).get("_hf_hook") for module in model.modules()]
     parts = [part for hook in hooks for part in (hook.hooks if isinstance(hook, SequentialHook) else (hook,))]
     streamers = {part.streamer for part in parts if isinstance(part, AlignDevicesHook) and part.streamer is not None}
+    numbers: dict[int, int] = {}
     for streamer in streamers:
-        streamer.lane = FakeLane(streamer.device, log, places)
+        streamer.lane = FakeLane(streamer.device, log, places, numbers)
 
 
 def label_cache(log: OperationLog, cache: Any) -> None:

@@ -4,8 +4,8 @@ Each way is a plan, and the plan says what a token waits for. Four things work s
 
     Python      issues a number of steps for each block, most where bitsandbytes multiplies
     GPU         reads the weights that rest on it and the KV cache; of experts, those that the router picks
-    link        copies what rests in RAM and on disk, whole blocks
-    disk        reads what rests there
+    link        copies what rests in RAM and on disk: whole blocks, but of experts those that the router picks
+    disk        reads what rests there, likewise
 
 Several GPUs work one after another. No model is built and nothing is traced: sizes alone, so that 600 B parameters take
 as long as one. `dry_run` checks the way that you choose.
@@ -26,6 +26,7 @@ from ..machine.hardware import GPUS, Hardware
 from ..machine.ledger import Calibration, calibration_of, overhead_of
 from ..machine.roofline import Rates
 from ..model.estimate import generates, load_text, longest_context, remarks, tokens_seen
+from ..model.experts import experts_of
 from ..model.spec import ModelSpec
 from ..units import dtype_bits, format_bytes, format_seconds, text_table, three_figures
 from .partition import last_true
@@ -292,9 +293,8 @@ def _predict(model: ModelSpec, plan: Plan, hardware: Hardware, calibration: Cali
     on_gpus = runners[0].device != "cpu"
     bits = dtype_bits(model.computes_in(model.precision(plan.dtype, plan.quantization)))
     blocks = max(1, len(model.attention) or model.facts.get("num_hidden_layers", 1))
-    routed = sum(tensor.elements for name, (tensor, _) in model.tensors.items() if ".experts." in name)
-    routed_share = routed / max(1, model.parameters)
-    flops = 2 * plan.batch * (model.parameters - (1 - _picked(model, 1)) * routed)
+    routed_share = sum(experts.parameters for experts in experts_of(model)) / max(1, model.parameters)
+    flops = 2 * plan.batch * (model.parameters - (1 - _picked(model, 1)) * routed_share * model.parameters)
     total = max(1, sum(share.weights for share in plan.shares))
     on_disk = sum(share.weights for share in plan.shares if share.device == "disk")
 
@@ -308,11 +308,12 @@ def _predict(model: ModelSpec, plan: Plan, hardware: Hardware, calibration: Cali
             reading += (used * weights + share.kv_cache) / rate.memory
             product = rate.table("bfloat16" if bits == 16 else "float32")[-1][1]
             computing += weights / total * tokens * flops / product
+        travels = _picked(model, plan.batch * tokens) if plan.experts else 1.0  # of experts apart, the chosen ones
         return {
             "Python": ASSUMED.steps[plan.quantization] * blocks * first.issue,
             "GPU" if on_gpus else "RAM": max(reading, computing),
-            "link": plan.offloaded / first.link if on_gpus else 0.0,
-            "disk": on_disk / first.disk,
+            "link": travels * plan.offloaded / first.link if on_gpus else 0.0,
+            "disk": travels * on_disk / first.disk,
         }
 
     whole = lanes(max(plan.context, 1))

@@ -12,6 +12,7 @@ from dataclasses import replace
 from ..devices import Device, join, placement, prefixes, read_device
 from ..model.spec import Layer, ModuleSpec
 from ..units import listed
+from .experts import apart
 from .task import Task
 
 
@@ -32,9 +33,14 @@ def read_map(task: Task, device_map: Mapping[str, Device]) -> tuple[Task, list[D
         raise ValueError(f"the device map uses {listed(without)}, but max_memory gives no budget for it")
     around = {prefix for name in devices for prefix in prefixes(name)[:-1]}
     if around & set(task.index):
-        pieces = (_by_tensor(layer) if layer.name in around else [layer] for layer in task.model.layers(()))
-        layers = tuple(piece for several in pieces for piece in several)
-        task = replace(task, layers=layers, options={**task.options, "no_split": []})
+        finer = apart(task)
+        inside = {name for name in devices if not set(task.index).isdisjoint(prefixes(name)[:-1])}
+        if finer is not None and inside <= {finer.layers[i].name for i in finer.around}:
+            task = finer
+        else:
+            pieces = (_by_tensor(layer) if layer.name in around else [layer] for layer in task.model.layers(()))
+            layers = tuple(piece for several in pieces for piece in several)
+            task = replace(task, layers=layers, options={**task.options, "no_split": []})
     device_of = placement(devices)
     places = [device_of(layer.name) for layer in task.layers]
     if missing := [layer.name for layer, place in zip(task.layers, places) if place is None]:

@@ -14,9 +14,10 @@ from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import Any
 
-from ..devices import Device, collapse, device_label
+from ..devices import Device, collapse, device_label, placement
 from ..model.estimate import load_text
-from ..units import GiB, format_bytes
+from ..units import GiB, counted, format_bytes
+from .experts import is_apart, llama_cpp_flags, why_apart
 
 
 @dataclass(frozen=True)
@@ -87,6 +88,7 @@ class Plan:
         stored: how the weights are stored, in words.
         positions: tokens that the model has positions for, or was trained with; None if nothing says so.
         notes: what must be said beside the figures, in sentences.
+        experts: if experts are placed apart from their blocks, how many a token takes, and of how many.
     """
 
     model: str
@@ -105,6 +107,7 @@ class Plan:
     stored: str = ""
     positions: int | None = None
     notes: tuple[str, ...] = field(default=(), compare=False)
+    experts: tuple[int, int] | None = None
 
     @property
     def feasible(self) -> bool:
@@ -127,7 +130,11 @@ class Plan:
 
         `dispatch_model(model, plan)` takes the plan's number of slots with it; a dict alone gets two.
         """
-        return collapse({layer.name: layer.device for layer in self.layers})
+        inner = {layer.name for layer in is_apart(self.layers)}
+        whole = collapse({layer.name: layer.device for layer in self.layers if layer.name not in inner})
+        device_of = placement(whole)
+        own = {layer.name: layer.device for layer in self.layers if layer.name in inner}
+        return {**whole, **{name: device for name, device in own.items() if device != device_of(name)}}
 
     @property
     def offloaded(self) -> int:
@@ -161,6 +168,9 @@ class Plan:
                 if getattr(share, name)
             ]
             lines.append(f"      {' + '.join(parts)}." + (f" {share.why}" if share.why else ""))
+        if about := why_apart(self, self.experts):
+            flags = llama_cpp_flags(self)
+            lines += [f"  {about}", *([f"  llama.cpp places them so with {flags}"] if flags else [])]
         if self.longest:
             lines.append(f"  Longest context this placement holds: {self.longest}.")
         lines += [f"  {note}" for note in self.notes]
@@ -205,7 +215,9 @@ class Plan:
             data = json.loads(text)
             shares = tuple(Share(**share) for share in data.pop("shares"))
             layers = tuple(Placed(**layer) for layer in data.pop("layers"))
-            return Plan(shares=shares, layers=layers, **{**data, "notes": tuple(data.get("notes", ()))})
+            experts = tuple(data.pop("experts", None) or ()) or None
+            notes = tuple(data.pop("notes", ()))
+            return Plan(shares=shares, layers=layers, experts=experts, notes=notes, **data)
         except (json.JSONDecodeError, AttributeError, KeyError, TypeError) as error:
             raise ValueError(f"this is not the JSON of a bigkit Plan: {error}") from error
 
@@ -226,7 +238,9 @@ def _stretches(layers: Sequence[Placed], device: Device) -> str:
     """The runs of layers on a device, as "embed .. h.3 (5 layers), head"."""
     runs: list[list[str]] = []
     previous: Device | None = None
-    for layer in layers:
+    experts = is_apart(layers)
+    inner = {layer.name for layer in experts}
+    for layer in (layer for layer in layers if layer.name not in inner):
         if layer.device == device:
             if previous == device:
                 runs[-1].append(layer.name)
@@ -234,7 +248,9 @@ def _stretches(layers: Sequence[Placed], device: Device) -> str:
                 runs.append([layer.name])
         previous = layer.device
     texts = [run[0] if len(run) == 1 else f"{run[0]} .. {run[-1]} ({len(run)} layers)" for run in runs[:4]]
-    return ", ".join(texts) + (f" and {len(runs) - 4} more runs" if len(runs) > 4 else "")
+    here = sum(layer.device == device for layer in experts)
+    texts += [f"and {len(runs) - 4} more runs"] if len(runs) > 4 else []
+    return ", ".join([*texts, *([f"the experts of {counted(here, 'block')}"] if here else [])]).replace(", and", " and")
 
 
 class PlanError(ValueError):

@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 def why(plan: Plan, share: Share) -> str:
     """Why the stretch of layers on one device ends where it does."""
     if not share.runs:
-        return f"These visit {device_label(plan.shares[0].device)} when their turn comes." if share.weights else ""
+        where = "the devices of their blocks" if plan.experts else device_label(plan.shares[0].device)
+        return f"These visit {where} when their turn comes." if share.weights else ""
     notes = []
     if share.reserve:
         spread = "" if plan.strategy in ("sequential", "custom") else "; the layers that stay are spread among those"

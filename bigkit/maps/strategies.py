@@ -29,6 +29,7 @@ from ..machine.hardware import DISKS, LINKS
 from ..model.estimate import tokens_seen
 from ..model.spec import ModelSpec
 from ..units import dtype_name, parse_bytes
+from .experts import plan_apart
 from .own_map import read_map
 from .partition import Chain, last_true, spread
 from .plan import Plan, PlanError
@@ -55,6 +56,7 @@ def place(
     overhead: int | str = 0,
     offload_buffers: bool = False,
     strict: bool = True,
+    experts_on_cpu: int | None = None,
 ) -> Plan:
     """Place a model's layers on devices so that no device holds more than its budget.
 
@@ -77,6 +79,8 @@ def place(
             Where positions are learned, none beyond them is looked for or counted.
         overhead: bytes that the runtime takes on each GPU.
         offload_buffers: whether buffers of offloaded layers leave the GPU too.
+        experts_on_cpu: in a mixture of experts, of how many blocks the experts rest in RAM, from the first block on
+            (llama.cpp's `--n-cpu-moe`); all others stay. None: of as many as must.
         strict: raise if the plan is not feasible; False returns it, with `problem` set.
 
     Returns:
@@ -101,6 +105,7 @@ def place(
         "special_dtypes": special or None,
         "no_split": classes,
         "offload_buffers": offload_buffers or None,
+        "experts_on_cpu": experts_on_cpu,
     }
     task = Task(
         model=model,
@@ -111,6 +116,7 @@ def place(
         context=tokens_seen(model, context),
         overhead=parse_bytes(overhead),
         offload_buffers=offload_buffers,
+        experts_on_cpu=experts_on_cpu,
         options={name: value for name, value in options.items() if value is not None},
         asked=context,
     )
@@ -127,8 +133,8 @@ def place(
 
 
 def _solve(task: Task, strategy: str) -> Plan:
-    if not task.fits(task.context):
-        return _offload(task, strategy)
+    if task.experts_on_cpu is not None or not task.fits(task.context):
+        return plan_apart(task, strategy) or _offload(task, strategy)
     context = task.context
     if strategy == "exact":
         context = last_true(task.fits, min(context, task.longest), task.longest)

@@ -16,6 +16,7 @@ from typing import Any
 
 from ..devices import Device, device_label, prefixes, read_device
 from ..model.estimate import activation_bytes, longest_context, remarks, stored_as
+from ..model.experts import experts_of
 from ..model.spec import Attention, Layer, ModelSpec, Precision
 from ..units import dtype_bits, format_bytes, listed, parse_bytes
 from .partition import Chain, last_true
@@ -62,6 +63,7 @@ class Task:
     context: int
     overhead: int
     offload_buffers: bool
+    experts_on_cpu: int | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
     asked: int = 0
 
@@ -135,6 +137,12 @@ class Task:
         """Bytes of a layer's buffers, if they stay on the first GPU when the layer is offloaded."""
         return 0 if self.offload_buffers else self.layers[layer].bytes(self.precision, buffers_only=True)
 
+    @cached_property
+    def around(self) -> dict[int, int]:
+        """Layer that lies in another one (experts that are placed apart) -> that one, with which it works."""
+        outer = {i: [p for p in prefixes(layer.name)[1:-1] if p in self.index] for i, layer in enumerate(self.layers)}
+        return {i: self.index[names[-1]] for i, names in outer.items() if names}
+
     @property
     def longest(self) -> int:
         """Tokens beyond which no context is looked for: learned positions are a hard limit."""
@@ -197,10 +205,20 @@ class Task:
                 holders.add(places[i])
         main = self.runners[0]
         offloaded = [i for i, place in enumerate(places) if place not in self.runners]
+        works = {i: places[self.around.get(i, i)] for i in offloaded}
+        works = {i: place if place in self.runners else main for i, place in works.items()}
         for i, records in self.attention.items():
             caches[places[i] if places[i] in self.runners else main] += records
-        reserve = slots * max((self.sizes[i] for i in offloaded), default=0) + sum(map(self.staying, offloaded))
-        busy = {*places, *([main] if offloaded else [])} & {*self.runners}
+        in_flight: dict[tuple[Device, bool], int] = {}  # experts have slots of their own
+        for i, place in works.items():
+            kind = (place, i in self.around)
+            in_flight[kind] = max(in_flight.get(kind, 0), self.sizes[i])
+        reserve = Counter[Device]()
+        for (place, _), size in in_flight.items():
+            reserve[place] += slots * size
+        for i, place in works.items():
+            reserve[place] += self.staying(i)
+        busy = {*places, *works.values()} & {*self.runners}
 
         def shares(context: int) -> tuple[Share, ...]:
             return tuple(
@@ -211,7 +229,7 @@ class Task:
                     weights=weights[device],
                     kv_cache=self.kv(caches[device], context),
                     activations=self.working(context) if device in busy else 0,
-                    reserve=reserve if device == main else 0,
+                    reserve=reserve[device],
                     overhead=self.extra(device) if device in busy else 0,
                 )
                 for device in self.budgets
@@ -247,6 +265,7 @@ class Task:
             stored=stored_as(self.model, self.precision),
             positions=longest_context(self.model.facts),
             notes=remarks(self.model.name, self.model.facts, max(self.asked, context)),
+            experts=next(((one.per_token, one.count) for one in experts_of(self.model)), None) if self.around else None,
         )
         return replace(plan, shares=tuple(replace(share, why=why(plan, share)) for share in shares))
 

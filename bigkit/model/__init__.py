@@ -24,6 +24,7 @@ Reading order:
 
     spec.py         the records: `TensorSpec`, `ModuleSpec`, `ModelSpec`, and `Layer`, the piece that a planner moves
     precision.py    how weights are stored: dtypes, and what bitsandbytes' 8 and 4 bits really take
+    experts.py      mixtures of experts: how many, how large, how many of them a token takes
     config.py       a config.json, whose numbers have another name in every family, and the KV cache of each block
     header.py       the table of contents of a safetensors file, with a check on every claim that it makes
     estimate.py     three tables: the classic estimate, what running takes, what training takes

@@ -23,6 +23,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from ..units import dtype_bits, dtype_name, format_bytes, format_count, is_floating, text_table
+from .experts import active_bytes, active_parameters, sentence
 from .precision import Precision
 from .spec import ModelSpec
 
@@ -139,12 +140,16 @@ class ClassicRow:
 
 @dataclass(frozen=True)
 class InferenceRow:
-    """What running takes when the weights are stored in one way; bytes."""
+    """What running takes when the weights are stored in one way; bytes.
+
+    `active` are those of the weights that one token uses: all but the experts that are not chosen for it.
+    """
 
     stored: str
     weights: int
     kv_cache: int
     activations: int
+    active: int = 0
 
     @property
     def total(self) -> int:
@@ -173,7 +178,8 @@ class TrainingRow:
 class MemoryEstimate:
     """The estimate of one model: `rows` (classic), `inference`, `training`, and what they were counted for.
 
-    `print` gives text, a notebook shows tables, `to_json` gives every figure in bytes.
+    `print` gives text, a notebook shows tables, `to_json` gives every figure in bytes. `active` is the number of
+    parameters that one token uses; fewer than `parameters` in a mixture of experts.
     """
 
     name: str
@@ -188,6 +194,7 @@ class MemoryEstimate:
     inference: tuple[InferenceRow, ...]
     training: tuple[TrainingRow, ...]
     notes: tuple[str, ...] = ()
+    active: int = 0
 
     def to_json(self) -> str:
         """Every figure as JSON text, sizes in bytes."""
@@ -201,8 +208,9 @@ class MemoryEstimate:
              size(row.training, "classic") + ("" if row.trainable else " *")]
             for row in self.rows
         ]  # fmt: skip
-        inference = [[row.stored, *map(size, (row.weights, row.kv_cache, row.activations, row.total))]
-                     for row in self.inference]  # fmt: skip
+        routed = self.active < self.parameters
+        inference = [[row.stored, *map(size, (row.weights, row.kv_cache, row.activations, row.total)),
+                      *([size(row.active)] if routed else [])] for row in self.inference]  # fmt: skip
         training = [[row.method, format_count(row.trained),
                      *map(size, (row.weights, row.gradients, row.optimizer, row.activations, row.total))]
                     for row in self.training]  # fmt: skip
@@ -211,7 +219,8 @@ class MemoryEstimate:
             (f"Classic estimate of {self.name} ({self.classes[0]}; steps of 1024, labelled KB, MB, GB)",
              ["dtype", "largest layer", "largest module", "total size", "training using Adam"], classic),
             (f"To run {self.classes[1]}, {load}",
-             ["stored as", "weights", "KV cache", "activations", "total"], inference),
+             ["stored as", "weights", "KV cache", "activations", "total", *(["used by a token"] if routed else [])],
+             inference),
             (f"To train {self.classes[1]}, {load}",
              ["method", "trained", "weights", "gradients", "optimizer", "activations", "total"], training),
         ]  # fmt: skip
@@ -227,7 +236,8 @@ class MemoryEstimate:
 
     def __repr__(self) -> str:
         run = [f", {row.stored} {format_bytes(row.total)} to run" for row in self.inference[:1]]
-        return f"MemoryEstimate({self.name}, {format_count(self.parameters)} parameters{''.join(run)})"
+        active = f" ({format_count(self.active)} for a token)" if self.active < self.parameters else ""
+        return f"MemoryEstimate({self.name}, {format_count(self.parameters)} parameters{active}{''.join(run)})"
 
 
 def estimate(
@@ -261,7 +271,7 @@ def estimate(
         sizes = [bits * dtype_bits(name) // 256 for bits in (layers[layer_name], total, modules[module_name])]
         trainable = is_floating(name) and dtype_bits(name) >= 16
         rows.append(ClassicRow(name, sizes[0], sizes[1], 4 * sizes[1], sizes[2], trainable))
-    notes = []
+    notes = [about] if (about := sentence(full)) else []
     if not all(row.trainable for row in rows):
         notes.append("* 4 x the size, as the classic table counts; weights of this dtype alone cannot be trained.")
     inference = tuple(_inference(full, name, batch, context) for name in stored)
@@ -281,6 +291,7 @@ def estimate(
         inference=inference,
         training=_training(full, batch, context),
         notes=tuple(notes),
+        active=active_parameters(full),
     )
 
 
@@ -303,7 +314,8 @@ def _inference(model: ModelSpec, name: str, batch: int, context: int) -> Inferen
     precision = model.precision(None if quantization else name, quantization)
     computes = model.computes_in(precision)
     kv_cache, activations = model.kv_bytes(context, batch, computes), activation_bytes(model, batch, context, computes)
-    return InferenceRow(quantization or dtype_name(name), model.bytes(precision), kv_cache, activations)
+    weights, active = model.bytes(precision), active_bytes(model, precision)
+    return InferenceRow(quantization or dtype_name(name), weights, kv_cache, activations, active)
 
 
 def _training(model: ModelSpec, batch: int, context: int) -> tuple[TrainingRow, ...]:

@@ -26,7 +26,7 @@ work, return. By hand, with PyTorch's own hooks:
 What is wrong with it is what the files are about. Read in this order:
 
 - `weights.py`: a copy for each tensor. Those of a block lie together, pinned, as they will lie on the GPU; or in the
-  checkpoint's own files (`source.py`). A quantized tensor is several plain ones (`codec.py`).
+  checkpoint's own files (`source.py`, `joined.py`). A quantized tensor is several plain ones (`codec.py`).
 - `handle.py`: `weight.shape` is gone between two forwards, and what is written there is lost. A handle answers.
 - `transfer.py`: the GPU waits for every copy. A copy stream fills one slot while the GPU works on another; what comes
   from a file goes through `checkpoints/ring.py`. On the CPU, pages of the file are lent instead (`mapped.py`).
@@ -35,6 +35,7 @@ What is wrong with it is what the files are about. Read in this order:
 - `escapes.py`: a module returns its weight, or another thread reads it. Who has seen a slot keeps what it saw.
 - `hooks.py`: an interrupted forward keeps its weights. A hook of bigkit's gives them back whatever is raised, and
   moves inputs of any kind (`inputs.py`).
+- `experts.py`: a router chooses a few experts, and all of a block travel. Their hook sees the choice, and brings these.
 - `dispatch.py`: the calls that users know from Accelerate. A device map says which weights travel, and which of them
   together (`options.py`, `grouping.py`, `placing.py`). `moving.py`: the model is cast or moved. `load_and_dispatch.py`
   begins at a checkpoint, `one_place.py` is for all weights in RAM or on disk, `whole_model.py` for pipelines of several

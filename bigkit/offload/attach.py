@@ -14,24 +14,25 @@ Leaves out: what hooks do (`hooks.py`), and which weights travel together (`grou
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import nn
 
 from ..devices import join, prefixes
+from .experts import hook_class
 from .grouping import Layout, block_classes, has_forward, own_tensors
 from .hooks import AlignDevicesHook, add_hook_to_module
 from .stream import Streamer
 from .weights import Unit
 
 
-def attach(
-    model: nn.Module, layout: Layout, units: list[Unit], streamer: Streamer | None, skip_keys: tuple[str, ...]
-) -> None:
+def attach(model: nn.Module, layout: Layout, lenders: Mapping[Unit, Streamer], skip_keys: tuple[str, ...]) -> None:
     """Put hooks where a layout needs them."""
     hooks: dict[nn.Module, AlignDevicesHook] = {}
-    for unit in units:
-        assert streamer is not None
-        hooks[unit.module] = AlignDevicesHook.placed(streamer.device, skip_keys, streamer, unit)
+    for unit, own in lenders.items():
+        hooks[unit.module] = hook_class(own).placed(own.device, skip_keys, own, unit)
+    streamer = next(iter(lenders.values()), None)
     modules, several = dict(model.named_modules()), len({*map(layout.works, layout.places)}) > 1
     for name in layout.places:
         for module in _called(modules[name]) if name in modules else ():
@@ -50,8 +51,8 @@ def attach(
     first = streamer.device if streamer else layout.device(layout.works(next(iter(layout.places))))
     root = hooks.pop(model, None) or AlignDevicesHook.placed(first, skip_keys)
     root.io_same_device, root.streamer = True, streamer
-    if streamer is not None:
-        streamer.model_id = id(model)
+    for own in lenders.values():
+        own.model_id = id(model)
     for module, hook in (*hooks.items(), (model, root)):
         add_hook_to_module(module, hook, append=True)
 

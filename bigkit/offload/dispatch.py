@@ -28,6 +28,7 @@ from ..maps.device_map import check_device_map
 from ..maps.plan import Plan
 from ..units import parse_bytes
 from .attach import attach
+from .experts import streamers_of
 from .grouping import Layout, put, records, with_residents
 from .hooks import AlignDevicesHook, drop_hooks, hooks_in
 from .inputs import torch_device
@@ -79,7 +80,7 @@ def dispatch_model(
         resident_memory: bytes of the main device for blocks of the "cpu" and "disk" part to stay there, spread evenly
             so that copies hide behind work. They show in `hf_device_map`.
         ram_cache: bytes of RAM that may keep blocks from disk, pinned, after their first visit. None: half of what is
-            free, if the main device is a GPU.
+            free, if the main device is a GPU, or if what rests on disk are experts of a mixture.
         stand_in: GPU number -> another device in its place, to try a plan out without GPUs.
 
     Returns:
@@ -111,9 +112,11 @@ def dispatch_model(
     if budget := parse_bytes(resident_memory):
         layout = with_residents(model, layout, classes, budget)
     units = make_units(model, layout, origins, offload_buffers=offload_buffers, whole_classes=classes)
-    streamer = _streamer(layout, units, slots, prefetch, ram_cache) if units else None
+    lenders = streamers_of(layout, units, slots, prefetch, ram_cache)
+    if others := [unit for unit in units if unit not in lenders]:
+        lenders = {**dict.fromkeys(others, _streamer(layout, others, slots, prefetch, ram_cache)), **lenders}
     _forget_earlier(model)
-    attach(model, layout, units, streamer, names_of(skip_keys))
+    attach(model, layout, lenders, names_of(skip_keys))
     model.hf_device_map = device_map_of(layout)  # type: ignore[assignment]
     vars(model)["_apply"] = refuse_to_move if units else partial(cast_or_move, model)
     return model

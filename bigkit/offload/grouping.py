@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from ..devices import Device, collapse, join, placement, prefixes
 from ..maps.partition import spread
-from ..meta.skeleton import repeated_blocks, tied_groups
+from ..meta.skeleton import repeated_blocks, spec_from_module, tied_groups
+from ..model.experts import experts_of
 from .codec import codec_of
 from .handle import Away
 from .inputs import torch_device
@@ -45,9 +46,9 @@ class Layout:
         self._cut = {prefix for name in self.places for prefix in prefixes(name)[:-1]}
 
     def works(self, name: str) -> Device:
-        """Where a module or tensor works."""
-        rests = self.rests(name)
-        return self.main if rests in ("cpu", "disk") else rests
+        """Where a module or tensor works: where it rests, or else where what it is in works."""
+        around = [self.rests(name), *(self.places.get(prefix, "cpu") for prefix in reversed(prefixes(name)))]
+        return next((device for device in around if device not in ("cpu", "disk")), self.main)
 
     def is_away(self, name: str) -> bool:
         """Whether it rests elsewhere than where it works."""
@@ -119,6 +120,14 @@ def put(places: Iterable[Place], tensor: Tensor) -> None:
         tensors_of(place)[place[1]] = tensor
 
 
+def experts_in(model: nn.Module) -> set[int]:
+    """Ids of the modules that hold experts which a router chooses: all of a block's, or each alone in a ModuleList."""
+    names = [experts.name for experts in experts_of(spec_from_module(model))]
+    modules = [model.get_submodule(name) for name in names]
+    alone = [child for module in modules if not has_forward(module) for child in module.children()]
+    return {id(module) for module in (*modules, *alone) if has_forward(module)}
+
+
 def has_forward(module: nn.Module) -> bool:
     """Whether calling the module runs something: a ModuleList is never called."""
     return getattr(type(module), "forward", None) is not nn.Module.forward
@@ -148,11 +157,13 @@ class Group:
         name: the module's.
         module: all in it travels, or
         loose: only what it and its children without a forward hold themselves.
+        routed: it is experts of a mixture, which a router chooses; the block around it is another group.
     """
 
     name: str
     module: nn.Module
     loose: bool = False
+    routed: bool = False
 
 
 class Cut:
@@ -162,14 +173,17 @@ class Cut:
         model: the model.
         layout: where it rests.
         whole_classes: classes whose modules always are one group (`preload_module_classes`).
+        apart: whether experts of a mixture are groups of their own, not part of their block's.
 
     Attributes:
         groups: in the model's order.
         group_of: id of a module that holds tensors itself -> the group of these.
     """
 
-    def __init__(self, model: nn.Module, layout: Layout, whole_classes: Iterable[str] = ()) -> None:
+    def __init__(self, model: nn.Module, layout: Layout, whole_classes: Iterable[str] = (), apart: bool = True) -> None:
         self.layout = layout
+        self._experts = experts_in(model) if apart else set()
+        self._whole = {*whole_classes}
         self.groups: list[Group] = []
         self.group_of: dict[int, Group] = {}
         self._blocks = {*whole_classes, *block_classes(model)}
@@ -184,15 +198,24 @@ class Cut:
         if has_forward(module):
             caller = (name, module)
             if self._travels_whole(name, module):
-                self.groups.append(Group(name, module))
-                for part in module.modules():
-                    self.group_of.setdefault(id(part), self.groups[-1])
+                self._group(name, module)
                 return
         if any(self.layout.is_away(join(name, own)) for own in own_tensors(module)):
             self.group_of[id(module)] = self._loose_group(*caller)
         for own, child in module._modules.items():
             if child is not None:
                 self._walk(join(name, own), child, caller)
+
+    def _group(self, name: str, module: nn.Module) -> None:
+        """Make a module a group, and the experts in it groups of their own."""
+        inside = [] if type(module).__name__ in self._whole else [*module.named_modules(prefix=name)]
+        experts = [(full, part) for full, part in inside if id(part) in self._experts and part is not module]
+        outer = Group(name, module, routed=id(module) in self._experts)
+        groups = [outer, *(Group(full, part, routed=True) for full, part in experts)]
+        self.groups += groups
+        for group in reversed(groups):
+            for part in group.module.modules():
+                self.group_of.setdefault(id(part), group)
 
     def _travels_whole(self, name: str, module: nn.Module) -> bool:
         if not self.layout.is_away(name) or not self.layout.is_uniform(name):
@@ -222,7 +245,7 @@ def with_residents(model: nn.Module, layout: Layout, whole_classes: Iterable[str
     Args:
         budget: bytes of the main device for them.
     """
-    groups = [group for group in Cut(model, layout, whole_classes).groups if not group.loose]
+    groups = [group for group in Cut(model, layout, whole_classes, apart=False).groups if not group.loose]
     resident = {groups[i].name for i in spread([_nbytes(group.module) for group in groups], budget)}
     finer: dict[str, Device] = {}
     for prefix, module in model.named_modules():

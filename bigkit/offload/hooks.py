@@ -400,7 +400,7 @@ class AlignDevicesHook(ModelHook):
                 loan.input_device = find_device((args, kwargs))
             if self.unit is not None:
                 assert self.streamer is not None
-                self.streamer.lend(self.unit)
+                self._lend(module, args, kwargs)
                 loan.lent = True
         device = self.execution_device
         if device is not None:
@@ -409,6 +409,9 @@ class AlignDevicesHook(ModelHook):
             if kwargs:
                 kwargs = send_to_device(kwargs, device, self.skip_keys)
         return args, kwargs
+
+    def _lend(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        self.streamer.lend(self.unit)  # type: ignore[union-attr, arg-type]
 
     def post_forward(self, module: nn.Module, output: Any) -> Any:
         loan = _thread.begun.get(self)

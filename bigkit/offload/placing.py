@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,6 +29,7 @@ from ..units import listed
 from ._torch import is_fake
 from .codec import PLAIN, codec_of
 from .grouping import Cut, Group, Layout, Record, put, records
+from .joined import Joined
 from .mapped import PageLane
 from .sites import Place, tensors_of
 from .source import Source
@@ -88,8 +89,10 @@ class Origins:
                 stored[name] = Stored(path, 0, path.stat().st_size, dtype, tuple(entry["shape"]))
         return cls(stored, state_dict or {}, None if folder is None else Path(folder))
 
-    def source(self, file: Path) -> Source:
-        """A file, with pages that belong to this model alone."""
+    def source(self, file: Path, pieces: Sequence[Stored] = ()) -> Source:
+        """A file, with pages that belong to this model alone; or pieces of files as one."""
+        if pieces:
+            return Joined(pieces, [self.source(piece.file) for piece in pieces])
         if file not in self._sources:
             self._sources[file] = Source(file, self.written.get(file))
         return self._sources[file]
@@ -128,7 +131,7 @@ class Origins:
     def read(self, parts: Parts) -> dict[str, Tensor]:
         """Parts as tensors on the CPU; of those in files, the mapped pages."""
         return {
-            suffix: part if isinstance(part, Tensor) else _unplaced(part, self.source(part.file)).on_cpu()
+            suffix: part if isinstance(part, Tensor) else _unplaced(part, self.source(part.file, part.pieces)).on_cpu()
             for suffix, part in parts.items()
         }
 
@@ -152,14 +155,17 @@ def _unplaced(data: Tensor | Stored, source: Source | None = None) -> Part:
     """The part that data will be; of a range of a file, in that file if it is given."""
     if isinstance(data, Tensor):
         return part_of(data)
-    return Part(data.shape, _strides(data.shape), data.dtype, at=data.offset if source else 0, source=source)
+    at = data.offset if source and not data.pieces else 0
+    return Part(data.shape, _strides(data.shape), data.dtype, at=at, source=source)
 
 
 def _range_of(part: Part) -> Stored | None:
     """The range of a file that holds a part, if one does."""
     if part.source is None or part.stride != _strides(part.shape):
         return None
-    return Stored(part.source.path, part.at, part.nbytes, part.dtype, part.shape)
+    pieces = part.source.pieces if isinstance(part.source, Joined) else ()
+    at = pieces[0].offset if pieces else part.at
+    return Stored(part.source.path, at, part.nbytes, part.dtype, part.shape, pieces)
 
 
 def _strides(shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -263,7 +269,7 @@ class _Mover:
                     laid.append((weight, self.origins.read(parts)))
             self._rest_on_disk(on_disk)
             laid.sort(key=lambda item: item[0].order())  # as they lie in their files: fewer and longer reads
-            units.append(Unit(group.name, group.module, [weight for weight, _ in laid], group.loose))
+            units.append(Unit(group.name, group.module, [weight for weight, _ in laid], group.loose, group.routed))
             values = [tensors for _, tensors in laid]
             if self.layout.pins and all(times[record] == 1 for record in inside):
                 # Pinning takes long, and runs well on several threads.
@@ -283,7 +289,8 @@ class _Mover:
         written = self.origins.write(in_no_file) if in_no_file else {}
         for part, name, data in all_parts:
             stored = written[name] if isinstance(data, Tensor) else data
-            part.stride, part.at, part.source = _strides(part.shape), stored.offset, self.origins.source(stored.file)
+            part.stride, part.at = _strides(part.shape), 0 if stored.pieces else stored.offset
+            part.source = self.origins.source(stored.file, stored.pieces)
 
     def _fill(self, unit: Unit, values: list[dict[str, Tensor]], inside: Iterable[Record]) -> None:
         """Give a unit its RAM, and let go of what the model held."""

@@ -12,9 +12,18 @@ import mmap
 import os
 import weakref
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..checkpoints.ring import read_fully
+
+
+class Range(NamedTuple):
+    """`nbytes` bytes from `at` of a source; `start`: where they belong in what was asked for."""
+
+    source: Source
+    at: int
+    start: int
+    nbytes: int
 
 
 class Source:
@@ -56,6 +65,10 @@ class Source:
             OSError: the file is shorter than it was.
         """
         read_fully(self.descriptor, view, offset, self.path)
+
+    def ranges(self, offset: int, nbytes: int) -> list[Range]:
+        """The ranges of files that hold the bytes from `offset` on; more than one in `offload/joined.py`."""
+        return [Range(self, offset, 0, nbytes)]
 
     def mapped(self) -> mmap.mmap:
         """The file as memory: pages are read when touched and copied when written to, so that nobody else sees it."""

@@ -200,6 +200,7 @@ class Unit:
         module: that module.
         weights: in the order in which they lie in a slot.
         loose: whether they are only what the module holds itself, not all that is in it.
+        routed: whether they are experts, which a router chooses.
         nbytes: bytes of a slot that holds them.
         index: the unit's number in its streamer.
     """
@@ -208,6 +209,7 @@ class Unit:
     module: nn.Module
     weights: list[Weight]
     loose: bool = False
+    routed: bool = False
     nbytes: int = 0
     index: int = 0
     _moves: list[Move] | None = field(default=None, repr=False)

@@ -1,0 +1,192 @@
+"""Placing experts apart from their blocks: a block works in one place, but its parts may rest in several.
+
+A token takes a few experts of each block and all of everything else. So attention, norms, routers, shared experts and
+the KV cache go first, onto the devices that run layers; then as many blocks' experts as these devices hold, each on the
+device of its own block; the rest in RAM, then on disk. What rests elsewhere works where its block works.
+
+    >>> from bigkit import plan
+    >>> p = plan("mixtral-8x7b", {0: "24GiB", "cpu": "128GiB"}, dtype="bfloat16")
+    >>> p.device_map["model.layers.1.mlp.experts"], p.device_map[""], p.slots
+    ('cpu', 0, 2)
+
+Leaves out: how the chosen experts travel (`offload/experts.py`), and models whose other parts fit on no device: their
+blocks are placed whole (`strategies.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from ..devices import Device, prefixes
+from ..model.experts import Experts, experts_of
+from ..model.spec import Layer, ModuleSpec
+from ..units import counted, format_bytes
+from .partition import Chain, spread
+
+if TYPE_CHECKING:
+    from .plan import Placed, Plan
+    from .task import Task
+
+SLOTS = (2, 1)  # a block's experts arrive while another's work; or the next ones only when these are done
+
+
+def apart(task: Task) -> Task | None:
+    """The task with the experts of each block as a layer of their own, after what is left of the block; None if the
+    model has none that are in a block.
+    """
+    experts = experts_of(task.model)
+    inside: dict[str, list[Experts]] = {}
+    for one in experts:
+        for prefix in prefixes(one.name)[1:-1]:
+            if prefix in task.index:
+                inside.setdefault(prefix, []).append(one)
+    if not inside:
+        return None
+    layers: list[Layer] = []
+    known: dict[tuple[int, tuple[str, ...]], ModuleSpec] = {}  # equal blocks stay one object
+    for layer in task.layers:
+        own = inside.get(layer.name, [])
+        names = tuple(one.name[len(layer.name) + 1 :] for one in own)
+        key = (id(layer.spec), names)
+        if own and key not in known:
+            known[key] = _without(layer.spec, names)
+        layers.append(replace(layer, spec=known[key]) if own else layer)
+        layers += [Layer(one.name, one.spec.cls, one.spec) for one in own]
+    return replace(task, layers=tuple(layers))
+
+
+def _without(spec: ModuleSpec, names: Iterable[str]) -> ModuleSpec:
+    """A module without some of the modules in it."""
+    children = dict(spec.children)
+    for name in names:
+        own, _, rest = name.partition(".")
+        if rest:
+            children[own] = _without(children[own], [rest])
+        else:
+            del children[own]
+    return replace(spec, children=children)
+
+
+def is_apart(layers: Sequence[Placed]) -> list[Placed]:
+    """Those of a plan's layers that lie in another one of them: the experts that are placed apart."""
+    names = {layer.name for layer in layers}
+    return [layer for layer in layers if not names.isdisjoint(prefixes(layer.name)[:-1])]
+
+
+def plan_apart(task: Task, strategy: str) -> Plan | None:
+    """A plan with experts apart; None if the model has no experts, its other parts do not fit, or nothing is gained.
+
+    With `task.experts_on_cpu` the experts of so many blocks rest in RAM, the first ones, and all others stay where they
+    work; else as many stay as there is room for, spread evenly along the model.
+
+    Raises:
+        ValueError: experts_on_cpu is given, and there are no experts, fewer blocks that have some, or no RAM for them.
+    """
+    finer, on_cpu = apart(task), task.experts_on_cpu
+    if on_cpu is not None:
+        blocks, name = len(experts_of(task.model)), task.model.name
+        if finer is None:
+            raise ValueError(f"experts_on_cpu={on_cpu}, but {name} has no experts")
+        if "cpu" not in task.shelves:
+            raise ValueError(f"experts_on_cpu={on_cpu} needs a GPU for the rest, and a budget for 'cpu' in max_memory")
+        if not 0 <= on_cpu <= blocks:
+            raise ValueError(f"experts_on_cpu={on_cpu}, but {name} has experts in {counted(blocks, 'block')}")
+    if finer is None or (strategy == "sequential" and on_cpu is None):
+        return None
+    nested = set(finer.around)
+    experts = [k for k, unit in enumerate(finer.units) if nested.issuperset(unit.layers)]
+    dense = [k for k in range(len(finer.units)) if k not in set(experts)]
+    largest = max(finer.units[k].weights for k in experts)
+    for slots in SLOTS:
+        places = _fill(finer, dense, experts, slots * largest)
+        if places is not None:
+            plan = finer.to_plan(finer.by_layer(places), strategy, slots=slots)
+            return plan if plan.feasible or on_cpu is not None else None
+    return None
+
+
+def _fill(task: Task, dense: Sequence[int], experts: Sequence[int], reserve: int) -> list[Device] | None:
+    """The place of each unit; None if the dense ones do not fit beside the reserve on each runner."""
+    on_cpu = task.experts_on_cpu
+    units, places = task.units, [task.runners[0]] * len(task.units)
+    rooms = [room - reserve for room in task.rooms(task.context)]
+    chain = Chain([units[k].weights + task.kv(units[k].attention, task.context) for k in dense])
+    if chain.reach(rooms)[-1] < len(dense):
+        return None
+    ends = chain.balance(rooms)
+    starts = [0, *ends[:-1]]
+    for runner, start, end in zip(task.runners, starts, ends):
+        for k in dense[start:end]:
+            places[k] = runner
+    home = task.by_layer(places)  # experts are on the first runner in it, their blocks where they belong
+    own: dict[Device, list[int]] = {runner: [] for runner in task.runners}
+    for k in experts:
+        own[home[task.around[units[k].layers[0]]]].append(k)
+    away: list[int] = []
+    for runner, room, start, end in zip(task.runners, rooms, starts, ends):
+        sizes = [units[k].weights for k in own[runner]]
+        left = room - chain.load(start, end)
+        left += reserve if sum(sizes) <= left + reserve else 0  # nothing is in flight if all are there
+        staying = {own[runner][i] for i in spread(sizes, left)} if on_cpu is None else set(experts[on_cpu:])
+        for k in own[runner]:
+            places[k] = runner
+            if k not in staying:
+                away.append(k)
+    away.sort()
+    ram = task.budgets.get("cpu") if "cpu" in task.shelves else 0
+    in_ram = range(len(away)) if ram is None or on_cpu else spread([units[k].weights for k in away], ram)
+    for i, k in enumerate(away):
+        places[k] = "cpu" if i in in_ram else "disk"
+    return places
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# In words
+
+
+def why_apart(plan: Plan, chosen: tuple[int, int] | None) -> str:
+    """Why experts rest apart from their blocks; empty if none do.
+
+    Args:
+        plan: the plan.
+        chosen: experts of a block that a token takes, and those that there are.
+    """
+    experts = is_apart(plan.layers)
+    runners = {share.device for share in plan.shares if share.runs}
+    away = [layer for layer in experts if layer.device not in runners]
+    if not away or chosen is None:
+        return ""
+    few, count = chosen
+    all_bytes = sum(layer.bytes for layer in away)
+    return (
+        f"The experts of {len(away)} of {counted(len(experts), 'block')} rest apart from their blocks: a token takes "
+        f"{few} of {count}, so no more than {format_bytes(all_bytes * few // count)} of these "
+        f"{format_bytes(all_bytes)} travel for it."
+    )
+
+
+def llama_cpp_flags(plan: Plan) -> str:
+    """The options by which llama.cpp places experts as this plan does; empty if the plan places none apart.
+
+    >>> from bigkit import plan
+    >>> print(llama_cpp_flags(plan("mixtral-8x7b", {0: "40GiB", "cpu": "99GiB"}, dtype="bfloat16", experts_on_cpu=25)))
+    --n-gpu-layers 99 --n-cpu-moe 25
+    """
+    runners = {share.device for share in plan.shares if share.runs}
+    if runners == {"cpu"}:
+        return ""
+    numbers = [_number(layer.name) for layer in is_apart(plan.layers) if layer.device not in runners]
+    with_experts = [_number(layer.name) for layer in is_apart(plan.layers)]
+    if not numbers:
+        return ""
+    if numbers == with_experts[: len(numbers)]:
+        return f"--n-gpu-layers 99 --n-cpu-moe {max(numbers) + 1}"
+    blocks = "|".join(map(str, numbers))
+    return rf'--n-gpu-layers 99 -ot "blk\.({blocks})\.ffn_.*_exps\.=CPU"'
+
+
+def _number(name: str) -> int:
+    """The number of the block that a module lies in."""
+    return next(int(part) for part in name.split(".") if part.isdigit())

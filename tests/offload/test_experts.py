@@ -1,0 +1,519 @@
+"""Chosen experts alone travel, and nothing else changes: tokens are those of the resident model, bytes are counted."""
+
+import copy
+import gc
+import os
+from pathlib import Path
+
+import pytest
+import torch
+import transformers as tf
+from safetensors.torch import save_file
+from torch import nn
+
+from bigkit import (
+    cpu_offload,
+    disk_offload,
+    dispatch_model,
+    init_empty_weights,
+    load_checkpoint_and_dispatch,
+    remove_hook_from_module,
+    save_model,
+)
+from bigkit.offload import experts as experts_module
+from bigkit.offload.experts import ExpertsHook, ExpertStreamer, Rows, chosen_rows, count_rows, rows_of
+from bigkit.offload.handle import Away
+from bigkit.offload.hooks import AlignDevicesHook
+
+SMALL = {
+    "vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "head_dim": 8, "num_experts_per_tok": 2, "intermediate_size": 48,
+}  # fmt: skip
+COUNT = 8
+
+
+def mixtral():
+    return tf.MixtralForCausalLM(tf.MixtralConfig(**SMALL, num_local_experts=COUNT))
+
+
+def qwen3_moe():
+    config = tf.Qwen3MoeConfig(**SMALL, num_experts=COUNT, moe_intermediate_size=16)
+    return tf.Qwen3MoeForCausalLM(config)
+
+
+def gpt_oss():
+    return tf.GptOssForCausalLM(tf.GptOssConfig(**SMALL, num_local_experts=COUNT, layer_types=["full_attention"] * 3))
+
+
+def deepseek():
+    own = {name: size for name, size in SMALL.items() if name not in ("head_dim", "num_key_value_heads")}
+    config = tf.DeepseekV3Config(
+        **own, num_key_value_heads=4, n_routed_experts=COUNT, moe_intermediate_size=16, n_group=2, topk_group=2,
+        first_k_dense_replace=1, kv_lora_rank=8, q_lora_rank=8, qk_rope_head_dim=4, qk_nope_head_dim=4, v_head_dim=8,
+    )  # fmt: skip
+    return tf.DeepseekV3ForCausalLM(config)
+
+
+FAMILIES = [mixtral, qwen3_moe, gpt_oss, deepseek]
+
+
+def made(make, seed=0):
+    torch.manual_seed(seed)
+    model = make().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.3)  # so that routers choose
+    return model
+
+
+def generated(model, tokens=8, rows=1):
+    torch.manual_seed(1)
+    ids = torch.randint(64, (rows, 5))
+    return model.generate(ids, max_new_tokens=tokens, do_sample=False, eos_token_id=None, pad_token_id=0)
+
+
+def expert_names(model):
+    return [name for name, module in model.named_modules() if count_rows(module)]
+
+
+def apart(model, place, rest=0):
+    return {"": rest, **dict.fromkeys(expert_names(model), place)}
+
+
+def streamer_of(model) -> ExpertStreamer:
+    found = {
+        hook.streamer for module in model.modules() if isinstance(hook := vars(module).get("_hf_hook"), ExpertsHook)
+    }
+    return found.pop() if len(found) == 1 else None
+
+
+def spread(model, kind, folder):
+    """A copy of a model, its experts resting elsewhere in one of the ways there are."""
+    model = copy.deepcopy(model)
+    stand_in = {0: "cpu"}
+    return {
+        "RAM": lambda: dispatch_model(model, apart(model, "cpu"), stand_in=stand_in),
+        "disk": lambda: dispatch_model(model, apart(model, "disk"), stand_in=stand_in, offload_dir=folder),
+        "disk, the CPU works": lambda: dispatch_model(model, apart(model, "disk", "cpu"), offload_dir=folder),
+        "blocks in RAM": lambda: cpu_offload(model, 0, stand_in=stand_in),
+        "all on disk": lambda: disk_offload(model, folder, "cpu"),
+    }[kind]()
+
+
+KINDS = ["RAM", "disk", "disk, the CPU works", "blocks in RAM", "all on disk"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("make", FAMILIES)
+def test_tokens_are_those_of_the_resident_model(make, kind, tmp_path):
+    model = made(make)
+    expected = generated(model)
+    found = spread(model, kind, tmp_path)
+    assert torch.equal(generated(found), expected)
+    streamer = streamer_of(found)
+    assert len(streamer.units) == len(expert_names(model)) == (2 if make is deepseek else 3)
+    again = generated(remove_hook_from_module(found, recurse=True))
+    assert torch.equal(again, expected) and not any(isinstance(p, Away) for p in found.parameters())
+
+
+@pytest.mark.parametrize("implementation", ["eager", "batched_mm", "grouped_mm"])
+@pytest.mark.parametrize("make", [qwen3_moe, gpt_oss])
+def test_what_is_not_chosen_is_not_read(make, implementation, monkeypatch):
+    """All in a slot is NaN before the chosen experts come: outputs are those of the resident model, bit by bit."""
+    model = made(make)
+    model.set_experts_implementation(implementation)
+    found = dispatch_model(copy.deepcopy(model), apart(model, "cpu"), stand_in={0: "cpu"})
+    streamer = streamer_of(found)
+    fill = streamer.lane.fill
+
+    def poisoned(slot, unit):
+        if isinstance(unit, experts_module.Rows):
+            slot.base.view(torch.float32).fill_(torch.nan)
+        fill(slot, unit)
+
+    monkeypatch.setattr(streamer.lane, "fill", poisoned)
+    events = []
+    streamer.listeners.append(events.append)
+    ids = torch.randint(64, (1, 3))  # 6 choices of 8 experts
+    with torch.no_grad():
+        assert torch.equal(found(ids).logits, model(ids).logits)
+    assert [event.kind for event in events].count("fetch") == 3 and streamer.filled
+
+
+def test_bytes_that_travel_are_those_of_the_chosen(monkeypatch):
+    model = made(qwen3_moe)
+    found = dispatch_model(copy.deepcopy(model), apart(model, "cpu"), stand_in={0: "cpu"}, slots=3)
+    streamer = streamer_of(found)
+    moved = []
+    fill = streamer.lane.fill
+    monkeypatch.setattr(
+        streamer.lane, "fill", lambda slot, unit: (moved.append(sum(p.nbytes for p in unit.parts())), fill(slot, unit))
+    )
+    one = streamer.units[0].nbytes // COUNT
+    with torch.no_grad():
+        found(torch.tensor([[1]]))
+        assert moved == [2 * one] * 3
+        found(torch.tensor([[1]]))
+        assert moved == [2 * one] * 3, "three slots hold the experts of all blocks: the same ones are there"
+        found(torch.randint(64, (1, 4)))  # 8 choices are as much as all experts
+    assert moved[3:6] == [8 * one] * 3, "a prompt streams whole layers"
+
+
+@pytest.mark.parametrize("stand_in", [{}, {0: "cpu"}])
+def test_disk_is_read_once_for_each_expert_that_is_kept(stand_in, tmp_path):
+    model = made(qwen3_moe)
+    places = apart(model, "disk", 0 if stand_in else "cpu")
+    found = dispatch_model(copy.deepcopy(model), places, stand_in=stand_in, offload_dir=tmp_path, ram_cache="1GB")
+    streamer = streamer_of(found)
+    one = sum(part.nbytes for part in streamer.units[0].parts()) // COUNT
+    with torch.no_grad():
+        for _ in range(3):
+            found(torch.tensor([[7]]))
+    cache = streamer.cache
+    assert (cache.misses, cache.bytes_read) == (6, 6 * one)
+    assert cache.held == 6 * one
+    if not stand_in:  # where slots are copied to, they hold the experts that were used last as well
+        assert cache.hits == 12
+
+
+def test_experts_used_longest_ago_go_first(tmp_path):
+    model = made(qwen3_moe)
+    one = 3 * 32 * 16 * 4
+    found = dispatch_model(
+        copy.deepcopy(model), apart(model, "disk", "cpu"), offload_dir=tmp_path, ram_cache=5 * one, slots=1
+    )
+    cache = streamer_of(found).cache
+    with torch.no_grad():
+        for token in range(20):
+            expected = model(torch.tensor([[token]])).logits
+            assert torch.equal(found(torch.tensor([[token]])).logits, expected)
+            assert cache.held <= 5 * one and cache.held == sum(cache.kept.values())
+    assert cache.hits + cache.misses == 20 * 6 and cache.hits < cache.misses
+    last = [*cache.kept][-2:]
+    assert {index for index, _ in last} == {2}, "the last block's experts were used last"
+    big = dispatch_model(copy.deepcopy(model), apart(model, "disk", "cpu"), offload_dir=tmp_path, ram_cache=0)
+    with torch.no_grad():
+        assert torch.equal(big(torch.arange(9)[None]).logits, model(torch.arange(9)[None]).logits)
+    assert streamer_of(big).cache.held == 0
+
+
+def test_memory_for_experts_that_nobody_chose_is_not_touched(tmp_path):
+    """Of the memory that is set aside for a block's experts only the pages of the chosen ones are there."""
+    config = tf.Qwen3MoeConfig(**{**SMALL, "num_hidden_layers": 1}, num_experts=64, moe_intermediate_size=512)
+    model = made(lambda: tf.Qwen3MoeForCausalLM(config))
+    found = dispatch_model(model, apart(model, "disk", "cpu"), offload_dir=tmp_path, ram_cache="1GB")
+    with torch.no_grad():
+        found(torch.tensor([[7]]))
+    streamer = streamer_of(found)
+    (unit,) = streamer.units
+    memory = streamer.cache.memory(unit)
+    address, nbytes = memory.bytes.data_ptr(), memory.bytes.nbytes
+    resident, inside = 0, False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if line[0] in "0123456789abcdef" and "-" in line.split()[0]:
+            low, high = (int(number, 16) for number in line.split()[0].split("-"))
+            inside = low <= address < high
+        elif inside and line.startswith("Rss:"):
+            resident += int(line.split()[1]) * 1024
+    assert 2 * unit.nbytes // 64 <= resident <= 2 * unit.nbytes // 64 + 10 * 4096 < nbytes / 8
+
+
+def test_moves_are_the_chosen_rows_and_nothing_between():
+    model = made(gpt_oss)
+    unit = streamer_of(dispatch_model(model, apart(model, "cpu"), stand_in={0: "cpu"})).units[0]
+    for rows, pieces in (([0, 1, 2], 4), ([1, 3, 4, 7], 12), ([6], 4)):
+        parts = [part for own in rows_of(unit, rows).values() for part in own]
+        moves = Rows(unit, parts).moves()
+        assert len(moves) == pieces, "a piece for each parameter and stretch of neighbours"
+        assert sum(move.nbytes for move in moves) == sum(part.nbytes for part in parts) == unit_bytes(unit) * len(rows)
+        slot = torch.zeros(unit.nbytes, dtype=torch.uint8)
+        for move in moves:
+            slot[move.offset : move.offset + move.nbytes] = move.slab.bytes[move.at : move.at + move.nbytes]
+        for weight in unit.weights:
+            there = weight.over(slot)
+            assert torch.equal(there[rows], weight.load()[rows])
+            assert not there[[row for row in range(COUNT) if row not in rows]].any()
+
+
+def unit_bytes(unit):
+    return sum(part.nbytes for part in unit.parts()) // COUNT
+
+
+def test_threshold_follows_from_the_choice():
+    model = made(qwen3_moe)
+    found = dispatch_model(model, apart(model, "cpu"), stand_in={0: "cpu"})
+    streamer, module = streamer_of(found), model.model.layers[0].mlp.experts
+    unit = streamer.units[0]
+
+    def rows(choice, **also):
+        return chosen_rows(streamer, unit, module, [torch.zeros(1, 32), torch.tensor(choice), torch.ones(1, 2)])
+
+    assert rows([[3, 1], [1, 3], [1, 0]]) == [0, 1, 3]
+    assert rows([[3, 1]] * 4) is None, "8 choices of 8 experts"
+    assert rows([[3, 8]]) is None and rows([[-1, 2]]) is None, "not numbers of experts: the forward says what it does"
+    assert chosen_rows(streamer, unit, module, [torch.zeros(1, 32)]) is None
+    module.config._experts_implementation = "sonicmoe"  # may read any expert
+    assert rows([[3, 1]]) is None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The files of a checkpoint, in which each expert may lie alone
+
+
+def loaded(model, folder, places, **options):
+    with init_empty_weights():
+        empty = type(model)(copy.deepcopy(model.config)).eval()
+    return load_checkpoint_and_dispatch(empty, folder, places, strict=True, **options)
+
+
+@pytest.mark.parametrize("stand_in", [{}, {0: "cpu"}])
+@pytest.mark.parametrize("make", FAMILIES)
+def test_experts_rest_in_the_files_they_came_in(make, stand_in, tmp_path):
+    """No folder to write to is given, nor needed."""
+    model = made(make)
+    expected = generated(model)
+    model.save_pretrained(tmp_path, max_shard_size="30KB")
+    files = {file: file.stat().st_mtime_ns for file in tmp_path.iterdir()}
+    found = loaded(model, tmp_path, apart(model, "disk", 0 if stand_in else "cpu"), stand_in=stand_in)
+    assert torch.equal(generated(found), expected)
+    assert {file: file.stat().st_mtime_ns for file in tmp_path.iterdir()} == files
+    again = dispatch_model(found, apart(model, "disk", "cpu"))  # where they rest is known from the model
+    assert torch.equal(generated(again), expected)
+    save_model(again, tmp_path / "saved")
+    model.config.save_pretrained(tmp_path / "saved")
+    assert torch.equal(generated(type(model).from_pretrained(tmp_path / "saved")), expected)
+
+
+def test_what_lies_together_is_read_at_once(tmp_path, monkeypatch):
+    """In a file of its own names an expert is one range: gate, up and down come in one call, and nothing else."""
+    model = made(mixtral)
+    state = {}
+    for name, tensor in model.state_dict().items():
+        block, _, own = name.partition(".mlp.experts.")
+        for number in range(COUNT if own else 0):
+            expert = f"{block}.block_sparse_moe.experts.{number}"
+            if own == "down_proj":
+                state[f"{expert}.w2.weight"] = tensor[number].clone()
+            else:
+                state[f"{expert}.w1.weight"], state[f"{expert}.w3.weight"] = (
+                    part.clone() for part in tensor[number].chunk(2)
+                )
+        if not own:
+            state[name.replace(".mlp.gate", ".block_sparse_moe.gate")] = tensor
+    save_file(state, tmp_path / "model.safetensors")
+    found = loaded(model, tmp_path, apart(model, "disk", "cpu"))
+    calls, preadv = [], os.preadv
+
+    def counted(descriptor, views, offset):
+        calls.append((offset, sum(map(len, views)), len(views)))
+        return preadv(descriptor, views, offset)
+
+    monkeypatch.setattr(os, "preadv", counted)
+    with torch.no_grad():
+        assert torch.equal(found(torch.tensor([[7]])).logits, model(torch.tensor([[7]])).logits)
+    one = 3 * 32 * 48 * 4
+    assert len(calls) == 2 * 3 and {call[1:] for call in calls} == {(one, 3)}
+    assert streamer_of(found).cache.bytes_read == 6 * one
+
+
+class Expert(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.w1, self.w2 = nn.Linear(16, 32), nn.Linear(32, 16)
+
+    def forward(self, x):
+        return self.w2(torch.relu(self.w1(x)))
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.gate = nn.Linear(16, 4)
+        self.experts = nn.ModuleList(Expert() for _ in range(4))
+
+    def forward(self, x):
+        weights, chosen = self.gate(x).topk(2)
+        out = torch.zeros_like(x)
+        for number in chosen.unique().tolist():
+            row, place = torch.where(chosen == number)
+            out[row] += weights[row, place, None] * self.experts[number](x[row])
+        return x + out
+
+
+class Remote(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.config = tf.MixtralConfig(**SMALL, num_local_experts=4)
+        self.layers = nn.ModuleList(Block() for _ in range(3))
+
+    def forward(self, x):
+        for block in self.layers:
+            x = block(x)
+        return x
+
+
+@pytest.mark.parametrize("place", ["cpu", "disk", "blocks"])
+def test_experts_that_are_modules(place, tmp_path):
+    """Each is a unit of its own, and only those that are called travel."""
+    torch.manual_seed(0)
+    model, x = Remote().eval(), torch.randn(1, 16)
+    with torch.no_grad():
+        expected = model(x)
+    places = {"": 0, **{f"layers.{i}.experts": place for i in range(3)}} if place != "blocks" else {"": "cpu"}
+    found = dispatch_model(model, places, 0, stand_in={0: "cpu"}, offload_dir=tmp_path)
+    hooks = [part._hf_hook for block in found.layers for part in block.experts]
+    assert all(type(hook) is AlignDevicesHook and hook.unit.routed for hook in hooks)
+    (streamer,) = {hook.streamer for hook in hooks}
+    fetched = []
+    streamer.listeners.append(lambda event: fetched.append(event.unit) if event.kind == "fetch" else None)
+    with torch.no_grad():
+        assert torch.equal(found(x), expected)
+    assert len(fetched) == 6 and len(streamer.units) == 12
+
+
+def test_a_block_works_in_one_place():
+    """Experts that rest in RAM work where their block does, not on the first GPU."""
+    model = made(qwen3_moe)
+    expected = generated(model)
+    places = {"model.embed_tokens": 0, "model.rotary_emb": 0, "model.layers.0": 0, "model.layers.1": 1,
+              "model.layers.2": 1, "model.norm": 1, "lm_head": 1,
+              **dict.fromkeys(expert_names(model), "cpu")}  # fmt: skip
+    stand_in = {0: "cpu", 1: "cpu"}
+    found = dispatch_model(model, places, stand_in=stand_in)
+    streamers = [block.mlp.experts._hf_hook.streamer for block in found.model.layers]
+    assert [streamer.name for streamer in streamers] == ["cuda:0", "cuda:1", "cuda:1"]
+    assert streamers[1] is streamers[2] is not streamers[0]
+    assert torch.equal(generated(found), expected)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Nothing silently wrong
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_errors_and_interrupts_give_everything_back(kind, tmp_path, monkeypatch):
+    model = made(qwen3_moe)
+    expected = generated(model)
+    found = spread(model, kind, tmp_path)
+    target = found.model.layers[1].mlp.experts
+    for error in (RuntimeError("broken"), KeyboardInterrupt()):
+
+        def broken(*args, error=error):
+            raise error
+
+        with monkeypatch.context() as patch:
+            patch.setattr(target, "_apply_gate", broken)
+            with pytest.raises(type(error)):
+                generated(found)
+        assert all(isinstance(parameter, Away) for parameter in target.parameters())
+        assert not streamer_of(found).held()
+        assert torch.equal(generated(found), expected)
+
+
+def test_a_file_that_was_changed_is_an_error(tmp_path):
+    model = made(qwen3_moe)
+    expected = generated(model)
+    found = dispatch_model(copy.deepcopy(model), apart(model, "disk", "cpu"), offload_dir=tmp_path, ram_cache=0)
+    assert torch.equal(generated(found), expected)
+    for file in tmp_path.glob("*.safetensors"):
+        content = file.read_bytes()
+        file.write_bytes(content[: len(content) // 2])
+    with pytest.raises(OSError, match="was changed"):
+        generated(found)
+
+
+@pytest.mark.parametrize("kind", ["RAM", "disk, the CPU works"])
+def test_training_is_refused(kind, tmp_path):
+    found = spread(made(qwen3_moe), kind, tmp_path)
+    loss = found(torch.tensor([[1, 2]]), labels=torch.tensor([[1, 2]])).loss
+    with pytest.raises(RuntimeError, match="offloaded weights are for inference"):
+        loss.backward()
+    with torch.no_grad():
+        assert found(torch.tensor([[1]])).logits.isfinite().all()
+
+
+@pytest.mark.parametrize("kind", ["RAM", "disk", "disk, the CPU works"])
+def test_what_is_written_into_experts_is_kept(kind, tmp_path):
+    """Outside of a forward by the handle, and within one by the forward, whatever else the slot held."""
+    model = made(qwen3_moe)
+    found = spread(model, kind, tmp_path)
+    for target in (model, found):
+        with torch.no_grad():
+            target.model.layers[1].mlp.experts.down_proj.mul_(2)
+    assert torch.equal(generated(found), generated(model))
+    before = model.model.layers[0].mlp.experts.down_proj.detach().clone()
+    chosen = []
+
+    def write(module, args):
+        with torch.no_grad():
+            chosen[:] = args[1].flatten().tolist()
+            module.down_proj[chosen] += 1
+
+    experts = found.model.layers[0].mlp.experts
+    handle = experts.act_fn.register_forward_pre_hook(lambda act, args: write(experts, (None, current[0])))
+    current = []
+    looking = experts.register_forward_pre_hook(lambda module, args: current.insert(0, args[1]))
+    with torch.no_grad():
+        found(torch.tensor([[5]]))
+    handle.remove()
+    looking.remove()
+    before[chosen] += 1
+    assert torch.equal(found.model.layers[0].mlp.experts.down_proj.cpu().detach() + 0, before)
+
+
+@pytest.mark.parametrize("kind", ["RAM", "disk, the CPU works"])
+def test_a_view_that_is_kept_stays_as_it_is(kind, tmp_path):
+    model = made(qwen3_moe)
+    found = spread(model, kind, tmp_path)
+    experts, kept = found.model.layers[0].mlp.experts, []
+    handle = experts.act_fn.register_forward_hook(lambda *_: kept.append(experts.down_proj[:]) if not kept else None)
+    with torch.no_grad():
+        found(torch.tensor([[5]]))
+        handle.remove()
+        before = kept[0].clone()
+        expected = generated(model)
+        assert torch.equal(generated(found), expected)
+    assert torch.equal(kept[0].nan_to_num(), before.nan_to_num())
+
+
+def test_tied_experts_rest_once():
+    """Blocks that share their experts: both lend the same ones."""
+    model = made(qwen3_moe)
+    first, second = (model.model.layers[i].mlp.experts for i in (0, 1))
+    second.gate_up_proj, second.down_proj = first.gate_up_proj, first.down_proj
+    expected = generated(model)
+    found = dispatch_model(model, apart(model, "cpu"), stand_in={0: "cpu"})
+    assert torch.equal(generated(found), expected)
+    with torch.no_grad():
+        first.down_proj.mul_(3)
+    assert torch.equal(second.down_proj.cpu() + 0, first.down_proj.cpu() + 0)
+
+
+@pytest.mark.filterwarnings("ignore")  # peft and transformers disagree on names
+def test_lora_on_experts():
+    peft = pytest.importorskip("peft")
+    model = made(qwen3_moe)
+    names = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], target_parameters=names, init_lora_weights=False)
+    torch.manual_seed(3)
+    whole = peft.get_peft_model(copy.deepcopy(model), config).eval()
+    ids = torch.tensor([[1, 2, 3]])
+    with torch.no_grad():
+        expected = whole(ids).logits
+        assert not torch.equal(expected, model(ids).logits)
+        torch.manual_seed(3)
+        found = peft.get_peft_model(dispatch_model(model, apart(model, "cpu"), stand_in={0: "cpu"}), config).eval()
+        assert torch.equal(found(ids).logits, expected) and torch.equal(found(ids).logits, expected)
+        with found.disable_adapter():
+            assert not torch.equal(found(ids).logits, expected)
+
+
+def test_dispatched_anew_and_forgotten(tmp_path):
+    model = made(qwen3_moe)
+    expected = generated(model)
+    for place in ("cpu", "disk", 0, "cpu"):
+        model = dispatch_model(model, apart(model, place), stand_in={0: "cpu"}, offload_dir=tmp_path, force_hooks=True)
+        assert torch.equal(generated(model), expected)
+    del model
+    gc.collect()
+    assert not [*tmp_path.iterdir()], "files that were written for a model go with it"
