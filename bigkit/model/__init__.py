@@ -27,6 +27,7 @@ Reading order:
     experts.py      mixtures of experts: how many, how large, how many of them a token takes
     config.py       a config.json, whose numbers have another name in every family, and the KV cache of each block
     header.py       the table of contents of a safetensors file, with a check on every claim that it makes
+    stored.py       what a checkpoint takes that is quantized already, by its config
     estimate.py     three tables: the classic estimate, what running takes, what training takes
 
 Leaves out: reading records off a real module (`meta/skeleton.py`), names (`zoo/`), and placing layers (`maps/`).

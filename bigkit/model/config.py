@@ -82,7 +82,8 @@ def facts(config: Mapping[str, Any]) -> dict[str, Any]:
         `max_position_embeddings`, `positions` ("learned" is a hard limit; "rotary", "alibi", "relative" are not),
         `is_encoder_decoder`, `generates` (token by token, so that it keeps a cache), and where they apply
         `encoder_layers`, `num_experts`, `experts_per_token`, `shared_experts`, `dense_layers`, `moe_intermediate_size`,
-        `sliding_window`, `image_size`, `patch_size`, `quantization`, `uncounted_cache`.
+        `sliding_window`, `image_size`, `patch_size`, `quantization` and
+        `quantization_config` (of a checkpoint that is quantized already), `uncounted_cache`.
 
     Source: the configuration classes of Hugging Face Transformers.
 
@@ -117,6 +118,7 @@ def facts(config: Mapping[str, Any]) -> dict[str, Any]:
         result["num_hidden_layers"] = _decoder_layers(inner)
     if isinstance(quantization := config.get("quantization_config"), Mapping):
         result["quantization"] = str(quantization.get("quant_method", "unknown"))
+        result["quantization_config"] = dict(quantization)
     result["uncounted_cache"] = _uncounted(inner) or None
     return {name: value for name, value in result.items() if value is not None}
 

@@ -19,13 +19,14 @@ import html
 import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from ..units import dtype_bits, dtype_name, format_bytes, format_count, is_floating, text_table
 from .experts import active_bytes, active_parameters, sentence
 from .precision import Precision
 from .spec import ModelSpec
+from .stored import as_stored
 
 CLASSIC = ("float32", "float16", "int8", "int4")
 STORED = ("float32", "bfloat16", "float8_e4m3fn", "int8", "nf4", "nf4-double")
@@ -88,7 +89,9 @@ def remarks(name: str, facts: Mapping[str, Any], context: int) -> tuple[str, ...
     elif most and context > most:
         notes.append(f"Context {context:,} is beyond the {most:,} tokens that {name} was trained for.")
     if packed := facts.get("quantization"):
-        notes.append(f"The checkpoint of {name} is packed ({packed}): its weights are counted unpacked.")
+        notes.append(
+            f"The checkpoint of {name} is quantized ({packed}); other rows and plans count its weights decoded."
+        )
     if uncounted := facts.get("uncounted_cache"):
         notes.append(f"The cache of {', '.join(map(str, uncounted))} is not counted.")
     return tuple(notes)
@@ -275,6 +278,10 @@ def estimate(
     if not all(row.trainable for row in rows):
         notes.append("* 4 x the size, as the classic table counts; weights of this dtype alone cannot be trained.")
     inference = tuple(_inference(full, name, batch, context) for name in stored)
+    if packed := as_stored(full):
+        row = _inference(full, "bfloat16", batch, context)
+        kind = f"as stored ({full.facts['quantization']})"
+        inference = (replace(row, stored=kind, weights=packed[0], active=packed[1]), *inference)
     if not any(row.activations for row in inference):
         notes.append("Activations are not estimated: the config does not say how wide the model is.")
     notes += remarks(full.name, full.facts, asked)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -66,7 +66,12 @@ def describe(
             assert isinstance(source, hub.Source)  # timm models always have a usable config
             return headers.spec_from_tensors(label, headers.headers(source, token), config)
         model = build.build(config, base=base, dtype=None, remote=remote)
-        return build.spec_of(model, label, config)
+        spec = build.spec_of(model, label, config)
+        if "quantization_config" in spec.facts and isinstance(source, hub.Source):
+            with suppress(ZooError):  # without files its size follows from the config
+                size = sum(tensor.bytes() for tensor in headers.headers(source, token).values())
+                spec = replace(spec, facts={**spec.facts, "stored_bytes": size})
+        return spec
 
 
 def empty_model(
