@@ -127,6 +127,4 @@ def refuse_training(call: str, **options: Any) -> None:
     """
     for name, value in options.items():
         if value is not None:
-            raise ValueError(
-                f"{call}({name}={value!r}) is for training: bigkit runs a model in the dtype of its weights"
-            )
+            raise ValueError(f"{call}({name}={value!r}) is for training; bigkit runs models in the dtype of their weights")
