@@ -116,11 +116,11 @@ def set_module_tensor_to_device(
 
 
 def retie_parameters(model: nn.Module, tied_params: Iterable[Sequence[str]]) -> None:
-    """Make the tensors of each group one: the last of them that is not on meta."""
+    """Make the tensors of each group one: the first of them that is not on meta."""
     for names in tied_params:
         owners = [(model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]) for name in names]
         found = [getattr(owner, own) for owner, own in owners]
-        real = next((tensor for tensor in reversed(found) if not tensor.is_meta), None)
+        real = next((tensor for tensor in found if not tensor.is_meta), None)
         for owner, own in owners if real is not None else ():
             setattr(owner, own, real)
 
