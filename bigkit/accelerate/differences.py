@@ -123,10 +123,8 @@ def refuse_training(call: str, **options: Any) -> None:
     >>> refuse_training("Accelerator", mixed_precision="bf16")
     Traceback (most recent call last):
         ...
-    ValueError: Accelerator(mixed_precision='bf16') is for training; bigkit runs models in the dtype of their weights
+    ValueError: Accelerator(mixed_precision='bf16') is for training; bigkit computes in the dtype of the weights
     """
     for name, value in options.items():
         if value is not None:
-            raise ValueError(
-                f"{call}({name}={value!r}) is for training: bigkit runs a model in the dtype of its weights"
-            )
+            raise ValueError(f"{call}({name}={value!r}) is for training; bigkit computes in the dtype of the weights")

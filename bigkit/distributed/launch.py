@@ -31,9 +31,9 @@ EXAMPLES = ("inference", "diffusion")
 _KINDS = {"script": (), "module": ("-m",), "program": ("--no-python",)}
 # Keys of Accelerate's config files, and options of its command line, that have no effect here.
 IGNORED = (
-    "debug", "downcast_bf16", "dynamo_backend", "dynamo_config", "dynamo_mode", "enable_cpu_affinity",
-    "main_training_function", "max_restarts", "mixed_precision", "monitor_interval", "multi_gpu", "quiet",
-    "same_network",
+    "command_file", "commands", "debug", "downcast_bf16", "dynamo_backend", "dynamo_config", "dynamo_mode",
+    "enable_cpu_affinity", "main_training_function", "max_restarts", "mixed_precision", "monitor_interval",
+    "multi_gpu", "quiet", "same_network", "tpu_name", "tpu_zone",
 )  # fmt: skip
 _NOTHING_SAID: tuple[Any, ...] = (None, False, "no", "NO", "main", {})  # what they hold where nobody has chosen
 _SILENT = ("multi_gpu", "same_network")  # nothing to say: GPUs are used anyway, and hosts meet where they are told
@@ -233,7 +233,7 @@ def _read_keys(content: Mapping[str, Any]) -> dict[str, Any]:
             continue
         if meant := difflib.get_close_matches(str(name), names, 1):
             raise ValueError(f"unknown key {name!r}: is {meant[0]} meant? bigkit launch reads {', '.join(names)}")
-        if value:  # as deepspeed_config, fsdp_config or tpu_name; an empty one does no harm
+        if value:  # as deepspeed_config or fsdp_config; an empty one does no harm
             raise ValueError(f"{name} is set, and bigkit launch cannot honour it: remove the key")
     return values
 

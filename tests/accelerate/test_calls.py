@@ -50,6 +50,59 @@ from bigkit.accelerate.logging import get_logger""".splitlines():
         exec(line.replace("bigkit.", ""), {})
 
 
+SCRIPT = """
+from accelerate import Accelerator, PartialState, dispatch_model, find_executable_batch_size, init_empty_weights
+from accelerate import infer_auto_device_map, load_checkpoint_and_dispatch
+from accelerate.hooks import ModelHook, SequentialHook, add_hook_to_module, remove_hook_from_submodules
+from accelerate.utils import compute_module_sizes, find_tied_parameters, gather_object, named_module_tensors
+from accelerate.utils import retie_parameters, send_to_device, set_module_tensor_to_device, set_seed
+
+set_seed(0)
+accelerator = Accelerator(cpu=True)
+accelerator.save_model(net(), folder, max_shard_size=200)
+with init_empty_weights():
+    model = net()
+assert all(tensor.is_meta for _, tensor in named_module_tensors(model, include_buffers=False, recurse=True))
+device_map = {"0": "cpu", "1": "cpu", "2": "disk"}
+model = load_checkpoint_and_dispatch(model, folder, device_map, offload_folder=folder + "/off", strict=True)
+said = [model(send_to_device({"x": X}, accelerator.device)["x"]), compute_module_sizes(model), model.hf_device_map]
+remove_hook_from_submodules(model)
+
+class Double(ModelHook):
+    def post_forward(self, module, output):
+        return 2 * output
+
+small = net()
+add_hook_to_module(small[0], SequentialHook(Double(), Double()))
+small[2][1].bias = nn.Parameter(torch.zeros(5))
+said += [small(X), infer_auto_device_map(small, {0: 5000, "cpu": 5000}), find_tied_parameters(small)]
+set_module_tensor_to_device(small, "0.bias", "cpu", torch.ones(6))
+retie_parameters(small, [["0.bias", "1.bias"]])
+said += [small(X), find_tied_parameters(small)]
+
+@find_executable_batch_size(starting_batch_size=8)
+def run(batch_size):
+    if batch_size > 4:
+        raise RuntimeError("CUDA out of memory.")
+    return batch_size
+
+with PartialState().split_between_processes(["a", "b"], apply_padding=True) as mine:
+    said += [run(), gather_object(mine), accelerator.gather(torch.arange(2)), torch.rand(1)]
+accelerator.wait_for_everyone()
+"""
+
+
+def test_the_same_script_says_the_same(tmp_path):
+    said = []
+    for package in ("accelerate", "bigkit.accelerate"):
+        names = {"net": net, "torch": torch, "nn": nn, "X": X, "folder": str(tmp_path / package)}
+        exec(SCRIPT.replace("from accelerate", f"from {package}"), names)
+        said.append(names["said"])
+    theirs.state.AcceleratorState._reset_state(True)
+    for one, other in zip(*said, strict=True):
+        assert torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other
+
+
 def test_most_are_bigkits_own_calls():
     for name in bigkit.__all__:
         if not name.startswith("_") and name != "zoo" and (other := vars(ours).get(name) or vars(utils).get(name)):

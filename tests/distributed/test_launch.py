@@ -20,16 +20,14 @@ from bigkit import cli
 from bigkit.distributed.launch import Settings, command_line, read_config, write_example
 from tests.ranks import ROOT
 
-ENVIRONMENT = {
-    **os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HOME": "/no/such/folder",
-    "PYTHONFAULTHANDLER": "1",
-}  # fmt: skip
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"}
 BIGKIT = [sys.executable, "-m", "bigkit.cli"]
 
 
 @pytest.fixture(autouse=True)
 def no_default_config(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    monkeypatch.setitem(ENVIRONMENT, "HF_HOME", str(tmp_path / "hf"))
 
 
 def launch(folder: Path, *words: str | Path, **options: Any) -> subprocess.CompletedProcess[str]:

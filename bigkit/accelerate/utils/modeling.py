@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ...checkpoints.load import load_checkpoint_in_model
 from ...checkpoints.state_dict import load_state_dict
-from ...devices import Device, collapse, join
+from ...devices import Device, collapse, join, placement
 from ...maps.device_map import (
     check_device_map,
     compute_module_sizes,
@@ -24,7 +24,6 @@ from ...maps.device_map import (
 )
 from ...meta.empty import twin
 from ...meta.skeleton import repeated_blocks
-from ...offload.grouping import handles
 from ...offload.handle import Away
 from ...offload.hooks import AlignDevicesHook, hooks_in
 from ...offload.inputs import torch_device
@@ -116,11 +115,11 @@ def set_module_tensor_to_device(
 
 
 def retie_parameters(model: nn.Module, tied_params: Iterable[Sequence[str]]) -> None:
-    """Make the tensors of each group one: the last of them that is not on meta."""
+    """Make the tensors of each group one: the first of them that is not on meta."""
     for names in tied_params:
         owners = [(model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]) for name in names]
         found = [getattr(owner, own) for owner, own in owners]
-        real = next((tensor for tensor in reversed(found) if not tensor.is_meta), None)
+        real = next((tensor for tensor in found if not tensor.is_meta), None)
         for owner, own in owners if real is not None else ():
             setattr(owner, own, real)
 
@@ -200,8 +199,6 @@ def check_tied_parameters_on_same_device(
     tied_params: Iterable[Sequence[str]], device_map: Mapping[str, Device]
 ) -> None:
     """Warn of tied tensors that a map puts on several devices."""
-    from ...devices import placement
-
     device_of = placement(device_map)
     for names in tied_params:
         devices = {name: device_of(name) for name in names}

@@ -68,21 +68,22 @@ def broadcast_object_list(object_list: list[Any], from_process: int = 0) -> list
 
 
 def reduce(tensor: Any, reduction: str = "mean", scale: float = 1.0) -> Any:
-    """Tensors of all processes added up, on every process.
+    """Tensors of all processes made one, on every process.
 
     Args:
         tensor: a tensor, or nested lists, tuples and dicts of them, of the same shapes everywhere.
-        reduction: "sum", "mean", or "none" (the process's own).
+        reduction: "sum", "mean", "max", or "none" (the process's own).
         scale: what the result is multiplied with.
     """
-    if reduction not in ("sum", "mean", "none"):
-        raise ValueError(f"reduction is {reduction!r}: expected sum, mean or none")
+    if reduction not in ("sum", "mean", "max", "none"):
+        raise ValueError(f"reduction is {reduction!r}: expected sum, mean, max or none")
 
     def one(own: Tensor) -> Tensor:
         if reduction == "none":
             return own * scale
         parts = gather(own[None])
-        return (parts.sum(0) if reduction == "sum" else parts.sum(0) / len(parts)) * scale
+        total = parts.amax(0) if reduction == "max" else parts.sum(0)
+        return (total / len(parts) if reduction == "mean" else total) * scale
 
     return _each(one, tensor)
 
