@@ -79,6 +79,9 @@ def test_a_handle_has_the_attributes_of_its_weight(kind, tmp_path):
         assert handle.quant_state.absmax.equal(weight.quant_state.absmax)
         for name in ("quant_type", "compress_statistics", "blocksize", "bnb_quantized"):
             assert getattr(handle, name) == getattr(weight, name)
+    assert isinstance(handle, type(weight)) and type(handle).__name__ == type(weight).__name__
+    made = type(handle)(weight, requires_grad=False)  # as Accelerate and peft make one like it
+    assert type(made) is type(weight)
     with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
         _ = handle.nothing
 
