@@ -136,7 +136,7 @@ class Away(Tensor):
         self.data = torch.empty(0, dtype=self.dtype).set_(*real)
         return self
 
-    def new(self, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
+    def new(self, *args: Any, **kwargs: Any) -> Any:
         """A tensor of this dtype, where the weight works."""
         return torch.empty(0, dtype=self.dtype, device=self.device).new(*args, **kwargs)
 
