@@ -43,7 +43,7 @@ def make_subclass(cls: type, data: Tensor, requires_grad: bool) -> Any:
 
 def mark_parameter(tensor: Tensor) -> None:
     """Let a tensor of any class count as an `nn.Parameter` for `isinstance`. `_is_param`, 2.11 to 2.15."""
-    tensor._is_param = True  # type: ignore[attr-defined]
+    tensor._is_param = True
 
 
 def real_tensors() -> AbstractContextManager[Any]:

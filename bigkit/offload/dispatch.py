@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping
-from functools import partial
 from typing import Any
 
 import torch
@@ -30,10 +29,10 @@ from ..units import parse_bytes
 from .attach import attach
 from .experts import streamers_of
 from .grouping import Layout, put, records, with_residents
-from .hooks import AlignDevicesHook, drop_hooks, hooks_in
+from .hooks import AlignDevicesHook, drop_hooks, give_back_methods, hooks_in
 from .inputs import torch_device
 from .mapped import PageLane
-from .moving import cast_or_move, device_map_of, refuse_to_move
+from .moving import change_methods, device_map_of
 from .options import names_of, read_options
 from .placing import Origins, make_units
 from .stream import Streamer
@@ -118,7 +117,7 @@ def dispatch_model(
     _forget_earlier(model)
     attach(model, layout, lenders, names_of(skip_keys))
     model.hf_device_map = device_map_of(layout)  # type: ignore[assignment]
-    vars(model)["_apply"] = refuse_to_move if units else partial(cast_or_move, model)
+    change_methods(model, layout, away=bool(units))
     return model
 
 
@@ -148,7 +147,7 @@ def _whole(model: nn.Module, layout: Layout, origins: Origins) -> nn.Module:
 
 def _forget_earlier(model: nn.Module) -> None:
     """Drop what an earlier dispatch or load has left at the model, now that all weights are in their places."""
-    vars(model).pop("_apply", None)
+    give_back_methods(model)
     for module in model.modules():
         placed = [hook for hook in hooks_in(module) if isinstance(hook, AlignDevicesHook) and hook.is_placed]
         for hook in placed:

@@ -34,7 +34,7 @@ from ._torch import (
     tree_leaves,
     tree_map_only,
 )
-from .codec import own_copy
+from .codec import codec_of, own_copy
 
 if TYPE_CHECKING:
     from .weights import Weight
@@ -137,13 +137,13 @@ class Away(Tensor):
 
     # Operations of which torch does not tell a subclass.
 
-    def set_(self, *source: Any) -> Away:  # type: ignore[override]
+    def set_(self, *source: Any) -> Away:
         """Set the data to another tensor, or to what lies in a storage."""
-        real = [item.load() if isinstance(item, Away) else item for item in source]
+        real: Any = [item.load() if isinstance(item, Away) else item for item in source]
         self.data = torch.empty(0, dtype=self.dtype).set_(*real)
         return self
 
-    def new(self, *args: Any, **kwargs: Any) -> Tensor:
+    def new(self, *args: Any, **kwargs: Any) -> Any:
         """A tensor of this dtype, where the weight works."""
         return torch.empty(0, dtype=self.dtype, device=self.device).new(*args, **kwargs)
 
@@ -167,7 +167,8 @@ class Away(Tensor):
             return args[0]._detached()
         if func is Tensor.module_load:
             raise RuntimeError(
-                "weights that rest elsewhere are not swapped: load without set_swap_module_params_on_conversion"
+                f"{args[0].weight.name!r} rests elsewhere and cannot be swapped: load the state dict without "
+                "torch.__future__.set_swap_module_params_on_conversion"
             )
         if func in (Tensor.cpu, Tensor.to) and args[0].device.type != "cpu" and _goes_to_cpu(func, args, kwargs):
             return args[0].load("cpu").clone()
@@ -203,8 +204,10 @@ class Away(Tensor):
 
 @cache
 def _handle_class(cls: type) -> type[Away]:
-    """The class of handles on tensors of a class. Those on quantized weights have their name, for which peft asks."""
-    return Away if cls in (nn.Parameter, Tensor) else type(cls.__name__, (Away,), {"stands_for": cls})
+    """The class of handles on tensors of a class. Others ask those on quantized weights for their name, or class."""
+    if cls in (nn.Parameter, Tensor):
+        return Away
+    return type(cls.__name__, (Away,), {"stands_for": cls, "__class__": property(lambda handle: cls)})
 
 
 class AwayView(Away):
@@ -275,7 +278,12 @@ def _set(func: Any, attribute: str, handle: Away, value: Any) -> None:
             func(handle, value)
     elif handle.in_model:
         # What was brought may share memory with what is written to.
-        handle.streamer.keep(handle.weight, value.clone() if isinstance(value, Away) else value)
+        value = value.clone() if isinstance(value, Away) else value
+        if codec_of(handle.weight.template) is not codec_of(value):  # the codes of a quantized weight
+            whole = own_copy(handle.load())
+            whole.data = value
+            value = whole
+        handle.streamer.keep(handle.weight, value)
     else:
         raise RuntimeError(
             f"this is a detached {handle.weight.name!r}, which rests elsewhere: set the weight's own data"

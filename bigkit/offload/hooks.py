@@ -159,8 +159,14 @@ def remove_hook_from_module(module: nn.Module, recurse: bool = False) -> nn.Modu
         if hook is not None:
             hook.detach_hook(part)
             _unwrap(part)
-    vars(module).pop("_apply", None)  # `dispatch_model` made it refuse to move
+    give_back_methods(module)
     return module
+
+
+def give_back_methods(module: nn.Module) -> None:
+    """Let a module move, and load adapters, by its own methods; `dispatch_model` had put others in their place."""
+    for name in ("_apply", "load_adapter"):
+        vars(module).pop(name, None)
 
 
 def hooks_in(module: nn.Module) -> Iterator[ModelHook]:
@@ -446,5 +452,5 @@ class AlignDevicesHook(ModelHook):
         if self.streamer is not None and self.unit is not None:
             self.streamer.release(self.unit)
         if self.is_placed:
-            vars(module).pop("_apply", None)  # `dispatch_model` made it refuse to move
+            give_back_methods(module)
         return module

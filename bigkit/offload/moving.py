@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..devices import Device
@@ -41,12 +43,12 @@ def cast_or_move(model: nn.Module, change: Callable[[Tensor], Tensor], **options
     return model
 
 
-class DiskMap(dict[str, Device]):
-    """The map of a model that rests on disk as a whole. Its `values()` begin with the device that it works on.
+class AwayMap(dict[str, Device]):
+    """The map of a model of which all rests elsewhere. Its `values()` begin with the device that it works on.
 
-    Pipelines of Transformers send inputs to the first of a map's values.
+    Pipelines of Transformers send inputs to the first of a map's values, and peft makes prefixes on its first GPU.
 
-    >>> places = DiskMap({"": "disk"}, 0)
+    >>> places = AwayMap({"": "disk"}, 0)
     >>> places, [*places.values()]
     ({'': 'disk'}, [0, 'disk'])
     """
@@ -62,4 +64,31 @@ class DiskMap(dict[str, Device]):
 def device_map_of(layout: Layout) -> dict[str, Device]:
     """What becomes a model's `hf_device_map`: modules that rest on disk come last."""
     places = dict(sorted(layout.places.items(), key=lambda item: item[1] == "disk"))
-    return DiskMap(places, layout.main) if {*places.values()} == {"disk"} else places
+    return places if layout.main in places.values() or not places else AwayMap(places, layout.main)
+
+
+def load_adapter(model: Any, device: torch.device, *args: Any, **kwargs: Any) -> Any:
+    """What stands for `model.load_adapter` of Transformers, which would leave adapters unread whose layer is on disk.
+
+    Args:
+        model: the model.
+        device: where weights work that rest in RAM or on disk.
+    """
+    places = model.hf_device_map
+    model.hf_device_map = {name: device if place in ("cpu", "disk") else place for name, place in places.items()}
+    try:
+        return type(model).load_adapter(model, *args, **kwargs)
+    finally:
+        model.hf_device_map = places
+
+
+def change_methods(model: nn.Module, layout: Layout, away: bool) -> None:
+    """Put what stands for the methods above into a model; `give_back_methods` of `hooks.py` ends it.
+
+    Args:
+        model, layout: a model, and where it rests and works.
+        away: whether some of it rests elsewhere.
+    """
+    vars(model)["_apply"] = refuse_to_move if away else partial(cast_or_move, model)
+    if away and hasattr(type(model), "load_adapter"):
+        vars(model)["load_adapter"] = partial(load_adapter, model, layout.device(layout.main))

@@ -58,7 +58,7 @@ class Site:
                     if isinstance(tensor, Away) and id(tensor.weight) in weights and (id(module), own) not in places:
                         weight = weights[id(tensor.weight)]
                         weight.places.append((module, own, buffer))
-                        tensors[own] = weight.away  # type: ignore[assignment]
+                        tensors[own] = weight.away
                         self.streamer.forget(weight)  # the views that were made lack this place
         self.entries = [
             Entry(tensors_of(place), place[1], weight, weight.away, place)
@@ -86,6 +86,22 @@ class Site:
         if changed and not in_functional_call():  # that puts other tensors into modules for the time of a call
             for entry in changed:
                 self._adopt(entry)
+
+    def release(self, released: dict[int, Tensor]) -> None:
+        """Put the weights themselves in the place of all handles in the unit's modules.
+
+        Args:
+            released: id of a weight -> the tensor that took its place before, for those that are in several units.
+        """
+        self.take_in_changes()
+        for module in self.unit.modules():
+            for tensors in (module._parameters, module._buffers):
+                for own, handle in tensors.items():
+                    if isinstance(handle, Away) and handle.streamer is self.streamer:
+                        weight = handle.weight
+                        known = [released[id(same)] for same in (weight, *weight.aliases) if id(same) in released]
+                        released[id(weight)] = known[0] if known else weight.load()
+                        tensors[own] = released[id(weight)]  # type: ignore[assignment]
 
     def _adopt(self, entry: Entry) -> None:
         """An entry refers to another tensor now: send that away, if it fits and all places of the weight refer to it.

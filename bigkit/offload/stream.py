@@ -241,6 +241,8 @@ class Streamer:
             ValueError: it has another shape or dtype, and the weight is quantized or a forward is running.
         """
         with self.lock:
+            for same in (weight, *weight.aliases):
+                self._released.pop(id(same), None)
             if not weight.fits(value):
                 units = [self._unit_of[id(same)] for same in (weight, *weight.aliases)]
                 keep_other_form(self, weight, value, units, running=bool(self._loans))
@@ -262,18 +264,7 @@ class Streamer:
     def release(self, unit: Unit) -> None:
         """Put a unit's weights into the model for good, on the CPU."""
         with self.lock:
-            self.sites[unit.index].take_in_changes()
-            for module in unit.modules():
-                for tensors in (module._parameters, module._buffers):
-                    for own, handle in tensors.items():
-                        if isinstance(handle, Away) and handle.streamer is self:
-                            tensors[own] = self._released_weight(handle.weight)  # type: ignore[assignment]
-
-    def _released_weight(self, weight: Weight) -> Tensor:
-        for same in (weight, *weight.aliases):
-            if id(same) in self._released:
-                return self._released[id(same)]
-        return self._released.setdefault(id(weight), weight.load())
+            self.sites[unit.index].release(self._released)
 
     def close(self) -> None:
         """Wait for copies that are under way."""

@@ -92,7 +92,8 @@ def layers_to_quantize(
 
 def _refuse_patched(layers: Mapping[str, nn.Module]) -> None:
     """What a user has put on a layer goes over to the new one (`_carry_over`), except what is bound to the old one."""
-    bound = ("forward", "_state_dict_hooks", "_state_dict_pre_hooks", "_load_state_dict_pre_hooks")
+    bound = ["forward", "_state_dict_hooks", "_state_dict_pre_hooks"]
+    bound += ["_load_state_dict_pre_hooks", "_load_state_dict_post_hooks"]
     patched = [name for name, module in layers.items() if any(vars(module).get(attribute) for attribute in bound)]
     if patched:
         raise ValueError(
@@ -109,6 +110,7 @@ def _carry_over(module: nn.Module, layer: nn.Module) -> None:
             vars(layer)[name].update({own: part for own, part in value.items() if own not in ("weight", "bias")})
         elif name not in plain and name not in vars(layer) or (value and ("forward" in name or "backward" in name)):
             vars(layer)[name] = value
+    layer._non_persistent_buffers_set |= module._non_persistent_buffers_set
 
 
 def _is_conv1d(module: nn.Module) -> bool:

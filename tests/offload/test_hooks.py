@@ -375,6 +375,22 @@ def test_functions_of_accelerate_that_handle_hooks(take, tmp_path):
     assert same(parts.double()(X.double()), model.double()(X.double()))
 
 
+def test_a_hook_that_is_taken_and_put_on_again(tmp_path):
+    """As Transformers does when it resizes embeddings."""
+    for way, parts in spread_ways(Net(), tmp_path):
+        for factor in (1, 2, 3):
+            hook = parts.h[1]._hf_hook
+            remove_hook_from_module(parts.h[1])
+            parts.h[1].a.weight.data = torch.full((8, 8), factor / 8)
+            add_hook_to_module(parts.h[1], hook)
+            parts(X)
+            parts.h[1].b.weight.data.mul_(2)
+            expected = parts(X)
+            check_at_rest(parts)
+        remove_hook_from_module(parts, recurse=True)
+        assert same(parts(X), expected), way
+
+
 def test_a_hook_that_never_began_is_not_told_of_an_error():
     """A block that calls itself, whose first hook fails in the inner call: the outer call keeps its weights."""
 

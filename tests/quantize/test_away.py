@@ -1,11 +1,17 @@
 """Quantized weights that rest elsewhere: state dicts, saving and adapters find the scales too."""
 
+import copy
+import io
+import tempfile
+
 import pytest
+import safetensors.torch
 import torch
 import transformers
 from torch import nn
 
-from bigkit import dispatch_model, load_and_quantize_model
+from bigkit import dispatch_model, load_and_quantize_model, remove_hook_from_module
+from tests.clients.places import compare
 from tests.quantize.helpers import CPU, config, llama
 
 bnb = pytest.importorskip("bitsandbytes")
@@ -79,8 +85,68 @@ def test_a_handle_has_the_attributes_of_its_weight(kind, tmp_path):
         assert handle.quant_state.absmax.equal(weight.quant_state.absmax)
         for name in ("quant_type", "compress_statistics", "blocksize", "bnb_quantized"):
             assert getattr(handle, name) == getattr(weight, name)
+    assert isinstance(handle, type(weight)) and type(handle).__name__ == type(weight).__name__
+    made = type(handle)(weight, requires_grad=False)  # as Accelerate and peft make one like it
+    assert type(made) is type(weight)
     with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
         _ = handle.nothing
+
+
+def q_proj(model):
+    return model.model.layers[0].self_attn.q_proj
+
+
+def pickled(thing):
+    torch.save(thing, file := io.BytesIO())
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+def safetensors_file(model):
+    safetensors.torch.save_model(model, file := tempfile.mkdtemp() + "/model.safetensors")
+    return [*safetensors.torch.load_file(file).items()]
+
+
+def changed_scales(model):
+    state = {name: value * 2 if name.endswith("SCB") else value for name, value in model.state_dict().items()}
+    model.load_state_dict(state, strict=False)  # of 4-bit weights bitsandbytes loads the codes alone
+    return model(IDS).logits
+
+
+def learning(model):
+    model = peft.prepare_model_for_kbit_training(model)
+    return model(IDS).logits, sum(parameter.requires_grad for parameter in model.parameters())
+
+
+READERS = {
+    "pickled": lambda model: [pickled(q_proj(model).weight), pickled(dict(model.named_parameters()))["lm_head.weight"]],
+    "copied": lambda model: [copy.deepcopy(thing)(torch.ones(1, 64)) for thing in (
+        q_proj(model), model.model.layers[0].mlp.gate_proj)],
+    "copied block": lambda model: copy.deepcopy(model.model.layers)[0].self_attn.q_proj.weight.data,
+    "safetensors": safetensors_file,
+    "kept vars": lambda model: [value.data + 0 for value in model.state_dict(keep_vars=True).values()],
+    "by peft": lambda model: peft.utils.integrations.dequantize_module_weight(q_proj(model)),
+    "scales loaded": changed_scales,
+    "for training": learning,
+    "codes": lambda model: (q_proj(model).weight.data.copy_(q_proj(model).weight.data.flip(0)), model(IDS).logits),
+    "part moved": lambda model: model.model.layers[0].to("cpu") and model(IDS).logits,
+    "replaced for a call": lambda model: [
+        torch.func.functional_call(model, {"lm_head.weight": 2 * model.lm_head.weight.detach()}, (IDS,)).logits,
+        model(IDS).logits,
+    ],
+    "counted": lambda model: [model.num_parameters(), model.get_memory_footprint()],
+    "no longer spread": lambda model: remove_hook_from_module(model, recurse=True)(IDS).logits,
+}  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("read", READERS.values(), ids=READERS)
+@pytest.mark.parametrize("kind", ["int8", "nf4-double"])
+def test_readers_of_weights_that_rest_elsewhere(kind, read, tmp_path):
+    with torch.no_grad():
+        expected = read(base(kind, None, tmp_path))
+        for where in ("cpu", "disk"):
+            compare(read(base(kind, where, tmp_path)), expected, where)
 
 
 def test_attributes_of_plain_parameters_too():

@@ -190,7 +190,10 @@ def test_what_users_put_on_a_layer_stays_on_it(kind, change):
         assert (model(x) - expected).norm() < 0.2 * expected.norm()
 
 
-@pytest.mark.parametrize("how", ["forward", "register_state_dict_post_hook", "register_load_state_dict_pre_hook"])
+@pytest.mark.parametrize("how", [
+    "forward", "register_state_dict_post_hook", "register_load_state_dict_pre_hook",
+    "register_load_state_dict_post_hook",
+])  # fmt: skip
 def test_what_is_bound_to_a_layer_is_refused_before_anything_changes(how):
     model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64), nn.Linear(64, 8))
     if how == "forward":
@@ -201,6 +204,14 @@ def test_what_is_bound_to_a_layer_is_refused_before_anything_changes(how):
         load_and_quantize_model(model, config("int8"), device_map=CPU)
     assert type(model[0]) is nn.Linear
     load_and_quantize_model(model, config("int8", skip_modules=["1", "2"]), device_map=CPU)
+
+
+def test_what_a_layer_does_not_save_is_not_saved_afterwards():
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
+    for name, persistent in (("mask", False), ("mean", True)):
+        model[0].register_buffer(name, torch.ones(64), persistent=persistent)
+    state = load_and_quantize_model(model, config("nf4"), device_map=CPU).state_dict()
+    assert model[0].mask.sum() == 64 and "0.mean" in state and "0.mask" not in state
 
 
 def test_a_model_without_linear_layers_is_refused():
