@@ -69,7 +69,7 @@ def build(
         RemoteCodeNeeded: only code from the model's repository can build it, and `remote` is None.
         UnknownModel: no installed library has its classes.
     """
-    library, wanted = library_of(config), _torch_dtype(stored_dtype(config) if dtype is None else dtype)
+    library, wanted = library_of(config), _torch_dtype(stored_dtype(config) if dtype in (None, "auto") else dtype)
     if library == "bigkit":
         model = _bigkit(config)
     elif library == "timm":
