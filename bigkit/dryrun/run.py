@@ -344,13 +344,14 @@ def dry_run(
     >>> run.fits, [step.name for step in run.times]
     (True, ['prefill', 'token 1', 'token 2'])
     """
-    load, plan = Workload(batch_size, prompt_tokens, new_tokens, all_logits, cache), whole_on(plan)
-    if isinstance(plan, str) or (plan is None and hardware is not None and len(_machine(hardware, 1).gpus) > 1):
-        plan = _plan(model, _machine(hardware, 1), plan or "auto", dtype, quantization, load)
-    places = _places(plan)
-    if isinstance(plan, Plan):
-        dtype, quantization = dtype or plan.dtype, quantization or plan.quantization
-        slots = slots or plan.slots
+    load = Workload(batch_size, prompt_tokens, new_tokens, all_logits, cache)
+    given: Any = whole_on(plan)
+    if isinstance(given, str) or (given is None and hardware is not None and len(_machine(hardware, 1).gpus) > 1):
+        given = _plan(model, _machine(hardware, 1), given or "auto", dtype, quantization, load)
+    places = _places(given)
+    if isinstance(given, Plan):
+        dtype, quantization = dtype or given.dtype, quantization or given.quantization
+        slots = slots or given.slots
     numbers = sorted({device for device in places.values() if isinstance(device, int)}) or [0]
     machine = _machine(hardware, max(numbers) + 1)
     calibration = calibration or calibration_of(machine)

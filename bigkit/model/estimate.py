@@ -269,7 +269,8 @@ def estimate(
         ValueError: an unknown dtype, or a batch or context that is not positive.
     """
     batch, context = whole_number(batch, "batch", 1), whole_number(context, "context", 1)
-    dtypes, stored = ([names] if isinstance(names, str) else names for names in (dtypes, stored))
+    dtypes = [dtypes] if isinstance(dtypes, str) else dtypes
+    stored = [stored] if isinstance(stored, str) else stored
     full = full or base
     asked, context = context, tokens_seen(full, context)
     total, layers, modules = _classic_bits(base)
