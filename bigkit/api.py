@@ -61,7 +61,7 @@ def plan(
     *,
     dtype: object = None,
     quantization: str | None = None,
-    keep: Iterable[str] | None = None,
+    keep: Iterable[str] | str | None = None,
     special_dtypes: Mapping[str, object] | None = None,
     no_split: Iterable[str] | str | None = None,
     batch: int = 1,
@@ -92,7 +92,7 @@ def plan(
     >>> plan("llama-2-7b", hardware="RTX 4090", dtype="float16").device_map
     {'': 0}
     """
-    machine = machine_of(hardware) if isinstance(hardware, str) else hardware
+    machine = None if hardware is None else machine_of(hardware)
     if max_memory is None and machine is None:
         from .maps.device_map import get_max_memory
 
@@ -136,8 +136,7 @@ def advise(
     >>> advise("llama-3.1-8b", "RTX 4090").best.plan.quantization is None
     True
     """
-    machine = Hardware.detect() if hardware is None else machine_of(hardware) if isinstance(hardware, str) else hardware
-    return _advise.advise(describe(model), machine, batch, context, target, stored=stored)
+    return _advise.advise(describe(model), machine_of(hardware), batch, context, target, stored=stored)
 
 
 def estimate_memory(

@@ -185,7 +185,7 @@ def _budgets(items: Sequence[str] | None) -> dict[Device, int | str] | None:
         name, equals, size = item.partition("=")
         if not equals:
             raise ValueError(f"--max_memory takes DEVICE=SIZE, such as 0=24GiB or cpu=64GiB, not {item!r}")
-        budgets[read_device(int(name) if name.isdigit() else name)] = size
+        budgets[read_device(name)] = size
     return budgets
 
 
@@ -212,9 +212,9 @@ def _plan(options: argparse.Namespace) -> str:
 def _dry_run(options: argparse.Namespace) -> str:
     from . import zoo
     from .dryrun.run import dry_run
-    from .machine.hardware import Hardware, machine_of
+    from .machine.hardware import machine_of
 
-    machine = Hardware.detect() if options.hardware is None else machine_of(options.hardware)
+    machine = machine_of(options.hardware)
     if not machine.gpus:
         raise ValueError(f'{machine.name} has no GPU to rehearse on: name one, as in --hardware "RTX 4090"')
     plan = _plan_of(options, machine, options.context + options.new)

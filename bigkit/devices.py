@@ -52,15 +52,15 @@ def device_label(device: Device) -> str:
 
 
 def read_device(device: object) -> Device:
-    """A device as plans name it: 1, numpy's 1, "cuda:1" and torch.device("cuda:1") are 1; "cuda" is 0.
+    """A device as plans name it: 1, numpy's 1, "1", "cuda:1" and torch.device("cuda:1") are 1; "cuda" is 0.
 
     Raises:
         ValueError: it is no GPU number, "mps", "cpu" or "disk".
     """
     text = str(device)
     kind, _, number = text.partition(":")
-    if isinstance(device, Integral) and not isinstance(device, bool) and int(device) >= 0:
-        return int(device)
+    if isinstance(device, Integral) and not isinstance(device, bool) and int(device) >= 0 or text.isdecimal():
+        return int(text)
     if kind == "cuda" and (number.isdigit() or not number):
         return int(number or 0)
     if kind in ("mps", "cpu", "disk") and number in ("", "0"):

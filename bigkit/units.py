@@ -97,7 +97,7 @@ def dtype_name(dtype: object) -> str:
     >>> dtype_name("torch.bfloat16"), dtype_name("fp16")
     ('bfloat16', 'float16')
     """
-    name = str(dtype).removeprefix("torch.")
+    name = str(dtype).removeprefix("torch.").lower()
     name = _ALIASES.get(name, name)
     if name not in _BITS:
         raise ValueError(f"unknown dtype {dtype!r}: expected a torch dtype or its name, such as 'float16' or 'int8'")

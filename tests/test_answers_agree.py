@@ -8,11 +8,15 @@ from dataclasses import replace
 from functools import cache
 from typing import NamedTuple
 
+import numpy as np
 import pytest
+import torch
 
 from bigkit import HARDWARE, advise, describe, dry_run, estimate_memory, plan, zoo
 from bigkit.cli import main
-from bigkit.machine.hardware import CONTEXT_BYTES
+from bigkit.devices import whole_on
+from bigkit.dryrun.run import _places
+from bigkit.machine.hardware import CONTEXT_BYTES, machine_of
 from bigkit.machine.ledger import overhead_of
 from bigkit.maps.plan import PlanError
 from bigkit.model.estimate import generates, remarks, tokens_seen
@@ -261,3 +265,73 @@ def test_a_dry_run_without_a_plan_is_spread_over_all_gpus_of_a_machine():
     run = dry_run("gpt2", None, 1, 32, 1, "2 x T4")
     assert run.device_map == plan("gpt2", hardware="2 x T4", context=33).device_map
     assert zoo.describe("gpt2").facts["generates"]
+
+
+PLAIN = {"max_memory": {0: "1GiB", "cpu": "2GiB"}, "batch": 2, "context": 64}
+
+
+@pytest.mark.parametrize(
+    "spelled",
+    [
+        {"max_memory": {np.int64(0): np.int64(2**30), "cpu": 2.0 * 2**30}},
+        {"max_memory": {"0": "1gib", torch.device("cpu"): "2gib"}},
+        {"max_memory": {"cuda:0": "1024MiB", "cpu": "2 GiB"}, "batch": np.int32(2), "context": np.int64(64)},
+        {"batch": "2", "context": "64"},
+        {"batch": 2.0, "context": 64.0, "dtype": "auto", "keep": None},
+    ],
+)
+def test_arguments_as_users_have_them(spelled):
+    found = plan("gpt2", **{**PLAIN, **spelled})
+    assert found == plan("gpt2", **PLAIN) and found.to_json() == plan("gpt2", **PLAIN).to_json()
+
+
+@pytest.mark.parametrize("place", [0, "0", "cuda:0", torch.device("cuda:0"), np.int64(0), {"": 0}])
+def test_one_device_is_a_map(place):
+    expected = plan("pygpt", **PLAIN, strategy={"": 0})
+    assert plan("pygpt", **PLAIN, strategy=place) == expected and _places(whole_on(place)) == expected.device_map
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ({"quantization": "nf4", "keep": "lm_head"}, {"quantization": "NF4", "keep": ["lm_head"]}),
+        ({"dtype": "float16"}, {"dtype": torch.float16}),
+        ({"dtype": "bf16"}, {"dtype": "BF16"}),
+    ],
+)
+def test_ways_to_store_as_users_have_them(one, other):
+    assert plan("llama-2-7b", hardware="4090", **one) == plan("llama-2-7b", hardware="1 x RTX 4090", **other)
+
+
+@pytest.mark.parametrize(
+    ("name", "machine"),
+    [("rtx 4090", "1 x RTX 4090"), ("2xRTX4090", "2 x RTX 4090"), ("8 x h100", "8 x H100-80GB"),
+     ("a100 80gb", "1 x A100-80GB"), ("colab t4", "Colab T4"), ("t4", "1 x T4")],
+)  # fmt: skip
+def test_machines_by_the_names_that_people_type(name, machine):
+    assert machine_of(name) == machine_of(machine) and machine_of(name).name == machine
+
+
+@pytest.mark.parametrize(
+    ("call", "says"),
+    [
+        (lambda: plan("gpt2", hardware="a100"), "it could be 'A100-40GB', 'A100-80GB'"),
+        (lambda: plan("gpt2", hardware="0 x T4"), "unknown hardware '0 x T4'"),
+        (lambda: plan("gpt2", PLAIN["max_memory"], batch=1.5), "batch must be a whole number of at least 1, not 1.5"),
+        (lambda: advise("gpt2", "T4", context="many"), "context must be a whole number of at least 0, not 'many'"),
+        (lambda: estimate_memory("gpt2", batch=True), "batch must be a whole number of at least 1, not True"),
+        (lambda: dry_run("pygpt", None, 1, 0, 0, "T4"), "prompt must be a whole number of at least 1, not 0"),
+        (lambda: plan("gpt2", PLAIN["max_memory"], quantization="4bit"), "unknown quantization '4bit'"),
+    ],
+)
+def test_what_is_not_understood_is_one_sentence(call, says):
+    with pytest.raises(ValueError) as error:
+        call()
+    assert says in str(error.value)
+
+
+def test_a_name_that_the_model_lacks_is_warned_of():
+    with pytest.warns(UserWarning, match="special_dtypes names 'nope', but gpt2 has no such module"):
+        plan("gpt2", PLAIN["max_memory"], special_dtypes={"nope": "float16", "lm_head.weight": "float16"})
+    with pytest.raises(TypeError, match="hardware must be a Hardware or the name of one, not int"):
+        plan("gpt2", hardware=3)

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
@@ -22,9 +23,9 @@ from typing import Any
 
 from torch import nn
 
-from ..devices import Device, device_label, read_device
+from ..devices import Device, device_label, read_device, whole_on
 from ..machine.allocator import CachingAllocator, OutOfMemory, Recording, replay
-from ..machine.hardware import CONTEXT_BYTES, GPUS, Hardware, machine_of
+from ..machine.hardware import CONTEXT_BYTES, HARDWARE, Hardware, machine_of
 from ..machine.ledger import Calibration, calibration_of, overhead_of
 from ..machine.roofline import Operation, Rates, StepTime, run_steps
 from ..machine.streams import Span
@@ -296,7 +297,7 @@ class DryRun:
 
 def dry_run(
     model: str | nn.Module | Callable[[], nn.Module],
-    plan: Plan | Mapping[str, Device] | None = None,
+    plan: Plan | Mapping[str, Device] | Device | None = None,
     batch_size: int = 1,
     prompt_tokens: int = 512,
     new_tokens: int = 0,
@@ -316,8 +317,8 @@ def dry_run(
     Args:
         model: a name, an empty model (on the meta device, see `init_empty_weights`; it is left without memory, on fake
             devices), or a function that builds one.
-        plan: where its parts rest: a `Plan`, a device map, or None for all on GPU 0; of a machine with several, for
-            what `bigkit.plan` gives there.
+        plan: where its parts rest: a `Plan`, a device map, one device, or a strategy of `bigkit.plan`; None puts all on
+            GPU 0, or spreads it over a machine with several ("auto").
         batch_size: sequences, or images.
         prompt_tokens: tokens of each sequence's prompt.
         new_tokens: tokens that are then generated for each sequence, one at a time.
@@ -343,12 +344,14 @@ def dry_run(
     >>> run.fits, [step.name for step in run.times]
     (True, ['prefill', 'token 1', 'token 2'])
     """
-    if plan is None and hardware is not None and len(_machine(hardware, 1).gpus) > 1:
-        plan = _plan(model, _machine(hardware, 1), dtype, quantization, batch_size, prompt_tokens + new_tokens)
-    places = _places(plan)
-    if isinstance(plan, Plan):
-        dtype, quantization = dtype or plan.dtype, quantization or plan.quantization
-        slots = slots or plan.slots
+    load = Workload(batch_size, prompt_tokens, new_tokens, all_logits, cache)
+    given: Any = whole_on(plan)
+    if isinstance(given, str) or (given is None and hardware is not None and len(_machine(hardware, 1).gpus) > 1):
+        given = _plan(model, _machine(hardware, 1), given or "auto", dtype, quantization, load)
+    places = _places(given)
+    if isinstance(given, Plan):
+        dtype, quantization = dtype or given.dtype, quantization or given.quantization
+        slots = slots or given.slots
     numbers = sorted({device for device in places.values() if isinstance(device, int)}) or [0]
     machine = _machine(hardware, max(numbers) + 1)
     calibration = calibration or calibration_of(machine)
@@ -358,7 +361,6 @@ def dry_run(
 
         config = config_of(quantization, dtype)
         dtype = config.torch_dtype
-    load = Workload(batch_size, prompt_tokens, new_tokens, all_logits, cache)
     target = target_of(machine.gpus[numbers[0]], calibration)
     name, empty = _model(model, dtype, config)
     try:
@@ -386,17 +388,17 @@ def dry_run(
         rates={f"cuda:{i}": rates[i] for i in numbers},
         capacity={i: machine.gpus[i].memory - context for i in numbers},
         asked=in_words(empty, load),
-        notes=remarks(name, about, prompt_tokens + new_tokens),
+        notes=remarks(name, about, load.prompt + load.new),
     )
 
 
 def _plan(
     model: str | nn.Module | Callable[[], nn.Module],
     machine: Hardware,
+    strategy: str,
     dtype: object,
     quantization: BnbQuantizationConfig | str | None,
-    batch: int,
-    context: int,
+    load: Workload,
 ) -> Plan:
     """What `bigkit.plan` gives on a machine."""
     if isinstance(model, str):
@@ -407,8 +409,8 @@ def _plan(
         spec = spec_from_module(model if isinstance(model, nn.Module) else model())
     kind = quantization.quantization if isinstance(quantization, BnbQuantizationConfig) else quantization
     return place(
-        spec, machine.max_memory(), dtype=dtype, quantization=kind, batch=batch, context=context,
-        overhead=overhead_of(machine), strict=False,
+        spec, machine.max_memory(), strategy, dtype=dtype, quantization=kind, batch=load.batch,
+        context=load.prompt + load.new, overhead=overhead_of(machine), strict=False,
     )  # fmt: skip
 
 
@@ -423,12 +425,10 @@ def _places(plan: Plan | Mapping[str, Device] | None) -> dict[str, Device]:
 
 def _machine(hardware: Hardware | str | None, gpus: int) -> Hardware:
     """The machine, or one with so many of the GPUs that are named."""
-    if isinstance(hardware, Hardware):
-        machine = hardware
-    elif hardware is None or hardware in GPUS:
-        machine = machine_of(f"{gpus} x {hardware or 'H100-80GB'}")
-    else:
-        machine = machine_of(hardware)
+    machine = machine_of("H100-80GB" if hardware is None else hardware)
+    counted = isinstance(hardware, str) and (hardware in HARDWARE or re.match(r"\s*\d+\s*x", hardware))
+    if not isinstance(hardware, Hardware) and not counted and len(machine.gpus) == 1:
+        machine = machine_of(f"{gpus} x {machine.gpus[0].name}")
     if len(machine.gpus) < gpus:
         raise ValueError(f"the plan uses GPU {gpus - 1}, and {machine.name} has {len(machine.gpus)} GPUs")
     return machine

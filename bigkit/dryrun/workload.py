@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from ..devices import Device, placement
 from ..model.config import facts
+from ..model.estimate import whole_number
 from ..offload.inputs import torch_device
 from ..units import counted
 
@@ -46,8 +47,8 @@ class Workload:
     cache: bool = True
 
     def __post_init__(self) -> None:
-        if self.batch < 1 or self.prompt < 1 or self.new < 0:
-            raise ValueError(f"batch and prompt must be at least 1 and new tokens at least 0, not {self}")
+        for name, least in (("batch", 1), ("prompt", 1), ("new", 0)):
+            object.__setattr__(self, name, whole_number(getattr(self, name), name, least))
 
 
 class Step(NamedTuple):

@@ -10,12 +10,13 @@ Leaves out: what was measured (`machine/ledger.py`, `measure/calibrate.py`), and
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..devices import Device
-from ..units import GB, TB, GiB, MiB
+from ..units import GB, TB, GiB, MiB, listed
 
 FRAGMENTATION = 0.02  # share of a GPU that its allocator reserves but cannot use: found by dry runs of offloaded plans
 CONTEXT_BYTES = 527 * MiB  # what a CUDA context takes before the first tensor: measured on an H200 with torch 2.11
@@ -155,21 +156,41 @@ HARDWARE = {
 }
 
 
-def machine_of(name: str) -> Hardware:
-    """A machine of `HARDWARE` by name, one GPU of `GPUS`, or several: "RTX 4090", "3 x L4".
+def machine_of(hardware: Hardware | str | None) -> Hardware:
+    """A machine: one given, this one (None), or by name one of `HARDWARE`, or one or several GPUs of `GPUS`.
+
+    Spaces, hyphens and capitals do not count, and the end or the beginning of a GPU's name is enough if no other has
+    it: "RTX 4090", "3 x L4", "2xh100".
 
     Raises:
         ValueError: there is no such machine.
+        TypeError: it is no machine and no name.
 
-    >>> len(machine_of("3 x L4").gpus), machine_of("laptop, no GPU").gpus
-    (3, ())
+    >>> len(machine_of("3 x L4").gpus), machine_of("laptop, no GPU").gpus, machine_of("4090").name
+    (3, (), '1 x RTX 4090')
     """
-    if name in HARDWARE:
-        return HARDWARE[name]
-    count, times, gpu = name.rpartition(" x ")
-    if gpu not in GPUS or (times and not (count.isdigit() and 0 < int(count) <= 1024)):
-        raise ValueError(f"unknown hardware {name!r}: expected one of {', '.join((*HARDWARE, *GPUS))}, or '2 x T4'")
-    return Hardware(name if times else f"1 x {gpu}", (GPUS[gpu],) * int(count or 1), 64 * GiB, TB)
+    if hardware is None:
+        return Hardware.detect()
+    if isinstance(hardware, Hardware):
+        return hardware
+    if not isinstance(hardware, str):
+        raise TypeError(f"hardware must be a Hardware or the name of one, not {type(hardware).__name__}")
+    wanted = _letters(hardware)
+    if named := next((machine for name, machine in HARDWARE.items() if _letters(name) == wanted), None):
+        return named
+    count, times, kind = wanted.partition("x") if re.match(r"\d+x", wanted) else ("1", "x", wanted)
+    fitting = {name for name in GPUS if _letters(name) == kind} or {
+        name for name in GPUS if len(kind) > 1 and (_letters(name).startswith(kind) or _letters(name).endswith(kind))
+    }
+    if len(fitting) != 1 or not 0 < int(count) <= 1024:
+        known = f"it could be {listed(sorted(fitting))}" if fitting else f"expected {listed((*HARDWARE, *GPUS), 99)}"
+        raise ValueError(f"unknown hardware {hardware!r}: {known}, or several, as in '2 x T4'")
+    name = f"{int(count)} x {fitting.pop()}"
+    return HARDWARE.get(name) or Hardware(name, (GPUS[name.partition(" x ")[2]],) * int(count), 64 * GiB, TB)
+
+
+def _letters(name: str) -> str:
+    return re.sub(r"[^a-z0-9,]", "", name.lower())
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ from ..devices import Device
 from ..machine.hardware import GPUS, Hardware
 from ..machine.ledger import Calibration, calibration_of, overhead_of
 from ..machine.roofline import Rates
-from ..model.estimate import generates, load_text, longest_context, remarks, tokens_seen
+from ..model.estimate import generates, load_text, longest_context, remarks, tokens_seen, whole_number
 from ..model.experts import experts_of
 from ..model.spec import ModelSpec
 from ..units import dtype_bits, format_bytes, format_seconds, text_table, three_figures
@@ -217,11 +217,12 @@ def advise(
     """
     if target not in TARGETS:
         raise ValueError(f"unknown target {target!r}: expected one of {', '.join(TARGETS)}")
+    batch, context = whole_number(batch, "batch", 1), whole_number(context, "context")
     half = "float16" if hardware.gpus and hardware.gpus[0].capability < (8, 0) else "bfloat16"
     calibration = calibration or calibration_of(hardware)
     overhead = overhead_of(hardware, calibration)
     options, cures = [], []
-    for quantization in stored:
+    for quantization in [stored] if isinstance(stored, str) else stored:
         if quantization and not model.quantized(model.precision(half, quantization)):
             continue  # no layer of the model can be
         ask = partial(

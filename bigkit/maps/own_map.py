@@ -6,14 +6,23 @@ Leaves out: making one (`strategies.py`), and maps without budgets (`device_map.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 from ..devices import Device, join, placement, prefixes, read_device
-from ..model.spec import Layer, ModuleSpec
+from ..model.spec import Layer, ModelSpec, ModuleSpec
 from ..units import listed
 from .experts import apart
 from .task import Task
+
+
+def warn_of_strangers(model: ModelSpec, given: str, names: Iterable[str]) -> list[str]:
+    """The names that no module or tensor of the model has; they are warned of, as what is `given`."""
+    known = {name for name, _ in model.root.walk()} | model.tensors.keys() if names else ()
+    strangers = [name for name in names if name not in known]
+    if strangers:
+        warnings.warn(f"{given} names {listed(strangers)}, but {model.name} has no such module", stacklevel=5)
+    return strangers
 
 
 def read_map(task: Task, device_map: Mapping[str, Device]) -> tuple[Task, list[Device]]:
@@ -25,10 +34,8 @@ def read_map(task: Task, device_map: Mapping[str, Device]) -> tuple[Task, list[D
         ValueError: the map misses layers, or names a device without a budget.
     """
     devices = {name: read_device(device) for name, device in device_map.items()}
-    modules = {name for name, _ in task.model.root.walk()} | task.model.tensors.keys()
-    if unknown := [name for name in devices if name not in modules]:
-        warnings.warn(f"the device map names {listed(unknown)}, but {task.model.name} has no such module", stacklevel=4)
-        devices = {name: device for name, device in devices.items() if name in modules}
+    strangers = warn_of_strangers(task.model, "the device map", devices)
+    devices = {name: device for name, device in devices.items() if name not in strangers}
     if without := sorted({str(device) for device in devices.values() if device not in task.budgets}):
         raise ValueError(f"the device map uses {listed(without)}, but max_memory gives no budget for it")
     around = {prefix for name in devices for prefix in prefixes(name)[:-1]}

@@ -24,13 +24,13 @@ from collections.abc import Hashable, Iterable, Mapping, Sequence
 from itertools import accumulate, product
 from typing import NamedTuple
 
-from ..devices import Device
+from ..devices import Device, whole_on
 from ..machine.hardware import DISKS, LINKS
-from ..model.estimate import tokens_seen
+from ..model.estimate import tokens_seen, whole_number
 from ..model.spec import ModelSpec
 from ..units import dtype_name, parse_bytes
 from .experts import plan_apart
-from .own_map import read_map
+from .own_map import read_map, warn_of_strangers
 from .partition import Chain, last_true, spread
 from .plan import Plan, PlanError
 from .reasons import cures
@@ -48,7 +48,7 @@ def place(
     *,
     dtype: object = None,
     quantization: str | None = None,
-    keep: Iterable[str] | None = None,
+    keep: Iterable[str] | str | None = None,
     special_dtypes: Mapping[str, object] | None = None,
     no_split: Iterable[str] | str | None = None,
     batch: int = 1,
@@ -64,7 +64,8 @@ def place(
         model: the model's skeleton.
         max_memory: device -> budget in bytes or as text ("10GiB"). Devices are GPU numbers, "mps", "cpu" and "disk".
             A disk that is not named has no limit; RAM that is not named is not used.
-        strategy: one of `STRATEGIES`, or a device map of your own (module name -> device) to be checked and measured.
+        strategy: one of `STRATEGIES`, or a device map of your own (module name -> device; or one device for all) to be
+            checked and measured.
             Of entries inside each other the innermost counts ({"": "cpu", "lm_head": 0}).
         dtype: floating weights are cast to it; None keeps them as stored. In 16 bit those count as float32 that the
             model's classes need so (`_keep_in_fp32_modules` of Transformers).
@@ -94,19 +95,17 @@ def place(
     >>> place(zoo.describe("llama-2-7b"), {0: "10GiB", 1: "10GiB"}, dtype="float16").device_map["lm_head"]
     1
     """
-    if batch < 1 or context < 0:
-        raise ValueError(f"batch must be at least 1 and context at least 0, not {batch} and {context}")
-    if quantization and dtype is None:
-        dtype = "float16"
+    batch, context, strategy = whole_number(batch, "batch", 1), whole_number(context, "context"), whole_on(strategy)
     special = {name: dtype_name(value) for name, value in (special_dtypes or {}).items()}
     classes = [no_split] if isinstance(no_split, str) else no_split if no_split is None else list(no_split)
     options = {
-        "keep": sorted(keep) if quantization and keep is not None else None,
+        "keep": sorted([keep] if isinstance(keep, str) else keep) if quantization and keep is not None else None,
         "special_dtypes": special or None,
         "no_split": classes,
         "offload_buffers": offload_buffers or None,
         "experts_on_cpu": experts_on_cpu,
     }
+    warn_of_strangers(model, "special_dtypes", special)
     task = Task(
         model=model,
         layers=model.layers_to_place() if classes is None else model.layers(classes),

@@ -63,6 +63,7 @@ _ENCODERS = frozenset(
     "xlm-roberta-xl xmod".split()
 )
 _GENERATORS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration", "ForVisionText2Text", "GPT")
+_ANSWERS = ("ForMaskedLM", "Classification", "ForQuestionAnswering", "ForMultipleChoice")  # in one pass
 _SENSES = ("vision", "visual", "image", "audio", "speech")
 _RECURRENT = ("mamba", "falcon_mamba", "falcon_h1", "rwkv", "recurrent_gemma", "jamba", "zamba", "bamba", "nemotron_h",
               "granitemoehybrid", "xlstm")  # fmt: skip
@@ -112,7 +113,8 @@ def facts(config: Mapping[str, Any]) -> dict[str, Any]:
         result["moe_intermediate_size"] = inner.get("moe_intermediate_size") or result.get("intermediate_size")
     result["positions"] = _positions(inner, result)
     result["is_encoder_decoder"] = bool(config.get("is_encoder_decoder", False))
-    result["generates"] = _caches(config)
+    names = config.get("architectures") or ()
+    result["generates"] = _caches(config) and not any(str(name).endswith(_ANSWERS) for name in names)
     if result["is_encoder_decoder"]:
         result["encoder_layers"] = _first(inner, "encoder_layers", "num_layers", "num_hidden_layers")
         result["num_hidden_layers"] = _decoder_layers(inner)

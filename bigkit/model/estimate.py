@@ -24,7 +24,7 @@ from typing import Any
 
 from ..units import dtype_bits, dtype_name, format_bytes, format_count, is_floating, text_table
 from .experts import active_bytes, active_parameters, sentence
-from .precision import Precision
+from .precision import QUANTIZATIONS, Precision
 from .spec import ModelSpec
 from .stored import as_stored
 
@@ -56,6 +56,24 @@ def activation_bytes(model: ModelSpec, batch: int, tokens: int, dtype: str = "bf
         wide = max(wide, per_token * facts.get("moe_intermediate_size", wide))
     elements = batch * tokens * (3 * wide + 4 * hidden) + batch * facts.get("vocab_size", 0)
     return elements * dtype_bits(dtype) // 8
+
+
+def whole_number(value: object, name: str, least: int = 0) -> int:
+    """A count of tokens or sequences as users have it: an int of Python or numpy, 8.0 or "8".
+
+    Raises:
+        ValueError: it is no whole number, or too small.
+
+    >>> whole_number("2048", "context"), whole_number(8.0, "batch")
+    (2048, 8)
+    """
+    try:
+        number = int(value)  # type: ignore[call-overload]
+        if number < least or isinstance(value, bool) or (not isinstance(value, str) and number != value):
+            raise ValueError
+    except (TypeError, ValueError, OverflowError):
+        raise ValueError(f"{name} must be a whole number of at least {least}, not {value!r}") from None
+    return int(number)
 
 
 def generates(model: ModelSpec) -> bool:
@@ -263,8 +281,9 @@ def estimate(
     Raises:
         ValueError: an unknown dtype, or a batch or context that is not positive.
     """
-    if batch < 1 or context < 1:
-        raise ValueError(f"batch and context must be at least 1, not {batch} and {context}")
+    batch, context = whole_number(batch, "batch", 1), whole_number(context, "context", 1)
+    dtypes = [dtypes] if isinstance(dtypes, str) else dtypes
+    stored = [stored] if isinstance(stored, str) else stored
     full = full or base
     asked, context = context, tokens_seen(full, context)
     total, layers, modules = _classic_bits(base)
@@ -317,7 +336,7 @@ def _classic_bits(model: ModelSpec) -> tuple[int, dict[str, int], dict[str, int]
 
 
 def _inference(model: ModelSpec, name: str, batch: int, context: int) -> InferenceRow:
-    quantization = name if name == "int8" or name.startswith(("nf4", "fp4")) else None
+    quantization = name if (name := str(name).lower()) in QUANTIZATIONS else None
     precision = model.precision(None if quantization else name, quantization)
     computes = model.computes_in(precision)
     kv_cache, activations = model.kv_bytes(context, batch, computes), activation_bytes(model, batch, context, computes)

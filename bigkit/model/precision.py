@@ -40,6 +40,8 @@ class Precision:
     def __post_init__(self) -> None:
         if self.dtype is not None:
             object.__setattr__(self, "dtype", dtype_name(self.dtype))
+        if isinstance(self.quantization, str):
+            object.__setattr__(self, "quantization", self.quantization.lower())
         if self.quantization is not None and self.quantization not in QUANTIZATIONS:
             raise ValueError(f"unknown quantization {self.quantization!r}: expected None or one of {QUANTIZATIONS}")
         object.__setattr__(self, "keep", frozenset(self.keep))

@@ -260,20 +260,21 @@ class ModelSpec:
         self,
         dtype: object = None,
         quantization: str | None = None,
-        keep: Iterable[str] | None = None,
+        keep: Iterable[str] | str | None = None,
         special: Mapping[str, object] | None = None,
     ) -> Precision:
         """A `Precision` for this model: how loading stores each of its tensors.
 
         Args:
-            dtype: of floating tensors; None keeps theirs, and takes float16 with a quantization.
+            dtype: of floating tensors; None or "auto" keeps theirs, and takes float16 with a quantization.
             quantization: None, or one of `QUANTIZATIONS`.
             keep: modules that stay in `dtype` then, see `is_named`; None takes `kept`. Always kept as well: tied
                 modules, the layers that the model's classes need in float32, and those whose int8 weight PyTorch's
                 own code would read.
             special: exact tensor name -> dtype, which overrides the rest.
         """
-        dtype = dtype_name(dtype) if dtype is not None else "float16" if quantization else None
+        dtype = dtype_name(dtype) if dtype not in (None, "auto") else "float16" if quantization else None
+        keep = [keep] if isinstance(keep, str) else keep
         own = float32_modules(self.facts, dtype)
         floats = [name for name, (tensor, _) in self.tensors.items() if own and is_floating(tensor.dtype)]
         special = {**{name: "float32" for name in floats if is_named(name, own)}, **(special or {})}

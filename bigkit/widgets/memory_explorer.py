@@ -36,7 +36,7 @@ class MemoryExplorer(Explorer):
     >>> explorer = MemoryExplorer("bert-base-cased")
     >>> explorer.model.value = "gpt2"
     >>> explorer
-    MemoryExplorer(gpt2, 124 M parameters, batch 1, context 1,024: float32 594.79 MiB to run)
+    MemoryExplorer(gpt2, 124 M parameters, batch 1, context 1,024: float32 594.89 MiB to run)
     """
 
     missing = "no estimate yet"

@@ -80,7 +80,7 @@ def build(
         if re.match(r"(n|num)_.*(layer|block|expert)", name) and isinstance(number, int) and number > MOST_PARTS:
             raise NoConfig(f"config.json says {name} = {number}: expected at most {MOST_PARTS}")
     try:
-        wanted = _torch_dtype(stored_dtype(config) if dtype is None else dtype)
+        wanted = _torch_dtype(stored_dtype(config) if dtype in (None, "auto") else dtype)
         if library == "transformers":
             return _transformers(config, base, wanted, remote)
         model = _bigkit(config) if library == "bigkit" else _timm(config)

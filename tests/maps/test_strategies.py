@@ -419,7 +419,7 @@ def test_the_cures_that_it_names_work():
         ({"strategy": "best"}, "unknown strategy 'best'"),
         ({"quantization": "int3"}, "unknown quantization"),
         ({"dtype": "float12"}, "unknown dtype"),
-        ({"batch": 0}, "batch must be at least 1"),
+        ({"batch": 0}, "batch must be a whole number of at least 1"),
     ],
 )
 def test_bad_arguments_are_one_clear_sentence(arguments, says):
