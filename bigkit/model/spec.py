@@ -165,22 +165,23 @@ class ModelSpec:
         return self._cut(frozenset((no_split,) if isinstance(no_split, str) else no_split), False)
 
     def layers_to_place(self) -> tuple[Layer, ...]:
-        """The pieces that a planner places apart: those of `layers`, unless the model names no `no_split` classes.
+        """The pieces that a planner places apart: those of `layers`, unnamed `repeated_blocks` whole too.
 
-        Then nobody says where residual connections run, so only what holds a repeated block is cut, and else nothing
-        but containers (the model itself, Sequential, ModuleList); what comes before the first block beside it (tokens
-        and positions, which are added up) stays together.
+        Tensors that a module holds itself stay together. If the model names no `no_split` classes, nobody says where
+        residual connections run, so only what holds a repeated block is cut, and else nothing but containers (the model
+        itself, Sequential, ModuleList); what comes before the first block beside it (tokens and positions, which are
+        added up) stays together.
         """
-        if self.no_split:
-            return self.layers(self.repeated_blocks.union(self.no_split))
-        layers, blocks = list(self._cut(self.repeated_blocks, True)), self.repeated_blocks
-        around = {prefix for layer in layers if layer.cls in blocks for prefix in prefixes(layer.name)}
+        blocks, named = self.repeated_blocks, self.no_split
+        layers = list(self._cut(blocks.union(named), not named))
+        around = {prefix for layer in layers if layer.cls in blocks and not named for prefix in prefixes(layer.name)}
         for i, layer in enumerate(layers):
             parent = layer.name.rpartition(".")[0]
             if layer.cls in blocks:
                 around -= set(prefixes(layer.name))  # what comes after a block may go elsewhere
-            elif i and parent in around and layers[i - 1].name.rpartition(".")[0] == parent:
-                layers[i] = replace(layer, with_previous=True)
+            elif i and layers[i - 1].name.rpartition(".")[0] == parent:
+                if parent in around or layer.cls in ("Parameter", "Buffer"):
+                    layers[i] = replace(layer, with_previous=True)
         return tuple(layers)
 
     @cached_property

@@ -32,14 +32,15 @@ What is wrong with it is what the files are about. Read in this order:
   from a file goes through `checkpoints/ring.py`. On the CPU, pages of the file are lent instead (`mapped.py`).
 - `stream.py`: nothing is fetched ahead. A streamer lends units in turn, and fetches those that come next. `sites.py`
   sees what users change in between, and `inference_only.py` refuses a backward.
+- `forks.py`: a process is forked in the middle of a forward.
 - `escapes.py`: a module returns its weight, or another thread reads it. Who has seen a slot keeps what it saw.
 - `hooks.py`: an interrupted forward keeps its weights. A hook of bigkit's gives them back whatever is raised, and
   moves inputs of any kind (`inputs.py`).
 - `experts.py`: a router chooses a few experts, and all of a block travel. Their hook sees the choice, and brings these.
 - `dispatch.py`: the calls that users know from Accelerate. A device map says which weights travel, and which of them
-  together (`options.py`, `grouping.py`, `placing.py`). `moving.py`: the model is cast or moved. `load_and_dispatch.py`
-  begins at a checkpoint, `one_place.py` is for all weights in RAM or on disk, `whole_model.py` for pipelines of several
-  models.
+  together (`options.py`, `grouping.py`, `placing.py`), and which modules get hooks (`attach.py`). `moving.py`: the
+  model is cast or moved. `load_and_dispatch.py` begins at a checkpoint, `one_place.py` is for all weights in RAM or on
+  disk, `whole_model.py` for pipelines of several models.
 - `observe.py`: what a forward really did, step by step, from what a streamer tells (`events.py`).
 - `_torch.py`: what is private in PyTorch and used here.
 

@@ -175,7 +175,7 @@ class Away(Tensor):
         return _operate(func, args, kwargs)
 
     def _detached(self) -> Away:
-        with DisableTorchFunctionSubclass():
+        with real_tensors(), DisableTorchFunctionSubclass():
             meta = Tensor.detach(self)
         return _connect(make_subclass(Away, meta, False), self.weight, self.streamer)
 

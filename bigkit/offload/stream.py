@@ -35,6 +35,7 @@ from ..maps.partition import spread
 from ._torch import detect_fake_mode, held_by_this_thread, is_traced, mark_lent, storage_id
 from .escapes import count_holders, own_copies
 from .events import Event
+from .forks import STREAMERS
 from .handle import Away, refuse_copy
 from .inference_only import end_guards, enter_guard, refuse_gradient, refuse_trace
 from .mapped import PageLane, pages_ahead
@@ -118,6 +119,7 @@ class Streamer:
         self.sites = [Site(unit, self) for unit in self.units]
         for site in self.sites:
             site.put_handles()
+        STREAMERS.add(self)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         refuse_copy("this model")
