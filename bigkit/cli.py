@@ -149,6 +149,7 @@ def _add_plan(parser: argparse.ArgumentParser) -> None:
     _add_machine(parser)
     add = parser.add_argument
     add("--max_memory", nargs="+", metavar="DEVICE=SIZE", help="budgets, as in 0=24GiB cpu=64GiB (the machine's own)")
+    add("--experts_on_cpu", type=int, metavar="BLOCKS", help="keep the experts of so many blocks in RAM (as must be)")
     add("--strategy", choices=STRATEGIES, default="auto", help="where to cut the model (%(default)s)")
     add("--dtype", help="cast floating weights to this")
     add("--quantization", choices=QUANTIZATIONS, help="of the linear layers; a dry run of it needs bitsandbytes")
@@ -195,6 +196,7 @@ def _plan_of(options: argparse.Namespace, hardware: Hardware | str | None, conte
     return plan(
         _describe(options), _budgets(options.max_memory), options.strategy, dtype=options.dtype,
         quantization=options.quantization, batch=options.batch, context=context, hardware=hardware,
+        experts_on_cpu=options.experts_on_cpu,
     )  # fmt: skip
 
 

@@ -44,6 +44,8 @@ def test_plan_for_a_machine_has_its_budgets_and_overhead(capsys):
     assert main(["plan", "llama-2-70b", "--hardware", "1 x RTX 4090", "--dtype", "float16", "--json"]) == 0
     shares = json.loads(capsys.readouterr().out)["shares"]
     assert shares[0]["budget"] == 24564 * 2**20 and shares[0]["overhead"] == HARDWARE["1 x RTX 4090"].overhead
+    apart = ["plan", "mixtral-8x7b", "--max_memory", "0=80GiB", "cpu=80GiB", "--dtype", "float16"]
+    assert main([*apart, "--experts-on-cpu", "9"]) == 0 and "--n-cpu-moe 9" in capsys.readouterr().out
     assert main(["plan", "gpt2", "--hardware", "PS5"]) == 2
     assert "unknown hardware 'PS5'" in capsys.readouterr().err
 

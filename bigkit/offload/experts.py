@@ -19,7 +19,7 @@ What holds for dense units holds for these too, as `ExpertStreamer` is a `Stream
 writes, backwards, interrupts. Experts that are modules of their own (a ModuleList) need no more than to be units of
 their own, none of which is fetched ahead: who is not called does not travel.
 
-Leaves out: a cache of experts on the GPU, and a gather by the GPU itself; both would be another `bring` of `Rows`.
+Leaves out: the gather of the GPU itself (`gather.py`), and a cache of experts on the GPU.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ from .hooks import AlignDevicesHook
 from .inputs import torch_device
 from .mapped import PageLane
 from .source import Range
-from .stream import Streamer, Views
+from .stream import Streamer, Views, is_real_cuda
 from .transfer import PlainLane, Slot, readers
 from .weights import Move, Part, Unit
 
@@ -121,6 +121,8 @@ class Reserved(Slab):
     def __init__(self, nbytes: int) -> None:
         flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0)
         self.memory = mmap.mmap(-1, max(nbytes, 1), flags=flags)
+        if hasattr(mmap, "MADV_NOHUGEPAGE"):
+            self.memory.madvise(mmap.MADV_NOHUGEPAGE)  # one would be there for each expert that only begins in it
         with torch.inference_mode(False):
             self.bytes = torch.frombuffer(self.memory, dtype=torch.uint8)[:nbytes]  # shape (nbytes,)
         self.wants_pin = self.pinned = False
@@ -271,6 +273,10 @@ class ExpertStreamer(Streamer):
             self._wanted = rows
             self.lend(unit)
 
+    def lend_for(self, unit: Unit, module: nn.Module, given: Sequence[Any]) -> None:
+        """Like `lend`, for what the experts are called with."""
+        self.lend_rows(unit, chosen_rows(self, unit, module, given))
+
     def pays(self, unit: Unit, choices: int) -> bool:
         """Whether an expert for each of so many choices is less to copy than all of the unit; of pages it always is."""
         return self.on_pages or choices * (unit.nbytes // self.counts[unit.index]) < unit.nbytes
@@ -405,9 +411,10 @@ def streamers_of(
         share = cache * sum(unit.nbytes for unit in own if unit.rests_in() == "disk") // max(on_disk, 1)
         streamer: Streamer
         if rows:
-            streamer = ExpertStreamer(
-                device, own, cache=share, on_pages=is_cpu, count=slots, prefetch=prefetch, name=name
-            )
+            cls = ExpertStreamer
+            if is_real_cuda(device):
+                from .gather import GatherStreamer as cls  # type: ignore[assignment]
+            streamer = cls(device, own, cache=share, on_pages=is_cpu, count=slots, prefetch=prefetch, name=name)
         else:
             lane = PageLane(device) if is_cpu else None
             streamer = Streamer(device, own, lane, count=slots, prefetch=False, cache=0 if is_cpu else share, name=name)
@@ -438,7 +445,7 @@ class ExpertsHook(AlignDevicesHook):
 
     def _lend(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         assert isinstance(self.streamer, ExpertStreamer) and self.unit is not None
-        self.streamer.lend_rows(self.unit, chosen_rows(self.streamer, self.unit, module, (*args, *kwargs.values())))
+        self.streamer.lend_for(self.unit, module, (*args, *kwargs.values()))
 
 
 def hook_class(streamer: Streamer) -> type[AlignDevicesHook]:
@@ -451,17 +458,29 @@ def chosen_rows(streamer: ExpertStreamer, unit: Unit, module: nn.Module, given: 
 
     Args:
         streamer, unit: who lends, and what.
+        module, given: see `choice_of`.
+    """
+    choice = choice_of(module, given)
+    if choice is None or not streamer.pays(unit, choice.numel()):
+        return None
+    if detect_fake_mode() is not None:  # a dry run: nobody chooses
+        return by_chance(streamer.counts[unit.index], *choice.shape, seed=streamer.loans)
+    rows = sorted(set(choice.flatten().tolist()))  # of a GPU's, the host waits for it here
+    return rows if not rows or 0 <= rows[0] and rows[-1] < streamer.counts[unit.index] else None
+
+
+def choice_of(module: nn.Module, given: Sequence[Any]) -> Tensor | None:
+    """The router's choice, shape (tokens, k), if what computes with it is known to read no other experts.
+
+    Args:
         module: the experts.
-        given: what its forward is called with; the router's choice is the tensor of whole numbers, shape (tokens, k).
+        given: what their forward is called with; the choice is the only tensor of whole numbers.
     """
     choices = [value for value in given if isinstance(value, Tensor) and value.dtype in (torch.int64, torch.int32)]
     known = getattr(module.config, "_experts_implementation", None) in KNOWN
-    if len(choices) != 1 or choices[0].is_meta or not known or not streamer.pays(unit, choices[0].numel()):
+    if len(choices) != 1 or choices[0].is_meta or choices[0].ndim != 2 or not known:
         return None
-    if detect_fake_mode() is not None:  # a dry run: nobody chooses
-        return by_chance(streamer.counts[unit.index], *choices[0].shape[-2:], seed=streamer.loans)
-    rows = sorted(set(choices[0].flatten().tolist()))  # of a GPU's, the host waits for it here
-    return rows if not rows or 0 <= rows[0] and rows[-1] < streamer.counts[unit.index] else None
+    return choices[0]
 
 
 def by_chance(count: int, tokens: int, per_token: int, seed: int) -> list[int]:

@@ -2,8 +2,8 @@
 
 import copy
 import gc
+import mmap
 import os
-from pathlib import Path
 
 import pytest
 import torch
@@ -21,6 +21,7 @@ from bigkit import (
     save_model,
 )
 from bigkit.offload import experts as experts_module
+from bigkit.offload import gather
 from bigkit.offload.experts import ExpertsHook, ExpertStreamer, Rows, chosen_rows, count_rows, rows_of
 from bigkit.offload.handle import Away
 from bigkit.offload.hooks import AlignDevicesHook
@@ -197,6 +198,7 @@ def test_experts_used_longest_ago_go_first(tmp_path):
     assert streamer_of(big).cache.held == 0
 
 
+@pytest.mark.skipif(not os.path.exists("/proc/self/pagemap"), reason="only Linux says which pages are there")
 def test_memory_for_experts_that_nobody_chose_is_not_touched(tmp_path):
     """Of the memory that is set aside for a block's experts only the pages of the chosen ones are there."""
     config = tf.Qwen3MoeConfig(**{**SMALL, "num_hidden_layers": 1}, num_experts=64, moe_intermediate_size=512)
@@ -208,13 +210,9 @@ def test_memory_for_experts_that_nobody_chose_is_not_touched(tmp_path):
     (unit,) = streamer.units
     memory = streamer.cache.memory(unit)
     address, nbytes = memory.bytes.data_ptr(), memory.bytes.nbytes
-    resident, inside = 0, False
-    for line in Path("/proc/self/smaps").read_text().splitlines():
-        if line[0] in "0123456789abcdef" and "-" in line.split()[0]:
-            low, high = (int(number, 16) for number in line.split()[0].split("-"))
-            inside = low <= address < high
-        elif inside and line.startswith("Rss:"):
-            resident += int(line.split()[1]) * 1024
+    with open("/proc/self/pagemap", "rb") as pages:  # 8 bytes a page, of which the highest bit says that it is there
+        pages.seek(address // mmap.PAGESIZE * 8)
+        resident = sum(byte >> 7 for byte in pages.read(-(-nbytes // mmap.PAGESIZE) * 8)[7::8]) * mmap.PAGESIZE
     assert 2 * unit.nbytes // 64 <= resident <= 2 * unit.nbytes // 64 + 10 * 4096 < nbytes / 8
 
 
@@ -517,3 +515,89 @@ def test_dispatched_anew_and_forgotten(tmp_path):
     del model
     gc.collect()
     assert not [*tmp_path.iterdir()], "files that were written for a model go with it"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pinned RAM lent as it is, tried with the CPU in the GPU's place: the view is the slab, and nothing is copied
+
+
+@pytest.fixture
+def pretend(monkeypatch):
+    """A stand-in passes for a GPU where the streamer is chosen, and its slabs for pinned ones."""
+    monkeypatch.setattr(experts_module, "is_real_cuda", lambda device: True)
+    monkeypatch.setattr(gather, "seen_by_gpu", lambda slab, device: slab.bytes[:])
+
+
+def spread_pinned(model, pinned=True):
+    found = dispatch_model(copy.deepcopy(model), apart(model, "cpu"), stand_in={0: "cpu"})
+    streamer = streamer_of(found)
+    assert type(streamer) is gather.GatherStreamer
+    for unit in streamer.units:
+        for part in unit.parts():
+            part.slab.pinned = pinned
+            part.slab._release = lambda: None
+    moved, fill = [], streamer.lane.fill
+    streamer.lane.fill = lambda slot, unit: (moved.append(unit.nbytes), fill(slot, unit))
+    return found, streamer, moved
+
+
+@pytest.mark.parametrize("make", [qwen3_moe, gpt_oss])
+def test_one_token_is_gathered_and_a_prompt_streamed(make, pretend):
+    model = made(make)
+    model.set_experts_implementation("batched_mm")
+    found, streamer, moved = spread_pinned(model)
+    whole = streamer.units[0].nbytes
+    with torch.no_grad():
+        for ids in ([[1]], [[2]], [[1, 2, 3, 4, 5, 6]], [[7]], [[1, 2]]):
+            ids = torch.tensor(ids)
+            assert torch.equal(found(ids).logits, model(ids).logits)
+            tokens = ids.numel()
+            assert (moved == []) == (tokens == 1) and all(n == whole for n in moved) == (tokens != 2)
+            assert not any(slot.unit is not None for slot in streamer.windows.values())
+            moved.clear()
+    assert len(streamer.windows) == 3 and all(
+        isinstance(p, Away) for p in found.model.layers[0].mlp.experts.parameters()
+    )
+
+
+@pytest.mark.parametrize("implementation", ["eager", "grouped_mm"])
+def test_others_are_copied(implementation, pretend):
+    model = made(qwen3_moe)
+    model.set_experts_implementation(implementation)
+    found, streamer, moved = spread_pinned(model)
+    with torch.no_grad():
+        assert torch.equal(found(torch.tensor([[3]])).logits, model(torch.tensor([[3]])).logits)
+    assert len(moved) == 3 and not streamer.windows
+    unpinned, streamer, moved = spread_pinned(model, pinned=False)
+    model.set_experts_implementation("batched_mm")
+    unpinned.set_experts_implementation("batched_mm")
+    with torch.no_grad():
+        assert torch.equal(unpinned(torch.tensor([[3]])).logits, model(torch.tensor([[3]])).logits)
+    assert moved == [2 * streamer.units[0].nbytes // COUNT] * 3
+
+
+def test_writes_views_and_errors(pretend):
+    model = made(qwen3_moe)
+    model.set_experts_implementation("batched_mm")
+    found, streamer, _ = spread_pinned(model)
+    token, own = torch.tensor([[3]]), found.model.layers[1].mlp.experts
+    with torch.no_grad():
+        found(token)
+        for target in (model, found):
+            target.model.layers[1].mlp.experts.down_proj.mul_(2)
+        assert torch.equal(found(token).logits, model(token).logits)
+        kept = []
+        handle = own.act_fn.register_forward_hook(lambda *_: kept.append(own.down_proj[0]))
+        found(token)
+        handle.remove()
+        before = kept[0].clone()
+        assert 1 not in streamer.windows and torch.equal(found(token).logits, model(token).logits)
+        assert torch.equal(kept[0], before)
+        handle = own.act_fn.register_forward_hook(lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            found(token)
+        handle.remove()
+        assert not streamer.held() and all(isinstance(parameter, Away) for parameter in own.parameters())
+        assert torch.equal(found(token).logits, model(token).logits)
+    with pytest.raises(RuntimeError, match="offloaded weights are for inference"):
+        found(token).logits.sum().backward()

@@ -1,0 +1,84 @@
+"""Chosen experts alone travel to a GPU: gathered by it, copied, from disk; tokens are those of the resident model."""
+
+import copy
+
+import pytest
+import torch
+
+import bigkit
+from bigkit.checkpoints.ring import Slab
+from bigkit.offload.experts import ExpertStreamer, count_rows
+from bigkit.offload.gather import GatherStreamer, seen_by_gpu
+
+GPU = torch.device("cuda:0")
+
+
+def mixture(dtype=torch.bfloat16):
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.Qwen3MoeConfig(
+        vocab_size=500, hidden_size=256, num_hidden_layers=6, num_attention_heads=4, num_key_value_heads=2, head_dim=64,
+        moe_intermediate_size=128, num_experts=32, num_experts_per_tok=4,
+    )  # fmt: skip
+    return transformers.Qwen3MoeForCausalLM(config).to(dtype).eval().requires_grad_(False)
+
+
+def apart(model, place):
+    return {"": 0, **{name: place for name, module in model.named_modules() if count_rows(module)}}
+
+
+def streamer_of(model) -> ExpertStreamer:
+    return model.model.layers[0].mlp.experts._hf_hook.streamer
+
+
+def test_pinned_ram_is_seen_without_a_copy():
+    slab = Slab(1 << 20, pin=True)
+    slab.pin()
+    slab.bytes.copy_(torch.arange(1 << 20, dtype=torch.int64).to(torch.uint8))
+    view = seen_by_gpu(slab, GPU)
+    rows = torch.tensor([3, 1], device=GPU)
+    assert view.device == GPU and view.data_ptr() == slab.bytes.data_ptr()
+    assert torch.equal(view.view(1024, 1024)[rows].cpu(), slab.bytes.view(1024, 1024)[[3, 1]])
+    before = torch.cuda.memory_allocated()
+    seen_by_gpu(slab, GPU)
+    assert torch.cuda.memory_allocated() == before
+
+
+@pytest.mark.parametrize("rows", [1, 4])
+@pytest.mark.parametrize("place", ["cpu", "disk"])
+def test_tokens(place, rows, tmp_path):
+    model = mixture()
+    ids = torch.randint(5, 500, (rows, 40), device=GPU)
+    options = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    expected = copy.deepcopy(model).to(GPU).generate(ids, **options)
+    found = bigkit.dispatch_model(model, apart(model, place), offload_dir=tmp_path, ram_cache="1GB")
+    streamer = streamer_of(found)
+    assert isinstance(streamer, GatherStreamer)
+    for _ in range(2):
+        assert torch.equal(found.generate(ids, **options), expected)
+    assert bool(streamer.windows) == (place == "cpu" and rows == 1)
+    assert bool(streamer.cache.misses) == (place == "disk")
+
+
+def test_unpinned_ram(monkeypatch):
+    monkeypatch.setattr(Slab, "pin", lambda self, filled=False: None)
+    model = mixture()
+    ids = torch.randint(5, 500, (1, 40), device=GPU)
+    options = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    expected = copy.deepcopy(model).to(GPU).generate(ids, **options)
+    found = bigkit.dispatch_model(model, apart(model, "cpu"))
+    assert torch.equal(found.generate(ids, **options), expected) and not streamer_of(found).windows
+
+
+def test_nothing_is_left_behind():
+    model = mixture()
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    found = bigkit.dispatch_model(model, apart(model, "cpu"))
+    with torch.no_grad():
+        for tokens in (1, 64, 1):
+            found(torch.ones(1, tokens, dtype=torch.long, device=GPU))
+    bigkit.remove_hook_from_module(found, recurse=True)
+    del found, model
+    torch.cuda.synchronize()
+    assert torch.cuda.memory_allocated() - before < 40e6  # the workspace of cuBLAS
