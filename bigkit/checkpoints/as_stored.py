@@ -14,6 +14,7 @@ Leaves out: the formats (`codecs.py`), and decoding at loading (`load_checkpoint
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -85,27 +86,38 @@ class _Experts:
         return function(*plain, **(kwargs or {}))
 
 
-def as_stored(model: nn.Module, source: Checkpoint, keep: str = "stored") -> Callable[[], None]:
+@contextmanager
+def as_stored(model: nn.Module, source: Checkpoint, keep: str = "stored") -> Iterator[None]:
     """Make the weights of an empty model those that a quantized checkpoint has; one that is not, changes nothing.
+
+    If the block ends in an error, the model's modules are as they were.
 
     Args:
         model: weights that are not on meta stay as they are.
         source: the checkpoint; with "dense" it has, afterwards, weights made of its tensors.
         keep: "stored": weights stay as they are stored. "dense": they are decoded when they are loaded.
 
-    Returns:
-        What puts the model's modules back.
-
     Raises:
         CheckpointError: a weight is stored in a way that is not known here.
     """
     if keep not in ("stored", "dense"):
         raise ValueError(f"keep must be 'stored' or 'dense', not {keep!r}")
+    undo: list[Callable[[], None]] = []
+    try:
+        if any(where.dtype.itemsize == 1 or where.dtype == torch.int32 for where in source.stored.values()):
+            _change_modules(model, source, keep, undo)
+        yield
+    except BaseException:
+        for step in reversed(undo):
+            step()
+        raise
+
+
+def _change_modules(model: nn.Module, source: Checkpoint, keep: str, undo: list[Callable[[], None]]) -> None:
     under: dict[str, Kinds] = {}
     for name in source.stored:
         module, _, own = name.rpartition(".")
         under.setdefault(module, {})[own] = source.shape_and_dtype(name)  # type: ignore[index]
-    undo: list[Callable[[], None]] = []
     for name, module in list(model.named_modules()):
         kinds = under.get(name, {})
         if type(module) is nn.Linear and module.weight.is_meta:
@@ -118,12 +130,6 @@ def as_stored(model: nn.Module, source: Checkpoint, keep: str = "stored") -> Cal
         else:
             for own in list(_stacked(module, kinds)):
                 _change_experts(name, module, own, source, keep, kinds, undo)
-
-    def restore() -> None:
-        for step in reversed(undo):
-            step()
-
-    return restore
 
 
 def _change(

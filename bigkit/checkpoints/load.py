@@ -9,8 +9,6 @@ to a GPU (`to_gpu.py`), and weights that stay on disk while the model runs (`off
 
 from __future__ import annotations
 
-import contextlib
-import gc
 import os
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
@@ -26,6 +24,7 @@ from ..model.precision import float32_modules, is_named
 from ..units import dtype_name, listed
 from ._torch import extra_states, run_post_hooks
 from .as_stored import AsStored, as_stored
+from .collector import collector_paused
 from .format import Checkpoint, Stored
 from .match import LoadReport, Slot, match
 from .resting import record_resting_place, rest_on_disk
@@ -99,16 +98,12 @@ def load_checkpoint_in_model(
     """
     if quantized := [name for name, module in model.named_modules() if extra_tensors(module)]:
         raise ValueError(f"{listed(quantized)} is quantized: load_and_quantize_model fills an empty model")
-    source = Checkpoint.open(checkpoint, key, prefix)
-    restore = as_stored(model, source, keep)
-    try:
-        with _collector_paused():
+    with collector_paused():
+        source = Checkpoint.open(checkpoint, key, prefix)
+        with as_stored(model, source, keep):
             report = load_matching(
                 model, source, device_map, offload_folder, dtype, offload_buffers, keep_in_fp32_modules, strict
             )
-    except BaseException:
-        restore()
-        raise
     if not report.clean:
         unlike = len(report.mismatched) + len(report.wrong_dtype)
         counts = f"{len(report.missing)} tensors missing, {len(report.unexpected)} unknown, {unlike} of another kind"
@@ -183,18 +178,6 @@ def _dtype(slot: Slot, floats: torch.dtype | None, fp32: Iterable[str]) -> torch
     if is_named(slot.name, fp32):
         return torch.float32
     return floats or slot.tensor.dtype
-
-
-@contextlib.contextmanager
-def _collector_paused() -> Iterator[None]:
-    """Thousands of new tensors would set off Python's collector again and again, which would find nothing."""
-    running = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if running:
-            gc.enable()
 
 
 # ---------------------------------------------------------------------------------------------------------------------

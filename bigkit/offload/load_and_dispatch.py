@@ -98,7 +98,8 @@ def load_checkpoint_and_dispatch(
         classes = [no_split_module_classes] if isinstance(no_split_module_classes, str) else no_split_module_classes
         max_memory = get_max_memory() if max_memory is None else max_memory
         if keep == "stored":  # the sizes to plan with
-            as_stored(model, Checkpoint.open(checkpoint, key, prefix))
+            with as_stored(model, Checkpoint.open(checkpoint, key, prefix)):
+                pass
         device_map = place(
             spec_from_module(model),
             max_memory,
