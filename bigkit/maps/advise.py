@@ -221,7 +221,7 @@ def advise(
     half = "float16" if hardware.gpus and hardware.gpus[0].capability < (8, 0) else "bfloat16"
     calibration = calibration or calibration_of(hardware)
     overhead = overhead_of(hardware, calibration)
-    options, cures = [], []
+    options, cures, said = [], [], list[str]()
     for quantization in [stored] if isinstance(stored, str) else stored:
         if quantization and not model.quantized(model.precision(half, quantization)):
             continue  # no layer of the model can be
@@ -233,12 +233,14 @@ def advise(
             if target == "context" and plan.max_context is not None:
                 plan = _longest(ask, plan.context, max(plan.context, longest_context(model.facts) or LONGEST))
             options.append(_predict(model, plan, hardware, calibration))
+            said += plan.notes
         except PlanError as error:
             cures.append(f"{quantization or half}: {error.plan.problem}. {error.cure}")
+            said += error.plan.notes
     ranked = sorted(options, key=lambda option: _rank(option, target))
     fronts = [all(option.loss < better.loss for better in ranked[:i]) for i, option in enumerate(ranked)]
     marked = tuple(replace(option, front=front) for option, front in zip(ranked, fronts))
-    notes = remarks(model.name, model.facts, context)
+    notes = tuple(dict.fromkeys([*remarks(model.name, model.facts, context), *said]))
     if not generates(model) and "vocab_size" not in model.facts:
         notes += ("Times are the least that a pass takes: its operations do not follow from sizes.",)
     return Advice(

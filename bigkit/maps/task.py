@@ -15,7 +15,7 @@ from functools import cached_property
 from typing import Any
 
 from ..devices import Device, device_label, prefixes, read_device
-from ..model.estimate import activation_bytes, longest_context, remarks, stored_as
+from ..model.estimate import activation_bytes, longest_context, remarks, stacked_experts, stored_as
 from ..model.experts import experts_of
 from ..model.spec import Attention, Layer, ModelSpec, Precision
 from ..units import dtype_bits, format_bytes, listed, parse_bytes
@@ -264,7 +264,8 @@ class Task:
             options=dict(self.options),
             stored=stored_as(self.model, self.precision),
             positions=longest_context(self.model.facts),
-            notes=remarks(self.model.name, self.model.facts, max(self.asked, context)),
+            notes=remarks(self.model.name, self.model.facts, max(self.asked, context))
+            + stacked_experts(self.model, self.precision),
             experts=next(((one.per_token, one.count) for one in experts_of(self.model)), None) if self.around else None,
         )
         return replace(plan, shares=tuple(replace(share, why=why(plan, share)) for share in shares))

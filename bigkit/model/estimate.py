@@ -115,6 +115,15 @@ def remarks(name: str, facts: Mapping[str, Any], context: int) -> tuple[str, ...
     return tuple(notes)
 
 
+def stacked_experts(model: ModelSpec, precision: Precision) -> tuple[str, ...]:
+    """What must be said of a mixture of experts in few bits: experts in one tensor are no linear layers."""
+    weights = sum(model.tensors[f"{name}.weight"][0].elements for name in model.quantized(precision))
+    if not precision.quantization or not model.facts.get("num_experts") or 2 * weights > model.parameters:
+        return ()
+    share = 100 * weights / model.parameters
+    return (f"{share:.0f} % of the parameters of {model.name} are quantized: its stacked experts are not.",)
+
+
 def load_text(batch: int, context: int) -> str:
     """The load that figures are counted for, in words.
 
@@ -304,6 +313,8 @@ def estimate(
     if not any(row.activations for row in inference):
         notes.append("Activations are not estimated: the config does not say how wide the model is.")
     notes += remarks(full.name, full.facts, asked)
+    if packed := next((row.stored for row in inference if row.stored in QUANTIZATIONS), None):
+        notes += stacked_experts(full, full.precision(None, packed))
     return MemoryEstimate(
         name=base.name,
         library=base.library,

@@ -73,7 +73,7 @@ class Advisor(Explorer):
         """Show the advice."""
         best = advice.best
         if best is None:
-            verdict = pill("bad", "Nothing fits.", advice.cures[0] if advice.cures else "")
+            verdict = pill("bad", "Nothing fits.", " ".join([*advice.cures[:1], *advice.notes]))
         else:
             away = f", {format_bytes(best.plan.offloaded)} rest elsewhere" if best.plan.offloaded else ""
             facts = " ".join([f"{best.speed}, waiting for {best.bottleneck}{away}.", *advice.notes])
