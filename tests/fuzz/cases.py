@@ -145,10 +145,11 @@ class Play:
         parts: the spread one.
     """
 
-    def __init__(self, case: Case, folder: Path) -> None:
+    def __init__(self, case: Case, folder: Path, gpu: bool = False) -> None:
         self.case, self.folder, self.at = case, folder, "start"
+        self.device, self.stand_in = ("cuda:0", {1: "cuda:0"}) if gpu else ("cpu", STAND_IN)
         whole = build(case.recipe, case.seed).train(case.train)
-        self.whole = quantize(whole, case.quantized) if case.quantized else whole
+        self.whole = (quantize(whole, case.quantized) if case.quantized else whole).to(self.device)
 
     def play(self) -> None:
         self.begin()
@@ -188,15 +189,15 @@ class Play:
             torch.save(state, self.folder / "pytorch_model.bin")
         else:
             save_model(self.whole, self.folder, "1KB")
-        with_folder = {**case.options, "offload_folder": self.folder / "rest", "stand_in": STAND_IN}
+        with_folder = {**case.options, "offload_folder": self.folder / "rest", "stand_in": self.stand_in}
         load_checkpoint_and_dispatch(self.parts, self.folder, case.places, strict=True, **with_folder)
 
     def dispatch(self, places: dict[str, Any], options: dict[str, Any]) -> None:
-        result = dispatch_model(self.parts, places, offload_dir=self.folder / "rest", stand_in=STAND_IN, **options)
+        result = dispatch_model(self.parts, places, offload_dir=self.folder / "rest", stand_in=self.stand_in, **options)
         assert result is self.parts
 
     def forward(self, rng: random.Random) -> None:
-        ids = torch.tensor([[rng.randrange(11) for _ in range(3)] for _ in range(2)])
+        ids = torch.tensor([[rng.randrange(11) for _ in range(3)] for _ in range(2)], device=self.device)
         mode, results = rng.choice([*MODES]), []
         for model in (self.whole, self.parts):
             try:
@@ -227,7 +228,7 @@ class Play:
                 with torch.no_grad():
                     weight[0] = 0.25
             elif kind == 2:
-                setattr(module, own, nn.Parameter(torch.full(weight.shape, 0.125)))
+                setattr(module, own, nn.Parameter(torch.full(weight.shape, 0.125, device=weight.device)))
             else:
                 scaled = {key: v.clone() * 0.5 if v.is_floating_point() else v for key, v in model.state_dict().items()}
                 model.load_state_dict(scaled)
@@ -370,20 +371,25 @@ def assert_same(one: Any, other: Any) -> None:
         for key in one:
             assert_same(one[key], other[key])
     elif isinstance(one, Tensor):
-        torch.testing.assert_close(other, one, rtol=1e-4, atol=1e-5, equal_nan=True)
+        torch.testing.assert_close(other.cpu(), one.cpu(), rtol=1e-4, atol=1e-5, equal_nan=True)
     else:
         assert one == other
 
 
-def check(seed: int, folder: Path) -> None:
+def check(seed: int, folder: Path, gpu: bool = False) -> None:
     """Play the case of a seed; on fake GPUs too, which takes longer, if it is one of every tenth.
+
+    Args:
+        seed: the seed.
+        folder: does not exist yet, and not afterwards.
+        gpu: GPU 0 is itself, not the CPU in its place.
 
     Raises:
         AssertionError: with what brings the failure back.
     """
     case = draw(seed)
     folder.mkdir(parents=True)
-    play = Play(case, folder)
+    play = Play(case, folder, gpu)
     try:
         play.play()
         play.at = "on fake GPUs"
