@@ -150,8 +150,9 @@ def rest_on_disk(
     if folder is None:
         name, wanted = next((name, form.dtype) for name, form in forms.items())
         own = source.shape_and_dtype(name)[1]
-        form = f"as {dtype_name(wanted)}" if name in source.stored else "as safetensors"
-        as_it_is = name in source.stored and own.is_floating_point
+        in_files = name in source.stored or (name in source.made and joined(source, name) is not None)
+        form = f"as {dtype_name(wanted)}" if in_files else "as safetensors"
+        as_it_is = in_files and own.is_floating_point
         raise ValueError(
             f"{listed(forms)} rests on disk in another form ({dtype_name(own)} in {source.path}) and must be written "
             f"{form}: give an offload_folder"

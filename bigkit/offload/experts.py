@@ -432,8 +432,9 @@ def has_rows(unit: Unit) -> bool:
     """Whether each of a unit's weights is plain, and has one expert after another."""
     parts = [part for weight in unit.weights for part in weight.parts.values()]
     plain = all([*weight.parts] == [""] for weight in unit.weights)
-    in_order = all(part.stride and part.stride[0] * part.shape[0] == math.prod(part.shape) for part in parts)
-    return plain and in_order and count_rows(unit.module) > 0
+    count = count_rows(unit.module)
+    in_order = all(part.shape[:1] == (count,) and part.stride[0] * count == math.prod(part.shape) for part in parts)
+    return plain and in_order and count > 0
 
 
 # ---------------------------------------------------------------------------------------------------------------------

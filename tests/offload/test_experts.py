@@ -17,9 +17,12 @@ from bigkit import (
     dispatch_model,
     init_empty_weights,
     load_checkpoint_and_dispatch,
+    plan,
     remove_hook_from_module,
     save_model,
 )
+from bigkit.meta.skeleton import spec_from_module
+from bigkit.model.experts import experts_of
 from bigkit.offload import experts as experts_module
 from bigkit.offload import gather
 from bigkit.offload.experts import ExpertsHook, ExpertStreamer, Rows, chosen_rows, count_rows, rows_of
@@ -275,11 +278,34 @@ def test_experts_rest_in_the_files_they_came_in(make, stand_in, tmp_path):
     found = loaded(model, tmp_path, apart(model, "disk", 0 if stand_in else "cpu"), stand_in=stand_in)
     assert torch.equal(generated(found), expected)
     assert {file: file.stat().st_mtime_ns for file in tmp_path.iterdir()} == files
+    with pytest.raises(ValueError, match='must be written as bfloat16: give an offload_folder, or dtype="float32"'):
+        loaded(model, tmp_path, apart(model, "disk", "cpu"), dtype="bfloat16")
     again = dispatch_model(found, apart(model, "disk", "cpu"))  # where they rest is known from the model
     assert torch.equal(generated(again), expected)
     save_model(again, tmp_path / "saved")
     model.config.save_pretrained(tmp_path / "saved")
     assert torch.equal(generated(type(model).from_pretrained(tmp_path / "saved")), expected)
+
+
+def test_a_plan_is_made_and_applied(tmp_path):
+    """From a checkpoint to tokens: the plan's experts rest on the GPU, in RAM and on disk, and its slots are taken."""
+    config = tf.MixtralConfig(**{**SMALL, "num_hidden_layers": 5}, num_local_experts=COUNT)
+    model = made(lambda: tf.MixtralForCausalLM(config))
+    expected = generated(model)
+    model.save_pretrained(tmp_path)
+    spec = spec_from_module(model)
+    experts = experts_of(spec)[0].bytes()
+    dense = spec.bytes() - 5 * experts
+    memory = {0: dense + 3 * experts, "cpu": experts, "disk": "1GB"}  # two for what is in flight
+    found = plan(spec, memory)
+    places = [found.device_map.get(name, 0) for name in expert_names(model)]
+    assert (places.count(0), places.count("cpu"), places.count("disk")) == (1, 1, 3)
+    spread = loaded(model, tmp_path, "auto", max_memory=memory, stand_in={0: "cpu"})
+    assert spread.hf_device_map == found.device_map
+    assert torch.equal(generated(spread), expected)
+    streamer = streamer_of(spread)
+    assert streamer.count == found.slots == 2
+    assert [unit.rests_in() for unit in streamer.units] == [place for place in places if place]
 
 
 def test_what_lies_together_is_read_at_once(tmp_path, monkeypatch):
