@@ -306,10 +306,10 @@ def estimate(
     if not all(row.trainable for row in rows):
         notes.append("* 4 x the size, as the classic table counts; weights of this dtype alone cannot be trained.")
     inference = tuple(_inference(full, name, batch, context) for name in stored)
-    if packed := as_stored(full):
+    if quantized := as_stored(full):
         row = _inference(full, "bfloat16", batch, context)
         kind = f"as stored ({full.facts['quantization']})"
-        inference = (replace(row, stored=kind, weights=packed[0], active=packed[1]), *inference)
+        inference = (replace(row, stored=kind, weights=quantized[0], active=quantized[1]), *inference)
     if not any(row.activations for row in inference):
         notes.append("Activations are not estimated: the config does not say how wide the model is.")
     notes += remarks(full.name, full.facts, asked)
