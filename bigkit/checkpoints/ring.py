@@ -100,10 +100,12 @@ class Slab:
         if not filled:
             self.bytes.zero_()
         address, nbytes = self.bytes.data_ptr(), self.bytes.nbytes
-        if int(torch.cuda.cudart().cudaHostRegister(address, nbytes, 0)) == 0:
+        runtime = torch.cuda.cudart()
+        if int(runtime.cudaHostRegister(address, nbytes, 0)) == 0:
             self.pinned = True
             _pinned[address] = nbytes
-            self._release = release = weakref.finalize(self, _unregister, self.bytes)
+            done = torch.cuda.synchronize  # a copy out of it may still be under way when it is let go
+            self._release = release = weakref.finalize(self, _unregister, self.bytes, done, runtime.cudaHostUnregister)
             release.atexit = False
 
     def unpin(self) -> None:
@@ -137,9 +139,9 @@ def _may_pin(nbytes: int) -> bool:
     return pinned_bytes() + nbytes <= PINNED_SHARE * ram_limit()
 
 
-def _unregister(memory: Tensor) -> None:
-    torch.cuda.synchronize()  # a copy out of it may still be under way
-    torch.cuda.cudart().cudaHostUnregister(memory.data_ptr())
+def _unregister(memory: Tensor, done: Callable[[], None], unregister: Callable[[int], Any]) -> None:
+    done()
+    unregister(memory.data_ptr())
     _pinned.pop(memory.data_ptr(), None)
 
 
