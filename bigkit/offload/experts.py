@@ -38,6 +38,7 @@ from torch import Tensor, nn
 
 from ..checkpoints.ring import Slab
 from ..devices import Device
+from ..model.experts import visited
 from ..units import parse_bytes
 from ._torch import detect_fake_mode
 from .grouping import Layout
@@ -487,10 +488,8 @@ def choice_of(module: nn.Module, given: Sequence[Any]) -> Tensor | None:
 def by_chance(count: int, tokens: int, per_token: int, seed: int) -> list[int]:
     """As many different experts as are chosen on average if each token chooses by chance; which ones is drawn.
 
-    With n experts of which k work, b tokens leave one untouched with probability (1 - k/n)^b.
-
     >>> len(by_chance(128, 1, 8, seed=0)), len(by_chance(8, 4, 2, seed=0))
     (8, 5)
     """
-    distinct = round(count * (1 - (1 - per_token / count) ** tokens))
+    distinct = round(count * visited(tokens, per_token, count))
     return sorted(random.Random(seed).sample(range(count), distinct))
