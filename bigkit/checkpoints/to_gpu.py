@@ -203,8 +203,8 @@ def _readers(
 def _cut(stored: Mapping[str, Stored], chunk: int) -> Iterator[_Load]:
     """The tensors in file order, cut and packed into chunks; every part starts between two elements."""
     files: dict[Path, list[tuple[int, int, str, int]]] = {}
-    for name, (file, offset, nbytes, dtype, _) in stored.items():
-        files.setdefault(file, []).append((offset, nbytes, name, dtype.itemsize))
+    for name, where in stored.items():
+        files.setdefault(where.file, []).append((where.offset, where.nbytes, name, where.dtype.itemsize))
     for file, tensors in files.items():
         load, end = _Load(file, 0), 0
         for offset, nbytes, name, itemsize in sorted(tensors):

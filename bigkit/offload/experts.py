@@ -412,9 +412,9 @@ def streamers_of(
         share = cache * sum(unit.nbytes for unit in own if unit.rests_in() == "disk") // max(on_disk, 1)
         streamer: Streamer
         if rows:
-            cls = ExpertStreamer
+            cls: type[ExpertStreamer] = ExpertStreamer
             if is_real_cuda(device):
-                from .gather import GatherStreamer as cls  # type: ignore[assignment]
+                from .gather import GatherStreamer as cls
             streamer = cls(device, own, cache=share, on_pages=is_cpu, count=slots, prefetch=prefetch, name=name)
         else:
             lane = PageLane(device) if is_cpu else None
@@ -466,7 +466,7 @@ def chosen_rows(streamer: ExpertStreamer, unit: Unit, module: nn.Module, given: 
     if choice is None or not streamer.pays(unit, choice.numel()):
         return None
     if detect_fake_mode() is not None:  # a dry run: nobody chooses
-        return by_chance(streamer.counts[unit.index], *choice.shape, seed=streamer.loans)
+        return by_chance(streamer.counts[unit.index], *choice.shape, streamer.loans)
     rows = sorted(set(choice.flatten().tolist()))  # of a GPU's, the host waits for it here
     return rows if not rows or 0 <= rows[0] and rows[-1] < streamer.counts[unit.index] else None
 
