@@ -466,7 +466,8 @@ def chosen_rows(streamer: ExpertStreamer, unit: Unit, module: nn.Module, given: 
     if choice is None or not streamer.pays(unit, choice.numel()):
         return None
     if detect_fake_mode() is not None:  # a dry run: nobody chooses
-        return by_chance(streamer.counts[unit.index], *choice.shape, streamer.loans)
+        tokens, per_token = choice.shape
+        return by_chance(streamer.counts[unit.index], tokens, per_token, seed=streamer.loans)
     rows = sorted(set(choice.flatten().tolist()))  # of a GPU's, the host waits for it here
     return rows if not rows or 0 <= rows[0] and rows[-1] < streamer.counts[unit.index] else None
 
