@@ -344,10 +344,11 @@ class ExpertStreamer(Streamer):
 
     def _memory_slot(self, unit: Unit) -> Slot:
         """The slot of a unit whose memory is lent to the CPU as it is."""
-        slot = next((slot for slot in self.slots if slot.owner is unit), None)
+        memory = self.cache.memory(unit).bytes
+        slot = next((slot for slot in self.slots if slot.base is memory), None)
         if slot is None:
-            slot = Slot(self.cache.memory(unit).bytes, owner=unit)
-            self.slots.append(slot)
+            slot = Slot(memory, owner=unit)
+            self.slots = [*(other for other in self.slots if other.owner is not unit), slot]
         return slot
 
     def _empty(self, slot: Slot) -> None:
@@ -377,10 +378,9 @@ class ExpertStreamer(Streamer):
     def forget(self, weight: Any) -> None:
         super().forget(weight)
         with self.lock:
-            unit = self._unit_of[id(weight)]
-            if all(loan.unit is not unit for loan in self._loans):
-                self.cache.forget(unit)
-                self.slots = [slot for slot in self.slots if slot.owner is not unit]
+            for unit in {self._unit_of[id(same)] for same in (weight, *weight.aliases)}:
+                if all(loan.unit is not unit for loan in self._loans):  # what is lent has been written to as well
+                    self.cache.forget(unit)
 
     def recover(self) -> None:
         if self.held():

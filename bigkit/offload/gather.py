@@ -60,8 +60,9 @@ class GatherStreamer(ExpertStreamer):
         implementation = getattr(module.config, "_experts_implementation", None)
         if choice is None or choice.shape[0] != 1 or implementation != "batched_mm":
             return False
-        slabs = {part.slab for part in unit.parts()}  # all in one, and pinned: as a unit that rests in RAM is laid out
-        return len(slabs) == 1 and all(slab is not None and slab.pinned for slab in slabs)
+        places = {(part.slab, part.at - part.offset) for part in unit.parts()}
+        slab, start = next(iter(places))  # in one slab, as in a slot: so it is unless some are tied to another unit's
+        return len(places) == 1 and slab is not None and slab.pinned and start >= 0
 
     def _bring(self, unit: Unit) -> Views:
         through_window, self._through_window = self._through_window, False
@@ -102,4 +103,5 @@ class GatherStreamer(ExpertStreamer):
     def forget(self, weight: Any) -> None:
         super().forget(weight)
         with self.lock:
-            self.windows.pop(self._unit_of[id(weight)].index, None)
+            for same in (weight, *weight.aliases):
+                self.windows.pop(self._unit_of[id(same)].index, None)
