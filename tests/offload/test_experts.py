@@ -25,9 +25,10 @@ from bigkit.meta.skeleton import spec_from_module
 from bigkit.model.experts import experts_of
 from bigkit.offload import experts as experts_module
 from bigkit.offload import gather
-from bigkit.offload.experts import ExpertsHook, ExpertStreamer, Rows, chosen_rows, count_rows, rows_of
+from bigkit.offload.experts import ExpertsHook, ExpertStreamer, chosen_rows
 from bigkit.offload.handle import Away
 from bigkit.offload.hooks import AlignDevicesHook
+from bigkit.offload.rows import Rows, count_rows, rows_of
 
 SMALL = {
     "vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2,
@@ -131,7 +132,7 @@ def test_what_is_not_chosen_is_not_read(make, implementation, monkeypatch):
     fill = streamer.lane.fill
 
     def poisoned(slot, unit):
-        if isinstance(unit, experts_module.Rows):
+        if isinstance(unit, Rows):
             slot.base.view(torch.float32).fill_(torch.nan)
         fill(slot, unit)
 
