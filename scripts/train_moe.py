@@ -43,7 +43,11 @@ class LanguageModel(nn.Module):
 
     def forward(self, ids: Tensor, targets: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """Logits (batch, tokens, vocab_size) and the loss in nats, or None without targets."""
-        out = self.model(input_ids=ids, use_cache=False, output_router_logits=self.training)
+        weights = dict(self.model.named_parameters())
+        if torch.is_autocast_enabled(ids.device.type):  # which the grouped matrix products of experts do not heed
+            weights = {name: weight.bfloat16() for name, weight in weights.items()}
+        options = {"input_ids": ids, "use_cache": False, "output_router_logits": self.training}
+        out = torch.func.functional_call(self.model, weights, (), options)
         if targets is None:
             return out.logits, None
         loss = F.cross_entropy(out.logits.flatten(0, 1).float(), targets.flatten())
@@ -75,9 +79,10 @@ def config_from(args: argparse.Namespace) -> Qwen3MoeConfig:
     )
 
 
-def save(model: LanguageModel, folder: Path, shards: int) -> None:
-    """Write `model` in bfloat16 as Transformers does, in about `shards` files."""
-    plain = Qwen3MoeForCausalLM._from_config(model.model.config, torch_dtype=torch.bfloat16)
+def save(model: nn.Module, folder: Path, shards: int) -> None:
+    """Write the model of a `LanguageModel` in bfloat16 as Transformers does, in about `shards` files."""
+    assert isinstance(model, LanguageModel)
+    plain = Qwen3MoeForCausalLM._from_config(model.model.config, dtype=torch.bfloat16)
     plain.load_state_dict(model.model.state_dict())
     plain.generation_config = GenerationConfig(bos_token_id=SEPARATOR, eos_token_id=SEPARATOR)
     size = sum(parameter.nbytes for parameter in plain.parameters())
@@ -114,7 +119,7 @@ def routing(model: Qwen3MoeForCausalLM, text: str) -> list[list[float]]:
 
 def main() -> None:
     """Train, save, and report the figures of the saved files."""
-    parser = arguments(__doc__.splitlines()[0])  # type: ignore[union-attr]
+    parser = arguments(__doc__.splitlines()[0])
     parser.set_defaults(batch=128)
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--heads", type=int, default=8)
@@ -137,7 +142,7 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
 
     average, figures = train(args, model, train_bytes, validation, lambda best: save(best, args.out, args.shards))
-    save(average, args.out, args.shards)  # type: ignore[arg-type]
+    save(average, args.out, args.shards)
     report(args, parameters, lengths, figures)
 
 

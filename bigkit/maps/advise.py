@@ -26,7 +26,7 @@ from ..machine.hardware import GPUS, Hardware
 from ..machine.ledger import Calibration, calibration_of, overhead_of
 from ..machine.roofline import Rates
 from ..model.estimate import generates, load_text, longest_context, remarks, tokens_seen, whole_number
-from ..model.experts import experts_of
+from ..model.experts import experts_of, visited
 from ..model.spec import ModelSpec
 from ..units import dtype_bits, format_bytes, format_seconds, text_table, three_figures
 from .partition import last_true
@@ -326,9 +326,6 @@ def _predict(model: ModelSpec, plan: Plan, hardware: Hardware, calibration: Cali
 
 
 def _picked(model: ModelSpec, tokens: int) -> float:
-    """The share of the routed experts that some of so many tokens visit; 1 in a model without experts.
-
-    With n experts of which k work, b tokens leave one untouched with probability (1 - k/n)^b.
-    """
+    """The share of the routed experts that some of so many tokens visit; 1 in a model without experts."""
     experts = model.facts.get("num_experts")
-    return 1 - (1 - model.facts.get("experts_per_token", 1) / experts) ** tokens if experts else 1.0
+    return visited(tokens, model.facts.get("experts_per_token", 1), experts) if experts else 1.0

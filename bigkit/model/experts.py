@@ -60,6 +60,9 @@ class Experts:
 def experts_of(model: ModelSpec) -> tuple[Experts, ...]:
     """The experts of each block of a model, in order; empty if it is no mixture of experts.
 
+    Raises:
+        ValueError: a token is said to take more experts than any block has.
+
     >>> from bigkit import zoo
     >>> first = experts_of(zoo.describe("mixtral-8x7b"))[0]
     >>> first.name, first.count, first.per_token, first.bytes_each(Precision("bfloat16"))
@@ -81,6 +84,8 @@ def experts_of(model: ModelSpec) -> tuple[Experts, ...]:
                 look(child, full)
 
     look(model.root, "")
+    if found and per_token > (most := max(one.count for one in found)):
+        raise ValueError(f"{model.name} says that a token takes {per_token} experts, but its blocks have {most} each")
     return tuple(found)
 
 
@@ -128,12 +133,15 @@ def active_bytes(model: ModelSpec, precision: Precision = Precision()) -> int:
     return max(0, model.bytes(precision) - idle)
 
 
-def picked(experts: Experts, tokens: int) -> float:
-    """The number of distinct experts of a block that so many tokens visit, if each chooses by chance.
+def visited(tokens: int, per_token: int, count: int) -> float:
+    """The share of a block's experts that some of so many tokens visit, if each chooses by chance.
 
     With n experts of which k work, b tokens leave one untouched with probability (1 - k/n)^b.
+
+    >>> visited(1, 2, 8), round(visited(8, 2, 8), 2)
+    (0.25, 0.9)
     """
-    return experts.count * (1 - (1 - experts.per_token / experts.count) ** tokens)
+    return 1 - (1 - per_token / count) ** tokens
 
 
 def sentence(model: ModelSpec, precision: Precision = Precision("bfloat16")) -> str:

@@ -57,19 +57,22 @@ class GatherStreamer(ExpertStreamer):
 
     def _can_gather(self, unit: Unit, module: nn.Module, given: Sequence[Any]) -> bool:
         choice = choice_of(module, given)
-        if choice is None or choice.shape[0] != 1 or module.config._experts_implementation != "batched_mm":
+        implementation = getattr(module.config, "_experts_implementation", None)
+        if choice is None or choice.shape[0] != 1 or implementation != "batched_mm":
             return False
-        slabs = {part.slab for part in unit.parts()}  # all in one, and pinned: as a unit that rests in RAM is laid out
-        return len(slabs) == 1 and all(slab is not None and slab.pinned for slab in slabs)
+        places = {(part.slab, part.at - part.offset) for part in unit.parts()}
+        slab, start = next(iter(places))  # in one slab, as in a slot: so it is unless some are tied to another unit's
+        return len(places) == 1 and slab is not None and slab.pinned and start >= 0
 
     def _bring(self, unit: Unit) -> Views:
         through_window, self._through_window = self._through_window, False
-        if not through_window or unit.index in self.holder and unit.index not in self.filled:
+        if not through_window:
             return super()._bring(unit)
-        if unit.index in self.holder:
+        if unit.index in self.filled:
             self._empty(self.holder[unit.index])
-        slot = self._window(unit)
-        slot.unit, self.holder[unit.index] = unit, slot
+        if unit.index not in self.holder:  # all of its experts are in a slot, if it is there
+            slot = self._window(unit)
+            slot.unit, self.holder[unit.index] = unit, slot
         prefetch, self.prefetch = self.prefetch, False
         try:
             return super()._bring(unit)
@@ -100,4 +103,5 @@ class GatherStreamer(ExpertStreamer):
     def forget(self, weight: Any) -> None:
         super().forget(weight)
         with self.lock:
-            self.windows.pop(self._unit_of[id(weight)].index, None)
+            for same in (weight, *weight.aliases):
+                self.windows.pop(self._unit_of[id(same)].index, None)

@@ -7,8 +7,9 @@ import torch
 
 import bigkit
 from bigkit.checkpoints.ring import Slab
-from bigkit.offload.experts import ExpertStreamer, count_rows
+from bigkit.offload.experts import ExpertStreamer
 from bigkit.offload.gather import GatherStreamer, seen_by_gpu
+from bigkit.offload.rows import count_rows
 
 GPU = torch.device("cuda:0")
 

@@ -1,6 +1,8 @@
 """Experts in layer records, against published figures, a second count, and both forms in which models hold them."""
 
 import json
+from dataclasses import replace
+from itertools import combinations
 
 import pytest
 import transformers as tf
@@ -9,7 +11,7 @@ from torch import nn
 from bigkit import estimate_memory, init_empty_weights, zoo
 from bigkit.meta.skeleton import spec_from_module
 from bigkit.model.estimate import estimate
-from bigkit.model.experts import active_bytes, active_parameters, experts_of, picked, sentence
+from bigkit.model.experts import active_bytes, active_parameters, experts_of, sentence, visited
 from bigkit.model.precision import Precision
 
 TINY = {"vocab_size": 32, "hidden_size": 16, "num_attention_heads": 2, "num_key_value_heads": 2}
@@ -119,6 +121,15 @@ def test_estimate_shows_total_and_active():
     assert estimate(spec, stored=["nf4"]).inference[0].active < row.active
 
 
-def test_picked_is_what_chance_gives():
-    experts = experts_of(zoo.describe("mixtral-8x7b"))[0]
-    assert picked(experts, 1) == pytest.approx(2) and 7.9 < picked(experts, 16) < 8
+def test_visited_is_what_chance_gives():
+    """Against a count of all the ways in which three tokens can choose 2 of 4."""
+    pairs = [*combinations(range(4), 2)]
+    ways = [len({*a, *b, *c}) for a in pairs for b in pairs for c in pairs]
+    assert visited(3, 2, 4) == pytest.approx(sum(ways) / len(ways) / 4)
+
+
+def test_more_experts_per_token_than_there_are():
+    model = spec_from_module(Remote())
+    wrong = replace(model, facts={**model.facts, "experts_per_token": 5})
+    with pytest.raises(ValueError, match="Remote says that a token takes 5 experts, but its blocks have 4 each"):
+        estimate(wrong)

@@ -25,9 +25,10 @@ from bigkit.meta.skeleton import spec_from_module
 from bigkit.model.experts import experts_of
 from bigkit.offload import experts as experts_module
 from bigkit.offload import gather
-from bigkit.offload.experts import ExpertsHook, ExpertStreamer, Rows, chosen_rows, count_rows, rows_of
+from bigkit.offload.experts import ExpertsHook, ExpertStreamer, chosen_rows
 from bigkit.offload.handle import Away
 from bigkit.offload.hooks import AlignDevicesHook
+from bigkit.offload.rows import Rows, count_rows, rows_of
 
 SMALL = {
     "vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2,
@@ -131,7 +132,7 @@ def test_what_is_not_chosen_is_not_read(make, implementation, monkeypatch):
     fill = streamer.lane.fill
 
     def poisoned(slot, unit):
-        if isinstance(unit, experts_module.Rows):
+        if isinstance(unit, Rows):
             slot.base.view(torch.float32).fill_(torch.nan)
         fill(slot, unit)
 
@@ -500,17 +501,22 @@ def test_a_view_that_is_kept_stays_as_it_is(kind, tmp_path):
     assert torch.equal(kept[0].nan_to_num(), before.nan_to_num())
 
 
-def test_tied_experts_rest_once():
-    """Blocks that share their experts: both lend the same ones."""
+@pytest.mark.parametrize("place", ["cpu", "disk"])
+def test_tied_experts_rest_once(place, tmp_path):
+    """Blocks that share their experts: both lend the same ones, also after they were written to."""
     model = made(qwen3_moe)
     first, second = (model.model.layers[i].mlp.experts for i in (0, 1))
     second.gate_up_proj, second.down_proj = first.gate_up_proj, first.down_proj
     expected = generated(model)
-    found = dispatch_model(model, apart(model, "cpu"), stand_in={0: "cpu"})
+    whole = copy.deepcopy(model)
+    found = dispatch_model(model, apart(model, place, "cpu" if place == "disk" else 0), stand_in={0: "cpu"},
+                           offload_dir=tmp_path, main_device=None if place == "cpu" else "cpu")  # fmt: skip
     assert torch.equal(generated(found), expected)
     with torch.no_grad():
         first.down_proj.mul_(3)
+        whole.model.layers[0].mlp.experts.down_proj.mul_(3)
     assert torch.equal(second.down_proj.cpu() + 0, first.down_proj.cpu() + 0)
+    assert torch.equal(generated(found), generated(whole)), "the cache has forgotten both blocks' experts"
 
 
 @pytest.mark.filterwarnings("ignore")  # peft and transformers disagree on names
