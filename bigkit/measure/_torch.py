@@ -19,7 +19,7 @@ def clear_cublas_workspaces() -> None:
 
 def records_history() -> bool:
     """Whether somebody records what is asked of the allocator. With what options cannot be asked."""
-    return bool(torch._C._cuda_isHistoryEnabled())
+    return torch.cuda.is_initialized() and bool(torch._C._cuda_isHistoryEnabled())  # before, the call is a crash
 
 
 def start_history() -> None:
