@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -145,6 +146,18 @@ def test_dense_is_a_plain_model(tmp_path: Path, format: str) -> None:
     assert all(type(module) is type(other) for module, other in zip(model.modules(), plain.modules(), strict=True))
     for (name, ours), theirs in zip(model.named_parameters(), plain.parameters(), strict=True):
         assert torch.equal(ours, theirs), name
+
+
+@pytest.mark.parametrize("place", ["cpu", "disk"])
+def test_chosen_experts_travel_as_they_are_stored(tmp_path: Path, place: str) -> None:
+    plain = write(tmp_path, "mxfp4")
+    apart = {f"model.layers.{i}.mlp.experts": place for i in range(2)}
+    devices: dict[str, int | str] = {"": 0, **apart}
+    model = bigkit.load_checkpoint_and_dispatch(empty(plain), tmp_path, devices, strict=True, stand_in={0: "cpu"})
+    expected = plain.generate(PROMPT, max_new_tokens=8, do_sample=False)
+    assert torch.equal(model.generate(PROMPT, max_new_tokens=8, do_sample=False), expected)
+    hook: Any = model.model.layers[0].mlp.experts._hf_hook
+    assert type(hook.streamer).__name__ == "ExpertStreamer"
 
 
 def test_plans_count_what_is_stored(tmp_path: Path) -> None:
