@@ -118,7 +118,7 @@ def remarks(name: str, facts: Mapping[str, Any], context: int) -> tuple[str, ...
 def stacked_experts(model: ModelSpec, precision: Precision) -> tuple[str, ...]:
     """What must be said of a mixture of experts in few bits: experts in one tensor are no linear layers."""
     weights = sum(model.tensors[f"{name}.weight"][0].elements for name in model.quantized(precision))
-    if not precision.quantization or not model.facts.get("num_experts") or 2 * weights > model.parameters:
+    if not precision.quantization or not model.facts.get("num_experts") or 2 * weights >= model.parameters:
         return ()
     share = 100 * weights / model.parameters
     return (f"{share:.0f} % of the parameters of {model.name} are quantized: its stacked experts are not.",)

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..devices import join
-from ..units import counted, format_bytes
+from ..units import counted, format_bytes, format_count
 from .precision import Precision
 from .spec import ModelSpec, ModuleSpec
 
@@ -160,8 +160,8 @@ def sentence(model: ModelSpec, precision: Precision = Precision("bfloat16")) -> 
     shared = len(experts[0].shared)
     beside = f" and {counted(shared, 'shared module')}" if shared else ""
     return (
-        f"A mixture of experts: of {model.parameters / 1e9:,.1f} B parameters a token uses "
-        f"{active_parameters(model) / 1e9:,.1f} B, {choice}{beside} in each of {counted(len(experts), 'block')}. In "
+        f"A mixture of experts: of {format_count(model.parameters)} parameters a token uses "
+        f"{format_count(active_parameters(model))}, {choice}{beside} in each of {counted(len(experts), 'block')}. In "
         f"{precision.label} one expert takes {format_bytes(experts[0].bytes_each(precision))}, and a token uses "
         f"{format_bytes(active_bytes(model, precision))} of {format_bytes(model.bytes(precision))}."
     )

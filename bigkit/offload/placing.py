@@ -108,7 +108,10 @@ class Origins:
             self.written.update((source.path, source.owner) for source in sources)
             return {suffix: _range_of(part) or part.on_cpu() for suffix, part in record.away.parts.items()}
         if not record.tensor.is_meta:
-            return codec_of(record.tensor).take_apart(record.tensor)
+            codec = codec_of(record.tensor)
+            for place in record.places.values():
+                codec.collect(place[0])
+            return codec.take_apart(record.tensor)
         for name in record.places:
             if name in self.given:
                 return {"": self.given[name].detach()}

@@ -166,6 +166,8 @@ class Weight:
     def keep(self, value: Tensor) -> None:
         """Make `value`, which fits, what rests, in RAM: a file is never written to."""
         codec = codec_of(self.template)
+        for place in self.places:
+            codec.collect(place[0])
         new = codec.take_apart(value)
         for suffix, part in self.parts.items():
             if part.slab is None:

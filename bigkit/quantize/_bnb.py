@@ -54,3 +54,14 @@ def keep_codes(layer: nn.Module) -> None:
 def is_packed_anew(state: Any) -> bool:
     """Whether a forward on such a CPU has packed the codes of this `QuantState` anew."""
     return hasattr(state, "original_qshape")
+
+
+def give_scales_back(layer: Any) -> None:
+    """Undo what bitsandbytes' int8 layer does when it first runs: it takes the scales from its weight.
+
+    `MatmulLtState.CB` and `.SCB`.
+    """
+    weight, state = layer._parameters.get("weight"), getattr(layer, "state", None)
+    if getattr(weight, "SCB", state) is None and getattr(state, "SCB", None) is not None:
+        weight.CB, weight.SCB = state.CB, state.SCB
+        state.CB = state.SCB = None

@@ -48,7 +48,8 @@ def bitsandbytes() -> ModuleType:
             "pip install 'bitsandbytes>=0.46'; everything else in bigkit works without it"
         ) from error
     for cls, suffixes in (("Params4bit", ("", "absmax", "nested_absmax")), ("Int8Params", ("", "SCB"))):
-        CODECS[getattr(bitsandbytes.nn, cls)] = TensorCodec(take_apart, put_together, skeleton, suffixes, nbytes)
+        codec = TensorCodec(take_apart, put_together, skeleton, suffixes, nbytes, _bnb.give_scales_back)
+        CODECS[getattr(bitsandbytes.nn, cls)] = codec
     return bitsandbytes
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +76,6 @@ def test_what_is_not_known_is_not_guessed(settings: dict[str, Any]) -> None:
 
 def test_bitsandbytes_counts_as_planned() -> None:
     spec = zoo.describe("llama-2-7b")
-    spec = type(spec)(**{**vars(spec), "facts": {**spec.facts, "quantization_config": {
-        "quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}}})  # fmt: skip
+    settings = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+    spec = replace(spec, facts={**spec.facts, "quantization_config": settings})
     assert as_stored(spec)[0] == spec.bytes(spec.precision(None, "nf4"))  # type: ignore[index]

@@ -11,6 +11,7 @@ import transformers
 from torch import nn
 
 from bigkit import dispatch_model, load_and_quantize_model, remove_hook_from_module
+from bigkit.quantize.bnb import bitsandbytes
 from tests.clients.places import compare
 from tests.quantize.helpers import CPU, config, llama
 
@@ -154,3 +155,21 @@ def test_attributes_of_plain_parameters_too():
     model[0].weight.tag, model[0].weight.mask = "mine", torch.ones(4)
     model = dispatch_model(model, CPU, main_device=0, stand_in={0: "cpu"}, force_hooks=True)
     assert model[0].weight.tag == "mine" and model[0].weight.mask.equal(torch.ones(4))
+
+
+@pytest.mark.parametrize("ran", [False, True])
+def test_bitsandbytes_own_int8_layers_may_have_run(ran: bool) -> None:
+    """Theirs takes the scales from its weight when it first runs."""
+    bitsandbytes()
+    layer = bnb.nn.Linear8bitLt(32, 16, has_fp16_weights=False)
+    layer.load_state_dict(nn.Linear(32, 16).state_dict())
+    model = nn.Sequential(layer.to("cpu"), nn.Identity()).eval()
+    x = torch.randn(3, 32)
+    with torch.no_grad():
+        expected = copy.deepcopy(model)(x)
+        if ran:
+            model(x)
+        dispatch_model(model, {"0": "cpu", "1": 0}, stand_in={0: "cpu"})
+        assert torch.equal(model(x), expected) and torch.equal(model(x), expected)
+        dispatch_model(model, {"0": 0, "1": "cpu"}, stand_in={0: "cpu"}, force_hooks=True)
+        assert torch.equal(model(x), expected)
