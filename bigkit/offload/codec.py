@@ -28,7 +28,7 @@ class TensorCodec(NamedTuple):
         suffixes: all that there may be; "" is the tensor under its own name in a checkpoint, "absmax" one that lies
             there as `name.absmax`.
         nbytes: tensor -> bytes of all that it consists of.
-        collect: module -> nothing; gives its tensors the parts that the module has taken from them.
+        collect: (tensor, module) -> nothing; gives a tensor back what its module has taken of it.
     """
 
     take_apart: Callable[[Tensor], dict[str, Tensor]]
@@ -36,7 +36,7 @@ class TensorCodec(NamedTuple):
     template: Callable[[Tensor], Tensor]
     suffixes: tuple[str, ...] = ("",)
     nbytes: Callable[[Tensor], int] = lambda tensor: tensor.nbytes
-    collect: Callable[[nn.Module], None] = lambda module: None
+    collect: Callable[[Tensor, nn.Module], None] = lambda tensor, module: None
 
 
 def _plain_template(tensor: Tensor) -> Tensor:

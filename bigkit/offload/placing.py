@@ -109,8 +109,8 @@ class Origins:
             return {suffix: _range_of(part) or part.on_cpu() for suffix, part in record.away.parts.items()}
         if not record.tensor.is_meta:
             codec = codec_of(record.tensor)
-            for place in record.places.values():
-                codec.collect(place[0])
+            for module, *_ in record.places.values():
+                codec.collect(record.tensor, module)
             return codec.take_apart(record.tensor)
         for name in record.places:
             if name in self.given:

@@ -167,7 +167,7 @@ class Weight:
         """Make `value`, which fits, what rests, in RAM: a file is never written to."""
         codec = codec_of(self.template)
         for place in self.places:
-            codec.collect(place[0])
+            codec.collect(value, place[0])
         new = codec.take_apart(value)
         for suffix, part in self.parts.items():
             if part.slab is None:

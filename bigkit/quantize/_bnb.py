@@ -56,12 +56,12 @@ def is_packed_anew(state: Any) -> bool:
     return hasattr(state, "original_qshape")
 
 
-def give_scales_back(layer: Any) -> None:
+def give_scales_back(weight: Any, layer: Any) -> None:
     """Undo what bitsandbytes' int8 layer does when it first runs: it takes the scales from its weight.
 
     `MatmulLtState.CB` and `.SCB`.
     """
-    weight, state = layer._parameters.get("weight"), getattr(layer, "state", None)
+    state: Any = getattr(layer, "state", None)
     if getattr(weight, "SCB", state) is None and getattr(state, "SCB", None) is not None:
         weight.CB, weight.SCB = state.CB, state.SCB
         state.CB = state.SCB = None
