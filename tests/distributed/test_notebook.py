@@ -258,7 +258,7 @@ def test_interrupting_a_cell_ends_its_processes(tmp_path: Path) -> None:
 
     try:
         code = SLEEPER.partition("try:")[0] + "notebook_launcher(sleep, ('.',), 2)"
-        request = client.execute(code)
+        request = client.execute(code, stop_on_error=False)  # else the kernel may answer "aborted" to the next one
         wait_for(tmp_path / "0", tmp_path / "1")
         pids = [int(pid) for rank in "01" for pid in (tmp_path / rank).read_text().split()]
         manager.interrupt_kernel()
