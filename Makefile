@@ -18,7 +18,7 @@ PYTHON ?= $(firstword $(foreach p,python3 python3.13 python3.12 python3.11 pytho
 unit browser notebooks soak bench: export HF_HUB_OFFLINE = 1
 # Tests run in as many processes as there are cores, each with a thread of its own.
 unit notebooks soak: export OMP_NUM_THREADS = 1
-PYTEST := $(BIN)/python -m pytest -q
+PYTEST := $(BIN)/python -m pytest -q $(AGAIN)
 EACH   := -n logical --dist worksteal
 
 .PHONY: lab test lint format unit browser notebooks soak bench clean
