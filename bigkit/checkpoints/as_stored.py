@@ -13,7 +13,7 @@ Leaves out: the formats (`codecs.py`), and decoding at loading (`load_checkpoint
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from ..model.header import CheckpointError
 from ._transformers import Made, gptq_offset
-from .codecs import Codec, Kinds, decode_mxfp4, find_codec
+from .codecs import Codec, Kinds, Parts, decode_mxfp4, find_codec
 from .format import Checkpoint
 
 BLOCKS, SCALES = "_blocks", "_scales"  # ends of the names of MXFP4's tensors
@@ -137,14 +137,7 @@ def _change(
 ) -> None:
     weight, parts = module.weight, {own: kind for own, kind in kinds.items() if own != "bias"}
     if keep == "dense":
-        aside = {own: source.set_aside(f"{name}.{own}") for own in parts}
-
-        def make(tensors: Any) -> dict[str, Tensor]:
-            return {f"{name}.weight": codec.decode({own: tensors[key] for own, key in aside.items()}, weight.dtype)}
-
-        source.made[f"{name}.weight"] = Made(
-            f"{name}.weight", tuple(weight.shape), weight.dtype, tuple(aside.values()), make
-        )
+        _decode_at_loading(source, name, "weight", weight, parts, codec.decode)
         return
     _restorable(module, undo)
     bias = module._parameters.pop("bias")
@@ -167,23 +160,22 @@ def _stacked(module: nn.Module, kinds: Kinds) -> Iterator[str]:
 def _change_experts(
     name: str, module: nn.Module, own: str, source: Checkpoint, keep: str, kinds: Kinds, undo: list[Any]
 ) -> None:
-    weight, ends = module._parameters[own], (BLOCKS, SCALES)
+    weight, names = module._parameters[own], (own + BLOCKS, own + SCALES)
     assert weight is not None
+
+    def decode(parts: Parts, dtype: torch.dtype) -> Tensor:
+        return decode_mxfp4(parts[own + BLOCKS], parts[own + SCALES], dtype)
+
     if keep == "dense":
-        aside = [source.set_aside(f"{name}.{own}{end}") for end in ends]
-
-        def make(tensors: Any) -> dict[str, Tensor]:
-            return {f"{name}.{own}": decode_mxfp4(tensors[aside[0]], tensors[aside[1]], weight.dtype)}
-
-        source.made[f"{name}.{own}"] = Made(f"{name}.{own}", tuple(weight.shape), weight.dtype, tuple(aside), make)
+        _decode_at_loading(source, name, own, weight, names, decode)
         return
     _restorable(module, undo)
     del module._parameters[own]
-    for end in ends:
-        module.register_parameter(own + end, _empty(kinds[own + end]))
+    for one in names:
+        module.register_parameter(one, _empty(kinds[one]))
 
     def experts(self: Any) -> _Experts:
-        blocks, scales = (self._parameters[own + end] for end in ends)
+        blocks, scales = (self._parameters[one] for one in names)
         return _Experts(blocks, scales, self.works_in)
 
     cls = type(module)
@@ -191,7 +183,24 @@ def _change_experts(
     module.__class__ = type(cls.__name__, bases, {own: property(experts), "__module__": cls.__module__})
     experts_module: Any = module
     experts_module.works_in = weight.dtype
-    experts_module.stored = (*experts_module.stored, *(own + end for end in ends))
+    experts_module.stored = (*experts_module.stored, *names)
+
+
+def _decode_at_loading(
+    source: Checkpoint,
+    module: str,
+    own: str,
+    weight: Tensor,
+    parts: Iterable[str],
+    decode: Callable[[Parts, torch.dtype], Tensor],
+) -> None:
+    """Let a checkpoint have a weight that is made of its parts, which are found under no model's names any more."""
+    full, aside = f"{module}.{own}", {part: source.set_aside(f"{module}.{part}") for part in parts}
+
+    def make(tensors: Parts) -> dict[str, Tensor]:
+        return {full: decode({part: tensors[key] for part, key in aside.items()}, weight.dtype)}
+
+    source.made[full] = Made(full, tuple(weight.shape), weight.dtype, tuple(aside.values()), make)
 
 
 def _restorable(module: nn.Module, undo: list[Any]) -> None:

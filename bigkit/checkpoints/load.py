@@ -32,7 +32,7 @@ from .resting import record_resting_place, rest_on_disk
 
 def load_checkpoint_in_model(
     model: nn.Module,
-    checkpoint: str | os.PathLike[str],
+    checkpoint: str | os.PathLike[str] | Checkpoint,
     device_map: Mapping[str, Device] | None = None,
     offload_folder: str | os.PathLike[str] | None = None,
     dtype: torch.dtype | str | None = None,
@@ -58,7 +58,7 @@ def load_checkpoint_in_model(
 
     Args:
         model: the model.
-        checkpoint: a file, an index or a folder.
+        checkpoint: a file, an index or a folder; or one that is open already, with its `key` and `prefix`.
         device_map: module name -> device, covering the model. What it puts on "disk" is on meta in the model
             afterwards, and is found in the report's `on_disk`. None puts each tensor
             where the model has it (meta: on the CPU).
@@ -99,7 +99,7 @@ def load_checkpoint_in_model(
     if quantized := [name for name, module in model.named_modules() if extra_tensors(module)]:
         raise ValueError(f"{listed(quantized)} is quantized: load_and_quantize_model fills an empty model")
     with collector_paused():
-        source = Checkpoint.open(checkpoint, key, prefix)
+        source = checkpoint if isinstance(checkpoint, Checkpoint) else Checkpoint.open(checkpoint, key, prefix)
         with as_stored(model, source, keep):
             report = load_matching(
                 model, source, device_map, offload_folder, dtype, offload_buffers, keep_in_fp32_modules, strict
@@ -108,7 +108,7 @@ def load_checkpoint_in_model(
         unlike = len(report.mismatched) + len(report.wrong_dtype)
         counts = f"{len(report.missing)} tensors missing, {len(report.unexpected)} unknown, {unlike} of another kind"
         text = (
-            f"{checkpoint} does not fit {type(model).__name__}; what does not match is not loaded ({counts}): {report}"
+            f"{source.path} does not fit {type(model).__name__}; what does not match is not loaded ({counts}): {report}"
         )
         warnings.warn(text, stacklevel=2)
     return report

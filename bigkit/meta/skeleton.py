@@ -161,11 +161,13 @@ def modules_to_keep(model: nn.Module) -> dict[str, list[str]]:
     keep_in_int8: layers that `nn.TransformerEncoderLayer` computes with by itself where it is fast.
     """
     facts: dict[str, list[str]] = {}
+    parts = list(model.named_modules())
     for fact in ("keep_in_fp32", "keep_in_fp32_strict"):
         attribute = f"_{fact.replace('fp32', 'fp32_modules')}"
-        lists = (getattr(part, attribute, None) for part in model.modules())
+        # Not by `getattr`: a module looks in three dicts, and raises, for each attribute that it lacks.
+        lists = (vars(part).get(attribute, getattr(type(part), attribute, None)) for _, part in parts)
         facts[fact] = sorted({name for names in lists if isinstance(names, (list, tuple, set)) for name in names})
-    encoders = (name for name, part in model.named_modules() if isinstance(part, nn.TransformerEncoderLayer))
+    encoders = (name for name, part in parts if isinstance(part, nn.TransformerEncoderLayer))
     facts["keep_in_int8"] = [f"{name}.{own}".lstrip(".") for name in encoders for own in ("linear1", "linear2")]
     return {fact: names for fact, names in facts.items() if names}
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 import os
 from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -92,44 +93,46 @@ def load_checkpoint_and_dispatch(
     inspect.signature(dispatch_model).bind(model, {}, **dispatching)  # options are checked before weights are loaded
     read_options({}, **dispatching)
     device_map = whole_on(device_map)
-    if isinstance(device_map, str):
-        if device_map not in STRATEGIES:
-            raise ValueError(f"unknown device_map {device_map!r}: expected a map or one of {', '.join(STRATEGIES)}")
-        classes = [no_split_module_classes] if isinstance(no_split_module_classes, str) else no_split_module_classes
-        max_memory = get_max_memory() if max_memory is None else max_memory
-        if keep == "stored":  # the sizes to plan with
-            with as_stored(model, Checkpoint.open(checkpoint, key, prefix)):
-                pass
-        device_map = place(
-            spec_from_module(model),
-            max_memory,
-            device_map,
-            dtype=dtype,
-            special_dtypes=stored_dtypes(model),
-            no_split=classes,
+    source: str | os.PathLike[str] | Checkpoint = checkpoint
+    with ExitStack() as until_loaded:  # an error before that leaves the model as it was
+        if isinstance(device_map, str):
+            if device_map not in STRATEGIES:
+                raise ValueError(f"unknown device_map {device_map!r}: expected a map or one of {', '.join(STRATEGIES)}")
+            classes = [no_split_module_classes] if isinstance(no_split_module_classes, str) else no_split_module_classes
+            max_memory = get_max_memory() if max_memory is None else max_memory
+            source = Checkpoint.open(checkpoint, key, prefix)
+            if keep == "stored":  # the sizes to plan with
+                until_loaded.enter_context(as_stored(model, source))
+            device_map = place(
+                spec_from_module(model),
+                max_memory,
+                device_map,
+                dtype=dtype,
+                special_dtypes=stored_dtypes(model),
+                no_split=classes,
+                offload_buffers=offload_buffers,
+            )
+        if isinstance(device_map, Plan):
+            dispatching.setdefault("slots", device_map.slots or 2)
+            device_map = device_map.device_map
+        loading = None
+        if device_map is not None:
+            layout = read_options(device_map, **dispatching)
+            check_device_map(model, device_map)
+            loading = {name: "cpu" if device in layout.stand_in else device for name, device in layout.places.items()}
+        report = load_checkpoint_in_model(
+            model,
+            source,
+            loading,
+            offload_folder,
+            dtype,
             offload_buffers=offload_buffers,
+            strict=strict,
+            keep_in_fp32_modules=keep_in_fp32_modules,
+            key=key,
+            prefix=prefix,
+            keep=keep,
         )
-    if isinstance(device_map, Plan):
-        dispatching.setdefault("slots", device_map.slots or 2)
-        device_map = device_map.device_map
-    loading = None
-    if device_map is not None:
-        layout = read_options(device_map, **dispatching)
-        check_device_map(model, device_map)
-        loading = {name: "cpu" if device in layout.stand_in else device for name, device in layout.places.items()}
-    report = load_checkpoint_in_model(
-        model,
-        checkpoint,
-        loading,
-        offload_folder,
-        dtype,
-        offload_buffers=offload_buffers,
-        strict=strict,
-        keep_in_fp32_modules=keep_in_fp32_modules,
-        key=key,
-        prefix=prefix,
-        keep=keep,
-    )
     if device_map is None:
         return model
     if report.missing and any(record.tensor.is_meta and record.name in report.missing for record in records(model)):

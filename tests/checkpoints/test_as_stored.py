@@ -15,6 +15,7 @@ from transformers import GptOssConfig, GptOssForCausalLM, LlamaConfig, LlamaForC
 import bigkit
 from bigkit.checkpoints.as_stored import StoredLinear
 from bigkit.checkpoints.codecs import decode_mxfp4, find_codec
+from bigkit.checkpoints.format import Checkpoint
 from bigkit.meta.skeleton import spec_from_module
 from bigkit.model.header import CheckpointError
 
@@ -194,6 +195,21 @@ def test_after_an_error_the_model_is_as_it_was(tmp_path: Path) -> None:
     assert all(type(module) is not StoredLinear for module in model.modules())
     assert [(name, p.dtype) for name, p in model.named_parameters()] == [(n, p.dtype) for n, p in
                                                                          plain.named_parameters()]  # fmt: skip
+
+
+def test_a_plan_that_does_not_fit_leaves_the_model_as_it_was(tmp_path: Path) -> None:
+    model = empty(write(tmp_path, "fp8"))
+    with pytest.raises(bigkit.PlanError):
+        bigkit.load_checkpoint_and_dispatch(model, tmp_path, "auto", {0: "1KB", "cpu": "1KB"}, stand_in={0: "cpu"})
+    assert all(type(module) is not StoredLinear for module in model.modules())
+
+
+def test_a_checkpoint_is_opened_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, opened = empty(write(tmp_path, "fp8")), []
+    plainly = Checkpoint.open
+    monkeypatch.setattr(Checkpoint, "open", lambda *args: opened.append(args) or plainly(*args))
+    bigkit.load_checkpoint_and_dispatch(model, tmp_path, "auto", {0: "1GB", "cpu": "1GB"}, stand_in={0: "cpu"})
+    assert len(opened) == 1
 
 
 def test_a_format_that_is_not_known_is_one_sentence(tmp_path: Path) -> None:
