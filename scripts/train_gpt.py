@@ -275,6 +275,34 @@ def arguments(description: str) -> argparse.ArgumentParser:
     return parser
 
 
+def write_report(args: argparse.Namespace, parameters: int, lengths: dict[str, int], figures: dict[str, Any]) -> None:
+    """Write training.json beside the weights, and print its samples and main figures.
+
+    Args:
+        args: what the script was called with.
+        parameters: the number of the model's parameters.
+        lengths: part of the text -> its bytes.
+        figures: what was measured, the samples last.
+    """
+    about: dict[str, Any] = {
+        "parameters": parameters,
+        "corpus": {
+            "source": f"standard library of Python, {args.stdlib.name}",
+            "bytes": lengths,
+            "validation": VALIDATION,
+            "held_out": HELD_OUT,
+        },
+        "settings": {name: value for name, value in vars(args).items() if name not in ("out", "stdlib", "device")},
+        "device": torch.cuda.get_device_name() if args.device.startswith("cuda") else platform.machine() + " CPU",
+        "versions": {"python": platform.python_version(), "torch": torch.__version__},
+        **figures,
+    }
+    (args.out / "training.json").write_text(json.dumps(about, indent=1) + "\n")
+    for sample in about["samples"]:
+        print(f"--- greedy\n{sample['greedy']}\n--- drawn\n{sample['drawn']}")
+    print({name: about[name] for name in ("steps", "epochs", "minutes", "kept_step", "bits_per_byte", "device")})
+
+
 def main() -> None:
     """Train, save, and report the figures of the saved files."""
     parser = arguments(__doc__.splitlines()[0])  # type: ignore[union-attr]
@@ -301,24 +329,8 @@ def main() -> None:
 
     saved = load_gpt(args.out, args.device)
     figures["bits_per_byte"]["held_out"] = round(math.log2(perplexity(saved, held_out)), 4)
-    about: dict[str, Any] = {
-        "parameters": parameters,
-        "corpus": {
-            "source": f"standard library of Python, {args.stdlib.name}",
-            "bytes": lengths,
-            "validation": VALIDATION,
-            "held_out": HELD_OUT,
-        },
-        "settings": {name: value for name, value in vars(args).items() if name not in ("out", "stdlib", "device")},
-        "device": torch.cuda.get_device_name() if args.device.startswith("cuda") else platform.machine() + " CPU",
-        "versions": {"python": platform.python_version(), "torch": torch.__version__},
-        **figures,
-        "samples": samples(saved, args.seed, args.sample_tokens),
-    }
-    (args.out / "training.json").write_text(json.dumps(about, indent=1) + "\n")
-    for sample in about["samples"]:
-        print(f"--- greedy\n{sample['greedy']}\n--- drawn\n{sample['drawn']}")
-    print({name: about[name] for name in ("steps", "epochs", "minutes", "kept_step", "bits_per_byte", "device")})
+    figures["samples"] = samples(saved, args.seed, args.sample_tokens)
+    write_report(args, parameters, lengths, figures)
 
 
 if __name__ == "__main__":

@@ -15,16 +15,14 @@ Leaves out: what train_gpt.py leaves out.
 from __future__ import annotations
 
 import argparse
-import json
 import math
-import platform
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from train_gpt import HELD_OUT, PROMPTS, VALIDATION, arguments, corpus, train
+from train_gpt import PROMPTS, arguments, corpus, train, write_report
 from transformers import GenerationConfig, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from bigkit.zoo.gpt import SEPARATOR, decode, encode, heldout_text, perplexity
@@ -150,25 +148,9 @@ def report(args: argparse.Namespace, parameters: int, lengths: dict[str, int], f
     """Measure the saved files and write training.json."""
     saved = Qwen3MoeForCausalLM.from_pretrained(args.out, dtype=torch.float32).to(args.device).eval()
     figures["bits_per_byte"]["held_out"] = round(math.log2(perplexity(LanguageModel(saved), heldout_text())), 4)
-    about: dict[str, Any] = {
-        "parameters": parameters,
-        "corpus": {
-            "source": f"standard library of Python, {args.stdlib.name}",
-            "bytes": lengths,
-            "validation": VALIDATION,
-            "held_out": HELD_OUT,
-        },
-        "settings": {name: value for name, value in vars(args).items() if name not in ("out", "stdlib", "device")},
-        "device": torch.cuda.get_device_name() if args.device.startswith("cuda") else platform.machine() + " CPU",
-        "versions": {"python": platform.python_version(), "torch": torch.__version__},
-        **figures,
-        "routing": routing(saved, heldout_text()),
-        "samples": samples(saved, args.seed, args.sample_tokens),
-    }
-    (args.out / "training.json").write_text(json.dumps(about, indent=1) + "\n")
-    for sample in about["samples"]:
-        print(f"--- greedy\n{sample['greedy']}\n--- drawn\n{sample['drawn']}")
-    print({name: about[name] for name in ("steps", "epochs", "minutes", "kept_step", "bits_per_byte", "device")})
+    figures["routing"] = routing(saved, heldout_text())
+    figures["samples"] = samples(saved, args.seed, args.sample_tokens)
+    write_report(args, parameters, lengths, figures)
 
 
 if __name__ == "__main__":

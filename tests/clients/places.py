@@ -13,9 +13,7 @@ from torch import nn
 
 from bigkit import cpu_offload, disk_offload, dispatch_model, infer_auto_device_map, load_and_quantize_model
 from tests.quantize.helpers import CPU, config, llama
-from tests.spread import check_at_rest
-
-STAND_IN = {0: "cpu", 1: "cpu"}
+from tests.spread import STAND_IN, check_at_rest
 
 
 def on_gpus(model: nn.Module, folder: Path) -> nn.Module:
