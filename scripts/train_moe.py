@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import math
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,15 +29,25 @@ from transformers import GenerationConfig, Qwen3MoeConfig, Qwen3MoeForCausalLM
 from bigkit.zoo.gpt import SEPARATOR, decode, encode, heldout_text, perplexity
 
 
+def drop(share: float, module: nn.Module, args: tuple, out: Any) -> Any:
+    """A forward hook: what `module` adds to the hidden state, with a random share of it zeroed in training."""
+    if isinstance(out, tuple):
+        return (F.dropout(out[0], share, module.training), *out[1:])
+    return F.dropout(out, share, module.training)
+
+
 class LanguageModel(nn.Module):
     """A model of Transformers with `GPT`'s manner: (logits, loss) for ids and targets.
 
     In training the loss holds the load balancing; in eval mode it is the cross-entropy alone.
     """
 
-    def __init__(self, model: Qwen3MoeForCausalLM) -> None:
+    def __init__(self, model: Qwen3MoeForCausalLM, dropout: float = 0.0) -> None:
         super().__init__()
         self.model = model
+        for block in model.model.layers:  # Qwen3-MoE itself drops attention weights only
+            for part in (block.self_attn, block.mlp):
+                part.register_forward_hook(partial(drop, dropout))
         self.block_size = int(model.config.max_position_embeddings)
 
     def forward(self, ids: Tensor, targets: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
@@ -127,13 +138,13 @@ def main() -> None:
     parser.add_argument("--chosen", type=int, default=2, help="experts for each byte")
     parser.add_argument("--balance", type=float, default=0.01, help="weight of the load balancing in the loss")
     parser.add_argument("--block_size", type=int, default=512)
-    parser.add_argument("--dropout", type=float, default=0.0, help="in the attention")
+    parser.add_argument("--dropout", type=float, default=0.1, help="in the attention and of what a block adds")
     parser.add_argument("--shards", type=int, default=4)
     args = parser.parse_args()
 
     train_bytes, validation, _ = corpus(args.stdlib, args.test_share, args.seed)
     torch.manual_seed(args.seed)
-    model = LanguageModel(Qwen3MoeForCausalLM(config_from(args)))
+    model = LanguageModel(Qwen3MoeForCausalLM(config_from(args)), args.dropout)
     parameters = sum(p.numel() for p in model.parameters())
     lengths = {"train": len(train_bytes), "validation": len(validation), "held_out": len(heldout_text().encode())}
     print(f"{parameters:,} parameters, {parameters * 2:,} bytes; text: {lengths}", flush=True)
