@@ -86,7 +86,7 @@ def check_at_rest(model: nn.Module) -> None:
         assert {slot.unit.index: slot for slot in streamer.slots if slot.unit is not None} == streamer.holder
         for i, slot in streamer.holder.items():
             for weight in () if streamer.maps else streamer.units[i].weights:
-                assert torch.equal(weight.over(slot.base), weight.load()), weight.name
+                assert torch.equal(weight.over(slot.base).cpu(), weight.load()), weight.name
         assert not streamer.held()
 
 

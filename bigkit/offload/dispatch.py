@@ -33,6 +33,7 @@ from .hooks import AlignDevicesHook, drop_hooks, give_back_methods, hooks_in
 from .inputs import torch_device
 from .mapped import PageLane
 from .moving import change_methods, device_map_of
+from .on_device import rows_on_devices
 from .options import names_of, read_options
 from .placing import Origins, make_units
 from .stream import Streamer
@@ -55,6 +56,7 @@ def dispatch_model(
     prefetch: bool = True,
     resident_memory: int | str = 0,
     ram_cache: int | str | None = None,
+    expert_cache: int | str = 0,
     stand_in: Mapping[Device, torch.device | str] | None = None,
 ) -> nn.Module:
     """Spread a model over devices as a map says, and make it run.
@@ -80,6 +82,8 @@ def dispatch_model(
             so that copies hide behind work. They show in `hf_device_map`.
         ram_cache: bytes of RAM that may keep blocks from disk, pinned, after their first visit. None: half of what is
             free, if the main device is a GPU, or if what rests on disk are experts of a mixture.
+        expert_cache: bytes of the devices' memory where experts of a mixture that rest in RAM or on disk may stay after
+            they were chosen: of each block an equal share, those chosen last.
         stand_in: GPU number -> another device in its place, to try a plan out without GPUs.
 
     Returns:
@@ -101,7 +105,15 @@ def dispatch_model(
         device_map = device_map.device_map
     entries: Mapping[str, Device] = whole_on(device_map)
     layout = read_options(
-        entries, main_device, slots, resident_memory, ram_cache, stand_in, skip_keys, preload_module_classes
+        entries,
+        main_device,
+        slots,
+        resident_memory,
+        ram_cache,
+        expert_cache,
+        stand_in,
+        skip_keys,
+        preload_module_classes,
     )
     check_device_map(model, entries)
     origins = Origins.of(state_dict, offload_index, offload_dir)
@@ -110,8 +122,9 @@ def dispatch_model(
     classes = names_of(preload_module_classes)
     if budget := parse_bytes(resident_memory):
         layout = with_residents(model, layout, classes, budget)
+    on_device = rows_on_devices(model, layout, parse_bytes(expert_cache))
     units = make_units(model, layout, origins, offload_buffers=offload_buffers, whole_classes=classes)
-    lenders = streamers_of(layout, units, slots, prefetch, ram_cache)
+    lenders = streamers_of(layout, units, slots, prefetch, ram_cache, on_device)
     if others := [unit for unit in units if unit not in lenders]:
         lenders = {**dict.fromkeys(others, _streamer(layout, others, slots, prefetch, ram_cache)), **lenders}
     _forget_earlier(model)

@@ -10,7 +10,7 @@ their hook looks at the call:
     many tokens   if the choice comes to as many bytes as all experts of the block, these are streamed whole, the next
                   block's while this one's work, as any other unit is
 
-    RAM -> GPU    a row of each parameter is copied for each chosen expert
+    RAM -> GPU    a row of each parameter is copied for each chosen expert; those chosen last may stay (`on_device.py`)
     disk -> any   the ranges of the files are read into RAM, and those used last are kept there (`rows.py`); where the
                   CPU works, that memory is lent
 
@@ -18,14 +18,14 @@ What holds for dense units holds for these too, as `ExpertStreamer` is a `Stream
 writes, backwards, interrupts. Experts that are modules of their own (a ModuleList) need no more than to be units of
 their own, none of which is fetched ahead: who is not called does not travel.
 
-Leaves out: the gather of the GPU itself (`gather.py`), and a cache of experts on the GPU.
+Leaves out: the gather of the GPU itself (`gather.py`).
 """
 
 from __future__ import annotations
 
 import mmap
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -36,15 +36,17 @@ from ..model.experts import visited
 from ..units import parse_bytes
 from ._torch import detect_fake_mode
 from .grouping import Layout
-from .hooks import AlignDevicesHook
+from .hooks import AlignDevicesHook, hooks_in
 from .inputs import torch_device
 from .mapped import PageLane
+from .on_device import DeviceRows
 from .rows import ExpertCache, Rows, count_rows, has_rows, rows_of
 from .stream import Streamer, Views, is_real_cuda
 from .transfer import PlainLane, Slot
-from .weights import Unit
+from .weights import Part, Unit
 
 KNOWN = (None, "eager", "batched_mm", "grouped_mm")  # implementations of Transformers that read only chosen experts
+ANY_NUMBER = ("eager", "batched_mm")  # those of them that work with tensors of fewer rows
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -58,12 +60,20 @@ class ExpertStreamer(Streamer):
         device: where they work.
         units: in the model's order; each module is one that `count_rows` knows.
         cache: bytes of RAM that may keep experts from disk.
+        on_device: for each unit, how many of its experts may stay on the device.
         on_pages: whether the device is the CPU itself, to which RAM is lent as it is.
         options: see `Streamer`.
     """
 
     def __init__(
-        self, device: torch.device, units: Sequence[Unit], *, cache: int = 0, on_pages: bool = False, **options: Any
+        self,
+        device: torch.device,
+        units: Sequence[Unit],
+        *,
+        cache: int = 0,
+        on_device: Sequence[int] = (),
+        on_pages: bool = False,
+        **options: Any,
     ) -> None:
         super().__init__(device, units, PlainLane(device) if on_pages else None, **options)
         self.on_pages = on_pages
@@ -72,6 +82,10 @@ class ExpertStreamer(Streamer):
         self.cache.serve(self.units)
         self.filled: dict[int, set[int]] = {}  # index of a unit in a slot -> its experts there; absent: all
         self._wanted: list[int] | None = None
+        self._as_is: Slot | None = None  # the slot from which the next unit is lent, without being fetched
+        self.rows = [*on_device] or [0] * len(self.units)
+        self.on_device: dict[int, DeviceRows] = {}  # index of a unit -> its experts that stay on the device
+        self.hits = self.misses = 0  # chosen experts that were on the device, and that were not, so far
 
     def lend_rows(self, unit: Unit, rows: list[int] | None) -> None:
         """Like `lend`, for some of the unit's experts; None for all."""
@@ -79,9 +93,24 @@ class ExpertStreamer(Streamer):
             self._wanted = rows
             self.lend(unit)
 
-    def lend_for(self, unit: Unit, module: nn.Module, given: Sequence[Any]) -> None:
-        """Like `lend`, for what the experts are called with."""
-        self.lend_rows(unit, chosen_rows(self, unit, module, given))
+    def lend_for(self, unit: Unit, module: nn.Module, given: Sequence[Any]) -> Tensor | None:
+        """Like `lend`, for what the experts are called with.
+
+        Returns:
+            The router's choice by rows of the tensors that are lent; None if these have a row for each expert.
+        """
+        rows = chosen_rows(self, unit, module, given)
+        may_stay = getattr(module.config, "_experts_implementation", None) in ANY_NUMBER
+        if rows is None or not may_stay or len(rows) > self.rows[unit.index] or detect_fake_mode() is not None:
+            self.lend_rows(unit, rows)
+            return None
+        choice = choice_of(module, given)
+        assert choice is not None
+        with self.lock:
+            kept = self._on_device(unit, rows)
+            self._as_is = kept.slot
+            self.lend(unit)
+            return kept.renumbered(choice)
 
     def pays(self, unit: Unit, choices: int) -> bool:
         """Whether an expert for each of so many choices is less to copy than all of the unit; of pages it always is."""
@@ -99,20 +128,31 @@ class ExpertStreamer(Streamer):
         return [*range(self.counts[unit.index])] if rows is None else rows
 
     def _bring(self, unit: Unit) -> Views:
+        slot, self._as_is = self._as_is, None
+        if slot is not None:
+            if unit.index in self.holder:
+                self._empty(self.holder[unit.index])
+            slot.unit, self.holder[unit.index] = unit, slot
+            return self._bring_alone(unit)
         if self._wanted is None and not self.on_pages:
             if unit.index in self.filled:
                 self._empty(self.holder[unit.index])
             return super()._bring(unit)
         rows = self._rows(unit)
         self._bring_rows(unit, rows)
+        try:
+            return self._bring_alone(unit)
+        finally:
+            if self.on_pages and len(rows) * 2 > self.counts[unit.index]:  # a prompt: the next block will want most too
+                for following in self._following(unit, 1):
+                    following.madvise(mmap.MADV_WILLNEED)
+
+    def _bring_alone(self, unit: Unit) -> Views:
         prefetch, self.prefetch = self.prefetch, False
         try:
             return super()._bring(unit)
         finally:
             self.prefetch = prefetch
-            if self.on_pages and len(rows) * 2 > self.counts[unit.index]:  # a prompt: the next block will want most too
-                for following in self._following(unit, 1):
-                    following.madvise(mmap.MADV_WILLNEED)
 
     def _following(self, unit: Unit, most: int) -> list[Unit]:
         # What comes after the last block is another token, which may want a few experts only.
@@ -134,18 +174,52 @@ class ExpertStreamer(Streamer):
             if self.on_pages:
                 self.cache.bring(unit, missing)
             else:
-                if unit.rests_in() == "disk" and detect_fake_mode() is None:
-                    parts = self.cache.bring(unit, missing)
-                else:
-                    parts = [part for own in rows_of(unit, missing).values() for part in own]
-                self.lane.fill(slot, Rows(unit, parts))  # type: ignore[arg-type]
-                if self.listeners:
-                    self._tell("fetch", unit, self.slots.index(slot))
+                self._copy(unit, slot, self._in_ram(unit, missing))
         except BaseException:
             if not slot.lent:
                 self._empty(slot)
             raise
         there.update(missing)
+
+    def _in_ram(self, unit: Unit, rows: list[int]) -> list[Part]:
+        """The parts of some of a unit's experts, one expert after another; those from disk are read."""
+        if unit.rests_in() == "disk" and detect_fake_mode() is None:
+            return self.cache.bring(unit, rows)
+        return [part for own in rows_of(unit, rows).values() for part in own]
+
+    def _copy(self, unit: Unit, slot: Slot, parts: list[Part]) -> None:
+        self.lane.fill(slot, Rows(unit, parts))  # type: ignore[arg-type]
+        if self.listeners:
+            self._tell("fetch", unit, self.slots.index(slot))
+
+    def _on_device(self, unit: Unit, rows: list[int]) -> DeviceRows:
+        """A unit's rows on the device, with some experts in them."""
+        if self._loan_of(unit) is not None:
+            raise RuntimeError(f"{unit.name} calls itself: dispatch without expert_cache, its rows are in use")
+        kept = self.on_device.get(unit.index)
+        if kept is None:
+            kept = self.on_device[unit.index] = DeviceRows(unit, self.rows[unit.index])
+            kept.slot = self.lane.slot(kept.nbytes)
+            kept.slot.owner = unit
+            kept.slot.visits[unit.index] = self._make_views(unit, kept.weights())
+            self.slots.append(kept.slot)
+        assert kept.slot is not None
+        missing = kept.take(rows)
+        self.misses += len(missing)
+        self.hits += len(rows) - len(missing)
+        try:
+            unit.check()
+            if missing:
+                self._copy(unit, kept.slot, kept.targets(missing, self._in_ram(unit, missing)))
+        except BaseException:
+            self._clear_device(unit)  # what is in its rows is not known
+            raise
+        return kept
+
+    def _clear_device(self, unit: Unit) -> None:
+        kept = self.on_device.pop(unit.index, None)
+        if kept is not None:
+            self.slots = [slot for slot in self.slots if slot is not kept.slot]
 
     def _memory_slot(self, unit: Unit) -> Slot:
         """The slot of a unit whose memory is lent to the CPU as it is."""
@@ -162,18 +236,27 @@ class ExpertStreamer(Streamer):
         super()._empty(slot)
 
     def _leave(self, loan: Any, failed: bool) -> None:
-        slot = self.holder[loan.unit.index]
+        slot, kept = self.holder[loan.unit.index], self.on_device.get(loan.unit.index)
         super()._leave(loan, failed)
-        if slot not in self.slots:  # somebody keeps a view of it
+        if kept is not None and slot is kept.slot:
+            if slot not in self.slots:
+                self._clear_device(loan.unit)
+            elif slot.unit is not None:
+                self._empty(slot)  # it must not be found by who wants experts by their own numbers
+        elif slot not in self.slots:  # somebody keeps a view of it
             self.cache.forget(loan.unit)
         self.cache.trim(other.unit.index for other in self._loans)
 
     def _absorb(self, loan: Any) -> None:
         """Keep what a forward wrote into the experts that it was lent; of the others the slot holds nothing."""
-        index = loan.unit.index
+        index, kept = loan.unit.index, self.on_device.get(loan.unit.index)
         rows = {row for unit, row in self.cache.kept if unit == index} if self.on_pages else self.filled.get(index)
+        on_device = kept is not None and self.holder.get(index) is kept.slot
         for weight, value in zip(loan.unit.weights, loan.views.weights):
-            if rows is not None:
+            if on_device:
+                assert kept is not None
+                value = kept.whole(weight.load(), value)
+            elif rows is not None:
                 chosen, full = sorted(rows), weight.load().detach().clone()
                 full[chosen] = value.detach()[chosen].to(full.device)
                 value = full
@@ -186,15 +269,23 @@ class ExpertStreamer(Streamer):
             for unit in {self._unit_of[id(same)] for same in (weight, *weight.aliases)}:
                 if all(loan.unit is not unit for loan in self._loans):  # what is lent has been written to as well
                     self.cache.forget(unit)
+                self._clear_device(unit)
 
     def recover(self) -> None:
         if self.held():
             super().recover()
-            self._wanted, self.filled = None, {}
+            self._wanted, self._as_is, self.filled = None, None, {}
+            for unit in self.units:
+                self._clear_device(unit)
 
 
 def streamers_of(
-    layout: Layout, units: Sequence[Unit], slots: int, prefetch: bool, ram_cache: int | str | None
+    layout: Layout,
+    units: Sequence[Unit],
+    slots: int,
+    prefetch: bool,
+    ram_cache: int | str | None,
+    on_device: Mapping[nn.Module, int],
 ) -> dict[Unit, Streamer]:
     """Who lends each unit of experts; other units are left out.
 
@@ -202,6 +293,7 @@ def streamers_of(
         layout: where they rest and work.
         units: all of a model.
         slots, prefetch, ram_cache: see `dispatch_model`; experts may have what others from disk leave of the cache.
+        on_device: see `rows_on_devices`.
     """
     found: dict[Unit, Streamer] = {}
     by_device: dict[tuple[Device, bool], list[Unit]] = {}
@@ -220,12 +312,30 @@ def streamers_of(
             cls: type[ExpertStreamer] = ExpertStreamer
             if is_real_cuda(device):
                 from .gather import GatherStreamer as cls
-            streamer = cls(device, own, cache=share, on_pages=is_cpu, count=slots, prefetch=prefetch, name=name)
+            stay = [on_device.get(unit.module, 0) for unit in own]
+            sizes: dict[str, Any] = {"cache": share, "on_device": stay, "count": slots}
+            streamer = cls(device, own, **sizes, on_pages=is_cpu, prefetch=prefetch, name=name)
         else:
             lane = PageLane(device) if is_cpu else None
             streamer = Streamer(device, own, lane, count=slots, prefetch=False, cache=0 if is_cpu else share, name=name)
         found.update(dict.fromkeys(own, streamer))
     return found
+
+
+def expert_hits(model: nn.Module) -> tuple[int, int]:
+    """How many chosen experts were on their GPU already (`expert_cache`) since the model was dispatched.
+
+    Returns:
+        (those that were there, those that had to be brought).
+
+    >>> expert_hits(nn.Linear(2, 2))
+    (0, 0)
+    """
+    streamers = {
+        hook.streamer for module in model.modules() for hook in hooks_in(module) if isinstance(hook, ExpertsHook)
+    }
+    found = [one for one in streamers if isinstance(one, ExpertStreamer)]
+    return sum(one.hits for one in found), sum(one.misses for one in found)
 
 
 def _half_of_ram() -> int:
@@ -241,9 +351,17 @@ def _half_of_ram() -> int:
 class ExpertsHook(AlignDevicesHook):
     """The hook of a block's experts: it sees which are chosen, and asks for these."""
 
-    def _lend(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+    def _lend(self, module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
         assert isinstance(self.streamer, ExpertStreamer) and self.unit is not None
-        self.streamer.lend_for(self.unit, module, (*args, *kwargs.values()))
+        given = (*args, *kwargs.values())
+        rows = self.streamer.lend_for(self.unit, module, given)
+        if rows is None:
+            return args, kwargs
+        choice = choice_of(module, given)
+        return (
+            tuple(rows if value is choice else value for value in args),
+            {name: rows if value is choice else value for name, value in kwargs.items()},
+        )
 
 
 def hook_class(streamer: Streamer) -> type[AlignDevicesHook]:

@@ -22,7 +22,6 @@ from torch import Tensor, nn
 
 from ..checkpoints.ring import Slab
 from .experts import ExpertStreamer, choice_of
-from .stream import Views
 from .transfer import CudaLane, Slot
 from .weights import Unit
 
@@ -48,12 +47,17 @@ class GatherStreamer(ExpertStreamer):
     def __init__(self, device: torch.device, units: Sequence[Unit], **options: Any) -> None:
         super().__init__(device, units, **options)
         self.windows: dict[int, Slot] = {}  # index of a unit -> a slot whose memory is the RAM in which it rests
-        self._through_window = False
 
-    def lend_for(self, unit: Unit, module: nn.Module, given: Sequence[Any]) -> None:
+    def lend_for(self, unit: Unit, module: nn.Module, given: Sequence[Any]) -> Tensor | None:
+        if self.rows[unit.index] or not self._can_gather(unit, module, given):
+            return super().lend_for(unit, module, given)
         with self.lock:
-            self._through_window = self._can_gather(unit, module, given)
-            super().lend_for(unit, module, [] if self._through_window else given)
+            if unit.index in self.filled:
+                self._empty(self.holder[unit.index])
+            if unit.index not in self.holder:  # all of its experts are in a slot, if it is there
+                self._as_is = self._window(unit)
+            self.lend(unit)
+        return None
 
     def _can_gather(self, unit: Unit, module: nn.Module, given: Sequence[Any]) -> bool:
         choice = choice_of(module, given)
@@ -63,21 +67,6 @@ class GatherStreamer(ExpertStreamer):
         places = {(part.slab, part.at - part.offset) for part in unit.parts()}
         slab, start = next(iter(places))  # in one slab, as in a slot: so it is unless some are tied to another unit's
         return len(places) == 1 and slab is not None and slab.pinned and start >= 0
-
-    def _bring(self, unit: Unit) -> Views:
-        through_window, self._through_window = self._through_window, False
-        if not through_window:
-            return super()._bring(unit)
-        if unit.index in self.filled:
-            self._empty(self.holder[unit.index])
-        if unit.index not in self.holder:  # all of its experts are in a slot, if it is there
-            slot = self._window(unit)
-            slot.unit, self.holder[unit.index] = unit, slot
-        prefetch, self.prefetch = self.prefetch, False
-        try:
-            return super()._bring(unit)
-        finally:
-            self.prefetch = prefetch
 
     def _window(self, unit: Unit) -> Slot:
         """The slot over the RAM of a unit. Its parts lie there as in any slot, from the first one's place on."""

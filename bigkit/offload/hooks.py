@@ -406,7 +406,7 @@ class AlignDevicesHook(ModelHook):
                 loan.input_device = find_device((args, kwargs))
             if self.unit is not None:
                 assert self.streamer is not None
-                self._lend(module, args, kwargs)
+                args, kwargs = self._lend(module, args, kwargs)
                 loan.lent = True
         device = self.execution_device
         if device is not None:
@@ -416,8 +416,9 @@ class AlignDevicesHook(ModelHook):
                 kwargs = send_to_device(kwargs, device, self.skip_keys)
         return args, kwargs
 
-    def _lend(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+    def _lend(self, module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
         self.streamer.lend(self.unit)  # type: ignore[union-attr, arg-type]
+        return args, kwargs
 
     def post_forward(self, module: nn.Module, output: Any) -> Any:
         loan = _thread.begun.get(self)

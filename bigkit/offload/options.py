@@ -23,6 +23,7 @@ def read_options(
     slots: int = 2,
     resident_memory: int | str = 0,
     ram_cache: int | str | None = None,
+    expert_cache: int | str = 0,
     stand_in: Mapping[Device, torch.device | str] | None = None,
     skip_keys: str | Iterable[str] | None = None,
     preload_module_classes: str | Iterable[str] | None = None,
@@ -39,6 +40,7 @@ def read_options(
         raise ValueError(f"slots must be a number of blocks, at least 1, not {slots!r}")
     parse_bytes(resident_memory)
     parse_bytes(ram_cache or 0)
+    parse_bytes(expert_cache)
     names_of(skip_keys)
     names_of(preload_module_classes)
     places = {name: read_device(device) for name, device in device_map.items()}

@@ -137,7 +137,7 @@ class Weight:
     @torch.inference_mode(False)  # so that the tensor can be used in every mode
     def over(self, memory: Tensor) -> Tensor:
         """The weight around its bytes in a slot."""
-        return self._around({suffix: part.over(memory, part.offset) for suffix, part in self.parts.items()})
+        return self.around({suffix: part.over(memory, part.offset) for suffix, part in self.parts.items()})
 
     @torch.inference_mode(False)
     def load(self, device: torch.device | None = None) -> Tensor:
@@ -149,9 +149,10 @@ class Weight:
         for part in self.parts.values():
             if part.source is not None:
                 part.source.check()
-        return self._around({suffix: part.on_cpu().to(device or "cpu") for suffix, part in self.parts.items()})
+        return self.around({suffix: part.on_cpu().to(device or "cpu") for suffix, part in self.parts.items()})
 
-    def _around(self, tensors: dict[str, Tensor]) -> Tensor:
+    def around(self, tensors: dict[str, Tensor]) -> Tensor:
+        """A tensor of the weight's class made of plain ones."""
         return codec_of(self.template).put_together(self.template, tensors)
 
     def fits(self, value: Tensor) -> bool:

@@ -7,7 +7,7 @@ import torch
 
 import bigkit
 from bigkit.checkpoints.ring import Slab
-from bigkit.offload.experts import ExpertStreamer
+from bigkit.offload.experts import ExpertStreamer, expert_hits
 from bigkit.offload.gather import GatherStreamer, seen_by_gpu
 from bigkit.offload.rows import count_rows
 
@@ -59,6 +59,21 @@ def test_tokens(place, rows, tmp_path):
         assert torch.equal(found.generate(ids, **options), expected)
     assert bool(streamer.windows) == (place == "cpu" and rows == 1)
     assert bool(streamer.cache.misses) == (place == "disk")
+
+
+@pytest.mark.parametrize("rows", [1, 4])
+@pytest.mark.parametrize("place", ["cpu", "disk"])
+def test_experts_that_stay_on_the_gpu(place, rows, tmp_path):
+    model = mixture()
+    ids = torch.randint(5, 500, (rows, 40), device=GPU)
+    options = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    expected = copy.deepcopy(model).to(GPU).generate(ids, **options)
+    size = sum(p.nbytes for module in model.modules() if count_rows(module) for p in module.parameters())
+    found = bigkit.dispatch_model(model, apart(model, place), offload_dir=tmp_path, expert_cache=size * 3 // 4)
+    for _ in range(2):
+        assert torch.equal(found.generate(ids, **options), expected)
+    hits, misses = expert_hits(found)
+    assert hits > misses > 0 and not streamer_of(found).windows
 
 
 def test_unpinned_ram(monkeypatch):

@@ -4,10 +4,13 @@ import copy
 import gc
 import mmap
 import os
+from functools import cache
 
 import pytest
 import torch
 import transformers as tf
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import nn
 
@@ -25,9 +28,10 @@ from bigkit.meta.skeleton import spec_from_module
 from bigkit.model.experts import experts_of
 from bigkit.offload import experts as experts_module
 from bigkit.offload import gather
-from bigkit.offload.experts import ExpertsHook, ExpertStreamer, chosen_rows
+from bigkit.offload.experts import ExpertsHook, ExpertStreamer, chosen_rows, expert_hits
 from bigkit.offload.handle import Away
 from bigkit.offload.hooks import AlignDevicesHook
+from bigkit.offload.on_device import DeviceRows
 from bigkit.offload.rows import Rows, count_rows, rows_of
 
 SMALL = {
@@ -96,16 +100,25 @@ def spread(model, kind, folder):
     """A copy of a model, its experts resting elsewhere in one of the ways there are."""
     model = copy.deepcopy(model)
     stand_in = {0: "cpu"}
+    if "device" in kind:
+        model.set_experts_implementation("batched_mm")
+    size = sum(
+        module.gate_up_proj.nbytes + module.down_proj.nbytes for module in map(model.get_submodule, expert_names(model))
+    )
+    keeping = {"stand_in": stand_in, "expert_cache": size * 3 // 4, "offload_dir": folder}
     return {
         "RAM": lambda: dispatch_model(model, apart(model, "cpu"), stand_in=stand_in),
         "disk": lambda: dispatch_model(model, apart(model, "disk"), stand_in=stand_in, offload_dir=folder),
         "disk, the CPU works": lambda: dispatch_model(model, apart(model, "disk", "cpu"), offload_dir=folder),
         "blocks in RAM": lambda: cpu_offload(model, 0, stand_in=stand_in),
         "all on disk": lambda: disk_offload(model, folder, "cpu"),
+        "RAM, some on the device": lambda: dispatch_model(model, apart(model, "cpu"), **keeping),
+        "disk, some on the device": lambda: dispatch_model(model, apart(model, "disk"), **keeping),
     }[kind]()
 
 
-KINDS = ["RAM", "disk", "disk, the CPU works", "blocks in RAM", "all on disk"]
+ON_DEVICE = ["RAM, some on the device", "disk, some on the device"]
+KINDS = ["RAM", "disk", "disk, the CPU works", "blocks in RAM", "all on disk", *ON_DEVICE]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -447,7 +460,7 @@ def test_a_file_that_was_changed_is_an_error(tmp_path):
         generated(found)
 
 
-@pytest.mark.parametrize("kind", ["RAM", "disk, the CPU works"])
+@pytest.mark.parametrize("kind", ["RAM", "disk, the CPU works", *ON_DEVICE])
 def test_training_is_refused(kind, tmp_path):
     found = spread(made(qwen3_moe), kind, tmp_path)
     loss = found(torch.tensor([[1, 2]]), labels=torch.tensor([[1, 2]])).loss
@@ -486,7 +499,7 @@ def test_what_is_written_into_experts_is_kept(kind, tmp_path):
     assert torch.equal(found.model.layers[0].mlp.experts.down_proj.cpu().detach() + 0, before)
 
 
-@pytest.mark.parametrize("kind", ["RAM", "disk, the CPU works"])
+@pytest.mark.parametrize("kind", ["RAM", "disk, the CPU works", *ON_DEVICE])
 def test_a_view_that_is_kept_stays_as_it_is(kind, tmp_path):
     model = made(qwen3_moe)
     found = spread(model, kind, tmp_path)
@@ -633,3 +646,99 @@ def test_writes_views_and_errors(pretend):
         assert torch.equal(found(token).logits, model(token).logits)
     with pytest.raises(RuntimeError, match="offloaded weights are for inference"):
         found(token).logits.sum().backward()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Experts that stay on the device
+
+
+def test_rows_are_those_of_the_experts_chosen_last():
+    """By hand: three rows for eight experts."""
+    rows = DeviceRows(streamer_of(spread(made(qwen3_moe), "RAM", None)).units[0], 3)
+    found = []
+    for chosen in ([1, 2], [2, 5], [1, 7], [5, 7], [0, 3, 4]):
+        missing = rows.take(chosen)
+        found.append((missing, dict(rows.row_of)))
+    assert found == [
+        ([1, 2], {1: 0, 2: 1}),
+        ([5], {1: 0, 2: 1, 5: 2}),
+        ([7], {5: 2, 1: 0, 7: 1}),
+        ([], {1: 0, 5: 2, 7: 1}),
+        ([0, 3, 4], {0: 0, 3: 2, 4: 1}),
+    ]
+    assert rows.renumbered(torch.tensor([[4, 0], [3, 0]])).tolist() == [[1, 0], [2, 0]]
+
+
+@cache
+def some_unit():
+    return streamer_of(spread(made(qwen3_moe), "RAM", None)).units[0]
+
+
+@given(st.lists(st.sets(st.integers(0, 7), min_size=1, max_size=3), max_size=12), st.integers(3, 8))
+def test_no_expert_takes_the_row_of_another_that_is_needed(choices, count):
+    rows = DeviceRows(some_unit(), count)
+    for chosen in choices:
+        kept = dict(rows.row_of)
+        missing = rows.take(sorted(chosen))
+        assert missing == sorted(chosen - kept.keys())
+        assert chosen <= rows.row_of.keys() and len(set(rows.row_of.values())) == len(rows.row_of) <= count
+        assert all(rows.row_of[expert] == row for expert, row in kept.items() if expert in rows.row_of)
+
+
+@pytest.mark.parametrize("kind", ON_DEVICE)
+@pytest.mark.parametrize("make", FAMILIES)
+def test_what_is_on_the_device_does_not_travel(make, kind, tmp_path, monkeypatch):
+    """Bytes are those of the experts that were not there; a prompt leaves the rows as they are."""
+    found = spread(made(make), kind, tmp_path)
+    streamer, copied = streamer_of(found), []
+    fill = streamer.lane.fill
+    monkeypatch.setattr(streamer.lane, "fill", lambda slot, unit: copied.append(unit.nbytes) or fill(slot, unit))
+    with torch.no_grad():
+        found(torch.tensor([[5]]))
+        first, before = streamer.misses, {i: dict(rows.row_of) for i, rows in streamer.on_device.items()}
+        unit = streamer.units[0]
+        assert sum(copied) == first * unit.nbytes // COUNT and streamer.hits == 0
+        found(torch.arange(40)[None])
+        assert {i: dict(rows.row_of) for i, rows in streamer.on_device.items()} == before
+        assert (streamer.hits, streamer.misses) == (0, first)
+        copied.clear()
+        found(torch.tensor([[5]]))
+    assert copied == [] and streamer.hits == first
+    assert expert_hits(found) == (first, first)
+
+
+@pytest.mark.parametrize("kind", ON_DEVICE)
+def test_what_is_written_into_rows_is_kept(kind, tmp_path):
+    model = made(qwen3_moe)
+    found = spread(model, kind, tmp_path)
+    name = "model.layers.0.mlp.experts"
+    experts, before = found.get_submodule(name), model.get_submodule(name).down_proj.detach().clone()
+    rows = []
+
+    def write(*args):
+        rows[:] = streamer_of(found).on_device[0].row_of
+        experts.down_proj.data.add_(1)
+
+    handle = experts.act_fn.register_forward_pre_hook(write)
+    with torch.no_grad():
+        found(torch.tensor([[5]]))
+    handle.remove()
+    before[rows] += 1
+    assert torch.equal(experts.down_proj.cpu().detach() + 0, before)
+    with torch.no_grad():
+        model.get_submodule(name).down_proj.copy_(before)
+    assert torch.equal(generated(found), generated(model)), "the rows are brought anew"
+
+
+def test_what_does_not_fit_on_the_device_is_said_before_anything_changes():
+    model = made(qwen3_moe)
+    names = expert_names(model)
+    for places, size, message in [
+        (apart(model, "cpu"), 100, "less than one expert of each of 3 blocks"),
+        ({"": 0, "lm_head": "cpu"}, "1MB", "no experts of a mixture rest away from a GPU"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            dispatch_model(model, places, stand_in={0: "cpu"}, expert_cache=size)
+        assert not any(isinstance(parameter, Away) for parameter in model.parameters())
+    found = dispatch_model(model, apart(model, "cpu"), stand_in={0: "cpu"}, expert_cache="1GB")
+    assert streamer_of(found).rows == [COUNT] * len(names), "no more rows than experts"

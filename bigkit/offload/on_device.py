@@ -1,0 +1,159 @@
+"""Experts that stay on the GPU: of each block those that were chosen last.
+
+A GPU that holds all but the experts has room left. There each block keeps some of its experts, as rows of tensors like
+the block's own but with fewer rows. What is chosen again need not travel; what is not there takes the row of the expert
+that was used longest ago. The block then computes with these tensors, and with a choice that is renumbered: row numbers
+in place of experts' numbers.
+
+Every block has a share of its own and keeps to it, so a token's way through the other blocks empties no rows. A prompt
+chooses more experts than there are rows; then all of a block are streamed past the rows, which stay as they are.
+
+Leaves out: what is chosen (`experts.py`), and experts that are kept in RAM (`rows.py`).
+"""
+
+from __future__ import annotations
+
+from collections import Counter, OrderedDict
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from ..devices import Device, join
+from ..units import format_bytes
+from .codec import codec_of
+from .grouping import Layout
+from .rows import count_rows
+from .stream import is_real_cuda
+from .transfer import Slot
+from .weights import ALIGN, Part, Unit
+
+
+class DeviceRows:
+    """The experts of one block that are on the device.
+
+    Args:
+        unit: the block's experts.
+        count: the number of rows.
+
+    Attributes:
+        slot: the memory, once it is made.
+        row_of: number of an expert -> its row; used last comes last.
+    """
+
+    def __init__(self, unit: Unit, count: int) -> None:
+        self.unit, self.count = unit, count
+        self.slot: Slot | None = None
+        self.row_of: OrderedDict[int, int] = OrderedDict()
+        self._starts: list[int] = []  # of each plain tensor, in the slot
+        self.nbytes = 0
+        for part in unit.parts():
+            self._starts.append(self.nbytes)
+            self.nbytes += -(-self._shortened(part).nbytes // ALIGN) * ALIGN
+
+    def _shortened(self, part: Part) -> Part:
+        return replace(part, shape=(self.count, *part.shape[1:]))
+
+    def take(self, chosen: Sequence[int]) -> list[int]:
+        """Give a row to each of some experts, at most `count`.
+
+        Returns:
+            Those that are not there yet: they must be brought to their rows.
+        """
+        missing = [expert for expert in chosen if expert not in self.row_of]
+        for expert in chosen:
+            if expert in self.row_of:
+                self.row_of.move_to_end(expert)
+        for expert in missing:
+            full = len(self.row_of) == self.count
+            self.row_of[expert] = self.row_of.popitem(last=False)[1] if full else len(self.row_of)
+        return missing
+
+    def targets(self, experts: Sequence[int], parts: Sequence[Part]) -> list[Part]:
+        """Parts of experts with their rows as the places where they belong.
+
+        Args:
+            experts: their numbers.
+            parts: all parts of the first, then all of the second, and so on.
+        """
+        each = len(self._starts)
+        return [
+            replace(part, offset=self._starts[i % each] + self.row_of[experts[i // each]] * part.nbytes)
+            for i, part in enumerate(parts)
+        ]
+
+    def weights(self) -> list[Tensor]:
+        """The tensors that stand for the block's own, shape (count, ...) each."""
+        assert self.slot is not None
+        own = [next(iter(weight.parts.values())) for weight in self.unit.weights]
+        starts = dict(zip(map(id, self.unit.parts()), self._starts))
+        memory = self.slot.base
+        with torch.inference_mode(False):
+            return [
+                weight.around({"": self._shortened(part).over(memory, starts[id(part)])})
+                for weight, part in zip(self.unit.weights, own)
+            ]
+
+    def renumbered(self, choice: Tensor) -> Tensor:
+        """A router's choice with the rows of the experts in place of their numbers."""
+        table = torch.zeros(max(self.row_of) + 1, dtype=choice.dtype)
+        table[[*self.row_of]] = torch.tensor([*self.row_of.values()], dtype=choice.dtype)
+        return table.to(choice.device)[choice]
+
+    def whole(self, full: Tensor, value: Tensor) -> Tensor:
+        """A block's tensor, with the rows of `value` in the places of their experts."""
+        full = full.detach().clone()
+        experts, rows = [*self.row_of], [*self.row_of.values()]
+        full[experts] = value.detach()[rows].to(full.device)
+        return full
+
+
+def rows_on_devices(model: nn.Module, layout: Layout, nbytes: int) -> dict[nn.Module, int]:
+    """How many experts of each block may stay where they work: all blocks get an equal share of some bytes.
+
+    Args:
+        model, layout: the model, and where it is to rest and work.
+        nbytes: bytes of all GPUs together.
+
+    Returns:
+        Module that holds a block's experts -> a number of them.
+
+    Raises:
+        ValueError: there are no experts, a block would keep none, or a GPU has not so much free memory.
+    """
+    if not nbytes:
+        return {}
+    found: dict[nn.Module, int] = {}
+    needed: Counter[Device] = Counter()  # bytes
+    away = [
+        (name, module)
+        for name, module in model.named_modules()
+        if count_rows(module) and layout.works(name) != "cpu" and any(map(layout.is_away, _own_names(name, module)))
+    ]
+    for name, module in away:
+        count = count_rows(module)
+        each = sum(codec_of(tensor).nbytes(tensor) for tensor in module.parameters()) // count
+        found[module] = min(count, nbytes // len(away) // each)
+        needed[layout.works(name)] += found[module] * each
+        if not found[module]:
+            raise ValueError(
+                f"expert_cache is {format_bytes(nbytes)}, which is less than one expert of each of {len(away)} blocks "
+                f"({format_bytes(each * len(away))}): give several times that, or leave it out"
+            )
+    if not found:
+        raise ValueError(
+            f"expert_cache is {format_bytes(nbytes)}, but no experts of a mixture rest away from a GPU that they work "
+            "on: leave it out, or let modules of experts rest on 'cpu' or 'disk'"
+        )
+    for place, size in needed.items():
+        device = layout.device(place)
+        if is_real_cuda(device) and size > (free := torch.cuda.mem_get_info(device)[0]):
+            raise ValueError(
+                f"expert_cache takes {format_bytes(size)} of GPU {place}, of which {format_bytes(free)} are free"
+            )
+    return found
+
+
+def _own_names(name: str, module: nn.Module) -> list[str]:
+    return [join(name, own) for own, _ in module.named_parameters()]
