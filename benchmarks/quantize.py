@@ -36,7 +36,7 @@ from torch import nn
 import bigkit
 import bigkit.quantize.bnb
 from bigkit import BnbQuantizationConfig, load_and_quantize_model
-from bigkit.model.spec import quantized_bytes
+from bigkit.model.precision import quantized_bytes
 
 KINDS: dict[str, dict[str, Any]] = {
     "int8": {"load_in_8bit": True},

@@ -13,7 +13,7 @@ Leaves out: the formats (`codecs.py`), and decoding at loading (`load_checkpoint
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -22,10 +22,8 @@ from torch import Tensor, nn
 
 from ..model.header import CheckpointError
 from ._transformers import Made, gptq_offset
-from .codecs import Codec, Kinds, Parts, decode_mxfp4, find_codec
+from .codecs import Codec, Kinds, Parts, StackCodec, find_codec, find_stack_codec
 from .format import Checkpoint
-
-BLOCKS, SCALES = "_blocks", "_scales"  # ends of the names of MXFP4's tensors
 
 
 class AsStored(nn.Module):
@@ -65,24 +63,33 @@ class StoredLinear(AsStored, nn.Linear):
         return f"{super().extra_repr()}, stored as {self.codec.format}"
 
 
-class _Experts:
-    """Stacked weights (experts, ...) that are decoded when they are used: those of chosen experts, or all."""
+class _Stack:
+    """Stacked weights (experts, ...) that are decoded when they are used: those of chosen experts, or all.
 
-    def __init__(self, blocks: Tensor, scales: Tensor, dtype: torch.dtype) -> None:
-        self.blocks, self.scales, self.dtype = blocks, scales, dtype
+    Args:
+        parts: suffix -> tensor as it is stored, (experts, ...).
+        codec, dtype: what they are decoded by, and to.
+    """
+
+    def __init__(self, parts: Parts, codec: StackCodec, dtype: torch.dtype) -> None:
+        self.parts, self.codec, self.dtype = parts, codec, dtype
 
     def __getitem__(self, experts: Any) -> Tensor:
-        return decode_mxfp4(self.blocks[experts], self.scales[experts], self.dtype)
+        if isinstance(experts, int):
+            return self[experts : experts + 1 or None][0]
+        if isinstance(experts, Tensor) and experts.ndim == 0:
+            return self[experts[None]][0]
+        return self.codec.decode({suffix: part[experts] for suffix, part in self.parts.items()}, self.dtype)
 
     def all(self) -> Tensor:
-        return decode_mxfp4(self.blocks, self.scales, self.dtype)
+        return self.codec.decode(self.parts, self.dtype)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.all(), name)
 
     @classmethod
     def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        plain = [argument.all() if isinstance(argument, _Experts) else argument for argument in args]
+        plain = [argument.all() if isinstance(argument, _Stack) else argument for argument in args]
         return function(*plain, **(kwargs or {}))
 
 
@@ -128,8 +135,8 @@ def _change_modules(model: nn.Module, source: Checkpoint, keep: str, undo: list[
             if codec:
                 _change(name, module, source, keep, codec, kinds, undo)
         else:
-            for own in list(_stacked(module, kinds)):
-                _change_experts(name, module, own, source, keep, kinds, undo)
+            for own, stack_codec in list(_stacked(module, kinds)):
+                _change_stack(name, module, own, stack_codec, source, keep, kinds, undo)
 
 
 def _change(
@@ -150,40 +157,61 @@ def _change(
     module._parameters["bias"] = bias
 
 
-def _stacked(module: nn.Module, kinds: Kinds) -> Iterator[str]:
-    """Own names of stacked weights on meta that the checkpoint has in MXFP4."""
+def _stacked(module: nn.Module, kinds: Kinds) -> Iterator[tuple[str, StackCodec]]:
+    """Own names of stacked weights on meta that the checkpoint has quantized, and how."""
     for own, parameter in module._parameters.items():
-        if parameter is not None and parameter.is_meta and kinds.keys() >= {own + BLOCKS, own + SCALES}:
-            yield own
+        codec = find_stack_codec(own, kinds) if parameter is not None and parameter.is_meta else None
+        if codec is not None:
+            yield own, codec
 
 
-def _change_experts(
-    name: str, module: nn.Module, own: str, source: Checkpoint, keep: str, kinds: Kinds, undo: list[Any]
+def _change_stack(
+    name: str,
+    module: nn.Module,
+    own: str,
+    codec: StackCodec,
+    source: Checkpoint,
+    keep: str,
+    kinds: Kinds,
+    undo: list[Any],
 ) -> None:
-    weight, names = module._parameters[own], (own + BLOCKS, own + SCALES)
+    weight, names = module._parameters[own], {suffix: own + suffix for suffix in codec.suffixes}
     assert weight is not None
 
     def decode(parts: Parts, dtype: torch.dtype) -> Tensor:
-        return decode_mxfp4(parts[own + BLOCKS], parts[own + SCALES], dtype)
+        return codec.decode({suffix: parts[one] for suffix, one in names.items()}, dtype)
 
     if keep == "dense":
-        _decode_at_loading(source, name, own, weight, names, decode)
+        _decode_at_loading(source, name, own, weight, names.values(), decode)
         return
     _restorable(module, undo)
-    del module._parameters[own]
-    for one in names:
-        module.register_parameter(one, _empty(kinds[one]))
+    hold_stack(module, own, codec, {suffix: _empty(kinds[one]) for suffix, one in names.items()})
 
-    def experts(self: Any) -> _Experts:
-        blocks, scales = (self._parameters[one] for one in names)
-        return _Experts(blocks, scales, self.works_in)
+
+def hold_stack(module: nn.Module, own: str, codec: StackCodec, parts: Mapping[str, nn.Parameter]) -> None:
+    """Give a module a stacked weight as it is stored, in place of the parameter; its class becomes a subclass.
+
+    Args:
+        module: it has a parameter (experts, ...), which goes.
+        own: the parameter's name.
+        codec: the format.
+        parts: suffix -> the tensor; the module has it as a parameter called `own + suffix`.
+    """
+    weight = module._parameters.pop(own)
+    assert weight is not None
+    names = {suffix: own + suffix for suffix in codec.suffixes}
+    for suffix, one in names.items():
+        module.register_parameter(one, parts[suffix])
+
+    def stack(self: Any) -> _Stack:
+        return _Stack({suffix: self._parameters[one] for suffix, one in names.items()}, codec, self.works_in)
 
     cls = type(module)
     bases = (cls,) if issubclass(cls, AsStored) else (AsStored, cls)
-    module.__class__ = type(cls.__name__, bases, {own: property(experts), "__module__": cls.__module__})
-    experts_module: Any = module
-    experts_module.works_in = weight.dtype
-    experts_module.stored = (*experts_module.stored, *names)
+    module.__class__ = type(cls.__name__, bases, {own: property(stack), "__module__": cls.__module__})
+    holder: Any = module
+    holder.works_in = weight.dtype
+    holder.stored = (*holder.stored, *names.values())
 
 
 def _decode_at_loading(

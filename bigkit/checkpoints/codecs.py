@@ -10,13 +10,15 @@ config says: the file is the truth. All decode to the same thing, a weight of th
     GPTQ, AWQ   `qweight`, the same transposed: (in, out), packed along the inputs (GPTQ) or the outputs (AWQ)
     NVFP4       `weight_packed` in bytes: two numbers of 4 bits, a float8 scale for 16 of them, one scale for all
     MXFP4       `*_blocks` and `*_scales` of stacked experts (gpt-oss): 4 bits, and a power of two for each 32
+    nf4, fp4,   `*_nf4` and `*_absmax`, `*_int8` and `*_scb` of stacked experts: each is quantized alone, as
+    int8        bitsandbytes quantizes a linear layer; bigkit writes these (`quantize/stacks.py`)
 
-Leaves out: which modules hold such tensors, and running them (`as_stored.py`); bitsandbytes' formats (`quantize/`).
+Leaves out: which modules hold such tensors, and running them (`as_stored.py`); bitsandbytes' layers (`quantize/`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import NamedTuple
 
@@ -29,6 +31,7 @@ Kinds = Mapping[str, tuple[tuple[int, ...], torch.dtype]]  # own name -> shape a
 # What the 16 codes of E2M1 (a sign, two bits of exponent, one of mantissa) stand for, as MXFP4 and NVFP4 use them.
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)  # which of the eight numbers of an int32 is the first, second, ... output
+BLOCK_4BIT, NESTED = 64, 256  # weights that share a scale, and scales that share one, in bitsandbytes' 4-bit formats
 BLOCK = 128  # rows and columns that share a scale, where the grid of scales leaves a choice
 
 
@@ -42,6 +45,31 @@ class Codec(NamedTuple):
 
     format: str
     decode: Callable[[Parts, torch.dtype], Tensor]
+
+
+class StackCodec(NamedTuple):
+    """A format of stacked weights, (experts, ...): any experts can be decoded without the others.
+
+    Args:
+        format: what it is called.
+        suffixes: what the names of its tensors end in, after the weight's own name.
+        decode: its tensors by suffix, of all experts or of some, and a floating dtype -> these experts' weights.
+    """
+
+    format: str
+    suffixes: tuple[str, ...]
+    decode: Callable[[Parts, torch.dtype], Tensor]
+
+
+def find_stack_codec(own: str, names: Iterable[str]) -> StackCodec | None:
+    """How a stacked weight is stored, by the names that a checkpoint has beside it; None if it is not quantized.
+
+    >>> find_stack_codec("down_proj", ["down_proj_nf4", "down_proj_absmax", "down_proj_bias"]).format
+    'nf4'
+    """
+    present = {name.removeprefix(own) for name in names if name.startswith(own)}
+    found = [codec for codec in STACK_CODECS if present.issuperset(codec.suffixes)]
+    return max(found, key=lambda codec: len(codec.suffixes), default=None)
 
 
 def find_codec(shape: tuple[int, ...], kinds: Kinds, gptq_offset: int = 1) -> Codec | None:
@@ -151,20 +179,58 @@ def decode_nvfp4(parts: Parts, dtype: torch.dtype) -> Tensor:
     return (values.unflatten(1, (scales.shape[1], -1)) * scales[:, :, None]).flatten(1).to(dtype)
 
 
-def decode_mxfp4(blocks: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
-    """Stacked experts in MXFP4. blocks (experts, out, groups, 16), scales (experts, out, groups) -> (experts, in, out).
+def decode_mxfp4(parts: Parts, dtype: torch.dtype) -> Tensor:
+    """Experts in MXFP4: `_blocks` (experts, out, groups, 16), `_scales` (experts, out, groups) -> (experts, in, out).
 
     A byte has two E2M1, the first in the low half; a scale is the exponent of a power of two, plus 127. Source: OCP
     Microscaling Formats, version 1.0; the files of gpt-oss. Any shape may come before `out`, or none.
     """
-    values = torch.ldexp(e2m1(blocks), (scales.to(torch.int32) - 127)[..., None])
+    works = dtype if dtype == torch.bfloat16 else torch.float32  # in which these products are exact
+    scales = torch.exp2(parts["_scales"].to(torch.float32) - 127)
+    values = e2m1(parts["_blocks"], works) * scales.to(works)[..., None]
     return values.flatten(-2).to(dtype).transpose(-2, -1).contiguous()
 
 
-def e2m1(packed: Tensor) -> Tensor:
-    """Bytes of two E2M1 -> float32, twice as many in the last dimension."""
-    table = torch.tensor(E2M1, device=packed.device)
-    return torch.stack((table[(packed & 15).int()], table[(packed >> 4).int()]), -1).flatten(-2)
+def decode_4bit(parts: Parts, dtype: torch.dtype, kind: str) -> Tensor:
+    """Stacked experts in nf4 or fp4: codes (experts, rows, columns / 2) -> (experts, rows, columns).
+
+    Two codes in a byte, a scale for each 64 weights of an expert: `_absmax` (experts, blocks). With double quantization
+    these are 8-bit codes of bitsandbytes' dynamic map, with a scale for 256 of them, `_nested_absmax`, and the mean
+    that was subtracted before, `_offset` (experts,). Source: QLoRA, arXiv 2305.14314.
+    """
+    from bitsandbytes import functional
+
+    codes, scales = parts[f"_{kind}"], parts["_absmax"]
+    shape = (*codes.shape[:-1], codes.shape[-1] * 2)
+    if "_offset" in parts:
+        table = functional.create_dynamic_map().to(scales.device)
+        nested = parts["_nested_absmax"].repeat_interleave(NESTED, 1)[:, : scales.shape[1]]
+        scales = table[scales.int()] * nested + parts["_offset"][:, None]
+    whole = shape[1] * shape[2] % BLOCK_4BIT == 0  # else the last block of each expert is a shorter one
+    pieces = [(codes, scales)] if whole else [*zip(codes, scales)]
+    op = torch.ops.bitsandbytes.dequantize_4bit.default
+    decoded = [
+        op(some.reshape(-1, 1), own.flatten(), BLOCK_4BIT, kind, (*some.shape[:-1], shape[2]), dtype)
+        for some, own in pieces
+    ]
+    return torch.stack(decoded) if not whole else decoded[0]
+
+
+def decode_rows(parts: Parts, dtype: torch.dtype) -> Tensor:
+    """Stacked experts in int8: `_int8` (experts, rows, columns), and `_scb`, the largest of each row, which is 127."""
+    return (parts["_int8"] * parts["_scb"][..., None] * (1 / 127)).to(dtype)
+
+
+def e2m1(packed: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Bytes of two E2M1 -> numbers, twice as many in the last dimension.
+
+    >>> e2m1(torch.tensor([[0x21]], dtype=torch.uint8))
+    tensor([[0.5000, 1.0000]])
+    """
+    pairs = torch.tensor([(E2M1[byte & 15], E2M1[byte >> 4]) for byte in range(256)], dtype=dtype)
+    whole = torch.int64 if dtype.itemsize == 4 else torch.int32  # a pair as one number: one lookup for two weights
+    table = pairs.view(whole).flatten().to(packed.device)
+    return table[packed.int()].view(dtype)
 
 
 def unpack(packed: Tensor, bits: int, dim: int) -> Tensor:
@@ -176,6 +242,21 @@ def unpack(packed: Tensor, bits: int, dim: int) -> Tensor:
     shifts = torch.arange(0, 32, bits, device=packed.device, dtype=torch.int32)
     numbers = (packed.unsqueeze(dim + 1) >> shifts.view(-1, *[1] * (packed.ndim - dim - 1))) & ((1 << bits) - 1)
     return numbers.flatten(dim, dim + 1)
+
+
+STACK_CODECS = (
+    StackCodec("mxfp4", ("_blocks", "_scales"), decode_mxfp4),
+    *(StackCodec(kind, (f"_{kind}", "_absmax"), partial(decode_4bit, kind=kind)) for kind in ("nf4", "fp4")),
+    *(
+        StackCodec(
+            f"{kind}-double",
+            (f"_{kind}", "_absmax", "_nested_absmax", "_offset"),
+            partial(decode_4bit, kind=kind),
+        )
+        for kind in ("nf4", "fp4")
+    ),
+    StackCodec("int8", ("_int8", "_scb"), decode_rows),
+)
 
 
 def _groups(given: Tensor | None, inputs: int, groups: int, device: torch.device) -> Tensor:

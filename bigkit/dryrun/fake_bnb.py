@@ -29,6 +29,7 @@ from ..offload.inputs import torch_device
 from ..quantize import bnb as packed
 from ..quantize.load import BnbQuantizationConfig, replace_with_bnb_layers
 from ..quantize.replace import cast
+from ..quantize.stacks import replace_stacks
 from ..units import dtype_name
 from ._bnb import native_calls
 from ._torch import READ_VALUE, FakeTensor, TorchDispatchMode, aten
@@ -69,6 +70,7 @@ def config_of(quantization: BnbQuantizationConfig | str, dtype: object = None) -
 
 def quantize_empty(model: nn.Module, quantization: BnbQuantizationConfig) -> nn.Module:
     """Put bitsandbytes' layers into an empty model, and cast the rest, as `load_and_quantize_model` would."""
+    replace_stacks(model, quantization)
     replace_with_bnb_layers(model, quantization)
     cast(model, quantization)
     return model

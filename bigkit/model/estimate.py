@@ -24,7 +24,7 @@ from typing import Any
 
 from ..units import dtype_bits, dtype_name, format_bytes, format_count, is_floating, text_table
 from .experts import active_bytes, active_parameters, sentence
-from .precision import QUANTIZATIONS, Precision
+from .precision import QUANTIZATIONS, Precision, quantized_stacks
 from .spec import ModelSpec
 from .stored import as_stored
 
@@ -117,7 +117,8 @@ def remarks(name: str, facts: Mapping[str, Any], context: int) -> tuple[str, ...
 
 def stacked_experts(model: ModelSpec, precision: Precision) -> tuple[str, ...]:
     """What must be said of a mixture of experts in few bits: experts in one tensor are no linear layers."""
-    weights = sum(model.tensors[f"{name}.weight"][0].elements for name in model.quantized(precision))
+    names = [*(f"{name}.weight" for name in model.quantized(precision)), *quantized_stacks(model, precision)]
+    weights = sum(model.tensors[name][0].elements for name in names)
     if not precision.quantization or not model.facts.get("num_experts") or 2 * weights >= model.parameters:
         return ()
     share = 100 * weights / model.parameters

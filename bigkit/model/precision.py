@@ -1,6 +1,6 @@
 """How the weights of a model are stored: the dtype, the quantization, and what a quantized weight takes.
 
-Leaves out: which tensors of a model are concerned (`spec.py`), and the values (`quantize/`).
+Leaves out: what a model consists of (`spec.py`), and the values (`quantize/`).
 """
 
 from __future__ import annotations
@@ -9,9 +9,13 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ..units import dtype_name
+from ..devices import prefixes
+from ..units import dtype_bits, dtype_name, is_floating
+
+if TYPE_CHECKING:
+    from .spec import ModelSpec, ModuleSpec, TensorSpec
 
 QUANTIZATIONS = ("int8", "nf4", "nf4-double", "fp4", "fp4-double")
 
@@ -84,6 +88,43 @@ def float32_modules(facts: Mapping[str, Any], dtype: str | None) -> tuple[str, .
     return (*facts.get("keep_in_fp32", ()), *strict) if dtype == "float16" else strict
 
 
+def tensor_bytes(name: str, tensor: TensorSpec, owner: ModuleSpec, precision: Precision) -> int:
+    """Bytes that the tensor called `name` takes when its module `owner` is stored with `precision`."""
+    if name in precision.dtypes:
+        return math.ceil(tensor.elements * dtype_bits(precision.dtypes[name]) / 8)
+    if not precision.quantization or tensor.buffer or precision.keep.intersection(prefixes(name)[:-1]):
+        return tensor.bytes(precision.dtype)
+    if is_stack(tensor, owner):
+        count, *shape = tensor.shape
+        return count * stacked_bytes(tuple(shape), precision.quantization)
+    if owner.linear and len(tensor.shape) == 2:
+        rows = tensor.shape[1] if owner.cls == "Conv1D" else tensor.shape[0]  # Conv1D stores (in, out)
+        return quantized_bytes(tensor.shape, precision.quantization, rows)
+    return tensor.bytes(precision.dtype)
+
+
+def is_stacked(module: ModuleSpec) -> bool:
+    """Whether a module's weights are stacks (experts, ...), as Transformers holds the experts of a block."""
+    shapes = [tensor.shape for tensor in module.tensors.values() if not tensor.buffer]
+    return module.cls.endswith(("Experts", "NaiveMoe")) and len({shape[:1] for shape in shapes}) == 1
+
+
+def is_stack(tensor: TensorSpec, owner: ModuleSpec) -> bool:
+    """Whether a tensor is a stack of matrices that can be quantized: two columns of one fill a byte in 4 bit."""
+    matrices = len(tensor.shape) == 3 and tensor.shape[2] % 2 == 0 and is_floating(tensor.dtype)
+    return matrices and not tensor.buffer and is_stacked(owner)
+
+
+def quantized_stacks(model: ModelSpec, precision: Precision) -> list[str]:
+    """Names of the stacked weights of experts that are quantized with this precision, each expert alone."""
+    return [
+        name
+        for name, (tensor, owner) in model.tensors.items()
+        if precision.quantization and is_stack(tensor, owner)
+        if not precision.keep.intersection(prefixes(name)[:-1])
+    ]
+
+
 def quantized_bytes(shape: tuple[int, ...], quantization: str, rows: int, blocksize: int = 64) -> int:
     """Bytes that bitsandbytes needs to rest one weight, its scales and tables included.
 
@@ -107,3 +148,22 @@ def quantized_bytes(shape: tuple[int, ...], quantization: str, rows: int, blocks
         nested = 4 * math.ceil(blocks / 256) + 256 * 4 + 4  # scales of the scales, their 256-value table, their mean
         return math.ceil(elements / 2) + blocks + code + nested
     return math.ceil(elements / 2) + 4 * blocks + code
+
+
+def stacked_bytes(shape: tuple[int, ...], quantization: str, blocksize: int = 64) -> int:
+    """Bytes of one expert of a stack, which is quantized alone, with its scales; tables are not stored.
+
+    Args:
+        shape: of the expert's weight.
+        quantization: one of `QUANTIZATIONS`.
+        blocksize: elements that share one scale in 4 bit.
+
+    >>> stacked_bytes((4096, 4096), "nf4") * 8 / 4096**2
+    4.5
+    """
+    elements = math.prod(shape)
+    if quantization == "int8":
+        return elements + 4 * shape[0]
+    blocks = math.ceil(elements / blocksize)
+    scales = blocks + 4 * math.ceil(blocks / 256) + 4 if quantization.endswith("-double") else 4 * blocks
+    return math.ceil(elements / 2) + scales

@@ -21,8 +21,8 @@ from ..devices import join, prefixes
 from ..units import dtype_bits, dtype_name, is_floating
 from .precision import QUANTIZATIONS as QUANTIZATIONS
 from .precision import Precision as Precision
-from .precision import float32_modules, is_named
-from .precision import quantized_bytes as quantized_bytes
+from .precision import float32_modules, is_named, is_stacked
+from .precision import tensor_bytes as tensor_bytes
 
 _CONTAINERS = ("Sequential", "ModuleList", "ModuleDict")  # what they hold may be placed apart
 
@@ -94,17 +94,6 @@ class ModuleSpec:
                 if tensor.buffer or not buffers_only
             )
         return self._sizes[key]
-
-
-def tensor_bytes(name: str, tensor: TensorSpec, owner: ModuleSpec, precision: Precision) -> int:
-    """Bytes that the tensor called `name` takes when its module `owner` is stored with `precision`."""
-    if name in precision.dtypes:
-        return math.ceil(tensor.elements * dtype_bits(precision.dtypes[name]) / 8)
-    weight = owner.linear and not tensor.buffer and len(tensor.shape) == 2
-    if precision.quantization and weight and not precision.keep.intersection(prefixes(name)[:-1]):
-        rows = tensor.shape[1] if owner.cls == "Conv1D" else tensor.shape[0]  # Conv1D stores (in, out)
-        return quantized_bytes(tensor.shape, precision.quantization, rows)
-    return tensor.bytes(precision.dtype)
 
 
 @dataclass(frozen=True)
@@ -283,8 +272,9 @@ class ModelSpec:
         exact = self.kept if keep is None else self._tied
         if quantization == "int8":
             exact = exact.union(self.facts.get("keep_in_int8", ()))
-        linear = [name for name, module in self.root.walk() if module.linear] if quantization else []
-        kept = frozenset(name for name in linear if exact.intersection(prefixes(name)) or is_named(name, names))
+        walk = self.root.walk() if quantization else ()
+        able = [name for name, module in walk if module.linear or is_stacked(module)]
+        kept = frozenset(name for name in able if exact.intersection(prefixes(name)) or is_named(name, names))
         return Precision(dtype, quantization, kept, tuple((name, dtype_name(other)) for name, other in special.items()))
 
     def quantized(self, precision: Precision) -> list[str]:

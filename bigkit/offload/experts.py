@@ -93,19 +93,22 @@ class ExpertStreamer(Streamer):
             self._wanted = rows
             self.lend(unit)
 
-    def lend_for(self, unit: Unit, module: nn.Module, given: Sequence[Any]) -> Tensor | None:
+    def lend_for(self, unit: Unit, choice: Tensor | None, implementation: str | None) -> Tensor | None:
         """Like `lend`, for what the experts are called with.
 
+        Args:
+            unit: the experts.
+            choice: the router's, see `choice_of`; None if all may be read.
+            implementation: what Transformers calls the code that is going to read them.
+
         Returns:
-            The router's choice by rows of the tensors that are lent; None if these have a row for each expert.
+            The choice by rows of the tensors that are lent; None if these have a row for each expert.
         """
-        rows = chosen_rows(self, unit, module, given)
-        may_stay = getattr(module.config, "_experts_implementation", None) in ANY_NUMBER
-        if rows is None or not may_stay or len(rows) > self.rows[unit.index] or detect_fake_mode() is not None:
+        rows = chosen_rows(self, unit, choice)
+        fits = rows is not None and implementation in ANY_NUMBER and len(rows) <= self.rows[unit.index]
+        if rows is None or choice is None or not fits or detect_fake_mode() is not None:
             self.lend_rows(unit, rows)
             return None
-        choice = choice_of(module, given)
-        assert choice is not None
         with self.lock:
             kept = self._on_device(unit, rows)
             self._as_is = kept.slot
@@ -353,11 +356,11 @@ class ExpertsHook(AlignDevicesHook):
 
     def _lend(self, module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
         assert isinstance(self.streamer, ExpertStreamer) and self.unit is not None
-        given = (*args, *kwargs.values())
-        rows = self.streamer.lend_for(self.unit, module, given)
+        implementation = getattr(module.config, "_experts_implementation", None)
+        choice = choice_of((*args, *kwargs.values())) if implementation in KNOWN else None
+        rows = self.streamer.lend_for(self.unit, choice, implementation)
         if rows is None:
             return args, kwargs
-        choice = choice_of(module, given)
         return (
             tuple(rows if value is choice else value for value in args),
             {name: rows if value is choice else value for name, value in kwargs.items()},
@@ -369,14 +372,13 @@ def hook_class(streamer: Streamer) -> type[AlignDevicesHook]:
     return ExpertsHook if isinstance(streamer, ExpertStreamer) else AlignDevicesHook
 
 
-def chosen_rows(streamer: ExpertStreamer, unit: Unit, module: nn.Module, given: Sequence[Any]) -> list[int] | None:
+def chosen_rows(streamer: ExpertStreamer, unit: Unit, choice: Tensor | None) -> list[int] | None:
     """The numbers of the experts that a call is going to read; None if all are to be brought.
 
     Args:
         streamer, unit: who lends, and what.
-        module, given: see `choice_of`.
+        choice: see `choice_of`.
     """
-    choice = choice_of(module, given)
     if choice is None or not streamer.pays(unit, choice.numel()):
         return None
     if detect_fake_mode() is not None:  # a dry run: nobody chooses
@@ -386,18 +388,13 @@ def chosen_rows(streamer: ExpertStreamer, unit: Unit, module: nn.Module, given: 
     return rows if not rows or 0 <= rows[0] and rows[-1] < streamer.counts[unit.index] else None
 
 
-def choice_of(module: nn.Module, given: Sequence[Any]) -> Tensor | None:
-    """The router's choice, shape (tokens, k), if what computes with it is known to read no other experts.
+def choice_of(given: Sequence[Any]) -> Tensor | None:
+    """The router's choice, shape (tokens, k), among what the forward of experts is called with.
 
-    Args:
-        module: the experts.
-        given: what their forward is called with; the choice is the only tensor of whole numbers.
+    It is the only tensor of whole numbers; None if there is no such tensor, or several.
     """
     choices = [value for value in given if isinstance(value, Tensor) and value.dtype in (torch.int64, torch.int32)]
-    known = getattr(module.config, "_experts_implementation", None) in KNOWN
-    if len(choices) != 1 or choices[0].is_meta or choices[0].ndim != 2 or not known:
-        return None
-    return choices[0]
+    return choices[0] if len(choices) == 1 and choices[0].ndim == 2 and not choices[0].is_meta else None
 
 
 def by_chance(count: int, tokens: int, per_token: int, seed: int) -> list[int]:

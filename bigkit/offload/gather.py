@@ -18,10 +18,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..checkpoints.ring import Slab
-from .experts import ExpertStreamer, choice_of
+from .experts import ExpertStreamer
 from .transfer import CudaLane, Slot
 from .weights import Unit
 
@@ -48,9 +48,10 @@ class GatherStreamer(ExpertStreamer):
         super().__init__(device, units, **options)
         self.windows: dict[int, Slot] = {}  # index of a unit -> a slot whose memory is the RAM in which it rests
 
-    def lend_for(self, unit: Unit, module: nn.Module, given: Sequence[Any]) -> Tensor | None:
-        if self.rows[unit.index] or not self._can_gather(unit, module, given):
-            return super().lend_for(unit, module, given)
+    def lend_for(self, unit: Unit, choice: Tensor | None, implementation: str | None) -> Tensor | None:
+        one_token = choice is not None and choice.shape[0] == 1 and implementation == "batched_mm"
+        if not one_token or self.rows[unit.index] or not self._can_gather(unit):
+            return super().lend_for(unit, choice, implementation)
         with self.lock:
             if unit.index in self.filled:
                 self._empty(self.holder[unit.index])
@@ -59,11 +60,7 @@ class GatherStreamer(ExpertStreamer):
             self.lend(unit)
         return None
 
-    def _can_gather(self, unit: Unit, module: nn.Module, given: Sequence[Any]) -> bool:
-        choice = choice_of(module, given)
-        implementation = getattr(module.config, "_experts_implementation", None)
-        if choice is None or choice.shape[0] != 1 or implementation != "batched_mm":
-            return False
+    def _can_gather(self, unit: Unit) -> bool:
         places = {(part.slab, part.at - part.offset) for part in unit.parts()}
         slab, start = next(iter(places))  # in one slab, as in a slot: so it is unless some are tied to another unit's
         return len(places) == 1 and slab is not None and slab.pinned and start >= 0

@@ -46,6 +46,8 @@ class DeviceRows:
         self.unit, self.count = unit, count
         self.slot: Slot | None = None
         self.row_of: OrderedDict[int, int] = OrderedDict()
+        self.experts = count_rows(unit.module)
+        self._table: Tensor | None = None  # number of an expert -> its row, on the device
         self._starts: list[int] = []  # of each plain tensor, in the slot
         self.nbytes = 0
         for part in unit.parts():
@@ -65,6 +67,8 @@ class DeviceRows:
         for expert in chosen:
             if expert in self.row_of:
                 self.row_of.move_to_end(expert)
+        if missing:
+            self._table = None
         for expert in missing:
             full = len(self.row_of) == self.count
             self.row_of[expert] = self.row_of.popitem(last=False)[1] if full else len(self.row_of)
@@ -97,9 +101,10 @@ class DeviceRows:
 
     def renumbered(self, choice: Tensor) -> Tensor:
         """A router's choice with the rows of the experts in place of their numbers."""
-        table = torch.zeros(max(self.row_of) + 1, dtype=choice.dtype)
-        table[[*self.row_of]] = torch.tensor([*self.row_of.values()], dtype=choice.dtype)
-        return table.to(choice.device)[choice]
+        if self._table is None:
+            rows = [self.row_of.get(expert, 0) for expert in range(self.experts)]
+            self._table = torch.tensor(rows, dtype=choice.dtype).to(choice.device)
+        return self._table[choice]
 
     def whole(self, full: Tensor, value: Tensor) -> Tensor:
         """A block's tensor, with the rows of `value` in the places of their experts."""

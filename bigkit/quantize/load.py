@@ -15,7 +15,7 @@ import inspect
 import os
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -23,17 +23,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..checkpoints.as_stored import AsStored, as_stored
 from ..checkpoints.format import Checkpoint, CheckpointError
 from ..checkpoints.load import load_matching, read_tensors
 from ..checkpoints.match import match
-from ..checkpoints.one_by_one import stream_tensors
+from ..checkpoints.one_by_one import stream_rows, stream_tensors
 from ..checkpoints.resting import record_resting_place, write_file
 from ..checkpoints.write import Form
 from ..devices import Device, placement, read_device
 from ..maps.device_map import check_device_map, get_max_memory
 from ..maps.strategies import STRATEGIES, place
 from ..meta.skeleton import is_linear, spec_from_module
-from ..model.precision import is_named
+from ..model.precision import is_named, is_stacked
+from ..model.spec import ModelSpec
 from ..offload.dispatch import dispatch_model
 from ..offload.inputs import torch_device
 from ..units import dtype_name, format_bytes, is_floating, listed
@@ -41,6 +43,7 @@ from .bnb import bitsandbytes, put_together, quantized, skeleton, take_apart
 from .config import BnbQuantizationConfig as BnbQuantizationConfig
 from .replace import cast, empty_layer_for, layers_to_quantize, rows
 from .replace import replace_with_bnb_layers as replace_with_bnb_layers
+from .stacks import hold, quantized_stack, stacks_to_quantize
 from .stored import from_stored, stored_keys, stored_kind, travelling_keys
 
 _CPU = torch.device("cpu")
@@ -65,8 +68,8 @@ def load_and_quantize_model(
     placed. Nothing of the model changes before all of it has been checked and read. Without a checkpoint each weight
     is let go when it has been quantized: after an error in the middle (no memory, an interrupt) the model refuses to
     run. All its parameters are frozen. Hooks and attributes of the layers are kept; layers whose `forward` was replaced
-    are refused, and so is a model that is quantized already. Experts that are stacked in one tensor stay in
-    `torch_dtype`; a warning names them and their bytes.
+    are refused, and so is a model that is quantized already. Experts that are stacked in one tensor are quantized one
+    by one (`stacks.py`); of other such stacks, which stay in `torch_dtype`, a warning names their bytes.
 
     Args:
         model: the model, changed in place: on meta if there is a checkpoint.
@@ -104,30 +107,39 @@ def load_and_quantize_model(
     bitsandbytes()
     arguments: dict[str, Any] = {"offload_dir": offload_folder, "stand_in": stand_in, **options}
     inspect.signature(dispatch_model).bind(model, {}, **arguments)  # an option that it lacks is an error now
-    targets = layers_to_quantize(model, config)
-    _warn_of_experts(model, config)
-    devices, slots = _device_map(model, config, targets, device_map, no_split_module_classes, max_memory)
-    if slots is not None:
-        arguments.setdefault("slots", slots)  # those that the plan left room for
-    places = _Places(devices, stand_in, offload_folder)
-    if weights_location is None:
-        weights = _weights_of_model(model, config, targets, places)
-    else:
-        source = Checkpoint.open(weights_location)
-        kinds = _check(model, config, targets, source)
-        weights = iter(list(_weights_of_checkpoint(source, kinds, config, targets, places)))
-        with _without_weights(targets.values()):
-            load_matching(
-                model,
-                Checkpoint.open(weights_location),
-                places.devices,
-                offload_folder,
-                config.torch_dtype,
-                keep_in_fp32_modules=config.keep_in_fp32_modules,
-            )
-    weights = chain([next(weights)], weights)  # the first one is made while the model is as it was
+    with ExitStack() as until_loaded:
+        source = None if weights_location is None else Checkpoint.open(weights_location)
+        if source is not None:
+            until_loaded.enter_context(as_stored(model, source))
+        stacks = stacks_to_quantize(model, config)
+        targets = layers_to_quantize(model, config, needed=not stacks)
+        _warn_of_stacks(model, config, stacks)
+        devices, slots = _device_map(
+            model, config, [*targets, *stacks], device_map, no_split_module_classes, max_memory
+        )
+        if slots is not None:
+            arguments.setdefault("slots", slots)  # those that the plan left room for
+        places = _Places(devices, stand_in, offload_folder)
+        if source is None:
+            weights = _weights_of_model(model, config, targets, stacks, places)
+        else:
+            kinds = _check(model, config, targets, source)
+            weights = iter(list(_weights_of_checkpoint(source, kinds, config, targets, stacks, places)))
+            with _without_weights(model, (*targets, *stacks)):
+                load_matching(
+                    model,
+                    Checkpoint.open(weights_location),  # type: ignore[arg-type]
+                    places.devices,
+                    offload_folder,
+                    config.torch_dtype,
+                    keep_in_fp32_modules=config.keep_in_fp32_modules,
+                )
+        weights = chain([next(weights)], weights)  # the first one is made while the model is as it was
     with _refusing_to_run(model):
         for name, weight in weights:
+            if isinstance(weight, Mapping):
+                hold(model, name, config.quantization, weight)
+                continue
             layer = empty_layer_for(targets[name], config)
             layer._parameters["weight"] = weight
             model.set_submodule(name.removesuffix(".weight"), layer)
@@ -136,16 +148,18 @@ def load_and_quantize_model(
         if weights_location is None:
             cast(model, config)
         dispatch_model(model, devices, **arguments)
-        _mark(model, config, targets)
+        _mark(model, config, [*targets, *stacks])
     return model
 
 
-def _warn_of_experts(model: nn.Module, config: BnbQuantizationConfig) -> None:
-    """Say which stacks of matrices, such as the experts of a mixture, are in no linear layer and stay as they are."""
+def _warn_of_stacks(model: nn.Module, config: BnbQuantizationConfig, quantized: Iterable[str]) -> None:
+    """Say which stacks of matrices, neither linear layers nor experts that can be quantized, stay as they are."""
+    done = {*quantized}
     stacks = {
         name: tensor.elements * config.torch_dtype.itemsize
         for name, (tensor, owner) in spec_from_module(model).tensors.items()
         if len(tensor.shape) == 3 and min(tensor.shape) > 1 and not tensor.buffer and "Conv" not in owner.cls
+        if name not in done and is_floating(tensor.dtype)
     }
     if stacks:
         warnings.warn(
@@ -173,7 +187,7 @@ def _refuse_to_run(model: nn.Module, args: Any) -> None:
 def _device_map(
     model: nn.Module,
     config: BnbQuantizationConfig,
-    targets: Mapping[str, nn.Module],
+    quantized: Iterable[str],
     device_map: Mapping[str, Device] | str | None,
     no_split: Iterable[str] | None,
     max_memory: Mapping[Device, int | str] | None,
@@ -195,11 +209,17 @@ def _device_map(
         device_map,
         dtype=config.torch_dtype,
         quantization=config.quantization,
-        keep=[name for name, module in spec.root.walk() if module.linear and f"{name}.weight" not in targets],
+        keep=_kept(spec, quantized),
         special_dtypes={name: "float32" for name in floats if is_named(name, fp32)},
         no_split=no_split,
     )
     return plan.device_map, plan.slots or None
+
+
+def _kept(spec: ModelSpec, quantized: Iterable[str]) -> list[str]:
+    """Names of the modules that could be quantized and are not, given the names of the weights that are."""
+    owners = {name.rpartition(".")[0] for name in quantized}
+    return [name for name, module in spec.root.walk() if (module.linear or is_stacked(module)) and name not in owners]
 
 
 class _Places:
@@ -254,6 +274,18 @@ class _Places:
         record_resting_place(template, ranges, file)
         return template
 
+    def put_stack(self, name: str, parts: Mapping[str, nn.Parameter]) -> Mapping[str, nn.Parameter]:
+        """Bring the tensors of a quantized stack, which are in its `memory`, to where it rests."""
+        if self.rests(name) != "disk":
+            return parts
+        forms = {suffix: Form(tuple(part.shape), part.dtype) for suffix, part in parts.items()}
+        assert self.folder is not None, "need_folder was called"
+        file, ranges = write_file(self.folder, forms, lambda suffix: parts[suffix].data)
+        empty = {suffix: nn.Parameter(part.to("meta"), requires_grad=False) for suffix, part in parts.items()}
+        for suffix, part in empty.items():
+            record_resting_place(part, {"": ranges[suffix]}, file)
+        return empty
+
 
 def _quantize(
     tensors: Iterable[tuple[str, Tensor]],
@@ -267,6 +299,14 @@ def _quantize(
         del tensor
         yield name, places.put(name, quantized(rows(targets[name], weight), config.quantization))
         del weight
+
+
+def _quantize_stack(
+    name: str, experts: Iterable[Tensor], count: int, config: BnbQuantizationConfig, places: _Places
+) -> tuple[str, Mapping[str, nn.Parameter]]:
+    """A stack, quantized expert by expert and put where it rests."""
+    moved = (expert.to(places.works(name), config.torch_dtype) for expert in experts)
+    return name, places.put_stack(name, quantized_stack(moved, count, config.quantization, places.memory(name)))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -303,9 +343,11 @@ def _weights_of_checkpoint(
     kinds: Mapping[str, str | None],
     config: BnbQuantizationConfig,
     targets: Mapping[str, nn.Module],
+    stacks: Iterable[str],
     places: _Places,
-) -> Iterator[tuple[str, nn.Parameter]]:
+) -> Iterator[tuple[str, Any]]:
     """Name -> quantized weight, where it rests: those that are stored so, and the others quantized as they are read."""
+    places.need_folder(stacks)
     plain: dict[torch.device, list[str]] = {}
     ready: dict[Device | torch.device, dict[str, torch.dtype | None]] = {}
     for name, kind in kinds.items():
@@ -330,19 +372,23 @@ def _weights_of_checkpoint(
             yield name, template
         else:
             yield name, places.put(name, weight)
+    for name in stacks:
+        count = source.shape_and_dtype(name)[0][0]
+        yield _quantize_stack(name, stream_rows(source, name), count, config, places)
 
 
 @contextmanager
-def _without_weights(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """Within it, these modules have no weights."""
-    weights = [(module, module._parameters["weight"]) for module in modules]
-    for module, _ in weights:
-        module._parameters["weight"] = None
+def _without_weights(model: nn.Module, names: Iterable[str]) -> Iterator[None]:
+    """Within it, the model lacks these parameters."""
+    places = [(model.get_submodule(name.rpartition(".")[0])._parameters, name.rpartition(".")[2]) for name in names]
+    weights = [parameters[own] for parameters, own in places]
+    for parameters, own in places:
+        parameters[own] = None
     try:
         yield
     finally:
-        for module, weight in weights:
-            module._parameters["weight"] = weight
+        for (parameters, own), weight in zip(places, weights):
+            parameters[own] = weight
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -350,8 +396,12 @@ def _without_weights(modules: Iterable[nn.Module]) -> Iterator[None]:
 
 
 def _weights_of_model(
-    model: nn.Module, config: BnbQuantizationConfig, targets: Mapping[str, nn.Module], places: _Places
-) -> Iterator[tuple[str, nn.Parameter]]:
+    model: nn.Module,
+    config: BnbQuantizationConfig,
+    targets: Mapping[str, nn.Module],
+    stacks: Iterable[str],
+    places: _Places,
+) -> Iterator[tuple[str, Any]]:
     """Name -> quantized weight, where it rests: all checked at once, and made one after another.
 
     Those for disk are written at once. They take no memory, and a full disk then leaves the model as it was.
@@ -363,10 +413,14 @@ def _weights_of_model(
     places.need_folder(parameters)
     del parameters
 
-    def quantize(on_disk: bool) -> Iterator[tuple[str, nn.Parameter]]:
+    def quantize(on_disk: bool) -> Iterator[tuple[str, Any]]:
         names = [name for name in targets if (places.rests(name) == "disk") == on_disk]
         tensors = ((name, model.get_parameter(name).data.to(places.works(name), config.torch_dtype)) for name in names)
-        return _quantize(tensors, config, targets, places)
+        yield from _quantize(tensors, config, targets, places)
+        for name in stacks:
+            if (places.rests(name) == "disk") == on_disk:
+                experts = model.get_parameter(name).data
+                yield _quantize_stack(name, experts, len(experts), config, places)
 
     return chain(list(quantize(on_disk=True)), quantize(on_disk=False))
 
@@ -382,8 +436,9 @@ def _mark(model: nn.Module, config: BnbQuantizationConfig, targets: Iterable[str
     marks: Any = model
     marks.is_loaded_in_4bit, marks.is_loaded_in_8bit = config.load_in_4bit, config.load_in_8bit
     if hasattr(marks, "config") and hasattr(marks.config, "to_dict") and hasattr(marks.config, "save_pretrained"):
-        linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) or is_linear(module)]
-        kept = [name for name in linear if f"{name}.weight" not in targets]
+        owners = {name.rpartition(".")[0] for name in targets}
+        able = (isinstance(module, (nn.Linear, AsStored)) or is_linear(module) for module in model.modules())
+        kept = [name for (name, _), one in zip(model.named_modules(), able) if one and name not in owners]
         stated = dataclasses.replace(config, skip_modules=kept, keep_in_fp32_modules=())
         marks.config = copy.deepcopy(marks.config)
         marks.config.quantization_config = stated.to_dict()

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..checkpoints.as_stored import stored_dtypes
 from ..meta.empty import twin
 from ..meta.skeleton import modules_to_keep, spec_from_module
 from ..model.precision import float32_modules, is_named
@@ -60,12 +61,13 @@ def replace_with_bnb_layers(
 
 
 def layers_to_quantize(
-    model: nn.Module, config: BnbQuantizationConfig, skip: tuple[str, ...] | None = None
+    model: nn.Module, config: BnbQuantizationConfig, skip: tuple[str, ...] | None = None, needed: bool = True
 ) -> dict[str, nn.Module]:
     """Name of a weight -> its layer, for all that are to be quantized.
 
     Raises:
-        ValueError: there is none, the model is quantized already, or a layer's forward was replaced.
+        ValueError: there is none though one is needed, the model is quantized already, or a layer's forward was
+            replaced.
     """
     spec = spec_from_module(model)
     fp32 = config.keep_in_fp32_modules or ()
@@ -80,7 +82,7 @@ def layers_to_quantize(
             f"this {type(model).__name__} is quantized already: quantizing changes a model itself, so it is no "
             "longer empty. Build it again (with init_empty_weights) to load another checkpoint"
         )
-    if not layers:
+    if needed and not layers:
         kinds = sorted({type(module).__name__ for module in model.modules() if isinstance(module, nn.Linear)})
         has = f"it has {', '.join(kinds)}, all of them kept" if kinds else "it has no nn.Linear and no Conv1D"
         if config.load_in_8bit and spec.facts.get("keep_in_int8"):
@@ -122,8 +124,9 @@ def cast(model: nn.Module, config: BnbQuantizationConfig) -> None:
     """Bring what is not quantized to its dtype: that of the config, or float32 where the config or a class needs it."""
     facts = modules_to_keep(model)
     fp32 = (*(config.keep_in_fp32_modules or ()), *float32_modules(facts, dtype_name(config.torch_dtype)))
+    stored = stored_dtypes(model)
     for name, parameter in model.named_parameters():
-        if parameter.is_floating_point():
+        if parameter.is_floating_point() and name not in stored:
             parameter.data = parameter.data.to(torch.float32 if is_named(name, fp32) else config.torch_dtype)
 
 

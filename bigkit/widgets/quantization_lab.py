@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import ipywidgets as widgets
 
 from ..draw.study import study_figure, study_text
-from ..model.spec import quantized_bytes
+from ..model.precision import quantized_bytes
 from ..quantize.study import BLOCKSIZES, Sample, Scheme, Study, layers_of, planted, study
 from ..units import format_bytes, text_table
 from ._controls import field, menu, slider

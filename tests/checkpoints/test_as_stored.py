@@ -71,7 +71,7 @@ def write(folder: Path, format: str) -> nn.Module:
                 blocks = torch.randint(0, 256, (experts, rows, columns // 32, 16), dtype=torch.uint8)
                 scales = torch.randint(118, 122, (experts, rows, columns // 32), dtype=torch.uint8)
                 tensors |= {f"{name}.{own}_blocks": blocks, f"{name}.{own}_scales": scales}
-                getattr(module, own).data = decode_mxfp4(blocks, scales, torch.bfloat16)
+                getattr(module, own).data = decode_mxfp4({"_blocks": blocks, "_scales": scales}, torch.bfloat16)
                 del tensors[f"{name}.{own}"]
         elif format in FORMATS and isinstance(module, nn.Linear) and name != "lm_head":
             shape = tuple(module.weight.shape)

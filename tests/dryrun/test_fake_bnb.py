@@ -10,7 +10,7 @@ from torch import nn
 from bigkit import BnbQuantizationConfig, advise, dry_run, init_empty_weights, plan, zoo
 from bigkit.dryrun.attention import Target
 from bigkit.dryrun.fake_gpu import fake_gpus
-from bigkit.model.spec import QUANTIZATIONS, quantized_bytes
+from bigkit.model.precision import QUANTIZATIONS, quantized_bytes
 from bigkit.quantize import bnb as packed
 
 pytest.importorskip("bitsandbytes")

@@ -161,9 +161,15 @@ class Play:
             check_at_rest(self.parts)
         self.at = "end"
         self.state(random.Random(0)) if not self.case.quantized else None
-        remove_hook_from_module(self.parts, recurse=True)
-        assert not handles(self.parts) and "forward" not in vars(self.parts)
+        self.undispatch()
+        assert "forward" not in vars(self.parts)
         self.forward(random.Random(1))
+
+    def undispatch(self) -> None:
+        """Afterwards weights lie where they rested: what was in RAM is brought to the GPU, if there is a real one."""
+        remove_hook_from_module(self.parts, recurse=True)
+        assert not handles(self.parts)
+        self.parts.to(self.device)
 
     def settle(self) -> None:
         """What was assigned is taken in when its unit works the next time; experts may not be chosen."""
@@ -266,8 +272,7 @@ class Play:
         self.forward(rng)
 
     def undo(self, rng: random.Random) -> None:
-        remove_hook_from_module(self.parts, recurse=True)
-        assert not handles(self.parts)
+        self.undispatch()
         self.forward(rng)
         if rng.random() < 0.5:
             self.whole, self.parts = copied(self.whole), copied(self.parts)

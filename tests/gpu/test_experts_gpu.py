@@ -10,6 +10,7 @@ from bigkit.checkpoints.ring import Slab
 from bigkit.offload.experts import ExpertStreamer, expert_hits
 from bigkit.offload.gather import GatherStreamer, seen_by_gpu
 from bigkit.offload.rows import count_rows
+from bigkit.quantize.bnb import quantized
 
 GPU = torch.device("cuda:0")
 
@@ -98,3 +99,34 @@ def test_nothing_is_left_behind():
     del found, model
     torch.cuda.synchronize()
     assert torch.cuda.memory_allocated() - before < 40e6  # the workspace of cuBLAS
+
+
+@pytest.mark.parametrize("cache", [0, "2MB"])
+@pytest.mark.parametrize("quantization", ["nf4", "fp4-double", "int8"])
+def test_quantized_experts(quantization, cache):
+    """Chosen experts travel packed; tokens are those of a model whose experts are what these decode to."""
+    bnb = pytest.importorskip("bitsandbytes")
+    kind, _, double = quantization.partition("-")
+    own = {"load_in_8bit": True} if kind == "int8" else {"load_in_4bit": True, "bnb_4bit_quant_type": kind}
+    model = mixture().to(GPU)
+    linear = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
+    config = bigkit.BnbQuantizationConfig(
+        **own, bnb_4bit_use_double_quant=bool(double), torch_dtype=torch.bfloat16, skip_modules=linear
+    )
+    found = bigkit.load_and_quantize_model(
+        copy.deepcopy(model), config, device_map=apart(model, "cpu"), expert_cache=cache
+    )
+    for module in model.modules():
+        if count_rows(module):
+            for stack in ("gate_up_proj", "down_proj"):
+                for row in getattr(module, stack).data:
+                    weight = quantized(row.clone(), quantization)
+                    if kind == "int8":
+                        row.copy_(bnb.functional.int8_vectorwise_dequant(weight.CB, weight.SCB))
+                    else:
+                        row.copy_(bnb.functional.dequantize_4bit(weight.data, weight.quant_state).view(row.shape))
+    ids = torch.randint(5, 500, (1, 40), device=GPU)
+    options = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    assert torch.equal(found.generate(ids, **options), model.generate(ids, **options))
+    hits, misses = expert_hits(found)
+    assert not streamer_of(found).held() and bool(misses) == bool(cache)

@@ -15,7 +15,7 @@ from bigkit import (
     save_model,
 )
 from bigkit.checkpoints.format import Checkpoint
-from bigkit.model.spec import quantized_bytes
+from bigkit.model.precision import quantized_bytes
 from bigkit.quantize.bnb import is_quantized, nbytes, put_together, take_apart
 from bigkit.zoo.gpt import GPT, PYGPT, GPTConfig, encode, heldout_text, load_pygpt, perplexity
 

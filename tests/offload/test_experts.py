@@ -28,7 +28,7 @@ from bigkit.meta.skeleton import spec_from_module
 from bigkit.model.experts import experts_of
 from bigkit.offload import experts as experts_module
 from bigkit.offload import gather
-from bigkit.offload.experts import ExpertsHook, ExpertStreamer, chosen_rows, expert_hits
+from bigkit.offload.experts import ExpertsHook, ExpertStreamer, choice_of, chosen_rows, expert_hits
 from bigkit.offload.handle import Away
 from bigkit.offload.hooks import AlignDevicesHook
 from bigkit.offload.on_device import DeviceRows
@@ -260,15 +260,20 @@ def test_threshold_follows_from_the_choice():
     streamer, module = streamer_of(found), model.model.layers[0].mlp.experts
     unit = streamer.units[0]
 
-    def rows(choice, **also):
-        return chosen_rows(streamer, unit, module, [torch.zeros(1, 32), torch.tensor(choice), torch.ones(1, 2)])
+    def rows(choice):
+        return chosen_rows(streamer, unit, choice_of([torch.zeros(1, 32), torch.tensor(choice), torch.ones(1, 2)]))
 
     assert rows([[3, 1], [1, 3], [1, 0]]) == [0, 1, 3]
     assert rows([[3, 1]] * 4) is None, "8 choices of 8 experts"
     assert rows([[3, 8]]) is None and rows([[-1, 2]]) is None, "not numbers of experts: the forward says what it does"
-    assert chosen_rows(streamer, unit, module, [torch.zeros(1, 32)]) is None
-    module.config._experts_implementation = "sonicmoe"  # may read any expert
-    assert rows([[3, 1]]) is None
+    assert choice_of([torch.zeros(1, 32)]) is None and chosen_rows(streamer, unit, None) is None
+    module.config._experts_implementation, lent = "sonicmoe", []  # may read any expert
+    lend_rows = streamer.lend_rows
+    streamer.lend_rows = lambda unit, rows: lent.append(rows) or lend_rows(unit, rows)
+    hook = module._hf_hook
+    hook._lend(module, (torch.zeros(1, 32), torch.tensor([[3, 1]]), torch.ones(1, 2)), {})
+    streamer.take_back(unit)
+    assert lent == [None]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from bigkit.draw.study import study_figure, study_label, study_text
-from bigkit.model.spec import quantized_bytes
+from bigkit.model.precision import quantized_bytes
 from bigkit.quantize.study import BLOCKSIZES, Sample, Scheme, layers_of, planted, study
 from bigkit.widgets import QuantizationLab, quantization_lab
 from bigkit.widgets._explorer import LONGEST_REPR, OWN

@@ -1,0 +1,344 @@
+"""Mixtures of experts with experts in RAM, side by side: resident, bigkit, bigkit with a cache on the GPU, Accelerate.
+
+    python benchmarks/experts.py [--save]                  a CUDA GPU: the shapes of some models, random weights
+    python benchmarks/experts.py --cases qwen3 --layers 6  one of them, with fewer blocks
+    python benchmarks/experts.py --device cpu --tiny       no GPU: tiny shapes, to see that it runs
+
+Each case runs in a fresh process. A step is one decoded token of every sequence, greedy, with a KV cache: the time
+between two calls of a stopping criterion that waits for the GPU, as a median. `equal` says whether the tokens are those
+of the resident model. The limit is what a step would take if chosen experts came over the link at its rate and nothing
+else took longer than in the resident model. Random weights choose experts almost by chance: no luck for a cache.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import gc
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers as tf
+from torch import Tensor, nn
+
+import bigkit
+from bigkit.checkpoints.as_stored import hold_stack
+from bigkit.checkpoints.codecs import find_stack_codec
+from bigkit.offload.experts import expert_hits
+from bigkit.offload.rows import count_rows
+
+QWEN3 = {"vocab_size": 151936, "hidden_size": 2048, "num_attention_heads": 32, "num_key_value_heads": 4,
+         "head_dim": 128, "moe_intermediate_size": 768, "num_experts": 128, "num_experts_per_tok": 8}  # fmt: skip
+MIXTRAL = {"vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32,
+           "num_key_value_heads": 8, "num_local_experts": 8, "num_experts_per_tok": 2}  # fmt: skip
+DEEPSEEK = {"vocab_size": 129280, "hidden_size": 7168, "intermediate_size": 18432, "moe_intermediate_size": 2048,
+            "num_attention_heads": 128, "num_key_value_heads": 128, "n_routed_experts": 256, "num_experts_per_tok": 8,
+            "first_k_dense_replace": 1}  # fmt: skip
+GPT_OSS = {"vocab_size": 201088, "hidden_size": 2880, "intermediate_size": 2880, "num_attention_heads": 64,
+           "num_key_value_heads": 8, "head_dim": 64, "num_local_experts": 32, "num_experts_per_tok": 4}  # fmt: skip
+TINY = {"vocab_size": 128, "hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
+CASES = ("qwen3", "mixtral", "gpt-oss", "deepseek", "qwen3-48")
+BLOCKS = {"qwen3": 16, "qwen3-48": 48, "mixtral": 6, "deepseek": 3, "gpt-oss": 12}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Models
+
+
+def build(case: str, layers: int, device: str, tiny: bool) -> nn.Module:
+    """A model with random weights on a device, in bfloat16."""
+    sizes: dict[str, Any]
+    if case.startswith("qwen3"):
+        sizes, config, model_class = QWEN3, tf.Qwen3MoeConfig, tf.Qwen3MoeForCausalLM
+    elif case == "mixtral":
+        sizes, config, model_class = MIXTRAL, tf.MixtralConfig, tf.MixtralForCausalLM
+    elif case == "deepseek":
+        sizes, config, model_class = DEEPSEEK, tf.DeepseekV3Config, tf.DeepseekV3ForCausalLM
+    else:
+        sizes, config, model_class = GPT_OSS, tf.GptOssConfig, tf.GptOssForCausalLM
+    if tiny and case == "deepseek":
+        sizes = {**sizes, "vocab_size": 128, "hidden_size": 64, "intermediate_size": 64, "moe_intermediate_size": 32,
+                 "num_attention_heads": 4, "num_key_value_heads": 4, "n_routed_experts": 16}  # fmt: skip
+    elif tiny:
+        sizes = {**sizes, **TINY, **({"moe_intermediate_size": 32} if "moe_intermediate_size" in sizes else {}),
+                 **({"intermediate_size": 64} if "intermediate_size" in sizes else {})}  # fmt: skip
+    torch.manual_seed(0)
+    with torch.device(device):
+        torch.set_default_dtype(torch.bfloat16)
+        model: nn.Module = model_class(config(**sizes, num_hidden_layers=layers, tie_word_embeddings=False))
+        torch.set_default_dtype(torch.float32)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.ndim > 1:
+                    parameter.normal_(0, 0.02)
+    return model.eval().requires_grad_(False)
+
+
+def experts_in(model: nn.Module) -> dict[str, nn.Module]:
+    """Name -> module, of the experts of each block."""
+    return {name: module for name, module in model.named_modules() if count_rows(module)}
+
+
+def in_ram(model: nn.Module, **options: Any) -> nn.Module:
+    """The model with its experts in RAM and all else on the GPU."""
+    places = {"": 0, **dict.fromkeys(experts_in(model), "cpu")}
+    stand_in = {} if torch.cuda.is_available() else {0: "cpu"}
+    return bigkit.dispatch_model(model, places, stand_in=stand_in, **options)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Measuring
+
+
+def settle() -> None:
+    """Wait for the GPU, and give back what is not used any more."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+
+
+class Clock(tf.StoppingCriteria):
+    """Notes when each token is there."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def __call__(self, ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
+        if ids.is_cuda:
+            torch.cuda.synchronize()
+        self.times.append(time.perf_counter())
+        return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
+
+
+def decode(model: nn.Module, batch: int, new: int, vocabulary: int) -> tuple[float, Tensor]:
+    """Tokens a second of all sequences while decoding, and the tokens."""
+    device = "cuda:0" if torch.cuda.is_available() else "cpu"
+    ids = torch.randint(5, vocabulary, (batch, 32), generator=torch.Generator().manual_seed(1)).to(device)
+    options: dict[str, Any] = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    model.generate(ids, max_new_tokens=3, **options)  # type: ignore[operator]
+    clock = Clock()
+    found = model.generate(ids, max_new_tokens=new, stopping_criteria=[clock], **options)  # type: ignore[operator]
+    steps = [later - earlier for earlier, later in zip(clock.times[1:], clock.times[2:])]
+    return batch / statistics.median(steps), found
+
+
+def prompt_seconds(model: nn.Module, vocabulary: int) -> float:
+    """Median seconds of a forward with 8 prompts of 512 tokens."""
+    device = "cuda:0" if torch.cuda.is_available() else "cpu"
+    ids = torch.randint(5, vocabulary, (8, 512), generator=torch.Generator().manual_seed(2)).to(device)
+    seconds = []
+    with torch.no_grad():
+        for _ in range(4):
+            begin = time.perf_counter()
+            model(input_ids=ids, logits_to_keep=1, use_cache=False)
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            seconds.append(time.perf_counter() - begin)
+    return statistics.median(seconds[1:])
+
+
+def link_rate() -> float:
+    """Bytes a second from pinned RAM to the GPU."""
+    if not torch.cuda.is_available():
+        return 50e9
+    source, target = (
+        torch.empty(1 << 30, dtype=torch.uint8, pin_memory=True),
+        torch.empty(1 << 30, dtype=torch.uint8).cuda(),
+    )
+    rates = []
+    for _ in range(4):
+        torch.cuda.synchronize()
+        begin = time.perf_counter()
+        target.copy_(source, non_blocking=True)
+        torch.cuda.synchronize()
+        rates.append(source.nbytes / (time.perf_counter() - begin))
+    return statistics.median(rates[1:])
+
+
+def row(way: str, batch: int, rate: float, **more: Any) -> dict[str, Any]:
+    """A result."""
+    return {"way": way, "batch": batch, **({"tokens_per_second": round(rate, 3)} if rate else {}), **more}
+
+
+def run(case: str, layers: int, device: str, tiny: bool, new: int) -> Iterator[dict[str, Any]]:
+    """The results of one case, as they come."""
+    model = build(case, layers, device, tiny)
+    vocabulary, link = model.config.vocab_size, link_rate()  # type: ignore[union-attr]
+    blocks = experts_in(model)
+    each = sum(sum(p.nbytes for p in module.parameters()) // count_rows(module) for module in blocks.values())
+    chosen = each * model.config.num_experts_per_tok  # type: ignore[union-attr, operator]
+    total = sum(p.nbytes for module in blocks.values() for p in module.parameters())
+    yield row(
+        "link", 0, 0, bytes_per_second=round(link), bytes_per_token=chosen, bytes_of_experts=total, blocks=len(blocks)
+    )
+    batches = (1, 8, 32) if case == "qwen3" else (1,)
+    resident = {}
+    for batch in batches:
+        rate, expected = decode(model, batch, new, vocabulary)
+        resident[batch] = (rate, expected)
+        yield row("resident", batch, rate)
+    if case == "qwen3":
+        yield row("resident", 8, 0, prompt_seconds=round(prompt_seconds(model, vocabulary), 4))
+    if case in ("mixtral", "gpt-oss"):
+        yield from few_bits(case, model, resident[1][0], new, vocabulary, chosen / link)
+        return
+
+    def spread(way: str, **options: Any) -> Iterator[dict[str, Any]]:
+        begin = time.perf_counter()
+        found = in_ram(model, **options)
+        settle()
+        dispatched = time.perf_counter() - begin
+        for batch in batches:
+            before = expert_hits(found)
+            rate, tokens = decode(found, batch, new, vocabulary)
+            own: dict[str, Any] = {"equal": bool(torch.equal(tokens, resident[batch][1]))}
+            if batch == 1:
+                own["share_of_limit"] = round(rate * (1 / resident[1][0] + chosen / link), 3)
+            hits, misses = (now - then for now, then in zip(expert_hits(found), before))
+            if hits + misses:
+                own["hit_rate"] = round(hits / (hits + misses), 3)
+            if torch.cuda.is_available():
+                own["gpu_bytes"] = torch.cuda.memory_allocated()
+            yield row(way, batch, rate, seconds_to_dispatch=round(dispatched, 1), **own)
+        if case == "qwen3" and not options:
+            seconds = prompt_seconds(found, vocabulary)
+            yield row(way, 8, 0, prompt_seconds=round(seconds, 4), prompt_bytes_per_second=round(total / seconds))
+
+    yield from spread("RAM")
+    if case.startswith("qwen3"):
+        yield from spread("RAM, half on the GPU", expert_cache=total // 2)
+    if case == "qwen3" and torch.cuda.is_available():
+        yield accelerate(model, resident[1][1], vocabulary)
+
+
+def few_bits(
+    case: str, model: nn.Module, resident: float, new: int, vocabulary: int, seconds: float
+) -> Iterator[dict[str, Any]]:
+    """Experts in RAM in bfloat16, and in four bits: quantized to nf4 (Mixtral), or stored in MXFP4 (gpt-oss)."""
+    kind = "nf4" if case == "mixtral" else "MXFP4"
+    if case == "gpt-oss":
+        packed = {name: packed_in_mxfp4(module) for name, module in experts_in(model).items()}
+        rate, expected = decode(model, 1, new, vocabulary)
+    found = in_ram(model)
+    rate, tokens = decode(found, 1, new, vocabulary)
+    bf16 = row("RAM", 1, rate, share_of_limit=round(rate * (1 / resident + seconds), 3))
+    yield bf16
+    if case == "mixtral":
+        config = bigkit.BnbQuantizationConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype="bf16", torch_dtype=torch.bfloat16
+        )
+        bigkit.remove_hook_from_module(found, recurse=True)
+        places = {"": 0, **dict.fromkeys(experts_in(model), "cpu")}
+        stand_in = {} if torch.cuda.is_available() else {0: "cpu"}
+        found = bigkit.load_and_quantize_model(found, config, device_map=places, stand_in=stand_in)
+    else:
+        bigkit.remove_hook_from_module(found, recurse=True)
+        for name, parts in packed.items():
+            module = found.get_submodule(name)
+            for own, stored in parts.items():
+                codec = find_stack_codec(own, [own + suffix for suffix in stored])
+                assert codec is not None
+                hold_stack(module, own, codec, stored)
+        found = in_ram(found)
+    rate, tokens = decode(found, 1, new, vocabulary)
+    own = {"equal": bool(torch.equal(tokens, expected))} if case == "gpt-oss" else {}
+    size = sum(p.nbytes for module in experts_in(found).values() for p in module.parameters())
+    yield row(
+        f"RAM, {kind}", 1, rate, against_bf16=round(rate / bf16["tokens_per_second"], 2), bytes_of_experts=size, **own
+    )
+
+
+def packed_in_mxfp4(module: nn.Module) -> dict[str, dict[str, nn.Parameter]]:
+    """Random MXFP4 tensors for gpt-oss' experts, whose decoded values take the places of the module's weights."""
+    packed = {}
+    for own in ("gate_up_proj", "down_proj"):
+        weight = module.get_parameter(own)
+        count, inputs, outputs = weight.shape
+        blocks = torch.randint(0, 256, (count, outputs, inputs // 32, 16), dtype=torch.uint8, device=weight.device)
+        scales = torch.randint(118, 121, (count, outputs, inputs // 32), dtype=torch.uint8, device=weight.device)
+        codec = find_stack_codec(own, [f"{own}_blocks", f"{own}_scales"])
+        assert codec is not None
+        parts = {"_blocks": blocks, "_scales": scales}
+        for expert in range(count):
+            one = {suffix: part[expert : expert + 1] for suffix, part in parts.items()}
+            weight.data[expert] = codec.decode(one, weight.dtype)[0]
+        packed[own] = {suffix: nn.Parameter(part, requires_grad=False) for suffix, part in parts.items()}
+    return packed
+
+
+def accelerate(model: nn.Module, expected: Tensor, vocabulary: int) -> dict[str, Any]:
+    """Accelerate's dispatch with the experts in RAM: all of a block's are brought for each token."""
+    from accelerate import dispatch_model
+
+    places = {name: 0 for name, _ in leaves(model) if not any(name.startswith(other) for other in experts_in(model))}
+    bigkit.remove_hook_from_module(model, recurse=True)
+    model = model.to("cpu")
+    settle()
+    found = dispatch_model(model, {**places, **dict.fromkeys(experts_in(model), "cpu")}, main_device=0)
+    rate, tokens = decode(found, 1, 5, vocabulary)
+    return row("accelerate", 1, rate, equal=bool(torch.equal(tokens, expected[:, : tokens.shape[1]])))
+
+
+def leaves(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Modules with tensors of their own."""
+    for name, module in model.named_modules():
+        if [*module.parameters(recurse=False), *module.buffers(recurse=False)]:
+            yield name, module
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def main() -> None:
+    """Run the cases, each in a process of its own."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
+    parser.add_argument("--layers", type=int, default=0, help="blocks, instead of each case's own number")
+    parser.add_argument("--new", type=int, default=24, help="tokens to decode")
+    parser.add_argument("--device", default="cuda:0")
+    parser.add_argument("--tiny", action="store_true", help="tiny shapes")
+    parser.add_argument("--out", type=Path, help="a JSON file for the results")
+    parser.add_argument("--save", action="store_true", help="write benchmarks/results/experts.json")
+    parser.add_argument("--here", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.here:
+        rows = run(args.here, args.layers or BLOCKS[args.here], args.device, args.tiny, args.new)
+        for found in rows:
+            print("RESULT " + json.dumps(found), flush=True)
+        return
+    about = {
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "CPU",
+        "torch": torch.__version__,
+        "transformers": tf.__version__,
+        "new_tokens": args.new,
+    }
+    results: dict[str, Any] = {"about": about, "blocks": {}, "rows": []}
+    out = args.out or (Path(__file__).parent / "results" / "experts.json" if args.save else None)
+    for case in args.cases:
+        results["blocks"][case] = args.layers or BLOCKS[case]
+        command = [sys.executable, __file__, "--here", case, *sys.argv[1:]]
+        with contextlib.suppress(KeyboardInterrupt):
+            process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+            assert process.stdout is not None
+            for line in process.stdout:
+                if line.startswith("RESULT "):
+                    print(f"{case}: {line.removeprefix('RESULT ')}", end="", flush=True)
+                    results["rows"].append({"case": case, **json.loads(line.removeprefix("RESULT "))})
+                    if out:
+                        out.write_text(json.dumps(results, indent=1) + "\n")
+                else:
+                    print(line, end="", flush=True)
+            process.wait()
+
+
+if __name__ == "__main__":
+    main()
