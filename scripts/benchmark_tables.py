@@ -175,6 +175,16 @@ def offloading_larger() -> Iterable[Iterable[str]]:
                text(other["gpu_peak_gb"], " GB", 1))  # fmt: skip
 
 
+@table("tokens a second", "1 sequence", "8", "32", "GPU memory")
+def experts_in_ram() -> Iterable[Iterable[str]]:
+    rows = [r for r in results("experts")["rows"] if "tokens_per_second" in r]
+    for way in ("resident", "RAM", "RAM, half on the GPU", "accelerate"):
+        rates = {r["batch"]: r["tokens_per_second"] for r in rows if r["way"] == way}
+        size = next((r["gpu_bytes"] / 1e9 for r in rows if r["way"] == way and "gpu_bytes" in r), None)
+        digits = 1 if way != "accelerate" else 3
+        yield way, *(text(rates.get(batch), digits=digits) for batch in (1, 8, 32)), text(size, " GB", 1)
+
+
 @table("on the CPU", "1 token", "4 tokens", "a hook, resident", "a hook, weights in RAM", "a hook, on disk")
 def offloading_cpu() -> Iterable[Iterable[str]]:
     cases = {(r["way"], r["shape"]): r.get("s") or r.get("us") for r in results("offload-cpu")["rows"]}

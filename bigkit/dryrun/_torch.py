@@ -63,6 +63,7 @@ def lent_gpus(capability: tuple[int, int]) -> Iterator[None]:
     with (
         _device_guard(),
         mock.patch("torch.cuda.get_device_capability", lambda device=None: capability),
+        mock.patch("torch.backends.cudnn.is_acceptable", lambda tensor: False),  # an LSTM would select the real GPU
         # With a real GPU in the machine PyTorch makes a real tensor there for each fake one.
         mock.patch("torch._subclasses.fake_tensor.init_gpu_context", lambda device: None),
     ):

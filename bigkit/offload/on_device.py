@@ -125,7 +125,8 @@ def rows_on_devices(model: nn.Module, layout: Layout, nbytes: int) -> dict[nn.Mo
         Module that holds a block's experts -> a number of them.
 
     Raises:
-        ValueError: there are no experts, a block would keep none, or a GPU has not so much free memory.
+        ValueError: there are no experts, a block would keep fewer than a token takes, or a GPU has not so much memory
+            free.
     """
     if not nbytes:
         return {}
@@ -141,10 +142,12 @@ def rows_on_devices(model: nn.Module, layout: Layout, nbytes: int) -> dict[nn.Mo
         each = sum(codec_of(tensor).nbytes(tensor) for tensor in module.parameters()) // count
         found[module] = min(count, nbytes // len(away) // each)
         needed[layout.works(name)] += found[module] * each
-        if not found[module]:
+        per_token = getattr(getattr(module, "config", None), "num_experts_per_tok", None) or 1
+        if found[module] < per_token:
             raise ValueError(
-                f"expert_cache is {format_bytes(nbytes)}, which is less than one expert of each of {len(away)} blocks "
-                f"({format_bytes(each * len(away))}): give several times that, or leave it out"
+                f"expert_cache is {format_bytes(nbytes)}, which is less than the experts that one token takes "
+                f"({per_token} of each of {len(away)} blocks, {format_bytes(each * per_token * len(away))}): give "
+                "several times that, or leave it out"
             )
     if not found:
         raise ValueError(

@@ -440,7 +440,11 @@ def _mark(model: nn.Module, config: BnbQuantizationConfig, targets: Iterable[str
         able = (isinstance(module, (nn.Linear, AsStored)) or is_linear(module) for module in model.modules())
         kept = [name for (name, _), one in zip(model.named_modules(), able) if one and name not in owners]
         stated = dataclasses.replace(config, skip_modules=kept, keep_in_fp32_modules=())
-        marks.config = copy.deepcopy(marks.config)
+        copies: dict[int, Any] = {}  # id of a config -> its copy: the user's may be another model's too
+        copy.deepcopy(marks.config, copies)
+        for module in model.modules():
+            if id(own := vars(module).get("config")) in copies:  # parts read what is set in their model's config
+                module.config = copies[id(own)]
         marks.config.quantization_config = stated.to_dict()
     model.register_forward_pre_hook(_refuse_training)
 

@@ -739,7 +739,7 @@ def test_what_does_not_fit_on_the_device_is_said_before_anything_changes():
     model = made(qwen3_moe)
     names = expert_names(model)
     for places, size, message in [
-        (apart(model, "cpu"), 100, "less than one expert of each of 3 blocks"),
+        (apart(model, "cpu"), 100, "less than the experts that one token takes .2 of each of 3 blocks"),
         ({"": 0, "lm_head": "cpu"}, "1MB", "no experts of a mixture rest away from a GPU"),
     ]:
         with pytest.raises(ValueError, match=message):

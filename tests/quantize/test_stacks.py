@@ -122,7 +122,7 @@ def test_an_expert_at_a_time_is_in_memory(tmp_path):
 
 
 @pytest.mark.parametrize("place", ["cpu", "disk"])
-@pytest.mark.parametrize("cache", [0, "8KB"])
+@pytest.mark.parametrize("cache", [0, "16KB"])
 @pytest.mark.parametrize("quantization", ALL)
 def test_chosen_experts_travel_as_they_are_stored(quantization, cache, place, tmp_path):
     model = made(qwen3_moe)
@@ -138,6 +138,7 @@ def test_chosen_experts_travel_as_they_are_stored(quantization, cache, place, tm
     with torch.no_grad():
         found(torch.tensor([[5]]))
     size = streamer.units[0].nbytes
+    assert bool(cache) == (streamer.hits + streamer.misses > 0)
     assert all(nbytes <= 2 * size // COUNT for nbytes in copied), "two of eight experts are chosen"
 
 
@@ -166,3 +167,15 @@ def test_no_warning_where_all_experts_are_quantized():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         load_and_quantize_model(made(qwen3_moe), config("nf4"), device_map={"": "cpu"})
+
+
+def test_what_is_set_in_the_models_config_reaches_its_parts():
+    """`generate` sets there which code decodes with experts; the user's own config stays as it was."""
+    model = made(qwen3_moe)
+    own = model.config
+    found = load_and_quantize_model(model, config("nf4"), device_map={"": "cpu"})
+    assert found.config is not own and not hasattr(own, "quantization_config")
+    found.set_experts_implementation("batched_mm")
+    parts = [module for module in found.modules() if hasattr(module, "config")]
+    assert len(parts) > 3 and all(part.config is found.config for part in parts)
+    assert own._experts_implementation != "batched_mm"
