@@ -17,8 +17,9 @@ from . import __version__
 from .devices import Device, read_device
 from .maps.advise import TARGETS
 from .maps.strategies import STRATEGIES
+from .model.attention import KV_DTYPES
 from .model.estimate import CLASSIC
-from .model.spec import QUANTIZATIONS
+from .model.precision import QUANTIZATIONS
 from .units import format_bytes
 
 if TYPE_CHECKING:
@@ -136,6 +137,7 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     add("--trust_remote_code", action="store_true", help="run model code from the Hub")
     add("--batch", type=int, default=1, help="sequences (%(default)s)")
     add("--context", type=int, default=2048, help="tokens each (%(default)s)")
+    add("--kv_dtype", choices=KV_DTYPES, help="of keys and values in the cache (as the model computes)")
     add("--json", action="store_true", help="print JSON")
 
 
@@ -173,7 +175,8 @@ def _estimate(options: argparse.Namespace) -> str:
 
     estimate = estimate_memory(
         options.model, options.dtypes, options.library_name,
-        batch=options.batch, context=options.context, trust_remote_code=options.trust_remote_code,
+        batch=options.batch, context=options.context, kv_dtype=options.kv_dtype,
+        trust_remote_code=options.trust_remote_code,
     )  # fmt: skip
     return estimate.to_json() if options.json else str(estimate)
 
@@ -196,7 +199,7 @@ def _plan_of(options: argparse.Namespace, hardware: Hardware | str | None, conte
     return plan(
         _describe(options), _budgets(options.max_memory), options.strategy, dtype=options.dtype,
         quantization=options.quantization, batch=options.batch, context=context, hardware=hardware,
-        experts_on_cpu=options.experts_on_cpu,
+        experts_on_cpu=options.experts_on_cpu, kv_dtype=options.kv_dtype,
     )  # fmt: skip
 
 
@@ -241,7 +244,9 @@ def _dry_run(options: argparse.Namespace) -> str:
 def _advise(options: argparse.Namespace) -> str:
     from .api import advise
 
-    advice = advise(_describe(options), options.hardware, options.batch, options.context, options.target)
+    advice = advise(
+        _describe(options), options.hardware, options.batch, options.context, options.target, kv_dtype=options.kv_dtype
+    )
     if options.json:
         return advice.to_json()
     if options.svg:

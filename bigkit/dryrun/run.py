@@ -406,7 +406,7 @@ def _plan(
 
         spec = zoo.describe(model)
     else:
-        spec = spec_from_module(model if isinstance(model, nn.Module) else model())
+        spec = spec_from_module(model if isinstance(model, nn.Module) else model(), trace_cache=True)
     kind = quantization.quantization if isinstance(quantization, BnbQuantizationConfig) else quantization
     return place(
         spec, machine.max_memory(), strategy, dtype=dtype, quantization=kind, batch=load.batch,

@@ -152,7 +152,8 @@ class Plan:
     def explain(self) -> str:
         """The plan in sentences: which layers rest where, and why each boundary stands where it does."""
         stored = f"{self.quantization} (the rest {self.dtype})" if self.quantization else self.stored
-        lines = [f"{self.model}, {stored}, strategy {self.strategy!r}, {load_text(self.batch, self.context)}:"]
+        load = load_text(self.batch, self.context, self.options.get("kv_dtype"))
+        lines = [f"{self.model}, {stored}, strategy {self.strategy!r}, {load}:"]
         for share in self.shares:
             own = [layer.name for layer in self.layers if layer.device == share.device]
             if not own and not share.used:

@@ -177,7 +177,7 @@ def specs_to_json(specs: Mapping[str, ModelSpec]) -> dict[str, Any]:
             "root": number(spec.root),
             "ties": [list(group) for group in spec.ties],
             "no_split": list(spec.no_split),
-            "attention": [[a.layer, a.per_token, a.window, a.fixed] for a in spec.attention],
+            "attention": [_attention_to_json(record) for record in spec.attention],
             "facts": dict(spec.facts),
             "library": spec.library,
         }
@@ -207,6 +207,11 @@ def specs_from_json(data: Mapping[str, Any]) -> dict[str, ModelSpec]:
         )
         for key, model in data["models"].items()
     }
+
+
+def _attention_to_json(record: Attention) -> list[Any]:
+    rest = [record.float32, record.every]
+    return [record.layer, record.per_token, record.window, record.fixed, *(rest if rest != [0, 1] else [])]
 
 
 def _tensor_to_json(tensor: TensorSpec) -> list[Any]:
