@@ -51,12 +51,10 @@ class Assumed:
     Args:
         steps: quantization -> steps of Python for one block (see `Operation.issued`). Counted in dry runs of a Llama;
             GPT-2 has 70 where Llama has 130.
-        ram: bytes a second that a CPU reads from RAM. A round figure for a desktop, not measured.
         cpu: operations a second of a CPU's matrix products. An order of magnitude, not measured.
     """
 
     steps: Mapping[str | None, int] = field(default_factory=_steps)
-    ram: float = 40e9
     cpu: float = 1e11
 
 
@@ -288,7 +286,7 @@ def _all_rates(hardware: Hardware, calibration: Calibration | None) -> dict[Devi
     """The rates of every device that may run layers, the CPU among them."""
     cpu = replace(
         Rates.of_gpu(GPUS["A100-80GB"], hardware.disk_rate),
-        memory=ASSUMED.ram,
+        memory=hardware.ram_rate,
         products={"float32": ((1, ASSUMED.cpu),)},
     )
     if calibration:
@@ -297,7 +295,7 @@ def _all_rates(hardware: Hardware, calibration: Calibration | None) -> dict[Devi
             "disk": calibration.disk_warm,
         }  # fmt: skip
         cpu = replace(cpu, **{name: value for name, value in measured.items() if value})
-    return {"cpu": cpu, **dict(enumerate(rates_of(hardware, calibration)))}
+    return {"cpu": cpu, **dict(zip(hardware.max_memory(), rates_of(hardware, calibration)))}
 
 
 def _predict(model: ModelSpec, plan: Plan, hardware: Hardware, calibration: Calibration | None) -> Option:

@@ -35,7 +35,7 @@ def _machine(machine: Hardware) -> dict[str, Any]:
     """A machine as values of the controls: sizes rounded down to their steps, and the overhead up."""
     return {
         "sizes": [gpu.memory / GiB // STEP * STEP for gpu in machine.gpus],
-        "ram": float(machine.ram // GiB),
+        "ram": 0.0 if machine.unified else float(machine.ram // GiB),
         "disk": float(machine.disk // GiB),
         "overhead": math.ceil(machine.overhead / MiB),
     }
