@@ -1,4 +1,5 @@
-"""The command line: `bigkit estimate-memory NAME`, `plan`, `dry-run`, `advise`, `calibrate`, `launch script.py`, `env`.
+"""The command line: `bigkit estimate-memory NAME`, `plan`, `dry-run`, `advise`, `calibrate`, `launch script.py`,
+`models`, `env`.
 
 Leaves out: anything that needs torch, unless a name must be looked up on the Hub or this machine asked for its GPUs.
 """
@@ -88,6 +89,10 @@ def _parser() -> argparse.ArgumentParser:
     config.add_argument("kind", choices=("default",), help="for this machine: a process for each GPU")
     config.set_defaults(run=_config)
 
+    models = commands.add_parser("models", help="the models that need no download")
+    models.add_argument("words", nargs="*", help="only those with all of these in their names or descriptions")
+    models.set_defaults(run=_models)
+
     commands.add_parser("env", help="versions and devices, to be copied into an issue").set_defaults(run=_env)
     commands.add_parser("test", help="how to try a launch").set_defaults(run=_test)
     return parser
@@ -132,7 +137,7 @@ def _add_launch(launch: argparse.ArgumentParser) -> None:
 
 def _add_model(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("model", help="a shipped name, Hub id, Hub URL, timm name or folder")
+    add("model", help="a shipped name (`bigkit models`), Hub id, Hub URL, timm name, folder or GGUF file")
     add("--library_name", choices=("transformers", "timm", "bigkit"), help="found out if left out")
     add("--trust_remote_code", action="store_true", help="run model code from the Hub")
     add("--batch", type=int, default=1, help="sequences (%(default)s)")
@@ -305,6 +310,17 @@ def _config(options: argparse.Namespace) -> str:
     from .distributed.launch import write_default_config
 
     return f"{write_default_config()} is there: `bigkit launch` and `accelerate launch` read it"
+
+
+def _models(options: argparse.Namespace) -> str:
+    from . import zoo
+
+    rows = [[entry.name, entry.about, entry.hub_id] for entry in zoo.ENTRIES]
+    rows = [row for row in rows if all(word.lower() in " ".join(row).lower() for word in options.words)]
+    if not rows:
+        raise ValueError(f"no model that ships with bigkit has {' '.join(options.words)!r} in its name or description")
+    name, about = (max(len(row[i]) for row in rows) for i in (0, 1))
+    return "\n".join(f"{row[0]:{name}}  {row[1]:{about}}  {row[2]}".rstrip() for row in rows)
 
 
 def _env(options: argparse.Namespace) -> str:
