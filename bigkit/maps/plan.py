@@ -17,7 +17,8 @@ from typing import Any
 from ..devices import Device, collapse, device_label, placement
 from ..model.estimate import load_text
 from ..units import GiB, counted, format_bytes
-from .experts import is_apart, llama_cpp_flags, why_apart
+from .experts import is_apart, why_apart
+from .llama_cpp import llama_cpp_command, llama_cpp_flags
 
 
 @dataclass(frozen=True)
@@ -170,8 +171,10 @@ class Plan:
             ]
             lines.append(f"      {' + '.join(parts)}." + (f" {share.why}" if share.why else ""))
         if about := why_apart(self, self.experts):
-            flags = llama_cpp_flags(self)
+            flags = llama_cpp_flags(self) if self.library != "gguf" else ""
             lines += [f"  {about}", *([f"  llama.cpp places them so with {flags}"] if flags else [])]
+        if self.library == "gguf" and self.feasible:
+            lines.append(f"  Run it with llama.cpp: {llama_cpp_command(self)}")
         if self.longest:
             lines.append(f"  Longest context this placement holds: {self.longest}.")
         lines += [f"  {note}" for note in self.notes]

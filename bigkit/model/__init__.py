@@ -28,6 +28,7 @@ Reading order:
     experts.py      mixtures of experts: how many, how large, how many of them a token takes
     config.py       a config.json, whose numbers have another name in every family
     header.py       the table of contents of a safetensors file, with a check on every claim that it makes
+    gguf.py         the same of a GGUF file, llama.cpp's format
     stored.py       what a checkpoint takes that is quantized already, by its config
     estimate.py     three tables: the classic estimate, what running takes, what training takes
 

@@ -302,6 +302,9 @@ def estimate(
     stored = [stored] if isinstance(stored, str) else stored
     full = full or base
     asked, context = context, tokens_seen(full, context)
+    packed_as = full.facts.get("stored_as")  # a GGUF file, which is run as it is
+    if packed_as:
+        dtypes = stored = ()
     total, layers, modules = _classic_bits(base)
     layer_name, module_name = max(layers, key=layers.__getitem__), max(modules, key=modules.__getitem__)
     rows = []
@@ -309,7 +312,8 @@ def estimate(
         sizes = [bits * dtype_bits(name) // 256 for bits in (layers[layer_name], total, modules[module_name])]
         trainable = is_floating(name) and dtype_bits(name) >= 16
         rows.append(ClassicRow(name, sizes[0], sizes[1], 4 * sizes[1], sizes[2], trainable))
-    notes = [about] if (about := sentence(full)) else []
+    about = sentence(full, Precision()) if packed_as else sentence(full)
+    notes = [about] if about else []
     if not all(row.trainable for row in rows):
         notes.append("* 4 x the size, as the classic table counts; weights of this dtype alone cannot be trained.")
     inference = tuple(_inference(full, name, batch, context, cached) for name in stored)
@@ -317,6 +321,9 @@ def estimate(
         row = _inference(full, "bfloat16", batch, context, cached)
         kind = f"as stored ({full.facts['quantization']})"
         inference = (replace(row, stored=kind, weights=quantized[0], active=quantized[1]), *inference)
+    if packed_as:
+        row = _inference(full, "auto", batch, context, cached)
+        inference = (replace(row, stored=f"as stored (mostly {packed_as})"),)
     if not any(row.activations for row in inference):
         notes.append("Activations are not estimated: the config does not say how wide the model is.")
     notes += remarks(full.name, full.facts, asked)
@@ -333,7 +340,7 @@ def estimate(
         context=context,
         rows=tuple(rows),
         inference=inference,
-        training=_training(full, batch, context),
+        training=() if packed_as else _training(full, batch, context),
         notes=tuple(notes),
         active=active_parameters(full),
         kv_dtype=cached,
@@ -361,7 +368,7 @@ def _inference(model: ModelSpec, name: str, batch: int, context: int, kv_dtype: 
     kv_cache = model.kv_bytes(context, batch, computes, kv_dtype)
     activations = activation_bytes(model, batch, context, computes)
     weights, active = model.bytes(precision), active_bytes(model, precision)
-    return InferenceRow(quantization or dtype_name(name), weights, kv_cache, activations, active)
+    return InferenceRow(precision.label, weights, kv_cache, activations, active)
 
 
 def _training(model: ModelSpec, batch: int, context: int) -> tuple[TrainingRow, ...]:

@@ -226,7 +226,7 @@ class ModelSpec:
         stored = (
             tensor.dtype for tensor, _ in self.tensors.values() if not tensor.buffer and is_floating(tensor.dtype)
         )
-        dtype = precision.dtype or next(stored, "bfloat16")
+        dtype = self.facts.get("computes_in") or precision.dtype or next(stored, "bfloat16")
         return dtype if dtype_bits(dtype) >= 16 else "bfloat16"
 
     @property
