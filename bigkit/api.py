@@ -50,7 +50,7 @@ def describe(model: Source, library_name: str | None = None, *, base: bool = Fal
     if hasattr(model, "named_modules"):
         from .meta.skeleton import spec_from_module
 
-        return spec_from_module(model)
+        return spec_from_module(model, trace_cache=True)
     raise TypeError(f"expected a model's name, folder or URL, an nn.Module or a ModelSpec, not {type(model).__name__}")
 
 
@@ -70,6 +70,7 @@ def plan(
     offload_buffers: bool = False,
     strict: bool = True,
     experts_on_cpu: int | None = None,
+    kv_dtype: object = None,
     hardware: Hardware | str | None = None,
 ) -> Plan:
     """Place a model's layers on devices so that no device holds more than its budget.
@@ -78,7 +79,7 @@ def plan(
         model: a name, URL, folder, `nn.Module` or `ModelSpec`.
         max_memory: device -> budget; None takes those of `hardware`, or of this machine (`Hardware.detect`).
         strategy, dtype, quantization, keep, special_dtypes, no_split, batch, context, offload_buffers, strict,
-            experts_on_cpu: see `maps.strategies.place`.
+            experts_on_cpu, kv_dtype: see `maps.strategies.place`.
         overhead: bytes that the runtime takes on each GPU; None takes `overhead_of` the machine, or 0 for budgets that
             are given without one.
         hardware: a machine, or the name of one ("1 x RTX 4090", "L4").
@@ -106,7 +107,7 @@ def plan(
     return place(
         describe(model), max_memory, strategy, dtype=dtype, quantization=quantization, keep=keep,
         special_dtypes=special_dtypes, no_split=no_split, batch=batch, context=context, overhead=overhead,
-        offload_buffers=offload_buffers, strict=strict, experts_on_cpu=experts_on_cpu,
+        offload_buffers=offload_buffers, strict=strict, experts_on_cpu=experts_on_cpu, kv_dtype=kv_dtype,
     )  # fmt: skip
 
 
@@ -118,6 +119,7 @@ def advise(
     target: str = "speed",
     *,
     stored: Iterable[str | None] = _advise.STORED,
+    kv_dtype: object = None,
 ) -> Advice:
     """Rank ways to store and place a model on a machine, by what a token would wait for.
 
@@ -125,7 +127,7 @@ def advise(
         model: a name, URL, folder, `nn.Module` or `ModelSpec`.
         hardware: a `Hardware`, the name of one ("1 x RTX 4090", "L4", "8 x H100-80GB"), or None for this machine, whose
             measured rates are used if `calibrate()` was called here.
-        batch, context, target, stored: see `maps.advise.advise`.
+        batch, context, target, stored, kv_dtype: see `maps.advise.advise`.
 
     Returns:
         The options that fit, best first; if there are none, what would have to change.
@@ -136,7 +138,9 @@ def advise(
     >>> advise("llama-3.1-8b", "RTX 4090").best.plan.quantization is None
     True
     """
-    return _advise.advise(describe(model), machine_of(hardware), batch, context, target, stored=stored)
+    return _advise.advise(
+        describe(model), machine_of(hardware), batch, context, target, stored=stored, kv_dtype=kv_dtype
+    )
 
 
 def estimate_memory(
@@ -147,6 +151,7 @@ def estimate_memory(
     stored: Iterable[str] = _estimate.STORED,
     batch: int = 1,
     context: int = 2048,
+    kv_dtype: object = None,
     **options: Any,
 ) -> MemoryEstimate:
     """Count how much memory a model takes to load, run and train. Shipped names need no network and no torch.
@@ -157,6 +162,7 @@ def estimate_memory(
         library_name: "transformers", "timm" or "bigkit"; None finds it.
         stored: rows of the inference table: dtypes, or quantizations ("int8", "nf4", "nf4-double", ...).
         batch, context: what KV cache and activations are counted for.
+        kv_dtype: of keys and values in the cache ("float8", "int8", "int4", ...); None: as the model computes.
         options: `trust_remote_code`, `revision`, `token` for names on the Hub.
 
     >>> row = estimate_memory("bert-base-cased").rows[0]
@@ -166,4 +172,4 @@ def estimate_memory(
     full = describe(model, library_name, **options)
     by_name = isinstance(model, (str, os.PathLike))
     base = describe(model, library_name, base=True, **options) if by_name else full
-    return _estimate.estimate(base, full, dtypes, stored, batch, context)
+    return _estimate.estimate(base, full, dtypes, stored, batch, context, kv_dtype)

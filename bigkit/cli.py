@@ -1,4 +1,5 @@
-"""The command line: `bigkit estimate-memory NAME`, `plan`, `dry-run`, `advise`, `calibrate`, `launch script.py`, `env`.
+"""The command line: `bigkit estimate-memory NAME`, `plan`, `dry-run`, `advise`, `calibrate`, `launch script.py`,
+`models`, `env`.
 
 Leaves out: anything that needs torch, unless a name must be looked up on the Hub or this machine asked for its GPUs.
 """
@@ -17,8 +18,9 @@ from . import __version__
 from .devices import Device, read_device
 from .maps.advise import TARGETS
 from .maps.strategies import STRATEGIES
+from .model.attention import KV_DTYPES
 from .model.estimate import CLASSIC
-from .model.spec import QUANTIZATIONS
+from .model.precision import QUANTIZATIONS
 from .units import format_bytes
 
 if TYPE_CHECKING:
@@ -87,6 +89,10 @@ def _parser() -> argparse.ArgumentParser:
     config.add_argument("kind", choices=("default",), help="for this machine: a process for each GPU")
     config.set_defaults(run=_config)
 
+    models = commands.add_parser("models", help="the models that need no download")
+    models.add_argument("words", nargs="*", help="only those with all of these in their names or descriptions")
+    models.set_defaults(run=_models)
+
     commands.add_parser("env", help="versions and devices, to be copied into an issue").set_defaults(run=_env)
     commands.add_parser("test", help="how to try a launch").set_defaults(run=_test)
     return parser
@@ -131,11 +137,12 @@ def _add_launch(launch: argparse.ArgumentParser) -> None:
 
 def _add_model(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("model", help="a shipped name, Hub id, Hub URL, timm name or folder")
+    add("model", help="a shipped name (`bigkit models`), Hub id, Hub URL, timm name, folder or GGUF file")
     add("--library_name", choices=("transformers", "timm", "bigkit"), help="found out if left out")
     add("--trust_remote_code", action="store_true", help="run model code from the Hub")
     add("--batch", type=int, default=1, help="sequences (%(default)s)")
     add("--context", type=int, default=2048, help="tokens each (%(default)s)")
+    add("--kv_dtype", choices=KV_DTYPES, help="of keys and values in the cache (as the model computes)")
     add("--json", action="store_true", help="print JSON")
 
 
@@ -173,7 +180,8 @@ def _estimate(options: argparse.Namespace) -> str:
 
     estimate = estimate_memory(
         options.model, options.dtypes, options.library_name,
-        batch=options.batch, context=options.context, trust_remote_code=options.trust_remote_code,
+        batch=options.batch, context=options.context, kv_dtype=options.kv_dtype,
+        trust_remote_code=options.trust_remote_code,
     )  # fmt: skip
     return estimate.to_json() if options.json else str(estimate)
 
@@ -196,7 +204,7 @@ def _plan_of(options: argparse.Namespace, hardware: Hardware | str | None, conte
     return plan(
         _describe(options), _budgets(options.max_memory), options.strategy, dtype=options.dtype,
         quantization=options.quantization, batch=options.batch, context=context, hardware=hardware,
-        experts_on_cpu=options.experts_on_cpu,
+        experts_on_cpu=options.experts_on_cpu, kv_dtype=options.kv_dtype,
     )  # fmt: skip
 
 
@@ -241,7 +249,9 @@ def _dry_run(options: argparse.Namespace) -> str:
 def _advise(options: argparse.Namespace) -> str:
     from .api import advise
 
-    advice = advise(_describe(options), options.hardware, options.batch, options.context, options.target)
+    advice = advise(
+        _describe(options), options.hardware, options.batch, options.context, options.target, kv_dtype=options.kv_dtype
+    )
     if options.json:
         return advice.to_json()
     if options.svg:
@@ -300,6 +310,17 @@ def _config(options: argparse.Namespace) -> str:
     from .distributed.launch import write_default_config
 
     return f"{write_default_config()} is there: `bigkit launch` and `accelerate launch` read it"
+
+
+def _models(options: argparse.Namespace) -> str:
+    from . import zoo
+
+    rows = [[entry.name, entry.about, entry.hub_id] for entry in zoo.ENTRIES]
+    rows = [row for row in rows if all(word.lower() in " ".join(row).lower() for word in options.words)]
+    if not rows:
+        raise ValueError(f"no model that ships with bigkit has {' '.join(options.words)!r} in its name or description")
+    name, about = (max(len(row[i]) for row in rows) for i in (0, 1))
+    return "\n".join(f"{row[0]:{name}}  {row[1]:{about}}  {row[2]}".rstrip() for row in rows)
 
 
 def _env(options: argparse.Namespace) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 from numbers import Real
+from typing import Any
 
 KiB, MiB, GiB, TiB, PiB = 2**10, 2**20, 2**30, 2**40, 2**50
 KB, MB, GB, TB, PB = 10**3, 10**6, 10**9, 10**12, 10**15
@@ -19,13 +20,18 @@ for _power, _letter in enumerate("KMGTP", 1):
 _BYTES = re.compile(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*([A-Za-z]*)\s*")
 
 # Torch stores one bool per byte, so 8. Sub-byte dtypes count the bits of one value, packed.
-_BITS = {
+_BITS: dict[str, Any] = {
     "float64": 64, "float32": 32, "float16": 16, "bfloat16": 16,
     "float8_e4m3fn": 8, "float8_e5m2": 8, "float8_e4m3fnuz": 8, "float8_e5m2fnuz": 8, "float8_e8m0fnu": 8,
     "float4_e2m1fn_x2": 8,  # one element is a byte that packs two 4-bit values
     "complex32": 32, "bcomplex32": 32, "complex64": 64, "complex128": 128,
     "bool": 8, "uint8": 8, "int8": 8, "int16": 16, "uint16": 16, "int32": 32, "uint32": 32, "int64": 64, "uint64": 64,
     "quint8": 8, "qint8": 8, "qint32": 32, "quint4x2": 4, "quint2x4": 2,
+    # Of llama.cpp's types, scales included (`model/gguf.py`); no cast changes them.
+    "f32": 32, "f16": 16, "q4_0": 4.5, "q4_1": 5, "q5_0": 5.5, "q5_1": 6, "q8_0": 8.5, "q2_k": 2.625, "q3_k": 3.4375,
+    "q4_k": 4.5, "q5_k": 5.5, "q6_k": 6.5625, "q8_k": 9.125, "iq1_s": 1.5625, "iq1_m": 1.75, "iq2_xxs": 2.0625,
+    "iq2_xs": 2.3125, "iq2_s": 2.5625, "iq3_xxs": 3.0625, "iq3_s": 3.4375, "iq4_nl": 4.5, "iq4_xs": 4.25,
+    "tq1_0": 1.6875, "tq2_0": 2.0625, "mxfp4": 4.25, "nvfp4": 4.5,
     **{f"{sign}int{bits}": bits for sign in ("", "u") for bits in range(1, 8)},
 }  # fmt: skip
 _ALIASES = {"fp64": "float64", "fp32": "float32", "fp16": "float16", "bf16": "bfloat16", "half": "float16",
@@ -110,7 +116,8 @@ def dtype_bits(dtype: object) -> int:
     >>> dtype_bits("bfloat16"), dtype_bits("int4"), dtype_bits("bool")
     (16, 4, 8)
     """
-    return _BITS[dtype_name(dtype)]
+    bits: int = _BITS[dtype_name(dtype)]  # a fraction for llama.cpp's types, whose tensors are whole blocks
+    return bits
 
 
 def is_floating(dtype: object) -> bool:

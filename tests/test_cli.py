@@ -158,3 +158,21 @@ def test_options_of_accelerates_command_line(options, shown, capsys):
     assert main(["launch", "--show", *options.split(), "script.py", "--its-own", "--use_cpu"]) == 0
     printed = capsys.readouterr().out
     assert shown in printed and printed.endswith("script.py --its-own --use_cpu\n")
+
+
+def test_models_lists_what_ships_and_needs_no_torch():
+    done = run("models")
+    assert done.returncode == 0 and done.stderr == "False\n"
+    assert {"pygpt", "gpt-oss-20b", "kimi-k2"} <= {line.split()[0] for line in done.stdout.splitlines()}
+    done = run("models", "mixture", "Mamba")
+    assert [line.split()[0] for line in done.stdout.splitlines()] == ["nemotron-3-nano-30b"]
+    assert run("models", "no-such-word").returncode == 2
+
+
+def test_dtype_of_the_cache(capsys):
+    assert main(["estimate-memory", "llama-2-7b", "--kv_dtype", "int4", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["kv_dtype"] == "int4"
+    assert main(["plan", "llama-2-7b", "--hardware", "RTX 4090", "--kv-dtype", "float8", "--code"]) == 0
+    assert "kv_dtype='float8'" in capsys.readouterr().out
+    assert main(["advise", "llama-2-7b", "--hardware", "RTX 4090", "--kv-dtype", "float8"]) == 0
+    assert "KV cache in float8" in capsys.readouterr().out

@@ -28,7 +28,7 @@ def advice_figure(advice: Advice) -> Picture:
     <Picture: Ways to run llama-2-70b on 1 x RTX 4090, best first: ... tokens/s, waiting for ...>
     """
     picture = Picture(advice.model, advice_label(advice), left=92, right=104)
-    picture.head(f"{load_text(advice.batch, advice.context)} on {advice.hardware}")
+    picture.head(f"{load_text(advice.batch, advice.context, advice.kv_dtype)} on {advice.hardware}")
     if not advice.options:
         picture.text(WIDTH / 2, picture.y + 12, "Nothing fits.", 12, anchor="middle")
         picture.y += 32

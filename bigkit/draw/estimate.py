@@ -22,7 +22,7 @@ def estimate_figure(estimate: MemoryEstimate) -> Picture:
     <Picture: Memory that bert-base-cased takes to run: float32 ...; to train: ...>
     """
     picture = Picture(estimate.name, estimate_label(estimate), left=142, right=74)
-    picture.head(load_text(estimate.batch, estimate.context))
+    picture.head(load_text(estimate.batch, estimate.context, estimate.kv_dtype))
     parts = dict.fromkeys([*RUN.values(), *TRAIN.values()])
     picture.legend([(part, PART_COLOURS[part]) for part in parts])
     picture.heading(f"To run {estimate.classes[1]}, weights stored as")

@@ -90,7 +90,7 @@ def plan_label(plan: Plan) -> str:
 
 def _settings(plan: Plan) -> str:
     stored = f"{plan.quantization} + {plan.dtype}" if plan.quantization else plan.stored
-    return f"{stored}, strategy {plan.strategy}, {load_text(plan.batch, plan.context)}"
+    return f"{stored}, strategy {plan.strategy}, {load_text(plan.batch, plan.context, plan.options.get('kv_dtype'))}"
 
 
 def _bar(share: Share) -> Bar:

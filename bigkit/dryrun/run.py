@@ -406,7 +406,7 @@ def _plan(
 
         spec = zoo.describe(model)
     else:
-        spec = spec_from_module(model if isinstance(model, nn.Module) else model())
+        spec = spec_from_module(model if isinstance(model, nn.Module) else model(), trace_cache=True)
     kind = quantization.quantization if isinstance(quantization, BnbQuantizationConfig) else quantization
     return place(
         spec, machine.max_memory(), strategy, dtype=dtype, quantization=kind, batch=load.batch,
@@ -427,7 +427,7 @@ def _machine(hardware: Hardware | str | None, gpus: int) -> Hardware:
     """The machine, or one with so many of the GPUs that are named."""
     machine = machine_of("H100-80GB" if hardware is None else hardware)
     counted = isinstance(hardware, str) and (hardware in HARDWARE or re.match(r"\s*\d+\s*x", hardware))
-    if not isinstance(hardware, Hardware) and not counted and len(machine.gpus) == 1:
+    if not isinstance(hardware, Hardware) and not counted and len(machine.gpus) == 1 and not machine.unified:
         machine = machine_of(f"{gpus} x {machine.gpus[0].name}")
     if len(machine.gpus) < gpus:
         raise ValueError(f"the plan uses GPU {gpus - 1}, and {machine.name} has {len(machine.gpus)} GPUs")

@@ -1,8 +1,13 @@
 """Devices that a plan can be made for: memory, memory bandwidth, matrix speed and link of common GPUs and machines.
 
-Memory is what the driver reports (`nvidia-smi`), which is what a budget can use; the other figures are the vendors'
-data sheets, for dense matrices: NVIDIA's of T4, L4, A100 (SXM, 40 and 80 GB), H100 SXM and H200 SXM, and the white
-papers of the architectures GA102 (RTX 3090) and AD102 (RTX 4090). `Hardware.detect()` describes this machine.
+Memory is what the driver reports (`nvidia-smi`, `rocm-smi`), which is what a budget can use; the other figures are the
+vendors' data sheets, for dense matrices with sums in float32: NVIDIA's of T4, L4, L40S, A10G, RTX 6000 Ada, A100 (SXM,
+40 and 80 GB), H100 SXM, H200 SXM and HGX B200, the white papers of GA102 (RTX 3090, 3060), AD102 (RTX 4090, 4060 Ti)
+and RTX Blackwell (RTX 5090, 5080, 5060 Ti, RTX PRO 6000), AMD's of MI300X. Where a sheet gives only operations in 4 or
+8 bits with sparsity, these are divided by what the same white paper has between them and 16 bits dense.
+
+In some machines GPU and CPU share one memory (`unified`): it is counted once, as the GPU's.
+`Hardware.detect()` describes this machine.
 
 Leaves out: what was measured (`machine/ledger.py`, `measure/calibrate.py`), and time (`machine/roofline.py`).
 """
@@ -12,8 +17,9 @@ from __future__ import annotations
 import os
 import re
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from ..devices import Device
 from ..units import GB, TB, GiB, MiB, listed
@@ -33,6 +39,7 @@ class Gpu:
         flops: bfloat16 (float16 where there is no bfloat16) operations a second, dense.
         link: bytes a second from the host's pinned memory, in theory.
         capability: its compute capability.
+        mps: whether PyTorch calls it "mps" (Apple's), and not by a number.
     """
 
     name: str
@@ -41,6 +48,7 @@ class Gpu:
     flops: float
     link: float
     capability: tuple[int, int] = (9, 0)
+    mps: bool = False
 
 
 @dataclass(frozen=True)
@@ -53,6 +61,8 @@ class Hardware:
         ram: bytes of RAM for weights.
         disk: bytes of a disk for weights.
         disk_rate: bytes a second that large reads from the disk bring.
+        ram_rate: bytes a second that the CPU reads from RAM. 40 GB/s is a round figure for a desktop, not measured.
+        unified: whether the GPU's memory and the RAM are one; `ram` is then all of it.
 
     >>> HARDWARE["2 x RTX 4090"].max_memory()["cpu"] // 2**30
     64
@@ -63,6 +73,8 @@ class Hardware:
     ram: int
     disk: int
     disk_rate: float = 3.5 * GB
+    ram_rate: float = 40 * GB
+    unified: bool = False
 
     @staticmethod
     def detect(folder: str | os.PathLike[str] = ".") -> Hardware:
@@ -70,7 +82,8 @@ class Hardware:
         is left out.
 
         A GPU that is not in `GPUS` (an H100 PCIe, a laptop's RTX 4090) gets its own memory, and the other figures of
-        the one there whose compute capability is nearest, which the machine's name says; `calibrate()` replaces them
+        the one there whose compute capability is nearest (and then its memory), which the machine's name says;
+        `calibrate()` replaces them
         by measured ones.
 
         Args:
@@ -81,14 +94,15 @@ class Hardware:
         """
         gpus = _gpus()
         names = [
-            gpu.name if known_gpu(gpu.name) else f"{gpu.name} (with the figures of {_nearest(gpu.capability).name})"
+            gpu.name if known_gpu(gpu.name) else f"{gpu.name} (with the figures of {_nearest(gpu).name})"
             for gpu in gpus
         ]
         name = f"{len(names)} x {names[0]}" if names and len({*names}) == 1 else ", ".join(names) or "no GPU"
         import psutil
 
         ram = min(ram_limit(), psutil.virtual_memory().available)
-        return Hardware(f"this machine: {name}", gpus, ram, shutil.disk_usage(folder).free)
+        disk = shutil.disk_usage(folder).free
+        return Hardware(f"this machine: {name}", gpus, ram, disk, unified=is_unified())
 
     @property
     def overhead(self) -> int:
@@ -97,17 +111,28 @@ class Hardware:
         >>> HARDWARE["Colab T4"].overhead // MiB, HARDWARE["laptop, no GPU"].overhead
         (834, 0)
         """
-        return max((CONTEXT_BYTES + int(FRAGMENTATION * gpu.memory) for gpu in self.gpus), default=0)
+        contexts = ((0 if gpu.mps else CONTEXT_BYTES) + int(FRAGMENTATION * gpu.memory) for gpu in self.gpus)
+        return max(contexts, default=0)
 
     def max_memory(self) -> dict[Device, int]:
-        """Budgets for `plan`: all of every GPU, RAM and disk. What a GPU cannot use is `plan`'s `overhead`."""
-        return {**{i: gpu.memory for i, gpu in enumerate(self.gpus)}, "cpu": self.ram, "disk": self.disk}
+        """Budgets for `plan`: all of every GPU, RAM and disk. What a GPU cannot use is `plan`'s `overhead`.
+
+        Where the memory is unified there is no budget for the CPU: what rests in RAM would take the GPU's own.
+
+        >>> [*HARDWARE["GB10, 128 GB"].max_memory()], [*HARDWARE["M4 Max, 128 GB"].max_memory()]
+        ([0, 'disk'], ['mps', 'disk'])
+        """
+        own: dict[Device, int] = {("mps" if gpu.mps else i): gpu.memory for i, gpu in enumerate(self.gpus)}
+        if self.unified and own:
+            return {**{device: min(size, self.ram) for device, size in own.items()}, "disk": self.disk}
+        return {**own, "cpu": self.ram, "disk": self.disk}
 
 
 LINKS = {  # bytes a second in one direction, after line coding; PCI-SIG's transfer rates
     "PCIe 3.0 x16": 15.75 * GB,
     "PCIe 4.0 x8": 15.75 * GB,
     "PCIe 4.0 x16": 31.5 * GB,
+    "PCIe 5.0 x8": 31.5 * GB,
     "PCIe 5.0 x16": 63 * GB,
 }
 DISKS = {  # bytes a second of large reads: what the interface lets through, less a tenth
@@ -123,14 +148,42 @@ GPUS = {
     for gpu in (
         Gpu("T4", 15360 * MiB, 320e9, 65e12, _PCIE3, (7, 5)),
         Gpu("L4", 23034 * MiB, 300e9, 121e12, _PCIE4 / 2, (8, 9)),  # 8 lanes
+        Gpu("RTX 3060 12GB", 12288 * MiB, 360e9, 25.5e12, _PCIE4, (8, 6)),
         Gpu("RTX 3090", 24576 * MiB, 936e9, 71e12, _PCIE4, (8, 6)),
+        Gpu("A10G", 23028 * MiB, 600e9, 70e12, _PCIE4, (8, 6)),
+        Gpu("RTX 4060 Ti 16GB", 16380 * MiB, 288e9, 44e12, _PCIE4 / 2, (8, 9)),  # 8 lanes
         Gpu("RTX 4090", 24564 * MiB, 1008e9, 165e12, _PCIE4, (8, 9)),
+        Gpu("L40S", 46068 * MiB, 864e9, 362e12, _PCIE4, (8, 9)),
+        Gpu("RTX 6000 Ada", 49140 * MiB, 960e9, 364e12, _PCIE4, (8, 9)),
+        Gpu("RTX 5060 Ti 16GB", 16311 * MiB, 448e9, 47e12, _PCIE5 / 2, (12, 0)),  # 8 lanes
+        Gpu("RTX 5080", 16303 * MiB, 960e9, 113e12, _PCIE5, (12, 0)),
+        Gpu("RTX 5090", 32607 * MiB, 1792e9, 209e12, _PCIE5, (12, 0)),
+        Gpu("RTX PRO 6000", 97887 * MiB, 1792e9, 504e12, _PCIE5, (12, 0)),
         Gpu("A100-40GB", 40960 * MiB, 1555e9, 312e12, _PCIE4, (8, 0)),
         Gpu("A100-80GB", 81920 * MiB, 2039e9, 312e12, _PCIE4, (8, 0)),
         Gpu("H100-80GB", 81559 * MiB, 3350e9, 989e12, _PCIE5),
         Gpu("H200", 143771 * MiB, 4800e9, 989e12, _PCIE5),
+        Gpu("B200", 183359 * MiB, 8000e9, 2250e12, _PCIE5, (10, 0)),
+        Gpu("MI300X", 196592 * MiB, 5300e9, 1307e12, _PCIE5, (9, 4)),  # gfx942; 191.98 GiB as PyTorch reports it
     )
 }
+_APPLE = 15e12  # operations a second: an order of magnitude, since Apple publishes none
+
+
+def _shared(name: str, gpu: str, ram: int, usable: int, rate: float, flops: float, **options: Any) -> Hardware:
+    """A machine with one memory, of which the GPU can use a part; nothing is copied between the two."""
+    return Hardware(name, (Gpu(gpu, usable, rate, flops, rate, **options),), ram, TB, ram_rate=rate, unified=True)
+
+
+# Bandwidths are NVIDIA's (DGX Spark), AMD's (Ryzen AI Max+ 395) and Apple's. What is usable: what PyTorch reports on a
+# DGX Spark; AMD's largest share for graphics; Metal's limit of three quarters. Operations: an eighth of NVIDIA's 4-bit
+# ones with sparsity; 40 units of AMD's RDNA 3.5 that do 512 in a clock of 2.9 GHz.
+UNIFIED = (
+    _shared("GB10, 128 GB", "GB10", 128 * GiB, 122573 * MiB, 273e9, 125e12, capability=(12, 1)),
+    _shared("Strix Halo, 128 GB", "Radeon 8060S", 128 * GiB, 96 * GiB, 256e9, 59e12, capability=(11, 5)),
+    _shared("M4 Max, 128 GB", "Apple M4 Max", 128 * GiB, 96 * GiB, 546e9, _APPLE, mps=True),
+    _shared("M4 Pro, 64 GB", "Apple M4 Pro", 64 * GiB, 48 * GiB, 273e9, _APPLE / 2, mps=True),
+)
 
 
 def machine(gpu: str, count: int, ram: int, disk: int = TB) -> Hardware:
@@ -144,14 +197,20 @@ HARDWARE = {
         Hardware("laptop, no GPU", (), 16 * GiB, 500 * GB),
         Hardware("Binder", (), 2 * GiB, 10 * GB, DISKS["SATA SSD"]),
         Hardware("Colab T4", (GPUS["T4"],), 12 * GiB, 70 * GB),
+        machine("RTX 3060 12GB", 1, 32 * GiB),
         machine("RTX 3090", 1, 64 * GiB),
         machine("RTX 4090", 1, 64 * GiB),
         machine("RTX 4090", 2, 64 * GiB),
+        machine("RTX 5090", 1, 64 * GiB),
+        machine("RTX PRO 6000", 1, 128 * GiB),
+        *UNIFIED,
         machine("L4", 4, 192 * GiB),
         machine("A100-40GB", 4, 320 * GiB),
         machine("A100-80GB", 8, 960 * GiB, 4 * TB),
         machine("H100-80GB", 8, 1920 * GiB, 4 * TB),
         machine("H200", 8, 1920 * GiB, 4 * TB),
+        machine("B200", 8, 1920 * GiB, 4 * TB),
+        machine("MI300X", 8, 1920 * GiB, 4 * TB),
     )
 }
 
@@ -182,6 +241,9 @@ def machine_of(hardware: Hardware | str | None) -> Hardware:
     fitting = {name for name in GPUS if _letters(name) == kind} or {
         name for name in GPUS if len(kind) > 1 and (_letters(name).startswith(kind) or _letters(name).endswith(kind))
     }
+    shared = [machine for machine in UNIFIED if len(kind) > 3 and _letters(machine.name).startswith(kind)]
+    if len(shared) == 1 and not fitting and wanted == kind:
+        return shared[0]
     if len(fitting) != 1 or not 0 < int(count) <= 1024:
         known = f"it could be {listed(sorted(fitting))}" if fitting else f"expected {listed((*HARDWARE, *GPUS), 99)}"
         raise ValueError(f"unknown hardware {hardware!r}: {known}, or several, as in '2 x T4'")
@@ -198,13 +260,18 @@ def _letters(name: str) -> str:
 
 
 # Names of products as drivers report them, without "NVIDIA", "Tesla" and "GeForce" -> the entry of `GPUS`. Boards that
-# share a word of the name (RTX 4090 D and Laptop, 3090 Ti, H100 PCIe and NVL, A100 80GB PCIe, slices by MIG) differ in
-# memory, clocks or link by NVIDIA's data sheets, and are not listed. Both A100 of 40 GB have the same figures.
+# share a word of the name (RTX 4090 D and Laptop, 3090 Ti, H100 PCIe and NVL, A100 80GB PCIe, slices by MIG, RTX PRO
+# 6000 Server and Max-Q, RTX 3060 of 8 GB, which is called as that of 12) differ in memory, clocks or link by NVIDIA's
+# data sheets, and are not listed. Both A100 of 40 GB have the same figures; so have 4060 Ti and 5060 Ti of 8 and 16 GB.
 _PRODUCTS = {
     "A100-SXM4-40GB": "A100-40GB",
     "A100-PCIE-40GB": "A100-40GB",
     "A100-SXM4-80GB": "A100-80GB",
     "H100 80GB HBM3": "H100-80GB",
+    "RTX 6000 Ada Generation": "RTX 6000 Ada",
+    "RTX PRO 6000 Blackwell Workstation Edition": "RTX PRO 6000",
+    "RTX 4060 Ti": "RTX 4060 Ti 16GB",
+    "RTX 5060 Ti": "RTX 5060 Ti 16GB",
     **{name: name for name in GPUS},
 }
 
@@ -217,12 +284,19 @@ def known_gpu(name: str) -> Gpu | None:
     >>> known_gpu("NVIDIA GeForce RTX 4090 Laptop GPU"), known_gpu("NVIDIA H100 PCIe")
     (None, None)
     """
-    product = " ".join(word for word in name.split() if word not in ("NVIDIA", "Tesla", "GeForce"))
-    return GPUS.get(_PRODUCTS.get(product, ""))
+    product = " ".join(word for word in name.split() if word not in ("NVIDIA", "Tesla", "GeForce", "AMD", "Instinct"))
+    shared = {gpu.name: gpu for machine in UNIFIED for gpu in machine.gpus}
+    return shared.get(product) or GPUS.get(_PRODUCTS.get(product, ""))
 
 
-def _nearest(capability: tuple[int, int]) -> Gpu:
-    return min(GPUS.values(), key=lambda gpu: [abs(a - b) for a, b in zip(gpu.capability, capability)])
+def _nearest(gpu: Gpu) -> Gpu:
+    """The entry whose compute capability is nearest, and of several the one with as much memory."""
+    return min(
+        GPUS.values(),
+        key=lambda other: (
+            *(abs(a - b) for a, b in zip(other.capability, gpu.capability)), abs(other.memory - gpu.memory),
+        ),
+    )  # fmt: skip
 
 
 def _gpus() -> tuple[Gpu, ...]:
@@ -231,11 +305,22 @@ def _gpus() -> tuple[Gpu, ...]:
     gpus = []
     for i in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
         about = torch.cuda.get_device_properties(i)
-        capability = (about.major, about.minor)
-        gpu = known_gpu(about.name) or _nearest(capability)
-        memory = min(about.total_memory, torch.cuda.mem_get_info(i)[0] + CONTEXT_BYTES)  # without what others hold
-        gpus.append(Gpu(about.name, memory, gpu.bandwidth, gpu.flops, gpu.link, capability))
+        plain = Gpu(about.name, about.total_memory, 0, 0, 0, (about.major, about.minor))
+        gpu = known_gpu(about.name) or _nearest(plain)
+        # Without what others hold. Of a unified memory the driver counts as taken what the page cache holds.
+        memory = plain.memory if is_unified() else min(plain.memory, torch.cuda.mem_get_info(i)[0] + CONTEXT_BYTES)
+        gpus.append(replace(gpu, name=about.name, memory=memory, capability=plain.capability))
     return tuple(gpus)
+
+
+def is_unified() -> bool:
+    """Whether a GPU of this machine has no memory but the RAM: an integrated one, as in GB10, or Apple's."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return torch.backends.mps.is_available()
+    count = torch.cuda.device_count()
+    return any(getattr(torch.cuda.get_device_properties(i), "is_integrated", False) for i in range(count))
 
 
 def ram_limit() -> int:

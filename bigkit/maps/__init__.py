@@ -33,6 +33,7 @@ Reading order:
     strategies.py    `place`: the strategies, and what to do if not everything fits
     task.py          what the strategies count with: units, rooms, and the bytes on each device
     experts.py       experts of a mixture apart from their blocks
+    llama_cpp.py     a plan as options of llama.cpp
     own_map.py       a map of the user's own, to be checked and measured
     reasons.py       why a boundary stands there, and what would help
     device_map.py    `infer_auto_device_map` and the other names that Hugging Face Accelerate made known

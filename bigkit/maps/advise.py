@@ -25,6 +25,7 @@ from ..devices import Device
 from ..machine.hardware import GPUS, Hardware
 from ..machine.ledger import Calibration, calibration_of, overhead_of
 from ..machine.roofline import Rates
+from ..model.attention import kv_dtype_name
 from ..model.estimate import generates, load_text, longest_context, remarks, tokens_seen, whole_number
 from ..model.experts import experts_of, visited
 from ..model.spec import ModelSpec
@@ -50,12 +51,10 @@ class Assumed:
     Args:
         steps: quantization -> steps of Python for one block (see `Operation.issued`). Counted in dry runs of a Llama;
             GPT-2 has 70 where Llama has 130.
-        ram: bytes a second that a CPU reads from RAM. A round figure for a desktop, not measured.
         cpu: operations a second of a CPU's matrix products. An order of magnitude, not measured.
     """
 
     steps: Mapping[str | None, int] = field(default_factory=_steps)
-    ram: float = 40e9
     cpu: float = 1e11
 
 
@@ -115,7 +114,7 @@ class Advice:
     """The ways to run a model on a machine, best first; `cures` say what would have to change if there is none.
 
     `measured` says whether rates were measured on that machine; else they are the vendors'. `notes` are what must be
-    said beside the figures.
+    said beside the figures, `kv_dtype` that of keys and values in the cache (None: as the model computes).
     """
 
     model: str
@@ -127,6 +126,7 @@ class Advice:
     cures: tuple[str, ...] = field(default=())
     measured: bool = False
     notes: tuple[str, ...] = ()
+    kv_dtype: str | None = None
 
     @property
     def best(self) -> Option | None:
@@ -140,7 +140,8 @@ class Advice:
 
     def explain(self) -> str:
         """The options as a table, and a sentence."""
-        head = f"{self.model} on {self.hardware}, {load_text(self.batch, self.context)}; best by {self.target}"
+        load = load_text(self.batch, self.context, self.kv_dtype)
+        head = f"{self.model} on {self.hardware}, {load}; best by {self.target}"
         if self.best is None:
             return "\n".join([head, "Nothing fits.", *(f"  {cure}" for cure in self.cures), *self.notes])
         step = "pass" if self.best.token is None else "token"
@@ -176,7 +177,7 @@ class Advice:
             | {name: getattr(option.plan, name) for name in plan_names}
             for option in self.options
         ]
-        own = ("model", "hardware", "batch", "context", "target", "measured", "cures", "notes")
+        own = ("model", "hardware", "batch", "context", "target", "measured", "cures", "notes", "kv_dtype")
         return json.dumps({**{name: getattr(self, name) for name in own}, "options": options}, indent=1)
 
 
@@ -188,6 +189,7 @@ def advise(
     target: str = "speed",
     *,
     stored: Iterable[str | None] = STORED,
+    kv_dtype: object = None,
     calibration: Calibration | None = None,
 ) -> Advice:
     """Rank ways to store and place a model on a machine.
@@ -200,6 +202,7 @@ def advise(
             longest that fits, as many weights as need be resting elsewhere, and that the model was trained for: the
             plans are then made, and timed, for that).
         stored: quantizations to try; None is 16 bits (bfloat16; float16 on GPUs before Ampere).
+        kv_dtype: of keys and values in the cache, see `place`; what it takes to decode them is not timed.
         calibration: what was measured on that machine; None takes the one in the ledger if the hardware is this
             machine (`Hardware.detect()`) and `calibrate()` was called here, else the vendors' figures.
 
@@ -226,7 +229,14 @@ def advise(
         if quantization and not model.quantized(model.precision(half, quantization)):
             continue  # no layer of the model can be
         ask = partial(
-            place, model, hardware.max_memory(), dtype=half, quantization=quantization, batch=batch, overhead=overhead
+            place,
+            model,
+            hardware.max_memory(),
+            dtype=half,
+            quantization=quantization,
+            batch=batch,
+            overhead=overhead,
+            kv_dtype=kv_dtype,
         )
         try:
             plan = ask(context=context)
@@ -245,7 +255,7 @@ def advise(
         notes += ("Times are the least that a pass takes: its operations do not follow from sizes.",)
     return Advice(
         model.name, hardware.name, batch, tokens_seen(model, context), target, marked,
-        () if marked else tuple(dict.fromkeys(cures)), calibration is not None, notes,
+        () if marked else tuple(dict.fromkeys(cures)), calibration is not None, notes, kv_dtype_name(kv_dtype),
     )  # fmt: skip
 
 
@@ -276,7 +286,7 @@ def _all_rates(hardware: Hardware, calibration: Calibration | None) -> dict[Devi
     """The rates of every device that may run layers, the CPU among them."""
     cpu = replace(
         Rates.of_gpu(GPUS["A100-80GB"], hardware.disk_rate),
-        memory=ASSUMED.ram,
+        memory=hardware.ram_rate,
         products={"float32": ((1, ASSUMED.cpu),)},
     )
     if calibration:
@@ -285,7 +295,7 @@ def _all_rates(hardware: Hardware, calibration: Calibration | None) -> dict[Devi
             "disk": calibration.disk_warm,
         }  # fmt: skip
         cpu = replace(cpu, **{name: value for name, value in measured.items() if value})
-    return {"cpu": cpu, **dict(enumerate(rates_of(hardware, calibration)))}
+    return {"cpu": cpu, **dict(zip(hardware.max_memory(), rates_of(hardware, calibration)))}
 
 
 def _predict(model: ModelSpec, plan: Plan, hardware: Hardware, calibration: Calibration | None) -> Option:
@@ -295,7 +305,7 @@ def _predict(model: ModelSpec, plan: Plan, hardware: Hardware, calibration: Cali
     first = rates[runners[0].device]
     on_gpus = runners[0].device != "cpu"
     bits = dtype_bits(model.computes_in(model.precision(plan.dtype, plan.quantization)))
-    blocks = max(1, len(model.attention) or model.facts.get("num_hidden_layers", 1))
+    blocks = max(1, model.facts.get("num_hidden_layers") or len({record.layer for record in model.attention}))
     routed_share = sum(experts.parameters for experts in experts_of(model)) / max(1, model.parameters)
     flops = 2 * plan.batch * (model.parameters - (1 - _picked(model, 1)) * routed_share * model.parameters)
     total = max(1, sum(share.weights for share in plan.shares))

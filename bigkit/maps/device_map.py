@@ -16,6 +16,7 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
 from ..devices import Device, prefixes, read_device
+from ..machine.hardware import is_unified
 from ..meta.skeleton import spec_from_module, tied_groups
 from ..model.spec import Precision, tensor_bytes
 from ..units import dtype_name
@@ -110,6 +111,7 @@ def get_balanced_memory(
 def get_max_memory(max_memory: Mapping[Device, int | str] | None = None) -> dict[Device, int]:
     """Budgets in bytes: those given, or what is free on this machine's GPUs (or MPS) and in RAM.
 
+    Where a GPU has no memory but the RAM (`machine.hardware.is_unified`) there is one budget, not two.
     The order is GPUs, "mps", "cpu", "disk". The dict given is not changed.
 
     >>> get_max_memory({"cpu": "1GiB", 0: "2GB"})
@@ -121,10 +123,11 @@ def get_max_memory(max_memory: Mapping[Device, int | str] | None = None) -> dict
     import psutil
     import torch
 
-    free: dict[Device, int] = {i: torch.cuda.mem_get_info(i)[0] for i in range(torch.cuda.device_count())}
-    if not free and torch.backends.mps.is_available():
-        return {"mps": psutil.virtual_memory().available}  # shared with the CPU, so not counted twice
-    return {**free, "cpu": psutil.virtual_memory().available}
+    available = psutil.virtual_memory().available
+    gpus: list[Device] = [*range(torch.cuda.device_count())]
+    if is_unified():  # shared with the CPU, so not counted twice
+        return dict.fromkeys(gpus[:1] or ["mps"], available)
+    return {**{i: torch.cuda.mem_get_info(i)[0] for i in gpus}, "cpu": available}
 
 
 def compute_module_sizes(

@@ -165,28 +165,3 @@ def why_apart(plan: Plan, chosen: tuple[int, int] | None) -> str:
         f"{few} of {count}, so no more than {format_bytes(all_bytes * few // count)} of these "
         f"{format_bytes(all_bytes)} travel for it."
     )
-
-
-def llama_cpp_flags(plan: Plan) -> str:
-    """The options by which llama.cpp places experts as this plan does; empty if the plan places none apart.
-
-    >>> from bigkit import plan
-    >>> print(llama_cpp_flags(plan("mixtral-8x7b", {0: "40GiB", "cpu": "99GiB"}, dtype="bfloat16", experts_on_cpu=25)))
-    --n-gpu-layers 99 --n-cpu-moe 25
-    """
-    runners = {share.device for share in plan.shares if share.runs}
-    if runners == {"cpu"}:
-        return ""
-    numbers = [_number(layer.name) for layer in is_apart(plan.layers) if layer.device not in runners]
-    with_experts = [_number(layer.name) for layer in is_apart(plan.layers)]
-    if not numbers:
-        return ""
-    if numbers == with_experts[: len(numbers)]:
-        return f"--n-gpu-layers 99 --n-cpu-moe {max(numbers) + 1}"
-    blocks = "|".join(map(str, numbers))
-    return rf'--n-gpu-layers 99 -ot "blk\.({blocks})\.ffn_.*_exps\.=CPU"'
-
-
-def _number(name: str) -> int:
-    """The number of the block that a module lies in."""
-    return next(int(part) for part in name.split(".") if part.isdigit())

@@ -17,7 +17,8 @@ from typing import Any
 from ..devices import Device, collapse, device_label, placement
 from ..model.estimate import load_text
 from ..units import GiB, counted, format_bytes
-from .experts import is_apart, llama_cpp_flags, why_apart
+from .experts import is_apart, why_apart
+from .llama_cpp import llama_cpp_command, llama_cpp_flags
 
 
 @dataclass(frozen=True)
@@ -152,7 +153,8 @@ class Plan:
     def explain(self) -> str:
         """The plan in sentences: which layers rest where, and why each boundary stands where it does."""
         stored = f"{self.quantization} (the rest {self.dtype})" if self.quantization else self.stored
-        lines = [f"{self.model}, {stored}, strategy {self.strategy!r}, {load_text(self.batch, self.context)}:"]
+        load = load_text(self.batch, self.context, self.options.get("kv_dtype"))
+        lines = [f"{self.model}, {stored}, strategy {self.strategy!r}, {load}:"]
         for share in self.shares:
             own = [layer.name for layer in self.layers if layer.device == share.device]
             if not own and not share.used:
@@ -169,8 +171,10 @@ class Plan:
             ]
             lines.append(f"      {' + '.join(parts)}." + (f" {share.why}" if share.why else ""))
         if about := why_apart(self, self.experts):
-            flags = llama_cpp_flags(self)
+            flags = llama_cpp_flags(self) if self.library != "gguf" else ""
             lines += [f"  {about}", *([f"  llama.cpp places them so with {flags}"] if flags else [])]
+        if self.library == "gguf" and self.feasible:
+            lines.append(f"  Run it with llama.cpp: {llama_cpp_command(self)}")
         if self.longest:
             lines.append(f"  Longest context this placement holds: {self.longest}.")
         lines += [f"  {note}" for note in self.notes]

@@ -26,6 +26,7 @@ from typing import NamedTuple
 
 from ..devices import Device, whole_on
 from ..machine.hardware import DISKS, LINKS
+from ..model.attention import kv_dtype_name
 from ..model.estimate import tokens_seen, whole_number
 from ..model.spec import ModelSpec
 from ..units import dtype_name, parse_bytes
@@ -57,6 +58,7 @@ def place(
     offload_buffers: bool = False,
     strict: bool = True,
     experts_on_cpu: int | None = None,
+    kv_dtype: object = None,
 ) -> Plan:
     """Place a model's layers on devices so that no device holds more than its budget.
 
@@ -83,6 +85,7 @@ def place(
         experts_on_cpu: in a mixture of experts, of how many blocks the experts rest in RAM, from the first block on
             (llama.cpp's `--n-cpu-moe`); all others stay. None: of as many as must.
         strict: raise if the plan is not feasible; False returns it, with `problem` set.
+        kv_dtype: of keys and values in the cache, one of `model.attention.KV_DTYPES`; None: as the model computes.
 
     Returns:
         The plan. Nothing given is changed.
@@ -104,6 +107,7 @@ def place(
         "no_split": classes,
         "offload_buffers": offload_buffers or None,
         "experts_on_cpu": experts_on_cpu,
+        "kv_dtype": kv_dtype_name(kv_dtype),
     }
     warn_of_strangers(model, "special_dtypes", special)
     task = Task(
@@ -116,6 +120,7 @@ def place(
         overhead=parse_bytes(overhead),
         offload_buffers=offload_buffers,
         experts_on_cpu=experts_on_cpu,
+        kv_dtype=kv_dtype_name(kv_dtype),
         options={name: value for name, value in options.items() if value is not None},
         asked=context,
     )

@@ -18,7 +18,7 @@ from ..devices import Device, device_label, prefixes, read_device
 from ..model.estimate import activation_bytes, longest_context, remarks, stacked_experts, stored_as
 from ..model.experts import experts_of
 from ..model.spec import Attention, Layer, ModelSpec, Precision
-from ..units import dtype_bits, format_bytes, listed, parse_bytes
+from ..units import format_bytes, listed, parse_bytes
 from .partition import Chain, last_true
 from .plan import Placed, Plan, Share
 from .reasons import why
@@ -64,6 +64,7 @@ class Task:
     overhead: int
     offload_buffers: bool
     experts_on_cpu: int | None = None
+    kv_dtype: str | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
     asked: int = 0
 
@@ -163,7 +164,7 @@ class Task:
 
     def kv(self, attention: Iterable[Attention], context: int) -> int:
         """Bytes of KV cache."""
-        return self.batch * sum(record.elements(context) for record in attention) * dtype_bits(self.computes_in) // 8
+        return self.batch * sum(record.bytes(context, self.computes_in, self.kv_dtype) for record in attention)
 
     def working(self, context: int) -> int:
         """Bytes of activations on each device that runs layers."""

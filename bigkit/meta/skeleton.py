@@ -16,18 +16,27 @@ from ..devices import join
 from ..model.spec import Attention, ModelSpec, ModuleSpec, TensorSpec
 from ..units import dtype_name
 from ._torch import has_own_state, own_state, storage_key
+from .cache import traced_attention
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Reading a module's skeleton
 
 
-def spec_from_module(model: nn.Module, name: str | None = None, no_split: Iterable[str] | None = None) -> ModelSpec:
+def spec_from_module(
+    model: nn.Module,
+    name: str | None = None,
+    no_split: Iterable[str] | None = None,
+    *,
+    trace_cache: bool = False,
+) -> ModelSpec:
     """What a planner and an estimator need to know of a module, on any device, meta included.
 
     Args:
         model: any module: your own, from transformers, from timm.
         name: what to call it; None takes the name in its config, or its class.
         no_split: classes whose modules stay on one device; None takes `_no_split_modules` of the model and its parts.
+        trace_cache: find what the KV cache holds by running a twin of the model (`cache.py`), which takes up to a
+            second; else, and where that cannot be, it follows from the config.
 
     Returns:
         The tree of shapes and dtypes (identical parts are one object), ties, and for a model with a transformers config
@@ -49,6 +58,9 @@ def spec_from_module(model: nn.Module, name: str | None = None, no_split: Iterab
         raise TypeError(f"expected an nn.Module, not {type(model).__name__}; for a model's name use bigkit.plan(name)")
     root, library = _Skeleton().module(model, ""), _library(model)
     facts, attention = _read_config(model, root)
+    if trace_cache and (traced := traced_attention(model)) is not None:
+        attention = traced
+        facts.pop("uncounted_cache", None)
     facts |= modules_to_keep(model)
     if no_split is None:
         no_split = [cls for part in model.modules() for cls in _own_no_split(part)]

@@ -24,9 +24,11 @@ Reading order:
 
     spec.py         the records: `TensorSpec`, `ModuleSpec`, `ModelSpec`, and `Layer`, the piece that a planner moves
     precision.py    how weights are stored: dtypes, and what bitsandbytes' 8 and 4 bits really take
+    attention.py    what a KV cache takes: its growth with the context, and the dtypes that it may have
     experts.py      mixtures of experts: how many, how large, how many of them a token takes
-    config.py       a config.json, whose numbers have another name in every family, and the KV cache of each block
+    config.py       a config.json, whose numbers have another name in every family
     header.py       the table of contents of a safetensors file, with a check on every claim that it makes
+    gguf.py         the same of a GGUF file, llama.cpp's format
     stored.py       what a checkpoint takes that is quantized already, by its config
     estimate.py     three tables: the classic estimate, what running takes, what training takes
 

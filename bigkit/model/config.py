@@ -1,13 +1,12 @@
 """What a model's config.json says: the numbers that estimates use, and what each block adds to the KV cache.
 
 Every family names its numbers in its own way (`n_embd`, `d_model`, `hidden_size`); `facts` gives them one name each.
-`attention` says how many elements a token leaves in the cache of each block, as the cache of Hugging Face Transformers
-stores them: keys and values of the KV heads (MHA, GQA, MQA), the shared latent of MLA, a sliding window, self- and
-cross-attention of an encoder-decoder, the fixed state of gated linear attention.
+`attention` says how many elements a token leaves in the cache of each block by the formulas of a textbook: keys and
+values of the KV heads (MHA, GQA), the shared latent of MLA, a sliding window, self- and cross-attention of an
+encoder-decoder. Models that an installed class can build are not counted so, but by running them (`meta/cache.py`).
 
-Leaves out: the state of most recurrent and convolutional layers (Mamba, RWKV; the gated delta networks of Qwen3-Next
-are counted) and the cached image tokens of cross-attention layers. `facts(config)["uncounted_cache"]` names the kinds
-of layers that a config lists and this file does not count.
+Leaves out: recurrent and convolutional layers, and the cached image tokens of cross-attention layers.
+`facts(config)["uncounted_cache"]` names the kinds of layers that a config lists and this file does not count.
 """
 
 from __future__ import annotations
@@ -41,13 +40,11 @@ _NAMES = {
 # Other fields that must be numbers, and those that must be lists, to be counted with.
 _NUMBERS = frozenset(name for key, names in _NAMES.items() for name in names
                      if key not in ("torch_dtype", "tie_word_embeddings")) | frozenset(
-    "attention_chunk_size attention_head_size d_kv encoder_layers expansion_ratio head_dim index_head_dim kv_channels "
-    "kv_lora_rank linear_conv_kernel_dim linear_key_head_dim linear_num_key_heads linear_num_value_heads "
-    "linear_value_head_dim max_source_positions max_window_layers moe_intermediate_size num_decoder_layers "
-    "num_key_value_heads num_kv_heads num_kv_shared_layers qk_nope_head_dim qk_rope_head_dim "
-    "sliding_window_pattern".split()
+    "attention_chunk_size attention_head_size d_kv encoder_layers expansion_ratio head_dim kv_channels kv_lora_rank "
+    "moe_intermediate_size num_decoder_layers num_key_value_heads num_kv_heads qk_nope_head_dim "
+    "qk_rope_head_dim".split()
 )  # fmt: skip
-_LISTS = ("architectures", "cross_attention_layers", "indexer_types", "layer_types")
+_LISTS = ("architectures", "cross_attention_layers", "layer_types")
 _TEXT = ("text_config", "llm_config", "language_config", "thinker_config", "decoder")
 
 # Families whose feed-forward is 4 x hidden_size when the config is silent.
@@ -65,8 +62,7 @@ _ENCODERS = frozenset(
 _GENERATORS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration", "ForVisionText2Text", "GPT")
 _ANSWERS = ("ForMaskedLM", "Classification", "ForQuestionAnswering", "ForMultipleChoice")  # in one pass
 _SENSES = ("vision", "visual", "image", "audio", "speech")
-_RECURRENT = ("mamba", "falcon_mamba", "falcon_h1", "rwkv", "recurrent_gemma", "jamba", "zamba", "bamba", "nemotron_h",
-              "granitemoehybrid", "xlstm")  # fmt: skip
+_FULL = "full_attention"
 _SLIDING = ("sliding_attention", "chunked_attention")
 
 
@@ -143,7 +139,7 @@ def attention(config: Mapping[str, Any], root: ModuleSpec) -> tuple[Attention, .
     still holds the whole prompt's keys and values until the first decoded token replaces it.
 
     An encoder-decoder's block holds its own keys and values and those of the encoder's output; `context` then counts
-    source and target tokens alike (whisper's source has a fixed length and is counted as `fixed`).
+    source and target tokens alike.
 
     Args:
         config: a parsed config.json, or a Transformers config's `to_dict()`.
@@ -152,13 +148,11 @@ def attention(config: Mapping[str, Any], root: ModuleSpec) -> tuple[Attention, .
     Returns:
         One `Attention` for each block that caches; elements, whatever their dtype.
 
-    Source: `DynamicCache`, `EncoderDecoderCache` and the attention modules of Hugging Face Transformers.
-
     >>> leaf = ModuleSpec("Block")
     >>> root = ModuleSpec("GPT", children={"h": ModuleSpec("ModuleList", children={"0": leaf, "1": leaf})})
     >>> attention({"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"],
-    ...            "n_embd": 8, "n_layer": 2, "n_head": 2}, root)[1]
-    Attention(layer='h.1', per_token=16, window=None, fixed=0)
+    ...            "n_embd": 8, "n_layer": 2, "n_head": 2}, root)[1].per_token
+    16
     """
     config = _checked(config)
     if not _caches(config):
@@ -167,21 +161,14 @@ def attention(config: Mapping[str, Any], root: ModuleSpec) -> tuple[Attention, .
     if not {"num_key_value_heads", "head_dim"} <= facts(config).keys():
         return ()
     blocks = _blocks(root, _decoder_layers(inner), bool(config.get("is_encoder_decoder")))
-    kinds = _layer_kinds(inner, len(blocks))
+    window, per_token = _window(inner), _per_token(inner)
+    kinds = inner.get("layer_types") or ["sliding_attention" if window else _FULL] * len(blocks)
     skipped = set(inner.get("cross_attention_layers") or ())
-    shared = len(blocks) - (_first(inner, "num_kv_shared_layers") or 0)  # the last layers borrow an earlier cache
-    overrides = {int(index): own for index, own in (inner.get("per_layer_config") or {}).items()}
-    result = []
-    for index, (layer, kind) in enumerate(zip(blocks, kinds)):
-        attends = kind in ("full_attention", "indexed_attention", *_SLIDING)
-        if kind == "linear_attention" and (state := _linear_state(inner)):
-            result.append(Attention(layer, 0, None, state))
-        elif attends and index not in skipped and index < shared:
-            block = {**inner, **overrides.get(index, {})}
-            window = _first(block, "attention_chunk_size" if kind == "chunked_attention" else "sliding_window")
-            per_token, fixed = _per_token(block, index, kind)
-            result.append(Attention(layer, per_token, window if kind in _SLIDING else None, fixed))
-    return tuple(result)
+    return tuple(
+        Attention(layer, per_token, window if kind in _SLIDING else None)
+        for index, (layer, kind) in enumerate(zip(blocks, kinds))
+        if kind in (_FULL, *_SLIDING) and index not in skipped
+    )
 
 
 def _text(config: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -235,12 +222,8 @@ def _caches(config: Mapping[str, Any]) -> bool:
 
 
 def _kv_heads(config: Mapping[str, Any], heads: int) -> int:
-    if config.get("model_type") == "falcon":  # new decoder: the few KV heads are repeated for all before caching
-        return 1 if config.get("multi_query", True) and not config.get("new_decoder_architecture") else heads
-    if config.get("multi_query"):  # gpt_bigcode
-        return 1
     value = _first(config, "num_key_value_heads", "num_kv_heads")
-    return value if isinstance(value, int) else heads
+    return value if isinstance(value, int) else 1 if config.get("multi_query") else heads
 
 
 def _head_dim(config: Mapping[str, Any], hidden: int, heads: int) -> int:
@@ -250,63 +233,26 @@ def _head_dim(config: Mapping[str, Any], hidden: int, heads: int) -> int:
     return value if isinstance(value, int) else hidden // heads
 
 
-def _per_token(config: Mapping[str, Any], index: int, kind: str) -> tuple[int, int]:
-    """Elements that block number `index` caches for each token, and once for all."""
+def _per_token(config: Mapping[str, Any]) -> int:
+    """Elements that a block caches for each token."""
     if config.get("kv_lora_rank"):  # MLA: one latent for all heads, and one rotary key beside it
-        latent = int(config["kv_lora_rank"] + (config.get("qk_rope_head_dim") or 0))
-        chooses = kind == "indexed_attention" and (config.get("indexer_types") or {index: "full"})[index] != "shared"
-        return latent + (config.get("index_head_dim") or 0) * chooses, 0
+        return int(config["kv_lora_rank"] + (config.get("qk_rope_head_dim") or 0))
     numbers = facts(config)
-    keys_and_values = 2 * numbers["num_key_value_heads"] * numbers["head_dim"]
-    if not numbers["is_encoder_decoder"]:
-        return keys_and_values, 0
-    if source := config.get("max_source_positions"):  # whisper: the source is always 30 seconds
-        return keys_and_values, keys_and_values * source
-    return 2 * keys_and_values, 0
+    both = 2 if numbers["is_encoder_decoder"] else 1  # its own, and those of the source
+    return int(both * 2 * numbers["num_key_value_heads"] * numbers["head_dim"])
 
 
-def _linear_state(config: Mapping[str, Any]) -> int:
-    """Elements that a gated linear-attention block keeps however long the context is; 0 if the config does not say.
-
-    One matrix (key x value) for each value head, and the last inputs of its convolution.
-    """
-    names = ("num_value_heads", "value_head_dim", "num_key_heads", "key_head_dim", "conv_kernel_dim")
-    numbers = [int(config.get(f"linear_{name}") or 0) for name in names]
-    if not all(numbers):
-        return 0
-    value_heads, value_dim, key_heads, key_dim, kernel = numbers
-    keys, values = key_heads * key_dim, value_heads * value_dim
-    return values * key_dim + (2 * keys + values) * kernel
-
-
-def _layer_kinds(config: Mapping[str, Any], count: int) -> list[str]:
-    """The kind of attention of each block: what the config lists, else what its family does."""
-    if kinds := config.get("layer_types"):
-        return list(kinds)
-    if not config.get("sliding_window") or config.get("use_sliding_window") is False:
-        if config.get("attention_chunk_size"):
-            return ["chunked_attention"] * count
-        return ["full_attention"] * count
-    if config.get("use_sliding_window"):  # qwen: only the layers from max_window_layers on
-        first = config.get("max_window_layers") or 0
-        return ["sliding_attention" if index >= first else "full_attention" for index in range(count)]
-    families = {"gemma2": 2, "gemma3_text": 6, "gemma3": 6, "cohere2": 4}
-    every = config.get("sliding_window_pattern") or families.get(str(config.get("model_type")))
-    if not every:
-        return ["sliding_attention"] * count
-    return ["full_attention" if (index + 1) % every == 0 else "sliding_attention" for index in range(count)]
+def _window(config: Mapping[str, Any]) -> int | None:
+    """The window or chunk that a config names, unless it says that it is not used."""
+    used = config.get("use_sliding_window") is not False
+    return _first(config, *(["sliding_window"] if used else []), "attention_chunk_size")
 
 
 def _uncounted(config: Mapping[str, Any]) -> list[str]:
     """Kinds of layers whose cached state `attention` leaves out."""
-    counted = {"full_attention", "indexed_attention", "noncausal_full_attention", "moe", "mlp", *_SLIDING}
-    kinds = set(config.get("layer_types") or ()) - counted
+    kinds = set(config.get("layer_types") or ()) - {_FULL, *_SLIDING, "moe", "mlp"}
     if config.get("cross_attention_layers"):
         kinds.add("cross_attention")
-    if _linear_state(config):
-        kinds.discard("linear_attention")
-    if str(config.get("model_type")).startswith(_RECURRENT):
-        kinds.add("recurrent")
     return sorted(kinds)
 
 

@@ -23,6 +23,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from ..units import dtype_bits, dtype_name, format_bytes, format_count, is_floating, text_table
+from .attention import kv_dtype_name
 from .experts import active_bytes, active_parameters, sentence
 from .precision import QUANTIZATIONS, Precision, quantized_stacks
 from .spec import ModelSpec
@@ -125,13 +126,14 @@ def stacked_experts(model: ModelSpec, precision: Precision) -> tuple[str, ...]:
     return (f"{share:.0f} % of the parameters of {model.name} are quantized: its stacked experts are not.",)
 
 
-def load_text(batch: int, context: int) -> str:
+def load_text(batch: int, context: int, kv_dtype: str | None = None) -> str:
     """The load that figures are counted for, in words.
 
-    >>> load_text(4, 2048), load_text(1, 0)
-    ('batch 4, context 2,048', 'batch 1')
+    >>> load_text(4, 2048), load_text(1, 0), load_text(1, 8, "int4")
+    ('batch 4, context 2,048', 'batch 1', 'batch 1, context 8, KV cache in int4')
     """
-    return f"batch {batch}" + (f", context {context:,}" if context else "")
+    cache = f", KV cache in {kv_dtype}" if kv_dtype else ""
+    return f"batch {batch}" + (f", context {context:,}" if context else "") + cache
 
 
 def stored_as(model: ModelSpec, precision: Precision) -> str:
@@ -210,7 +212,8 @@ class MemoryEstimate:
     """The estimate of one model: `rows` (classic), `inference`, `training`, and what they were counted for.
 
     `print` gives text, a notebook shows tables, `to_json` gives every figure in bytes. `active` is the number of
-    parameters that one token uses; fewer than `parameters` in a mixture of experts.
+    parameters that one token uses; fewer than `parameters` in a mixture of experts. `kv_dtype` is that of keys and
+    values in the cache, None if as the model computes.
     """
 
     name: str
@@ -226,6 +229,7 @@ class MemoryEstimate:
     training: tuple[TrainingRow, ...]
     notes: tuple[str, ...] = ()
     active: int = 0
+    kv_dtype: str | None = None
 
     def to_json(self) -> str:
         """Every figure as JSON text, sizes in bytes."""
@@ -245,11 +249,11 @@ class MemoryEstimate:
         training = [[row.method, format_count(row.trained),
                      *map(size, (row.weights, row.gradients, row.optimizer, row.activations, row.total))]
                     for row in self.training]  # fmt: skip
-        load = load_text(self.batch, self.context)
+        load, cached = load_text(self.batch, self.context), load_text(self.batch, self.context, self.kv_dtype)
         return [
             (f"Classic estimate of {self.name} ({self.classes[0]}; steps of 1024, labelled KB, MB, GB)",
              ["dtype", "largest layer", "largest module", "total size", "training using Adam"], classic),
-            (f"To run {self.classes[1]}, {load}",
+            (f"To run {self.classes[1]}, {cached}",
              ["stored as", "weights", "KV cache", "activations", "total", *(["used by a token"] if routed else [])],
              inference),
             (f"To train {self.classes[1]}, {load}",
@@ -278,6 +282,7 @@ def estimate(
     stored: Iterable[str] = STORED,
     batch: int = 1,
     context: int = 2048,
+    kv_dtype: object = None,
 ) -> MemoryEstimate:
     """Count a model's memory.
 
@@ -287,15 +292,20 @@ def estimate(
         dtypes: rows of the classic table: dtype names, or "int4".
         stored: rows of the inference table: dtype names or quantizations of `precision.QUANTIZATIONS`.
         batch, context: sequences, and tokens each, that KV cache and activations are counted for; see `tokens_seen`.
+        kv_dtype: of keys and values in the cache, one of `attention.KV_DTYPES`; None: as the model computes.
 
     Raises:
         ValueError: an unknown dtype, or a batch or context that is not positive.
     """
     batch, context = whole_number(batch, "batch", 1), whole_number(context, "context", 1)
+    cached = kv_dtype_name(kv_dtype)
     dtypes = [dtypes] if isinstance(dtypes, str) else dtypes
     stored = [stored] if isinstance(stored, str) else stored
     full = full or base
     asked, context = context, tokens_seen(full, context)
+    packed_as = full.facts.get("stored_as")  # a GGUF file, which is run as it is
+    if packed_as:
+        dtypes = stored = ()
     total, layers, modules = _classic_bits(base)
     layer_name, module_name = max(layers, key=layers.__getitem__), max(modules, key=modules.__getitem__)
     rows = []
@@ -303,14 +313,18 @@ def estimate(
         sizes = [bits * dtype_bits(name) // 256 for bits in (layers[layer_name], total, modules[module_name])]
         trainable = is_floating(name) and dtype_bits(name) >= 16
         rows.append(ClassicRow(name, sizes[0], sizes[1], 4 * sizes[1], sizes[2], trainable))
-    notes = [about] if (about := sentence(full)) else []
+    about = sentence(full, Precision()) if packed_as else sentence(full)
+    notes = [about] if about else []
     if not all(row.trainable for row in rows):
         notes.append("* 4 x the size, as the classic table counts; weights of this dtype alone cannot be trained.")
-    inference = tuple(_inference(full, name, batch, context) for name in stored)
+    inference = tuple(_inference(full, name, batch, context, cached) for name in stored)
     if quantized := as_stored(full):
-        row = _inference(full, "bfloat16", batch, context)
+        row = _inference(full, "bfloat16", batch, context, cached)
         kind = f"as stored ({full.facts['quantization']})"
         inference = (replace(row, stored=kind, weights=quantized[0], active=quantized[1]), *inference)
+    if packed_as:
+        row = _inference(full, "auto", batch, context, cached)
+        inference = (replace(row, stored=f"as stored (mostly {packed_as})"),)
     if not any(row.activations for row in inference):
         notes.append("Activations are not estimated: the config does not say how wide the model is.")
     notes += remarks(full.name, full.facts, asked)
@@ -327,9 +341,10 @@ def estimate(
         context=context,
         rows=tuple(rows),
         inference=inference,
-        training=_training(full, batch, context),
+        training=() if packed_as else _training(full, batch, context),
         notes=tuple(notes),
         active=active_parameters(full),
+        kv_dtype=cached,
     )
 
 
@@ -347,13 +362,14 @@ def _classic_bits(model: ModelSpec) -> tuple[int, dict[str, int], dict[str, int]
     return layers.total(), layers, modules
 
 
-def _inference(model: ModelSpec, name: str, batch: int, context: int) -> InferenceRow:
+def _inference(model: ModelSpec, name: str, batch: int, context: int, kv_dtype: str | None) -> InferenceRow:
     quantization = name if (name := str(name).lower()) in QUANTIZATIONS else None
     precision = model.precision(None if quantization else name, quantization)
     computes = model.computes_in(precision)
-    kv_cache, activations = model.kv_bytes(context, batch, computes), activation_bytes(model, batch, context, computes)
+    kv_cache = model.kv_bytes(context, batch, computes, kv_dtype)
+    activations = activation_bytes(model, batch, context, computes)
     weights, active = model.bytes(precision), active_bytes(model, precision)
-    return InferenceRow(quantization or dtype_name(name), weights, kv_cache, activations, active)
+    return InferenceRow(precision.label, weights, kv_cache, activations, active)
 
 
 def _training(model: ModelSpec, batch: int, context: int) -> tuple[TrainingRow, ...]:

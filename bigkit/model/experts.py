@@ -159,9 +159,10 @@ def sentence(model: ModelSpec, precision: Precision = Precision("bfloat16")) -> 
     choice = f"{per_token} of {count} experts" + ("" if len(kinds) == 1 else " at most")
     shared = len(experts[0].shared)
     beside = f" and {counted(shared, 'shared module')}" if shared else ""
+    stored = "As stored," if precision == Precision() else f"In {precision.label}"
     return (
         f"A mixture of experts: of {format_count(model.parameters)} parameters a token uses "
-        f"{format_count(active_parameters(model))}, {choice}{beside} in each of {counted(len(experts), 'block')}. In "
-        f"{precision.label} one expert takes {format_bytes(experts[0].bytes_each(precision))}, and a token uses "
+        f"{format_count(active_parameters(model))}, {choice}{beside} in each of {counted(len(experts), 'block')}. "
+        f"{stored} one expert takes {format_bytes(experts[0].bytes_each(precision))}, and a token uses "
         f"{format_bytes(active_bytes(model, precision))} of {format_bytes(model.bytes(precision))}."
     )

@@ -162,6 +162,8 @@ def no_weights(start: bytes) -> str:
     text = start.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
     if not start:
         return "is empty: download it again"
+    if start[:4] == b"GGUF":
+        return "is a GGUF file, which llama.cpp runs: `bigkit plan FILE` prints the command with the same placement"
     if text.startswith(b"version https://git-lfs"):
         return "is a git-lfs pointer, not the file itself: run `git lfs pull` in its folder, or download it again"
     if text.startswith((b"<!doctype", b"<html", b"<?xml")):

@@ -19,6 +19,7 @@ from typing import Any
 
 from ..devices import join, prefixes
 from ..units import dtype_bits, dtype_name, is_floating
+from .attention import Attention as Attention
 from .precision import QUANTIZATIONS as QUANTIZATIONS
 from .precision import Precision as Precision
 from .precision import float32_modules, is_named, is_stacked
@@ -94,27 +95,6 @@ class ModuleSpec:
                 if tensor.buffer or not buffers_only
             )
         return self._sizes[key]
-
-
-@dataclass(frozen=True)
-class Attention:
-    """What one block adds to the KV cache.
-
-    Args:
-        layer: name of the block that owns the cache.
-        per_token: elements kept for each token: keys and values of all KV heads, or the latent of MLA.
-        window: the most tokens that are kept (sliding window), or None for all.
-        fixed: elements that do not grow with the context (the state of a recurrent layer).
-    """
-
-    layer: str
-    per_token: int
-    window: int | None = None
-    fixed: int = 0
-
-    def elements(self, context: int) -> int:
-        """Elements cached for one sequence of `context` tokens, once decoding is under way."""
-        return self.fixed + self.per_token * (context if self.window is None else min(context, self.window))
 
 
 @dataclass(frozen=True, eq=False)
@@ -223,16 +203,19 @@ class ModelSpec:
         named = self.root.named_tensors()
         return sum(tensor.elements for name, tensor, _ in named if not tensor.buffer and name not in repeated)
 
-    def kv_bytes(self, context: int, batch: int = 1, dtype: str = "bfloat16") -> int:
-        """Bytes of the KV cache of `batch` sequences of `context` tokens, once decoding is under way."""
-        return batch * sum(block.elements(context) for block in self.attention) * dtype_bits(dtype) // 8
+    def kv_bytes(self, context: int, batch: int = 1, dtype: str = "bfloat16", kv_dtype: str | None = None) -> int:
+        """Bytes of the KV cache of `batch` sequences of `context` tokens, once decoding is under way.
+
+        `dtype` is that of the model, in which states stay that do not grow; `kv_dtype` one of `KV_DTYPES`.
+        """
+        return batch * sum(block.bytes(context, dtype, kv_dtype) for block in self.attention)
 
     def computes_in(self, precision: Precision = Precision()) -> str:
         """The dtype of activations and KV cache: that of the weights, or bfloat16 if they have less than 16 bits."""
         stored = (
             tensor.dtype for tensor, _ in self.tensors.values() if not tensor.buffer and is_floating(tensor.dtype)
         )
-        dtype = precision.dtype or next(stored, "bfloat16")
+        dtype = self.facts.get("computes_in") or precision.dtype or next(stored, "bfloat16")
         return dtype if dtype_bits(dtype) >= 16 else "bfloat16"
 
     @property

@@ -7,10 +7,12 @@ from typing import Any
 
 import ipywidgets as widgets
 
+from ..model.attention import KV_DTYPES, kv_dtype_name
 from ..units import dtype_name
 
 TOKENS = (128, 192, *(n << i for i in range(12) for n in (256, 384)), 2**20)  # 128 .. 1,048,576, two steps an octave
 AS_STORED = "as stored"  # in a menu; a Dropdown shows an option that stands for None as a blank
+AS_COMPUTED = "as computed"  # in the menu of the cache
 DTYPES = (AS_STORED, "float32", "float16", "bfloat16", "float8_e4m3fn")
 
 
@@ -52,3 +54,13 @@ def dtype_menu(dtype: object) -> widgets.Dropdown:
 def chosen_dtype(control: widgets.Dropdown) -> str | None:
     """The dtype that such a menu shows."""
     return None if control.value == AS_STORED else control.value
+
+
+def cache_menu(kv_dtype: object) -> widgets.Dropdown:
+    """A menu of dtypes for keys and values in the cache; None is "as computed"."""
+    return menu("KV cache", (AS_COMPUTED, *KV_DTYPES), kv_dtype_name(kv_dtype) or AS_COMPUTED)
+
+
+def chosen_cache(control: widgets.Dropdown) -> str | None:
+    """The dtype that such a menu shows."""
+    return None if control.value == AS_COMPUTED else control.value

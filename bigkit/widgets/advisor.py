@@ -13,7 +13,7 @@ from ..machine.hardware import HARDWARE, machine_of
 from ..maps.advise import TARGETS, Advice, advise
 from ..model.estimate import load_text
 from ..units import format_bytes
-from ._controls import field, menu, token_slider
+from ._controls import cache_menu, chosen_cache, field, menu, token_slider
 from ._explorer import Explorer
 from ._html import pill, preformatted, short
 
@@ -21,14 +21,15 @@ from ._html import pill, preformatted, short
 class Advisor(Explorer):
     """Ask what fits, with controls.
 
-    The controls are `model`, `hardware` (a name in `HARDWARE`), `batch`, `context` and `target`; set their `value` in
-    code or by hand. `advice` is what is shown.
+    The controls are `model`, `hardware` (a name in `HARDWARE`), `batch`, `context`, `kv_dtype` and `target`; set their
+    `value` in code or by hand. `advice` is what is shown.
 
     Args:
         model: a shipped name, Hub id, Hub URL, timm name or folder; or an `nn.Module` or `ModelSpec`.
         hardware: a name in `HARDWARE`.
         batch, context: sequences, and tokens of each.
         target: what ranks first: "speed", "quality", "memory" or "context".
+        kv_dtype: of keys and values in the cache; None: as the model computes.
 
     Raises:
         ValueError: a machine or target that does not exist. A model that is not found is said in the explorer.
@@ -48,6 +49,7 @@ class Advisor(Explorer):
         batch: int = 1,
         context: int = 2048,
         target: str = "speed",
+        kv_dtype: str | None = None,
     ) -> None:
         super().__init__(
             {
@@ -56,6 +58,7 @@ class Advisor(Explorer):
                 "Load": {
                     "batch": field(widgets.BoundedIntText, "Batch", batch, min=1, max=4096),
                     "context": token_slider(context, none=False),
+                    "kv_dtype": cache_menu(kv_dtype),
                 },
                 "What counts": {"target": menu("Best by", [*TARGETS], target)},
             },
@@ -67,7 +70,8 @@ class Advisor(Explorer):
     def compute(self) -> Advice:
         """Rank the ways for the model and the machine that are named."""
         machine = machine_of(self.hardware.value)
-        return advise(self.spec(), machine, self.batch.value, self.context.value, self.target.value)
+        load = self.batch.value, self.context.value
+        return advise(self.spec(), machine, *load, self.target.value, kv_dtype=chosen_cache(self.kv_dtype))
 
     def show(self, advice: Advice) -> None:
         """Show the advice."""
@@ -83,10 +87,11 @@ class Advisor(Explorer):
     def to_code(self) -> str:
         """Python that gives the same advice, and the device map of its best option."""
         advice = self.shown
+        cache = f", kv_dtype={advice.kv_dtype!r}" if advice.kv_dtype else ""
         return (
             "from bigkit import advise\n\n"
             f"advice = advise({advice.model!r}, {advice.hardware!r}, batch={advice.batch}, context={advice.context}, "
-            f"target={advice.target!r})\nprint(advice)\n"
+            f"target={advice.target!r}{cache})\nprint(advice)\n"
             "device_map = advice.best.plan.device_map if advice.best else None\n"
         )
 
@@ -99,5 +104,5 @@ class Advisor(Explorer):
         best, way = advice.best, "nothing fits"
         if best is not None:
             way = f"{best.plan.stored}, {best.speed}"
-        load = load_text(advice.batch, advice.context)
+        load = load_text(advice.batch, advice.context, advice.kv_dtype)
         return [f"{short(advice.model, 20)} on {short(advice.hardware, 16)}, {load}, best by {advice.target}: {way}"]

@@ -21,7 +21,7 @@ from ..maps.strategies import STRATEGIES, place
 from ..maps.task import read_budgets
 from ..model.spec import QUANTIZATIONS
 from ..units import GiB, MiB, format_bytes, parse_bytes
-from ._controls import chosen_dtype, dtype_menu, field, menu, token_slider
+from ._controls import cache_menu, chosen_cache, chosen_dtype, dtype_menu, field, menu, token_slider
 from ._explorer import Explorer
 from ._html import map_table, pill, preformatted, short
 
@@ -35,7 +35,7 @@ def _machine(machine: Hardware) -> dict[str, Any]:
     """A machine as values of the controls: sizes rounded down to their steps, and the overhead up."""
     return {
         "sizes": [gpu.memory / GiB // STEP * STEP for gpu in machine.gpus],
-        "ram": float(machine.ram // GiB),
+        "ram": 0.0 if machine.unified else float(machine.ram // GiB),
         "disk": float(machine.disk // GiB),
         "overhead": math.ceil(machine.overhead / MiB),
     }
@@ -60,13 +60,13 @@ class PlanExplorer(Explorer):
     """Place a model on devices, and see what changes as their sizes do.
 
     The controls are `model`, `dtype`, `quantization`, `hardware`, `count` and `gpus` (one slider each, in GiB), `ram`,
-    `disk`, `overhead` (MiB on each GPU), `strategy`, `context` and `batch`; set their `value` in code or by hand.
-    `plan` is the `Plan` that is shown, or None if there is none yet.
+    `disk`, `overhead` (MiB on each GPU), `strategy`, `context`, `batch` and `kv_dtype`; set their `value` in code or
+    by hand. `plan` is the `Plan` that is shown, or None if there is none yet.
 
     Args:
         model: a shipped name, Hub id, Hub URL, timm name or folder; or an `nn.Module` or `ModelSpec`.
         max_memory: a machine of `bigkit.HARDWARE` by name (None: two RTX 4090), or device -> budget as `plan` takes it.
-        dtype, quantization, strategy, context, batch: as `plan` takes them.
+        dtype, quantization, strategy, context, batch, kv_dtype: as `plan` takes them.
         overhead: bytes that the CUDA context and the allocator take on each GPU; None takes `Hardware.overhead` of the
             machine, and nothing for budgets of your own.
 
@@ -97,6 +97,7 @@ class PlanExplorer(Explorer):
         context: int = 4096,
         batch: int = 1,
         overhead: int | str | None = None,
+        kv_dtype: str | None = None,
     ) -> None:
         self._cure = ""  # what would make a plan fit that does not
         if isinstance(max_memory, Mapping):
@@ -133,6 +134,7 @@ class PlanExplorer(Explorer):
                     "strategy": menu("Strategy", STRATEGIES, strategy),
                     "context": token_slider(context, none=True),
                     "batch": field(widgets.BoundedIntText, "Batch", batch, min=1, max=4096),
+                    "kv_dtype": cache_menu(kv_dtype),
                 },
             },
             {
@@ -209,6 +211,7 @@ class PlanExplorer(Explorer):
             "dtype": chosen_dtype(self.dtype),
             "quantization": None if self.quantization.value == NONE else self.quantization.value,
             "batch": self.batch.value, "context": self.context.value,
+            "kv_dtype": chosen_cache(self.kv_dtype),
             "overhead": overhead_of(self.machine) if self.machine else round(self.overhead.value * MiB),
         }  # fmt: skip
         try:

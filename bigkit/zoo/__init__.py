@@ -9,7 +9,7 @@ A name is looked up in this order:
 
     1. a shipped model, by short name, Hub id or alias, in any case; no torch, no network
        ("llama-2-7b", "meta-llama/Llama-2-7b-hf", "https://huggingface.co/meta-llama/Llama-2-7b-hf/tree/main")
-    2. a local folder with config.json, or with safetensors files alone ("./gpt2" where "gpt2" is shipped)
+    2. a local folder with config.json, or with safetensors files alone ("./gpt2" where "gpt2" is shipped); a GGUF file
     3. a timm model ("resnet18", "resnet18.a1_in1k", "timm/resnet18", "hf-hub:timm/resnet18.a1_in1k")
     4. a Hub id or URL: its config.json; where that tells nothing, the headers of its safetensors files
 
@@ -30,6 +30,7 @@ Reading order:
     hub.py        Hub ids, URLs, folders, and their config.json
     fetch.py      so many bytes and seconds from the Hub, and not one more
     headers.py    a model known by the headers of its weights alone
+    gguf.py       a model known by the header of its GGUF file
     errors.py     what can go wrong, one class each
     gpt.py        a GPT of 8 million parameters whose weights ship, to run everything on
 

@@ -101,7 +101,7 @@ def spec_of(model: nn.Module, name: str, config: Mapping[str, Any]) -> ModelSpec
     from ..meta.skeleton import spec_from_module
     from ..model import config as reader
 
-    spec, library = spec_from_module(model, name), library_of(config) or ""
+    spec, library = spec_from_module(model, name, trace_cache=True), library_of(config) or ""
     facts, attention = dict(spec.facts), spec.attention
     if library == "transformers":  # the built config says in which dtype it was built, the file how weights are stored
         facts |= {"torch_dtype": stored_dtype(config)}

@@ -79,6 +79,32 @@ ENTRIES = (
         "google/gemma-2-9b-it"),
     _hf("deepseek-v3", "deepseek-ai/DeepSeek-V3", "671B mixture of 256 experts, 8 at work, MLA, 2024",
         "deepseek-ai/DeepSeek-V3-Base", "deepseek-ai/DeepSeek-R1", "deepseek-r1"),
+    _hf("smollm3-3b", "HuggingFaceTB/SmolLM3-3B", "3.1B decoder, 2025", "HuggingFaceTB/SmolLM3-3B-Base"),
+    _hf("phi-4", "microsoft/phi-4", "15B decoder, 2024"),
+    _hf("mistral-small-24b", "mistralai/Mistral-Small-24B-Instruct-2501", "24B decoder, 2025",
+        "mistralai/Mistral-Small-24B-Base-2501"),
+    _hf("gemma-3-4b", "google/gemma-3-4b-it", "4.3B text and images, five of six layers a sliding window, 2025",
+        "google/gemma-3-4b-pt"),
+    _hf("gemma-3-27b", "google/gemma-3-27b-it", "27B text and images, five of six layers a sliding window, 2025",
+        "google/gemma-3-27b-pt"),
+    _hf("whisper-large-v3", "openai/whisper-large-v3", "1.5B from speech to text, 2023"),
+    _hf("gpt-oss-20b", "openai/gpt-oss-20b", "21B mixture of 32 experts, 4 at work, in MXFP4, 2025"),
+    _hf("gpt-oss-120b", "openai/gpt-oss-120b", "117B mixture of 128 experts, 4 at work, in MXFP4, 2025"),
+    _hf("qwen3-30b-a3b", "Qwen/Qwen3-30B-A3B", "31B mixture of 128 experts, 8 at work, 2025"),
+    _hf("qwen3-next-80b-a3b", "Qwen/Qwen3-Next-80B-A3B-Instruct",
+        "80B mixture of 512 experts, 10 at work, mostly linear attention, 2025", "Qwen/Qwen3-Next-80B-A3B-Thinking"),
+    _hf("qwen3.5-35b-a3b", "Qwen/Qwen3.5-35B-A3B", "35B mixture of 256 experts, mostly linear attention, images, 2026"),
+    _hf("nemotron-3-nano-30b", "nvidia/NVIDIA-Nemotron-3-Nano-30B-A3B-BF16",
+        "32B mixture of 128 experts, mostly Mamba-2, 2025"),
+    _hf("glm-4.5-air", "zai-org/GLM-4.5-Air", "107B mixture of 128 experts, 8 at work, 2025"),
+    _hf("glm-4.6", "zai-org/GLM-4.6", "353B mixture of 160 experts, 8 at work, 2025"),
+    _hf("llama-4-scout", "meta-llama/Llama-4-Scout-17B-16E-Instruct",
+        "109B mixture of 16 experts, 1 at work, chunked attention, images, 2025", "meta-llama/Llama-4-Scout-17B-16E"),
+    _hf("minimax-m2", "MiniMaxAI/MiniMax-M2", "229B mixture of 256 experts, 8 at work, in FP8, 2025"),
+    _hf("deepseek-v3.2", "deepseek-ai/DeepSeek-V3.2", "672B mixture of 256 experts, MLA with an indexer, 2025",
+        "deepseek-ai/DeepSeek-V3.2-Exp"),
+    _hf("kimi-k2", "moonshotai/Kimi-K2-Instruct", "1.0T mixture of 384 experts, 8 at work, MLA, 2025",
+        "moonshotai/Kimi-K2-Base"),
     _hf("idefics-80b-instruct", "HuggingFaceM4/idefics-80b-instruct", "80B images and text, cross-attention, 2023",
         "HuggingFaceM4/idefics-80b"),
     _hf("vit-base-patch16-224", "google/vit-base-patch16-224", "87M vision transformer through Transformers, 2020"),
@@ -177,7 +203,7 @@ def specs_to_json(specs: Mapping[str, ModelSpec]) -> dict[str, Any]:
             "root": number(spec.root),
             "ties": [list(group) for group in spec.ties],
             "no_split": list(spec.no_split),
-            "attention": [[a.layer, a.per_token, a.window, a.fixed] for a in spec.attention],
+            "attention": [_attention_to_json(record) for record in spec.attention],
             "facts": dict(spec.facts),
             "library": spec.library,
         }
@@ -207,6 +233,11 @@ def specs_from_json(data: Mapping[str, Any]) -> dict[str, ModelSpec]:
         )
         for key, model in data["models"].items()
     }
+
+
+def _attention_to_json(record: Attention) -> list[Any]:
+    rest = [record.float32, record.every]
+    return [record.layer, record.per_token, record.window, record.fixed, *(rest if rest != [0, 1] else [])]
 
 
 def _tensor_to_json(tensor: TensorSpec) -> list[Any]:

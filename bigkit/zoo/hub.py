@@ -146,7 +146,8 @@ def _config_of_repo(source: Source, token: str | bool | None) -> bytes:
                 return path.read_bytes()
         raise OfflineError(f"{error}.{shipped_hint(source.repo)}") from error
     except ZooError as error:
-        raise type(error)(f"{error}.{shipped_hint(source.repo)}") from error
+        other = "Of a model that is elsewhere give the folder of its config.json, or its GGUF file."
+        raise type(error)(f"{error}.{shipped_hint(source.repo)} {other}") from error
     text = whole(fetched, LARGEST_CONFIG, f"the config.json of {source}")
     with suppress(OSError):  # a cache that cannot be written is none
         seen.parent.mkdir(parents=True, exist_ok=True)
@@ -155,8 +156,7 @@ def _config_of_repo(source: Source, token: str | bool | None) -> bytes:
 
 
 def shipped_hint(name: str) -> str:
-    """The end of an error message: the shipped models that look like `name`, or all of them."""
+    """The end of an error message: the shipped models that look like `name`, or where to find their names."""
     near = catalog.closest(name)
-    return (
-        f" Shipped, and close to it: {', '.join(near)}." if near else f" Shipped models: {', '.join(catalog.names())}."
-    )
+    shipped = f"Shipped, and close to it: {', '.join(near)}" if near else "`bigkit models` lists what is shipped"
+    return f" {shipped}."

@@ -38,7 +38,7 @@ def describe(
     """The record of a model: its layers, ties, KV cache and facts, with its weights in the checkpoint's dtype.
 
     Args:
-        name: a shipped name, a folder, a timm name, a Hub id or a Hub URL.
+        name: a shipped name, a folder, a GGUF file, a timm name, a Hub id or a Hub URL.
         library_name: "transformers", "timm", "bigkit", or "safetensors" to size the weights alone from their headers;
             None finds out.
         base: without the output head, as `AutoModel` builds it: what the classic estimate counts.
@@ -54,6 +54,10 @@ def describe(
     >>> spec.parameters, len(spec.attention), spec.facts["hidden_size"]
     (6738415616, 32, 4096)
     """
+    if str(name).lower().endswith(".gguf"):
+        from .gguf import describe_gguf
+
+        return describe_gguf(os.fspath(name))
     source, label = _resolve(name, library_name, revision)
     if isinstance(source, Entry):
         spec = catalog.specs(source.name)["base" if base else "full"]
@@ -98,6 +102,8 @@ def empty_model(
     >>> sum(parameter.numel() for parameter in model.parameters()), next(model.parameters()).device.type
     (124439808, 'meta')
     """
+    if str(name).lower().endswith(".gguf"):
+        raise NoConfig(f"{name} is a GGUF file, which llama.cpp runs: `bigkit plan` prints its command line")
     source, label = _resolve(name, library_name, revision)
     from . import build
 

@@ -16,7 +16,8 @@ from bigkit.units import GiB
 def test_presets_make_sense():
     assert {"laptop, no GPU", "Binder", "Colab T4", "1 x RTX 4090", "8 x H200"} <= set(HARDWARE)
     for name, machine in HARDWARE.items():
-        assert machine.name == name and machine.max_memory()["cpu"] == machine.ram >= GiB
+        assert machine.name == name and machine.ram >= GiB and machine.ram_rate > 0
+        assert machine.max_memory().get("cpu") == (None if machine.unified else machine.ram)
     for gpu in GPUS.values():
         assert gpu.bandwidth > 3 * gpu.link and gpu.flops > 1e13 and gpu.link in LINKS.values()
     assert DISKS["SATA SSD"] < DISKS["NVMe, PCIe 3.0 x4"] < DISKS["NVMe, PCIe 5.0 x4"]
@@ -35,6 +36,12 @@ def test_presets_make_sense():
         ("NVIDIA GeForce RTX 3090", "RTX 3090"),
         ("GeForce RTX 4090", "RTX 4090"),
         ("H100-80GB", "H100-80GB"),
+        ("NVIDIA GeForce RTX 5090", "RTX 5090"),
+        ("NVIDIA GeForce RTX 4060 Ti", "RTX 4060 Ti 16GB"),
+        ("NVIDIA RTX PRO 6000 Blackwell Workstation Edition", "RTX PRO 6000"),
+        ("NVIDIA RTX 6000 Ada Generation", "RTX 6000 Ada"),
+        ("NVIDIA L40S", "L40S"),
+        ("AMD Instinct MI300X", "MI300X"),
     ],
 )
 def test_what_a_driver_calls_a_gpu(name, entry):
@@ -46,8 +53,8 @@ def test_what_a_driver_calls_a_gpu(name, entry):
     [
         "NVIDIA GeForce RTX 4090 Laptop GPU", "NVIDIA GeForce RTX 4090 D", "NVIDIA GeForce RTX 3090 Ti",
         "NVIDIA H100 PCIe", "NVIDIA H100 NVL", "NVIDIA H200 NVL", "NVIDIA GH200 480GB", "NVIDIA A100 80GB PCIe",
-        "NVIDIA A100-SXM4-80GB MIG 3g.40gb", "NVIDIA L40S", "NVIDIA L40", "NVIDIA T400", "Tesla T40",
-        "NVIDIA GeForce RTX 2080 Ti", "NVIDIA A100", "NVIDIA", "",
+        "NVIDIA A100-SXM4-80GB MIG 3g.40gb", "NVIDIA GeForce RTX 3060", "NVIDIA L40", "NVIDIA T400", "Tesla T40",
+        "NVIDIA RTX PRO 6000 Blackwell Max-Q Workstation Edition", "NVIDIA GB200", "NVIDIA A100", "NVIDIA", "",
     ],
 )  # fmt: skip
 def test_another_board_of_nearly_the_same_name_is_unknown(name):
@@ -72,11 +79,12 @@ def test_gpus_of_this_machine_are_described_and_what_was_measured_counts(monkeyp
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda i: (about[i].total_memory, about[i].total_memory))
     machine = Hardware.detect()
     about[0].name = "NVIDIA H100 PCIe"
+    about[0].total_memory = 80 * GiB
     assert "NVIDIA H100 PCIe (with the figures of H100-80GB)" in Hardware.detect().name
     about[0].name = "NVIDIA H200"
     monkeypatch.undo()
     assert [gpu.memory // GiB for gpu in machine.gpus] == [140, 48] and "H200, NVIDIA Something" in machine.name
-    assert machine.name.endswith("New (with the figures of L4)")
+    assert machine.name.endswith("New (with the figures of RTX 6000 Ada)")
     assert machine.gpus[0].flops == GPUS["H200"].flops and machine.gpus[1].capability == (8, 9)
     monkeypatch.setenv("BIGKIT_LEDGER", str(tmp_path / "ledger.json"))
     plain = dry_run("pygpt", None, 1, 8, 1, machine)
@@ -89,3 +97,43 @@ def test_gpus_of_this_machine_are_described_and_what_was_measured_counts(monkeyp
 def test_hardware_needs_no_torch():
     code = "import bigkit.machine.hardware, sys; print('torch' in sys.modules)"
     assert subprocess.check_output([sys.executable, "-c", code], text=True) == "False\n"
+
+
+@pytest.mark.parametrize("name", ["GB10", "Strix Halo", "M4 Max"])
+def test_a_memory_that_gpu_and_cpu_share_is_counted_once(name):
+    """What does not fit on the GPU fits nowhere but on disk, and a plan says so."""
+    import bigkit
+    from bigkit.machine.hardware import machine_of
+    from bigkit.maps.plan import PlanError
+
+    machine = machine_of(name)
+    device = "mps" if name == "M4 Max" else 0
+    assert machine.unified and [*machine.max_memory()] == [device, "disk"]
+    assert machine.max_memory()[device] < machine.ram
+    assert bigkit.plan("llama-2-70b", hardware=name, quantization="nf4").device_map == {"": device}
+    best = bigkit.advise("llama-3.1-8b", name).best
+    assert {share.device for share in best.plan.shares} == {device, "disk"} and best.plan.offloaded == 0
+    if device == 0:
+        assert dry_run("pygpt", None, 1, 8, 1, name).seconds["token"] > 0
+    with pytest.raises(PlanError):
+        bigkit.plan("llama-2-70b", {**machine.max_memory(), "disk": 0}, dtype="float16")
+
+
+def test_this_machine_may_share_its_memory(monkeypatch):
+    import psutil
+
+    from bigkit import get_max_memory
+    from bigkit.machine.hardware import is_unified
+
+    assert not is_unified() or torch.backends.mps.is_available()
+    about = SimpleNamespace(name="NVIDIA GB10", total_memory=119 * GiB, major=12, minor=1, is_integrated=1)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda i: about)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda i: (GiB, 119 * GiB))  # the page cache has taken the rest
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=100 * GiB, total=119 * GiB))
+    monkeypatch.setattr("bigkit.machine.hardware.ram_limit", lambda: 119 * GiB)
+    machine = Hardware.detect()
+    assert machine.unified and machine.name == "this machine: 1 x NVIDIA GB10"
+    assert machine.max_memory() == {0: 100 * GiB, "disk": machine.disk} and get_max_memory() == {0: 100 * GiB}
+    assert machine.gpus[0].bandwidth == 273e9

@@ -6,7 +6,8 @@ import pytest
 
 from bigkit import plan, zoo
 from bigkit.devices import placement
-from bigkit.maps.experts import is_apart, llama_cpp_flags
+from bigkit.maps.experts import is_apart
+from bigkit.maps.llama_cpp import llama_cpp_flags
 from bigkit.maps.plan import Plan, PlanError
 from bigkit.model.experts import experts_of
 from bigkit.model.spec import Attention, ModelSpec, ModuleSpec, TensorSpec

@@ -130,7 +130,7 @@ def stretches(model, memory, context, batch):
     need = [layer.bytes() for layer in layers]
     for record in model.attention:
         i = next(i for i, layer in enumerate(layers) if layer.name.startswith(record.layer))
-        need[i] += batch * record.elements(context) * 2
+        need[i] += batch * record.bytes(context, "bfloat16")
     working = batch * context * 7 * 2 if model.facts else 0
     for inner in combinations_with_replacement(range(len(layers) + 1), len(gpus) - 1):
         edges = [0, *inner, len(layers)]

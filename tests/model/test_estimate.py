@@ -161,3 +161,25 @@ def test_bad_arguments(arguments, says):
         estimate_memory("gpt2", **arguments)
     with pytest.raises(TypeError, match="expected a model's name"):
         estimate_memory(7)
+
+
+def test_dtype_of_the_cache():
+    """One name everywhere: estimate, plan, advise and the plan's code; weights and activations stay."""
+    import bigkit
+
+    plain, small = (bigkit.estimate_memory("llama-3.1-8b", kv_dtype=dtype) for dtype in (None, "int4"))
+    [*others], [*smaller] = plain.inference, small.inference
+    for before, after in zip(others, smaller):
+        assert (after.weights, after.activations) == (before.weights, before.activations)
+    token = 2 * 32 * 8 * 128
+    assert smaller[1].kv_cache == 2048 * token // 2 + 4 * 2048 * token // 64
+    assert "KV cache in int4" in str(small) and "KV cache in" not in str(plain)
+
+    budget = {0: "20GiB"}
+    plans = [bigkit.plan("llama-3.1-8b", budget, "exact", kv_dtype=dtype) for dtype in (None, "float8", "int4")]
+    assert plans[0].max_context < plans[1].max_context < plans[2].max_context
+    assert "kv_dtype='int4'" in plans[2].to_code() and "KV cache in int4" in plans[2].explain()
+    advice = bigkit.advise("llama-3.1-8b", "RTX 4090", context=65536, kv_dtype="float8")
+    assert advice.best.plan.options["kv_dtype"] == "float8" and "KV cache in float8" in advice.explain()
+    with pytest.raises(ValueError, match="unknown kv_dtype 'int3'"):
+        bigkit.plan("gpt2", budget, kv_dtype="int3")

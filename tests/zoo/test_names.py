@@ -29,6 +29,16 @@ PARAMETERS = {
     "mixtral-8x7b": 46_702_792_704, "qwen3-32b": 32_762_123_264, "gemma-2-9b": 9_241_705_984,
     "resnet50.a1_in1k": 25_557_032, "vit-base-patch16-224": 86_567_656,
     "vit_base_patch16_224.augreg_in21k_ft_in1k": 86_567_656, "convnext_base.fb_in22k_ft_in1k": 88_591_464,
+    "smollm3-3b": 3_075_098_624, "phi-4": 14_659_507_200, "mistral-small-24b": 23_572_403_200,
+    "gemma-3-4b": 4_300_079_472, "gemma-3-27b": 27_432_406_640, "whisper-large-v3": 1_543_490_560,
+    "gpt-oss-20b": 20_914_757_184, "gpt-oss-120b": 116_829_156_672, "qwen3-30b-a3b": 30_532_122_624,
+    "qwen3-next-80b-a3b": 79_674_391_296, "llama-4-scout": 108_641_793_536,
+}  # fmt: skip
+# As the model cards round them, in billions: parameters, and those that a token uses (None: counted otherwise there).
+CARDS = {
+    "qwen3-30b-a3b": (30.5, None), "qwen3-next-80b-a3b": (80, None), "qwen3.5-35b-a3b": (35, None),
+    "nemotron-3-nano-30b": (31.6, 3.6), "minimax-m2": (229, None), "gpt-oss-120b": (117, None),
+    "gpt-oss-20b": (21, None), "llama-4-scout": (109, None),
 }  # fmt: skip
 TINY_LLAMA = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 32, "intermediate_size": 48,
               "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 50,
@@ -72,11 +82,37 @@ def test_parameter_counts_are_the_published_ones(name):
     assert zoo.describe(name).parameters == PARAMETERS[name]
 
 
+@pytest.mark.parametrize("name", CARDS)
+def test_counts_are_those_of_the_cards(name):
+    from bigkit.model.experts import active_parameters
+
+    spec, (total, active) = zoo.describe(name), CARDS[name]
+    digits = 1 if isinstance(total, float) else 0
+    assert round(spec.parameters / 1e9, digits) == total
+    assert active is None or abs(active_parameters(spec) / 1e9 - active) < (0.06 if digits else 0.6)
+
+
 def test_counts_that_need_a_word():
     assert zoo.describe("bert-base-cased", base=True).parameters == 108_310_272
     deepseek = zoo.describe("deepseek-v3")  # the checkpoint stores each router's bias as a weight, here it is a buffer
     biases = sum(t.elements for name, (t, _) in deepseek.tensors.items() if name.endswith("e_score_correction_bias"))
     assert deepseek.parameters + biases == 671_026_419_200
+    kimi = zoo.describe("kimi-k2")
+    assert kimi.parameters + 60 * 384 == 1_026_408_232_448
+
+
+@pytest.mark.parametrize(("name", "last", "tables", "billions"), [
+    ("glm-4.6", 91, 0, 357), ("glm-4.5-air", 45, 2, 110), ("deepseek-v3.2", 60, 2, 685),
+])  # fmt: skip
+def test_checkpoints_hold_a_block_more(name, last, tables, billions):
+    """For the token after the next: a block, what joins two states to one, and in some the tables of words again."""
+    spec = zoo.describe(name)
+    [block] = [layer.bytes() // 2 for layer in spec.layers() if layer.name == f"model.layers.{last}"]
+    hidden, words = spec.facts["hidden_size"], spec.facts["vocab_size"]
+    assert int((spec.parameters + block + 2 * hidden**2 + tables * words * hidden) / 1e9 + 0.4) == billions
+
+
+def test_idefics_has_lost_its_tables():
     idefics = zoo.describe("idefics-80b-instruct", base=True)  # in 2023 each of its 100 attentions held rotary tables
     weights = 4 * idefics.parameters
     rotary_tables = (80 + 20) * 2 * 2048 * 128 * 4
@@ -309,7 +345,7 @@ def test_timm_tags_decide_the_number_of_classes():
         ("https://huggingface.co/", zoo.BadURL, "no model page"),
         ("lama-2-7b", zoo.OfflineError, "llama-2-7b"),
         ("meta-llama/Llama-2-13b-hf", zoo.OfflineError, "HF_HUB_OFFLINE"),
-        ("qqqq/zzzz", zoo.OfflineError, "Shipped models: pygpt, gpt2"),
+        ("qqqq/zzzz", zoo.OfflineError, "folder with its config.json. `bigkit models` lists what is shipped"),
     ],
 )
 def test_errors_offline(name, error, words):
