@@ -62,3 +62,12 @@ def own_copy(tensor: Tensor) -> Tensor:
     codec = codec_of(tensor)
     parts = {suffix: part.clone() for suffix, part in codec.take_apart(tensor).items()}
     return codec.put_together(codec.template(tensor), parts)
+
+
+def on_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor on another device, of the same class and with the same attributes; a plain one keeps its graph."""
+    codec = codec_of(tensor)
+    if codec is PLAIN:
+        return tensor.to(device)
+    parts = {suffix: part.to(device) for suffix, part in codec.take_apart(tensor).items()}
+    return codec.put_together(codec.template(tensor), parts)
