@@ -108,10 +108,7 @@ class Origins:
             self.written.update((source.path, source.owner) for source in sources)
             return {suffix: _range_of(part) or part.on_cpu() for suffix, part in record.away.parts.items()}
         if not record.tensor.is_meta:
-            codec = codec_of(record.tensor)
-            for module, *_ in record.places.values():
-                codec.collect(record.tensor, module)
-            return codec.take_apart(record.tensor)
+            return codec_of(record.tensor).take_apart(record.tensor)
         for name in record.places:
             if name in self.given:
                 return {"": self.given[name].detach()}
@@ -231,6 +228,9 @@ class _Mover:
 
     def __init__(self, tensors: list[Record], layout: Layout, origins: Origins) -> None:
         self.records, self.layout, self.origins = tensors, layout, origins
+        for record in tensors:
+            for module, *_ in record.places.values() if record.away is None and not record.tensor.is_meta else ():
+                codec_of(record.tensor).collect(record.tensor, module)
         self.weights: dict[Record, Weight] = {}  # the weight that each became first
         self.left: dict[Record, torch.device] = {}  # the device that each has left for RAM
         self.stayed: list[tuple[Tensor, Tensor]] = []  # a tensor of the model, and its data before
