@@ -31,6 +31,7 @@ from torch import Tensor, nn
 
 from ._torch import never_compiled
 from .handle import refuse_copy
+from .inference_only import HookedForward
 from .inputs import find_device, send_to_device, torch_device
 from .placing import stream_alone
 from .stream import Streamer
@@ -205,7 +206,7 @@ def _wrap(module: nn.Module, hooks: list[ModelHook]) -> None:
         return
     own_forward = vars(module).get("forward")
     whole = hooks[0] if len(hooks) == 1 else SequentialHook(*hooks)
-    wrapped = functools.partial(_run, whole, module, own_forward)
+    wrapped = HookedForward(_run, whole, module, own_forward)
     functools.update_wrapper(wrapped, module.forward)
     # Names that Accelerate's users look for; its own functions put `_old_forward` back.
     vars(module).update(_hf_hook=whole, _old_forward=module.forward)
