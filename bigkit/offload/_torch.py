@@ -144,6 +144,37 @@ def mark_lent(tensor: Tensor) -> None:
         tensor.__class__ = LentBuffer
 
 
+def _set_watched_data(tensor: Tensor, value: Tensor) -> None:
+    Tensor.data.__set__(tensor, value)  # type: ignore[attr-defined]
+    torch.autograd.graph.increment_version(tensor)
+
+
+class WatchedParameter(nn.Parameter):
+    """A parameter in which writing to its `data`, or setting them, raises `_version`."""
+
+    data = property(_lent_data, _set_watched_data)
+
+
+class WatchedBuffer(Tensor):
+    """A buffer of that kind; copied and pickled it is a plain one."""
+
+    data = property(_lent_data, _set_watched_data)
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
+        return memo.setdefault(id(self), self.as_subclass(Tensor).clone())
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self.as_subclass(Tensor).__reduce_ex__(protocol)
+
+
+def watch_writes(tensor: Tensor) -> bool:
+    """Let every write to a tensor raise its `_version`, as `mark_lent` does; False where there is no way."""
+    if type(tensor) in (nn.Parameter, Tensor) and not tensor.is_inference():
+        tensor.__class__ = WatchedParameter if isinstance(tensor, nn.Parameter) else WatchedBuffer
+    return isinstance(tensor, (WatchedParameter, WatchedBuffer)) or is_fake(tensor)
+
+
 def tree_leaves(tree: Any) -> list[Any]:
     """What lies in nested lists, tuples and dicts. `torch.utils._pytree`, 2.11 to 2.15."""
     return pytree.tree_leaves(tree)

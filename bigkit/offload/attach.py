@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from ..devices import join, prefixes
+from .copies import lend_copies
 from .experts import hook_class
 from .grouping import Layout, block_classes, has_forward, own_tensors
 from .hooks import AlignDevicesHook, add_hook_to_module
@@ -55,6 +56,8 @@ def attach(model: nn.Module, layout: Layout, lenders: Mapping[Unit, Streamer], s
         own.model_id = id(model)
     for module, hook in (*hooks.items(), (model, root)):
         add_hook_to_module(module, hook, append=True)
+    if several:
+        lend_copies(model, layout)
 
 
 def _called(module: nn.Module) -> list[nn.Module]:

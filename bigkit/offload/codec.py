@@ -4,12 +4,14 @@ A plain tensor is one part, itself. A quantized weight has several: packed bits,
 Only plain tensors travel and rest in files; the class, its attributes and `requires_grad` stay behind in a template,
 which has no data.
 
-Leaves out: the quantized classes, which register themselves in `CODECS` (`quantize/bnb.py`).
+Leaves out: the quantized classes, which register themselves in `CODECS` (`quantize/bnb.py`), at the latest when a model
+with them is met that others have made.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib import import_module
 from typing import NamedTuple
 
 import torch
@@ -50,15 +52,37 @@ def _plain_whole(template: Tensor, parts: dict[str, Tensor]) -> Tensor:
 
 PLAIN = TensorCodec(lambda tensor: {"": tensor.detach()}, _plain_whole, _plain_template)
 CODECS: dict[type, TensorCodec] = {}
+REGISTERS = {"bitsandbytes": ("bigkit.quantize.bnb", "bitsandbytes")}  # library -> the function that registers classes
 
 
 def codec_of(tensor: Tensor) -> TensorCodec:
     """The entry of `CODECS` for a tensor's class or one that it inherits from; `PLAIN` without one."""
-    return next((CODECS[base] for base in type(tensor).__mro__ if base in CODECS), PLAIN)
+    cls = type(tensor)
+    if cls is nn.Parameter or cls is Tensor:
+        return PLAIN
+    if cls not in CODECS:
+        for base in cls.__mro__:
+            if base in CODECS:
+                return CODECS[base]
+            if (library := base.__module__.partition(".")[0]) in REGISTERS:
+                module, function = REGISTERS.pop(library)
+                getattr(import_module(module), function)()
+                return codec_of(tensor)
+        return PLAIN
+    return CODECS[cls]
 
 
 def own_copy(tensor: Tensor) -> Tensor:
     """A copy of a tensor in memory of its own, of the same class and with the same attributes, as a new leaf."""
     codec = codec_of(tensor)
     parts = {suffix: part.clone() for suffix, part in codec.take_apart(tensor).items()}
+    return codec.put_together(codec.template(tensor), parts)
+
+
+def on_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor on another device, of the same class and with the same attributes; a plain one keeps its graph."""
+    codec = codec_of(tensor)
+    if codec is PLAIN:
+        return tensor.to(device)
+    parts = {suffix: part.to(device) for suffix, part in codec.take_apart(tensor).items()}
     return codec.put_together(codec.template(tensor), parts)

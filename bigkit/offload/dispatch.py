@@ -29,7 +29,7 @@ from ..units import parse_bytes
 from .attach import attach
 from .experts import streamers_of
 from .grouping import Layout, put, records, with_residents
-from .hooks import AlignDevicesHook, drop_hooks, give_back_methods, hooks_in
+from .hooks import drop_hooks, give_back_methods, hooks_in
 from .inputs import torch_device
 from .mapped import PageLane
 from .moving import change_methods, device_map_of
@@ -162,7 +162,7 @@ def _forget_earlier(model: nn.Module) -> None:
     """Drop what an earlier dispatch or load has left at the model, now that all weights are in their places."""
     give_back_methods(model)
     for module in model.modules():
-        placed = [hook for hook in hooks_in(module) if isinstance(hook, AlignDevicesHook) and hook.is_placed]
+        placed: list[Any] = [hook for hook in hooks_in(module) if getattr(hook, "is_placed", False)]
         for hook in placed:
             hook.retire()
         drop_hooks(module, placed)

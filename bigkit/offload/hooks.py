@@ -31,6 +31,7 @@ from torch import Tensor, nn
 
 from ._torch import never_compiled
 from .handle import refuse_copy
+from .inference_only import HookedForward
 from .inputs import find_device, send_to_device, torch_device
 from .placing import stream_alone
 from .stream import Streamer
@@ -96,13 +97,13 @@ class SequentialHook(ModelHook):
         return module
 
     def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        begun = _thread.begun
+        begun = this_thread.begun
         for hook in self.hooks:
             args, kwargs = _begin(begun, hook, module, args, kwargs)
         return args, kwargs
 
     def post_forward(self, module: nn.Module, output: Any) -> Any:
-        begun = _thread.begun
+        begun = this_thread.begun
         for hook in self.hooks:
             output = _end(begun, hook, module, output)
         return output
@@ -205,7 +206,7 @@ def _wrap(module: nn.Module, hooks: list[ModelHook]) -> None:
         return
     own_forward = vars(module).get("forward")
     whole = hooks[0] if len(hooks) == 1 else SequentialHook(*hooks)
-    wrapped = functools.partial(_run, whole, module, own_forward)
+    wrapped = HookedForward(_run, whole, module, own_forward)
     functools.update_wrapper(wrapped, module.forward)
     # Names that Accelerate's users look for; its own functions put `_old_forward` back.
     vars(module).update(_hf_hook=whole, _old_forward=module.forward)
@@ -233,16 +234,16 @@ class _Thread(threading.local):
         self.begun: dict[ModelHook, _Loan | None] = {}
 
 
-_thread = _Thread()
+this_thread = _Thread()
 
 
 @functools.partial(never_compiled, with_callees=False)
 def _run(hook: ModelHook, module: nn.Module, own_forward: Any, /, *args: Any, **kwargs: Any) -> Any:
     """A module's forward with a hook around it."""
-    outer, around = _thread.begun, _thread.module
+    outer, around = this_thread.begun, this_thread.module
     begun: dict[ModelHook, _Loan | None] = {}
     try:
-        _thread.begun, _thread.module = begun, module
+        this_thread.begun, this_thread.module = begun, module
         args, kwargs = _begin(begun, hook, module, args, kwargs)
         # The class's own forward is looked up at each call, so that a copied module never runs the original's.
         forward = own_forward or MethodType(type(module).forward, module)
@@ -251,14 +252,14 @@ def _run(hook: ModelHook, module: nn.Module, own_forward: Any, /, *args: Any, **
                 output = forward(*args, **kwargs)
         else:
             output = forward(*args, **kwargs)
-        _thread.begun, _thread.module = begun, module  # an interrupt within may have left others
+        this_thread.begun, this_thread.module = begun, module  # an interrupt within may have left others
         return _end(begun, hook, module, output)
     except BaseException:
-        _thread.begun = begun
+        this_thread.begun = begun
         _fail([*begun], module)
         raise
     finally:
-        _thread.begun, _thread.module = outer, around
+        this_thread.begun, this_thread.module = outer, around
 
 
 @never_compiled
@@ -398,10 +399,10 @@ class AlignDevicesHook(ModelHook):
 
     def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
         # Others may call this alone and never end it, as `apply_forward_hook` of Diffusers does: then handles serve.
-        ends = _thread.module is module and _thread.begun.get(self) is None
+        ends = this_thread.module is module and this_thread.begun.get(self) is None
         if ends and (self.unit is not None or self.io_same_device):
             loan = _Loan(self.streamer is None or not self.streamer.held())
-            _thread.begun[self] = loan  # also if it is called by a hook that says nothing of errors
+            this_thread.begun[self] = loan  # also if it is called by a hook that says nothing of errors
             if self.io_same_device:
                 loan.input_device = find_device((args, kwargs))
             if self.unit is not None:
@@ -421,7 +422,7 @@ class AlignDevicesHook(ModelHook):
         return args, kwargs
 
     def post_forward(self, module: nn.Module, output: Any) -> Any:
-        loan = _thread.begun.get(self)
+        loan = this_thread.begun.get(self)
         if loan is not None:
             if loan.lent:
                 assert self.streamer is not None and self.unit is not None
@@ -429,13 +430,13 @@ class AlignDevicesHook(ModelHook):
             self._give_back(loan)
             if loan.input_device is not None:
                 output = send_to_device(output, loan.input_device, self.skip_keys)
-            _thread.begun.pop(self, None)
+            this_thread.begun.pop(self, None)
         if self.output_device is not None:
             output = send_to_device(output, self.output_device, self.skip_keys)
         return output
 
     def on_error(self, module: nn.Module) -> None:
-        loan = _thread.begun.get(self)
+        loan = this_thread.begun.get(self)
         if loan is not None:
             self._give_back(loan, failed=True)
 

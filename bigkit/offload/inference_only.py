@@ -1,4 +1,4 @@
-"""A backward through weights that were only lent to the forward is an error that names them.
+"""A backward through weights that were only lent to the forward is an error that names them; so is a trace of it.
 
 By the time of a backward the slot holds another block, so a gradient computed with it would be wrong. Two things can
 reach a lent weight: what an operation has saved for its backward, and the weight's own gradient.
@@ -9,6 +9,7 @@ Leaves out: training what stays on a GPU beside offloaded weights; that works, a
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple, NoReturn
 
 import torch
@@ -62,6 +63,18 @@ def refuse_trace(unit: str) -> NoReturn:
         f"the weights of {unit or 'this model'!r} rest elsewhere, so it cannot be traced or exported: call "
         "remove_hook_from_module(model, recurse=True) first"
     )
+
+
+class HookedForward(partial[Any]):
+    """The forward of a module with hooks, which are Python that `torch.jit.script` cannot compile."""
+
+    @property
+    def __globals__(self) -> NoReturn:
+        """Asked for by `torch.jit.script` alone."""
+        raise AttributeError(
+            "this module has hooks, as dispatch_model puts them, and cannot be scripted: call "
+            "remove_hook_from_module(model, recurse=True) first, or use torch.jit.trace if no weight rests elsewhere"
+        )
 
 
 def end_guards(streamer: Any) -> None:

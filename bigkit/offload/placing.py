@@ -2,7 +2,7 @@
 
 What stays is moved to its device. What travels is laid out in units: in RAM as a slot on the device holds it, on disk
 where it lies in its file. A tensor that is tied over several units rests once and travels with each. One that is tied
-between a GPU and RAM is kept on the GPU, and the places that run there share it.
+between a GPU and RAM, or another GPU, is kept on the first GPU; modules that work elsewhere get copies (`copies.py`).
 
 Leaves out: what travels together (`offload/grouping.py`), and when (`offload/stream.py`).
 """
@@ -23,11 +23,11 @@ from torch import Tensor, nn
 from ..checkpoints.format import Checkpoint, Stored
 from ..checkpoints.resting import resting_place, write_file
 from ..checkpoints.write import Form
-from ..devices import Device, join
+from ..devices import join
 from ..meta.empty import twin
 from ..units import listed
 from ._torch import is_fake
-from .codec import PLAIN, codec_of
+from .codec import PLAIN, codec_of, on_device
 from .grouping import Cut, Group, Layout, Record, put, records
 from .joined import Joined
 from .mapped import PageLane
@@ -108,10 +108,7 @@ class Origins:
             self.written.update((source.path, source.owner) for source in sources)
             return {suffix: _range_of(part) or part.on_cpu() for suffix, part in record.away.parts.items()}
         if not record.tensor.is_meta:
-            codec = codec_of(record.tensor)
-            for module, *_ in record.places.values():
-                codec.collect(record.tensor, module)
-            return codec.take_apart(record.tensor)
+            return codec_of(record.tensor).take_apart(record.tensor)
         for name in record.places:
             if name in self.given:
                 return {"": self.given[name].detach()}
@@ -203,29 +200,19 @@ def make_units(
     cut = Cut(model, layout, whole_classes)
     mover = _Mover(records(model), layout, origins)
     travelling: Travelling = {group: {} for group in cut.groups}
-    staying: list[tuple[Record, dict[torch.device, list[Place]]]] = []
+    staying: list[tuple[Record, torch.device]] = []
     for record in mover.records:
         stays = record.buffer and not (offload_buffers and record.persistent)
-        away = [name for name in record.places if layout.is_away(name) and not stays]
-        here: dict[Device, list[Place]] = {}  # where it works -> the places that have it there for good
-        for name, place in record.places.items():
-            if name not in away:
-                here.setdefault(layout.works(name), []).append(place)
-        for name in away:
-            module = record.places[name][0]
-            if layout.works(name) in here:
-                here[layout.works(name)].append(record.places[name])  # it shares what is there
-            else:
-                travelling[cut.group_of[id(module)]].setdefault(record, []).append(name)
-        devices: dict[torch.device, list[Place]] = {}
-        for works, places in here.items():
-            devices.setdefault(layout.device(works), []).extend(places)  # one may stand in for several
-        if devices:
-            staying.append((record, devices))
+        here = [name for name in record.places if stays or not layout.is_away(name)]
+        if here:
+            staying.append((record, layout.device(layout.works(here[0]))))
+            continue
+        for name, (module, *_) in record.places.items():
+            travelling[cut.group_of[id(module)]].setdefault(record, []).append(name)
     try:
         units = mover.send_away(travelling)
-        for record, devices in staying:
-            mover.stay(record, devices)
+        for record, device in staying:
+            mover.stay(record, device)
         mover.finish()
     except BaseException:
         mover.undo()
@@ -241,6 +228,9 @@ class _Mover:
 
     def __init__(self, tensors: list[Record], layout: Layout, origins: Origins) -> None:
         self.records, self.layout, self.origins = tensors, layout, origins
+        for record in tensors:
+            for module, *_ in record.places.values() if record.away is None and not record.tensor.is_meta else ():
+                codec_of(record.tensor).collect(record.tensor, module)
         self.weights: dict[Record, Weight] = {}  # the weight that each became first
         self.left: dict[Record, torch.device] = {}  # the device that each has left for RAM
         self.stayed: list[tuple[Tensor, Tensor]] = []  # a tensor of the model, and its data before
@@ -306,26 +296,20 @@ class _Mover:
         for weight in unit.weights:
             put(weight.places, weight.template)
 
-    def stay(self, record: Record, devices: Mapping[torch.device, list[Place]]) -> None:
-        """Move a tensor to the device, or the devices, where it stays."""
-        weight, tensor = self.weights.get(record), record.tensor
-        value = weight.load() if weight is not None and tensor.is_meta else self.origins.value(record)
-        codec = codec_of(value)
+    def stay(self, record: Record, device: torch.device) -> None:
+        """Move a tensor to the device where it stays."""
+        tensor, value = record.tensor, self.origins.value(record)
+        new = value
+        if codec_of(value) is not PLAIN:
+            new = value if value.device == device else on_device(value, device)
         # The same object stays in the model, so that others keep knowing it. Data of a fake tensor cannot be moved.
-        same = codec is PLAIN and isinstance(tensor, nn.Parameter) and not (tensor.is_meta or is_fake(tensor))
-        for device, places in devices.items():
-            new = value
-            if codec is not PLAIN:
-                if value.device != device:
-                    parts = {suffix: part.to(device) for suffix, part in codec.take_apart(value).items()}
-                    new = codec.put_together(codec.template(value), parts)
-            elif same:
-                self.stayed.append((tensor, tensor.data))
-                tensor.data, new, same = value.detach().to(device), tensor, False
-            elif value.device != device or tensor.is_meta:
-                new = value.detach().to(device)
-                new = twin(tensor, new) if isinstance(tensor, nn.Parameter) else new
-            put(places, new)
+        elif isinstance(tensor, nn.Parameter) and not (tensor.is_meta or is_fake(tensor)):
+            self.stayed.append((tensor, tensor.data))
+            tensor.data, new = value.detach().to(device), tensor
+        elif value.device != device or tensor.is_meta:
+            new = value.detach().to(device)
+            new = twin(tensor, new) if isinstance(tensor, nn.Parameter) else new
+        put(record.places.values(), new)
 
     def finish(self) -> None:
         """Wait until all RAM is filled."""
@@ -374,7 +358,7 @@ def stream_alone(
         for record in mover.records:
             if submodules or any(owner is module for owner, *_ in record.places.values()):
                 if record.buffer and not (offload_buffers and record.persistent):
-                    mover.stay(record, {device: [*record.places.values()]})
+                    mover.stay(record, device)
                 else:
                     inside[record] = [*record.places]
         units = mover.send_away({Group("", module): inside})

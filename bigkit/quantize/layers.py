@@ -92,6 +92,15 @@ class Linear4bit(_SavesScales, bitsandbytes.nn.Linear4bit):
         return nn.functional.linear(x.to(dtype), bnb.dequantized(self.weight, dtype), bias).to(x.dtype)
 
 
+def adopt(layer: nn.Module) -> None:
+    """Let a layer of bitsandbytes' own class do what the one above does, with the weight and the settings it has."""
+    if type(layer) is bitsandbytes.nn.Linear8bitLt:
+        layer.__class__ = Linear8bitLt
+    elif type(layer) is bitsandbytes.nn.Linear4bit:
+        layer.__class__ = Linear4bit
+        _bnb.keep_codes(layer)
+
+
 def _refuse_meta(weight: Tensor, x: Tensor) -> None:
     """PyTorch's own products refuse a weight on meta; bitsandbytes' kernels would read from address 0."""
     if weight.is_meta and not x.is_meta:

@@ -330,3 +330,12 @@ def test_what_leaves_a_forward_never_changes_later(layers, slots, inference):
             assert torch.equal(output, expected_output)
             compare(flat(given), expected, str(layers))
     check_at_rest(parts)
+
+
+@pytest.mark.parametrize("part", [lambda model: model, lambda model: next(model.children())], ids=["model", "part"])
+def test_a_model_with_hooks_cannot_be_scripted(part, tmp_path):
+    for way, spread in WAYS.items():
+        parts = spread(net(), tmp_path)
+        with pytest.raises(AttributeError, match="has hooks, .* cannot be scripted: call remove_hook_from_module"):
+            torch.jit.script(part(parts))
+        assert torch.jit.script(part(remove_hook_from_module(parts, recurse=True))), way

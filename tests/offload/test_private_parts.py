@@ -1,5 +1,7 @@
 """PyTorch's private parts that the wing uses are there and do what they are used for."""
 
+import copy
+import pickle
 import threading
 
 import pytest
@@ -51,6 +53,19 @@ def test_writing_to_the_data_of_what_is_lent_is_seen():
         with pytest.raises(ValueError, match=r"shape \(4,\) torch.float32 .* cannot become \(2,\)"):
             tensor.data = torch.ones(2)
         assert type(tensor + 1) is torch.Tensor, f"operations on a lent tensor give lent tensors {VERSION}"
+
+
+def test_writing_to_the_data_of_what_is_copied_to_another_device_is_seen():
+    for tensor in (nn.Parameter(torch.zeros(4)), torch.zeros(4)):
+        assert _torch.watch_writes(tensor) and _torch.watch_writes(tensor)
+        for write in (lambda t: t.data.add_(1), lambda t: setattr(t, "data", torch.ones(2))):
+            before = tensor._version
+            write(tensor)
+            assert tensor._version > before, f"a write to the data of a tied tensor goes unseen {VERSION}"
+        assert tensor.shape == (2,) and type(tensor + 1) is torch.Tensor
+        for other in (copy.deepcopy(tensor), pickle.loads(pickle.dumps(tensor))):
+            assert torch.equal(other, tensor) and isinstance(other, nn.Parameter) == isinstance(tensor, nn.Parameter)
+    assert not _torch.watch_writes(nn.Linear(1, 1).weight.as_subclass(type("Own", (torch.Tensor,), {})))
 
 
 def test_what_is_never_compiled_is_not():

@@ -2,6 +2,8 @@
 
 import copy
 import io
+import subprocess
+import sys
 import tempfile
 
 import pytest
@@ -173,3 +175,41 @@ def test_bitsandbytes_own_int8_layers_may_have_run(ran: bool) -> None:
         assert torch.equal(model(x), expected) and torch.equal(model(x), expected)
         dispatch_model(model, {"0": 0, "1": "cpu"}, stand_in={0: "cpu"}, force_hooks=True)
         assert torch.equal(model(x), expected)
+
+
+BY_OTHERS = """
+import logging, sys, warnings
+logging.disable(logging.WARNING)
+warnings.simplefilter("ignore")
+import torch
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
+from bigkit import dispatch_model
+folder = sys.argv[1]
+torch.manual_seed(0)
+sizes = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, vocab_size=99)
+LlamaForCausalLM(LlamaConfig(**sizes)).save_pretrained(folder)
+ids = torch.arange(7)[None]
+kinds = [(dict(load_in_8bit=True), "cpu", 2), (dict(load_in_4bit=True, bnb_4bit_use_double_quant=True), "disk", 3)]
+for options, where, count in kinds:
+    config = BitsAndBytesConfig(**options)
+    model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=config, device_map="cpu")
+    if count == 2:
+        assert not any(name.startswith("bigkit.quantize") for name in sys.modules)
+    with torch.no_grad():
+        expected, state = model(ids).logits, {name: value.clone() for name, value in model.state_dict().items()}
+        places = {"model.embed_tokens": 0, "model.layers": where, "model.norm": 0, "model.rotary_emb": 0, "lm_head": 0}
+        parts = dispatch_model(model, places, offload_dir=folder, stand_in={0: "cpu"})
+        for _ in range(2):
+            torch.testing.assert_close(parts(ids).logits, expected)
+        layer = parts.model.layers[0].mlp.up_proj
+        assert len(layer.weight.weight.parts) == count, "the scales do not travel"
+        assert count == 3 or layer.state.CB is layer.state.SCB is None, "the layer keeps what it was lent"
+        found = parts.state_dict()
+        assert all(found[name].equal(state[name]) for name in state)
+"""
+
+
+def test_layers_that_others_have_quantized_travel_with_their_scales(tmp_path):
+    """In a fresh process, which has not imported the wing."""
+    done = subprocess.run([sys.executable, "-c", BY_OTHERS, str(tmp_path)], capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
