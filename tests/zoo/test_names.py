@@ -166,7 +166,9 @@ def test_tables_survive_json():
         assert specs_to_json(specs_from_json(specs_to_json(specs))) == specs_to_json(specs)
 
 
-@pytest.mark.parametrize("name", ["gpt2", "t5-large", "llama-3.1-405b", "deepseek-v3", "pygpt", "resnet50.a1_in1k"])
+@pytest.mark.parametrize(
+    "name", ["gpt2", "t5-large", "llama-3.1-405b", "deepseek-v3", "pygpt", "pymoe", "resnet50.a1_in1k"]
+)
 @pytest.mark.parametrize("base", [True, False])
 def test_empty_model_is_the_model_described(name, base):
     model = zoo.empty_model(name, base=base)
@@ -309,7 +311,7 @@ def test_timm_tags_decide_the_number_of_classes():
         ("https://huggingface.co/", zoo.BadURL, "no model page"),
         ("lama-2-7b", zoo.OfflineError, "llama-2-7b"),
         ("meta-llama/Llama-2-13b-hf", zoo.OfflineError, "HF_HUB_OFFLINE"),
-        ("qqqq/zzzz", zoo.OfflineError, "Shipped models: pygpt, gpt2"),
+        ("qqqq/zzzz", zoo.OfflineError, "Shipped models: pygpt, pymoe, gpt2"),
     ],
 )
 def test_errors_offline(name, error, words):
