@@ -83,7 +83,7 @@ def experts_figure(scene: Scene) -> Picture:
 def experts_text(scene: Scene) -> str:
     """The text twin of `experts_figure`."""
     routing, asked, counts = scene.routing, scene.asked, scene.routing.counts
-    rows = []
+    rows = [["experts of", "in the cache", "travel", "most used", "never"]]
     for layer, row in enumerate(counts):
         own = {key % routing.experts: hit for key, hit in asked.items() if key // routing.experts == layer}
         there, travels = (
@@ -93,9 +93,10 @@ def experts_text(scene: Scene) -> str:
         share = f"{most} ({_percent(row[most] / sum(row))})"
         never = ", ".join(str(expert) for expert, count in enumerate(row) if not count)
         rows.append([f"layer {layer}", there or "-", travels or "-", share, never or "-"])
-    head = ["experts of", "in the cache", "travel", "most used", "never"]
     lines = [f"{routing.model}, token {scene.token + 1} of {routing.tokens}{_quoted(scene)}: {_news(scene)}"]
-    lines += ["", text_table(head, _even(rows)), ""]
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    head, *rows = [[text.ljust(width) for text, width in zip(row, widths)] for row in rows]
+    lines += ["", text_table(head, rows), ""]
     waits = list(scene.times[scene.policy].waits)
     rows = [
         [f"{policy}{' *' * (policy == scene.policy)}", _percent(time.hit_rate), format_bytes(time.travels, "si"),
@@ -143,12 +144,6 @@ def _speed(time: TokenTime) -> str:
 
 def _share(scene: Scene) -> float:
     return scene.slots / scene.routing.all_experts
-
-
-def _even(rows: list[list[str]]) -> list[list[str]]:
-    """Texts of equal width in each column, so that a table has them on the left."""
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    return [[text.ljust(width) for text, width in zip(row, widths)] for row in rows]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -55,9 +55,9 @@ PRESETS = {
 class ExpertExplorer(Explorer):
     """Watch a router choose, and ask what a cache of experts is worth on your machine.
 
-    The controls are `token` (or `play`), `preset`, `model` (whose bytes travel), `dtype`, `policy` (one of `POLICIES`),
-    `cache` (percent of all experts that the GPU keeps), `rests` ("RAM" or "disk": where the others are), and `link`,
-    `disk` and `memory` in GB/s. Set their `value` in code or by hand. `scene` is what is shown.
+    The controls are `token` (or `play`), from 1 on, `policy` (one of `POLICIES`), `cache` (percent of all experts that
+    the GPU keeps), `preset`, `model` (whose bytes travel), `dtype`, `rests` ("RAM" or "disk": where the others are),
+    and `link`, `disk` and `memory` in GB/s. Set their `value` in code or by hand. `scene` is what is shown.
 
     Args:
         preset: one of `PRESETS`.
@@ -70,7 +70,7 @@ class ExpertExplorer(Explorer):
     >>> explorer = ExpertExplorer()
     >>> explorer.policy.value = "best"
     >>> explorer
-    ExpertExplorer(pymoe, best, cache 25 %: 69 % hits, 726.86 KB and 33.1 µs a token, token 1 of 512)
+    ExpertExplorer(pymoe, best, cache 25 %: 69 % hits, 728.83 KB and 33.2 µs a token, token 1 of 512)
     """
 
     presets = PRESETS
@@ -83,9 +83,9 @@ class ExpertExplorer(Explorer):
     ) -> None:
         self.routing = Routing.load(ROUTING) if routing is None else routing
         start = PRESETS.get(preset) or next(iter(PRESETS.values()))
-        last, rates = self.routing.tokens - 1, {"min": 0.01, "max": 100_000, "step": 1}
-        play = widgets.Play(value=0, min=0, max=last, interval=400, layout=widgets.Layout(width="auto"))
-        token = field(widgets.IntSlider, "Token", 0, min=0, max=last)
+        last, rates = self.routing.tokens, {"min": 0.01, "max": 100_000, "step": 1}
+        play = widgets.Play(value=1, min=1, max=last, interval=400, layout=widgets.Layout(width="auto"))
+        token = field(widgets.IntSlider, "Token", 1, min=1, max=last)
         widgets.jslink((play, "value"), (token, "value"))
         super().__init__(
             {
@@ -124,7 +124,7 @@ class ExpertExplorer(Explorer):
         """Ask each policy, and find a token's time."""
         mixture = Mixture.of(self.spec(), chosen_dtype(self.dtype))
         times = {policy: token_time(mixture, self.routing, policy, self.slots, **self._rates) for policy in POLICIES}
-        return Scene(self.routing, self.token.value, self.policy.value, self.slots, mixture, times)
+        return Scene(self.routing, self.token.value - 1, self.policy.value, self.slots, mixture, times)
 
     def show(self, scene: Scene) -> None:
         """Show the moment, and what a token waits for."""

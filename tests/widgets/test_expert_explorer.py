@@ -103,7 +103,7 @@ def test_code_and_export_give_the_same(explorer, tmp_path):
 def test_a_routing_of_your_own(tmp_path, monkeypatch):
     routing = Routing("mine <i>", 4, (((0, 1), (0, 2), (0, 1)), ((3, 2), (3, 1), (0, 3))))
     explorer = ExpertExplorer(policy="best", routing=routing)
-    assert explorer.token.max == 2 and explorer.slots == 2 and "Only an example" in explorer.verdict.value
+    assert explorer.token.max == 3 and explorer.slots == 2 and "Only an example" in explorer.verdict.value
     assert "<i>" not in explorer.verdict.value + explorer.text.value
     monkeypatch.chdir(tmp_path)
     routing.save("routing.json")
