@@ -59,7 +59,7 @@ def experts_figure(scene: Scene) -> Picture:
     >>> mixture = Mixture("tiny", 1, 4, 2, 9, 9)
     >>> rates = {"memory": 1e3, "link": 1e2}
     >>> times = {name: token_time(mixture, routing, name, 2, **rates) for name in ("static", "LRU", "best")}
-    >>> experts_figure(Scene(routing, 2, "LRU", 2, mixture, times))
+    >>> experts_figure(Scene(routing, 2, "LRU", 2, mixture, times))  # doctest: +ELLIPSIS
     <Picture: tiny, token 3 of 3, 'c': of 2 experts 1 is in the cache and 1 travels. LRU has 33 % over the text; a ...>
     """
     routing, mixture = scene.routing, scene.mixture

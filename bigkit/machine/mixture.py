@@ -51,7 +51,7 @@ class Mixture:
 
         >>> from bigkit import describe
         >>> Mixture.of(describe("gpt-oss-120b"))
-        Mixture(gpt-oss-120b: 36 x 128 experts of 13.25 MB, 4 at work, 3.17 GB beside them)
+        Mixture(gpt-oss-120b: 36 x 128 experts of 13.24 MB, 4 at work, 4.26 GB beside them)
         """
         experts = experts_of(model)
         if not experts:

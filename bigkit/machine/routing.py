@@ -9,8 +9,9 @@ many are there depends on the text, on the model, and on which ones are kept:
     best      what no policy can beat: who will be asked for last of all makes room, be it the one that has just come.
               It knows the future, so it is a bound and no recipe
 
-All begin with an empty cache. Requests come one after another: token by token, layer by layer. What a small cache keeps
-a larger one keeps too, so one pass tells for each request how large the cache must be that has it.
+All begin with an empty cache. Layers ask one after another, token by token; the experts of a layer are asked for at
+once, and none of them makes room for another one before they have worked. What a small cache keeps a larger one keeps
+too, so one pass tells for each request how large the cache must be that has it.
 
 Leaves out: recording (`measure/routing.py`), and the time that copies take.
 Sources: Belady, A study of replacement algorithms for a virtual-storage computer (1966); Mattson, Gecsei, Slutz and
@@ -25,7 +26,8 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
-from itertools import accumulate, islice
+from heapq import heappop, heappushpop
+from itertools import islice
 from pathlib import Path
 
 from ..model.experts import experts_of
@@ -34,8 +36,9 @@ from ..model.spec import ModelSpec
 from ..units import counted
 
 NEVER = 2**62  # experts: no cache has what it was never asked for
-# For each request: how large the cache must be that has it, and what a cache of so many keeps after it.
-Steps = Iterator[tuple[int, Callable[[int], Iterable[int]]]]
+Groups = Sequence[Sequence[int]]  # what layers ask for, one after another
+# For each group: how large the cache must be that has each of it, and what a cache of so many keeps after it.
+Steps = Iterator[tuple[Sequence[int], Callable[[int], Iterable[int]]]]
 
 
 @dataclass(frozen=True)
@@ -94,10 +97,14 @@ class Routing:
         counted = [Counter(expert for choice in layer for expert in choice) for layer in self.chosen]
         return tuple(tuple(layer[expert] for expert in range(self.experts)) for layer in counted)
 
+    def groups(self) -> list[list[int]]:
+        """What each layer asks for, token by token, as layer * experts + expert, in ascending order."""
+        return [[layer * self.experts + expert for expert in sorted(choice)]
+                for token in zip(*self.chosen) for layer, choice in enumerate(token)]  # fmt: skip
+
     def requests(self) -> list[int]:
-        """Every request in order, as layer * experts + expert."""
-        return [layer * self.experts + expert for token in zip(*self.chosen) for layer, choice in enumerate(token)
-                for expert in choice]  # fmt: skip
+        """All `groups` in one row."""
+        return [expert for group in self.groups() for expert in group]
 
     # -- what a cache does
 
@@ -122,8 +129,8 @@ class Routing:
     def kept(self, policy: str, slots: int, token: int) -> frozenset[int]:
         """What is in the cache after a token, as layer * experts + expert; see `hits`."""
         self._check(policy, slots)
-        last = (token + 1) * self.layers * self.per_token - 1
-        _, kept = next(islice(POLICIES[policy](self.requests()), last, None))
+        last = (token + 1) * self.layers - 1
+        _, kept = next(islice(POLICIES[policy](self.groups()), last, None))
         return frozenset(kept(slots))
 
     def bytes_per_token(self, policy: str, slots: int, each: int) -> float:
@@ -132,7 +139,7 @@ class Routing:
         >>> Routing("tiny", 4, (((0, 1), (0, 2)),)).bytes_per_token("LRU", 2, 100)
         150.0
         """
-        return (1 - self.hit_rate(policy, slots)) * self.layers * self.per_token * each
+        return self.hits(policy, slots).count(False) * each / self.tokens
 
     def bytes_each(self, model: ModelSpec, precision: Precision = Precision()) -> int:
         """Bytes of one expert of the model that this was recorded from.
@@ -198,35 +205,40 @@ class Routing:
 
 @lru_cache(16)
 def _sizes(routing: Routing, policy: str) -> tuple[int, ...]:
-    return tuple(size for size, _ in POLICIES[policy](routing.requests()))
+    return tuple(size for sizes, _ in POLICIES[policy](routing.groups()) for size in sizes)
 
 
-def _none(requests: Sequence[int]) -> Steps:
-    for _ in requests:
-        yield NEVER, lambda slots: ()
+def _places(kept: Sequence[int], wanted: Iterable[int]) -> list[int]:
+    """How many of a list one must take to have each of those that are wanted."""
+    return [kept.index(one) + 1 if one in kept else NEVER for one in wanted]
 
 
-def _static(requests: Sequence[int]) -> Steps:
-    rank = {expert: i for i, (expert, _) in enumerate(Counter(requests).most_common())}
-    kept = [NEVER] * len(rank)
-    for expert in requests:
-        i = rank[expert]
-        size, kept[i] = (i + 1 if kept[i] == expert else NEVER), expert
-        yield size, lambda slots: (expert for expert in kept[:slots] if expert != NEVER)
+def _none(groups: Groups) -> Steps:
+    for group in groups:
+        yield [NEVER] * len(group), lambda slots: ()
 
 
-def _lru(requests: Sequence[int]) -> Steps:
+def _static(groups: Groups) -> Steps:
+    ranked = [expert for expert, _ in Counter(expert for group in groups for expert in group).most_common()]
+    rank = {expert: i for i, expert in enumerate(ranked)}
+    kept = [NEVER] * len(ranked)  # until it has been asked for
+    for group in groups:
+        sizes = _places(kept, group)
+        for expert in group:
+            kept[rank[expert]] = expert
+        yield sizes, lambda slots: (expert for expert in kept[:slots] if expert != NEVER)
+
+
+def _lru(groups: Groups) -> Steps:
     kept: list[int] = []  # used last comes first
-    for expert in requests:
-        size = NEVER
-        if expert in kept:
-            size = kept.index(expert) + 1
-            del kept[size - 1]
-        kept.insert(0, expert)
-        yield size, lambda slots: kept[:slots]
+    for group in groups:
+        sizes = _places(kept, group)
+        kept[:] = [*reversed(group), *(expert for expert in kept if expert not in group)]
+        yield sizes, lambda slots: kept[:slots]
 
 
-def _best(requests: Sequence[int]) -> Steps:
+def _best(groups: Groups) -> Steps:
+    requests = [expert for group in groups for expert in group]
     again = [*range(len(requests), 2 * len(requests))]  # when the same expert is asked for again; never: in the end
     seen: dict[int, int] = {}
     for i in range(len(requests) - 1, -1, -1):
@@ -234,15 +246,17 @@ def _best(requests: Sequence[int]) -> Steps:
         seen[requests[i]] = i
     who = dict(zip(again, requests))
     kept: list[int] = []  # as the times when they are asked for again
-    for i in range(len(requests)):
-        there = i in kept
-        place = kept.index(i) if there else len(kept)
-        # At each size who comes later has to go: to the next size, where it meets another one.
-        going = [*accumulate(kept[:place], max, initial=again[i])]
-        kept[: place + there] = [*map(min, going, kept[:place]), going[-1]]
-        yield (place + 1 if there else NEVER), lambda slots: (who[time] for time in kept[:slots])
+    end = 0
+    for group in groups:
+        start, end = end, end + len(group)
+        sizes = _places(kept, range(start, end))
+        # A cache of each size keeps who comes soonest of those that a smaller one has let go, and of its own.
+        going = sorted(again[start:end])
+        kept[:] = [heappop(going) if start <= time < end else heappushpop(going, time) for time in kept]
+        kept.extend(sorted(going))
+        yield sizes, lambda slots: (who[time] for time in kept[:slots])
 
 
-POLICIES: dict[str, Callable[[Sequence[int]], Steps]] = {
+POLICIES: dict[str, Callable[[Groups], Steps]] = {
     "none": _none, "static": _static, "LRU": _lru, "best": _best,
 }  # fmt: skip

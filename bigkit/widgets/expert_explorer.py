@@ -70,7 +70,7 @@ class ExpertExplorer(Explorer):
     >>> explorer = ExpertExplorer()
     >>> explorer.policy.value = "best"
     >>> explorer
-    ExpertExplorer(pymoe, best, cache 25 %: 69 % hits, 728.83 KB and 33.2 µs a token, token 1 of 512)
+    ExpertExplorer(pymoe, best, cache 25 %: 69 % hits, 727.30 KB and 33.1 µs a token, token 1 of 512)
     """
 
     presets = PRESETS

@@ -3,6 +3,7 @@
 import json
 from collections import Counter, OrderedDict
 from functools import cache
+from itertools import combinations
 
 import pytest
 from hypothesis import given
@@ -21,35 +22,37 @@ def routings(draw, most_layers=3, most_experts=4, most_tokens=8):
     return Routing("drawn", experts, tuple(draw(st.lists(layer, min_size=layers, max_size=layers))))
 
 
-def lru(requests, slots):
+def lru(groups, slots):
     cache, hits = OrderedDict(), []
-    for expert in requests:
-        hits.append(expert in cache)
-        cache[expert] = None
-        cache.move_to_end(expert)
-        if len(cache) > slots:
+    for group in groups:
+        hits += [expert in cache for expert in group]
+        for expert in group:
+            cache[expert] = None
+            cache.move_to_end(expert)
+        while len(cache) > slots:
             cache.popitem(last=False)
     return hits, set(cache)
 
 
-def static(requests, slots):
-    often = [expert for expert, _ in Counter(requests).most_common(slots)]
-    hits = [expert in often and expert in requests[:i] for i, expert in enumerate(requests)]
-    return hits, set(often) & set(requests)
+def static(groups, slots):
+    often = [expert for expert, _ in Counter(expert for group in groups for expert in group).most_common(slots)]
+    seen, hits = set(), []
+    for group in groups:
+        hits += [expert in often and expert in seen for expert in group]
+        seen |= {*group}
+    return hits, set(often) & seen
 
 
-def most_hits(requests, slots):
-    """By trying every way: keep who comes, in the place of each other one or in a free place, or do not."""
+def most_hits(groups, slots):
+    """By trying every way: of what was kept and what comes, keep any."""
 
     @cache
     def most(i, kept):
-        if i == len(requests):
+        if i == len(groups):
             return 0
-        if requests[i] in kept:
-            return 1 + most(i + 1, kept)
-        ways = [kept] + [kept - {other} | {requests[i]} for other in kept if slots]
-        ways += [kept | {requests[i]}] if len(kept) < slots else []
-        return max(most(i + 1, way) for way in ways)
+        there = kept | {*groups[i]}
+        ways = combinations(sorted(there), min(slots, len(there)))
+        return len(kept.intersection(groups[i])) + max(most(i + 1, frozenset(way)) for way in ways)
 
     return most(0, frozenset())
 
@@ -57,9 +60,9 @@ def most_hits(requests, slots):
 @given(routings(), st.data())
 def test_lru_and_static_as_by_hand(routing, data):
     slots = data.draw(st.integers(0, routing.all_experts))
-    requests, last = routing.requests(), routing.tokens - 1
+    groups, last = routing.groups(), routing.tokens - 1
     for policy, by_hand in (("LRU", lru), ("static", static)):
-        hits, kept = by_hand(requests, slots)
+        hits, kept = by_hand(groups, slots)
         assert routing.hits(policy, slots) == tuple(hits)
         assert routing.kept(policy, slots, last) == kept
     assert not any(routing.hits("none", slots)) and not routing.kept("none", slots, last)
@@ -68,7 +71,7 @@ def test_lru_and_static_as_by_hand(routing, data):
 @given(routings(most_layers=2, most_experts=3, most_tokens=5), st.data())
 def test_best_is_what_no_way_beats(routing, data):
     slots = data.draw(st.integers(0, routing.all_experts))
-    assert sum(routing.hits("best", slots)) == most_hits(routing.requests(), slots)
+    assert sum(routing.hits("best", slots)) == most_hits(routing.groups(), slots)
 
 
 @given(routings(), st.data())
@@ -89,7 +92,8 @@ def test_what_must_hold_for_every_policy(routing, data):
         if token:  # what a request finds is what was kept before its token, or was brought for this token
             before = routing.kept(policy, slots, token - 1)
             start = token * routing.layers * routing.per_token
-            assert hits[start] == (requests[start] in before)
+            for i in range(start, start + routing.per_token):
+                assert hits[i] == (requests[i] in before)
     assert sum(map(sum, routing.counts)) == len(requests)
     assert Routing.from_json(routing.to_json()) == routing
 

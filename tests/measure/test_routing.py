@@ -6,9 +6,10 @@ import pytest
 import torch
 import transformers as tf
 
-from bigkit import dispatch_model, zoo
+from bigkit import dispatch_model, init_empty_weights, load_checkpoint_and_dispatch, zoo
 from bigkit.machine.routing import Routing
 from bigkit.measure.routing import record_routing
+from bigkit.meta.skeleton import spec_from_module
 from bigkit.zoo.gpt import PYMOE, decode, encode, heldout_text
 
 SIZES = {"vocab_size": 32, "hidden_size": 16, "num_attention_heads": 2, "num_key_value_heads": 2}
@@ -50,6 +51,25 @@ def test_written_as_read_whole_as_spread_out():
     places = {"": 0, **{f"model.layers.{i}.mlp.experts": "cpu" for i in range(3)}}
     spread_out = dispatch_model(model, places, stand_in={0: "cpu"}, force_hooks=True)
     assert record_routing(spread_out, lambda: spread_out.generate(IDS, max_new_tokens=6, do_sample=False)) == read
+
+
+@pytest.mark.parametrize("slots", [0, 6, 9, 14, 24])
+@torch.no_grad()
+def test_the_cache_in_ram_hits_what_the_policy_foretells(slots, tmp_path):
+    model = qwen()
+    model.save_pretrained(tmp_path)
+    ids = torch.tensor([[3]])
+    routing = record_routing(model, lambda: model.generate(ids, max_new_tokens=24, do_sample=False))
+    each = routing.bytes_each(spec_from_module(model))
+    with init_empty_weights():
+        empty = tf.Qwen3MoeForCausalLM(model.config).eval()
+    places = {"": "cpu", **{f"model.layers.{i}.mlp.experts": "disk" for i in range(3)}}
+    spread_out = load_checkpoint_and_dispatch(empty, tmp_path, places, ram_cache=slots * each)
+    spread_out.generate(ids, max_new_tokens=24, do_sample=False)
+    cache = spread_out.model.layers[0].mlp.experts._hf_hook.streamer.cache
+    hits = routing.hits("LRU", slots)
+    assert (cache.hits, cache.misses) == (sum(hits), len(hits) - sum(hits))
+    assert cache.bytes_read / routing.tokens == routing.bytes_per_token("LRU", slots, each)
 
 
 def test_the_shipped_routing_is_what_the_model_does():
