@@ -58,7 +58,7 @@ def record_routing(
     ids: list[Tensor] = []
 
     def called(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        _, batch, _ = work_of(args, kwargs)
+        batch = work_of(args, kwargs)[1]
         if batch != 1:
             raise ValueError(f"{kind} is called with {batch} sequences: record the routing of one at a time")
         ids.extend(value for value in (kwargs.get("input_ids"), *args[:1]) if isinstance(value, Tensor))

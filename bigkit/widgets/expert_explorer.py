@@ -116,7 +116,7 @@ class ExpertExplorer(Explorer):
         return round(self.cache.value * self.routing.all_experts / 100)
 
     @property
-    def _rates(self) -> dict[str, float | None]:
+    def _rates(self) -> dict[str, Any]:
         disk = self.disk.value * GB if self.rests.value == DISK else None
         return {"memory": self.memory.value * GB, "link": self.link.value * GB, "disk": disk}
 
