@@ -8,7 +8,7 @@ schedule and the choice of the weights to keep are `train_gpt.py`'s.
 
 Writes to --out: what `save_pretrained` writes (config.json, the bfloat16 shards and their index), whenever the
 validation loss is the best so far; at the end training.json, with figures, samples, and how often each expert was
-chosen on the held-out text.
+chosen on the held-out text, and routing.json, which experts were chosen for each of its first bytes.
 Leaves out: what train_gpt.py leaves out.
 """
 
@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import math
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,11 @@ from torch.nn import functional as F
 from train_gpt import PROMPTS, arguments, corpus, train, write_report
 from transformers import GenerationConfig, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
+from bigkit.machine.routing import Routing
+from bigkit.measure.routing import record_routing
 from bigkit.zoo.gpt import SEPARATOR, decode, encode, heldout_text, perplexity
+
+RECORDED = 512  # bytes whose routing is kept one by one
 
 
 def drop(share: float, module: nn.Module, args: tuple, out: Any) -> Any:
@@ -114,16 +119,10 @@ def samples(model: Qwen3MoeForCausalLM, seed: int, tokens: int) -> list[dict[str
 
 
 @torch.no_grad()
-def routing(model: Qwen3MoeForCausalLM, text: str) -> list[list[float]]:
-    """Share of the choices that each expert of each block gets on `text`: a row a block, each sums to 1."""
-    length = int(model.config.max_position_embeddings)
-    chosen = torch.zeros(model.config.num_hidden_layers, model.config.num_experts)
-    for part in torch.tensor(encode(text), device=model.device).split(length):
-        logits = model(input_ids=part[None], output_router_logits=True).router_logits
-        for layer, scores in enumerate(logits):
-            ids = scores.topk(model.config.num_experts_per_tok, dim=-1).indices.flatten()
-            chosen[layer] += torch.bincount(ids, minlength=model.config.num_experts).cpu()
-    return [[round(share, 4) for share in row] for row in (chosen / chosen.sum(1, keepdim=True)).tolist()]
+def routing(model: Qwen3MoeForCausalLM, text: str) -> Routing:
+    """What the routers choose for each byte of a text, which is read in parts as long as the model can attend to."""
+    parts = torch.tensor(encode(text), device=model.device).split(int(model.config.max_position_embeddings))
+    return record_routing(model, lambda: [model(part[None]) for part in parts], "pymoe", lambda byte: decode([byte]))
 
 
 def main() -> None:
@@ -158,8 +157,12 @@ def main() -> None:
 def report(args: argparse.Namespace, parameters: int, lengths: dict[str, int], figures: dict[str, Any]) -> None:
     """Measure the saved files and write training.json."""
     saved = Qwen3MoeForCausalLM.from_pretrained(args.out, dtype=torch.float32).to(args.device).eval()
-    figures["bits_per_byte"]["held_out"] = round(math.log2(perplexity(LanguageModel(saved), heldout_text())), 4)
-    figures["routing"] = routing(saved, heldout_text())
+    figures["bits_per_byte"]["held_out"] = round(math.log2(perplexity(saved, heldout_text(), args.block_size)), 4)
+    found = routing(saved, heldout_text())
+    total = found.tokens * found.per_token
+    figures["routing"] = [[round(count / total, 4) for count in layer] for layer in found.counts]
+    few = tuple(layer[:RECORDED] for layer in found.chosen)
+    replace(found, chosen=few, text=found.text[:RECORDED]).save(args.out / "routing.json")
     figures["samples"] = samples(saved, args.seed, args.sample_tokens)
     write_report(args, parameters, lengths, figures)
 

@@ -26,6 +26,7 @@ Reading order:
     shards      a checkpoint cut into files
     shares      items split between processes
     study       a quantized layer
+    experts     which experts a token takes, and what a cache of them would have
     run         a model that runs while it is spread out, moment by moment
     dryrun      what each device holds and does over a run, predicted and measured
     advice      what a token waits for, by way to store the weights

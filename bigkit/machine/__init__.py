@@ -33,6 +33,8 @@ Read in this order:
     roofline    one operation -> seconds; the operations of a run -> seconds for each step
     streams     the clock of weights that travel: disk, link, slots, work
     allocator   PyTorch's caching allocator, request by request
+    routing     which experts were chosen, token by token, and what a cache of some of them would have had
+    mixture     what a token waits for when some experts are in a cache on the GPU and the others travel
 
 Leaves out: measuring (`bigkit.measure`), running a model's code on such a machine (`bigkit.dryrun`), and pictures.
 """

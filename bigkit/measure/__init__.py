@@ -23,6 +23,7 @@ Reading order:
 
     record.py        times the calls of any model beside their prediction; does the work of a dry run for real
     allocations.py   what a GPU's allocator is asked for, as events that `machine/allocator.py` replays
+    routing.py       which experts a model chooses, token by token
     calibrate.py     rates of this machine: link, disk, memory, products, the pace of Python; kept in the ledger
 
 Leaves out: profiles of single kernels (`torch.profiler`), and predictions (`dryrun/`, `machine/`).

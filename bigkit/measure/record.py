@@ -194,7 +194,7 @@ def record(
         return time.perf_counter()
 
     def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        work = _work(args, kwargs)
+        work = work_of(args, kwargs)
         began.append((clock(), work))
 
     def after(*_: Any) -> None:
@@ -223,7 +223,7 @@ def record(
         (ledger if isinstance(ledger, Ledger) else Ledger.load(ledger)).add_run(recorder.entry())
 
 
-def _work(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[str, int, int]:
+def work_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[str, int, int]:
     """What a call is asked to do: phase, sequences, new tokens of each."""
     names = ("decoder_input_ids", "input_ids", "inputs_embeds", "pixel_values")
     values = (*map(kwargs.get, names), *args, *kwargs.values())

@@ -26,6 +26,7 @@ In the order of the course:
     quantization_lab    what fewer bits do to a layer's weights and outputs
     split_explorer      which process gets which items
     dryrun_explorer     a run on GPUs that you do not have
+    expert_explorer     which experts a mixture chooses, and what a cache of some is worth
     advisor             which way to store and place a model is fastest
 
 Each is imported when it is first used, so that `import bigkit.widgets` is cheap. Plain ipywidgets, 7.7 (Colab) or 8.
@@ -38,6 +39,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:  # for editors and type checkers
     from .advisor import Advisor as Advisor
     from .dryrun_explorer import DryRunExplorer as DryRunExplorer
+    from .expert_explorer import ExpertExplorer as ExpertExplorer
     from .hook_theatre import HookTheatre as HookTheatre
     from .memory_explorer import MemoryExplorer as MemoryExplorer
     from .plan_explorer import PlanExplorer as PlanExplorer
@@ -46,9 +48,9 @@ if TYPE_CHECKING:  # for editors and type checkers
     from .split_explorer import SplitExplorer as SplitExplorer
 
 _FILES = {
-    "Advisor": "advisor", "DryRunExplorer": "dryrun_explorer", "HookTheatre": "hook_theatre",
-    "MemoryExplorer": "memory_explorer", "PlanExplorer": "plan_explorer", "QuantizationLab": "quantization_lab",
-    "ShardExplorer": "shard_explorer", "SplitExplorer": "split_explorer",
+    "Advisor": "advisor", "DryRunExplorer": "dryrun_explorer", "ExpertExplorer": "expert_explorer",
+    "HookTheatre": "hook_theatre", "MemoryExplorer": "memory_explorer", "PlanExplorer": "plan_explorer",
+    "QuantizationLab": "quantization_lab", "ShardExplorer": "shard_explorer", "SplitExplorer": "split_explorer",
 }  # fmt: skip
 __all__ = [*_FILES]
 

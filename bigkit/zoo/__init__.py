@@ -34,7 +34,8 @@ Reading order:
     errors.py     what can go wrong, one class each
     gpt.py        a GPT of 8 million parameters whose weights ship, to run everything on
 
-Leaves out: weights (`checkpoints/`); those of `pygpt` are loaded by `bigkit.zoo.gpt.load_pygpt`.
+Leaves out: weights (`checkpoints/`); those of `pygpt` are loaded by `bigkit.zoo.gpt.load_pygpt`, those of the mixture
+`pymoe` by Transformers' `from_pretrained(bigkit.zoo.gpt.PYMOE)`.
 """
 
 from .catalog import ENTRIES, Entry, names

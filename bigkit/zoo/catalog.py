@@ -5,7 +5,7 @@ few kilobytes. `configs/NAME.json` holds the facts of the model's public config.
 classes build from it, without the head ("base") and with it ("full"); `scripts/make_tables.py` makes the tables and a
 test rebuilds every one.
 
-Leaves out: weights. Only `pygpt`, trained for this project, comes with them.
+Leaves out: weights. Only `pygpt` and `pymoe`, trained for this project, come with them: each has a folder of its own.
 """
 
 from __future__ import annotations
@@ -53,6 +53,8 @@ def _timm(name: str, about: str) -> Entry:
 
 ENTRIES = (
     Entry("pygpt", "", "bigkit", "8M GPT on bytes of Python source; its trained weights ship with bigkit"),
+    Entry("pymoe", "", "transformers",
+        "11M mixture of 16 experts, 2 at work, on bytes of Python source; its trained weights ship with bigkit"),
     _hf("gpt2", "openai-community/gpt2", "124M decoder, 2019"),
     _hf("gpt2-xl", "openai-community/gpt2-xl", "1.6B decoder, 2019"),
     _hf("bert-base-cased", "google-bert/bert-base-cased", "108M encoder, 2018"),
@@ -158,9 +160,9 @@ def closest(name: str, count: int = 3) -> list[str]:
 
 def config(entry: Entry) -> dict[str, Any]:
     """The shipped config of a model, as its config.json says it."""
-    folder = _HERE / "pygpt" if entry.library == "bigkit" else _HERE / "configs"
-    name = "config.json" if entry.library == "bigkit" else f"{entry.name}.json"
-    return json.loads((folder / name).read_text(encoding="utf-8"))
+    with_weights = _HERE / entry.name / "config.json"
+    path = with_weights if with_weights.is_file() else _HERE / "configs" / f"{entry.name}.json"
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def table_path(entry: Entry) -> Path:

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-PYGPT = Path(__file__).parent / "pygpt"
+PYGPT, PYMOE = (Path(__file__).parent / name for name in ("pygpt", "pymoe"))  # checkpoints that ship
 SEPARATOR = 0  # the byte between two files in the training text; a prompt that starts with it starts a new file
 
 _GPT2 = {"vocab_size": 50257, "block_size": 1024}

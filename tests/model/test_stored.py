@@ -62,6 +62,7 @@ def test_gpt_oss_has_its_published_size() -> None:
         total, used = as_stored(spec)  # type: ignore[misc]
         assert round(total / 2**30, 1) == size
         assert used < total / 2
+    assert round(as_stored(zoo.describe("gpt-oss-120b"))[0] / 2**30, 1) == 60.8  # type: ignore[index]
 
 
 @pytest.mark.parametrize(

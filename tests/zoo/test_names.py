@@ -202,7 +202,9 @@ def test_tables_survive_json():
         assert specs_to_json(specs_from_json(specs_to_json(specs))) == specs_to_json(specs)
 
 
-@pytest.mark.parametrize("name", ["gpt2", "t5-large", "llama-3.1-405b", "deepseek-v3", "pygpt", "resnet50.a1_in1k"])
+@pytest.mark.parametrize(
+    "name", ["gpt2", "t5-large", "llama-3.1-405b", "deepseek-v3", "pygpt", "pymoe", "resnet50.a1_in1k"]
+)
 @pytest.mark.parametrize("base", [True, False])
 def test_empty_model_is_the_model_described(name, base):
     model = zoo.empty_model(name, base=base)

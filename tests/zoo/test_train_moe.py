@@ -12,8 +12,10 @@ import torch
 import transformers as tf
 
 from bigkit import init_empty_weights, load_checkpoint_and_dispatch
+from bigkit.machine.routing import Routing
 from bigkit.meta.skeleton import spec_from_module
 from bigkit.model.experts import experts_of
+from bigkit.zoo.gpt import heldout_text
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -40,6 +42,8 @@ def test_figures(trained):
     assert 1 < figures["bits_per_byte"]["held_out"] < 6.5 < figures["history"][0]["validation"]
     assert len(figures["routing"]) == 2 and all(len(row) == 16 for row in figures["routing"])
     assert all(math.isclose(sum(row), 1, abs_tol=0.01) for row in figures["routing"])
+    found = Routing.load(trained / "routing.json")
+    assert (found.layers, found.tokens, found.experts) == (2, 512, 16) and "".join(found.text) == heldout_text()[:512]
     assert all(sample["drawn"].startswith(sample["prompt"]) for sample in figures["samples"])
 
 
