@@ -2,8 +2,6 @@
 
 import json
 import os
-import subprocess
-import sys
 import time
 import warnings
 from pathlib import Path
@@ -19,6 +17,7 @@ from bigkit.checkpoints.format import Checkpoint, CheckpointError, read_header
 from bigkit.checkpoints.index import INDEX, PICKLE, SINGLE
 from bigkit.checkpoints.load import load_checkpoint_in_model
 from bigkit.checkpoints.save import save_model
+from tests import forked
 from tests.checkpoints.nets import Net, empty
 
 
@@ -195,9 +194,7 @@ assert torch.load(file).keys() == tensors.keys()
 
 @pytest.mark.parametrize("how", ["into a model", "as a state dict", "as a stream"])
 def test_a_pickle_may_be_written_anew_in_place_after_loading(tmp_path, how):
-    done = subprocess.run(
-        [sys.executable, "-c", WRITE_ANEW, how, str(tmp_path / PICKLE)], capture_output=True, text=True
-    )
+    done = forked.run(WRITE_ANEW, how, tmp_path / PICKLE)
     assert done.returncode == 0, done.stderr
 
 
