@@ -199,7 +199,7 @@ def test_training_script(tmp_path):
     words = ["--stdlib", stdlib, "--out", out, "--device", "cpu"]
     small = "--n_layer 2 --n_head 2 --n_embd 64 --block_size 64 --batch 8 --sample_tokens 4 --no-compile"
     small += " --steps 40 --evaluate_every 1000"
-    done = forked.run(script, *words, *small.split(), variables={"PATH": "", "HF_HUB_OFFLINE": "1"}, seconds=600)
+    done = forked.run(script, *words, *small.split(), folder=ROOT / "scripts", variables={"PATH": ""}, seconds=600)
     assert done.returncode == 0, done.stderr
 
     figures = json.loads((out / "training.json").read_text())

@@ -29,7 +29,7 @@ def trained(tmp_path_factory):
     words = ["--stdlib", stdlib, "--out", out, "--device", "cpu"]
     small = "--layers 2 --heads 2 --hidden_size 32 --expert_size 32 --block_size 64 --batch 8 --sample_tokens 4"
     small += " --no-compile --steps 30 --evaluate_every 1000 --lr 0.01"
-    done = forked.run(script, *words, *small.split(), variables={"PATH": "", "HF_HUB_OFFLINE": "1"}, seconds=600)
+    done = forked.run(script, *words, *small.split(), folder=ROOT / "scripts", variables={"PATH": ""}, seconds=600)
     assert done.returncode == 0, done.stderr
     return out
 
