@@ -18,9 +18,9 @@ from tests import forked
 NO_WORKSPACE = Target(workspace=0)
 
 
-def tiny(name, **sizes):
+def tiny(name, dtype="float32", **sizes):
     """A shipped model's architecture, small enough for a CPU."""
-    return build.build({**catalog.config(catalog.find(name)), **sizes}, dtype="float32").eval()
+    return build.build({**catalog.config(catalog.find(name)), **sizes}, dtype=dtype).eval()
 
 
 LLAMA = {
