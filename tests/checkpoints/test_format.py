@@ -77,7 +77,7 @@ def broken_checkpoints_give_one_clear_error(tmp_path_factory, good, data):
 
 
 BROKEN = given(data=st.data())
-test_broken_checkpoints = settings(max_examples=250)(BROKEN(broken_checkpoints_give_one_clear_error))
+test_broken_checkpoints = settings(max_examples=150)(BROKEN(broken_checkpoints_give_one_clear_error))
 test_broken_checkpoints_for_long = pytest.mark.soak(
     settings(max_examples=10_000)(BROKEN(broken_checkpoints_give_one_clear_error))
 )
@@ -123,7 +123,7 @@ def whatever_we_accept_the_library_reads_alike(tmp_path_factory, header, size):
 
 
 HEADER = given(header=st.dictionaries(st.sampled_from(["a", "b", "c"]), ENTRY, max_size=3), size=st.integers(0, 40))
-test_whatever_we_accept = settings(max_examples=500)(HEADER(whatever_we_accept_the_library_reads_alike))
+test_whatever_we_accept = settings(max_examples=300)(HEADER(whatever_we_accept_the_library_reads_alike))
 test_whatever_we_accept_for_long = pytest.mark.soak(
     settings(max_examples=20_000)(HEADER(whatever_we_accept_the_library_reads_alike))
 )

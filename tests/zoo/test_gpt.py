@@ -189,8 +189,9 @@ def test_training_script(tmp_path):
     (stdlib / "test").mkdir(parents=True)
     (stdlib / "site-packages").mkdir()
     chosen = "bisect colorsys graphlib shlex fnmatch fractions textwrap argparse ast"
-    for name in chosen.split():
-        (stdlib / f"{name}.py").write_bytes((library / f"{name}.py").read_bytes())
+    for name in chosen.split():  # those that are trained on as they are, of the others the beginning
+        most = None if name in ("argparse", "ast") else 4000
+        (stdlib / f"{name}.py").write_bytes((library / f"{name}.py").read_bytes()[:most])
     (stdlib / "copy_of_ast.py").write_bytes((library / "ast.py").read_bytes())
     (stdlib / "test" / "test_shlex.py").write_text("'a test of a held-out module'")
     (stdlib / "site-packages" / "stranger.py").write_text("'no part of the library'")
