@@ -15,11 +15,12 @@ NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 10))
 PYTHON ?= $(firstword $(foreach p,python3 python3.13 python3.12 python3.11 python3.10,\
             $(shell $(p) -c '$(NEW_ENOUGH)' 2>/dev/null && echo $(p))))
 
-unit browser notebooks soak bench: export HF_HUB_OFFLINE = 1
+test unit browser notebooks soak bench: export HF_HUB_OFFLINE = 1
 # Tests run in as many processes as there are cores, each with a thread of its own.
-unit notebooks soak: export OMP_NUM_THREADS = 1
+test unit notebooks soak: export OMP_NUM_THREADS = 1
 PYTEST := $(BIN)/python -m pytest -q $(AGAIN)
-EACH   := -n logical --dist worksteal
+# A file at a time, in order: the long ones (browser, notebooks) first.
+EACH   := -n logical --dist loadfile --no-loadscope-reorder
 
 .PHONY: lab test lint format unit browser notebooks soak bench clean
 .NOTPARALLEL:
@@ -27,7 +28,8 @@ EACH   := -n logical --dist worksteal
 lab: $(STAMP)
 	@$(BIN)/python scripts/lab.py
 
-test: lint unit browser notebooks
+test: lint # unit, browser and notebooks in one pool, so that no core waits for another
+	$(PYTEST) $(EACH) --nbval tests/browser notebooks tests
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
@@ -45,10 +47,10 @@ browser: $(STAMP)
 	$(PYTEST) tests/browser
 
 notebooks: $(STAMP)
-	$(PYTEST) -n logical --dist loadfile --nbval notebooks
+	$(PYTEST) $(EACH) --nbval notebooks
 
 soak: $(STAMP)
-	$(PYTEST) $(EACH) -m soak tests
+	$(PYTEST) -n logical --dist worksteal -m soak tests
 	$(BIN)/python scripts/soak.py --minutes 30
 
 bench: $(STAMP)

@@ -22,7 +22,7 @@ def join(prefix: str, own: str) -> str:
 
 
 def prefixes(name: str) -> list[str]:
-    """Every module around `name`, outermost first, and itself.
+    """The names of all modules around `name`, outermost first, then `name` itself.
 
     >>> prefixes("h.0.attn")
     ['', 'h', 'h.0', 'h.0.attn']

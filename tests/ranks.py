@@ -1,12 +1,11 @@
 """Groups of real processes for tests: each has a rank, gloo between them, and runs what the test sends it.
 
-A server process imports torch once and forks the rest, so that a group of eight is there in a second. Not a launcher:
-those are tested as they are, in test_launch.py and test_notebook.py.
+They are forked from a server that has torch (`forked.py`), so that a group of eight is there in a second. Not a
+launcher: those are tested as they are, in test_launch.py and test_notebook.py.
 """
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import socket
 import traceback
@@ -16,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import cloudpickle
+
+from tests.forked import forking
 
 ROOT = Path(__file__).resolve().parent.parent
 SECONDS = 60
@@ -47,8 +48,7 @@ class Ranks:
     """`size` processes that are one group."""
 
     def __init__(self, size: int) -> None:
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["torch", "numpy", "transformers", "datasets", "bigkit.distributed.gather"])
+        context = forking()
         world = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
         self.size = size
         self.pipes: list[Connection] = []

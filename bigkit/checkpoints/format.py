@@ -87,7 +87,7 @@ class Checkpoint:
             path: a `.safetensors` or `.bin` file, an index (`*.json`, with `weight_map` or bare), or a folder, in which
                 safetensors come before pickles, and an index may have any name if there is one only (`*.index.json`).
             key: see `Checkpoint`.
-            prefix: what tensors are found without, if their names begin so ("module.").
+            prefix: a beginning of names, such as "module.", that is left out.
 
         Raises:
             FileNotFoundError: there is no checkpoint.
@@ -142,8 +142,8 @@ class Checkpoint:
         return tuple(tensor.shape), tensor.dtype
 
     def read(self, name: str) -> Tensor:
-        """One tensor on the CPU: of a safetensors file its pages, which are read when touched, shared, and copied when
-        written to; of a `.bin` file, which programs write anew in place, a copy.
+        """One tensor on the CPU. From a safetensors file these are mapped pages: read when touched, shared with other
+        readers, copied when written to. From a `.bin` file it is a copy.
 
         Raises:
             KeyError: the checkpoint has no such tensor.
@@ -183,7 +183,7 @@ class Checkpoint:
         return aside
 
     def unpickle(self, file: Path) -> dict[str, Tensor]:
-        """The tensors of a `.bin` file, one of before PyTorch 1.6 too; nothing in it is ever executed."""
+        """The tensors of a `.bin` file, in the format from before PyTorch 1.6 too; no code in it is ever run."""
         if file not in self._pickles:
             dicts = read_pickle(file)
             self.nested |= {key: tuple(tensors_of(inner)) for key, inner in dicts.items() if key}

@@ -60,12 +60,12 @@ def load_checkpoint_in_model(
         model: the model.
         checkpoint: a file, an index or a folder; or one that is open already, with its `key` and `prefix`.
         device_map: module name -> device, covering the model. What it puts on "disk" is on meta in the model
-            afterwards, and is found in the report's `on_disk`. None puts each tensor
-            where the model has it (meta: on the CPU).
+            afterwards, and the report's `on_disk` says where it lies. None puts each tensor where the model has it
+            (meta: on the CPU).
         offload_folder: where tensors for "disk" are written that no file of the checkpoint holds as they are needed (of
             another dtype, or in a `.bin` file). The file goes with the model.
-        dtype: floating tensors become this; all others, and with None these too, become what the model has: an integer
-            of another width is cast without a check of its range, as `load_state_dict` of torch does it.
+        dtype: of floating tensors; None, and all other tensors, take the dtype that the model has. An integer of
+            another width is cast without a check of its range, as torch's `load_state_dict` does.
         offload_state_dict, offload_8bit_bnb, full_state_dict, broadcast_from_rank0: accepted for compatibility: nothing
             is held in memory twice, and each process reads the whole checkpoint.
         offload_buffers: whether buffers of modules on "disk" rest there too; else they are loaded to the CPU.

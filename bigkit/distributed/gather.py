@@ -41,7 +41,7 @@ def gather(tensor: Any) -> Any:
 
     Raises:
         TypeError: something that is no tensor: that is for `gather_object`.
-        ValueError: the processes hold different structures, dtypes or shapes (but for dimension 0).
+        ValueError: the processes hold different structures, dtypes or shapes (dimension 0 may differ).
         ProcessLost: another process ended, or did not come in time.
 
     >>> gather(torch.tensor([1, 2]))  # one process

@@ -8,9 +8,9 @@ Every strategy cuts the chain into one stretch per GPU; they differ in where the
     balanced_low_0   leave GPU 0 as empty as possible, balance the others
     exact            make the context (weights + KV cache + activations) as long as possible
 
-What fits on no GPU rests in RAM, then on disk, and is brought to the first GPU when its turn comes; for that the first
-GPU keeps a reserve, and only then. All strategies but "sequential", which offloads what comes last, then offload as few
-bytes as they can, and spread what stays on the first GPU evenly among what does not, so that copies hide behind work.
+What fits on no GPU rests in RAM, then on disk, and is brought to the first GPU when its turn comes. If there is such a
+layer, the first GPU keeps a reserve for it. "sequential" offloads what comes last. The others offload as few bytes as
+they can, and spread what stays on the first GPU evenly among what does not, so that copies hide behind work.
 Without a GPU the CPU runs everything. Layers that share a tied tensor stay together, or each copy is counted.
 
 Leaves out: the arithmetic of cutting (`partition.py`), the bytes on each device (`task.py`), a map of the user's own
@@ -67,13 +67,13 @@ def place(
         max_memory: device -> budget in bytes or as text ("10GiB"). Devices are GPU numbers, "mps", "cpu" and "disk".
             A disk that is not named has no limit; RAM that is not named is not used.
         strategy: one of `STRATEGIES`, or a device map of your own (module name -> device; or one device for all) to be
-            checked and measured.
-            Of entries inside each other the innermost counts ({"": "cpu", "lm_head": 0}).
-        dtype: floating weights are cast to it; None keeps them as stored. In 16 bit those count as float32 that the
-            model's classes need so (`_keep_in_fp32_modules` of Transformers).
+            checked and measured. Where entries lie inside each other, the innermost counts
+            ({"": "cpu", "lm_head": 0}).
+        dtype: floating weights are cast to it; None keeps them as stored. In 16 bit, those that the model's
+            classes need in float32 (`_keep_in_fp32_modules` of Transformers) count as float32.
         quantization: None or one of `model.spec.QUANTIZATIONS`.
-        keep: modules that stay in `dtype` then; None takes the output head and tied modules. Always kept are subclasses
-            of `nn.Linear` and the layers that the model's classes need in float32, as loading keeps them.
+        keep: modules that quantization leaves in `dtype`; None takes the output head and tied modules. Always kept, as
+            in loading, are subclasses of `nn.Linear` and the layers that the model's classes need in float32.
         special_dtypes: tensor name -> dtype, for tensors that differ.
         no_split: classes whose modules stay whole; None takes the model's own list. A model without one is cut between
             its repeated blocks, and never inside anything else but containers: a residual could run there.
@@ -164,7 +164,7 @@ class _Trial(NamedTuple):
     Args:
         places: the place of each unit.
         slots: offloaded layers in flight.
-        copied: bytes to copy for a token; one from disk counts `DISK` more.
+        copied: bytes to copy for a token; a byte from disk counts as 1 + `DISK`.
         over: bytes over the budgets.
     """
 
@@ -178,8 +178,8 @@ def _offload(task: Task, strategy: str) -> Plan:
     """Rest elsewhere what the runners cannot hold. What comes nearest is returned if nothing fits.
 
     Tried: nothing in flight, if all layers fit out of order; two slots (a layer arrives while another works); one slot.
-    Each as the model's order has it, and with the largest layers on the runners before all others, since a slot must
-    hold the largest that is offloaded. "sequential" takes the first that fits, the others the one that copies least.
+    Each is tried in the model's order, and with the largest layers put on the runners first, since a slot must hold the
+    largest that is offloaded. "sequential" takes the first that fits, the others the one that copies least.
     """
     sizes = [None, *sorted({unit.largest for unit in task.units}, reverse=True)[:8]]
     best = nearest = None

@@ -133,7 +133,7 @@ class _Step:
         return storages_of(tensors_in((self.args, self.kwargs, self.outputs)))
 
     def in_its_dtype(self, tensor: Tensor) -> Tensor:
-        """An argument, cast to what the call made of integers if another default dtype would make something else.
+        """An argument, cast to the dtype of the result if that comes from the default dtype, which has changed since.
 
         The default dtype belongs to the whole process, so it is not set back for a replay.
         """
@@ -320,7 +320,7 @@ class _Tape(TorchDispatchMode):
         return self.moved[tensor]
 
     def move(self, tensor: Tensor, device: torch.device) -> Tensor:
-        """The same tensor on another device: class, attributes and requires_grad kept, asked twice the same object."""
+        """The same tensor on another device, with its class, attributes and requires_grad; each call gives this one."""
         if tensor.is_meta or tensor.device == device:
             return tensor
         if tensor not in self.moved:

@@ -86,7 +86,7 @@ class ModuleSpec:
             buffers_only: count buffers alone.
         """
         named = [*precision.keep, *(tensor for tensor, _ in precision.special)]
-        inside = any(_overlap(name, other) for other in named)  # only then does the size depend on where we stand
+        inside = any(_overlap(name, other) for other in named)  # only then does the size depend on the name
         key = (precision, buffers_only, name) if inside else (precision.dtype, precision.quantization, buffers_only)
         if key not in self._sizes:
             self._sizes[key] = sum(
@@ -134,12 +134,12 @@ class ModelSpec:
         return self._cut(frozenset((no_split,) if isinstance(no_split, str) else no_split), False)
 
     def layers_to_place(self) -> tuple[Layer, ...]:
-        """The pieces that a planner places apart: those of `layers`, unnamed `repeated_blocks` whole too.
+        """The pieces that a planner places apart: those of `layers`, but `repeated_blocks` stay whole too.
 
-        Tensors that a module holds itself stay together. If the model names no `no_split` classes, nobody says where
-        residual connections run, so only what holds a repeated block is cut, and else nothing but containers (the model
-        itself, Sequential, ModuleList); what comes before the first block beside it (tokens and positions, which are
-        added up) stays together.
+        Tensors that a module registers itself stay together. A model that names no `no_split` classes does not say
+        where residual connections run: then only containers (the model itself, Sequential, ModuleList) and modules
+        around a repeated block are cut, and what comes before the first block, beside it, stays together (embeddings
+        of tokens and positions are added up).
         """
         blocks, named = self.repeated_blocks, self.no_split
         layers = list(self._cut(blocks.union(named), not named))
@@ -155,7 +155,7 @@ class ModelSpec:
 
     @cached_property
     def repeated_blocks(self) -> frozenset[str]:
-        """Classes of other blocks, which residual connections cross: numbered modules that hold no block."""
+        """Classes of blocks that `no_split` does not name: numbered modules with children, none of them a block."""
 
         def inner(module: ModuleSpec) -> set[str]:
             classes: set[str] = {module.cls}.intersection(self.no_split)
@@ -167,6 +167,7 @@ class ModelSpec:
         return frozenset(inner(self.root).difference(self.no_split))
 
     def _cut(self, classes: frozenset[str], guessed: bool) -> tuple[Layer, ...]:
+        """The pieces if `classes` stay whole; with `guessed`, all but containers and what is around one."""
         if (classes, guessed) not in self._layers:
             pieces = dict(_cut(self.root, "", classes, guessed))
             ties: dict[str, list[tuple[str, str]]] = {}
@@ -241,8 +242,8 @@ class ModelSpec:
         Args:
             dtype: of floating tensors; None or "auto" keeps theirs, and takes float16 with a quantization.
             quantization: None, or one of `QUANTIZATIONS`.
-            keep: modules that stay in `dtype` then, see `is_named`; None takes `kept`. Always kept as well: tied
-                modules, the layers that the model's classes need in float32, and those whose int8 weight PyTorch's
+            keep: modules that quantization leaves in `dtype`, see `is_named`; None takes `kept`. Always kept as well:
+                tied modules, the layers that the model's classes need in float32, and those whose int8 weight PyTorch's
                 own code would read.
             special: exact tensor name -> dtype, which overrides the rest.
         """

@@ -7,9 +7,9 @@ back:
     work     the unit's forward; meanwhile the next units are fetched into the other slots
     return   handles (`offload/handle.py`) take the parameters' places; the slot may be filled anew
 
-Units are fetched ahead in the order in which they worked the last time; at first, in the model's, and after the last
-the first, since after a token comes another. The order is only a hint. A slot knows what it holds, so a unit that was
-skipped, repeated or called out of order is found or fetched: a wrong guess costs time, nothing else.
+Units are fetched ahead in the order in which they worked the last time, at first in the model's order; the last is
+followed by the first, since another token may come. This is only a guess. A slot knows what it holds, so a unit that
+was skipped, repeated or called out of order is found or fetched: a wrong guess costs time, nothing else.
 
 In the steady state nothing is allocated and the host waits for nothing, except for a disk that is slower than the link.
 
@@ -101,7 +101,7 @@ class Streamer:
         self.slots: list[Slot] = []
         self.holder: dict[int, Slot] = {}  # unit's index -> the slot that holds it
         self.model_id = 0  # `id` of the model that was dispatched
-        self.loans = 0  # so far: the clock by which slots are used
+        self.loans = 0  # how many there have been: the clock by which slots are used
         self.cached = spread([unit.nbytes if unit.rests_in() == "disk" else 0 for unit in units], cache)
         self.listeners: list[Callable[[Event], None]] = []
         self.lock = threading.RLock()  # from `lend` to `take_back`

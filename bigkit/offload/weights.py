@@ -165,7 +165,7 @@ class Weight:
 
     @torch.inference_mode(False)
     def keep(self, value: Tensor) -> None:
-        """Make `value`, which fits, what rests, in RAM: a file is never written to."""
+        """Let `value`, which must fit, rest in the place of the old one; in RAM, since a file is never written to."""
         codec = codec_of(self.template)
         for place in self.places:
             codec.collect(value, place[0])
@@ -202,7 +202,7 @@ class Unit:
         name: name of the module around them.
         module: that module.
         weights: in the order in which they lie in a slot.
-        loose: whether they are only what the module holds itself, not all that is in it.
+        loose: whether they are only what the module registers itself, without the modules in it.
         routed: whether they are experts, which a router chooses.
         nbytes: bytes of a slot that holds them.
         index: the unit's number in its streamer.

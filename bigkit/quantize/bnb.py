@@ -84,7 +84,7 @@ def empty_layer(
 
 
 def has_outliers(x: Tensor, threshold: float) -> bool:
-    """Whether there are outliers of LLM.int8: values that reach the threshold, or are no numbers."""
+    """Whether there are outliers of LLM.int8: values that reach the threshold, or are NaN."""
     return not torch.linalg.vector_norm(x, math.inf).item() < threshold
 
 

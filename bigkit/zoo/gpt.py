@@ -25,6 +25,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..meta.empty import init_empty_weights
+
 PYGPT, PYMOE = (Path(__file__).parent / name for name in ("pygpt", "pymoe"))  # checkpoints that ship
 SEPARATOR = 0  # the byte between two files in the training text; a prompt that starts with it starts a new file
 
@@ -373,7 +375,7 @@ def load_gpt(folder: str | Path, device: str | torch.device = "cpu", dtype: torc
     for path in (folder / "config.json", index):
         if not path.is_file():
             raise FileNotFoundError(f"{path} is missing: a GPT folder has config.json, an index and its shards")
-    with torch.device("meta"):
+    with init_empty_weights():  # under `torch.device("meta")` initialisers import the compiler: three seconds
         model = GPT(GPTConfig.from_dict(json.loads((folder / "config.json").read_text())))
     weights: dict[str, Tensor] = {}
     for shard in sorted(set(json.loads(index.read_text())["weight_map"].values())):

@@ -16,6 +16,8 @@ import pytest
 if TYPE_CHECKING:
     from playwright.sync_api import Browser
 
+    from tests.browser.lab import Lab
+
 ROOT = Path(__file__).resolve().parent.parent.parent
 
 
@@ -38,6 +40,16 @@ def browser() -> Iterator[Browser]:
         missing("no Chromium or Chrome is on PATH: install one, or name it in BIGKIT_CHROMIUM")
     with chromium(str(path)) as started:
         yield started
+
+
+@pytest.fixture(scope="session")
+def lab(browser: Browser, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
+    """JupyterLab, shared by all browser tests."""
+    from tests.browser.lab import Lab, running_lab
+
+    folder = tmp_path_factory.mktemp("notebooks")
+    with running_lab(folder, tmp_path_factory.mktemp("home")) as address:
+        yield Lab(address, folder)
 
 
 @pytest.fixture(scope="session")

@@ -23,6 +23,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from playwright.sync_api import Browser, Locator, Page, expect, sync_playwright
 
@@ -113,6 +114,13 @@ def chromium(path: str) -> Iterator[Browser]:
             browser.close()
 
 
+class Lab(NamedTuple):
+    """A JupyterLab that runs: where it answers, and the folder that it serves."""
+
+    address: str
+    folder: Path
+
+
 @dataclass
 class LabNotebook:
     """One notebook, open in a browser page and with a kernel."""
@@ -122,7 +130,7 @@ class LabNotebook:
     @classmethod
     def open(cls, page: Page, address: str, name: str, timeout: float = 90) -> LabNotebook:
         """Open the notebook called `name` and wait, `timeout` seconds at most, until its kernel listens to the page."""
-        page.goto(f"{address}/lab/tree/{name}")
+        page.goto(f"{address}/lab/workspaces/{Path(name).stem}/tree/{name}")  # one without the others' notebooks
         deadline = time.monotonic() + timeout
         while not any(
             session["path"] == name

@@ -15,7 +15,9 @@ import nbformat
 import pytest
 
 if TYPE_CHECKING:
-    from playwright.sync_api import Browser, Page
+    from playwright.sync_api import Browser
+
+    from tests.browser.lab import Lab
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 
@@ -59,7 +61,7 @@ class Seen(NamedTuple):
     repr: str
 
 
-def turn_a_slider(browser: Browser, folder: Path, home: Path, name: str, screenshots: Path) -> tuple[Seen, Seen, Seen]:
+def turn_a_slider(browser: Browser, lab: Lab, name: str, screenshots: Path) -> tuple[Seen, Seen, Seen]:
     """Open the notebook called `name`, run all, and turn the first GPU slider right, then back.
 
     Returns:
@@ -67,11 +69,10 @@ def turn_a_slider(browser: Browser, folder: Path, home: Path, name: str, screens
     """
     from playwright.sync_api import expect
 
-    from tests.browser.lab import LabNotebook, running_lab
+    from tests.browser.lab import LabNotebook
 
-    with running_lab(folder, home) as address:
-        page: Page = browser.new_page(viewport={"width": 1440, "height": 1000})
-        notebook = LabNotebook.open(page, address, name)
+    with browser.new_page(viewport={"width": 1440, "height": 1000}) as page:
+        notebook = LabNotebook.open(page, lab.address, name)
         notebook.run_all()
         explorer = page.locator(".bigkit-explorer").first
         slider = explorer.locator(".bigkit-gpu-slider [role=slider]").first
@@ -102,7 +103,6 @@ def turn_a_slider(browser: Browser, folder: Path, home: Path, name: str, screens
         turned = look("2-turned")
         press(back)
         returned = look("3-returned")
-        page.close()
     return before, turned, returned
 
 
@@ -114,18 +114,17 @@ def check(before: Seen, turned: Seen, returned: Seen) -> None:
     assert (before.value, before.text, before.repr) == (returned.value, returned.text, returned.repr)
 
 
-def write_notebook(path: Path, *sources: str) -> Path:
-    """A notebook with one code cell for each source; returns its folder."""
-    path.parent.mkdir()
+def write_notebook(path: Path, *sources: str) -> str:
+    """A notebook with one code cell for each source; returns its name."""
     metadata = {"kernelspec": {"name": "python3", "display_name": "Python 3"}}
     nbformat.write(nbformat.v4.new_notebook(metadata=metadata, cells=[*map(nbformat.v4.new_code_cell, sources)]), path)
-    return path.parent
+    return path.name
 
 
-def test_harness_on_plain_ipywidgets(browser: Browser, tmp_path: Path, screenshots: Path) -> None:
-    folder = write_notebook(tmp_path / "notebooks" / "miniature.ipynb", MINIATURE, "explorer")
+def test_harness_on_plain_ipywidgets(browser: Browser, lab: Lab, screenshots: Path) -> None:
+    name = write_notebook(lab.folder / "miniature.ipynb", MINIATURE, "explorer")
 
-    before, turned, returned = turn_a_slider(browser, folder, tmp_path / "home", "miniature.ipynb", screenshots)
+    before, turned, returned = turn_a_slider(browser, lab, name, screenshots)
 
     check(before, turned, returned)
     assert (float(before.value), float(turned.value)) == (80, 88)
@@ -134,18 +133,18 @@ def test_harness_on_plain_ipywidgets(browser: Browser, tmp_path: Path, screensho
     assert turned.repr == "'Miniature(88 GiB)'"
 
 
-def test_harness_sees_a_failing_cell(browser: Browser, tmp_path: Path, screenshots: Path) -> None:
-    folder = write_notebook(tmp_path / "notebooks" / "failing.ipynb", "1 + 1", "1 / 0", "2 + 2")
+def test_harness_sees_a_failing_cell(browser: Browser, lab: Lab, screenshots: Path) -> None:
+    name = write_notebook(lab.folder / "failing.ipynb", "1 + 1", "1 / 0", "2 + 2")
     with pytest.raises(AssertionError, match="ZeroDivisionError"):
-        turn_a_slider(browser, folder, tmp_path / "home", "failing.ipynb", screenshots)
+        turn_a_slider(browser, lab, name, screenshots)
 
 
-def test_notebook_02_follows_its_gpu_slider(browser: Browser, tmp_path: Path, screenshots: Path) -> None:
+def test_notebook_02_follows_its_gpu_slider(browser: Browser, lab: Lab, screenshots: Path) -> None:
     found = sorted((ROOT / "notebooks").glob("02-*.ipynb"))
     assert len(found) == 1, "notebooks/ should hold one 02-*.ipynb"
-    folder = shutil.copytree(ROOT / "notebooks", tmp_path / "notebooks")
+    shutil.copy(found[0], lab.folder)
 
-    before, turned, returned = turn_a_slider(browser, folder, tmp_path / "home", found[0].name, screenshots)
+    before, turned, returned = turn_a_slider(browser, lab, found[0].name, screenshots)
 
     check(before, turned, returned)
     assert len(before.repr) < 112  # 110 and the quotes: more would be cut where a widget is shown
@@ -155,16 +154,15 @@ def test_notebook_02_follows_its_gpu_slider(browser: Browser, tmp_path: Path, sc
 THEATRE = "from bigkit.widgets import HookTheatre\nexplorer = HookTheatre()"
 
 
-def test_the_theatre_steps_plays_and_switches(browser: Browser, tmp_path: Path, screenshots: Path) -> None:
+def test_the_theatre_steps_plays_and_switches(browser: Browser, lab: Lab, screenshots: Path) -> None:
     """Arrow keys step, Play goes on by itself, and the two ways to bring weights have charts of their own."""
     from playwright.sync_api import expect
 
-    from tests.browser.lab import LabNotebook, running_lab
+    from tests.browser.lab import LabNotebook
 
-    folder = write_notebook(tmp_path / "notebooks" / "theatre.ipynb", THEATRE, "explorer")
-    with running_lab(folder, tmp_path / "home") as address:
-        page: Page = browser.new_page(viewport={"width": 1440, "height": 1100})
-        notebook = LabNotebook.open(page, address, "theatre.ipynb")
+    name = write_notebook(lab.folder / "theatre.ipynb", THEATRE, "explorer")
+    with browser.new_page(viewport={"width": 1440, "height": 1100}) as page:
+        notebook = LabNotebook.open(page, lab.address, name)
         notebook.run_all()
         explorer = page.locator(".bigkit-explorer").first
         picture = explorer.locator(".bigkit-picture svg[role=img]").first
@@ -192,23 +190,19 @@ def test_the_theatre_steps_plays_and_switches(browser: Browser, tmp_path: Path, 
         assert re.fullmatch(
             r"'HookTheatre\(blocks 2\+2\+3\+3, one by one, step .{10,}\)'", notebook.run("repr(explorer)")
         )
-        page.close()
 
 
 REHEARSAL = "from bigkit.widgets import DryRunExplorer\nexplorer = DryRunExplorer('gpt2', batch=1, prompt=64, new=1)"
 
 
-def test_a_rehearsal_says_that_it_works_and_then_what_it_found(
-    browser: Browser, tmp_path: Path, screenshots: Path
-) -> None:
+def test_a_rehearsal_says_that_it_works_and_then_what_it_found(browser: Browser, lab: Lab, screenshots: Path) -> None:
     from playwright.sync_api import expect
 
-    from tests.browser.lab import LabNotebook, running_lab
+    from tests.browser.lab import LabNotebook
 
-    folder = write_notebook(tmp_path / "notebooks" / "rehearsal.ipynb", REHEARSAL, "explorer")
-    with running_lab(folder, tmp_path / "home") as address:
-        page: Page = browser.new_page(viewport={"width": 1280, "height": 1100})
-        notebook = LabNotebook.open(page, address, "rehearsal.ipynb")
+    name = write_notebook(lab.folder / "rehearsal.ipynb", REHEARSAL, "explorer")
+    with browser.new_page(viewport={"width": 1280, "height": 1100}) as page:
+        notebook = LabNotebook.open(page, lab.address, name)
         notebook.run_all()
         explorer = page.locator(".bigkit-explorer").first
         verdict, picture = explorer.locator(".bigkit-verdict"), explorer.locator(".bigkit-picture svg[role=img]")
@@ -227,4 +221,3 @@ def test_a_rehearsal_says_that_it_works_and_then_what_it_found(
         if "no CUDA GPU here" in measure.inner_text():
             expect(measure).to_be_disabled()
         page.screenshot(path=screenshots / "rehearsal.png")
-        page.close()

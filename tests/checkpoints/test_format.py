@@ -2,8 +2,6 @@
 
 import json
 import os
-import subprocess
-import sys
 import time
 import warnings
 from pathlib import Path
@@ -19,6 +17,7 @@ from bigkit.checkpoints.format import Checkpoint, CheckpointError, read_header
 from bigkit.checkpoints.index import INDEX, PICKLE, SINGLE
 from bigkit.checkpoints.load import load_checkpoint_in_model
 from bigkit.checkpoints.save import save_model
+from tests import forked
 from tests.checkpoints.nets import Net, empty
 
 
@@ -78,7 +77,7 @@ def broken_checkpoints_give_one_clear_error(tmp_path_factory, good, data):
 
 
 BROKEN = given(data=st.data())
-test_broken_checkpoints = settings(max_examples=250)(BROKEN(broken_checkpoints_give_one_clear_error))
+test_broken_checkpoints = settings(max_examples=150)(BROKEN(broken_checkpoints_give_one_clear_error))
 test_broken_checkpoints_for_long = pytest.mark.soak(
     settings(max_examples=10_000)(BROKEN(broken_checkpoints_give_one_clear_error))
 )
@@ -124,7 +123,7 @@ def whatever_we_accept_the_library_reads_alike(tmp_path_factory, header, size):
 
 
 HEADER = given(header=st.dictionaries(st.sampled_from(["a", "b", "c"]), ENTRY, max_size=3), size=st.integers(0, 40))
-test_whatever_we_accept = settings(max_examples=500)(HEADER(whatever_we_accept_the_library_reads_alike))
+test_whatever_we_accept = settings(max_examples=300)(HEADER(whatever_we_accept_the_library_reads_alike))
 test_whatever_we_accept_for_long = pytest.mark.soak(
     settings(max_examples=20_000)(HEADER(whatever_we_accept_the_library_reads_alike))
 )
@@ -195,9 +194,7 @@ assert torch.load(file).keys() == tensors.keys()
 
 @pytest.mark.parametrize("how", ["into a model", "as a state dict", "as a stream"])
 def test_a_pickle_may_be_written_anew_in_place_after_loading(tmp_path, how):
-    done = subprocess.run(
-        [sys.executable, "-c", WRITE_ANEW, how, str(tmp_path / PICKLE)], capture_output=True, text=True
-    )
+    done = forked.run(WRITE_ANEW, how, tmp_path / PICKLE)
     assert done.returncode == 0, done.stderr
 
 

@@ -3,8 +3,6 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -23,6 +21,7 @@ from bigkit.checkpoints.load import load_checkpoint_in_model
 from bigkit.checkpoints.save import save_model
 from bigkit.checkpoints.state_dict import load_state_dict
 from bigkit.checkpoints.write import write_safetensors
+from tests import forked
 from tests.checkpoints.nets import Net, empty, same
 
 
@@ -313,7 +312,7 @@ for _ in range(12):
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_every_process_of_a_launch_may_save(tmp_path):
-    done = subprocess.run([sys.executable, "-c", RANKS, str(tmp_path)], capture_output=True, text=True)
+    done = forked.run(RANKS, tmp_path)
     assert done.returncode == 0, done.stderr
 
 

@@ -39,9 +39,7 @@ def files(draw):
     return stored, content, casts
 
 
-@settings(max_examples=500, deadline=None)
-@given(files(), st.integers(8, 70), st.sampled_from([1, 16, 10**6]))
-def test_every_byte_arrives_where_it_belongs(case, size, direct):
+def every_byte_arrives_where_it_belongs(case, size, direct):
     stored, content, casts = case
     tensors = {n: torch.empty(w.shape, dtype=casts[n] or w.dtype) for n, w in stored.items()}
     chunk, staging = torch.empty(size, dtype=torch.uint8), torch.empty(size, dtype=torch.uint8)
@@ -60,6 +58,11 @@ def test_every_byte_arrives_where_it_belongs(case, size, direct):
         if expected is not None:
             expected = expected.to(casts[name] or where.dtype)
             assert torch.equal(tensors[name].view(-1).view(torch.uint8), expected.reshape(-1).view(torch.uint8)), name
+
+
+FILES = given(files(), st.integers(8, 70), st.sampled_from([1, 16, 10**6]))
+test_every_byte_arrives_where_it_belongs = settings(max_examples=200)(FILES(every_byte_arrives_where_it_belongs))
+test_every_byte_for_long = pytest.mark.soak(settings(max_examples=5000)(FILES(every_byte_arrives_where_it_belongs)))
 
 
 def test_loads_follow_the_files_order(tmp_path):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -18,6 +17,7 @@ from nbclient import NotebookClient
 from bigkit import notebook_launcher
 from bigkit.distributed.notebook import LaunchError
 from tests.distributed.test_launch import ENVIRONMENT, still_alive, wait_for
+from tests.forked import Forked
 from tests.ranks import ROOT, free_port
 
 os.environ.setdefault("PYTHONPATH", str(ROOT))
@@ -99,11 +99,10 @@ def test_two_hosts_of_notebooks(each: int) -> None:
         "    return s.process_index, s.local_process_index, gather_object([s.process_index])\n"
         f"print(notebook_launcher(who, (), {each}, use_port={free_port()}, num_nodes=2, node_rank=int(sys.argv[1])))"
     )
-    words = [sys.executable, "-c", code]
-    hosts = [subprocess.Popen([*words, rank], env=ENVIRONMENT, text=True, stdout=subprocess.PIPE) for rank in "01"]
-    for host, process in enumerate(hosts):
+    hosts = [Forked(code, host, variables=ENVIRONMENT) for host in (0, 1)]
+    for host, program in enumerate(hosts):
         results = [(host * each + local, local, list(range(2 * each))) for local in range(each)]
-        assert process.communicate(timeout=120)[0] == f"{results}\n"
+        assert program.wait().stdout == f"{results}\n"
 
 
 def test_a_process_that_is_killed_is_named() -> None:
@@ -215,26 +214,24 @@ def test_nothing_outlives_an_interrupted_or_killed_kernel(name: str, tmp_path: P
     temporary = tmp_path / "temporary"
     temporary.mkdir()
     variables = {**ENVIRONMENT, "TMPDIR": str(temporary)}
-    process = subprocess.Popen([sys.executable, "-c", SLEEPER, str(tmp_path)], env=variables, stdout=subprocess.PIPE,
-                               stderr=subprocess.STDOUT, text=True, start_new_session=True)  # fmt: skip
+    program = Forked(SLEEPER, tmp_path, variables=variables)
     pids: list[int] = []
     try:
         wait_for(tmp_path / "0", tmp_path / "1")
         pids = [int(pid) for rank in "01" for pid in (tmp_path / rank).read_text().split()]
         assert len(pids) == 4 and all(map(psutil.pid_exists, pids))
         start = time.monotonic()
-        process.send_signal(getattr(signal, name))
-        said = process.communicate(timeout=30)[0]
+        program.kill(getattr(signal, name))
+        done = program.wait(30)
         assert time.monotonic() - start < 20
-        assert (name == "SIGINT") == (said == "interrupted\n"), said
+        assert (name == "SIGINT") == (done.stdout == "interrupted\n"), done
         assert still_alive(pids) == []
         assert not list(temporary.glob("bigkit-*")), "the function and its results are left behind"
     finally:
         for pid in pids:
             if psutil.pid_exists(pid):
                 os.kill(pid, signal.SIGKILL)
-        process.kill()
-        process.wait()
+        program.kill()
 
 
 def test_nothing_is_left_in_the_temporary_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,6 +16,7 @@ import torch.distributed as dist
 import bigkit
 from bigkit.distributed.gather import gather, gather_for_results, gather_object
 from bigkit.distributed.state import PartialState, ProcessLost, split_between_processes
+from tests import forked
 from tests.ranks import ROOT, Ranks, free_port
 
 
@@ -186,8 +187,7 @@ def test_leaving_ends_the_threads_of_the_group() -> None:
         "assert threads()\nstate.destroy()\nassert not threads(), threads()\n"
     )
     variables = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    done = subprocess.run([sys.executable, "-c", code], env={**os.environ, **variables}, cwd=ROOT,
-                          capture_output=True, text=True)  # fmt: skip
+    done = forked.run(code, variables={**os.environ, **variables})
     assert done.returncode == 0, done.stderr
 
 

@@ -1,8 +1,6 @@
 """Fake GPUs: what is noted of a run, against PyTorch's own counters and real runs on the CPU."""
 
 import math
-import subprocess
-import sys
 from contextlib import ExitStack, contextmanager, nullcontext
 from unittest import mock
 
@@ -15,13 +13,14 @@ from bigkit.dryrun.fake_gpu import Target, fake_gpus
 from bigkit.dryrun.workload import Workload, fill, passes
 from bigkit.machine.allocator import replay
 from bigkit.zoo import build, catalog
+from tests import forked
 
 NO_WORKSPACE = Target(workspace=0)
 
 
-def tiny(name, **sizes):
+def tiny(name, dtype="float32", **sizes):
     """A shipped model's architecture, small enough for a CPU."""
-    return build.build({**catalog.config(catalog.find(name)), **sizes}, dtype="float32").eval()
+    return build.build({**catalog.config(catalog.find(name)), **sizes}, dtype=dtype).eval()
 
 
 LLAMA = {
@@ -197,7 +196,9 @@ with fake_gpus() as notes:
     b = a.to("cuda:1") + 1
 print(sorted(notes.trace.recordings), registry[1])
 """
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    done = forked.run(code)
+    assert not done.returncode, done.stderr
+    out = done.stdout
     if out.startswith("skip"):
         pytest.skip(out)
     assert out.strip() == "['cuda:1', 'cuda:2'] None"

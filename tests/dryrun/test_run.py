@@ -1,6 +1,7 @@
 """Dry runs of whole models: what fits, on one device and on several, and the figures they report."""
 
 import json
+from functools import cache
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from bigkit.dryrun.workload import fill
 from bigkit.machine.hardware import GPUS, HARDWARE, Gpu, Hardware, machine_of
 from bigkit.machine.ledger import Calibration
 from bigkit.units import GiB, MiB, format_bytes
+from tests.dryrun.test_fake_gpu import tiny
 
 
 def gpu(memory, **fields):
@@ -39,8 +41,8 @@ def test_a_llama_fits_a_gpu_of_the_right_size():
 def test_a_plan_that_offloads_is_true(model, dtype, machine):
     """What is planned for a machine is not found out of memory by its rehearsal."""
     hardware = machine_of(machine)
-    placed = plan(model, hardware.max_memory(), dtype=dtype, batch=1, context=514, overhead=hardware.overhead)
-    run = dry_run(model, placed, 1, 512, 2, hardware)
+    placed = plan(model, hardware.max_memory(), dtype=dtype, batch=1, context=513, overhead=hardware.overhead)
+    run = dry_run(model, placed, 1, 512, 1, hardware)
     assert placed.offloaded and run.fits and run.peak_reserved[0] > 0.9 * run.timeline().capacity
 
 
@@ -86,45 +88,54 @@ def test_timelines_add_up():
 def test_several_gpus_hold_their_parts():
     spec = zoo.describe("gpt2-xl")
     placed = plan(spec, {0: "2GiB", 1: "2GiB", 2: "2GiB"}, dtype="float16", batch=2, context=300)
-    run = dry_run("gpt2-xl", placed, 2, 256, 2, "4 x A100-40GB")
+    run = dry_run("gpt2-xl", placed, 2, 256, 1, "4 x A100-40GB")
     for share in placed.shares:
         if share.weights:
             assert run.timeline(share.device).at_peak()["weights"] == pytest.approx(share.weights, rel=0.01)
     used = {share.device for share in placed.shares if share.weights}
     assert set(run.peak_allocated) == used and run.fits
-    alone = dry_run("gpt2-xl", None, 2, 256, 2, "A100-40GB", dtype="float16")
+    alone = dry_run("gpt2-xl", None, 2, 256, 1, "A100-40GB", dtype="float16")
     assert sum(run.peak_allocated.values()) < alone.peak_allocated[0] + len(used) * GiB
     copies = [operation for operation in run.operations if operation.source.startswith("cuda")]
     assert copies and {operation.source for operation in copies} <= {f"cuda:{i}" for i in used}
 
 
-LAYERS = 12
 GPT2 = {"transformer.wte": 0, "transformer.wpe": 0, "transformer.ln_f": 0, "lm_head": 0, "transformer.drop": 0}
+LAYERS, BLOCK = 6, 7_087_872  # of GPT-2's twelve blocks: those that travel are all run; numbers in a block
 
 
 def half(away):
     return {**GPT2, **{f"transformer.h.{i}": away if i % 2 else 0 for i in range(LAYERS)}}
 
 
+def few_blocks(dtype="float32"):
+    """GPT-2 with fewer blocks."""
+    return lambda: tiny("gpt2", dtype, n_layer=LAYERS)
+
+
+@cache
+def run_of_few_blocks(*load, dtype="float32"):
+    return dry_run(few_blocks(dtype), None, *load, "T4")
+
+
 @pytest.mark.parametrize("away", ["cpu", "disk"])
 def test_weights_that_travel_are_held_in_slots(away):
-    block = 7_087_872 * 4  # of GPT-2 in float32
-    whole = dry_run("gpt2", None, 1, 64, 2, "T4", dtype="float32")
-    run = dry_run("gpt2", half(away), 1, 64, 2, "T4", dtype="float32")
+    block, whole = BLOCK * 4, run_of_few_blocks(1, 64, 2)
+    run = dry_run(few_blocks(), half(away), 1, 64, 2, "T4")
     parts = run.timeline().at_peak()
     assert parts["slots"] == pytest.approx(2 * block, rel=0.001)
     gone = whole.timeline().at_peak()["weights"] - parts["weights"]
-    assert gone == pytest.approx(6 * block, rel=0.001)
+    assert gone == pytest.approx(LAYERS // 2 * block, rel=0.001)
     assert parts["KV cache"] == whole.timeline().at_peak()["KV cache"]
-    three = dry_run("gpt2", half(away), 1, 64, 2, "T4", dtype="float32", slots=3)
+    three = dry_run(few_blocks(), half(away), 1, 64, 0, "T4", slots=3)
     assert three.timeline().at_peak()["slots"] == pytest.approx(3 * block, rel=0.001)
 
 
 def test_weights_that_travel_take_the_time_of_the_link():
-    whole = dry_run("gpt2", None, 1, 8, 3, "T4", dtype="float32")
-    run, disk = (dry_run("gpt2", half(away), 1, 8, 3, "T4", dtype="float32") for away in ("cpu", "disk"))
+    whole = run_of_few_blocks(1, 8, 3)
+    run, disk = (dry_run(few_blocks(), half(away), 1, 8, 3, "T4") for away in ("cpu", "disk"))
     moved = sum(o.bytes for o in run.operations[run.steps[1][1] : run.steps[2][1]] if o.name == "fill")
-    assert moved == pytest.approx(6 * 7_087_872 * 4, rel=0.001), "each token brings each block once"
+    assert moved == pytest.approx(LAYERS // 2 * BLOCK * 4, rel=0.001), "each token brings each block once"
     link = moved / run.rates["cuda:0"].link
     assert max(link, whole.seconds["token"]) <= run.times[2].seconds <= link + whole.seconds["token"]
     assert disk.times[2].seconds == pytest.approx(moved / disk.rates["cuda:0"].disk, rel=0.2)
@@ -137,17 +148,19 @@ def test_weights_that_travel_take_the_time_of_the_link():
 
 
 def test_everything_away_and_nothing_on_a_gpu():
-    run = dry_run("gpt2", {"": "cpu"}, 1, 16, 1, "T4", dtype="float32")
+    run = dry_run(few_blocks(), {"": "cpu"}, 1, 16, 1, "T4")
     assert run.timeline().at_peak()["weights"] < 100_000 and run.fits
-    assert sum(o.bytes for o in run.operations if o.name == "fill") > 2 * 124e6 * 4 * 0.9
+    numbers = zoo.describe("gpt2").parameters - (12 - LAYERS) * BLOCK
+    assert sum(o.bytes for o in run.operations if o.name == "fill") > 2 * numbers * 4 * 0.9
 
 
 def test_blocks_that_stay_on_the_gpu_need_not_travel():
-    every = dry_run("gpt2", {"": "cpu"}, 1, 16, 1, "T4", dtype="float32")
-    some = dry_run("gpt2", {"": "cpu"}, 1, 16, 1, "T4", dtype="float32", resident_memory=6 * 7_087_872 * 4)
+    stay = LAYERS // 2 * BLOCK * 4
+    every = dry_run(few_blocks(), {"": "cpu"}, 1, 16, 1, "T4")
+    some = dry_run(few_blocks(), {"": "cpu"}, 1, 16, 1, "T4", resident_memory=stay)
     moved = [sum(o.bytes for o in run.operations if o.name == "fill") for run in (every, some)]
     kept = some.timeline().at_peak()["weights"] - every.timeline().at_peak()["weights"]
-    assert 0.8 * 6 * 7_087_872 * 4 < kept <= 6 * 7_087_872 * 4 and moved[1] <= moved[0] - 1.9 * kept
+    assert 0.8 * stay < kept <= stay and moved[1] <= moved[0] - 1.9 * kept
 
 
 def test_a_prompt_without_a_cache():
@@ -157,8 +170,8 @@ def test_a_prompt_without_a_cache():
 
 
 def test_gpus_and_ram_together():
-    places = {**GPT2, **{f"transformer.h.{i}": (0, 1, "cpu")[i // 4] for i in range(LAYERS)}}
-    run = dry_run("gpt2", places, 1, 16, 1, "4 x A100-40GB", dtype="float32")
+    places = {**GPT2, **{f"transformer.h.{i}": (0, 1, "cpu")[i // 2] for i in range(LAYERS)}}
+    run = dry_run(few_blocks(), places, 1, 16, 1, "4 x A100-40GB")
     assert set(run.peak_allocated) == {0, 1}
     assert run.timeline(0).at_peak()["slots"] and not run.timeline(1).at_peak()["slots"]
 
@@ -212,12 +225,13 @@ def test_figures_as_json():
 
 @pytest.mark.parametrize("gpu", ["cuda:0", "cuda", torch.device("cuda:0"), torch.device("cuda")])
 def test_devices_are_taken_in_every_spelling(gpu):
-    plain, run = (dry_run("gpt2", {"": device}, 1, 8, 1, "T4", dtype="float16") for device in (0, gpu))
+    plain = run_of_few_blocks(1, 8, 1, dtype="float16")
+    run = dry_run(few_blocks("float16"), {"": gpu}, 1, 8, 1, "T4")
     assert run.recordings == plain.recordings and run.device_map == {"": 0}
     assert run.timeline(gpu) is run.timeline(0) and run.fails_with(gpu, 0) == 0
     disk = {**half(torch.device("cpu")), "transformer.h.1": "disk"}
     spread = {name: gpu if device == 0 else device for name, device in disk.items()}
-    run = dry_run("gpt2", spread, 1, 8, 0, "T4", dtype="float16")
+    run = dry_run(few_blocks("float16"), spread, 1, 8, 0, "T4")
     assert {operation.source for operation in run.operations if operation.name == "fill"} == {"cpu", "disk"}
 
 

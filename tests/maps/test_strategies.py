@@ -101,7 +101,7 @@ def check_plan(model, memory, strategy, context, batch):
     assert expanded == {layer.name: layer.device for layer in found.layers}
 
 
-@settings(max_examples=300)
+@settings(max_examples=200)
 @given(models(), budgets(), st.sampled_from(STRATEGIES), st.integers(0, 6), st.integers(1, 2))
 def test_no_plan_is_over_budget_and_nothing_is_lost(model, memory, strategy, context, batch):
     check_plan(model, memory, strategy, context, batch)

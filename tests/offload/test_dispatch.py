@@ -7,8 +7,6 @@ import json
 import os
 import resource
 import signal
-import subprocess
-import sys
 import textwrap
 from contextlib import contextmanager
 
@@ -28,6 +26,7 @@ from bigkit.offload.hooks import ModelHook, add_hook_to_module, remove_hook_from
 from bigkit.offload.load_and_dispatch import load_checkpoint_and_dispatch
 from bigkit.offload.one_place import cpu_offload, disk_offload
 from bigkit.offload.whole_model import cpu_offload_with_hook
+from tests import forked
 from tests.spread import STAND_IN, Net, check_at_rest, same, spread, spread_ways
 
 X = torch.randn(3, 8, generator=torch.Generator().manual_seed(0))
@@ -477,7 +476,7 @@ def test_saving_takes_the_memory_of_one_shard(tmp_path):
     with init_empty_weights():
         large = nn.Sequential(*[nn.Linear(1024, 1024) for _ in range(48)])
     save_model(large.to_empty(device="cpu"), tmp_path, "50MB")
-    run = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True)
+    run = forked.run(script, tmp_path)
     assert not run.returncode, run.stderr
     assert max(map(float, run.stdout.split())) < 70, run.stdout  # MB, of 200
 

@@ -1,8 +1,6 @@
 """Streaming: whatever the order of use, the slots, the exceptions and the edits, the output is the whole model's."""
 
 import copy
-import subprocess
-import sys
 import textwrap
 import threading
 
@@ -20,6 +18,7 @@ from bigkit.offload.dispatch import dispatch_model
 from bigkit.offload.grouping import handles
 from bigkit.offload.load_and_dispatch import load_checkpoint_and_dispatch
 from bigkit.offload.one_place import cpu_offload, disk_offload
+from tests import forked
 from tests.spread import STAND_IN, Block, Net, check_at_rest, same, spread_ways
 from tests.spread import spread as spread_by
 
@@ -341,7 +340,7 @@ def test_memory_is_bounded_by_the_blocks_in_flight(tmp_path):
     with init_empty_weights():
         large = nn.Sequential(*[nn.Linear(1024, 1024) for _ in range(48)])
     save_model(large.to_empty(device="cpu"), tmp_path, "50MB")
-    run = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, timeout=120)
+    run = forked.run(script, tmp_path)
     assert not run.returncode, run.stderr
     assert max(map(float, run.stdout.split())) < 40, run.stdout  # MB; a block is 4 MB
 

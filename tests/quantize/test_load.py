@@ -30,6 +30,7 @@ from bigkit.quantize.bnb import (
 )
 from bigkit.units import format_bytes
 from bigkit.zoo.gpt import GPT, PYGPT, GPTConfig
+from tests import forked
 from tests.quantize.helpers import (
     CPU,
     KINDS,
@@ -447,7 +448,7 @@ assert bigkit.load_checkpoint_in_model(model, sys.argv[1]).clean
 
 
 def test_without_bitsandbytes_the_rest_works(tmp_path):
-    done = subprocess.run([sys.executable, "-c", WITHOUT, tmp_path], capture_output=True, text=True, timeout=120)
+    done = forked.run(WITHOUT, tmp_path)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert len(lines) == 2 and all("8-bit and 4-bit weights need bitsandbytes" in line for line in lines)
@@ -456,7 +457,7 @@ def test_without_bitsandbytes_the_rest_works(tmp_path):
 
 def test_importing_bigkit_imports_no_bitsandbytes():
     code = "import sys, bigkit.quantize.load, bigkit.quantize.bnb; print('bitsandbytes' in sys.modules)"
-    assert subprocess.check_output([sys.executable, "-c", code], text=True) == "False\n"
+    assert forked.run(code).stdout == "False\n"
 
 
 def mixtral():

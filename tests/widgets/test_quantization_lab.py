@@ -2,8 +2,6 @@
 
 import json
 import logging
-import subprocess
-import sys
 import xml.etree.ElementTree as ElementTree
 
 import pytest
@@ -19,6 +17,7 @@ from bigkit.widgets import QuantizationLab, quantization_lab
 from bigkit.widgets._explorer import LONGEST_REPR, OWN
 from bigkit.widgets.quantization_lab import PRESETS
 from bigkit.zoo.gpt import load_pygpt
+from tests import forked
 
 bnb = pytest.importorskip("bitsandbytes")
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
@@ -151,5 +150,5 @@ def test_without_bitsandbytes_the_lab_says_so():
         "from bigkit.widgets import QuantizationLab\n"
         "lab = QuantizationLab(); print(lab, lab.error.value)"
     )
-    said = subprocess.check_output([sys.executable, "-c", code], text=True)
+    said = forked.run(code).stdout
     assert "nothing quantized yet" in said and "need bitsandbytes" in said

@@ -560,15 +560,14 @@ def test_hub_remote_code(ask):
 
 
 def test_hub_broken_then_offline(online, tmp_path):
-    server, _, shelf = online
-    fresh = Client(server.url, tmp_path)
+    server, client, shelf = online
+    assert client.describe("someone/tiny")[2] == TINY_PARAMETERS
     server.broken = True
     try:
-        kind, message = fresh.describe("someone/other")
+        kind, message = client.describe("someone/other")
         assert kind == "OfflineError" and "500" in message and "\n" not in message
     finally:
         server.broken = False
-        fresh.close()
     nobody = Client("http://127.0.0.1:9", tmp_path)  # the discard port: nothing answers
     kind, message = nobody.describe("someone/other")
     nobody.close()
