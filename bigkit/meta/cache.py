@@ -37,6 +37,7 @@ from .empty import init_empty_weights
 FEW = (3, 4)  # tokens: shorter than any window
 STEP = 256  # tokens by which the longest is longer: whatever is compressed is so in groups that divide it
 MOST = 2**20  # tokens
+OPERATIONS = 100_000  # a Mamba's loops take some 20,000
 
 _known: dict[tuple[type, str], tuple[Attention, ...] | None] = {}
 
@@ -46,9 +47,19 @@ class _Opaque(Exception):
 
 
 class _Yes(TorchDispatchMode):
-    """What a model asks of a mask or of positions (all there? not packed?) is answered with yes: a plain text."""
+    """What a model asks of a mask or of positions (all there? not packed?) is answered with yes: a plain text.
+
+    A run of more than `OPERATIONS` is given up: a loop over the tokens of a window that a stranger's config made huge.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left = OPERATIONS
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.left -= 1
+        if self.left < 0:
+            raise _Opaque
         if func is torch.ops.aten._local_scalar_dense.default and args[0].dtype == torch.bool:
             return True
         return func(*args, **(kwargs or {}))
@@ -289,7 +300,7 @@ def _growth(elements: list[int], shapes: list[tuple[int, ...]], lengths: tuple[i
     """The growth that gives all four sizes; None if nothing grows, or in no such way."""
     few, more, long, longer = elements
     step, entries = more - few, max((y - x for x, y in zip(*shapes)), default=0)
-    ways = [(step, None, 1)]
+    ways: list[tuple[int, int | None, int]] = [(step, None, 1)]
     if step > 0 and long == longer:
         ways.append((step, long // step, 1))
     if entries > 0:

@@ -95,7 +95,7 @@ def _spec(name: str, keys: Mapping[str, Any], tensors: Mapping[str, GgufTensor])
         "computes_in": "float16",  # llama.cpp's default for keys and values
         "stored_as": max(kinds, key=lambda kind: kinds[kind], default=""),
     }
-    facts = {key: value for key, value in facts.items() if value or value is True}
+    facts = {key: value for key, value in facts.items() if value}
     return replace(
         spec,
         root=_not_linear(spec.root, {}),

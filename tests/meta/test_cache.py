@@ -292,3 +292,8 @@ def test_a_cache_in_float8():
     scales = 4 * 2 * 3
     counted = BATCH * sum(block.bytes(TOTAL, "bfloat16", "float8") for block in traced_attention(model))
     assert cached_bytes(cache) == counted + scales
+
+
+def test_a_config_that_would_take_hours_is_given_up(monkeypatch):
+    monkeypatch.setattr("bigkit.meta.cache.OPERATIONS", 50)
+    assert traced_attention(build("LlamaForCausalLM", GQA | {"vocab_size": 51})) is None
