@@ -136,14 +136,14 @@ class ModelSpec:
     def layers_to_place(self) -> tuple[Layer, ...]:
         """The pieces that a planner places apart: those of `layers`, but `repeated_blocks` stay whole too.
 
-        Tensors that a module registers itself stay together. A model that names no `no_split` classes does not say
-        where residual connections run: then only containers (the model itself, Sequential, ModuleList) and modules
-        around a repeated block are cut, and what comes before the first block, beside it, stays together (embeddings
-        of tokens and positions are added up).
+        Tensors that a module holds itself stay together, and so does what comes before the first block beside it:
+        tokens and positions are added up, and some models read an embedding's weight instead of calling it. If the
+        model names no `no_split` classes, nobody says where residual connections run, so only what holds a repeated
+        block is cut, and else nothing but containers (the model itself, Sequential, ModuleList).
         """
-        blocks, named = self.repeated_blocks, self.no_split
-        layers = list(self._cut(blocks.union(named), not named))
-        around = {prefix for layer in layers if layer.cls in blocks and not named for prefix in prefixes(layer.name)}
+        blocks = self.repeated_blocks.union(self.no_split)
+        layers = list(self._cut(blocks, not self.no_split))
+        around = {prefix for layer in layers if layer.cls in blocks for prefix in prefixes(layer.name)}
         for i, layer in enumerate(layers):
             parent = layer.name.rpartition(".")[0]
             if layer.cls in blocks:

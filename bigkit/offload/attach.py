@@ -36,7 +36,7 @@ def attach(model: nn.Module, layout: Layout, lenders: Mapping[Unit, Streamer], s
     streamer = next(iter(lenders.values()), None)
     modules, several = dict(model.named_modules()), len({*map(layout.works, layout.places)}) > 1
     for name in layout.places:
-        for module in _called(modules[name]) if name in modules else ():
+        for module in _called(modules[name], iterated=True) if name in modules else ():
             if not several or _holds_tensors(module):  # else it works wherever its inputs are
                 hooks.setdefault(module, AlignDevicesHook.placed(layout.device(layout.works(name)), skip_keys))
     if several:
@@ -60,11 +60,16 @@ def attach(model: nn.Module, layout: Layout, lenders: Mapping[Unit, Streamer], s
         lend_copies(model, layout)
 
 
-def _called(module: nn.Module) -> list[nn.Module]:
-    """The module itself, or what is called in its place if it is a mere container."""
-    if has_forward(module):
-        return [module]
-    return [inner for child in module.children() for inner in _called(child)]
+def _called(module: nn.Module, iterated: bool = False) -> list[nn.Module]:
+    """The module itself, or what is called in its place if it is a mere container.
+
+    Args:
+        iterated: a Sequential may be both: called, or iterated by the module around it.
+    """
+    own = [module] if has_forward(module) else []
+    if own and not (iterated and isinstance(module, nn.Sequential)):
+        return own
+    return own + [inner for child in module.children() for inner in _called(child, iterated)]
 
 
 def _holds_tensors(module: nn.Module) -> bool:

@@ -59,8 +59,11 @@ def is_packed_anew(state: Any) -> bool:
 def give_scales_back(weight: Any, layer: Any) -> None:
     """Undo what bitsandbytes' int8 layer does when it first runs: it takes the scales from its weight.
 
-    `MatmulLtState.CB` and `.SCB`.
+    From now on it does not: it becomes one of bigkit's layers. `MatmulLtState.CB` and `.SCB`.
     """
+    from .layers import adopt
+
+    adopt(layer)
     state: Any = getattr(layer, "state", None)
     if getattr(weight, "SCB", state) is None and getattr(state, "SCB", None) is not None:
         weight.CB, weight.SCB = state.CB, state.SCB

@@ -48,17 +48,9 @@ def bitsandbytes() -> ModuleType:
             "pip install 'bitsandbytes>=0.46'; everything else in bigkit works without it"
         ) from error
     for cls, suffixes in (("Params4bit", ("", "absmax", "nested_absmax")), ("Int8Params", ("", "SCB"))):
-        codec = TensorCodec(take_apart, put_together, skeleton, suffixes, nbytes, _collect)
+        codec = TensorCodec(take_apart, put_together, skeleton, suffixes, nbytes, _bnb.give_scales_back)
         CODECS[getattr(bitsandbytes.nn, cls)] = codec
     return bitsandbytes
-
-
-def _collect(weight: Any, layer: nn.Module) -> None:
-    """Make a layer that others have made one that takes nothing of its weight, which is about to travel."""
-    from .layers import adopt
-
-    adopt(layer)
-    _bnb.give_scales_back(weight, layer)
 
 
 def empty_layer(

@@ -36,6 +36,23 @@ class Embedded(nn.Module):
         return x
 
 
+class Reads(nn.Module):
+    """Names its blocks, and reads the weight of an embedding before them, as encoders of audio do."""
+
+    _no_split_modules = ("Residual",)
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.positions = nn.Linear(256, 8), nn.Embedding(64, 8)
+        self.layers = nn.ModuleList(Residual() for _ in range(3))
+
+    def forward(self, input):
+        x = self.conv(input) + self.positions.weight
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
 class Stem(nn.Module):
     """Parts without a number, with a residual in each."""
 
@@ -56,6 +73,7 @@ BOTH = {"input_ids": IDS, "decoder_input_ids": IDS[:, :4]}
 MODELS = {
     "blocks": (lambda: nn.Sequential(*[Residual() for _ in range(3)]), {"input": torch.ones(2, 8)}),
     "embedded": (Embedded, {"input": IDS}),
+    "reads": (Reads, {"input": torch.ones(64, 256)}),
     "stem": (Stem, {"input": torch.ones(2, 8)}),
     "pegasus": (lambda: transformers.PegasusForConditionalGeneration(transformers.PegasusConfig(**SIZES)), BOTH),
     "marian": (lambda: transformers.MarianMTModel(transformers.MarianConfig(**SIZES)), BOTH),

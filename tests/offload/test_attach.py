@@ -53,6 +53,30 @@ def test_whatever_is_called_every_operation_has_one_device(places):
     assert same(spread(whole, places, main_device=0)(X), expected)
 
 
+def test_parts_of_a_sequential_that_is_iterated_add_what_they_are_given():
+    class Adds(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = nn.Linear(8, 8)
+
+        def forward(self, x, y):
+            return x + self.inner(y)
+
+    class Iterates(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.layers = nn.Linear(8, 8), nn.Sequential(Adds(), nn.Sequential(nn.ReLU(), nn.Linear(8, 8)))
+
+        def forward(self, x):
+            return self.layers[1](self.layers[0](self.first(x), x))
+
+    places = {"first": 0, "layers": 1}
+    with fake_gpus(), torch.no_grad():
+        with init_empty_weights():
+            model = Iterates()
+        assert dispatch_model(fill(model, places), places, 0)(X.to("cuda:0")).device.index == 0
+
+
 def test_a_map_may_take_a_layer_apart():
     whole = Net(depth=1)
     expected = whole(X)
