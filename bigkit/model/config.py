@@ -68,7 +68,6 @@ _SENSES = ("vision", "visual", "image", "audio", "speech")
 _RECURRENT = ("mamba", "falcon_mamba", "falcon_h1", "rwkv", "recurrent_gemma", "jamba", "zamba", "bamba", "nemotron_h",
               "granitemoehybrid", "xlstm")  # fmt: skip
 _SLIDING = ("sliding_attention", "chunked_attention")
-_INDEXED = ("indexed_attention", "deepseek_sparse_attention")  # the later and the earlier name in Transformers
 
 
 def facts(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -174,7 +173,7 @@ def attention(config: Mapping[str, Any], root: ModuleSpec) -> tuple[Attention, .
     overrides = {int(index): own for index, own in (inner.get("per_layer_config") or {}).items()}
     result = []
     for index, (layer, kind) in enumerate(zip(blocks, kinds)):
-        attends = kind in ("full_attention", *_INDEXED, *_SLIDING)
+        attends = kind in ("full_attention", "indexed_attention", *_SLIDING)
         if kind == "linear_attention" and (state := _linear_state(inner)):
             result.append(Attention(layer, 0, None, state))
         elif attends and index not in skipped and index < shared:
@@ -255,7 +254,7 @@ def _per_token(config: Mapping[str, Any], index: int, kind: str) -> tuple[int, i
     """Elements that block number `index` caches for each token, and once for all."""
     if config.get("kv_lora_rank"):  # MLA: one latent for all heads, and one rotary key beside it
         latent = int(config["kv_lora_rank"] + (config.get("qk_rope_head_dim") or 0))
-        chooses = kind in _INDEXED and (config.get("indexer_types") or {index: "full"})[index] != "shared"
+        chooses = kind == "indexed_attention" and (config.get("indexer_types") or {index: "full"})[index] != "shared"
         return latent + (config.get("index_head_dim") or 0) * chooses, 0
     numbers = facts(config)
     keys_and_values = 2 * numbers["num_key_value_heads"] * numbers["head_dim"]
@@ -300,7 +299,7 @@ def _layer_kinds(config: Mapping[str, Any], count: int) -> list[str]:
 
 def _uncounted(config: Mapping[str, Any]) -> list[str]:
     """Kinds of layers whose cached state `attention` leaves out."""
-    counted = {"full_attention", *_INDEXED, "noncausal_full_attention", "moe", "mlp", *_SLIDING}
+    counted = {"full_attention", "indexed_attention", "noncausal_full_attention", "moe", "mlp", *_SLIDING}
     kinds = set(config.get("layer_types") or ()) - counted
     if config.get("cross_attention_layers"):
         kinds.add("cross_attention")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pytest
+import transformers
+from packaging.version import Version
 
 from bigkit.model import config as reader
 from bigkit.model.spec import ModuleSpec
@@ -107,6 +109,8 @@ def expected_bytes(blocks, context: int) -> int:
 @pytest.mark.parametrize("family", DECODERS)
 def test_attention_is_what_the_cache_holds(family):
     """Prefill a prompt and decode to TOTAL tokens: at every step the cache's storages weigh what `attention` says."""
+    if family == "deepseek_v32" and Version(transformers.__version__) < Version("5.18"):
+        pytest.skip("5.15 and 5.17 keep the keys and values of all its heads, which we do not count")
     model = build(*DECODERS[family])
     settings = model.config.to_dict()
     blocks = reader.attention(settings, tree(model))
