@@ -65,7 +65,8 @@ def broken_checkpoints_give_one_clear_error(tmp_path_factory, good, data):
             (folder / name).write_bytes(body)
     model = empty()
     try:
-        with warnings.catch_warnings(action="ignore", category=UserWarning):  # of what does not match
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # of what does not match
             report = load_checkpoint_in_model(model, folder)
     except (CheckpointError, FileNotFoundError) as error:
         assert str(folder) in str(error) and "\n" not in str(error)

@@ -266,7 +266,8 @@ class Compared:
 def stays_what_a_dictionary_would_be(tmp_path_factory, steps):
     compared = Compared(tmp_path_factory.mktemp("compared"))
     for step, argument in steps:
-        with warnings.catch_warnings(action="ignore", category=UserWarning):  # a file may hold what was deleted
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # a file may hold what was deleted
             getattr(compared, step.replace(" ", "_"))(argument)
     compared.save((0, "1GB"))
 

@@ -112,6 +112,7 @@ def test_elements_in_one_order_are_taken_several_at_once(work, one_by_one):
     assert last_of(work).scattered == one_by_one
 
 
+@pytest.mark.skipif(torch.__version__ < "2.12", reason="PyTorch 2.11 multiplies them one by one")
 def test_single_tokens_of_a_batch_are_multiplied_as_one_matrix():
     with fake_gpus() as notes:
         heads = torch.empty_strided((8, 4, 1, 8), (32, 8, 8, 1), device="cuda:0")

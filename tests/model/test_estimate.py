@@ -3,6 +3,8 @@
 import json
 
 import pytest
+import transformers
+from packaging.version import Version
 
 from bigkit import estimate_memory, zoo
 from bigkit.api import describe
@@ -42,6 +44,8 @@ def test_the_articles_table():
 def test_classic_sizes_are_accelerates(name):
     from accelerate.utils import calculate_maximum_sizes
 
+    if name == "idefics-80b-instruct" and Version(transformers.__version__) < Version("5.17"):
+        pytest.skip("it has other buffers in older Transformers")
     total, (largest, _) = calculate_maximum_sizes(zoo.empty_model(name, base=True))
     row = estimate_memory(name).rows[0]
     assert (row.total_size, row.largest_layer) == (int(total), int(largest))
