@@ -99,15 +99,16 @@ class _Lent:
     def take_back(self, user: int) -> None:
         with _lock:
             self.users.discard(user)
-            if self.users or self.copy is None or self.tensor is None:
+            copy, tensor = self.copy, self.tensor
+            if self.users or copy is None or tensor is None:
                 return
             tensors, own = self.tensors, self.place[1]
-            if tensors.get(own) is self.copy:
-                tensors[own] = self.tensor
-            if self.copy._version != self.version:
+            if tensors.get(own) is copy:
+                tensors[own] = tensor
+            if copy._version != self.version:
                 with torch.no_grad():
-                    self.tensor.copy_(self.copy)
-                self.copies.note(self.tensor, self.copy)
+                    tensor.copy_(copy)
+                self.copies.note(tensor, copy)
             self.copy = self.tensor = None
 
 
