@@ -400,6 +400,8 @@ class Streamer:
             self.after[self.last] = unit.index
         self.last = at = unit.index
         following: list[Unit] = []
+        if len(self.holder) == len(self.units):
+            return following  # all are in slots
         while len(following) < most and (at := self.after[at]) != unit.index and self.units[at] not in following:
             following.append(self.units[at])
         return following
