@@ -102,13 +102,13 @@ class _Lent:
             copy, tensor = self.copy, self.tensor
             if self.users or copy is None or tensor is None:
                 return
-            tensors, own = self.tensors, self.place[1]
-            if tensors.get(own) is copy:
-                tensors[own] = tensor
             if copy._version != self.version:
                 with torch.no_grad():
                     tensor.copy_(copy)
                 self.copies.note(tensor, copy)
+            tensors, own = self.tensors, self.place[1]
+            if tensors.get(own) is copy:
+                tensors[own] = tensor
             self.copy = self.tensor = None
 
 
