@@ -71,6 +71,10 @@ def headlines() -> Iterable[Iterable[str]]:
     yield "the same from a cold disk", f"{own:.2f} GB/s", "", f"{raw:.2f} (raw readers)"
     bf16, nf4 = (row("quantize-gpu", where="RAM", kind=kind)["tokens_per_s"] for kind in ("bfloat16", "nf4"))
     yield "the same in nf4, in RAM", f"{nf4:.1f} tokens/s", f"bf16 {bf16:.1f}", ""
+    own, theirs = (row("experts", way=way, batch=1)["tokens_per_second"] for way in ("RAM", "accelerate"))
+    whole = row("experts", way="resident", batch=1)["tokens_per_second"]
+    yield ("decode with 19 GB of experts in RAM, 8 of 128 chosen", f"{own:.1f} tokens/s", f"Accelerate {theirs:.2f}",
+           f"{whole:.1f} (all on the GPU)")  # fmt: skip
     longest = results("planner")["rows"][2]
     yield (f"plan {longest['model']} over 8 GPUs, from layer records", f"{longest['balanced_ms']:.1f} ms",
            f"Accelerate {longest['accelerate_ms']:.0f} ms", "")  # fmt: skip
