@@ -1,10 +1,12 @@
 """Devices that a plan can be made for: memory, memory bandwidth, matrix speed and link of common GPUs and machines.
 
-Memory is what the driver reports (`nvidia-smi`, `rocm-smi`), which is what a budget can use; the other figures are the
-vendors' data sheets, for dense matrices with sums in float32: NVIDIA's of T4, L4, L40S, A10G, RTX 6000 Ada, A100 (SXM,
-40 and 80 GB), H100 SXM, H200 SXM and HGX B200, the white papers of GA102 (RTX 3090, 3060), AD102 (RTX 4090, 4060 Ti)
-and RTX Blackwell (RTX 5090, 5080, 5060 Ti, RTX PRO 6000), AMD's of MI300X. Where a sheet gives only operations in 4 or
-8 bits with sparsity, these are divided by what the same white paper has between them and 16 bits dense.
+Memory is what the driver reports (`nvidia-smi`; for MI300X and GB10 what PyTorch does), which is what a budget can use,
+from logs in public repositories. The other figures are the vendors', for dense matrices with sums in float32: those of
+their data sheets and of the white papers of GA102, AD102 and RTX Blackwell, as copies, reviews and other projects'
+tables quote them. Baseten's comparison with A10 has A10G's speed, TechPowerUp's and TechSpot's reviews the links of RTX
+4060 Ti, 5060 Ti and 5080, MLPerf's descriptions of systems those of B200 and MI300X. Where a sheet gives only
+operations in 4 or 8 bits with sparsity, these are divided by what such tables have between them and 16 bits dense: by
+16 for GeForce RTX 50, by 8 for RTX PRO 6000, GB10 and GeForce RTX 40, by 4 for RTX 6000 Ada.
 
 In some machines GPU and CPU share one memory (`unified`): it is counted once, as the GPU's.
 `Hardware.detect()` describes this machine.
@@ -177,9 +179,10 @@ def _shared(name: str, gpu: str, ram: int, usable: int, rate: float, flops: floa
 
 # Bandwidths are NVIDIA's (DGX Spark), AMD's (Ryzen AI Max+ 395) and Apple's. What is usable: what PyTorch reports on a
 # DGX Spark; AMD's largest share for graphics; Metal's limit of three quarters. Operations: an eighth of NVIDIA's 4-bit
-# ones with sparsity; 40 units of AMD's RDNA 3.5 that do 512 in a clock of 2.9 GHz.
+# ones with sparsity (a sixteenth, as for GeForce, would be less than the 86e12 that cuBLAS was seen to reach); 40 units
+# of AMD's RDNA 3.5 that do 512 in a clock of 2.9 GHz.
 UNIFIED = (
-    _shared("GB10, 128 GB", "GB10", 128 * GiB, 122573 * MiB, 273e9, 125e12, capability=(12, 1)),
+    _shared("GB10, 128 GB", "GB10", 128 * GiB, int(119.7 * GiB), 273e9, 125e12, capability=(12, 1)),
     _shared("Strix Halo, 128 GB", "Radeon 8060S", 128 * GiB, 96 * GiB, 256e9, 59e12, capability=(11, 5)),
     _shared("M4 Max, 128 GB", "Apple M4 Max", 128 * GiB, 96 * GiB, 546e9, _APPLE, mps=True),
     _shared("M4 Pro, 64 GB", "Apple M4 Pro", 64 * GiB, 48 * GiB, 273e9, _APPLE / 2, mps=True),

@@ -81,6 +81,12 @@ ENTRIES = (
         "google/gemma-2-9b-it"),
     _hf("deepseek-v3", "deepseek-ai/DeepSeek-V3", "671B mixture of 256 experts, 8 at work, MLA, 2024",
         "deepseek-ai/DeepSeek-V3-Base", "deepseek-ai/DeepSeek-R1", "deepseek-r1"),
+    # Where the dimensions of the models from here to kimi-k2 were seen. In Transformers, as defaults of the class:
+    # smollm3-3b, gpt-oss-120b, qwen3-30b-a3b (48 layers: MindSpeed's recipe), qwen3-next-80b-a3b, qwen3.5-35b-a3b (what
+    # its images become: configs of Qwen3.6-35B-A3B), glm-4.5-air, minimax-m2, deepseek-v3.2, llama-4-scout's text. In
+    # configs, or copies of them, on the Hub and in public repositories: phi-4, mistral-small-24b, gemma-3-4b,
+    # gemma-3-27b, whisper-large-v3, glm-4.6, llama-4-scout. In recipes: gpt-oss-20b (slime's), nemotron-3-nano-30b and
+    # kimi-k2 (Megatron Bridge's). Each has its checkpoint's count of parameters, to the last (tests/zoo/test_names.py).
     _hf("smollm3-3b", "HuggingFaceTB/SmolLM3-3B", "3.1B decoder, 2025", "HuggingFaceTB/SmolLM3-3B-Base"),
     _hf("phi-4", "microsoft/phi-4", "15B decoder, 2024"),
     _hf("mistral-small-24b", "mistralai/Mistral-Small-24B-Instruct-2501", "24B decoder, 2025",
