@@ -123,8 +123,14 @@ class ExpertStreamer(Streamer):
 
     def _borrowed(self, unit: Unit) -> tuple[Unit, Views, Any]:
         if self._loan_of(unit) is not None:  # it calls itself, perhaps with another choice
+            self._refuse_nested(unit)
             self._bring_rows(unit, self._rows(unit))
         return super()._borrowed(unit)
+
+    def _refuse_nested(self, unit: Unit) -> None:
+        kept = self.on_device.get(unit.index)
+        if self._loan_of(unit) is not None and kept is not None and self.holder[unit.index] is kept.slot:
+            raise RuntimeError(f"{unit.name} calls itself: dispatch without expert_cache, its rows are in use")
 
     def _rows(self, unit: Unit) -> list[int]:
         rows, self._wanted = self._wanted, None
@@ -197,8 +203,7 @@ class ExpertStreamer(Streamer):
 
     def _on_device(self, unit: Unit, rows: list[int]) -> DeviceRows:
         """A unit's rows on the device, with some experts in them."""
-        if self._loan_of(unit) is not None:
-            raise RuntimeError(f"{unit.name} calls itself: dispatch without expert_cache, its rows are in use")
+        self._refuse_nested(unit)
         kept = self.on_device.get(unit.index)
         if kept is None:
             kept = self.on_device[unit.index] = DeviceRows(unit, self.rows[unit.index])

@@ -146,9 +146,12 @@ def test_mxfp4_as_transformers_decodes_it() -> None:
     blocks = torch.randint(0, 256, (3, 32, 2, 16), dtype=torch.uint8)
     scales = torch.randint(110, 140, (3, 32, 2), dtype=torch.uint8)
     theirs = mxfp4.convert_moe_packed_tensors(blocks, scales, dtype=torch.bfloat16)
-    ours = codecs.decode_mxfp4(blocks, scales, torch.bfloat16)
+    parts = {"_blocks": blocks, "_scales": scales}
+    ours = codecs.decode_mxfp4(parts, torch.bfloat16)
     assert ours.shape == (3, 64, 32) and torch.equal(ours, theirs)
-    assert torch.equal(codecs.decode_mxfp4(blocks[1], scales[1], torch.bfloat16), ours[1])
+    one = {suffix: part[1] for suffix, part in parts.items()}
+    assert torch.equal(codecs.decode_mxfp4(one, torch.bfloat16), ours[1])
+    assert torch.equal(codecs.decode_mxfp4(parts, torch.float32).bfloat16(), ours), "exact in either dtype"
 
 
 def test_what_is_not_quantized_and_what_is_not_known() -> None:

@@ -5,14 +5,8 @@ import json
 import pytest
 
 from bigkit import zoo
-from bigkit.model.spec import (
-    Attention,
-    ModelSpec,
-    ModuleSpec,
-    Precision,
-    TensorSpec,
-    quantized_bytes,
-)
+from bigkit.model.precision import Precision, quantized_bytes
+from bigkit.model.spec import Attention, ModelSpec, ModuleSpec, TensorSpec
 from bigkit.zoo.catalog import specs_from_json, specs_to_json
 
 

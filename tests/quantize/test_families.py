@@ -3,12 +3,13 @@
 import warnings
 
 import pytest
+import torch
 
 from bigkit import estimate_memory, init_empty_weights, load_and_quantize_model, plan
 from bigkit.dryrun.fake_bnb import config_of, quantize_empty
 from bigkit.meta.skeleton import spec_from_module
 from bigkit.quantize.bnb import nbytes
-from tests.model.test_config import DECODERS, SMALL, build
+from tests.meta.test_cache import DECODERS, SMALL, build
 from tests.quantize.helpers import CPU, quantized_names, small
 
 pytest.importorskip("bitsandbytes")
@@ -26,7 +27,7 @@ USUAL = ("pygpt", "gpt2", "bert", "t5", "opt", "falcon", "llama", "mixtral", "qw
 
 def make(family):
     name, settings = FAMILIES[family]
-    return small() if name is None else build(name, settings)
+    return small() if name is None else build(name, settings, torch.float32)
 
 
 def check(family, kind, half):
