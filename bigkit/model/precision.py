@@ -139,15 +139,9 @@ def quantized_bytes(shape: tuple[int, ...], quantization: str, rows: int, blocks
     >>> quantized_bytes((4096, 4096), "nf4", 4096) * 8 / 4096**2   # bits per parameter: 4 + 32/64, and a 64-byte table
     4.500030517578125
     """
-    elements = math.prod(shape)
-    if quantization == "int8":
-        return elements + 4 * rows
-    blocks = math.ceil(elements / blocksize)
-    code = 16 * 4  # the 16 values a 4-bit code stands for, float32
-    if quantization.endswith("-double"):
-        nested = 4 * math.ceil(blocks / 256) + 256 * 4 + 4  # scales of the scales, their 256-value table, their mean
-        return math.ceil(elements / 2) + blocks + code + nested
-    return math.ceil(elements / 2) + 4 * blocks + code
+    tables = 0 if quantization == "int8" else 16 * 4  # the 16 values a 4-bit code stands for, float32
+    tables += 256 * 4 if quantization.endswith("-double") else 0  # and those of a scale's code
+    return _packed_bytes(math.prod(shape), quantization, rows, blocksize) + tables
 
 
 def stacked_bytes(shape: tuple[int, ...], quantization: str, blocksize: int = 64) -> int:
@@ -161,9 +155,14 @@ def stacked_bytes(shape: tuple[int, ...], quantization: str, blocksize: int = 64
     >>> stacked_bytes((4096, 4096), "nf4") * 8 / 4096**2
     4.5
     """
-    elements = math.prod(shape)
+    return _packed_bytes(math.prod(shape), quantization, shape[0], blocksize)
+
+
+def _packed_bytes(elements: int, quantization: str, rows: int, blocksize: int) -> int:
+    """Bytes of a weight's codes and scales."""
     if quantization == "int8":
-        return elements + 4 * shape[0]
+        return elements + 4 * rows
     blocks = math.ceil(elements / blocksize)
+    # Of double quantization: scales of a byte, a scale for 256 of them, and the mean.
     scales = blocks + 4 * math.ceil(blocks / 256) + 4 if quantization.endswith("-double") else 4 * blocks
     return math.ceil(elements / 2) + scales

@@ -90,13 +90,10 @@ class DeviceRows:
     def weights(self) -> list[Tensor]:
         """The tensors that stand for the block's own, shape (count, ...) each."""
         assert self.slot is not None
-        own = [next(iter(weight.parts.values())) for weight in self.unit.weights]
-        starts = dict(zip(map(id, self.unit.parts()), self._starts))
-        memory = self.slot.base
-        with torch.inference_mode(False):
+        with torch.inference_mode(False):  # each weight is one plain tensor: see `has_rows`
             return [
-                weight.around({"": self._shortened(part).over(memory, starts[id(part)])})
-                for weight, part in zip(self.unit.weights, own)
+                weight.around({"": self._shortened(part).over(self.slot.base, start)})
+                for weight, part, start in zip(self.unit.weights, self.unit.parts(), self._starts, strict=True)
             ]
 
     def renumbered(self, choice: Tensor) -> Tensor:

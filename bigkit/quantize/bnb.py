@@ -25,10 +25,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..checkpoints.codecs import NESTED
 from ..offload.codec import CODECS, TensorCodec
 from . import _bnb
 
-NESTED_BLOCK = 256  # scales that share a scale of their own
 SLICE = 2**18  # weights that are quantized at a time on a CPU: whole blocks
 
 
@@ -134,7 +134,7 @@ def quantized(weight: Tensor, quantization: str, blocksize: int = 64) -> nn.Para
     state.absmax, state.shape = torch.cat([part.absmax for _, part in slices]), weight.shape
     if double:
         state.offset = state.absmax.mean()
-        state.absmax, state.state2 = functional.quantize_blockwise(state.absmax - state.offset, blocksize=NESTED_BLOCK)
+        state.absmax, state.state2 = functional.quantize_blockwise(state.absmax - state.offset, blocksize=NESTED)
         state.nested = True
     return int4_weight(torch.cat([codes for codes, _ in slices]), state)
 

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from ..checkpoints.as_stored import hold_stack
-from ..checkpoints.codecs import STACK_CODECS, StackCodec
+from ..checkpoints.codecs import BLOCK_4BIT, NESTED, STACK_CODECS, StackCodec
 from ..meta.skeleton import spec_from_module
 from ..model.precision import is_named, quantized_stacks
 from .bnb import quantized, take_apart
@@ -83,13 +83,13 @@ def _parts(expert: Tensor, quantization: str, kind: str) -> dict[str, Tensor]:
 def empty_stack(shape: tuple[int, ...], quantization: str) -> dict[str, nn.Parameter]:
     """What `quantized_stack` gives for a stack of this shape, on meta."""
     count, rows, columns = shape
-    kind, blocks = quantization.partition("-")[0], -(-rows * columns // 64)
+    kind, blocks = quantization.partition("-")[0], -(-rows * columns // BLOCK_4BIT)
     forms: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
         f"_{kind}": ((rows, columns // 2), torch.uint8),
         "_int8": ((rows, columns), torch.int8),
         "_scb": ((rows,), torch.float32),
         "_absmax": ((blocks,), torch.uint8 if quantization.endswith("-double") else torch.float32),
-        "_nested_absmax": ((-(-blocks // 256),), torch.float32),
+        "_nested_absmax": ((-(-blocks // NESTED),), torch.float32),
         "_offset": ((), torch.float32),
     }
     return {

@@ -21,8 +21,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..checkpoints.codecs import NESTED
 from ..checkpoints.format import CheckpointError
-from .bnb import NESTED_BLOCK, bitsandbytes, int4_weight, int8_weight, take_apart
+from .bnb import bitsandbytes, int4_weight, int8_weight, take_apart
 
 PACKED = "quant_state.bitsandbytes__"  # and "nf4" or "fp4": the key of the JSON
 BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
@@ -83,7 +84,7 @@ def from_stored(name: str, shape: tuple[int, int], quantization: str, tensors: M
     forms = {
         "absmax": (blocks, torch.uint8 if double else torch.float32),
         "quant_map": (16, torch.float32),
-        **({"nested_absmax": (math.ceil(blocks / NESTED_BLOCK), torch.float32)} if double else {}),
+        **({"nested_absmax": (math.ceil(blocks / NESTED), torch.float32)} if double else {}),
         **({"nested_quant_map": (256, torch.float32)} if double else {}),
     }
     parts = {end: _checked(tensors, f"{name}.{end}", name, (size,), dtype) for end, (size, dtype) in forms.items()}
@@ -117,8 +118,8 @@ def _check_facts(facts: dict[str, Any], label: str, name: str, shape: tuple[int,
         raise CheckpointError(f"{name} is stored as {stored}, expected {quantization}: see bnb_4bit_use_double_quant")
     if not nested:
         return
-    if facts["nested_blocksize"] != NESTED_BLOCK or facts.get("nested_dtype") != "float32":
-        raise CheckpointError(f"{label} says {facts}, expected nested_blocksize {NESTED_BLOCK} and float32")
+    if facts["nested_blocksize"] != NESTED or facts.get("nested_dtype") != "float32":
+        raise CheckpointError(f"{label} says {facts}, expected nested_blocksize {NESTED} and float32")
     if not isinstance(facts.get("nested_offset"), (int, float)):
         raise CheckpointError(f"{label} has the nested_offset {facts.get('nested_offset')!r}, expected a number")
 
