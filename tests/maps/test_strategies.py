@@ -126,13 +126,14 @@ def parents(name):
 def stretches(model, memory, context, batch):
     """Loads of every in-order placement without offloading: an oracle that knows nothing of prefix sums."""
     gpus = [budget for device, budget in memory.items() if isinstance(device, int) and budget]
-    layers = model.layers()
+    layers = model.layers_to_place()
     need = [layer.bytes() for layer in layers]
     for record in model.attention:
         i = next(i for i, layer in enumerate(layers) if layer.name.startswith(record.layer))
         need[i] += batch * record.bytes(context, "bfloat16")
     working = batch * context * 7 * 2 if model.facts else 0
-    for inner in combinations_with_replacement(range(len(layers) + 1), len(gpus) - 1):
+    cuts = [i for i in range(len(layers) + 1) if i == len(layers) or not layers[i].with_previous]
+    for inner in combinations_with_replacement(cuts, len(gpus) - 1):
         edges = [0, *inner, len(layers)]
         loads = [sum(need[a:b]) for a, b in zip(edges, edges[1:])]
         rooms = [gpu - working for gpu in gpus]
