@@ -17,7 +17,7 @@ ROOT = Path(bigkit.__file__).parent
 # Left to right: a wing (a folder, or a file on top) imports only wings to its left, and `distributed` none at all.
 ORDER = [
     "units", "devices", "distributed", "model", "machine", "meta", "zoo", "maps", "checkpoints", "offload", "quantize",
-    "dryrun", "measure", "draw", "api", "examples", "widgets", "accelerate", "cli",
+    "hosts", "dryrun", "measure", "draw", "api", "examples", "widgets", "accelerate", "cli",
 ]  # fmt: skip
 WITHOUT_TORCH = {"units", "devices", "model", "machine", "zoo", "maps", "api", "cli"}  # wings, but for:
 WITH_TORCH = {"zoo.build", "zoo.gpt", "maps.device_map"}

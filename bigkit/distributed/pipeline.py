@@ -104,12 +104,12 @@ class Stage:
         """Take a module's tensors and parts away, and let it give what stands for its output."""
         index: Any = next((part.layer_idx for part in module.modules() if hasattr(part, "layer_idx")), None)
         forward: Callable[..., Any] = partial(self._skip, index, name == entry)
-        if not name.rpartition(".")[2].isdigit():
-            forward = _first
         if isinstance(module, nn.Embedding):
             forward = partial(self._zeros, module.embedding_dim)
         elif isinstance(module, nn.Linear):
             forward = partial(self._no_logits, module.out_features)
+        elif not name.rpartition(".")[2].isdigit():
+            raise ValueError(f"{name} is a {type(module).__name__}, and only blocks, embeddings and heads can be away")
         module._parameters = dict.fromkeys(module._parameters)
         module._buffers = dict.fromkeys(module._buffers)
         module._modules.clear()
@@ -258,6 +258,8 @@ class Stage:
         settings = {k: v for k, v in generation_config.to_diff_dict().items() if not k.startswith("_")}
         self.call.digest = _digest(input_ids, options.get("attention_mask"), settings)
         agreed = _Agreed(self, logits_processor, stopping_criteria, generation_config)
+        if streamer is not None:
+            streamer.put(input_ids.cpu())  # `generate` does so for its own loops
         generation_config.do_sample = False  # it is drawn: what `_sample` sees has one token left
         return type(model)._sample(
             model, input_ids, agreed.processors(), agreed.criteria(), generation_config, streamer=streamer, **options

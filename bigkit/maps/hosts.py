@@ -22,12 +22,14 @@ from ..machine.ledger import calibration_of, overhead_of
 from ..machine.network import Network, network_of, run_stages
 from ..model.experts import experts_of
 from ..model.spec import Layer, ModelSpec, ModuleSpec
-from ..units import counted, dtype_bits, format_bytes, format_seconds, listed, three_figures
+from ..units import counted, dtype_bits, format_bytes, format_seconds, listed, parse_bytes, three_figures
 from .advise import Option, all_rates, picked, predict
 from .engines import commands
 from .partition import Chain, last_true
 from .plan import Plan, PlanError
 from .strategies import place
+
+_Tiers = list[tuple[int, float]]
 
 
 @dataclass(frozen=True)
@@ -141,6 +143,7 @@ def plan_hosts(
     batch: int = 1,
     context: int = 0,
     kv_dtype: object = None,
+    overhead: int | str | None = None,
     **options: Any,
 ) -> HostsPlan:
     """Cut a model's blocks into one stage for each host.
@@ -151,6 +154,7 @@ def plan_hosts(
         network: the line between them, or a name of `NETWORKS`.
         strategy: "balanced" makes the slowest stage as fast as it can be; "sequential" fills one host after the other.
         dtype, quantization, batch, context, kv_dtype, options: see `place`. `batch` are the sequences in all groups.
+        overhead: bytes that the runtime takes on each GPU; None takes `overhead_of` each host.
 
     Raises:
         PlanError: a stage does not fit its host.
@@ -171,12 +175,14 @@ def plan_hosts(
     units = chain_of_blocks(model)
     needs = [sum(layer.bytes(precision) for layer in unit) for unit in units]
     needs = [need + _kv(model, unit, batch, context, precision, kv_dtype) for need, unit in zip(needs, units)]
-    ends = _cut(model, needs, machines, batch, strategy)
+    reserved = [overhead_of(machine) if overhead is None else parse_bytes(overhead) for machine in machines]
+    tiers = [_tiers(machine, bytes_) for machine, bytes_ in zip(machines, reserved)]
+    ends = _cut(model, needs, tiers, batch, strategy)
     stages, used = [], 0
-    for machine, end in zip(machines, ends):
+    for machine, end, taken in zip(machines, ends, reserved):
         if end > used:
             names = [layer.name for unit in units[used:end] for layer in unit]
-            stages.append(_stage(model, names, machine, end - used, ask, options))
+            stages.append(_stage(model, names, machine, end - used, {**ask, **options, "overhead": taken}))
             used = end
     width = model.facts.get("hidden_size") or 0
     hidden = width * dtype_bits(model.computes_in(precision)) // 8
@@ -190,9 +196,9 @@ def plan_hosts(
 
 
 def chain_of_blocks(model: ModelSpec) -> list[list[Layer]]:
-    """The model's layers in one list for each block: those before all blocks with the first, the rest with the last.
+    """The model's blocks, each in a list: embeddings with the first one, the output head with the last.
 
-    What has no parameters is in none: every process keeps it.
+    All else (norms, rotary tables) is in none: it is small, nothing says when it runs, and every process keeps it.
 
     Raises:
         ValueError: there is not exactly one chain of blocks.
@@ -208,15 +214,21 @@ def chain_of_blocks(model: ModelSpec) -> list[list[Layer]]:
         found = f"{len(chains)} chains of blocks ({listed(chains)})" if chains else "no chain of blocks"
         hint = "one process after another can run a decoder only; place it on one host with bigkit.plan"
         raise ValueError(f"{model.name} has {found}: {hint}")
-    units: list[list[Layer]] = []
-    before: list[Layer] = []
-    for layer, (parent, _, own) in zip(layers, named):
-        if parent == chains[0] and own.isdigit():
-            units.append([*before, layer])
-            before = []
-        elif any(not tensor.buffer for _, tensor, _ in layer.spec.named_tensors()):
-            (units[-1] if units else before).append(layer)
+    units = [[layer] for layer, (parent, _, own) in zip(layers, named) if parent == chains[0] and own.isdigit()]
+    inside = {layer.name for unit in units for layer in unit}
+    for layer in layers:
+        if layer.name not in inside and "Embedding" in layer.cls and "weight" in layer.spec.tensors:
+            units[0].insert(len(units[0]) - 1, layer)
+        elif layer.spec.linear and _is_head(model, layer):
+            units[-1].append(layer)
     return units
+
+
+def _is_head(model: ModelSpec, layer: Layer) -> bool:
+    """Whether a linear layer outside of all blocks gives the logits."""
+    if any(part.isdigit() for part in layer.name.split(".")):
+        return False
+    return "." not in layer.name or layer.spec.tensors["weight"].shape[0] == model.facts.get("vocab_size")
 
 
 def part_of(model: ModelSpec, names: Iterable[str]) -> ModelSpec:
@@ -234,9 +246,7 @@ def part_of(model: ModelSpec, names: Iterable[str]) -> ModelSpec:
     tensors = {name for name, _, _ in root.named_tensors()}
     ties = (tuple(name for name in group if name in tensors) for group in model.ties)
     attention = tuple(record for record in model.attention if kept.intersection(prefixes(record.layer)))
-    last = [layer.name for layer in model.layers_to_place() if layer.name not in left_out][-1:] == [
-        layer.name for layer in model.layers_to_place()
-    ][-1:]
+    last = chain_of_blocks(model)[-1][-1].name in kept
     facts = {
         **model.facts,
         "has_head": model.facts.get("has_head", True) and last,
@@ -245,15 +255,13 @@ def part_of(model: ModelSpec, names: Iterable[str]) -> ModelSpec:
     return replace(model, root=root, ties=tuple(t for t in ties if len(t) > 1), attention=attention, facts=facts)
 
 
-def _stage(
-    model: ModelSpec, names: Sequence[str], machine: Hardware, blocks: int, ask: dict[str, Any], options: dict[str, Any]
-) -> Stage:
-    part, calibration = part_of(model, names), calibration_of(machine)
+def _stage(model: ModelSpec, names: Sequence[str], machine: Hardware, blocks: int, ask: dict[str, Any]) -> Stage:
+    part = part_of(model, names)
     try:
-        plan = place(part, machine.max_memory(), overhead=overhead_of(machine, calibration), **ask, **options)
+        plan = place(part, machine.max_memory(), **ask)
     except PlanError as error:
         raise PlanError(replace(error.plan, problem=f"on {machine.name}, {error.plan.problem}"), error.cure) from None
-    option: Option = predict(part, plan, machine, calibration)
+    option: Option = predict(part, plan, machine, calibration_of(machine))
     return Stage(machine.name, tuple(names), blocks, plan, option.seconds)
 
 
@@ -263,11 +271,10 @@ def _kv(model: ModelSpec, unit: Sequence[Layer], batch: int, context: int, preci
     return batch * sum(record.bytes(context, dtype, kv_dtype) for record in records)
 
 
-def _cut(model: ModelSpec, needs: Sequence[int], machines: Sequence[Hardware], batch: int, strategy: str) -> list[int]:
+def _cut(model: ModelSpec, needs: Sequence[int], tiers: Sequence[_Tiers], batch: int, strategy: str) -> list[int]:
     """Where each host's stretch ends: the smallest time of the slowest for which all blocks find room."""
     routed = sum(experts.parameters for experts in experts_of(model)) / max(1, model.parameters)
     share = 1 - routed * (1 - picked(model, batch))  # of the weights, read for a token
-    tiers = [_tiers(machine) for machine in machines]
     chain = Chain(needs)
 
     def rooms(microseconds: int) -> list[int]:
@@ -282,17 +289,17 @@ def _cut(model: ModelSpec, needs: Sequence[int], machines: Sequence[Hardware], b
     return chain.even(limits, limits)
 
 
-def _tiers(machine: Hardware) -> list[tuple[int, float]]:
+def _tiers(machine: Hardware, overhead: int) -> _Tiers:
     """(bytes, bytes a second) of a host's memories, fastest first."""
     rates = all_rates(machine, calibration_of(machine))
-    budgets, overhead = machine.max_memory(), overhead_of(machine)
+    budgets = machine.max_memory()
     gpus = [(budgets[gpu] - overhead, rates[gpu].memory) for gpu in budgets if gpu not in ("cpu", "disk")]
     first = rates["cpu"] if not gpus else rates[next(iter(budgets))]
     ram = [(budgets["cpu"], first.link if gpus else first.memory)] if "cpu" in budgets else []
     return [*gpus, *ram, (budgets["disk"], machine.disk_rate)]
 
 
-def _within(tiers: Sequence[tuple[int, float]], seconds: float, share: float) -> int:
+def _within(tiers: _Tiers, seconds: float, share: float) -> int:
     """Bytes that a host can hold and go through in so many seconds, if a share of them is read."""
     total = 0.0
     for size, rate in tiers:
