@@ -60,11 +60,19 @@ def map_in_flight(function: Callable[[T], R], batches: Iterable[T], model: nn.Mo
 def run_in_flight(
     function: Callable[[T], R], batches: Iterable[T], model: nn.Module, done: Callable[[int, R], Any]
 ) -> None:
-    """`map_in_flight`, with each result and its number given to `done` in the order in which they come."""
+    """`map_in_flight`, with each result and its number given to `done`, in the order of the batches."""
+    early: dict[int, R] = {}  # results of batches whose predecessors are under way
+    first = 0
     stage = stage_of(model)
     numbered = enumerate(batches)
     turns = stage.turns = _Turns(stage.last + 1)
     device = torch.cuda.current_device() if stage.device.type == "cuda" else None
+
+    def hand_out() -> None:
+        nonlocal first
+        while first in early:
+            done(first, early.pop(first))
+            first += 1
 
     def work(slot: int) -> None:
         if device is not None:
@@ -73,7 +81,8 @@ def run_in_flight(
             turns.begin(slot)
             with torch.no_grad():
                 for number, batch in numbered:
-                    done(number, function(batch))
+                    early[number] = function(batch)
+                    hand_out()
             turns.leave()
         except _GivenUp:
             pass

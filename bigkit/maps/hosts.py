@@ -14,22 +14,21 @@ import hashlib
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..devices import prefixes
 from ..machine.hardware import Hardware, machine_of
 from ..machine.ledger import calibration_of, overhead_of
 from ..machine.network import Network, network_of, run_stages
+from ..model.estimate import activation_bytes, tokens_seen
 from ..model.experts import experts_of
 from ..model.spec import Layer, ModelSpec, ModuleSpec
 from ..units import counted, dtype_bits, format_bytes, format_seconds, listed, parse_bytes, three_figures
-from .advise import Option, all_rates, picked, predict
+from .advise import ASSUMED, Option, all_rates, picked, predict
 from .engines import commands
 from .partition import Chain, last_true
 from .plan import Plan, PlanError
 from .strategies import place
-
-_Tiers = list[tuple[int, float]]
 
 
 @dataclass(frozen=True)
@@ -176,8 +175,9 @@ def plan_hosts(
     needs = [sum(layer.bytes(precision) for layer in unit) for unit in units]
     needs = [need + _kv(model, unit, batch, context, precision, kv_dtype) for need, unit in zip(needs, units)]
     reserved = [overhead_of(machine) if overhead is None else parse_bytes(overhead) for machine in machines]
-    tiers = [_tiers(machine, bytes_) for machine, bytes_ in zip(machines, reserved)]
-    ends = _cut(model, needs, tiers, batch, strategy)
+    working = activation_bytes(model, batch, tokens_seen(model, context), model.computes_in(precision))
+    paces = [_pace(machine, taken + working, quantization) for machine, taken in zip(machines, reserved)]
+    ends = _cut(model, needs, paces, batch, strategy)
     stages, used = [], 0
     for machine, end, taken in zip(machines, ends, reserved):
         if end > used:
@@ -271,38 +271,47 @@ def _kv(model: ModelSpec, unit: Sequence[Layer], batch: int, context: int, preci
     return batch * sum(record.bytes(context, dtype, kv_dtype) for record in records)
 
 
-def _cut(model: ModelSpec, needs: Sequence[int], tiers: Sequence[_Tiers], batch: int, strategy: str) -> list[int]:
+class _Pace(NamedTuple):
+    """What a host goes through in a second: (bytes, bytes a second) of its memories, fastest first, and blocks."""
+
+    tiers: list[tuple[int, float]]
+    blocks: float
+
+    def room(self, seconds: float, share: float) -> int:
+        """Bytes that it can hold and go through in so many seconds, if a share of them is read."""
+        total = 0.0
+        for size, rate in self.tiers:
+            taken = min(size, seconds * rate / share)
+            total, seconds = total + taken, seconds - taken * share / rate
+        return int(total)
+
+
+def _pace(machine: Hardware, reserved: int, quantization: str | None) -> _Pace:
+    rates, budgets = all_rates(machine, calibration_of(machine)), machine.max_memory()
+    gpus = [gpu for gpu in budgets if gpu not in ("cpu", "disk")]
+    first = rates[gpus[0] if gpus else "cpu"]
+    tiers = [(max(0, budgets[gpu] - reserved), rates[gpu].memory) for gpu in gpus]
+    tiers += [(budgets["cpu"], first.link if gpus else first.memory)] if "cpu" in budgets else []
+    return _Pace([*tiers, (budgets["disk"], machine.disk_rate)], 1 / (ASSUMED.steps[quantization] * first.issue))
+
+
+def _cut(model: ModelSpec, needs: Sequence[int], paces: Sequence[_Pace], batch: int, strategy: str) -> list[int]:
     """Where each host's stretch ends: the smallest time of the slowest for which all blocks find room."""
     routed = sum(experts.parameters for experts in experts_of(model)) / max(1, model.parameters)
     share = 1 - routed * (1 - picked(model, batch))  # of the weights, read for a token
     chain = Chain(needs)
 
-    def rooms(microseconds: int) -> list[int]:
-        return [_within(own, microseconds / 1e6, share) for own in tiers]
+    def ends(microseconds: int) -> list[int]:
+        found, start = [], 0
+        for pace in paces:
+            end = chain.reach([pace.room(microseconds / 1e6, share)], start)[0]
+            start = min(end, start + int(pace.blocks * microseconds / 1e6))
+            found.append(start)
+        return found
 
     longest = 10**12
-    if chain.reach(rooms(longest))[-1] < len(needs):
-        return chain.reach(rooms(longest))[:-1] + [len(needs)]  # `place` says on the last host what is missing
+    if ends(longest)[-1] < len(needs):
+        return [*ends(longest)[:-1], len(needs)]  # `place` says on the last host what is missing
     if strategy == "sequential":
-        return chain.reach(rooms(longest))
-    limits = rooms(last_true(lambda t: chain.reach(rooms(t))[-1] < len(needs), 0, longest) + 1)
-    return chain.even(limits, limits)
-
-
-def _tiers(machine: Hardware, overhead: int) -> _Tiers:
-    """(bytes, bytes a second) of a host's memories, fastest first."""
-    rates = all_rates(machine, calibration_of(machine))
-    budgets = machine.max_memory()
-    gpus = [(budgets[gpu] - overhead, rates[gpu].memory) for gpu in budgets if gpu not in ("cpu", "disk")]
-    first = rates["cpu"] if not gpus else rates[next(iter(budgets))]
-    ram = [(budgets["cpu"], first.link if gpus else first.memory)] if "cpu" in budgets else []
-    return [*gpus, *ram, (budgets["disk"], machine.disk_rate)]
-
-
-def _within(tiers: _Tiers, seconds: float, share: float) -> int:
-    """Bytes that a host can hold and go through in so many seconds, if a share of them is read."""
-    total = 0.0
-    for size, rate in tiers:
-        taken = min(size, seconds * rate / share)
-        total, seconds = total + taken, seconds - taken * share / rate
-    return int(total)
+        return ends(longest)
+    return ends(last_true(lambda time: ends(time)[-1] < len(needs), 0, longest) + 1)

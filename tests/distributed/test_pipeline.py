@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import threading
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +13,20 @@ import pytest
 import torch
 import transformers as tf
 
-from bigkit import BnbQuantizationConfig, load_and_quantize_model, pipeline, plan_hosts
+from bigkit import BnbQuantizationConfig, load_and_quantize_model, map_file, pipeline, plan_hosts
 from bigkit.distributed.in_flight import map_in_flight
-from bigkit.zoo.gpt import PYGPT, PYMOE, encode, load_pygpt
+from bigkit.zoo.gpt import PYGPT, PYMOE, decode, encode, load_pygpt
 from tests.distributed import stages
 from tests.meta.test_cache import DECODERS
 from tests.ranks import Ranks
+
+
+@pytest.fixture(scope="module")
+def two() -> Iterator[Ranks]:
+    group = Ranks(2)
+    yield group
+    group.close()
+
 
 PROMPT = torch.tensor([encode("import os")])
 
@@ -163,6 +174,60 @@ def test_a_process_holds_its_stage_and_one_tensor_more(three: Ranks, tmp_path: P
 def with_wide(state: Any, function: Any, settings: Any, *args: Any) -> Any:
     DECODERS["llama, wide"] = ("LlamaForCausalLM", settings)
     return function(state, *args)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Many groups
+
+
+def timed(state: Any, folder: Path) -> dict[str, Any]:
+    """Blocks that take time as those of a GPU do: without this machine's cores."""
+    model = stages.staged(state, "pygpt", PYGPT, dtype="float32")
+    for name in model.forward.func.__self__.own:
+        if name.startswith("transformer.h."):
+            model.get_submodule(name).register_forward_hook(lambda *_: time.sleep(0.015))
+    batches = [torch.tensor([encode(f"x = {i}")]) for i in range(4)]
+    said: dict[str, Any] = {}
+    for way in ("one at a time", "in flight"):
+        start = time.monotonic()
+        if way == "in flight":
+            said[way] = map_in_flight(lambda ids: model.generate(ids, 4), batches, model)
+        else:
+            said[way] = [model.generate(ids, 4) for ids in batches]
+        state.wait_for_everyone()
+        said[f"{way}, seconds"] = time.monotonic() - start
+    prompts = ["a longer text ", "def f(", "class A", "i", "return "]
+    (folder / "prompts.txt").write_text("\n".join(prompts))
+    calls = []
+
+    def answer(texts: list[str]) -> list[str]:
+        calls.append(threading.get_ident())
+        return [decode(model.generate(torch.tensor([encode(text)]), 1 + len(text))[0]) for text in texts]
+
+    output = map_file(
+        answer, folder / "prompts.txt", folder / "out.jsonl", batch_size=1, progress=False, pipeline=model
+    )
+    said["file"] = [json.loads(line) for line in output.read_text().splitlines()]
+    said["threads"] = len({*calls})
+    try:
+        map_in_flight(lambda number: 1 // (number - 2), range(5), model)
+    except ZeroDivisionError as error:
+        said["error"] = str(error)
+    return said
+
+
+def test_as_many_groups_as_stages_are_under_way(two: Ranks, tmp_path: Path) -> None:
+    whole = load_pygpt(dtype=torch.float32)
+    alone = [whole.generate(torch.tensor([encode(f"x = {i}")]), 4) for i in range(4)]
+    prompts = ["a longer text ", "def f(", "class A", "i", "return "]
+    texts = [decode(whole.generate(torch.tensor([encode(text)]), 1 + len(text))[0]) for text in prompts]
+    for said in two(timed, tmp_path):
+        assert all(map(torch.equal, said["one at a time"], alone))
+        assert all(map(torch.equal, said["in flight"], alone))
+        assert said["one at a time, seconds"] > 1.7 * said["in flight, seconds"], said
+        expected = [{"index": i, "prompt": p, "output": t} for i, (p, t) in enumerate(zip(prompts, texts))]
+        assert said["file"] == expected
+        assert said["threads"] == 2 and said["error"] == "integer division or modulo by zero"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
