@@ -136,7 +136,7 @@ def plan_hosts(
 
     >>> p = plan_hosts("llama-2-7b", ["RTX 4090", "RTX 3090"], dtype="float16", batch=8, context=1024)
     >>> [stage.blocks for stage in p.stages], p.stages[0].plan.device_map
-    ([21, 19], {'': 0})
+    ([16, 16], {'': 0})
     """
     return _hosts.plan_hosts(describe(model), hosts, network, strategy, **options)
 

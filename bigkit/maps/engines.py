@@ -18,7 +18,7 @@ def commands(plan: HostsPlan) -> list[str]:
     >>> from bigkit import plan_hosts
     >>> for line in commands(plan_hosts("llama-2-7b", ["RTX 4090", "RTX 3090"], dtype="float16"))[1:2]:
     ...     print(line.partition(" (")[0])
-    vLLM, on host K: VLLM_PP_LAYER_PARTITION=21,19 vllm serve llama-2-7b --pipeline-parallel-size 2 \
+    vLLM, on host K: VLLM_PP_LAYER_PARTITION=16,16 vllm serve llama-2-7b --pipeline-parallel-size 2 \
 --tensor-parallel-size 1 --nnodes 2 --node-rank K --master-addr HOST0
     """
     count = len(plan.stages)
