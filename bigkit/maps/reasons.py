@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from ..devices import device_label
-from ..units import counted, format_bytes
+from ..units import GiB, KiB, MiB, counted, format_bytes
 from .partition import last_true
 from .plan import Plan, Share
 
@@ -61,9 +61,11 @@ def cures(task: Task, plan: Plan, solve: Callable[[Task, str], Plan]) -> str:
 
     worst = max(plan.shares, key=lambda share: share.over)
     enough = (worst.budget or 0) + worst.over
+    step = next((step for step in (GiB // 8, MiB, KiB) if enough >= 64 * step), 1)
+    enough = -(-enough // step) * step  # a round number that people read
     helpful = []
     if helps(budgets={**task.budgets, worst.device: enough}):
-        helpful.append(f"max_memory {{{worst.device!r}: {enough}}} ({format_bytes(enough)})")
+        helpful.append(f"max_memory {{{worst.device!r}: {format_bytes(enough, 'exact')!r}}}")
     if plan.strategy == "custom" and helps():
         helpful.append("strategy='auto'")
     precision = task.precision
