@@ -94,6 +94,17 @@ def format_bytes(size: float, style: str = "iec") -> str:
     return f"{value:.2f} {letter}{'i' if style == 'iec' else ''}B" if letter else f"{round(value)} B"
 
 
+def exact_bytes(size: int) -> str:
+    """The shortest text that `parse_bytes` reads as exactly so many bytes, for code that people read.
+
+    >>> exact_bytes(20 * GiB), exact_bytes(10**10), exact_bytes(24564 * MiB), exact_bytes(1)
+    ('20GiB', '10GB', '24564MiB', '1B')
+    """
+    names = ("B", "TiB", "GiB", "MiB", "KiB", "TB", "GB", "MB", "KB")
+    texts = (f"{size / _UNITS[name.upper()]:.{digits}f}{name}" for digits in range(4) for name in names)
+    return min((text for text in texts if parse_bytes(text) == size), key=len)
+
+
 def dtype_name(dtype: object) -> str:
     """The plain name of a dtype: `torch.float32`, "torch.float32", "fp32" and "float32" all give "float32".
 
