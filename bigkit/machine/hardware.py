@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from ..devices import Device
-from ..units import GB, TB, GiB, MiB, exact_bytes, listed, parse_bytes
+from ..units import GB, TB, GiB, MiB, format_bytes, listed, parse_bytes
 
 FRAGMENTATION = 0.02  # share of a GPU that its allocator reserves but cannot use: found by dry runs of offloaded plans
 CONTEXT_BYTES = 527 * MiB  # what a CUDA context takes before the first tensor: measured on an H200 with torch 2.11
@@ -284,13 +284,13 @@ def variant(
         base = _usual(kind, count) if kind in GPUS else replace(base, gpus=base.gpus[:1] * count)
     name, gpus = base.name, base.gpus
     if memory and gpus and memory != gpus[0].memory:
-        name += f" {exact_bytes(memory)}"
+        name += f" {format_bytes(memory, 'exact')}"
         gpus = tuple(replace(gpu, memory=memory) for gpu in gpus)
     if own and gpus:
-        name = f"{len(gpus)} x {exact_bytes(gpus[0].memory)} (as fast as {kind})"
+        name = f"{len(gpus)} x {format_bytes(gpus[0].memory, 'exact')} (as fast as {kind})"
     if ram is None or ram == base.ram:
         return base if gpus == base.gpus and not own else replace(base, name=name, gpus=gpus)
-    return replace(base, name=f"{name}, {exact_bytes(ram)} RAM", gpus=gpus, ram=ram)
+    return replace(base, name=f"{name}, {format_bytes(ram, 'exact')} RAM", gpus=gpus, ram=ram)
 
 
 def _usual(kind: str, count: int) -> Hardware:

@@ -172,7 +172,7 @@ class Advice:
             for option in self.options
         ]  # fmt: skip
         rows += [[f"  {plan.stored}", "does not fit", *4 * ["-"], "-"] for plan in self.misfits]
-        headers = ["  stored as", "speed", "waits for", "prefill", "memory", "not on GPUs", "longest context"]
+        headers = ["  stored as", "speed", "waits for", "prefill", "memory", "elsewhere", "longest context"]
         notes = ["* whatever is better by the target loses more quality", *self.notes]
         if self.measured:
             notes.append("Times follow the rates that bigkit calibrate measured on this machine.")
