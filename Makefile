@@ -1,4 +1,4 @@
-# make lab      the course: JupyterLab opens on the first notebook
+# make lab      the course: JupyterLab opens on its index
 # make test     everything CI runs: lint, unit, browser, notebooks
 # make soak     the long forms of the tests, and half an hour of random models
 # make bench    side by side against Accelerate and Transformers
