@@ -1,4 +1,5 @@
 # make lab      the course: JupyterLab opens on the first notebook
+# make site     the planner as static pages, in build/site: no server, no install for whoever opens them
 # make test     everything CI runs: lint, unit, browser, notebooks
 # make soak     the long forms of the tests, and half an hour of random models
 # make bench    side by side against Accelerate and Transformers
@@ -22,11 +23,14 @@ PYTEST := $(BIN)/python -m pytest -q $(AGAIN)
 # A file at a time, in order: the long ones (browser, notebooks) first.
 EACH   := -n logical --dist loadfile --no-loadscope-reorder
 
-.PHONY: lab test lint format unit browser notebooks soak bench clean
+.PHONY: lab site test lint format unit browser notebooks soak bench clean
 .NOTPARALLEL:
 
 lab: $(STAMP)
 	@$(BIN)/python scripts/lab.py
+
+site: $(STAMP)
+	@$(BIN)/python scripts/make_site.py build/site
 
 test: lint # unit, browser and notebooks in one pool, so that no core waits for another
 	$(PYTEST) $(EACH) --nbval tests/browser notebooks tests
