@@ -68,6 +68,6 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(if $(PYTHON),$(PYTHON),false) -c '$(NEW_ENOUGH)' || \
 	  { echo "bigkit needs Python 3.10 or newer: install one, or say which with make PYTHON=/path/to/python"; exit 1; }
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
-	$(BIN)/python -m pip install --progress-bar off -c constraints.txt -e '.[lab,quant,diffusers,peft,test]'
+	$(BIN)/python -m pip install --progress-bar off -c constraints.txt -e '.[torch,lab,quant,diffusers,peft,test]'
 	@$(BIN)/python -m pip check
 	@touch $(STAMP)

@@ -15,7 +15,6 @@ import pytest
 
 import bigkit
 from bigkit.machine.hardware import machine_of
-from tests.browser.conftest import missing
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
@@ -38,7 +37,7 @@ def site(browser: Browser, tmp_path_factory: pytest.TempPathFactory) -> Iterator
     try:
         build(served / "some" / "prefix", ROOT / "build" / "npm")
     except Missing as error:
-        missing(str(error))
+        pytest.skip(f"the pages cannot be built: {error}")
     server = ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=str(served)))
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield f"http://127.0.0.1:{server.server_port}/some/prefix/"
