@@ -2,14 +2,19 @@
 
     .venv/bin/python scripts/run_notebooks.py                      # all of notebooks/
     .venv/bin/python scripts/run_notebooks.py notebooks/02-*.ipynb
+    .venv/bin/python scripts/run_notebooks.py --links              # run nothing: renew links and folds alone
 
 Stored outputs are what `pytest --nbval notebooks/` compares with. Left out of them is what changes from run to run and
 says nothing: widget models and views (the `repr` beside a view stays), stderr, timestamps, the kernel's version.
+
+Two tags fold a cell: `reveal` its output (run the cell, and it unfolds), `solution` its code too. The line of the first
+cell that begins with `**12 minutes**` gets links to the notebooks before and after, and a last cell repeats them.
 """
 
 from __future__ import annotations
 
 import argparse
+import re
 import time
 from pathlib import Path
 
@@ -55,15 +60,61 @@ def normalise(notebook: nbformat.NotebookNode) -> None:
                 output.execution_count = count
 
 
+def course() -> list[Path]:
+    """The notebooks in reading order: the index, the numbered ones, the appendices."""
+    found = sorted((ROOT / "notebooks").glob("*.ipynb"))
+    return sorted(found, key=lambda path: (path.stem != "index", path.stem.startswith("appendix")))
+
+
+def links(path: Path) -> str:
+    """One line of Markdown: the notebook before the one at `path`, the index, the notebook after."""
+    paths = course()
+    place = next(number for number, other in enumerate(paths) if other.name == path.name)
+
+    def link(other: Path, text: str) -> str:
+        title = "".join(nbformat.read(other, as_version=4).cells[0].source).partition("\n")[0].removeprefix("# ")
+        number = f"{other.stem[:2]} " if other.stem[:2].isdigit() else ""
+        return f"[{text.format(number + title)}]({other.name})"
+
+    before = [link(paths[place - 1], "← {}")] if place > 1 else []
+    after = [link(paths[place + 1], "{} →")] if place and place + 1 < len(paths) else []
+    return " · ".join([*before, "[index](index.ipynb)", *after])
+
+
+def dress(notebook: nbformat.NotebookNode, path: Path) -> None:
+    """Fold the cells tagged `reveal` and `solution`, and write the links to the neighbours, in place."""
+    for cell in notebook.cells:
+        tags = cell.metadata.get("tags", [])
+        if {"reveal", "solution"} & {*tags}:
+            cell.metadata["jupyter"] = {"outputs_hidden": True}
+        if "solution" in tags:
+            cell.metadata["jupyter"]["source_hidden"] = True
+            cell.metadata["cellView"] = "form"  # the same on Colab
+    first, last = notebook.cells[0], notebook.cells[-1]
+    first.source = re.sub(
+        r"^(\*\*\d+ minutes\*\*).*", lambda found: f"{found[1]} · {links(path)}", first.source, flags=re.M
+    )
+    if path.stem == "index" or not re.search(r"^\*\*\d+ minutes\*\*", first.source, flags=re.M):
+        return
+    if last.get("id") != "links":
+        notebook.cells.append(last := nbformat.v4.new_markdown_cell(id="links"))
+    last.source = links(path)
+
+
 def main() -> None:
     """Run the notebooks named on the command line, or all of them, and say how long each took."""
     parser = argparse.ArgumentParser(description="Run notebooks in place and normalise what they store.")
     parser.add_argument("notebooks", nargs="*", type=Path, help="default: all of notebooks/")
     parser.add_argument("--timeout", type=int, default=120, help="seconds a cell may take (default: 120)")
+    parser.add_argument("--links", action="store_true", help="run nothing: renew the links and the folded cells alone")
     arguments = parser.parse_args()
-    for path in arguments.notebooks or sorted((ROOT / "notebooks").glob("*.ipynb")):
+    for path in arguments.notebooks or course():
         started = time.perf_counter()
-        run(path, arguments.timeout)
+        if not arguments.links:
+            run(path, arguments.timeout)
+        notebook = nbformat.read(path, as_version=4)
+        dress(notebook, path)
+        nbformat.write(notebook, path)
         print(f"{path.name}: {time.perf_counter() - started:.1f} s")
 
 
