@@ -20,8 +20,7 @@ from . import __getattr__ as _explorer
 
 PAGE = Path(__file__).with_name("app.ipynb")
 TABS = {  # what a tab answers -> the explorer
-    "Does it fit?": "Advisor",
-    "How much memory?": "MemoryExplorer",
+    "Does it fit?": "FitExplorer",
     "Who holds what?": "PlanExplorer",
     "How is it cut into files?": "ShardExplorer",
     "Watch it move": "HookTheatre",

@@ -31,7 +31,7 @@ from bigkit.maps.advise import TARGETS, advise
 from bigkit.maps.plan import Plan, PlanError
 from bigkit.maps.strategies import STRATEGIES, place
 from bigkit.model.spec import QUANTIZATIONS, ModelSpec
-from bigkit.units import GB, GiB, counted, format_bytes, format_seconds
+from bigkit.units import GB, GiB, counted, format_seconds
 from bigkit.zoo import catalog, hub
 
 Values = Mapping[str, str]
@@ -158,20 +158,14 @@ def _fit(values: Values) -> dict[str, Any]:
     code = f"from bigkit import advise\n\nadvice = {call}\nprint(advice)\n"
     best = advice.best
     if best is None:
-        closest = _closest(spec, machine.max_memory(), batch=batch, context=context, quantization=None)
         facts = " ".join([*advice.cures[:1], *advice.notes])
-        return _said("bad", "It does not fit.", facts, [plan_figure(closest)], advice.explain(), code)
-    away = best.plan.offloaded
-    headline = f"It fits, as {best.plan.stored}: about {best.speed}."
-    facts = [f"It waits for {best.bottleneck}."]
-    if away:
-        facts.insert(0, f"{format_bytes(away)} of its weights lie outside of the GPU and travel for every token.")
-        headline = f"It fits only with help, as {best.plan.stored}: about {best.speed}."
+        return _said("bad", advice.verdict, facts, [advice_figure(advice)], advice.explain(), code)
+    facts = [f"A {'pass' if best.token is None else 'token'} waits for {best.bottleneck}."]
     if best.plan.longest:
         facts.append(f"The longest context here: {best.plan.longest}.")
-    pictures = [plan_figure(best.plan), advice_figure(advice)]
-    return _said("slow" if away else "good", headline, " ".join([*facts, *advice.notes]), pictures,
-                 advice.explain(), code)  # fmt: skip
+    news = "slow" if best.plan.offloaded else "good"
+    pictures = [advice_figure(advice), plan_figure(best.plan)]
+    return _said(news, advice.verdict, " ".join([*facts, *advice.notes]), pictures, advice.explain(), code)
 
 
 def _plan(values: Values) -> dict[str, Any]:
