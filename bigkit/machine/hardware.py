@@ -21,6 +21,7 @@ import re
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -92,9 +93,17 @@ class Hardware:
         Args:
             folder: where weights would rest on disk.
 
+        Raises:
+            ImportError: torch, which knows the GPUs, is not installed.
+
         >>> Hardware.detect().ram > 2**28
         True
         """
+        if find_spec("torch") is None:
+            raise ImportError(
+                "only torch knows which GPUs this machine has, and it is not installed: name a machine, as in 'RTX "
+                "4090' or 'laptop, no GPU', or pip install 'bigkit[torch]'"
+            )
         gpus = _gpus()
         names = [
             gpu.name if known_gpu(gpu.name) else f"{gpu.name} (with the figures of {_nearest(gpu).name})"
