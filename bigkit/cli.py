@@ -20,14 +20,14 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from . import __version__
+from . import __version__, _say_missing
 from .devices import Device, read_device
 from .maps.advise import TARGETS
 from .maps.strategies import STRATEGIES
 from .model.attention import KV_DTYPES
 from .model.estimate import CLASSIC
 from .model.precision import QUANTIZATIONS
-from .units import format_bytes
+from .units import counted, format_bytes
 
 if TYPE_CHECKING:
     from torch import nn
@@ -54,7 +54,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of a pipe, such as `head`, has had enough; nothing is left to say at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (ValueError, OSError, ImportError) as error:
-        print(f"bigkit: {error}", file=sys.stderr)
+        said = _say_missing(error, "this command") if isinstance(error, ImportError) else error
+        print(f"bigkit: {said}", file=sys.stderr)
         return 2
     return 0
 
@@ -69,7 +70,8 @@ def _progress(doing: str) -> Iterator[None]:
 
     def tell() -> None:
         while not done.wait(1):
-            print(f"\r{doing}: {time.monotonic() - start:.0f} s", end="", file=sys.stderr, flush=True)
+            lasted = counted(round(time.monotonic() - start), "second")
+            print(f"\r{doing}: {lasted}", end="", file=sys.stderr, flush=True)
 
     teller = threading.Thread(target=tell, daemon=True)
     teller.start()
@@ -412,8 +414,11 @@ def _env(options: argparse.Namespace) -> str:
             said[package] = version(package)
         except PackageNotFoundError:
             said[package] = "not installed"
-    machine = Hardware.detect()
-    said["machine"] = f"{machine.name}, {format_bytes(machine.ram)} of RAM"
+    try:
+        machine = Hardware.detect()
+        said["machine"] = f"{machine.name}, {format_bytes(machine.ram)} of RAM"
+    except ImportError:
+        said["machine"] = "unknown without torch"
     said["config of launch"] = str(default_config()) if default_config().is_file() else "none"
     return "\n".join(f"- {name}: {value}" for name, value in said.items())
 

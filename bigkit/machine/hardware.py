@@ -21,6 +21,7 @@ import re
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -92,9 +93,17 @@ class Hardware:
         Args:
             folder: where weights would rest on disk.
 
+        Raises:
+            ImportError: torch, which knows the GPUs, is not installed.
+
         >>> Hardware.detect().ram > 2**28
         True
         """
+        if find_spec("torch") is None:
+            raise ImportError(
+                "only torch knows which GPUs this machine has, and it is not installed: name a machine, as in 'RTX "
+                "4090' or 'laptop, no GPU', or pip install 'bigkit[torch]'"
+            )
         gpus = _gpus()
         names = [
             gpu.name if known_gpu(gpu.name) else f"{gpu.name} (with the figures of {_nearest(gpu).name})"
@@ -263,7 +272,8 @@ def machine_of(hardware: Hardware | str | None) -> Hardware:
         raise ValueError(f"unknown hardware {hardware!r}: {_near(kind, fitting)}; `bigkit machines` lists all names, "
                          "and '2 x 24GB' is a machine with GPUs of your own")  # fmt: skip
     base = _usual(fitting[0], count)
-    if memory and not own and "i" not in size.lower() and abs(memory / base.gpus[0].memory - 1) < SAME:
+    sold = size and "i" not in size.lower() and not own  # in GB, as sold
+    if memory and sold and abs(memory / base.gpus[0].memory - 1) < SAME:
         memory = None
     return variant(base, None, memory, parse_bytes(ram.upper()) if ram else None, own)
 

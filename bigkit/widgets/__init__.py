@@ -35,6 +35,8 @@ Leaves out: the pictures (`draw/`) and whatever they show; an explorer only asks
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+from .. import _say_missing
+
 if TYPE_CHECKING:  # for editors and type checkers
     from .dryrun_explorer import DryRunExplorer as DryRunExplorer
     from .expert_explorer import ExpertExplorer as ExpertExplorer
@@ -55,7 +57,10 @@ __all__ = [*_FILES]
 
 def __getattr__(name: str) -> object:
     if name in _FILES:
-        return getattr(import_module(f".{_FILES[name]}", __name__), name)
+        try:
+            return getattr(import_module(f".{_FILES[name]}", __name__), name)
+        except ModuleNotFoundError as error:
+            raise ModuleNotFoundError(_say_missing(error, f"widgets.{name}"), name=error.name) from error
     raise AttributeError(f"module 'bigkit.widgets' has no attribute {name!r}")
 
 
