@@ -10,6 +10,7 @@ from ..model.estimate import load_text
 from ..units import format_seconds
 from .canvas import ABOVE, WIDTH, Picture
 from .colours import BLACK, BLUE, DARK, GREY, PURPLE, SOFT, WHITE
+from .plan import plan_verdict
 
 COLOURS = {"Python": GREY, "GPU": BLUE, "RAM": BLUE, "link": PURPLE, "disk": DARK}
 HATCHES = {"disk": "/"}  # its grey and the blue are equally dark
@@ -46,11 +47,15 @@ def advice_figure(advice: Advice) -> Picture:
 def _draw_option(picture: Picture, option: Option, scale: float) -> None:
     """A bar for each lane, as long as its time, which is written behind it."""
     name = f"{'* ' if option.front else ''}{option.plan.stored}"
+    says = f"{option.plan.stored}: {option.speed}, waiting for {option.bottleneck}. {plan_verdict(option.plan)}."
+    picture.mark(f"option:{option.plan.stored}", says, 0, picture.y, WIDTH, ROW)
     picture.text(picture.left - 8, picture.y + ROW / 2, name, 9.5, anchor="end", bold=option.front)
     picture.text(WIDTH - 8, picture.y + ROW / 2, option.speed, 9.5, anchor="end")
     for i, (lane, seconds) in enumerate(option.waits.items()):
         if seconds:
             y = picture.y + 5 + i * (LANE + 1)
+            says = f"{option.plan.stored}: {lane} takes {format_seconds(seconds)}."
+            picture.mark(f"option:{option.plan.stored}:{lane}", says, picture.left, y, seconds * scale, LANE)
             picture.box(lane, picture.left, y, seconds * scale, LANE, COLOURS[lane], HATCHES.get(lane, ""), WHITE)
             picture.text(picture.left + seconds * scale + 4, y + LANE / 2, format_seconds(seconds), 8, SOFT)
     picture.line("frame", [(picture.left, picture.y), (picture.left, picture.y + ROW)], BLACK, 0.8, depth=ABOVE)
