@@ -208,9 +208,9 @@ class Explorer(Remembered, widgets.VBox):
         """What follows when a mark is dragged onto another; None: onto nothing."""
 
     def _take_touch(self, content: Mapping[str, Any]) -> None:
-        does = {"click": self.click, "drag": self.drag, "undo": self.undo}[content["kind"]]
+        does: dict[str, Callable[..., None]] = {"click": self.click, "drag": self.drag, "undo": self.undo}
         try:
-            does(**{name: value for name, value in content.items() if name != "kind"})
+            does[content["kind"]](**{name: value for name, value in content.items() if name != "kind"})
         except ValueError as error:
             self.say_sorry(error)
 
