@@ -15,7 +15,7 @@ from ..draw.advice import advice_figure
 from ..machine.hardware import GPUS, HARDWARE, UNIFIED, Hardware, machine_of, variant
 from ..maps.advise import TARGETS, Advice, advise
 from ..model.estimate import load_text
-from ..units import GiB, MiB
+from ..units import GiB, MiB, format_bytes
 from ._controls import cache_menu, chosen_cache, field, menu, token_slider
 from ._explorer import Explorer
 from ._html import pill, preformatted, short
@@ -163,6 +163,23 @@ class FitExplorer(Explorer):
             f"context={self.context.value}, target={advice.target!r}{cache})\nprint(advice)\n"
             "device_map = advice.best.plan.device_map if advice.best else None\n"
         )
+
+    def tell(self, key: str) -> str:
+        """The plan of the way that a mark stands for."""
+        advice = self.shown
+        plans = [*(option.plan for option in advice.options), *advice.misfits]
+        return next((preformatted(plan.explain(), wrap=True) for plan in plans
+                     if key.split(":")[:2] == ["way", plan.stored]), "")  # fmt: skip
+
+    def differences(self, old: Advice, new: Advice) -> list[str]:
+        """How two advices differ: the verdict, then each way that both have."""
+        said = [] if old.verdict == new.verdict else [f"{old.verdict} Now: {new.verdict}"]
+        before = {option.label: f"{option.speed}, {format_bytes(option.memory)}" for option in old.options}
+        for option in new.options:
+            now = f"{option.speed}, {format_bytes(option.memory)}"
+            if before.get(option.label, now) != now:
+                said.append(f"{option.label}: {before[option.label]}; now {now}.")
+        return said
 
     def _plan_pane(self) -> str:
         best = self.shown.best
