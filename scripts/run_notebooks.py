@@ -24,6 +24,8 @@ from nbclient import NotebookClient
 
 ROOT = Path(__file__).resolve().parent.parent
 MINUTES = re.compile(r"^\*\*(\d+) minutes\*\*.*", re.MULTILINE)
+# JupyterLab shows the first line of what is folded. It must not be the answer; nbval does not compare stderr.
+FOLDED = nbformat.from_dict({"output_type": "stream", "name": "stderr", "text": "Run this cell to see the answer."})
 ROW = re.compile(r"^\| [\d?]+ \| \[[^\]]*\]\((\S+\.ipynb)\)", re.MULTILINE)  # of the index
 WIDGET_VIEW = "application/vnd.jupyter.widget-view+json"
 KERNEL = {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"}
@@ -92,6 +94,8 @@ def dress(notebook: nbformat.NotebookNode, path: Path) -> None:
         tags = cell.metadata.get("tags", [])
         if {"reveal", "solution"} & {*tags}:
             cell.metadata["jupyter"] = {"outputs_hidden": True}
+            answers = [output for output in cell.outputs if output.get("name") != "stderr"]
+            cell.outputs = [FOLDED, *answers] if answers else []
         if "solution" in tags:
             cell.metadata["jupyter"]["source_hidden"] = True
             cell.metadata["cellView"] = "form"  # the same on Colab
