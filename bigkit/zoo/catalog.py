@@ -150,6 +150,20 @@ def find(name: str) -> Entry | None:
     return _index().get(name.lower())
 
 
+def alike(name: str) -> Entry | None:
+    """The shipped model whose name has the same letters, digits and points, whatever else is between them; None if
+    there is none.
+
+    >>> alike("Llama 3.1 8B").name
+    'llama-3.1-8b'
+    """
+    return next((entry for known, entry in _index().items() if _letters(known) == _letters(name)), None)
+
+
+def _letters(name: str) -> str:
+    return "".join(letter for letter in name.lower() if letter.isalnum() or letter == ".")
+
+
 def closest(name: str, count: int = 3) -> list[str]:
     """The shipped names that look most like `name`.
 

@@ -152,6 +152,8 @@ def _resolve(
     if library_name == "timm" or label.startswith("timm/") or (library_name is None and _TIMM.fullmatch(label)):
         if revision in (None, "main") and _is_timm(bare, library_name):
             return bare, label
+    if "/" not in label and library_name is None and revision is None and (entry := catalog.alike(label)):
+        return entry, entry.name
     if not hub.is_repo(label):
         raise UnknownModel(
             f"{name!r} is no model name: expected a shipped name, a folder, or a Hub id OWNER/MODEL."
