@@ -7,9 +7,10 @@
 Stored outputs are what `pytest --nbval notebooks/` compares with. Left out of them is what changes from run to run and
 says nothing: widget models and views (the `repr` beside a view stays), stderr, timestamps, the kernel's version.
 
-Two tags fold a cell: `reveal` its output (run the cell, and it unfolds), `solution` its code too. The line of the first
-cell that begins with `**12 minutes**` gets links to the notebooks before and after, and a last cell repeats them. In
-the index each row of the table gets the minutes and the title of the notebook that it links to.
+Pictures are stored as images, which JupyterLab shows before anything has run. Two tags fold a cell: `reveal` its output
+(run the cell, and it unfolds), `solution` its code too. The line of the first cell that begins with `**12 minutes**`
+gets links to the notebooks before and after, and a last cell repeats them. In the index each row of the table gets the
+minutes and the title of the notebook that it links to.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from pathlib import Path
 
 import nbformat
 from nbclient import NotebookClient
+
+from bigkit.widgets._html import still
 
 ROOT = Path(__file__).resolve().parent.parent
 MINUTES = re.compile(r"^\*\*(\d+) minutes\*\*.*", re.MULTILINE)
@@ -89,8 +92,12 @@ def links(path: Path) -> str:
 
 
 def dress(notebook: nbformat.NotebookNode, path: Path) -> None:
-    """Fold the cells tagged `reveal` and `solution`, and write the links to the neighbours, in place."""
+    """Store pictures as images, fold the cells tagged `reveal` and `solution`, and write the links, all in place."""
     for cell in notebook.cells:
+        for data in (output.get("data", {}) for output in cell.get("outputs", [])):
+            svg = data.pop("image/svg+xml", data.get("text/html", ""))
+            if svg.startswith("<svg"):
+                data["text/html"] = still(svg)
         tags = cell.metadata.get("tags", [])
         if {"reveal", "solution"} & {*tags}:
             cell.metadata["jupyter"] = {"outputs_hidden": True}
