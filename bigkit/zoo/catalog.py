@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from ..model.spec import Attention, ModelSpec, ModuleSpec, TensorSpec
+from ..model.stored import with_stored
 
 _HERE = Path(__file__).parent
 
@@ -194,7 +195,8 @@ def table_path(entry: Entry) -> Path:
 def specs(name: str) -> dict[str, ModelSpec]:
     """The layer tables of a shipped model, by its short name: "base" without the output head, "full" with it."""
     entry = _index()[name.lower()]
-    return specs_from_json(json.loads(table_path(entry).read_text(encoding="utf-8")))
+    table = specs_from_json(json.loads(table_path(entry).read_text(encoding="utf-8")))
+    return {form: with_stored(spec) for form, spec in table.items()}
 
 
 def specs_to_json(specs: Mapping[str, ModelSpec]) -> dict[str, Any]:
