@@ -1,6 +1,7 @@
 # make lab      the course: JupyterLab opens on the first notebook
 # make app      all explorers without code, as one page
 # make site     the planner as static pages, in build/site: no server, no install for whoever opens them
+# make docs     the reference, from the docstrings, in build/docs
 # make test     everything CI runs: lint, unit, browser, notebooks
 # make soak     the long forms of the tests, and half an hour of random models
 # make bench    side by side against Accelerate and Transformers
@@ -35,6 +36,9 @@ app: $(STAMP)
 
 site: $(STAMP)
 	@$(BIN)/python scripts/make_site.py build/site
+
+docs: $(STAMP)
+	@$(BIN)/python scripts/make_docs.py build/docs
 
 test: lint # unit, browser and notebooks in one pool, so that no core waits for another
 	$(PYTEST) $(EACH) --nbval tests/browser notebooks tests
