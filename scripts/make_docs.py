@@ -32,7 +32,7 @@ def main() -> None:
     pdoc.render.configure(docformat="google", footer_text=f"bigkit {bigkit.__version__}", show_source=False)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        # A NamedTuple's own `__new__` does not say in which file its annotations are to be read; they are shown as text.
+        # A NamedTuple's `__new__` does not say in which file its annotations are to be read; they are shown as text.
         warnings.filterwarnings("ignore", r"Error parsing type annotation ForwardRef")
         warnings.filterwarnings("ignore", r"Cannot determine where .*\._is_param is taken from")  # set by torch
         bigkit.__all__ += sorted({path.stem for path in (ROOT / "bigkit").iterdir()} - LEFT_OUT - {*bigkit.__all__})
