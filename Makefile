@@ -1,4 +1,4 @@
-# make lab      the course: JupyterLab opens on the first notebook
+# make lab      the course: JupyterLab opens on its index
 # make app      all explorers without code, as one page
 # make site     the planner as static pages, in build/site: no server, no install for whoever opens them
 # make docs     the reference, from the docstrings, in build/docs

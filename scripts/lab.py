@@ -1,4 +1,6 @@
-"""Start JupyterLab on the first notebook (`make lab`).
+"""Start JupyterLab on the index of the course (`make lab`).
+
+The course's own notebooks are trusted, so that JupyterLab shows their stored pictures before anything has run.
 
 You work on copies in my-notebooks/, which git ignores: what you write there stays yours, Lab may save as it likes, and
 the checkout stays clean. A copy that you have not changed follows the course at the next start; one that you have
@@ -16,6 +18,9 @@ import os
 import shutil
 import sys
 from pathlib import Path
+
+import nbformat
+from nbformat.sign import NotebookNotary
 
 ROOT = Path(__file__).resolve().parent.parent
 COURSE, OWN = ROOT / "notebooks", ROOT / "my-notebooks"
@@ -47,20 +52,25 @@ def _hash(path: Path) -> str:
 
 def options(folder: Path) -> list[str]:
     """JupyterLab's command line for this machine."""
-    first = min(folder.glob("*.ipynb"), default=None)
     chosen = [
         f"--ServerApp.root_dir={ROOT}",
         "--ServerApp.answer_yes=True",  # Ctrl-C stops it at once, with no question
         "--LabApp.news_url=None",  # no look at the network
         "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate",
+        f"--LabApp.default_url=/lab/tree/{folder.name}/index.ipynb",
     ]
-    if first is not None:
-        chosen.append(f"--LabApp.default_url=/lab/tree/{first.relative_to(ROOT).as_posix()}")
     if hasattr(os, "geteuid") and os.geteuid() == 0:
         chosen.append("--allow-root")
     if sys.platform.startswith("linux") and not (os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")):
         chosen.append("--no-browser")
     return chosen
+
+
+def trust() -> None:
+    """Sign the course's notebooks as they are, as `jupyter trust` does; a copy that is the same is trusted with them."""
+    notary = NotebookNotary()
+    for path in COURSE.glob("*.ipynb"):
+        notary.sign(nbformat.read(path, as_version=4))
 
 
 def main() -> None:
@@ -69,6 +79,7 @@ def main() -> None:
     passed = [argument for argument in sys.argv[1:] if argument != "--originals"]
     for name in [] if originals else refresh(COURSE, OWN):
         print(f"{OWN.name}/{name} is yours and stays as it is; the course has a newer one in {COURSE.name}/{name}")
+    trust()
     paths = [str(SETTINGS), *filter(None, [os.environ.get("JUPYTER_CONFIG_PATH")])]
     os.environ["JUPYTER_CONFIG_PATH"] = os.pathsep.join(paths)
     os.chdir(ROOT)
