@@ -67,7 +67,7 @@ def options(folder: Path) -> list[str]:
 
 
 def trust() -> None:
-    """Sign the course's notebooks as they are, as `jupyter trust` does; a copy that is the same is trusted with them."""
+    """Sign the course's notebooks, as `jupyter trust` does; a copy that is the same is trusted with them."""
     notary = NotebookNotary()
     for path in COURSE.glob("*.ipynb"):
         notary.sign(nbformat.read(path, as_version=4))
