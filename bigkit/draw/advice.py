@@ -10,10 +10,11 @@ from ..devices import Device
 from ..maps.advise import Advice, Option
 from ..maps.plan import Plan
 from ..model.estimate import load_text
-from ..units import GiB, KiB, MiB, format_seconds, three_figures
+from ..units import GiB, KiB, MiB, format_bytes, format_seconds, three_figures
 from .bars import BAR, PART_COLOURS
 from .canvas import ABOVE, WIDTH, Picture, text_width
 from .colours import BLACK, BLUE, DARK, PALE, SOFT, TRACK, VERMILLION
+from .plan import plan_verdict
 
 ROW = 42  # points from one way to the next
 PARTS = {  # name -> colour: where weights rest, and what works beside them
@@ -89,11 +90,15 @@ def _draw_way(
     """One way: its name, its bar with the bytes, its speed, and what a token waits for."""
     x, y, front = picture.left, picture.y + 4, option is not None and option.front
     middle, total = y + BAR / 2, sum(bar.values())
+    news = f"{option.speed}, a token waits for {option.bottleneck}" if option else plan.problem
+    picture.mark(f"way:{plan.stored}", f"{plan.stored}: {plan_verdict(plan)}; {news}.", 0, picture.y, WIDTH, ROW)
     picture.box("room", x, y, picture.room, BAR, TRACK, depth=0)
     picture.text(x - 8, middle, f"{'* ' if front else ''}{plan.stored}", 9.5, anchor="end", bold=front)
     for name, size in bar.items():
         if size:
             picture.box(name, x, y, size * scale, BAR, PARTS[name], HATCHES.get(name, ""), "#FFFFFF")
+            says = f"{plan.stored}: {name} {format_bytes(size)}."
+            picture.mark(f"way:{plan.stored}:{name}", says, x, y, size * scale, BAR)
             number = three_figures(size / unit)
             picture.label_in(x, middle, size * scale, (f"{name} {number}", number), ground=PARTS[name],
                              plate=name in HATCHES)  # fmt: skip

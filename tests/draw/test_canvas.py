@@ -55,7 +55,10 @@ def test_text_from_outside_is_escaped_everywhere() -> None:
         assert "<script" not in text, topic
         root = ElementTree.fromstring(text)
         tags = {element.tag.rpartition("}")[2] for element in root.iter()}
-        assert tags == {"svg", "title", "path", "text"}, topic
+        assert tags == {"svg", "title", "path", "text", *({"g", "rect"} if picture.marks else ())}, topic
+        for mark in picture.marks:
+            assert mark.says.endswith("."), "a mark says a sentence"
+            assert mark.x >= 0 and mark.x + mark.width <= WIDTH and 0 <= mark.y < picture.y, f"{topic}: {mark.key}"
         assert "<script>" in "".join(root.itertext()), f"{topic}: text stays text"
         assert set(root.attrib) == {"role", "aria-label", "viewBox", "width", "style", "font-family"}
         for span in (text.span for text in picture.texts):
