@@ -4,6 +4,7 @@
 # make docs     the reference, from the docstrings, in build/docs
 # make test     everything CI runs: lint, unit, browser, notebooks
 # make soak     the long forms of the tests, and half an hour of random models
+# make places   every notebook on one core with 2 GB, as on Binder
 # make bench    side by side against Accelerate and Transformers
 # make lint | format | unit | browser | notebooks | clean
 #
@@ -25,7 +26,7 @@ PYTEST := $(BIN)/python -m pytest -q $(AGAIN)
 # A file at a time, in order: the long ones (browser, notebooks) first.
 EACH   := -n logical --dist loadfile --no-loadscope-reorder
 
-.PHONY: lab app site docs test lint format unit browser notebooks soak bench clean
+.PHONY: lab app site docs test lint format unit browser notebooks places soak bench clean
 .NOTPARALLEL:
 
 lab: $(STAMP)
@@ -60,6 +61,9 @@ browser: $(STAMP)
 
 notebooks: $(STAMP)
 	$(PYTEST) $(EACH) --nbval notebooks
+
+places: $(STAMP)
+	$(BIN)/python scripts/try_places.py binder
 
 soak: $(STAMP)
 	$(PYTEST) -n logical --dist worksteal -m soak tests

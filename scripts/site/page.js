@@ -333,6 +333,10 @@ $("save").onclick = () => {
   make("a", { href: url, download: `bigkit-${tab}.svg` }).click();
   setTimeout(() => URL.revokeObjectURL(url), 1000);
 };
+const dark = matchMedia("(prefers-color-scheme: dark)");
+const followTheme = () => document.documentElement.classList.toggle("bigkit-dark", dark.matches);
+dark.onchange = followTheme;
+followTheme();
 onhashchange = () => open(readAddress());
 
 first = await (await fetch(new URL("first.json", import.meta.url))).json();
