@@ -30,6 +30,7 @@ Reading order:
     run         a model that runs while it is spread out, moment by moment
     dryrun      what each device holds and does over a run, predicted and measured
     advice      what a token waits for, by way to store the weights
+    diagrams    blocks, arrows and braces: the drawn pictures of the course, continued in diagrams_run
 
 Leaves out: controls (`widgets/`), and finding out what is drawn.
 """
