@@ -5,7 +5,7 @@ Each picture is a function without arguments, drawn with the vocabulary of `diag
 
 from __future__ import annotations
 
-from .colours import BLUE, ORANGE, WHITE
+from .colours import BLUE, GREEN, GREY, ORANGE, SKY, WHITE, YELLOW
 from .diagrams import Diagram
 
 
@@ -14,7 +14,7 @@ def hook() -> Diagram:
     d = Diagram(
         "Calling a module: before, forward, after",
         "model(x) calls pre_forward, which may replace the inputs, then forward, then post_forward, which may replace "
-        "the output; if forward raises, only the hooks that were asked to always run are called.",
+        "the output.",
     )
     call = d.block(12, 44, 76, 40, "module(x)", WHITE)
     before = d.block(128, 44, 96, 40, "pre_forward\nthe hook", ORANGE)
@@ -24,4 +24,175 @@ def hook() -> Diagram:
     d.arrow(before.right, forward.left, text="x′")
     d.arrow(forward.right, after.left, text="y")
     d.arrow(after.bottom, (after.bottom[0], 112), (call.bottom[0], 112), call.bottom, text="y′, the result of the call")
+    return d
+
+
+def layer_in_turn() -> Diagram:
+    """The weights of one layer at a time are on the device (notebook 06)."""
+    d = Diagram(
+        "One layer's weights at a time",
+        "Eight layers lie in RAM; while layer 3 works, its weights are copied to the device, and those of layer 2 have "
+        "been removed.",
+    )
+    d.note(12, 56, "in RAM", 9.5)
+    kept = d.row(90, 44, [f"layer {i}" for i in range(8)], 50, 24, GREY, gap=4)
+    d.note(12, 126, "on the device", 9.5)
+    here = [
+        d.block(b.x, 114, 50, 24, "works" if i == 3 else "", ORANGE if i == 3 else WHITE, dash="" if i == 3 else "3 3")
+        for i, b in enumerate(kept)
+    ]
+    d.arrow(kept[3].bottom, here[3].top, text="copied before its forward")
+    d.arrow((kept[1].x, 158), (kept[7].x + 50, 158), text="time: layer 3 works now, layer 4 is next")
+    return d
+
+
+def one_slot() -> Diagram:
+    """Why a backward pass through a refilled slot is wrong (notebook 06)."""
+    d = Diagram(
+        "Three layers share one slot",
+        "In the forward, the slot holds the weights of layers 0, 1 and 2 in turn; in the backward it still holds those of "
+        "layer 2, and all three layers use them.",
+    )
+    for x, title, texts in ((92, "forward", ["W0", "W1", "W2"]), (332, "backward", ["W2", "W2", "W2"])):
+        d.note(x + 96, 44, title, 9.5, anchor="middle")
+        order = [0, 1, 2] if title == "forward" else [2, 1, 0]
+        layers = d.row(x, 56, [f"layer {i}" for i in order], 60, 24, SKY, gap=6)
+        right = [text == f"W{i}" for text, i in zip(texts, order)]
+        slots = d.row(x, 112, texts, 60, 24, [BLUE if good else ORANGE for good in right], gap=6)
+        for slot, layer, good in zip(slots, layers, right):
+            d.arrow(slot.top, layer.bottom, text="" if good else "wrong")
+    d.note(12, 68, "works", 9.5)
+    d.note(12, 124, "slot holds", 9.5)
+    return d
+
+
+def six_tensors() -> Diagram:
+    """What a 4-bit weight is in a file, and how it is put together (notebook 10)."""
+    d = Diagram(
+        "One weight in NF4 is six tensors in the file",
+        "The codes choose from the table of 16 values; their scales are codes themselves, which choose from a table of "
+        "256 values and have scales of their own; a JSON text holds shape, dtype, block sizes and the mean of the scales.",
+    )
+    codes = d.block(12, 50, 176, 38, "weight\n4-bit codes, two in a byte", BLUE)
+    book = d.block(12, 100, 176, 38, "weight.quant_map\nthe 16 values", SKY)
+    scales = d.block(12, 162, 176, 38, "weight.absmax\n8-bit codes of the scales", ORANGE)
+    table = d.block(12, 212, 176, 38, "weight.nested_quant_map\n256 values for scales", YELLOW)
+    groups = d.block(12, 262, 176, 38, "weight.nested_absmax\na scale for each 256 scales", YELLOW)
+    facts = d.block(12, 324, 176, 38, "weight.quant_state…\nJSON: shape, dtype, mean", WHITE)
+    value = d.block(250, 75, 110, 38, "value\none for each weight", WHITE)
+    scale = d.block(250, 212, 110, 38, "scale\none for each 64", WHITE)
+    weight = d.block(424, 140, 108, 44, "value × scale\nthe weight, back", GREEN)
+    for part, whole in ((codes, value), (book, value), (scales, scale), (table, scale), (groups, scale)):
+        d.arrow(part.right, (220, part.right[1]), (220, whole.left[1]), whole.left)
+    d.arrow(facts.right, (305, facts.right[1]), scale.bottom)
+    d.note(311, 290, "mean")
+    d.arrow(value.right, (392, value.right[1]), (392, 155), (424, 155))
+    d.arrow(scale.right, (392, scale.right[1]), (392, 170), (424, 170))
+    d.arrow(facts.right, (478, facts.right[1]), weight.bottom)
+    d.note(484, 262, "shape\nand dtype")
+    return d
+
+
+def adapter() -> Diagram:
+    """A frozen 4-bit layer with a trained correction beside it (notebook 11)."""
+    d = Diagram(
+        "A layer with an adapter",
+        "The input goes through the frozen 4-bit weight and, beside it, through A and B; the two results are added. "
+        "Gradients pass through both, and only A and B are changed.",
+    )
+    x = d.block(12, 82, 50, 34, "x", WHITE)
+    weight = d.block(150, 46, 200, 42, "W, in 4 bits\nfrozen: 256 × 1024 codes", GREY)
+    a = d.block(150, 112, 84, 42, "A\n256 → 8", ORANGE)
+    b = d.block(266, 112, 84, 42, "B\n8 → 1024", ORANGE)
+    y = d.block(470, 82, 56, 34, "y", WHITE)
+    plus = d.block(404, 88, 26, 22, "+", WHITE)
+    d.arrow(x.right, (100, 99), (100, 67), weight.left)
+    d.arrow(x.right, (100, 99), (100, 133), a.left)
+    d.arrow(a.right, b.left)
+    d.arrow(weight.right, (417, 67), plus.top)
+    d.arrow(b.right, (417, 133), plus.bottom)
+    d.arrow(plus.right, y.left)
+    d.brace(150, 350, 158, "trained: 10,240 numbers beside 262,144 codes")
+    return d
+
+
+def processes() -> Diagram:
+    """What a launcher starts, and how the processes find each other (notebook 13)."""
+    d = Diagram(
+        "A launcher, and two processes that know each other",
+        "The launcher starts two processes, gives each its rank, the number of processes and an address with a port, and "
+        "watches both; the processes meet at that port, which process 0 opens.",
+    )
+    launcher = d.block(190, 42, 160, 36, "launcher\nstarts, watches, ends", ORANGE)
+    first = d.block(40, 134, 190, 50, "process 0\nRANK=0  WORLD_SIZE=2\nopens the port", BLUE)
+    second = d.block(310, 134, 190, 50, "process 1\nRANK=1  WORLD_SIZE=2\njoins there", SKY)
+    d.arrow(launcher.left, (135, 60), first.top)
+    d.arrow(launcher.right, (405, 60), second.top)
+    d.note(270, 96, "tells each one who it is", anchor="middle")
+    port = d.block(180, 220, 180, 26, "127.0.0.1 : 29500", WHITE)
+    d.arrow((135, 184), (135, 233), port.left)
+    d.arrow((405, 184), (405, 233), port.right)
+    d.note(270, 259, "MASTER_ADDR : MASTER_PORT, where they exchange results", anchor="middle")
+    return d
+
+
+def two_hosts() -> Diagram:
+    """Four processes on two hosts: ranks, local ranks, and the one port (notebook 13)."""
+    d = Diagram(
+        "Two hosts, four processes",
+        "Each host runs the same command with its own machine_rank; ranks count over all hosts, local ranks on each, and "
+        "all processes meet at one port of the first host.",
+    )
+    for host, x in enumerate((12, 282)):
+        d.block(x, 40, 246, 112, "", "none")
+        d.note(x + 8, 52, f"host {host}: --machine_rank {host}", bold=True)
+        d.row(x + 12, 68, [f"rank {2 * host + i}\nlocal rank {i}" for i in range(2)], 106, 36, [BLUE, SKY], gap=10)
+    d.block(24, 118, 222, 24, "10.0.0.1 : 29500", WHITE)
+    d.arrow((294, 130), (246, 130))
+    d.note(300, 130, "all four processes meet here")
+    d.note(12, 168, "both: --num_processes 4 --num_machines 2 --main_process_ip 10.0.0.1 --main_process_port 29500")
+    return d
+
+
+def parts_of_a_job() -> Diagram:
+    """How `map_file` survives being killed (notebook 13)."""
+    d = Diagram(
+        "A job that can be killed",
+        "A free process takes the next batch of prompts and writes its answers to a part of its own; when all are done, "
+        "the parts are merged in order and renamed to the answers' file.",
+    )
+    prompts = d.block(12, 70, 96, 40, "prompts.txt\n60 prompts", WHITE)
+    first = d.block(160, 44, 84, 36, "process 0\nbatch of 2", BLUE)
+    second = d.block(160, 100, 84, 36, "process 1\nbatch of 2", SKY)
+    parts = [d.block(286, y, 98, 36, f"part {i}\non disk at once", YELLOW) for i, y in enumerate((44, 100))]
+    answers = d.block(434, 70, 96, 40, "answers.jsonl\nall, in order", GREEN)
+    for process, part in zip((first, second), parts):
+        d.arrow(prompts.right, (134, 90), (134, process.left[1]), process.left)
+        d.arrow(process.right, part.left)
+        d.arrow(part.right, (408, part.right[1]), (408, 90), answers.left)
+    d.brace(286, 384, 142, "what a new start reads first")
+    d.note(482, 124, "one rename,\nat the end", anchor="middle")
+    return d
+
+
+def shared_prompts() -> Diagram:
+    """Five prompts on two processes, and the answers in order (notebook 12)."""
+    d = Diagram(
+        "Five prompts, two processes",
+        "Process 0 takes prompts 0 to 2, process 1 prompts 3 and 4; each has a whole model; the answers are gathered in "
+        "the order of the prompts.",
+    )
+    colours = [BLUE, BLUE, BLUE, SKY, SKY]
+    prompts = d.row(120, 40, [f"prompt {i}" for i in range(5)], 56, 24, colours, gap=4, size=8.5)
+    first = d.block(120, 104, 176, 38, "process 0, rank 0\na whole model", BLUE)
+    second = d.block(300, 104, 116, 38, "process 1, rank 1\na whole model", SKY)
+    answers = d.row(120, 184, [f"answer {i}" for i in range(5)], 56, 24, colours, gap=4, size=8.5)
+    for process, item, answer in ((first, prompts[1], answers[1]), (second, prompts[3], answers[3])):
+        middle = process.x + process.width / 2
+        d.arrow((middle, item.y + 24), process.top)
+        d.arrow(process.bottom, (middle, answer.y))
+    d.note(12, 84, "split: each takes", 9)
+    d.note(12, 96, "its share", 9)
+    d.note(12, 158, "gather: everyone", 9)
+    d.note(12, 170, "gets all answers", 9)
     return d
