@@ -2,7 +2,8 @@
 
 A diagram is a `Picture` whose parts are placed by hand, in points; it is 540 points wide, and as high as its lowest
 part. Blocks know where their sides are, so that arrows can join them. Each picture is a function without arguments,
-named after its idea. Here are those of notebooks 00 to 04, 14 and 16; `diagrams_run` has those of the others.
+named after its idea. Here are those of notebooks 01 to 04; `diagrams_count` has those of the index, 14 and 16, and
+`diagrams_run` those of the others.
 
 Leaves out: pictures of data, which have their own files beside this one.
 """
@@ -14,7 +15,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from .canvas import Picture, text_width
-from .colours import DARK, SKY, SOFT, WHITE, ink
+from .colours import BLUE, DARK, GREEN, GREY, ORANGE, PALE, SKY, SOFT, VERMILLION, WHITE, YELLOW, ink
 
 Point = tuple[float, float]
 
@@ -154,10 +155,10 @@ class Diagram(Picture):
 
 
 def figures() -> dict[str, Diagram]:
-    """Every diagram of the course by the name of its function: those of this file and of `diagrams_run`."""
-    from . import diagrams_run
+    """Every diagram of the course by the name of its function: of this file, `diagrams_count`, `diagrams_run`."""
+    from . import diagrams_count, diagrams_run
 
-    made = {**globals(), **vars(diagrams_run)}
+    made = {**globals(), **vars(diagrams_count), **vars(diagrams_run)}
     return {
         name: draw() for name, draw in made.items()
         if callable(draw) and name[0] != "_" and getattr(draw, "__annotations__", {}).get("return") == "Diagram"
@@ -166,3 +167,147 @@ def figures() -> dict[str, Diagram]:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Models, files and maps
+
+
+def kinds_of_tensor() -> Diagram:
+    """What an empty model is made of (notebook 01)."""
+    d = Diagram(
+        "An empty model: parameters without numbers, real buffers, ties that hold",
+        "A parameter on the meta device has a shape and a dtype but no numbers; a buffer is real and keeps its own; "
+        "a tied weight is one parameter that two modules hold.",
+    )
+    real = d.block(8, 64, 118, 58, "4096 x 4096\nfloat16\n0.12 -0.03 1.4 …", BLUE)
+    meta = d.block(158, 64, 118, 58, "4096 x 4096\nfloat16\nno numbers", "none", dash="4 3")
+    buffer = d.block(308, 64, 92, 58, "64\nfloat32\n1.0 0.87 …", GREEN)
+    tie = d.block(436, 90, 96, 32, "one parameter", "none", dash="4 3")
+    for block, text in ((real, "parameter, usual"), (meta, "parameter, empty"), (buffer, "buffer")):
+        d.note(block.top[0], 48, text, 9.5, anchor="middle", bold=True)
+    d.note(tie.top[0], 48, "tied weight", 9.5, anchor="middle", bold=True)
+    d.note(436, 68, "embedding", 8.5)
+    d.note(532, 68, "head", 8.5, anchor="end")
+    d.arrow((456, 74), (466, 90))
+    d.arrow((520, 74), (508, 90))
+    d.note(real.bottom[0], 134, "32 MiB in memory", anchor="middle")
+    d.note(meta.bottom[0], 134, "0 bytes in memory", anchor="middle")
+    d.note(buffer.bottom[0], 134, "256 bytes, kept", anchor="middle")
+    d.note(tie.bottom[0], 134, "counted once", anchor="middle")
+    return d
+
+
+def two_ways_to_load() -> Diagram:
+    """The usual way to load a model, and the empty way (notebook 01)."""
+    d = Diagram(
+        "Two ways to fill a model",
+        "Usually a model is built with random numbers, the file is read into a second copy, and the numbers are copied "
+        "over; an empty model takes the tensors that were read as its own, so there is one copy.",
+    )
+    d.note(8, 50, "usual: copy", 9.5, bold=True)
+    file = d.block(112, 38, 70, 26, "file", PALE)
+    read = d.block(240, 38, 110, 26, "tensors read", BLUE)
+    model = d.block(420, 38, 112, 26, "random numbers", ORANGE)
+    d.arrow(file.right, read.left, text="read")
+    d.arrow(read.right, model.left, text="copy_")
+    d.note(540 - 8, 76, "two copies in memory", anchor="end")
+    d.note(8, 112, "empty: assign", 9.5, bold=True)
+    file = d.block(112, 100, 70, 26, "file", PALE)
+    read = d.block(240, 100, 110, 26, "tensors read", BLUE)
+    model = d.block(420, 100, 112, 26, "names and shapes", "none", dash="4 3")
+    d.arrow(file.right, read.left, text="read")
+    d.arrow(model.left, read.right, text="is now")
+    d.note(540 - 8, 138, "one copy: the tensors that were read", anchor="end")
+    return d
+
+
+def residual() -> Diagram:
+    """Why a block is not cut (notebook 02)."""
+    d = Diagram(
+        "A block computes x + f(x): cut it, and the sum has its terms on two GPUs",
+        "The input x goes through f, whose second part lies on GPU 1, and also around f to the plus sign: x is on GPU "
+        "0 and f(x) is on GPU 1, so the sum fails.",
+    )
+    d.block(8, 40, 318, 84, "", PALE)
+    d.block(336, 40, 120, 84, "", PALE)
+    d.note(16, 50, "GPU 0", 9, bold=True)
+    d.note(344, 50, "GPU 1", 9, bold=True)
+    x = d.block(24, 66, 30, 26, "x", WHITE)
+    norm = d.block(82, 66, 60, 26, "norm", SKY)
+    up = d.block(170, 66, 66, 26, "up_proj", SKY)
+    down = d.block(350, 66, 84, 26, "down_proj", SKY)
+    plus = d.block(484, 66, 30, 26, "+", YELLOW, size=12)
+    d.arrow(x.right, norm.left)
+    d.arrow(norm.right, up.left)
+    d.arrow(up.right, down.left, text="is moved")
+    d.arrow(down.right, plus.left)
+    d.line("cut", [(331, 34), (331, 146)], VERMILLION, 2, "5 3")
+    d.note(331, 152, "a careless cut", 9, anchor="middle")
+    d.arrow(x.bottom, (39, 110), (499, 110), plus.bottom)
+    d.note(190, 117, "x goes around f and stays on GPU 0", 8.5, anchor="middle")
+    d.note(540 - 8, 152, "f(x) is on GPU 1, x is on GPU 0", 9, anchor="end")
+    return d
+
+
+def visitors() -> Diagram:
+    """How a GPU computes layers that have no place on it (notebook 02)."""
+    d = Diagram(
+        "What does not fit is copied to the GPU when it is needed",
+        "GPU 0 holds some layers for good and two slots; a layer in RAM or on disk is copied into a slot, computes, "
+        "and makes room for the next.",
+    )
+    d.block(150, 40, 382, 46, "", PALE)
+    d.note(8, 62, "GPU 0", 10, bold=True)
+    d.row(158, 50, ["layer 0", "layer 1", "layer 2"], 60, 26, BLUE, gap=4)
+    first, second = d.row(372, 50, ["slot", "slot"], 72, 26, WHITE, gap=6)
+    d.note(8, 132, "RAM, disk", 10, bold=True)
+    d.row(158, 118, ["layer 3", "layer 4", "layer 5", "layer 6", "layer 7"], 60, 26, GREY, gap=4)
+    d.arrow((188, 118), (188, 102), (first.bottom[0], 102), first.bottom, text="computes")
+    d.arrow((252, 144), (252, 160), (second.bottom[0] + 20, 160), (second.bottom[0] + 20, second.bottom[1]))
+    d.note(380, 152, "arrives meanwhile", 9, anchor="middle")
+    return d
+
+
+def three_renames() -> Diagram:
+    """What a folder holds at each step of a save (notebook 04)."""
+    d = Diagram(
+        "A save in four steps: the index decides which model loads",
+        "While the new shards are written and moved in, the index still names the old ones; one rename replaces the "
+        "index; only then are the old shards removed.",
+    )
+    steps = ("1. write aside", "2. move shards in", "3. replace the index", "4. clear up")
+    for i, step in enumerate(steps):
+        x = 8 + 134 * i
+        d.note(x, 44, step, 9.5, bold=True)
+        index = d.block(x, 56, 60, 22, "index", WHITE if i < 2 else ORANGE)
+        old = d.block(x, 104, 54, 26, "old 1, 2", BLUE) if i < 3 else None
+        new = d.block(x + 64, 104, 58, 26, "new 1, 2", ORANGE, "/" if i == 0 else "")
+        d.arrow(index.bottom, old.top if old and i < 2 else new.top)
+        if i == 0:
+            d.note(new.bottom[0], 140, "hidden folder", 8.5, anchor="middle")
+    d.line("before", [(8, 160), (270, 160)], BLUE, 3)
+    d.line("after", [(278, 160), (532, 160)], ORANGE, 3)
+    d.note(139, 170, "killed here: the old model loads", anchor="middle")
+    d.note(405, 170, "killed here: the new model loads", anchor="middle")
+    return d
+
+
+def two_halves() -> Diagram:
+    """An image network on two devices (notebook 03)."""
+    d = Diagram(
+        "Two devices, one tensor between them",
+        "The image goes through the 18 pieces on device 0; one tensor of 2048 channels and 7 x 7 places passes to "
+        "device 1, whose 4 pieces give the answer.",
+    )
+    d.block(84, 40, 196, 64, "", PALE)
+    d.block(350, 40, 130, 64, "", PALE)
+    d.note(92, 50, "device 0: 55.8 MiB", 9, bold=True)
+    d.note(358, 50, "device 1: 41.9 MiB", 9, bold=True)
+    image = d.block(8, 66, 54, 26, "image", GREEN)
+    first = d.row(92, 66, ["conv1", "…", "layer4.0"], [50, 44, 66], 26, SKY, gap=9)
+    second = d.row(358, 66, ["layer4.1", "…", "fc"], [52, 22, 24], 26, SKY, gap=8, size=9)
+    d.arrow(image.right, first[0].left)
+    for a, b in zip([*first[:2], *second[:2]], [*first[1:], *second[1:]]):
+        d.arrow(a.right, b.left, width=1)
+    d.arrow(first[2].right, second[0].left)
+    d.note(315, 116, "1 x 2048 x 7 x 7: 392 KiB", anchor="middle")
+    d.arrow(second[2].right, (506, 79))
+    d.note(508, 79, "class", 9)
+    return d

@@ -23,7 +23,7 @@ from ..api import Source, describe
 from ..draw.canvas import Picture
 from ..model.spec import ModelSpec
 from ._controls import field, menu
-from ._html import MONO, pill, preformatted, short
+from ._html import MONO, pill, preformatted, short, still
 
 OWN = "my own"  # in a menu of presets: the controls agree with none of them
 LONGEST_REPR = 109  # ipywidgets cuts a longer one where a cell shows it
@@ -139,6 +139,14 @@ class Explorer(widgets.VBox):
     def put(self, verdict: str, picture: Picture, text: str, wrap: bool = False) -> None:
         """Show a verdict as HTML, a picture and its text twin, whose long lines scroll or wrap."""
         self.verdict.value, self.picture.value, self.text.value = verdict, picture.svg, preformatted(text, wrap)
+
+    _ipython_display_ = None  # with ipywidgets 7, which has it, IPython would not ask for the bundle
+
+    def _repr_mimebundle_(self, **kwargs: Any) -> dict[str, Any]:
+        """What a cell stores: the live view, its `repr`, and a still picture for where nothing runs."""
+        view = {"version_major": 2, "version_minor": 0, "model_id": self.model_id}
+        data = {"text/plain": repr(self), "application/vnd.jupyter.widget-view+json": view}
+        return {**data, "text/html": still(self.picture.value)} if self.picture.value else data
 
     def __repr__(self) -> str:
         name = type(self).__name__

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import html
+import re
 from collections.abc import Mapping
 
 from ..devices import Device, device_label
@@ -35,6 +37,16 @@ def pill(news: str, headline: str, rest: str = "", role: str = "status") -> str:
     style = f"background:{ground};color:#111;border-left:4px solid {edge};padding:4px 10px;line-height:1.4"
     words = f"<b>{html.escape(headline)}</b> {html.escape(rest)}"
     return f'<div role="{role}" style="{style};white-space:normal">{words}</div>'
+
+
+def still(svg: str) -> str:
+    """An SVG element as an image that cannot be touched.
+
+    JupyterLab shows neither SVG nor scripts of a notebook that was not run here; GitHub and nbviewer show images too.
+    """
+    label = re.search('aria-label="([^"]*)"', svg)
+    content = base64.b64encode(re.sub(r"(?s)<g class=.marks.*</g>\n", "", svg).encode()).decode()
+    return f'<img width="720" alt="{label[1] if label else ""}" src="data:image/svg+xml;base64,{content}">'
 
 
 def short(text: str, length: int = 30) -> str:

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import ipywidgets as widgets
 import pytest
+from IPython.core.formatters import DisplayFormatter
 
 from bigkit import HARDWARE, Plan, describe, estimate_memory, plan
 from bigkit.widgets import Advisor, MemoryExplorer, PlanExplorer, ShardExplorer
@@ -24,6 +25,7 @@ from bigkit.widgets._explorer import LONGEST_REPR, Explorer
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 GIB = 2**30
+PATH = "{http://www.w3.org/2000/svg}path"
 SMALL = {0: "300MiB", 1: "300MiB"}
 
 
@@ -92,6 +94,21 @@ def test_a_bad_name_from_the_start_can_be_corrected(kind: type[Explorer]) -> Non
         explorer.to_code()
     explorer.model.value = "gpt2"
     assert explorer.error.value == "" and "gpt2" in repr(explorer) and "<svg" in explorer.picture.value
+
+
+def test_a_cell_stores_a_still_picture_beside_the_live_view() -> None:
+    explorer = PlanExplorer("gpt2", SMALL)
+    data, _ = DisplayFormatter().format(explorer)
+    assert set(data) == {"text/plain", "text/html", "application/vnd.jupyter.widget-view+json"}
+    assert data["text/plain"] == repr(explorer)
+    image = ElementTree.fromstring(data["text/html"].replace(">", "/>"))
+    picture = ElementTree.fromstring(explorer.picture.value)
+    assert image.tag == "img" and image.get("alt") == picture.get("aria-label")
+    still = ElementTree.fromstring(base64.b64decode(image.get("src", "").partition(",")[2]))
+    assert still.get("aria-label") == picture.get("aria-label")
+    assert [path.get("d") for path in still.iter(PATH)] == [path.get("d") for path in picture.iter(PATH)]
+    empty, _ = DisplayFormatter().format(PlanExplorer("no-such-model"))
+    assert "text/html" not in empty
 
 
 def test_together_computes_once() -> None:
