@@ -196,3 +196,79 @@ def shared_prompts() -> Diagram:
     d.note(12, 158, "gather: everyone", 9)
     d.note(12, 170, "gets all answers", 9)
     return d
+
+
+def two_memories() -> Diagram:
+    """The two kinds of pages that a process holds (notebook 05)."""
+    d = Diagram(
+        "Two kinds of memory",
+        "Anonymous pages hold what a process wrote and exist nowhere else; file-backed pages are a view of the page cache, "
+        "which several processes share and which can be read from the disk again.",
+    )
+    for i, y in enumerate((52, 122)):
+        d.block(12, y, 190, 56, "", "none")
+        d.note(20, y + 12, f"process {i}", 9.5)
+        d.block(20, y + 24, 84, 24, "anonymous", BLUE)
+        view = d.block(112, y + 24, 82, 24, "file-backed", YELLOW)
+        d.arrow(view.right, (250, view.right[1]), (250, 112), (290, 112), dash="4 3")
+    cache = d.block(290, 84, 96, 56, "page cache\nof the system,\nin RAM", YELLOW)
+    disk = d.block(454, 84, 76, 56, "the file\non disk", GREY)
+    d.arrow(disk.left, cache.right, text="read")
+    d.note(12, 196, "RAM is full: anonymous pages stay, and the system ends a process to get them.", 9)
+    d.note(12, 210, "File-backed pages are dropped, and read again when they are needed.", 9)
+    return d
+
+
+def who_holds_a_copy() -> Diagram:
+    """Who holds the weights in the usual way to load, and in three others (notebook 05)."""
+    d = Diagram(
+        "Who holds the weights?",
+        "The usual way builds a model with random numbers and reads the whole checkpoint beside it: two copies. An empty "
+        "model takes over what was read: one copy. Mapped, the tensors are views of the file: none.",
+    )
+    rows = {
+        "usual": [("built model", BLUE), ("checkpoint, read", ORANGE)],
+        "sharded": [("built model", BLUE), ("shard", ORANGE)],
+        "assigned": [("empty", WHITE), ("checkpoint, read", ORANGE)],
+        "mapped": [("empty", WHITE), ("views of the file", YELLOW)],
+    }
+    copies = {"usual": "2 copies", "sharded": "1 copy and a shard", "assigned": "1 copy", "mapped": "none"}
+    for i, (name, parts) in enumerate(rows.items()):
+        y, x = 42 + 36 * i, 90.0
+        d.note(12, y + 12, name, 9.5, bold=True)
+        for text, colour in parts:
+            width = 54 if text in ("empty", "shard") else 140
+            d.block(x, y, width, 24, text, colour, "/" if colour == YELLOW else "", "3 3" if colour == WHITE else "")
+            x += width + 6
+        d.note(396, y + 12, copies[name], 9.5)
+    return d
+
+
+def formats() -> Diagram:
+    """What the formats of today store for a weight (notebook 09)."""
+    rows = [  # name, bits of a code, what a code is, weights that share a scale, the scale, bits for each weight
+        ("int8 (LLM.int8)", 8, "whole number", "a row", "float32", "8.0"),
+        ("FP8 (DeepSeek-V3)", 8, "float, 4 + 3 bits", "128 × 128", "float32", "8.0"),
+        ("NF4, FP4 (bitsandbytes)", 4, "one of 16 values", "64", "float32", "4.5"),
+        ("NF4, scales in 8 bits", 4, "one of 16 values", "64", "8 bits", "4.13"),
+        ("GPTQ, AWQ", 4, "whole number", "128", "float16 + zero", "4.16"),
+        ("GGUF Q4_K", 4, "whole number", "32", "6 bits + minimum", "4.5"),
+        ("MXFP4 (gpt-oss)", 4, "float, 2 + 1 bits", "32", "power of two", "4.25"),
+        ("NVFP4", 4, "float, 2 + 1 bits", "16", "FP8", "4.5"),
+    ]
+    told = "; ".join(
+        f"{name}: {bits} bits, {code}, {group} share a scale ({scale})" for name, bits, code, group, scale, _ in rows
+    )
+    d = Diagram("What is stored for a weight", f"Formats and what they store. {told}.")
+    for x, text in ((8, "format"), (150, "code"), (320, "group"), (388, "scale"), (532, "bits a weight")):
+        d.note(x, 38, text, 9, anchor="end" if x == 532 else "start", bold=True)
+    for i, (name, bits, code, group, scale, total) in enumerate(rows):
+        y = 50 + 25 * i
+        d.note(8, y + 9, name, 9)
+        for bit in range(bits):
+            d.block(150 + 8 * bit, y + 4, 8, 10, "", BLUE if bits == 8 else SKY)
+        d.note(220, y + 9, code, 9)
+        d.note(320, y + 9, group, 9)
+        d.note(388, y + 9, scale, 9)
+        d.note(532, y + 9, total, 9, anchor="end", bold=True)
+    return d
