@@ -5,7 +5,7 @@ Each picture is a function without arguments, drawn with the vocabulary of `diag
 
 from __future__ import annotations
 
-from .colours import BLUE, GREEN, GREY, ORANGE, SKY, WHITE, YELLOW
+from .colours import BLUE, GREEN, GREY, ORANGE, PALE, SKY, WHITE, YELLOW
 from .diagrams import Diagram
 
 
@@ -50,7 +50,8 @@ def one_slot() -> Diagram:
     """Why a backward pass through a refilled slot is wrong (notebook 06)."""
     d = Diagram(
         "Three layers share one slot",
-        "In the forward, the slot holds the weights of layers 0, 1 and 2 in turn; in the backward it still holds those of "
+        "In the forward, the slot holds the weights of layers 0, 1 and 2 in turn; in the backward it still holds those "
+        "of "
         "layer 2, and all three layers use them.",
     )
     for x, title, texts in ((92, "forward", ["W0", "W1", "W2"]), (332, "backward", ["W2", "W2", "W2"])):
@@ -71,7 +72,8 @@ def six_tensors() -> Diagram:
     d = Diagram(
         "One weight in NF4 is six tensors in the file",
         "The codes choose from the table of 16 values; their scales are codes themselves, which choose from a table of "
-        "256 values and have scales of their own; a JSON text holds shape, dtype, block sizes and the mean of the scales.",
+        "256 values and have scales of their own; a JSON text holds shape, dtype, block sizes and the mean "
+        "of the scales.",
     )
     codes = d.block(12, 50, 176, 38, "weight\n4-bit codes, two in a byte", BLUE)
     book = d.block(12, 100, 176, 38, "weight.quant_map\nthe 16 values", SKY)
@@ -120,7 +122,8 @@ def processes() -> Diagram:
     """What a launcher starts, and how the processes find each other (notebook 13)."""
     d = Diagram(
         "A launcher, and two processes that know each other",
-        "The launcher starts two processes, gives each its rank, the number of processes and an address with a port, and "
+        "The launcher starts two processes, gives each its rank, the number of processes and an address with a port, "
+        "and "
         "watches both; the processes meet at that port, which process 0 opens.",
     )
     launcher = d.block(190, 42, 160, 36, "launcher\nstarts, watches, ends", ORANGE)
@@ -140,7 +143,8 @@ def two_hosts() -> Diagram:
     """Four processes on two hosts: ranks, local ranks, and the one port (notebook 13)."""
     d = Diagram(
         "Two hosts, four processes",
-        "Each host runs the same command with its own machine_rank; ranks count over all hosts, local ranks on each, and "
+        "Each host runs the same command with its own machine_rank; ranks count over all hosts, local ranks on each, "
+        "and "
         "all processes meet at one port of the first host.",
     )
     for host, x in enumerate((12, 282)):
@@ -158,7 +162,8 @@ def parts_of_a_job() -> Diagram:
     """How `map_file` survives being killed (notebook 13)."""
     d = Diagram(
         "A job that can be killed",
-        "A free process takes the next batch of prompts and writes its answers to a part of its own; when all are done, "
+        "A free process takes the next batch of prompts and writes its answers to a part of its own; when all are "
+        "done, "
         "the parts are merged in order and renamed to the answers' file.",
     )
     prompts = d.block(12, 70, 96, 40, "prompts.txt\n60 prompts", WHITE)
@@ -179,7 +184,8 @@ def shared_prompts() -> Diagram:
     """Five prompts on two processes, and the answers in order (notebook 12)."""
     d = Diagram(
         "Five prompts, two processes",
-        "Process 0 takes prompts 0 to 2, process 1 prompts 3 and 4; each has a whole model; the answers are gathered in "
+        "Process 0 takes prompts 0 to 2, process 1 prompts 3 and 4; each has a whole model; the answers are gathered "
+        "in "
         "the order of the prompts.",
     )
     colours = [BLUE, BLUE, BLUE, SKY, SKY]
@@ -202,7 +208,8 @@ def two_memories() -> Diagram:
     """The two kinds of pages that a process holds (notebook 05)."""
     d = Diagram(
         "Two kinds of memory",
-        "Anonymous pages hold what a process wrote and exist nowhere else; file-backed pages are a view of the page cache, "
+        "Anonymous pages hold what a process wrote and exist nowhere else; file-backed pages are a view of the page "
+        "cache, "
         "which several processes share and which can be read from the disk again.",
     )
     for i, y in enumerate((52, 122)):
@@ -223,7 +230,8 @@ def who_holds_a_copy() -> Diagram:
     """Who holds the weights in the usual way to load, and in three others (notebook 05)."""
     d = Diagram(
         "Who holds the weights?",
-        "The usual way builds a model with random numbers and reads the whole checkpoint beside it: two copies. An empty "
+        "The usual way builds a model with random numbers and reads the whole checkpoint beside it: two copies. An "
+        "empty "
         "model takes over what was read: one copy. Mapped, the tensors are views of the file: none.",
     )
     rows = {
@@ -256,10 +264,8 @@ def formats() -> Diagram:
         ("MXFP4 (gpt-oss)", 4, "float, 2 + 1 bits", "32", "power of two", "4.25"),
         ("NVFP4", 4, "float, 2 + 1 bits", "16", "FP8", "4.5"),
     ]
-    told = "; ".join(
-        f"{name}: {bits} bits, {code}, {group} share a scale ({scale})" for name, bits, code, group, scale, _ in rows
-    )
-    d = Diagram("What is stored for a weight", f"Formats and what they store. {told}.")
+    told = ", ".join(f"{name} {total}" for name, *_, total in rows)
+    d = Diagram("What is stored for a weight", f"Eight formats and the bits that a weight takes in each: {told}.")
     for x, text in ((8, "format"), (150, "code"), (320, "group"), (388, "scale"), (532, "bits a weight")):
         d.note(x, 38, text, 9, anchor="end" if x == 532 else "start", bold=True)
     for i, (name, bits, code, group, scale, total) in enumerate(rows):
@@ -271,4 +277,89 @@ def formats() -> Diagram:
         d.note(320, y + 9, group, 9)
         d.note(388, y + 9, scale, 9)
         d.note(532, y + 9, total, 9, anchor="end", bold=True)
+    return d
+
+
+def rehearsal() -> Diagram:
+    """What a dry run runs, and what it writes down (notebook 15)."""
+    d = Diagram(
+        "A rehearsal",
+        "The model's own code runs on fake tensors; every request for memory goes to a model of PyTorch's allocator, "
+        "every operation to a clock.",
+    )
+    code = d.block(12, 74, 110, 44, "the model's code\nas it is", BLUE)
+    fake = d.block(172, 74, 124, 44, "fake tensors\nshapes, no numbers", "none", dash="4 3")
+    memory = d.block(362, 42, 168, 40, "allocator\nrequests become segments", YELLOW)
+    clock = d.block(362, 110, 168, 40, "clock\noperations become seconds", GREEN)
+    d.arrow(code.right, fake.left)
+    d.arrow(fake.right, (330, 96), (330, 62), memory.left)
+    d.arrow(fake.right, (330, 96), (330, 130), clock.left)
+    return d
+
+
+def allocator() -> Diagram:
+    """Three requests, and the segments that PyTorch's allocator takes for them (notebook 15)."""
+    d = Diagram(
+        "Three requests, three segments",
+        "100 bytes take 512 bytes of a segment of 2 MiB, 3 MiB a part of a segment of 20 MiB, and 19 MiB a whole "
+        "segment of 20 MiB.",
+    )
+    for i, (request, wide, size, name) in enumerate(
+        (("100 bytes", 2, 24, "2 MiB"), ("3 MiB", 36, 240, "20 MiB"), ("19 MiB", 240, 240, "20 MiB"))
+    ):
+        y = 40 + 34 * i
+        d.note(12, y + 12, request, 9.5)
+        d.arrow((74, y + 12), (104, y + 12))
+        d.block(110, y, size, 24, "", WHITE)
+        d.block(110, y, wide, 24, "", BLUE)
+        d.note(364, y + 12, f"a segment of {name}")
+    d.brace(110, 350, 136, "blue: allocated; with white: reserved")
+    return d
+
+
+def chosen_experts() -> Diagram:
+    """The router of a block chooses two of sixteen experts (notebook 17)."""
+    d = Diagram(
+        "A block of a mixture",
+        "A token passes the attention; the router gives each of 16 experts a score and chooses two; only these two are "
+        "copied to the GPU, compute, and are added with their weights.",
+    )
+    token = d.block(12, 52, 60, 34, "token", WHITE)
+    attention = d.block(104, 52, 76, 34, "attention", BLUE)
+    router = d.block(212, 52, 76, 34, "router\n16 scores", BLUE)
+    total = d.block(456, 52, 76, 34, "sum\n2 weights", BLUE)
+    d.arrow(token.right, attention.left)
+    d.arrow(attention.right, router.left)
+    d.note(372, 62, "experts 5 and 2", anchor="middle")
+    d.note(372, 76, "compute", anchor="middle")
+    d.arrow(router.right, (320, 69))
+    d.arrow((424, 69), total.left)
+    d.note(12, 130, "in RAM or", 9)
+    d.note(12, 142, "on disk:", 9)
+    for i in range(16):
+        expert = d.block(104 + 27 * i, 124, 25, 24, str(i), ORANGE if i in (2, 5) else GREY, size=9)
+        if i in (2, 5):
+            d.arrow(expert.top, (expert.top[0], 108), (334, 108), (334, 86))
+    d.note(350, 100, "copied, because they were chosen", 9)
+    return d
+
+
+def four_calls() -> Diagram:
+    """From an empty model to text (notebook 08)."""
+    d = Diagram(
+        "Four calls",
+        "An empty model and a folder of shards go into load_checkpoint_and_dispatch, which places layers on GPUs, in RAM "
+        "and on disk; generate then writes text.",
+    )
+    empty = d.block(12, 46, 132, 40, "init_empty_weights\nshapes, no numbers", "none", dash="4 3")
+    files = d.block(12, 112, 132, 40, "snapshot_download\na folder of shards", YELLOW)
+    call = d.block(186, 76, 160, 46, "load_checkpoint_\nand_dispatch", ORANGE)
+    text = d.block(448, 79, 84, 40, "generate\ntext", GREEN)
+    d.arrow(empty.right, (164, 66), (164, 92), (186, 92))
+    d.arrow(files.right, (164, 132), (164, 106), (186, 106))
+    places = [d.block(372, 50 + 34 * i, 50, 28, name, colour) for i, (name, colour) in enumerate(
+        (("GPUs", BLUE), ("RAM", GREY), ("disk", PALE)))]  # fmt: skip
+    for place in places:
+        d.arrow(call.right, (358, 99), (358, place.left[1]), place.left)
+    d.arrow((422, 99), text.left)
     return d

@@ -96,7 +96,7 @@ def trace_memory(
 
 def _watch(pipe: Connection, process: psutil.Process, every: float) -> MemoryTrace:
     """Look at a process until it has sent its result; it waits for an answer after each step."""
-    trace = MemoryTrace()
+    trace, start = MemoryTrace(), Look(0.0, 0, 0)
     while True:
         ended = pipe.poll(every)
         try:
