@@ -14,7 +14,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import __version__
+from . import __version__, _say_missing
 from .devices import Device, read_device
 from .maps.advise import TARGETS
 from .maps.strategies import STRATEGIES
@@ -40,7 +40,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of a pipe, such as `head`, has had enough; nothing is left to say at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (ValueError, OSError, ImportError) as error:
-        print(f"bigkit: {error}", file=sys.stderr)
+        said = _say_missing(error, "this command") if isinstance(error, ImportError) else error
+        print(f"bigkit: {said}", file=sys.stderr)
         return 2
     return 0
 
@@ -336,8 +337,11 @@ def _env(options: argparse.Namespace) -> str:
             said[package] = version(package)
         except PackageNotFoundError:
             said[package] = "not installed"
-    machine = Hardware.detect()
-    said["machine"] = f"{machine.name}, {format_bytes(machine.ram)} of RAM"
+    try:
+        machine = Hardware.detect()
+        said["machine"] = f"{machine.name}, {format_bytes(machine.ram)} of RAM"
+    except ImportError:
+        said["machine"] = "unknown without torch"
     said["config of launch"] = str(default_config()) if default_config().is_file() else "none"
     return "\n".join(f"- {name}: {value}" for name, value in said.items())
 

@@ -8,7 +8,8 @@ Stored outputs are what `pytest --nbval notebooks/` compares with. Left out of t
 says nothing: widget models and views (the `repr` beside a view stays), stderr, timestamps, the kernel's version.
 
 Two tags fold a cell: `reveal` its output (run the cell, and it unfolds), `solution` its code too. The line of the first
-cell that begins with `**12 minutes**` gets links to the notebooks before and after, and a last cell repeats them.
+cell that begins with `**12 minutes**` gets links to the notebooks before and after, and a last cell repeats them. In
+the index each row of the table gets the minutes and the title of the notebook that it links to.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ import nbformat
 from nbclient import NotebookClient
 
 ROOT = Path(__file__).resolve().parent.parent
+MINUTES = re.compile(r"^\*\*(\d+) minutes\*\*.*", re.MULTILINE)
+ROW = re.compile(r"^\| [\d?]+ \| \[[^\]]*\]\((\S+\.ipynb)\)", re.MULTILINE)  # of the index
 WIDGET_VIEW = "application/vnd.jupyter.widget-view+json"
 KERNEL = {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"}
 
@@ -66,18 +69,20 @@ def course() -> list[Path]:
     return sorted(found, key=lambda path: (path.stem != "index", path.stem.startswith("appendix")))
 
 
+def called(path: Path) -> tuple[str, str]:
+    """A notebook's number and title, and how many minutes it says that it takes."""
+    first = nbformat.read(path, as_version=4).cells[0].source
+    title = first.partition("\n")[0].removeprefix("# ")
+    minutes = MINUTES.search(first)
+    return (f"{path.stem[:2]} " if path.stem[:2].isdigit() else "") + title, minutes[1] if minutes else "?"
+
+
 def links(path: Path) -> str:
     """One line of Markdown: the notebook before the one at `path`, the index, the notebook after."""
     paths = course()
     place = next(number for number, other in enumerate(paths) if other.name == path.name)
-
-    def link(other: Path, text: str) -> str:
-        title = "".join(nbformat.read(other, as_version=4).cells[0].source).partition("\n")[0].removeprefix("# ")
-        number = f"{other.stem[:2]} " if other.stem[:2].isdigit() else ""
-        return f"[{text.format(number + title)}]({other.name})"
-
-    before = [link(paths[place - 1], "← {}")] if place > 1 else []
-    after = [link(paths[place + 1], "{} →")] if place and place + 1 < len(paths) else []
+    before = [f"[← {called(other)[0]}]({other.name})" for other in paths[max(1, place - 1) : place]]
+    after = [f"[{called(other)[0]} →]({other.name})" for other in paths[place + 1 : place + 2]]
     return " · ".join([*before, "[index](index.ipynb)", *after])
 
 
@@ -90,12 +95,16 @@ def dress(notebook: nbformat.NotebookNode, path: Path) -> None:
         if "solution" in tags:
             cell.metadata["jupyter"]["source_hidden"] = True
             cell.metadata["cellView"] = "form"  # the same on Colab
-    first, last = notebook.cells[0], notebook.cells[-1]
-    first.source = re.sub(
-        r"^(\*\*\d+ minutes\*\*).*", lambda found: f"{found[1]} · {links(path)}", first.source, flags=re.M
-    )
-    if path.stem == "index" or not re.search(r"^\*\*\d+ minutes\*\*", first.source, flags=re.M):
+    if path.stem == "index":
+        for cell in notebook.cells:
+            cell.source = ROW.sub(
+                lambda row: "| {1} | [{0}]({2})".format(*called(path.parent / row[1]), row[1]), cell.source
+            )
         return
+    first, last = notebook.cells[0], notebook.cells[-1]
+    if not MINUTES.search(first.source):
+        return
+    first.source = MINUTES.sub(lambda found: f"**{found[1]} minutes** · {links(path)}", first.source)
     if last.get("id") != "links":
         notebook.cells.append(last := nbformat.v4.new_markdown_cell(id="links"))
     last.source = links(path)

@@ -3,9 +3,11 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
+from bigkit import describe, zoo
 from bigkit.cli import main
 from bigkit.machine.hardware import HARDWARE
 
@@ -176,3 +178,40 @@ def test_dtype_of_the_cache(capsys):
     assert "kv_dtype='float8'" in capsys.readouterr().out
     assert main(["advise", "llama-2-7b", "--hardware", "RTX 4090", "--kv-dtype", "float8"]) == 0
     assert "KV cache in float8" in capsys.readouterr().out
+
+
+PYGPT = str(Path(zoo.__file__).parent / "pygpt")
+WITHOUT_TORCH = """
+import sys
+sys.modules.update(dict.fromkeys(("torch", "transformers", "timm", "safetensors", "ipywidgets", "tqdm", "cloudpickle")))
+import bigkit, bigkit.widgets
+from bigkit.cli import main
+for line in sys.argv[1:]:
+    print(main(line.split()), flush=True)
+for thing, name in ((bigkit, "dispatch_model"), (bigkit.widgets, "PlanExplorer")):
+    try:
+        getattr(thing, name)
+    except ImportError as error:
+        print(error)
+"""
+
+
+def test_what_needs_no_torch_runs_without_it_and_the_rest_says_what_to_install():
+    """A bare `pip install bigkit` brings no torch: plans and advice work, of folders too."""
+    lines = ["advise qwen3-32b --hardware L4", "plan gpt2 --max_memory 0=1GiB", f"estimate-memory {PYGPT}", "env",
+             "plan gpt2", "dry-run gpt2 --hardware L4"]  # fmt: skip
+    done = subprocess.run([sys.executable, "-c", WITHOUT_TORCH, *lines], capture_output=True, text=True)
+    said = done.stdout.splitlines()
+    assert [line for line in said if line in ("0", "2")] == ["0", "0", "0", "0", "2", "2"]
+    hint = "pip install 'bigkit[torch]'"
+    assert said[-2:] == [f"{what}, which is not installed: {hint}" for what in
+                         ("bigkit.dispatch_model needs torch", "widgets.PlanExplorer needs ipywidgets")]  # fmt: skip
+    machine, command = done.stderr.splitlines()
+    assert machine.startswith("bigkit: only torch knows which GPUs") and machine.endswith(hint)
+    assert command == f"bigkit: this command needs torch, which is not installed: {hint}"
+
+
+def test_a_folder_has_the_same_size_with_and_without_torch():
+    code = "import sys; sys.modules['torch'] = None; from bigkit import zoo; print(zoo.describe(sys.argv[1]).bytes())"
+    done = subprocess.run([sys.executable, "-c", code, PYGPT], capture_output=True, text=True)
+    assert int(done.stdout) == describe("pygpt").bytes()

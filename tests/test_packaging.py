@@ -72,11 +72,11 @@ def project_files() -> list[Path]:
 
 
 def test_environment_yml_has_the_floors_of_pyproject() -> None:
-    assert conda_floors("environment.yml") == floors("lab", "quant", "peft")
+    assert conda_floors("environment.yml") == floors("torch", "lab", "app", "quant", "peft")
 
 
 def test_binder_has_the_floors_of_pyproject() -> None:
-    assert conda_floors("binder/environment.yml") == floors("lab", "quant", "peft")
+    assert conda_floors("binder/environment.yml") == floors("torch", "lab", "app", "quant", "peft")
 
 
 def test_binder_is_cpu_only_and_pins_python() -> None:

@@ -141,7 +141,7 @@ def squarify(
     Source: Bruls, Huizing and van Wijk, Squarified Treemaps (2000).
 
     >>> squarify({"a": 3, "b": 1}, 0, 0, 40, 10)
-    {'a': (0, 0, 30.0, 10.0), 'b': (30.0, 0, 10.0, 10.0)}
+    {'a': (0, 0.0, 30.0, 10.0), 'b': (30.0, 0.0, 10.0, 10.0)}
     """
     rest = sorted((item for item in sizes.items() if item[1] > 0), key=lambda item: -item[1])
     scale, placed = width * height / (sum(sizes.values()) or 1), {}

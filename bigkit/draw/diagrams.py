@@ -250,18 +250,18 @@ def visitors() -> Diagram:
     """How a GPU computes layers that have no place on it (notebook 02)."""
     d = Diagram(
         "What does not fit is copied to the GPU when it is needed",
-        "GPU 0 holds some layers for good and two slots; a layer in RAM or on disk is copied into a slot, computes, "
-        "and makes room for the next.",
+        "GPU 0 holds layers 1, 3 and 5 and one free slot; layers 0, 2, 4 and 6 are in RAM or on disk: while layer 1 "
+        "computes, layer 2 is copied into the slot.",
     )
     d.block(150, 40, 382, 46, "", PALE)
     d.note(8, 62, "GPU 0", 10, bold=True)
-    d.row(158, 50, ["layer 0", "layer 1", "layer 2"], 60, 26, BLUE, gap=4)
-    first, second = d.row(372, 50, ["slot", "slot"], 72, 26, WHITE, gap=6)
+    d.row(158, 50, ["layer 1", "layer 3", "layer 5"], 60, 26, (YELLOW, BLUE, BLUE), gap=44)
+    slot = d.block(470, 50, 54, 26, "slot", WHITE)
+    d.note(188, 96, "computes now", 9, anchor="middle")
     d.note(8, 132, "RAM, disk", 10, bold=True)
-    d.row(158, 118, ["layer 3", "layer 4", "layer 5", "layer 6", "layer 7"], 60, 26, GREY, gap=4)
-    d.arrow((188, 118), (188, 102), (first.bottom[0], 102), first.bottom, text="computes")
-    d.arrow((252, 144), (252, 160), (second.bottom[0] + 20, 160), (second.bottom[0] + 20, second.bottom[1]))
-    d.note(380, 152, "arrives meanwhile", 9, anchor="middle")
+    waiting = d.row(106, 118, ["layer 0", "layer 2", "layer 4", "layer 6"], 60, 26, GREY, gap=44)
+    d.arrow(waiting[1].top, (waiting[1].top[0], 104), (slot.bottom[0], 104), slot.bottom)
+    d.note(370, 97, "arrives meanwhile", 9, anchor="middle")
     return d
 
 

@@ -101,6 +101,20 @@ def dryrun_verdict(run: DryRun) -> str:
     return "fits" if run.fits else f"does not fit: {run.problem}"
 
 
+def dryrun_differences(old: DryRun, new: DryRun) -> list[str]:
+    """How a dry run differs from another, in sentences; none if nothing does."""
+    said = []
+    for device in dict.fromkeys([*old.peak_reserved, *new.peak_reserved]):
+        one, other = (format_bytes(run.peak_reserved.get(device, 0)) for run in (old, new))
+        said.append((f"{device_label(device)} reserves at most", one, other))
+    for name in dict.fromkeys([*old.seconds, *new.seconds]):
+        one, other = (format_seconds(run.seconds[name]) if name in run.seconds else "nothing" for run in (old, new))
+        said.append((f"{name.capitalize()} takes", one, other))
+    said.append(("It", dryrun_verdict(old), dryrun_verdict(new)))
+    said.append(("It is", f"{old.model} on {old.hardware}, {old.asked}", f"{new.model} on {new.hardware}, {new.asked}"))
+    return [f"{name} {other} (before: {one})." for name, one, other in said if one != other]
+
+
 def dryrun_label(run: DryRun, measured: Measurement | None = None) -> str:
     """One sentence for those who cannot see the picture of a dry run."""
     loads = ", ".join(
@@ -163,6 +177,9 @@ def _draw_memory(picture: Picture, timeline: Timeline, measured: Measurement | N
     elif timeline.capacity:
         text = f"capacity {format_bytes(timeline.capacity)}, far above"
         picture.text(right, top + 4, text, 8, SOFT, "end", plate=True)
+    peak = max(range(events), key=timeline.allocated.__getitem__, default=0)
+    at, tip = picture.left + picture.room * (peak + 0.5) / (events or 1), bottom - timeline.peak_allocated * level
+    picture.line("peak", [(at - 4, tip - 6), (at + 4, tip - 6), (at, tip)], VERMILLION, depth=TOP + 1)
     for curve in curves:
         places = measured.over(timeline.marks) if measured else []
         chosen = _sample(curve)
@@ -173,9 +190,15 @@ def _draw_memory(picture: Picture, timeline: Timeline, measured: Measurement | N
     for step, end in timeline.marks:
         x, width = picture.left + picture.room * start / events, picture.room * (end - start) / events
         picture.box("mark", x + width - 0.25, top, 0.5, CHART, GREY, depth=ABOVE)
+        if end > start:
+            held, kept = (format_bytes(max(values[start:end])) for values in (timeline.allocated, timeline.reserved))
+            says = f"{device_label(timeline.device)}, {step}: at most {held} allocated, {kept} reserved."
+            picture.mark(f"step:{timeline.device}:{step}", says, x, top, width, CHART)
         if named:
             picture.label_in(x, top - 6, width, (step,), 8, margin=2)
         start = end
+    says = f"{device_label(timeline.device)}: the peak, {format_bytes(timeline.peak_allocated)} allocated."
+    picture.mark(f"peak:{timeline.device}", says, at - 5, tip - 7, 10, 9)
     picture.box("mark", picture.left, bottom, picture.room, 0.5, GREY)
     picture.y += CHART + 14
 
@@ -224,6 +247,9 @@ def _draw_lanes(picture: Picture, run: DryRun, measured: Measurement | None) -> 
             height = (LANE - 4) * busy / (end - start)  # of a stretch with gaps too short to be seen: its share at work
             x = picture.left + start * scale
             picture.box(lane, x, picture.y + LANE - 2 - height, (end - start) * scale, height, colour)
+            says = f"{_lane_name(lane)}: from {format_seconds(start)} to {format_seconds(end)} busy "
+            says += f"{100 * busy / (end - start):.0f} % of the time."
+            picture.mark(f"span:{lane}:{start:g}", says, x, picture.y, (end - start) * scale, LANE)
         picture.text(WIDTH - 8, picture.y + LANE / 2, f"busy {100 * run.busy[lane]:.0f} %", 8.5, SOFT, "end")
         picture.y += LANE
     passed = 0.0

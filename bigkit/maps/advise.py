@@ -94,9 +94,22 @@ class Option:
         return f"{three_figures(self.plan.batch / self.token)} tokens/s"
 
     @property
+    def pace(self) -> str:
+        """The speed, or "14.2 s a token" where there is less than one a second."""
+        slow = self.token is not None and self.token > self.plan.batch
+        return f"{format_seconds(self.seconds / self.plan.batch)} a token" if slow else self.speed
+
+    @property
     def label(self) -> str:
-        """How the weights are stored, and the strategy."""
-        return f"{self.plan.stored}, {self.plan.strategy}"
+        """How the weights are stored."""
+        return self.plan.stored
+
+    @property
+    def fit(self) -> str:
+        """Whether it fits, in words: "Fits", or "Fits with 13.16 GiB in RAM"."""
+        away = [f"{format_bytes(share.weights)} {'in RAM' if share.device == 'cpu' else 'on disk'}"
+                for share in self.plan.shares if share.weights and not share.runs]  # fmt: skip
+        return " ".join(["Fits", *(["with", " and ".join(away)] if away else [])])
 
     @property
     def bottleneck(self) -> str:
@@ -113,8 +126,9 @@ class Option:
 class Advice:
     """The ways to run a model on a machine, best first; `cures` say what would have to change if there is none.
 
-    `measured` says whether rates were measured on that machine; else they are the vendors'. `notes` are what must be
-    said beside the figures, `kv_dtype` that of keys and values in the cache (None: as the model computes).
+    `misfits` are the plans that come closest of the ways that do not fit. `measured` says whether rates were measured
+    on that machine; else they are the vendors'. `notes` are what must be said beside the figures, `kv_dtype` that of
+    keys and values in the cache (None: as the model computes).
     """
 
     model: str
@@ -127,6 +141,7 @@ class Advice:
     measured: bool = False
     notes: tuple[str, ...] = ()
     kv_dtype: str | None = None
+    misfits: tuple[Plan, ...] = ()
 
     @property
     def best(self) -> Option | None:
@@ -138,26 +153,30 @@ class Advice:
         """The options worth a thought: what is better by the target loses more quality."""
         return tuple(option for option in self.options if option.front)
 
+    @property
+    def verdict(self) -> str:
+        """Whether the model fits and how fast it is, in one line."""
+        best = self.best
+        return "Does not fit." if best is None else f"{best.fit}: {best.pace}, stored as {best.label}."
+
     def explain(self) -> str:
-        """The options as a table, and a sentence."""
+        """A verdict, and the options as a table."""
         load = load_text(self.batch, self.context, self.kv_dtype)
-        head = f"{self.model} on {self.hardware}, {load}; best by {self.target}"
+        head = [self.verdict, f"{self.model} on {self.hardware}, {load}; best by {self.target}"]
         if self.best is None:
-            return "\n".join([head, "Nothing fits.", *(f"  {cure}" for cure in self.cures), *self.notes])
-        step = "pass" if self.best.token is None else "token"
+            return "\n".join([*head, *(f"  {cure}" for cure in self.cures), *self.notes])
         rows = [
             [("* " if option.front else "  ") + option.label, option.speed, option.bottleneck,
-             format_seconds(option.seconds), format_seconds(option.prefill),
-             format_bytes(option.memory), format_bytes(option.plan.offloaded),
+             format_seconds(option.prefill), format_bytes(option.memory), format_bytes(option.plan.offloaded),
              f"{option.plan.max_context:,}" if option.plan.max_context else "-"]
             for option in self.options
         ]  # fmt: skip
-        headers = ["  stored, strategy", "speed", "waits for", step, "prefill", "memory", "of it elsewhere",
-                   "longest context"]  # fmt: skip
+        rows += [[f"  {plan.stored}", "does not fit", *4 * ["-"], "-"] for plan in self.misfits]
+        headers = ["  stored as", "speed", "waits for", "prefill", "memory", "elsewhere", "longest context"]
         notes = ["* whatever is better by the target loses more quality", *self.notes]
         if self.measured:
             notes.append("Times follow the rates that bigkit calibrate measured on this machine.")
-        return "\n".join([head, "", text_table(headers, rows), "", *notes])
+        return "\n".join([*head, "", text_table(headers, rows), "", *notes])
 
     __str__ = explain
 
@@ -224,7 +243,7 @@ def advise(
     half = "float16" if hardware.gpus and hardware.gpus[0].capability < (8, 0) else "bfloat16"
     calibration = calibration or calibration_of(hardware)
     overhead = overhead_of(hardware, calibration)
-    options, cures, said = [], [], list[str]()
+    options, misfits, cures, said = [], [], [], list[str]()
     for quantization in [stored] if isinstance(stored, str) else stored:
         if quantization and not model.quantized(model.precision(half, quantization)):
             continue  # no layer of the model can be
@@ -245,6 +264,7 @@ def advise(
             options.append(_predict(model, plan, hardware, calibration))
             said += plan.notes
         except PlanError as error:
+            misfits.append(error.plan)
             cures.append(f"{quantization or half}: {error.plan.problem}. {error.cure}")
             said += error.plan.notes
     ranked = sorted(options, key=lambda option: _rank(option, target))
@@ -256,6 +276,7 @@ def advise(
     return Advice(
         model.name, hardware.name, batch, tokens_seen(model, context), target, marked,
         () if marked else tuple(dict.fromkeys(cures)), calibration is not None, notes, kv_dtype_name(kv_dtype),
+        tuple(misfits),
     )  # fmt: skip
 
 

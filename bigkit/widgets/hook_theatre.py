@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import ipywidgets as widgets
 
 from ..devices import Device, device_label
-from ..draw.run import run_figure, run_news, run_text
+from ..draw.run import run_caption, run_figure, run_news, run_text
 from ..machine.streams import Schedule, schedule
 from ..maps.partition import spread
 from ..offload.observe import Observation, observe
@@ -93,7 +93,7 @@ class HookTheatre(Explorer):
         modes = widgets.ToggleButtons(options=[ONE_BY_ONE, PREFETCH], value=mode, style={"button_width": "110px"})
         play = widgets.Play(value=0, min=0, max=1, interval=700, layout=widgets.Layout(width="auto"))
         step = field(widgets.IntSlider, "Step", 0, min=0, max=1).add_class("bigkit-step-slider")
-        widgets.jslink((play, "value"), (step, "value"))
+        widgets.jslink((play, "value"), (step.slider, "value"))
         super().__init__(
             {
                 "Play, or step with the arrow keys": {"play": play, "step": step},
@@ -179,12 +179,16 @@ class HookTheatre(Explorer):
         gain = slow.per_token / fast.per_token
         bound = {"compute": "work itself", "link": "the link", "disk": "the disk"}[fast.bound]
         news = "good" if gain >= 1.2 or fast.bound == "compute" else "slow"
-        facts = f"{gain:.2f} times as fast as one by one; {bound} has the most to do."
-        verdict = pill(news, f"Prefetch: {format_seconds(fast.per_token)} a token,", facts)
+        if shown.prefetch:
+            headline, facts = "Prefetch", f"{gain:.2f} times as fast as one by one"
+        else:
+            headline, facts = "One by one", f"prefetch would be {gain:.2f} times as fast"
+        headline += f": {format_seconds(charts[self._chart].per_token)} a token,"
+        verdict = pill(news, headline, f"{facts}; {bound} has the most to do.")
         arriving = sum(shown.turns[i].nbytes for i in shown.scene(step).arriving)
         flight = f"In flight: {format_bytes(arriving, 'si')}. " if arriving else "Nothing is in flight. "
         end = f"It wrote {written!r}, as the whole model does: {equal}." if self.step.value == last else ""
-        facts = f"{run_news(charts[self._chart], step)}. {flight}{end}"
+        facts = f"{run_caption(charts[self._chart], step)} {flight}{end}"
         verdict += pill("good" if equal else "bad", f"Step {self.step.value} of {last},", facts)
         title = "pygpt over " + ", ".join(dict.fromkeys(device_label(turn.rests) for turn in shown.turns))
         self.put(verdict, run_figure(charts, self._chart, step, title), run_text(charts, self._chart, step))
