@@ -348,8 +348,8 @@ def four_calls() -> Diagram:
     """From an empty model to text (notebook 08)."""
     d = Diagram(
         "Four calls",
-        "An empty model and a folder of shards go into load_checkpoint_and_dispatch, which places layers on GPUs, in RAM "
-        "and on disk; generate then writes text.",
+        "An empty model and a folder of shards go into load_checkpoint_and_dispatch, which places layers on GPUs, in "
+        "RAM and on disk; generate then writes text.",
     )
     empty = d.block(12, 46, 132, 40, "init_empty_weights\nshapes, no numbers", "none", dash="4 3")
     files = d.block(12, 112, 132, 40, "snapshot_download\na folder of shards", YELLOW)
@@ -362,4 +362,49 @@ def four_calls() -> Diagram:
     for place in places:
         d.arrow(call.right, (358, 99), (358, place.left[1]), place.left)
     d.arrow((422, 99), text.left)
+    return d
+
+
+def borrowed() -> Diagram:
+    """Where a weight is kept, and where it works (notebook 07)."""
+    d = Diagram(
+        "Kept in one place, at work in another",
+        "Blocks are kept in RAM or on disk; each is copied over the link into one of two slots of the GPU, works there, "
+        "and its slot is filled again.",
+    )
+    disk = d.block(12, 60, 92, 78, "disk\nblocks 7 to 9", PALE)
+    ram = d.block(156, 60, 92, 78, "RAM\nblocks 2 to 6", GREY)
+    d.block(356, 40, 172, 118, "", "none")
+    d.note(442, 52, "GPU 0", 9.5, anchor="middle", bold=True)
+    d.block(366, 64, 152, 24, "blocks 0 and 1, head", BLUE)
+    first = d.block(366, 94, 152, 24, "slot 0: block 3 works", ORANGE)
+    second = d.block(366, 124, 152, 24, "slot 1: block 4 arrives", YELLOW)
+    d.arrow(disk.right, ram.left)
+    d.note(130, 84, "6 GB/s", 8.5, anchor="middle")
+    d.arrow((248, 106), (330, 106), first.left)
+    d.arrow((248, 124), (330, 124), (330, 136), second.left)
+    d.note(292, 80, "the link,", 8.5, anchor="middle")
+    d.note(292, 92, "25 GB/s", 8.5, anchor="middle")
+    return d
+
+
+def two_slots() -> Diagram:
+    """Which block goes into which of two slots (notebook 07)."""
+    d = Diagram(
+        "Two slots take turns",
+        "While block 0 works in slot 0, block 1 is copied into slot 1; then block 1 works and block 2 is copied into "
+        "slot 0; after the last block comes block 0 of the next token.",
+    )
+    for row, text in enumerate(("slot 0", "slot 1")):
+        d.note(12, 56 + 34 * row, text, 9.5)
+    for i, block in enumerate((0, 1, 2, 3, "…", 9, 0, 1)):
+        x = 66 + 58 * i
+        if block == "…":
+            d.note(x + 27, 73, "…", 14, anchor="middle")
+            continue
+        works = int(block) % 2
+        d.block(x, 44 + 34 * works, 54, 24, f"{block} works", ORANGE, size=8.5)
+        d.block(x, 44 + 34 * (1 - works), 54, 24, f"{(int(block) + 1) % 10} arrives", YELLOW, size=8.5)
+    d.brace(66, 410, 110, "one token")
+    d.brace(414, 526, 110, "the next one")
     return d
