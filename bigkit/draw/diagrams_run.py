@@ -369,8 +369,8 @@ def borrowed() -> Diagram:
     """Where a weight is kept, and where it works (notebook 07)."""
     d = Diagram(
         "Kept in one place, at work in another",
-        "Blocks are kept in RAM or on disk; each is copied over the link into one of two slots of the GPU, works there, "
-        "and its slot is filled again.",
+        "Blocks are kept in RAM or on disk; each is copied over the link into one of two slots of the GPU and works "
+        "there, and then the slot is filled again.",
     )
     disk = d.block(12, 60, 92, 78, "disk\nblocks 7 to 9", PALE)
     ram = d.block(156, 60, 92, 78, "RAM\nblocks 2 to 6", GREY)
