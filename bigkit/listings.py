@@ -10,7 +10,6 @@ from collections.abc import Sequence
 
 from . import zoo
 from .machine.hardware import GPUS, HARDWARE, machine_of
-from .model.stored import as_stored
 from .units import GB, format_bytes, format_count
 
 
@@ -28,8 +27,7 @@ def models(words: Sequence[str] = ()) -> str:
     rows = []
     for entry in zoo.ENTRIES:
         model = zoo.describe(entry.name)
-        size = (as_stored(model) or [model.bytes()])[0]
-        rows.append([entry.name, format_count(model.parameters), format_bytes(size), entry.about, entry.hub_id])
+        rows.append([entry.name, format_count(model.parameters), format_bytes(model.bytes()), entry.about, entry.hub_id])
     return _table(["model", "parameters", "weights", "what it is", "on the Hub"], rows, words, "<>><<")
 
 
