@@ -166,10 +166,11 @@ def _home(thing: Any) -> str | None:
     """The name of a compiled class that claims to be one of Python's own, such as safetensors' `safe_open`."""
     if not isinstance(thing, type) or thing.__module__ != "builtins" or hasattr(builtins, thing.__name__):
         return None
+    called = thing.__name__
     for name, module in list(sys.modules.items()):
-        names = getattr(module, "__dict__", {})
-        if names.get(thing.__name__) is thing and names["__name__"] == name != "__main__":
-            return f"{name}:{thing.__name__}"
+        names: dict[str, Any] = getattr(module, "__dict__", {})
+        if names.get(called) is thing and names.get("__name__") == name != "__main__":
+            return f"{name}:{called}"
     return None
 
 

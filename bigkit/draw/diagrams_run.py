@@ -397,14 +397,14 @@ def two_slots() -> Diagram:
     )
     for row, text in enumerate(("slot 0", "slot 1")):
         d.note(12, 56 + 34 * row, text, 9.5)
-    for i, block in enumerate((0, 1, 2, 3, "…", 9, 0, 1)):
+    for i, block in enumerate((0, 1, 2, 3, None, 9, 0, 1)):
         x = 66 + 58 * i
-        if block == "…":
+        if block is None:
             d.note(x + 27, 73, "…", 14, anchor="middle")
             continue
-        works = int(block) % 2
+        works = block % 2
         d.block(x, 44 + 34 * works, 54, 24, f"{block} works", ORANGE, size=8.5)
-        d.block(x, 44 + 34 * (1 - works), 54, 24, f"{(int(block) + 1) % 10} arrives", YELLOW, size=8.5)
+        d.block(x, 44 + 34 * (1 - works), 54, 24, f"{(block + 1) % 10} arrives", YELLOW, size=8.5)
     d.brace(66, 410, 110, "one token")
     d.brace(414, 526, 110, "the next one")
     return d

@@ -32,6 +32,11 @@ class Look(NamedTuple):
     anonymous: int  # bytes
     file_backed: int  # bytes
 
+    def above(self, start: Look) -> Look:
+        """What has been added since the start."""
+        seconds, anonymous, file_backed = start
+        return Look(self.seconds - seconds, self.anonymous - anonymous, self.file_backed - file_backed)
+
 
 @dataclass
 class MemoryTrace:
@@ -79,7 +84,7 @@ def trace_memory(
     (50000000, True, ['start', 'build', 'use'])
     """
     forks = "forkserver" in multiprocessing.get_all_start_methods()
-    context = multiprocessing.get_context("forkserver" if forks else "spawn")
+    context: Any = multiprocessing.get_context("forkserver" if forks else "spawn")
     if forks:
         context.set_forkserver_preload(PRELOAD)
     here, there = context.Pipe()
@@ -112,11 +117,11 @@ def _watch(pipe: Connection, process: psutil.Process, every: float) -> MemoryTra
         now = _held(process)
         if value:
             start = now if value == "start" else start
-            trace.ends[value] = Look(*(a - b for a, b in zip(now, start)))
+            trace.ends[value] = now.above(start)
             trace.looks.append(trace.ends[value])
             pipe.send(None)
         elif trace.ends:
-            trace.looks.append(Look(*(a - b for a, b in zip(now, start))))
+            trace.looks.append(now.above(start))
 
 
 def _held(process: psutil.Process) -> Look:
@@ -141,7 +146,8 @@ def _run(pipe: Connection, steps: dict[str, Callable[..., Any]], warm_up: Callab
     if warm_up is not None:
         warm_up()
     value = first = None
-    for i, (name, step) in enumerate({"start": lambda: None, **steps}.items()):
+    every: dict[str, Callable[..., Any]] = {"start": lambda: None, **steps}
+    for i, (name, step) in enumerate(every.items()):
         value = step(first) if i > 1 else step()
         first = value if i == 1 else first
         pipe.send(("end", name))
