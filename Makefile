@@ -1,6 +1,10 @@
-# make lab      the course: JupyterLab opens on the first notebook
+# make lab      the course: JupyterLab opens on its index
+# make app      all explorers without code, as one page
+# make site     the planner as static pages, in build/site: no server, no install for whoever opens them
+# make docs     the reference, from the docstrings, in build/docs
 # make test     everything CI runs: lint, unit, browser, notebooks
 # make soak     the long forms of the tests, and half an hour of random models
+# make places   every notebook on one core with 2 GB, as on Binder
 # make bench    side by side against Accelerate and Transformers
 # make lint | format | unit | browser | notebooks | clean
 #
@@ -22,11 +26,20 @@ PYTEST := $(BIN)/python -m pytest -q $(AGAIN)
 # A file at a time, in order: the long ones (browser, notebooks) first.
 EACH   := -n logical --dist loadfile --no-loadscope-reorder
 
-.PHONY: lab test lint format unit browser notebooks soak bench clean
+.PHONY: lab app site docs test lint format unit browser notebooks places soak bench clean
 .NOTPARALLEL:
 
 lab: $(STAMP)
 	@$(BIN)/python scripts/lab.py
+
+app: $(STAMP)
+	@$(BIN)/python -m bigkit.widgets.app
+
+site: $(STAMP)
+	@$(BIN)/python scripts/make_site.py build/site
+
+docs: $(STAMP)
+	@$(BIN)/python scripts/make_docs.py build/docs
 
 test: lint # unit, browser and notebooks in one pool, so that no core waits for another
 	$(PYTEST) $(EACH) --nbval tests/browser notebooks tests
@@ -49,6 +62,9 @@ browser: $(STAMP)
 notebooks: $(STAMP)
 	$(PYTEST) $(EACH) --nbval notebooks
 
+places: $(STAMP)
+	$(BIN)/python scripts/try_places.py binder
+
 soak: $(STAMP)
 	$(PYTEST) -n logical --dist worksteal -m soak tests
 	$(BIN)/python scripts/soak.py --minutes 30
@@ -64,6 +80,6 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(if $(PYTHON),$(PYTHON),false) -c '$(NEW_ENOUGH)' || \
 	  { echo "bigkit needs Python 3.10 or newer: install one, or say which with make PYTHON=/path/to/python"; exit 1; }
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
-	$(BIN)/python -m pip install --progress-bar off -c constraints.txt -e '.[lab,quant,diffusers,peft,test]'
+	$(BIN)/python -m pip install --progress-bar off -c constraints.txt -e '.[torch,lab,app,docs,quant,diffusers,peft,test]'
 	@$(BIN)/python -m pip check
 	@touch $(STAMP)

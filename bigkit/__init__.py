@@ -88,11 +88,25 @@ if TYPE_CHECKING:
     from .units import format_bytes, parse_bytes
 
 
+_EXTRA = "torch transformers timm safetensors ipywidgets tqdm cloudpickle".split()  # of pyproject.toml's "torch"
+
+
+def _say_missing(error: ImportError, what: str) -> str:
+    """What to install if a package is missing that only the extra "torch" brings; else the error's own words."""
+    package = (error.name or "").partition(".")[0]
+    if package not in _EXTRA:
+        return str(error)
+    return f"{what} needs {package}, which is not installed: pip install 'bigkit[torch]'"
+
+
 def __getattr__(name: str) -> object:
-    if name in _HOME_OF:
-        return getattr(import_module(f".{_HOME_OF[name]}", __name__), name)
-    if name in ("accelerate", "widgets", "zoo"):
-        return import_module(f".{name}", __name__)
+    try:
+        if name in _HOME_OF:
+            return getattr(import_module(f".{_HOME_OF[name]}", __name__), name)
+        if name in ("accelerate", "widgets", "zoo"):
+            return import_module(f".{name}", __name__)
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(_say_missing(error, f"bigkit.{name}"), name=error.name) from error
     raise AttributeError(f"module 'bigkit' has no attribute {name!r}")
 
 

@@ -98,9 +98,10 @@ def plan(
     """
     machine = None if hardware is None else machine_of(hardware)
     if max_memory is None and machine is None:
+        machine = Hardware.detect()
         from .maps.device_map import get_max_memory
 
-        machine, free = Hardware.detect(), get_max_memory()
+        free = get_max_memory()
         max_memory = {**free, "disk": machine.disk} if "mps" in free else None
     if max_memory is None and machine is not None:
         max_memory = machine.max_memory()

@@ -39,13 +39,10 @@ _ALIASES = {"fp64": "float64", "fp32": "float32", "fp16": "float16", "bf16": "bf
 
 
 def parse_bytes(size: int | float | str) -> int:
-    """A number of bytes from a number or a text, fractions dropped.
+    """A number of bytes from a number, or from a text such as "10GiB", "1.5 GB", "300"; fractions are dropped.
 
     Binary units (KiB, MiB, GiB, TiB) are powers of 1024, decimal units (KB, MB, GB, TB) powers of 1000. "1gb" is
     refused: some libraries read it as a gigabit, others as a gigabyte; "1gib" is a GiB.
-
-    Args:
-        size: bytes as a number, or text such as "10GiB", "1.5 GB", "512MiB", "300".
 
     Raises:
         ValueError: the text is no size, or it is negative or ambiguous.
@@ -74,14 +71,18 @@ def format_bytes(size: float, style: str = "iec") -> str:
 
     Args:
         size: bytes; negative values keep their sign.
-        style: "iec" (1024, KiB MiB GiB), "si" (1000, KB MB GB), or "classic": 1024-based steps *labelled* KB, MB, GB,
-            up to two decimals, as `accelerate estimate-memory` prints them.
+        style: "iec" (1024, KiB MiB GiB), "si" (1000, KB MB GB), "classic": 1024-based steps *labelled* KB, MB, GB, as
+            `accelerate estimate-memory` prints them; "exact": the shortest text that `parse_bytes` reads as so many.
 
-    >>> format_bytes(433248256), format_bytes(433248256, "classic"), format_bytes(433248256, "si")
-    ('413.18 MiB', '413.18 MB', '433.25 MB')
+    >>> format_bytes(433248256), format_bytes(433248256, "classic"), format_bytes(20 * GiB, "exact")
+    ('413.18 MiB', '413.18 MB', '20GiB')
     """
-    if style not in ("iec", "si", "classic"):
-        raise ValueError(f"style must be 'iec', 'si' or 'classic', not {style!r}")
+    if style not in ("iec", "si", "classic", "exact"):
+        raise ValueError(f"style must be 'iec', 'si', 'classic' or 'exact', not {style!r}")
+    if style == "exact":
+        names = "TiB GiB MiB KiB TB GB MB KB B".split()
+        texts = (f"{size / _UNITS[name.upper()]:.{digits}f}{name}" for name in names for digits in range(4))
+        return min((text for text in texts if parse_bytes(text) == size), key=len)
     step = 1000 if style == "si" else 1024
     value, letter = size, ""
     for letter in ("", *"KMGTP"):

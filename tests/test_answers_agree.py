@@ -20,8 +20,7 @@ from bigkit.machine.hardware import CONTEXT_BYTES, machine_of
 from bigkit.machine.ledger import overhead_of
 from bigkit.maps.plan import PlanError
 from bigkit.model.estimate import generates, remarks, tokens_seen
-from bigkit.units import format_bytes, format_count
-from bigkit.widgets import Advisor, DryRunExplorer, MemoryExplorer, PlanExplorer
+from bigkit.widgets import DryRunExplorer, FitExplorer, PlanExplorer
 
 
 class Question(NamedTuple):
@@ -176,18 +175,13 @@ def turn(explorer, **values):
 
 @pytest.fixture(scope="module")
 def explorers():
-    return MemoryExplorer("gpt2"), PlanExplorer("gpt2"), Advisor("gpt2")
+    return PlanExplorer("gpt2"), FitExplorer("gpt2")
 
 
 @every_question
 def test_explorers_say_the_same(question, explorers):
-    memory, placing, advisor = explorers
+    placing, fitting = explorers
     found, load = plan_of(question), {"batch": question.batch, "context": question.context}
-    turn(memory, model=question.model, **load)
-    assert memory.estimate == estimate_memory(question.model, **load)
-    assert f"{format_count(memory.estimate.parameters)} parameters" in memory.verdict.value
-    for row in memory.estimate.inference:
-        assert f"{row.stored} {format_bytes(row.total)}" in memory.verdict.value
     if isinstance(question.machine, dict):
         quantization = question.stored if question.stored in QUANTIZED else None
         placing = PlanExplorer(question.model, question.machine, dtype=storing(question)["dtype"],
@@ -196,16 +190,17 @@ def test_explorers_say_the_same(question, explorers):
         quantized = question.stored in QUANTIZED
         turn(placing, model=question.model, hardware=question.machine, dtype=storing(question)["dtype"] or "as stored",
              quantization=question.stored if quantized else "none", **load)  # fmt: skip
-        turn(advisor, model=question.model, hardware=question.machine, **load)
-        assert advisor.advice == advise(question.model, question.machine, question.batch, question.context)
-        if best := advisor.advice.best:
-            assert best.speed in advisor.verdict.value and best.plan.stored in advisor.verdict.value
+        turn(fitting, model=question.model, hardware=question.machine, **load)
+        advice = fitting.advice
+        assert advice == advise(question.model, question.machine, question.batch, question.context)
+        assert advice.verdict in fitting.verdict.value and advice.verdict in fitting.text.value
+        assert not advice.best or (advice.best.pace in advice.verdict and advice.best.plan.stored in advice.verdict)
     assert placing.plan == found
     words = "Does not fit." if not found.feasible else "Fits, offloaded." if found.offloaded else "Fits."
     assert words in placing.verdict.value and found.longest in placing.verdict.value
     for note in found.notes:
-        assert note in placing.verdict.value and note in memory.verdict.value
-        assert isinstance(question.machine, dict) or note in advisor.verdict.value
+        assert note in placing.verdict.value
+        assert isinstance(question.machine, dict) or note in fitting.verdict.value
 
 
 REHEARSED = [

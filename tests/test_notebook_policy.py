@@ -6,23 +6,28 @@ place must have exactly the one meant.
 
 from __future__ import annotations
 
+import copy
 import json
 import re
+import runpy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import nbformat
 import pytest
 from IPython.core.inputtransformer2 import TransformerManager
 
 ROOT = Path(__file__).resolve().parent.parent
-NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+SCRIPT = runpy.run_path(str(ROOT / "scripts/run_notebooks.py"))
+NOTEBOOKS: list[Path] = SCRIPT["course"]()
 COLAB = "https://colab.research.google.com/github/bigkit/bigkit/blob/main/notebooks/{name}"
 BINDER = "https://mybinder.org/v2/gh/bigkit/bigkit/main?labpath=notebooks%2F{name}"
 HEADINGS = ("What you'll do", "What you'll learn", "What you'll need")
 FOLDERS = "home|root|tmp|work|Users|usr|opt|var|mnt|private|content"
 MACHINE_PATH = re.compile(rf"(?<![\w:/.~])/(?:{FOLDERS})/|[A-Z]:\\+Users")
 AFTER_EXERCISES = re.compile(r"^##? (Solutions?|Further reading|Next)\b")
+NO_PROSE = re.compile(r"```.*?```|<[^>]*>|\$\$.*?\$\$|\[!\[.*?\)\]\(.*?\)", re.DOTALL)  # code, tags, formulas, badges
 
 Notebook = dict[str, Any]
 
@@ -57,6 +62,48 @@ def colab_cell_problem(cell: dict[str, Any]) -> str | None:
     return None
 
 
+def tags(cell: dict[str, Any]) -> set[str]:
+    return {*cell["metadata"].get("tags", [])}
+
+
+def words(cells: list[dict[str, Any]]) -> int:
+    """Words of prose: no code, no targets of links, no badges, and not the links to the neighbours."""
+    prose = "\n".join(source(cell) for cell in cells if cell["cell_type"] == "markdown" and cell.get("id") != "links")
+    prose = re.sub(r"^\*\*\d+ minutes\*\*.*", "", NO_PROSE.sub(" ", prose), flags=re.MULTILINE)
+    return len(re.findall(r"\w[\w'’.,-]*", re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", prose)))
+
+
+def work_problem(cells: list[dict[str, Any]]) -> str | None:
+    """What is wrong with the cells of the exercises: to work in, checked, unanswered; then solutions, folded."""
+    start = next((i for i, cell in enumerate(cells) if "\n## Exercises" in f"\n{source(cell)}"), len(cells))
+    code = [cell for cell in cells[start:] if cell["cell_type"] == "code"]
+    if not all(tags(cell) & {"exercise", "solution"} for cell in code):
+        return "a cell below '## Exercises' is neither an exercise nor a solution"
+    work = [cell for cell in code if "exercise" in tags(cell)]
+    if not work or not any("solution" in tags(cell) for cell in code):
+        return "no cell tagged 'exercise', or none tagged 'solution'"
+    for cell in work:
+        said = "".join("".join(out.get("text", "")) for out in cell["outputs"])
+        if "check(" not in source(cell) or "not answered yet" not in said:
+            return "a cell to work in does not call check(), or is answered already"
+    return None
+
+
+def newer_problems(notebook: Notebook, path: Path) -> list[str]:
+    """Broken rules on length, links, folded cells and exercises."""
+    cells = notebook["cells"]
+    found = [None if path.stem == "index" else work_problem(cells)]
+    if (count := words(cells)) > 1000:
+        found.append(f"{count} words of prose: at most 1,000")
+    if path.stem != "index" and not SCRIPT["MINUTES"].search(source(cells[0])):
+        found.append("the first cell does not say how many minutes it takes")
+    dressed = copy.deepcopy(notebook)
+    SCRIPT["dress"](dressed, path)
+    if dressed != notebook:
+        found.append("links, folds or stored pictures are out of date: run scripts/run_notebooks.py --links")
+    return [problem for problem in found if problem]
+
+
 def exercises_problem(cells: list[dict[str, Any]]) -> str | None:
     """What is wrong with the exercises: the last part, each with a hint, and with solutions that run."""
     headings = [cell for cell in cells if cell["cell_type"] == "markdown" and "\n## Exercises" in f"\n{source(cell)}"]
@@ -64,6 +111,7 @@ def exercises_problem(cells: list[dict[str, Any]]) -> str | None:
         return "no '## Exercises'"
     tail = cells[cells.index(headings[-1]) :]
     text = "\n".join(source(cell) for cell in tail if cell["cell_type"] == "markdown")
+    text = text[text.rindex("## Exercises") :]
     later = [line for line in text.splitlines() if re.match(r"##? ", line) and not line.startswith("## Exercises")]
     if not all(AFTER_EXERCISES.match(line) for line in later):
         return "'## Exercises' is not the last part"
@@ -89,7 +137,7 @@ def problems(notebook: Notebook, name: str) -> list[str]:
         found.append("the kernel is not python3")
     if not any(is_compared(cell) for cell in code):
         found.append("no stored output that nbval compares")
-    if len(code) > 15:
+    if len([cell for cell in code if not tags(cell) & {"exercise", "solution"}]) > 15:
         found.append("more than 15 code cells")
     if not first.startswith("# "):
         found.append("the first cell has no title")
@@ -101,18 +149,40 @@ def problems(notebook: Notebook, name: str) -> list[str]:
     if MACHINE_PATH.search(outputs):
         found.append("an output names a path of the machine it ran on")
     found.append(colab_cell_problem(code[0]) if code else "no code cell")
-    found.append(exercises_problem(cells))
+    found.append(exercises_problem(cells) if name != "index.ipynb" else None)
     return [problem for problem in found if problem]
 
 
 def test_the_course_is_numbered_without_gaps() -> None:
-    assert NOTEBOOKS, "notebooks/ is empty"
-    assert [path.name[:3] for path in NOTEBOOKS] == [f"{number:02}-" for number in range(len(NOTEBOOKS))]
+    index, *numbered, appendix = NOTEBOOKS
+    assert index.stem == "index" and appendix.stem.startswith("appendix-")
+    assert [path.name[:3] for path in numbered] == [f"{number:02}-" for number in range(len(numbered))]
+
+
+def test_index_and_map_name_every_notebook() -> None:
+    from bigkit.draw.diagrams_count import QUESTIONS
+
+    index = "".join(source(cell) for cell in json.loads(NOTEBOOKS[0].read_text(encoding="utf-8"))["cells"])
+    assert re.findall(r"^\| [\d?]+ \| \[.*?\]\((.*?)\)", index, flags=re.MULTILINE) == [
+        path.name for path in NOTEBOOKS[1:]
+    ]
+    on_the_map = sorted(number for own in QUESTIONS.values() for number in own)
+    assert on_the_map == [int(path.stem[:2]) for path in NOTEBOOKS if path.stem[:2].isdigit()]
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_links_between_notebooks_lead_somewhere(path: Path) -> None:
+    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    text = "".join(source(cell) for cell in cells if cell["cell_type"] == "markdown")
+    linked = set(re.findall(r"\]\(([\w-]+\.ipynb)\)", text))
+    assert linked <= {other.name for other in NOTEBOOKS}
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_notebook_keeps_the_policy(path: Path) -> None:
-    assert problems(json.loads(path.read_text(encoding="utf-8")), path.name) == []
+    notebook = nbformat.read(path, as_version=4)
+    assert problems(notebook, path.name) == []
+    assert newer_problems(notebook, path) == []
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -181,6 +251,46 @@ SPOILT: dict[str, Callable[[Notebook], object]] = {
     "the exercises have no hint (<details>)": edit(3, "<details>", ""),
     "the exercises have no solution that runs": lambda n: n["cells"].pop(),
 }
+
+
+def work(notebook: Notebook) -> Notebook:
+    """The sound notebook with what the newer rules want, dressed as if it were notebook 02."""
+    cells = notebook["cells"]
+    cells[0]["source"] += "\n**5 minutes**"
+    said = {"output_type": "stream", "name": "stdout", "text": "not answered yet\n"}
+    cells.insert(4, code_cell("answer = None\ncheck(answer, 4)", 3, said) | {"metadata": {"tags": ["exercise"]}})
+    cells[5]["metadata"]["tags"], cells[5]["execution_count"] = ["solution"], 4
+    made: Notebook = nbformat.from_dict(notebook)
+    SCRIPT["dress"](made, NOTEBOOKS[3])
+    return made
+
+
+SPOILT_NEWER: dict[str, Callable[[Notebook], object]] = {
+    "1001 words of prose: at most 1,000": lambda n: n["cells"][3].update(source="## Exercises\n" + "word " * 988),
+    "the first cell does not say how many minutes it takes": edit(0, "5 minutes", "5 pages"),
+    "a cell below '## Exercises' is neither an exercise nor a solution": lambda n: n["cells"][4]["metadata"].clear(),
+    "no cell tagged 'exercise', or none tagged 'solution'": lambda n: n["cells"][5]["metadata"].update(
+        tags=["exercise"]
+    ),
+    "a cell to work in does not call check(), or is answered already": edit(4, "check", "print"),
+    "links, folds or stored pictures are out of date: run scripts/run_notebooks.py --links": edit(6, "index", "map"),
+}
+
+
+def test_sound_notebook_keeps_the_newer_rules() -> None:
+    made = work(sound())
+    assert newer_problems(made, NOTEBOOKS[3]) == []
+    assert made["cells"][5]["metadata"]["jupyter"] == {"outputs_hidden": True, "source_hidden": True}
+    links = made["cells"][-1]["source"]
+    assert f"]({NOTEBOOKS[2].name})" in links and "(index.ipynb)" in links and f"]({NOTEBOOKS[4].name})" in links
+    assert links in made["cells"][0]["source"]
+
+
+@pytest.mark.parametrize("problem", SPOILT_NEWER)
+def test_spoilt_notebook_breaks_one_newer_rule(problem: str) -> None:
+    notebook = work(sound())
+    SPOILT_NEWER[problem](notebook)
+    assert problem in newer_problems(notebook, NOTEBOOKS[3])
 
 
 @pytest.mark.parametrize("problem", SPOILT)

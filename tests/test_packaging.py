@@ -72,11 +72,11 @@ def project_files() -> list[Path]:
 
 
 def test_environment_yml_has_the_floors_of_pyproject() -> None:
-    assert conda_floors("environment.yml") == floors("lab", "quant", "peft")
+    assert conda_floors("environment.yml") == floors("torch", "lab", "app", "quant", "peft")
 
 
 def test_binder_has_the_floors_of_pyproject() -> None:
-    assert conda_floors("binder/environment.yml") == floors("lab", "quant", "peft")
+    assert conda_floors("binder/environment.yml") == floors("torch", "lab", "app", "quant", "peft")
 
 
 def test_binder_is_cpu_only_and_pins_python() -> None:
@@ -174,7 +174,9 @@ def test_readme_names_commands_that_exist() -> None:
     assert "\nmake test && exit\n" in (ROOT / ".ci/run").read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "benchmarks/README.md"])
+@pytest.mark.parametrize(
+    "name", ["README.md", "CONTRIBUTING.md", "benchmarks/README.md", "bigkit/accelerate/README.md"]
+)
 def test_local_links_lead_somewhere(name: str) -> None:
     page = ROOT / name
     targets = re.findall(r"\]\((?!https?://|#)([^)#\s]+)", page.read_text(encoding="utf-8"))

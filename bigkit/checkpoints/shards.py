@@ -91,7 +91,7 @@ def cut(
     Raises:
         ValueError: the limit is no size, or less than one byte.
 
-    Source: `split_state_dict_into_shards_factory` of huggingface_hub does it.
+    Source: the rule of `split_state_dict_into_shards_factory` in huggingface_hub, with which tests compare it.
 
     >>> for file, tensors in cut({"a": 6, "b": 20, "c": 3, "d": 4}, 10).files.items():
     ...     print(file, tensors)
@@ -99,17 +99,23 @@ def cut(
     model-00002-of-00003.safetensors {'a': 6, 'c': 3}
     model-00003-of-00003.safetensors {'d': 4}
     """
-    from huggingface_hub import split_state_dict_into_shards_factory
-
     limit = read_limit(max_shard_size)
+    groups: list[list[str]] = []  # in the order in which files are full
+    opened, filled = list[str](), 0
+    for name, size in sizes.items():
+        if size > limit:
+            groups.append([name])
+            continue
+        if filled + size > limit:
+            groups.append(opened)
+            opened, filled = [], 0
+        opened.append(name)
+        filled += size
+    groups += [opened] if opened else []
     stem, _, ending = file.rpartition(".")
-    split = split_state_dict_into_shards_factory(
-        dict(sizes),
-        get_storage_size=int,
-        filename_pattern=f"{stem}{generation}{{suffix}}.{ending}",
-        max_shard_size=limit,
-    )
-    files = split.filename_to_tensors if split.is_sharded else {file: list(sizes)}
+    count = len(groups)
+    parts = [f"{stem}{generation}-{number:05}-of-{count:05}.{ending}" for number in range(1, count + 1)]
+    files = dict(zip(parts, groups)) if count > 1 else {file: list(sizes)}
     return Cut(limit, {file: {name: sizes[name] for name in names} for file, names in files.items()})
 
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
-from ..units import GiB, KiB, MiB, three_figures
+from ..units import GiB, KiB, MiB, format_bytes, three_figures
 from .canvas import ABOVE, GROUND, WIDTH, Picture, text_width
 from .colours import BLACK, BLUE, DARK, GREEN, ORANGE, PURPLE, TRACK, VERMILLION, WHITE, YELLOW
 
@@ -25,6 +25,9 @@ class Bar:
     label: str
     parts: list[tuple[str, int, str]]
     capacity: int | None = None
+    key: str = ""  # of its mark
+    says: str = ""  # about the whole bar
+    parts_say: Mapping[str, str] = field(default_factory=dict)  # about a part, in a few words
 
     @property
     def used(self) -> int:
@@ -51,6 +54,8 @@ def _draw_bar(picture: Picture, bar: Bar, longest: int, unit: int, unit_name: st
     x, y, middle = picture.left, picture.y + (ROW - BAR) / 2, picture.y + ROW / 2
     scale = picture.room / longest
     over = bar.capacity is not None and bar.used > bar.capacity
+    key = bar.key or f"bar:{bar.label}"
+    picture.mark(key, bar.says or f"{bar.label}: {format_bytes(bar.used)}.", 0, picture.y, WIDTH, ROW)
     picture.text(picture.left - 6, middle, bar.label, anchor="end")
     if bar.capacity:
         picture.box("room", x, y, min(bar.capacity, longest) * scale, BAR, TRACK, depth=GROUND)
@@ -59,6 +64,8 @@ def _draw_bar(picture: Picture, bar: Bar, longest: int, unit: int, unit_name: st
             continue
         width, hatch = size * scale, HATCHES.get(name, "")
         picture.box(name, x, y, width, BAR, colour, hatch)
+        about = f", {bar.parts_say[name]}" if name in bar.parts_say else ""
+        picture.mark(f"{key}:{name}", f"{bar.label}: {name} {format_bytes(size)}{about}.", x, y, width, BAR)
         number = three_figures(size / unit)
         plate = bool(hatch) or over
         texts = (f"{name} {number}", number)

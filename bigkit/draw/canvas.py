@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .colours import BLACK, DARK, GREY, SOFT, WHITE, ink
+from .colours import BLACK, DARK, GREY, SOFT, TRACK, WHITE, ink
 
 WIDTH = 540  # points
 PIXELS = 900  # that a picture is wide where there is room; with less room it shrinks
@@ -48,6 +48,7 @@ class Box(NamedTuple):
     hatch: str = ""
     ink: str = DARK
     depth: int = NORMAL
+    moved: float = 0  # points downwards to where it has just come from, which an explorer shows
 
 
 class Line(NamedTuple):
@@ -72,6 +73,7 @@ class Text(NamedTuple):
     anchor: str = "start"
     bold: bool = False
     plate: bool = False
+    inside: bool = False  # on a colour, which is the same in a dark theme
 
     @property
     def span(self) -> tuple[float, float]:
@@ -79,6 +81,22 @@ class Text(NamedTuple):
         width = text_width(self.text, self.size, self.bold)
         start = self.x - {"start": 0.0, "middle": width / 2, "end": width}[self.anchor]
         return start, start + width
+
+
+class Mark(NamedTuple):
+    """An invisible rectangle over something that can be pointed at.
+
+    `key` says what it is ("layer:3"), `says` tells about it in a sentence, which is a tooltip wherever the picture is
+    shown. `widgets/touch.js` reads `data`: what it may be dragged onto, and where it is now.
+    """
+
+    key: str
+    says: str
+    x: float
+    y: float
+    width: float
+    height: float
+    data: Mapping[str, str]
 
 
 class Picture:
@@ -103,6 +121,7 @@ class Picture:
         self.y = 6.0  # where the next part begins, and at the end the height
         self.shapes: list[Box | Line] = []
         self.texts: list[Text] = []
+        self.marks: list[Mark] = []
 
     @property
     def room(self) -> float:
@@ -123,6 +142,11 @@ class Picture:
         """Write a `Text`."""
         self.texts.append(Text(*values, **options))
 
+    def mark(self, key: str, says: str, x: float, y: float, width: float, height: float, **data: str) -> None:
+        """Put a `Mark` over what is drawn there, unless it is too narrow to be pointed at."""
+        if width >= 0.4 and height >= 0.4:
+            self.marks.append(Mark(key, says, x, y, width, height, data))
+
     def label_in(
         self, x: float, middle: float, width: float, texts: Iterable[str], size: float = 8.5,
         ground: str = WHITE, plate: bool = False, margin: float = 4,
@@ -130,7 +154,9 @@ class Picture:
         """Write the first of some texts that fits into a box, in its middle; none if it is too narrow for all."""
         text = next((text for text in texts if text and text_width(text, size) <= width - margin), "")
         if text:
-            self.text(x + width / 2, middle, text, size, BLACK if plate else ink(ground), "middle", plate=plate)
+            inside = not plate and ground not in (WHITE, TRACK)
+            colour = ink(ground) if inside else BLACK
+            self.text(x + width / 2, middle, text, size, colour, "middle", plate=plate, inside=inside)
 
     # -- parts from the top downwards
 
@@ -190,9 +216,11 @@ class Picture:
             f'width="{PIXELS}" style="display:block;max-width:100%;height:auto" '
             "font-family=\"'DejaVu Sans', Verdana, sans-serif\">"
         )
-        ground = f'<path fill="{WHITE}" d="M0 0h{WIDTH}v{height}H0z"/>'
-        parts = [head, f"<title>{title}</title>", ground, *self._draw_shapes(), *map(_draw_text, self.texts), "</svg>"]
-        return "\n".join(parts)
+        ground = f'<path class="ground" fill="{WHITE}" d="M0 0h{WIDTH}v{height}H0z"/>'
+        parts = [head, f"<title>{title}</title>", ground, *self._draw_shapes(), *map(_draw_text, self.texts)]
+        if self.marks:
+            parts += ['<g class="marks" fill="none" pointer-events="all">', *map(_draw_mark, self.marks), "</g>"]
+        return "\n".join([*parts, "</svg>"])
 
     def _draw_shapes(self) -> Iterator[str]:
         """Shapes that look the same become one path, which keeps the text short; a hatch lies over all fills."""
@@ -204,7 +232,8 @@ class Picture:
             x, y, width, height = map(_number, (shape.x, shape.y, shape.width, shape.height))
             outline = f"M{x} {y}h{width}v{height}h-{width}z"
             if shape.colour != "none":
-                groups.setdefault((shape.depth, f'fill="{shape.colour}"'), []).append(outline)
+                way = f' class="bigkit-travels" style="--from:{_number(shape.moved)}px"' if shape.moved else ""
+                groups.setdefault((shape.depth, f'fill="{shape.colour}"{way}'), []).append(outline)
             if shape.hatch:
                 style = f'fill="none" stroke="{shape.ink}" stroke-width="0.8"'
                 groups.setdefault((shape.depth + 0.5, style), []).append(outline + "".join(_hatch(shape)))
@@ -223,7 +252,8 @@ class Picture:
         path.write_text(self.svg + "\n", encoding="utf-8")
         return path
 
-    def _repr_svg_(self) -> str:
+    def _repr_html_(self) -> str:
+        """The SVG as HTML, for as `image/svg+xml` JupyterLab would neither shrink it nor show its tooltips."""
         return self.svg
 
     def __repr__(self) -> str:
@@ -297,7 +327,7 @@ def _number(value: float) -> str:
 def _draw_text(text: Text) -> str:
     x, size = _number(text.x), _number(text.size)
     style = "" if text.anchor == "start" else f' text-anchor="{text.anchor}"'
-    style += "" if text.colour == BLACK else f' fill="{text.colour}"'
+    style += "" if text.colour == BLACK and not text.inside else f' fill="{text.colour}"'
     style += ' font-weight="bold"' if text.bold else ""
     baseline = _number(text.y + 0.36 * text.size)  # capitals are 0.73 em high
     words = f'<text x="{x}" y="{baseline}" font-size="{size}"{style}>{html.escape(printable(text.text))}</text>'
@@ -307,6 +337,14 @@ def _draw_text(text: Text) -> str:
     width, height = _number(end - start + 3), _number(text.size + 2)
     top = _number(text.y - text.size / 2 - 1)
     return f'<path fill="{WHITE}" d="M{_number(start - 1.5)} {top}h{width}v{height}h-{width}z"/>\n{words}'
+
+
+def _draw_mark(mark: Mark) -> str:
+    x, y, width, height = map(_number, (mark.x, mark.y, mark.width, mark.height))
+    key, says = (html.escape(printable(text)) for text in (mark.key, mark.says))
+    data = "".join(f' data-{name}="{html.escape(value)}"' for name, value in mark.data.items())
+    place = f'x="{x}" y="{y}" width="{width}" height="{height}"'
+    return f'<rect data-key="{key}"{data} {place}><title>{says}</title></rect>'
 
 
 def _line_style(line: Line) -> str:

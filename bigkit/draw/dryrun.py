@@ -6,6 +6,7 @@ Leaves out: running it (`dryrun/run.py`) and controls (`widgets/dryrun_explorer.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 
 from ..devices import device_label
 from ..dryrun.run import KINDS, DryRun, Timeline
@@ -17,6 +18,7 @@ from .canvas import ABOVE, GROUND, TOP, WIDTH, Picture, ticks, time_unit
 from .colours import BLACK, BLUE, DARK, GREEN, GREY, ORANGE, PURPLE, SOFT, TRACK, VERMILLION, WHITE, YELLOW
 
 COLOURS = {"weights": BLUE, "slots": PURPLE, "KV cache": ORANGE, "activations": YELLOW, "workspace": DARK}
+NAMES = {"slots": "slots: weights in flight", "workspace": "workspace of cuBLAS"}  # in the legend
 POINTS = 400  # of a curve: each is the highest of the events that it stands for
 CHART, LANE = 68, 16  # points of height: of a device's memory, and of a lane
 LEFT, RIGHT = 76, 64  # points beside the charts
@@ -35,14 +37,14 @@ def dryrun_figure(run: DryRun, measured: Measurement | None = None) -> Picture:
     """
     picture = Picture(run.model, dryrun_label(run, measured), LEFT, RIGHT)
     picture.head(_settings(run, measured))
-    picture.heading("Memory, one column for each request and free")
+    picture.heading("Memory: from left to right, one column for each request and free")
     picture.y += 8
     timelines = list(run.timelines.values())
     for timeline in timelines:
         here = measured if measured is not None and measured.device == timeline.device else None
         _draw_memory(picture, timeline, here, named=timeline is timelines[0])
     _draw_legend(picture, run, measured)
-    picture.heading("Time, and what is busy when")
+    picture.heading("Time: what is busy when; the higher a bar, the larger the share of the time at work")
     _draw_lanes(picture, run, measured)
     return picture
 
@@ -97,6 +99,20 @@ def _error(predicted: float, real: float) -> str:
 def dryrun_verdict(run: DryRun) -> str:
     """A dry run in a few words: "fits", or "does not fit: ..."."""
     return "fits" if run.fits else f"does not fit: {run.problem}"
+
+
+def dryrun_differences(old: DryRun, new: DryRun) -> list[str]:
+    """How a dry run differs from another, in sentences; none if nothing does."""
+    said = []
+    for device in dict.fromkeys([*old.peak_reserved, *new.peak_reserved]):
+        one, other = (format_bytes(run.peak_reserved.get(device, 0)) for run in (old, new))
+        said.append((f"{device_label(device)} reserves at most", one, other))
+    for name in dict.fromkeys([*old.seconds, *new.seconds]):
+        one, other = (format_seconds(run.seconds[name]) if name in run.seconds else "nothing" for run in (old, new))
+        said.append((f"{name.capitalize()} takes", one, other))
+    said.append(("It", dryrun_verdict(old), dryrun_verdict(new)))
+    said.append(("It is", f"{old.model} on {old.hardware}, {old.asked}", f"{new.model} on {new.hardware}, {new.asked}"))
+    return [f"{name} {other} (before: {one})." for name, one, other in said if one != other]
 
 
 def dryrun_label(run: DryRun, measured: Measurement | None = None) -> str:
@@ -161,6 +177,9 @@ def _draw_memory(picture: Picture, timeline: Timeline, measured: Measurement | N
     elif timeline.capacity:
         text = f"capacity {format_bytes(timeline.capacity)}, far above"
         picture.text(right, top + 4, text, 8, SOFT, "end", plate=True)
+    peak = max(range(events), key=timeline.allocated.__getitem__, default=0)
+    at, tip = picture.left + picture.room * (peak + 0.5) / (events or 1), bottom - timeline.peak_allocated * level
+    picture.line("peak", [(at - 4, tip - 6), (at + 4, tip - 6), (at, tip)], VERMILLION, depth=TOP + 1)
     for curve in curves:
         places = measured.over(timeline.marks) if measured else []
         chosen = _sample(curve)
@@ -171,9 +190,15 @@ def _draw_memory(picture: Picture, timeline: Timeline, measured: Measurement | N
     for step, end in timeline.marks:
         x, width = picture.left + picture.room * start / events, picture.room * (end - start) / events
         picture.box("mark", x + width - 0.25, top, 0.5, CHART, GREY, depth=ABOVE)
+        if end > start:
+            held, kept = (format_bytes(max(values[start:end])) for values in (timeline.allocated, timeline.reserved))
+            says = f"{device_label(timeline.device)}, {step}: at most {held} allocated, {kept} reserved."
+            picture.mark(f"step:{timeline.device}:{step}", says, x, top, width, CHART)
         if named:
             picture.label_in(x, top - 6, width, (step,), 8, margin=2)
         start = end
+    says = f"{device_label(timeline.device)}: the peak, {format_bytes(timeline.peak_allocated)} allocated."
+    picture.mark(f"peak:{timeline.device}", says, at - 5, tip - 7, 10, 9)
     picture.box("mark", picture.left, bottom, picture.room, 0.5, GREY)
     picture.y += CHART + 14
 
@@ -191,7 +216,9 @@ def _sample(values: Sequence[int]) -> list[int]:
 
 def _draw_legend(picture: Picture, run: DryRun, measured: Measurement | None) -> None:
     timelines = run.timelines.values()
-    entries = [(kind, COLOURS[kind]) for kind in KINDS if any(any(line.kinds[kind]) for line in timelines)]
+    entries = [
+        (NAMES.get(kind, kind), COLOURS[kind]) for kind in KINDS if any(any(line.kinds[kind]) for line in timelines)
+    ]
     entries.append(("reserved", BLACK))
     if any(_is_near(timeline, timeline.peak_reserved) for timeline in timelines):
         entries.append(("capacity", VERMILLION))
@@ -216,10 +243,13 @@ def _draw_lanes(picture: Picture, run: DryRun, measured: Measurement | None) -> 
         colour = {"python": GREY, "disk": DARK}.get(lane, PURPLE if lane.startswith("copy") else GREEN)
         picture.text(picture.left - 6, picture.y + LANE / 2, _lane_name(lane), 8.5, anchor="end")
         picture.box("room", picture.left, picture.y + 2, last * scale, LANE - 4, TRACK, depth=GROUND)
-        for start, end, busy in merge([span for span in run.spans if span.lane == lane], last / 600):
+        for start, end, busy in _stretches(run, lane, last / 600):
             height = (LANE - 4) * busy / (end - start)  # of a stretch with gaps too short to be seen: its share at work
             x = picture.left + start * scale
             picture.box(lane, x, picture.y + LANE - 2 - height, (end - start) * scale, height, colour)
+            says = f"{_lane_name(lane)}: from {format_seconds(start)} to {format_seconds(end)} busy "
+            says += f"{100 * busy / (end - start):.0f} % of the time."
+            picture.mark(f"span:{lane}:{start:g}", says, x, picture.y, (end - start) * scale, LANE)
         picture.text(WIDTH - 8, picture.y + LANE / 2, f"busy {100 * run.busy[lane]:.0f} %", 8.5, SOFT, "end")
         picture.y += LANE
     passed = 0.0
@@ -237,6 +267,16 @@ def _draw_lanes(picture: Picture, run: DryRun, measured: Measurement | None) -> 
         picture.y += LANE
     unit, unit_name = time_unit(longest)
     picture.axis(longest / unit, unit_name, picture.y - 2)
+
+
+def _stretches(run: DryRun, lane: str, gap: float) -> list[tuple[float, float, float]]:
+    """What a lane does, merged within each step: a step that pauses must not be hidden by one that does not."""
+    found, start = [], 0.0
+    spans = [span for span in run.spans if span.lane == lane]
+    for end in [*accumulate(step.seconds for step in run.times)][:-1] + [float("inf")]:
+        found += merge([span for span in spans if start <= span.start < end], gap)
+        start = end
+    return found
 
 
 def merge(spans: Sequence[Span], gap: float) -> list[tuple[float, float, float]]:

@@ -7,7 +7,7 @@ Leaves out: recording (`measure/routing.py`), what caches hold (`machine/routing
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import NamedTuple
 
 from ..machine.mixture import Mixture, TokenTime
@@ -20,6 +20,7 @@ LANES = {"GPU": BLUE, "disk": PALE, "link": YELLOW}
 LINES = {"static": PURPLE, "LRU": BLUE, "best": GREEN}  # policies whose hit rate grows with the cache
 DASHES = {"static": "2 2", "LRU": "", "best": "6 3"}
 LETTER, CURVE, BAR = 12.0, 90.0, 17.0  # points: width of a token, height of the curves, and of a bar
+MOST_CELLS = 1024  # that have marks
 MARKS = {" ": "␣", "\n": "⏎", "\t": "⇥", "": "·"}
 
 
@@ -161,6 +162,7 @@ def _draw_text(picture: Picture, scene: Scene) -> None:
         x, now = 8 + i * LETTER, start + i == scene.token
         picture.box("token", x + 0.5, picture.y, LETTER - 1, 16, YELLOW if now else TRACK)
         word = "".join(MARKS.get(letter, letter) for letter in token) or MARKS[""]
+        picture.mark(f"token:{start + i + 1}", f"Token {start + i + 1}: {token!r}.", x, picture.y, LETTER, 16)
         picture.text(x + LETTER / 2, picture.y + 8, shorten(word, LETTER, 8.5), 8.5, BLACK, "middle", bold=now)
     picture.y += 24
 
@@ -183,6 +185,10 @@ def _draw_layers(picture: Picture, scene: Scene) -> None:
         for expert, count in enumerate(row):
             key, x, y = layer * routing.experts + expert, left + expert * cell + gap, picture.y + gap
             wide, tall = cell - 2 * gap, height - 2 * gap
+            if routing.layers * routing.experts <= MOST_CELLS:
+                picture.mark(
+                    f"expert:{layer}:{expert}", _cell_text(scene, layer, expert, asked, kept), x, y, wide, tall
+                )
             ground = (GREEN if asked[key] else ORANGE) if key in asked else TRACK
             picture.box("cell", x, y, wide, tall, ground, "" if count else "x", GREY, depth=GROUND)
             full = tall * count / max(row)
@@ -195,6 +201,13 @@ def _draw_layers(picture: Picture, scene: Scene) -> None:
                 picture.line("kept", edge, BLACK, 1.2, depth=ABOVE)
         picture.y += height
     picture.y += 6
+
+
+def _cell_text(scene: Scene, layer: int, expert: int, asked: Mapping[int, bool], kept: Collection[int]) -> str:
+    key, row = layer * scene.routing.experts + expert, scene.routing.counts[layer]
+    news = "not chosen now" if key not in asked else "chosen, a hit" if asked[key] else "chosen, a miss: it travels"
+    stays = ", kept after this token" if key in kept else ""
+    return f"Layer {layer}, expert {expert}: {_percent(row[expert] / sum(row))} of its layer's choices, {news}{stays}."
 
 
 def _draw_curves(picture: Picture, scene: Scene) -> None:
@@ -231,6 +244,8 @@ def _draw_times(picture: Picture, scene: Scene) -> None:
         for lane, seconds in time.waits.items():
             width = picture.room * seconds / longest
             picture.box(lane, x, picture.y + 2, width, BAR - 4, LANES[lane])
+            says = f"{policy}: {lane} takes {format_seconds(seconds)} of {format_seconds(time.seconds)} a token."
+            picture.mark(f"time:{policy}:{lane}", says, x, picture.y, width, BAR)
             picture.label_in(x, middle, width, (format_seconds(seconds),), 8, LANES[lane])
             x += width
         picture.text(WIDTH - 8, middle, _speed(time), 9.5, anchor="end", bold=shown)

@@ -5,17 +5,20 @@ Leaves out: time (`draw/dryrun.py`), and controls (`widgets/plan_explorer.py`).
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from itertools import groupby
 
 from ..devices import Device, device_label
 from ..maps.plan import Plan, Share
 from ..model.estimate import load_text
-from ..units import format_bytes, text_table
+from ..units import counted, format_bytes, text_table
 from .bars import HATCHES, PART_COLOURS, Bar, draw_bars
 from .canvas import ABOVE, WIDTH, Picture, text_width
 from .colours import BLACK, SOFT, VERMILLION, WHITE, device_colour
 
+ABOUT = {"activations": "the working memory of the largest step", "reserve": "room for offloaded layers in flight",
+         "overhead": "what the runtime itself takes"}  # fmt: skip
 PARTS = {"weights": "weights", "kv_cache": "KV cache", "activations": "activations", "reserve": "reserve",
          "overhead": "overhead"}  # field of a `Share` -> its name in pictures  # fmt: skip
 
@@ -35,12 +38,12 @@ def plan_figure(plan: Plan) -> Picture:
     picture = Picture(plan.model, plan_label(plan))
     picture.head(_settings(plan))
     picture.legend(_legend(plan), HATCHES)
-    draw_bars(picture, [_bar(share) for share in working])
+    draw_bars(picture, [_bar(plan, share) for share in working])
     if any(share.used for share in resting):
         picture.heading(f"Resting until {device_label(working[0].device)} needs them, on a scale of their own")
-        draw_bars(picture, [_bar(share) for share in resting])
-    elif free := [f"{device_label(share.device)} ({_limit(share)})" for share in resting]:
-        picture.heading(f"Not needed: {' and '.join(free)}.")
+        draw_bars(picture, [_bar(plan, share) for share in resting])
+    elif resting:
+        _draw_free(picture, resting)
     _draw_layers(picture, plan)
     return picture
 
@@ -93,10 +96,95 @@ def _settings(plan: Plan) -> str:
     return f"{stored}, strategy {plan.strategy}, {load_text(plan.batch, plan.context, plan.options.get('kv_dtype'))}"
 
 
-def _bar(share: Share) -> Bar:
+def _bar(plan: Plan, share: Share) -> Bar:
     colours = {**PART_COLOURS, "weights": device_colour(share.device)}
     parts = [(name, getattr(share, part), colours[name]) for part, name in PARTS.items()]
-    return Bar(device_label(share.device), parts, share.budget)
+    here = counted(sum(layer.device == share.device for layer in plan.layers), "layer")
+    about = {**ABOUT, "weights": here, "KV cache": load_text(plan.batch, plan.context, plan.options.get("kv_dtype"))}
+    return Bar(
+        device_label(share.device), parts, share.budget, f"device:{share.device}", share_text(plan, share.device), about
+    )
+
+
+def share_text(plan: Plan, device: Device) -> str:
+    """What one device holds of its budget, and why no more: one or two sentences."""
+    share = next(share for share in plan.shares if share.device == device)
+    full = f", {100 * share.used / share.budget:.0f} % full" if share.budget else ""
+    over = f", {format_bytes(share.over)} over budget" if share.over else ""
+    used = f"{device_label(device)}: {format_bytes(share.used)} of {_limit(share)}{full}{over}"
+    here = counted(sum(layer.device == device for layer in plan.layers), "layer")
+    return f"{used}, {here}. {share.why}".rstrip()
+
+
+def layer_text(plan: Plan, number: int) -> str:
+    """A layer's name, class, bytes and place, and why its stretch ends where it does."""
+    layer = plan.layers[number]
+    share = next(share for share in plan.shares if share.device == layer.device)
+    first = next((other for other in plan.shares if other.runs), share)
+    where = f"rests {'in' if layer.device == 'cpu' else 'on'} {device_label(layer.device)}"
+    work = "works there" if share.runs else f"works on {device_label(first.device)}"
+    size = f"{layer.name or 'the whole model'} ({layer.cls}), {format_bytes(layer.bytes)}"
+    return f"{size}, {where} and {work}. {share.why}".rstrip()
+
+
+def plan_differences(old: Plan, new: Plan) -> list[str]:
+    """How a plan differs from another, in sentences; none if nothing does.
+
+    >>> from bigkit import plan
+    >>> p, q = (plan("gpt2", {0: size, 1: "300MiB"}) for size in ("300MiB", "400MiB"))
+    >>> plan_differences(p, q)[:2]
+    ['GPU 0 holds 285.43 MiB instead of 231.35 MiB.', 'GPU 1 holds 189.27 MiB instead of 243.35 MiB.']
+    """
+    said = []
+    for device in dict.fromkeys([*old.used, *new.used]):
+        one, other = old.used.get(device, 0), new.used.get(device, 0)
+        if one != other:
+            said.append(f"{device_label(device)} holds {format_bytes(other)} instead of {format_bytes(one)}.")
+    fields = ("model", "stored", "strategy", "batch", "context")
+    compared = [(name, getattr(old, name), getattr(new, name)) for name in fields]
+    compared.append(("longest context", old.longest or "none", new.longest or "none"))
+    compared.append(("verdict", plan_verdict(old), plan_verdict(new)))
+    for name, one, other in compared:
+        if one != other:
+            said.append(f"{name.capitalize()}: {other} (before: {one}).")
+    places = {layer.name: layer.device for layer in old.layers}
+    ways = Counter((places[layer.name], layer.device) for layer in new.layers if layer.name in places)
+    moves = [f"{counted(count, 'layer')} from {device_label(one)} to {device_label(other)}"
+             for (one, other), count in ways.items() if one != other]  # fmt: skip
+    return [*said, f"Moved: {', '.join(moves)}."] if moves else said
+
+
+def moved(plan: Plan, key: str, onto: str) -> dict[str, Device]:
+    """The device map after a mark of the picture was dragged onto another: layer name -> device.
+
+    Args:
+        plan: what is drawn.
+        key: "layer:3", or "boundary:3", which stands before layer 3.
+        onto: "device:cpu", or "layer:7": for a layer, the device of that one; for a boundary, the last layer that it
+            passes over.
+
+    Raises:
+        ValueError: the picture has no such mark.
+
+    >>> from bigkit import plan
+    >>> p = plan("gpt2", {0: "300MiB", 1: "300MiB"})
+    >>> moved(p, "layer:3", "device:1")["transformer.h.0"]
+    1
+    """
+    names, places = [layer.name for layer in plan.layers], [layer.device for layer in plan.layers]
+    kind, _, number = key.partition(":")
+    target, _, where = onto.partition(":")
+    devices = {str(share.device): share.device for share in plan.shares}
+    valid = number.isdigit() and int(number) < len(places) and kind in ("layer", "boundary")
+    if not valid or not (where in devices if target == "device" else where.isdigit() and int(where) < len(places)):
+        raise ValueError(f"cannot drag {key!r} onto {onto!r}: expected a layer or a boundary, and a device or a layer")
+    i = int(number)
+    if kind == "layer":
+        places[i] = devices[where] if target == "device" else places[int(where)]
+    elif target == "layer" and i:
+        j = int(where)
+        places[min(i, j) : max(i, j + 1)] = [places[i - 1] if j >= i else places[i]] * (max(i, j + 1) - min(i, j))
+    return dict(zip(names, places))
 
 
 def _legend(plan: Plan) -> list[tuple[str, str | Sequence[str]]]:
@@ -134,11 +222,8 @@ def _whole_span(names: Sequence[str]) -> str:
 
 
 def _short_span(names: Sequence[str]) -> str:
-    """The same in few letters: "0 – 9" in one list of blocks, else "10 layers"."""
-    (parent, _, first), (last_parent, _, last) = (name.rpartition(".") for name in (names[0], names[-1]))
-    if len(names) == 1:
-        return first
-    return f"{first} – {last}" if parent == last_parent else f"{len(names)} layers"
+    """The same in few letters: "embed_tokens – 9"."""
+    return " – ".join(dict.fromkeys(name.rpartition(".")[2] for name in (names[0], names[-1])))
 
 
 def _draw_layers(picture: Picture, plan: Plan) -> None:
@@ -146,12 +231,17 @@ def _draw_layers(picture: Picture, plan: Plan) -> None:
     whole = sum(layer.bytes for layer in plan.layers) or 1
     picture.heading(f"{len(plan.layers)} layers in the model's order, each as wide as its bytes ({_sizes(plan)})")
     x, room = 8.0, WIDTH - 16
-    for layer in plan.layers:
+    edges: list[float] = []
+    for i, layer in enumerate(plan.layers):
         width = room * layer.bytes / whole
         picture.box("layers", x, picture.y, width, 20, device_colour(layer.device))
         if width > 2:
             picture.box("seams", x - 0.25, picture.y, 0.5, 20, WHITE, depth=ABOVE)
+        at = f"device:{layer.device}"
+        picture.mark(f"layer:{i}", layer_text(plan, i), x, picture.y, width, 20, onto="device layer", at=at)
+        edges.append(x)
         x += width
+    _mark_boundaries(picture, plan, [*edges, x])
     x = 8.0
     for device, names, size in _stretches(plan):
         width, label = room * size / whole, device_label(device)
@@ -164,3 +254,30 @@ def _draw_layers(picture: Picture, plan: Plan) -> None:
                 picture.text(x + width / 2, picture.y + below, text, font, colour, "middle")
         x += width
     picture.y += 54
+
+
+def _mark_boundaries(picture: Picture, plan: Plan, edges: Sequence[float]) -> None:
+    """A handle wherever the device changes; `edges` are where the layers begin, and the end of the last."""
+    for i in range(1, len(plan.layers)):
+        before, after = plan.layers[i - 1], plan.layers[i]
+        if before.device == after.device:
+            continue
+        half = min(4.0, max(0.5, 0.3 * min(edges[i] - edges[i - 1], edges[i + 1] - edges[i])))
+        picture.line("handle", [(edges[i], picture.y - 4), (edges[i], picture.y + 24)], BLACK, 1)
+        says = f"Boundary: {device_label(before.device)} up to {before.name}, "
+        says += f"{device_label(after.device)} from {after.name} on."
+        place = edges[i] - half, picture.y - 5, 2 * half, 30
+        picture.mark(f"boundary:{i}", says, *place, onto="layer", at=f"layer:{i}", along="x")
+
+
+def _draw_free(picture: Picture, shares: Sequence[Share]) -> None:
+    """Name the devices on which nothing rests."""
+    text = "Not needed: "
+    for i, share in enumerate(shares):
+        text += " and " * bool(i)
+        words = f"{device_label(share.device)} ({_limit(share)})"
+        x, width = 8 + text_width(text, 9.5), text_width(words, 9.5)
+        says = f"{device_label(share.device)}: nothing rests here. {share.why}".rstrip()
+        picture.mark(f"device:{share.device}", says, x - 2, picture.y - 1, width + 4, 18)
+        text += words
+    picture.heading(f"{text}.")

@@ -22,6 +22,7 @@ Charts = Mapping[str, Schedule]  # a name for each way to run
 STATES = {"arriving": YELLOW, "ready": GREEN, "working": ORANGE, "done": TRACK}  # of a slot, in order
 LANE_COLOURS = {"compute": ORANGE, "link": YELLOW, "disk": PALE}
 LEFT, RIGHT, ROW, BOX, LANE, STRIP = 58, 92, 22, 16, 15, 24
+_DOES = {"compute": "works", "link": "travels over the link", "disk": "is read from disk"}
 _ENDS = {"return": "returns", "arrive": "has arrived", "work": "begins to work", "fetch": "is fetched"}
 
 
@@ -50,7 +51,8 @@ def run_figure(charts: Charts, shown: str, step: int, title: str = "") -> Pictur
     picture = Picture(title or shown, run_label(charts, shown, step), LEFT, RIGHT)
     if title:
         picture.head(_settings(schedule))
-    picture.legend([(f"{state}{', may be refilled' * (state == 'done')}", colour) for state, colour in STATES.items()])
+    states = [(f"{state}{', may be refilled' * (state == 'done')}", colour) for state, colour in STATES.items()]
+    picture.legend([*states, *_works_where_it_rests(schedule)])
     _draw_places(picture, schedule, step)
     _draw_charts(picture, charts, longest, shown, time)
     _draw_memory(picture, schedule, longest, time)
@@ -99,6 +101,31 @@ def run_news(schedule: Schedule, step: int) -> str:
     return f"after {format_seconds(time)}: " + "; ".join(_in_words(schedule, moment) for moment in at_once)
 
 
+def run_caption(schedule: Schedule, step: int) -> str:
+    """What happens at a moment and what for, in plain sentences.
+
+    >>> from bigkit.machine.streams import Turn, schedule
+    >>> run_caption(schedule([Turn("h.0", 10**9, 0.01, "cpu")], link=50e9), 1)
+    'At 0 s the weights of h.0 leave RAM for slot 0. GPU 0 waits for them.'
+    """
+    if not step:
+        return "Nothing has happened yet: press Play, or step with the arrow keys."
+    time, scene = schedule.moments[step - 1].time, schedule.scene(step)
+    said = []
+    for moment in schedule.moments[:step]:
+        if moment.time == time:
+            turn, name = schedule.turns[moment.turn], _name(schedule, moment.turn)
+            said.append({
+                "fetch": f"the weights of {name} leave {device_label(turn.rests)} for slot {moment.slot}",
+                "arrive": f"the weights of {name} are there",
+                "work": f"{name} works {f'in slot {moment.slot}' if moment.slot >= 0 else 'where its weights rest'}",
+                "return": f"{name} is done" + (", and its slot may be filled again" if turn.travels else ""),
+            }[moment.kind])  # fmt: skip
+    main = next((turn.works for turn in schedule.turns if turn.travels), 0)
+    waits = f" {device_label(main)} waits for them." if scene.working is None and scene.arriving else ""
+    return f"At {format_seconds(time)} {'; '.join(said)}.{waits}"
+
+
 def run_label(charts: Charts, shown: str, step: int) -> str:
     """One sentence for those who cannot see the picture of a run."""
     schedule = charts[shown]
@@ -124,6 +151,10 @@ def gantt_figure(charts: Charts, title: str = "") -> Picture:
     picture = Picture(title or " and ".join(charts), gantt_label(charts), LEFT, RIGHT)
     if title:
         picture.head(_settings(next(iter(charts.values()))))
+    copied = [("copied to the GPU", YELLOW), ("works after a copy", ORANGE)]
+    schedule = next(iter(charts.values()))
+    read = [("read from disk", PALE)] * bool(schedule.busy["disk"])
+    picture.legend([*read, *copied, *_works_where_it_rests(schedule)])
     _draw_charts(picture, charts, _longest(charts))
     return picture
 
@@ -171,6 +202,12 @@ def _settings(schedule: Schedule) -> str:
     return ", ".join([counted(len(schedule.turns), "unit"), size, counted(schedule.tokens, "forward"), *rates])
 
 
+def _works_where_it_rests(schedule: Schedule) -> list[tuple[str, list[str]]]:
+    """The entry of a legend for the work of weights that are on a GPU anyway."""
+    colours = dict.fromkeys(device_colour(turn.works) for turn in schedule.turns if not turn.travels)
+    return [("on the GPU already", [*colours])] if colours else []
+
+
 def _longest(charts: Charts) -> float:
     return max(schedule.seconds for schedule in charts.values()) or 1.0
 
@@ -212,6 +249,9 @@ def _at(line: Sequence[tuple[float, float]], time: float) -> float:
 def _draw_places(picture: Picture, schedule: Schedule, step: int) -> None:
     """A column for each unit, a row for each place and slot."""
     scene, width = schedule.scene(step), picture.room / len(schedule.turns)
+    main = next((turn.works for turn in schedule.turns if turn.travels), 0)
+    now = [moment for moment in schedule.moments[:step] if moment.time == schedule.moments[step - 1].time]
+    fetched = {moment.turn for moment in now if moment.kind == "fetch"}
     rows: dict[Device, float] = {}
     slot_rows: list[float] = []
     for device in _devices(schedule):
@@ -222,6 +262,10 @@ def _draw_places(picture: Picture, schedule: Schedule, step: int) -> None:
                 slot_rows.append(picture.y)
                 picture.y += ROW
         rows[device] = picture.y
+        here = [turn for turn in schedule.turns if turn.rests == device]
+        size = format_bytes(_bytes(schedule, device), "si")
+        says = f"{device_label(device)}: {counted(len(here), 'unit')} of weights, {size}."
+        picture.mark(f"place:{device}", says, 0, picture.y, picture.left, ROW)
         picture.text(picture.left - 6, picture.y + ROW / 2, device_label(device), anchor="end")
         picture.text(WIDTH - 8, picture.y + ROW / 2, format_bytes(_bytes(schedule, device), "si"), 9.5, anchor="end")
         picture.y += ROW
@@ -229,13 +273,20 @@ def _draw_places(picture: Picture, schedule: Schedule, step: int) -> None:
         works_here = i == scene.working and not turn.travels
         colour = ORANGE if works_here else device_colour(turn.rests)
         _draw_unit(picture, i, rows[turn.rests], width, turn.name, colour, works_here)
-    for y, (holds, state) in zip(slot_rows, scene.slots):
+        way = f"travels to {device_label(turn.works)} to work" if turn.travels else "works where it rests"
+        size, where = format_bytes(turn.nbytes, "si"), "in" if turn.rests == "cpu" else "on"
+        says = f"{_name(schedule, i)}: {size}, rests {where} {device_label(turn.rests)}, {way}."
+        picture.mark(f"unit:{i}", says, picture.left + i * width, rows[turn.rests], width, ROW)
+    for number, (y, (holds, state)) in enumerate(zip(slot_rows, scene.slots)):
+        what = "is empty" if holds is None else f"holds {_name(schedule, holds)}, {state}"
+        picture.mark(f"slot:{number}", f"Slot {number} of {device_label(main)} {what}.", 0, y, WIDTH, ROW)
         if holds is None:
             picture.text(WIDTH - 8, y + ROW / 2, "empty", 9.5, SOFT, "end")
             continue
         turn = schedule.turns[holds]
         picture.text(WIDTH - 8, y + ROW / 2, state, 9.5, anchor="end", bold=state == "working")
-        _draw_unit(picture, holds, y, width, turn.name, STATES[state], state == "working")
+        moved = rows[turn.rests] - y if state == "arriving" and holds in fetched else 0.0
+        _draw_unit(picture, holds, y, width, turn.name, STATES[state], state == "working", moved)
         if state == "arriving":
             x, start, end = picture.left + (holds + 0.5) * width, rows[turn.rests] + 1, y + ROW - 2
             picture.line("arrow", [(x, start), (x, end + 4)], BLACK, 1.4)
@@ -243,14 +294,16 @@ def _draw_places(picture: Picture, schedule: Schedule, step: int) -> None:
     picture.y += 8
 
 
-def _draw_unit(picture: Picture, column: int, y: float, width: float, name: str, colour: str, framed: bool) -> None:
+def _draw_unit(
+    picture: Picture, column: int, y: float, width: float, name: str, colour: str, framed: bool, moved: float = 0
+) -> None:
     x, top = picture.left + column * width, y + (ROW - BOX) / 2
     gap = min(1.0, width / 8)
     edge = 1.2 if framed else 0.6 if colour == TRACK else 0.0
     if edge:
         ground = BLACK if framed else GREY
         picture.box("frame", x + gap - edge, top - edge, width - 2 * (gap - edge), BOX + 2 * edge, ground)
-    picture.box("units", x + gap, top, width - 2 * gap, BOX, colour, depth=ABOVE)
+    picture.box("units", x + gap, top, width - 2 * gap, BOX, colour, depth=ABOVE, moved=moved)
     texts = (_short(name), name.rpartition("_")[2])
     picture.label_in(x, top + BOX / 2, width, texts, 8.5, colour, margin=2)
 
@@ -288,6 +341,9 @@ def _draw_lane(picture: Picture, schedule: Schedule, lane: str, longest: float) 
         turn = schedule.turns[span.turn]
         colour = device_colour(turn.works) if lane == "compute" and not turn.travels else LANE_COLOURS[lane]
         picture.box(lane, x, top, stop - x, height, colour)
+        lasts = f"{format_seconds(span.end - span.start)}, from {format_seconds(span.start)} on"
+        says = f"{_name(schedule, span.turn)}: {_DOES[lane]} for {lasts}."
+        picture.mark(f"span:{lane}:{span.turn}", says, x, top, stop - x, height)
         if stop - x > 2:
             picture.box("seams", stop - 0.5, top, 0.5, height, WHITE, depth=ABOVE)
         picture.label_in(x, middle, stop - x, (_short(turn.name),), 7.5, colour, margin=1)

@@ -109,10 +109,14 @@ def _draw_files(picture: Picture, cut: Cut, matches: set[str], alone: set[str]) 
         colour = GPU_COLOURS[(number - 1) % len(GPU_COLOURS)]
         texts = (f"{number}: {format_bytes(sizes[file], 'si')}", str(number))
         picture.label_in(x, picture.y + BAR + 8, width, texts, margin=0)
+        says = f"{file}: {format_bytes(sizes[file], 'si')}, {counted(len(tensors), 'tensor')}."
+        picture.mark(f"file:{number}", says, x, picture.y, width, BAR + 16)
         for name, size in tensors.items():
             ground = YELLOW if name in matches else ORANGE if name in alone else colour
             kind = "larger than the limit" if name in alone else "matches" if name in matches else "tensors"
             _draw_tensor(picture, kind, name, x, size * scale, ground)
+            says = f"{name}: {format_bytes(size, 'si')}, in {file}{', ' + kind if kind != 'tensors' else ''}."
+            picture.mark(f"tensor:{name}", says, x, picture.y, size * scale if size * scale > 1 else 0, BAR)
             x += size * scale
         if width > 6:
             picture.box("gaps", x - 1, picture.y, 2, BAR, WHITE, depth=ABOVE)

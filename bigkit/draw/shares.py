@@ -89,9 +89,15 @@ def _draw_turns(picture: Picture, split: Shares) -> None:
     width = min(picture.room / rounds, 64)
     for process, (part, real) in enumerate(zip(split.parts, split.lengths)):
         picture.text(picture.left - 8, picture.y + 9, f"process {process}", 9, anchor="end")
+        repeats = " and repeats the last" * (len(part) > real)
+        says = f"Process {process} gets {_positions(part[:real]) or 'nothing'}{repeats}."
+        picture.mark(f"process:{process}", says, 0, picture.y, picture.left, 18)
         for turn in range(rounds):
             position = part[turn] if turn < len(part) else None
             _draw_item(picture, picture.left + turn * width, width, process, position, turn >= real)
+            what = "waits" if position is None else f"works on item {position}" + " once more" * (turn >= real)
+            says = f"In turn {turn + 1} process {process} {what}."
+            picture.mark(f"turn:{process}:{turn}", says, picture.left + turn * width, picture.y, width, 18)
         picture.y += 21
     picture.text(picture.left - 8, picture.y + 5, "turns", 8, SOFT, "end")
     for turn in range(0, rounds + 1, max(1, math.ceil(rounds / 12))):
@@ -109,6 +115,8 @@ def _draw_results(picture: Picture, split: Shares) -> None:
         for process, (part, real) in enumerate(zip(split.parts, split.lengths)):
             for turn, position in enumerate(part if name == "gather" else part[:real]):
                 _draw_item(picture, x, width, process, position, turn >= real)
+                says = f"{name}: the result of item {position}, from process {process}{', a repeat' * (turn >= real)}."
+                picture.mark(f"{name}:{process}:{turn}", says, x, picture.y, width, 18)
                 x += width
         picture.y += 24
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from ..units import format_bytes, text_table
 from .canvas import WIDTH, Picture, shorten, text_width
-from .colours import BLUE, GREEN, ORANGE, SKY, SOFT
+from .colours import BLUE, GREEN, GREY, ORANGE, SKY, SOFT, VERMILLION
 
 if TYPE_CHECKING:
     from ..quantize.study import Study
@@ -32,6 +32,10 @@ def study_figure(study: Study, errors: Mapping[str, float]) -> Picture:
     picture.head(_facts(study))
     picture.legend([("weights", BLUE), ("values of a code", GREEN), ("this layer", ORANGE), ("other layers", SKY)])
     _draw_histogram(picture, study.counts, study.codes)
+    if study.features:
+        apart = f"; {study.outliers} outliers are multiplied in 16 bit" if _threshold(study) else ""
+        picture.heading(f"The largest input of each of {len(study.features):,} features{apart}")
+        _draw_inputs(picture, study)
     picture.heading("How far the output of each layer moves, relative to its length, in the model's order")
     _draw_columns(picture, errors, study.layer)
     return picture
@@ -84,6 +88,9 @@ def _draw_histogram(picture: Picture, counts: Sequence[int], codes: Sequence[flo
     for i, count in enumerate(counts):
         tall = height * count / most
         picture.box("weights", left + i * width, picture.y + height - tall, width - 0.6, tall, BLUE)
+        low, high = (2 * j / len(counts) - 1 for j in (i, i + 1))
+        says = f"{count:,} weights lie between {low:.3f} and {high:.3f} of their scale."
+        picture.mark(f"bin:{i}", says, left + i * width, picture.y, width, height)
     picture.y += height
     thick = 0.6 if len(codes) > 64 else 1.6
     for code in codes:
@@ -95,6 +102,34 @@ def _draw_histogram(picture: Picture, counts: Sequence[int], codes: Sequence[flo
     picture.y += 30
 
 
+def _threshold(study: Study) -> float:
+    """From what magnitude on inputs are outliers; 0 where none are set apart."""
+    return study.scheme.threshold if study.scheme.kind == "int8" else 0.0
+
+
+def _draw_inputs(picture: Picture, study: Study, height: float = 52) -> None:
+    """A column for each feature, or for several, with a line at the threshold."""
+    left, threshold = 60.0, _threshold(study)
+    most = max([*study.features, 1.05 * threshold, 1e-9])
+    few = -(-len(study.features) // 230)  # features that share a column
+    columns = [max(study.features[i : i + few]) for i in range(0, len(study.features), few)]
+    width = (WIDTH - 16 - left) / len(columns)
+    picture.y += 6
+    for i, value in enumerate(columns):
+        tall, outlier = height * value / most, bool(threshold) and value >= threshold
+        place = left + i * width, picture.y + height - tall, 0.8 * width, tall
+        picture.box("outlier" if outlier else "inputs", *place, ORANGE if outlier else GREY)
+        name = f"Feature {i}" if few == 1 else f"Features {i * few} to {min((i + 1) * few, len(study.features)) - 1}"
+        says = f"{name}: inputs up to {value:.2f}{', so multiplied in 16 bit' * outlier}."
+        picture.mark(f"feature:{i}", says, left + i * width, picture.y, width, height)
+    if threshold:
+        y = picture.y + height * (1 - threshold / most)
+        picture.line("threshold", [(left, y), (WIDTH - 16, y)], VERMILLION, 1, "4 2")
+    for value in (0.0, most):
+        picture.text(left - 6, picture.y + height * (1 - value / most), f"{value:.3g}", 8, SOFT, "end")
+    picture.y += height + 10
+
+
 def _draw_columns(picture: Picture, errors: Mapping[str, float], layer: str, height: float = 64) -> None:
     """A column for each layer's error, one of them marked, in percent."""
     left, most = 60, max(errors.values(), default=0) or 1
@@ -104,6 +139,7 @@ def _draw_columns(picture: Picture, errors: Mapping[str, float], layer: str, hei
         tall, x, chosen = height * error / most, left + i * width, name == layer
         colour = ORANGE if chosen else SKY
         picture.box("chosen" if chosen else "layers", x, picture.y + height - tall, 0.8 * width, tall, colour)
+        picture.mark(f"layer:{name}", f"{name}: its output moves by {100 * error:.2f} %.", x, picture.y, width, height)
         if chosen:
             text = f"{shorten(name, 260, 9, bold=True)}: {100 * error:.2f} %"
             half = text_width(text, 9, bold=True) / 2

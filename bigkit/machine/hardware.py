@@ -19,12 +19,14 @@ from __future__ import annotations
 import os
 import re
 import shutil
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from ..devices import Device
-from ..units import GB, TB, GiB, MiB, listed
+from ..units import GB, TB, GiB, MiB, format_bytes, listed, parse_bytes
 
 FRAGMENTATION = 0.02  # share of a GPU that its allocator reserves but cannot use: found by dry runs of offloaded plans
 CONTEXT_BYTES = 527 * MiB  # what a CUDA context takes before the first tensor: measured on an H200 with torch 2.11
@@ -91,9 +93,17 @@ class Hardware:
         Args:
             folder: where weights would rest on disk.
 
+        Raises:
+            ImportError: torch, which knows the GPUs, is not installed.
+
         >>> Hardware.detect().ram > 2**28
         True
         """
+        if find_spec("torch") is None:
+            raise ImportError(
+                "only torch knows which GPUs this machine has, and it is not installed: name a machine, as in 'RTX "
+                "4090' or 'laptop, no GPU', or pip install 'bigkit[torch]'"
+            )
         gpus = _gpus()
         names = [
             gpu.name if known_gpu(gpu.name) else f"{gpu.name} (with the figures of {_nearest(gpu).name})"
@@ -102,8 +112,8 @@ class Hardware:
         name = f"{len(names)} x {names[0]}" if names and len({*names}) == 1 else ", ".join(names) or "no GPU"
         import psutil
 
-        ram = min(ram_limit(), psutil.virtual_memory().available)
-        disk = shutil.disk_usage(folder).free
+        ram = min(ram_limit(), psutil.virtual_memory().available) // MiB * MiB
+        disk = shutil.disk_usage(folder).free // MiB * MiB
         return Hardware(f"this machine: {name}", gpus, ram, disk, unified=is_unified())
 
     @property
@@ -218,18 +228,30 @@ HARDWARE = {
 }
 
 
-def machine_of(hardware: Hardware | str | None) -> Hardware:
-    """A machine: one given, this one (None), or by name one of `HARDWARE`, or one or several GPUs of `GPUS`.
+_SIZE = r"\d+(?:\.\d+)?\s*(?:[KMGT]i?)?B"
+_ASKED = re.compile(
+    rf"(?:(?P<count>\d+)\s*[x×*]\s*)?(?P<kind>.*?)\s*(?P<memory>{_SIZE})?\s*(?:\(.*\))?"
+    rf"(?:[\s,+]*(?P<ram>{_SIZE})\s*(?:of\s*)?RAM)?", re.IGNORECASE)  # fmt: skip
+SAME = 0.07  # a card of 24 GB has 24 GiB: what differs less is the same memory
 
-    Spaces, hyphens and capitals do not count, and the end or the beginning of a GPU's name is enough if no other has
-    it: "RTX 4090", "3 x L4", "2xh100".
+
+def machine_of(hardware: Hardware | str | None) -> Hardware:
+    """A machine: one given, this one (None), or one by its name.
+
+    A name is that of a machine in `HARDWARE`, or of one or several GPUs in `GPUS`: "RTX 4090", "3 x L4", "2xh100".
+    Spaces, hyphens and capitals do not count, and the beginning or the end of a name is enough if no other has it:
+    "4090", "laptop". A GPU of your own is a size, "2 x 24GB", and counts as the slowest one in `GPUS` of about that
+    memory, which the machine's name says; or one that is known, with another memory: "RTX 4090 48GiB". RAM may follow:
+    "RTX 4090, 128GiB RAM"; else it is 64 GiB. GiB are powers of 1024 and GB of 1000.
 
     Raises:
-        ValueError: there is no such machine.
+        ValueError: there is no such machine, or there are several; the sentence names those that look like it.
         TypeError: it is no machine and no name.
 
-    >>> len(machine_of("3 x L4").gpus), machine_of("laptop, no GPU").gpus, machine_of("4090").name
+    >>> len(machine_of("3 x L4").gpus), machine_of("laptop").gpus, machine_of("4090").name
     (3, (), '1 x RTX 4090')
+    >>> machine_of("2 x 16GiB, 128GiB RAM").name
+    '2 x 16GiB (as fast as RTX 4060 Ti 16GB), 128GiB RAM'
     """
     if hardware is None:
         return Hardware.detect()
@@ -237,25 +259,91 @@ def machine_of(hardware: Hardware | str | None) -> Hardware:
         return hardware
     if not isinstance(hardware, str):
         raise TypeError(f"hardware must be a Hardware or the name of one, not {type(hardware).__name__}")
-    wanted = _letters(hardware)
-    if named := next((machine for name, machine in HARDWARE.items() if _letters(name) == wanted), None):
+    if named := next((machine for name, machine in HARDWARE.items() if _letters(name) == _letters(hardware)), None):
         return named
-    count, times, kind = wanted.partition("x") if re.match(r"\d+x", wanted) else ("1", "x", wanted)
-    fitting = {name for name in GPUS if _letters(name) == kind} or {
-        name for name in GPUS if len(kind) > 1 and (_letters(name).startswith(kind) or _letters(name).endswith(kind))
-    }
-    shared = [machine for machine in UNIFIED if len(kind) > 3 and _letters(machine.name).startswith(kind)]
-    if len(shared) == 1 and not fitting and wanted == kind:
-        return shared[0]
-    if len(fitting) != 1 or not 0 < int(count) <= 1024:
-        known = f"it could be {listed(sorted(fitting))}" if fitting else f"expected {listed((*HARDWARE, *GPUS), 99)}"
-        raise ValueError(f"unknown hardware {hardware!r}: {known}, or several, as in '2 x T4'")
-    name = f"{int(count)} x {fitting.pop()}"
-    return HARDWARE.get(name) or Hardware(name, (GPUS[name.partition(" x ")[2]],) * int(count), 64 * GiB, TB)
+    asked = _ASKED.fullmatch(hardware.strip())
+    count, kind, size, ram = asked.group("count", "kind", "memory", "ram") if asked else ("1", hardware, None, None)
+    count, own, memory = int(count or 1), size and not _letters(kind), None
+    fitting = _fitting(kind + (size or ""))
+    if size and len(fitting) != 1:
+        memory = parse_bytes(size.upper())
+        fitting = [_slowest(memory)] if own else _fitting(kind)
+    if len(fitting) != 1 or not 0 < count <= (1024 if fitting[0] in GPUS else 1):
+        raise ValueError(f"unknown hardware {hardware!r}: {_near(kind, fitting)}; `bigkit machines` lists all names, "
+                         "and '2 x 24GB' is a machine with GPUs of your own")  # fmt: skip
+    base = _usual(fitting[0], count)
+    sold = size and "i" not in size.lower() and not own  # in GB, as sold
+    if memory and sold and abs(memory / base.gpus[0].memory - 1) < SAME:
+        memory = None
+    return variant(base, None, memory, parse_bytes(ram.upper()) if ram else None, own)
+
+
+def variant(
+    base: Hardware, count: int | None = None, memory: int | None = None, ram: int | None = None, own: object = False
+) -> Hardware:
+    """A machine with another number of its first GPU, memory of each, or RAM; its name says so, as `machine_of` reads
+    it.
+
+    >>> variant(HARDWARE["1 x RTX 4090"], 3, ram=2**36).name, variant(HARDWARE["1 x RTX 4090"], 2).name
+    ('3 x RTX 4090', '2 x RTX 4090')
+    """
+    kind = base.name.partition(" x ")[2]
+    if count is not None and count != len(base.gpus):
+        if base.unified or not base.gpus:
+            raise ValueError(f"{base.name} cannot have {count} GPUs: name their kind, as in '2 x RTX 4090'")
+        kind = base.gpus[0].name
+        own_name = f"{base.name} with {count} GPUs"
+        base = _usual(kind, count) if kind in GPUS else replace(base, name=own_name, gpus=base.gpus[:1] * count)
+    name, gpus = base.name, base.gpus
+    if memory and gpus and memory != gpus[0].memory:
+        name += f" {format_bytes(memory, 'exact')}"
+        gpus = tuple(replace(gpu, memory=memory) for gpu in gpus)
+    if own and gpus:
+        name = f"{len(gpus)} x {format_bytes(gpus[0].memory, 'exact')} (as fast as {kind})"
+    if ram is None or ram == base.ram:
+        return base if gpus == base.gpus and not own else replace(base, name=name, gpus=gpus)
+    return replace(base, name=f"{name}, {format_bytes(ram, 'exact')} RAM", gpus=gpus, ram=ram)
+
+
+def _usual(kind: str, count: int) -> Hardware:
+    """A machine with so many GPUs of a kind, or the machine of that name."""
+    return HARDWARE.get(kind) or HARDWARE.get(f"{count} x {kind}") or machine(kind, count, 64 * GiB)
+
+
+def named_machine(budgets: Mapping[Device, int], overhead: int) -> str | None:
+    """The name of the machine in `HARDWARE` that has these budgets and this overhead; None if there is none."""
+    machines = (machine for machine in HARDWARE.values() if machine.overhead == overhead)
+    return next((machine.name for machine in machines if machine.max_memory() == budgets), None)
 
 
 def _letters(name: str) -> str:
-    return re.sub(r"[^a-z0-9,]", "", name.lower())
+    return re.sub(r"[^a-z0-9]", "", name.lower())
+
+
+def _fitting(kind: str) -> list[str]:
+    """The names in `GPUS` and of machines in `HARDWARE` that begin or end like this; only the one that is this."""
+    names = {name: _letters(name) for name in (*GPUS, *HARDWARE) if not name[0].isdigit()}
+    wanted = _letters(kind)
+    whole = [name for name, letters in names.items() if letters == wanted]
+    ends = [name for name, letters in names.items() if letters.startswith(wanted) or letters.endswith(wanted)]
+    return whole or (ends if len(wanted) > 1 else [])
+
+
+def _near(kind: str, fitting: Sequence[str]) -> str:
+    """What an unknown name may have meant, in words."""
+    from difflib import get_close_matches
+
+    if len(fitting) == 1:
+        return f"expected {'from 1 to 1,024' if fitting[0] in GPUS else 'one'} of {fitting[0]!r}"
+    names = {_letters(name): name for name in (*HARDWARE, *GPUS) if not name[0].isdigit()}
+    near = [names[match] for match in get_close_matches(_letters(kind), names, cutoff=0.5)]
+    return f"it could be {listed(fitting or near)}" if fitting or near else "no name is close to it"
+
+
+def _slowest(memory: int) -> str:
+    """Of the GPUs with the nearest memory, the one that reads it most slowly."""
+    near = min(abs(gpu.memory - memory) for gpu in GPUS.values()) + SAME * memory
+    return min((gpu for gpu in GPUS.values() if abs(gpu.memory - memory) <= near), key=lambda gpu: gpu.bandwidth).name
 
 
 # ---------------------------------------------------------------------------------------------------------------------

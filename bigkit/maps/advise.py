@@ -28,7 +28,8 @@ from ..machine.roofline import Rates
 from ..model.attention import kv_dtype_name
 from ..model.estimate import generates, load_text, longest_context, remarks, tokens_seen, whole_number
 from ..model.experts import experts_of, visited
-from ..model.spec import ModelSpec
+from ..model.spec import ModelSpec, Precision
+from ..model.stored import is_as_stored
 from ..units import dtype_bits, format_bytes, format_seconds, text_table, three_figures
 from .partition import last_true
 from .plan import Plan, PlanError
@@ -37,6 +38,10 @@ from .task import LONGEST
 
 STORED = (None, "int8", "nf4", "nf4-double")
 LOSS = {None: 0, "int8": 1, "nf4": 2, "fp4": 3, "nf4-double": 3, "fp4-double": 4}  # rank: how far from the 16-bit model
+WAITS = {  # lane -> what is waited for there, in words
+    "Python": "Python, which starts the work of each layer", "GPU": "the GPU's own memory",
+    "RAM": "the CPU and its RAM", "link": "weights that come over the link", "disk": "weights that come from disk",
+}  # fmt: skip
 TARGETS = ("speed", "quality", "memory", "context")
 
 
@@ -94,9 +99,22 @@ class Option:
         return f"{three_figures(self.plan.batch / self.token)} tokens/s"
 
     @property
+    def pace(self) -> str:
+        """The speed, or "14.2 s a token" where there is less than one a second."""
+        slow = self.token is not None and self.token > self.plan.batch
+        return f"{format_seconds(self.seconds / self.plan.batch)} a token" if slow else self.speed
+
+    @property
     def label(self) -> str:
-        """How the weights are stored, and the strategy."""
-        return f"{self.plan.stored}, {self.plan.strategy}"
+        """How the weights are stored."""
+        return self.plan.stored
+
+    @property
+    def fit(self) -> str:
+        """Whether it fits, in words: "Fits", or "Fits with 13.16 GiB in RAM"."""
+        away = [f"{format_bytes(share.weights)} {'in RAM' if share.device == 'cpu' else 'on disk'}"
+                for share in self.plan.shares if share.weights and not share.runs]  # fmt: skip
+        return " ".join(["Fits", *(["with", " and ".join(away)] if away else [])])
 
     @property
     def bottleneck(self) -> str:
@@ -113,8 +131,9 @@ class Option:
 class Advice:
     """The ways to run a model on a machine, best first; `cures` say what would have to change if there is none.
 
-    `measured` says whether rates were measured on that machine; else they are the vendors'. `notes` are what must be
-    said beside the figures, `kv_dtype` that of keys and values in the cache (None: as the model computes).
+    `misfits` are the plans of the ways that do not fit, the closest first. `measured` says whether rates were measured
+    on that machine; else they are the vendors'. `notes` are what must be said beside the figures, `kv_dtype` that of
+    keys and values in the cache (None: as the model computes).
     """
 
     model: str
@@ -127,6 +146,7 @@ class Advice:
     measured: bool = False
     notes: tuple[str, ...] = ()
     kv_dtype: str | None = None
+    misfits: tuple[Plan, ...] = ()
 
     @property
     def best(self) -> Option | None:
@@ -138,26 +158,39 @@ class Advice:
         """The options worth a thought: what is better by the target loses more quality."""
         return tuple(option for option in self.options if option.front)
 
+    @property
+    def verdict(self) -> str:
+        """Whether the model fits and how fast it is, in one line."""
+        best = self.best
+        if best is None:
+            return "Does not fit."
+        stored = best.label if best.label.endswith("as stored") else f"stored as {best.label}"
+        return f"{best.fit}: {best.pace}, {stored}."
+
+    @property
+    def reason(self) -> str:
+        """What the best way waits for, in a sentence; empty if there is none."""
+        best = self.best
+        return f"A {'token' if best.token else 'pass'} waits for {WAITS[best.bottleneck]}." if best else ""
+
     def explain(self) -> str:
-        """The options as a table, and a sentence."""
+        """A verdict, and the options as a table."""
         load = load_text(self.batch, self.context, self.kv_dtype)
-        head = f"{self.model} on {self.hardware}, {load}; best by {self.target}"
+        head = [self.verdict, f"{self.model} on {self.hardware}, {load}; best by {self.target}"]
         if self.best is None:
-            return "\n".join([head, "Nothing fits.", *(f"  {cure}" for cure in self.cures), *self.notes])
-        step = "pass" if self.best.token is None else "token"
+            return "\n".join([*head, *(f"  {cure}" for cure in self.cures), *self.notes])
         rows = [
             [("* " if option.front else "  ") + option.label, option.speed, option.bottleneck,
-             format_seconds(option.seconds), format_seconds(option.prefill),
-             format_bytes(option.memory), format_bytes(option.plan.offloaded),
+             format_seconds(option.prefill), format_bytes(option.memory), format_bytes(option.plan.offloaded),
              f"{option.plan.max_context:,}" if option.plan.max_context else "-"]
             for option in self.options
         ]  # fmt: skip
-        headers = ["  stored, strategy", "speed", "waits for", step, "prefill", "memory", "of it elsewhere",
-                   "longest context"]  # fmt: skip
+        rows += [[f"  {plan.stored}", "does not fit", *4 * ["-"], "-"] for plan in self.misfits]
+        headers = ["  stored as", "speed", "waits for", "prefill", "memory", "elsewhere", "longest context"]
         notes = ["* whatever is better by the target loses more quality", *self.notes]
         if self.measured:
             notes.append("Times follow the rates that bigkit calibrate measured on this machine.")
-        return "\n".join([head, "", text_table(headers, rows), "", *notes])
+        return "\n".join([*head, "", text_table(headers, rows), "", *notes])
 
     __str__ = explain
 
@@ -178,7 +211,9 @@ class Advice:
             for option in self.options
         ]
         own = ("model", "hardware", "batch", "context", "target", "measured", "cures", "notes", "kv_dtype")
-        return json.dumps({**{name: getattr(self, name) for name in own}, "options": options}, indent=1)
+        misfits = {plan.stored: plan.problem for plan in self.misfits}
+        content = {**{name: getattr(self, name) for name in own}, "options": options, "misfits": misfits}
+        return json.dumps(content, indent=1)
 
 
 def advise(
@@ -201,7 +236,8 @@ def advise(
         target: what ranks first: "speed", "quality" (then speed), "memory" (on all devices together), or "context" (the
             longest that fits, as many weights as need be resting elsewhere, and that the model was trained for: the
             plans are then made, and timed, for that).
-        stored: quantizations to try; None is 16 bits (bfloat16; float16 on GPUs before Ampere).
+        stored: quantizations to try; None is as a quantized checkpoint has it, or else 16 bits
+            (bfloat16; float16 on GPUs before Ampere).
         kv_dtype: of keys and values in the cache, see `place`; what it takes to decode them is not timed.
         calibration: what was measured on that machine; None takes the one in the ledger if the hardware is this
             machine (`Hardware.detect()`) and `calibrate()` was called here, else the vendors' figures.
@@ -224,39 +260,50 @@ def advise(
     half = "float16" if hardware.gpus and hardware.gpus[0].capability < (8, 0) else "bfloat16"
     calibration = calibration or calibration_of(hardware)
     overhead = overhead_of(hardware, calibration)
-    options, cures, said = [], [], list[str]()
+    options, misfits, said = list[Option](), list[tuple[Plan, Callable[..., Plan]]](), list[str]()
     for quantization in [stored] if isinstance(stored, str) else stored:
         if quantization and not model.quantized(model.precision(half, quantization)):
             continue  # no layer of the model can be
+        stays = quantization is None and is_as_stored(model, Precision())
         ask = partial(
             place,
             model,
             hardware.max_memory(),
-            dtype=half,
+            dtype=None if stays else half,
             quantization=quantization,
             batch=batch,
             overhead=overhead,
             kv_dtype=kv_dtype,
         )
-        try:
-            plan = ask(context=context)
-            if target == "context" and plan.max_context is not None:
-                plan = _longest(ask, plan.context, max(plan.context, longest_context(model.facts) or LONGEST))
-            options.append(predict(model, plan, hardware, calibration))
-            said += plan.notes
-        except PlanError as error:
-            cures.append(f"{quantization or half}: {error.plan.problem}. {error.cure}")
-            said += error.plan.notes
+        plan = ask(context=context, strict=False)
+        if not plan.feasible:
+            misfits.append((plan, ask))
+        elif target == "context" and plan.max_context is not None:
+            plan = _longest(ask, plan.context, max(plan.context, longest_context(model.facts) or LONGEST))
+        options += [predict(model, plan, hardware, calibration)] if plan.feasible else []
+        said += plan.notes
     ranked = sorted(options, key=lambda option: _rank(option, target))
     fronts = [all(option.loss < better.loss for better in ranked[:i]) for i, option in enumerate(ranked)]
     marked = tuple(replace(option, front=front) for option, front in zip(ranked, fronts))
+    misfits.sort(key=lambda misfit: sum(share.over for share in misfit[0].shares))  # what is closest to fit first
     notes = tuple(dict.fromkeys([*remarks(model.name, model.facts, context), *said]))
     if not generates(model) and "vocab_size" not in model.facts:
         notes += ("Times are the least that a pass takes: its operations do not follow from sizes.",)
     return Advice(
         model.name, hardware.name, batch, tokens_seen(model, context), target, marked,
-        () if marked else tuple(dict.fromkeys(cures)), calibration is not None, notes, kv_dtype_name(kv_dtype),
+        () if marked else tuple(_cure(plan, ask, context) for plan, ask in misfits),
+        calibration is not None, notes, kv_dtype_name(kv_dtype), tuple(plan for plan, _ in misfits),
     )  # fmt: skip
+
+
+def _cure(plan: Plan, ask: Callable[..., Plan], context: int) -> str:
+    """What is missing for a way that does not fit, and what would have to change."""
+    cure = ""
+    try:
+        ask(context=context)
+    except PlanError as error:
+        cure = error.cure
+    return f"{plan.stored}: {plan.problem}. {cure}"
 
 
 def _longest(ask: Callable[..., Plan], least: int, most: int) -> Plan:

@@ -75,6 +75,7 @@ class Study:
         nbytes: bytes of the quantized weight, scales and tables included.
         weight_error, output_error: how far weights and outputs move, relative to their length.
         outliers: how many inputs (features) reach the threshold for some token.
+        features: the largest magnitude of each input (feature) over all tokens.
     """
 
     layer: str
@@ -86,6 +87,7 @@ class Study:
     weight_error: float
     output_error: float
     outliers: int
+    features: tuple[float, ...] = ()
 
     @property
     def bits(self) -> float:
@@ -149,6 +151,7 @@ def study(sample: Sample, scheme: Scheme) -> Study:
         weight_error=_error(rounded, weight),
         output_error=_error(output, sample.outputs),
         outliers=int((x.abs() >= scheme.threshold).any(0).sum()) if scheme.threshold else 0,
+        features=tuple(x.abs().amax(0).tolist()),
     )
 
 

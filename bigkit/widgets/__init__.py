@@ -19,7 +19,7 @@ code of what is shown, export as JSON and SVG, and a short `repr`, which is what
 
 In the order of the course:
 
-    memory_explorer     how much memory a model takes to load, run and train
+    fit_explorer        which model, which machine: does it fit, and how fast is it
     plan_explorer       which layer rests on which device
     shard_explorer      into which files a checkpoint is cut
     hook_theatre        a real forward of a small spread-out model, step by step
@@ -27,7 +27,6 @@ In the order of the course:
     split_explorer      which process gets which items
     dryrun_explorer     a run on GPUs that you do not have
     expert_explorer     which experts a mixture chooses, and what a cache of some is worth
-    advisor             which way to store and place a model is fastest
 
 Each is imported when it is first used, so that `import bigkit.widgets` is cheap. Plain ipywidgets, 7.7 (Colab) or 8.
 Leaves out: the pictures (`draw/`) and whatever they show; an explorer only asks for them.
@@ -36,20 +35,21 @@ Leaves out: the pictures (`draw/`) and whatever they show; an explorer only asks
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+from .. import _say_missing
+
 if TYPE_CHECKING:  # for editors and type checkers
-    from .advisor import Advisor as Advisor
     from .dryrun_explorer import DryRunExplorer as DryRunExplorer
     from .expert_explorer import ExpertExplorer as ExpertExplorer
+    from .fit_explorer import FitExplorer as FitExplorer
     from .hook_theatre import HookTheatre as HookTheatre
-    from .memory_explorer import MemoryExplorer as MemoryExplorer
     from .plan_explorer import PlanExplorer as PlanExplorer
     from .quantization_lab import QuantizationLab as QuantizationLab
     from .shard_explorer import ShardExplorer as ShardExplorer
     from .split_explorer import SplitExplorer as SplitExplorer
 
 _FILES = {
-    "Advisor": "advisor", "DryRunExplorer": "dryrun_explorer", "ExpertExplorer": "expert_explorer",
-    "HookTheatre": "hook_theatre", "MemoryExplorer": "memory_explorer", "PlanExplorer": "plan_explorer",
+    "DryRunExplorer": "dryrun_explorer", "ExpertExplorer": "expert_explorer", "FitExplorer": "fit_explorer",
+    "HookTheatre": "hook_theatre", "PlanExplorer": "plan_explorer",
     "QuantizationLab": "quantization_lab", "ShardExplorer": "shard_explorer", "SplitExplorer": "split_explorer",
 }  # fmt: skip
 __all__ = [*_FILES]
@@ -57,7 +57,10 @@ __all__ = [*_FILES]
 
 def __getattr__(name: str) -> object:
     if name in _FILES:
-        return getattr(import_module(f".{_FILES[name]}", __name__), name)
+        try:
+            return getattr(import_module(f".{_FILES[name]}", __name__), name)
+        except ModuleNotFoundError as error:
+            raise ModuleNotFoundError(_say_missing(error, f"widgets.{name}"), name=error.name) from error
     raise AttributeError(f"module 'bigkit.widgets' has no attribute {name!r}")
 
 

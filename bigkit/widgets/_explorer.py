@@ -1,7 +1,8 @@
-"""What all explorers share: controls on the left, a picture with its text twin on the right, Reset, code and export.
+"""What all explorers share: controls on the left, a picture on the right, Reset, Undo, Compare, state, code, export.
 
-The picture is SVG in an `HTML` widget, not an `Output`: nothing flickers, and a stored notebook holds no stray output.
-Setting a control's value in code does what turning it by hand does, before the assignment returns.
+The picture is SVG in a widget, not an `Output`: nothing flickers, and a stored notebook holds no stray output. What is
+pointed at in it tells about itself (`touch.js`). Setting a control's value in code does what turning it by hand does,
+before the assignment returns.
 
 Leaves out: what is asked and shown; each explorer says that.
 """
@@ -12,6 +13,7 @@ import base64
 import html
 import json
 import os
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,24 +24,32 @@ import ipywidgets as widgets
 from ..api import Source, describe
 from ..draw.canvas import Picture
 from ..model.spec import ModelSpec
-from ._controls import field, menu
-from ._html import MONO, pill, preformatted, short
+from ._controls import Number, field, menu
+from ._html import MONO, pill, preformatted, short, still
+from ._picture import picture_widget
+from ._state import Remembered
 
 OWN = "my own"  # in a menu of presets: the controls agree with none of them
+LONGEST_ERROR = 280  # letters
 LONGEST_REPR = 109  # ipywidgets cuts a longer one where a cell shows it
+
+TEXT, STATE = "As text", "State"  # titles of panes
+CURRENT = 1.0  # seconds in which turns of one control are one step of Undo
 
 _COPY = ("const t=this.parentNode.querySelector('textarea');t.focus();t.select();"
          "this.textContent=document.execCommand('copy')?'Copied':'Press Ctrl+C'")  # fmt: skip
-# JupyterLab writes the titles of closed panes in a grey that is hard to read on theirs.
-_STYLE = "<style>.bigkit-explorer .jupyter-widget-Collapse-header{color:var(--jp-ui-font-color1,inherit)}</style>"
+_STYLE = f"<style>{Path(__file__).with_name('explorer.css').read_text(encoding='utf-8')}</style>"
 
 
-class Explorer(widgets.VBox):
+class Explorer(Remembered, widgets.VBox):
     """A panel of controls and what follows from them.
 
     A subclass gives its controls to `super().__init__`, and says in `compute` what follows from their values, in `show`
-    how that looks, and in `summary` what its `repr` says. Whatever goes wrong in `compute` is shown as one sentence,
-    above the last good picture.
+    how that looks, and in `summary` what its `repr` says. Whatever goes wrong in `compute` is shown in a sentence,
+    above the last good picture, which is dimmed. `click` and `drag` say what follows from a hand in the picture, and
+    `differences` compares two results.
+
+    `state` is one line of text that `from_state` makes the same explorer from.
 
     A preset gives several controls their values at once; a menu in `preset` names the one that the controls agree with.
 
@@ -54,7 +64,10 @@ class Explorer(widgets.VBox):
     steering: tuple[str, ...] = ()  # names of controls that only turn others
     missing = "nothing yet"  # said where there is no result
     cure = "give the explorer a model that it can find"
+    draggable = False  # whether parts of the picture can be dragged
     result: Any = None  # what `compute` returned last
+    pinned: Any = None  # the result that others are compared with
+    _told = ""  # key of the mark that `about` tells about
     _depth = 0  # of `together`
     _waiting = False  # for the end of `together`
 
@@ -64,33 +77,57 @@ class Explorer(widgets.VBox):
         named = {name: control for group in groups.values() for name, control in group.items()}
         for name, control in named.items():
             setattr(self, name, control)
-        self.error, self.verdict, self.picture, self.text = map(_output, ("error", "verdict", "picture", "text"))
-        self._panes = {**panes, "Code": self._code_pane, "Export": self._export_pane}
-        self.panes = widgets.Accordion([widgets.HTML() for _ in self._panes], selected_index=None)
+        self.error, self.working, self.verdict, self.text, self.about, self.before = map(
+            _output, ("error", "working", "verdict", "text", "about", "before")
+        )
+        self.picture = picture_widget(self._take_touch, self.draggable).add_class("bigkit-picture")
+        self._panes: dict[str, Any] = {
+            **panes, "Code": self._code_pane, "Export": self._export_pane, TEXT: None, STATE: lambda: self.state,
+        }  # fmt: skip
+        line = field(widgets.Text, "State", "", placeholder="paste a state here")
+        line.observe(lambda change: self._take_line(change["new"]), "value")
+        own = {TEXT: self.text, STATE: line}
+        self.panes = widgets.Accordion([own.get(title) or widgets.HTML() for title in self._panes], selected_index=None)
         for i, title in enumerate(self._panes):
             self.panes.set_title(i, title)
         self.panes.observe(lambda _: self._fill_pane(), "selected_index")
-        reset = _button("Reset", "Back to how it began", self.reset)
-        copy = _button("Copy as code", "Show the Python that gives this", lambda: self._open_pane("Code"))
-        export = _button("Export", "Save as JSON or SVG", lambda: self._open_pane("Export"))
-        self.buttons = widgets.HBox([reset, copy, export])
-        left = [item for heading in groups for item in (widgets.HTML(f"<b>{heading}</b>"), *groups[heading].values())]
-        style = widgets.HTML(_STYLE, layout=widgets.Layout(display="none"))
-        right = [style, self.error, self.verdict, self.picture, self.text, self.panes]
-        narrow = widgets.Layout(flex="0 0 290px", width="290px", padding="0 12px 0 0")
-        wide = widgets.Layout(flex="1 1 380px", width="auto", min_width="0")
-        columns = [widgets.VBox([*left, self.buttons], layout=narrow), widgets.VBox(right, layout=wide)]
-        # In a narrow window the picture goes below the controls.
-        super().__init__([widgets.HBox(columns, layout=widgets.Layout(width="100%", flex_flow="row wrap"))])
+        self.buttons = widgets.HBox([
+            _button("Reset", "Back to how it began", self.reset),
+            _button("Undo", "Take back what was turned or dragged last", self.undo),
+            *([_button("Compare", "Keep this one beside what follows, or stop that", self.compare)]
+              if type(self).differences is not Explorer.differences else []),
+            _button("Code", "Show the Python that gives this", lambda: self._open_pane("Code")),
+            _button("Export", "Save as JSON or SVG", lambda: self._open_pane("Export")),
+        ]).add_class("bigkit-buttons")  # fmt: skip
+        super().__init__([self._columns(groups)])
         self.add_class("bigkit-explorer")
 
         turned = {name: control for name, control in named.items() if control.has_trait("value")}
         turned = {name: control for name, control in turned.items() if control is not self.preset}
+        self._turned = [name for name in turned if name not in self.steering]
+        self._last: tuple[Any, float] = (None, 0.0)  # the control that was turned last, and when
         self._start = [(control, control.value) for control in turned.values()]
         self.listen(control for name, control in turned.items() if name not in self.steering)
         if self.preset is not None:
             self.preset.observe(lambda _: self._take_preset(), "value")
         self.refresh()
+
+    def _columns(self, groups: Mapping[str, Mapping[str, widgets.Widget]]) -> widgets.HBox:
+        """Controls on the left, the rest on the right; explorer.css says how they stand where there is little room."""
+        boxes = [
+            widgets.VBox([widgets.HTML(f"<b>{heading}</b>"), *controls.values()]).add_class("bigkit-group")
+            for heading, controls in groups.items()
+        ]
+        style = widgets.HTML(_STYLE, layout=widgets.Layout(display="none"))
+        pictures = widgets.HBox([self.before, self.picture], layout=widgets.Layout(flex_flow="row wrap"))
+        right = [style, self.working, self.error, self.verdict, pictures.add_class("bigkit-pictures"), self.about]
+        narrow = widgets.Layout(flex="0 0 290px", width="290px", padding="0 12px 0 0")
+        wide = widgets.Layout(flex="1 1 300px", width="auto", min_width="0")
+        left = [widgets.VBox(boxes).add_class("bigkit-controls"), self.buttons]
+        columns = [widgets.VBox(left, layout=narrow).add_class("bigkit-left"),
+                   widgets.VBox([*right, self.panes], layout=wide).add_class("bigkit-right")]  # fmt: skip
+        row = widgets.HBox(columns, layout=widgets.Layout(width="100%", flex_flow="row wrap"))
+        return row.add_class("bigkit-columns")
 
     # -- what a subclass says
 
@@ -140,6 +177,14 @@ class Explorer(widgets.VBox):
         """Show a verdict as HTML, a picture and its text twin, whose long lines scroll or wrap."""
         self.verdict.value, self.picture.value, self.text.value = verdict, picture.svg, preformatted(text, wrap)
 
+    _ipython_display_ = None  # with ipywidgets 7, which has it, IPython would not ask for the bundle
+
+    def _repr_mimebundle_(self, **kwargs: Any) -> dict[str, Any]:
+        """What a cell stores: the live view, its `repr`, and a still picture for where nothing runs."""
+        view = {"version_major": 2, "version_minor": 0, "model_id": self.model_id}
+        data = {"text/plain": repr(self), "application/vnd.jupyter.widget-view+json": view}
+        return {**data, "text/html": still(self.picture.value)} if self.picture.value else data
+
     def __repr__(self) -> str:
         name = type(self).__name__
         if self.result is None:
@@ -148,18 +193,71 @@ class Explorer(widgets.VBox):
         texts = self.summary(self.result)
         return f"{name}({next((text for text in texts if len(text) <= room), short(texts[-1], room))})"
 
+    # -- a hand in the picture
+
+    def click(self, key: str) -> None:
+        """What follows when a mark of the picture is clicked: what `tell` says is shown below the picture."""
+        self._told = key if key and self.tell(key) else ""
+        self.about.value = self.tell(self._told) if self._told else ""
+
+    def tell(self, key: str) -> str:
+        """What a mark of the picture stands for, as HTML; nothing if there is nothing more to say than its tooltip."""
+        return ""
+
+    def drag(self, key: str, onto: str | None, done: bool = True) -> None:
+        """What follows when a mark is dragged onto another; None: onto nothing."""
+
+    def _take_touch(self, content: Mapping[str, Any]) -> None:
+        does: dict[str, Callable[..., None]] = {"click": self.click, "drag": self.drag, "undo": self.undo}
+        try:
+            does[content["kind"]](**{name: value for name, value in content.items() if name != "kind"})
+        except ValueError as error:
+            self.say_sorry(error)
+
+    # -- two results side by side
+
+    def differences(self, old: Any, new: Any) -> list[str]:
+        """How two results differ, in sentences."""
+        raise NotImplementedError
+
+    def compare(self) -> None:
+        """Keep what is shown, beside what follows from now on; the second time, let it go."""
+        self.pinned = self.shown if self.pinned is None else None
+        self._pinned_svg = self.picture.value
+        self._compare()
+
+    def _compare(self) -> None:
+        if self.pinned is None:
+            self.before.value = ""
+            self.before.layout.display = "none"
+            return
+        self.before.value, self.before.layout.display = f"<b>Kept, to compare with</b>{self._pinned_svg}", None
+        said = " ".join(self.differences(self.pinned, self.result)) or "There is no difference yet."
+        self.verdict.value += pill("slow", "Compared with the one that is kept:", said)
+        self.text.value += preformatted(f"compared with the one that is kept: {said}", wrap=True)
+
     # -- following the controls
 
     def listen(self, controls: Iterable[widgets.Widget]) -> None:
         """Refresh whenever one of these controls is turned."""
         for control in controls:
             control.observe(self._changed, "value")
+            if isinstance(control, Number):
+                control.observe(self._refuse, "refused")
 
-    def _changed(self, change: object) -> None:
+    def _refuse(self, change: Any) -> None:
+        if change["new"]:
+            self.error.value = pill("bad", "Sorry:", f"{change['new']}.", role="alert")
+
+    def _changed(self, change: Any) -> None:
         if self._depth:
             self._waiting = True
-        else:
-            self.refresh()
+            return
+        owner, now = change["owner"], time.monotonic()
+        self._turning = owner is self._last[0] and now - self._last[1] < CURRENT
+        self._last = (owner, now)
+        self.refresh()
+        self._turning = False
 
     @contextmanager
     def together(self) -> Iterator[None]:
@@ -175,22 +273,39 @@ class Explorer(widgets.VBox):
 
     def refresh(self) -> None:
         """Compute and show again."""
-        verdict = self.verdict.value  # `compute` may say meanwhile that it works
+        self.say_working()
         try:
-            self.result = self.compute()
+            result = self.compute()
         except Exception as error:  # building a model from an arbitrary name may raise anything
+            self._remember()
             self.say_sorry(error)
-            self.verdict.value = verdict
-            return
-        self.error.value = ""
-        self._name_preset()
+        else:
+            self.result, self.error.value = result, ""
+            self._name_preset()
+            self._remember()
+            self._show()
+        self.working.value = ""
+
+    def _show(self) -> None:
+        """Show the result, and all that follows it."""
+        for widget in (self.verdict, self.picture):
+            widget.remove_class("bigkit-stale")
         self.show(self.result)
+        self._compare()
+        self.click(self._told)
         self._fill_pane()
 
+    def say_working(self, words: str = "Working …") -> None:
+        """Say that it takes a moment; it is seen if that is longer than 0.2 s, until the result is there."""
+        self.working.value = pill("slow", words)
+
     def say_sorry(self, error: Exception) -> None:
-        """Show what went wrong as one sentence."""
-        text = str(error).strip().partition("\n")[0].partition(". ")[0] or type(error).__name__
+        """Show what went wrong, and dim what is no longer the answer."""
+        text = str(error).strip().partition("\n\n")[0].replace("\n", " ") or type(error).__name__
+        text = text if len(text) <= LONGEST_ERROR else text[:LONGEST_ERROR].rpartition(" ")[0] + " …"
         self.error.value = pill("bad", "Sorry:", text.removesuffix(".") + ".", role="alert")
+        for widget in (self.verdict, self.picture):
+            widget.add_class("bigkit-stale")
 
     def reset(self) -> None:
         """Bring every control back to where it began."""
@@ -199,14 +314,6 @@ class Explorer(widgets.VBox):
                 control.value = value
 
     # -- presets
-
-    def setting(self, name: str) -> Any:
-        """The value of a control."""
-        return getattr(self, name).value
-
-    def turn(self, name: str, value: Any) -> None:
-        """Give a control a value."""
-        getattr(self, name).value = value
 
     def preset_menu(self, description: str, value: str = "") -> widgets.Dropdown:
         """The menu of the presets; without a value it starts as `own`, until the first result names a preset."""
@@ -269,8 +376,20 @@ class Explorer(widgets.VBox):
 
     def _fill_pane(self) -> None:
         """Make the open pane; those that are closed cost nothing."""
-        if self.panes.selected_index is not None and self.picture.value:
-            self.panes.children[self.panes.selected_index].value = [*self._panes.values()][self.panes.selected_index]()
+        open_pane = self.panes.selected_index
+        make = None if open_pane is None else [*self._panes.values()][open_pane]
+        if make and self.picture.value:
+            self.say_working()
+            self.panes.children[open_pane].value = make()
+            self.working.value = ""
+
+    def _take_line(self, line: str) -> None:
+        """Follow a state that was pasted."""
+        if line != self.state:
+            try:
+                self.restore(self.read_state(line))
+            except ValueError as error:
+                self.say_sorry(error)
 
     def _code_pane(self) -> str:
         code = self.to_code()

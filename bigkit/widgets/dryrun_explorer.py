@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import ipywidgets as widgets
 
 from ..api import plan
-from ..draw.dryrun import dryrun_figure, dryrun_text
+from ..draw.dryrun import dryrun_differences, dryrun_figure, dryrun_text
 from ..dryrun.run import DryRun, dry_run
 from ..machine.hardware import GPUS, LINKS, Hardware
 from ..maps.plan import Plan
@@ -141,7 +141,7 @@ class DryRunExplorer(Explorer):
         places = plan(self.spec(), hardware=machine, dtype=dtype, batch=batch, context=prompt + new, strict=False)
         key = (name, dtype, tuple(places.device_map.items()), batch, prompt, new, machine)
         if key not in self._runs:
-            self.verdict.value = pill("slow", f"Rehearsing {name} …", "A few seconds.")
+            self.say_working(f"Rehearsing {name} …")
             self._runs[key] = dry_run(name, places, batch, prompt, new, machine, dtype=dtype)
         return Rehearsal(places, self._runs[key], key)
 
@@ -184,13 +184,12 @@ class DryRunExplorer(Explorer):
 
     def _try_to_measure(self) -> None:
         """What the button does: it says what it does meanwhile, and what went wrong."""
-        before = self.verdict.value
-        self.verdict.value = pill("slow", f"Running {self.model.value.strip()} …", "On the GPU that is here.")
+        self.say_working(f"Running {self.model.value.strip()} on the GPU that is here …")
         try:
             self.measure()
         except Exception as error:
             self.say_sorry(error)
-            self.verdict.value = before
+        self.working.value = ""
 
     def to_code(self) -> str:
         """Python that rehearses the same run."""
@@ -214,6 +213,10 @@ class DryRunExplorer(Explorer):
         """The figures of the run, as plain data."""
         content: dict[str, Any] = json.loads(self.shown.run.to_json())
         return content
+
+    def differences(self, old: Rehearsal, new: Rehearsal) -> list[str]:
+        """How two runs differ, in sentences."""
+        return dryrun_differences(old.run, new.run)
 
     def summary(self, rehearsal: Rehearsal) -> list[str]:
         """The model, the machine, the load, whether it fits, and the highest peak."""

@@ -86,7 +86,7 @@ class ExpertExplorer(Explorer):
         last, rates = self.routing.tokens, {"min": 0.01, "max": 100_000, "step": 1}
         play = widgets.Play(value=1, min=1, max=last, interval=400, layout=widgets.Layout(width="auto"))
         token = field(widgets.IntSlider, "Token", 1, min=1, max=last)
-        widgets.jslink((play, "value"), (token, "value"))
+        widgets.jslink((play, "value"), (token.slider, "value"))
         super().__init__(
             {
                 "Play, or step with the arrow keys": {"play": play, "token": token},
@@ -148,6 +148,11 @@ class ExpertExplorer(Explorer):
             verdict += pill("slow", "Only an example.", facts)
         self.put(verdict, experts_figure(scene), experts_text(scene))
         self.disk.disabled = self.rests.value != DISK
+
+    def click(self, key: str) -> None:
+        """A token of the text is the one that is shown."""
+        if key.startswith("token:"):
+            self.token.value = int(key.removeprefix("token:"))
 
     def to_code(self) -> str:
         """Python that gives the same time of a token."""

@@ -2,19 +2,21 @@
 
 The model runs, on the CPU, with the hooks, units, slots and files that it would have on GPUs; what it fetches, into
 which slot, and in which order things work is recorded from that run (`offload/observe.py`). How long each of it would
-take comes from the rates that the controls say (`machine/streams.py`).
+take comes from the rates that the controls say (`machine/streams.py`), for blocks as large as those of a model of 7
+billion parameters.
 
 Leaves out: measured times, and models other than the shipped one.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import ipywidgets as widgets
 
 from ..devices import Device, device_label
-from ..draw.run import run_figure, run_news, run_text
+from ..draw.run import run_caption, run_figure, run_news, run_text
 from ..machine.streams import Schedule, schedule
 from ..maps.partition import spread
 from ..offload.observe import Observation, observe
@@ -24,6 +26,7 @@ from ._explorer import LONGEST_REPR, Explorer
 from ._html import map_table, pill, preformatted, short
 
 BLOCKS = 10  # of the shipped GPT
+TIMES = 256  # a block of it, 1.58 MB, is shown as large as one of llama-2-7b in bfloat16, 404 MB
 PROMPT = "def "
 ONE_BY_ONE, PREFETCH = "one by one", "prefetch"
 
@@ -73,7 +76,7 @@ class HookTheatre(Explorer):
     >>> theatre = HookTheatre("everything in RAM")
     >>> theatre.step.value = 3
     >>> theatre
-    HookTheatre(blocks 0+0+10+0, prefetch, 2 slots, step 3 of 50, after 13.1 µs: wpe returns)
+    HookTheatre(blocks 0+0+10+0, prefetch, 2 slots, step 3 of 50, after 3.36 ms: wpe returns)
     """
 
     presets = PRESETS
@@ -93,7 +96,7 @@ class HookTheatre(Explorer):
         modes = widgets.ToggleButtons(options=[ONE_BY_ONE, PREFETCH], value=mode, style={"button_width": "110px"})
         play = widgets.Play(value=0, min=0, max=1, interval=700, layout=widgets.Layout(width="auto"))
         step = field(widgets.IntSlider, "Step", 0, min=0, max=1).add_class("bigkit-step-slider")
-        widgets.jslink((play, "value"), (step, "value"))
+        widgets.jslink((play, "value"), (step.slider, "value"))
         super().__init__(
             {
                 "Play, or step with the arrow keys": {"play": play, "step": step},
@@ -179,14 +182,20 @@ class HookTheatre(Explorer):
         gain = slow.per_token / fast.per_token
         bound = {"compute": "work itself", "link": "the link", "disk": "the disk"}[fast.bound]
         news = "good" if gain >= 1.2 or fast.bound == "compute" else "slow"
-        facts = f"{gain:.2f} times as fast as one by one; {bound} has the most to do."
-        verdict = pill(news, f"Prefetch: {format_seconds(fast.per_token)} a token,", facts)
+        if shown.prefetch:
+            headline, facts = "Prefetch", f"{gain:.2f} times as fast as one by one"
+        else:
+            headline, facts = "One by one", f"prefetch would be {gain:.2f} times as fast"
+        headline += f": {format_seconds(charts[self._chart].per_token)} a token,"
+        verdict = pill(news, headline, f"{facts}; {bound} has the most to do.")
         arriving = sum(shown.turns[i].nbytes for i in shown.scene(step).arriving)
         flight = f"In flight: {format_bytes(arriving, 'si')}. " if arriving else "Nothing is in flight. "
         end = f"It wrote {written!r}, as the whole model does: {equal}." if self.step.value == last else ""
-        facts = f"{run_news(charts[self._chart], step)}. {flight}{end}"
+        facts = f"{run_caption(charts[self._chart], step)} {flight}{end}"
         verdict += pill("good" if equal else "bad", f"Step {self.step.value} of {last},", facts)
-        title = "pygpt over " + ", ".join(dict.fromkeys(device_label(turn.rests) for turn in shown.turns))
+        title = "Ten blocks, each as large as one of a 7B, over " + ", ".join(
+            dict.fromkeys(device_label(turn.rests) for turn in shown.turns)
+        )
         self.put(verdict, run_figure(charts, self._chart, step, title), run_text(charts, self._chart, step))
 
     @property
@@ -208,7 +217,7 @@ class HookTheatre(Explorer):
             f"    model, PYGPT, device_map, dtype='bfloat16', slots={shown.slots}, prefetch={shown.prefetch},\n"
             "    stand_in={0: 'cpu', 1: 'cpu'}, force_hooks=True,  # without stand_in: on the GPUs themselves\n)\n"
             f"prompt = torch.tensor([encode({PROMPT!r})])\n"
-            f"recording = observe(model, lambda: model.generate(prompt, {shown.tokens}))\n"
+            f"recording = observe(model, lambda: model.generate(prompt, {shown.tokens})).enlarged({TIMES})\n"
             f"found = recording.schedule(rate={self.rate.value * GB:g}, link={shown.link:g}, disk={shown.disk:g}, "
             f"ahead={shown.ahead})\n"
         )
@@ -262,4 +271,4 @@ def _run(places: dict[str, Device], slots: int, prefetch: bool, tokens: int) -> 
     recording = observe(model, lambda: model.generate(prompt, tokens))
     expected = load_pygpt().generate(prompt, tokens)
     result = (decode(recording.result[0]), bool(torch.equal(recording.result, expected)))
-    return Observation(recording.units, recording.events, recording.slots, recording.prefetch, result)
+    return replace(recording, result=result).enlarged(TIMES)

@@ -1,4 +1,4 @@
-"""`PlanExplorer`: which layer rests on which device, turned with sliders.
+"""`PlanExplorer`: which layer rests on which device, turned with sliders, and dragged from one to another.
 
 Leaves out: time; whether a plan is fast is for the dry run to say.
 """
@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from itertools import groupby
 from typing import Any
 
 import ipywidgets as widgets
 
 from ..api import Source
 from ..devices import Device
-from ..draw.plan import plan_figure, plan_text, plan_verdict
+from ..draw.plan import moved, plan_differences, plan_figure, plan_text, plan_verdict, share_text
 from ..machine.hardware import HARDWARE, Hardware
 from ..machine.ledger import overhead_of
 from ..maps.plan import Plan, PlanError
@@ -22,10 +23,11 @@ from ..maps.task import read_budgets
 from ..model.spec import QUANTIZATIONS
 from ..units import GiB, MiB, format_bytes, parse_bytes
 from ._controls import cache_menu, chosen_cache, chosen_dtype, dtype_menu, field, menu, token_slider
-from ._explorer import Explorer
-from ._html import map_table, pill, preformatted, short
+from ._explorer import Explorer, _button
+from ._html import device_table, map_table, pill, preformatted, short
 
 NONE = "none"  # in a menu, as AS_STORED is
+CUSTOM = "custom"  # in the menu of strategies: the map that was dragged
 MOST_GPUS = 16
 STEP, FINE = 0.25, 1 / 256  # GiB: of the GPU sliders, and of those for budgets below 2 GiB
 DISK = 1024.0  # GiB, where the budgets name none
@@ -63,6 +65,9 @@ class PlanExplorer(Explorer):
     `disk`, `overhead` (MiB on each GPU), `strategy`, `context`, `batch` and `kv_dtype`; set their `value` in code or
     by hand. `plan` is the `Plan` that is shown, or None if there is none yet.
 
+    A layer or a boundary of the picture can be dragged to another device (`drag`): the plan is then a map of your own,
+    checked and measured, also where it is over a budget. `planner` goes back to the strategy.
+
     Args:
         model: a shipped name, Hub id, Hub URL, timm name or folder; or an `nn.Module` or `ModelSpec`.
         max_memory: a machine of `bigkit.HARDWARE` by name (None: two RTX 4090), or device -> budget as `plan` takes it.
@@ -79,12 +84,16 @@ class PlanExplorer(Explorer):
     PlanExplorer(llama-2-7b float16 auto, fits, 9.4+5.9 of 16.00 GiB)
     >>> explorer.device_map["lm_head"]
     1
+    >>> explorer.drag("layer:1", "device:1")
+    >>> explorer.device_map["model.layers.0"], explorer.strategy.value
+    (1, 'custom')
     """
 
     presets = {name: _machine(machine) for name, machine in HARDWARE.items()}
     own = "my own budgets"
     missing = "no plan yet"
-    steering = ("count",)
+    steering = ("count", "planner_button")
+    draggable = True
 
     def __init__(
         self,
@@ -100,6 +109,12 @@ class PlanExplorer(Explorer):
         kv_dtype: str | None = None,
     ) -> None:
         self._cure = ""  # what would make a plan fit that does not
+        self._custom: tuple[Device, ...] = ()  # where each layer rests, of a map that was dragged
+        self._grabbed: Plan | None = None  # what a drag that goes on began with
+        self._planned = strategy  # the strategy to go back to
+        self.planner_button = _button("Back to the planner", "Forget what was dragged", self.planner)
+        if strategy == CUSTOM:
+            raise ValueError(f"a map of your own is dragged in the picture: expected one of {', '.join(STRATEGIES)}")
         if isinstance(max_memory, Mapping):
             hardware, start = self.preset_menu("Machine"), _budgets(max_memory)
         else:
@@ -131,7 +146,8 @@ class PlanExplorer(Explorer):
                     ),
                 },
                 "Plan": {
-                    "strategy": menu("Strategy", STRATEGIES, strategy),
+                    "strategy": menu("Strategy", (*STRATEGIES, CUSTOM), strategy),
+                    "planner_button": self.planner_button,
                     "context": token_slider(context, none=True),
                     "batch": field(widgets.BoundedIntText, "Batch", batch, min=1, max=4096),
                     "kv_dtype": cache_menu(kv_dtype),
@@ -144,6 +160,9 @@ class PlanExplorer(Explorer):
         )
         self.count.observe(self._take_count, "value")
         self._start += [(slider, slider.value) for slider in self._sliders]
+        self._turned.remove("strategy")  # after what it is a strategy for
+        self._turned = [*self._turned, "sizes", "custom", "strategy"]
+        self._present = self.settings()
 
     plan = property(lambda self: self.result)
     device_map = property(lambda self: self.shown.device_map)
@@ -172,9 +191,9 @@ class PlanExplorer(Explorer):
 
     def _set_gpus(self, sizes: Sequence[float]) -> None:
         """Show one slider for each size, which reaches to twice the largest; those made before are used again."""
-        end, digits = max(4.0, 2 * max(sizes, default=0)), ".2f" if self._step == STEP else ".3f"
+        end = max(4.0, 2 * max(sizes, default=0))
         for i in range(len(self._sliders), len(sizes)):
-            limits = {"min": 0, "max": end, "step": self._step, "readout_format": digits}
+            limits = {"min": 0, "max": end, "step": self._step}
             slider = field(widgets.FloatSlider, f"GPU {i}, GiB", sizes[i], **limits)
             slider.continuous_update = True  # a redraw takes less than 50 ms, even of 405 billion parameters
             slider.add_class("bigkit-gpu-slider")
@@ -192,7 +211,9 @@ class PlanExplorer(Explorer):
             self._waiting = True
 
     def setting(self, name: str) -> Any:
-        """The value of a control; "sizes" are those of the GPUs."""
+        """The value of a control; "sizes" are those of the GPUs, "custom" is a map that was dragged."""
+        if name == "custom":
+            return ",".join(f"{device}*{len([*run])}" for device, run in groupby(self._custom))
         return [slider.value for slider in self.gpus] if name == "sizes" else super().setting(name)
 
     def turn(self, name: str, value: Any) -> None:
@@ -200,13 +221,69 @@ class PlanExplorer(Explorer):
         if name == "sizes":
             self.count.value = len(value)
             self._set_gpus(value)
+        elif name == "custom":
+            runs = [run.partition("*") for run in value.split(",") if run]
+            places = ((int(where) if where.isdigit() else where, int(count)) for where, _, count in runs)
+            self._custom = tuple(device for device, count in places for _ in range(count))
+            self._waiting = True
         else:
             super().turn(name, value)
+
+    # -- a hand in the picture
+
+    def drag(self, key: str, onto: str | None, done: bool = True) -> None:
+        """Move a layer ("layer:3") or a boundary ("boundary:3", before that layer) onto a device ("device:cpu") or a
+        layer ("layer:7"): the plan becomes a map of your own.
+
+        Args:
+            key, onto: marks of the picture; None: onto nothing, which leaves all as it was before the drag.
+            done: False shows where it would lead, and can go on from where it began.
+
+        Raises:
+            ValueError: the picture has no such mark.
+        """
+        begin = self._grabbed or self.shown
+        if onto is None:
+            self.result = begin
+        else:
+            self._custom, before = tuple(moved(begin, key, onto).values()), self._custom
+            self.result = self._plan(CUSTOM)
+        self._grabbed = None if done else begin
+        if not done or onto is None:
+            self._custom = self._custom if onto is None else before
+            self._show()
+            return
+        with self.together():
+            self.turn("strategy", CUSTOM)
+            self._waiting = True
+
+    def planner(self) -> None:
+        """Go back from a map of your own to what the strategy plans."""
+        self.strategy.value = self._planned
+
+    def tell(self, key: str) -> str:
+        """The parts of a device, and the layers that rest on it."""
+        kind, _, name = key.partition(":")
+        share = next((share for share in self.shown.shares if str(share.device) == name.partition(":")[0]), None)
+        if kind != "device" or share is None:
+            return ""
+        rows = [(layer.name, layer.cls, layer.bytes) for layer in self.shown.layers if layer.device == share.device]
+        return device_table(share_text(self.shown, share.device), share, rows)
+
+    def differences(self, old: Plan, new: Plan) -> list[str]:
+        """How two plans differ, in sentences."""
+        return plan_differences(old, new)
 
     # -- the plan
 
     def compute(self) -> Plan:
         """Plan with what the controls say; a budget that is too small gives the plan that comes closest."""
+        if self.strategy.value != CUSTOM:
+            self._planned, self._custom = self.strategy.value, ()
+        self.planner_button.layout.display = None if self.strategy.value == CUSTOM else "none"
+        return self._plan(self.strategy.value)
+
+    def _plan(self, strategy: str) -> Plan:
         options = {
             "dtype": chosen_dtype(self.dtype),
             "quantization": None if self.quantization.value == NONE else self.quantization.value,
@@ -215,10 +292,24 @@ class PlanExplorer(Explorer):
             "overhead": overhead_of(self.machine) if self.machine else round(self.overhead.value * MiB),
         }  # fmt: skip
         try:
-            result, self._cure = place(self.spec(), self.max_memory, self.strategy.value, **options), ""
+            result, self._cure = place(self.spec(), self.max_memory, self._way(strategy, options), **options), ""
         except PlanError as error:
             result, self._cure = error.plan, error.cure
         return result
+
+    def _way(self, strategy: str, options: dict[str, Any]) -> str | dict[str, Device]:
+        """A strategy's name, or the map that was dragged; at first it is that of the plan that is shown."""
+        if strategy != CUSTOM:
+            return strategy
+        plan = self._grabbed or self.result
+        if plan is None or plan.model != self.spec().name or self._custom and len(self._custom) != len(plan.layers):
+            plan = place(self.spec(), self.max_memory, self._planned, **options, strict=False)
+        self._custom = self._custom or tuple(layer.device for layer in plan.layers)
+        names = [layer.name for layer in plan.layers]
+        if len(names) != len(self._custom):
+            raise ValueError(f"the map that was dragged has {len(self._custom)} layers, and {self.model.value} has "
+                             f"{len(names)}: go back to the planner")  # fmt: skip
+        return dict(zip(names, self._custom))
 
     def show(self, plan: Plan) -> None:
         """Show the plan."""

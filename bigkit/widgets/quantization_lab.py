@@ -15,7 +15,7 @@ from ..draw.study import study_figure, study_text
 from ..model.precision import quantized_bytes
 from ..quantize.study import BLOCKSIZES, Sample, Scheme, Study, layers_of, planted, study
 from ..units import format_bytes, text_table
-from ._controls import field, menu, slider
+from ._controls import field, menu
 from ._explorer import Explorer
 from ._html import pill, preformatted
 
@@ -69,7 +69,7 @@ class QuantizationLab(Explorer):
                 "Layer": {"layer": menu("Layer", [*_samples()], layer)},
                 "Weights": {"kind": menu("Stored as", ("int8", "nf4", "fp4"), scheme.kind)},
                 "4 bit": {
-                    "blocksize": slider("Block size", [(str(size), size) for size in BLOCKSIZES], scheme.blocksize),
+                    "blocksize": menu("Block size", BLOCKSIZES, scheme.blocksize),
                     "double": field(widgets.Checkbox, "Double quantization", scheme.double, indent=False),
                 },
                 "8 bit": {
@@ -104,6 +104,11 @@ class QuantizationLab(Explorer):
         self.put(verdict, study_figure(study, errors), study_text(study, errors))
         self.blocksize.disabled = self.double.disabled = study.scheme.kind == "int8"
         self.threshold.disabled = study.scheme.kind != "int8"
+
+    def click(self, key: str) -> None:
+        """A column of a layer shows that layer."""
+        if key.startswith("layer:"):
+            self.layer.value = key.removeprefix("layer:")
 
     def perplexities(self) -> dict[str, float]:
         """How well the shipped GPT predicts held-out text, stored in each way from float32 to fp4.

@@ -12,6 +12,7 @@ import logging
 import re
 from collections.abc import Mapping
 from dataclasses import replace
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from ..model.config import stored_dtype
@@ -92,7 +93,9 @@ def build(
 
 
 def can_build(config: Mapping[str, Any]) -> bool:
-    """Whether `build` can make it; with an "auto_map" it can, and says on what condition."""
+    """Whether `build` can make it; with an "auto_map" it can, and says on what condition. Without torch it cannot."""
+    if find_spec("torch") is None or find_spec(library_of(config) or "torch") is None:
+        return False
     return knows(config) or (library_of(config) is not None and "auto_map" in config)
 
 

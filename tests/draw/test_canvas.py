@@ -11,13 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from bigkit import HARDWARE, advise, describe, dry_run, estimate_memory, plan
+from bigkit import HARDWARE, advise, describe, dry_run, plan
 from bigkit.checkpoints.shards import cut
 from bigkit.draw.advice import advice_figure
 from bigkit.draw.canvas import WIDTH, Picture, shorten, text_width, ticks
 from bigkit.draw.colours import BLUE, WHITE
 from bigkit.draw.dryrun import dryrun_figure
-from bigkit.draw.estimate import estimate_figure
 from bigkit.draw.plan import plan_figure
 from bigkit.draw.run import gantt_figure, run_figure
 from bigkit.draw.shards import shards_figure
@@ -40,7 +39,6 @@ def evil_pictures() -> dict[str, Picture]:
     run = replace(dry_run("pygpt", batch_size=1, prompt_tokens=8), model=EVIL, hardware=EVIL)
     return {
         "plan": plan_figure(evil_plan),
-        "estimate": estimate_figure(estimate_memory(spec)),
         "shards": shards_figure(replace(cut({EVIL: 10, "b": 5}, 8), model=EVIL), EVIL[:8]),
         "run": run_figure(charts, EVIL, 1, EVIL),
         "gantt": gantt_figure(charts, EVIL),
@@ -57,7 +55,10 @@ def test_text_from_outside_is_escaped_everywhere() -> None:
         assert "<script" not in text, topic
         root = ElementTree.fromstring(text)
         tags = {element.tag.rpartition("}")[2] for element in root.iter()}
-        assert tags == {"svg", "title", "path", "text"}, topic
+        assert tags == {"svg", "title", "path", "text", *({"g", "rect"} if picture.marks else ())}, topic
+        for mark in picture.marks:
+            assert mark.says.endswith("."), "a mark says a sentence"
+            assert mark.x >= 0 and mark.x + mark.width <= WIDTH and 0 <= mark.y < picture.y, f"{topic}: {mark.key}"
         assert "<script>" in "".join(root.itertext()), f"{topic}: text stays text"
         assert set(root.attrib) == {"role", "aria-label", "viewBox", "width", "style", "font-family"}
         for span in (text.span for text in picture.texts):
@@ -75,7 +76,7 @@ def test_svg_is_one_accessible_element() -> None:
     assert root.tag == "{http://www.w3.org/2000/svg}svg" and root.get("role") == "img"
     assert root.get("aria-label") == 'a label "<&' and root[0].text == "a title"
     assert "id=" not in text and "url(" not in text, "several pictures of a page cannot disturb each other"
-    assert picture._repr_svg_() == text and repr(picture) == '<Picture: a label "<&>'
+    assert picture._repr_html_() == text and repr(picture) == '<Picture: a label "<&>'
 
 
 def test_hatches_lie_over_their_box_and_stay_inside() -> None:

@@ -89,7 +89,7 @@ def test_models_that_do_not_generate_have_a_pass_and_no_tokens():
 def test_nothing_fits_and_why():
     found = advise("deepseek-v3", "laptop, no GPU", stored=[None, "int8"])
     assert found.best is None and found.cures and "nothing fits" in repr(found)
-    assert "Nothing fits." in str(found) and "lacks" in str(found)
+    assert "Does not fit." in str(found) and "lacks" in str(found)
     assert json.loads(found.to_json())["options"] == []
 
 

@@ -86,7 +86,7 @@ def test_presets_are_rehearsed(explorer):
 def test_it_says_that_it_works(monkeypatch):
     explorer = DryRunExplorer("pygpt", "T4", batch=1, prompt=16, new=0)
     said = []
-    monkeypatch.setattr(dryrun_explorer, "dry_run", lambda *a, **k: said.append(explorer.verdict.value) or 1 / 0)
+    monkeypatch.setattr(dryrun_explorer, "dry_run", lambda *a, **k: said.append(explorer.working.value) or 1 / 0)
     before = explorer.verdict.value
     explorer.batch.value = 2
     assert "Rehearsing pygpt" in said[0] and 'role="status"' in said[0]
