@@ -1,4 +1,4 @@
-"""What this wing uses of PyTorch and Transformers without a public name is still there, and still does what it is used for."""
+"""What this wing uses of PyTorch and Transformers without a public name is there, and does what it is used for."""
 
 from __future__ import annotations
 
