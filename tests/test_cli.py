@@ -51,7 +51,7 @@ def test_plan_over_hosts(capsys):
     words = ["plan", "llama-2-7b", "--hosts", "RTX 4090", "L4", "--network", "WLAN", "--dtype", "float16"]
     assert main([*words, "--json"]) == 0
     found = bigkit.HostsPlan.from_json(capsys.readouterr().out)
-    assert found == bigkit.plan_hosts("llama-2-7b", ["RTX 4090", "L4"], "WLAN", dtype="float16")
+    assert found == bigkit.plan_hosts("llama-2-7b", ["RTX 4090", "L4"], "WLAN", dtype="float16", context=2048)
     assert main(words) == 0 and capsys.readouterr().out.strip() == found.explain()
     assert main([*words, "--code"]) == 2 and "--hosts goes with --json" in capsys.readouterr().err
 
