@@ -155,7 +155,7 @@ class LabNotebook:
     def run_all(self, timeout: float = 120) -> None:
         """Clear the outputs and run all cells, through the menu as a person does; the first error fails the test."""
         self.choose("Edit", "editmenu:clear-all")
-        prompts = self.cells.locator(".jp-InputPrompt")  # a cell whose code is folded has none
+        prompts = self.cells.locator(".jp-InputArea-prompt")  # a cell whose code is folded has none
         waiting = prompts.filter(has_text=re.compile(r"\[[ *]\]"))  # not run, or running
         expect(waiting).to_have_count(prompts.count())
         self.choose("Run", "runmenu:run-all")
