@@ -40,6 +40,7 @@ AS_STORED = "as published"
 DTYPES = ("float32", "float16", "bfloat16", "float8_e4m3fn")
 SLOTS = {"one by one": 1, "prefetch, 2 slots": 2, "prefetch, 3 slots": 3}  # ways to bring weights -> slots
 MOST_GPUS = 16
+LONGEST = 400  # letters of a value that are read
 RUNS = Path(__file__).with_name("runs.json")  # in the browser; written by `scripts/make_site.py`
 
 
@@ -110,7 +111,7 @@ TABS: dict[str, dict[str, Any]] = {
         "fields": {
             "preset": _field("Where blocks rest", "", "select", options=[]),
             "way": _field("How weights are brought", "prefetch, 2 slots", "select", options=[*SLOTS]),
-            "step": _field("Step", 14, "range", min=0, max=60, play=True),
+            "step": _field("Step", 14, "range", min=0, max=9999, play=True),
             "link": {"label": "Link to the GPU, GB/s", "value": "25", **_RATE},
             "disk": {"label": "Disk, GB/s", "value": "6", **_RATE},
             "rate": {"label": "GPU works through, GB/s", "value": "30", **_RATE},
@@ -142,7 +143,7 @@ def answer(tab: str, values: Values) -> dict[str, Any]:
         if tab not in TABS:
             raise ValueError(f"there is no tab {tab!r}: expected one of {', '.join(TABS)}")
         known = {name: field["value"] for name, field in form()["tabs"][tab]["fields"].items()}
-        return _ANSWERS[tab]({**known, **{name: value for name, value in values.items() if name in known}})
+        return _ANSWERS[tab]({**known, **{name: value[:LONGEST] for name, value in values.items() if name in known}})
     except ImportError as error:
         return {"error": f"A page cannot do this, it needs Python on your machine: {error}."}
     except (ValueError, TypeError, OSError) as error:
@@ -232,7 +233,7 @@ def _files(values: Values) -> dict[str, Any]:
 
 
 def _split(values: Values) -> dict[str, Any]:
-    split = Shares(_whole(values, "items", 0), _whole(values, "processes"), values["padding"] == "yes")
+    split = Shares(_whole(values, "items"), _whole(values, "processes"), values["padding"] == "yes")
     turns = split.rounds * split.processes
     facts = f"{split.speedup:.2f} times as fast as one process."
     if split.padded:
@@ -250,7 +251,7 @@ def _split(values: Values) -> dict[str, Any]:
 
 def _watch(values: Values) -> dict[str, Any]:
     run = _runs()[_choice(values, "preset", [*_runs()])]
-    way, step = _choice(values, "way", [*SLOTS]), _whole(values, "step", 0)
+    way, step = _choice(values, "way", [*SLOTS]), _whole(values, "step")
     rates = {name: _number(values, name) * GB for name in ("link", "disk", "rate")}
     charts = {way: _schedule(run["turns"], tuple(rates.values()), way) for way in SLOTS}
     shown = charts[way]
@@ -341,10 +342,11 @@ def _number(values: Values, name: str) -> float:
     return number
 
 
-def _whole(values: Values, name: str, least: int = 1) -> int:
+def _whole(values: Values, name: str) -> int:
+    field = next(tab["fields"][name] for tab in TABS.values() if name in tab["fields"])
     text = values[name].replace(",", "").strip()
-    if not text.isdecimal() or int(text) < least:
-        raise ValueError(f"{name} must be a whole number of at least {least}, not {values[name]!r}")
+    if not text.isdecimal() or not field["min"] <= int(text) <= field["max"]:
+        raise ValueError(f"{name} must be a whole number from {field['min']} to {field['max']:,}, not {values[name]!r}")
     return int(text)
 
 
