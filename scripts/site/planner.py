@@ -266,7 +266,8 @@ def _watch(values: Values) -> dict[str, Any]:
         facts += f" It wrote {run['wrote']!r}, as the whole model does."
     news = "good" if shown.bound == "compute" else "slow"
     named = {name: chart for name, chart in charts.items() if name in ("one by one", way)}
-    title = "pygpt over " + ", ".join(dict.fromkeys(device_label(turn.rests) for turn in shown.turns))
+    places = dict.fromkeys(device_label(turn.rests) for turn in shown.turns)
+    title = "Ten blocks, each as large as one of a 7B, over " + ", ".join(places)
     picture = run_figure(named, way, frame, title)
     return _said(news, headline, facts, [picture], run_text(named, way, frame), "from bigkit.widgets import HookTheatre"
                  f"\n\nHookTheatre({values['preset']!r})\n") | {"last": {"step": last}}  # fmt: skip
