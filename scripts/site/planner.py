@@ -60,12 +60,14 @@ _RATE = {"kind": "number", "min": 0.001, "max": 100_000, "any": True}
 TABS: dict[str, dict[str, Any]] = {
     "fit": {
         "title": "Does it fit?",
-        "about": "How to store a model so that it fits a machine, and how fast it then writes.",
+        "about": "How to store a model so that it fits a machine, and how fast it then writes. Click on a way to "
+        "see its plan below.",
         "fields": {
             "model": _MODEL,
             "machine": _MACHINE,
             **_LOAD,
             "target": _field("Best by", "speed", "select", options=[*TARGETS]),
+            "way": _field("The way whose plan is shown", "", "hidden"),  # as it is stored: "nf4"
         },
     },
     "plan": {
@@ -162,14 +164,13 @@ def _fit(values: Values) -> dict[str, Any]:
     call = f"advise({advice.model!r}, {values['machine']!r}, {load})"
     code = f"from bigkit import advise\n\nadvice = {call}\nprint(advice)\n"
     best = advice.best
-    if best is None:
-        facts = " ".join([*advice.cures[:1], *advice.notes])
-        return _said("bad", advice.verdict, facts, [advice_figure(advice)], advice.explain(), code)
-    facts = [f"A {'pass' if best.token is None else 'token'} waits for {best.bottleneck}."]
-    if best.plan.longest:
+    plans = {plan.stored: plan for plan in (*(option.plan for option in advice.options), *advice.misfits)}
+    shown = plans.get(values["way"]) or next(iter(plans.values()), None)
+    pictures = [advice_figure(advice), *([plan_figure(shown)] if shown else [])]
+    facts = [advice.reason] if best else [*advice.cures[:1]]
+    if best and best.plan.longest:
         facts.append(f"The longest context here: {best.plan.longest}.")
-    news = "slow" if best.plan.offloaded else "good"
-    pictures = [advice_figure(advice), plan_figure(best.plan)]
+    news = "bad" if best is None else "slow" if best.plan.offloaded else "good"
     return _said(news, advice.verdict, " ".join([*facts, *advice.notes]), pictures, advice.explain(), code)
 
 
