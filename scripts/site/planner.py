@@ -22,7 +22,7 @@ from bigkit.distributed.shares import Shares
 from bigkit.draw.advice import advice_figure
 from bigkit.draw.canvas import Picture
 from bigkit.draw.plan import moved, plan_figure, plan_text, plan_verdict
-from bigkit.draw.run import run_figure, run_news, run_text
+from bigkit.draw.run import run_caption, run_figure, run_text
 from bigkit.draw.shards import shards_figure, shards_text, shards_verdict
 from bigkit.draw.shares import shares_figure, shares_text
 from bigkit.machine.hardware import GPUS, HARDWARE, machine_of
@@ -109,7 +109,8 @@ TABS: dict[str, dict[str, Any]] = {
     "watch": {
         "title": "Watch it move",
         "about": "A run of a real model whose weights lie in four places, recorded when this page was built. What was "
-        "fetched when, and into which slot, is what happened; how long it takes follows from the rates below.",
+        "fetched when, and into which slot, is what happened; how long it takes follows from the rates below, for "
+        "blocks as large as those of a 7B.",
         "fields": {
             "preset": _field("Where blocks rest", "", "select", options=[]),
             "way": _field("How weights are brought", "prefetch, 2 slots", "select", options=[*SLOTS]),
@@ -167,7 +168,7 @@ def _fit(values: Values) -> dict[str, Any]:
     plans = {plan.stored: plan for plan in (*(option.plan for option in advice.options), *advice.misfits)}
     shown = plans.get(values["way"]) or next(iter(plans.values()), None)
     pictures = [advice_figure(advice), *([plan_figure(shown)] if shown else [])]
-    facts = [advice.reason] if best else [*advice.cures[:1]]
+    facts = [best.reason] if best else [*advice.cures[:1]]
     if best and best.plan.longest:
         facts.append(f"The longest context here: {best.plan.longest}.")
     news = "bad" if best is None else "slow" if best.plan.offloaded else "good"
@@ -262,7 +263,7 @@ def _watch(values: Values) -> dict[str, Any]:
     slow = charts["one by one"]
     gain = slow.per_token / shown.per_token
     headline = f"{format_seconds(shown.per_token)} a token, {gain:.2f} times as fast as one by one."
-    facts = f"Step {step} of {last}, {run_news(shown, frame)}."
+    facts = f"Step {step} of {last}. {run_caption(shown, frame)}"
     if step == last:
         facts += f" It wrote {run['wrote']!r}, as the whole model does."
     news = "good" if shown.bound == "compute" else "slow"
