@@ -261,7 +261,7 @@ def advise(
             plan = ask(context=context)
             if target == "context" and plan.max_context is not None:
                 plan = _longest(ask, plan.context, max(plan.context, longest_context(model.facts) or LONGEST))
-            options.append(_predict(model, plan, hardware, calibration))
+            options.append(predict(model, plan, hardware, calibration))
             said += plan.notes
         except PlanError as error:
             misfits.append(error.plan)
@@ -319,7 +319,7 @@ def _all_rates(hardware: Hardware, calibration: Calibration | None) -> dict[Devi
     return {"cpu": cpu, **dict(zip(hardware.max_memory(), rates_of(hardware, calibration)))}
 
 
-def _predict(model: ModelSpec, plan: Plan, hardware: Hardware, calibration: Calibration | None) -> Option:
+def predict(model: ModelSpec, plan: Plan, hardware: Hardware, calibration: Calibration | None = None) -> Option:
     """What a token and a prompt take under a plan."""
     rates = _all_rates(hardware, calibration)
     runners = [share for share in plan.shares if share.runs]

@@ -116,8 +116,8 @@ export function attach(element, { onClick, onDrag, onUndo } = {}) {
   const does = {
     pointerdown(event) {
       const mark = at(event.clientX, event.clientY)[0];
-      element.focus({ preventScroll: true });
       pointer = { x: event.clientX, y: event.clientY };
+      element.focus({ preventScroll: true });
       if (!mark || event.button) return;
       const { key, onto, along } = mark.dataset;
       held = { key, kinds: onDrag && onto, along, x: pointer.x, y: pointer.y, onto: null, moving: false };
@@ -137,7 +137,11 @@ export function attach(element, { onClick, onDrag, onUndo } = {}) {
       if (!moving) onClick?.({ key });
     },
     pointercancel: () => held && drop(true),
-    pointerleave: () => held || show(null),
+    pointerleave() {
+      if (held) return;
+      pointer = null;
+      show(null);
+    },
     blur: () => show(null),
     focus: () => pointer || show(find(here) ?? marks()[0]),
     keydown(event) {
