@@ -1,5 +1,7 @@
-"""The command line: `bigkit estimate-memory NAME`, `plan`, `dry-run`, `advise`, `calibrate`, `launch script.py`,
-`models`, `env`.
+"""The command line: `bigkit advise NAME`, `estimate-memory`, `plan`, `dry-run`, `calibrate`, `launch script.py`,
+`models`, `machines`, `env`.
+
+What takes more than a second says so on stderr if that is a terminal: a log or a pipe holds results and errors only.
 
 Leaves out: anything that needs torch, unless a name must be looked up on the Hub or this machine asked for its GPUs.
 """
@@ -9,10 +11,14 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import fields, replace
+from difflib import get_close_matches
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from . import __version__, _say_missing
 from .devices import Device, read_device
@@ -21,7 +27,7 @@ from .maps.strategies import STRATEGIES
 from .model.attention import KV_DTYPES
 from .model.estimate import CLASSIC
 from .model.precision import QUANTIZATIONS
-from .units import format_bytes
+from .units import counted, format_bytes
 
 if TYPE_CHECKING:
     from torch import nn
@@ -34,9 +40,17 @@ if TYPE_CHECKING:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status. A wrong input is one line on stderr and status 2."""
-    options = _parser().parse_args(arguments)
+    options, unknown = _parser().parse_known_args(arguments)
+    if unknown:
+        options.parser.refuse(unknown[0])
     try:
-        print(options.run(options), flush=True)
+        with nullcontext() if options.run is _launch else _progress(f"{options.parser.prog} is at work"):
+            said = options.run(options)
+        if getattr(options, "markdown", False):
+            from .listings import as_markdown
+
+            said = as_markdown(said)
+        print(said, flush=True)
     except BrokenPipeError:  # the reader of a pipe, such as `head`, has had enough; nothing is left to say at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (ValueError, OSError, ImportError) as error:
@@ -46,8 +60,46 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
+@contextmanager
+def _progress(doing: str) -> Iterator[None]:
+    """From the second second on, say on a terminal that something is done, and for how long."""
+    if not sys.stderr.isatty():
+        yield
+        return
+    done, start = threading.Event(), time.monotonic()
+
+    def tell() -> None:
+        while not done.wait(1):
+            lasted = counted(round(time.monotonic() - start), "second")
+            print(f"\r{doing}: {lasted}", end="", file=sys.stderr, flush=True)
+
+    teller = threading.Thread(target=tell, daemon=True)
+    teller.start()
+    try:
+        yield
+    finally:
+        done.set()
+        teller.join()
+        if time.monotonic() - start >= 1:
+            print("\r\033[K", end="", file=sys.stderr, flush=True)
+
+
 class _Parser(argparse.ArgumentParser):
-    """Takes each option with hyphens too: `--num-processes` is `--num_processes`."""
+    """Takes each option with hyphens too (`--num-processes` is `--num_processes`), and says a mistake in one line."""
+
+    def __init__(self, *args: Any, example: str = "", **options: Any) -> None:
+        formatter = argparse.RawDescriptionHelpFormatter
+        options |= {"epilog": f"example: {example}", "formatter_class": formatter}
+        super().__init__(*args, **options)
+        self.set_defaults(parser=self)
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message} ({self.prog} --help)\n")
+
+    def refuse(self, unknown: str) -> NoReturn:
+        """Say that an argument is unknown, and what it may have meant."""
+        near = get_close_matches(unknown.partition("=")[0], self._option_string_actions, 1)
+        self.error(f"unknown argument {unknown!r}" + (f", did you mean {near[0]}?" if near else ""))
 
     def add_argument(self, *names: Any, **options: Any) -> argparse.Action:
         hyphens = ["--" + name[2:].replace("_", "-") for name in names if name.startswith("--") and "_" in name]
@@ -55,48 +107,64 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="bigkit", description="Plan and run models too big for one device.")
+    parser = _Parser(prog="bigkit", description="Plan and run models too big for one device.",
+                     example='bigkit advise llama-3.1-8b --hardware 4090')  # fmt: skip
     parser.add_argument("--version", action="version", version=f"bigkit {__version__}")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=_Parser)
 
-    estimate = commands.add_parser("estimate-memory", help="how much memory a model takes, from its name")
-    _add_model(estimate)
-    estimate.add_argument("--dtypes", nargs="+", default=list(CLASSIC), help="rows of the classic table (%(default)s)")
-    estimate.set_defaults(run=_estimate)
+    def command(name: str, about: str, example: str, run: Callable[[argparse.Namespace], str]) -> _Parser:
+        added: _Parser = commands.add_parser(name, help=about, description=f"{about[0].upper()}{about[1:]}.",
+                                             example=f"bigkit {name} {example}".strip())  # fmt: skip
+        added.set_defaults(run=run)
+        return added
 
-    plan = commands.add_parser("plan", help="which layer rests on which device")
-    _add_plan(plan)
-    plan.add_argument("--code", action="store_true", help="print Python that makes the plan")
-    plan.set_defaults(run=_plan)
-
-    dry = commands.add_parser("dry-run", help="run a model on GPUs that do not exist: memory and time")
-    _add_plan(dry)
-    dry.add_argument("--new", type=int, default=4, help="tokens to generate after the prompt (%(default)s)")
-    dry.set_defaults(run=_dry_run)
-
-    advice = commands.add_parser("advise", help="which way to store and place a model is fastest on a machine")
+    advice = command("advise", "whether a model fits on a machine, how to store it, and how fast it is",
+                     'llama-2-70b --hardware "2 x 4090"', _advise)  # fmt: skip
     _add_machine(advice)
     advice.add_argument("--target", choices=TARGETS, default="speed", help="what ranks first (%(default)s)")
-    advice.set_defaults(run=_advise)
+    _add_markdown(advice)
 
-    measure = commands.add_parser("calibrate", help="measure this machine, for predictions; under a minute")
+    estimate = command("estimate-memory", "how much memory a model takes to load, run and train",
+                       "llama-3.1-8b --context 8192", _estimate)  # fmt: skip
+    _add_model(estimate)
+    estimate.add_argument("--dtypes", nargs="+", default=list(CLASSIC), metavar="DTYPE",
+                          help=f"rows of the classic table ({' '.join(CLASSIC)})")  # fmt: skip
+    _add_markdown(estimate)
+
+    plan = command("plan", "which layer rests on which device",
+                   "llama-2-7b --max_memory 0=10GiB cpu=64GiB", _plan)  # fmt: skip
+    _add_plan(plan)
+    plan.add_argument("--code", action="store_true", help="print Python that makes the plan")
+
+    dry = command("dry-run", "run a model on GPUs that do not exist: memory and time",
+                  'gpt2-xl --hardware "2 x T4" --context 512', _dry_run)  # fmt: skip
+    _add_plan(dry)
+    dry.add_argument("--new", type=int, default=4, help="tokens to generate after the prompt (%(default)s)")
+
+    words = "only those with all of these words"
+    models = command("models", "the models that need no download", "llama 8b", _models)
+    models.add_argument("words", nargs="*", help=words)
+    _add_markdown(models)
+    machines = command("machines", "the machines and GPUs that --hardware knows", "rtx", _machines)
+    machines.add_argument("words", nargs="*", help=words)
+    _add_markdown(machines)
+
+    measure = command("calibrate", "measure this machine, for predictions; takes about a minute",
+                      "--folder /data", _calibrate)  # fmt: skip
     measure.add_argument("--folder", help="on the disk that is to be measured (the temporary folder)")
     measure.add_argument("--json", action="store_true", help="print JSON")
-    measure.set_defaults(run=_calibrate)
 
-    _add_launch(commands.add_parser("launch", help="run a script in several processes, on one host or on several"))
-
-    config = commands.add_parser("config", help="write the config file that launch takes if it is told no other")
+    _add_launch(command("launch", "run a script in several processes, on one host or on several",
+                        "--num_processes 2 script.py", _launch))  # fmt: skip
+    config = command("config", "write the config file that launch takes if it is told no other", "default", _config)
     config.add_argument("kind", choices=("default",), help="for this machine: a process for each GPU")
-    config.set_defaults(run=_config)
-
-    models = commands.add_parser("models", help="the models that need no download")
-    models.add_argument("words", nargs="*", help="only those with all of these in their names or descriptions")
-    models.set_defaults(run=_models)
-
-    commands.add_parser("env", help="versions and devices, to be copied into an issue").set_defaults(run=_env)
-    commands.add_parser("test", help="how to try a launch").set_defaults(run=_test)
+    command("env", "versions and devices, to be copied into an issue", "", _env)
+    command("test", "how to try a launch", "", _test)
     return parser
+
+
+def _add_markdown(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--markdown", action="store_true", help="print tables as Markdown")
 
 
 # Options of `accelerate launch` by which something else would be computed.
@@ -133,7 +201,6 @@ def _add_launch(launch: argparse.ArgumentParser) -> None:
     add("--example", nargs="?", const="inference", metavar="KIND",
         help="write distributed_KIND.py to start from: inference or diffusion (inference)")  # fmt: skip
     add("command", nargs=argparse.REMAINDER, metavar="script.py ...", help="the script and its own options")
-    launch.set_defaults(run=_launch)
 
 
 def _add_model(parser: argparse.ArgumentParser) -> None:
@@ -149,7 +216,10 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
 
 def _add_machine(parser: argparse.ArgumentParser) -> None:
     _add_model(parser)
-    parser.add_argument("--hardware", help='a machine, as in "RTX 4090" or "8 x H100-80GB" (this one)')
+    parser.add_argument(
+        "--hardware",
+        help='a machine: 4090, "2 x H100", "RTX 4090, 128GB RAM", or GPUs of your own, "2 x 24GB" (this one)',
+    )
     parser.add_argument("--svg", nargs="?", const="-", metavar="FILE", help="write the picture (without FILE: print)")
 
 
@@ -166,7 +236,10 @@ def _add_plan(parser: argparse.ArgumentParser) -> None:
 def _picture(path: str, picture: Picture) -> str:
     if path == "-":
         return picture.svg
-    Path(path).write_text(picture.svg, encoding="utf-8")
+    try:
+        Path(path).write_text(picture.svg, encoding="utf-8")
+    except OSError as error:
+        raise ValueError(f"the picture cannot be written to {path}: {error.strerror}") from error
     return f"the picture is in {path}"
 
 
@@ -195,6 +268,8 @@ def _budgets(items: Sequence[str] | None) -> dict[Device, int | str] | None:
         name, equals, size = item.partition("=")
         if not equals:
             raise ValueError(f"--max_memory takes DEVICE=SIZE, such as 0=24GiB or cpu=64GiB, not {item!r}")
+        if size.replace(".", "").isdigit() and float(size):
+            raise ValueError(f"--max_memory {item} has no unit: write {item}GiB, or {item}B for bytes")
         budgets[read_device(name)] = size
     return budgets
 
@@ -227,7 +302,8 @@ def _dry_run(options: argparse.Namespace) -> str:
 
     machine = machine_of(options.hardware)
     if not machine.gpus:
-        raise ValueError(f'{machine.name} has no GPU to rehearse on: name one, as in --hardware "RTX 4090"')
+        where = machine.name.partition(":")[0]
+        raise ValueError(f'{where} has no GPU to rehearse on: name one, as in --hardware "RTX 4090"')
     plan = _plan_of(options, machine, options.context + options.new)
     dtype = options.dtype or plan.dtype
 
@@ -314,14 +390,15 @@ def _config(options: argparse.Namespace) -> str:
 
 
 def _models(options: argparse.Namespace) -> str:
-    from . import zoo
+    from .listings import models
 
-    rows = [[entry.name, entry.about, entry.hub_id] for entry in zoo.ENTRIES]
-    rows = [row for row in rows if all(word.lower() in " ".join(row).lower() for word in options.words)]
-    if not rows:
-        raise ValueError(f"no model that ships with bigkit has {' '.join(options.words)!r} in its name or description")
-    name, about = (max(len(row[i]) for row in rows) for i in (0, 1))
-    return "\n".join(f"{row[0]:{name}}  {row[1]:{about}}  {row[2]}".rstrip() for row in rows)
+    return models(options.words)
+
+
+def _machines(options: argparse.Namespace) -> str:
+    from .listings import machines
+
+    return machines(options.words)
 
 
 def _env(options: argparse.Namespace) -> str:

@@ -80,8 +80,8 @@ def format_bytes(size: float, style: str = "iec") -> str:
     if style not in ("iec", "si", "classic", "exact"):
         raise ValueError(f"style must be 'iec', 'si', 'classic' or 'exact', not {style!r}")
     if style == "exact":
-        names = "B TiB GiB MiB KiB TB GB MB KB".split()
-        texts = (f"{size / _UNITS[name.upper()]:.{digits}f}{name}" for digits in range(4) for name in names)
+        names = "TiB GiB MiB KiB TB GB MB KB B".split()
+        texts = (f"{size / _UNITS[name.upper()]:.{digits}f}{name}" for name in names for digits in range(4))
         return min((text for text in texts if parse_bytes(text) == size), key=len)
     step = 1000 if style == "si" else 1024
     value, letter = size, ""

@@ -1,15 +1,19 @@
 """The command line, as a process."""
 
 import json
+import os
+import re
+import shlex
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
-from bigkit import describe, zoo
-from bigkit.cli import main
-from bigkit.machine.hardware import HARDWARE
+from bigkit import describe, estimate_memory, format_bytes, zoo
+from bigkit.cli import _parser, main
+from bigkit.machine.hardware import GPUS, HARDWARE, machine_of
 
 
 def run(*arguments):
@@ -132,6 +136,12 @@ def test_calibrate_keeps_what_it_measured(capsys, monkeypatch, tmp_path):
         (["dry-run", "gpt2", "--hardware", "no such GPU"], "unknown hardware 'no such GPU'"),
         (["dry-run", "gpt2", "--hardware", "Binder"], "Binder has no GPU"),
         (["plan", "gpt2", "--max_memory", "24GiB"], "DEVICE=SIZE"),
+        (["plan", "gpt2", "--max-memory", "0=10"], "0=10 has no unit: write 0=10GiB, or 0=10B for bytes"),
+        (["plan", "gpt2", "--max_memory", "0=1GiB", "--svg", "/no/where.svg"], "cannot be written to /no/where.svg"),
+        (["advise", "gpt2", "--hardware", "A100"], "it could be 'A100-40GB', 'A100-80GB'"),
+        (["advise", "gpt2", "--hardware", "RTX 4080"], "'RTX 4090'"),
+        (["advise", "llama 3.1", "--hardware", "T4"], "llama-3.1-8b"),
+        (["machines", "TPU"], "nothing that ships"),
         (["plan", "gpt2", "--max_memory", "gpu=1GB"], "unknown device 'gpu'"),
         (["plan", "llama-2-7b", "--max_memory", "0=1MB", "disk=0"], "does not fit"),
         (["estimate-memory", "gpt2", "--dtypes", "float12"], "unknown dtype"),
@@ -142,6 +152,21 @@ def test_errors_are_one_line_and_status_two(arguments, says, capsys):
     assert main(arguments) == 2
     error = capsys.readouterr().err
     assert says in error and error.count("\n") == 1 and error.startswith("bigkit: ")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["plan", "gpt2", "--max-memry", "0=1GiB"], "unknown argument '--max-memry', did you mean --max-memory?"),
+        (["bogus"], "'machines'"),
+        ([], "COMMAND"),
+    ],
+)
+def test_what_is_no_command_or_option_is_one_line(arguments, says, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and says in error and error.count("\n") == 1 and "--help)" in error
 
 
 @pytest.mark.parametrize(
@@ -167,8 +192,99 @@ def test_models_lists_what_ships_and_needs_no_torch():
     assert done.returncode == 0 and done.stderr == "False\n"
     assert {"pygpt", "gpt-oss-20b", "kimi-k2"} <= {line.split()[0] for line in done.stdout.splitlines()}
     done = run("models", "mixture", "Mamba")
-    assert [line.split()[0] for line in done.stdout.splitlines()] == ["nemotron-3-nano-30b"]
+    assert [line.split()[0] for line in done.stdout.splitlines()[2:]] == ["nemotron-3-nano-30b"]
     assert run("models", "no-such-word").returncode == 2
+
+
+def test_each_model_and_machine_is_listed_with_its_figures(capsys):
+    assert main(["models"]) == 0
+    rows = capsys.readouterr().out.splitlines()[2:]
+    assert [row.split()[0] for row in rows] == [*zoo.names()]
+    for name in ("llama-2-7b", "deepseek-v3"):
+        size = format_bytes(estimate_memory(name, stored=[describe(name).facts["torch_dtype"]]).inference[0].weights)
+        assert size in next(row for row in rows if row.startswith(f"{name} "))
+    assert main(["machines"]) == 0
+    rows = capsys.readouterr().out.splitlines()[2:]
+    assert len(rows) == len({*HARDWARE} | {machine_of(name).name for name in GPUS})
+    for row in rows:
+        name = re.split("  +", row)[0]
+        for gpu in machine_of(name).gpus[:1]:
+            assert format_bytes(gpu.memory) in row and f" {gpu.bandwidth / 1e9:,.0f} " in row
+    assert main(["machines", "rtx", "24"]) == 0 and capsys.readouterr().out.splitlines()[2].startswith("1 x RTX 3090")
+
+
+@pytest.mark.parametrize(
+    ("model", "hardware", "said"),
+    [
+        ("Llama 3.1 8B", "4090", "llama-3.1-8b on 1 x RTX 4090,"),
+        ("llama_2_7b", "rtx4090", "llama-2-7b on 1 x RTX 4090,"),
+        ("gpt2", "2xh100", "gpt2 on 2 x H100-80GB,"),
+        ("gpt2", "2 x 24gb, 128gib ram", "gpt2 on 2 x 24GB (as fast as L4), 128GiB RAM,"),
+        ("gpt2", "RTX 4090 48GiB", "gpt2 on 1 x RTX 4090 48GiB,"),
+    ],
+)
+def test_names_as_people_write_them(model, hardware, said, capsys):
+    assert main(["advise", model, "--hardware", hardware]) == 0
+    assert said in capsys.readouterr().out
+
+
+def commands():
+    """Each command and its parser."""
+    [subparsers] = (action for action in _parser()._actions if hasattr(action, "choices") and action.choices)
+    return subparsers.choices
+
+
+def test_every_help_has_an_example_that_is_read():
+    for name, parser in commands().items():
+        example = parser.format_help().rpartition("example: ")[2].strip()
+        words = shlex.split(example)
+        assert words[:2] == ["bigkit", name], example
+        options, unknown = _parser().parse_known_args(words[1:])
+        assert not unknown and options.parser.prog == f"bigkit {name}"
+
+
+def test_examples_of_what_is_quick_run(capsys):
+    for name in ("advise", "estimate-memory", "plan", "models", "machines"):
+        example = commands()[name].format_help().rpartition("example: ")[2].strip()
+        assert main(shlex.split(example)[1:]) == 0 and capsys.readouterr().out
+
+
+def test_tables_as_markdown(capsys):
+    for asked in (["advise", "llama-2-70b", "--hardware", "4090"], ["estimate-memory", "deepseek-v3"], ["models"]):
+        assert main([*asked]) == 0
+        plain = capsys.readouterr().out
+        assert main([*asked, "--markdown"]) == 0
+        lines = capsys.readouterr().out.splitlines()
+        tables = sum(set(line) == {"-", " "} for line in plain.splitlines())
+        assert tables and sum(set(line) == {"|", "-", " "} for line in lines) == tables
+        rows = [line for line in lines if line.startswith("|")]
+        assert {line.count(" | ") for line in rows if "stored as" in line} <= {4, 5, 6}
+        letters = re.sub(r"[\s|\\-]", "", plain)
+        assert re.sub(r"[\s|\\-]", "", "\n".join(lines)) == letters, "nothing is lost"
+
+
+@pytest.mark.skipif(not hasattr(os, "openpty"), reason="needs a terminal")
+@pytest.mark.parametrize(("seconds", "words"), [(2.5, True), (0, False)])
+def test_what_takes_long_says_so_on_a_terminal_and_leaves_nothing_there(seconds, words):
+    code = (
+        "import time; from bigkit import cli, listings\n"
+        f"listings.models = lambda words: time.sleep({seconds}) or 'ok'\n"
+        "raise SystemExit(cli.main(['models']))"
+    )
+    for terminal in (True, False):
+        ours, theirs = os.openpty()
+        with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE,
+                              stderr=theirs if terminal else subprocess.PIPE, text=True) as process:  # fmt: skip
+            os.close(theirs)
+            said = b""
+            with suppress(OSError):  # the other end is closed
+                while terminal and (piece := os.read(ours, 1000)):
+                    said += piece
+            out, error = process.communicate()
+        os.close(ours)
+        assert out == "ok\n" and process.returncode == 0 and not error
+        assert said == b"" if not (words and terminal) else (
+            b"bigkit models is at work: 1 second" in said and said.endswith(b"\r\x1b[K"))  # fmt: skip
 
 
 def test_dtype_of_the_cache(capsys):

@@ -17,9 +17,9 @@ ROOT = Path(bigkit.__file__).parent
 # Left to right: a wing (a folder, or a file on top) imports only wings to its left, and `distributed` none at all.
 ORDER = [
     "units", "course", "devices", "distributed", "model", "machine", "meta", "zoo", "maps", "checkpoints", "offload",
-    "quantize", "dryrun", "measure", "draw", "api", "examples", "widgets", "accelerate", "cli",
+    "quantize", "dryrun", "measure", "draw", "api", "listings", "examples", "widgets", "accelerate", "cli",
 ]  # fmt: skip
-WITHOUT_TORCH = {"units", "course", "devices", "model", "machine", "zoo", "maps", "api", "cli"}  # wings, but for:
+WITHOUT_TORCH = {*ORDER[:3], "model", "machine", "zoo", "maps", "api", "listings", "cli"}  # wings, but for:
 WITH_TORCH = {"zoo.build", "zoo.gpt", "maps.device_map"}
 MODULES = sorted(
     ".".join(path.relative_to(ROOT.parent).with_suffix("").parts).removesuffix(".__init__")

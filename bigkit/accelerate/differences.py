@@ -77,7 +77,9 @@ BEHAVIOUR = {
     "budgets": "No map is over a budget. Buffers of offloaded layers count; where nothing fits, PlanError says how "
     "many bytes are missing.",
     "words": "Messages are bigkit's own. They are Python warnings, not lines of a log.",
-    "ties": "Tensors that share memory are written under each of their names, so nothing is removed and no one warned.",
+    "ties": "Tensors that share memory are written under each of their names, so nothing is removed and no one warned. "
+    "Modules with one parameter stay tied also if they are sent away one by one, or one of them stays; two parameters "
+    "over one memory (`nn.Parameter(other.weight)`) are tied within one call alone.",
     "execution device": "AlignDevicesHook(offload=True) must be told where the weights are to work.",
     "training": "Accelerator.prepare takes models; an optimizer, a scheduler or a data loader is an error.",
     "private": "Accelerate's private attributes (`_models`) and the inner names of its modules are not there.",

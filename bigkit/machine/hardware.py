@@ -19,7 +19,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -112,8 +112,8 @@ class Hardware:
         name = f"{len(names)} x {names[0]}" if names and len({*names}) == 1 else ", ".join(names) or "no GPU"
         import psutil
 
-        ram = min(ram_limit(), psutil.virtual_memory().available)
-        disk = shutil.disk_usage(folder).free
+        ram = min(ram_limit(), psutil.virtual_memory().available) // MiB * MiB
+        disk = shutil.disk_usage(folder).free // MiB * MiB
         return Hardware(f"this machine: {name}", gpus, ram, disk, unified=is_unified())
 
     @property
@@ -272,7 +272,8 @@ def machine_of(hardware: Hardware | str | None) -> Hardware:
         raise ValueError(f"unknown hardware {hardware!r}: {_near(kind, fitting)}; `bigkit machines` lists all names, "
                          "and '2 x 24GB' is a machine with GPUs of your own")  # fmt: skip
     base = _usual(fitting[0], count)
-    if memory and not own and abs(memory / base.gpus[0].memory - 1) < SAME:
+    sold = size and "i" not in size.lower() and not own  # in GB, as sold
+    if memory and sold and abs(memory / base.gpus[0].memory - 1) < SAME:
         memory = None
     return variant(base, None, memory, parse_bytes(ram.upper()) if ram else None, own)
 
@@ -290,7 +291,9 @@ def variant(
     if count is not None and count != len(base.gpus):
         if base.unified or not base.gpus:
             raise ValueError(f"{base.name} cannot have {count} GPUs: name their kind, as in '2 x RTX 4090'")
-        base = _usual(kind, count) if kind in GPUS else replace(base, gpus=base.gpus[:1] * count)
+        kind = base.gpus[0].name
+        own_name = f"{base.name} with {count} GPUs"
+        base = _usual(kind, count) if kind in GPUS else replace(base, name=own_name, gpus=base.gpus[:1] * count)
     name, gpus = base.name, base.gpus
     if memory and gpus and memory != gpus[0].memory:
         name += f" {format_bytes(memory, 'exact')}"
@@ -305,6 +308,12 @@ def variant(
 def _usual(kind: str, count: int) -> Hardware:
     """A machine with so many GPUs of a kind, or the machine of that name."""
     return HARDWARE.get(kind) or HARDWARE.get(f"{count} x {kind}") or machine(kind, count, 64 * GiB)
+
+
+def named_machine(budgets: Mapping[Device, int], overhead: int) -> str | None:
+    """The name of the machine in `HARDWARE` that has these budgets and this overhead; None if there is none."""
+    machines = (machine for machine in HARDWARE.values() if machine.overhead == overhead)
+    return next((machine.name for machine in machines if machine.max_memory() == budgets), None)
 
 
 def _letters(name: str) -> str:

@@ -18,7 +18,6 @@ from dataclasses import dataclass
 
 from ..model.experts import active_bytes, experts_of
 from ..model.spec import ModelSpec
-from ..model.stored import as_stored
 from ..units import format_bytes
 from .routing import Routing
 
@@ -57,8 +56,7 @@ class Mixture:
         if not experts:
             raise ValueError(f"{model.name} has no experts: choose a mixture of experts, such as mixtral-8x7b")
         precision = model.precision(dtype)
-        stored = as_stored(model) if dtype is None else None
-        total, used = stored or (model.bytes(precision), active_bytes(model, precision))
+        total, used = model.bytes(precision), active_bytes(model, precision)
         count, per_token = max((one.count, one.per_token) for one in experts)
         idle = sum(one.count - one.per_token for one in experts)
         each = round((total - used) / idle) if idle else experts[0].bytes_each(precision)

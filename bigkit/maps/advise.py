@@ -28,7 +28,8 @@ from ..machine.roofline import Rates
 from ..model.attention import kv_dtype_name
 from ..model.estimate import generates, load_text, longest_context, remarks, tokens_seen, whole_number
 from ..model.experts import experts_of, visited
-from ..model.spec import ModelSpec
+from ..model.spec import ModelSpec, Precision
+from ..model.stored import is_as_stored
 from ..units import dtype_bits, format_bytes, format_seconds, text_table, three_figures
 from .partition import last_true
 from .plan import Plan, PlanError
@@ -220,7 +221,8 @@ def advise(
         target: what ranks first: "speed", "quality" (then speed), "memory" (on all devices together), or "context" (the
             longest that fits, as many weights as need be resting elsewhere, and that the model was trained for: the
             plans are then made, and timed, for that).
-        stored: quantizations to try; None is 16 bits (bfloat16; float16 on GPUs before Ampere).
+        stored: quantizations to try; None is as a quantized checkpoint has it, or else 16 bits
+            (bfloat16; float16 on GPUs before Ampere).
         kv_dtype: of keys and values in the cache, see `place`; what it takes to decode them is not timed.
         calibration: what was measured on that machine; None takes the one in the ledger if the hardware is this
             machine (`Hardware.detect()`) and `calibrate()` was called here, else the vendors' figures.
@@ -247,11 +249,12 @@ def advise(
     for quantization in [stored] if isinstance(stored, str) else stored:
         if quantization and not model.quantized(model.precision(half, quantization)):
             continue  # no layer of the model can be
+        stays = quantization is None and is_as_stored(model, Precision())
         ask = partial(
             place,
             model,
             hardware.max_memory(),
-            dtype=half,
+            dtype=None if stays else half,
             quantization=quantization,
             batch=batch,
             overhead=overhead,

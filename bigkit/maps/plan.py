@@ -15,6 +15,7 @@ from functools import cached_property
 from typing import Any
 
 from ..devices import Device, collapse, device_label, placement
+from ..machine.hardware import named_machine
 from ..model.estimate import load_text
 from ..units import GiB, counted, format_bytes
 from .experts import is_apart, why_apart
@@ -184,24 +185,28 @@ class Plan:
     def to_code(self) -> str:
         """Python that makes this plan again; of a model that has no name, from the variable `model`."""
         budgets = {share.device: share.budget for share in self.shares if share.budget is not None}
-        arguments = {
+        overhead = max((share.overhead for share in self.shares), default=0)
+        machine = named_machine(budgets, overhead)
+        arguments: dict[str, Any] = {
+            "hardware": machine,
+            "max_memory": {device: format_bytes(size, "exact") for device, size in budgets.items()},
             "strategy": self.device_map if self.strategy == "custom" else self.strategy,
             "dtype": self.dtype,
             "quantization": self.quantization,
             "batch": self.batch,
             "context": self.context,
-            "overhead": max((share.overhead for share in self.shares), default=0) or None,
+            "overhead": format_bytes(overhead, "exact") if overhead else None,
             "strict": None if self.feasible else False,
             **self.options,
         }
+        if machine:  # it has both
+            del arguments["max_memory"], arguments["overhead"]
         lines = [f"    {name}={value!r},\n" for name, value in arguments.items() if value not in (None, "auto")]
         name, note = repr(self.model), ""
         if self.library == "module":
             name, note = "model", f"# A plan does not hold its model: here `model` is your {self.model}.\n"
         return (
-            f"from bigkit import plan\n\n{note}"
-            f"p = plan(\n    {name},\n    max_memory={budgets!r},\n{''.join(lines)})\n"
-            "device_map = p.device_map\n"
+            f"from bigkit import plan\n\n{note}p = plan(\n    {name},\n{''.join(lines)})\ndevice_map = p.device_map\n"
         )
 
     def to_json(self) -> str:

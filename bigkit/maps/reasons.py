@@ -5,12 +5,13 @@ Leaves out: finding plans (`strategies.py`) and telling a whole one (`Plan.expla
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from ..devices import device_label
-from ..units import counted, format_bytes
+from ..units import GiB, KiB, MiB, PiB, TiB, counted, format_bytes, parse_bytes
 from .partition import last_true
 from .plan import Plan, Share
 
@@ -61,9 +62,11 @@ def cures(task: Task, plan: Plan, solve: Callable[[Task, str], Plan]) -> str:
 
     worst = max(plan.shares, key=lambda share: share.over)
     enough = (worst.budget or 0) + worst.over
+    unit = next((unit for unit in (PiB, TiB, GiB, MiB, KiB) if enough >= unit), 1)
+    size = format_bytes(math.ceil(100 * enough / unit) * unit / 100).replace(" ", "")  # rounded up, for people
     helpful = []
-    if helps(budgets={**task.budgets, worst.device: enough}):
-        helpful.append(f"max_memory {{{worst.device!r}: {enough}}} ({format_bytes(enough)})")
+    if helps(budgets={**task.budgets, worst.device: parse_bytes(size)}):
+        helpful.append(f"max_memory {{{worst.device!r}: {size!r}}}")
     if plan.strategy == "custom" and helps():
         helpful.append("strategy='auto'")
     precision = task.precision

@@ -18,6 +18,7 @@ from ..devices import Device, device_label, prefixes, read_device
 from ..model.estimate import activation_bytes, longest_context, remarks, stacked_experts, stored_as
 from ..model.experts import experts_of
 from ..model.spec import Attention, Layer, ModelSpec, Precision
+from ..model.stored import decoding_bytes
 from ..units import format_bytes, listed, parse_bytes
 from .partition import Chain, last_true
 from .plan import Placed, Plan, Share
@@ -167,8 +168,9 @@ class Task:
         return self.batch * sum(record.bytes(context, self.computes_in, self.kv_dtype) for record in attention)
 
     def working(self, context: int) -> int:
-        """Bytes of activations on each device that runs layers."""
-        return activation_bytes(self.model, self.batch, context, self.computes_in)
+        """Bytes of activations on each device that runs layers, and of a weight that is decoded there."""
+        working = activation_bytes(self.model, self.batch, context, self.computes_in)
+        return working + decoding_bytes(self.model, self.precision)
 
     def extra(self, runner: Device) -> int:
         """Bytes that the runtime takes on a device."""

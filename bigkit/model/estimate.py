@@ -27,7 +27,7 @@ from .attention import kv_dtype_name
 from .experts import active_bytes, active_parameters, sentence
 from .precision import QUANTIZATIONS, Precision, quantized_stacks
 from .spec import ModelSpec
-from .stored import as_stored
+from .stored import decoding_bytes, is_as_stored
 
 CLASSIC = ("float32", "float16", "int8", "int4")
 STORED = ("float32", "bfloat16", "float8_e4m3fn", "int8", "nf4", "nf4-double")
@@ -108,9 +108,8 @@ def remarks(name: str, facts: Mapping[str, Any], context: int) -> tuple[str, ...
     elif most and context > most:
         notes.append(f"Context {context:,} is beyond the {most:,} tokens that {name} was trained for.")
     if packed := facts.get("quantization"):
-        notes.append(
-            f"The checkpoint of {name} is quantized ({packed}); other rows and plans count its weights decoded."
-        )
+        others = "where a dtype is named, its weights count decoded" if "decoding" in facts else "all count it decoded"
+        notes.append(f"The checkpoint of {name} is quantized ({packed}): {others}.")
     if uncounted := facts.get("uncounted_cache"):
         notes.append(f"The cache of {', '.join(map(str, uncounted))} is not counted.")
     return tuple(notes)
@@ -140,6 +139,8 @@ def stored_as(model: ModelSpec, precision: Precision) -> str:
     """How a model's weights are stored, in words: "nf4", "float16", or "bfloat16 as stored"."""
     if precision.quantization or precision.dtype:
         return precision.quantization or str(precision.dtype)
+    if is_as_stored(model, precision):
+        return f"{model.facts['quantization']} as stored"
     sizes = Counter[str]()
     for tensor, _ in model.tensors.values():
         sizes[tensor.dtype] += tensor.elements
@@ -318,10 +319,9 @@ def estimate(
     if not all(row.trainable for row in rows):
         notes.append("* 4 x the size, as the classic table counts; weights of this dtype alone cannot be trained.")
     inference = tuple(_inference(full, name, batch, context, cached) for name in stored)
-    if quantized := as_stored(full):
-        row = _inference(full, "bfloat16", batch, context, cached)
-        kind = f"as stored ({full.facts['quantization']})"
-        inference = (replace(row, stored=kind, weights=quantized[0], active=quantized[1]), *inference)
+    if is_as_stored(full, Precision()):
+        row, kind = _inference(full, "auto", batch, context, cached), f"as stored ({full.facts['quantization']})"
+        inference = (replace(row, stored=kind), *inference)
     if packed_as:
         row = _inference(full, "auto", batch, context, cached)
         inference = (replace(row, stored=f"as stored (mostly {packed_as})"),)
@@ -367,7 +367,7 @@ def _inference(model: ModelSpec, name: str, batch: int, context: int, kv_dtype: 
     precision = model.precision(None if quantization else name, quantization)
     computes = model.computes_in(precision)
     kv_cache = model.kv_bytes(context, batch, computes, kv_dtype)
-    activations = activation_bytes(model, batch, context, computes)
+    activations = activation_bytes(model, batch, context, computes) + decoding_bytes(model, precision)
     weights, active = model.bytes(precision), active_bytes(model, precision)
     return InferenceRow(precision.label, weights, kv_cache, activations, active)
 

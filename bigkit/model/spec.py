@@ -30,12 +30,13 @@ _CONTAINERS = ("Sequential", "ModuleList", "ModuleDict")  # what they hold may b
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """Shape and dtype of one parameter or buffer."""
+    """Shape and dtype of one parameter or buffer; `stored`: bytes in a quantized checkpoint, if these are others."""
 
     shape: tuple[int, ...]
     dtype: str = "float32"
     buffer: bool = False
     persistent: bool = True
+    stored: int | None = None
 
     @property
     def elements(self) -> int:
@@ -44,6 +45,8 @@ class TensorSpec:
 
     def bytes(self, dtype: str | None = None) -> int:
         """Bytes at rest; `dtype` casts floating tensors and leaves the others alone."""
+        if dtype is None and self.stored is not None:
+            return self.stored
         stored = dtype if dtype is not None and is_floating(self.dtype) else self.dtype
         return math.ceil(self.elements * dtype_bits(stored) / 8)
 

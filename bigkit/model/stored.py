@@ -16,12 +16,17 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
+from dataclasses import replace
+from itertools import accumulate
 from typing import Any, NamedTuple
 
-from .experts import active_bytes, experts_of
+from ..devices import join, prefixes
+from ..units import dtype_bits, is_floating
+from .precision import Precision, tensor_bytes
 from .spec import ModelSpec, ModuleSpec, TensorSpec
 
 # Keys under which methods list the modules that they leave out.
+DECODING = 17.0  # bytes that a weight takes while it is decoded, in the format that takes most
 _KEPT = ("modules_to_not_convert", "ignore", "ignored_layers", "llm_int8_skip_modules", "exclude_modules")
 
 
@@ -36,6 +41,7 @@ class Format(NamedTuple):
         zeros: whether each scale has a zero point of `bits` bits.
         fixed: bytes more for each weight (a scale for all, the shape).
         per_input: bytes more for each input (the group that it is in).
+        decoding: bytes that each weight takes while it is decoded to bfloat16, all copies in between counted.
     """
 
     bits: int
@@ -45,6 +51,7 @@ class Format(NamedTuple):
     zeros: bool = False
     fixed: int = 0
     per_input: int = 0
+    decoding: float = DECODING
 
     def bytes(self, rows: int, columns: int) -> int:
         """Bytes of a weight of so many outputs and inputs."""
@@ -58,15 +65,15 @@ def read_format(settings: Mapping[str, Any]) -> Format | None:
     """The format that a `quantization_config` names; None if it is not known here.
 
     >>> read_format({"quant_method": "awq", "bits": 4, "group_size": 128})
-    Format(bits=4, group=128, rows=1, scale=2, zeros=True, fixed=0, per_input=0)
+    Format(bits=4, group=128, rows=1, scale=2, zeros=True, fixed=0, per_input=0, decoding=17.0)
     """
     method = str(settings.get("quant_method", "")).lower()
     try:
         if method in ("fp8", "fbgemm_fp8"):
             rows, columns = settings.get("weight_block_size") or (1, 0)
-            return Format(8, columns, rows, scale=4)
+            return Format(8, columns, rows, scale=4, decoding=12 if columns else 8)
         if method == "mxfp4":
-            return Format(4, 32, scale=1)
+            return Format(4, 32, scale=1, decoding=4.5)
         if method in ("awq", "gptq"):
             bits, group = int(settings.get("bits", 4)), int(settings.get("group_size", 128))
             return Format(bits, max(group, 0), zeros=True, per_input=4 * (method == "gptq"))
@@ -74,65 +81,133 @@ def read_format(settings: Mapping[str, Any]) -> Format | None:
             weights = next(iter(settings["config_groups"].values()))["weights"]
             bits, strategy = int(weights["num_bits"]), weights.get("strategy")
             if str(settings.get("format", "")).startswith("nvfp4"):
-                return Format(4, 16, scale=1, fixed=4)
+                return Format(4, 16, scale=1, fixed=4, decoding=11)
             group = {"tensor": -1, "channel": 0}.get(strategy, int(weights.get("group_size") or 0))
             packed = str(settings.get("format", "")).startswith("pack")
-            return Format(bits, group, zeros=not weights.get("symmetric", True), fixed=16 * packed)
+            zeros = not weights.get("symmetric", True)
+            return Format(bits, group, zeros=zeros, fixed=16 * packed, decoding=DECODING if packed else 12)
     except (KeyError, TypeError, ValueError, AttributeError, StopIteration):
         pass
     return None
 
 
+def with_stored(model: ModelSpec, files: Mapping[str, TensorSpec] | None = None) -> ModelSpec:
+    """The same model with the bytes that a quantized checkpoint has of each weight, as it is loaded and run.
+
+    From then on "as stored" (a `Precision` without a dtype and a quantization) counts these; with a dtype or a
+    quantization the weights count decoded, as before. The fact "decoding" says how many bytes the largest weight takes
+    while it is decoded, on the device that it works on.
+
+    Args:
+        model: its facts hold the `quantization_config`; without one it comes back as it is.
+        files: name -> tensor of the checkpoint's files, if these can be reached: then sizes are exact.
+
+    >>> from bigkit import zoo
+    >>> spec = zoo.describe("gpt-oss-20b")
+    >>> spec.bytes(), spec.bytes(spec.precision("bfloat16"))
+    (13761265024, 41829514496)
+    """
+    settings = model.facts.get("quantization_config")
+    if not isinstance(settings, Mapping):
+        return model
+    sizes = stored_sizes(model, settings) if files is None else sizes_in_files(model, files)
+    if not sizes:
+        return model
+    format, made = read_format(settings), dict[Any, ModuleSpec]()
+    each = {"bitsandbytes": 0}.get(str(settings.get("quant_method")), format.decoding if format else DECODING)
+
+    def rebuilt(module: ModuleSpec, name: str) -> ModuleSpec:
+        own = {leaf: sizes.get(join(name, leaf)) for leaf in module.tensors}
+        children = {leaf: rebuilt(child, join(name, leaf)) for leaf, child in module.children.items()}
+        key = (id(module), *own.values(), *map(id, children.values()))  # equal modules stay one object
+        if key not in made:
+            tensors = {leaf: replace(tensor, stored=own[leaf]) for leaf, tensor in module.tensors.items()}
+            made[key] = replace(module, tensors=tensors, children=children)
+        return made[key]
+
+    largest = max(model.tensors[name][0].elements for name in sizes)
+    facts = {**model.facts, "decoding": round(largest * each)}
+    return replace(model, root=rebuilt(model.root, ""), facts=facts)
+
+
+def is_as_stored(model: ModelSpec, precision: Precision) -> bool:
+    """Whether with this precision the weights of a quantized checkpoint stay as they are stored."""
+    return "decoding" in model.facts and precision.dtype is None and precision.quantization is None
+
+
+def decoding_bytes(model: ModelSpec, precision: Precision) -> int:
+    """Bytes that a device needs beside the weights, while one of them is decoded there."""
+    return model.facts["decoding"] if is_as_stored(model, precision) else 0
+
+
 def stored_sizes(model: ModelSpec, settings: Mapping[str, Any]) -> dict[str, int] | None:
-    """Tensor -> bytes as a checkpoint with this `quantization_config` stores it, ties once; None if unknown.
+    """Weight -> bytes that a checkpoint with this `quantization_config` has of it, if it is quantized; None if unknown.
 
     MXFP4 quantizes stacked experts alone, the other methods linear layers, and experts where they are many matrices.
     """
-    format, method = read_format(settings), str(settings.get("quant_method", "")).lower()
+    method = str(settings.get("quant_method", "")).lower()
+    if method == "bitsandbytes":
+        kind = settings.get("bnb_4bit_quant_type", "fp4") + "-double" * bool(settings.get("bnb_4bit_use_double_quant"))
+        precision = model.precision(None, kind if settings.get("load_in_4bit") else "int8")
+        names = [f"{name}.weight" for name in model.quantized(precision)]
+        return {name: tensor_bytes(name, *model.tensors[name], precision) for name in names}
+    format = read_format(settings)
     if format is None:
         return None
     kept = [str(name) for key in _KEPT for name in settings.get(key) or ()]
-    later = {name for group in model.ties for name in group[1:]}
-
-    def size(name: str, tensor: TensorSpec, owner: ModuleSpec) -> int:
+    sizes: dict[str, int] = {}
+    for name, (tensor, owner) in model.tensors.items():
         stacked = len(tensor.shape) == 3 and "expert" in name and not name.endswith("bias")
         chosen = stacked if method == "mxfp4" else owner.linear and len(tensor.shape) == 2 or stacked
         module = name if stacked else name.rpartition(".")[0]
         if tensor.buffer or not chosen or module.endswith("lm_head") or _is_kept(module, kept):
-            return tensor.bytes()
+            continue
         *experts, rows, columns = tensor.shape
         if stacked and method == "mxfp4":  # such models have (in, out), their files (out, in)
             rows, columns = columns, rows
-        return math.prod(experts) * format.bytes(rows, columns)
+        sizes[name] = math.prod(experts) * format.bytes(rows, columns)
+    return sizes
 
-    return {name: size(name, tensor, owner) for name, (tensor, owner) in model.tensors.items() if name not in later}
 
+def sizes_in_files(model: ModelSpec, files: Mapping[str, TensorSpec]) -> dict[str, int]:
+    """Weight -> bytes that a checkpoint has of it, if it is quantized, by the tensors in its files.
 
-def as_stored(model: ModelSpec) -> tuple[int, int] | None:
-    """Bytes of a quantized checkpoint, and those of them that one token uses; None if there is none that is known.
-
-    The first figure is exact where the files' headers could be read (the fact "stored_bytes").
+    What lies where a weight should be is what it is made of: `qweight` and `scales` of a linear layer,
+    `down_proj_blocks` of experts. What lies in each expert alone, where the class stacks them, is shared out among the
+    stacks by their elements. Weights that are not quantized are left out: they are loaded in the model's dtype. So is
+    what the model's class does not ask for.
     """
-    settings, exact = model.facts.get("quantization_config"), model.facts.get("stored_bytes")
-    if not isinstance(settings, Mapping):
-        return None
-    if settings.get("quant_method") == "bitsandbytes":
-        kind = settings.get("bnb_4bit_quant_type", "fp4") + "-double" * bool(settings.get("bnb_4bit_use_double_quant"))
-        precision = model.precision(None, kind if settings.get("load_in_4bit") else "int8")
-        total, used = model.bytes(precision), active_bytes(model, precision)
-    elif sizes := stored_sizes(model, settings):
-        total = sum(sizes.values())
-        idle = (
-            sum(size for name, size in sizes.items() if name.startswith(f"{one.name}."))
-            * (1 - one.per_token / one.count)
-            for one in experts_of(model)
-        )
-        used = total - round(sum(idle))
-    elif exact:
-        total, used = model.bytes(), active_bytes(model)
-    else:
-        return None
-    return (exact, round(exact * used / total)) if exact else (total, used)
+    leaves: dict[str, list[str]] = {}  # module -> own names of its weights
+    for name, (tensor, _) in model.tensors.items():
+        module, _, leaf = name.rpartition(".")
+        leaves.setdefault(module, []).extend([] if tensor.buffer else [leaf])
+    parts: dict[str, list[TensorSpec]] = {}
+    for full, stored in files.items():
+        module, _, leaf = full.rpartition(".")
+        if full in model.tensors or module in model.tensors:  # `weight.absmax` belongs to `weight`
+            whole = full if full in model.tensors else module
+            if not leaf.startswith("bitsandbytes__") and not leaf.startswith("quant_state"):  # a text
+                parts.setdefault(whole, []).append(stored)
+        elif module in leaves:
+            named = max((name for name in leaves[module] if leaf.startswith(name)), key=len, default="weight")
+            parts.setdefault(join(module, named), []).append(stored)
+        else:
+            around = next((outer for outer in reversed(prefixes(module)) if leaves.get(outer)), "")
+            parts.setdefault(around + ".", []).append(stored)  # each expert alone
+    packed = {name: kinds for name, kinds in parts.items() if not all(map(_is_plain, kinds))}
+    sizes = {name: sum(kind.bytes() for kind in kinds) for name, kinds in packed.items() if name in model.tensors}
+    for name in packed.keys() - sizes.keys():
+        total = sum(kind.bytes() for kind in packed[name])
+        stacks = [join(name[:-1], leaf) for leaf in leaves.get(name[:-1], ())]
+        stacks = [stack for stack in stacks if len(model.tensors[stack][0].shape) == 3 and stack not in parts]
+        elements = [model.tensors[stack][0].elements for stack in stacks]
+        ends = [total * end // sum(elements) for end in accumulate(elements)]
+        sizes |= {stack: end - start for stack, start, end in zip(stacks, [0, *ends], ends)}
+    return sizes
+
+
+def _is_plain(tensor: TensorSpec) -> bool:
+    return is_floating(tensor.dtype) and dtype_bits(tensor.dtype) >= 16
 
 
 def _is_kept(module: str, kept: list[str]) -> bool:

@@ -32,7 +32,8 @@ What is wrong with it is what the files are about. Read in this order:
   from a file goes through `checkpoints/ring.py`. On the CPU, pages of the file are lent instead (`mapped.py`).
 - `stream.py`: nothing is fetched ahead. A streamer lends units in turn, and fetches those that come next. `sites.py`
   sees what users change in between, and `inference_only.py` refuses a backward.
-- `copies.py`: a tied weight works on two devices. The model keeps one, and lends copies of it.
+- `copies.py`: a tied weight works on two devices. The model keeps one, and lends copies of it. `outside.py`: modules
+  that share one are sent away one by one, or one of them stays.
 - `forks.py`: a process is forked in the middle of a forward.
 - `escapes.py`: a module returns its weight, or another thread reads it. Who has seen a slot keeps what it saw.
 - `hooks.py`: an interrupted forward keeps its weights. A hook of bigkit's gives them back whatever is raised, and

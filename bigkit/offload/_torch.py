@@ -175,6 +175,12 @@ def watch_writes(tensor: Tensor) -> bool:
     return isinstance(tensor, (WatchedParameter, WatchedBuffer)) or is_fake(tensor)
 
 
+def stop_watching(tensor: Tensor) -> None:
+    """End what `watch_writes` began."""
+    if isinstance(tensor, (WatchedParameter, WatchedBuffer)):
+        tensor.__class__ = nn.Parameter if isinstance(tensor, WatchedParameter) else Tensor  # type: ignore[assignment]
+
+
 def tree_leaves(tree: Any) -> list[Any]:
     """What lies in nested lists, tuples and dicts. `torch.utils._pytree`, 2.11 to 2.15."""
     return pytree.tree_leaves(tree)

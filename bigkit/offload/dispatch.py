@@ -105,16 +105,9 @@ def dispatch_model(
         device_map = device_map.device_map
     entries: Mapping[str, Device] = whole_on(device_map)
     layout = read_options(
-        entries,
-        main_device,
-        slots,
-        resident_memory,
-        ram_cache,
-        expert_cache,
-        stand_in,
-        skip_keys,
+        entries, main_device, slots, resident_memory, ram_cache, expert_cache, stand_in, skip_keys,
         preload_module_classes,
-    )
+    )  # fmt: skip
     check_device_map(model, entries)
     origins = Origins.of(state_dict, offload_index, offload_dir)
     if set(layout.places.values()) == {layout.main} and not force_hooks:

@@ -271,13 +271,11 @@ class ExpertStreamer(Streamer):
             weight.keep(value)
             self._update(weight)
 
-    def forget(self, weight: Any) -> None:
-        super().forget(weight)
-        with self.lock:
-            for unit in {self._unit_of[id(same)] for same in (weight, *weight.aliases)}:
-                if all(loan.unit is not unit for loan in self._loans):  # what is lent has been written to as well
-                    self.cache.forget(unit)
-                self._clear_device(unit)
+    def _forget(self, unit: Unit) -> None:
+        super()._forget(unit)
+        if all(loan.unit is not unit for loan in self._loans):  # what is lent has been written to as well
+            self.cache.forget(unit)
+        self._clear_device(unit)
 
     def recover(self) -> None:
         if self.held():

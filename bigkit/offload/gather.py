@@ -86,8 +86,6 @@ class GatherStreamer(ExpertStreamer):
         elif slot is not None and slot.unit is not None:
             self._empty(slot)  # a prompt must not find it: it would read all experts over the link again and again
 
-    def forget(self, weight: Any) -> None:
-        super().forget(weight)
-        with self.lock:
-            for same in (weight, *weight.aliases):
-                self.windows.pop(self._unit_of[id(same)].index, None)
+    def _forget(self, unit: Unit) -> None:
+        super()._forget(unit)
+        self.windows.pop(unit.index, None)

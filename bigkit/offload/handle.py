@@ -35,6 +35,7 @@ from ._torch import (
     tree_map_only,
 )
 from .codec import codec_of, own_copy
+from .outside import take_news
 
 if TYPE_CHECKING:
     from .weights import Weight
@@ -230,7 +231,7 @@ class RestingStorage:
 
     def data_ptr(self) -> int:
         """The address where the weight rests."""
-        return self.handle.weight.address()
+        return _address(self.handle.weight)
 
     def nbytes(self) -> int:
         """Bytes of the weight."""
@@ -240,7 +241,9 @@ class RestingStorage:
 
     @property
     def _cdata(self) -> int:
-        return id(self.handle.weight)
+        weight = self.handle.weight
+        tensor = weight.outside.real()
+        return min(map(id, (weight, *weight.aliases))) if tensor is None else storage_id(tensor)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.handle.load().untyped_storage(), name)
@@ -252,9 +255,18 @@ def _connect(handle: Any, weight: Weight, streamer: WeightStreamer, in_model: bo
     return connected
 
 
+def _address(weight: Weight) -> int:
+    """Where a weight's bytes lie (of a quantized one, its codes): safetensors reads them from there."""
+    tensor = weight.outside.real()
+    with real_tensors():
+        return (tensor if tensor is not None and tensor.is_cpu else weight.parts[""].on_cpu()).data_ptr()
+
+
 def _answer(func: Any, attribute: str, args: Any, kwargs: Any) -> Any:
     """Answer a question about a handle."""
     handle = args[0]
+    if handle.weight.outside.ref is not None:
+        take_news(handle.weight)
     if attribute == "device":
         return handle.streamer.device
     if attribute in ("is_meta", "is_cpu", "is_cuda"):
@@ -262,7 +274,7 @@ def _answer(func: Any, attribute: str, args: Any, kwargs: Any) -> Any:
     if attribute == "data":
         return handle._detached()
     if func is Tensor.data_ptr:
-        return handle.weight.address()
+        return _address(handle.weight)
     if func is Tensor.untyped_storage:
         return RestingStorage(handle)
     with DisableTorchFunctionSubclass():

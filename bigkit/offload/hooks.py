@@ -34,6 +34,7 @@ from .handle import refuse_copy
 from .inference_only import HookedForward
 from .inputs import find_device, send_to_device, torch_device
 from .placing import stream_alone
+from .sites import settle_rest
 from .stream import Streamer
 from .weights import Unit
 
@@ -160,6 +161,8 @@ def remove_hook_from_module(module: nn.Module, recurse: bool = False) -> nn.Modu
         if hook is not None:
             hook.detach_hook(part)
             _unwrap(part)
+    if recurse:
+        settle_rest(module)
     give_back_methods(module)
     return module
 
@@ -370,6 +373,8 @@ class AlignDevicesHook(ModelHook):
     def retire(self) -> None:
         """Do nothing from now on: the model is dispatched anew. Users may hold the hook within one of their own."""
         if self.streamer is not None:
+            if self.unit is not None:
+                self.streamer.sites[self.unit.index].released = True
             self.streamer.close()
         self.execution_device = self.output_device = self.streamer = self.unit = None
         self.io_same_device = False

@@ -6,7 +6,6 @@ Leaves out: values of the same form (`Weight.keep`), and parameters that are rep
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -15,21 +14,15 @@ from ..checkpoints.ring import Slab
 from ..meta.empty import twin
 from ._torch import DisableTorchFunctionSubclass
 from .codec import PLAIN, codec_of
-from .weights import Unit, Weight, part_of
-
-if TYPE_CHECKING:
-    from .stream import Streamer
+from .weights import Weight, part_of
 
 
 @torch.inference_mode(False)
-def keep_other_form(streamer: Streamer, weight: Weight, value: Tensor, units: list[Unit], running: bool) -> None:
+def keep_other_form(weight: Weight, value: Tensor) -> None:
     """Let a weight rest in RAM as `value` is. Its handle stays; its units are laid out anew, and get new slots.
 
     Args:
-        streamer: who lends it.
         weight, value: the weight, and its new data.
-        units: those in which the weight and its aliases travel.
-        running: whether something is lent.
 
     Raises:
         ValueError: the weight is quantized, a forward is running, or the value has no dense data.
@@ -40,19 +33,23 @@ def keep_other_form(streamer: Streamer, weight: Weight, value: Tensor, units: li
             f"{given} {tuple(value.shape)} {value.dtype}: call remove_hook_from_module(model, recurse=True), change "
             "it, and dispatch the model again"
         )
-    if running:
+    group = (weight, *weight.aliases)
+    lenders = {same.lender for same in group}
+    if any(lender._loans for lender in lenders):
         raise ValueError(f"{given} {tuple(value.shape)} {value.dtype} while a forward runs: change it between forwards")
     part = part_of(value)
     part.slab = Slab(part.nbytes)
     part.on_cpu().copy_(value.detach())
     meta = torch.empty_strided(part.shape, part.stride, dtype=part.dtype, device="meta")
-    for slot in streamer.slots:
-        streamer.lane.finish(slot)
-    streamer.slots, streamer.holder = [], {}
-    for same in (weight, *weight.aliases):
+    for lender in lenders:
+        for slot in lender.slots:
+            lender.lane.finish(slot)
+        lender.slots, lender.holder = [], {}
+    for same in group:
         same.template = twin(same.template, meta) if isinstance(same.template, nn.Parameter) else meta
         same.parts = {"": replace(part)}
-    for unit in units:
-        unit.lay_out()
+    for same in group:
+        same.lender.units[same.index].lay_out()
     with DisableTorchFunctionSubclass():
         weight.away.data = meta
+    weight.outside.follow(weight, value)

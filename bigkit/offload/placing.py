@@ -26,12 +26,13 @@ from ..checkpoints.write import Form
 from ..devices import join
 from ..meta.empty import twin
 from ..units import listed
-from ._torch import is_fake
+from ._torch import is_fake, stop_watching
 from .codec import PLAIN, codec_of, on_device
 from .grouping import Cut, Group, Layout, Record, put, records
 from .joined import Joined
 from .mapped import PageLane
-from .sites import Place, tensors_of
+from .outside import known, settled, take_news
+from .sites import Place, has_handles, tensors_of
 from .source import Source
 from .stream import Streamer
 from .transfer import readers
@@ -104,6 +105,7 @@ class Origins:
             ValueError: it is on meta and its data are nowhere.
         """
         if record.away is not None:
+            take_news(record.away)
             sources = [part.source for part in record.away.parts.values() if part.source is not None]
             self.written.update((source.path, source.owner) for source in sources)
             return {suffix: _range_of(part) or part.on_cpu() for suffix, part in record.away.parts.items()}
@@ -123,7 +125,8 @@ class Origins:
     def value(self, record: Record) -> Tensor:
         """The tensor itself."""
         if record.away is not None:
-            return record.away.load()
+            take_news(record.away)
+            return settled(record.away, _elsewhere(record) is None)
         if not record.tensor.is_meta:
             return record.tensor
         return codec_of(record.tensor).put_together(record.tensor, self.read(self.parts(record)))
@@ -233,6 +236,7 @@ class _Mover:
                 codec_of(record.tensor).collect(record.tensor, module)
         self.weights: dict[Record, Weight] = {}  # the weight that each became first
         self.left: dict[Record, torch.device] = {}  # the device that each has left for RAM
+        self.joined: dict[Record, Tensor] = {}  # what is the same as a weight of another streamer -> its own tensor
         self.stayed: list[tuple[Tensor, Tensor]] = []  # a tensor of the model, and its data before
         self.filling: list[Future[None]] = []
         # Handles of an earlier streamer hold no data, so they can be kept.
@@ -252,6 +256,10 @@ class _Mover:
                 places = [record.places[name] for name in names]
                 if record in self.weights:
                     laid.append((self.weights[record].alias(places), {}))
+                    continue
+                if (other := _elsewhere(record)) is not None:
+                    self.joined[record], self.weights[record] = record.tensor, other.alias(places)
+                    laid.append((self.weights[record], {}))
                     continue
                 parts = self.origins.parts(record)
                 weight = self.weights[record] = _new_weight(record, parts, places)
@@ -298,8 +306,8 @@ class _Mover:
 
     def stay(self, record: Record, device: torch.device) -> None:
         """Move a tensor to the device where it stays."""
-        tensor, value = record.tensor, self.origins.value(record)
-        new = value
+        value = new = self.origins.value(record)
+        tensor = record.tensor if record.away is None else value
         if codec_of(value) is not PLAIN:
             new = value if value.device == device else on_device(value, device)
         # The same object stays in the model, so that others keep knowing it. Data of a fake tensor cannot be moved.
@@ -309,6 +317,10 @@ class _Mover:
         elif value.device != device or tensor.is_meta:
             new = value.detach().to(device)
             new = twin(tensor, new) if isinstance(tensor, nn.Parameter) else new
+        if record.away is not None and new is not value and record.away.outside.ref is not None:
+            record.away.outside.note(new, record.away)
+        if _elsewhere(record) is None:
+            stop_watching(new)
         put(record.places.values(), new)
 
     def finish(self) -> None:
@@ -325,6 +337,10 @@ class _Mover:
             tensor = record.tensor
             if record in self.left and self.left[record].type != "meta":
                 tensor = self.weights[record].load(self.left[record])
+            if record in self.joined:
+                tensor = self.joined[record]
+                for same in self.weights[record].aliases:
+                    same.aliases.remove(self.weights[record])
             put(record.places.values(), tensor)
         for place, handle in self.handles:
             put([place], handle)
@@ -337,7 +353,19 @@ def _new_weight(record: Record, parts: Parts, places: list[Place]) -> Weight:
     if [*forms] == [""] and forms[""].dtype != like.dtype:
         data = like.detach().to(forms[""].dtype)
         like = twin(like, data) if isinstance(like, nn.Parameter) else data
-    return Weight(record.name, like, places, forms)
+    weight = Weight(record.name, like, places, forms)
+    if record.away is None:
+        weight.outside.note(record.tensor, weight)
+    else:
+        weight.outside = record.away.outside
+        weight.outside.weights.add(weight)
+    return weight
+
+
+def _elsewhere(record: Record) -> Weight | None:
+    """The weight that a tensor is already, in modules that are served by another streamer and stay with it."""
+    weights = known(record.tensor) if record.away is None else [record.away]
+    return next((weight for weight in weights if has_handles(weight, record.places.values())), None)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

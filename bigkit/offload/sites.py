@@ -8,13 +8,15 @@ Leaves out: what is written into a weight, in place or through `data` (`offload/
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor, nn
 
-from ._torch import in_functional_call
+from ._torch import in_functional_call, stop_watching
 from .handle import Away
+from .outside import Outside, settled, take_news
 from .weights import Unit, Weight
 
 if TYPE_CHECKING:
@@ -42,10 +44,11 @@ class Site:
 
     Attributes:
         entries: every reference, in the order of the unit's weights.
+        released: whether the weights themselves have been put into the model.
     """
 
     def __init__(self, unit: Unit, streamer: Streamer) -> None:
-        self.unit, self.streamer = unit, streamer
+        self.unit, self.streamer, self.released = unit, streamer, False
         self.look()
 
     def look(self) -> None:
@@ -78,6 +81,7 @@ class Site:
 
     def take_in_changes(self) -> None:
         """Move modules that were added to where the unit works, and keep parameters that were replaced."""
+        self.released = False
         if self._ids() != self._modules:
             for module in self.unit.modules():
                 move_own(module, self.streamer.device)
@@ -86,22 +90,26 @@ class Site:
         if changed and not in_functional_call():  # that puts other tensors into modules for the time of a call
             for entry in changed:
                 self._adopt(entry)
+        for weight in self.unit.weights:
+            if weight.outside.ref is not None:
+                take_news(weight)
+        if self.unit.index in self.streamer.stale:
+            self.streamer.stale.discard(self.unit.index)
+            self.streamer._forget(self.unit)
 
-    def release(self, released: dict[int, Tensor]) -> None:
-        """Put the weights themselves in the place of all handles in the unit's modules.
-
-        Args:
-            released: id of a weight -> the tensor that took its place before, for those that are in several units.
-        """
+    def release(self) -> None:
+        """Put the weights themselves in the place of all handles in the unit's modules."""
         self.take_in_changes()
+        self.released = True
         for module in self.unit.modules():
             for tensors in (module._parameters, module._buffers):
                 for own, handle in tensors.items():
-                    if isinstance(handle, Away) and handle.streamer is self.streamer:
-                        weight = handle.weight
-                        known = [released[id(same)] for same in (weight, *weight.aliases) if id(same) in released]
-                        released[id(weight)] = known[0] if known else weight.load()
-                        tensors[own] = released[id(weight)]  # type: ignore[assignment]
+                    if isinstance(handle, Away) and any(
+                        same.lender is self.streamer for same in (handle.weight, *handle.weight.aliases)
+                    ):
+                        places = [place for weight in self.unit.weights for place in weight.places]
+                        last = not has_handles(handle.weight, places)
+                        tensors[own] = settled(handle.weight, last)  # type: ignore[assignment]
 
     def _adopt(self, entry: Entry) -> None:
         """An entry refers to another tensor now: send that away, if it fits and all places of the weight refer to it.
@@ -109,9 +117,18 @@ class Site:
         Else the entry is no longer the weight's: it may have been untied, or removed.
         """
         value, weight, handle = entry.tensors.get(entry.own), entry.weight, entry.handle
-        places = [place for same in (weight, *weight.aliases) for place in same.places]
+        served = [same for same in (weight, *weight.aliases) if not same.lender.sites[same.index].released]
+        places = [place for same in served for place in same.places]
         if _fits(value, weight) and all(tensors_of(place).get(place[1]) is value for place in places):
+            if (old := weight.outside.tensor()) is not value:  # that is the weight's no longer
+                if old is not None:
+                    stop_watching(old)
+                weight.outside = Outside()
+                for same in weight.aliases:
+                    same.outside = weight.outside
             self.streamer.keep(weight, value)
+            weight.outside.note(value, weight)
+            weight.outside.watch()
             if isinstance(handle, nn.Parameter) and value.requires_grad != handle.requires_grad:
                 handle.requires_grad_(value.requires_grad)
             for place in places:
@@ -130,6 +147,25 @@ def _fits(value: Tensor | None, weight: Weight) -> TypeGuard[Tensor]:
     if value is None or isinstance(value, Away) or value.is_meta:
         return False
     return value.shape == weight.template.shape and value.dtype == weight.template.dtype
+
+
+def settle_rest(model: nn.Module) -> None:
+    """Put weights in the place of handles in modules that no hook serves: users have tied these to others."""
+    for module in model.modules():
+        for tensors in (module._parameters, module._buffers):
+            for own, handle in tensors.items():
+                if isinstance(handle, Away) and not has_handles(handle.weight, ()):
+                    tensors[own] = settled(handle.weight, last=True)  # type: ignore[assignment]
+
+
+def has_handles(weight: Weight, but: Iterable[Place]) -> bool:
+    """Whether the handle on a weight, or on an alias of it, stands anywhere but in some places."""
+    known = {(id(module), own) for module, own, _ in but}
+    return any(
+        tensors_of(place).get(place[1]) is same.away and (id(place[0]), place[1]) not in known
+        for same in (weight, *weight.aliases)
+        for place in same.places
+    )
 
 
 def tensors_of(place: Place) -> dict[str, Tensor | None]:

@@ -40,6 +40,7 @@ from .handle import Away, refuse_copy
 from .inference_only import end_guards, enter_guard, refuse_gradient, refuse_trace
 from .mapped import PageLane, pages_ahead
 from .other_form import keep_other_form
+from .outside import take_news, write_where_lent
 from .sites import Site
 from .transfer import CudaLane, PlainLane, Slot
 from .weights import Unit, Weight
@@ -108,14 +109,14 @@ class Streamer:
         self.after = {i: (i + 1) % len(self.units) for i in range(len(self.units))}  # unit -> the one that follows
         self.last: int | None = None  # the unit that worked last
         self._loans: list[_Loan] = []  # innermost last
-        self._unit_of: dict[int, Unit] = {}  # id of a weight -> its unit
-        self._released: dict[int, Tensor] = {}  # id of a weight -> the tensor that took its place for good
+        self.stale: set[int] = set()  # indices of units with a weight that was changed through another streamer
         for i, unit in enumerate(self.units):
             unit.index = i
             for weight in unit.weights:
                 shared = [twin.away for twin in weight.aliases if twin.away is not None]
                 weight.away = shared[0] if shared else Away.of(weight, self)
-                self._unit_of[id(weight)] = unit
+                weight.lender, weight.index = self, i
+                weight.outside.watch()
         self.sites = [Site(unit, self) for unit in self.units]
         for site in self.sites:
             site.put_handles()
@@ -225,6 +226,7 @@ class Streamer:
     def load(self, weight: Weight, device: torch.device | None = None) -> Tensor:
         """A weight's data outside of its unit's forward."""
         with self.lock:
+            take_news(weight)
             value = weight.load(device or self.device)
         if value.requires_grad:
             value.register_hook(refuse_gradient(weight.name))
@@ -243,30 +245,33 @@ class Streamer:
             ValueError: it has another shape or dtype, and the weight is quantized or a forward is running.
         """
         with self.lock:
-            for same in (weight, *weight.aliases):
-                self._released.pop(id(same), None)
-            if not weight.fits(value):
-                units = [self._unit_of[id(same)] for same in (weight, *weight.aliases)]
-                keep_other_form(self, weight, value, units, running=bool(self._loans))
-                return
-            weight.keep(value)
-            self._update(weight)
+            if weight.fits(value):
+                weight.keep(value)
+                self._update(weight)
+            else:
+                keep_other_form(weight, value)
 
     def forget(self, weight: Weight) -> None:
         """Fetch a weight anew the next time: it has changed where it rests, or in what it is."""
-        with self.lock:
-            for unit in (self._unit_of[id(same)] for same in (weight, *weight.aliases)):
-                unit.forget_moves()
-                for slot in self.slots:
-                    slot.visits.pop(unit.index, None)
-                held = self.holder.get(unit.index)
-                if held is not None and not held.lent:
-                    self._empty(held)
+        for same in (weight, *weight.aliases):
+            if same.lender is self:
+                with self.lock:
+                    self._forget(self.units[same.index])
+            else:
+                same.lender.stale.add(same.index)  # without its lock, which another thread may hold
+
+    def _forget(self, unit: Unit) -> None:
+        unit.forget_moves()
+        for slot in self.slots:
+            slot.visits.pop(unit.index, None)
+        held = self.holder.get(unit.index)
+        if held is not None and not held.lent:
+            self._empty(held)
 
     def release(self, unit: Unit) -> None:
         """Put a unit's weights into the model for good, on the CPU."""
         with self.lock:
-            self.sites[unit.index].release(self._released)
+            self.sites[unit.index].release()
 
     def close(self) -> None:
         """Wait for copies that are under way."""
@@ -425,10 +430,7 @@ class Streamer:
 
     def _update(self, weight: Weight) -> None:
         """A weight has changed where it rests: change it where it is lent, and fetch it anew the next time."""
-        for loan in self._loans:
-            for own, value in zip(loan.unit.weights, loan.views.weights):
-                if own is weight or own in weight.aliases:
-                    own.write_to(value)
+        write_where_lent(weight)
         self.forget(weight)
 
     # -- tensors and events

@@ -23,8 +23,8 @@ import torch
 from torch import Tensor, nn
 
 from ..checkpoints.ring import Slab
-from ._torch import real_tensors
 from .codec import PLAIN, codec_of
+from .outside import Outside
 from .source import Source
 
 ALIGN = 512  # bytes; as PyTorch's allocator does, so that a kernel sees a travelling weight as it sees a resident one
@@ -103,6 +103,8 @@ class Weight:
         parts: suffix -> plain tensor it is made of.
         away: the handle that stands in the model while it rests (`handle.Away`).
         aliases: the same weight in other units.
+        outside: the tensor that it was, where others hold it (`outside.py`).
+        lender, index: the streamer that lends it, and the number of its unit there.
     """
 
     name: str
@@ -111,11 +113,14 @@ class Weight:
     parts: dict[str, Part]
     away: Any = None
     aliases: list[Weight] = field(default_factory=list)
+    outside: Outside = field(default_factory=Outside)
+    lender: Any = None
+    index: int = 0
 
     def alias(self, places: list[Place]) -> Weight:
         """The same weight for another unit: it rests where this one does."""
         parts = {suffix: replace(part, offset=0) for suffix, part in self.parts.items()}
-        other = Weight(self.name, self.template, places, parts, aliases=[self, *self.aliases])
+        other = Weight(self.name, self.template, places, parts, None, [self, *self.aliases], self.outside)
         for weight in other.aliases:
             weight.aliases.append(other)
         return other
@@ -123,11 +128,6 @@ class Weight:
     def rests_in(self) -> str:
         """Where it rests: "disk" if any part of it does, else "cpu"."""
         return "disk" if any(part.source is not None for part in self.parts.values()) else "cpu"
-
-    def address(self) -> int:
-        """Where its bytes lie (of a quantized one, its codes): safetensors reads them from there."""
-        with real_tensors():
-            return self.parts[""].on_cpu().data_ptr()
 
     def order(self) -> tuple[str, int]:
         """What sorts weights as they lie in their files; those in RAM keep their order, and come first."""
@@ -180,6 +180,7 @@ class Weight:
         if codec is not PLAIN:  # the tables of a quantized weight, and the mean of its scales, are the new ones
             for weight in (self, *self.aliases):
                 weight.template = codec.template(value)
+        self.outside.follow(self, value)
 
     def write_to(self, value: Tensor) -> None:
         """Write what rests into another copy of the weight."""

@@ -93,15 +93,9 @@ def int8_weight(codes: Tensor, scales: Tensor) -> nn.Parameter:
 def int4_weight(codes: Tensor, state: Any) -> nn.Parameter:
     """A weight of a `Linear4bit`: `codes` (n / 2, 1) uint8 and their `QuantState`."""
     weight: nn.Parameter = bitsandbytes().nn.Params4bit(
-        codes,
-        requires_grad=False,
-        quant_state=state,
-        blocksize=state.blocksize,
-        compress_statistics=state.nested,
-        quant_type=state.quant_type,
-        quant_storage=codes.dtype,
-        bnb_quantized=True,
-    )
+        codes, requires_grad=False, quant_state=state, blocksize=state.blocksize, compress_statistics=state.nested,
+        quant_type=state.quant_type, quant_storage=codes.dtype, bnb_quantized=True,
+    )  # fmt: skip
     return weight
 
 

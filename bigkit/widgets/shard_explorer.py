@@ -101,12 +101,13 @@ class ShardExplorer(Explorer):
     def to_code(self) -> str:
         """Python that cuts the same way, without weights and with them."""
         cut, (name, dtype) = self.shown, self._settings
+        limit = repr(format_bytes(cut.limit, "exact"))
         return (
             "from bigkit import describe\nfrom bigkit.checkpoints.shards import cut_model\n\n"
-            f"cut = cut_model(describe({name!r}), max_shard_size={cut.limit}, dtype={dtype!r})\n"
+            f"cut = cut_model(describe({name!r}), max_shard_size={limit}, dtype={dtype!r})\n"
             "files = cut.sizes\n\n"
             "# With the model itself, this writes the files:\n"
-            f"# bigkit.checkpoints.save.save_model(model, folder, max_shard_size={cut.limit})\n"
+            f"# bigkit.checkpoints.save.save_model(model, folder, max_shard_size={limit})\n"
         )
 
     def content(self) -> dict[str, Any]:

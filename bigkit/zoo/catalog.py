@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from ..model.spec import Attention, ModelSpec, ModuleSpec, TensorSpec
+from ..model.stored import with_stored
 
 _HERE = Path(__file__).parent
 
@@ -150,6 +151,20 @@ def find(name: str) -> Entry | None:
     return _index().get(name.lower())
 
 
+def alike(name: str) -> Entry | None:
+    """The shipped model whose name has the same letters, digits and points, whatever else is between them; None if
+    there is none.
+
+    >>> alike("Llama 3.1 8B").name
+    'llama-3.1-8b'
+    """
+    return next((entry for known, entry in _index().items() if _letters(known) == _letters(name)), None)
+
+
+def _letters(name: str) -> str:
+    return "".join(letter for letter in name.lower() if letter.isalnum() or letter == ".")
+
+
 def closest(name: str, count: int = 3) -> list[str]:
     """The shipped names that look most like `name`.
 
@@ -180,7 +195,8 @@ def table_path(entry: Entry) -> Path:
 def specs(name: str) -> dict[str, ModelSpec]:
     """The layer tables of a shipped model, by its short name: "base" without the output head, "full" with it."""
     entry = _index()[name.lower()]
-    return specs_from_json(json.loads(table_path(entry).read_text(encoding="utf-8")))
+    table = specs_from_json(json.loads(table_path(entry).read_text(encoding="utf-8")))
+    return {form: with_stored(spec) for form, spec in table.items()}
 
 
 def specs_to_json(specs: Mapping[str, ModelSpec]) -> dict[str, Any]:

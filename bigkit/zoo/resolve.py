@@ -13,6 +13,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from ..model.spec import ModelSpec
+from ..model.stored import with_stored
 from . import catalog
 from .catalog import Entry
 from .errors import NoConfig, UnknownModel, ZooError
@@ -71,11 +72,11 @@ def describe(
             return headers.spec_from_tensors(label, headers.headers(source, token), config)
         model = build.build(config, base=base, dtype=None, remote=remote)
         spec = build.spec_of(model, label, config)
+        files = None
         if "quantization_config" in spec.facts and isinstance(source, hub.Source):
-            with suppress(ZooError):  # without files its size follows from the config
-                size = sum(tensor.bytes() for tensor in headers.headers(source, token).values())
-                spec = replace(spec, facts={**spec.facts, "stored_bytes": size})
-        return spec
+            with suppress(ZooError):  # without files sizes follow from the config
+                files = headers.headers(source, token)
+        return with_stored(spec, files)
 
 
 def empty_model(
@@ -152,6 +153,8 @@ def _resolve(
     if library_name == "timm" or label.startswith("timm/") or (library_name is None and _TIMM.fullmatch(label)):
         if revision in (None, "main") and _is_timm(bare, library_name):
             return bare, label
+    if "/" not in label and library_name is None and revision is None and (entry := catalog.alike(label)):
+        return entry, entry.name
     if not hub.is_repo(label):
         raise UnknownModel(
             f"{name!r} is no model name: expected a shipped name, a folder, or a Hub id OWNER/MODEL."

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from bigkit import dry_run
-from bigkit.machine.hardware import DISKS, GPUS, HARDWARE, LINKS, Hardware, known_gpu
+from bigkit.machine.hardware import DISKS, GPUS, HARDWARE, LINKS, Hardware, known_gpu, machine_of, variant
 from bigkit.machine.ledger import Calibration, Ledger
-from bigkit.units import GiB
+from bigkit.units import GB, GiB, MiB
 
 
 def test_presets_make_sense():
@@ -94,6 +94,66 @@ def test_gpus_of_this_machine_are_described_and_what_was_measured_counts(monkeyp
     assert measured.timeline().capacity == 139 * GiB
 
 
+@pytest.mark.parametrize(
+    ("asked", "name", "memory", "ram"),
+    [
+        ("4090", "1 x RTX 4090", 24564 * MiB, 64 * GiB),
+        ("rtx-4090", "1 x RTX 4090", 24564 * MiB, 64 * GiB),
+        ("4090 24GB", "1 x RTX 4090", 24564 * MiB, 64 * GiB),
+        ("2xh100", "2 x H100-80GB", 81559 * MiB, 64 * GiB),
+        ("8 × h100 80gb", "8 x H100-80GB", 81559 * MiB, 1920 * GiB),
+        ("2 * 24 GiB", "2 x 24GiB (as fast as L4)", 24 * GiB, 64 * GiB),
+        ("8GB, 32GB RAM", "1 x 8GB (as fast as RTX 3060 12GB), 32GB RAM", 8 * 10**9, 32 * 10**9),
+        ("RTX 4090 48GiB + 256GiB of RAM", "1 x RTX 4090 48GiB, 256GiB RAM", 48 * GiB, 256 * GiB),
+        ("laptop", "laptop, no GPU", None, 16 * GiB),
+        ("no gpu, 32GiB ram", "laptop, no GPU, 32GiB RAM", None, 32 * GiB),
+        ("strix", "Strix Halo, 128 GB", 96 * GiB, 128 * GiB),
+        ("m4 max, 64GiB RAM", "M4 Max, 128 GB, 64GiB RAM", 96 * GiB, 64 * GiB),
+    ],
+)
+def test_names_of_machines_as_people_write_them(asked, name, memory, ram):
+    machine = machine_of(asked)
+    assert machine.name == name and machine.ram == ram and machine_of(name) == machine
+    assert {gpu.memory for gpu in machine.gpus} == ({memory} if memory else set())
+    assert len(machine.gpus) == int(asked[0] if asked[1:3].strip()[:1] in ("x", "×", "*") else memory is not None)
+
+
+def test_every_name_is_read_back():
+    for name, machine in HARDWARE.items():
+        assert machine_of(name) is machine
+    for base in (*HARDWARE.values(), *map(machine_of, GPUS)):
+        for ram in (None, 12 * GB, 100 * GiB):
+            for memory in (None, 30 * GiB, 123_456_789):
+                for count in (None, 1, 3) if base.gpus and not base.unified else (None,):
+                    changed = variant(base, count, memory, ram)
+                    assert machine_of(changed.name) == changed, changed.name
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        ("A100", r"could be 'A100-40GB', 'A100-80GB'"),
+        ("m4", r"could be 'M4 Max, 128 GB', 'M4 Pro, 64 GB'"),
+        ("RTX 3080", r"could be .*'RTX 5080'"),
+        ("2 x laptop", r"expected one of 'laptop, no GPU'"),
+        ("0 x T4", r"expected from 1 to 1,024 of 'T4'"),
+        ("PS5", r"no name is close to it"),
+        ("", r"no name is close to it"),
+        ("cat food", r"`bigkit machines` lists all names, and '2 x 24GB' is a machine with GPUs of your own"),
+    ],
+)
+def test_a_name_that_is_unknown_or_of_several_is_one_sentence(asked, said):
+    with pytest.raises(ValueError, match=said) as error:
+        machine_of(asked)
+    assert str(error.value).startswith(f"unknown hardware {asked!r}: ") and len(str(error.value)) < 250
+
+
+def test_a_gpu_of_your_own_is_as_fast_as_the_slowest_of_its_size():
+    near = [gpu for gpu in GPUS.values() if 22 * GiB < gpu.memory < 25 * GiB]
+    assert machine_of("24GiB").gpus[0].bandwidth == min(gpu.bandwidth for gpu in near)
+    assert machine_of("4090 48GiB").gpus[0].bandwidth == GPUS["RTX 4090"].bandwidth
+
+
 def test_hardware_needs_no_torch():
     code = "import bigkit.machine.hardware, sys; print('torch' in sys.modules)"
     assert subprocess.check_output([sys.executable, "-c", code], text=True) == "False\n"
@@ -103,7 +163,6 @@ def test_hardware_needs_no_torch():
 def test_a_memory_that_gpu_and_cpu_share_is_counted_once(name):
     """What does not fit on the GPU fits nowhere but on disk, and a plan says so."""
     import bigkit
-    from bigkit.machine.hardware import machine_of
     from bigkit.maps.plan import PlanError
 
     machine = machine_of(name)

@@ -400,7 +400,7 @@ def test_infeasible_says_how_much_is_missing_and_what_helps():
     model = ModelSpec("m", ModuleSpec("M", {}, {"a": ModuleSpec("L", {"weight": TensorSpec((100,), "float32")})}))
     with pytest.raises(PlanError, match=r"m does not fit: GPU 0 lacks 100 B.*dtype='float16'") as error:
         plan(model, {0: 300, "disk": 0})
-    assert "max_memory {0: 400}" in str(error.value)
+    assert "max_memory {0: '400B'}" in str(error.value)
 
 
 def test_the_cures_that_it_names_work():

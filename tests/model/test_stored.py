@@ -13,7 +13,9 @@ from transformers import GptOssConfig
 
 import bigkit
 from bigkit import zoo
-from bigkit.model.stored import as_stored, read_format, stored_sizes
+from bigkit.model.experts import active_bytes
+from bigkit.model.spec import Precision
+from bigkit.model.stored import read_format, stored_sizes, with_stored
 from bigkit.zoo import build
 from tests.checkpoints.test_as_stored import FORMATS, write
 
@@ -37,17 +39,14 @@ def test_sizes_by_the_config_are_those_of_the_file(tmp_path: Path, format: str) 
         on_file = {name: file.get_tensor(name).nbytes for name in file.keys()}
     (tmp_path / "model.safetensors").rename(tmp_path / "away")
     spec = zoo.describe(tmp_path)
-    assert "stored_bytes" not in spec.facts
-    sizes = stored_sizes(spec, CONFIGS[format])
-    assert sizes is not None
-    parameters = {name: size for name, size in sizes.items() if not spec.tensors[name][0].buffer}
-    assert sum(parameters.values()) == sum(on_file.values())
-    assert as_stored(spec)[0] == sum(sizes.values())  # type: ignore[index]
+    buffers = sum(tensor.bytes() for tensor, _ in spec.tensors.values() if tensor.buffer)
+    assert spec.bytes() == sum(on_file.values()) + buffers
 
     (tmp_path / "away").rename(tmp_path / "model.safetensors")
     estimate = bigkit.estimate_memory(str(tmp_path))
     row = estimate.inference[0]
-    assert row.stored == f"as stored ({CONFIGS[format]['quant_method']})" and row.weights == sum(on_file.values())
+    assert row.stored == f"as stored ({CONFIGS[format]['quant_method']})"
+    assert row.weights == sum(on_file.values()) + buffers
     assert "is quantized" in str(estimate) and f"as stored ({CONFIGS[format]['quant_method']})" in str(estimate)
 
 
@@ -58,11 +57,11 @@ def test_gpt_oss_has_its_published_size() -> None:
         settings |= {"model_type": "gpt_oss", "architectures": ["GptOssForCausalLM"]}
         kept = ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"]
         settings["quantization_config"] = {"quant_method": "mxfp4", "modules_to_not_convert": kept}
-        spec = build.spec_of(build.build(settings, dtype=None), "gpt-oss", settings)
-        total, used = as_stored(spec)  # type: ignore[misc]
+        spec = with_stored(build.spec_of(build.build(settings, dtype=None), "gpt-oss", settings))
+        total, used = spec.bytes(), active_bytes(spec, Precision())
         assert round(total / 2**30, 1) == size
         assert used < total / 2
-    assert round(as_stored(zoo.describe("gpt-oss-120b"))[0] / 2**30, 1) == 60.8  # type: ignore[index]
+    assert round(zoo.describe("gpt-oss-120b").bytes() / 2**30, 1) == 60.8
 
 
 @pytest.mark.parametrize(
@@ -78,5 +77,7 @@ def test_what_is_not_known_is_not_guessed(settings: dict[str, Any]) -> None:
 def test_bitsandbytes_counts_as_planned() -> None:
     spec = zoo.describe("llama-2-7b")
     settings = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
-    spec = replace(spec, facts={**spec.facts, "quantization_config": settings})
-    assert as_stored(spec)[0] == spec.bytes(spec.precision(None, "nf4"))  # type: ignore[index]
+    packed = with_stored(replace(spec, facts={**spec.facts, "quantization_config": settings, "quantization": "bnb"}))
+    buffers = [tensor for tensor, _ in spec.tensors.values() if tensor.buffer]  # float32; float16 with `nf4`
+    cast = sum(tensor.bytes() - tensor.bytes("float16") for tensor in buffers)
+    assert packed.bytes() - cast == spec.bytes(spec.precision(None, "nf4")) < spec.bytes() / 3
