@@ -11,7 +11,7 @@ import pytest
 
 from bigkit import plan
 from bigkit.draw.plan import moved, plan_differences
-from bigkit.widgets import ExpertExplorer, HookTheatre, PlanExplorer, QuantizationLab, ShardExplorer, SplitExplorer
+from bigkit.widgets import ExpertExplorer, HookTheatre, PlanExplorer, ShardExplorer, SplitExplorer
 from bigkit.widgets import _picture as picture_file
 from bigkit.widgets._controls import Number
 from bigkit.widgets._explorer import Explorer
@@ -125,6 +125,10 @@ def test_what_is_told_of_a_device_follows_the_plan(explorer: PlanExplorer) -> No
     assert "lm_head" not in explorer.about.value
     explorer.click("layer:3")
     assert explorer.about.value == "", "a layer's tooltip has said all"
+    explorer.click("device:1")
+    assert explorer.about.value
+    explorer.click("device:1")
+    assert explorer.about.value == "", "a second click closes it"
 
 
 def test_moved_refuses_what_is_not_there() -> None:
@@ -250,17 +254,3 @@ def test_news_while_it_works_and_after_an_error(explorer: PlanExplorer, monkeypa
     assert "bigkit models" in explorer.error.value, "what to do about it is shown too"
     explorer.undo()
     assert explorer.error.value == "" and "bigkit-stale" not in explorer.verdict._dom_classes
-
-
-def test_the_lab_shows_inputs_and_takes_a_layer_by_its_column() -> None:
-    pytest.importorskip("bitsandbytes")
-    lab = QuantizationLab("planted outliers")
-    lab.kind.value = "int8"
-    features = lab.study.features
-    assert len(features) == lab.study.shape[1] and sum(value >= 6 for value in features) == lab.study.outliers == 3
-    assert "so multiplied in 16 bit" in says(lab, "feature:0") and "16 bit" not in says(lab, "feature:1")
-    before = lab.picture.value
-    lab.threshold.value = 0.0
-    assert lab.picture.value != before and "so multiplied in 16 bit" not in lab.picture.value
-    lab.click("layer:transformer.h.0.mlp.c_proj")
-    assert lab.study.layer == "transformer.h.0.mlp.c_proj"
