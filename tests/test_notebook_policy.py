@@ -21,7 +21,6 @@ from IPython.core.inputtransformer2 import TransformerManager
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = runpy.run_path(str(ROOT / "scripts/run_notebooks.py"))
 NOTEBOOKS: list[Path] = SCRIPT["course"]()
-OLD = ("05", "06", "07", "08", "09", "10", "11", "12", "13", "15", "17")  # not yet as the newer rules want them
 COLAB = "https://colab.research.google.com/github/bigkit/bigkit/blob/main/notebooks/{name}"
 BINDER = "https://mybinder.org/v2/gh/bigkit/bigkit/main?labpath=notebooks%2F{name}"
 HEADINGS = ("What you'll do", "What you'll learn", "What you'll need")
@@ -175,8 +174,6 @@ def test_index_and_map_name_every_notebook() -> None:
 def test_links_between_notebooks_lead_somewhere(path: Path) -> None:
     cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
     text = "".join(source(cell) for cell in cells if cell["cell_type"] == "markdown")
-    if path.stem.startswith(OLD):
-        return
     linked = set(re.findall(r"\]\(([\w-]+\.ipynb)\)", text))
     assert linked <= {other.name for other in NOTEBOOKS}
 
@@ -185,8 +182,7 @@ def test_links_between_notebooks_lead_somewhere(path: Path) -> None:
 def test_notebook_keeps_the_policy(path: Path) -> None:
     notebook = nbformat.read(path, as_version=4)
     assert problems(notebook, path.name) == []
-    if not path.stem.startswith(OLD):
-        assert newer_problems(notebook, path) == []
+    assert newer_problems(notebook, path) == []
 
 
 # ---------------------------------------------------------------------------------------------------------------------

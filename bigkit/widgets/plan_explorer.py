@@ -323,7 +323,7 @@ class PlanExplorer(Explorer):
         headline = {"bad": "Does not fit.", "slow": "Fits, offloaded.", "good": "Fits."}[news]
         details = [plan_verdict(plan).partition(", " if plan.feasible else ": ")[2]]
         if plan.feasible and self.machine:
-            option = predict(self.spec(), plan, self.machine)
+            option = predict(self.spec(), plan, self.machine, None)
             details.append(f"About {option.pace} on {self.machine.name}, waiting for {option.bottleneck}")
         if plan.longest:
             details.append(f"Longest context here: {plan.longest}")
