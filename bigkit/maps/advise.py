@@ -122,6 +122,11 @@ class Option:
         return max(self.waits, key=lambda lane: self.waits[lane])
 
     @property
+    def reason(self) -> str:
+        """What is waited for longest, in a sentence."""
+        return f"A {'pass' if self.token is None else 'token'} waits for {WAITS[self.bottleneck]}."
+
+    @property
     def memory(self) -> int:
         """Bytes on all devices, those where weights only rest included."""
         return sum(share.used for share in self.plan.shares)
@@ -168,10 +173,9 @@ class Advice:
         return f"{best.fit}: {best.pace}, {stored}."
 
     @property
-    def reason(self) -> str:
-        """What the best way waits for, in a sentence; empty if there is none."""
-        best = self.best
-        return f"A {'token' if best.token else 'pass'} waits for {WAITS[best.bottleneck]}." if best else ""
+    def ways(self) -> list[tuple[Plan, Option | None]]:
+        """The plan of every way that was tried, best first, with its option if it fits."""
+        return [*((option.plan, option) for option in self.options), *((plan, None) for plan in self.misfits)]
 
     def explain(self) -> str:
         """A verdict, and the options as a table."""
