@@ -27,7 +27,9 @@ def models(words: Sequence[str] = ()) -> str:
     rows = []
     for entry in zoo.ENTRIES:
         model = zoo.describe(entry.name)
-        rows.append([entry.name, format_count(model.parameters), format_bytes(model.bytes()), entry.about, entry.hub_id])
+        rows.append(
+            [entry.name, format_count(model.parameters), format_bytes(model.bytes()), entry.about, entry.hub_id]
+        )
     return _table(["model", "parameters", "weights", "what it is", "on the Hub"], rows, words, "<>><<")
 
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from itertools import accumulate
 from typing import Any, NamedTuple
@@ -111,6 +111,8 @@ def with_stored(model: ModelSpec, files: Mapping[str, TensorSpec] | None = None)
     if not isinstance(settings, Mapping):
         return model
     sizes = stored_sizes(model, settings) if files is None else sizes_in_files(model, files)
+    if files is not None and sizes and settings.get("quant_method") == "bitsandbytes":
+        sizes = _bitsandbytes(model, settings, sizes)  # some of it is a text in the file, and a number in memory
     if not sizes:
         return model
     format, made = read_format(settings), dict[Any, ModuleSpec]()
@@ -147,10 +149,8 @@ def stored_sizes(model: ModelSpec, settings: Mapping[str, Any]) -> dict[str, int
     """
     method = str(settings.get("quant_method", "")).lower()
     if method == "bitsandbytes":
-        kind = settings.get("bnb_4bit_quant_type", "fp4") + "-double" * bool(settings.get("bnb_4bit_use_double_quant"))
-        precision = model.precision(None, kind if settings.get("load_in_4bit") else "int8")
-        names = [f"{name}.weight" for name in model.quantized(precision)]
-        return {name: tensor_bytes(name, *model.tensors[name], precision) for name in names}
+        names = model.quantized(model.precision(None, _kind(settings)))
+        return _bitsandbytes(model, settings, [f"{name}.weight" for name in names])
     format = read_format(settings)
     if format is None:
         return None
@@ -167,6 +167,17 @@ def stored_sizes(model: ModelSpec, settings: Mapping[str, Any]) -> dict[str, int
             rows, columns = columns, rows
         sizes[name] = math.prod(experts) * format.bytes(rows, columns)
     return sizes
+
+
+def _kind(settings: Mapping[str, Any]) -> str:
+    """What bigkit calls the quantization of bitsandbytes' settings."""
+    kind = settings.get("bnb_4bit_quant_type", "fp4") + "-double" * bool(settings.get("bnb_4bit_use_double_quant"))
+    return kind if settings.get("load_in_4bit") else "int8"
+
+
+def _bitsandbytes(model: ModelSpec, settings: Mapping[str, Any], names: Iterable[str]) -> dict[str, int]:
+    precision = Precision(None, _kind(settings))
+    return {name: tensor_bytes(name, *model.tensors[name], precision) for name in names}
 
 
 def sizes_in_files(model: ModelSpec, files: Mapping[str, TensorSpec]) -> dict[str, int]:
