@@ -23,6 +23,7 @@ from typing import Any
 
 from torch import nn
 
+from ..checkpoints.as_stored import AsStored, keep_as_stored
 from ..devices import Device, device_label, read_device, whole_on
 from ..machine.allocator import CachingAllocator, OutOfMemory, Recording, replay
 from ..machine.hardware import CONTEXT_BYTES, HARDWARE, Hardware, machine_of
@@ -323,7 +324,8 @@ def dry_run(
         prompt_tokens: tokens of each sequence's prompt.
         new_tokens: tokens that are then generated for each sequence, one at a time.
         hardware: the machine, or its name in `HARDWARE` or `GPUS`; None takes as many H100s as the plan names.
-        dtype: of the weights if `model` is a name; None takes the plan's, then the config's.
+        dtype: of the weights if `model` is a name; None takes the plan's, then the config's; those of a quantized
+            repository stay as they are stored.
         all_logits: keep the logits of every prompt token, as a plain call of the model does.
         cache: keep the KV cache of a prompt after which nothing is generated.
         slots, resident_memory: see `dispatch_model`; None takes the plan's slots, or two.
@@ -374,6 +376,7 @@ def dry_run(
         trace = rehearse(empty, places, load, target, slots or 2, resident_memory, config)
     known: Any = getattr(empty, "config", None)
     about = facts(known.to_dict()) if hasattr(known, "to_dict") else {}
+    about |= {"decoding": 0} if any(isinstance(part, AsStored) for part in empty.modules()) else {}
     context = calibration.context if calibration and calibration.context else CONTEXT_BYTES
     rates = rates_of(machine, calibration)
     return DryRun(
@@ -442,6 +445,8 @@ def _model(
         from .. import zoo
 
         name, empty = model, zoo.empty_model(model, dtype=dtype)
+        if dtype is None and quantization is None and (tensors := zoo.stored_tensors(model)):
+            keep_as_stored(empty, tensors, model)
     else:
         empty = model if isinstance(model, nn.Module) else model()
         name = getattr(getattr(empty, "config", None), "_name_or_path", "") or type(empty).__name__

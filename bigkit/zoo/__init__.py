@@ -40,9 +40,9 @@ Leaves out: weights (`checkpoints/`); those of `pygpt` are loaded by `bigkit.zoo
 
 from .catalog import ENTRIES, Entry, names
 from .errors import BadURL, GatedModel, NoConfig, OfflineError, RemoteCodeNeeded, UnknownModel, ZooError
-from .resolve import describe, empty_model
+from .resolve import describe, empty_model, stored_tensors
 
 __all__ = [
     "ENTRIES", "BadURL", "Entry", "GatedModel", "NoConfig", "OfflineError", "RemoteCodeNeeded", "UnknownModel",
-    "ZooError", "describe", "empty_model", "names",
+    "ZooError", "describe", "empty_model", "names", "stored_tensors",
 ]  # fmt: skip

@@ -179,6 +179,21 @@ def test_decoding_takes_no_more_than_is_kept_for_it() -> None:
         assert 0.6 * kept < seen.most <= kept, (name, seen.most / weight.numel())
 
 
+@pytest.mark.parametrize("format", ["fp8", "mxfp4", "gptq"])
+def test_dry_runs_and_advice_count_what_plans_count(tmp_path: Path, format: str) -> None:
+    ready(tmp_path, format)
+    plan = bigkit.plan(str(tmp_path), {0: "1GB"}, context=18)
+    for there in (True, False):  # by the headers, and by the config alone
+        if not there:
+            (tmp_path / "model.safetensors").unlink()
+        run = bigkit.dry_run(str(tmp_path), prompt_tokens=16, new_tokens=2)
+        peak = run.timeline(0).at_peak()
+        assert peak["weights"] == plan.shares[0].weights, there
+    assert peak["activations"] <= plan.shares[0].activations
+    best = bigkit.advise(str(tmp_path), "RTX 4090", context=18, stored=(None,)).best
+    assert best is not None and best.plan.shares[0].weights == plan.shares[0].weights
+
+
 class Allocations(TorchDispatchMode):
     """The most bytes that tensors took which were made within, at any moment."""
 
