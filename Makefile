@@ -1,8 +1,10 @@
 # make lab      the course: JupyterLab opens on its index
 # make app      all explorers without code, as one page
 # make site     the planner as static pages, in build/site: no server, no install for whoever opens them
+# make docs     the reference, from the docstrings, in build/docs
 # make test     everything CI runs: lint, unit, browser, notebooks
 # make soak     the long forms of the tests, and half an hour of random models
+# make places   every notebook on one core with 2 GB, as on Binder
 # make bench    side by side against Accelerate and Transformers
 # make lint | format | unit | browser | notebooks | clean
 #
@@ -24,7 +26,7 @@ PYTEST := $(BIN)/python -m pytest -q $(AGAIN)
 # A file at a time, in order: the long ones (browser, notebooks) first.
 EACH   := -n logical --dist loadfile --no-loadscope-reorder
 
-.PHONY: lab app site docs test lint format unit browser notebooks soak bench clean
+.PHONY: lab app site docs test lint format unit browser notebooks places soak bench clean
 .NOTPARALLEL:
 
 lab: $(STAMP)
@@ -35,6 +37,9 @@ app: $(STAMP)
 
 site: $(STAMP)
 	@$(BIN)/python scripts/make_site.py build/site
+
+docs: $(STAMP)
+	@$(BIN)/python scripts/make_docs.py build/docs
 
 test: lint # unit, browser and notebooks in one pool, so that no core waits for another
 	$(PYTEST) $(EACH) --nbval tests/browser notebooks tests
@@ -56,6 +61,9 @@ browser: $(STAMP)
 
 notebooks: $(STAMP)
 	$(PYTEST) $(EACH) --nbval notebooks
+
+places: $(STAMP)
+	$(BIN)/python scripts/try_places.py binder
 
 soak: $(STAMP)
 	$(PYTEST) -n logical --dist worksteal -m soak tests

@@ -49,9 +49,9 @@ from bigkit.units import GiB
 from bigkit.zoo import build, catalog
 
 SHAPES = {
-    "1x16": Workload(1, 16, 4),
-    "8x512": Workload(8, 512, 4),
-    "2x2048": Workload(2, 2048, 0, all_logits=True),
+    "1x16": Workload(1, 16, 4, generate=False),
+    "8x512": Workload(8, 512, 4, generate=False),
+    "2x2048": Workload(2, 2048, 0, all_logits=True, generate=False),
 }
 # Configs of models that do not ship with bigkit, as their makers publish them.
 OTHERS: dict[str, dict[str, Any]] = {
@@ -128,7 +128,7 @@ def load_of(case: dict[str, Any], config: dict[str, Any]) -> Workload:
     load = SHAPES[case["shape"]]
     positions = config.get("n_positions") or config.get("max_position_embeddings") or 10**9
     if config.get("model_type") in ("gpt2", "bert", "opt"):
-        load = Workload(load.batch, min(load.prompt, positions - load.new), load.new, load.all_logits)
+        load = replace(load, prompt=min(load.prompt, positions - load.new))
     return load
 
 
@@ -379,6 +379,7 @@ def predict(results: dict[str, Any], case: dict[str, Any]) -> tuple[DryRun, dict
         lambda: build.build(config, dtype="bfloat16"),
         None, load.batch, load.prompt, load.new, Hardware(results["machine"]["gpu"], (gpu,), 0, 0),
         all_logits=load.all_logits, calibration=calibration, quantization=case.get("quantization"), dtype="bfloat16",
+        generate=load.generate,
     )  # fmt: skip
     peak = [run.peak_allocated[0], run.peak_reserved[0]]
     lanes = {"prefill": run.times[0].bottleneck, "token": run.times[-1].bottleneck}

@@ -115,6 +115,8 @@ def build(site: Path, cache: Path) -> None:
     (site / "pyodide").mkdir(parents=True)
     for name in ("index.html", "site.css", "page.js", "worker.js"):
         shutil.copy(PAGES / name, site / name)
+    for name in ("touch.js", "explorer.css"):
+        shutil.copy(ROOT / "bigkit" / "widgets" / name, site / name)
     with tarfile.open(archive) as packed:
         for name in NEEDED:
             member = packed.extractfile(f"package/{name}")

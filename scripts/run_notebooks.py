@@ -7,9 +7,10 @@
 Stored outputs are what `pytest --nbval notebooks/` compares with. Left out of them is what changes from run to run and
 says nothing: widget models and views (the `repr` beside a view stays), stderr, timestamps, the kernel's version.
 
-Two tags fold a cell: `reveal` its output (run the cell, and it unfolds), `solution` its code too. The line of the first
-cell that begins with `**12 minutes**` gets links to the notebooks before and after, and a last cell repeats them. In
-the index each row of the table gets the minutes and the title of the notebook that it links to.
+Pictures are stored as images, which JupyterLab shows before anything has run. Two tags fold a cell: `reveal` its output
+(run the cell, and it unfolds), `solution` its code too. The line of the first cell that begins with `**12 minutes**`
+gets links to the notebooks before and after, and a last cell repeats them. In the index each row of the table gets the
+minutes and the title of the notebook that it links to.
 """
 
 from __future__ import annotations
@@ -22,8 +23,12 @@ from pathlib import Path
 import nbformat
 from nbclient import NotebookClient
 
+from bigkit.widgets._html import still
+
 ROOT = Path(__file__).resolve().parent.parent
 MINUTES = re.compile(r"^\*\*(\d+) minutes\*\*.*", re.MULTILINE)
+# JupyterLab shows the first line of what is folded. It must not be the answer; nbval does not compare stderr.
+FOLDED = nbformat.from_dict({"output_type": "stream", "name": "stderr", "text": "Run this cell to see the answer."})
 ROW = re.compile(r"^\| [\d?]+ \| \[[^\]]*\]\((\S+\.ipynb)\)", re.MULTILINE)  # of the index
 WIDGET_VIEW = "application/vnd.jupyter.widget-view+json"
 KERNEL = {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"}
@@ -87,11 +92,17 @@ def links(path: Path) -> str:
 
 
 def dress(notebook: nbformat.NotebookNode, path: Path) -> None:
-    """Fold the cells tagged `reveal` and `solution`, and write the links to the neighbours, in place."""
+    """Store pictures as images, fold the cells tagged `reveal` and `solution`, and write the links, all in place."""
     for cell in notebook.cells:
+        for data in (output.get("data", {}) for output in cell.get("outputs", [])):
+            svg = data.pop("image/svg+xml", data.get("text/html", ""))
+            if svg.startswith("<svg"):
+                data["text/html"] = still(svg)
         tags = cell.metadata.get("tags", [])
         if {"reveal", "solution"} & {*tags}:
             cell.metadata["jupyter"] = {"outputs_hidden": True}
+            answers = [output for output in cell.outputs if output.get("name") != "stderr"]
+            cell.outputs = [FOLDED, *answers] if answers else []
         if "solution" in tags:
             cell.metadata["jupyter"]["source_hidden"] = True
             cell.metadata["cellView"] = "form"  # the same on Colab

@@ -16,6 +16,7 @@ Leaves out: scripts (`launch.py`), and changing what a process computed with aft
 
 from __future__ import annotations
 
+import builtins
 import inspect
 import io
 import linecache
@@ -103,7 +104,7 @@ def notebook_launcher(
         raise ValueError(f"cannot start {count} processes on host {node_rank} of {num_nodes}: {expected}")
     if num_nodes > 1 and use_port is None:
         raise ValueError("several hosts need a port to meet at: pass use_port, the same on each host")
-    call = _pack(function, tuple(args))
+    call = pack(function, tuple(args))
     port = int(use_port or 0)
     if node_rank == 0:  # the store lives here, so that no other program can take its port before the processes do
         store = dist.TCPStore(  # type: ignore[attr-defined]
@@ -138,7 +139,7 @@ class _Pickler(cloudpickle.CloudPickler):
     def reducer_override(self, thing: Any) -> Any:
         if isinstance(thing, CodeType):
             return marshal.loads, (marshal.dumps(thing),)  # the same Python reads it
-        if name := _module_like(thing):
+        if name := _module_like(thing) or _home(thing):
             return pkgutil.resolve_name, (name,)
         return super().reducer_override(thing)
 
@@ -161,7 +162,19 @@ def _module_like(thing: Any) -> str | None:
     return None
 
 
-def _pack(function: Callable[..., Any], args: tuple[Any, ...]) -> bytes:
+def _home(thing: Any) -> str | None:
+    """The name of a compiled class that claims to be one of Python's own, such as safetensors' `safe_open`."""
+    if not isinstance(thing, type) or thing.__module__ != "builtins" or hasattr(builtins, thing.__name__):
+        return None
+    called = thing.__name__
+    for name, module in list(sys.modules.items()):
+        names: dict[str, Any] = getattr(module, "__dict__", {})
+        if names.get(called) is thing and names.get("__name__") == name != "__main__":
+            return f"{name}:{called}"
+    return None
+
+
+def pack(function: Callable[..., Any], args: tuple[Any, ...]) -> bytes:
     """The call as bytes.
 
     Raises:

@@ -22,14 +22,13 @@ Reading order:
     canvas      boxes, lines, texts, legends, axes, and how they become SVG
     bars        stacked bars of bytes on one scale
     plan        what each device holds, and which layers rest where
-    estimate    how much memory a model takes to run and to train
     shards      a checkpoint cut into files
     shares      items split between processes
     study       a quantized layer
     experts     which experts a token takes, and what a cache of them would have
     run         a model that runs while it is spread out, moment by moment
     dryrun      what each device holds and does over a run, predicted and measured
-    advice      what a token waits for, by way to store the weights
+    advice      the memory of each way to store a model, against a machine, and what a token waits for
     diagrams    blocks, arrows and braces: the drawn pictures of the course, continued in diagrams_run
 
 Leaves out: controls (`widgets/`), and finding out what is drawn.

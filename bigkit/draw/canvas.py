@@ -252,7 +252,8 @@ class Picture:
         path.write_text(self.svg + "\n", encoding="utf-8")
         return path
 
-    def _repr_svg_(self) -> str:
+    def _repr_html_(self) -> str:
+        """The SVG as HTML, for as `image/svg+xml` JupyterLab would neither shrink it nor show its tooltips."""
         return self.svg
 
     def __repr__(self) -> str:

@@ -6,6 +6,7 @@ Leaves out: running it (`dryrun/run.py`) and controls (`widgets/dryrun_explorer.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 
 from ..devices import device_label
 from ..dryrun.run import KINDS, DryRun, Timeline
@@ -17,6 +18,7 @@ from .canvas import ABOVE, GROUND, TOP, WIDTH, Picture, ticks, time_unit
 from .colours import BLACK, BLUE, DARK, GREEN, GREY, ORANGE, PURPLE, SOFT, TRACK, VERMILLION, WHITE, YELLOW
 
 COLOURS = {"weights": BLUE, "slots": PURPLE, "KV cache": ORANGE, "activations": YELLOW, "workspace": DARK}
+NAMES = {"slots": "slots: weights in flight", "workspace": "workspace of cuBLAS"}  # in the legend
 POINTS = 400  # of a curve: each is the highest of the events that it stands for
 CHART, LANE = 68, 16  # points of height: of a device's memory, and of a lane
 LEFT, RIGHT = 76, 64  # points beside the charts
@@ -35,14 +37,14 @@ def dryrun_figure(run: DryRun, measured: Measurement | None = None) -> Picture:
     """
     picture = Picture(run.model, dryrun_label(run, measured), LEFT, RIGHT)
     picture.head(_settings(run, measured))
-    picture.heading("Memory, one column for each request and free")
+    picture.heading("Memory: from left to right, one column for each request and free")
     picture.y += 8
     timelines = list(run.timelines.values())
     for timeline in timelines:
         here = measured if measured is not None and measured.device == timeline.device else None
         _draw_memory(picture, timeline, here, named=timeline is timelines[0])
     _draw_legend(picture, run, measured)
-    picture.heading("Time, and what is busy when")
+    picture.heading("Time: what is busy when; the higher a bar, the larger the share of the time at work")
     _draw_lanes(picture, run, measured)
     return picture
 
@@ -214,7 +216,9 @@ def _sample(values: Sequence[int]) -> list[int]:
 
 def _draw_legend(picture: Picture, run: DryRun, measured: Measurement | None) -> None:
     timelines = run.timelines.values()
-    entries = [(kind, COLOURS[kind]) for kind in KINDS if any(any(line.kinds[kind]) for line in timelines)]
+    entries = [
+        (NAMES.get(kind, kind), COLOURS[kind]) for kind in KINDS if any(any(line.kinds[kind]) for line in timelines)
+    ]
     entries.append(("reserved", BLACK))
     if any(_is_near(timeline, timeline.peak_reserved) for timeline in timelines):
         entries.append(("capacity", VERMILLION))
@@ -239,7 +243,7 @@ def _draw_lanes(picture: Picture, run: DryRun, measured: Measurement | None) -> 
         colour = {"python": GREY, "disk": DARK}.get(lane, PURPLE if lane.startswith("copy") else GREEN)
         picture.text(picture.left - 6, picture.y + LANE / 2, _lane_name(lane), 8.5, anchor="end")
         picture.box("room", picture.left, picture.y + 2, last * scale, LANE - 4, TRACK, depth=GROUND)
-        for start, end, busy in merge([span for span in run.spans if span.lane == lane], last / 600):
+        for start, end, busy in _stretches(run, lane, last / 600):
             height = (LANE - 4) * busy / (end - start)  # of a stretch with gaps too short to be seen: its share at work
             x = picture.left + start * scale
             picture.box(lane, x, picture.y + LANE - 2 - height, (end - start) * scale, height, colour)
@@ -263,6 +267,16 @@ def _draw_lanes(picture: Picture, run: DryRun, measured: Measurement | None) -> 
         picture.y += LANE
     unit, unit_name = time_unit(longest)
     picture.axis(longest / unit, unit_name, picture.y - 2)
+
+
+def _stretches(run: DryRun, lane: str, gap: float) -> list[tuple[float, float, float]]:
+    """What a lane does, merged within each step: a step that pauses must not be hidden by one that does not."""
+    found, start = [], 0.0
+    spans = [span for span in run.spans if span.lane == lane]
+    for end in [*accumulate(step.seconds for step in run.times)][:-1] + [float("inf")]:
+        found += merge([span for span in spans if start <= span.start < end], gap)
+        start = end
+    return found
 
 
 def merge(spans: Sequence[Span], gap: float) -> list[tuple[float, float, float]]:

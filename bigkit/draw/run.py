@@ -51,7 +51,8 @@ def run_figure(charts: Charts, shown: str, step: int, title: str = "") -> Pictur
     picture = Picture(title or shown, run_label(charts, shown, step), LEFT, RIGHT)
     if title:
         picture.head(_settings(schedule))
-    picture.legend([(f"{state}{', may be refilled' * (state == 'done')}", colour) for state, colour in STATES.items()])
+    states = [(f"{state}{', may be refilled' * (state == 'done')}", colour) for state, colour in STATES.items()]
+    picture.legend([*states, *_works_where_it_rests(schedule)])
     _draw_places(picture, schedule, step)
     _draw_charts(picture, charts, longest, shown, time)
     _draw_memory(picture, schedule, longest, time)
@@ -150,6 +151,10 @@ def gantt_figure(charts: Charts, title: str = "") -> Picture:
     picture = Picture(title or " and ".join(charts), gantt_label(charts), LEFT, RIGHT)
     if title:
         picture.head(_settings(next(iter(charts.values()))))
+    copied = [("copied to the GPU", YELLOW), ("works after a copy", ORANGE)]
+    schedule = next(iter(charts.values()))
+    read = [("read from disk", PALE)] * bool(schedule.busy["disk"])
+    picture.legend([*read, *copied, *_works_where_it_rests(schedule)])
     _draw_charts(picture, charts, _longest(charts))
     return picture
 
@@ -195,6 +200,12 @@ def _settings(schedule: Schedule) -> str:
     busy = [lane for lane in ("link", "disk") if schedule.busy[lane]]
     rates = [f"{lane} {format_bytes(getattr(schedule, lane), 'si')}/s" for lane in busy]
     return ", ".join([counted(len(schedule.turns), "unit"), size, counted(schedule.tokens, "forward"), *rates])
+
+
+def _works_where_it_rests(schedule: Schedule) -> list[tuple[str, list[str]]]:
+    """The entry of a legend for the work of weights that are on a GPU anyway."""
+    colours = dict.fromkeys(device_colour(turn.works) for turn in schedule.turns if not turn.travels)
+    return [("on the GPU already", [*colours])] if colours else []
 
 
 def _longest(charts: Charts) -> float:

@@ -23,8 +23,10 @@ of each operation; and weights that travel.
 
 Read in this order:
 
-    workload    the work: random weights, a prompt, then token by token
+    workload    the work: random weights, a prompt, then token by token, as `generate` does it
+    inputs      what a model is fed with
     fake_gpu    fake devices, and the log of every storage and operation
+    values      the values that follow from shapes alone, such as whether a mask is all ones
     attention   which kernel attention takes, and the slow path
     costs       what an operation computes, reads, writes and asks for
     rehearse    one run: fill, spread as a map says, do the work
@@ -32,7 +34,7 @@ Read in this order:
     replay      equal blocks are run twice and then repeated, which makes explorers fast
     fake_bnb    quantized models: bitsandbytes' own Python, without its kernels
     export      for other viewers
-    _torch, _bnb    what is private in PyTorch and bitsandbytes, in one place each
+    _torch, _transformers, _bnb    what is private in those libraries, in one place each
 
-Leaves out: values (nothing is computed), training, and what happens once for a process, such as loading kernels.
+Leaves out: what depends on the weights' values, training, and what happens once for a process, such as loading kernels.
 """

@@ -14,12 +14,15 @@ from unittest import mock
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 from torch._subclasses.fake_tensor import FakeTensor as FakeTensor  # the class of tensors without data
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode  # sees every operation
+from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.flop_counter import flop_registry
+from torch.utils.weak import WeakIdKeyDictionary as WeakIdKeyDictionary  # keys are compared by `is`
 
 aten = torch.ops.aten
+without_modes = _disable_current_modes  # plain PyTorch within modes
 
 ATTENTION = {  # the fused kernels of scaled_dot_product_attention, by the names that we give them
     "flash": aten._scaled_dot_product_flash_attention,
@@ -30,6 +33,12 @@ GROUPED_MM = aten._grouped_mm  # the products of all experts in one kernel
 TO_COPY = aten._to_copy  # `tensor.to(...)`
 UNSAFE_VIEW = aten._unsafe_view  # a view, in products of more than two dimensions
 READ_VALUE = aten._local_scalar_dense  # `tensor.item()`
+DATA_DEPENDENT = (DataDependentOutputException, DynamicOutputShapeException)  # raised where values are needed
+QUESTIONS = (
+    READ_VALUE.default,
+    aten.is_nonzero.default,
+    aten.equal.default,
+)  # operations by which Python asks for a value
 ASK_DEVICE = torch.ops.prim.device  # `tensor.device` of a fake tensor; a real one does not ask the dispatcher
 
 

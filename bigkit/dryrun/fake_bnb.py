@@ -32,14 +32,13 @@ from ..quantize.replace import cast
 from ..quantize.stacks import replace_stacks
 from ..units import dtype_name
 from ._bnb import native_calls
-from ._torch import READ_VALUE, FakeTensor, TorchDispatchMode, aten
+from ._torch import QUESTIONS, FakeTensor, TorchDispatchMode, aten
 from .costs import dense_bytes, tensors_in
 from .fake_gpu import OperationLog
 from .workload import fill, torch_places
 
 PRODUCTS = ("cgemm_4bit", "cigemmlt")  # native functions that multiply: their first three whole numbers are the sizes
 VECTORS = 8  # rows below which a 4-bit product waits for memory alone
-QUESTIONS = (READ_VALUE.default, aten.is_nonzero.default)  # operations by which Python asks for a value
 
 
 def config_of(quantization: BnbQuantizationConfig | str, dtype: object = None) -> BnbQuantizationConfig:

@@ -32,6 +32,7 @@ from ._torch import (
     ASK_DEVICE,
     ATTENTION,
     GROUPED_MM,
+    QUESTIONS,
     FakeTensors,
     TorchDispatchMode,
     aten,
@@ -41,6 +42,7 @@ from ._torch import (
 )
 from .attention import AttentionChoice, Target
 from .costs import PRODUCTS, cost_of, dense_bytes, device_of, kernel_workspaces, tensors_in
+from .values import KnownValues
 
 COMPOSITE = (aten.linear.default, aten.matmul.default)  # reach a mode whole where a library's own operation calls them
 
@@ -94,7 +96,8 @@ class OperationLog(TorchDispatchMode):
         trace: where everything is noted.
         target: the GPU that is imagined.
 
-    `kind` says what new storages are for; while it is "weights", no operations are noted.
+    `kind` says what new storages are for; while it is "weights", no operations are noted. `between_calls` is True while
+    no module of the model runs: then a value that is asked for and not known is answered with 0, as "no, not finished".
     """
 
     def __init__(self, trace: Trace, target: Target) -> None:
@@ -103,7 +106,8 @@ class OperationLog(TorchDispatchMode):
         self.kind = "activations"
         self.live: dict[int, tuple[str, int, weakref.ref[Any]]] = {}  # storage -> device, request, the storage itself
         self.warm: set[Any] = set()  # devices whose first matrix product has been, and kinds of products
-        self.quiet = False
+        self.quiet = self.between_calls = False
+        self.values = KnownValues()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -112,9 +116,15 @@ class OperationLog(TorchDispatchMode):
         if func in COMPOSITE:
             with self:
                 return func.decompose(*args, **kwargs)
+        if func in QUESTIONS and (known := self._answer(func, args)) is not None:
+            return known
         inputs = [*tensors_in(args), *tensors_in(kwargs.values())]
         copied = self._copy_for_norm(func, args)
         result = self._run(func, args, kwargs)
+        if self.kind != "weights":
+            self.values.follow(func, args, kwargs, result)
+            if self.between_calls and packet_of(func) is aten.argmax:
+                self.values.take_for(result, 0)  # the token that is chosen
         outputs = list(tensors_in((result,)))
         if packet_of(func) is ATTENTION["cudnn"] and not args[4]:
             outputs = outputs[:1]  # the log-sum-exp that the fake kernel gives is not computed without gradients
@@ -135,6 +145,15 @@ class OperationLog(TorchDispatchMode):
             with self.silent(), self:
                 return func(args[0].bfloat16(), args[1].bfloat16(), *args[2:], **kwargs).to(args[0].dtype)
         return func(*args, **kwargs)
+
+    def _answer(self, question: Any, tensors: Sequence[Tensor]) -> Any:
+        """What Python asks for; None if nobody knows it."""
+        answer = self.values.answer(question, tensors)
+        if answer is None and self.between_calls:
+            answer = 0
+        if answer is not None and tensors[0].is_cuda and self.kind != "weights":
+            self.wait(tensors[0].device)
+        return answer
 
     def _copy_for_norm(self, func: Any, args: Any) -> int:
         """A layer norm first copies what does not lie in one piece: the number of that request, or 0."""
@@ -191,6 +210,25 @@ class OperationLog(TorchDispatchMode):
     def wait(self, device: torch.device) -> None:
         """Note that Python asks for a value, and waits for the device to know it."""
         self.trace.add(Operation(WAIT, str(device), 0, 0, "bool"))
+
+    @contextmanager
+    def following_calls(self, model: nn.Module) -> Iterator[None]:
+        """Know meanwhile whether a call of the model is under way, or its caller works (`between_calls`)."""
+
+        def note(between: bool) -> None:
+            self.between_calls = between
+
+        note(True)
+        hooks = [
+            model.register_forward_pre_hook(lambda *_: note(False), prepend=True),
+            model.register_forward_hook(lambda *_: note(True)),
+        ]
+        try:
+            yield
+        finally:
+            note(False)
+            for hook in hooks:
+                hook.remove()
 
     def call(self, *_: Any) -> None:
         """Note that a module is called."""

@@ -8,8 +8,11 @@ Leaves out: what the run costs (`run.py`), and blocks that are kept in RAM after
 
 from __future__ import annotations
 
+import re
+import traceback
 from collections.abc import Mapping
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,11 +28,15 @@ from ..offload.transfer import PlainLane, Slot
 from ..offload.weights import Unit
 from ..quantize.load import BnbQuantizationConfig
 from ..units import KiB, MiB
+from ._torch import DATA_DEPENDENT
+from ._transformers import as_with_data
 from .attention import Target
 from .fake_gpu import OperationLog, Trace, fake_gpus
-from .replay import replaying
-from .workload import Workload, fill, passes
+from .inputs import NotMade
+from .replay import Unlike, replaying
+from .workload import Step, Workload, fill, in_words, work
 
+OURS = re.compile(r"[/\\](torch|bigkit[/\\]dryrun)[/\\]")  # files in which a fault of a model's own code does not lie
 PROCESSORS = {"T4": 40, "L4": 58, "RTX 3090": 82, "RTX 4090": 128, "A100-40GB": 108, "A100-80GB": 108}  # others: 132
 
 
@@ -74,7 +81,7 @@ def rehearse(
     places = {name: read_device(device) for name, device in places.items()}
     main = next((device for device in places.values() if isinstance(device, int)), 0)
     in_ram = {name: "cpu" if device == "disk" else device for name, device in places.items()}
-    with fake_gpus(target) as log, ExitStack() as stack:
+    with fake_gpus(target) as log, as_with_data(), ExitStack() as stack:
         log.kind = "weights"
         if quantization is None:
             fill(model.eval(), in_ram)
@@ -90,13 +97,35 @@ def rehearse(
         log.kind = "activations"
         if replay:
             stack.enter_context(replaying(model, log))
-        for i, (_, cache) in enumerate(passes(model, load, main)):
-            label_cache(log, cache)
-            log.trace.mark(f"token {i}" if i else "prefill")
+        stack.enter_context(log.following_calls(model))
+
+        def after(step: Step) -> None:
+            label_cache(log, step.cache)
+            number = len(log.trace.steps) - 1  # the fill was the first
+            log.trace.mark(f"token {number}" if number else "prefill")
+
+        try:
+            work(model, load, main, after)
+        except (NotMade, Unlike):
+            raise
+        except Exception as error:
+            asked = f"{type(model).__name__} cannot be run without data on {in_words(model, load)}"
+            raise ValueError(f"{asked}: {_in_a_line(error)}") from error
     log.live.clear()
     for recording in log.trace.recordings.values():
         del recording.events[recording.marks[-1][1] :]  # what is freed when everything is over
     return log.trace
+
+
+def _in_a_line(error: Exception) -> str:
+    """What went wrong in a model's own code, and where."""
+    frames = traceback.extract_tb(error.__traceback__)
+    frame = next((frame for frame in reversed(frames) if not OURS.search(frame.filename)), frames[-1])
+    place = f"{Path(frame.filename).name}, line {frame.lineno}"
+    if isinstance(error, DATA_DEPENDENT):
+        return f"its code asks for values that only a real run has ({place})"
+    text = str(error).strip().partition("\n")[0] or "no reason given"
+    return f"{type(error).__name__} in {place}: {text}"
 
 
 class FakeLane(PlainLane):

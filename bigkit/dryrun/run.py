@@ -307,6 +307,7 @@ def dry_run(
     dtype: object = None,
     all_logits: bool = False,
     cache: bool = True,
+    generate: bool = True,
     slots: int | None = None,
     resident_memory: int | str = 0,
     calibration: Calibration | None = None,
@@ -328,6 +329,8 @@ def dry_run(
             repository stay as they are stored.
         all_logits: keep the logits of every prompt token, as a plain call of the model does.
         cache: keep the KV cache of a prompt after which nothing is generated.
+        generate: run the model's own `generate`, where it has one; False calls the model itself, once for the prompt
+            and once a token.
         slots, resident_memory: see `dispatch_model`; None takes the plan's slots, or two.
         calibration: rates measured on that machine; None takes the ones in the ledger if the hardware is this machine
             (`Hardware.detect()`) and `calibrate()` was called here, else the vendors' figures.
@@ -346,7 +349,7 @@ def dry_run(
     >>> run.fits, [step.name for step in run.times]
     (True, ['prefill', 'token 1', 'token 2'])
     """
-    load = Workload(batch_size, prompt_tokens, new_tokens, all_logits, cache)
+    load = Workload(batch_size, prompt_tokens, new_tokens, all_logits, cache, generate)
     given: Any = whole_on(plan)
     if isinstance(given, str) or (given is None and hardware is not None and len(_machine(hardware, 1).gpus) > 1):
         given = _plan(model, _machine(hardware, 1), given or "auto", dtype, quantization, load)

@@ -1,14 +1,17 @@
 """The work that is predicted and measured: a model with random weights, one pass over a prompt, then token by token.
 
 The same functions run on a real GPU and on fake devices, so what is compared is the same work: `fill` gives every
-tensor of an empty model memory on its device, in the model's order; `passes` runs the prompt and then one token at a
-time with the KV cache, greedily, and keeps alive what a decoding loop keeps alive: the cache and the chosen token.
+tensor of an empty model memory on its device, in the model's order; `work` runs the prompt and then token by token,
+greedily. A model of Transformers that can generate does it with its own `generate`: its cache classes, masks, positions
+and the implementation of experts that it decodes with are those of a user's run. Others, and all with
+`Workload(generate=False)`, are called once for the prompt and once a token (`passes`).
 
-Leaves out: models that need more than token ids or one image (images with text), beams, and stopping early.
+Leaves out: images inside a text, beams, and stopping early.
 """
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -22,6 +25,9 @@ from ..model.config import facts
 from ..model.estimate import whole_number
 from ..offload.inputs import torch_device
 from ..units import counted
+from .inputs import NotMade, inputs_of, main_input, vocabulary
+
+CACHES = ("past_key_values", "cache_params", "mems", "state")  # fields of an output that hold what was seen
 
 
 @dataclass(frozen=True)
@@ -35,9 +41,10 @@ class Workload:
         all_logits: keep the logits of every prompt token, as a plain call of the model does; False keeps those of the
             last one alone, as generation does.
         cache: keep the KV cache of a prompt after which nothing is generated.
+        generate: run `model.generate` where there is one; False calls the model itself, as scoring a text does.
 
     >>> Workload(batch=8, prompt=512)
-    Workload(batch=8, prompt=512, new=0, all_logits=False, cache=True)
+    Workload(batch=8, prompt=512, new=0, all_logits=False, cache=True, generate=True)
     """
 
     batch: int = 1
@@ -45,6 +52,7 @@ class Workload:
     new: int = 0
     all_logits: bool = False
     cache: bool = True
+    generate: bool = True
 
     def __post_init__(self) -> None:
         for name, least in (("batch", 1), ("prompt", 1), ("new", 0)):
@@ -114,6 +122,57 @@ def fill(model: nn.Module, device_map: Mapping[str, Device], std: float = 0.02) 
     return model
 
 
+def work(model: nn.Module, load: Workload, device: torch.device | str | int, after: Callable[[Step], None]) -> None:
+    """Do the work, and say after each step that it is done; the arguments and errors are those of `passes`.
+
+    >>> from bigkit import zoo
+    >>> model = fill(zoo.empty_model("pymoe"), {"": "cpu"}).eval()
+    >>> work(model, Workload(batch=2, prompt=8, new=2), "cpu", lambda step: print(step.phase))
+    prefill
+    decode
+    decode
+    """
+    plain = load.all_logits or not load.cache or not load.generate
+    if plain or not (_generates(model) and hasattr(model, "generation_config")):
+        for step in passes(model, load, device):
+            after(step)
+        return
+    _check_positions(model, load)
+    inputs = inputs_of(model, load.batch, load.prompt, torch_device(device))
+    if "input_ids" in inputs:
+        inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    config: Any = copy.deepcopy(model.generation_config)
+    never = vocabulary(model)  # an id that no token has: nothing ends early
+    config.update(max_new_tokens=load.new + 1, max_length=None, do_sample=False, num_beams=1, eos_token_id=never)
+    if getattr(model.config, "is_encoder_decoder", False) and config.decoder_start_token_id is None:
+        config.decoder_start_token_id = 0
+    steps = 0
+
+    def done(_: nn.Module, __: Any, output: Any) -> None:
+        nonlocal steps
+        steps += 1
+        caches = [getattr(output, name, None) for name in CACHES]
+        after(Step("decode" if steps > 1 else "prefill", [cache for cache in caches if cache is not None]))
+        if steps > load.new:
+            raise _Done
+
+    hook = model.register_forward_hook(done)
+    try:
+        model.generate(**inputs, generation_config=config)  # type: ignore[operator]
+    except _Done:
+        pass
+    finally:
+        hook.remove()
+
+
+class NotRun(NotMade):
+    """The model cannot do the work; the text says why in one sentence."""
+
+
+class _Done(Exception):
+    """The last token is computed: on fake GPUs nobody knows whether a sequence is finished."""
+
+
 @torch.no_grad()
 def passes(model: nn.Module, load: Workload, device: torch.device | str | int) -> Iterator[Step]:
     """Run the work; yields a `Step` after the prompt, then one after each new token.
@@ -124,25 +183,22 @@ def passes(model: nn.Module, load: Workload, device: torch.device | str | int) -
         device: where the inputs are made.
 
     Raises:
-        ValueError: more tokens than the model has positions for, or it takes neither token ids nor images.
+        ValueError: more tokens than the model has positions for, or it takes neither token ids, images nor sound.
 
     >>> from bigkit.zoo.gpt import load_pygpt
     >>> [step.phase for step in passes(load_pygpt(), Workload(batch=1, prompt=8, new=2), "cpu")]
     ['prefill', 'decode', 'decode']
     """
-    if (most := most_tokens(model)) is not None and load.prompt + load.new > most:
-        raise ValueError(
-            f"{type(model).__name__} has learned positions for {most:,} tokens, and {load.prompt:,} + {load.new:,} "
-            "were asked for: take a shorter prompt, or fewer new tokens"
-        )
+    _check_positions(model, load)
     device = torch_device(device)
-    inputs, options = _inputs(model, load, device)
-    if getattr(getattr(model, "config", None), "is_encoder_decoder", False) and "input_ids" in inputs:
+    inputs, options = inputs_of(model, load.batch, load.prompt, device), _options(model, load)
+    taken = inspect.signature(model.forward).parameters
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False) and "decoder_input_ids" in taken:
         inputs["decoder_input_ids"] = torch.zeros((load.batch, 1), dtype=torch.long, device=device)
     if _is_gpt(model):
         yield from _gpt_passes(model, load, inputs["input_ids"])
         return
-    output = model(**inputs, **options) if "pixel_values" not in inputs or _named(model) else model(*inputs.values())
+    output = model(**inputs, **options) if {*inputs} <= {*taken} else model(*inputs.values())  # timm's x is an image
     if not _generates(model):
         yield Step("prefill")
         return
@@ -162,6 +218,14 @@ def passes(model: nn.Module, load: Workload, device: torch.device | str | int) -
         yield Step("decode", state["past_key_values"])
 
 
+def _check_positions(model: nn.Module, load: Workload) -> None:
+    if (most := most_tokens(model)) is not None and load.prompt + load.new > most:
+        raise NotRun(
+            f"{type(model).__name__} has learned positions for {most:,} tokens, and {load.prompt:,} + {load.new:,} "
+            "were asked for: take a shorter prompt, or fewer new tokens"
+        )
+
+
 def in_words(model: nn.Module, load: Workload) -> str:
     """What a model is asked to do, in words.
 
@@ -169,8 +233,11 @@ def in_words(model: nn.Module, load: Workload) -> str:
     >>> in_words(zoo.empty_model("gpt2"), Workload(2, 8, 3))
     '2 x 8 tokens, then 3 more each'
     """
-    if _input_name(model) == "pixel_values":
+    if (main := main_input(model)) == "pixel_values":
         return counted(load.batch, "image")
+    if main != "input_ids":
+        then = f", then {load.new:,} tokens each" if load.new and _generates(model) else ""
+        return f"{counted(load.batch, 'piece')} of sound{then}"
     then = f", then {load.new:,} more each" if load.new and _generates(model) else ""
     return f"{load.batch:,} x {load.prompt:,} tokens{then}"
 
@@ -191,39 +258,18 @@ def most_tokens(model: nn.Module) -> int | None:
     return most if any(most <= rows <= most + 2 for rows in tables) else None  # OPT's begins with row 2
 
 
-def _inputs(model: nn.Module, load: Workload, device: torch.device) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    config: Any = getattr(model, "config", None)
-    name = _input_name(model)
-    if name == "pixel_values":
-        size = getattr(config, "image_size", None) or _timm_size(model)
-        dtype = next(parameter.dtype for parameter in model.parameters())
-        return {name: torch.randn((load.batch, 3, size, size), dtype=dtype, device=device)}, {}
-    if name != "input_ids":
-        raise ValueError(f"a {type(model).__name__} takes {name!r}: expected a model of token ids or of images")
-    vocabulary = getattr(config, "vocab_size", 0) or getattr(getattr(config, "text_config", None), "vocab_size", 2)
+def _options(model: nn.Module, load: Workload) -> dict[str, Any]:
+    """What a plain call of the model is told besides its inputs."""
     options: dict[str, Any] = {}
     if _generates(model) and not _is_gpt(model):
         options["use_cache"] = load.cache or load.new > 0
         if not load.all_logits and "logits_to_keep" in inspect.signature(model.forward).parameters:
             options["logits_to_keep"] = 1
-    return {name: torch.randint(vocabulary, (load.batch, load.prompt), device=device)}, options
-
-
-def _input_name(model: nn.Module) -> str:
-    has_config = getattr(model, "config", None) is not None
-    return str(getattr(model, "main_input_name", "input_ids" if has_config else "pixel_values"))
+    return options
 
 
 def _generates(model: nn.Module) -> bool:
     return _is_gpt(model) or bool(getattr(model, "can_generate", lambda: False)())
-
-
-def _named(model: nn.Module) -> bool:
-    return "pixel_values" in inspect.signature(model.forward).parameters
-
-
-def _timm_size(model: nn.Module) -> int:
-    return int((getattr(model, "pretrained_cfg", None) or {}).get("input_size", (3, 224, 224))[-1])
 
 
 def _is_gpt(model: nn.Module) -> bool:

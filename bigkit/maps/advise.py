@@ -38,6 +38,10 @@ from .task import LONGEST
 
 STORED = (None, "int8", "nf4", "nf4-double")
 LOSS = {None: 0, "int8": 1, "nf4": 2, "fp4": 3, "nf4-double": 3, "fp4-double": 4}  # rank: how far from the 16-bit model
+WAITS = {  # lane -> what is waited for there, in words
+    "Python": "Python, which starts the work of each layer", "GPU": "the GPU's own memory",
+    "RAM": "the CPU and its RAM", "link": "weights that come over the link", "disk": "weights that come from disk",
+}  # fmt: skip
 TARGETS = ("speed", "quality", "memory", "context")
 
 
@@ -127,7 +131,7 @@ class Option:
 class Advice:
     """The ways to run a model on a machine, best first; `cures` say what would have to change if there is none.
 
-    `misfits` are the plans that come closest of the ways that do not fit. `measured` says whether rates were measured
+    `misfits` are the plans of the ways that do not fit, the closest first. `measured` says whether rates were measured
     on that machine; else they are the vendors'. `notes` are what must be said beside the figures, `kv_dtype` that of
     keys and values in the cache (None: as the model computes).
     """
@@ -158,7 +162,16 @@ class Advice:
     def verdict(self) -> str:
         """Whether the model fits and how fast it is, in one line."""
         best = self.best
-        return "Does not fit." if best is None else f"{best.fit}: {best.pace}, stored as {best.label}."
+        if best is None:
+            return "Does not fit."
+        stored = best.label if best.label.endswith("as stored") else f"stored as {best.label}"
+        return f"{best.fit}: {best.pace}, {stored}."
+
+    @property
+    def reason(self) -> str:
+        """What the best way waits for, in a sentence; empty if there is none."""
+        best = self.best
+        return f"A {'token' if best.token else 'pass'} waits for {WAITS[best.bottleneck]}." if best else ""
 
     def explain(self) -> str:
         """A verdict, and the options as a table."""
@@ -198,7 +211,9 @@ class Advice:
             for option in self.options
         ]
         own = ("model", "hardware", "batch", "context", "target", "measured", "cures", "notes", "kv_dtype")
-        return json.dumps({**{name: getattr(self, name) for name in own}, "options": options}, indent=1)
+        misfits = {plan.stored: plan.problem for plan in self.misfits}
+        content = {**{name: getattr(self, name) for name in own}, "options": options, "misfits": misfits}
+        return json.dumps(content, indent=1)
 
 
 def advise(
@@ -245,7 +260,7 @@ def advise(
     half = "float16" if hardware.gpus and hardware.gpus[0].capability < (8, 0) else "bfloat16"
     calibration = calibration or calibration_of(hardware)
     overhead = overhead_of(hardware, calibration)
-    options, misfits, cures, said = [], [], [], list[str]()
+    options, misfits, said = list[Option](), list[tuple[Plan, Callable[..., Plan]]](), list[str]()
     for quantization in [stored] if isinstance(stored, str) else stored:
         if quantization and not model.quantized(model.precision(half, quantization)):
             continue  # no layer of the model can be
@@ -260,27 +275,35 @@ def advise(
             overhead=overhead,
             kv_dtype=kv_dtype,
         )
-        try:
-            plan = ask(context=context)
-            if target == "context" and plan.max_context is not None:
-                plan = _longest(ask, plan.context, max(plan.context, longest_context(model.facts) or LONGEST))
-            options.append(_predict(model, plan, hardware, calibration))
-            said += plan.notes
-        except PlanError as error:
-            misfits.append(error.plan)
-            cures.append(f"{quantization or half}: {error.plan.problem}. {error.cure}")
-            said += error.plan.notes
+        plan = ask(context=context, strict=False)
+        if not plan.feasible:
+            misfits.append((plan, ask))
+        elif target == "context" and plan.max_context is not None:
+            plan = _longest(ask, plan.context, max(plan.context, longest_context(model.facts) or LONGEST))
+        options += [_predict(model, plan, hardware, calibration)] if plan.feasible else []
+        said += plan.notes
     ranked = sorted(options, key=lambda option: _rank(option, target))
     fronts = [all(option.loss < better.loss for better in ranked[:i]) for i, option in enumerate(ranked)]
     marked = tuple(replace(option, front=front) for option, front in zip(ranked, fronts))
+    misfits.sort(key=lambda misfit: sum(share.over for share in misfit[0].shares))  # what is closest to fit first
     notes = tuple(dict.fromkeys([*remarks(model.name, model.facts, context), *said]))
     if not generates(model) and "vocab_size" not in model.facts:
         notes += ("Times are the least that a pass takes: its operations do not follow from sizes.",)
     return Advice(
         model.name, hardware.name, batch, tokens_seen(model, context), target, marked,
-        () if marked else tuple(dict.fromkeys(cures)), calibration is not None, notes, kv_dtype_name(kv_dtype),
-        tuple(misfits),
+        () if marked else tuple(_cure(plan, ask, context) for plan, ask in misfits),
+        calibration is not None, notes, kv_dtype_name(kv_dtype), tuple(plan for plan, _ in misfits),
     )  # fmt: skip
+
+
+def _cure(plan: Plan, ask: Callable[..., Plan], context: int) -> str:
+    """What is missing for a way that does not fit, and what would have to change."""
+    cure = ""
+    try:
+        ask(context=context)
+    except PlanError as error:
+        cure = error.cure
+    return f"{plan.stored}: {plan.problem}. {cure}"
 
 
 def _longest(ask: Callable[..., Plan], least: int, most: int) -> Plan:

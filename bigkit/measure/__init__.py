@@ -23,6 +23,7 @@ Reading order:
 
     record.py        times the calls of any model beside their prediction; does the work of a dry run for real
     allocations.py   what a GPU's allocator is asked for, as events that `machine/allocator.py` replays
+    memory.py        what a process holds in RAM while it works, of its own and of files
     routing.py       which experts a model chooses, token by token
     calibrate.py     rates of this machine: link, disk, memory, products, the pace of Python; kept in the ledger
 

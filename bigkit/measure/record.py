@@ -22,7 +22,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import accumulate
+from itertools import accumulate, count
 from typing import Any, NamedTuple
 
 import torch
@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from ..devices import Device, device_label
 from ..dryrun.run import DryRun
-from ..dryrun.workload import Workload, fill, passes
+from ..dryrun.workload import Workload, fill, work
 from ..machine.allocator import Recording, replay
 from ..machine.hardware import CONTEXT_BYTES, Hardware
 from ..machine.ledger import Ledger
@@ -353,12 +353,11 @@ def measure(
             if set(device_map.values()) != {0}:
                 dispatch_model(model, dict(device_map), 0, slots=slots)
             mark("fill")
-            for i, _ in enumerate(passes(model, load, "cuda:0")):
-                mark(f"token {i}" if i else "prefill")
+            names = (f"token {i}" if i else "prefill" for i in count())
+            work(model, load, "cuda:0", lambda step: mark(next(names)))
         for _ in range(repeats):
             with record(model, save=False) as recorder:
-                for _ in passes(model, load, "cuda:0"):
-                    pass
+                work(model, load, "cuda:0", lambda step: None)
             times.append([call.seconds for call in recorder.calls])
     finally:
         del model

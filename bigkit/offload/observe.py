@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -49,6 +49,12 @@ class Observation:
     def turns(self, rate: float) -> list[Turn]:
         """The units as turns whose work takes their bytes / `rate` seconds: so it is where each weight is read once."""
         return [Turn(name, nbytes, nbytes / rate, *places) for name, (nbytes, *places) in self.units.items()]
+
+    def enlarged(self, times: int) -> Observation:
+        """The same run, as it would be if each weight were so many times as large."""
+        units = {name: (unit[0] * times, unit[1], unit[2]) for name, unit in self.units.items()}
+        events = tuple(event._replace(nbytes=event.nbytes * times) for event in self.events)
+        return replace(self, units=units, events=events)
 
     def schedule(self, rate: float, link: float, disk: float, *, ahead: bool = True) -> Schedule:
         """When all this happens on a device that works through `rate` bytes of weights a second.

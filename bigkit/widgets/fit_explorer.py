@@ -15,7 +15,7 @@ from ..draw.advice import advice_figure
 from ..machine.hardware import GPUS, HARDWARE, UNIFIED, Hardware, machine_of, variant
 from ..maps.advise import TARGETS, Advice, advise
 from ..model.estimate import load_text
-from ..units import GiB, MiB
+from ..units import GiB, MiB, format_bytes
 from ._controls import cache_menu, chosen_cache, field, menu, token_slider
 from ._explorer import Explorer
 from ._html import pill, preformatted, short
@@ -84,9 +84,8 @@ class FitExplorer(Explorer):
     ) -> None:
         given = machine_of(hardware)
         figures = _figures(given)
-        self._machines, self._kinds = {given.name: given, **HARDWARE}, {**KINDS}
-        self._kinds.setdefault(figures["gpu"], given)
-        self.presets = {given.name: figures, **self.presets}
+        self._machines, self._kinds = {**HARDWARE, given.name: given}, {figures["gpu"]: given, **KINDS}
+        self.presets = {**self.presets, given.name: figures}
         sized = {"min": 0, "max": 2**15, "step": 1}
         named = self.model_field(model)
         self._objects = {**self._specs}  # what was not given by name
@@ -96,7 +95,7 @@ class FitExplorer(Explorer):
                 "Machine": {
                     "hardware": self.preset_menu("Machine", given.name),
                     "gpu": menu("GPU", [*self._kinds], figures["gpu"]),
-                    "count": field(widgets.BoundedIntText, "How many", figures["count"], min=0, max=1024),
+                    "count": field(widgets.BoundedIntText, "Count", figures["count"], min=0, max=1024),
                     "memory": field(widgets.BoundedFloatText, "GiB each", figures["memory"], **sized),
                     "ram": field(widgets.BoundedFloatText, "RAM, GiB", figures["ram"], **sized),
                 },
@@ -147,9 +146,8 @@ class FitExplorer(Explorer):
         if best is None:
             verdict = pill("bad", advice.verdict, " ".join([*advice.cures[:1], *advice.notes]))
         else:
-            rest = " ".join([f"A {'pass' if best.token is None else 'token'} waits for {best.bottleneck}.",
-                             *advice.notes])  # fmt: skip
-            verdict = pill("slow" if best.plan.offloaded else "good", advice.verdict, rest)
+            verdict = pill("slow" if best.plan.offloaded else "good", advice.verdict,
+                           " ".join([advice.reason, *advice.notes]))  # fmt: skip
         self.put(verdict, advice_figure(advice), advice.explain())
 
     def to_code(self) -> str:
@@ -163,6 +161,23 @@ class FitExplorer(Explorer):
             f"context={self.context.value}, target={advice.target!r}{cache})\nprint(advice)\n"
             "device_map = advice.best.plan.device_map if advice.best else None\n"
         )
+
+    def tell(self, key: str) -> str:
+        """The plan of the way that a mark stands for."""
+        advice = self.shown
+        plans = [*(option.plan for option in advice.options), *advice.misfits]
+        return next((preformatted(plan.explain(), wrap=True) for plan in plans
+                     if key.split(":")[:2] == ["way", plan.stored]), "")  # fmt: skip
+
+    def differences(self, old: Advice, new: Advice) -> list[str]:
+        """How two advices differ: the verdict, then each way that both have."""
+        said = [] if old.verdict == new.verdict else [f"{old.verdict} Now: {new.verdict}"]
+        before = {option.label: f"{option.speed}, {format_bytes(option.memory)}" for option in old.options}
+        for option in new.options:
+            now = f"{option.speed}, {format_bytes(option.memory)}"
+            if before.get(option.label, now) != now:
+                said.append(f"{option.label}: {before[option.label]}; now {now}.")
+        return said
 
     def _plan_pane(self) -> str:
         best = self.shown.best
@@ -179,6 +194,7 @@ class FitExplorer(Explorer):
         asked = f"{short(advice.model, 20)} on {short(advice.hardware, 16)}"
         if best is None:
             return [f"{asked}, {load}: does not fit"]
-        says = f"{best.fit[0].lower()}{best.fit[1:]}, {best.pace} as {best.label}"
-        fits = f"fits, {best.pace} as {best.label}"
+        way = f"{best.pace} as {best.label.removesuffix(' as stored')}"
+        says, fits = f"{best.fit[0].lower()}{best.fit[1:]}, {way}", f"fits, {way}"
+        fits = f"fits offloaded, {way}" if best.plan.offloaded else fits
         return [f"{asked}, {load}: {says}", f"{asked}: {says}", f"{asked}, {load}: {fits}", f"{asked}: {fits}"]

@@ -2,13 +2,15 @@
 
 The model runs, on the CPU, with the hooks, units, slots and files that it would have on GPUs; what it fetches, into
 which slot, and in which order things work is recorded from that run (`offload/observe.py`). How long each of it would
-take comes from the rates that the controls say (`machine/streams.py`).
+take comes from the rates that the controls say (`machine/streams.py`), for blocks as large as those of a model of 7
+billion parameters.
 
 Leaves out: measured times, and models other than the shipped one.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import ipywidgets as widgets
@@ -24,6 +26,7 @@ from ._explorer import LONGEST_REPR, Explorer
 from ._html import map_table, pill, preformatted, short
 
 BLOCKS = 10  # of the shipped GPT
+TIMES = 256  # a block of it, 1.58 MB, is shown as large as one of llama-2-7b in bfloat16, 404 MB
 PROMPT = "def "
 ONE_BY_ONE, PREFETCH = "one by one", "prefetch"
 
@@ -73,7 +76,7 @@ class HookTheatre(Explorer):
     >>> theatre = HookTheatre("everything in RAM")
     >>> theatre.step.value = 3
     >>> theatre
-    HookTheatre(blocks 0+0+10+0, prefetch, 2 slots, step 3 of 50, after 13.1 µs: wpe returns)
+    HookTheatre(blocks 0+0+10+0, prefetch, 2 slots, step 3 of 50, after 3.36 ms: wpe returns)
     """
 
     presets = PRESETS
@@ -190,7 +193,9 @@ class HookTheatre(Explorer):
         end = f"It wrote {written!r}, as the whole model does: {equal}." if self.step.value == last else ""
         facts = f"{run_caption(charts[self._chart], step)} {flight}{end}"
         verdict += pill("good" if equal else "bad", f"Step {self.step.value} of {last},", facts)
-        title = "pygpt over " + ", ".join(dict.fromkeys(device_label(turn.rests) for turn in shown.turns))
+        title = "Ten blocks, each as large as one of a 7B, over " + ", ".join(
+            dict.fromkeys(device_label(turn.rests) for turn in shown.turns)
+        )
         self.put(verdict, run_figure(charts, self._chart, step, title), run_text(charts, self._chart, step))
 
     @property
@@ -212,7 +217,7 @@ class HookTheatre(Explorer):
             f"    model, PYGPT, device_map, dtype='bfloat16', slots={shown.slots}, prefetch={shown.prefetch},\n"
             "    stand_in={0: 'cpu', 1: 'cpu'}, force_hooks=True,  # without stand_in: on the GPUs themselves\n)\n"
             f"prompt = torch.tensor([encode({PROMPT!r})])\n"
-            f"recording = observe(model, lambda: model.generate(prompt, {shown.tokens}))\n"
+            f"recording = observe(model, lambda: model.generate(prompt, {shown.tokens})).enlarged({TIMES})\n"
             f"found = recording.schedule(rate={self.rate.value * GB:g}, link={shown.link:g}, disk={shown.disk:g}, "
             f"ahead={shown.ahead})\n"
         )
@@ -266,4 +271,4 @@ def _run(places: dict[str, Device], slots: int, prefetch: bool, tokens: int) -> 
     recording = observe(model, lambda: model.generate(prompt, tokens))
     expected = load_pygpt().generate(prompt, tokens)
     result = (decode(recording.result[0]), bool(torch.equal(recording.result, expected)))
-    return Observation(recording.units, recording.events, recording.slots, recording.prefetch, result)
+    return replace(recording, result=result).enlarged(TIMES)

@@ -1,6 +1,8 @@
 // The page: tabs and fields made from first.json, the state in the address, one question to the worker at a time.
 // Leaves out: all answers, which planner.py gives.
 
+import { attach } from "./touch.js";
+
 const $ = (id) => document.getElementById(id);
 const make = (tag, properties = {}, ...children) => {
   const element = Object.assign(document.createElement(tag), properties);
@@ -43,7 +45,7 @@ function share(key, value, from) {
 
 function writeAddress() {
   const start = fresh(tab);
-  const changed = Object.entries(values[tab]).filter(([key, value]) => value !== start[key] || SHARED.includes(key));
+  const changed = Object.entries(values[tab]).filter(([key, value]) => key !== "drag" && (value !== start[key] || SHARED.includes(key)));
   const query = new URLSearchParams(changed).toString();
   history.replaceState(null, "", `#${tab}${query ? "?" + query : ""}`);
 }
@@ -59,7 +61,7 @@ worker.onmessage = ({ data: [id, said] }) => {
   else if (id === "broken") broken = said;
   else {
     busy = false;
-    if (id === asked && !waiting) show(said);
+    if (id === asked && !waiting) show(said, dragging);
   }
   sayState();
   if (waiting && !busy) send();
@@ -93,7 +95,7 @@ function sayState() {
 // ---------------------------------------------------------------------------------------------------------------------
 // The answer
 
-function show(answer) {
+function show(answer, grasped = false) {
   $("error").hidden = !answer.error;
   $("answer").classList.toggle("stale", Boolean(answer.error));
   if (answer.error) {
@@ -106,7 +108,42 @@ function show(answer) {
   // Pictures are bigkit's own SVG, in which text from outside is escaped.
   $("pictures").replaceChildren(...answer.pictures.map((svg) => make("div", { className: "picture", innerHTML: svg })));
   for (const [name, value] of Object.entries(answer.fields ?? {})) setters[name]?.(value);
+  if (answer.fields && "custom" in values[tab]) {
+    const custom = answer.fields.custom ?? "";
+    $("planner").hidden = !custom;
+    if (!grasped && values[tab].drag) { // what was dragged has become the map
+      values[tab].custom = custom;
+      values[tab].drag = "";
+      writeAddress();
+    }
+  }
   for (const [name, last] of Object.entries(answer.last ?? {})) setters[name]?.(null, last);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// A hand in the picture: tooltips everywhere, and under "Who holds what?" layers that can be dragged
+
+let dragging = false, detach = () => {};
+const before = []; // maps of one's own, to go back to
+
+function drag({ key, onto, done }) {
+  if (!dragging) before.push(values.plan.custom);
+  dragging = !done;
+  values.plan.drag = onto ? `${key}>${onto}` : "";
+  ask();
+}
+
+function take(custom) {
+  values.plan.custom = custom;
+  values.plan.drag = "";
+  writeAddress();
+  ask();
+}
+
+function touch() {
+  detach();
+  const undo = () => before.length && take(before.pop());
+  detach = attach($("pictures"), tab === "plan" ? { onDrag: drag, onUndo: undo } : {});
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -238,7 +275,8 @@ function open(name) {
   }
   $("panel").setAttribute("aria-labelledby", `tab-${tab}`);
   $("about").textContent = first.form.tabs[tab].about;
-  const fields = Object.entries(first.form.tabs[tab].fields).map(([key, field]) => {
+  const seen = Object.entries(first.form.tabs[tab].fields).filter(([, field]) => field.kind !== "hidden");
+  const fields = seen.map(([key, field]) => {
     const control = kinds[field.kind](key, field, `field-${key}`);
     const label = make("label", { htmlFor: `field-${key}` });
     if (field.kind === "check") {
@@ -249,6 +287,8 @@ function open(name) {
     return make("div", { className: "field" }, label, control);
   });
   $("fields").replaceChildren(...fields);
+  $("planner").hidden = !values[tab].custom;
+  touch();
   const start = fresh(tab);
   if (Object.entries(values[tab]).every(([key, value]) => value === start[key])) show(first.answers[tab]);
   else if (shown) $("answer").classList.add("stale"); // until its own answer comes
@@ -276,6 +316,7 @@ function buildTabs() {
   }
 }
 
+$("planner").onclick = () => { before.push(values.plan.custom); take(""); };
 $("form").onsubmit = (event) => event.preventDefault();
 $("reset").onclick = () => { values[tab] = fresh(tab); open(tab); };
 $("link").onclick = async () => {
@@ -292,6 +333,10 @@ $("save").onclick = () => {
   make("a", { href: url, download: `bigkit-${tab}.svg` }).click();
   setTimeout(() => URL.revokeObjectURL(url), 1000);
 };
+const dark = matchMedia("(prefers-color-scheme: dark)");
+const followTheme = () => document.documentElement.classList.toggle("bigkit-dark", dark.matches);
+dark.onchange = followTheme;
+followTheme();
 onhashchange = () => open(readAddress());
 
 first = await (await fetch(new URL("first.json", import.meta.url))).json();

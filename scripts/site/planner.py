@@ -11,16 +11,17 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from functools import cache
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 from bigkit import zoo
 from bigkit.checkpoints.shards import cut_model
-from bigkit.devices import Device, device_label
+from bigkit.devices import Device, device_label, read_device
 from bigkit.distributed.shares import Shares
 from bigkit.draw.advice import advice_figure
 from bigkit.draw.canvas import Picture
-from bigkit.draw.plan import plan_figure, plan_text, plan_verdict
+from bigkit.draw.plan import moved, plan_figure, plan_text, plan_verdict
 from bigkit.draw.run import run_figure, run_news, run_text
 from bigkit.draw.shards import shards_figure, shards_text, shards_verdict
 from bigkit.draw.shares import shares_figure, shares_text
@@ -68,16 +69,19 @@ TABS: dict[str, dict[str, Any]] = {
     },
     "plan": {
         "title": "Who holds what?",
-        "about": "Which layer lies on which device. Give the devices other sizes, and see the boundaries move.",
+        "about": "Which layer lies on which device. Give the devices other sizes, or drag a layer or a "
+        "boundary in the picture.",
         "fields": {
-            "model": _MODEL,
-            "machine": {**_MACHINE, "clears": ["gpus", "ram", "disk"]},
+            "model": {**_MODEL, "clears": ["custom"]},
+            "machine": {**_MACHINE, "clears": ["gpus", "ram", "disk", "custom"]},
             "gpus": _field("GPUs, GiB each", "", "sliders", max=192, step=0.25),
             "ram": _field("RAM, GiB", "", "number", min=0, max=2**15, any=True),
             "disk": _field("Disk, GiB", "", "number", min=0, max=2**20, any=True),
             "stored": _HOW,
-            "strategy": _field("Where to cut", "auto", "select", options=[*STRATEGIES]),
+            "strategy": _field("Where to cut", "auto", "select", options=[*STRATEGIES], clears=["custom"]),
             **_LOAD,
+            "custom": _field("A map of your own", "", "hidden"),  # places and how many layers each: "0*20,cpu*16"
+            "drag": _field("What is dragged", "", "hidden"),  # marks of the picture: "layer:3>device:cpu"
         },
     },
     "files": {
@@ -173,12 +177,16 @@ def _plan(values: Values) -> dict[str, Any]:
     own = any(values[name] for name in ("gpus", "ram", "disk"))
     budgets = _budgets(values, machine.max_memory()) if own else machine.max_memory()
     stored = _choice(values, "stored", (AS_STORED, *DTYPES, *QUANTIZATIONS))
-    plan = _closest(
-        spec, budgets, strategy=_choice(values, "strategy", STRATEGIES),
-        dtype=stored if stored in DTYPES else "bfloat16" if stored in QUANTIZATIONS else None,
-        quantization=stored if stored in QUANTIZATIONS else None,
-        batch=_whole(values, "batch"), context=_whole(values, "context"), overhead=overhead_of(machine),
-    )  # fmt: skip
+    options: dict[str, Any] = {
+        "dtype": stored if stored in DTYPES else "bfloat16" if stored in QUANTIZATIONS else None,
+        "quantization": stored if stored in QUANTIZATIONS else None,
+        "batch": _whole(values, "batch"), "context": _whole(values, "context"), "overhead": overhead_of(machine),
+    }  # fmt: skip
+    plan = _closest(spec, budgets, strategy=_choice(values, "strategy", STRATEGIES), **options)
+    if values["custom"]:
+        plan = _closest(spec, budgets, strategy=_own_map(values["custom"], plan), **options)
+    if values["drag"]:
+        plan = _closest(spec, budgets, strategy=moved(plan, *values["drag"].split(">", 1)), **options)
     news = "bad" if not plan.feasible else "slow" if plan.offloaded else "good"
     headline = {"bad": "It does not fit.", "slow": "It fits, with help from RAM or disk.", "good": "It fits."}[news]
     details = [plan_verdict(plan).partition(", " if plan.feasible else ": ")[2], *plan.notes]
@@ -187,8 +195,23 @@ def _plan(values: Values) -> dict[str, Any]:
     facts = " ".join(f"{detail[0].upper()}{detail[1:].rstrip('.')}." for detail in details if detail)
     gpus = [size for device, size in budgets.items() if device not in ("cpu", "disk")]
     shown = {"gpus": ",".join(map(_gib, gpus)), "ram": _gib(budgets.get("cpu", 0)), "disk": _gib(budgets["disk"])}
+    if plan.strategy == "custom":
+        facts += " This is a map of your own."
+        runs = groupby(layer.device for layer in plan.layers)
+        shown["custom"] = ",".join(f"{device}*{len([*run])}" for device, run in runs)
     return _said(news, headline, facts, [plan_figure(plan)], f"{plan_text(plan)}\n\n{plan.explain()}",
                  plan.to_code()) | {"fields": shown}  # fmt: skip
+
+
+def _own_map(custom: str, plan: Plan) -> dict[str, Device]:
+    """The map that "0*20,cpu*16" says, for the layers of a plan."""
+    runs = [run.partition("*") for run in custom.split(",")]
+    if not all(count.isdecimal() and 0 < int(count) <= len(plan.layers) for _, _, count in runs):
+        raise ValueError(f"a map of your own is places and numbers of layers, as in 0*20,cpu*16, not {custom[:80]!r}")
+    places = [read_device(place) for place, _, count in runs for _ in range(int(count))]
+    if len(places) != len(plan.layers):
+        raise ValueError(f"the map of your own has {len(places)} layers and {plan.model} has {len(plan.layers)}")
+    return {layer.name: place for layer, place in zip(plan.layers, places)}
 
 
 def _files(values: Values) -> dict[str, Any]:
@@ -242,7 +265,8 @@ def _watch(values: Values) -> dict[str, Any]:
         facts += f" It wrote {run['wrote']!r}, as the whole model does."
     news = "good" if shown.bound == "compute" else "slow"
     named = {name: chart for name, chart in charts.items() if name in ("one by one", way)}
-    title = "pygpt over " + ", ".join(dict.fromkeys(device_label(turn.rests) for turn in shown.turns))
+    places = dict.fromkeys(device_label(turn.rests) for turn in shown.turns)
+    title = "Ten blocks, each as large as one of a 7B, over " + ", ".join(places)
     picture = run_figure(named, way, frame, title)
     return _said(news, headline, facts, [picture], run_text(named, way, frame), "from bigkit.widgets import HookTheatre"
                  f"\n\nHookTheatre({values['preset']!r})\n") | {"last": {"step": last}}  # fmt: skip

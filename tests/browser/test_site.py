@@ -89,6 +89,14 @@ def test_the_pages_answer_keep_their_state_and_take_bad_input(page: Page, site: 
     assert page.locator("#verdict").inner_text() == said
     assert page.get_by_label("GPU 1, GiB").first.input_value() == "10"
 
+    page.focus("#pictures")  # the last mark of the picture is a boundary, which keys move as a hand does
+    page.keyboard.press("End")
+    page.keyboard.press("Shift+ArrowLeft")
+    expect(page.locator("#facts")).to_contain_text("a map of your own")
+    assert "custom=" in page.url
+    page.keyboard.press("Control+z")
+    expect(page.locator("#verdict")).to_have_text(said.replace("\n", " "))
+
     page.fill("#field-model", "<img src=x onerror=alert(1)>")
     page.press("#field-model", "Enter")
     settle(page)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import signal
 import sys
 import time
@@ -15,7 +16,7 @@ import pytest
 from nbclient import NotebookClient
 
 from bigkit import notebook_launcher
-from bigkit.distributed.notebook import LaunchError
+from bigkit.distributed.notebook import LaunchError, pack
 from tests.distributed.test_launch import ENVIRONMENT, still_alive, wait_for
 from tests.forked import Forked
 from tests.ranks import ROOT, free_port
@@ -52,6 +53,14 @@ def test_functions_of_a_notebook(tmp_path: Path) -> None:
     error = "".join(out.get("text", "") for out in notebook.cells[6].outputs)
     assert error.startswith("process 1 of 2 failed: ZeroDivisionError") and "1 / x  # this line is shown" in error
     assert "ProcessLost" not in error
+
+
+def test_compiled_class_that_claims_to_be_of_python_is_found_by_its_name() -> None:
+    from safetensors import safe_open
+
+    assert safe_open.__module__ == "builtins", "that is what hides it from pickle"
+    _, args, _ = pickle.loads(pack(len, (safe_open, int)))
+    assert args == (safe_open, int)
 
 
 def test_results_come_in_the_order_of_ranks_and_output_with_the_number(capfd: pytest.CaptureFixture[str]) -> None:

@@ -76,7 +76,7 @@ def test_svg_is_one_accessible_element() -> None:
     assert root.tag == "{http://www.w3.org/2000/svg}svg" and root.get("role") == "img"
     assert root.get("aria-label") == 'a label "<&' and root[0].text == "a title"
     assert "id=" not in text and "url(" not in text, "several pictures of a page cannot disturb each other"
-    assert picture._repr_svg_() == text and repr(picture) == '<Picture: a label "<&>'
+    assert picture._repr_html_() == text and repr(picture) == '<Picture: a label "<&>'
 
 
 def test_hatches_lie_over_their_box_and_stay_inside() -> None:

@@ -140,7 +140,7 @@ def test_advice_counts_what_a_dry_run_finds():
         run = dry_run("gpt2", option.plan, 2, 127, 1, "T4")
         parts, share = run.timeline().at_peak(), option.plan.shares[0]
         assert 0 <= parts["weights"] - share.weights <= 1024
-        assert parts["KV cache"] == pytest.approx(share.kv_cache, rel=0.02)
+        assert parts["KV cache"] == pytest.approx(share.kv_cache, rel=0.05)  # a copy of one layer's keys grows
 
 
 def test_nothing_fake_is_left_behind():

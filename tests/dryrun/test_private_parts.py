@@ -25,6 +25,14 @@ def test_pytorch_has_what_fake_gpus_need():
         assert packet.overloads(), f"{packet} is gone: {seen}"
 
 
+def test_transformers_asks_whether_a_tensor_has_data():
+    transformers = pytest.importorskip("transformers")
+    from transformers.utils import import_utils
+
+    seen = f"Transformers {transformers.__version__}; bigkit/dryrun/_transformers.py was written for 5.17 to 5.23"
+    assert "is_fake_tensor(tensor)" in inspect.getsource(import_utils.is_tracing), f"is_fake_tensor is gone: {seen}"
+
+
 def test_the_registry_of_device_guards_is_a_table_of_pointers():
     try:
         registry = _torch.device_guards()

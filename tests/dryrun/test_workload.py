@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from bigkit import init_empty_weights
-from bigkit.dryrun.workload import Step, Workload, fill, passes, torch_places
+from bigkit.dryrun.workload import Step, Workload, fill, passes, torch_places, work
 from bigkit.zoo.gpt import load_pygpt
 from tests.dryrun.test_fake_gpu import TINY, tiny
 
@@ -34,21 +34,21 @@ def test_the_nearest_entry_of_a_map_decides():
 def test_tokens_are_those_of_greedy_generation(name):
     """Against `generate` of Transformers, on the same prompt."""
     model = fill(tiny(name, **TINY[name]), {"": "cpu"}, std=0.5)
-    torch.manual_seed(1)
     steps = list(passes(model, Workload(2, 8, 3), "cpu"))
-    torch.manual_seed(1)
-    prompt = torch.randint(128, (2, 8))
+    generated: list[Step] = []
+    work(model, Workload(2, 8, 3), "cpu", generated.append)
+    assert [step.phase for step in generated] == [step.phase for step in steps]
+    prompt = torch.arange(7, 23).reshape(2, 8)
     options = {"decoder_start_token_id": 0} if name == "t5-large" else {}
     real = model.generate(
         prompt, max_new_tokens=4, do_sample=False, eos_token_id=None, pad_token_id=0, return_dict_in_generate=True,
         **options,
     )  # fmt: skip
-    mine, theirs = steps[-1].cache, real.past_key_values
-    cache = mine.self_attention_cache if name == "t5-large" else mine
-    other = theirs.self_attention_cache if name == "t5-large" else theirs
-    assert cache.get_seq_length() == other.get_seq_length() == (4 if name == "t5-large" else 11)
-    for a, b in zip(cache.layers, other.layers):
-        torch.testing.assert_close(a.keys, b.keys)
+    for mine in (steps[-1].cache, generated[-1].cache[0]):
+        cache, other = (c.self_attention_cache if name == "t5-large" else c for c in (mine, real.past_key_values))
+        assert cache.get_seq_length() == other.get_seq_length() == (4 if name == "t5-large" else 11)
+        for a, b in zip(cache.layers, other.layers):
+            torch.testing.assert_close(a.keys, b.keys)
 
 
 def test_a_model_that_cannot_generate_stops_after_the_prompt():
@@ -66,7 +66,7 @@ def test_what_makes_no_sense_is_refused():
         Workload(batch=0)
 
     class Speech(nn.Linear):
-        main_input_name = "input_features"
+        main_input_name = "query_embeds"
 
-    with pytest.raises(ValueError, match="Speech takes 'input_features'"):
+    with pytest.raises(ValueError, match="Speech takes 'query_embeds'"):
         list(passes(Speech(2, 2), Workload(), "cpu"))

@@ -363,9 +363,9 @@ def test_a_machine_has_one_overhead() -> None:
 
 def test_the_picture_of_the_readme_is_what_is_drawn(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     script = runpy.run_path(str(ROOT / "scripts" / "draw_readme.py"))
-    monkeypatch.setitem(script["main"].__globals__, "PATH", tmp_path / "plan.svg")
+    monkeypatch.setitem(script["main"].__globals__, "PATH", tmp_path / "moving.svg")
     script["main"]()
-    assert (tmp_path / "plan.svg").read_text() == (ROOT / "notebooks" / "images" / "plan.svg").read_text()
+    assert (tmp_path / "moving.svg").read_text() == (ROOT / "notebooks" / "images" / "moving.svg").read_text()
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """`FitExplorer`: does it fit, how fast is it, and what turning a control does."""
 
+import html
 import json
 import re
 
@@ -78,6 +79,33 @@ def test_the_code_gives_the_same_advice(hardware):
     space = {}
     exec(explorer.to_code(), space)
     assert space["advice"] == explorer.advice
+
+
+@pytest.mark.parametrize("turns", [{"count": 3}, {"hardware": "Colab T4"}, {"gpu": "GB10"}, {"memory": 48, "ram": 9}])
+def test_the_state_gives_the_same_answer_and_undo_the_one_before(turns):
+    explorer = FitExplorer("llama-2-70b")
+    before = explorer.advice
+    with explorer.together():
+        for name, value in turns.items():
+            explorer.turn(name, value)
+    again = FitExplorer.from_state(explorer.state)
+    assert again.advice == explorer.advice != before and again.machine == explorer.machine
+    explorer.undo()
+    assert explorer.advice == before
+
+
+def test_a_way_that_is_clicked_tells_its_plan_and_two_answers_are_compared():
+    explorer = FitExplorer("llama-3.1-405b", "8 x H100-80GB")
+    plans = [*(option.plan for option in explorer.advice.options), *explorer.advice.misfits]
+    for plan in plans:
+        assert html.escape(str(plan)) in explorer.tell(f"way:{plan.stored}:weights")
+    assert explorer.tell("capacity:0") == ""
+    old = explorer.advice
+    explorer.compare()
+    explorer.hardware.value = "4 x L4"
+    said = explorer.differences(old, explorer.advice)
+    assert old.verdict in said[0] and explorer.advice.verdict in said[0]
+    assert html.escape(said[0]) in explorer.verdict.value and explorer.differences(old, old) == []
 
 
 def test_code_for_this_machine_names_none():

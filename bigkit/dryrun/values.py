@@ -1,0 +1,93 @@
+"""The values of small tensors in a run without data.
+
+Nothing is computed on fake GPUs, but a model's Python asks for values: whether a mask is all ones (then attention needs
+no mask, and takes another kernel), how many tokens a cache holds, whether the prompt is padded. Those follow from
+shapes, masks, positions and token ids, not from weights. What needs no weight is computed beside the run, on the CPU.
+
+Leaves out: all that depends on weights or random numbers, and large tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+from ._torch import QUESTIONS, FakeTensor, WeakIdKeyDictionary, aten, packet_of, without_modes
+from .costs import tensors_in
+
+MOST = 2**20  # elements of a tensor whose values are kept
+EMPTY = {aten.empty, aten.empty_like, aten.empty_strided, aten.new_empty}  # hold anything
+SHAPE_ALONE = {aten.ones_like, aten.zeros_like, aten.full_like, aten.new_ones, aten.new_zeros, aten.new_full}
+
+
+class KnownValues:
+    """Computes small tensors that depend on no weight beside a fake run.
+
+    >>> values = KnownValues()
+    >>> values.follow(torch.ops.aten.ones.default, ([2, 3],), {"dtype": torch.int64}, mask := torch.empty(2, 3).long())
+    >>> values.follow(torch.ops.aten.sum.default, (mask,), {}, total := torch.empty(()).long())
+    >>> values.answer(torch.ops.aten.is_nonzero.default, [total])
+    True
+    """
+
+    def __init__(self) -> None:
+        self.known: Any = WeakIdKeyDictionary()  # fake tensor -> the same with data; views share memory as there
+
+    def of(self, tensor: Tensor) -> Tensor | None:
+        """The tensor with its values, or None if they are not known."""
+        if isinstance(tensor, FakeTensor):
+            return self.known.get(tensor)
+        return self.known.get(tensor, None if tensor.is_meta else tensor)
+
+    def answer(self, question: Any, tensors: Sequence[Tensor]) -> Any:
+        """What one of `QUESTIONS` says about tensors; None if their values are not known."""
+        values = [self.of(tensor) for tensor in tensors]
+        with without_modes():
+            return None if any(value is None for value in values) else question(*values)
+
+    def take_for(self, tensor: Tensor, value: int) -> None:
+        """Say that all values of a tensor are this number."""
+        with without_modes():
+            self.known[tensor] = torch.full(tensor.shape, value, dtype=tensor.dtype)
+
+    def follow(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
+        """Compute what an operation computed, if its inputs are known; else forget what it changed."""
+        outputs = list(tensors_in((result,)))
+        changes = func._schema.is_mutable
+        if not outputs or func in QUESTIONS or not (changes or all(map(_small, outputs))):
+            return
+        if packet_of(func) in SHAPE_ALONE:
+            with without_modes():
+                args = (torch.empty(args[0].shape, dtype=args[0].dtype), *args[1:])
+        inputs = [*tensors_in(args), *tensors_in(kwargs.values())]
+        known = all(self.of(tensor) is not None for tensor in inputs) and all(map(_small, outputs))
+        known &= not changes or (bool(args) and args[0] in self.known)  # a real tensor is changed once, not twice
+        if known and packet_of(func) not in EMPTY and torch.Tag.nondeterministic_seeded not in func.tags:
+            args, kwargs = tree_map(self._with_data, (args, dict(kwargs)))
+            with without_modes(), torch.no_grad():
+                computed = list(tensors_in((func(*args, **kwargs),)))
+            self.known.update(zip(outputs, computed))
+        elif changes:
+            for tensor in inputs:
+                self._forget(tensor)
+
+    def _with_data(self, value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return self.of(value)
+        return torch.device("cpu") if isinstance(value, torch.device) else value
+
+    def _forget(self, tensor: Tensor) -> None:
+        """Forget a tensor and its views."""
+        if (mine := self.known.get(tensor)) is not None:
+            storage = mine.untyped_storage().data_ptr()
+            for other, values in list(self.known.items()):
+                if values.untyped_storage().data_ptr() == storage:
+                    del self.known[other]
+
+
+def _small(tensor: Tensor) -> bool:
+    return tensor.numel() <= MOST
