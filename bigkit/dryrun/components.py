@@ -91,27 +91,26 @@ def peak_beside_weights(model: nn.Module, work: Callable[[], Any]) -> int:
 
 def _activations(model: nn.Module, phase: str, batch: int, size: int) -> tuple[int | None, str]:
     """Bytes, and what for; None if the class takes other inputs than those that are known here."""
+    way: Callable[[], Any]
     if phase == "encode":
         tokens = min(getattr(model.config, "max_position_embeddings", None) or TOKENS, TOKENS)
-        ways = [(lambda: model(input_ids=torch.zeros(batch, tokens, dtype=torch.long, device=DEVICE)))]
+        way = lambda: model(input_ids=torch.zeros(batch, tokens, dtype=torch.long, device=DEVICE))  # noqa: E731
         load = f"{tokens} tokens"
     elif phase == "decode":
         channels: Any = getattr(model.config, "latent_channels", 4)
         dtype = next(model.parameters()).dtype
         decoder: Any = model
-        ways = [lambda: decoder.decode(torch.zeros(batch, channels, size, size, dtype=dtype, device=DEVICE))]
+        way = lambda: decoder.decode(torch.zeros(batch, channels, size, size, dtype=dtype, device=DEVICE))  # noqa: E731
         scale = 2 ** (len(getattr(model.config, "block_out_channels", (0,) * 4)) - 1)
         load = f"{scale * size} x {scale * size} pixels"
     else:
         two = batch if getattr(model.config, "guidance_embeds", False) else 2 * batch
-        ways = [lambda packed=packed: model(**_inputs(model, two, size, packed)) for packed in (False, True)]
+        way = lambda: model(**_inputs(model, two, size))  # noqa: E731
         load = f"{two} x {size} x {size} latents"
-    for way in ways:
-        try:
-            return peak_beside_weights(model, way), load
-        except Exception:  # a class may want anything
-            continue
-    return None, ""
+    try:
+        return peak_beside_weights(model, way), load
+    except Exception:  # a class may want anything
+        return None, ""
 
 
 def _side(model: nn.Module) -> int | None:
@@ -120,9 +119,11 @@ def _side(model: nn.Module) -> int | None:
     return size if isinstance(size, int) else None
 
 
-def _inputs(model: nn.Module, batch: int, size: int, packed: bool) -> dict[str, Tensor | dict[str, Tensor]]:
-    """Inputs of a denoiser by the names of its parameters. packed: 2 x 2 latents are a token already (Flux)."""
+def _inputs(model: nn.Module, batch: int, size: int) -> dict[str, Tensor | dict[str, Tensor]]:
+    """Inputs of a denoiser by the names of its parameters. With `img_ids`, 2 x 2 latents are one token (Flux)."""
     config: Any = model.config
+    names = inspect.signature(model.forward).parameters
+    packed = "img_ids" in names
     dtype = next(model.parameters()).dtype
 
     def zeros(*shape: int) -> Tensor:
@@ -143,5 +144,4 @@ def _inputs(model: nn.Module, batch: int, size: int, packed: bool) -> dict[str, 
     if getattr(config, "addition_embed_type", None) == "text_time":
         rest = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
         known["added_cond_kwargs"] = {"text_embeds": zeros(batch, rest), "time_ids": zeros(batch, 6)}  # type: ignore[assignment]
-    names = inspect.signature(model.forward).parameters
     return {name: value for name, value in known.items() if name in names and value is not None}

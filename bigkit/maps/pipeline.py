@@ -129,45 +129,64 @@ def place_pipeline(
     gpu = next((device for device in budgets if device not in ("cpu", "disk")), None)
     if gpu is None:
         raise ValueError("a pipeline is planned for a GPU: give max_memory one, such as {0: '24GB', 'cpu': '64GB'}")
-    room, extra, ram = budgets[gpu] or 0, parse_bytes(overhead), budgets.get("cpu")
-    parts = pipeline.components
-    best: tuple[tuple[int, int], tuple[str, ...]] | None = None
-    for ways in product(HOW, repeat=len(parts)):
-        staying = sum(one.spec.bytes() for one, how in zip(parts, ways) if how == "stays")
-        coming = sum(one.spec.bytes() for one, how in zip(parts, ways) if how == "comes")
-        over = max(0, coming - ram) if ram is not None else 0
-        copied = coming
-        for one, how in zip(parts, ways):
-            left = room - extra - staying - one.working
-            if how == "by block":
-                over += max(0, 2 * one.block() - left)
-                copied += _passes(one, steps) * max(0, one.spec.bytes() - max(0, left - 2 * one.block()))
-            else:
-                over += max(0, (one.spec.bytes() if how == "comes" else 0) - left)
-        if best is None or (over, copied) < best[0]:
-            best = ((over, copied), ways)
-    assert best is not None
-    (over, copied), ways = best
-    staying = sum(one.spec.bytes() for one, how in zip(parts, ways) if how == "stays")
-    placed = tuple(_placed(one, how, room, extra + staying, max_memory, gpu) for one, how in zip(parts, ways))
-    problem = f"It lacks {format_bytes(over)}." if over else ""
+    room, ram = (budgets[gpu] or 0) - parse_bytes(overhead), budgets.get("cpu")
+    trials = (_Trial.of(pipeline.components, ways, room, ram, steps)
+              for ways in product(HOW, repeat=len(pipeline.components)))  # fmt: skip
+    best = min(trials, key=lambda trial: (trial.over, trial.copied))
+    placed = tuple(_placed(best, i, parse_bytes(overhead), max_memory, gpu) for i in range(len(best.ways)))
+    problem = f"It lacks {format_bytes(best.over)}." if best.over else ""
     return PipelinePlan(
-        pipeline.name, pipeline.cls, room, extra, placed, copied, steps, problem, pipeline.notes
-    )
+        pipeline.name, pipeline.cls, budgets[gpu] or 0, parse_bytes(overhead), placed, best.copied, steps, problem,
+        pipeline.notes,
+    )  # fmt: skip
 
 
-def _passes(component: Component, steps: int) -> int:
-    return steps if component.phase == "denoise" else 1
+@dataclass(frozen=True)
+class _Trial:
+    """A way for each component, and what comes of it.
+
+    Args:
+        components, ways: the components, and one of `HOW` for each.
+        resident: bytes of each that are on the GPU in every phase.
+        copied, over: bytes for an image, and bytes that are lacking.
+    """
+
+    components: tuple[Component, ...]
+    ways: tuple[str, ...]
+    resident: tuple[int, ...]
+    copied: int
+    over: int
+
+    @classmethod
+    def of(
+        cls, components: tuple[Component, ...], ways: tuple[str, ...], room: int, ram: int | None, steps: int
+    ) -> _Trial:
+        weights = [one.spec.bytes() for one in components]
+        resident = [size if how == "stays" else 0 for size, how in zip(weights, ways)]
+        needs = [_need(one, how) for one, how in zip(components, ways)]
+        coming = sum(size for size, how in zip(weights, ways) if how == "comes")
+        spare = room - sum(resident) - max(needs)
+        passes = [steps if one.phase == "denoise" and how == "by block" else 1 for one, how in zip(components, ways)]
+        streamed = [i for i, count in enumerate(passes) if count > 1]
+        if streamed:  # what is left over goes to a denoiser that comes again and again
+            most = max(streamed, key=weights.__getitem__)
+            resident[most] = min(weights[most], max(0, spare))
+        copied = sum(n * (size - held) for n, size, held in zip(passes, weights, resident))
+        over = max(0, -spare) + (max(0, coming - ram) if ram is not None else 0)
+        return cls(components, ways, tuple(resident), copied, over)
+
+
+def _need(one: Component, how: str) -> int:
+    """Bytes that a component takes in its phase alone."""
+    return {"stays": 0, "comes": one.spec.bytes(), "by block": one.least}[how] + one.working
 
 
 def _placed(
-    one: Component, how: str, room: int, taken: int, max_memory: Mapping[Device, int | str], gpu: Device
+    trial: _Trial, i: int, overhead: int, max_memory: Mapping[Device, int | str], gpu: Device
 ) -> PlacedComponent:
-    weights, plan = one.spec.bytes(), None
-    held = {"stays": 0, "comes": weights}.get(how, 0)
+    one, how, plan = trial.components[i], trial.ways[i], None
     if how == "by block":
-        left = max(0, room - taken - one.working)
         others: dict[Device, Any] = {device: size for device, size in max_memory.items() if device in ("cpu", "disk")}
-        plan = place(one.spec, {gpu: left, **others}, strict=False)
-        held = sum(share.used for share in plan.shares if share.runs)
-    return PlacedComponent(one.name, one.phase, how, weights, one.working, taken + held + one.working, plan)
+        plan = place(one.spec, {gpu: one.least + trial.resident[i], **others}, strict=False)
+    peak = overhead + sum(trial.resident) + _need(one, how)
+    return PlacedComponent(one.name, one.phase, how, one.spec.bytes(), one.working, peak, plan)

@@ -17,6 +17,7 @@ import html
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import Any
 
 from ..units import format_bytes, format_count, text_table
@@ -48,9 +49,10 @@ class Component:
         """Bytes of activations, 0 if they are not known."""
         return self.activations or 0
 
-    def block(self) -> int:
-        """Bytes of its largest layer, the least that must be on the device."""
-        return max(layer.bytes() for layer in self.spec.layers_to_place())
+    @cached_property
+    def least(self) -> int:
+        """Bytes of it that must be on the device if it comes by block: two of its largest, and its buffers."""
+        return 2 * max(layer.bytes() for layer in self.spec.layers_to_place()) + self.spec.root.bytes(buffers_only=True)
 
 
 @dataclass(frozen=True)
@@ -121,9 +123,10 @@ def estimate_pipeline(pipeline: PipelineSpec) -> PipelineEstimate:
     """Count a pipeline's memory.
 
     >>> from bigkit import zoo
-    >>> clip, unet = (Component(name, zoo.describe("gpt2"), phase, 2**20) for name, phase in zip("ab", PHASES))
-    >>> estimate_pipeline(PipelineSpec("two", "Pipeline", (clip, unet))).ways["all stay"] - 2 * zoo.describe("gpt2").bytes()
-    1048576
+    >>> spec = zoo.describe("gpt2")
+    >>> parts = (Component("text_encoder", spec, "encode", 2**20), Component("unet", spec, "denoise", 2**21))
+    >>> estimate_pipeline(PipelineSpec("two", "Pipeline", parts)).ways["all stay"] - 2 * spec.bytes()
+    2097152
     """
     parts = pipeline.components
     rows = tuple(
@@ -135,13 +138,11 @@ def estimate_pipeline(pipeline: PipelineSpec) -> PipelineEstimate:
     ways = {
         "all stay": pipeline.weights + max(one.working for one in parts),
         "one at a time": fullest.spec.bytes() + fullest.working,
-        "by the block": max(2 * one.block() + one.working for one in parts),
+        "by the block": max(one.least + one.working for one in parts),
     }
     unknown = [one.name for one in parts if one.activations is None]
     notes = [f"Activations of {', '.join(unknown)} are not counted."] if unknown else []
-    return PipelineEstimate(
-        pipeline.name, pipeline.cls, rows, ways, fullest.name, (*notes, *pipeline.notes)
-    )
+    return PipelineEstimate(pipeline.name, pipeline.cls, rows, ways, fullest.name, (*notes, *pipeline.notes))
 
 
 def order(components: Sequence[str], sequence: str) -> list[tuple[str, str]]:
