@@ -36,6 +36,7 @@ from ..maps.strategies import place
 from ..meta.skeleton import spec_from_module
 from ..model.config import facts
 from ..model.estimate import remarks
+from ..model.stored import tensors_told
 from ..quantize.load import BnbQuantizationConfig
 from ..units import format_bytes, format_seconds, three_figures
 from .export import chrome_trace
@@ -448,11 +449,15 @@ def _model(
         from .. import zoo
 
         name, empty = model, zoo.empty_model(model, dtype=dtype)
-        if dtype is None and quantization is None and (tensors := zoo.stored_tensors(model)):
-            keep_as_stored(empty, tensors, model)
+        tensors = zoo.stored_tensors(model) if dtype is None and quantization is None else {}
     else:
         empty = model if isinstance(model, nn.Module) else model()
-        name = getattr(getattr(empty, "config", None), "_name_or_path", "") or type(empty).__name__
+        config = getattr(empty, "config", None)
+        name = getattr(config, "_name_or_path", "") or type(empty).__name__
+        told = dtype is None and quantization is None and isinstance(getattr(config, "quantization_config", None), dict)
+        tensors = tensors_told(spec_from_module(empty)) if told else {}
+    if tensors:
+        keep_as_stored(empty, tensors, name)
     if real := next((name for name, parameter in empty.named_parameters() if not parameter.is_meta), None):
         raise ValueError(f"{real!r} has memory: a dry run needs an empty model, built under init_empty_weights()")
     if quantization is not None:

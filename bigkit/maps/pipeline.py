@@ -96,6 +96,14 @@ class PipelinePlan:
             table, end, *self.notes,
         ])  # fmt: skip
 
+    def to_code(self) -> str:
+        """Python that makes this plan and runs the pipeline by it."""
+        return "\n".join([
+            "import bigkit", "from bigkit.offload.pipeline import dispatch_pipeline", "",
+            f"plan = bigkit.plan({self.model!r}, {{0: {self.budget}, 'cpu': '64GB'}}, overhead={self.overhead})",
+            "dispatch_pipeline(pipe, plan)  # a pipeline of Diffusers, loaded on the CPU",
+        ])  # fmt: skip
+
     def to_json(self) -> str:
         """All of it as JSON text, sizes in bytes."""
         return json.dumps(asdict(self), indent=1, default=str)

@@ -203,6 +203,12 @@ def stored_sizes(model: ModelSpec, settings: Mapping[str, Any]) -> dict[str, int
     return {name: sum(part.bytes() for part in own.values()) for name, own in parts.items()}
 
 
+def tensors_told(model: ModelSpec) -> dict[str, TensorSpec]:
+    """What a checkpoint has of its quantized weights, by name, as the model's `quantization_config` tells it."""
+    told = stored_tensors(model, model.facts.get("quantization_config") or {}) or {}
+    return {full: tensor for parts in told.values() for full, tensor in parts.items()}
+
+
 def stored_tensors(model: ModelSpec, settings: Mapping[str, Any]) -> dict[str, dict[str, TensorSpec]] | None:
     """Weight that is quantized -> the tensors that a checkpoint has of it, by full name; None if that is unknown."""
     format, method = read_format(settings), str(settings.get("quant_method", "")).lower()

@@ -15,7 +15,7 @@ import ipywidgets as widgets
 from ..api import Source
 from ..devices import Device
 from ..draw.plan import moved, plan_differences, plan_figure, plan_text, plan_verdict, share_text
-from ..machine.hardware import HARDWARE, Hardware
+from ..machine.hardware import HARDWARE, Hardware, machine_of
 from ..machine.ledger import overhead_of
 from ..maps.plan import Plan, PlanError
 from ..maps.strategies import STRATEGIES, place
@@ -70,7 +70,7 @@ class PlanExplorer(Explorer):
 
     Args:
         model: a shipped name, Hub id, Hub URL, timm name or folder; or an `nn.Module` or `ModelSpec`.
-        max_memory: a machine of `bigkit.HARDWARE` by name (None: two RTX 4090), or device -> budget as `plan` takes it.
+        max_memory: a machine by its name (None: two RTX 4090), or device -> budget, as `plan` takes them.
         dtype, quantization, strategy, context, batch, kv_dtype: as `plan` takes them.
         overhead: bytes that the CUDA context and the allocator take on each GPU; None takes `Hardware.overhead` of the
             machine, and nothing for budgets of your own.
@@ -118,8 +118,9 @@ class PlanExplorer(Explorer):
         if isinstance(max_memory, Mapping):
             hardware, start = self.preset_menu("Machine"), _budgets(max_memory)
         else:
-            hardware = self.preset_menu("Machine", max_memory or "2 x RTX 4090")
-            start = dict(self.presets.get(hardware.value) or self.presets["2 x RTX 4090"])
+            machine = machine_of(max_memory or "2 x RTX 4090")
+            hardware = self.preset_menu("Machine", machine.name if machine.name in self.presets else "")
+            start = _machine(machine)
         if overhead is not None:
             start["overhead"] = parse_bytes(overhead) / MiB
 

@@ -31,6 +31,7 @@ Reading order:
     fetch.py      so many bytes and seconds from the Hub, and not one more
     headers.py    a model known by the headers of its weights alone
     gguf.py       a model known by the header of its GGUF file
+    pipelines.py  pipelines of Diffusers: a class and a config for each component
     errors.py     what can go wrong, one class each
     gpt.py        a GPT of 8 million parameters whose weights ship, to run everything on
 

@@ -95,8 +95,7 @@ def stored_tensors(name: str | os.PathLike[str]) -> dict[str, TensorSpec]:
     if isinstance(source, hub.Source):
         with suppress(ZooError):
             return headers.headers(source)
-    told = stored.stored_tensors(spec, spec.facts["quantization_config"]) or {}
-    return {full: tensor for parts in told.values() for full, tensor in parts.items()}
+    return stored.tensors_told(spec)
 
 
 def empty_model(

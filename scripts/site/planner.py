@@ -164,7 +164,7 @@ def _fit(values: Values) -> dict[str, Any]:
     if best is None:
         facts = " ".join([*advice.cures[:1], *advice.notes])
         return _said("bad", advice.verdict, facts, [advice_figure(advice)], advice.explain(), code)
-    facts = [f"A {'pass' if best.token is None else 'token'} waits for {best.bottleneck}."]
+    facts = [best.reason]
     if best.plan.longest:
         facts.append(f"The longest context here: {best.plan.longest}.")
     news = "slow" if best.plan.offloaded else "good"

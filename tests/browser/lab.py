@@ -155,8 +155,9 @@ class LabNotebook:
     def run_all(self, timeout: float = 120) -> None:
         """Clear the outputs and run all cells, through the menu as a person does; the first error fails the test."""
         self.choose("Edit", "editmenu:clear-all")
-        waiting = self.cells.locator(".jp-InputPrompt", has_text=re.compile(r"\[[ *]\]"))  # not run, or running
-        expect(waiting).to_have_count(self.cells.count())
+        prompts = self.cells.locator(".jp-InputArea-prompt")  # a cell whose code is folded has none
+        waiting = prompts.filter(has_text=re.compile(r"\[[ *]\]"))  # not run, or running
+        expect(waiting).to_have_count(prompts.count())
         self.choose("Run", "runmenu:run-all")
         deadline = time.monotonic() + timeout
         while waiting.count() and not self.errors():

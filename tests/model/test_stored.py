@@ -190,6 +190,8 @@ def test_dry_runs_and_advice_count_what_plans_count(tmp_path: Path, format: str)
         peak = run.timeline(0).at_peak()
         assert peak["weights"] == plan.shares[0].weights, there
     assert peak["activations"] <= plan.shares[0].activations
+    run = bigkit.dry_run(lambda: zoo.empty_model(tmp_path, dtype=None), prompt_tokens=16, new_tokens=2)
+    assert run.timeline(0).at_peak()["weights"] == plan.shares[0].weights
     best = bigkit.advise(str(tmp_path), "RTX 4090", context=18, stored=(None,)).best
     assert best is not None and best.plan.shares[0].weights == plan.shares[0].weights
 
