@@ -11,20 +11,23 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 _HOMES = {  # module -> the public names in it
-    "api": "advise describe estimate_memory plan",
+    "api": "advise describe estimate_memory plan plan_hosts",
     "checkpoints.load": "load_checkpoint_in_model",
     "checkpoints.save": "save_model",
     "checkpoints.state_dict": "load_state_dict",
     "distributed.gather": "gather gather_for_results gather_object",
+    "distributed.in_flight": "map_in_flight",
     "distributed.map_file": "map_file",
     "distributed.notebook": "notebook_launcher",
     "distributed.state": "PartialState split_between_processes",
     "dryrun.run": "DryRun dry_run",
+    "hosts": "pipeline",
     "machine.hardware": "HARDWARE Hardware",
     "machine.ledger": "Calibration Ledger",
     "maps.advise": "Advice",
     "maps.device_map": "check_device_map compute_module_sizes find_tied_parameters get_balanced_memory get_max_memory "
     "infer_auto_device_map",
+    "maps.hosts": "HostsPlan",
     "maps.plan": "Plan PlanError",
     "measure.calibrate": "calibrate",
     "measure.record": "Recorder record",
@@ -46,15 +49,17 @@ __all__ = ["__version__", "zoo", *sorted(_HOME_OF)]
 
 if TYPE_CHECKING:
     from . import zoo
-    from .api import advise, describe, estimate_memory, plan
+    from .api import advise, describe, estimate_memory, plan, plan_hosts
     from .checkpoints.load import load_checkpoint_in_model
     from .checkpoints.save import save_model
     from .checkpoints.state_dict import load_state_dict
     from .distributed.gather import gather, gather_for_results, gather_object
+    from .distributed.in_flight import map_in_flight
     from .distributed.map_file import map_file
     from .distributed.notebook import notebook_launcher
     from .distributed.state import PartialState, split_between_processes
     from .dryrun.run import DryRun, dry_run
+    from .hosts import pipeline
     from .machine.hardware import HARDWARE, Hardware
     from .machine.ledger import Calibration, Ledger
     from .maps.advise import Advice
@@ -66,6 +71,7 @@ if TYPE_CHECKING:
         get_max_memory,
         infer_auto_device_map,
     )
+    from .maps.hosts import HostsPlan
     from .maps.plan import Plan, PlanError
     from .measure.calibrate import calibrate
     from .measure.record import Recorder, record

@@ -6,15 +6,18 @@ Leaves out: all arithmetic (`maps/strategies.py`, `maps/advise.py`, `model/estim
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Union
 
 from . import zoo
 from .devices import Device
 from .machine.hardware import Hardware, machine_of
 from .machine.ledger import overhead_of
+from .machine.network import Network
 from .maps import advise as _advise
+from .maps import hosts as _hosts
 from .maps.advise import Advice
+from .maps.hosts import HostsPlan
 from .maps.plan import Plan
 from .maps.strategies import place
 from .model import estimate as _estimate
@@ -110,6 +113,33 @@ def plan(
         special_dtypes=special_dtypes, no_split=no_split, batch=batch, context=context, overhead=overhead,
         offload_buffers=offload_buffers, strict=strict, experts_on_cpu=experts_on_cpu, kv_dtype=kv_dtype,
     )  # fmt: skip
+
+
+def plan_hosts(
+    model: Source,
+    hosts: Sequence[Hardware | str],
+    network: Network | str = "Ethernet 10G",
+    strategy: str = "balanced",
+    **options: Any,
+) -> HostsPlan:
+    """Cut a model into one stage for each of several hosts; `bigkit.pipeline` loads and runs it so.
+
+    Args:
+        model: a name, URL, folder, `nn.Module` or `ModelSpec`.
+        hosts: machines, or names of machines as `plan`'s `hardware`, in the order in which hidden states pass them.
+        network: the line between them: a `Network`, or the name of one ("Ethernet 10G", "RDMA 100G", "WLAN").
+        strategy: "balanced" makes the slowest stage as fast as it can be; "sequential" fills one host after the other.
+        options: `dtype`, `quantization`, `batch` (sequences in all groups), `context` and others, see `plan`.
+
+    Raises:
+        PlanError: a stage does not fit its host, with the bytes that are missing and what would help.
+        ValueError: a model that is no chain of blocks (an encoder with a decoder), or an unknown name.
+
+    >>> p = plan_hosts("llama-2-7b", ["RTX 4090", "RTX 3090"], dtype="float16", batch=8, context=1024)
+    >>> [stage.blocks for stage in p.stages], p.stages[0].plan.device_map
+    ([16, 16], {'': 0})
+    """
+    return _hosts.plan_hosts(describe(model), hosts, network, strategy, **options)
 
 
 def advise(

@@ -17,7 +17,7 @@ ROOT = Path(bigkit.__file__).parent
 # Left to right: a wing (a folder, or a file on top) imports only wings to its left, and `distributed` none at all.
 ORDER = [
     "units", "course", "devices", "distributed", "model", "machine", "meta", "zoo", "maps", "checkpoints", "offload",
-    "quantize", "dryrun", "measure", "draw", "api", "listings", "examples", "widgets", "accelerate", "cli",
+    "quantize", "hosts", "dryrun", "measure", "draw", "api", "listings", "examples", "widgets", "accelerate", "cli",
 ]  # fmt: skip
 WITHOUT_TORCH = {*ORDER[:3], "model", "machine", "zoo", "maps", "api", "listings", "cli"}  # wings, but for:
 WITH_TORCH = {"zoo.build", "zoo.gpt", "maps.device_map"}

@@ -24,7 +24,9 @@ The files do this for every type of input, and say in one sentence what is wrong
     launch      `bigkit launch`: a script in several processes, by torchrun
     notebook    `notebook_launcher`: a function that was written in a notebook in several processes
     map_file    a long file of prompts, resumed where a kill cut it off
+    pipeline    one model over the processes, when none of them can hold it
+    in_flight   many groups of prompts under way in it
     _torch      the private parts of PyTorch that these need
 
-Leaves out: training, and one model spread over several processes. Imports no other wing.
+Leaves out: training, and which part of a model each process loads (`hosts.py`). Imports no other wing.
 """

@@ -7,6 +7,8 @@ It appends its answers to a file of its own in `answers.jsonl.parts`, one line e
 process 0 merges these files in order and puts the whole in place with one rename. Whatever ends the job, what stands in
 the parts is kept: the next run, with as many processes as you like, reads it and does the rest.
 
+With a model over several processes (`pipeline`) all of them work on each batch, and process 0 alone writes.
+
 Leaves out: prompts that are no file (`split_between_processes`), and starting processes (`launch.py`, `notebook.py`).
 """
 
@@ -24,10 +26,12 @@ from typing import Any
 from uuid import uuid4
 
 import torch.distributed as dist
+from torch import nn
 from tqdm import tqdm
 
 from ._torch import default_store
 from .gather import gather_object
+from .in_flight import run_in_flight
 from .state import PartialState, together
 
 
@@ -38,6 +42,7 @@ def map_file(
     *,
     batch_size: int = 8,
     progress: bool = True,
+    pipeline: nn.Module | None = None,
 ) -> Path:
     """Answer every line of a file, in all processes that were launched together, and write the answers in its order.
 
@@ -50,6 +55,8 @@ def map_file(
         output: the JSON Lines file to write: `{"index": 0, "prompt": ..., "output": ...}` for each line of `source`.
         batch_size: prompts in a call.
         progress: show a bar on process 0.
+        pipeline: the model that `function` asks, if it is one over all processes (`bigkit.pipeline`): then all of them
+            work on each batch, with as many batches under way as there are stages, and process 0 writes.
 
     Returns:
         The path of `output`, when it is complete.
@@ -73,31 +80,49 @@ def map_file(
     job = _Job(Path(source), Path(output))
     answered = job.answered()
     state.wait_for_everyone()  # before anybody writes, all have seen the same
+    if pipeline is not None:  # process 0 alone reads and writes the answers
+        answered = gather_object([answered])[0]
     if answered is None:
         return job.output
     attempt = 1 + max((int(part.name.split("-")[0]) for part in job.files()), default=-1)
     attempt, run = gather_object([(attempt, uuid4().hex)])[0]
-    job.parts.mkdir(parents=True, exist_ok=True)
+    writes = pipeline is None or state.is_main_process
+    if writes:
+        job.parts.mkdir(parents=True, exist_ok=True)
     with job.source.open("rb") as lines:
         total = sum(1 for _ in lines)
-    take_turn, count_answers = _shared_counter(f"{run}-turns"), _shared_counter(f"{run}-answers")
     unanswered = ((index, prompt) for index, prompt in job.prompts() if index not in answered)
+    batches = iter(lambda: list(islice(unanswered, batch_size)), [])
+    own = job.parts / f"{attempt:04}-{state.process_index:05}.jsonl" if writes else Path(os.devnull)
     hidden = not (progress and state.is_main_process)
     with (
-        (job.parts / f"{attempt:04}-{state.process_index:05}.jsonl").open("xb") as part,
+        own.open("xb" if writes else "wb") as part,
         tqdm(total=total, initial=len(answered), unit=" prompts", file=sys.stderr, disable=hidden) as bar,
     ):
-        turn = take_turn(1)  # batches are numbered from 1, and each is for the process that drew its number
-        batches = iter(lambda: list(islice(unanswered, batch_size)), [])
-        for number, batch in enumerate(batches, start=1):
-            if number == turn:
-                part.write(_answer(function, batch, job.source))
-                part.flush()
-                os.fsync(part.fileno())
-                bar.update(len(answered) + count_answers(len(batch)) - bar.n)
-                turn = take_turn(1)
+
+        def write(lines: bytes) -> None:
+            part.write(lines)
+            part.flush()
+            os.fsync(part.fileno())
+
+        def done(number: int, lines: bytes) -> None:
+            if writes:
+                write(lines)
+            bar.update(lines.count(b"\n"))
+
+        if pipeline is not None:
+            run_in_flight(lambda batch: _answer(function, batch, job.source), batches, pipeline, done)
+        else:
+            take_turn, count_answers = _shared_counter(f"{run}-turns"), _shared_counter(f"{run}-answers")
+            turn = take_turn(1)  # batches are numbered from 1, and each is for the process that drew its number
+            for number, batch in enumerate(batches, start=1):
+                if number == turn:
+                    write(_answer(function, batch, job.source))
+                    bar.update(len(answered) + count_answers(len(batch)) - bar.n)
+                    turn = take_turn(1)
         state.wait_for_everyone()
-        bar.update(len(answered) + count_answers(0) - bar.n)
+        if pipeline is None:
+            bar.update(len(answered) + count_answers(0) - bar.n)
     with state.main_process_first():
         if state.is_main_process:
             job.merge(total)

@@ -14,7 +14,6 @@ from ..units import GiB, KiB, MiB, format_bytes, format_seconds, three_figures
 from .bars import BAR, PART_COLOURS
 from .canvas import ABOVE, WIDTH, Picture, text_width
 from .colours import BLACK, BLUE, DARK, PALE, SOFT, TRACK, VERMILLION
-from .plan import plan_verdict
 
 ROW = 42  # points from one way to the next
 PARTS = {  # name -> colour: where weights rest, and what works beside them
@@ -38,21 +37,20 @@ def advice_figure(advice: Advice) -> Picture:
     """
     picture = Picture(advice.model, advice_label(advice), left=92, right=98)
     picture.head(f"on {advice.hardware}, {load_text(advice.batch, advice.context, advice.kv_dtype)}")
-    ways = [*((option.plan, option) for option in advice.options), *((plan, None) for plan in advice.misfits)]
-    if not ways:
+    bars = [_parts(plan) for plan, _ in advice.ways]
+    if not bars:
         return picture
-    bars = [_parts(plan) for plan, _ in ways]
     used = {name for bar in bars for name, size in bar.items() if size}
     picture.legend([(name, colour) for name, colour in PARTS.items() if name in used], HATCHES)
-    ends = _ends(ways[0][0])
+    ends = _ends(advice.ways[0][0])
     longest = max([ends[0][1], *(sum(bar.values()) for bar in bars)])
     ends = [(name, end) for name, end in ends if end <= longest * 1.001]
     unit, unit_name = next(((u, name) for u, name in ((GiB, "GiB"), (MiB, "MiB")) if longest >= u), (KiB, "KiB"))
     picture.y += 14
     top = picture.y
-    for (plan, option), bar in zip(ways, bars):
+    for (plan, option), bar in zip(advice.ways, bars):
         _draw_way(picture, plan, option, bar, picture.room / longest, unit, unit_name)
-    _draw_ends(picture, [(f"{name} {three_figures(end / unit)}", end / longest) for name, end in ends], top)
+    _draw_ends(picture, [(f"{name} {three_figures(end / unit)}", end / longest) for name, end in ends], top, unit_name)
     picture.axis(longest / unit, unit_name, top)
     return picture
 
@@ -90,8 +88,8 @@ def _draw_way(
     """One way: its name, its bar with the bytes, its speed, and what a token waits for."""
     x, y, front = picture.left, picture.y + 4, option is not None and option.front
     middle, total = y + BAR / 2, sum(bar.values())
-    news = f"{option.speed}, a token waits for {option.bottleneck}" if option else plan.problem
-    picture.mark(f"way:{plan.stored}", f"{plan.stored}: {plan_verdict(plan)}; {news}.", 0, picture.y, WIDTH, ROW)
+    news = f"{option.fit}: {option.speed}. {option.reason}" if option else f"Does not fit: {plan.problem}."
+    picture.mark(f"way:{plan.stored}", f"{plan.stored}. {news}", 0, picture.y, WIDTH, ROW)
     picture.box("room", x, y, picture.room, BAR, TRACK, depth=0)
     picture.text(x - 8, middle, f"{'* ' if front else ''}{plan.stored}", 9.5, anchor="end", bold=front)
     for name, size in bar.items():
@@ -124,13 +122,15 @@ def _write_waits(picture: Picture, option: Option, y: float) -> None:
             x += text_width(text, 8, bold) + 10
 
 
-def _draw_ends(picture: Picture, ends: list[tuple[str, float]], top: float) -> None:
+def _draw_ends(picture: Picture, ends: list[tuple[str, float]], top: float, unit: str) -> None:
     """A line for each end across every bar, and its name above, beside those before it."""
     start = 8.0
     for i, (name, share) in enumerate(ends):
         x, colour, width = picture.left + share * picture.room, DARK if i else VERMILLION, text_width(name, 8.5, not i)
         for y in [top + 4 + ROW * row for row in range(round((picture.y - top) / ROW))]:
             picture.line("capacity", [(x, y - 4), (x, y + BAR + 4)], colour, 2, depth=ABOVE)
+        says = f"{name} {unit}: what is left of this line fits there."
+        picture.mark(f"end:{i}", says, x - 3, top, 6, picture.y - top)
         start = max(start, min(x - width / 2, WIDTH - 8 - width))
         picture.text(start, top - 8, name, 8.5, bold=not i)
         start += width + 6

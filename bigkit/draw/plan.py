@@ -175,15 +175,16 @@ def moved(plan: Plan, key: str, onto: str) -> dict[str, Device]:
     kind, _, number = key.partition(":")
     target, _, where = onto.partition(":")
     devices = {str(share.device): share.device for share in plan.shares}
-    valid = number.isdigit() and int(number) < len(places) and kind in ("layer", "boundary")
-    if not valid or not (where in devices if target == "device" else where.isdigit() and int(where) < len(places)):
+    i, j = (int(text) if text.isdigit() and int(text) < len(places) else None for text in (number, where))
+    if kind == "layer" and i is not None and target == "device" and where in devices:
+        places[i] = devices[where]
+    elif kind == "layer" and i is not None and target == "layer" and j is not None:
+        places[i] = places[j]
+    elif kind == "boundary" and i and target == "layer" and j is not None:
+        start, end = min(i, j), max(i, j + 1)
+        places[start:end] = [places[i - 1] if j >= i else places[i]] * (end - start)
+    else:
         raise ValueError(f"cannot drag {key!r} onto {onto!r}: expected a layer or a boundary, and a device or a layer")
-    i = int(number)
-    if kind == "layer":
-        places[i] = devices[where] if target == "device" else places[int(where)]
-    elif target == "layer" and i:
-        j = int(where)
-        places[min(i, j) : max(i, j + 1)] = [places[i - 1] if j >= i else places[i]] * (max(i, j + 1) - min(i, j))
     return dict(zip(names, places))
 
 

@@ -122,6 +122,11 @@ class Option:
         return max(self.waits, key=lambda lane: self.waits[lane])
 
     @property
+    def reason(self) -> str:
+        """What is waited for longest, in a sentence."""
+        return f"A {'pass' if self.token is None else 'token'} waits for {WAITS[self.bottleneck]}."
+
+    @property
     def memory(self) -> int:
         """Bytes on all devices, those where weights only rest included."""
         return sum(share.used for share in self.plan.shares)
@@ -168,10 +173,9 @@ class Advice:
         return f"{best.fit}: {best.pace}, {stored}."
 
     @property
-    def reason(self) -> str:
-        """What the best way waits for, in a sentence; empty if there is none."""
-        best = self.best
-        return f"A {'token' if best.token else 'pass'} waits for {WAITS[best.bottleneck]}." if best else ""
+    def ways(self) -> list[tuple[Plan, Option | None]]:
+        """The plan of every way that was tried, best first, with its option if it fits."""
+        return [*((option.plan, option) for option in self.options), *((plan, None) for plan in self.misfits)]
 
     def explain(self) -> str:
         """A verdict, and the options as a table."""
@@ -280,7 +284,7 @@ def advise(
             misfits.append((plan, ask))
         elif target == "context" and plan.max_context is not None:
             plan = _longest(ask, plan.context, max(plan.context, longest_context(model.facts) or LONGEST))
-        options += [_predict(model, plan, hardware, calibration)] if plan.feasible else []
+        options += [predict(model, plan, hardware, calibration)] if plan.feasible else []
         said += plan.notes
     ranked = sorted(options, key=lambda option: _rank(option, target))
     fronts = [all(option.loss < better.loss for better in ranked[:i]) for i, option in enumerate(ranked)]
@@ -329,7 +333,7 @@ def rates_of(hardware: Hardware, calibration: Calibration | None) -> list[Rates]
     return [Rates.of_calibration(calibration, gpu, hardware.disk_rate) for gpu in hardware.gpus]
 
 
-def _all_rates(hardware: Hardware, calibration: Calibration | None) -> dict[Device, Rates]:
+def all_rates(hardware: Hardware, calibration: Calibration | None) -> dict[Device, Rates]:
     """The rates of every device that may run layers, the CPU among them."""
     cpu = replace(
         Rates.of_gpu(GPUS["A100-80GB"], hardware.disk_rate),
@@ -345,22 +349,22 @@ def _all_rates(hardware: Hardware, calibration: Calibration | None) -> dict[Devi
     return {"cpu": cpu, **dict(zip(hardware.max_memory(), rates_of(hardware, calibration)))}
 
 
-def _predict(model: ModelSpec, plan: Plan, hardware: Hardware, calibration: Calibration | None) -> Option:
+def predict(model: ModelSpec, plan: Plan, hardware: Hardware, calibration: Calibration | None) -> Option:
     """What a token and a prompt take under a plan."""
-    rates = _all_rates(hardware, calibration)
+    rates = all_rates(hardware, calibration)
     runners = [share for share in plan.shares if share.runs]
     first = rates[runners[0].device]
     on_gpus = runners[0].device != "cpu"
     bits = dtype_bits(model.computes_in(model.precision(plan.dtype, plan.quantization)))
     blocks = max(1, model.facts.get("num_hidden_layers") or len({record.layer for record in model.attention}))
     routed_share = sum(experts.parameters for experts in experts_of(model)) / max(1, model.parameters)
-    flops = 2 * plan.batch * (model.parameters - (1 - _picked(model, 1)) * routed_share * model.parameters)
+    flops = 2 * plan.batch * (model.parameters - (1 - picked(model, 1)) * routed_share * model.parameters)
     total = max(1, sum(share.weights for share in plan.shares))
     on_disk = sum(share.weights for share in plan.shares if share.device == "disk")
 
     def lanes(tokens: int) -> dict[str, float]:
         """Lane -> seconds that it works when each sequence brings so many tokens."""
-        used = 1 - (1 - _picked(model, plan.batch * tokens)) * routed_share  # share of the weights that are read
+        used = 1 - (1 - picked(model, plan.batch * tokens)) * routed_share  # share of the weights that are read
         reading = computing = 0.0
         for share in runners:
             rate = rates[share.device]
@@ -368,7 +372,7 @@ def _predict(model: ModelSpec, plan: Plan, hardware: Hardware, calibration: Cali
             reading += (used * weights + share.kv_cache) / rate.memory
             product = rate.table("bfloat16" if bits == 16 else "float32")[-1][1]
             computing += weights / total * tokens * flops / product
-        travels = _picked(model, plan.batch * tokens) if plan.experts else 1.0  # of experts apart, the chosen ones
+        travels = picked(model, plan.batch * tokens) if plan.experts else 1.0  # of experts apart, the chosen ones
         return {
             "Python": ASSUMED.steps[plan.quantization] * blocks * first.issue,
             "GPU" if on_gpus else "RAM": max(reading, computing),
@@ -382,7 +386,7 @@ def _predict(model: ModelSpec, plan: Plan, hardware: Hardware, calibration: Cali
     return Option(plan, token, max(whole.values()), waits, LOSS[plan.quantization])
 
 
-def _picked(model: ModelSpec, tokens: int) -> float:
+def picked(model: ModelSpec, tokens: int) -> float:
     """The share of the routed experts that some of so many tokens visit; 1 in a model without experts."""
     experts = model.facts.get("num_experts")
     return visited(tokens, model.facts.get("experts_per_token", 1), experts) if experts else 1.0

@@ -16,7 +16,7 @@ import ipywidgets as widgets
 from ..api import plan
 from ..draw.dryrun import dryrun_differences, dryrun_figure, dryrun_text
 from ..dryrun.run import DryRun, dry_run
-from ..machine.hardware import GPUS, LINKS, Hardware
+from ..machine.hardware import GPUS, LINKS, Hardware, machine_of
 from ..maps.plan import Plan
 from ..measure.record import Measurement, measure, obstacle
 from ..units import GiB, format_bytes, format_seconds
@@ -51,6 +51,11 @@ class Rehearsal(NamedTuple):
     key: tuple[Any, ...]
 
 
+def _kind(gpu: str) -> str:
+    """The entry of `GPUS` that a name means; the name itself if there is none."""
+    return next((found.name for found in machine_of(gpu).gpus), gpu)
+
+
 class DryRunExplorer(Explorer):
     """A run that has not happened, with controls.
 
@@ -61,7 +66,7 @@ class DryRunExplorer(Explorer):
 
     Args:
         model: a shipped name, Hub id, Hub URL, timm name or folder.
-        gpu: a name in `GPUS`.
+        gpu: a name in `GPUS`, or the beginning or end of one ("4090").
         count: of such GPUs.
         dtype: of the weights; None takes what the model has.
         batch, prompt, new: sequences, tokens of each prompt, tokens generated.
@@ -103,7 +108,7 @@ class DryRunExplorer(Explorer):
                     "preset": self.preset_menu("Preset"), "model": self.model_field(model), "dtype": dtype_menu(dtype),
                 },
                 "Machine": {
-                    "gpu": menu("GPU", gpus, gpu),
+                    "gpu": menu("GPU", gpus, gpu if gpu in gpus else _kind(gpu)),
                     "count": field(widgets.IntSlider, "GPUs", count, min=1, max=8),
                     "ram": field(widgets.BoundedIntText, "RAM, GiB", ram, min=0, max=4096),
                     "link": menu("Link", [ITS_OWN, *LINKS], ITS_OWN),

@@ -107,7 +107,7 @@ class FitExplorer(Explorer):
                 "What counts": {"target": menu("Best by", [*TARGETS], target)},
             },
             {
-                "Plan of the best": self._plan_pane,
+                "Plan of the best": lambda: preformatted(self.shown.ways[0][0].explain(), wrap=True),
                 "Memory to load, run and train": self._memory_pane,
             },
         )
@@ -143,11 +143,9 @@ class FitExplorer(Explorer):
     def show(self, advice: Advice) -> None:
         """Show the advice."""
         best = advice.best
-        if best is None:
-            verdict = pill("bad", advice.verdict, " ".join([*advice.cures[:1], *advice.notes]))
-        else:
-            verdict = pill("slow" if best.plan.offloaded else "good", advice.verdict,
-                           " ".join([advice.reason, *advice.notes]))  # fmt: skip
+        news = "bad" if best is None else "slow" if best.plan.offloaded else "good"
+        facts = [best.reason] if best else advice.cures[:1]
+        verdict = pill(news, advice.verdict, " ".join([*facts, *advice.notes]))
         self.put(verdict, advice_figure(advice), advice.explain())
 
     def to_code(self) -> str:
@@ -164,10 +162,8 @@ class FitExplorer(Explorer):
 
     def tell(self, key: str) -> str:
         """The plan of the way that a mark stands for."""
-        advice = self.shown
-        plans = [*(option.plan for option in advice.options), *advice.misfits]
-        return next((preformatted(plan.explain(), wrap=True) for plan in plans
-                     if key.split(":")[:2] == ["way", plan.stored]), "")  # fmt: skip
+        told = (plan.explain() for plan, _ in self.shown.ways if f"{key}:".startswith(f"way:{plan.stored}:"))
+        return next((preformatted(text, wrap=True) for text in told), "")
 
     def differences(self, old: Advice, new: Advice) -> list[str]:
         """How two advices differ: the verdict, then each way that both have."""
@@ -178,10 +174,6 @@ class FitExplorer(Explorer):
             if before.get(option.label, now) != now:
                 said.append(f"{option.label}: {before[option.label]}; now {now}.")
         return said
-
-    def _plan_pane(self) -> str:
-        best = self.shown.best
-        return preformatted(best.plan.explain(), wrap=True) if best else "<p>Nothing fits.</p>"
 
     def _memory_pane(self) -> str:
         name, advice = self.model.value.strip(), self.shown

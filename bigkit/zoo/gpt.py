@@ -324,9 +324,12 @@ class GPT(nn.Module):
             if top_k is not None:
                 smallest = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
                 logits = logits.masked_fill(logits < smallest, -math.inf)
-            chosen = logits.float().softmax(-1).multinomial(1) if do_sample else logits.argmax(-1, keepdim=True)
-            idx = torch.cat((idx, chosen.to(idx.device)), dim=1)
+            idx = torch.cat((idx, self.choose(logits, do_sample).to(idx.device)), dim=1)
         return idx
+
+    def choose(self, scores: Tensor, do_sample: bool) -> Tensor:
+        """(batch, vocab_size) -> the id of each row's next token, (batch, 1): drawn, or the likeliest."""
+        return scores.float().softmax(-1).multinomial(1) if do_sample else scores.argmax(-1, keepdim=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -45,3 +45,18 @@ def test_the_text_says_the_same_shares(run):
         ("Python", "python"), ("GPU 0", "cuda:0"), ("link to GPU 0", "copy to cuda:0"))}  # fmt: skip
     for lane, share in run.busy.items():
         assert share == pytest.approx(sum(step.busy[lane] for step in run.times) / sum(s.seconds for s in run.times))
+
+
+def test_a_step_that_pauses_is_not_hidden_by_one_that_does_not():
+    run = dry_run("gpt2", None, 4, 256, 3, "T4", dtype="float16")
+    svg = dryrun_figure(run).svg
+    (room,) = {(x, width) for x, _, width, height in rectangles(svg, TRACK) if height == LANE - 4}
+    scale, start = room[1] / sum(step.seconds for step in run.times), room[0]
+    shares = []
+    for step in run.times:
+        end = start + step.seconds * scale
+        boxes = [box for box in rectangles(svg, GREEN) if start - 0.1 <= box[0] < end - 0.1 and box[3] <= LANE - 4]
+        shares.append(sum(width * height for _, _, width, height in boxes) / ((end - start) * (LANE - 4)))
+        assert shares[-1] == pytest.approx(step.busy["cuda:0"] / step.seconds, abs=0.03), step.name
+        start = end
+    assert shares[0] > 0.95 and max(shares[1:]) < 0.7

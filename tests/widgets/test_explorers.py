@@ -265,8 +265,10 @@ def test_any_context_can_be_given() -> None:
 
 
 def test_bad_arguments_are_refused_at_once() -> None:
-    with pytest.raises(ValueError, match="unknown machine '3 x PS5': expected one of"):
+    with pytest.raises(ValueError, match="unknown hardware '3 x PS5': no name is close to it"):
         PlanExplorer("gpt2", "3 x PS5")
+    assert PlanExplorer("gpt2", "4090").machine is HARDWARE["1 x RTX 4090"]
+    assert len(PlanExplorer("gpt2", "3xL4").gpus) == 3
     with pytest.raises(ValueError, match="GPUs 0, 1"):
         PlanExplorer("gpt2", {1: "1GiB"})
     with pytest.raises(ValueError, match="ambiguous"):

@@ -1,0 +1,395 @@
+"""One model over several processes: each runs a stretch of its blocks and sends hidden states to the next.
+
+    ids ─> process 0: embedding, h.0 .. h.4 ──hidden states──> process 1: h.5 .. h.9, head ──> a token
+             ^                                                                                  │
+             └────────────────────────── one number for each sequence ──────────────────────────┘
+
+Every process calls the model's own `forward` with the same ids, so that masks, positions and caches are those of the
+whole model. Modules that rest elsewhere are emptied: an embedding gives zeros of the right shape, a block gives back
+what it got, and the block before the first own one gives what the process before has sent. Attention caches of emptied
+blocks count tokens and hold one number for each. In `generate` the last process alone sees logits: it draws, asks the
+stopping criteria, and sends each sequence's token, as `~token` if the sequence is done.
+
+Transformers' `DistributedConfig(pp_size=...)` has the same contract (the same call on every process). It is not used:
+it cuts by the number of layers, knows models of Llama's names only, sends all logits to all processes, and its emptied
+layers leave their caches at length 0, by which masks and positions go.
+
+Leaves out: which blocks go where (`maps/hosts.py`), loading them (`hosts.py`), many groups (`in_flight.py`), training.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from functools import partial, wraps
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from .gather import _carrier as carrier
+from .state import together
+
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+_HEADER = 10  # of a message: the call, the dtype, the block's kind of output, and the shape
+_REFUSED = {  # options of `generate` that need logits, or what the model computes, on every process
+    "num_beams": 1, "output_scores": False, "output_logits": False, "output_attentions": False,
+    "output_hidden_states": False, "guidance_scale": None, "penalty_alpha": None, "dola_layers": None,
+    "prompt_lookup_num_tokens": None,
+}  # fmt: skip
+
+
+def stage_of(model: nn.Module) -> Stage:
+    """This process's stage of a model that `bigkit.pipeline` has returned.
+
+    Raises:
+        ValueError: it has not.
+    """
+    stage = getattr(getattr(model.forward, "func", None), "__self__", None)
+    if not isinstance(stage, Stage):
+        raise ValueError(f"this {type(model).__name__} is no pipeline: load it with bigkit.pipeline")
+    return stage
+
+
+class Stage:
+    """A process's part of a model, and its line to the others.
+
+    Args:
+        model: the model, whole and empty; the modules of other stages lose their tensors.
+        stages: for each process the names of the modules that rest there; all but the first begin with a block.
+        rank: which of them this process is.
+
+    Raises:
+        ValueError: a module cannot be left out here.
+    """
+
+    def __init__(self, model: nn.Module, stages: Sequence[Sequence[str]], rank: int) -> None:
+        self.model, self.rank, self.last = model, rank, len(stages) - 1
+        self.own = tuple(stages[rank])
+        self.received = torch.empty(0)
+        self.kind = 0  # what a block returns: 0 for a tensor, or the length of a tuple
+        self.sent = False
+        self.device = torch.device("cpu")
+        self.turns: Any = None  # of several groups under way
+        self.pending: deque[tuple[Any, Tensor]] = deque()
+        self.call = threading.local()
+        self.checked = rank == 0
+        own = {id(tensor) for name in self.own for tensor in model.get_submodule(name).parameters()}
+        entry = _before(self.own[0]) if rank else ""
+        for name in (name for i, names in enumerate(stages) for name in names if i != rank):
+            module = model.get_submodule(name)
+            if not any(id(tensor) in own for tensor in module.parameters()):  # a tied one stays
+                self._empty(module, name, entry)
+        if rank < self.last:
+            model.get_submodule(_before(stages[rank + 1][0])).register_forward_hook(self._send_output)
+
+    def attach(self, device: torch.device) -> None:
+        """Let `forward` and `generate` of the model, which is loaded now, speak with the other processes."""
+        self.device = device
+        model: Any = self.model
+        model.forward = wraps(model.forward)(partial(self._forward, model.forward))
+        if hasattr(model, "generate"):
+            model.generate = wraps(model.generate)(partial(self._generate, model.generate))
+        if hasattr(model, "choose"):
+            model.choose = partial(self._choose, model.choose)
+
+    # -- modules that rest elsewhere
+
+    def _empty(self, module: nn.Module, name: str, entry: str) -> None:
+        """Take a module's tensors and parts away, and let it give what stands for its output."""
+        index: Any = next((part.layer_idx for part in module.modules() if hasattr(part, "layer_idx")), None)
+        forward: Callable[..., Any] = partial(self._skip, index, name == entry)
+        if isinstance(module, nn.Embedding):
+            forward = partial(self._zeros, module.embedding_dim)
+        elif isinstance(module, nn.Linear):
+            forward = partial(self._no_logits, module.out_features)
+        elif not name.rpartition(".")[2].isdigit():
+            raise ValueError(f"{name} is a {type(module).__name__}, and only blocks, embeddings and heads can be away")
+        module._parameters = dict.fromkeys(module._parameters)
+        module._buffers = dict.fromkeys(module._buffers)
+        module._modules.clear()
+        module.forward = forward
+
+    def _zeros(self, width: int, *_: Any, **__: Any) -> Tensor:
+        zeros = torch.zeros(*self.received.shape[:-1], width, dtype=self.received.dtype, device=self.device)
+        if (taint := getattr(self.call, "taint", None)) is not None:
+            taint.mark(zeros)
+        return zeros
+
+    def _no_logits(self, width: int, hidden: Tensor) -> Tensor:
+        return hidden.new_zeros(()).expand(*hidden.shape[:-1], width)
+
+    def _skip(self, index: int | None, is_entry: bool, *args: Any, **options: Any) -> Any:
+        """What a block elsewhere would return: what it got, or what has arrived in its place."""
+        hidden = _first(*args, **options)
+        for cache in (*args[1:], *options.values()):
+            _count(cache, index, hidden)
+        if is_entry:
+            if hidden.shape != self.received.shape:
+                ours, theirs = tuple(hidden.shape), tuple(self.received.shape)
+                raise RuntimeError(_unlike(self.rank, f"hidden states of shape {theirs} came where {ours} are due"))
+            hidden = self.received
+        return (hidden, *[None] * (self.kind - 1)) if self.kind else hidden
+
+    # -- messages
+
+    def _post(self, tensor: Tensor, rank: int) -> None:
+        """Send without waiting; what is sent is kept until it has left."""
+        tensor = tensor.detach().contiguous().to(carrier(tensor.device))
+        with together("pipeline"):
+            while len(self.pending) > 16:
+                self.pending.popleft()[0].wait()
+            self.pending.append((dist.isend(tensor, rank), tensor))
+
+    def _take(self, tensor: Tensor, rank: int) -> Tensor:
+        arrived = tensor.to(carrier(tensor.device))
+        with together("pipeline"):
+            dist.recv(arrived, rank)
+        return arrived.to(tensor.device)
+
+    def flush(self) -> None:
+        """Wait until all that was sent has left."""
+        with together("pipeline"):
+            while self.pending:
+                self.pending.popleft()[0].wait()
+
+    def _send_output(self, block: nn.Module, args: Any, output: Any) -> None:
+        """The last own block has worked: its hidden states go to the next process."""
+        hidden = output if isinstance(output, Tensor) else output[0]
+        self.kind, self.sent = 0 if isinstance(output, Tensor) else len(output), True
+        self._post_shaped(hidden, self.rank + 1)
+
+    def _post_shaped(self, tensor: Tensor, rank: int) -> None:
+        if tensor.dtype not in _DTYPES:
+            raise TypeError(f"hidden states are {tensor.dtype}: expected one of {', '.join(map(str, _DTYPES))}")
+        about = [getattr(self.call, "digest", 0), _DTYPES.index(tensor.dtype), self.kind, tensor.ndim, *tensor.shape]
+        self._post(torch.tensor(about + [0] * (_HEADER - len(about))), rank)
+        self._post(tensor, rank)
+
+    def _take_shaped(self, rank: int) -> Tensor:
+        digest, dtype, kind, ndim, *shape = self._take(torch.zeros(_HEADER, dtype=torch.int64), rank).tolist()
+        tensor = self._take(torch.empty(shape[:ndim], dtype=_DTYPES[dtype], device=self.device), rank)
+        if digest != getattr(self.call, "digest", 0):
+            raise RuntimeError(_unlike(self.rank, f"it was called with other inputs or options than process {rank}"))
+        self.kind = kind
+        return tensor
+
+    def _to_all(self, tensor: Tensor | None, take: Callable[[], Tensor], post: Callable[[Tensor, int], None]) -> Tensor:
+        """What the last process has, on every process; another group may have its turn meanwhile."""
+        if tensor is not None:
+            for rank in range(self.last):
+                post(tensor, rank)
+        if self.turns is not None:
+            self.turns.pass_on()
+        return take() if tensor is None else tensor
+
+    # -- a forward
+
+    def _forward(self, forward: Callable[..., Any], *args: Any, **options: Any) -> Any:
+        if self.rank:
+            self.received = self._take_shaped(self.rank - 1)
+        self.sent = False
+        with torch.no_grad(), nullcontext() if self.checked else self._checking():
+            output = forward(*args, **options)
+        if self.rank < self.last and not self.sent:
+            raise RuntimeError(f"the blocks of {type(self.model).__name__} did not run in this forward")
+        return output if getattr(self.call, "choosing", False) else self._share(output)
+
+    def _share(self, output: Any) -> Any:
+        """The logits of the last process in everyone's output."""
+        own = output if isinstance(output, Tensor) else output[0] if isinstance(output, tuple) else output.logits
+        mine = own if self.rank == self.last else None
+        logits = self._to_all(mine, partial(self._take_shaped, self.last), self._post_shaped)
+        self.flush()
+        if isinstance(output, Tensor):
+            return logits
+        if isinstance(output, tuple):
+            return (logits, *output[1:])
+        output.logits = logits
+        return output
+
+    @contextmanager
+    def _checking(self) -> Iterator[None]:
+        """In the first forward, see that own modules use nothing that another process would have to send as well."""
+        taint = self.call.taint = _Taint()
+        hooks = [
+            self.model.get_submodule(name).register_forward_pre_hook(partial(taint.refuse, name), with_kwargs=True)
+            for name in self.own
+            if name.rpartition(".")[2].isdigit()
+        ]
+        try:
+            with taint:
+                yield
+            self.checked = True
+        finally:
+            self.call.taint = None
+            for hook in hooks:
+                hook.remove()
+
+    # -- a token
+
+    def _generate(self, generate: Callable[..., Any], *args: Any, **options: Any) -> Any:
+        """The model's own `generate`, in which the last process draws."""
+        library = hasattr(self.model, "prepare_inputs_for_generation")
+        if library:
+            options["custom_generate"] = partial(self._decode, streamer=options.pop("streamer", None))
+        if library and options.get("assistant_model") is not None:
+            raise ValueError("an assistant model is given, and a pipeline draws one token at a time: leave it out")
+        self.call.digest = 0 if library else _digest(*args, options)
+        self.call.choosing = True
+        try:
+            return generate(*args, **options)
+        finally:
+            self.call.choosing, self.call.digest = False, 0
+            if self.turns is None:
+                self.flush()
+
+    def _decode(self, model: Any, input_ids: Tensor, logits_processor: Any, stopping_criteria: Any,
+                generation_config: Any, streamer: Any = None, **options: Any) -> Any:  # fmt: skip
+        """Transformers' loop for one token after another (`custom_generate` of `generate`)."""
+        wrong = [name for name, fine in _REFUSED.items() if getattr(generation_config, name, fine) not in (fine, None)]
+        if wrong:
+            raise ValueError(f"{', '.join(wrong)}: a pipeline draws one token at a time on its last process")
+        settings = {k: v for k, v in generation_config.to_diff_dict().items() if not k.startswith("_")}
+        self.call.digest = _digest(input_ids, options.get("attention_mask"), settings)
+        agreed = _Agreed(self, logits_processor, stopping_criteria, generation_config)
+        if streamer is not None:
+            streamer.put(input_ids.cpu())  # `generate` does so for its own loops
+        generation_config.do_sample = False  # it is drawn: what `_sample` sees has one token left
+        return type(model)._sample(
+            model, input_ids, agreed.processors(), agreed.criteria(), generation_config, streamer=streamer, **options
+        )
+
+    def _choose(self, choose: Callable[..., Tensor], scores: Tensor, *args: Any) -> Tensor:
+        """For a model with a `generate` of its own, which asks `choose(scores, ...)` for ids of shape (batch, 1)."""
+        chosen = choose(scores, *args) if self.rank == self.last else None
+        return self.agree(chosen, (scores.shape[0], 1))
+
+    def agree(self, tokens: Tensor | None, shape: tuple[int, ...]) -> Tensor:
+        """The tokens that the last process has drawn, on every process (CPU int64)."""
+        mine = None if tokens is None else tokens.to("cpu", torch.int64)
+        take = partial(self._take, torch.zeros(shape, dtype=torch.int64), self.last)
+        return self._to_all(mine, take, self._post)
+
+
+class _Agreed:
+    """The last logits processor and the only stopping criterion of every process: what the last process says.
+
+    On the last one it applies the user's processors, draws, and asks the user's criteria.
+    """
+
+    def __init__(self, stage: Stage, processors: Any, criteria: Any, config: Any) -> None:
+        self.stage, self.user_processors, self.user_criteria = stage, processors, criteria
+        self.sample, self.pad = config.do_sample, config._pad_token_tensor
+        self.done: Tensor | None = None  # of this token, and
+        self.over: Tensor | None = None  # of all so far: (batch,)
+        if any(hasattr(criterion, "eos_token_id") for criterion in criteria):
+            self.eos_token_id = True  # `_sample` pads finished sequences where a criterion has it
+
+    def processors(self) -> Any:
+        return type(self.user_processors)([self])
+
+    def criteria(self) -> Any:
+        return type(self.user_criteria)([self._verdict()])
+
+    def _verdict(self) -> Any:
+        def verdict(input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
+            assert self.done is not None
+            return self.done.to(input_ids.device)
+
+        if hasattr(self, "eos_token_id"):
+            verdict.eos_token_id = True  # type: ignore[attr-defined]
+        return verdict
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """(batch, vocabulary) -> the same, with nothing but the token of each sequence left."""
+        drawn = self._draw(input_ids, scores) if self.stage.rank == self.stage.last else None
+        said = self.stage.agree(drawn, (len(input_ids),)).to(scores.device)
+        self.done = said < 0
+        tokens = torch.where(self.done, ~said, said)
+        return torch.full_like(scores, -torch.inf).scatter_(1, tokens[:, None], 0.0)
+
+    def _draw(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        scores = self.user_processors(input_ids, scores)
+        if self.sample:
+            tokens = torch.multinomial(scores.softmax(-1), num_samples=1).squeeze(1)
+        else:
+            tokens = scores.argmax(-1)
+        if self.over is not None and hasattr(self, "eos_token_id"):
+            tokens = torch.where(self.over, self.pad.to(tokens.device), tokens)
+        done = self.user_criteria(torch.cat([input_ids, tokens[:, None]], dim=-1), None)
+        self.over = done if self.over is None else done | self.over
+        return torch.where(done, ~tokens, tokens)
+
+
+class _Taint(TorchDispatchMode):
+    """Follows what is computed from zeros that stand for the output of a module elsewhere."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kept: dict[int, Any] = {}  # the storages are kept, so that no other gets their address
+
+    def mark(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        self.kept[storage._cdata] = storage
+
+    def has(self, thing: Any) -> bool:
+        if isinstance(thing, (list, tuple)):
+            return any(map(self.has, thing))
+        return isinstance(thing, Tensor) and thing.untyped_storage()._cdata in self.kept
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        by_shape = func._opname.endswith("_like") or func._opname.startswith("new_")
+        if not by_shape and (self.has(args) or self.has(tuple((kwargs or {}).values()))):
+            for tensor in output if isinstance(output, (list, tuple)) else [output]:
+                if isinstance(tensor, Tensor):
+                    self.mark(tensor)
+        return output
+
+    def refuse(self, name: str, block: nn.Module, args: Any, options: dict[str, Any]) -> None:
+        """A block's inputs must come from this process, but for the hidden states."""
+        inputs = {**{f"input {i}": arg for i, arg in enumerate(args)}, **options}
+        if wrong := next((own for own, value in inputs.items() if self.has(value)), None):
+            hint = "this model needs more than hidden states from one block to the next, and cannot be cut here"
+            raise ValueError(f"{wrong} of {name} is computed from what rests on another process: {hint}")
+
+
+def _first(*args: Any, **options: Any) -> Tensor:
+    """The hidden states among the inputs of a module."""
+    inputs = (*args, options.get("hidden_states"), *options.values())
+    return next(value for value in inputs if isinstance(value, Tensor))
+
+
+def _count(cache: Any, index: int | None, hidden: Tensor) -> None:
+    """Let the cache of a block that is elsewhere know how many tokens there are."""
+    if hasattr(cache, "room") and hasattr(cache, "length"):  # `zoo.gpt.LayerCache`
+        cache.length += hidden.shape[1]
+    elif index is not None and hasattr(cache, "layers") and hasattr(cache, "get_seq_length"):
+        layer = cache.layers[index] if index < len(cache.layers) else None
+        if layer is None or hasattr(layer, "get_seq_length") and hasattr(layer, "keys"):
+            one = hidden.new_zeros(hidden.shape[0], 1, hidden.shape[1], 1)  # one number for each token
+            cache.update(one, one, index)
+
+
+def _digest(*things: Any) -> int:
+    """A number for the inputs of a call, by which processes see that they got the same."""
+    text = hashlib.blake2b(digest_size=7)
+    for thing in things:
+        text.update(repr(thing.tolist() if isinstance(thing, Tensor) else thing).encode())
+    return int.from_bytes(text.digest(), "little")
+
+
+def _unlike(rank: int, problem: str) -> str:
+    return f"process {rank} stopped: {problem}. Make the same calls with the same inputs on every process"
+
+
+def _before(block: str) -> str:
+    """The name of the block before; empty for what is no numbered block, or the first."""
+    parent, _, own = block.rpartition(".")
+    return f"{parent}.{int(own) - 1}" if own.isdigit() and int(own) else ""

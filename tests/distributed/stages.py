@@ -1,0 +1,81 @@
+"""Small models over the ranks of a group, and what they answer: used by the tests of pipelines."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tests.meta.test_cache import DECODERS, build
+
+PADDED = [[0, 0, 0, 7, 11, 5], [3, 9, 2, 4, 8, 6]]  # two prompts of unlike length, padded at the left
+
+
+def hosts(count: int) -> list[Any]:
+    from bigkit.machine.hardware import Hardware
+
+    return [Hardware(f"host {i}", (), 2**32, 2**40) for i in range(count)]
+
+
+def empty(family: str) -> Any:
+    import transformers as tf
+
+    from bigkit import init_empty_weights
+    from bigkit.zoo.gpt import GPT, PYMOE, GPTConfig
+
+    with init_empty_weights():
+        if family == "pygpt":
+            return GPT(GPTConfig("pygpt"))
+        if family == "pymoe":
+            return tf.AutoModelForCausalLM.from_config(tf.AutoConfig.from_pretrained(PYMOE))
+        return build(*DECODERS[family], torch.float32)
+
+
+def saved(family: str, folder: Path) -> Path:
+    """The checkpoint of a small model with random weights."""
+    torch.manual_seed(0)
+    path = folder / family.replace(", ", "-")
+    build(*DECODERS[family], torch.float32).save_pretrained(path)
+    return path
+
+
+def staged(state: Any, family: str, folder: Path, config: Any = None, plan: Any = None, **options: Any) -> Any:
+    """A model over all ranks, cut evenly, in float32."""
+    from bigkit import pipeline, plan_hosts
+
+    model = empty(family)
+    kind = None if config is None else config.quantization
+    plan = plan or plan_hosts(model, hosts(state.num_processes), dtype="float32", quantization=kind)
+    return pipeline(model, folder, plan, config, **options).eval()
+
+
+def answers(model: Any) -> dict[str, Any]:
+    """What a model of Transformers says, in the ways that it can be asked."""
+    from transformers import StoppingCriteria, StoppingCriteriaList
+
+    class AtLength(StoppingCriteria):
+        """The first sequence may have 9 tokens, the second 11."""
+
+        def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+            return torch.tensor([input_ids.shape[1] >= 9, input_ids.shape[1] >= 11])
+
+    ids, mask = torch.tensor(PADDED), torch.tensor(PADDED).ne(0).long()
+    padded: dict[str, Any] = {"attention_mask": mask, "max_new_tokens": 8, "pad_token_id": 0, "do_sample": False}
+    said = {"greedy": model.generate(ids, **padded)}
+    torch.manual_seed(1)
+    said["sampled"] = model.generate(ids, **{**padded, "do_sample": True, "top_k": 20, "temperature": 1.5})
+    said["static"] = model.generate(ids, **padded, cache_implementation="static")
+    said["no cache"] = model.generate(ids, **padded, use_cache=False)
+    said["penalty"] = model.generate(ids, **padded, repetition_penalty=1.3)
+    ends = [int(said["greedy"][0, 8]), int(said["greedy"][1, 10])]  # one sequence ends before the other
+    said["early stop"] = model.generate(ids, **padded, eos_token_id=ends)
+    said["stopped"] = model.generate(ids, **padded, stopping_criteria=StoppingCriteriaList([AtLength()]))
+    said["logits"] = model(ids, attention_mask=mask).logits.detach()
+    return said
+
+
+def unlike(model: Any, expected: dict[str, Any]) -> list[str]:
+    """Which answers differ from those of the whole model."""
+    said = answers(model)
+    return [way for way in expected if not torch.equal(said[way], expected[way])]

@@ -1,0 +1,266 @@
+"""One model over several processes says what it says in one: bit for bit, however it is cut, stored and asked."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers as tf
+
+from bigkit import BnbQuantizationConfig, load_and_quantize_model, map_file, pipeline, plan_hosts
+from bigkit.distributed.in_flight import map_in_flight
+from bigkit.zoo.gpt import PYGPT, PYMOE, decode, encode, load_pygpt
+from tests.distributed import stages
+from tests.meta.test_cache import DECODERS
+from tests.ranks import Ranks
+
+
+@pytest.fixture(scope="module")
+def two() -> Iterator[Ranks]:
+    group = Ranks(2)
+    yield group
+    group.close()
+
+
+PROMPT = torch.tensor([encode("import os")])
+
+
+@pytest.fixture(scope="module")
+def pymoe() -> dict[str, Any]:
+    return stages.answers(tf.AutoModelForCausalLM.from_pretrained(PYMOE, dtype=torch.float32).eval())
+
+
+def own_bytes(model: torch.nn.Module) -> int:
+    return sum(tensor.nbytes for tensor in model.parameters())
+
+
+def moe(state: Any, expected: dict[str, Any]) -> dict[str, Any]:
+    model = stages.staged(state, "pymoe", PYMOE)
+    said: dict[str, Any] = {"unlike": stages.unlike(model, expected), "bytes": own_bytes(model)}
+    caches = model.generate(PROMPT, max_new_tokens=3, do_sample=False, return_dict_in_generate=True).past_key_values
+    said["cached"] = [layer.keys.nbytes for layer in caches.layers]
+    streamed = []
+    streamer = type("Streamer", (), {"put": lambda self, ids: streamed.append(ids), "end": lambda self: None})()
+    model.generate(PROMPT, max_new_tokens=3, do_sample=False, streamer=streamer)
+    said["streamed"] = len(streamed)
+    for options in ({"num_beams": 2}, {"output_scores": True, "return_dict_in_generate": True}):
+        try:
+            model.generate(PROMPT, max_new_tokens=3, **options)
+        except ValueError as error:
+            said[next(iter(options))] = str(error)
+    said["in flight"] = map_in_flight(lambda n: model.generate(PROMPT[:, :n], max_new_tokens=n), range(2, 9), model)
+    return said
+
+
+def test_a_mixture_of_experts_over_processes(ranks: Ranks, pymoe: dict[str, Any]) -> None:
+    whole = tf.AutoModelForCausalLM.from_pretrained(PYMOE, dtype=torch.float32).eval()
+    flown = [whole.generate(PROMPT[:, :n], max_new_tokens=n) for n in range(2, 9)]
+    saids = ranks(moe, pymoe)
+    for said in saids:
+        assert said["unlike"] == []
+        assert said["streamed"] == 4, "the prompt and three tokens, on every process"
+        assert "num_beams: a pipeline draws one token at a time" in said["num_beams"]
+        assert "output_scores" in said["output_scores"]
+        assert all(map(torch.equal, said["in flight"], flown))
+    norm = whole.model.norm.weight.nbytes
+    assert sum(said["bytes"] - norm for said in saids) == own_bytes(whole) - norm, "each weight once"
+    cached = [said["cached"] for said in saids]
+    for layer in range(6):
+        sizes = sorted(sizes[layer] for sizes in cached)
+        assert all(size <= sizes[-1] / 200 for size in sizes[:-1]), "keys stay where their block is"
+
+
+def gpt(state: Any) -> tuple[Any, ...]:
+    model = stages.staged(state, "pygpt", PYGPT, dtype="float32")
+    ids = torch.tensor([encode("import ")] * 2)
+    greedy = model.generate(ids[:1], 12)
+    torch.manual_seed(0)
+    return greedy, model.generate(ids, 12, do_sample=True, top_k=30), model(ids)[0]
+
+
+def test_a_model_with_its_own_generate(ranks: Ranks) -> None:
+    whole = load_pygpt(dtype=torch.float32)
+    ids = torch.tensor([encode("import ")] * 2)
+    greedy = whole.generate(ids[:1], 12)
+    torch.manual_seed(0)
+    expected = (greedy, whole.generate(ids, 12, do_sample=True, top_k=30), whole(ids)[0])
+    for said in ranks(gpt):
+        assert all(map(torch.equal, said, expected))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# How weights are stored and where they rest
+
+
+def elsewhere(state: Any, folder: Path, expected: dict[str, Any]) -> tuple[list[str], list[str]]:
+    from bigkit import Hardware, plan_hosts
+    from bigkit.machine.hardware import GPUS
+
+    model = stages.empty("pymoe")
+    gpu = type(GPUS["L4"])("tiny", 5_000_000, 1e9, 1e12, 1e9)
+    small = [Hardware(f"host {i}", (gpu,), 3_300_000, 2**30) for i in range(state.num_processes)]
+    plan = plan_hosts(model, small, dtype="bfloat16", overhead=0)
+    own = plan.stages[state.process_index].plan
+    model = pipeline(
+        model, PYMOE, plan, offload_folder=folder / str(state.process_index), stand_in=dict.fromkeys(range(3), "cpu")
+    ).eval()
+    return stages.unlike(model, expected), [str(share.device) for share in own.shares if share.weights]
+
+
+def test_within_a_stage_experts_rest_elsewhere(three: Ranks, tmp_path: Path) -> None:
+    whole = tf.AutoModelForCausalLM.from_pretrained(PYMOE).eval()
+    for unlike, devices in three(elsewhere, tmp_path, stages.answers(whole)):
+        assert unlike == []
+        assert devices == ["0", "cpu", "disk"], "of two blocks, the experts of one in RAM and of one on disk"
+
+
+def quantized(state: Any, folder: Path, config: Any, expected: dict[str, Any]) -> tuple[list[str], int]:
+    model = stages.staged(state, "llama, grouped", folder, config)
+    kinds = [type(module).__name__ for module in model.modules()]
+    return stages.unlike(model, expected), kinds.count("Linear4bit")
+
+
+def test_a_quantized_model(three: Ranks, tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    config = BnbQuantizationConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype="fp32")
+    folder = stages.saved("llama, grouped", tmp_path)
+    whole = load_and_quantize_model(stages.empty("llama, grouped"), config, folder, device_map={"": "cpu"})
+    said = three(quantized, folder, config, stages.answers(whole))
+    assert [unlike for unlike, _ in said] == [[], [], []]
+    assert sum(count for _, count in said) == sum(type(m).__name__ == "Linear4bit" for m in whole.modules()) == 21
+
+
+def peak(state: Any, folder: Path) -> tuple[int, int, int]:
+    """Bytes of anonymous memory that loading took at most, of the stage, and of the largest tensor."""
+
+    def private() -> int:
+        line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon"))
+        return 1024 * int(line.split()[1])
+
+    highest, over = [0], threading.Event()
+
+    def watch() -> None:
+        while not over.wait(0.002):
+            highest.append(private())
+
+    plan = plan_hosts(model := stages.empty("llama, wide"), stages.hosts(state.num_processes), dtype="float32")
+    before = private()
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    pipeline(model, folder, plan, dtype="float64")  # every tensor is cast: none stays in the file's pages
+    over.set()
+    watcher.join()
+    sizes = [tensor.nbytes for tensor in model.parameters()]
+    return max(highest) - before, sum(sizes), max(sizes)
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="Linux says how much memory is anonymous")
+def test_a_process_holds_its_stage_and_one_tensor_more(three: Ranks, tmp_path: Path, monkeypatch: Any) -> None:
+    wide = {"vocab_size": 2000, "hidden_size": 512, "intermediate_size": 2000, "num_hidden_layers": 6,
+            "num_attention_heads": 8}  # fmt: skip
+    monkeypatch.setitem(DECODERS, "llama, wide", ("LlamaForCausalLM", wide))
+    folder = stages.saved("llama, wide", tmp_path)
+    for most, stage, largest in three(with_wide, peak, wide, folder):
+        assert stage < 85e6, "a third of 185 MB, embedding or head with it"
+        assert most <= stage + largest + 6e6, (most, stage, largest)
+
+
+def with_wide(state: Any, function: Any, settings: Any, *args: Any) -> Any:
+    DECODERS["llama, wide"] = ("LlamaForCausalLM", settings)
+    return function(state, *args)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Many groups
+
+
+def timed(state: Any, folder: Path) -> dict[str, Any]:
+    """Blocks that take time as those of a GPU do: without this machine's cores."""
+    model = stages.staged(state, "pygpt", PYGPT, dtype="float32")
+    for name in model.forward.func.__self__.own:
+        if name.startswith("transformer.h."):
+            model.get_submodule(name).register_forward_hook(lambda *_: time.sleep(0.015))
+    batches = [torch.tensor([encode(f"x = {i}")]) for i in range(4)]
+    said: dict[str, Any] = {}
+    for way in ("one at a time", "in flight"):
+        start = time.monotonic()
+        if way == "in flight":
+            said[way] = map_in_flight(lambda ids: model.generate(ids, 4), batches, model)
+        else:
+            said[way] = [model.generate(ids, 4) for ids in batches]
+        state.wait_for_everyone()
+        said[f"{way}, seconds"] = time.monotonic() - start
+    prompts = ["a longer text ", "def f(", "class A", "i", "return "]
+    (folder / "prompts.txt").write_text("\n".join(prompts))
+    calls = []
+
+    def answer(texts: list[str]) -> list[str]:
+        calls.append(threading.get_ident())
+        return [decode(model.generate(torch.tensor([encode(text)]), 1 + len(text))[0]) for text in texts]
+
+    output = map_file(
+        answer, folder / "prompts.txt", folder / "out.jsonl", batch_size=1, progress=False, pipeline=model
+    )
+    said["file"] = [json.loads(line) for line in output.read_text().splitlines()]
+    said["threads"] = len({*calls})
+    try:
+        map_in_flight(lambda number: 1 // (number - 2), range(5), model)
+    except ZeroDivisionError as error:
+        said["error"] = str(error)
+    return said
+
+
+def test_as_many_groups_as_stages_are_under_way(two: Ranks, tmp_path: Path) -> None:
+    whole = load_pygpt(dtype=torch.float32)
+    alone = [whole.generate(torch.tensor([encode(f"x = {i}")]), 4) for i in range(4)]
+    prompts = ["a longer text ", "def f(", "class A", "i", "return "]
+    texts = [decode(whole.generate(torch.tensor([encode(text)]), 1 + len(text))[0]) for text in prompts]
+    for said in two(timed, tmp_path):
+        assert all(map(torch.equal, said["one at a time"], alone))
+        assert all(map(torch.equal, said["in flight"], alone))
+        assert said["one at a time, seconds"] > 1.7 * said["in flight, seconds"], said
+        expected = [{"index": i, "prompt": p, "output": t} for i, (p, t) in enumerate(zip(prompts, texts))]
+        assert said["file"] == expected
+        assert said["threads"] == 2 and said["error"] == "integer division or modulo by zero"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Families
+
+
+def family_of(state: Any, family: str, folder: Path, expected: dict[str, Any]) -> list[str]:
+    return stages.unlike(stages.staged(state, family, folder), expected)
+
+
+def check_family(group: Ranks, family: str, folder: Path) -> None:
+    folder = stages.saved(family, folder)
+    whole = getattr(tf, DECODERS[family][0]).from_pretrained(folder, dtype=torch.float32).eval()
+    expected = stages.answers(whole)
+    assert group(family_of, family, folder, expected) == [[]] * group.size
+
+
+@pytest.mark.parametrize("family", ["gpt2", "opt", "gemma3"])  # tied and learned positions; a norm first; windows
+def test_families(three: Ranks, family: str, tmp_path: Path) -> None:
+    check_family(three, family, tmp_path)
+
+
+OTHERS = ("gpt2", "opt", "gemma3", "gemma4", "llama, base", "deepseek_v32")
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("family", [family for family in DECODERS if family not in OTHERS])
+def test_every_family(three: Ranks, family: str, tmp_path: Path) -> None:
+    check_family(three, family, tmp_path)
+
+
+def test_a_model_that_is_no_chain_is_refused(tmp_path: Path) -> None:
+    from bigkit import describe
+
+    with pytest.raises(ValueError, match=r"2 chains of blocks \('encoder.block', 'decoder.block'\)"):
+        plan_hosts(describe("t5-large"), stages.hosts(2))
