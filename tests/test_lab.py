@@ -7,7 +7,11 @@ import runpy
 import subprocess
 from pathlib import Path
 
+import nbformat
+import pytest
+
 ROOT = Path(__file__).resolve().parent.parent
+NOTEBOOKS = [*sorted((ROOT / "notebooks").glob("*.ipynb")), ROOT / "bigkit" / "widgets" / "app.ipynb"]
 LAB = runpy.run_path(str(ROOT / "scripts" / "lab.py"))
 
 
@@ -32,3 +36,15 @@ def test_git_sees_no_copy_and_lab_asks_no_question() -> None:
     assert ignored.returncode in (0, 128)  # 128: no checkout
     (settings,) = LAB["SETTINGS"].rglob("*.json")
     assert json.loads(settings.read_text())["@jupyterlab/apputils-extension:notification"]["fetchNews"] == "false"
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_notebook_opens_clean_wherever_it_is_opened(path: Path) -> None:
+    """Valid, with an id for each cell as Notebook 7 and VS Code want, and written as Jupyter writes it: no diff."""
+    text = path.read_text(encoding="utf-8")
+    notebook = nbformat.reads(text, as_version=4)
+    nbformat.validate(notebook)
+    assert (notebook.nbformat, notebook.nbformat_minor) == (4, 5)
+    ids = [cell.id for cell in notebook.cells]
+    assert len(ids) == len({*ids})
+    assert text.rstrip("\n") == nbformat.writes(notebook).rstrip("\n")

@@ -48,6 +48,8 @@ def colab_cell_problem(cell: dict[str, Any]) -> str | None:
     """What is wrong with the first code cell, which installs bigkit on Colab and does nothing anywhere else."""
     if "google.colab" not in source(cell) or "pip install" not in source(cell):
         return "the first code cell is not the guarded Colab install"
+    if '"bigkit[torch' not in source(cell):  # pip then brings what Colab lacks, and leaves the torch that is there
+        return "the Colab install cell does not ask for the extra torch"
     if cell["outputs"]:
         return "the Colab install cell has stored output"
     code = TransformerManager().transform_cell(source(cell))
@@ -202,7 +204,7 @@ def sound() -> Notebook:
     """The smallest notebook that keeps every rule."""
     badges = f"[Colab]({COLAB.format(name=NAME)}) [Binder]({BINDER.format(name=NAME)})"
     intro = "\n".join(["# Title", badges, *(f"**{part}** …" for part in HEADINGS)])
-    install = 'import sys\nif "google.colab" in sys.modules:\n    %pip install -q bigkit'
+    install = 'import sys\nif "google.colab" in sys.modules:\n    %pip install -q "bigkit[torch]"'
     result = {"output_type": "execute_result", "data": {"text/plain": "2"}, "execution_count": 2, "metadata": {}}
     return {
         "metadata": {"kernelspec": {"name": "python3"}},
@@ -243,7 +245,8 @@ SPOILT: dict[str, Callable[[Notebook], object]] = {
     "the first cell has no Binder badge": edit(0, "mybinder", "example"),
     'the first cell lacks "What you\'ll learn"': edit(0, "learn", "see"),
     "an output names a path of the machine it ran on": lambda n: n["cells"][2]["outputs"][0]["data"].update(HOME),
-    "the first code cell is not the guarded Colab install": edit(1, "%pip install -q bigkit", "pass"),
+    "the first code cell is not the guarded Colab install": edit(1, '%pip install -q "bigkit[torch]"', "pass"),
+    "the Colab install cell does not ask for the extra torch": edit(1, "[torch]", ""),
     "the Colab install cell has stored output": lambda n: n["cells"][1]["outputs"].append({"name": "stdout"}),
     "the Colab install cell installs outside Colab too": edit(1, "in sys.modules", "not in sys.modules"),
     "no '## Exercises'": edit(3, "## Exercises", "Exercises"),

@@ -13,7 +13,8 @@ A picture is a list of boxes, lines and texts with coordinates, and SVG is a way
     <rect x="60" y="20" width="182" height="16"/>
 
 `canvas.Picture` adds what a good picture needs: colours that colour-blind readers can tell apart, hatches, texts that
-are left out where they do not fit, a sentence for screen readers, and `save`. Jupyter shows it as it is. For each topic
+are left out where they do not fit, a sentence for screen readers, marks (invisible rectangles, each with a sentence
+about what lies under it, which is a tooltip), and `save`. Jupyter shows it as it is. For each topic
 there are three functions: `plan_figure` makes the picture, `plan_text` the table that says the same, and `plan_label`
 the sentence for those who cannot see it.
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import html
 import math
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,6 +32,7 @@ _WIDTHS = {
 }  # fmt: skip
 _WIDTH_OF = {letter: width for width, letters in _WIDTHS.items() for letter in letters}
 BOLD = 1.12  # times as wide
+_FORBIDDEN = re.compile("[\x00-\x1f\ud800-\udfff\ufffe\uffff]")
 
 
 class Box(NamedTuple):
@@ -313,10 +315,7 @@ def time_unit(longest: float) -> tuple[float, str]:
 
 def printable(text: str) -> str:
     """A text without characters that XML forbids, such as those of undecodable file names."""
-    return "".join(
-        letter if letter >= " " and not "\ud800" <= letter <= "\udfff" and letter not in "\ufffe\uffff" else "\ufffd"
-        for letter in text
-    )
+    return _FORBIDDEN.sub("\ufffd", text)
 
 
 def _number(value: float) -> str:

@@ -14,8 +14,9 @@ text that says the same. By hand:
     follow()
     widgets.VBox([size, picture])
 
-`_explorer.py` adds what all of them share: groups of controls, presets, one sentence for an error, Reset, the Python
-code of what is shown, export as JSON and SVG, and a short `repr`, which is what tests of notebooks compare.
+`_explorer.py` adds what all of them share: groups of controls, presets, a sentence for an error, Reset, Undo, Compare,
+the state as one line of text, the Python code of what is shown, export as JSON and SVG, and a short `repr`, which is
+what tests of notebooks compare. `touch.js` lets a picture answer to a hand; it needs no Jupyter.
 
 In the order of the course:
 
@@ -28,7 +29,8 @@ In the order of the course:
     dryrun_explorer     a run on GPUs that you do not have
     expert_explorer     which experts a mixture chooses, and what a cache of some is worth
 
-Each is imported when it is first used, so that `import bigkit.widgets` is cheap. Plain ipywidgets, 7.7 (Colab) or 8.
+Each is imported when it is first used, so that `import bigkit.widgets` is cheap. ipywidgets 7.7 (Colab) or 8; without
+anywidget pictures have only their tooltips.
 Leaves out: the pictures (`draw/`) and whatever they show; an explorer only asks for them.
 """
 

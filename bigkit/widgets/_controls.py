@@ -96,8 +96,10 @@ class Number(widgets.VBox):
         return self._words.get(value) or (f"{value:,}" if self.whole else f"{value:,.10g}")
 
     def _take_slider(self, change: Any) -> None:
-        if change["new"] != (self._nearest() if self.stops else self.value):
-            self.value = self.stops[change["new"]] if self.stops else change["new"]
+        new = self.stops[change["new"]] if self.stops else change["new"]
+        # A slider in a browser reports the step nearest to a value that was typed, which nobody asked for.
+        if change["new"] != self._nearest() if self.stops else abs(new - self.value) >= self.step / 2:
+            self.value = new
 
     def _take_text(self, change: Any) -> None:
         text = change["new"].strip()

@@ -196,8 +196,11 @@ class Explorer(Remembered, widgets.VBox):
     # -- a hand in the picture
 
     def click(self, key: str) -> None:
-        """What follows when a mark of the picture is clicked: what `tell` says is shown below the picture."""
-        self._told = key if key and self.tell(key) else ""
+        """What follows when a mark of the picture is clicked: `about` shows what `tell` says, until the next click."""
+        self._told = "" if key == self._told else key
+        self._tell()
+
+    def _tell(self) -> None:
         self.about.value = self.tell(self._told) if self._told else ""
 
     def tell(self, key: str) -> str:
@@ -292,7 +295,7 @@ class Explorer(Remembered, widgets.VBox):
             widget.remove_class("bigkit-stale")
         self.show(self.result)
         self._compare()
-        self.click(self._told)
+        self._tell()
         self._fill_pane()
 
     def say_working(self, words: str = "Working …") -> None:

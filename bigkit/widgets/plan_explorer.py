@@ -1,6 +1,6 @@
 """`PlanExplorer`: which layer rests on which device, turned with sliders, and dragged from one to another.
 
-Leaves out: time; whether a plan is fast is for the dry run to say.
+Leaves out: time, but for a first estimate; the dry run says more.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from ..devices import Device
 from ..draw.plan import moved, plan_differences, plan_figure, plan_text, plan_verdict, share_text
 from ..machine.hardware import HARDWARE, Hardware, machine_of
 from ..machine.ledger import overhead_of
+from ..maps.advise import predict
 from ..maps.plan import Plan, PlanError
 from ..maps.strategies import STRATEGIES, place
 from ..maps.task import read_budgets
@@ -108,7 +109,6 @@ class PlanExplorer(Explorer):
         overhead: int | str | None = None,
         kv_dtype: str | None = None,
     ) -> None:
-        self._cure = ""  # what would make a plan fit that does not
         self._custom: tuple[Device, ...] = ()  # where each layer rests, of a map that was dragged
         self._grabbed: Plan | None = None  # what a drag that goes on began with
         self._planned = strategy  # the strategy to go back to
@@ -284,7 +284,7 @@ class PlanExplorer(Explorer):
         self.planner_button.layout.display = None if self.strategy.value == CUSTOM else "none"
         return self._plan(self.strategy.value)
 
-    def _plan(self, strategy: str) -> Plan:
+    def _plan(self, strategy: str, strict: bool = False) -> Plan:
         options = {
             "dtype": chosen_dtype(self.dtype),
             "quantization": None if self.quantization.value == NONE else self.quantization.value,
@@ -292,11 +292,17 @@ class PlanExplorer(Explorer):
             "kv_dtype": chosen_cache(self.kv_dtype),
             "overhead": overhead_of(self.machine) if self.machine else round(self.overhead.value * MiB),
         }  # fmt: skip
+        return place(self.spec(), self.max_memory, self._way(strategy, options), **options, strict=strict)
+
+    def _cure(self, plan: Plan) -> str:
+        """What would make a plan fit that does not; of a map that was dragged, how to get rid of it."""
+        if plan.strategy == CUSTOM:
+            return "Undo takes it back, and so does the planner."
         try:
-            result, self._cure = place(self.spec(), self.max_memory, self._way(strategy, options), **options), ""
+            self._plan(plan.strategy, strict=True)
         except PlanError as error:
-            result, self._cure = error.plan, error.cure
-        return result
+            return error.cure
+        return ""
 
     def _way(self, strategy: str, options: dict[str, Any]) -> str | dict[str, Device]:
         """A strategy's name, or the map that was dragged; at first it is that of the plan that is shown."""
@@ -317,11 +323,16 @@ class PlanExplorer(Explorer):
         news = "bad" if not plan.feasible else "slow" if plan.offloaded else "good"
         headline = {"bad": "Does not fit.", "slow": "Fits, offloaded.", "good": "Fits."}[news]
         details = [plan_verdict(plan).partition(", " if plan.feasible else ": ")[2]]
+        if plan.feasible and self.machine:
+            option = predict(self.spec(), plan, self.machine, None)
+            details.append(f"About {option.pace} on {self.machine.name}, waiting for {option.bottleneck}")
         if plan.longest:
             details.append(f"Longest context here: {plan.longest}")
         sentences = "".join(f"{detail[0].upper()}{detail[1:]}. " for detail in details if detail)
-        sentences += " ".join([*plan.notes, self._cure])
+        sentences += " ".join(plan.notes)
         self.put(pill(news, headline, sentences), plan_figure(plan), plan_text(plan))
+        if not plan.feasible:  # the picture is seen before the cure is found, which takes longer
+            self.verdict.value = pill(news, headline, f"{sentences} {self._cure(plan)}")
 
     def to_code(self) -> str:
         """Python that makes this plan again."""

@@ -17,7 +17,8 @@
 // Leaves out: what follows. Below `attach` is what Jupyter needs (https://anywidget.dev); it needs no other library.
 
 const NEAR = 4; // pixels that a hand may shake in a click
-const PATIENCE = 250; // ms to wait for the picture that follows from a drag, before the next place is said
+const AHEAD = 3; // places of a drag that are said before the picture of the first has come
+const PATIENCE = 250; // ms to wait for it
 
 export function attach(element, { onClick, onDrag, onUndo } = {}) {
   const page = element.ownerDocument;
@@ -25,7 +26,7 @@ export function attach(element, { onClick, onDrag, onUndo } = {}) {
   let here = null; // key of the mark that is pointed at
   let held = null; // what is being dragged: { key, onto, x, y, moving }
   let pointer = null; // where the pointer is; null when the keyboard was used last
-  let waiting = 0; // since when a picture is awaited
+  let awaited = []; // when the places were said whose pictures are awaited
 
   tip.setAttribute("role", "status");
   tip.style.cssText =
@@ -76,7 +77,7 @@ export function attach(element, { onClick, onDrag, onUndo } = {}) {
       if (onDrag && mark.dataset.onto) mark.style.touchAction = "none";
     }
     element.querySelector("svg > title")?.remove();
-    waiting = 0;
+    awaited.shift();
     if (held) drag();
     else if (here) show(pointer ? at(pointer.x, pointer.y)[0] : find(here));
   }
@@ -91,13 +92,14 @@ export function attach(element, { onClick, onDrag, onUndo } = {}) {
     return marks().filter((mark) => fits(mark, held.kinds)).sort((a, b) => far(a) - far(b))[0];
   }
 
-  // Say where the drag is, but not before the picture of the place before has come.
+  // Say where the drag is, but not much faster than pictures come.
   function drag() {
     const mark = target();
     const onto = mark ? mark.dataset.key : null;
-    if (onto !== held.onto && (!waiting || performance.now() - waiting > PATIENCE)) {
+    awaited = awaited.filter((since) => performance.now() - since < PATIENCE);
+    if (onto !== held.onto && awaited.length < AHEAD) {
       held.onto = onto;
-      waiting = performance.now();
+      awaited.push(performance.now());
       onDrag({ key: held.key, onto, done: false });
     }
     show(mark ?? find(held.key), mark ? `→ ${mark.says}` : "Let go here to leave it where it was.");
@@ -107,7 +109,7 @@ export function attach(element, { onClick, onDrag, onUndo } = {}) {
     const { key, moving } = held;
     const onto = cancelled || !moving ? null : target()?.dataset.key ?? null;
     held = null;
-    waiting = 0;
+    awaited = [];
     element.style.cursor = "";
     if (moving) onDrag({ key, onto, done: true });
     show(null);
@@ -116,8 +118,8 @@ export function attach(element, { onClick, onDrag, onUndo } = {}) {
   const does = {
     pointerdown(event) {
       const mark = at(event.clientX, event.clientY)[0];
-      element.focus({ preventScroll: true });
       pointer = { x: event.clientX, y: event.clientY };
+      element.focus({ preventScroll: true });
       if (!mark || event.button) return;
       const { key, onto, along } = mark.dataset;
       held = { key, kinds: onDrag && onto, along, x: pointer.x, y: pointer.y, onto: null, moving: false };
@@ -137,7 +139,11 @@ export function attach(element, { onClick, onDrag, onUndo } = {}) {
       if (!moving) onClick?.({ key });
     },
     pointercancel: () => held && drop(true),
-    pointerleave: () => held || show(null),
+    pointerleave() {
+      if (held) return;
+      pointer = null;
+      show(null);
+    },
     blur: () => show(null),
     focus: () => pointer || show(find(here) ?? marks()[0]),
     keydown(event) {

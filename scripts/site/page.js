@@ -143,7 +143,8 @@ function take(custom) {
 function touch() {
   detach();
   const undo = () => before.length && take(before.pop());
-  detach = attach($("pictures"), tab === "plan" ? { onDrag: drag, onUndo: undo } : {});
+  const choose = ({ key }) => key.startsWith("way:") && change("way", key.split(":")[1]);
+  detach = attach($("pictures"), tab === "plan" ? { onDrag: drag, onUndo: undo } : { onClick: choose });
 }
 
 // ---------------------------------------------------------------------------------------------------------------------

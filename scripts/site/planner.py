@@ -22,7 +22,7 @@ from bigkit.distributed.shares import Shares
 from bigkit.draw.advice import advice_figure
 from bigkit.draw.canvas import Picture
 from bigkit.draw.plan import moved, plan_figure, plan_text, plan_verdict
-from bigkit.draw.run import run_figure, run_news, run_text
+from bigkit.draw.run import run_caption, run_figure, run_text
 from bigkit.draw.shards import shards_figure, shards_text, shards_verdict
 from bigkit.draw.shares import shares_figure, shares_text
 from bigkit.machine.hardware import GPUS, HARDWARE, machine_of
@@ -40,6 +40,7 @@ AS_STORED = "as published"
 DTYPES = ("float32", "float16", "bfloat16", "float8_e4m3fn")
 SLOTS = {"one by one": 1, "prefetch, 2 slots": 2, "prefetch, 3 slots": 3}  # ways to bring weights -> slots
 MOST_GPUS = 16
+LONGEST = 400  # letters of a value that are read
 RUNS = Path(__file__).with_name("runs.json")  # in the browser; written by `scripts/make_site.py`
 
 
@@ -59,12 +60,14 @@ _RATE = {"kind": "number", "min": 0.001, "max": 100_000, "any": True}
 TABS: dict[str, dict[str, Any]] = {
     "fit": {
         "title": "Does it fit?",
-        "about": "How to store a model so that it fits a machine, and how fast it then writes.",
+        "about": "How to store a model so that it fits a machine, and how fast it then writes. Click on a way to "
+        "see its plan below.",
         "fields": {
             "model": _MODEL,
             "machine": _MACHINE,
             **_LOAD,
             "target": _field("Best by", "speed", "select", options=[*TARGETS]),
+            "way": _field("The way whose plan is shown", "", "hidden"),  # as it is stored: "nf4"
         },
     },
     "plan": {
@@ -106,11 +109,12 @@ TABS: dict[str, dict[str, Any]] = {
     "watch": {
         "title": "Watch it move",
         "about": "A run of a real model whose weights lie in four places, recorded when this page was built. What was "
-        "fetched when, and into which slot, is what happened; how long it takes follows from the rates below.",
+        "fetched when, and into which slot, is what happened; how long it takes follows from the rates below, for "
+        "blocks as large as those of a 7B.",
         "fields": {
             "preset": _field("Where blocks rest", "", "select", options=[]),
             "way": _field("How weights are brought", "prefetch, 2 slots", "select", options=[*SLOTS]),
-            "step": _field("Step", 14, "range", min=0, max=60, play=True),
+            "step": _field("Step", 14, "range", min=0, max=9999, play=True),
             "link": {"label": "Link to the GPU, GB/s", "value": "25", **_RATE},
             "disk": {"label": "Disk, GB/s", "value": "6", **_RATE},
             "rate": {"label": "GPU works through, GB/s", "value": "30", **_RATE},
@@ -142,7 +146,7 @@ def answer(tab: str, values: Values) -> dict[str, Any]:
         if tab not in TABS:
             raise ValueError(f"there is no tab {tab!r}: expected one of {', '.join(TABS)}")
         known = {name: field["value"] for name, field in form()["tabs"][tab]["fields"].items()}
-        return _ANSWERS[tab]({**known, **{name: value for name, value in values.items() if name in known}})
+        return _ANSWERS[tab]({**known, **{name: value[:LONGEST] for name, value in values.items() if name in known}})
     except ImportError as error:
         return {"error": f"A page cannot do this, it needs Python on your machine: {error}."}
     except (ValueError, TypeError, OSError) as error:
@@ -161,14 +165,13 @@ def _fit(values: Values) -> dict[str, Any]:
     call = f"advise({advice.model!r}, {values['machine']!r}, {load})"
     code = f"from bigkit import advise\n\nadvice = {call}\nprint(advice)\n"
     best = advice.best
-    if best is None:
-        facts = " ".join([*advice.cures[:1], *advice.notes])
-        return _said("bad", advice.verdict, facts, [advice_figure(advice)], advice.explain(), code)
-    facts = [best.reason]
-    if best.plan.longest:
+    plans = {plan.stored: plan for plan in (*(option.plan for option in advice.options), *advice.misfits)}
+    shown = plans.get(values["way"]) or next(iter(plans.values()), None)
+    pictures = [advice_figure(advice), *([plan_figure(shown)] if shown else [])]
+    facts = [best.reason] if best else [*advice.cures[:1]]
+    if best and best.plan.longest:
         facts.append(f"The longest context here: {best.plan.longest}.")
-    news = "slow" if best.plan.offloaded else "good"
-    pictures = [advice_figure(advice), plan_figure(best.plan)]
+    news = "bad" if best is None else "slow" if best.plan.offloaded else "good"
     return _said(news, advice.verdict, " ".join([*facts, *advice.notes]), pictures, advice.explain(), code)
 
 
@@ -232,7 +235,7 @@ def _files(values: Values) -> dict[str, Any]:
 
 
 def _split(values: Values) -> dict[str, Any]:
-    split = Shares(_whole(values, "items", 0), _whole(values, "processes"), values["padding"] == "yes")
+    split = Shares(_whole(values, "items"), _whole(values, "processes"), values["padding"] == "yes")
     turns = split.rounds * split.processes
     facts = f"{split.speedup:.2f} times as fast as one process."
     if split.padded:
@@ -250,7 +253,7 @@ def _split(values: Values) -> dict[str, Any]:
 
 def _watch(values: Values) -> dict[str, Any]:
     run = _runs()[_choice(values, "preset", [*_runs()])]
-    way, step = _choice(values, "way", [*SLOTS]), _whole(values, "step", 0)
+    way, step = _choice(values, "way", [*SLOTS]), _whole(values, "step")
     rates = {name: _number(values, name) * GB for name in ("link", "disk", "rate")}
     charts = {way: _schedule(run["turns"], tuple(rates.values()), way) for way in SLOTS}
     shown = charts[way]
@@ -260,7 +263,7 @@ def _watch(values: Values) -> dict[str, Any]:
     slow = charts["one by one"]
     gain = slow.per_token / shown.per_token
     headline = f"{format_seconds(shown.per_token)} a token, {gain:.2f} times as fast as one by one."
-    facts = f"Step {step} of {last}, {run_news(shown, frame)}."
+    facts = f"Step {step} of {last}. {run_caption(shown, frame)}"
     if step == last:
         facts += f" It wrote {run['wrote']!r}, as the whole model does."
     news = "good" if shown.bound == "compute" else "slow"
@@ -342,10 +345,11 @@ def _number(values: Values, name: str) -> float:
     return number
 
 
-def _whole(values: Values, name: str, least: int = 1) -> int:
+def _whole(values: Values, name: str) -> int:
+    field = next(tab["fields"][name] for tab in TABS.values() if name in tab["fields"])
     text = values[name].replace(",", "").strip()
-    if not text.isdecimal() or int(text) < least:
-        raise ValueError(f"{name} must be a whole number of at least {least}, not {values[name]!r}")
+    if not text.isdecimal() or not field["min"] <= int(text) <= field["max"]:
+        raise ValueError(f"{name} must be a whole number from {field['min']} to {field['max']:,}, not {values[name]!r}")
     return int(text)
 
 

@@ -1,117 +1,28 @@
-"""Turn a GPU slider in a real browser, with the keyboard, and see the picture, its text twin and the `repr` follow.
+"""Explorers in a real browser: what a hand does in them, with mouse and keyboard, and what is seen.
 
-The same steps are made twice: on a notebook written here with plain ipywidgets, which tests the harness, and on
-notebook 02 with its `PlanExplorer`.
+One notebook holds them; it is run once, and each test goes on from there.
 """
 
 from __future__ import annotations
 
 import re
-import shutil
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import nbformat
 import pytest
 
 if TYPE_CHECKING:
-    from playwright.sync_api import Browser
+    from playwright.sync_api import Browser, Locator, Page
 
-    from tests.browser.lab import Lab
+    from tests.browser.lab import Lab, LabNotebook
 
-ROOT = Path(__file__).resolve().parent.parent.parent
-
-# An explorer in miniature: the same CSS classes as bigkit's, one slider, a picture, a text twin and a repr.
-MINIATURE = """import ipywidgets as widgets
-
-class Miniature(widgets.VBox):
-    def __init__(self):
-        self.size = widgets.IntSlider(80, 0, 160, step=8, description="GPU 0", continuous_update=False)
-        self.size.add_class("bigkit-gpu-slider")
-        self.picture, self.text = widgets.HTML(), widgets.HTML()
-        self.picture.add_class("bigkit-picture")
-        self.text.add_class("bigkit-text")
-        super().__init__([self.size, self.picture, self.text])
-        self.add_class("bigkit-explorer")
-        self.size.observe(self.draw, "value")
-        self.draw()
-
-    def draw(self, change=None):
-        gib = self.size.value
-        self.picture.value = (
-            f'<svg role="img" aria-label="GPU 0 holds {gib} GiB" width="200" height="20">'
-            f'<rect width="{gib}" height="20" fill="#0072B2"/></svg>'
-        )
-        self.text.value = f"<pre>GPU 0   {gib} GiB</pre>"
-
-    def __repr__(self):
-        return f"Miniature({self.size.value} GiB)"
-
-explorer = Miniature()
-"""
-
-
-class Seen(NamedTuple):
-    """What a person sees of an explorer."""
-
-    label: str  # of the picture, as a screen reader says it
-    picture: str  # the SVG itself
-    text: str
-    value: str  # of the first GPU slider
-    repr: str
-
-
-def turn_a_slider(browser: Browser, lab: Lab, name: str, screenshots: Path) -> tuple[Seen, Seen, Seen]:
-    """Open the notebook called `name`, run all, and turn the first GPU slider right, then back.
-
-    Returns:
-        What was seen before, after ArrowRight (ArrowLeft where the slider stood at its end), and after the way back.
-    """
-    from playwright.sync_api import expect
-
-    from tests.browser.lab import LabNotebook
-
-    with browser.new_page(viewport={"width": 1440, "height": 1000}) as page:
-        notebook = LabNotebook.open(page, lab.address, name)
-        notebook.run_all()
-        explorer = page.locator(".bigkit-explorer").first
-        slider = explorer.locator(".bigkit-gpu-slider [role=slider]").first
-        picture = explorer.locator(".bigkit-picture svg[role=img]").first
-
-        def look(shot: str) -> Seen:
-            seen = Seen(
-                label=picture.get_attribute("aria-label") or "",
-                picture=picture.inner_html(),
-                text=explorer.locator(".bigkit-text").first.inner_text(),
-                value=slider.get_attribute("aria-valuenow") or "",
-                repr=notebook.run("repr(explorer)"),
-            )
-            explorer.scroll_into_view_if_needed()
-            page.screenshot(path=screenshots / f"{Path(name).stem}-{shot}.png")
-            return seen
-
-        def press(key: str) -> None:
-            before = picture.inner_html()
-            slider.focus()
-            page.keyboard.press(key)
-            expect(picture).not_to_have_js_property("innerHTML", before)
-
-        before = look("1-before")
-        at_the_end = slider.get_attribute("aria-valuenow") == slider.get_attribute("aria-valuemax")
-        there, back = ("ArrowLeft", "ArrowRight") if at_the_end else ("ArrowRight", "ArrowLeft")
-        press(there)
-        turned = look("2-turned")
-        press(back)
-        returned = look("3-returned")
-    return before, turned, returned
-
-
-def check(before: Seen, turned: Seen, returned: Seen) -> None:
-    """Each thing a person sees changed with the slider, and came back with it."""
-    for field in Seen._fields:
-        assert getattr(before, field), f"the explorer shows no {field}"
-        assert getattr(before, field) != getattr(turned, field), f"the {field} did not follow the slider"
-    assert (before.value, before.text, before.repr) == (returned.value, returned.text, returned.repr)
+CELLS = {
+    "plan": "PlanExplorer('llama-2-7b', {0: '10GiB', 1: '10GiB', 'cpu': '32GiB'}, dtype='float16')",
+    "theatre": "HookTheatre()",
+    "run": "DryRunExplorer('gpt2', batch=1, prompt=64, new=1)",
+}
 
 
 def write_notebook(path: Path, *sources: str) -> str:
@@ -121,103 +32,229 @@ def write_notebook(path: Path, *sources: str) -> str:
     return path.name
 
 
-def test_harness_on_plain_ipywidgets(browser: Browser, lab: Lab, screenshots: Path) -> None:
-    name = write_notebook(lab.folder / "miniature.ipynb", MINIATURE, "explorer")
+class Course:
+    """A notebook with explorers, open in a browser."""
 
-    before, turned, returned = turn_a_slider(browser, lab, name, screenshots)
+    def __init__(self, notebook: LabNotebook, still: bool) -> None:
+        self.notebook, self.page, self.still = notebook, notebook.page, still
 
-    check(before, turned, returned)
-    assert (float(before.value), float(turned.value)) == (80, 88)
-    assert (before.text, turned.text) == ("GPU 0   80 GiB", "GPU 0   88 GiB")
-    assert turned.label == "GPU 0 holds 88 GiB"
-    assert turned.repr == "'Miniature(88 GiB)'"
-
-
-def test_harness_sees_a_failing_cell(browser: Browser, lab: Lab, screenshots: Path) -> None:
-    name = write_notebook(lab.folder / "failing.ipynb", "1 + 1", "1 / 0", "2 + 2")
-    with pytest.raises(AssertionError, match="ZeroDivisionError"):
-        turn_a_slider(browser, lab, name, screenshots)
+    def explorer(self, name: str) -> Locator:
+        """One of `CELLS`, in view."""
+        found = self.page.locator(".jp-OutputArea-output .bigkit-explorer").nth([*CELLS].index(name))
+        found.scroll_into_view_if_needed()
+        return found
 
 
-def test_notebook_02_follows_its_gpu_slider(browser: Browser, lab: Lab, screenshots: Path) -> None:
-    found = sorted((ROOT / "notebooks").glob("02-*.ipynb"))
-    assert len(found) == 1, "notebooks/ should hold one 02-*.ipynb"
-    shutil.copy(found[0], lab.folder)
+@pytest.fixture(scope="module")
+def course(browser: Browser, lab: Lab) -> Iterator[Course]:
+    from bigkit.widgets import SplitExplorer
+    from tests.browser.lab import LabNotebook
 
-    before, turned, returned = turn_a_slider(browser, lab, found[0].name, screenshots)
+    sources = ["from bigkit.widgets import *", *(f"{name} = {make}\n{name}" for name, make in CELLS.items())]
+    path = lab.folder / "explorers.ipynb"
+    write_notebook(path, *sources)
+    stored = nbformat.read(path, as_version=4)  # as a clone of the repository has it: outputs, and no trust
+    data = {kind: text for kind, text in SplitExplorer()._repr_mimebundle_().items() if kind.startswith("text/")}
+    stored.cells[1].outputs = [nbformat.v4.new_output("execute_result", data=data, execution_count=1)]
+    nbformat.write(stored, path)
+    with browser.new_page(viewport={"width": 1440, "height": 1000}) as page:
+        notebook = LabNotebook.open(page, lab.address, path.name)
+        still = page.get_by_alt_text(re.compile("^3 items on 2 processes")).is_visible()
+        notebook.run_all()
+        yield Course(notebook, still)
 
-    check(before, turned, returned)
-    assert len(before.repr) < 112  # 110 and the quotes: more would be cut where a widget is shown
-    assert re.search(r"\d", turned.label), "the picture's label tells no figure"
+
+def mark(explorer: Locator, key: str) -> Locator:
+    return explorer.locator(f".bigkit-picture rect[data-key='{key}']")
 
 
-THEATRE = "from bigkit.widgets import HookTheatre\nexplorer = HookTheatre()"
+def middle(place: Locator) -> tuple[float, float]:
+    box = place.bounding_box()
+    assert box is not None
+    return box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
 
 
-def test_the_theatre_steps_plays_and_switches(browser: Browser, lab: Lab, screenshots: Path) -> None:
+def tip(page: Page) -> Locator:
+    return page.locator("body > [role=status]:visible")
+
+
+def test_a_notebook_that_was_not_run_shows_a_picture(course: Course) -> None:
+    assert course.still
+
+
+def test_hover_and_keys_tell_about_a_layer(course: Course, screenshots: Path) -> None:
+    from playwright.sync_api import expect
+
+    explorer, page = course.explorer("plan"), course.page
+    mark(explorer, "layer:3").hover()
+    expect(tip(page)).to_contain_text("model.layers.2 (LlamaDecoderLayer), 386.02 MiB, rests on GPU 0")
+    page.screenshot(path=screenshots / "plan-hover.png")
+    page.mouse.move(5, 5)
+    expect(tip(page)).to_have_count(0)
+    explorer.locator(".bigkit-picture").focus()
+    expect(tip(page)).to_be_visible()
+    page.keyboard.press("Home")
+    expect(tip(page)).to_contain_text(re.compile("^GPU 0: "))
+    page.keyboard.press("Enter")
+    expect(explorer.locator(".bigkit-about")).to_contain_text("model.embed_tokens")
+    page.keyboard.press("End")
+    expect(tip(page)).to_contain_text("Boundary")
+    page.keyboard.press("Shift+ArrowLeft")
+    expect(explorer.locator(".bigkit-verdict")).to_contain_text("Fits")
+    expect(explorer.locator("select").nth(3)).to_have_value("custom")
+    page.keyboard.press("Control+z")
+    expect(explorer.locator("select").nth(3)).to_have_value("auto")
+    page.keyboard.press("Escape")
+
+
+def test_drag_compare_and_undo(course: Course, screenshots: Path) -> None:
+    from playwright.sync_api import expect
+
+    explorer, page = course.explorer("plan"), course.page
+    picture, verdict = explorer.locator(".bigkit-picture svg[role=img]"), explorer.locator(".bigkit-verdict")
+    before = picture.get_attribute("aria-label")
+    explorer.get_by_role("button", name="Compare").click()
+    expect(verdict).to_contain_text("no difference yet")
+    explorer.scroll_into_view_if_needed()
+    boundary = explorer.locator("rect[data-key^='boundary:']").last
+    page.mouse.move(*middle(boundary))
+    page.mouse.down()
+    page.mouse.move(*middle(mark(explorer, "layer:30")), steps=8)
+    expect(verdict).to_contain_text("Does not fit")  # before the hand lets go
+    expect(picture).to_contain_text("over budget")
+    page.screenshot(path=screenshots / "plan-dragged.png")
+    page.mouse.up()
+    expect(explorer.get_by_role("button", name="Back to the planner")).to_be_visible()
+    expect(verdict).to_contain_text(re.compile("Moved: 1?[0-9] layers from GPU 1 to GPU 0"))
+    expect(explorer.locator(".bigkit-before svg")).to_have_attribute("aria-label", before or "")
+    page.mouse.move(*middle(mark(explorer, "layer:2")))
+    page.mouse.down()
+    page.mouse.move(*middle(mark(explorer, "device:cpu")), steps=5)
+    page.mouse.up()
+    expect(mark(explorer, "device:cpu:weights")).to_be_attached()
+    explorer.get_by_role("button", name="Undo").click()
+    expect(mark(explorer, "device:cpu:weights")).not_to_be_attached()
+    explorer.get_by_role("button", name="Back to the planner").click()
+    expect(picture).to_have_attribute("aria-label", before or "")
+    explorer.get_by_role("button", name="Compare").click()
+    assert course.notebook.run("plan.state").endswith("strategy=auto'")
+
+
+def test_numbers_are_typed_and_sliders_have_names(course: Course) -> None:
+    from playwright.sync_api import expect
+
+    explorer = course.explorer("plan")
+    slider = explorer.locator(".bigkit-gpu-slider [role=slider]").first
+    expect(slider).to_have_attribute("aria-label", "GPU 0, GiB")
+    wide = explorer.locator(".bigkit-gpu-slider .noUi-target").first.bounding_box()
+    assert wide is not None and wide["width"] > 200, "a pixel or more for each step"
+    size = explorer.get_by_label("GPU 0, GiB").and_(explorer.locator("input"))
+    size.fill("7.3")
+    size.press("Enter")
+    expect(explorer.locator(".bigkit-picture svg")).to_contain_text("of 7.30 GiB")
+    size.fill("lots")
+    size.press("Enter")
+    expect(explorer.get_by_role("alert")).to_contain_text("GPU 0, GiB takes a number from 0 to")
+    expect(size).to_have_value("7.3")
+    slider.focus()
+    explorer.page.keyboard.press("ArrowRight")
+    expect(size).not_to_have_value("7.3")
+    expect(slider).to_have_attribute("aria-valuetext", size.input_value())
+    explorer.get_by_role("button", name="Reset").click()
+
+
+def test_narrow_and_dark(course: Course, screenshots: Path) -> None:
+    from playwright.sync_api import expect
+
+    explorer, page = course.explorer("plan"), course.page
+    page.set_viewport_size({"width": 900, "height": 900})
+    picture, model = explorer.locator(".bigkit-picture"), explorer.get_by_label("Model").and_(explorer.locator("input"))
+    page.wait_for_timeout(300)
+    top, side = picture.bounding_box(), model.bounding_box()
+    assert top and side and top["width"] > 400 and top["y"] < side["y"], (
+        "with the side bar open the picture comes first"
+    )
+    page.screenshot(path=screenshots / "plan-900-sidebar.png")
+    page.locator(".jp-SideBar [data-id='filebrowser']").click()
+    page.wait_for_timeout(500)
+    top, side = picture.bounding_box(), model.bounding_box()
+    assert top and side and top["width"] > 400 and side["x"] < top["x"], "without it, beside the controls"
+    page.screenshot(path=screenshots / "plan-900.png")
+    ground: Any = "at => getComputedStyle(at.querySelector('.ground')).fill"
+    words: Any = "at => getComputedStyle(at.querySelector('text')).fill"
+    svg = explorer.locator(".bigkit-picture svg")
+    light = svg.evaluate(words)
+    page.evaluate("document.body.dataset.jpThemeLight = 'false'")
+    assert svg.evaluate(ground) == "none" and svg.evaluate(words) != light
+    page.evaluate("document.body.dataset.jpThemeLight = 'true'")
+    page.set_viewport_size({"width": 1440, "height": 1000})
+    expect(explorer).to_be_visible()
+
+
+def test_the_text_twin_is_read_aloud_and_opened(course: Course) -> None:
+    from playwright.sync_api import expect
+
+    explorer = course.explorer("plan")
+    text = explorer.locator(".bigkit-text")
+    small = text.evaluate("at => at.parentElement.getBoundingClientRect().width")
+    assert small <= 1 and "GPU 0" in text.inner_text(), "not seen, and still there"
+    explorer.get_by_text("As text").click()
+    expect(text.locator("pre")).to_be_visible()
+    assert text.bounding_box()["width"] > 300  # type: ignore[index]
+
+
+def test_the_theatre_steps_plays_and_switches(course: Course, screenshots: Path) -> None:
     """Arrow keys step, Play goes on by itself, and the two ways to bring weights have charts of their own."""
     from playwright.sync_api import expect
 
-    from tests.browser.lab import LabNotebook
-
-    name = write_notebook(lab.folder / "theatre.ipynb", THEATRE, "explorer")
-    with browser.new_page(viewport={"width": 1440, "height": 1100}) as page:
-        notebook = LabNotebook.open(page, lab.address, name)
-        notebook.run_all()
-        explorer = page.locator(".bigkit-explorer").first
-        picture = explorer.locator(".bigkit-picture svg[role=img]").first
-        verdict, text = explorer.locator(".bigkit-verdict"), explorer.locator(".bigkit-text")
-        slider = explorer.locator(".bigkit-step-slider [role=slider]").first
-        expect(picture).to_have_attribute("aria-label", re.compile("before the start"))
-        slider.focus()
-        for step in range(1, 6):
-            page.keyboard.press("ArrowRight")
-            expect(verdict).to_contain_text(f"Step {step} of")
-        expect(picture).to_have_attribute("aria-label", re.compile("begins to work"))
-        page.keyboard.press("ArrowLeft")
-        expect(verdict).to_contain_text("Step 4 of")
-        page.screenshot(path=screenshots / "theatre-1-stepped.png")
-        explorer.locator(".bigkit-mode button", has_text="one by one").click()
-        expect(text).to_contain_text(re.compile("^one by one, after"))
-        expect(picture).to_have_attribute("aria-label", re.compile("^one by one, after"))
-        explorer.locator(".widget-play button").first.click()
-        expect(verdict).not_to_contain_text("Step 4 of")
-        explorer.locator(".widget-play button").first.click()
-        page.set_viewport_size({"width": 760, "height": 900})
-        wide = page.locator(".jp-Notebook .bigkit-picture").first.bounding_box()
-        assert wide is not None and wide["width"] > 250, "in a narrow window the picture goes below the controls"
-        page.screenshot(path=screenshots / "theatre-2-narrow.png")
-        assert re.fullmatch(
-            r"'HookTheatre\(blocks 2\+2\+3\+3, one by one, step .{10,}\)'", notebook.run("repr(explorer)")
-        )
+    explorer, page = course.explorer("theatre"), course.page
+    picture, verdict = explorer.locator(".bigkit-picture svg[role=img]"), explorer.locator(".bigkit-verdict")
+    slider = explorer.locator(".bigkit-step-slider [role=slider]")
+    expect(picture).to_have_attribute("aria-label", re.compile("before the start"))
+    slider.focus()
+    for step in range(1, 6):
+        page.keyboard.press("ArrowRight")
+        expect(verdict).to_contain_text(f"Step {step} of")
+    expect(picture).to_have_attribute("aria-label", re.compile("begins to work"))
+    page.keyboard.press("ArrowLeft")
+    expect(verdict).to_contain_text("Step 4 of")
+    page.screenshot(path=screenshots / "theatre.png")
+    explorer.locator(".bigkit-mode button", has_text="one by one").click()
+    expect(picture).to_have_attribute("aria-label", re.compile("^one by one, after"))
+    expect(verdict).to_contain_text("One by one:")
+    explorer.locator(".widget-play button").first.click()
+    expect(verdict).not_to_contain_text("Step 4 of")
+    explorer.locator(".widget-play button").first.click()
+    assert re.fullmatch(
+        r"'HookTheatre\(blocks 2\+2\+3\+3, one by one, step .{10,}\)'", course.notebook.run("repr(theatre)")
+    )
 
 
-REHEARSAL = "from bigkit.widgets import DryRunExplorer\nexplorer = DryRunExplorer('gpt2', batch=1, prompt=64, new=1)"
-
-
-def test_a_rehearsal_says_that_it_works_and_then_what_it_found(browser: Browser, lab: Lab, screenshots: Path) -> None:
+def test_a_rehearsal_says_that_it_works_and_then_what_it_found(course: Course, screenshots: Path) -> None:
     from playwright.sync_api import expect
 
+    explorer, page = course.explorer("run"), course.page
+    verdict, picture = explorer.locator(".bigkit-verdict"), explorer.locator(".bigkit-picture svg[role=img]")
+    expect(verdict).to_contain_text("It fits. At most")
+    explorer.locator(".bigkit-working").evaluate(  # what is shown for less than a second is seen too
+        "at => { window.said = []; new MutationObserver(() => window.said.push(at.textContent))"
+        ".observe(at, {childList: true, subtree: true, characterData: true}) }"
+    )
+    batch = explorer.get_by_label("Batch")
+    batch.fill("2")
+    batch.press("Enter")
+    expect(picture).to_contain_text("2 x 64 tokens", timeout=60_000)
+    expect(verdict).to_contain_text("It fits. At most")
+    assert any("Rehearsing gpt2" in words for words in page.evaluate("window.said"))
+    measure = explorer.locator("button", has_text="Measure")
+    if "no CUDA GPU here" in measure.inner_text():
+        expect(measure).to_be_disabled()
+    page.screenshot(path=screenshots / "rehearsal.png")
+
+
+def test_harness_sees_a_failing_cell(browser: Browser, lab: Lab) -> None:
     from tests.browser.lab import LabNotebook
 
-    name = write_notebook(lab.folder / "rehearsal.ipynb", REHEARSAL, "explorer")
-    with browser.new_page(viewport={"width": 1280, "height": 1100}) as page:
-        notebook = LabNotebook.open(page, lab.address, name)
-        notebook.run_all()
-        explorer = page.locator(".bigkit-explorer").first
-        verdict, picture = explorer.locator(".bigkit-verdict"), explorer.locator(".bigkit-picture svg[role=img]")
-        expect(verdict).to_contain_text("It fits. At most")
-        verdict.evaluate(  # what is shown for less than a second is seen too
-            "at => { window.said = []; new MutationObserver(() => window.said.push(at.innerText))"
-            ".observe(at, {childList: true, subtree: true, characterData: true}) }"
-        )
-        batch = explorer.locator("input[type=number]").nth(1)
-        batch.fill("2")
-        batch.press("Enter")
-        expect(picture).to_contain_text("2 x 64 tokens", timeout=60_000)
-        expect(verdict).to_contain_text("It fits. At most")
-        assert any("Rehearsing gpt2" in words for words in page.evaluate("window.said"))
-        measure = explorer.locator("button", has_text="Measure")
-        if "no CUDA GPU here" in measure.inner_text():
-            expect(measure).to_be_disabled()
-        page.screenshot(path=screenshots / "rehearsal.png")
+    name = write_notebook(lab.folder / "failing.ipynb", "1 + 1", "1 / 0", "2 + 2")
+    with browser.new_page() as page, pytest.raises(AssertionError, match="ZeroDivisionError"):
+        LabNotebook.open(page, lab.address, name).run_all()

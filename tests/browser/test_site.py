@@ -112,6 +112,10 @@ def test_the_pages_answer_keep_their_state_and_take_bad_input(page: Page, site: 
     page.goto(f"{site}#watch?preset=everything+in+RAM&step=9999")
     settle(page)
     expect(page.locator("#facts")).to_contain_text("as the whole model does")
+    for tab, field in (("split", "items"), ("fit", "batch"), ("plan", "custom"), ("plan", "gpus"), ("files", "limit")):
+        page.goto(f"{site}#{tab}?{field}=99999999999999999999")  # an answer at once, whatever a link says
+        settle(page)
+        expect(page.locator("#error")).to_contain_text("99999999999999999999")
     page.goto(f"{site}#fit?model=gpt2&machine=a+toaster")
     settle(page)
     expect(page.locator("#error")).to_contain_text("unknown hardware 'a toaster'")

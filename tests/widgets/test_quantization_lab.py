@@ -152,3 +152,16 @@ def test_without_bitsandbytes_the_lab_says_so():
     )
     said = forked.run(code).stdout
     assert "nothing quantized yet" in said and "need bitsandbytes" in said
+
+
+def test_the_lab_shows_inputs_and_takes_a_layer_by_its_column():
+    lab = QuantizationLab("planted outliers")
+    lab.kind.value = "int8"
+    features = lab.study.features
+    assert len(features) == lab.study.shape[1] and sum(value >= 6 for value in features) == lab.study.outliers == 3
+    assert lab.picture.value.count("so multiplied in 16 bit") == 3
+    before = lab.picture.value
+    lab.threshold.value = 0.0
+    assert lab.picture.value != before and "so multiplied in 16 bit" not in lab.picture.value
+    lab.click("layer:transformer.h.0.mlp.c_proj")
+    assert lab.study.layer == "transformer.h.0.mlp.c_proj"
