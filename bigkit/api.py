@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Union
+from typing import TYPE_CHECKING, Any, Union, cast
 
 from . import zoo
 from .devices import Device
@@ -18,10 +18,12 @@ from .maps import advise as _advise
 from .maps import hosts as _hosts
 from .maps.advise import Advice
 from .maps.hosts import HostsPlan
+from .maps.pipeline import place_pipeline
 from .maps.plan import Plan
 from .maps.strategies import place
 from .model import estimate as _estimate
 from .model.estimate import MemoryEstimate
+from .model.pipeline import PipelineSpec, estimate_pipeline
 from .model.spec import ModelSpec
 
 if TYPE_CHECKING:
@@ -57,8 +59,27 @@ def describe(model: Source, library_name: str | None = None, *, base: bool = Fal
     raise TypeError(f"expected a model's name, folder or URL, an nn.Module or a ModelSpec, not {type(model).__name__}")
 
 
+def described(
+    model: Source | PipelineSpec, library_name: str | None = None, dtype: object = None, batch: int = 1, **options: Any
+) -> ModelSpec | PipelineSpec:
+    """The record of a model, or of the pipeline that a folder or repository without a config.json is."""
+    if isinstance(model, PipelineSpec):
+        return model
+    try:
+        return describe(model, library_name, **options)
+    except zoo.NoConfig as error:
+        none = error
+    from .dryrun.components import describe_pipeline
+
+    where = {name: options[name] for name in ("revision", "token") if name in options}
+    pipeline = describe_pipeline(model, dtype or "bfloat16", batch, **where)  # type: ignore[arg-type]
+    if pipeline is None:
+        raise none
+    return pipeline
+
+
 def plan(
-    model: Source,
+    model: Source | PipelineSpec,
     max_memory: Mapping[Device, int | str] | None = None,
     strategy: str | Mapping[str, Device] = "auto",
     *,
@@ -79,7 +100,8 @@ def plan(
     """Place a model's layers on devices so that no device holds more than its budget.
 
     Args:
-        model: a name, URL, folder, `nn.Module` or `ModelSpec`.
+        model: a name, URL, folder, `nn.Module` or `ModelSpec`; a pipeline of Diffusers (a folder or repository with a
+            `model_index.json`) gives a `PipelinePlan` for the first GPU.
         max_memory: device -> budget; None takes those of `hardware`, or of this machine (`Hardware.detect`).
         strategy, dtype, quantization, keep, special_dtypes, no_split, batch, context, offload_buffers, strict,
             experts_on_cpu, kv_dtype: see `maps.strategies.place`.
@@ -108,8 +130,11 @@ def plan(
     if overhead is None:
         overhead = overhead_of(machine) if machine else 0
     assert max_memory is not None
+    spec = described(model, dtype=dtype, batch=batch)
+    if isinstance(spec, PipelineSpec):
+        return cast(Any, place_pipeline(spec, max_memory, overhead))  # a `PipelinePlan`
     return place(
-        describe(model), max_memory, strategy, dtype=dtype, quantization=quantization, keep=keep,
+        spec, max_memory, strategy, dtype=dtype, quantization=quantization, keep=keep,
         special_dtypes=special_dtypes, no_split=no_split, batch=batch, context=context, overhead=overhead,
         offload_buffers=offload_buffers, strict=strict, experts_on_cpu=experts_on_cpu, kv_dtype=kv_dtype,
     )  # fmt: skip
@@ -175,7 +200,7 @@ def advise(
 
 
 def estimate_memory(
-    model: Source,
+    model: Source | PipelineSpec,
     dtypes: Iterable[object] = _estimate.CLASSIC,
     library_name: str | None = None,
     *,
@@ -188,7 +213,8 @@ def estimate_memory(
     """Count how much memory a model takes to load, run and train. Shipped names need no network and no torch.
 
     Args:
-        model: a name, URL, folder, `nn.Module` or `ModelSpec`.
+        model: a name, URL, folder, `nn.Module` or `ModelSpec`; a pipeline of Diffusers gives a `PipelineEstimate` of
+            `batch` images in bfloat16.
         dtypes: rows of the classic table.
         library_name: "transformers", "timm" or "bigkit"; None finds it.
         stored: rows of the inference table: dtypes, or quantizations ("int8", "nf4", "nf4-double", ...).
@@ -200,7 +226,9 @@ def estimate_memory(
     >>> row.dtype, row.total_size
     ('float32', 433249280)
     """
-    full = describe(model, library_name, **options)
+    full = described(model, library_name, batch=batch, **options)
+    if isinstance(full, PipelineSpec):
+        return cast(Any, estimate_pipeline(full))  # a `PipelineEstimate`
     by_name = isinstance(model, (str, os.PathLike))
-    base = describe(model, library_name, base=True, **options) if by_name else full
+    base = describe(cast(Source, model), library_name, base=True, **options) if by_name else full
     return _estimate.estimate(base, full, dtypes, stored, batch, context, kv_dtype)

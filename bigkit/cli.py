@@ -275,10 +275,11 @@ def _budgets(items: Sequence[str] | None) -> dict[Device, int | str] | None:
 
 
 def _plan_of(options: argparse.Namespace, hardware: Hardware | str | None, context: int) -> Plan:
-    from .api import plan
+    from .api import described, plan
 
+    model = described(options.model, options.library_name, options.dtype, trust_remote_code=options.trust_remote_code)
     return plan(
-        _describe(options), _budgets(options.max_memory), options.strategy, dtype=options.dtype,
+        model, _budgets(options.max_memory), options.strategy, dtype=options.dtype,
         quantization=options.quantization, batch=options.batch, context=context, hardware=hardware,
         experts_on_cpu=options.experts_on_cpu, kv_dtype=options.kv_dtype,
     )  # fmt: skip

@@ -15,15 +15,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..model.header import CheckpointError
+from ..model.spec import TensorSpec
 from ._transformers import Made, gptq_offset
 from .codecs import Codec, Kinds, Parts, StackCodec, find_codec, find_stack_codec
-from .format import Checkpoint
+from .format import Checkpoint, Stored
 
 
 class AsStored(nn.Module):
@@ -118,6 +120,20 @@ def as_stored(model: nn.Module, source: Checkpoint, keep: str = "stored") -> Ite
         for step in reversed(undo):
             step()
         raise
+
+
+def keep_as_stored(model: nn.Module, tensors: Mapping[str, TensorSpec], name: str) -> None:
+    """Give an empty model the modules that it has once it is loaded from a checkpoint with such tensors.
+
+    Args:
+        model: on meta; it stays there.
+        tensors: name -> tensor of the checkpoint, of which the file is not needed.
+        name: what errors call the checkpoint.
+    """
+    kinds = {full: (tensor.shape, getattr(torch, tensor.dtype)) for full, tensor in tensors.items()}
+    stored = {full: Stored(Path(name), 0, 0, dtype, shape) for full, (shape, dtype) in kinds.items()}
+    with as_stored(model, Checkpoint(Path(name), stored=stored)):
+        pass
 
 
 def _change_modules(model: nn.Module, source: Checkpoint, keep: str, undo: list[Callable[[], None]]) -> None:

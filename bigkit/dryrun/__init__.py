@@ -33,6 +33,7 @@ Read in this order:
     run         `dry_run`, and what it returns: timelines, times, whether it fits
     replay      equal blocks are run twice and then repeated, which makes explorers fast
     fake_bnb    quantized models: bitsandbytes' own Python, without its kernels
+    components  what the components of a pipeline take beside their weights
     export      for other viewers
     _torch, _transformers, _bnb    what is private in those libraries, in one place each
 

@@ -23,6 +23,7 @@ from typing import Any
 
 from torch import nn
 
+from ..checkpoints.as_stored import AsStored, keep_as_stored
 from ..devices import Device, device_label, read_device, whole_on
 from ..machine.allocator import CachingAllocator, OutOfMemory, Recording, replay
 from ..machine.hardware import CONTEXT_BYTES, HARDWARE, Hardware, machine_of
@@ -35,6 +36,7 @@ from ..maps.strategies import place
 from ..meta.skeleton import spec_from_module
 from ..model.config import facts
 from ..model.estimate import remarks
+from ..model.stored import tensors_told
 from ..quantize.load import BnbQuantizationConfig
 from ..units import format_bytes, format_seconds, three_figures
 from .export import chrome_trace
@@ -324,7 +326,8 @@ def dry_run(
         prompt_tokens: tokens of each sequence's prompt.
         new_tokens: tokens that are then generated for each sequence, one at a time.
         hardware: the machine, or its name in `HARDWARE` or `GPUS`; None takes as many H100s as the plan names.
-        dtype: of the weights if `model` is a name; None takes the plan's, then the config's.
+        dtype: of the weights if `model` is a name; None takes the plan's, then the config's; those of a quantized
+            repository stay as they are stored.
         all_logits: keep the logits of every prompt token, as a plain call of the model does.
         cache: keep the KV cache of a prompt after which nothing is generated.
         generate: run the model's own `generate`, where it has one; False calls the model itself, once for the prompt
@@ -377,6 +380,7 @@ def dry_run(
         trace = rehearse(empty, places, load, target, slots or 2, resident_memory, config)
     known: Any = getattr(empty, "config", None)
     about = facts(known.to_dict()) if hasattr(known, "to_dict") else {}
+    about |= {"decoding": 0} if any(isinstance(part, AsStored) for part in empty.modules()) else {}
     context = calibration.context if calibration and calibration.context else CONTEXT_BYTES
     rates = rates_of(machine, calibration)
     return DryRun(
@@ -445,9 +449,15 @@ def _model(
         from .. import zoo
 
         name, empty = model, zoo.empty_model(model, dtype=dtype)
+        tensors = zoo.stored_tensors(model) if dtype is None and quantization is None else {}
     else:
         empty = model if isinstance(model, nn.Module) else model()
-        name = getattr(getattr(empty, "config", None), "_name_or_path", "") or type(empty).__name__
+        config = getattr(empty, "config", None)
+        name = getattr(config, "_name_or_path", "") or type(empty).__name__
+        told = dtype is None and quantization is None and isinstance(getattr(config, "quantization_config", None), dict)
+        tensors = tensors_told(spec_from_module(empty)) if told else {}
+    if tensors:
+        keep_as_stored(empty, tensors, name)
     if real := next((name for name, parameter in empty.named_parameters() if not parameter.is_meta), None):
         raise ValueError(f"{real!r} has memory: a dry run needs an empty model, built under init_empty_weights()")
     if quantization is not None:

@@ -229,9 +229,9 @@ HARDWARE = {
 
 
 _SIZE = r"\d+(?:\.\d+)?\s*(?:[KMGT]i?)?B"
-_ASKED = re.compile(
-    rf"(?:(?P<count>\d+)\s*[x×*]\s*)?(?P<kind>.*?)\s*(?P<memory>{_SIZE})?\s*(?:\(.*\))?"
-    rf"(?:[\s,+]*(?P<ram>{_SIZE})\s*(?:of\s*)?RAM)?", re.IGNORECASE)  # fmt: skip
+_ASKED = re.compile(  # "2 x RTX 4090 48GiB (as fast as it is), 64GiB RAM"; the count may come after the name
+    rf"(?:(\d{{1,3}})\s*[x×*]\s*)?(.*?)\s*({_SIZE})?\s*(?:\(.*\))?\s*(?:(?<=[\dB\s])[x×*]\s*(\d{{1,3}}))?"
+    rf"(?:[\s,+]*({_SIZE})\s*(?:of\s*)?RAM)?", re.IGNORECASE)  # fmt: skip
 SAME = 0.07  # a card of 24 GB has 24 GiB: what differs less is the same memory
 
 
@@ -242,7 +242,8 @@ def machine_of(hardware: Hardware | str | None) -> Hardware:
     Spaces, hyphens and capitals do not count, and the beginning or the end of a name is enough if no other has it:
     "4090", "laptop". A GPU of your own is a size, "2 x 24GB", and counts as the slowest one in `GPUS` of about that
     memory, which the machine's name says; or one that is known, with another memory: "RTX 4090 48GiB". RAM may follow:
-    "RTX 4090, 128GiB RAM"; else it is 64 GiB. GiB are powers of 1024 and GB of 1000.
+    "RTX 4090, 128GiB RAM"; else it is 64 GiB. Of a machine with one memory the size is that: "M4 Max 64GB". GiB are
+    powers of 1024 and GB of 1000.
 
     Raises:
         ValueError: there is no such machine, or there are several; the sentence names those that look like it.
@@ -262,27 +263,30 @@ def machine_of(hardware: Hardware | str | None) -> Hardware:
     if named := next((machine for name, machine in HARDWARE.items() if _letters(name) == _letters(hardware)), None):
         return named
     asked = _ASKED.fullmatch(hardware.strip())
-    count, kind, size, ram = asked.group("count", "kind", "memory", "ram") if asked else ("1", hardware, None, None)
-    count, own, memory = int(count or 1), size and not _letters(kind), None
-    fitting = _fitting(kind + (size or ""))
+    before, kind, size, after, more = asked.groups() if asked else ("", hardware, "", "", "")
+    count, own = int(before or after or 1), size and not _letters(kind)
+    memory, ram = None, parse_bytes(more.upper()) if more else None
+    fitting = _fitting(kind + (size or "") if kind or size or not ram else "no GPU")
     if size and len(fitting) != 1:
         memory = parse_bytes(size.upper())
-        fitting = [_slowest(memory)] if own else _fitting(kind)
-    if len(fitting) != 1 or not 0 < count <= (1024 if fitting[0] in GPUS else 1):
+        fitting = _fitting(kind) if not own else [_slowest(memory)] if memory else []
+    if len(fitting) != 1 or not 0 < count <= (999 if fitting[0] in GPUS else 1):
         raise ValueError(f"unknown hardware {hardware!r}: {_near(kind, fitting)}; `bigkit machines` lists all names, "
                          "and '2 x 24GB' is a machine with GPUs of your own")  # fmt: skip
     base = _usual(fitting[0], count)
+    if memory and (base.unified or not base.gpus):
+        memory, ram = None, ram or memory
     sold = size and "i" not in size.lower() and not own  # in GB, as sold
     if memory and sold and abs(memory / base.gpus[0].memory - 1) < SAME:
         memory = None
-    return variant(base, None, memory, parse_bytes(ram.upper()) if ram else None, own)
+    return variant(base, None, memory, ram, own)
 
 
 def variant(
     base: Hardware, count: int | None = None, memory: int | None = None, ram: int | None = None, own: object = False
 ) -> Hardware:
     """A machine with another number of its first GPU, memory of each, or RAM; its name says so, as `machine_of` reads
-    it.
+    it. Of a memory that is shared the GPU keeps its part, whatever `memory` says.
 
     >>> variant(HARDWARE["1 x RTX 4090"], 3, ram=2**36).name, variant(HARDWARE["1 x RTX 4090"], 2).name
     ('3 x RTX 4090', '2 x RTX 4090')
@@ -295,7 +299,9 @@ def variant(
         own_name = f"{base.name} with {count} GPUs"
         base = _usual(kind, count) if kind in GPUS else replace(base, name=own_name, gpus=base.gpus[:1] * count)
     name, gpus = base.name, base.gpus
-    if memory and gpus and memory != gpus[0].memory:
+    if base.unified:
+        gpus = tuple(replace(gpu, memory=gpu.memory * (ram or base.ram) // base.ram) for gpu in gpus)
+    elif memory and gpus and memory != gpus[0].memory:
         name += f" {format_bytes(memory, 'exact')}"
         gpus = tuple(replace(gpu, memory=memory) for gpu in gpus)
     if own and gpus:
@@ -325,7 +331,8 @@ def _fitting(kind: str) -> list[str]:
     names = {name: _letters(name) for name in (*GPUS, *HARDWARE) if not name[0].isdigit()}
     wanted = _letters(kind)
     whole = [name for name, letters in names.items() if letters == wanted]
-    ends = [name for name, letters in names.items() if letters.startswith(wanted) or letters.endswith(wanted)]
+    ends = [name for name, letters in names.items() if letters.startswith(wanted)
+            or letters.endswith(wanted) and (name in GPUS or len(wanted) > 4)]  # fmt: skip
     return whole or (ends if len(wanted) > 1 else [])
 
 
@@ -334,7 +341,7 @@ def _near(kind: str, fitting: Sequence[str]) -> str:
     from difflib import get_close_matches
 
     if len(fitting) == 1:
-        return f"expected {'from 1 to 1,024' if fitting[0] in GPUS else 'one'} of {fitting[0]!r}"
+        return f"expected {'from 1 to 999' if fitting[0] in GPUS else 'one'} of {fitting[0]!r}"
     names = {_letters(name): name for name in (*HARDWARE, *GPUS) if not name[0].isdigit()}
     near = [names[match] for match in get_close_matches(_letters(kind), names, cutoff=0.5)]
     return f"it could be {listed(fitting or near)}" if fitting or near else "no name is close to it"

@@ -36,6 +36,7 @@ Reading order:
     llama_cpp.py     a plan as options of llama.cpp
     hosts.py         `plan_hosts`: a stage for each of several hosts, each with a plan of its own
     engines.py       such a plan as commands of vLLM, SGLang and llama.cpp
+    pipeline.py      which components of a pipeline stay, come for their phase, or come block by block
     own_map.py       a map of the user's own, to be checked and measured
     reasons.py       why a boundary stands there, and what would help
     device_map.py    `infer_auto_device_map` and the other names that Hugging Face Accelerate made known

@@ -15,8 +15,9 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
+from functools import partial
 from itertools import accumulate
 from typing import Any, NamedTuple
 
@@ -26,69 +27,115 @@ from .precision import Precision, tensor_bytes
 from .spec import ModelSpec, ModuleSpec, TensorSpec
 
 # Keys under which methods list the modules that they leave out.
+FP8 = "float8_e4m3fn"
 DECODING = 17.0  # bytes that a weight takes while it is decoded, in the format that takes most
 _KEPT = ("modules_to_not_convert", "ignore", "ignored_layers", "llm_int8_skip_modules", "exclude_modules")
 
 
 class Format(NamedTuple):
-    """What a quantized weight takes.
+    """How a quantized weight is stored.
 
     Args:
-        bits: of one weight.
-        group: weights of a row that share a scale; 0: all of a row; -1: all of the weight.
-        rows: rows that share a scale.
-        scale: bytes of a scale.
-        zeros: whether each scale has a zero point of `bits` bits.
-        fixed: bytes more for each weight (a scale for all, the shape).
-        per_input: bytes more for each input (the group that it is in).
+        parts: its rows (outputs) and columns (inputs) -> the tensors that a checkpoint has in its place, by own name.
         decoding: bytes that each weight takes while it is decoded to bfloat16, all copies in between counted.
     """
 
-    bits: int
-    group: int
-    rows: int = 1
-    scale: int = 2
-    zeros: bool = False
-    fixed: int = 0
-    per_input: int = 0
+    parts: Callable[[int, int], dict[str, TensorSpec]]
     decoding: float = DECODING
 
     def bytes(self, rows: int, columns: int) -> int:
         """Bytes of a weight of so many outputs and inputs."""
-        across = 1 if self.group <= 0 else math.ceil(columns / self.group)
-        scales = 1 if self.group < 0 else math.ceil(rows / self.rows) * across
-        codes = math.ceil(rows * columns * self.bits / 8) + (math.ceil(scales * self.bits / 8) if self.zeros else 0)
-        return codes + scales * self.scale + self.fixed + columns * self.per_input
+        return sum(part.bytes() for part in self.parts(rows, columns).values())
 
 
 def read_format(settings: Mapping[str, Any]) -> Format | None:
     """The format that a `quantization_config` names; None if it is not known here.
 
-    >>> read_format({"quant_method": "awq", "bits": 4, "group_size": 128})
-    Format(bits=4, group=128, rows=1, scale=2, zeros=True, fixed=0, per_input=0, decoding=17.0)
+    >>> format = read_format({"quant_method": "awq", "bits": 4, "group_size": 128})
+    >>> {name: part.shape for name, part in format.parts(4096, 4096).items()}
+    {'qweight': (4096, 512), 'qzeros': (32, 512), 'scales': (32, 4096)}
+    >>> format.bytes(4096, 4096)
+    8716288
     """
     method = str(settings.get("quant_method", "")).lower()
     try:
         if method in ("fp8", "fbgemm_fp8"):
-            rows, columns = settings.get("weight_block_size") or (1, 0)
-            return Format(8, columns, rows, scale=4, decoding=12 if columns else 8)
+            block = settings.get("weight_block_size")
+            height, width = map(int, block) if block else (1, 0)
+            return Format(partial(_scaled, height, width, block is not None), 12 if block else 8)
         if method == "mxfp4":
-            return Format(4, 32, scale=1, decoding=4.5)
+            return Format(_mxfp4, 4.5)
         if method in ("awq", "gptq"):
             bits, group = int(settings.get("bits", 4)), int(settings.get("group_size", 128))
-            return Format(bits, max(group, 0), zeros=True, per_input=4 * (method == "gptq"))
+            return Format(partial(_awq if method == "awq" else _gptq, bits, max(group, 0)))
         if method == "compressed-tensors":
-            weights = next(iter(settings["config_groups"].values()))["weights"]
-            bits, strategy = int(weights["num_bits"]), weights.get("strategy")
-            if str(settings.get("format", "")).startswith("nvfp4"):
-                return Format(4, 16, scale=1, fixed=4, decoding=11)
-            group = {"tensor": -1, "channel": 0}.get(strategy, int(weights.get("group_size") or 0))
-            packed = str(settings.get("format", "")).startswith("pack")
-            zeros = not weights.get("symmetric", True)
-            return Format(bits, group, zeros=zeros, fixed=16 * packed, decoding=DECODING if packed else 12)
+            return _compressed_tensors(settings)
     except (KeyError, TypeError, ValueError, AttributeError, StopIteration):
         pass
     return None
+
+
+def _compressed_tensors(settings: Mapping[str, Any]) -> Format:
+    weights = next(iter(settings["config_groups"].values()))["weights"]
+    bits, strategy, kind = int(weights["num_bits"]), weights.get("strategy"), str(settings.get("format", ""))
+    group = {"tensor": -1, "channel": 0}.get(strategy, int(weights.get("group_size") or 0))
+
+    def parts(rows: int, columns: int) -> dict[str, TensorSpec]:
+        if kind.startswith("nvfp4"):
+            return {
+                "weight_packed": TensorSpec((rows, columns // 2), "uint8"),
+                "weight_scale": TensorSpec((rows, columns // 16), "float8_e4m3fn"),
+                "weight_global_scale": TensorSpec((1,)),
+            }
+        groups = _groups(columns, group)
+        scale = {"weight_scale": TensorSpec((rows, groups) if group >= 0 else (1,), "bfloat16")}
+        if not kind.startswith("pack"):
+            return {"weight": TensorSpec((rows, columns), "int8" if weights.get("type") == "int" else FP8), **scale}
+        zero = {"weight_zero_point": TensorSpec((rows * bits // 32, groups), "int32")}
+        return {
+            "weight_packed": TensorSpec((rows, -(-columns * bits // 32)), "int32"),
+            **scale,
+            "weight_shape": TensorSpec((2,), "int64"),
+            **({} if weights.get("symmetric", True) else zero),
+        }
+
+    return Format(parts, 11 if kind.startswith("nvfp4") else DECODING if kind.startswith("pack") else 12)
+
+
+def _groups(columns: int, group: int) -> int:
+    """Groups of inputs that share a scale; all of them if `group` is 0."""
+    return math.ceil(columns / group) if group > 0 else 1
+
+
+def _scaled(height: int, width: int, inverse: bool, rows: int, columns: int) -> dict[str, TensorSpec]:
+    scales = TensorSpec((math.ceil(rows / height), _groups(columns, width)))
+    return {"weight": TensorSpec((rows, columns), FP8), "weight_scale_inv" if inverse else "weight_scale": scales}
+
+
+def _mxfp4(rows: int, columns: int) -> dict[str, TensorSpec]:
+    return {
+        "_blocks": TensorSpec((rows, columns // 32, 16), "uint8"),
+        "_scales": TensorSpec((rows, columns // 32), "uint8"),
+    }
+
+
+def _gptq(bits: int, group: int, rows: int, columns: int) -> dict[str, TensorSpec]:
+    groups = _groups(columns, group)
+    return {
+        "qweight": TensorSpec((columns * bits // 32, rows), "int32"),
+        "qzeros": TensorSpec((groups, rows * bits // 32), "int32"),
+        "scales": TensorSpec((groups, rows), "float16"),
+        "g_idx": TensorSpec((columns,), "int32"),
+    }
+
+
+def _awq(bits: int, group: int, rows: int, columns: int) -> dict[str, TensorSpec]:
+    groups = _groups(columns, group)
+    return {
+        "qweight": TensorSpec((columns, rows * bits // 32), "int32"),
+        "qzeros": TensorSpec((groups, rows * bits // 32), "int32"),
+        "scales": TensorSpec((groups, rows), "float16"),
+    }
 
 
 def with_stored(model: ModelSpec, files: Mapping[str, TensorSpec] | None = None) -> ModelSpec:
@@ -111,6 +158,8 @@ def with_stored(model: ModelSpec, files: Mapping[str, TensorSpec] | None = None)
     if not isinstance(settings, Mapping):
         return model
     sizes = stored_sizes(model, settings) if files is None else sizes_in_files(model, files)
+    if files is not None and sizes and settings.get("quant_method") == "bitsandbytes":
+        sizes = _bitsandbytes(model, settings, sizes)  # some of it is a text in the file, and a number in memory
     if not sizes:
         return model
     format, made = read_format(settings), dict[Any, ModuleSpec]()
@@ -145,28 +194,55 @@ def stored_sizes(model: ModelSpec, settings: Mapping[str, Any]) -> dict[str, int
 
     MXFP4 quantizes stacked experts alone, the other methods linear layers, and experts where they are many matrices.
     """
-    method = str(settings.get("quant_method", "")).lower()
-    if method == "bitsandbytes":
-        kind = settings.get("bnb_4bit_quant_type", "fp4") + "-double" * bool(settings.get("bnb_4bit_use_double_quant"))
-        precision = model.precision(None, kind if settings.get("load_in_4bit") else "int8")
-        names = [f"{name}.weight" for name in model.quantized(precision)]
-        return {name: tensor_bytes(name, *model.tensors[name], precision) for name in names}
-    format = read_format(settings)
+    if settings.get("quant_method") == "bitsandbytes":
+        names = model.quantized(model.precision(None, _kind(settings)))
+        return _bitsandbytes(model, settings, [f"{name}.weight" for name in names])
+    parts = stored_tensors(model, settings)
+    if parts is None:
+        return None
+    return {name: sum(part.bytes() for part in own.values()) for name, own in parts.items()}
+
+
+def tensors_told(model: ModelSpec) -> dict[str, TensorSpec]:
+    """What a checkpoint has of its quantized weights, by name, as the model's `quantization_config` tells it."""
+    told = stored_tensors(model, model.facts.get("quantization_config") or {}) or {}
+    return {full: tensor for parts in told.values() for full, tensor in parts.items()}
+
+
+def stored_tensors(model: ModelSpec, settings: Mapping[str, Any]) -> dict[str, dict[str, TensorSpec]] | None:
+    """Weight that is quantized -> the tensors that a checkpoint has of it, by full name; None if that is unknown."""
+    format, method = read_format(settings), str(settings.get("quant_method", "")).lower()
     if format is None:
         return None
     kept = [str(name) for key in _KEPT for name in settings.get(key) or ()]
-    sizes: dict[str, int] = {}
+    parts: dict[str, dict[str, TensorSpec]] = {}
     for name, (tensor, owner) in model.tensors.items():
         stacked = len(tensor.shape) == 3 and "expert" in name and not name.endswith("bias")
         chosen = stacked if method == "mxfp4" else owner.linear and len(tensor.shape) == 2 or stacked
-        module = name if stacked else name.rpartition(".")[0]
-        if tensor.buffer or not chosen or module.endswith("lm_head") or _is_kept(module, kept):
+        around = name.rpartition(".")[0]
+        if tensor.buffer or not chosen or around.endswith("lm_head") or _is_kept(name if stacked else around, kept):
             continue
         *experts, rows, columns = tensor.shape
         if stacked and method == "mxfp4":  # such models have (in, out), their files (out, in)
             rows, columns = columns, rows
-        sizes[name] = math.prod(experts) * format.bytes(rows, columns)
-    return sizes
+        own = format.parts(rows, columns)
+        if stacked:
+            stacks = {leaf: replace(part, shape=(*experts, *part.shape)) for leaf, part in own.items()}
+            parts[name] = {name + leaf.removeprefix("weight"): part for leaf, part in stacks.items()}
+        else:
+            parts[name] = {join(around, leaf): part for leaf, part in own.items()}
+    return parts
+
+
+def _kind(settings: Mapping[str, Any]) -> str:
+    """What bigkit calls the quantization of bitsandbytes' settings."""
+    kind = settings.get("bnb_4bit_quant_type", "fp4") + "-double" * bool(settings.get("bnb_4bit_use_double_quant"))
+    return kind if settings.get("load_in_4bit") else "int8"
+
+
+def _bitsandbytes(model: ModelSpec, settings: Mapping[str, Any], names: Iterable[str]) -> dict[str, int]:
+    precision = Precision(None, _kind(settings))
+    return {name: tensor_bytes(name, *model.tensors[name], precision) for name in names}
 
 
 def sizes_in_files(model: ModelSpec, files: Mapping[str, TensorSpec]) -> dict[str, int]:

@@ -43,7 +43,7 @@ What is wrong with it is what the files are about. Read in this order:
 - `dispatch.py`: the calls that users know from Accelerate. A device map says which weights travel, and which of them
   together (`options.py`, `grouping.py`, `placing.py`), and which modules get hooks (`attach.py`). `moving.py`: the
   model is cast or moved. `load_and_dispatch.py` begins at a checkpoint, `one_place.py` is for all weights in RAM or on
-  disk, `whole_model.py` for pipelines of several models.
+  disk, `whole_model.py` for pipelines of several models, `pipeline.py` for those by a plan.
 - `observe.py`: what a forward really did, step by step, from what a streamer tells (`events.py`).
 - `_torch.py`: what is private in PyTorch and used here.
 

@@ -95,7 +95,7 @@ class FitExplorer(Explorer):
                 "Machine": {
                     "hardware": self.preset_menu("Machine", given.name),
                     "gpu": menu("GPU", [*self._kinds], figures["gpu"]),
-                    "count": field(widgets.BoundedIntText, "Count", figures["count"], min=0, max=1024),
+                    "count": field(widgets.BoundedIntText, "Count", figures["count"], min=0, max=999),
                     "memory": field(widgets.BoundedFloatText, "GiB each", figures["memory"], **sized),
                     "ram": field(widgets.BoundedFloatText, "RAM, GiB", figures["ram"], **sized),
                 },
@@ -112,6 +112,7 @@ class FitExplorer(Explorer):
             },
         )
         self.gpu.observe(self._take_gpu, "value")
+        self.ram.observe(self._take_ram, "value")
 
     advice = property(lambda self: self.result)
 
@@ -123,7 +124,10 @@ class FitExplorer(Explorer):
         base = self._kinds[self.gpu.value if self.count.value else NO_GPU]
         sizes = [gpu.memory for machine in (base, *self._machines.values()) for gpu in machine.gpus[:1]]
         memory = _bytes(self.memory.value, sizes) if base.gpus else None
-        return variant(base, self.count.value if base.gpus else None, memory, _bytes(self.ram.value, [base.ram]))
+        made = variant(base, self.count.value if base.gpus else None, memory, _bytes(self.ram.value, [base.ram]))
+        if made.unified and _figures(made)["memory"] != self.memory.value:
+            raise ValueError(f"{base.name} has one memory, of which its GPU keeps a part: turn its RAM")
+        return made
 
     def _take_gpu(self, change: object) -> None:
         """Another kind of GPU brings its own memory; a machine with one memory for all brings everything."""
@@ -134,6 +138,12 @@ class FitExplorer(Explorer):
                 for name in ("memory", "count", "ram") if base.unified or not base.gpus else ("memory",):
                     self.turn(name, figures[name])
                 self.count.value = self.count.value or figures["count"]
+
+    def _take_ram(self, change: object) -> None:
+        """Of a memory that is shared the GPU keeps its part."""
+        base = self._kinds[self.gpu.value]
+        if base.unified:
+            self.memory.value = _figures(variant(base, ram=_bytes(self.ram.value, [base.ram])))["memory"]
 
     def compute(self) -> Advice:
         """Rank the ways for the model and the machine."""

@@ -31,6 +31,7 @@ Reading order:
     fetch.py      so many bytes and seconds from the Hub, and not one more
     headers.py    a model known by the headers of its weights alone
     gguf.py       a model known by the header of its GGUF file
+    pipelines.py  pipelines of Diffusers: a class and a config for each component
     errors.py     what can go wrong, one class each
     gpt.py        a GPT of 8 million parameters whose weights ship, to run everything on
 
@@ -40,9 +41,9 @@ Leaves out: weights (`checkpoints/`); those of `pygpt` are loaded by `bigkit.zoo
 
 from .catalog import ENTRIES, Entry, names
 from .errors import BadURL, GatedModel, NoConfig, OfflineError, RemoteCodeNeeded, UnknownModel, ZooError
-from .resolve import describe, empty_model
+from .resolve import describe, empty_model, stored_tensors
 
 __all__ = [
     "ENTRIES", "BadURL", "Entry", "GatedModel", "NoConfig", "OfflineError", "RemoteCodeNeeded", "UnknownModel",
-    "ZooError", "describe", "empty_model", "names",
+    "ZooError", "describe", "empty_model", "names", "stored_tensors",
 ]  # fmt: skip

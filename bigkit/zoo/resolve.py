@@ -12,8 +12,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from ..model.spec import ModelSpec
-from ..model.stored import with_stored
+from ..model import stored
+from ..model.spec import ModelSpec, TensorSpec
 from . import catalog
 from .catalog import Entry
 from .errors import NoConfig, UnknownModel, ZooError
@@ -76,7 +76,26 @@ def describe(
         if "quantization_config" in spec.facts and isinstance(source, hub.Source):
             with suppress(ZooError):  # without files sizes follow from the config
                 files = headers.headers(source, token)
-        return with_stored(spec, files)
+        return stored.with_stored(spec, files)
+
+
+def stored_tensors(name: str | os.PathLike[str]) -> dict[str, TensorSpec]:
+    """What a quantized repository has of its weights: every tensor of its files, or where these cannot be reached those
+    that its config tells of; nothing if it is not quantized, or in a way that is not known.
+
+    >>> stored_tensors("gpt-oss-20b")["model.layers.0.mlp.experts.down_proj_scales"].shape
+    (32, 2880, 90)
+    """
+    spec = describe(name)
+    if "decoding" not in spec.facts:
+        return {}
+    source, _ = _resolve(name, None, None)
+    from . import headers, hub
+
+    if isinstance(source, hub.Source):
+        with suppress(ZooError):
+            return headers.headers(source)
+    return stored.tensors_told(spec)
 
 
 def empty_model(

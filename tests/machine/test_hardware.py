@@ -108,7 +108,10 @@ def test_gpus_of_this_machine_are_described_and_what_was_measured_counts(monkeyp
         ("laptop", "laptop, no GPU", None, 16 * GiB),
         ("no gpu, 32GiB ram", "laptop, no GPU, 32GiB RAM", None, 32 * GiB),
         ("strix", "Strix Halo, 128 GB", 96 * GiB, 128 * GiB),
-        ("m4 max, 64GiB RAM", "M4 Max, 128 GB, 64GiB RAM", 96 * GiB, 64 * GiB),
+        ("m4 max, 64GiB RAM", "M4 Max, 128 GB, 64GiB RAM", 48 * GiB, 64 * GiB),
+        ("M4 Max 64GiB", "M4 Max, 128 GB, 64GiB RAM", 48 * GiB, 64 * GiB),
+        ("laptop 32GB", "laptop, no GPU, 32GB RAM", None, 32 * GB),
+        ("32GB RAM", "laptop, no GPU, 32GB RAM", None, 32 * GB),
     ],
 )
 def test_names_of_machines_as_people_write_them(asked, name, memory, ram):
@@ -116,6 +119,11 @@ def test_names_of_machines_as_people_write_them(asked, name, memory, ram):
     assert machine.name == name and machine.ram == ram and machine_of(name) == machine
     assert {gpu.memory for gpu in machine.gpus} == ({memory} if memory else set())
     assert len(machine.gpus) == int(asked[0] if asked[1:3].strip()[:1] in ("x", "×", "*") else memory is not None)
+
+
+def test_a_count_may_come_after_the_name():
+    assert machine_of("4090x2") is machine_of("2 x 4090") is machine_of("RTX 4090 * 2")
+    assert machine_of("24GB x 3, 96GB RAM") == machine_of("3 x 24GB, 96GB RAM") and len(machine_of("24GBx3").gpus) == 3
 
 
 def test_every_name_is_read_back():
@@ -136,8 +144,10 @@ def test_every_name_is_read_back():
         ("m4", r"could be 'M4 Max, 128 GB', 'M4 Pro, 64 GB'"),
         ("RTX 3080", r"could be .*'RTX 5080'"),
         ("2 x laptop", r"expected one of 'laptop, no GPU'"),
-        ("0 x T4", r"expected from 1 to 1,024 of 'T4'"),
+        ("0 x T4", r"expected from 1 to 999 of 'T4'"),
         ("PS5", r"no name is close to it"),
+        ("GPU", r"unknown"),
+        ("0GB", r"unknown"),
         ("", r"no name is close to it"),
         ("cat food", r"`bigkit machines` lists all names, and '2 x 24GB' is a machine with GPUs of your own"),
     ],

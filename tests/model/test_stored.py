@@ -3,21 +3,35 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
+import weakref
+from collections import Counter
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors import safe_open
-from transformers import GptOssConfig
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import GptOssConfig, LlamaForCausalLM
 
 import bigkit
 from bigkit import zoo
+from bigkit.checkpoints.codecs import decode_mxfp4, find_codec
+from bigkit.devices import placement
 from bigkit.model.experts import active_bytes
 from bigkit.model.spec import Precision
 from bigkit.model.stored import read_format, stored_sizes, with_stored
+from bigkit.offload.handle import Away
 from bigkit.zoo import build
-from tests.checkpoints.test_as_stored import FORMATS, write
+from tests.checkpoints.test_as_stored import FORMATS, LLAMA, PROMPT, empty, write
+from tests.hub_server import FakeHub
 
 CONFIGS: dict[str, dict[str, Any]] = {
     "fp8": {"quant_method": "fp8", "weight_block_size": [128, 128], "modules_to_not_convert": ["lm_head"]},
@@ -81,3 +95,127 @@ def test_bitsandbytes_counts_as_planned() -> None:
     buffers = [tensor for tensor, _ in spec.tensors.values() if tensor.buffer]  # float32; float16 with `nf4`
     cast = sum(tensor.bytes() - tensor.bytes("float16") for tensor in buffers)
     assert packed.bytes() - cast == spec.bytes(spec.precision(None, "nf4")) < spec.bytes() / 3
+
+
+def bytes_at(model: nn.Module) -> Counter[int | str]:
+    """What a spread model holds on each place of its map; handles by what rests."""
+    held = Counter[int | str]()
+    place_of, seen = placement(model.hf_device_map), set[int]()  # type: ignore[arg-type]
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if id(tensor) not in seen:
+            seen.add(id(tensor))
+            away = isinstance(tensor, Away)
+            size = sum(part.nbytes for part in tensor.weight.parts.values()) if away else tensor.nbytes
+            held[place_of(name)] += size  # type: ignore[index]
+    return held
+
+
+def ready(folder: Path, format: str) -> nn.Module:
+    """A repository in a format with its config.json, and its model, empty."""
+    model = write(folder, format)
+    config = {**model.config.to_dict(), "quantization_config": CONFIGS[format], "dtype": "bfloat16"}
+    (folder / "config.json").write_text(json.dumps(config))
+    return zoo.empty_model(folder, dtype=None)
+
+
+@pytest.mark.parametrize("format", [*FORMATS, "mxfp4"])
+def test_a_load_by_a_plan_holds_what_the_plan_says(tmp_path: Path, format: str) -> None:
+    model = ready(tmp_path, format)
+    whole = bigkit.plan(str(tmp_path), {0: "1GB"})
+    assert sum(share.weights for share in whole.shares) == bigkit.estimate_memory(str(tmp_path)).inference[0].weights
+    most = whole.shares[0].activations + whole.shares[0].weights * 3 // 4
+    plan = bigkit.plan(str(tmp_path), {0: most, "cpu": whole.shares[0].weights // 8})
+    assert len(set(plan.device_map.values())) > 1 and "as stored" in plan.explain()
+    model = bigkit.load_checkpoint_and_dispatch(model, tmp_path, plan, stand_in={0: "cpu"}, offload_buffers=True)
+    held = bytes_at(model)
+    assert {share.device: share.weights for share in plan.shares if share.weights} == {**held}
+    assert torch.isfinite(model(PROMPT).logits).all()
+
+
+def test_a_repository_on_the_hub_counts_the_same(tmp_path: Path) -> None:
+    ready(tmp_path, "int4")
+    code = "import sys, bigkit; print(bigkit.plan('someone/tiny', {0: '1GB'}).shares[0].weights)"
+    with FakeHub() as hub:
+        hub.add("someone/tiny", tmp_path)
+        settings = {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "cache")}
+        ask = partial(subprocess.run, env={**os.environ, **settings}, capture_output=True, text=True)
+        done = ask([sys.executable, "-c", code])
+        (tmp_path / "model.safetensors").rename(tmp_path / "other.bin")
+        again = ask([sys.executable, "-c", code])
+    exact = bigkit.plan(str(tmp_path), {0: "1GB"}).shares[0].weights  # by the config alone
+    assert int(done.stdout) == int(again.stdout) == exact, (done.stderr, again.stderr)
+
+
+@pytest.mark.parametrize("kind", ["int8", "nf4", "nf4-double"])
+def test_bitsandbytes_by_headers_and_by_the_config(tmp_path: Path, kind: str) -> None:
+    pytest.importorskip("bitsandbytes")
+    plain = LlamaForCausalLM(LLAMA).bfloat16()
+    plain.save_pretrained(tmp_path / "plain")
+    bits: Any = {"load_in_8bit": True} if kind == "int8" else {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+    double: Any = {"bnb_4bit_use_double_quant": True} if kind == "nf4-double" else {}
+    settings = bigkit.BnbQuantizationConfig(**bits, **double, torch_dtype=torch.bfloat16)
+    model = bigkit.load_and_quantize_model(empty(plain), settings, tmp_path / "plain", device_map={"": "cpu"})
+    bigkit.save_model(model, tmp_path / "small")
+    (tmp_path / "small" / "config.json").write_text(model.config.to_json_string(use_diff=False))
+    by_headers = zoo.describe(tmp_path / "small")
+    assert by_headers.facts["quantization"] == "bitsandbytes"
+    (tmp_path / "small" / "model.safetensors").unlink()
+    by_config = zoo.describe(tmp_path / "small")
+    assert by_headers.bytes() == by_config.bytes()
+
+
+def test_decoding_takes_no_more_than_is_kept_for_it() -> None:
+    codes = torch.randint(0, 256, (4, 256, 16, 16), dtype=torch.uint8)
+    mxfp4 = {"_blocks": codes, "_scales": torch.randint(118, 122, (4, 256, 16), dtype=torch.uint8)}
+    cases: list[tuple[str, Any, Any]] = [("mxfp4", partial(decode_mxfp4), mxfp4)]
+    for name, make in FORMATS.items():
+        parts = make(256, 512)
+        codec = find_codec((256, 512), {own: (tuple(part.shape), part.dtype) for own, part in parts.items()})
+        cases.append((name, codec.decode, parts))  # type: ignore[union-attr]
+    for name, decode, parts in cases:
+        with Allocations() as seen:
+            weight = decode(parts, torch.bfloat16)
+        kept = read_format(CONFIGS[name]).decoding * weight.numel()  # type: ignore[union-attr]
+        assert 0.6 * kept < seen.most <= kept, (name, seen.most / weight.numel())
+
+
+@pytest.mark.parametrize("format", ["fp8", "mxfp4", "gptq"])
+def test_dry_runs_and_advice_count_what_plans_count(tmp_path: Path, format: str) -> None:
+    ready(tmp_path, format)
+    plan = bigkit.plan(str(tmp_path), {0: "1GB"}, context=18)
+    for there in (True, False):  # by the headers, and by the config alone
+        if not there:
+            (tmp_path / "model.safetensors").unlink()
+        run = bigkit.dry_run(str(tmp_path), prompt_tokens=16, new_tokens=2)
+        peak = run.timeline(0).at_peak()
+        assert peak["weights"] == plan.shares[0].weights, there
+    assert peak["activations"] <= plan.shares[0].activations
+    run = bigkit.dry_run(lambda: zoo.empty_model(tmp_path, dtype=None), prompt_tokens=16, new_tokens=2)
+    assert run.timeline(0).at_peak()["weights"] == plan.shares[0].weights
+    best = bigkit.advise(str(tmp_path), "RTX 4090", context=18, stored=(None,)).best
+    assert best is not None and best.plan.shares[0].weights == plan.shares[0].weights
+
+
+class Allocations(TorchDispatchMode):
+    """The most bytes that tensors took which were made within, at any moment."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.most = 0
+        self.known: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        before = {tensor.untyped_storage()._cdata for tensor in tree_leaves((args, kwargs)) if torch.is_tensor(tensor)}
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            storage = tensor.untyped_storage() if torch.is_tensor(tensor) else None
+            if storage is not None and storage._cdata not in before | self.known:
+                self.known.add(storage._cdata)
+                self.now += storage.nbytes()
+                self.most = max(self.most, self.now)
+                weakref.finalize(storage, self.gone, storage._cdata, storage.nbytes())
+        return result
+
+    def gone(self, storage: int, size: int) -> None:
+        self.known.discard(storage)
+        self.now -= size

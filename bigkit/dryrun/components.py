@@ -1,0 +1,147 @@
+"""What the components of a pipeline take beside their weights: each runs once on a GPU that does not exist.
+
+Inputs are made by the names that Diffusers' classes give them (`hidden_states`, `encoder_hidden_states`, `timestep`,
+...), with sizes from the component's own config, for one image of the size that the denoiser was trained for.
+
+Leaves out: video, audio, and classes with other inputs; their activations are not known. Guidance runs two samples at
+a time, unless the denoiser takes the guidance as a number.
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..machine.hardware import GPUS
+from ..meta.skeleton import spec_from_module
+from ..model.pipeline import Component, PipelineSpec
+from ..zoo.pipelines import empty_components, find_pipeline
+from .fake_gpu import fake_gpus
+from .rehearse import target_of
+from .workload import fill
+
+TOKENS = 512  # of a prompt, for encoders that take so many
+DEVICE = "cuda:0"
+
+
+def describe_pipeline(
+    name: str | os.PathLike[str],
+    dtype: object = "bfloat16",
+    batch: int = 1,
+    *,
+    revision: str | None = None,
+    token: str | bool | None = None,
+) -> PipelineSpec | None:
+    """The components of a pipeline with what each takes; None if there is no pipeline of that name.
+
+    Args:
+        name: a folder or a repository with a `model_index.json`.
+        dtype: of the weights; Diffusers loads in float32 unless it is told otherwise.
+        batch: images at a time.
+        revision, token: on the Hub.
+
+    Raises:
+        ZooError: it cannot be read.
+        ImportError: Diffusers is not installed.
+    """
+    found = find_pipeline(name, revision, token)
+    if found is None:
+        return None
+    components, notes, size = [], [], 128
+    for own, phase, model in empty_components(*found, dtype, token):
+        if isinstance(model, str):
+            notes.append(f"{own} is left out: {model}.")
+            continue
+        spec = spec_from_module(model, own)
+        if phase == "denoise":
+            size = _side(model) or size
+        activations, load = _activations(model, phase, batch, size)
+        components.append(Component(own, spec, phase, activations, load))
+    return PipelineSpec(str(name), str(found[1].get("_class_name", "")), tuple(components), tuple(notes))
+
+
+def peak_beside_weights(model: nn.Module, work: Callable[[], Any]) -> int:
+    """The most bytes that tensors take beside the weights while `work` runs on a fake GPU.
+
+    Args:
+        model: empty; it is left without memory, on the fake GPU.
+        work: called without gradients; what it makes goes to `DEVICE`.
+    """
+    with fake_gpus(target_of(GPUS["H100-80GB"])) as log, torch.no_grad():
+        log.kind = "weights"
+        fill(model.eval(), {"": 0})
+        log.kind = "activations"
+        work()
+    sizes, kinds = [0], ["", *log.trace.kinds[DEVICE]]
+    live = peak = 0
+    for event in log.trace.recordings[DEVICE].events:
+        if event > 0:
+            sizes.append(event)
+        number = len(sizes) - 1 if event > 0 else -event
+        if kinds[number] == "activations":
+            live += event if event > 0 else -sizes[number]
+            peak = max(peak, live)
+    return peak
+
+
+def _activations(model: nn.Module, phase: str, batch: int, size: int) -> tuple[int | None, str]:
+    """Bytes, and what for; None if the class takes other inputs than those that are known here."""
+    way: Callable[[], Any]
+    if phase == "encode":
+        tokens = min(getattr(model.config, "max_position_embeddings", None) or TOKENS, TOKENS)
+        way = lambda: model(input_ids=torch.zeros(batch, tokens, dtype=torch.long, device=DEVICE))  # noqa: E731
+        load = f"{tokens} tokens"
+    elif phase == "decode":
+        channels: Any = getattr(model.config, "latent_channels", 4)
+        dtype = next(model.parameters()).dtype
+        decoder: Any = model
+        way = lambda: decoder.decode(torch.zeros(batch, channels, size, size, dtype=dtype, device=DEVICE))  # noqa: E731
+        scale = 2 ** (len(getattr(model.config, "block_out_channels", (0,) * 4)) - 1)
+        load = f"{scale * size} x {scale * size} pixels"
+    else:
+        two = batch if getattr(model.config, "guidance_embeds", False) else 2 * batch
+        way = lambda: model(**_inputs(model, two, size))  # noqa: E731
+        load = f"{two} x {size} x {size} latents"
+    try:
+        return peak_beside_weights(model, way), load
+    except Exception:  # a class may want anything
+        return None, ""
+
+
+def _side(model: nn.Module) -> int | None:
+    """Height and width of the latents that a denoiser was made for."""
+    size = getattr(getattr(model, "config", None), "sample_size", None)
+    return size if isinstance(size, int) else None
+
+
+def _inputs(model: nn.Module, batch: int, size: int) -> dict[str, Tensor | dict[str, Tensor]]:
+    """Inputs of a denoiser by the names of its parameters. With `img_ids`, 2 x 2 latents are one token (Flux)."""
+    config: Any = model.config
+    names = inspect.signature(model.forward).parameters
+    packed = "img_ids" in names
+    dtype = next(model.parameters()).dtype
+
+    def zeros(*shape: int) -> Tensor:
+        return torch.zeros(shape, dtype=dtype, device=DEVICE)
+
+    channels, tokens = config.in_channels, TOKENS if hasattr(config, "joint_attention_dim") else 77
+    text = next((width for name in ("cross_attention_dim", "joint_attention_dim", "caption_channels", "text_embed_dim")
+                 if isinstance(width := getattr(config, name, None), int)), 0)  # fmt: skip
+    latents = zeros(batch, (size // 2) ** 2, channels) if packed else zeros(batch, channels, size, size)
+    known = {
+        "sample": latents, "hidden_states": latents, "timestep": zeros(batch),
+        "encoder_hidden_states": zeros(batch, tokens, text) if text else None,
+        "pooled_projections": zeros(batch, config.pooled_projection_dim)
+        if isinstance(getattr(config, "pooled_projection_dim", None), int) else None,
+        "img_ids": zeros((size // 2) ** 2, 3), "txt_ids": zeros(tokens, 3),
+        "guidance": zeros(batch) if getattr(config, "guidance_embeds", False) else None,
+    }  # fmt: skip
+    if getattr(config, "addition_embed_type", None) == "text_time":
+        rest = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
+        known["added_cond_kwargs"] = {"text_embeds": zeros(batch, rest), "time_ids": zeros(batch, 6)}  # type: ignore[assignment]
+    return {name: value for name, value in known.items() if name in names and value is not None}

@@ -1,0 +1,158 @@
+"""Pipelines of Diffusers: counted, planned and run component by component, with the images of the whole pipeline."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
+
+import bigkit
+from bigkit.maps.pipeline import PipelinePlan
+from bigkit.model.pipeline import PipelineEstimate
+from bigkit.offload.pipeline import dispatch_pipeline
+
+diffusers = pytest.importorskip("diffusers")
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+def vae(latents: int) -> Any:
+    return diffusers.AutoencoderKL(
+        block_out_channels=(8, 16), norm_num_groups=4, sample_size=32, latent_channels=latents, shift_factor=0.1,
+        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
+    )  # fmt: skip
+
+
+def clip() -> Any:
+    return CLIPTextModel(
+        CLIPTextConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4, vocab_size=99,
+                       max_position_embeddings=77, projection_dim=32)
+    )  # fmt: skip
+
+
+def stable_diffusion() -> Any:
+    torch.manual_seed(0)
+    unet = diffusers.UNet2DConditionModel(
+        block_out_channels=(8, 16), layers_per_block=1, sample_size=16, in_channels=4, out_channels=4,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=32, attention_head_dim=4, norm_num_groups=4,
+    )  # fmt: skip
+    return diffusers.StableDiffusionPipeline(
+        text_encoder=clip(), unet=unet, vae=vae(4), tokenizer=None, scheduler=diffusers.DDIMScheduler(),
+        safety_checker=None, feature_extractor=None, image_encoder=None, requires_safety_checker=False,
+    )  # fmt: skip
+
+
+def flux() -> Any:
+    torch.manual_seed(0)
+    denoiser = diffusers.FluxTransformer2DModel(
+        patch_size=1, in_channels=16, num_layers=2, num_single_layers=3, attention_head_dim=16, num_attention_heads=2,
+        joint_attention_dim=32, pooled_projection_dim=32, axes_dims_rope=(4, 4, 8),
+    )  # fmt: skip
+    t5 = T5EncoderModel(T5Config(d_model=32, d_kv=8, d_ff=64, num_layers=3, num_heads=4, vocab_size=99)).eval()
+    return diffusers.FluxPipeline(
+        text_encoder=clip(), text_encoder_2=t5, transformer=denoiser, vae=vae(4), tokenizer=None, tokenizer_2=None,
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(),
+    )  # fmt: skip
+
+
+MADE = {"stable diffusion": stable_diffusion, "flux": flux}
+
+
+def drawn(name: str, pipe: Any) -> torch.Tensor:
+    """An image from embeddings that the pipeline's own text encoders give."""
+    pipe.set_progress_bar_config(disable=True)
+    ids = torch.arange(7)[None]
+    with torch.no_grad():
+        embeds = pipe.text_encoder(ids)
+        given: dict[str, Any] = {"prompt_embeds": embeds[0], "negative_prompt_embeds": embeds[0] / 2}
+        if name == "flux":
+            given = {"prompt_embeds": pipe.text_encoder_2(ids)[0], "pooled_prompt_embeds": embeds.pooler_output}
+    generator = torch.Generator().manual_seed(0)
+    result = pipe(**given, height=32, width=32, num_inference_steps=2, generator=generator, output_type="np")
+    return torch.from_numpy(result[0])
+
+
+@pytest.fixture(scope="module", params=MADE)
+def saved(request: Any, tmp_path_factory: Any) -> tuple[str, Path]:
+    folder = tmp_path_factory.mktemp("pipeline")
+    MADE[request.param]().save_pretrained(folder)
+    return request.param, folder
+
+
+def loaded(name: str) -> Any:
+    return MADE[name]()
+
+
+def test_an_estimate_counts_components_and_phases(saved: tuple[str, Path]) -> None:
+    name, folder = saved
+    estimate: Any = bigkit.estimate_memory(str(folder))
+    assert isinstance(estimate, PipelineEstimate)
+    pipe = loaded(name)
+    weights = {
+        own: sum(parameter.numel() * 2 for parameter in part.parameters())
+        + sum(b.numel() * (2 if b.is_floating_point() else b.element_size()) for b in part.buffers())
+        for own, part in pipe.components.items()
+        if isinstance(part, torch.nn.Module)
+    }
+    assert {one["name"]: one["weights"] for one in estimate.components} == weights
+    assert [one["phase"] for one in estimate.components][-2:] == ["denoise", "decode"]
+    assert all(one["activations"] for one in estimate.components), str(estimate)
+    ways = estimate.ways
+    assert ways["by the block"] < ways["one at a time"] < ways["all stay"]
+    assert ways["all stay"] == sum(weights.values()) + max(one["activations"] for one in estimate.components)
+    assert json.loads(estimate.to_json())["ways"] == ways and "denoise" in str(estimate)
+
+
+def test_a_plan_keeps_what_is_used_most(saved: tuple[str, Path]) -> None:
+    _, folder = saved
+    estimate: Any = bigkit.estimate_memory(str(folder))
+    how = []
+    for size in (estimate.ways["all stay"], estimate.ways["one at a time"], estimate.ways["by the block"]):
+        plan: Any = bigkit.plan(str(folder), {0: size, "cpu": "1GB"}, overhead=0)
+        assert isinstance(plan, PipelinePlan)
+        assert plan.feasible and plan.peak <= size and "peak" in plan.explain()
+        how.append([one.how for one in plan.components])
+    assert set(how[0]) == {"stays"} and "by block" in how[2] and "comes" in how[1]
+    short: Any = bigkit.plan(str(folder), {0: estimate.ways["by the block"] // 2, "cpu": "1GB"}, overhead=0)
+    assert not short.feasible and "lacks" in short.explain()
+
+
+@pytest.mark.parametrize("way", ["all stay", "one at a time", "by the block"])
+def test_images_are_those_of_diffusers(saved: tuple[str, Path], way: str) -> None:
+    name, folder = saved
+    whole = drawn(name, loaded(name))
+    theirs = loaded(name)
+    theirs.enable_model_cpu_offload(device="cpu")
+    assert torch.equal(drawn(name, theirs), whole)
+    groups = loaded(name)
+    for part in (groups.components.get("unet"), groups.components.get("transformer")):
+        if part is not None:
+            part.enable_group_offload(onload_device=torch.device("cpu"), offload_type="leaf_level")
+    assert torch.equal(drawn(name, groups), whole)
+
+    size = bigkit.estimate_memory(str(folder)).ways[way]  # type: ignore[attr-defined]
+    plan: Any = bigkit.plan(str(folder), {0: size, "cpu": "1GB"}, overhead=0)
+    pipe = dispatch_pipeline(loaded(name), plan, stand_in={0: "cpu"})
+    for _ in range(2):
+        assert torch.equal(drawn(name, pipe), whole), plan.explain()
+    pipe.maybe_free_model_hooks()
+    assert torch.equal(drawn(name, pipe), whole)
+
+
+def test_what_cannot_be_built_is_left_out_and_said(saved: tuple[str, Path], tmp_path: Path) -> None:
+    import shutil
+
+    _, folder = saved
+    shutil.copytree(folder, tmp_path / "other")
+    index = json.loads((tmp_path / "other" / "model_index.json").read_text())
+    index["vae"] = ["somewhere", "Strange"]
+    (tmp_path / "other" / "model_index.json").write_text(json.dumps(index))
+    estimate: Any = bigkit.estimate_memory(str(tmp_path / "other"))
+    assert "vae is left out: it is a Strange of somewhere" in str(estimate)
+    (tmp_path / "other" / "model_index.json").unlink()
+    with pytest.raises(bigkit.zoo.NoConfig):
+        bigkit.estimate_memory(str(tmp_path / "other"))
