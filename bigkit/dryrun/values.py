@@ -89,8 +89,11 @@ class KnownValues:
         layout = (tensor.shape, tensor.stride())
         if (values.shape, values.stride()) != layout or values.storage_offset() != tensor.storage_offset():
             values = torch.empty_strided(*layout, dtype=tensor.dtype).copy_(values)
-        gone = weakref.ref(tensor.untyped_storage(), lambda _, known=self.known: known.pop(key, None))
-        self.known[key] = values.untyped_storage(), gone
+
+        def gone(_: object, known: Any = self.known) -> None:
+            known.pop(key, None)
+
+        self.known[key] = values.untyped_storage(), weakref.ref(tensor.untyped_storage(), gone)
 
     def _with_data(self, value: Any) -> Any:
         if isinstance(value, Tensor):
