@@ -11,7 +11,6 @@ import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from ..checkpoints.format import read_header
 from ..units import GiB, KiB, MiB, TiB, counted, format_bytes, three_figures
 from .bars import PART_COLOURS, Bar, draw_bars
 from .canvas import ABOVE, WIDTH, Picture, shorten, text_width, ticks
@@ -178,6 +177,8 @@ def file_figure(path: str | os.PathLike[str], tensor: str) -> Picture:
         KeyError: the file has no such tensor.
         CheckpointError: it is no sound safetensors file.
     """
+    from ..checkpoints.format import read_header  # imports torch, which the other charts do not need
+
     path, tensors = Path(path), read_header(Path(path))
     found, whole = tensors[tensor], path.stat().st_size
     start = min(other.offset for other in tensors.values())
