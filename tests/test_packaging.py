@@ -193,6 +193,13 @@ def test_tables_are_those_of_the_kept_results() -> None:
     assert checked.returncode == 0, checked.stderr
 
 
+@pytest.mark.soak
+def test_the_reference_builds_without_a_warning(tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "scripts" / "make_docs.py"), str(tmp_path)]
+    subprocess.run(command, check=True, capture_output=True, cwd=ROOT)
+    assert "Place a model's layers on devices" in (tmp_path / "bigkit.html").read_text(encoding="utf-8")
+
+
 def test_no_file_names_a_registry_or_this_machine() -> None:
     found = []
     for path in project_files():

@@ -24,6 +24,7 @@ from .hub import Source
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 FIRST = 100_000  # bytes asked for at first: nearly all headers are shorter
 LARGEST_INDEX = 100_000_000  # bytes
+HEADS = ("lm_head", "score", "classifier", "head", "fc")  # of the modules that a file names, what works last
 DEEPEST = 100  # parts of a tensor's name; real ones have up to 12
 
 _Start = Callable[[str, int], Fetched]  # (file, bytes) -> its start; raises NoSuchFile
@@ -93,7 +94,8 @@ def spec_from_tensors(
     """A model's record from the names of its tensors: the dots separate modules.
 
     Classes are not in a weight file. Numbered children make a "ModuleList" of "Block"s, which stay whole; a matrix
-    called "weight" counts as linear unless its name says that it embeds or normalises.
+    called "weight" counts as linear unless its name says that it embeds or normalises. An output head comes last, where
+    a model has it; files have their tensors in any order.
 
     >>> spec = spec_from_tensors("tiny", {"h.0.up.weight": TensorSpec((8, 2)), "h.1.up.weight": TensorSpec((8, 2))})
     >>> [(layer.name, layer.cls, layer.bytes()) for layer in spec.layers()]
@@ -118,7 +120,7 @@ def spec_from_tensors(
         numbered = bool(below) and all(key.isdigit() for key in below)
         if numbered and cls == "Module":
             cls = "ModuleList"
-        order = sorted(below, key=int) if numbered else list(below)
+        order = sorted(below, key=int) if numbered else sorted(below, key=lambda key: cls == "Model" and key in HEADS)
         children = {key: module(below[key], "Block" if numbered else "Module", key) for key in order}
         weight = own_tensors.get("weight")
         embeds = re.search(r"emb|wte|wpe|norm|ln_|shared", own) is not None
@@ -128,5 +130,5 @@ def spec_from_tensors(
 
     root = module(tree, "Model", "")
     facts, attention = (reader.facts(config), reader.attention(config, root)) if config else ({}, ())
-    head = any(name.startswith(("lm_head.", "score.", "classifier.", "head.", "fc.")) for name in tensors)
+    head = any(name.partition(".")[0] in HEADS for name in tensors)
     return ModelSpec(name, root, (), ("Block",), attention, {**facts, "has_head": head}, "safetensors")

@@ -18,6 +18,7 @@ import pytest
 from bigkit import zoo
 from bigkit.zoo import catalog, hub
 from bigkit.zoo.catalog import specs_from_json, specs_to_json
+from bigkit.zoo.headers import spec_from_tensors
 from tests.hub_server import FakeHub
 
 SHIPPED = {entry.name: entry for entry in zoo.ENTRIES}
@@ -594,3 +595,17 @@ def test_hub_broken_then_offline(online, tmp_path):
     kind, message = offline.describe("someone/never")
     offline.close()
     assert kind == "OfflineError" and "HF_HUB_OFFLINE is set" in message
+
+
+@pytest.mark.parametrize("name", ["llama-3.1-8b", "qwen3-32b", "qwen3-0.6b", "mistral-7b"])
+@pytest.mark.parametrize("quantization", [None, "int8", "nf4"])
+def test_headers_alone_count_what_the_classes_do(name, quantization):
+    """As files have them, by name: the head comes first there, and must not be taken for the blocks."""
+    spec = zoo.describe(name)
+    tied = {own for names in spec.ties for own in names[1:]}
+    stored = {own: tensor for own, (tensor, _) in spec.tensors.items() if tensor.persistent and own not in tied}
+    config = zoo.catalog.config(zoo.catalog.find(name))
+    alone = spec_from_tensors(name, dict(sorted(stored.items())), config)
+    sizes = [each.bytes(each.precision("bfloat16", quantization)) for each in (spec, alone)]
+    assert sizes[1] == pytest.approx(sizes[0], rel=1e-3)  # the classes have some buffers that no file has
+    assert [layer.name for layer in alone.layers()][-1] == [layer.name for layer in spec.layers()][-1] or tied
