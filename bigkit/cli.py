@@ -135,6 +135,8 @@ def _parser() -> argparse.ArgumentParser:
                    "llama-2-7b --max_memory 0=10GiB cpu=64GiB", _plan)  # fmt: skip
     _add_plan(plan)
     plan.add_argument("--code", action="store_true", help="print Python that makes the plan")
+    plan.add_argument("--hosts", nargs="+", metavar="MACHINE", help='a process on each: "RTX 4090" "2 x L4"')
+    plan.add_argument("--network", default="Ethernet 10G", help="the line between hosts (%(default)s)")
 
     dry = command("dry-run", "run a model on GPUs that do not exist: memory and time",
                   'gpt2-xl --hardware "2 x T4" --context 512', _dry_run)  # fmt: skip
@@ -285,7 +287,21 @@ def _plan_of(options: argparse.Namespace, hardware: Hardware | str | None, conte
     )  # fmt: skip
 
 
+def _plan_hosts(options: argparse.Namespace) -> str:
+    from .api import plan_hosts
+
+    if options.svg or options.code or options.max_memory or options.hardware:
+        raise ValueError("--hosts goes with --json, and not with --svg, --code, --max_memory or --hardware")
+    plan = plan_hosts(
+        _describe(options), options.hosts, options.network, dtype=options.dtype, quantization=options.quantization,
+        batch=options.batch, context=options.context, experts_on_cpu=options.experts_on_cpu, kv_dtype=options.kv_dtype,
+    )  # fmt: skip
+    return plan.to_json() if options.json else plan.explain()
+
+
 def _plan(options: argparse.Namespace) -> str:
+    if options.hosts:
+        return _plan_hosts(options)
     plan = _plan_of(options, options.hardware, options.context)
     if options.json:
         return plan.to_json()

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+import bigkit
 from bigkit import describe, estimate_memory, format_bytes, zoo
 from bigkit.cli import _parser, main
 from bigkit.machine.hardware import GPUS, HARDWARE, machine_of
@@ -44,6 +45,15 @@ def test_plan_text_json_and_code(capsys):
     assert json.loads(capsys.readouterr().out)["model"] == "llama-2-7b"
     assert main(["plan", "llama-2-7b", *budgets, "--code"]) == 0
     assert "from bigkit import plan" in capsys.readouterr().out
+
+
+def test_plan_over_hosts(capsys):
+    words = ["plan", "llama-2-7b", "--hosts", "RTX 4090", "L4", "--network", "WLAN", "--dtype", "float16"]
+    assert main([*words, "--json"]) == 0
+    found = bigkit.HostsPlan.from_json(capsys.readouterr().out)
+    assert found == bigkit.plan_hosts("llama-2-7b", ["RTX 4090", "L4"], "WLAN", dtype="float16", context=2048)
+    assert main(words) == 0 and capsys.readouterr().out.strip() == found.explain()
+    assert main([*words, "--code"]) == 2 and "--hosts goes with --json" in capsys.readouterr().err
 
 
 def test_plan_for_a_machine_has_its_budgets_and_overhead(capsys):

@@ -26,7 +26,7 @@ The files do this for every type of input, and say in one sentence what is wrong
     map_file    a long file of prompts, resumed where a kill cut it off
     pipeline    one model over the processes, when none of them can hold it
     in_flight   many groups of prompts under way in it
-    _torch      the private parts of PyTorch that these need
+    _torch, _transformers   the private parts of these libraries that are needed
 
 Leaves out: training, and which part of a model each process loads (`hosts.py`). Imports no other wing.
 """

@@ -131,7 +131,7 @@ def _join_column(column: Any) -> Any:
 def _agree(structure: str, lengths: list[int]) -> list[list[int]]:
     """The tensors' lengths on every process, or an error if the structures differ; a hash of both is compared first."""
     digest = hashlib.blake2b(f"{structure} {lengths}".encode(), digest_size=8).digest()
-    own = torch.tensor([int.from_bytes(digest, "little", signed=True)], device=_carrier("cpu"))
+    own = torch.tensor([int.from_bytes(digest, "little", signed=True)], device=carrier("cpu"))
     digests = own.new_empty(dist.get_world_size())
     with together("gather"):
         dist.all_gather_into_tensor(digests, own)
@@ -151,7 +151,7 @@ def _join_rows(tensor: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
     sent = tensor.detach().contiguous()
     if len(sent) < longest:
         sent = torch.cat([sent, sent.new_zeros(longest - len(sent), *sent.shape[1:])])
-    raw = sent.reshape(-1).view(torch.uint8).to(_carrier(sent.device))  # gloo and nccl know few dtypes, but bytes
+    raw = sent.reshape(-1).view(torch.uint8).to(carrier(sent.device))  # gloo and nccl know few dtypes, but bytes
     joined = raw.new_empty(len(lengths) * len(raw))
     if len(raw):
         with together("gather"):
@@ -162,7 +162,7 @@ def _join_rows(tensor: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
     return rows.to(tensor.device)
 
 
-def _carrier(device: str | torch.device) -> str | torch.device:
+def carrier(device: str | torch.device) -> str | torch.device:
     """Where a tensor must be for the group's backends to carry it, its own device if that can be."""
     backends = dist.get_backend_config()
     return "cpu" if "nccl" not in backends else device if "gloo" in backends else "cuda"

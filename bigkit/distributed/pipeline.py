@@ -32,7 +32,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .gather import _carrier as carrier
+from ._transformers import draw_one_by_one, pad_token
+from .gather import carrier
 from .state import together
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -202,7 +203,8 @@ class Stage:
 
     def _share(self, output: Any) -> Any:
         """The logits of the last process in everyone's output."""
-        own = output if isinstance(output, Tensor) else output[0] if isinstance(output, tuple) else output.logits
+        name = "logits" if hasattr(output, "logits") else "last_hidden_state"
+        own = output if isinstance(output, Tensor) else output[0] if isinstance(output, tuple) else output[name]
         mine = own if self.rank == self.last else None
         logits = self._to_all(mine, partial(self._take_shaped, self.last), self._post_shaped)
         self.flush()
@@ -210,7 +212,7 @@ class Stage:
             return logits
         if isinstance(output, tuple):
             return (logits, *output[1:])
-        output.logits = logits
+        output[name] = logits
         return output
 
     @contextmanager
@@ -236,10 +238,10 @@ class Stage:
     def _generate(self, generate: Callable[..., Any], *args: Any, **options: Any) -> Any:
         """The model's own `generate`, in which the last process draws."""
         library = hasattr(self.model, "prepare_inputs_for_generation")
+        if wrong := [name for name in ("assistant_model", "custom_generate") if options.get(name) is not None]:
+            raise ValueError(f"{wrong[0]}: a pipeline draws one token at a time on its last process")
         if library:
             options["custom_generate"] = partial(self._decode, streamer=options.pop("streamer", None))
-        if library and options.get("assistant_model") is not None:
-            raise ValueError("an assistant model is given, and a pipeline draws one token at a time: leave it out")
         self.call.digest = 0 if library else _digest(*args, options)
         self.call.choosing = True
         try:
@@ -261,9 +263,8 @@ class Stage:
         if streamer is not None:
             streamer.put(input_ids.cpu())  # `generate` does so for its own loops
         generation_config.do_sample = False  # it is drawn: what `_sample` sees has one token left
-        return type(model)._sample(
-            model, input_ids, agreed.processors(), agreed.criteria(), generation_config, streamer=streamer, **options
-        )
+        rules = (agreed.processors(), agreed.criteria(), generation_config)
+        return draw_one_by_one(model, input_ids, *rules, streamer=streamer, **options)
 
     def _choose(self, choose: Callable[..., Tensor], scores: Tensor, *args: Any) -> Tensor:
         """For a model with a `generate` of its own, which asks `choose(scores, ...)` for ids of shape (batch, 1)."""
@@ -285,7 +286,7 @@ class _Agreed:
 
     def __init__(self, stage: Stage, processors: Any, criteria: Any, config: Any) -> None:
         self.stage, self.user_processors, self.user_criteria = stage, processors, criteria
-        self.sample, self.pad = config.do_sample, config._pad_token_tensor
+        self.sample, self.pad = config.do_sample, pad_token(config)
         self.done: Tensor | None = None  # of this token, and
         self.over: Tensor | None = None  # of all so far: (batch,)
         if any(hasattr(criterion, "eos_token_id") for criterion in criteria):
@@ -320,7 +321,7 @@ class _Agreed:
             tokens = torch.multinomial(scores.softmax(-1), num_samples=1).squeeze(1)
         else:
             tokens = scores.argmax(-1)
-        if self.over is not None and hasattr(self, "eos_token_id"):
+        if self.over is not None and self.pad is not None and hasattr(self, "eos_token_id"):
             tokens = torch.where(self.over, self.pad.to(tokens.device), tokens)
         done = self.user_criteria(torch.cat([input_ids, tokens[:, None]], dim=-1), None)
         self.over = done if self.over is None else done | self.over
@@ -332,20 +333,21 @@ class _Taint(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.kept: dict[int, Any] = {}  # the storages are kept, so that no other gets their address
+        self.kept: dict[int, Any] = {}  # address -> storage, so that no other gets its address
 
     def mark(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
-        self.kept[storage._cdata] = storage
+        self.kept[storage.data_ptr()] = storage
 
     def has(self, thing: Any) -> bool:
         if isinstance(thing, (list, tuple)):
             return any(map(self.has, thing))
-        return isinstance(thing, Tensor) and thing.untyped_storage()._cdata in self.kept
+        return isinstance(thing, Tensor) and thing.untyped_storage().data_ptr() in self.kept
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         output = func(*args, **(kwargs or {}))
-        by_shape = func._opname.endswith("_like") or func._opname.startswith("new_")
+        name = str(func).split(".")[1]  # "aten.zeros_like.default"
+        by_shape = name.endswith("_like") or name.startswith("new_")
         if not by_shape and (self.has(args) or self.has(tuple((kwargs or {}).values()))):
             for tensor in output if isinstance(output, (list, tuple)) else [output]:
                 if isinstance(tensor, Tensor):

@@ -311,3 +311,27 @@ def two_halves() -> Diagram:
     d.arrow(second[2].right, (506, 79))
     d.note(508, 79, "class", 9)
     return d
+
+
+def tie_on_disk() -> Diagram:
+    """How two names of one tensor are stored, and loaded again (notebook 04)."""
+    d = Diagram(
+        "Two names in the model, one in the file",
+        "In the model embed.weight and head.weight are one tensor; the file holds it once, under the first name; after "
+        "loading both names belong to one tensor again.",
+    )
+    for x, text in ((8, "the model"), (240, "the file"), (380, "the model, loaded")):
+        d.note(x, 44, text, 9.5, bold=True)
+    tensors = []
+    for x in (8, 380):
+        names = [
+            d.block(x, y, 76, 22, name, WHITE, size=8.5) for y, name in ((58, "embed.weight"), (90, "head.weight"))
+        ]
+        tensor = d.block(x + 104, 74, 48, 22, "100 x 16", BLUE, size=8.5)
+        for name in names:
+            d.arrow(name.right, tensor.left, width=1)
+        tensors.append(tensor)
+    file = d.block(240, 62, 92, 46, "embed.weight\n100 x 16", ORANGE)
+    d.arrow(tensors[0].right, file.left, text="save")
+    d.arrow(file.right, (380, 85), text="load")
+    return d

@@ -14,18 +14,19 @@ QUESTIONS = {  # question -> notebook -> what it is called on the map
     "How does it get there?": {4: "files", 5: "loading", 8: "a whole run"},
     "How does it move?": {6: "hooks", 7: "just in time", 17: "chosen experts"},
     "Fewer bits?": {9: "bits and error", 10: "saving", 11: "fine-tuning"},
-    "More processes?": {12: "shared prompts", 13: "launching", 15: "rehearsing"},
+    "More processes?": {12: "shared prompts", 15: "rehearsing"},
+    "More machines?": {13: "launching", 18: "two hosts"},
 }
 SHORT = (0, 2, 7, 16)  # the notebooks of the path of twenty minutes
 
 
 def course_map() -> Diagram:
-    """The eighteen notebooks under the questions that they answer (index)."""
+    """The nineteen notebooks under the questions that they answer (index)."""
     lines = [
         f"{question} {', '.join(f'{n:02} {name}' for n, name in own.items())}" for question, own in QUESTIONS.items()
     ]
     d = Diagram(
-        "Eighteen notebooks, six questions", "The course by question. " + ". ".join(lines).replace("?.", "?") + "."
+        "Nineteen notebooks, seven questions", "The course by question. " + ". ".join(lines).replace("?.", "?") + "."
     )
     d.box("key", 8, 30, 12, 10, ORANGE)
     d.note(25, 35, "the path of twenty minutes")

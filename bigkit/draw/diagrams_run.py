@@ -5,7 +5,7 @@ Each picture is a function without arguments, drawn with the vocabulary of `diag
 
 from __future__ import annotations
 
-from .colours import BLUE, GREEN, GREY, ORANGE, PALE, SKY, WHITE, YELLOW
+from .colours import BLUE, GREEN, GREY, ORANGE, PALE, SKY, VERMILLION, WHITE, YELLOW
 from .diagrams import Diagram
 
 
@@ -407,4 +407,35 @@ def two_slots() -> Diagram:
         d.block(x, 44 + 34 * (1 - works), 54, 24, f"{(block + 1) % 10} arrives", YELLOW, size=8.5)
     d.brace(66, 410, 110, "one token")
     d.brace(414, 526, 110, "the next one")
+    return d
+
+
+def one_fails() -> Diagram:
+    """What happens to all processes when one fails (notebook 13)."""
+    d = Diagram(
+        "One process fails",
+        "Process 1 raises an error; the launcher notices, ends process 0, which waits for it, and shows the error.",
+    )
+    for y, name in ((40, "process 0"), (74, "process 1"), (108, "launcher")):
+        d.note(12, y + 12, name, 9.5)
+    d.row(86, 40, ["works", "waits for process 1", "ended"], [90, 170, 60], 24, [BLUE, WHITE, GREY])
+    d.row(86, 74, ["works", "1 / 0"], [90, 60], 24, [SKY, VERMILLION])
+    _, ends, _ = d.row(86, 108, ["watches", "ends all", "shows the error of 1"], [180, 80, 150], 24, ORANGE)
+    d.arrow((236, 86), (256, 86), (256, ends.y - 2))
+    d.arrow((300, ends.y), (300, 84), (376, 84), (376, 66))
+    return d
+
+
+def holes() -> Diagram:
+    """Free memory that a larger request cannot use (notebook 15)."""
+    d = Diagram(
+        "150 MiB are free, in five holes",
+        "Ten blocks of 30 MiB, every other one freed; a request for 31 MiB fits into none of the holes and gets a "
+        "segment of its own.",
+    )
+    d.row(12, 40, ["", "30 MiB"] * 5, 42, 26, [WHITE, BLUE] * 5, size=8.5)
+    d.block(12, 92, 43, 26, "31 MiB", ORANGE, size=8.5)
+    d.note(62, 105, "fits into no hole", 9)
+    own = d.block(452, 40, 45, 26, "32 MiB", ORANGE, size=8.5)
+    d.arrow((150, 105), (own.bottom[0], 105), own.bottom)
     return d

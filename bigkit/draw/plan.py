@@ -17,6 +17,7 @@ from .bars import HATCHES, PART_COLOURS, Bar, draw_bars
 from .canvas import ABOVE, WIDTH, Picture, text_width
 from .colours import BLACK, SOFT, VERMILLION, WHITE, device_colour
 
+MOST_HANDLES = 12  # that are drawn
 ABOUT = {"activations": "the working memory of the largest step", "reserve": "room for offloaded layers in flight",
          "overhead": "what the runtime itself takes"}  # fmt: skip
 PARTS = {"weights": "weights", "kv_cache": "KV cache", "activations": "activations", "reserve": "reserve",
@@ -223,8 +224,10 @@ def _whole_span(names: Sequence[str]) -> str:
 
 
 def _short_span(names: Sequence[str]) -> str:
-    """The same in few letters: "embed_tokens – 9"."""
-    return " – ".join(dict.fromkeys(name.rpartition(".")[2] for name in (names[0], names[-1])))
+    """The same in few letters: "0 – 9" in one list of blocks, else "embed_tokens – layers.9"."""
+    ends = [names[0].split("."), names[-1].split(".")]
+    one_list = ends[0][:-1] == ends[1][:-1]
+    return " – ".join(dict.fromkeys(".".join(end[-1 if one_list or not end[-1].isdigit() else -2 :]) for end in ends))
 
 
 def _draw_layers(picture: Picture, plan: Plan) -> None:
@@ -259,12 +262,14 @@ def _draw_layers(picture: Picture, plan: Plan) -> None:
 
 def _mark_boundaries(picture: Picture, plan: Plan, edges: Sequence[float]) -> None:
     """A handle wherever the device changes; `edges` are where the layers begin, and the end of the last."""
+    few = len(_stretches(plan)) <= MOST_HANDLES
     for i in range(1, len(plan.layers)):
         before, after = plan.layers[i - 1], plan.layers[i]
         if before.device == after.device:
             continue
         half = min(4.0, max(0.5, 0.3 * min(edges[i] - edges[i - 1], edges[i + 1] - edges[i])))
-        picture.line("handle", [(edges[i], picture.y - 4), (edges[i], picture.y + 24)], BLACK, 1)
+        if few:
+            picture.line("handle", [(edges[i], picture.y - 4), (edges[i], picture.y + 24)], BLACK, 1)
         says = f"Boundary: {device_label(before.device)} up to {before.name}, "
         says += f"{device_label(after.device)} from {after.name} on."
         place = edges[i] - half, picture.y - 5, 2 * half, 30

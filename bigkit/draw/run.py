@@ -106,7 +106,7 @@ def run_caption(schedule: Schedule, step: int) -> str:
 
     >>> from bigkit.machine.streams import Turn, schedule
     >>> run_caption(schedule([Turn("h.0", 10**9, 0.01, "cpu")], link=50e9), 1)
-    'At 0 s the weights of h.0 leave RAM for slot 0. GPU 0 waits for them.'
+    'At 0 s the weights of h.0 leave RAM for slot 0. GPU 0 waits for those of h.0.'
     """
     if not step:
         return "Nothing has happened yet: press Play, or step with the arrow keys."
@@ -122,7 +122,9 @@ def run_caption(schedule: Schedule, step: int) -> str:
                 "return": f"{name} is done" + (", and its slot may be filled again" if turn.travels else ""),
             }[moment.kind])  # fmt: skip
     main = next((turn.works for turn in schedule.turns if turn.travels), 0)
-    waits = f" {device_label(main)} waits for them." if scene.working is None and scene.arriving else ""
+    waits = ""
+    if scene.working is None and scene.arriving:
+        waits = f" {device_label(main)} waits for those of {_name(schedule, scene.arriving[0])}."
     return f"At {format_seconds(time)} {'; '.join(said)}.{waits}"
 
 

@@ -19,7 +19,6 @@ from torch._subclasses.fake_tensor import FakeTensor as FakeTensor  # the class 
 from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode  # sees every operation
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.flop_counter import flop_registry
-from torch.utils.weak import WeakIdKeyDictionary as WeakIdKeyDictionary  # keys are compared by `is`
 
 aten = torch.ops.aten
 without_modes = _disable_current_modes  # plain PyTorch within modes

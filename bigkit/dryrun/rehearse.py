@@ -124,6 +124,8 @@ def _in_a_line(error: Exception) -> str:
     place = f"{Path(frame.filename).name}, line {frame.lineno}"
     if isinstance(error, DATA_DEPENDENT):
         return f"its code asks for values that only a real run has ({place})"
+    if isinstance(error, torch.AcceleratorError):
+        return f"its code asks for a kernel that PyTorch looks for on a real GPU ({place})"
     text = str(error).strip().partition("\n")[0] or "no reason given"
     return f"{type(error).__name__} in {place}: {text}"
 

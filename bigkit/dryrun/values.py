@@ -9,6 +9,7 @@ Leaves out: all that depends on weights or random numbers, and large tensors.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from ._torch import QUESTIONS, FakeTensor, WeakIdKeyDictionary, aten, packet_of, without_modes
+from ._torch import QUESTIONS, FakeTensor, aten, packet_of, storage_key, without_modes
 from .costs import tensors_in
 
 MOST = 2**20  # elements of a tensor whose values are kept
@@ -27,21 +28,25 @@ SHAPE_ALONE = {aten.ones_like, aten.zeros_like, aten.full_like, aten.new_ones, a
 class KnownValues:
     """Computes small tensors that depend on no weight beside a fake run.
 
-    >>> values = KnownValues()
-    >>> values.follow(torch.ops.aten.ones.default, ([2, 3],), {"dtype": torch.int64}, mask := torch.empty(2, 3).long())
-    >>> values.follow(torch.ops.aten.sum.default, (mask,), {}, total := torch.empty(()).long())
-    >>> values.answer(torch.ops.aten.is_nonzero.default, [total])
-    True
+    >>> from bigkit.dryrun.fake_gpu import fake_gpus
+    >>> with fake_gpus() as log:
+    ...     mask = torch.ones(2, 3, dtype=torch.int64, device="cuda:0")
+    ...     log.values.of(mask.sum())
+    tensor(6)
     """
 
     def __init__(self) -> None:
-        self.known: Any = WeakIdKeyDictionary()  # fake tensor -> the same with data; views share memory as there
+        self.known: dict[int, tuple[Any, Any]] = {}  # key of a storage -> the same with data; watches for its end
 
     def of(self, tensor: Tensor) -> Tensor | None:
         """The tensor with its values, or None if they are not known."""
-        if isinstance(tensor, FakeTensor):
-            return self.known.get(tensor)
-        return self.known.get(tensor, None if tensor.is_meta else tensor)
+        if not isinstance(tensor, FakeTensor):
+            return None if tensor.is_meta else tensor
+        if (entry := self.known.get(storage_key(tensor))) is None:
+            return None
+        with without_modes():
+            values = torch.empty(0, dtype=tensor.dtype)
+            return values.set_(entry[0], tensor.storage_offset(), tensor.shape, tensor.stride())
 
     def answer(self, question: Any, tensors: Sequence[Tensor]) -> Any:
         """What one of `QUESTIONS` says about tensors; None if their values are not known."""
@@ -52,7 +57,7 @@ class KnownValues:
     def take_for(self, tensor: Tensor, value: int) -> None:
         """Say that all values of a tensor are this number."""
         with without_modes():
-            self.known[tensor] = torch.full(tensor.shape, value, dtype=tensor.dtype)
+            self._keep(tensor, torch.full(tensor.shape, value, dtype=tensor.dtype))
 
     def follow(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
         """Compute what an operation computed, if its inputs are known; else forget what it changed."""
@@ -65,28 +70,35 @@ class KnownValues:
                 args = (torch.empty(args[0].shape, dtype=args[0].dtype), *args[1:])
         inputs = [*tensors_in(args), *tensors_in(kwargs.values())]
         known = all(self.of(tensor) is not None for tensor in inputs) and all(map(_small, outputs))
-        known &= not changes or (bool(args) and args[0] in self.known)  # a real tensor is changed once, not twice
+        known &= not changes or (bool(args) and isinstance(args[0], FakeTensor))  # real ones are changed once
         if known and packet_of(func) not in EMPTY and torch.Tag.nondeterministic_seeded not in func.tags:
             args, kwargs = tree_map(self._with_data, (args, dict(kwargs)))
             with without_modes(), torch.no_grad():
                 computed = list(tensors_in((func(*args, **kwargs),)))
-            self.known.update(zip(outputs, computed))
+                for output, values in zip(outputs, computed):
+                    self._keep(output, values)
         elif changes:
             for tensor in inputs:
-                self._forget(tensor)
+                self.known.pop(storage_key(tensor), None)
+
+    def _keep(self, tensor: Tensor, values: Tensor) -> None:
+        """Keep the values of a storage that is new; a view's are those of its base already."""
+        key = storage_key(tensor)
+        if key in self.known or not isinstance(tensor, FakeTensor):
+            return
+        layout = (tensor.shape, tensor.stride())
+        if (values.shape, values.stride()) != layout or values.storage_offset() != tensor.storage_offset():
+            values = torch.empty_strided(*layout, dtype=tensor.dtype).copy_(values)
+
+        def gone(_: object, known: Any = self.known) -> None:
+            known.pop(key, None)
+
+        self.known[key] = values.untyped_storage(), weakref.ref(tensor.untyped_storage(), gone)
 
     def _with_data(self, value: Any) -> Any:
         if isinstance(value, Tensor):
             return self.of(value)
         return torch.device("cpu") if isinstance(value, torch.device) else value
-
-    def _forget(self, tensor: Tensor) -> None:
-        """Forget a tensor and its views."""
-        if (mine := self.known.get(tensor)) is not None:
-            storage = mine.untyped_storage().data_ptr()
-            for other, values in list(self.known.items()):
-                if values.untyped_storage().data_ptr() == storage:
-                    del self.known[other]
 
 
 def _small(tensor: Tensor) -> bool:

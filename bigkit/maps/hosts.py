@@ -93,7 +93,7 @@ class HostsPlan:
             note = ", the slowest" if stage is slowest and len(self.stages) > 1 else ""
             lines.append(f"  {text}{stage.names[-1]}; a token takes {format_seconds(stage.seconds)} here{note}.")
             lines += [f"  {line}" for line in stage.plan.explain().splitlines()[1:]]
-        lines += [f"  {listed(self.left_out)} would hold nothing: the others are faster alone."] * bool(self.left_out)
+        lines += [f"  {listed(self.left_out)} would hold nothing: the others are faster without."] * bool(self.left_out)
         hop = self.network.seconds(self.hidden)
         size = format_bytes(self.hidden)
         lines.append(f"  A token's hidden states are {size}: {format_seconds(hop)} from stage to stage.")
@@ -301,11 +301,13 @@ def _cut(model: ModelSpec, needs: Sequence[int], paces: Sequence[_Pace], batch: 
     share = 1 - routed * (1 - picked(model, batch))  # of the weights, read for a token
     chain = Chain(needs)
 
-    def ends(microseconds: int) -> list[int]:
+    def ends(microseconds: int, leave: bool = False) -> list[int]:
+        rooms = [pace.room(microseconds / 1e6, share) for pace in paces]
+        counts = [int(pace.blocks * microseconds / 1e6) for pace in paces]
+        able = [leave and count > 0 and room >= max(needs) for room, count in zip(rooms, counts)]
         found, start = [], 0
-        for pace in paces:
-            end = chain.reach([pace.room(microseconds / 1e6, share)], start)[0]
-            start = min(end, start + int(pace.blocks * microseconds / 1e6))
+        for k, (room, count) in enumerate(zip(rooms, counts)):  # who is able gets a block, though others could do it
+            start = min(chain.reach([room], start)[0], start + count, max(start, len(needs) - sum(able[k + 1 :])))
             found.append(start)
         return found
 
@@ -314,4 +316,4 @@ def _cut(model: ModelSpec, needs: Sequence[int], paces: Sequence[_Pace], batch: 
         return [*ends(longest)[:-1], len(needs)]  # `place` says on the last host what is missing
     if strategy == "sequential":
         return ends(longest)
-    return ends(last_true(lambda time: ends(time)[-1] < len(needs), 0, longest) + 1)
+    return ends(last_true(lambda time: ends(time)[-1] < len(needs), 0, longest) + 1, leave=True)

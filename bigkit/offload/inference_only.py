@@ -18,8 +18,8 @@ from torch import Tensor
 from ._torch import pop_saved_tensors_hooks, storage_id
 
 _NO_TRAINING = (
-    "backward reached {!r}, whose weights rest elsewhere and were only lent to the forward: offloaded weights are for "
-    "inference. Place what is to be trained, and all that comes after it, on a GPU, or run under torch.no_grad()"
+    "backward reached {!r}, whose weights rest elsewhere and are here only during the forward: offloaded weights are "
+    "for inference. Place what is to be trained, and all that comes after it, on a GPU, or run under torch.no_grad()"
 )
 
 

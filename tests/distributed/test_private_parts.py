@@ -1,7 +1,8 @@
-"""What this wing uses of PyTorch without a public name is still there, and still does what it is used for."""
+"""What this wing uses of PyTorch and Transformers without a public name is there, and does what it is used for."""
 
 from __future__ import annotations
 
+import inspect
 import json
 from importlib.util import find_spec
 from pathlib import Path
@@ -41,3 +42,17 @@ def test_processes_still_meet_at_the_launchers_store() -> None:
     source = Path(str(find_spec("torch.distributed.rendezvous").origin)).read_text()  # type: ignore[union-attr]
     name = next(iter(_torch.MEET_AT_THE_LAUNCHER))
     assert name in source, f"torch reads {name} no more: notebook_launcher's processes would open a store of their own"
+
+
+def test_generate_still_draws_in_a_loop_that_can_be_called() -> None:
+    """`tests/distributed/test_pipeline.py` compares what it draws; here is what would be missing."""
+    from transformers import GenerationMixin
+
+    expected = ["self", "input_ids", "logits_processor", "stopping_criteria", "generation_config"]
+    found = [*inspect.signature(GenerationMixin._sample).parameters][:5]
+    assert found == expected, "the loop takes other arguments: see distributed/_transformers.py"
+    assert "custom_generate" in inspect.signature(GenerationMixin.generate).parameters, (
+        "generate takes no loop any more"
+    )
+    source = inspect.getsource(GenerationMixin._prepare_special_tokens)
+    assert "_pad_token_tensor" in source, "generate keeps its padding token elsewhere"

@@ -6,8 +6,11 @@ from itertools import combinations
 
 import pytest
 
+from bigkit import HARDWARE, describe, plan
 from bigkit.draw.canvas import WIDTH, Text
 from bigkit.draw.diagrams import Block, Diagram, figures
+from bigkit.machine.roofline import Rates
+from bigkit.maps.advise import ASSUMED
 
 FIGURES = figures()
 
@@ -44,3 +47,23 @@ def test_arrow_ends_at_its_point_and_braces_span_their_part() -> None:
 def test_text_that_does_not_fit_is_refused() -> None:
     with pytest.raises(ValueError, match="'a long name' needs 63 points: a block of 40 points is too narrow"):
         Diagram("Title", "A sentence.").block(0, 40, 40, 20, "a long name", size=10)
+
+
+def test_figures_in_diagrams_are_those_that_bigkit_computes() -> None:
+    def said(name: str) -> str:
+        return " ".join(text.text for text in FIGURES[name].texts)
+
+    halves = plan("resnet50.a1_in1k", {0: "60MiB", 1: "60MiB"})
+    pieces = [sum(layer.device == device for layer in halves.layers) for device in (0, 1)]
+    assert f"the {pieces[0]} pieces on device 0" in FIGURES["two_halves"].label
+    assert f"whose {pieces[1]} pieces" in FIGURES["two_halves"].label
+    for share in halves.shares[:2]:
+        assert f"device {share.device}: {share.weights / 2**20:.1f} MiB" in said("two_halves")
+    for model in ("llama-2-7b", "llama-3.1-8b"):
+        assert f"{describe(model).attention[0].per_token:,} numbers" in said("kinds_of_attention")
+    assert f" {describe('deepseek-v3').attention[0].per_token} " in said("kinds_of_attention")
+    desktop = HARDWARE["1 x RTX 4090"]
+    link, gpu = Rates.of_gpu(desktop.gpus[0]).link / 1e9, desktop.gpus[0].bandwidth / 1e9
+    for figure in (f"link: {link:.0f} GB/s", f"{desktop.disk_rate / 1e9:g} GB/s", f"GPU: {gpu:,.0f} GB/s"):
+        assert figure in said("four_lanes")
+    assert f"{ASSUMED.steps[None]} steps a block" in said("four_lanes")

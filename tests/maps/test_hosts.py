@@ -112,6 +112,14 @@ def test_a_host_that_only_delays_is_left_out() -> None:
     assert "'old laptop' would hold nothing" in found.explain()
 
 
+def test_equal_hosts_all_get_a_block() -> None:
+    hosts = [host(i, 8, 1000) for i in range(5)]
+    blocks = [stage.blocks for stage in plan_hosts(describe("gpt2"), hosts, overhead=0).stages]
+    assert len(blocks) == 5 and max(blocks) == 3, "12 blocks: two hosts more make nothing faster, and hold less each"
+    filled = plan_hosts(describe("gpt2"), hosts, strategy="sequential", overhead=0)
+    assert [stage.blocks for stage in filled.stages] == [12] and len(filled.left_out) == 4
+
+
 def test_the_plan_in_words_and_as_commands() -> None:
     text = plan_hosts(describe("llama-2-7b"), ["2 x RTX 4090", "RTX 3090"], "wlan", dtype="float16").explain()
     assert "line WLAN (47.68 MiB/s, 2.00 ms)" in text
