@@ -208,6 +208,8 @@ def estimate_memory(
     batch: int = 1,
     context: int = 2048,
     kv_dtype: object = None,
+    gpus: int = 1,
+    checkpointing: bool = False,
     **options: Any,
 ) -> MemoryEstimate:
     """Count how much memory a model takes to load, run and train. Shipped names need no network and no torch.
@@ -220,6 +222,8 @@ def estimate_memory(
         stored: rows of the inference table: dtypes, or quantizations ("int8", "nf4", "nf4-double", ...).
         batch, context: what KV cache and activations are counted for.
         kv_dtype: of keys and values in the cache ("float8", "int8", "int4", ...); None: as the model computes.
+        gpus: how many train the model together: data parallel, ZeRO-1 to 3, FSDP; figures are those of each.
+        checkpointing: train with activation checkpointing.
         options: `trust_remote_code`, `revision`, `token` for names on the Hub.
 
     >>> row = estimate_memory("bert-base-cased").rows[0]
@@ -231,4 +235,4 @@ def estimate_memory(
         return cast(Any, estimate_pipeline(full))  # a `PipelineEstimate`
     by_name = isinstance(model, (str, os.PathLike))
     base = describe(cast(Source, model), library_name, base=True, **options) if by_name else full
-    return _estimate.estimate(base, full, dtypes, stored, batch, context, kv_dtype)
+    return _estimate.estimate(base, full, dtypes, stored, batch, context, kv_dtype, gpus, checkpointing)

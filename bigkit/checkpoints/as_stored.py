@@ -6,6 +6,8 @@ checkpoint has under their names in place of `weight`, as plain parameters: size
 and saving see these, and need to know no format.
 
     linear layers       `StoredLinear`: weight = codec(parts), then the product
+    experts one by one  FP8 ones are stacked as the class has them, codes and scales (`merged.py`)
+    experts one by one  FP8 ones are stacked as their class has them, codes and scales (`merged.py`)
     stacked experts     a subclass of their class, in which `self.gate_up_proj[chosen]` decodes the chosen experts only
 
 Leaves out: the formats (`codecs.py`), and decoding at loading (`load_checkpoint_in_model(..., keep="dense")`).
@@ -26,6 +28,7 @@ from ..model.spec import TensorSpec
 from ._transformers import Made, gptq_offset
 from .codecs import Codec, Kinds, Parts, StackCodec, find_codec, find_stack_codec
 from .format import Checkpoint, Stored
+from .merged import stack_experts
 
 
 class AsStored(nn.Module):
@@ -141,6 +144,8 @@ def _change_modules(model: nn.Module, source: Checkpoint, keep: str, undo: list[
     for name in source.stored:
         module, _, own = name.rpartition(".")
         under.setdefault(module, {})[own] = source.shape_and_dtype(name)  # type: ignore[index]
+    for name, stacks in stack_experts(model, source).items():
+        under[name] = {**under.get(name, {}), **stacks}
     for name, module in list(model.named_modules()):
         kinds = under.get(name, {})
         if type(module) is nn.Linear and module.weight.is_meta:

@@ -4,7 +4,8 @@ A format is told by the names, shapes and dtypes of the tensors that lie where t
 config says: the file is the truth. All decode to the same thing, a weight of the shape that the model's class has:
 
     fp8, int8   `weight` in one byte and `weight_scale(_inv)`: weight = code * scale, with one scale for the whole, for
-                each row, or for each block of 128 x 128 (DeepSeek-V3; compressed-tensors)
+                each row, or for each block of 128 x 128 (DeepSeek-V3; compressed-tensors); of stacked experts
+                `*` and `*_scale_inv`
     int4, int8  `weight_packed`, numbers of few bits in int32 (compressed-tensors): weight = (code - zero) * scale, with
                 a scale for each group of inputs
     GPTQ, AWQ   `qweight`, the same transposed: (in, out), packed along the inputs (GPTQ) or the outputs (AWQ)
@@ -32,6 +33,7 @@ Kinds = Mapping[str, tuple[tuple[int, ...], torch.dtype]]  # own name -> shape a
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)  # which of the eight numbers of an int32 is the first, second, ... output
 BLOCK_4BIT, NESTED = 64, 256  # weights that share a scale, and scales that share one, in bitsandbytes' 4-bit formats
+AT_A_TIME = 2**25  # weights of stacked experts that are decoded at a time
 BLOCK = 128  # rows and columns that share a scale, where the grid of scales leaves a choice
 
 
@@ -244,7 +246,25 @@ def unpack(packed: Tensor, bits: int, dim: int) -> Tensor:
     return numbers.flatten(dim, dim + 1)
 
 
+def decode_scaled_stack(parts: Parts, dtype: torch.dtype) -> Tensor:
+    """Stacked experts in one byte: codes (experts, rows, columns), `_scale_inv` (experts, blocks down, blocks across).
+
+    Blocks are whole: a stack of weights with a cut block is not made (`merged.py`). Few experts are decoded at a time,
+    since the copies in between take six times as much as the weights.
+    """
+    codes, scales = parts[""], parts["_scale_inv"]
+    decoded = torch.empty(codes.shape, dtype=dtype, device=codes.device)
+    step = max(1, AT_A_TIME // max(1, codes[:1].numel()))
+    for first in range(0, codes.shape[0], step):
+        some = scales[first : first + step].to(torch.float32)
+        for dim in (1, 2):
+            some = some.repeat_interleave(codes.shape[dim] // some.shape[dim], dim)
+        decoded[first : first + step] = codes[first : first + step].to(torch.float32) * some
+    return decoded
+
+
 STACK_CODECS = (
+    StackCodec("fp8", ("", "_scale_inv"), decode_scaled_stack),
     StackCodec("mxfp4", ("_blocks", "_scales"), decode_mxfp4),
     *(StackCodec(kind, (f"_{kind}", "_absmax"), partial(decode_4bit, kind=kind)) for kind in ("nf4", "fp4")),
     *(

@@ -9,13 +9,13 @@ from .colours import BLUE, GREEN, GREY, ORANGE, PALE, PURPLE, SKY, VERMILLION, W
 from .diagrams import Diagram
 
 QUESTIONS = {  # question -> notebook -> what it is called on the map
-    "Does it fit?": {0: "the first answer", 14: "every byte", 16: "ranked answers"},
+    "Does it fit?": {0: "the first answer", 14: "every byte"},
     "Where does it go?": {1: "no weights yet", 2: "a map of layers", 3: "images too"},
     "How does it get there?": {4: "files", 5: "loading", 8: "a whole run"},
     "How does it move?": {6: "hooks", 7: "just in time", 17: "chosen experts"},
     "Fewer bits?": {9: "bits and error", 10: "saving", 11: "fine-tuning"},
-    "More processes?": {12: "shared prompts", 15: "rehearsing"},
-    "More machines?": {13: "launching", 18: "two hosts"},
+    "More processes?": {12: "shared prompts", 13: "launching", 18: "two hosts"},
+    "Before you rent?": {15: "rehearsing", 16: "ranked answers"},
 }
 SHORT = (0, 2, 7, 16)  # the notebooks of the path of twenty minutes
 

@@ -31,6 +31,7 @@ Reading order:
     gguf.py         the same of a GGUF file, llama.cpp's format
     stored.py       what a checkpoint takes that is quantized already, by its config
     estimate.py     three tables: the classic estimate, what running takes, what training takes
+    training.py     the training table: what each of several GPUs keeps, activation checkpointing, LoRA
     pipeline.py     several models of which one works at a time, and the peak of each phase
 
 Leaves out: reading records off a real module (`meta/skeleton.py`), names (`zoo/`), and placing layers (`maps/`).

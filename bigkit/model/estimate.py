@@ -28,10 +28,12 @@ from .experts import active_bytes, active_parameters, sentence
 from .precision import QUANTIZATIONS, Precision, quantized_stacks
 from .spec import ModelSpec
 from .stored import decoding_bytes, is_as_stored
+from .training import LORA_RANK as LORA_RANK
+from .training import TrainingRow as TrainingRow
+from .training import training_rows
 
 CLASSIC = ("float32", "float16", "int8", "int4")
 STORED = ("float32", "bfloat16", "float8_e4m3fn", "int8", "nf4", "nf4-double")
-LORA_RANK = 16
 
 
 def activation_bytes(model: ModelSpec, batch: int, tokens: int, dtype: str = "bfloat16") -> int:
@@ -147,16 +149,6 @@ def stored_as(model: ModelSpec, precision: Precision) -> str:
     return " ".join([*(dtype for dtype, _ in sizes.most_common(1)), "as stored"])
 
 
-def training_activation_bytes(model: ModelSpec, batch: int, tokens: int) -> int:
-    """What a 16-bit forward keeps for its backward: 34 * tokens * batch * hidden_size bytes a block.
-
-    Source: Korthikanti et al., Reducing Activation Recomputation in Large Transformer Models (arXiv:2205.05198),
-    equation 1, without the attention scores, which fused attention does not store.
-    """
-    facts = model.facts
-    return 34 * tokens * batch * facts.get("hidden_size", 0) * facts.get("num_hidden_layers", 0)
-
-
 @dataclass(frozen=True)
 class ClassicRow:
     """One dtype of the classic table; sizes in bytes.
@@ -192,29 +184,12 @@ class InferenceRow:
 
 
 @dataclass(frozen=True)
-class TrainingRow:
-    """What one way of training takes; bytes. `trained` is the number of parameters that are trained."""
-
-    method: str
-    trained: int
-    weights: int
-    gradients: int
-    optimizer: int
-    activations: int
-
-    @property
-    def total(self) -> int:
-        """All parts together."""
-        return self.weights + self.gradients + self.optimizer + self.activations
-
-
-@dataclass(frozen=True)
 class MemoryEstimate:
     """The estimate of one model: `rows` (classic), `inference`, `training`, and what they were counted for.
 
     `print` gives text, a notebook shows tables, `to_json` gives every figure in bytes. `active` is the number of
     parameters that one token uses; fewer than `parameters` in a mixture of experts. `kv_dtype` is that of keys and
-    values in the cache, None if as the model computes.
+    values in the cache, None if as the model computes. `training` is for each of `gpus`.
     """
 
     name: str
@@ -231,6 +206,8 @@ class MemoryEstimate:
     notes: tuple[str, ...] = ()
     active: int = 0
     kv_dtype: str | None = None
+    gpus: int = 1
+    checkpointing: bool = False
 
     def to_json(self) -> str:
         """Every figure as JSON text, sizes in bytes."""
@@ -257,9 +234,14 @@ class MemoryEstimate:
             (f"To run {self.classes[1]}, {cached}",
              ["stored as", "weights", "KV cache", "activations", "total", *(["used by a token"] if routed else [])],
              inference),
-            (f"To train {self.classes[1]}, {load}",
+            (f"To train {self.classes[1]}, {load}{self._training_text()}",
              ["method", "trained", "weights", "gradients", "optimizer", "activations", "total"], training),
         ]  # fmt: skip
+
+    def _training_text(self) -> str:
+        return (f", on each of {self.gpus} GPUs" if self.gpus > 1 else "") + (
+            ", with activation checkpointing" if self.checkpointing else ""
+        )
 
     def __str__(self) -> str:
         blocks = [f"{title}\n{text_table(headers, rows)}" for title, headers, rows in self.tables() if rows]
@@ -284,6 +266,8 @@ def estimate(
     batch: int = 1,
     context: int = 2048,
     kv_dtype: object = None,
+    gpus: int = 1,
+    checkpointing: bool = False,
 ) -> MemoryEstimate:
     """Count a model's memory.
 
@@ -294,11 +278,13 @@ def estimate(
         stored: rows of the inference table: dtype names or quantizations of `precision.QUANTIZATIONS`.
         batch, context: sequences, and tokens each, that KV cache and activations are counted for; see `tokens_seen`.
         kv_dtype: of keys and values in the cache, one of `attention.KV_DTYPES`; None: as the model computes.
+        gpus, checkpointing: of the training table, see `training_rows`.
 
     Raises:
         ValueError: an unknown dtype, or a batch or context that is not positive.
     """
     batch, context = whole_number(batch, "batch", 1), whole_number(context, "context", 1)
+    gpus = whole_number(gpus, "gpus", 1)
     cached = kv_dtype_name(kv_dtype)
     dtypes = [dtypes] if isinstance(dtypes, str) else dtypes
     stored = [stored] if isinstance(stored, str) else stored
@@ -341,7 +327,9 @@ def estimate(
         context=context,
         rows=tuple(rows),
         inference=inference,
-        training=() if packed_as else _training(full, batch, context),
+        training=() if packed_as else training_rows(full, batch, context, gpus, checkpointing),
+        gpus=gpus,
+        checkpointing=checkpointing,
         notes=tuple(notes),
         active=active_parameters(full),
         kv_dtype=cached,
@@ -370,26 +358,6 @@ def _inference(model: ModelSpec, name: str, batch: int, context: int, kv_dtype: 
     activations = activation_bytes(model, batch, context, computes) + decoding_bytes(model, precision)
     weights, active = model.bytes(precision), active_bytes(model, precision)
     return InferenceRow(precision.label, weights, kv_cache, activations, active)
-
-
-def _training(model: ModelSpec, batch: int, context: int) -> tuple[TrainingRow, ...]:
-    """Ways to train. Adam keeps two float32 moments a parameter, and in mixed precision float32 weights too.
-
-    Source: ZeRO (arXiv:1910.02054), section 3.1; LoRA (arXiv:2106.09685): rank * (in + out) for each linear layer.
-    """
-    n = model.parameters
-    layers = model.quantized(model.precision("bfloat16", "nf4-double"))
-    adapters = LORA_RANK * sum(sum(model.tensors[f"{name}.weight"][0].shape) for name in layers)
-    kept = training_activation_bytes(model, batch, context)
-    bf16, nf4 = (model.bytes(model.precision("bfloat16", q)) for q in (None, "nf4-double"))
-    rows = [
-        TrainingRow("Adam, float32", n, model.bytes(Precision("float32")), 4 * n, 8 * n, 2 * kept),
-        TrainingRow("Adam, mixed bfloat16", n, bf16, 2 * n, 12 * n, kept),
-    ]
-    low_rank = {f"LoRA r={LORA_RANK}, bfloat16": bf16, f"QLoRA r={LORA_RANK}, nf4-double": nf4} if adapters else {}
-    for method, weights in low_rank.items():
-        rows.append(TrainingRow(method, adapters, weights + 4 * adapters, 4 * adapters, 8 * adapters, kept))
-    return tuple(rows)
 
 
 def _html_table(title: str, headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

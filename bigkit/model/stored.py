@@ -28,6 +28,8 @@ from .spec import ModelSpec, ModuleSpec, TensorSpec
 
 # Keys under which methods list the modules that they leave out.
 FP8 = "float8_e4m3fn"
+AT_A_TIME = 2**25  # weights of stacked experts that are decoded at a time, as `checkpoints/codecs.py` does it
+MXFP4 = 4.5  # bytes that a weight in that format takes while it is decoded
 DECODING = 17.0  # bytes that a weight takes while it is decoded, in the format that takes most
 _KEPT = ("modules_to_not_convert", "ignore", "ignored_layers", "llm_int8_skip_modules", "exclude_modules")
 
@@ -64,7 +66,7 @@ def read_format(settings: Mapping[str, Any]) -> Format | None:
             height, width = map(int, block) if block else (1, 0)
             return Format(partial(_scaled, height, width, block is not None), 12 if block else 8)
         if method == "mxfp4":
-            return Format(_mxfp4, 4.5)
+            return Format(_mxfp4, MXFP4)
         if method in ("awq", "gptq"):
             bits, group = int(settings.get("bits", 4)), int(settings.get("group_size", 128))
             return Format(partial(_awq if method == "awq" else _gptq, bits, max(group, 0)))
@@ -174,9 +176,16 @@ def with_stored(model: ModelSpec, files: Mapping[str, TensorSpec] | None = None)
             made[key] = replace(module, tensors=tensors, children=children)
         return made[key]
 
-    largest = max(model.tensors[name][0].elements for name in sizes)
-    facts = {**model.facts, "decoding": round(largest * each)}
+    facts = {**model.facts, "decoding": round(max(_decoding(model.tensors[name][0], each) for name in sizes))}
     return replace(model, root=rebuilt(model.root, ""), facts=facts)
+
+
+def _decoding(weight: TensorSpec, each: float) -> float:
+    """Bytes that a weight takes while it is decoded; of experts in FP8 some at a time."""
+    if len(weight.shape) == 3 and each > 2 * MXFP4:
+        at_a_time = max(AT_A_TIME, weight.elements // weight.shape[0])
+        return 2 * weight.elements + each * min(at_a_time, weight.elements)
+    return weight.elements * each
 
 
 def is_as_stored(model: ModelSpec, precision: Precision) -> bool:

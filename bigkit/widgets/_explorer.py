@@ -67,6 +67,7 @@ class Explorer(Remembered, widgets.VBox):
     draggable = False  # whether parts of the picture can be dragged
     result: Any = None  # what `compute` returned last
     pinned: Any = None  # the result that others are compared with
+    passing = False  # whether what is shown is a moment of a drag
     _told = ""  # key of the mark that `about` tells about
     _depth = 0  # of `together`
     _waiting = False  # for the end of `together`
@@ -105,7 +106,6 @@ class Explorer(Remembered, widgets.VBox):
         turned = {name: control for name, control in named.items() if control.has_trait("value")}
         turned = {name: control for name, control in turned.items() if control is not self.preset}
         self._turned = [name for name in turned if name not in self.steering]
-        self._last: tuple[Any, float] = (None, 0.0)  # the control that was turned last, and when
         self._start = [(control, control.value) for control in turned.values()]
         self.listen(control for name, control in turned.items() if name not in self.steering)
         if self.preset is not None:
@@ -175,7 +175,9 @@ class Explorer(Remembered, widgets.VBox):
 
     def put(self, verdict: str, picture: Picture, text: str, wrap: bool = False) -> None:
         """Show a verdict as HTML, a picture and its text twin, whose long lines scroll or wrap."""
-        self.verdict.value, self.picture.value, self.text.value = verdict, picture.svg, preformatted(text, wrap)
+        self.verdict.value, self.picture.value = verdict, picture.svg
+        if not self.passing:
+            self.text.value = preformatted(text, wrap)
 
     _ipython_display_ = None  # with ipywidgets 7, which has it, IPython would not ask for the bundle
 
@@ -237,7 +239,8 @@ class Explorer(Remembered, widgets.VBox):
         self.before.value, self.before.layout.display = f"<b>Kept, to compare with</b>{self._pinned_svg}", None
         said = " ".join(self.differences(self.pinned, self.result)) or "There is no difference yet."
         self.verdict.value += pill("slow", "Compared with the one that is kept:", said)
-        self.text.value += preformatted(f"compared with the one that is kept: {said}", wrap=True)
+        if not self.passing:
+            self.text.value += preformatted(f"compared with the one that is kept: {said}", wrap=True)
 
     # -- following the controls
 
@@ -287,7 +290,8 @@ class Explorer(Remembered, widgets.VBox):
             self._name_preset()
             self._remember()
             self._show()
-        self.working.value = ""
+        finally:
+            self.working.value = ""
 
     def _show(self) -> None:
         """Show the result, and all that follows it."""

@@ -23,6 +23,7 @@ class Remembered:
     _past: list[dict[str, Any]] = []  # settings, the latest last
     _present: dict[str, Any] = {}
     _turning = False  # whether the last change goes on with the one before
+    _last: tuple[Any, float] = (None, 0.0)  # the control that was turned last, and when
 
     def setting(self, name: str) -> Any:
         """The value of a control."""
@@ -42,9 +43,11 @@ class Remembered:
 
     def restore(self, settings: Mapping[str, Any]) -> None:
         """Turn several controls at once."""
-        with self.together():
-            for name, value in settings.items():
-                self.turn(name, value)
+        for _ in range(2):  # how far a slider reaches may depend on the others
+            with self.together():
+                for name, value in settings.items():
+                    if self.setting(name) != value:
+                        self.turn(name, value)
 
     @property
     def state(self) -> str:
@@ -87,7 +90,7 @@ class Remembered:
         """Take back the last change of a control or of the picture."""
         if self._past:
             settings = self._past.pop()
-            self._present = settings
+            self._present, self._last = settings, (None, 0.0)
             self.restore(settings)
 
     def _remember(self) -> None:

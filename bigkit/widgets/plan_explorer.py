@@ -244,12 +244,14 @@ class PlanExplorer(Explorer):
             ValueError: the picture has no such mark.
         """
         begin = self._grabbed or self.shown
+        self._grabbed, self.passing = None, False
         if onto is None:
             self.result = begin
         else:
             self._custom, before = tuple(moved(begin, key, onto).values()), self._custom
             self.result = self._plan(CUSTOM)
-        self._grabbed = None if done else begin
+        if not done:
+            self._grabbed, self.passing = begin, True
         if not done or onto is None:
             self._custom = self._custom if onto is None else before
             self._show()

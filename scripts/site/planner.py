@@ -297,7 +297,7 @@ def _spec(values: Values) -> ModelSpec:
     if catalog.find(name) is None:
         raise ValueError(
             f"This page knows the models in its list, and {name!r} is not among them.{hub.shipped_hint(name)} For any "
-            f"other, on your machine: pip install bigkit, then bigkit advise {name}"
+            f"other, install bigkit on your machine and ask there: bigkit advise {name}"
         )
     return zoo.describe(name)
 

@@ -1,0 +1,117 @@
+"""FP8 experts that a checkpoint has one by one are stacked with their scales, and run bit for bit as if decoded."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+import bigkit
+from bigkit.checkpoints import codecs
+from bigkit.model.header import CheckpointError
+from bigkit.model.stored import AT_A_TIME
+
+CONFIG = Qwen3MoeConfig(hidden_size=128, intermediate_size=256, moe_intermediate_size=128, num_hidden_layers=2,
+                        num_experts=4, num_experts_per_tok=2, num_attention_heads=4, num_key_value_heads=2, head_dim=32,
+                        vocab_size=96, dtype="bfloat16", max_position_embeddings=64)  # fmt: skip
+IDS = torch.tensor([[5, 9, 33, 2, 71, 8]])
+
+
+def empty(config: Any = CONFIG) -> Any:
+    with bigkit.init_empty_weights():
+        return Qwen3MoeForCausalLM(config).bfloat16().eval()
+
+
+def write(folder: Path, scale: str = "block") -> tuple[Any, dict[str, Tensor]]:
+    """A checkpoint as DeepSeek and Qwen write them, the model that its decoded weights give, and its tensors."""
+    torch.manual_seed(0)
+    Qwen3MoeForCausalLM(CONFIG).bfloat16().save_pretrained(folder / "plain")
+    tensors, decoded = {}, {}
+    for name, tensor in load_file(folder / "plain" / "model.safetensors").items():
+        if tensor.ndim == 2 and "proj" in name:
+            rows, columns = tensor.shape
+            size = (max(1, rows // 128), columns // 128) if scale == "block" else (rows, 1)
+            scales = torch.rand(size) / 50
+            tensors[name] = codes = (torch.randn(rows, columns)).to(torch.float8_e4m3fn)
+            tensors[f"{name}_scale_inv" if scale == "block" else f"{name}_scale"] = scales
+            whole = scales.repeat_interleave(rows // size[0], 0).repeat_interleave(columns // size[1], 1)
+            decoded[name] = (codes.float() * whole).bfloat16()
+        else:
+            tensors[name] = decoded[name] = tensor
+    save_file(tensors, folder / "model.safetensors")
+    settings = {"quant_method": "fp8", "weight_block_size": [128, 128] if scale == "block" else None}
+    config = {**CONFIG.to_dict(), "architectures": ["Qwen3MoeForCausalLM"], "quantization_config": settings}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "decoded").mkdir()
+    save_file(decoded, folder / "decoded" / "model.safetensors")
+    model = empty()
+    assert bigkit.load_checkpoint_in_model(model, folder / "decoded").clean
+    return model, tensors
+
+
+@pytest.mark.parametrize("scale", ["block", "row"])
+@pytest.mark.parametrize("way", ["resident", "cpu", "disk", "dense"])
+@torch.no_grad()
+def test_outputs_are_those_of_the_decoded_weights(tmp_path: Path, scale: str, way: str) -> None:
+    plain, _ = write(tmp_path, scale)
+    model = empty()
+    if way in ("resident", "dense"):
+        report = bigkit.load_checkpoint_in_model(model, tmp_path, keep="dense" if way == "dense" else "stored")
+        assert report.clean, report
+    else:
+        places = {"model.embed_tokens": 0, "model.norm": 0, "model.rotary_emb": 0, "lm_head": 0, "model.layers": way}
+        (tmp_path / "away").mkdir()
+        bigkit.load_checkpoint_and_dispatch(
+            model, tmp_path, places, offload_folder=tmp_path / "away", stand_in={0: "cpu"}
+        )
+    experts = model.model.layers[0].mlp.experts._parameters["gate_up_proj"]
+    assert experts.dtype == (torch.bfloat16 if way == "dense" else torch.float8_e4m3fn)
+    assert torch.equal(model(IDS).logits, plain(IDS).logits) and torch.equal(model(IDS).logits, plain(IDS).logits)
+
+
+def test_plans_dry_runs_and_saved_files_have_the_same_bytes(tmp_path: Path) -> None:
+    plain, _ = write(tmp_path)
+    model = bigkit.zoo.empty_model(tmp_path, dtype=None)
+    bigkit.load_checkpoint_in_model(model, tmp_path)
+    held = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+    plan = bigkit.plan(str(tmp_path), {0: "1GB"}, context=10)
+    assert plan.shares[0].weights == held == bigkit.describe(str(tmp_path)).bytes()
+    run = bigkit.dry_run(str(tmp_path), prompt_tokens=8, new_tokens=2)
+    assert run.timeline(0).at_peak()["weights"] == held
+    bigkit.save_model(model, tmp_path / "saved")
+    again = empty()
+    assert bigkit.load_checkpoint_in_model(again, tmp_path / "saved").clean
+    with torch.no_grad():
+        assert torch.equal(again(IDS).logits, plain(IDS).logits)
+
+
+def test_what_cannot_be_stacked_is_one_sentence(tmp_path: Path) -> None:
+    _, tensors = write(tmp_path)
+    packed = {name: tensor for name, tensor in tensors.items() if ".experts." not in name}
+    packed["model.layers.0.mlp.experts.0.gate_proj.weight_packed"] = torch.zeros(128, 16, dtype=torch.int32)
+    cut = dict(tensors)
+    for name in tensors:
+        if name.endswith("experts.0.gate_proj.weight_scale_inv"):
+            cut[name] = torch.ones(3, 1)
+    for case in (packed, cut):
+        save_file(case, tmp_path / "model.safetensors")
+        model = empty()
+        with pytest.raises(CheckpointError, match="one by one in few bits .*gate_proj"):
+            bigkit.load_checkpoint_in_model(model, tmp_path)
+        assert all(tensor.is_meta for tensor in model.parameters())
+
+
+def test_few_experts_are_decoded_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert codecs.AT_A_TIME == AT_A_TIME
+    parts = {"": torch.randn(5, 4, 6).to(torch.float8_e4m3fn), "_scale_inv": torch.rand(5, 2, 3)}
+    whole = codecs.decode_scaled_stack(parts, torch.float32)
+    monkeypatch.setattr(codecs, "AT_A_TIME", 48)  # two experts
+    assert torch.equal(codecs.decode_scaled_stack(parts, torch.float32), whole)
+    one = codecs.decode_scaled({"weight": parts[""][3], "weight_scale_inv": parts["_scale_inv"][3]}, torch.float32)
+    assert torch.equal(whole[3], one)
