@@ -94,7 +94,7 @@ def reason_left_out(name: str) -> str | None:
     """Why there is no such name, or None.
 
     >>> reason_left_out("DeepSpeedPlugin")[:60]
-    'it is for one model in several processes; in bigkit one proc'
+    'it is for training, or cuts single tensors; bigkit cuts a mo'
     """
     for reason, patterns in LEFT_OUT.items():
         if any(fnmatchcase(name, pattern) for pattern in patterns.split()):
