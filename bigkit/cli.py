@@ -377,9 +377,7 @@ def _launch(options: argparse.Namespace) -> str:
         path = launch.write_example(options.example)
         return f"{path} is there. Start it with: bigkit launch --num_processes 2 {path}"
     if refused := [name for name in _REFUSED if getattr(options, name)]:
-        raise ValueError(
-            f"bigkit launch cannot do --{refused[0]}: it runs inference, with the whole model in each process"
-        )
+        raise ValueError(f"bigkit launch cannot do --{refused[0]}: it runs inference, by whole layers")
     launch.say_ignored(vars(options))
     content = _launch_config(options.config_file)
     flags = {field.name: getattr(options, field.name, None) for field in fields(launch.Settings)}

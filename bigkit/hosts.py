@@ -16,7 +16,7 @@ from __future__ import annotations
 import hashlib
 import os
 import platform
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
@@ -102,7 +102,7 @@ def pipeline(
     names, rank = [stage.names for stage in plan.stages], state.process_index
     own = plan.stages[rank].plan
     stage = Stage(model, names, rank)
-    places = _on_own_gpus(own.device_map, state)
+    places = _on_own_gpus(plan, rank, state.local_process_index)
     with _with_more_in_the_file(model):
         if config is not None:
             load_and_quantize_model(model, config, checkpoint, device_map=places, **options)
@@ -116,11 +116,15 @@ def pipeline(
     return model
 
 
-def _on_own_gpus(device_map: Mapping[str, Device], state: PartialState) -> dict[str, Device]:
-    """The map of a stage with the GPUs of this process: the next ones after those of its neighbours on the host."""
-    used = len({device for device in device_map.values() if isinstance(device, int)})
-    first = state.local_process_index * used
-    return {name: device + first if isinstance(device, int) else device for name, device in device_map.items()}
+def _on_own_gpus(plan: HostsPlan, rank: int, local_rank: int) -> dict[str, Device]:
+    """The map of a stage with the GPUs of its process: the next ones after those of its neighbours on the host."""
+
+    def gpus(stage: int) -> int:
+        return len({device for device in plan.stages[stage].plan.device_map.values() if isinstance(device, int)})
+
+    first = sum(map(gpus, range(rank - local_rank, rank)))
+    own = plan.stages[rank].plan.device_map
+    return {name: device + first if isinstance(device, int) else device for name, device in own.items()}
 
 
 def _works_on(model: nn.Module, name: str) -> torch.device | None:

@@ -29,9 +29,11 @@ LEFT_OUT = {
         use_seedable_sampler use_stateful_dataloader pad_input_tensors slice_tensors find_batch_size
         ignorant_find_batch_size get_data_structure initialize_tensors is_tensor_information TensorInformation listify
         honor_type recursively_apply is_namedtuple get_shape gather_tensor_shape is_torchdata_*""",
-    "it is for one model in several processes; in bigkit one process spreads a model over GPUs, by its device map": """
-        prepare_pippy build_pipeline find_pippy_batch_size generate_device_map pippy_forward ParallelismConfig
-        *DeepSpeed* *deepspeed* FullyShardedDataParallelPlugin *Megatron* *megatron* *FSDP* *fsdp* *TensorParallel*
+    "one model over several processes is bigkit.pipeline, cut by bigkit.plan_hosts": """
+        prepare_pippy build_pipeline find_pippy_batch_size generate_device_map pippy_forward""",
+    "it is for training, or cuts single tensors; bigkit cuts a model by layers, over GPUs or over processes": """
+        ParallelismConfig *DeepSpeed* *deepspeed* FullyShardedDataParallelPlugin *Megatron* *megatron* *FSDP* *fsdp*
+        *TensorParallel*
         *ContextParallel* *context_parallel* *_parallel_*rank *device_mesh is_composable_parallelism_enabled
         parallelism_config *TrainStep avg_losses_across_data_parallel_group parse_*_config get_module_class_from_name
         BETA_* model_has_dtensor get_model_tp_size DTENSOR_PYTORCH_VERSION GatheredParameters ensure_weights_retied
@@ -92,7 +94,7 @@ def reason_left_out(name: str) -> str | None:
     """Why there is no such name, or None.
 
     >>> reason_left_out("DeepSpeedPlugin")[:60]
-    'it is for one model in several processes; in bigkit one proc'
+    'it is for training, or cuts single tensors; bigkit cuts a mo'
     """
     for reason, patterns in LEFT_OUT.items():
         if any(fnmatchcase(name, pattern) for pattern in patterns.split()):

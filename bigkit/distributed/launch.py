@@ -224,7 +224,7 @@ def _read_keys(content: Mapping[str, Any]) -> dict[str, Any]:
     elif kind == "MULTI_CPU":
         values["use_cpu"] = True
     elif kind not in (None, "MULTI_GPU"):
-        expected = "NO, MULTI_CPU, MULTI_GPU, since bigkit runs inference with the whole model in each process"
+        expected = "NO, MULTI_CPU, MULTI_GPU, since bigkit runs inference, by whole layers"
         raise ValueError(f"distributed_type is {kind!r}: expected {expected}")
     if type(values.get("gpu_ids")) in (int, list):  # YAML may hold 0 or [0, 2] instead of "0,2"
         values["gpu_ids"] = str(values["gpu_ids"]).strip("[]")

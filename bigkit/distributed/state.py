@@ -7,7 +7,7 @@
 Start the script with `bigkit launch script.py`, torchrun or `notebook_launcher`; with plain `python` it is one process.
 Every process must reach the same calls. gloo carries CPU tensors and objects, nccl CUDA tensors.
 
-Leaves out: training (gradients, samplers, mixed precision), splitting one model over processes, and starting processes
+Leaves out: training (gradients, samplers, mixed precision), splitting one model (`pipeline.py`), and starting processes
 (`launch.py`, `notebook.py`). Processes started by MPI or Slurm alone are not recognised; start torchrun from there.
 """
 

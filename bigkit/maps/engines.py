@@ -23,7 +23,10 @@ def commands(plan: HostsPlan) -> list[str]:
     """
     count = len(plan.stages)
     cut = ",".join(str(stage.blocks) for stage in plan.stages)
-    gpus = [max(1, sum(share.runs and share.device != "cpu" for share in stage.plan.shares)) for stage in plan.stages]
+    runners = [[share.device for share in stage.plan.shares if share.runs] for stage in plan.stages]
+    gpus = [len(own) for own in runners]
+    homes = [[layer.device for layer in stage.plan.layers if layer.name[-1].isdigit()] for stage in plan.stages]
+    split = ",".join(str(home.count(gpu)) for home, own in zip(homes, runners) for gpu in own)
     hosts = f"--num_machines {count} --num_processes {count} --machine_rank K --main_process_ip HOST0"
     lines = [f"bigkit, on host K: bigkit launch {hosts} --main_process_port 29500 script.py"]
     if any(stage.plan.offloaded for stage in plan.stages):
@@ -42,5 +45,5 @@ def commands(plan: HostsPlan) -> list[str]:
     return [
         *lines,
         f"llama.cpp, on the last host, with rpc-server -p 50052 on the others: llama-server -m MODEL.gguf "
-        f"-ngl 99{f' --rpc {others}' if others else ''} -ts {cut} (fewer bits, any GPU or CPU, and no Python).",
+        f"-ngl 99{f' --rpc {others}' if others else ''} -ts {split} (fewer bits, any GPU or CPU, and no Python).",
     ]

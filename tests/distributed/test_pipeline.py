@@ -29,6 +29,7 @@ def two() -> Iterator[Ranks]:
 
 
 PROMPT = torch.tensor([encode("import os")])
+LENGTHS = (3, 7, 2, 5)  # of prompts, and of their answers
 
 
 @pytest.fixture(scope="module")
@@ -58,14 +59,14 @@ def moe(state: Any, expected: dict[str, Any]) -> dict[str, Any]:
             model.generate(PROMPT, max_new_tokens=3, **options)
         except ValueError as error:
             said[next(iter(options))] = str(error)
-    said["in flight"] = map_in_flight(lambda n: model.generate(PROMPT[:, :n], max_new_tokens=n), range(2, 9), model)
+    said["in flight"] = map_in_flight(lambda n: model.generate(PROMPT[:, :n], max_new_tokens=n), LENGTHS, model)
     return said
 
 
-def test_a_mixture_of_experts_over_processes(ranks: Ranks, pymoe: dict[str, Any]) -> None:
+def test_a_mixture_of_experts_over_processes(two: Ranks, pymoe: dict[str, Any]) -> None:
     whole = tf.AutoModelForCausalLM.from_pretrained(PYMOE, dtype=torch.float32).eval()
-    flown = [whole.generate(PROMPT[:, :n], max_new_tokens=n) for n in range(2, 9)]
-    saids = ranks(moe, pymoe)
+    flown = [whole.generate(PROMPT[:, :n], max_new_tokens=n) for n in LENGTHS]
+    saids = two(moe, pymoe)
     for said in saids:
         assert said["unlike"] == []
         assert said["streamed"] == 4, "the prompt and three tokens, on every process"

@@ -126,6 +126,8 @@ def test_the_plan_in_words_and_as_commands() -> None:
     assert "process 1 on 1 x RTX 3090" in text and "One sequence: " in text
     assert "bigkit launch --num_machines 2 --num_processes 2 --machine_rank K --main_process_ip HOST0" in text
     assert "VLLM_PP_LAYER_PARTITION=" in text and "SGLANG_PP_LAYER_PARTITION=" in text and "--rpc HOST0:50052" in text
+    counts = [int(count) for count in text.partition(" -ts ")[2].split()[0].split(",")]
+    assert counts[0] + counts[1] == counts[2] == 16, "two GPUs of one host work one after the other"
     for wrong, said in (({"network": "10G"}, "unknown network '10G'"), ({"strategy": "best"}, "unknown strategy")):
         with pytest.raises(ValueError, match=said):
             plan_hosts(describe("gpt2"), ["L4"], **wrong)
@@ -144,6 +146,14 @@ def test_groups_in_turn(stages: list[float], latency: float, groups: int) -> Non
     for lane in {span.lane for span in spans}:
         own = [span for span in spans if span.lane == lane]
         assert all(a.end <= b.start + 1e-9 for a, b in zip(own, own[1:])), "a lane does one thing at a time"
+
+
+def test_processes_of_one_host_get_gpus_of_their_own() -> None:
+    from bigkit.hosts import _on_own_gpus
+
+    found = plan_hosts(describe("llama-2-7b"), ["2 x T4", "L4", "T4"], dtype="float16", overhead=0)
+    used = [{*_on_own_gpus(found, rank, local).values()} for rank, local in ((0, 0), (1, 1), (2, 2), (2, 0))]
+    assert used == [{0, 1}, {2}, {3}, {0}]
 
 
 def test_networks_by_name() -> None:
