@@ -308,6 +308,8 @@ def _plan(options: argparse.Namespace) -> str:
     if options.svg:
         from .draw.plan import plan_figure
 
+        if not hasattr(plan, "layers"):
+            raise ValueError("there is no picture of a pipeline's plan: leave --svg out")
         return _picture(options.svg, plan_figure(plan))
     return plan.to_code() if options.code else plan.explain()
 

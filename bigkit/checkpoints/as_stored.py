@@ -7,7 +7,6 @@ and saving see these, and need to know no format.
 
     linear layers       `StoredLinear`: weight = codec(parts), then the product
     experts one by one  FP8 ones are stacked as the class has them, codes and scales (`merged.py`)
-    experts one by one  FP8 ones are stacked as their class has them, codes and scales (`merged.py`)
     stacked experts     a subclass of their class, in which `self.gate_up_proj[chosen]` decodes the chosen experts only
 
 Leaves out: the formats (`codecs.py`), and decoding at loading (`load_checkpoint_in_model(..., keep="dense")`).
