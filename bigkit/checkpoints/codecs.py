@@ -211,11 +211,11 @@ def decode_4bit(parts: Parts, dtype: torch.dtype, kind: str) -> Tensor:
     whole = shape[1] * shape[2] % BLOCK_4BIT == 0  # else the last block of each expert is a shorter one
     pieces = [(codes, scales)] if whole else [*zip(codes, scales)]
     op = torch.ops.bitsandbytes.dequantize_4bit.default
+    # As one row: for CPUs with AVX-512, bitsandbytes 0.50 begins a block anew in each row.
     decoded = [
-        op(some.reshape(-1, 1), own.flatten(), BLOCK_4BIT, kind, (*some.shape[:-1], shape[2]), dtype)
-        for some, own in pieces
+        op(some.reshape(-1, 1), own.flatten(), BLOCK_4BIT, kind, (2 * some.numel(),), dtype) for some, own in pieces
     ]
-    return torch.stack(decoded) if not whole else decoded[0]
+    return (torch.stack(decoded) if not whole else decoded[0]).view(shape)
 
 
 def decode_rows(parts: Parts, dtype: torch.dtype) -> Tensor:

@@ -21,6 +21,8 @@ bnb = pytest.importorskip("bitsandbytes")
 peft = pytest.importorskip("peft")
 
 IDS = torch.arange(7)[None]
+# Of a logit: bitsandbytes computes 4-bit products in bfloat16, with rounded scales, on CPUs that can.
+ROUNDED = 1e-2 if bnb.functional.has_avx512bf16() else 1e-3
 KINDS = ["int8", "nf4", "nf4-double"]
 
 
@@ -48,7 +50,7 @@ def test_the_state_dict_and_what_transformers_saves_have_the_scales(kind, where,
     away.save_pretrained(tmp_path / "saved")
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "saved", device_map=CPU)
     with torch.no_grad():
-        assert torch.allclose(theirs(IDS).logits.float(), here(IDS).logits, atol=1e-3)
+        assert torch.allclose(theirs(IDS).logits.float(), here(IDS).logits, atol=ROUNDED)
 
 
 def adapter(model, **options):
@@ -178,7 +180,7 @@ def test_bitsandbytes_own_int8_layers_may_have_run(ran: bool) -> None:
 
 
 BY_OTHERS = """
-import logging, sys, warnings
+import copy, logging, sys, warnings
 logging.disable(logging.WARNING)
 warnings.simplefilter("ignore")
 import torch
@@ -196,11 +198,12 @@ for options, where, count in kinds:
     if count == 2:
         assert not any(name.startswith("bigkit.quantize") for name in sys.modules)
     with torch.no_grad():
-        expected, state = model(ids).logits, {name: value.clone() for name, value in model.state_dict().items()}
+        state = {name: value.clone() for name, value in model.state_dict().items()}
+        expected = copy.deepcopy(model)(ids).logits  # a forward packs 4-bit weights anew on some CPUs
         places = {"model.embed_tokens": 0, "model.layers": where, "model.norm": 0, "model.rotary_emb": 0, "lm_head": 0}
         parts = dispatch_model(model, places, offload_dir=folder, stand_in={0: "cpu"})
         for _ in range(2):
-            torch.testing.assert_close(parts(ids).logits, expected)
+            torch.testing.assert_close(parts(ids).logits, expected, rtol=1e-4, atol=float(sys.argv[2]))
         layer = parts.model.layers[0].mlp.up_proj
         assert len(layer.weight.weight.parts) == count, "the scales do not travel"
         assert count == 3 or layer.state.CB is layer.state.SCB is None, "the layer keeps what it was lent"
@@ -211,5 +214,7 @@ for options, where, count in kinds:
 
 def test_layers_that_others_have_quantized_travel_with_their_scales(tmp_path):
     """In a fresh process, which has not imported the wing."""
-    done = subprocess.run([sys.executable, "-c", BY_OTHERS, str(tmp_path)], capture_output=True, text=True, timeout=600)
+    done = subprocess.run(
+        [sys.executable, "-c", BY_OTHERS, str(tmp_path), str(ROUNDED)], capture_output=True, text=True, timeout=600
+    )
     assert done.returncode == 0, done.stderr

@@ -37,7 +37,9 @@ def rounded(model, quantization):
                 if quantization == "int8":
                     stack[expert] = bnb.functional.int8_vectorwise_dequant(weight.CB, weight.SCB)
                 else:
-                    stack[expert] = bnb.functional.dequantize_4bit(weight.data, weight.quant_state).view(stack[0].shape)
+                    state = copy.copy(weight.quant_state)
+                    state.shape = torch.Size([stack[0].numel()])  # some CPUs begin a block anew in each row
+                    stack[expert] = bnb.functional.dequantize_4bit(weight.data, state).view(stack[0].shape)
     return model
 
 
