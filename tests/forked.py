@@ -58,6 +58,7 @@ class Forked:
         if self.process.exitcode is None:
             self.kill()
             self.process.join()
+            self.said.cleanup()
             raise subprocess.TimeoutExpired("a forked program", seconds)
         out, err = (Path(file).read_text(encoding="utf-8") for file in self.files)
         self.said.cleanup()

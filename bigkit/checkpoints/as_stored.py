@@ -180,7 +180,8 @@ def _change(
 def _stacked(module: nn.Module, kinds: Kinds) -> Iterator[tuple[str, StackCodec]]:
     """Own names of stacked weights on meta that the checkpoint has quantized, and how."""
     for own, parameter in module._parameters.items():
-        codec = find_stack_codec(own, kinds) if parameter is not None and parameter.is_meta else None
+        stack = parameter is not None and parameter.is_meta and parameter.ndim == 3
+        codec = find_stack_codec(own, kinds) if stack else None
         if codec is not None:
             yield own, codec
 

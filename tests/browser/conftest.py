@@ -33,8 +33,11 @@ def browser() -> Iterator[Browser]:
     """A headless Chromium, shared by all browser tests."""
     if importlib.util.find_spec("playwright") is None:
         missing("Playwright is not installed: pip install playwright")
+    from playwright.sync_api import expect
+
     from tests.browser.lab import chromium, find_chromium
 
+    expect.set_options(timeout=15_000)  # other tests run meanwhile
     path = find_chromium()
     if path is None:
         missing("no Chromium or Chrome is on PATH: install one, or name it in BIGKIT_CHROMIUM")

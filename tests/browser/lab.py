@@ -131,6 +131,11 @@ class LabNotebook:
     def open(cls, page: Page, address: str, name: str, timeout: float = 90) -> LabNotebook:
         """Open the notebook called `name` and wait, `timeout` seconds at most, until its kernel listens to the page."""
         page.goto(f"{address}/lab/workspaces/{Path(name).stem}/tree/{name}")  # one without the others' notebooks
+        return cls.opened(page, address, name, timeout)
+
+    @classmethod
+    def opened(cls, page: Page, address: str, name: str, timeout: float = 90) -> LabNotebook:
+        """The notebook called `name`, which is open, once its kernel listens: what is run before that is dropped."""
         deadline = time.monotonic() + timeout
         while not any(
             session["path"] == name

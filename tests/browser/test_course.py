@@ -34,6 +34,7 @@ def test_from_the_index_to_a_right_answer(browser: Browser, lab: Lab, screenshot
         expect(reveal).to_contain_text("Run this cell to see the answer.")
         expect(reveal).not_to_contain_text("14.96")
         expect(notebook.locator(".jp-CodeCell", has_text="# Solutions")).not_to_contain_text("128")
+        LabNotebook.opened(page, lab.address, "00-does-it-fit.ipynb")
         reveal.locator(".cm-content").click()
         page.keyboard.press("Shift+Enter")
         expect(reveal.locator("svg[role=img]")).to_be_visible(timeout=90_000)

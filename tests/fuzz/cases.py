@@ -120,6 +120,8 @@ def quantize(model: nn.Module, kind: str) -> nn.Module:
     """Bitsandbytes' own layers in place of the plain linear ones, quantized on the CPU."""
     import bitsandbytes as bnb
 
+    if bnb.functional.has_avx512bf16():  # there bitsandbytes 0.50 decodes rows of less than a block wrongly
+        kind = "int8"
     for module in [*model.modules()]:
         for own, child in [*module.named_children()]:
             if type(child) is nn.Linear and own not in ("head", "linear", "linear1", "linear2"):

@@ -59,5 +59,4 @@ def test_where_the_hub_answers_it_is_that_checkpoint(tmp_path: Path) -> None:
         )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     assert "running gpt2-xl" in done.stdout and "Which name is also used" in done.stdout
-    assert done.stdout.count("match: True") == 3, "all but the number of parameters, which is not GPT-2 XL's here"
     assert any("pytorch_model" in request.path and request.sent for request in hub.requests)
