@@ -73,6 +73,7 @@ def run(code: str, *words: object, folder: Path | None = None, variables: Mappin
 
 def _run(code: str, words: list[str], folder: str, variables: dict[str, str], files: list[str]) -> None:
     os.setsid()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell lets what it runs beside it ignore interrupts
     for descriptor, file in enumerate(files, 1):
         os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT, 0o600), descriptor)
     sys.stdout, sys.stderr = (open(descriptor, "w", encoding="utf-8", buffering=1) for descriptor in (1, 2))

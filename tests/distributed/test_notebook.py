@@ -230,12 +230,8 @@ def test_nothing_outlives_an_interrupted_or_killed_kernel(name: str, tmp_path: P
         pids = [int(pid) for rank in "01" for pid in (tmp_path / rank).read_text().split()]
         assert len(pids) == 4 and all(map(psutil.pid_exists, pids))
         start = time.monotonic()
-        for _ in range(3):  # Python drops an interrupt that comes while it tidies up; a user presses again
-            program.kill(getattr(signal, name))
-            program.process.join(6)
-            if program.process.exitcode is not None:
-                break
-        done = program.wait(1)
+        program.kill(getattr(signal, name))
+        done = program.wait(30)
         assert time.monotonic() - start < 20
         assert (name == "SIGINT") == (done.stdout == "interrupted\n"), done
         assert still_alive(pids) == []
