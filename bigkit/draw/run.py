@@ -96,9 +96,8 @@ def run_news(schedule: Schedule, step: int) -> str:
     """
     if not step:
         return "before the start"
-    time = schedule.moments[step - 1].time
-    at_once = [moment for moment in schedule.moments[:step] if moment.time == time]
-    return f"after {format_seconds(time)}: " + "; ".join(_in_words(schedule, moment) for moment in at_once)
+    at_once = _at_once(schedule, step)
+    return f"after {format_seconds(at_once[0].time)}: " + "; ".join(_in_words(schedule, each) for each in at_once)
 
 
 def run_caption(schedule: Schedule, step: int) -> str:
@@ -110,22 +109,27 @@ def run_caption(schedule: Schedule, step: int) -> str:
     """
     if not step:
         return "Nothing has happened yet: press Play, or step with the arrow keys."
-    time, scene = schedule.moments[step - 1].time, schedule.scene(step)
+    at_once, scene = _at_once(schedule, step), schedule.scene(step)
     said = []
-    for moment in schedule.moments[:step]:
-        if moment.time == time:
-            turn, name = schedule.turns[moment.turn], _name(schedule, moment.turn)
-            said.append({
-                "fetch": f"the weights of {name} leave {device_label(turn.rests)} for slot {moment.slot}",
-                "arrive": f"the weights of {name} are there",
-                "work": f"{name} works {f'in slot {moment.slot}' if moment.slot >= 0 else 'where its weights rest'}",
-                "return": f"{name} is done" + (", and its slot may be filled again" if turn.travels else ""),
-            }[moment.kind])  # fmt: skip
+    for moment in at_once:
+        turn, name = schedule.turns[moment.turn], _name(schedule, moment.turn)
+        said.append({
+            "fetch": f"the weights of {name} leave {device_label(turn.rests)} for slot {moment.slot}",
+            "arrive": f"the weights of {name} are there",
+            "work": f"{name} works {f'in slot {moment.slot}' if moment.slot >= 0 else 'where its weights rest'}",
+            "return": f"{name} is done" + (", and its slot may be filled again" if turn.travels else ""),
+        }[moment.kind])  # fmt: skip
     main = next((turn.works for turn in schedule.turns if turn.travels), 0)
     waits = ""
     if scene.working is None and scene.arriving:
         waits = f" {device_label(main)} waits for those of {_name(schedule, scene.arriving[0])}."
-    return f"At {format_seconds(time)} {'; '.join(said)}.{waits}"
+    return f"At {format_seconds(at_once[0].time)} {'; '.join(said)}.{waits}"
+
+
+def _at_once(schedule: Schedule, step: int) -> list[Moment]:
+    """Those of the first `step` moments that are at the time of the last."""
+    time = schedule.moments[step - 1].time
+    return [moment for moment in schedule.moments[:step] if moment.time == time]
 
 
 def run_label(charts: Charts, shown: str, step: int) -> str:

@@ -33,11 +33,8 @@ TO_COPY = aten._to_copy  # `tensor.to(...)`
 UNSAFE_VIEW = aten._unsafe_view  # a view, in products of more than two dimensions
 READ_VALUE = aten._local_scalar_dense  # `tensor.item()`
 DATA_DEPENDENT = (DataDependentOutputException, DynamicOutputShapeException)  # raised where values are needed
-QUESTIONS = (
-    READ_VALUE.default,
-    aten.is_nonzero.default,
-    aten.equal.default,
-)  # operations by which Python asks for a value
+# Operations by which Python asks for a value.
+QUESTIONS = (READ_VALUE.default, aten.is_nonzero.default, aten.equal.default)
 ASK_DEVICE = torch.ops.prim.device  # `tensor.device` of a fake tensor; a real one does not ask the dispatcher
 
 

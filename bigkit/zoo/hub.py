@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -107,23 +108,39 @@ def read_config(source: Source, token: str | bool | None = None) -> dict[str, An
         GatedModel, UnknownModel, OfflineError: the repository cannot be read.
         NoConfig: config.json is no JSON object.
     """
+    what = f"the config.json of {source}"
+    return read_json(source, "config.json", what, lambda: _config_of_repo(source, token))
+
+
+def read_json(source: Source, file: str, what: str, download: Callable[[], bytes]) -> dict[str, Any] | None:
+    """A JSON file of a folder or repository, or None if there is none.
+
+    Args:
+        source: the folder or repository.
+        file: its path there.
+        what: what errors call it.
+        download: its bytes, of a repository.
+
+    Raises:
+        NoConfig: it is no JSON object.
+    """
     if source.folder is not None:
-        path = source.folder / "config.json"
+        path = source.folder / file
         if not path.is_file():
             return None
         text = path.read_bytes()
     else:
         try:
-            text = _config_of_repo(source, token)
+            text = download()
         except NoSuchFile:
             return None
     try:
-        config = json.loads(text)
+        value = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise NoConfig(f"the config.json of {source} is not valid JSON ({printable(error)})") from error
-    if not isinstance(config, dict):
-        raise NoConfig(f"the config.json of {source} holds a {type(config).__name__}; expected an object")
-    return config
+        raise NoConfig(f"{what} is not valid JSON ({printable(error)})") from error
+    if not isinstance(value, dict):
+        raise NoConfig(f"{what} holds a {type(value).__name__}; expected an object")
+    return value
 
 
 def _config_of_repo(source: Source, token: str | bool | None) -> bytes:

@@ -8,16 +8,14 @@ Leaves out: what a component computes with (`dryrun/components.py`), and single-
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from ..model.pipeline import order
 from .build import build
-from .errors import NoConfig
-from .fetch import NoSuchFile, fetch, printable, whole
-from .hub import LARGEST_CONFIG, Source, folder_of, is_repo, parse_url
+from .fetch import fetch, printable, whole
+from .hub import LARGEST_CONFIG, Source, folder_of, is_repo, parse_url, read_json
 
 if TYPE_CHECKING:
     from torch import nn
@@ -89,20 +87,8 @@ def _component(library: str, cls: str, config: dict[str, Any], dtype: object) ->
 
 def _read(source: Source, file: str, token: str | bool | None) -> dict[str, Any] | None:
     """A JSON file of a folder or repository, or None if there is none."""
-    if source.folder is not None:
-        path = source.folder / file
-        if not path.is_file():
-            return None
-        text = path.read_bytes()
-    else:
-        try:
-            text = whole(fetch(source.repo, source.revision, file, token, LARGEST_CONFIG), LARGEST_CONFIG, file)
-        except NoSuchFile:
-            return None
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise NoConfig(f"{file} of {source} is not valid JSON ({printable(error)})") from error
-    if not isinstance(value, dict):
-        raise NoConfig(f"{file} of {source} holds a {type(value).__name__}; expected an object")
-    return value
+
+    def download() -> bytes:
+        return whole(fetch(source.repo, source.revision, file, token, LARGEST_CONFIG), LARGEST_CONFIG, file)
+
+    return read_json(source, file, f"{file} of {source}", download)
