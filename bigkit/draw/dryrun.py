@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from itertools import accumulate
 
 from ..devices import device_label
-from ..dryrun.run import KINDS, DryRun, Timeline
+from ..dryrun.result import KINDS, DryRun, Timeline
 from ..machine.roofline import StepTime
 from ..machine.streams import Span
 from ..measure.record import Measurement

@@ -15,7 +15,8 @@ import ipywidgets as widgets
 
 from ..api import plan
 from ..draw.dryrun import dryrun_differences, dryrun_figure, dryrun_text
-from ..dryrun.run import DryRun, dry_run
+from ..dryrun.result import DryRun
+from ..dryrun.run import dry_run
 from ..machine.hardware import GPUS, LINKS, Hardware, machine_of
 from ..maps.plan import Plan
 from ..measure.record import Measurement, measure, obstacle
