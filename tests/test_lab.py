@@ -32,7 +32,7 @@ def test_copies_follow_the_course_until_somebody_writes_in_them(tmp_path: Path) 
 
 
 def test_what_lab_saves_by_itself_is_no_change(tmp_path: Path) -> None:
-    """Opening a notebook saves its metadata, and running it its outputs: both stay, until the course has a newer one."""
+    """Opening a notebook saves metadata, and running it outputs: both stay, until the course has a newer one."""
     course, own = tmp_path / "course", tmp_path / "own"
     course.mkdir()
 
