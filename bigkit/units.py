@@ -117,7 +117,7 @@ def dtype_bits(dtype: object) -> int:
     >>> dtype_bits("bfloat16"), dtype_bits("int4"), dtype_bits("bool")
     (16, 4, 8)
     """
-    bits: int = _BITS[dtype_name(dtype)]  # a fraction for llama.cpp's types, whose tensors are whole blocks
+    bits: int = _BITS.get(str(dtype)) or _BITS[dtype_name(dtype)]  # a fraction for llama.cpp's types, whose tensors are whole blocks
     return bits
 
 
