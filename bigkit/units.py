@@ -117,7 +117,8 @@ def dtype_bits(dtype: object) -> int:
     >>> dtype_bits("bfloat16"), dtype_bits("int4"), dtype_bits("bool")
     (16, 4, 8)
     """
-    return _BITS.get(str(dtype)) or _BITS[dtype_name(dtype)]  # type: ignore[no-any-return] # llama.cpp's are fractions
+    bits: int = _BITS.get(str(dtype)) or _BITS[dtype_name(dtype)]  # llama.cpp's types have fractions
+    return bits
 
 
 def is_floating(dtype: object) -> bool:

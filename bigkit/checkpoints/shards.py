@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from ..model.spec import ModelSpec
 from ..units import dtype_name, parse_bytes
@@ -102,8 +103,9 @@ def cut(
     from huggingface_hub import split_state_dict_into_shards_factory
 
     limit, (stem, _, ending) = read_limit(max_shard_size), file.rpartition(".")
+    known: dict[str, Any] = dict(sizes)
     parts = split_state_dict_into_shards_factory(
-        sizes, get_storage_size=int, filename_pattern="{suffix}", max_shard_size=limit
+        known, get_storage_size=int, filename_pattern="{suffix}", max_shard_size=limit
     ).filename_to_tensors  # "-00001-of-00003" -> names
     files = {f"{stem}{generation}{part}.{ending}": names for part, names in parts.items()}
     files = files if len(files) > 1 else {file: list(sizes)}

@@ -30,7 +30,7 @@ _CONTAINERS = ("Sequential", "ModuleList", "ModuleDict")  # what they hold may b
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """Shape and dtype of one parameter or buffer; `stored`: bytes in a quantized checkpoint, if these are others."""
+    """Shape and dtype of one parameter or buffer; `stored` are its bytes in a quantized checkpoint, if they differ."""
 
     shape: tuple[int, ...]
     dtype: str = "float32"
