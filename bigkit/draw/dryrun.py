@@ -146,7 +146,7 @@ def _settings(run: DryRun, measured: Measurement | None = None) -> str:
 def _draw_memory(
     picture: Picture, timeline: Timeline, found: Range | None, measured: Measurement | None, named: bool
 ) -> None:
-    """What a device holds, event by event, by kind; what is reserved, and how surely; capacity, and what was measured."""
+    """What a device holds, event by event, by kind; what is reserved, and how surely, capacity, what was measured."""
     events = len(timeline.allocated)
     unit, unit_name = (GiB, "GiB") if timeline.peak_reserved >= GiB else (MiB, "MiB")
     curves = [] if measured is None else measured.curves()

@@ -163,6 +163,7 @@ class DryRun:
     def fails_with(self, device: Device, capacity: int | None) -> int | None:
         """The event at which a device with so many bytes runs out of memory, or None.
 
+        >>> from bigkit import dry_run
         >>> run = dry_run("pygpt", batch_size=1, prompt_tokens=8)
         >>> run.fails_with(0, run.peak_reserved[0]), run.fails_with(0, run.peak_allocated[0] // 2) is None
         (None, False)
@@ -220,6 +221,7 @@ class DryRun:
 
         The quantities are those that `record` measures: "prefill", "token", "allocated cuda:0", "reserved cuda:0".
 
+        >>> from bigkit import dry_run
         >>> run = dry_run("pygpt", batch_size=1, prompt_tokens=8)
         >>> run.ranges["prefill"].low < run.seconds["prefill"] < run.ranges["prefill"].high
         True
