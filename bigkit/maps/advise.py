@@ -390,11 +390,12 @@ def predict(model: ModelSpec, plan: Plan, hardware: Hardware, calibration: Calib
 
 def visitors(plan: Plan) -> dict[Device, int]:
     """GPU -> bytes of weights that visit it for each pass, those of a tied tensor once."""
-    visits = Counter[Device]()
+    visits = Counter[Device | None]()
     for layer in plan.layers:
-        visits[layer.works] += layer.bytes if layer.works not in (None, "cpu") else 0
+        if layer.works not in (None, "cpu"):
+            visits[layer.works] += layer.bytes
     total = sum(visits.values())
-    return {gpu: plan.offloaded * size // total for gpu, size in visits.items() if size}
+    return {gpu: plan.offloaded * size // total for gpu, size in visits.items() if size and gpu is not None}
 
 
 def picked(model: ModelSpec, tokens: int) -> float:

@@ -3,7 +3,7 @@
 The rule: in the model's order, each layer goes to the GPU whose link would have brought it first.
 
 A link brings weights while GPUs work, and each GPU has a link of its own: with two GPUs of one kind every second block
-works on the other one, both links copy all the time, and a token waits half as long. Hidden states hop, which is little.
+works on the other one, both links copy all the time, and a token waits half as long. Hidden states hop: little.
 
 Leaves out: weights that a map puts inside something that lies on a GPU (experts of a block, say): they work there.
 """

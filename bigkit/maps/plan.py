@@ -132,7 +132,7 @@ class Plan:
     def device_map(self) -> dict[str, Device]:
         """Module name -> device as a plain dict; a module that is whole on one device is one entry.
 
-        It knows where what rests in RAM or on disk works (`links.DeviceMap`); a copy of it as a plain dict does not, and
+        It knows where what rests in RAM or on disk works (`links.DeviceMap`). A copy of it as a plain dict does not:
         then all GPUs that it names take turns. The plan itself brings its number of slots, too; else there are two.
         """
         inner = {layer.name for layer in is_apart(self.layers)}

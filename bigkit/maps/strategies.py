@@ -209,10 +209,9 @@ def _offload(task: Task, strategy: str) -> Plan:
             break
     chosen = best or nearest
     assert chosen is not None  # the two slots were tried
-    _, slots, workers, _, _ = chosen
-    for places in ([] if strategy == "sequential" else [_spread(task, chosen.places, workers)]) + [chosen.places]:
-        plan = task.to_plan(task.by_layer(places), strategy, slots=slots, workers=workers)
-        if plan.feasible:  # spread, a GPU may get one cache more than before
+    ways = [chosen.places] if strategy == "sequential" else [_spread(task, chosen), chosen.places]
+    for way in ways:
+        if (plan := task.to_plan(task.by_layer(way), strategy, None, chosen.slots, chosen.workers)).feasible:
             break
     return plan
 
@@ -227,13 +226,12 @@ def _fill(task: Task, slots: int, first_size: int | None, workers: Sequence[Devi
     caches = [task.kv(units[i].attention, task.context) for i in order]
     needs = [units[i].weights + cache for i, cache in zip(order, caches)]
     rooms, chain = task.rooms(task.context), Chain(needs)
-    # The largest layer of the units from each rank on.
-    largest = [*accumulate((units[i].largest for i in reversed(order)), max, initial=0)][::-1]
+    largest = [*accumulate((units[i].largest for i in reversed(order)), max, initial=0)][::-1]  # from each rank on
 
     # Offloading more units needs a larger reserve, which may push out more: until that is stable.
     resident = len(order)
     while True:
-        reserve = Counter({worker: slots * largest[resident] for worker in workers} if slots else {})
+        reserve = Counter(dict.fromkeys(workers, slots * largest[resident]) if slots else {})
         for i, worker in task.turns((i for k in order[resident:] for i in units[k].layers), workers).items():
             reserve[worker] += task.staying(i) + task.kv(task.attention.get(i, ()), task.context) if slots else 0
         left = [room - reserve[runner] for runner, room in zip(task.runners, rooms)]
@@ -264,8 +262,9 @@ def _fill(task: Task, slots: int, first_size: int | None, workers: Sequence[Devi
     return places
 
 
-def _spread(task: Task, places: Sequence[Device], workers: Sequence[Device]) -> list[Device]:
+def _spread(task: Task, trial: _Trial) -> list[Device]:
     """The same bytes on each device, but units of one kind that stay on a worker stand among the offloaded."""
+    places, workers = trial.places, trial.workers
     kinds: dict[Hashable, list[int]] = defaultdict(list)
     for i, unit in enumerate(task.units):
         if places[i] in (*workers, "cpu", "disk"):

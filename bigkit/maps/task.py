@@ -274,7 +274,7 @@ class Task:
             start = min(context, self.longest)
             longest = last_true(lambda n: not any(share.over for share in loads(n)), start, self.longest)
         works = self.working_places(places, workers)
-        placed = zip(self.layers, self.sizes, places, map(works.get, range(len(places))))
+        layers = zip(self.layers, self.sizes, places)
         plan = Plan(
             model=self.model.name,
             strategy=strategy,
@@ -284,7 +284,7 @@ class Task:
             context=context,
             max_context=longest,
             shares=shares,
-            layers=tuple(Placed(layer.name, layer.cls, *about) for layer, *about in placed),
+            layers=tuple(Placed(own.name, own.cls, size, at, works.get(i)) for i, (own, size, at) in enumerate(layers)),
             problem=" and ".join(short),
             slots=slots if any(place not in self.runners for place in places) else 0,
             library=self.model.library,

@@ -26,18 +26,14 @@ from ..maps.device_map import check_device_map
 from ..maps.plan import Plan
 from ..units import parse_bytes
 from .attach import attach
-from .experts import streamers_of
 from .grouping import Layout, in_turn, put, records, with_residents
 from .hooks import drop_hooks, give_back_methods, hooks_in
-from .inputs import torch_device
-from .mapped import PageLane
+from .lenders import lenders_of
 from .moving import change_methods, device_map_of
-from .on_cpu import choose, cpu_streamer, split_units
+from .on_cpu import choose, split_units
 from .on_device import rows_on_devices
 from .options import names_of, read_options
 from .placing import Origins, make_units
-from .stream import Streamer
-from .weights import Unit
 
 
 def dispatch_model(
@@ -123,41 +119,12 @@ def dispatch_model(
     computed = choose(model, layout, classes, parse_bytes(on_cpu))
     units = make_units(model, layout, origins, offload_buffers=offload_buffers, whole_classes=classes)
     splits = split_units(model, units, computed)
-    units += [split.rest for split in splits]
-    lenders = streamers_of(layout, units, slots, prefetch, ram_cache, on_device)
-    lenders |= _streamers(layout, [unit for unit in units if unit not in lenders], slots, prefetch, ram_cache)
-    if splits:
-        lenders |= dict.fromkeys([split.mlp for split in splits], cpu_streamer(splits))
+    lenders = lenders_of(layout, units, splits, slots, prefetch, ram_cache, on_device)
     _forget_earlier(model)
     attach(model, layout, lenders, names_of(skip_keys), splits)
     model.hf_device_map = device_map_of(layout)  # type: ignore[assignment]
     change_methods(model, layout, away=bool(units))
     return model
-
-
-def _streamers(
-    layout: Layout, units: list[Unit], slots: int, prefetch: bool, ram_cache: int | str | None
-) -> dict[Unit, Streamer]:
-    """What lends each unit: a streamer for each device."""
-    found: dict[Unit, Streamer] = {}
-    on_disk = [unit.nbytes if unit.rests_in() == "disk" else 0 for unit in units]
-    cache = parse_bytes(ram_cache or 0)
-    if ram_cache is None and any(on_disk) and layout.device(layout.main).type == "cuda":
-        import psutil
-
-        cache = psutil.virtual_memory().available // 2
-    works = [layout.works(unit.name) for unit in units]
-    for place in dict.fromkeys(works):
-        device, name = layout.device(place), str(torch_device(place))
-        own = [unit for unit, working in zip(units, works) if working == place]
-        options: dict[str, Any] = {"prefetch": prefetch, "name": name}
-        if device.type == "cpu" and place not in layout.stand_in:
-            options["lane"] = PageLane(device)
-        else:
-            share = sum(size for size, working in zip(on_disk, works) if working == place) / max(sum(on_disk), 1)
-            options |= {"count": slots, "cache": int(cache * share)}
-        found |= dict.fromkeys(own, Streamer(device, own, **options))
-    return found
 
 
 def _whole(model: nn.Module, layout: Layout, origins: Origins) -> nn.Module:

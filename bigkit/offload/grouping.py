@@ -250,16 +250,16 @@ def with_residents(model: nn.Module, layout: Layout, whole_classes: Iterable[str
     """The layout with as many groups as a budget allows at rest where they work, spread evenly along the model.
 
     Args:
-        budget: bytes of the main device for them.
+        budget: bytes of the main devices for them.
     """
     groups = [group for group in Cut(model, layout, whole_classes, apart=False).groups if not group.loose]
-    resident = {groups[i].name for i in spread([_nbytes(group.module) for group in groups], budget)}
+    resident = _turns(layout, [groups[i] for i in sorted(spread([_nbytes(group.module) for group in groups], budget))])
     finer: dict[str, Device] = {}
     for prefix, module in model.named_modules():
         for own in own_tensors(module) or ([] if module._modules else [""]):  # the map names what holds nothing too
             name = join(prefix, own)
             group = next((outer for outer in prefixes(name) if outer in resident), None)
-            finer[group or name] = layout.rests(name) if group is None else layout.works(name)
+            finer[group or name] = layout.rests(name) if group is None else resident[group]
     return replace(layout, places=collapse(finer))
 
 
@@ -271,13 +271,19 @@ def in_turn(
     Args:
         planned: name of a layer -> where it works, as a plan says; None takes turns of links of one speed.
     """
-    devices = [layout.main, *layout.others]
-    if len(devices) == 1:
+    if not layout.others:
         return layout
-    groups = [group for group in Cut(model, layout, whole_classes, apart=False).groups if not group.loose]
-    free = [group for group in groups if set(map(layout.places.get, prefixes(group.name))) <= {None, "cpu", "disk"}]
-    turns = take_turns([_nbytes(group.module) for group in free], [1.0] * len(devices))
-    works = {group.name: devices[k] for group, k in zip(free, turns)}
-    for name, device in reversed((planned or {}).items()):  # of what travels together, the first layer counts
+    works = _turns(
+        layout, [group for group in Cut(model, layout, whole_classes, apart=False).groups if not group.loose]
+    )
+    for name, device in reversed([*(planned or {}).items()]):  # of what travels together, the first layer counts
         works |= {outer: device for outer in prefixes(name) if outer in works}
     return replace(layout, turns=works)
+
+
+def _turns(layout: Layout, groups: list[Group]) -> dict[str, Device]:
+    """Name of each group -> the device where it works, or would work."""
+    devices, works = [layout.main, *layout.others], {group.name: layout.works(group.name) for group in groups}
+    free = [group for group in groups if set(map(layout.places.get, prefixes(group.name))) <= {None, "cpu", "disk"}]
+    turns = take_turns([_nbytes(group.module) for group in free], [1.0] * len(devices))
+    return works | {group.name: devices[turn] for group, turn in zip(free, turns)}

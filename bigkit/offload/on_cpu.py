@@ -75,7 +75,7 @@ def choose(model: nn.Module, layout: Layout, whole_classes: Iterable[str], budge
 
 
 def _mlp(block: nn.Module, experts: set[int]) -> str:
-    """Own name of the largest child that is a function of one tensor, and that the CPU can compute; empty if none is."""
+    """Own name of the largest child that is a function of one tensor and that the CPU can compute, or ""."""
     sizes = {"": 0}
     for own, child in block.named_children():
         matrices = sum(parameter.ndim == 2 for parameter in child.parameters())
@@ -122,8 +122,9 @@ class BlockHook(AlignDevicesHook):
     mlp: Unit
 
     def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        hook = self.few if self.unit is not None and _is_few(args, kwargs) and self._unchanged() else super()
-        return hook.pre_forward(module, *args, **kwargs)
+        if self.unit is not None and _is_few(args, kwargs) and self._unchanged():
+            return self.few.pre_forward(module, *args, **kwargs)
+        return super().pre_forward(module, *args, **kwargs)
 
     def _unchanged(self) -> bool:
         """Whether the modules of the MLP are what they were: adapters work on the GPU."""
@@ -131,8 +132,9 @@ class BlockHook(AlignDevicesHook):
         return site._ids() == site._modules
 
     def post_forward(self, module: nn.Module, output: Any) -> Any:
-        hook = self.few if this_thread.begun.get(self.few) is not None else super()
-        return hook.post_forward(module, output)
+        if this_thread.begun.get(self.few) is not None:
+            return self.few.post_forward(module, output)
+        return super().post_forward(module, output)
 
     def retire(self) -> None:
         super().retire()
@@ -196,5 +198,6 @@ def add_hooks(
         for part in split.mlp.module.modules():
             hooks.pop(part, None)
         mlp = MlpHook.placed(cpu.device, skip_keys, cpu, split.mlp)
+        assert isinstance(mlp, MlpHook)
         mlp.output_device, mlp.threads = gpu.device, threads
         hooks |= {split.whole.module: block, split.mlp.module: mlp}

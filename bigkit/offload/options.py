@@ -47,14 +47,14 @@ def read_options(
     gpus = [device for device in places.values() if device not in ("cpu", "disk")]
     working = [*getattr(device_map, "works", {}).values()] or gpus or ["cpu"]
     if main_device is not None:
-        several = isinstance(main_device, Iterable) and not isinstance(main_device, str)
-        working = [read_device(device) for device in (main_device if several else [main_device])]  # type: ignore[union-attr]
-    main, *others = dict.fromkeys(working)
-    if "disk" in working or (others and "cpu" in working):
+        one = isinstance(main_device, str) or not isinstance(main_device, Iterable)
+        working = [read_device(device) for device in ([main_device] if one else main_device)]  # type: ignore[union-attr]
+    main, *further = dict.fromkeys(working)
+    if "disk" in working or (further and "cpu" in working):
         raise ValueError(f"main_device must be where weights work, GPUs or 'cpu', not {main_device!r}")
     stands = {read_device(given): torch_device(device) for given, device in (stand_in or {}).items()}
-    layout = Layout(places, main, stands, tuple(others))
-    for device in {layout.device(working) for working in (*gpus, main, *others)}:
+    layout = Layout(places, main, stands, tuple(further))
+    for device in {layout.device(working) for working in (*gpus, main, *further)}:
         if is_real_cuda(device):
             torch.cuda.get_device_properties(device)  # an error if there is no such GPU
     return layout
