@@ -223,7 +223,7 @@ def _fill(task: Task, slots: int, first_size: int | None, workers: Sequence[Devi
     """
     units = task.units
     order = sorted(range(len(units)), key=lambda i: first_size is not None and units[i].largest < first_size)
-    caches = [task.kv(units[i].attention, task.context) for i in order]
+    caches = [task.caches[i] for i in order]
     needs = [units[i].weights + cache for i, cache in zip(order, caches)]
     rooms, chain = task.rooms(task.context), Chain(needs)
     largest = [*accumulate((units[i].largest for i in reversed(order)), max, initial=0)][::-1]  # from each rank on
