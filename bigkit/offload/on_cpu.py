@@ -45,7 +45,7 @@ class Split(NamedTuple):
 
 
 def choose(model: nn.Module, layout: Layout, whole_classes: Iterable[str], budget: int) -> dict[str, str]:
-    """Choose blocks, evenly along the model, whose MLPs the CPU computes.
+    """Choose blocks, evenly along the model and among the links, whose MLPs the CPU computes.
 
     Args:
         model, layout: the model, and where it rests and works.
@@ -69,9 +69,13 @@ def choose(model: nn.Module, layout: Layout, whole_classes: Iterable[str], budge
             found[group.name] = join(group.name, mlp)
     if not found:
         raise ValueError("on_cpu: no block has an MLP that rests in RAM in float32 or bfloat16: leave it out")
-    sizes = [sum(p.nbytes for p in model.get_submodule(mlp).parameters()) for mlp in found.values()]
-    chosen = spread(sizes, budget)
-    return {name: mlp for i, (name, mlp) in enumerate(found.items()) if i in chosen}
+    chosen = set()
+    works = {name: layout.works(name) for name in found}
+    for device in {*works.values()}:
+        own = [name for name in found if works[name] == device]
+        sizes = [sum(p.nbytes for p in model.get_submodule(found[name]).parameters()) for name in own]
+        chosen |= {own[i] for i in spread(sizes, budget * len(own) // len(found))}
+    return {name: mlp for name, mlp in found.items() if name in chosen}
 
 
 def _mlp(block: nn.Module, experts: set[int]) -> str:
