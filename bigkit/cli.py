@@ -154,6 +154,7 @@ def _parser() -> argparse.ArgumentParser:
 
     measure = command("calibrate", "measure this machine, for predictions; takes about a minute",
                       "--folder /data", _calibrate)  # fmt: skip
+    measure.add_argument("names", nargs="*", metavar="NAME", help="models whose host's pace is measured instead")
     measure.add_argument("--folder", help="on the disk that is to be measured (the temporary folder)")
     measure.add_argument("--json", action="store_true", help="print JSON")
 
@@ -358,7 +359,8 @@ def _calibrate(options: argparse.Namespace) -> str:
     from .machine.ledger import ledger_path
     from .measure.calibrate import calibrate
 
-    calibration = calibrate(options.folder)
+    calibrations = [calibrate(options.folder, model=name) for name in options.names or [None]]
+    calibration = calibrations[-1]
     if options.json:
         return json.dumps(asdict(calibration), indent=1)
     return f"{calibration.explain()}\nkept in {ledger_path()}"
