@@ -172,9 +172,9 @@ class Stage:
         self._post(torch.tensor(about + [0] * (_HEADER - len(about))), rank)
         self._post(tensor, rank)
 
-    def _take_shaped(self, rank: int) -> Tensor:
+    def _take_shaped(self, rank: int, device: torch.device) -> Tensor:
         digest, dtype, kind, ndim, *shape = self._take(torch.zeros(_HEADER, dtype=torch.int64), rank).tolist()
-        tensor = self._take(torch.empty(shape[:ndim], dtype=_DTYPES[dtype], device=self.device), rank)
+        tensor = self._take(torch.empty(shape[:ndim], dtype=_DTYPES[dtype], device=device), rank)
         if digest != getattr(self.call, "digest", 0):
             raise RuntimeError(_unlike(self.rank, f"it was called with other inputs or options than process {rank}"))
         self.kind = kind
@@ -193,7 +193,7 @@ class Stage:
 
     def _forward(self, forward: Callable[..., Any], *args: Any, **options: Any) -> Any:
         if self.rank:
-            self.received = self._take_shaped(self.rank - 1)
+            self.received = self._take_shaped(self.rank - 1, self.device)
         self.sent = False
         with torch.no_grad(), nullcontext() if self.checked else self._checking():
             output = forward(*args, **options)
@@ -205,9 +205,12 @@ class Stage:
         """The logits of the last process in everyone's output."""
         name = "logits" if hasattr(output, "logits") else "last_hidden_state"
         own = output if isinstance(output, Tensor) else output[0] if isinstance(output, tuple) else output[name]
-        mine = own if self.rank == self.last else None
-        logits = self._to_all(mine, partial(self._take_shaped, self.last), self._post_shaped)
-        self.flush()
+        # Two messages of nccl that cross wait for each other; of several groups, logits go through RAM.
+        by = self.device if self.turns is None else torch.device("cpu")
+        mine = own.to(by) if self.rank == self.last else None
+        logits = self._to_all(mine, partial(self._take_shaped, self.last, by), self._post_shaped).to(own.device)
+        if self.turns is None:
+            self.flush()
         if isinstance(output, Tensor):
             return logits
         if isinstance(output, tuple):
@@ -263,6 +266,7 @@ class Stage:
         if streamer is not None:
             streamer.put(input_ids.cpu())  # `generate` does so for its own loops
         generation_config.do_sample = False  # it is drawn: what `_sample` sees has one token left
+        generation_config.disable_compile = True  # messages are no part of a graph
         rules = (agreed.processors(), agreed.criteria(), generation_config)
         return draw_one_by_one(model, input_ids, *rules, streamer=streamer, **options)
 

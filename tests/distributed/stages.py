@@ -50,32 +50,33 @@ def staged(state: Any, family: str, folder: Path, config: Any = None, plan: Any 
     return pipeline(model, folder, plan, config, **options).eval()
 
 
-def answers(model: Any) -> dict[str, Any]:
-    """What a model of Transformers says, in the ways that it can be asked."""
+def answers(model: Any, device: str = "cpu") -> dict[str, Any]:
+    """What a model of Transformers says, in the ways that it can be asked, on the CPU."""
     from transformers import StoppingCriteria, StoppingCriteriaList
 
     class AtLength(StoppingCriteria):
         """The first sequence may have 8 tokens, the second 10."""
 
         def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
-            return torch.tensor([input_ids.shape[1] >= 8, input_ids.shape[1] >= 10])
+            return torch.tensor([input_ids.shape[1] >= 8, input_ids.shape[1] >= 10], device=input_ids.device)
 
-    ids, mask = torch.tensor(PADDED), torch.tensor(PADDED).ne(0).long()
+    ids = torch.tensor(PADDED, device=device)
+    mask = ids.ne(0).long()
     padded: dict[str, Any] = {"attention_mask": mask, "max_new_tokens": 6, "pad_token_id": 0, "do_sample": False}
     said = {"greedy": model.generate(ids, **padded)}
     torch.manual_seed(1)
     said["sampled"] = model.generate(ids, **{**padded, "do_sample": True, "top_k": 20, "temperature": 1.5})
-    said["static"] = model.generate(ids, **padded, cache_implementation="static")
+    said["static"] = model.generate(ids, **padded, cache_implementation="static", disable_compile=True)
     said["no cache"] = model.generate(ids, **padded, use_cache=False)
     said["penalty"] = model.generate(ids, **padded, repetition_penalty=1.3)
     ends = [int(said["greedy"][0, 7]), int(said["greedy"][1, 9])]  # one sequence ends before the other
     said["early stop"] = model.generate(ids, **padded, eos_token_id=ends)
     said["stopped"] = model.generate(ids, **padded, stopping_criteria=StoppingCriteriaList([AtLength()]))
     said["logits"] = model(ids, attention_mask=mask).logits.detach()
-    return said
+    return {way: answer.cpu() for way, answer in said.items()}
 
 
-def unlike(model: Any, expected: dict[str, Any]) -> list[str]:
+def unlike(model: Any, expected: dict[str, Any], device: str = "cpu") -> list[str]:
     """Which answers differ from those of the whole model."""
-    said = answers(model)
+    said = answers(model, device)
     return [way for way in expected if not torch.equal(said[way], expected[way])]
