@@ -80,6 +80,7 @@ class Stage:
         self.pending: deque[tuple[Any, Tensor]] = deque()
         self.call = threading.local()
         self.checked = rank == 0
+        self.ends: list[Any] = []  # embeddings and heads that are elsewhere
         own = {id(tensor) for name in self.own for tensor in model.get_submodule(name).parameters()}
         entry = _before(self.own[0]) if rank else ""
         for name in (name for i, names in enumerate(stages) for name in names if i != rank):
@@ -93,6 +94,9 @@ class Stage:
         """Let `forward` and `generate` of the model, which is loaded now, speak with the other processes."""
         self.device = device
         model: Any = self.model
+        dtype = next((tensor.dtype for tensor in model.parameters() if tensor.is_floating_point()), torch.float32)
+        for end in self.ends:  # models ask it for its dtype and device
+            end.weight = nn.Parameter(torch.empty(0, dtype=dtype, device=device), requires_grad=False)
         model.forward = wraps(model.forward)(partial(self._forward, model.forward))
         if hasattr(model, "generate"):
             model.generate = wraps(model.generate)(partial(self._generate, model.generate))
@@ -115,6 +119,7 @@ class Stage:
         module._buffers = dict.fromkeys(module._buffers)
         module._modules.clear()
         module.forward = forward
+        self.ends += [module] if isinstance(module, (nn.Embedding, nn.Linear)) else []
 
     def _zeros(self, width: int, *_: Any, **__: Any) -> Tensor:
         zeros = torch.zeros(*self.received.shape[:-1], width, dtype=self.received.dtype, device=self.device)

@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 
-from tests.meta.test_cache import DECODERS, build
+from tests.meta.test_cache import DECODERS, HYBRIDS, build
 
+FAMILIES = {**DECODERS, **HYBRIDS}
 PADDED = [[0, 0, 0, 7, 11, 5], [3, 9, 2, 4, 8, 6]]  # two prompts of unlike length, padded at the left
 
 
@@ -29,14 +30,14 @@ def empty(family: str) -> Any:
             return GPT(GPTConfig("pygpt"))
         if family == "pymoe":
             return tf.AutoModelForCausalLM.from_config(tf.AutoConfig.from_pretrained(PYMOE))
-        return build(*DECODERS[family], torch.float32)
+        return build(*FAMILIES[family], torch.float32)
 
 
 def saved(family: str, folder: Path) -> Path:
     """The checkpoint of a small model with random weights."""
     torch.manual_seed(0)
     path = folder / family.replace(", ", "-")
-    build(*DECODERS[family], torch.float32).save_pretrained(path)
+    build(*FAMILIES[family], torch.float32).save_pretrained(path)
     return path
 
 
@@ -62,6 +63,8 @@ def answers(model: Any, device: str = "cpu") -> dict[str, Any]:
 
     ids = torch.tensor(PADDED, device=device)
     mask = ids.ne(0).long()
+    if not hasattr(model, "generate"):
+        return {"hidden states": model(ids, attention_mask=mask).last_hidden_state.detach().cpu()}
     padded: dict[str, Any] = {"attention_mask": mask, "max_new_tokens": 6, "pad_token_id": 0, "do_sample": False}
     said = {"greedy": model.generate(ids, **padded)}
     torch.manual_seed(1)

@@ -17,9 +17,9 @@ from bigkit import BnbQuantizationConfig, Hardware, gather_object, load_and_quan
 from bigkit.distributed.in_flight import map_in_flight
 from bigkit.zoo.gpt import PYMOE
 from tests.distributed import stages
+from tests.distributed.stages import FAMILIES
 from tests.distributed.test_pipeline import own_bytes
 from tests.distributed.test_pipeline_faults import FIRST, run
-from tests.meta.test_cache import DECODERS
 from tests.ranks import Ranks, free_port
 
 pytestmark = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
@@ -66,7 +66,7 @@ def said_by(state: Any, family: str, folder: Path, expected: dict[str, Any], con
 @pytest.mark.parametrize("family", ["llama, grouped", "gpt2", "gemma3", "mixtral", "qwen3_moe"])
 def test_tokens_of_two_gpus_are_those_of_one(family: str, pair: Ranks, tmp_path: Path) -> None:
     folder = stages.saved(family, tmp_path)
-    whole = getattr(tf, DECODERS[family][0]).from_pretrained(folder, dtype=torch.float32).eval().to(0)
+    whole = getattr(tf, FAMILIES[family][0]).from_pretrained(folder, dtype=torch.float32).eval().to(0)
     expected = stages.answers(whole, "cuda:0")
     for rank, said in enumerate(pair(said_by, family, folder, expected)):
         assert said["unlike"] == [] and said["flown"] and said["logits"], said
