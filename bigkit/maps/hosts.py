@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 from ..devices import prefixes
 from ..machine.hardware import Hardware, machine_of
 from ..machine.ledger import calibration_of, overhead_of
-from ..machine.network import Network, network_of, run_stages
+from ..machine.network import NETWORKS, Network, network_of, run_stages
 from ..machine.streams import Span
 from ..model.estimate import activation_bytes, tokens_seen
 from ..model.experts import experts_of
@@ -146,6 +146,18 @@ class HostsPlan:
         parts = ", ".join(f"{stage.host}: {stage.blocks}" for stage in self.stages)
         text = f"HostsPlan({self.model}, blocks {{{parts}}}, {three_figures(self.one)} tokens/s for one sequence)"
         return text if len(text) < 110 else text[:105] + "...)"
+
+    def to_code(self) -> str:
+        """Python that makes this plan again; of a model that has no name, from the variable `model`."""
+        plan, known = self.stages[0].plan, NETWORKS.get(self.network.name) == self.network
+        hosts = " | ".join(re.sub(r" \(as fast as [^)]*\)", "", stage.host) for stage in self.stages)
+        arguments = {"dtype": plan.dtype, "quantization": plan.quantization, "batch": self.batch,
+                     "context": plan.context, **plan.options}  # fmt: skip
+        given = "".join(f"    {name}={value!r},\n" for name, value in arguments.items() if value is not None)
+        head = "from bigkit import plan_hosts\n" + "from bigkit.machine.network import Network\n" * (not known)
+        model = "model" if plan.library == "module" else repr(self.model)
+        line = self.network.name if known else self.network
+        return f"{head}\np = plan_hosts(\n    {model},\n    {hosts!r},\n    {line!r},\n{given})\n"
 
     def to_json(self) -> str:
         """The plan as JSON text; bytes and seconds."""

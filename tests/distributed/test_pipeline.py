@@ -273,8 +273,8 @@ REFUSED = {
 
 @pytest.mark.soak
 @pytest.mark.parametrize("family", [family for family in {**DECODERS, **HYBRIDS} if family not in {*FEW, *REFUSED}])
-def test_every_family(three: Ranks, family: str, tmp_path: Path) -> None:
-    check_family(three, family, tmp_path)
+def test_every_family(two: Ranks, family: str, tmp_path: Path) -> None:
+    check_family(two, family, tmp_path)
 
 
 @pytest.mark.parametrize("family", REFUSED)
