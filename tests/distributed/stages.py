@@ -37,7 +37,18 @@ def saved(family: str, folder: Path) -> Path:
     """The checkpoint of a small model with random weights."""
     torch.manual_seed(0)
     path = folder / family.replace(", ", "-")
-    build(*FAMILIES[family], torch.float32).save_pretrained(path)
+    if family in FAMILIES:
+        build(*FAMILIES[family], torch.float32).save_pretrained(path)
+    else:  # of the shape of one that ships
+        from bigkit import save_model
+
+        model = empty(family).to_empty(device="cpu")
+        for tensor in [*model.parameters(), *model.buffers()]:
+            if tensor.is_floating_point():
+                torch.nn.init.normal_(tensor, 0, 0.05)
+        save_model(model, path)
+        if hasattr(model.config, "save_pretrained"):
+            model.config.save_pretrained(path)
     return path
 
 

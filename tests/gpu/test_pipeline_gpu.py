@@ -14,8 +14,8 @@ import torch
 import transformers as tf
 
 from bigkit import BnbQuantizationConfig, Hardware, gather_object, load_and_quantize_model, pipeline, plan_hosts
+from bigkit.checkpoints.to_gpu import CHUNK
 from bigkit.distributed.in_flight import map_in_flight
-from bigkit.zoo.gpt import PYMOE
 from tests.distributed import stages
 from tests.distributed.stages import FAMILIES
 from tests.distributed.test_pipeline import own_bytes
@@ -63,7 +63,7 @@ def said_by(state: Any, family: str, folder: Path, expected: dict[str, Any], con
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("family", ["llama, grouped", "gpt2", "gemma3", "mixtral", "qwen3_moe"])
+@pytest.mark.parametrize("family", ["llama, grouped", "gpt2", "gemma3", "mixtral"])
 def test_tokens_of_two_gpus_are_those_of_one(family: str, pair: Ranks, tmp_path: Path) -> None:
     folder = stages.saved(family, tmp_path)
     whole = getattr(tf, FAMILIES[family][0]).from_pretrained(folder, dtype=torch.float32).eval().to(0)
@@ -72,13 +72,7 @@ def test_tokens_of_two_gpus_are_those_of_one(family: str, pair: Ranks, tmp_path:
         assert said["unlike"] == [] and said["flown"] and said["logits"], said
         assert said["devices"] == {f"cuda:{rank}"}
         assert said["bytes"] < own_bytes(whole)
-        assert said["peak"] <= said["bytes"] + said["largest"] + 2**20, said
-
-
-def test_a_mixture_that_was_trained(pair: Ranks) -> None:
-    whole = tf.AutoModelForCausalLM.from_pretrained(PYMOE, dtype=torch.float32).eval().to(0)
-    for said in pair(said_by, "pymoe", PYMOE, stages.answers(whole, "cuda:0")):
-        assert said["unlike"] == [] and said["flown"] and said["logits"]
+        assert said["peak"] <= said["bytes"] + said["largest"] + CHUNK, "a chunk of the file lies on the GPU, too"
 
 
 @pytest.mark.parametrize("kind", ["int8", "nf4"])
@@ -99,21 +93,22 @@ def elsewhere(state: Any, folder: Path, expected: dict[str, Any]) -> tuple[list[
     model = stages.empty("pymoe")
     plan = plan_hosts(model, small, dtype="bfloat16", overhead=0)
     own = plan.stages[state.process_index].plan
-    model = pipeline(model, PYMOE, plan, offload_folder=folder / str(state.process_index)).eval()
+    model = pipeline(model, folder, plan, offload_folder=folder / f"disk-{state.process_index}").eval()
     unlike = stages.unlike(model, expected, str(state.device))
     return unlike, [str(share.device) for share in own.shares if share.weights]
 
 
 def test_within_a_stage_experts_rest_in_ram_and_on_disk(pair: Ranks, tmp_path: Path) -> None:
-    whole = tf.AutoModelForCausalLM.from_pretrained(PYMOE, dtype=torch.bfloat16).eval().to(0)
-    for unlike, devices in pair(elsewhere, tmp_path, stages.answers(whole, "cuda:0")):
+    folder = stages.saved("pymoe", tmp_path)
+    whole = tf.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval().to(0)
+    for unlike, devices in pair(elsewhere, folder, stages.answers(whole, "cuda:0")):
         assert unlike == [] and devices == ["0", "cpu", "disk"]
 
 
 @pytest.mark.parametrize("how", ["raises", "dies", "hangs"])
 def test_one_fault_ends_all(how: str, tmp_path: Path) -> None:
     port = free_port()
-    status, said, took, left = run(tmp_path, how, port, where="--gpu_ids=0,1")
+    status, said, took, left = run(tmp_path, how, port, where="--gpu_ids=0,1", weights=stages.saved("pygpt", tmp_path))
     assert status != 0 and left == [], said
     assert re.search(FIRST[how], said), said
     assert took < 60, "the time-out of 15 seconds among them"
