@@ -111,7 +111,7 @@ class HostsPlan:
         >>> p = plan_hosts("llama-2-7b", ["RTX 4090", "RTX 3090"], dtype="float16")
         >>> seconds, spans = p.timeline(groups=1, tokens=1)
         >>> round(1 / seconds), [span.lane for span in spans]
-        (118, ['stage 0', 'line 0-1', 'stage 1'])
+        (40, ['stage 0', 'line 0-1', 'stage 1'])
         """
         groups = self.groups if groups is None else groups
         sent = self.hidden * (self.each if groups > 1 else 1)

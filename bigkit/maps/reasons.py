@@ -45,9 +45,8 @@ def why(plan: Plan, share: Share) -> str:
         fullest = max(other.used / other.budget for other in plan.shares if other.runs and other.budget)
         then = (share.used + following.bytes) / share.budget
         if then > fullest:
-            notes.append(
-                f"With {following.name} too it would be {100 * then:.0f} % full; now {100 * fullest:.0f} % is the most."
-            )
+            full = f"{100 * then:.0f} % full; as it is, none is fuller than {100 * fullest:.0f} %"
+            notes.append(f"With {following.name} it would be {full}.")
         else:
             notes.append("The cut lies where the devices are most evenly filled.")
     return " ".join(notes)
