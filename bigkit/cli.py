@@ -298,14 +298,15 @@ def _plan_of(options: argparse.Namespace, hardware: Hardware | str | None, conte
 
 def _plan_hosts(options: argparse.Namespace) -> str:
     from .api import plan_hosts
+    from .draw.hosts import hosts_figure
 
-    if options.svg or options.code or options.max_memory or options.hardware:
-        raise ValueError("--hosts goes with --json, and not with --svg, --code, --max_memory or --hardware")
+    if options.max_memory or options.hardware:
+        raise ValueError("--hosts names the machines: leave --max_memory and --hardware out")
     plan = plan_hosts(
         _describe(options), options.hosts, options.network, dtype=options.dtype, quantization=options.quantization,
         batch=options.batch, context=options.context, experts_on_cpu=options.experts_on_cpu, kv_dtype=options.kv_dtype,
     )  # fmt: skip
-    return plan.to_json() if options.json else plan.explain()
+    return _say(options, plan, hosts_figure, plan.to_code if options.code else plan.explain)
 
 
 def _plan(options: argparse.Namespace) -> str:
