@@ -28,9 +28,13 @@ from .spec import ModelSpec, ModuleSpec, TensorSpec
 
 # Keys under which methods list the modules that they leave out.
 FP8 = "float8_e4m3fn"
-AT_A_TIME = 2**25  # weights of stacked experts that are decoded at a time, as `checkpoints/codecs.py` does it
+AT_A_TIME = 2**25  # weights of stacked experts that are decoded at a time, as `checkpoints/decoded.py` does it
 MXFP4 = 4.5  # bytes that a weight in that format takes while it is decoded
 DECODING = 17.0  # bytes that a weight takes while it is decoded, in the format that takes most
+DECODING_OF = {"fp8": 12.0, "int8": 12.0, "nvfp4": 11.0}  # format of a layer -> the same; others: DECODING
+DECODING_STACK = {  # format of stacked experts -> the same
+    "fp8": 12.0, "mxfp4": MXFP4, "int8": 8.0, "nf4": 3.0, "fp4": 3.0, "nf4-double": 3.0, "fp4-double": 3.0,
+}  # fmt: skip
 _KEPT = ("modules_to_not_convert", "ignore", "ignored_layers", "llm_int8_skip_modules", "exclude_modules")
 
 
@@ -176,16 +180,31 @@ def with_stored(model: ModelSpec, files: Mapping[str, TensorSpec] | None = None)
             made[key] = replace(module, tensors=tensors, children=children)
         return made[key]
 
-    facts = {**model.facts, "decoding": round(max(_decoding(model.tensors[name][0], each) for name in sizes))}
+    chosen = model.facts.get("experts_per_token") or 1
+    room = max(decoding(model.tensors[name][0].shape, each, chosen) for name in sizes)
+    facts = {**model.facts, "decoding": round(room)}
     return replace(model, root=rebuilt(model.root, ""), facts=facts)
 
 
-def _decoding(weight: TensorSpec, each: float) -> float:
-    """Bytes that a weight takes while it is decoded; of experts in FP8 some at a time."""
-    if len(weight.shape) == 3 and each > 2 * MXFP4:
-        at_a_time = max(AT_A_TIME, weight.elements // weight.shape[0])
-        return 2 * weight.elements + each * min(at_a_time, weight.elements)
-    return weight.elements * each
+def decoding(shape: tuple[int, ...], each: float, chosen: int = 1) -> float:
+    """Bytes that a weight takes while it is decoded; of stacked experts those of a token, or some of a prompt's.
+
+    Args:
+        shape: (out, in), or (experts, ...).
+        each: bytes for each weight, all copies in between counted.
+        chosen: experts that a token takes.
+
+    >>> decoding((128, 256), 12), decoding((8, 2**20, 256), 4.5, 2) == 2 * 2**28 * 4.5
+    (393216, True)
+    """
+    elements = math.prod(shape)
+    if len(shape) < 3:
+        return elements * each
+    one = elements // shape[0]
+    elements = one * min(shape[0], max(chosen, AT_A_TIME // one))
+    if each > 2 * MXFP4:  # FP8's copies in between are of some at a time, too
+        return 2 * elements + each * min(max(AT_A_TIME, one), elements)
+    return elements * each
 
 
 def is_as_stored(model: ModelSpec, precision: Precision) -> bool:
