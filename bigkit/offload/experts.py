@@ -35,6 +35,7 @@ from ..devices import Device
 from ..model.experts import visited
 from ..units import parse_bytes
 from ._torch import detect_fake_mode
+from .events import Event
 from .grouping import Layout
 from .hooks import AlignDevicesHook, hooks_in
 from .inputs import torch_device
@@ -197,9 +198,13 @@ class ExpertStreamer(Streamer):
         return [part for own in rows_of(unit, rows).values() for part in own]
 
     def _copy(self, unit: Unit, slot: Slot, parts: list[Part]) -> None:
-        self.lane.fill(slot, Rows(unit, parts))  # type: ignore[arg-type]
-        if self.listeners:
-            self._tell("fetch", unit, self.slots.index(slot))
+        rows = Rows(unit, parts)
+        self.lane.fill(slot, rows)  # type: ignore[arg-type]
+        self._tell_fetch(unit, slot, rows.nbytes)
+
+    def _tell_fetch(self, unit: Unit, slot: Slot, nbytes: int) -> None:
+        for listener in self.listeners:
+            listener(Event("fetch", unit.name, nbytes, unit.rests_in(), self.name, self.slots.index(slot)))
 
     def _on_device(self, unit: Unit, rows: list[int]) -> DeviceRows:
         """A unit's rows on the device, with some experts in them."""
