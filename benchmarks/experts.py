@@ -40,13 +40,14 @@ QWEN3 = {"vocab_size": 151936, "hidden_size": 2048, "num_attention_heads": 32, "
 MIXTRAL = {"vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32,
            "num_key_value_heads": 8, "num_local_experts": 8, "num_experts_per_tok": 2}  # fmt: skip
 DEEPSEEK = {"vocab_size": 129280, "hidden_size": 7168, "intermediate_size": 18432, "moe_intermediate_size": 2048,
-            "num_attention_heads": 128, "num_key_value_heads": 128, "n_routed_experts": 256, "num_experts_per_tok": 8,
-            "first_k_dense_replace": 1}  # fmt: skip
+            "num_attention_heads": 128, "num_key_value_heads": 128, "n_routed_experts": 64, "num_experts_per_tok": 8,
+            "first_k_dense_replace": 1}  # fmt: skip  # 64 of 256 experts: what a token takes is the same
 GPT_OSS = {"vocab_size": 201088, "hidden_size": 2880, "intermediate_size": 2880, "num_attention_heads": 64,
            "num_key_value_heads": 8, "head_dim": 64, "num_local_experts": 32, "num_experts_per_tok": 4}  # fmt: skip
 TINY = {"vocab_size": 128, "hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
 CASES = ("qwen3", "mixtral", "gpt-oss", "deepseek", "qwen3-48")
-BLOCKS = {"qwen3": 16, "qwen3-48": 48, "mixtral": 6, "deepseek": 3, "gpt-oss": 12}
+BLOCKS = {"qwen3": 16, "qwen3-48": 48, "mixtral": 6, "deepseek": 5, "gpt-oss": 12}
+FEW_BITS = {"mixtral": "nf4", "gpt-oss": "MXFP4", "deepseek": "FP8"}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -193,7 +194,7 @@ def run(case: str, layers: int, device: str, tiny: bool, new: int) -> Iterator[d
         yield row("resident", batch, rate)
     if case == "qwen3":
         yield row("resident", 8, 0, prompt_seconds=round(prompt_seconds(model, vocabulary), 4))
-    if case in ("mixtral", "gpt-oss"):
+    if case in FEW_BITS:
         yield from few_bits(case, model, resident[1][0], new, vocabulary, chosen / link)
         return
 
@@ -228,25 +229,29 @@ def run(case: str, layers: int, device: str, tiny: bool, new: int) -> Iterator[d
 def few_bits(
     case: str, model: nn.Module, resident: float, new: int, vocabulary: int, seconds: float
 ) -> Iterator[dict[str, Any]]:
-    """Experts in RAM in bfloat16, and in four bits: quantized to nf4 (Mixtral), or stored in MXFP4 (gpt-oss)."""
-    kind = "nf4" if case == "mixtral" else "MXFP4"
-    if case == "gpt-oss":
-        packed = {name: packed_in_mxfp4(module) for name, module in experts_in(model).items()}
+    """Experts in RAM in bfloat16, and in few bits: quantized to nf4 (Mixtral), or as gpt-oss and DeepSeek store them.
+
+    The last two are weights that a checkpoint has in few bits: tokens are those of the model with these decoded.
+    """
+    kind = FEW_BITS[case]
+    if kind != "nf4":
+        packed = {name: packed_as(kind, module) for name, module in experts_in(model).items()}
         resident, expected = decode(model, 1, new, vocabulary)
     found = in_ram(model)
     rate, tokens = decode(found, 1, new, vocabulary)
     bf16 = row("RAM", 1, rate, share_of_limit=round(rate * (1 / resident + seconds), 3))
     yield bf16
-    if case == "mixtral":
+    prompt = prompt_seconds(found, vocabulary)
+    yield row("RAM", 8, 0, prompt_seconds=round(prompt, 4))
+    bigkit.remove_hook_from_module(found, recurse=True)
+    if kind == "nf4":
         config = bigkit.BnbQuantizationConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype="bf16", torch_dtype=torch.bfloat16
         )
-        bigkit.remove_hook_from_module(found, recurse=True)
         places = {"": 0, **dict.fromkeys(experts_in(model), "cpu")}
         stand_in = {} if torch.cuda.is_available() else {0: "cpu"}
         found = bigkit.load_and_quantize_model(found, config, device_map=places, stand_in=stand_in)
     else:
-        bigkit.remove_hook_from_module(found, recurse=True)
         for name, parts in packed.items():
             module = found.get_submodule(name)
             for own, stored in parts.items():
@@ -254,25 +259,40 @@ def few_bits(
                 assert codec is not None
                 hold_stack(module, own, codec, stored)
         found = in_ram(found)
+    settle()
     rate, tokens = decode(found, 1, new, vocabulary)
-    own = {"equal": bool(torch.equal(tokens, expected))} if case == "gpt-oss" else {}
+    own = {} if kind == "nf4" else {"equal": bool(torch.equal(tokens, expected))}
     size = sum(p.nbytes for module in experts_in(found).values() for p in module.parameters())
-    yield row(
-        f"RAM, {kind}", 1, rate, against_bf16=round(rate / bf16["tokens_per_second"], 2), bytes_of_experts=size, **own
-    )
+    way = f"RAM, {kind}"
+    yield row(way, 1, rate, against_bf16=round(rate / bf16["tokens_per_second"], 2), bytes_of_experts=size, **own)
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    seconds = prompt_seconds(found, vocabulary)
+    more = {"gpu_peak": torch.cuda.max_memory_allocated()} if torch.cuda.is_available() else {}
+    yield row(way, 8, 0, prompt_seconds=round(seconds, 4), against_bf16=round(prompt / seconds, 2), **more)
 
 
-def packed_in_mxfp4(module: nn.Module) -> dict[str, dict[str, nn.Parameter]]:
-    """Random MXFP4 tensors for gpt-oss' experts, whose decoded values take the places of the module's weights."""
+def packed_as(kind: str, module: nn.Module) -> dict[str, dict[str, nn.Parameter]]:
+    """Random tensors of a format for a block's experts, whose decoded values take the places of the weights."""
     packed = {}
     for own in ("gate_up_proj", "down_proj"):
         weight = module.get_parameter(own)
-        count, inputs, outputs = weight.shape
-        blocks = torch.randint(0, 256, (count, outputs, inputs // 32, 16), dtype=torch.uint8, device=weight.device)
-        scales = torch.randint(118, 121, (count, outputs, inputs // 32), dtype=torch.uint8, device=weight.device)
-        codec = find_stack_codec(own, [f"{own}_blocks", f"{own}_scales"])
+        device, (count, rows, columns) = weight.device, weight.shape
+        if kind == "MXFP4":  # gpt-oss has (in, out), its files (out, in)
+            parts = {
+                "_blocks": torch.randint(0, 256, (count, columns, rows // 32, 16), dtype=torch.uint8, device=device),
+                "_scales": torch.randint(118, 121, (count, columns, rows // 32), dtype=torch.uint8, device=device),
+            }
+        else:
+            sizes = (count, max(1, rows // 128), max(1, columns // 128))
+            parts = {
+                "": torch.empty(weight.shape, dtype=torch.float8_e4m3fn, device=device),
+                "_scale_inv": 0.01 + torch.rand(sizes, device=device) / 100,
+            }
+            for expert in range(count):
+                parts[""][expert] = torch.randn(rows, columns, device=device)
+        codec = find_stack_codec(own, [f"{own}{suffix}" for suffix in parts])
         assert codec is not None
-        parts = {"_blocks": blocks, "_scales": scales}
         for expert in range(count):
             one = {suffix: part[expert : expert + 1] for suffix, part in parts.items()}
             weight.data[expert] = codec.decode(one, weight.dtype)[0]

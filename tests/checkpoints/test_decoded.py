@@ -27,7 +27,10 @@ def stored(format: str) -> dict[str, Tensor]:
         return {"": codes, "_scale_inv": torch.rand(EXPERTS, ROWS // 16, COLUMNS // 16)}
     if format == "mxfp4":
         blocks = torch.randint(0, 256, (EXPERTS, COLUMNS, ROWS // 16, 8), dtype=torch.uint8)
-        return {"_blocks": blocks, "_scales": torch.randint(118, 122, (EXPERTS, COLUMNS, ROWS // 16), dtype=torch.uint8)}
+        return {
+            "_blocks": blocks,
+            "_scales": torch.randint(118, 122, (EXPERTS, COLUMNS, ROWS // 16), dtype=torch.uint8),
+        }
     pytest.importorskip("bitsandbytes")
     experts = torch.randn(EXPERTS, ROWS, COLUMNS, dtype=torch.bfloat16)
     parts = quantized_stack(experts, EXPERTS, format, torch.device("cpu"))

@@ -801,5 +801,7 @@ def test_bad_input_gets_one_sentence(monkeypatch):
     with pytest.raises(ValueError, match="says that a token takes 9 experts, but its blocks have 8 each"):
         plan(spec_from_module(model), {0: "90KB", "cpu": "1GB"})
     routing = Routing("pymoe", 16, (((0, 1),),))
-    with pytest.raises(ValueError, match=r"recorded from pymoe \(1 layer, 2 of 16 experts\), and mixtral-8x7b has 32 l"):
+    with pytest.raises(
+        ValueError, match=r"recorded from pymoe \(1 layer, 2 of 16 experts\), and mixtral-8x7b has 32 l"
+    ):
         routing.bytes_each(describe("mixtral-8x7b"))
