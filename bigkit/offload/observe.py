@@ -75,8 +75,8 @@ class Observation:
         """
         if self.streamers > 1:
             raise ValueError(
-                f"{self.streamers} streamers have slots of their own here (experts, or several devices), and a schedule "
-                "knows those of one: bigkit.dry_run says when all of it happens"
+                f"{self.streamers} streamers have slots of their own here (experts, or several devices), and a "
+                "schedule knows those of one: bigkit.dry_run says when all of it happens"
             )
         works = [event.unit for event in self.events if event.kind == "work"]
         tokens = len(works) // len(self.units)

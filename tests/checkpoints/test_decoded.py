@@ -1,4 +1,4 @@
-"""Stacks that are decoded when they are used: a prompt's product is that of the whole weight, a few experts at a time."""
+"""Stacks that are decoded when they are used: a prompt's product is that of the whole weight, in pieces."""
 
 from __future__ import annotations
 
