@@ -11,7 +11,7 @@ Leaves out: which modules hold such weights (`as_stored.py`), and the formats (`
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -19,12 +19,30 @@ from torch import Tensor
 
 from .codecs import AT_A_TIME, Parts, StackCodec
 
+PLAIN = StackCodec("plain", ("",), lambda parts, dtype: parts[""])  # weights that need no decoding
+
+
+class Elsewhere:
+    """Stands for a tensor (experts, ...) of a stack that is not on the device: chosen experts of it can be had there.
+
+    Args:
+        shape, dtype: the tensor's.
+        device: where it is wanted.
+    """
+
+    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
+        self.shape, self.dtype, self.device = torch.Size(shape), dtype, device
+
+    def take(self, parts: Mapping[str, Any], experts: Any) -> dict[str, Tensor]:
+        """Some experts of all tensors of a stack, of which this is one; they may be read until others are taken."""
+        raise NotImplementedError
+
 
 class DecodedStack:
     """Stands for a weight (experts, rows, columns) in the code of Transformers.
 
     Args:
-        parts: suffix -> tensor as it is stored, (experts, ...).
+        parts: suffix -> tensor as it is stored, (experts, ...), or `Elsewhere`.
         codec, dtype: what they are decoded by, and to.
         form: (rows, columns) of an expert's weight.
         transposed: whether rows and columns are exchanged when it is used.
@@ -50,7 +68,12 @@ class DecodedStack:
             return self[experts : experts + 1 or None][0]
         if isinstance(experts, Tensor) and experts.ndim == 0:
             return self[experts[None]][0]
-        weights = self.codec.decode({suffix: part[experts] for suffix, part in self.parts.items()}, self.dtype)
+        first: Any = next(iter(self.parts.values()))
+        if isinstance(first, Elsewhere):
+            chosen = first.take(self.parts, experts)
+        else:
+            chosen = {suffix: part[experts] for suffix, part in self.parts.items()}
+        weights = self.codec.decode(chosen, self.dtype)
         return weights.transpose(-2, -1) if self.transposed else weights
 
     def all(self) -> Tensor:
@@ -74,6 +97,11 @@ class DecodedStack:
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") or name in ("parts", "codec"):
             raise AttributeError(name)
+        if name == "data" or name.endswith("_"):
+            raise RuntimeError(
+                f"a forward writes to stacked experts ({name!r}) that are decoded or brought a few at a time, and it "
+                "would be lost: change them between forwards"
+            )
         return getattr(self.all(), name)
 
     def grouped_mm(self, x: Tensor, ends: Tensor, product: Callable[..., Tensor]) -> Tensor:
@@ -88,15 +116,20 @@ class DecodedStack:
             (rows, out); rows that belong to no expert hold nothing.
         """
         count, step = self.shape[0], max(1, AT_A_TIME // max(1, math.prod(self.form)))
-        if step >= count:
+        if step >= count and not isinstance(next(iter(self.parts.values())), Elsewhere):
             return product(x, self.all(), offs=ends)
         bounds = [0, *_numbers(ends, x.shape[0])]
         out = x.new_empty(x.shape[0], self.shape[2])
-        for first in range(0, count, step):
-            last = min(first + step, count)
-            begin, end = bounds[first], bounds[last]
-            if begin < end:  # else nobody has chosen one of these
-                out[begin:end] = product(x[begin:end], self[first:last], offs=ends[first:last] - begin)
+        last = 0
+        while last < count:
+            first, begin = last, bounds[last]
+            while last < min(first + step, count) and bounds[last + 1] > bounds[last]:
+                last += 1
+            if last == first:  # nobody has chosen this one
+                last += 1
+            else:
+                rows = slice(begin, bounds[last])
+                out[rows] = product(x[rows], self[first:last], offs=ends[first:last] - begin)
         return out
 
     @classmethod

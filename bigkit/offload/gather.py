@@ -58,7 +58,9 @@ class GatherStreamer(ExpertStreamer):
             if unit.index not in self.holder:  # all of its experts are in a slot, if it is there
                 self._as_is = window = self._window(unit)
                 assert choice is not None
-                self._tell_fetch(unit, window, choice.numel() * (unit.nbytes // self.counts[unit.index]))
+                self.tell_fetch(
+                    unit, self.slots.index(window), choice.numel() * (unit.nbytes // self.counts[unit.index])
+                )
             self.lend(unit)
         return None
 

@@ -30,7 +30,8 @@ from bigkit.meta.skeleton import spec_from_module
 from bigkit.model.experts import experts_of
 from bigkit.offload import experts as experts_module
 from bigkit.offload import gather, on_device
-from bigkit.offload.experts import ExpertsHook, ExpertStreamer, choice_of, chosen_rows, expert_hits
+from bigkit.offload.choice import choice_of, chosen_rows
+from bigkit.offload.experts import ExpertsHook, ExpertStreamer, expert_hits
 from bigkit.offload.handle import Away
 from bigkit.offload.hooks import AlignDevicesHook, hooks_in
 from bigkit.offload.observe import observe
