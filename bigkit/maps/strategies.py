@@ -210,7 +210,7 @@ def _fill(task: Task, slots: int, first_size: int | None) -> list[Device]:
     """
     units = task.units
     order = sorted(range(len(units)), key=lambda i: first_size is not None and units[i].largest < first_size)
-    caches = [task.kv(units[i].attention, task.context) for i in order]
+    caches = [task.caches[i] for i in order]
     needs = [units[i].weights + cache for i, cache in zip(order, caches)]
     rooms, chain = task.rooms(task.context), Chain(needs)
     # Of the units from each rank on: the largest layer, and the bytes that stay on the first runner if all are away.

@@ -12,6 +12,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from operator import attrgetter
 from typing import Any
 
 from ..devices import Device, device_label, prefixes, read_device
@@ -26,6 +27,7 @@ from .reasons import why
 
 SLOTS = 2  # offloaded layers in flight on the first GPU: one works while the next one arrives
 LONGEST = 2**24  # tokens: no longer context is looked for
+_KIND = attrgetter("per_token", "window", "fixed", "float32", "every")  # of an `Attention`: all but its layer
 
 
 @dataclass(frozen=True)
@@ -101,10 +103,11 @@ class Task:
 
     @cached_property
     def attention(self) -> dict[int, list[Attention]]:
-        """Layer -> the caches that it fills."""
+        """Layer -> the caches that it fills; records that differ in nothing but the layer are one object."""
         caches: dict[int, list[Attention]] = defaultdict(list)
+        kinds: dict[tuple[Any, ...], Attention] = {}
         for record in self.model.attention:
-            caches[self.layer_of(record.layer)].append(record)
+            caches[self.layer_of(record.layer)].append(kinds.setdefault(_KIND(record), record))
         return caches
 
     @cached_property
@@ -179,6 +182,11 @@ class Task:
         """Bytes of KV cache."""
         return self.batch * sum(record.bytes(context, self.computes_in, self.kv_dtype) for record in attention)
 
+    @cached_property
+    def caches(self) -> list[int]:
+        """Bytes of KV cache of each unit, for the load that was asked for."""
+        return [self.kv(unit.attention, self.context) for unit in self.units]
+
     def working(self, context: int) -> int:
         """Bytes of activations on each device that runs layers, and of a weight that is decoded there."""
         working = activation_bytes(self.model, self.batch, context, self.computes_in)
@@ -210,7 +218,7 @@ class Task:
 
     def loads(self, places: Sequence[Device], slots: int) -> Callable[[int], tuple[Share, ...]]:
         """A function from a context to what every device holds, for the place of each layer."""
-        weights, caches = Counter[Device](), defaultdict[Device, list[Attention]](list)
+        weights, caches = Counter[Device](), defaultdict[Device, Counter[Attention]](Counter)
         for place, size in zip(places, self.sizes):
             weights[place] += size
         for (owner, _), *others in self.ties:
@@ -223,7 +231,7 @@ class Task:
         works = {i: places[self.around.get(i, i)] for i in offloaded}
         works = {i: place if place in self.runners else main for i, place in works.items()}
         for i, records in self.attention.items():
-            caches[places[i] if places[i] in self.runners else main] += records
+            caches[places[i] if places[i] in self.runners else main].update(records)
         flying: dict[tuple[Device, bool], int] = {}  # experts have slots of their own
         for i, place in works.items():
             kind = (place, i in self.around)
@@ -236,14 +244,15 @@ class Task:
         busy = {*places, *works.values()} & {*self.runners}
 
         def shares(context: int) -> tuple[Share, ...]:
+            working = self.working(context)
             return tuple(
                 Share(
                     device=device,
                     budget=self.budgets.get(device, 0),
                     runs=device in self.runners,
                     weights=weights[device],
-                    kv_cache=self.kv(caches[device], context),
-                    activations=self.working(context) if device in busy else 0,
+                    kv_cache=sum(n * self.kv((kind,), context) for kind, n in caches[device].items()),
+                    activations=working if device in busy else 0,
                     reserve=reserve[device],
                     overhead=self.extra(device) if device in busy else 0,
                 )

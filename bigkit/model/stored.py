@@ -29,11 +29,12 @@ from .spec import ModelSpec, ModuleSpec, TensorSpec
 # Keys under which methods list the modules that they leave out.
 FP8 = "float8_e4m3fn"
 AT_A_TIME = 2**25  # weights of stacked experts that are decoded at a time, as `checkpoints/decoded.py` does it
-MXFP4 = 4.5  # bytes that a weight in that format takes while it is decoded
 DECODING = 17.0  # bytes that a weight takes while it is decoded, in the format that takes most
-DECODING_OF = {"fp8": 12.0, "int8": 12.0, "nvfp4": 11.0}  # format of a layer -> the same; others: DECODING
+BYTE_CODES = 4.5  # the same for codes of one byte, and for MXFP4
+DECODING_OF = {"fp8": BYTE_CODES, "int8": BYTE_CODES, "nvfp4": 11.0}  # format of a layer -> it; others: DECODING
 DECODING_STACK = {  # format of stacked experts -> the same
-    "fp8": 12.0, "mxfp4": MXFP4, "int8": 8.0, "nf4": 3.0, "fp4": 3.0, "nf4-double": 3.0, "fp4-double": 3.0,
+    "fp8": BYTE_CODES, "mxfp4": BYTE_CODES, "int8": 8.0, "nf4": 3.0, "fp4": 3.0, "nf4-double": 3.0,
+    "fp4-double": 3.0,
 }  # fmt: skip
 _KEPT = ("modules_to_not_convert", "ignore", "ignored_layers", "llm_int8_skip_modules", "exclude_modules")
 
@@ -68,9 +69,9 @@ def read_format(settings: Mapping[str, Any]) -> Format | None:
         if method in ("fp8", "fbgemm_fp8"):
             block = settings.get("weight_block_size")
             height, width = map(int, block) if block else (1, 0)
-            return Format(partial(_scaled, height, width, block is not None), 12 if block else 8)
+            return Format(partial(_scaled, height, width, block is not None), BYTE_CODES)
         if method == "mxfp4":
-            return Format(_mxfp4, MXFP4)
+            return Format(_mxfp4, BYTE_CODES)
         if method in ("awq", "gptq"):
             bits, group = int(settings.get("bits", 4)), int(settings.get("group_size", 128))
             return Format(partial(_awq if method == "awq" else _gptq, bits, max(group, 0)))
@@ -105,7 +106,7 @@ def _compressed_tensors(settings: Mapping[str, Any]) -> Format:
             **({} if weights.get("symmetric", True) else zero),
         }
 
-    return Format(parts, 11 if kind.startswith("nvfp4") else DECODING if kind.startswith("pack") else 12)
+    return Format(parts, 11 if kind.startswith("nvfp4") else DECODING if kind.startswith("pack") else BYTE_CODES)
 
 
 def _groups(columns: int, group: int) -> int:
@@ -202,8 +203,6 @@ def decoding(shape: tuple[int, ...], each: float, chosen: int = 1) -> float:
         return elements * each
     one = elements // shape[0]
     elements = one * min(shape[0], max(chosen, AT_A_TIME // one))
-    if each > 2 * MXFP4:  # FP8's copies in between are of some at a time, too
-        return 2 * elements + each * min(max(AT_A_TIME, one), elements)
     return elements * each
 
 

@@ -7,7 +7,7 @@ is all. Where it works on several, two kinds of code would let tensors of two de
   the model around it. So everything within that holds tensors gets a hook too.
 - A module whose parts are on several devices computes with what they return, and with tensors of its own (residuals,
   positions, biases of the output). It has one device, its *home*: inputs come there, and so do outputs of its parts.
-  Those of blocks stay where they are, since the next block takes them, and those within a Sequential.
+  Those of blocks in a list stay where they are, since the next block takes them, and those within a Sequential.
 
 Leaves out: what hooks do (`hooks.py`), and which weights travel together (`grouping.py`).
 """
@@ -46,9 +46,10 @@ def attach(model: nn.Module, layout: Layout, lenders: Mapping[Unit, Streamer], s
         blocks = block_classes(model)
         for name, module in modules.items():
             if has_forward(module) and not layout.is_uniform(name) and not isinstance(module, nn.Sequential):
-                for part in (inner for child in module.children() for inner in _called(child)):
-                    if part in hooks and type(part).__name__ not in blocks:
-                        hooks[part].output_device = hooks[module].execution_device
+                for child in module.children():
+                    for part in _called(child):
+                        if part in hooks and (part is child or type(part).__name__ not in blocks):
+                            hooks[part].output_device = hooks[module].execution_device
     first = streamer.device if streamer else layout.device(layout.works(next(iter(layout.places))))
     root = hooks.pop(model, None) or AlignDevicesHook.placed(first, skip_keys)
     root.io_same_device, root.streamer = True, streamer

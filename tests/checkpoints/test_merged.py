@@ -15,7 +15,6 @@ from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 import bigkit
 from bigkit.checkpoints import codecs
 from bigkit.model.header import CheckpointError
-from bigkit.model.stored import AT_A_TIME
 
 CONFIG = Qwen3MoeConfig(hidden_size=128, intermediate_size=256, moe_intermediate_size=128, num_hidden_layers=2,
                         num_experts=4, num_experts_per_tok=2, num_attention_heads=4, num_key_value_heads=2, head_dim=32,
@@ -107,11 +106,10 @@ def test_what_cannot_be_stacked_is_one_sentence(tmp_path: Path) -> None:
         assert all(tensor.is_meta for tensor in model.parameters())
 
 
-def test_few_experts_are_decoded_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert codecs.AT_A_TIME == AT_A_TIME
-    parts = {"": torch.randn(5, 4, 6).to(torch.float8_e4m3fn), "_scale_inv": torch.rand(5, 2, 3)}
-    whole = codecs.decode_scaled_stack(parts, torch.float32)
-    monkeypatch.setattr(codecs, "AT_A_TIME", 48)  # two experts
-    assert torch.equal(codecs.decode_scaled_stack(parts, torch.float32), whole)
-    one = codecs.decode_scaled({"weight": parts[""][3], "weight_scale_inv": parts["_scale_inv"][3]}, torch.float32)
-    assert torch.equal(whole[3], one)
+def test_stacked_experts_decode_as_each_alone() -> None:
+    for rows, columns, down, across in ((4, 6, 2, 3), (4, 6, 4, 1), (4, 6, 1, 1)):
+        parts = {"": torch.randn(5, rows, columns).to(torch.float8_e4m3fn), "_scale_inv": torch.rand(5, down, across)}
+        whole = codecs.decode_scaled_stack(parts, torch.float32)
+        for number in range(5):
+            alone = {"weight": parts[""][number], "weight_scale_inv": parts["_scale_inv"][number]}
+            assert torch.equal(whole[number], codecs.decode_scaled(alone, torch.float32))
