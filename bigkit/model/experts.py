@@ -39,7 +39,7 @@ def in_flight(nbytes: int, count: int, per_token: int, slots: int) -> int:
         slots: blocks that are in flight, where they travel whole.
 
     >>> in_flight(2 * GiB, 8, 2, 2) // GiB, format_bytes(in_flight(44 * GiB, 256, 8, 2))
-    (4, '1.88 GiB')
+    (4, '1.89 GiB')
     """
     if nbytes <= WHOLE:
         return slots * nbytes
