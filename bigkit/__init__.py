@@ -20,7 +20,8 @@ _HOMES = {  # module -> the public names in it
     "distributed.map_file": "map_file",
     "distributed.notebook": "notebook_launcher",
     "distributed.state": "PartialState split_between_processes",
-    "dryrun.run": "DryRun dry_run",
+    "dryrun.result": "DryRun",
+    "dryrun.run": "dry_run",
     "hosts": "pipeline",
     "machine.hardware": "HARDWARE Hardware",
     "machine.ledger": "Calibration Ledger",
@@ -58,7 +59,8 @@ if TYPE_CHECKING:
     from .distributed.map_file import map_file
     from .distributed.notebook import notebook_launcher
     from .distributed.state import PartialState, split_between_processes
-    from .dryrun.run import DryRun, dry_run
+    from .dryrun.result import DryRun
+    from .dryrun.run import dry_run
     from .hosts import pipeline
     from .machine.hardware import HARDWARE, Hardware
     from .machine.ledger import Calibration, Ledger

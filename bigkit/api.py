@@ -142,7 +142,7 @@ def plan(
 
 def plan_hosts(
     model: Source,
-    hosts: Sequence[Hardware | str],
+    hosts: Sequence[Hardware | str] | str,
     network: Network | str = "Ethernet 10G",
     strategy: str = "balanced",
     **options: Any,
@@ -151,7 +151,8 @@ def plan_hosts(
 
     Args:
         model: a name, URL, folder, `nn.Module` or `ModelSpec`.
-        hosts: machines, or names of machines as `plan`'s `hardware`, in the order in which hidden states pass them.
+        hosts: machines, or names of machines as `plan`'s `hardware`, in the order in which hidden states pass them; or
+            a text, "RTX 4090 | 2 x L4", or "2 hosts" such as this machine.
         network: the line between them: a `Network`, or the name of one ("Ethernet 10G", "RDMA 100G", "WLAN").
         strategy: "balanced" makes the slowest stage as fast as it can be; "sequential" fills one host after the other.
         options: `dtype`, `quantization`, `batch` (sequences in all groups), `context` and others, see `plan`.

@@ -66,6 +66,15 @@ class Step(NamedTuple):
     cache: Any = None
 
 
+def step_name(number: int) -> str:
+    """What a step is called: "prefill" is step 0, "token 1" the next.
+
+    >>> step_name(0), step_name(1)
+    ('prefill', 'token 1')
+    """
+    return f"token {number}" if number else "prefill"
+
+
 def torch_places(device_map: Mapping[str, Device]) -> Callable[[str], torch.device]:
     """A function from the name of a module or tensor to its torch device: that of the innermost entry around it.
 
