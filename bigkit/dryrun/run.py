@@ -77,7 +77,8 @@ def dry_run(
         slots, resident_memory: see `dispatch_model`; None takes the plan's slots, or two.
         calibration: rates measured on that machine; None takes the ones in the ledger if the hardware is this machine
             (`Hardware.detect()`) and `calibrate()` was called here, else the vendors' figures.
-        quantization: of the linear layers: a `BnbQuantizationConfig` or one of `QUANTIZATIONS`; None takes the plan's.
+        quantization: of the linear layers: a `BnbQuantizationConfig` or one of `QUANTIZATIONS`; None takes the plan's,
+            or what a repository is quantized to.
             bitsandbytes' own Python for CUDA is followed (`dryrun/fake_bnb.py`).
         replay: trace blocks that are surely equal twice, then note the same again (`dryrun/replay.py`); False runs all.
 
@@ -100,6 +101,8 @@ def dry_run(
     if isinstance(given, Plan):
         dtype, quantization = dtype or given.dtype, quantization or given.quantization
         slots = slots or given.slots
+    if quantization is None and dtype is None:
+        quantization = _quantized_so(model)
     working = (*places.values(), *getattr(places, "works", {}).values())
     numbers = sorted({device for device in working if isinstance(device, int)}) or [0]
     machine = _machine(hardware, max(numbers) + 1)
@@ -169,6 +172,21 @@ def _plan(
         spec, machine.max_memory(), strategy, dtype=dtype, quantization=kind, batch=load.batch,
         context=load.prompt + load.new, overhead=overhead_of(machine), strict=False,
     )  # fmt: skip
+
+
+def _quantized_so(model: str | nn.Module | Callable[[], nn.Module]) -> BnbQuantizationConfig | None:
+    """How bitsandbytes has quantized a model already, by its config; None if it has not."""
+    if isinstance(model, str):
+        from .. import zoo
+
+        about = dict(zoo.describe(model).facts)
+    else:
+        config: Any = getattr(model, "config", None)
+        about = facts(config.to_dict()) if hasattr(config, "to_dict") else {}
+    settings = about.get("quantization_config")
+    if not isinstance(settings, Mapping) or settings.get("quant_method") != "bitsandbytes":
+        return None
+    return BnbQuantizationConfig.from_dict(settings, about.get("torch_dtype"))
 
 
 def _places(plan: Plan | Mapping[str, Device] | None) -> dict[str, Device]:
