@@ -46,10 +46,6 @@ WAITS = {  # lane -> what is waited for there, in words
 TARGETS = ("speed", "quality", "memory", "context")
 
 
-def _steps() -> dict[str | None, int]:
-    return {None: 130, "int8": 330, "nf4": 160, "fp4": 160, "nf4-double": 160, "fp4-double": 160}
-
-
 @dataclass(frozen=True)
 class Assumed:
     """What `advise` counts with where neither `Rates` nor this machine's ledger has a figure.
@@ -60,7 +56,8 @@ class Assumed:
         cpu: operations a second of a CPU's matrix products. An order of magnitude, not measured.
     """
 
-    steps: Mapping[str | None, int] = field(default_factory=_steps)
+    steps: Mapping[str | None, int] = field(default_factory=lambda: {
+        None: 130, "int8": 330, "nf4": 160, "fp4": 160, "nf4-double": 160, "fp4-double": 160})  # fmt: skip
     cpu: float = 1e11
 
 
