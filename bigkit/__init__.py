@@ -36,6 +36,7 @@ _HOMES = {  # module -> the public names in it
     "model.precision": "Precision",
     "model.spec": "Layer ModelSpec",
     "offload.dispatch": "dispatch_model",
+    "offload.graphs": "graph_decode",
     "offload.hooks": "AlignDevicesHook ModelHook SequentialHook add_hook_to_module remove_hook_from_module",
     "offload.load_and_dispatch": "load_checkpoint_and_dispatch",
     "offload.one_place": "cpu_offload disk_offload",
@@ -80,6 +81,7 @@ if TYPE_CHECKING:
     from .model.precision import Precision
     from .model.spec import Layer, ModelSpec
     from .offload.dispatch import dispatch_model
+    from .offload.graphs import graph_decode
     from .offload.hooks import AlignDevicesHook, ModelHook, SequentialHook, add_hook_to_module, remove_hook_from_module
     from .offload.load_and_dispatch import load_checkpoint_and_dispatch
     from .offload.one_place import cpu_offload, disk_offload
