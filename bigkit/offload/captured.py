@@ -6,8 +6,8 @@ it becomes a part of the graph. Two things must hold for a replay, since no stre
 - What the step found in slots must be there again. It was fetched ahead by the step before, perhaps into another slot
   than the one where the recorded step found it: then the graph ends with a copy from slot to slot, which costs next to
   nothing beside the link.
-- Between replays other forwards may use the slots (a prompt does). They see that a replay has emptied all but these, and
-  wait for it as for any forward; and what they have replaced is fetched anew before the next replay.
+- Between replays other forwards may use the slots (a prompt does). They see that a replay has emptied all but these,
+  and wait for it as for any forward; what they have replaced is fetched anew before the next replay.
 
 Leaves out: blocks on disk or in RAM that is not pinned (reader threads bring these), and experts that the host chooses.
 """
@@ -25,7 +25,7 @@ from .events import Event
 from .experts import ExpertStreamer
 from .grouping import own_tensors
 from .handle import Away
-from .hooks import hooks_in
+from .hooks import AlignDevicesHook, hooks_in
 from .stream import Streamer
 from .transfer import CudaLane, Slot
 
@@ -35,14 +35,14 @@ Found = dict[Streamer, dict[int, Slot]]  # index of a unit -> the slot in which 
 
 def streamers_in(model: nn.Module) -> list[Streamer]:
     """All that lend weights to a model."""
-    hooks = (hook for module in model.modules() for hook in hooks_in(module))
-    return [*dict.fromkeys(own for hook in hooks if (own := getattr(hook, "streamer", None)) is not None)]
+    hooks = (hook for module in model.modules() for hook in hooks_in(module) if isinstance(hook, AlignDevicesHook))
+    return [*dict.fromkeys(hook.streamer for hook in hooks if hook.streamer is not None)]
 
 
 def devices_of(model: nn.Module) -> list[torch.device]:
     """The devices that a model works on, that of its inputs first."""
     hooks = (hook for module in model.modules() for hook in hooks_in(module))
-    placed = [hook.execution_device for hook in hooks if isinstance(getattr(hook, "execution_device", None), torch.device)]
+    placed = [hook.execution_device for hook in hooks if isinstance(hook, AlignDevicesHook) and hook.execution_device]
     own = [tensor.device for module in model.modules() for tensor, _ in own_tensors(module).values()]
     return [*dict.fromkeys(placed or own)]
 
@@ -62,8 +62,8 @@ def refuse_what_waits(model: nn.Module) -> None:
     for streamer in streamers_in(model):
         if streamer.maps or getattr(streamer, "on_pages", False):
             raise ValueError(
-                f"{streamer.units[0].name!r} works on the CPU, which a CUDA graph cannot wait for: let it work on a GPU, "
-                f"or {_INSTEAD}"
+                f"{streamer.units[0].name!r} works on the CPU, which a CUDA graph cannot wait for: let it work on a "
+                f"GPU, or {_INSTEAD}"
             )
         if isinstance(streamer, ExpertStreamer) and any(streamer.rows):
             raise ValueError(
@@ -77,7 +77,9 @@ def refuse_what_waits(model: nn.Module) -> None:
                 f"copy: free some RAM so that it can be pinned, or {_INSTEAD}"
             )
     for name, module in model.named_modules():
-        if (threshold := getattr(getattr(module, "state", None), "threshold", 0)) and hasattr(module, "init_8bit_state"):
+        if (threshold := getattr(getattr(module, "state", None), "threshold", 0)) and hasattr(
+            module, "init_8bit_state"
+        ):
             raise ValueError(
                 f"{name!r} is in int8 and looks for outliers on the host (llm_int8_threshold={threshold}): quantize "
                 f"with llm_int8_threshold=0 or to 4 bits, or {_INSTEAD}"
@@ -106,6 +108,19 @@ class Rings:
     def watched(self) -> bool:
         """Whether somebody listens to what is fetched: replays tell nothing."""
         return any(streamer.listeners for streamer in self.streamers)
+
+    def refuse_batch(self, sequences: int) -> None:
+        """Refuse steps in which the host would choose experts.
+
+        Raises:
+            ValueError: there are several sequences.
+        """
+        for streamer in self.streamers:
+            if isinstance(streamer, ExpertStreamer) and sequences > 1:
+                raise ValueError(
+                    f"the experts of {streamer.units[0].name!r} rest in RAM, and for {sequences} sequences the host "
+                    f"looks which are chosen: generate for one at a time, let them rest on a GPU, or {_INSTEAD}"
+                )
 
     # -- weights
 

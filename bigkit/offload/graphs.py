@@ -20,20 +20,26 @@ from __future__ import annotations
 
 import functools
 import threading
-import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ._torch import tree_flatten, tree_unflatten
 from .captured import Rings, devices_of, refuse_what_waits
 from .recording import Recording
+from .static_cache import Home, is_tensor, kind_of
 
+_CACHE = object()  # stands for the cache in what a forward returned
 _NOTHING_ELSE = "generate outside of bigkit.graph_decode, or leave it out"
-_OTHER_WAYS = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp")  # several tokens a pass
+_OTHER_WAYS = (
+    "assistant_model",
+    "prompt_lookup_num_tokens",
+    "assistant_early_exit",
+    "use_mtp",
+)  # several tokens a pass
 
 
 @contextmanager
@@ -93,14 +99,16 @@ class Decoder:
         self._generate: Callable[..., Any] = getattr(model, "generate", model.forward)
         functools.update_wrapper(self, model.forward)  # `generate` asks which arguments there are
         self._rings, self._devices = Rings(model), devices_of(model)
-        self._home: _Home | None = None
+        self._home: Home | None = None
         self._lock = threading.RLock()
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """`generate` of the model, with a static cache unless another one is given."""
         given = kwargs.get("generation_config")
         if others := [name for name in _OTHER_WAYS if kwargs.get(name) or getattr(given, name, None)]:
-            raise ValueError(f"graph_decode replays steps of one token, and {others[0]} makes longer ones: {_NOTHING_ELSE}")
+            raise ValueError(
+                f"graph_decode replays steps of one token, and {others[0]} makes longer ones: {_NOTHING_ELSE}"
+            )
         named = kwargs.get("cache_implementation") or getattr(given, "cache_implementation", None)
         if kwargs.get("past_key_values") is None and named is None:
             kwargs["cache_implementation"] = "static"
@@ -116,11 +124,15 @@ class Decoder:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         name = next((name for name, value in kwargs.items() if hasattr(value, "is_compileable")), None)
-        if args or name is None or not _is_step(kwargs) or torch.is_grad_enabled() or self._rings.watched():
+        if args or name is None or torch.is_grad_enabled() or self._rings.watched():
             return self._as_ever(*args, **kwargs)
-        cache = kwargs[name]
+        cache, (sequences, tokens) = kwargs[name], _tokens(kwargs)
         with self._lock:
             if not getattr(cache, "is_initialized", True):
+                if self._home is not None:
+                    self._home.welcome(cache, sequences)
+                return self._as_ever(**kwargs)
+            if tokens != 1:
                 return self._as_ever(**kwargs)
             if not cache.is_compileable:
                 raise ValueError(
@@ -129,14 +141,15 @@ class Decoder:
                 )
             home = self._bind(cache)
             leaves, spec = tree_flatten({key: value for key, value in kwargs.items() if key != name})
-            if any(_is_tensor(leaf) and leaf.device not in self._devices for leaf in leaves):
+            if any(is_tensor(leaf) and leaf.device not in self._devices for leaf in leaves):
                 return self._as_ever(**kwargs)
-            key = (name, spec_key(spec), tuple(map(_kind, leaves)), home.state(), torch.is_inference_mode_enabled())
+            key = (name, spec_key(spec), tuple(map(kind_of, leaves)), home.state(), torch.is_inference_mode_enabled())
             step = home.steps.setdefault(key, _Step(self._rings.steps_before))
             if step.before > 0:
                 step.before -= 1
                 return self._as_ever(**kwargs)
             if step.recording is None:
+                self._rings.refuse_batch(sequences)
                 self._record(step, home, leaves, spec, name)
                 self.captured += 1
             else:
@@ -147,18 +160,20 @@ class Decoder:
         self.eager += 1
         return self._forward(*args, **kwargs)
 
-    def _bind(self, cache: Any) -> _Home:
+    def _bind(self, cache: Any) -> Home:
         home = self._home
         if home is None or (home.cache() is not cache and not (home.fits(cache) and self._rings.unchanged())):
             self._home = None  # free before there is a new one
-            home = self._home = _Home(cache)
+            home = self._home = Home(cache)
             self._rings.remember()
         home.bind(cache)
         return home
 
-    def _record(self, step: _Step, home: _Home, leaves: list[Any], spec: Any, name: str) -> None:
+    def _record(self, step: _Step, home: Home, leaves: list[Any], spec: Any, name: str) -> None:
         """Record a step. Nothing of it is computed yet."""
-        step.inputs = [leaf.clone(memory_format=torch.contiguous_format) if _is_tensor(leaf) else leaf for leaf in leaves]
+        step.inputs = [
+            leaf.clone(memory_format=torch.contiguous_format) if is_tensor(leaf) else leaf for leaf in leaves
+        ]
         cache, before = home.cache(), home.scalars()
         recording = Recording(self._devices, self._rings)
 
@@ -206,139 +221,26 @@ class _Step:
         leaves, self._spec = tree_flatten(output)
         self._outputs = [_CACHE if leaf is cache else leaf for leaf in leaves]
         for leaf in self._outputs:
-            if not (_is_tensor(leaf) or leaf is _CACHE or isinstance(leaf, (bool, int, float, str, type(None)))):
+            if not (is_tensor(leaf) or leaf is _CACHE or isinstance(leaf, (bool, int, float, str, type(None)))):
                 raise TypeError(f"its output holds a {type(leaf).__name__}")
 
-    def replay(self, home: _Home, leaves: list[Any], cache: Any) -> Any:
+    def replay(self, home: Home, leaves: list[Any], cache: Any) -> Any:
         """Run the step once; what it returns has memory of its own."""
         assert self.recording is not None
         for own, leaf in zip(self.inputs, leaves):
-            if _is_tensor(leaf):
+            if is_tensor(leaf):
                 own.copy_(leaf)
         self.recording.replay()
         home.count(self.counted)
-        copies = [cache if leaf is _CACHE else leaf.clone() if _is_tensor(leaf) else leaf for leaf in self._outputs]
+        copies = [cache if leaf is _CACHE else leaf.clone() if is_tensor(leaf) else leaf for leaf in self._outputs]
         return tree_unflatten(copies, self._spec)
 
 
-class _Home:
-    """The tensors of a static cache, at addresses that graphs know. Caches of the same shape take turns there.
-
-    Args:
-        cache: the first; its tensors become the home's.
-
-    Attributes:
-        steps: what was called, and the state of the cache -> its step.
-    """
-
-    def __init__(self, cache: Any) -> None:
-        self.steps: dict[Any, _Step] = {}
-        self._cells = _cells(cache)
-        self._tensors = [holder[name] for holder, name in self._cells if _is_tensor(holder[name])]
-        self._places = [(holder, name) for holder, name in self._cells if _is_tensor(holder[name])]
-        self._plain = [(holder, name) for holder, name in self._cells if not _is_tensor(holder[name])]
-        self._shape = _shape(self._cells)
-        self._cache = weakref.ref(cache)
-
-    def cache(self) -> Any:
-        """Whose turn it is."""
-        return self._cache()
-
-    def fits(self, cache: Any) -> bool:
-        """Whether a cache has the same shape."""
-        return _shape(_cells(cache)) == self._shape
-
-    def bind(self, cache: Any) -> None:
-        """Let a cache have its turn: what it holds moves here. The one before keeps a copy, if somebody still has it."""
-        if self.cache() is not cache:
-            if self.cache() is not None:
-                for (holder, name), own in zip(self._places, self._tensors):
-                    if holder[name] is own:
-                        holder[name] = own.clone()
-            cells = _cells(cache)
-            self._places = [(holder, name) for holder, name in cells if _is_tensor(holder[name])]
-            self._plain = [(holder, name) for holder, name in cells if not _is_tensor(holder[name])]
-            self._cache = weakref.ref(cache)
-        for (holder, name), own in zip(self._places, self._tensors):
-            if holder[name] is not own:
-                own.copy_(holder[name])
-                holder[name] = own
-
-    def scalars(self) -> list[Any]:
-        """The plain values that the cache keeps."""
-        return [holder[name] for holder, name in self._plain]
-
-    def state(self) -> tuple[Any, ...]:
-        """The same with counts left out that only say how full a window is: before and after it is, steps differ."""
-        return tuple(
-            holder[name] >= holder["max_cache_len"] if name == _COUNT else holder[name]
-            for holder, name in self._plain
-        )
-
-    def counted(self, before: list[Any]) -> dict[int, int]:
-        """What a step has added to the counts.
-
-        Raises:
-            TypeError: it has changed another value.
-        """
-        changed = {i: now - then for i, (now, then) in enumerate(zip(self.scalars(), before)) if now != then}
-        for i in changed:
-            if self._plain[i][1] != _COUNT:
-                raise TypeError(f"its cache changes {self._plain[i][1]!r} in each step")
-        self.put_back(before)
-        return changed
-
-    def count(self, added: dict[int, int]) -> None:
-        """Count what a replay has done."""
-        for i, amount in added.items():
-            holder, name = self._plain[i]
-            holder[name] += amount
-
-    def put_back(self, before: list[Any]) -> None:
-        """Undo what a recording has left in the cache: nothing was computed."""
-        for (holder, name), value in zip(self._plain, before):
-            holder[name] = value
-        for (holder, name), own in zip(self._places, self._tensors):
-            holder[name] = own
-
-
-_COUNT = "cumulative_length_int"  # of layers with a sliding window: tokens so far
-_CACHE = object()  # stands for the cache in what a forward returned
-
-
-def _cells(cache: Any) -> list[tuple[Any, Any]]:
-    """Where a cache keeps its tensors and plain values: (dict or list, key), in an order that is the same for all."""
-    found: list[tuple[Any, Any]] = []
-    waiting: list[Any] = [cache]
-    while waiting:
-        holder = waiting.pop()
-        own = holder if isinstance(holder, (dict, list)) else vars(holder)
-        for name, value in enumerate(own) if isinstance(own, list) else own.items():
-            if isinstance(value, (Tensor, bool, int)) and name != "_is_user_defined":
-                found.append((own, name))
-            elif isinstance(value, (dict, list)) or hasattr(value, "layers") or hasattr(value, "get_max_length"):
-                waiting.append(value)
-    return found
-
-
-def _shape(cells: list[tuple[dict[Any, Any], Any]]) -> list[Any]:
-    """What must be the same in two caches that take turns: all but the counts."""
-    return [(name, 0 if name == _COUNT else _kind(holder[name])) for holder, name in cells]
-
-
-def _kind(leaf: Any) -> Any:
-    """What must be the same from step to step: of a tensor all but its values."""
-    return (tuple(leaf.shape), leaf.dtype, leaf.device) if _is_tensor(leaf) else leaf
-
-
-def _is_tensor(value: Any) -> bool:
-    return isinstance(value, Tensor)
-
-
-def _is_step(kwargs: dict[str, Any]) -> bool:
-    """Whether a forward is for one token of each sequence."""
-    tokens = next((kwargs[name] for name in ("decoder_input_ids", "input_ids") if _is_tensor(kwargs.get(name))), None)
-    return tokens is not None and tokens.ndim == 2 and tokens.shape[1] == 1
+def _tokens(kwargs: dict[str, Any]) -> tuple[int, int]:
+    """Sequences, and tokens of each, that a forward is for."""
+    names = ("decoder_input_ids", "input_ids", "inputs_embeds")
+    given = next((kwargs[name] for name in names if is_tensor(kwargs.get(name)) and kwargs[name].ndim > 1), None)
+    return (0, 0) if given is None else (given.shape[0], given.shape[1])
 
 
 def spec_key(spec: Any) -> Any:

@@ -55,8 +55,8 @@ class RestingCache(DynamicCache):
         grow = [i for i, layer in enumerate(self.layers) if type(layer) is DynamicLayer]
         if not 0 <= layers_on_device <= len(grow):
             raise ValueError(
-                f"layers_on_device is {layers_on_device}, and {len(grow)} layers of this model have a cache that grows: "
-                f"give a number from 0 to {len(grow)}"
+                f"layers_on_device is {layers_on_device}, and {len(grow)} layers of this model have a cache that "
+                f"grows: give a number from 0 to {len(grow)}"
             )
         stay = spread([1] * len(grow), layers_on_device)
         windows: dict[torch.device, _Windows] = {}
@@ -76,8 +76,8 @@ class RestingLayer(DynamicLayer):
     """
 
     def __init__(self, windows: dict[torch.device, _Windows]) -> None:
-        self.windows, self.rows, self.length = windows, None, 0
-        self.rows: _Rows | None
+        self.windows, self.length = windows, 0
+        self.rows: _Rows | None = None
         super().__init__()
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -126,11 +126,13 @@ class RestingLayer(DynamicLayer):
         if self.rows is None:
             return None
         self.windows[self.device].finish()
-        keys, values = self.rows.split(torch.cat([torch.empty(0, self.rows.width, dtype=self.dtype), *self.rows.parts(0, self.length)]))
+        keys, values = self.rows.split(
+            torch.cat([torch.empty(0, self.rows.width, dtype=self.dtype), *self.rows.parts(0, self.length)])
+        )
         return keys, values
 
     @property
-    def keys(self) -> Tensor | None:  # type: ignore[override]
+    def keys(self) -> Tensor | None:
         """All keys, shape (batch, heads, tokens, width), copied in RAM; None before the first."""
         return None if (whole := self._whole()) is None else whole[0]
 
@@ -139,7 +141,7 @@ class RestingLayer(DynamicLayer):
         """Set by classes of Transformers, to None."""
 
     @property
-    def values(self) -> Tensor | None:  # type: ignore[override]
+    def values(self) -> Tensor | None:
         """All values, as `keys`."""
         return None if (whole := self._whole()) is None else whole[1]
 
@@ -154,7 +156,9 @@ class RestingLayer(DynamicLayer):
         self.rows = _Rows(keys, values, is_real_cuda(self.device))
         self.rows.grow(self.length)
         both = torch.cat([part.permute(2, 0, 1, 3).flatten(1) for part in (keys, values)], 1)
-        for part, own in zip(self.rows.parts(0, self.length), both.split([len(p) for p in self.rows.parts(0, self.length)])):
+        for part, own in zip(
+            self.rows.parts(0, self.length), both.split([len(p) for p in self.rows.parts(0, self.length)])
+        ):
             part.copy_(own)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
