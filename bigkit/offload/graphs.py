@@ -71,6 +71,7 @@ def graph_decode(model: nn.Module) -> Iterator[Decoder]:
         raise ValueError(f"graph_decode needs a model of Transformers, not a {type(model).__name__}: {_NOTHING_ELSE}")
     if any(part.training for part in generator.modules()):
         raise ValueError("graph_decode is for inference, and the model is in training mode: call model.eval() first")
+    Recording.refuse(devices_of(generator))
     refuse_what_waits(generator)
     decoder = Decoder(generator)
     replaced = {"forward": decoder, "generate": decoder.generate, "get_compiled_call": decoder.get_compiled_call}
@@ -129,6 +130,7 @@ class Decoder:
         cache, (sequences, tokens) = kwargs[name], _tokens(kwargs)
         with self._lock:
             if not getattr(cache, "is_initialized", True):
+                self._home = self._home if self._rings.unchanged() else None
                 if self._home is not None:
                     self._home.welcome(cache, sequences)
                 return self._as_ever(**kwargs)

@@ -39,6 +39,20 @@ class Recording:
         self._graph = torch.cuda.CUDAGraph()
         self._pools = {device: torch.cuda.MemPool() for device in self.devices[1:]}
 
+    @staticmethod
+    def refuse(devices: Sequence[torch.device]) -> None:
+        """Refuse devices that have no graphs.
+
+        Raises:
+            ValueError: one of them is no GPU of CUDA.
+        """
+        others = [str(device) for device in devices if device.type != "cuda"]
+        if others:
+            raise ValueError(
+                f"a part of the model works on {others[0]}, and only GPUs of CUDA replay graphs: let it work on one, or "
+                "generate outside of bigkit.graph_decode"
+            )
+
     def record(self, function: Callable[[], Result]) -> Result:
         """Call a function and record what it asks for, without doing it.
 
