@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_map
 from bigkit.offload.escapes import Holders
 
 aten = torch.ops.aten
-REFUSED = {aten._local_scalar_dense.default, aten.nonzero.default, aten.equal.default}
+REFUSED = {aten._local_scalar_dense.default, aten.nonzero.default, aten.equal.default, aten.lift_fresh.default}
 
 
 class Tape(TorchDispatchMode):

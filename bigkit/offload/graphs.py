@@ -30,7 +30,7 @@ from torch import nn
 from ._torch import tree_flatten, tree_unflatten
 from .captured import Rings, devices_of, refuse_what_waits
 from .recording import Recording
-from .static_cache import Home, is_tensor, kind_of
+from .static_cache import Home, is_tensor, kind_of, windows_roll
 
 _CACHE = object()  # stands for the cache in what a forward returned
 _NOTHING_ELSE = "generate outside of bigkit.graph_decode, or leave it out"
@@ -180,7 +180,8 @@ class Decoder:
         recording = Recording(self._devices, self._rings)
 
         def forward() -> Any:
-            return self._forward(**tree_unflatten(step.inputs, spec), **{name: cache})
+            with windows_roll(cache):
+                return self._forward(**tree_unflatten(step.inputs, spec), **{name: cache})
 
         try:
             output = recording.record(forward)

@@ -49,7 +49,7 @@ class Recording:
         others = [str(device) for device in devices if device.type != "cuda"]
         if others:
             raise ValueError(
-                f"a part of the model works on {others[0]}, and only GPUs of CUDA replay graphs: let it work on one, or "
+                f"a part of the model works on {others[0]}, and only GPUs of CUDA replay graphs: move it there, or "
                 "generate outside of bigkit.graph_decode"
             )
 

@@ -10,6 +10,9 @@ Leaves out: caches that grow.
 from __future__ import annotations
 
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -144,3 +147,34 @@ def kind_of(leaf: Any) -> Any:
 
 def is_tensor(value: Any) -> bool:
     return isinstance(value, Tensor)
+
+
+@contextmanager
+def windows_roll(cache: Any) -> Iterator[None]:
+    """Let full windows take one token without asking the host.
+
+    Transformers makes a tensor out of a Python list there, which the compiler knows how to avoid and a graph refuses.
+    """
+    full = [layer for layer in _layers(cache) if _COUNT in vars(layer) and layer.keys is not None]
+    full = [layer for layer in full if vars(layer)[_COUNT] >= layer.max_cache_len]
+    for layer in full:
+        vars(layer)["update"] = partial(_roll, layer)
+    try:
+        yield
+    finally:
+        for layer in full:
+            vars(layer).pop("update", None)
+
+
+def _layers(cache: Any) -> list[Any]:
+    return [*getattr(cache, "layers", [])]
+
+
+def _roll(layer: Any, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    """What `StaticSlidingWindowLayer.update` does with a token when the window is full."""
+    vars(layer)[_COUNT] += key_states.shape[-2]
+    for own, new in ((layer.keys, key_states), (layer.values, value_states)):
+        rolled = own.roll(-1, dims=-2)
+        rolled[:, :, -1:] = new
+        own.copy_(rolled)
+    return layer.keys, layer.values
