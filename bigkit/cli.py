@@ -146,13 +146,14 @@ def _parser() -> argparse.ArgumentParser:
     _add_plan(dry)
     dry.add_argument("--new", type=int, default=4, help="tokens to generate after the prompt (%(default)s)")
 
-    words = "only those with all of these words"
-    models = command("models", "the models that need no download", "llama 8b", _models)
-    models.add_argument("words", nargs="*", help=words)
-    _add_markdown(models)
-    machines = command("machines", "the machines and GPUs that --hardware knows", "rtx", _machines)
-    machines.add_argument("words", nargs="*", help=words)
-    _add_markdown(machines)
+    for what, about, example in (
+        ("models", "the models that need no download", "llama 8b"),
+        ("machines", "the machines and GPUs that --hardware knows", "rtx"),
+    ):
+        listing = command(what, about, example, _list)
+        listing.set_defaults(what=what)
+        listing.add_argument("words", nargs="*", help="only those with all of these words")
+        _add_markdown(listing)
 
     measure = command("calibrate", "measure this machine, for predictions; takes about a minute",
                       "--folder /data", _calibrate)  # fmt: skip
@@ -164,7 +165,8 @@ def _parser() -> argparse.ArgumentParser:
     config = command("config", "write the config file that launch takes if it is told no other", "default", _config)
     config.add_argument("kind", choices=("default",), help="for this machine: a process for each GPU")
     command("env", "versions and devices, to be copied into an issue", "", _env)
-    command("test", "how to try a launch", "", _test)
+    said = "bigkit launch --example writes a script: if it runs under bigkit launch --num_processes 2, launching works"
+    command("test", "how to try a launch", "", lambda options: said)
     return parser
 
 
@@ -238,14 +240,20 @@ def _add_plan(parser: argparse.ArgumentParser) -> None:
     add("--quantization", choices=QUANTIZATIONS, help="of the linear layers; a dry run of it needs bitsandbytes")
 
 
-def _picture(path: str, picture: Picture) -> str:
-    if path == "-":
+def _say(options: argparse.Namespace, thing: Any, draw: Callable[[Any], Picture], text: Callable[[], str]) -> str:
+    """What was asked for: JSON, the picture, or text."""
+    if options.json:
+        return str(thing.to_json())
+    if not options.svg:
+        return text()
+    picture = draw(thing)
+    if options.svg == "-":
         return picture.svg
     try:
-        Path(path).write_text(picture.svg, encoding="utf-8")
+        Path(options.svg).write_text(picture.svg, encoding="utf-8")
     except OSError as error:
-        raise ValueError(f"the picture cannot be written to {path}: {error.strerror}") from error
-    return f"the picture is in {path}"
+        raise ValueError(f"the picture cannot be written to {options.svg}: {error.strerror}") from error
+    return f"the picture is in {options.svg}"
 
 
 def _describe(options: argparse.Namespace) -> ModelSpec:
@@ -305,20 +313,17 @@ def _plan_hosts(options: argparse.Namespace) -> str:
 def _plan(options: argparse.Namespace) -> str:
     if options.hosts:
         return _plan_hosts(options)
-    plan = _plan_of(options, options.hardware, options.context)
-    if options.json:
-        return plan.to_json()
-    if options.svg:
-        from .draw.plan import plan_figure
+    from .draw.plan import plan_figure
 
-        if not hasattr(plan, "layers"):
-            raise ValueError("there is no picture of a pipeline's plan: leave --svg out")
-        return _picture(options.svg, plan_figure(plan))
-    return plan.to_code() if options.code else plan.explain()
+    plan = _plan_of(options, options.hardware, options.context)
+    if options.svg and not hasattr(plan, "layers"):
+        raise ValueError("there is no picture of a pipeline's plan: leave --svg out")
+    return _say(options, plan, plan_figure, plan.to_code if options.code else plan.explain)
 
 
 def _dry_run(options: argparse.Namespace) -> str:
     from . import zoo
+    from .draw.dryrun import dryrun_figure
     from .dryrun.run import dry_run
     from .machine.hardware import machine_of
 
@@ -336,27 +341,18 @@ def _dry_run(options: argparse.Namespace) -> str:
 
     run = dry_run(build, plan, options.batch, options.context, options.new, machine, dtype=dtype)
     run = replace(run, model=options.model)
-    if options.json:
-        return run.to_json()
-    if options.svg:
-        from .draw.dryrun import dryrun_figure
-
-        return _picture(options.svg, dryrun_figure(run))
-    return f"{plan.explain()}\n\n{run}"
+    return _say(options, run, dryrun_figure, lambda: f"{plan.explain()}\n\n{run}")
 
 
 def _advise(options: argparse.Namespace) -> str:
     from .api import advise
+    from .draw.advice import advice_figure
 
-    advice = advise(_describe(options), options.hardware, options.batch, options.context, options.target,
-                    kv_dtype=options.kv_dtype, draft=options.draft, acceptance=options.acceptance)  # fmt: skip
-    if options.json:
-        return advice.to_json()
-    if options.svg:
-        from .draw.advice import advice_figure
-
-        return _picture(options.svg, advice_figure(advice))
-    return advice.explain()
+    advice = advise(
+        _describe(options), options.hardware, options.batch, options.context, options.target,
+        kv_dtype=options.kv_dtype, draft=options.draft, acceptance=options.acceptance,
+    )  # fmt: skip
+    return _say(options, advice, advice_figure, advice.explain)
 
 
 def _calibrate(options: argparse.Namespace) -> str:
@@ -408,16 +404,11 @@ def _config(options: argparse.Namespace) -> str:
     return f"{write_default_config()} is there: `bigkit launch` and `accelerate launch` read it"
 
 
-def _models(options: argparse.Namespace) -> str:
-    from .listings import models
+def _list(options: argparse.Namespace) -> str:
+    from . import listings
 
-    return models(options.words)
-
-
-def _machines(options: argparse.Namespace) -> str:
-    from .listings import machines
-
-    return machines(options.words)
+    said: str = getattr(listings, options.what)(options.words)
+    return said
 
 
 def _env(options: argparse.Namespace) -> str:
@@ -440,10 +431,6 @@ def _env(options: argparse.Namespace) -> str:
         said["machine"] = "unknown without torch"
     said["config of launch"] = str(default_config()) if default_config().is_file() else "none"
     return "\n".join(f"- {name}: {value}" for name, value in said.items())
-
-
-def _test(options: argparse.Namespace) -> str:
-    return "bigkit launch --example writes a script: if it runs under bigkit launch --num_processes 2, launching works"
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from . import zoo
 from .machine.hardware import GPUS, HARDWARE, machine_of
-from .units import GB, format_bytes, format_count
+from .units import GB, format_bytes, format_count, text_table
 
 
 def models(words: Sequence[str] = ()) -> str:
@@ -30,7 +30,7 @@ def models(words: Sequence[str] = ()) -> str:
         rows.append(
             [entry.name, format_count(model.parameters), format_bytes(model.bytes()), entry.about, entry.hub_id]
         )
-    return _table(["model", "parameters", "weights", "what it is", "on the Hub"], rows, words, "<>><<")
+    return _chosen(["model", "parameters", "weights", "what it is", "on the Hub"], rows, words, "<>><<")
 
 
 def machines(words: Sequence[str] = ()) -> str:
@@ -47,17 +47,15 @@ def machines(words: Sequence[str] = ()) -> str:
             rates = (gpu.bandwidth / GB, gpu.link / GB, gpu.flops / 1e12)
             sizes = [format_bytes(gpu.memory), *(f"{rate:,.0f}" for rate in rates)]
         rows.append([machine.name, *sizes, format_bytes(machine.ram)])
-    return _table(["machine", "memory of a GPU", "GB/s", "link GB/s", "TFLOP/s", "RAM"], rows, words, "<>>>>>")
+    return _chosen(["machine", "memory of a GPU", "GB/s", "link GB/s", "TFLOP/s", "RAM"], rows, words, "<")
 
 
-def _table(headers: Sequence[str], rows: Sequence[Sequence[str]], words: Sequence[str], aligned: str) -> str:
-    """The rows that have all of some words, in columns aligned left ("<") or right (">")."""
+def _chosen(headers: Sequence[str], rows: Sequence[Sequence[str]], words: Sequence[str], aligned: str) -> str:
+    """The rows that have all of some words, as a table."""
     rows = [row for row in rows if all(word.lower() in " ".join(row).lower() for word in words)]
     if not rows:
         raise ValueError(f"nothing that ships with bigkit has {' '.join(words)!r} in its name or description")
-    widths = [max(map(len, column)) for column in zip(headers, *rows)]
-    table = [headers, ["-" * width for width in widths], *rows]
-    return "\n".join("  ".join(map(format, row, map("{}{}".format, aligned, widths))).rstrip() for row in table)
+    return text_table(headers, rows, aligned)
 
 
 def as_markdown(text: str) -> str:

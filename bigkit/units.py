@@ -117,7 +117,7 @@ def dtype_bits(dtype: object) -> int:
     >>> dtype_bits("bfloat16"), dtype_bits("int4"), dtype_bits("bool")
     (16, 4, 8)
     """
-    bits: int = _BITS[dtype_name(dtype)]  # a fraction for llama.cpp's types, whose tensors are whole blocks
+    bits: int = _BITS.get(str(dtype)) or _BITS[dtype_name(dtype)]  # llama.cpp's types have fractions
     return bits
 
 
@@ -168,12 +168,11 @@ def format_count(count: int) -> str:
     return f"{three_figures(count / scale)} {unit}" if unit else f"{count:,}"
 
 
-def text_table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Columns as plain text: the first aligned left, the others right."""
-    table = [headers, *rows]
-    first, *others = [max(map(len, column)) for column in zip(*table)]
-    table.insert(1, ["-" * width for width in (first, *others)])
-    return "\n".join("  ".join([row[0].ljust(first), *map(str.rjust, row[1:], others)]).rstrip() for row in table)
+def text_table(headers: Sequence[str], rows: Sequence[Sequence[str]], aligned: str = "<") -> str:
+    """Columns as plain text: `aligned` left ("<") or right (">"); those beyond it are aligned right."""
+    widths = [max(map(len, column)) for column in zip(headers, *rows)]
+    forms = [f"{side}{width}" for side, width in zip(aligned.ljust(len(widths), ">"), widths)]
+    return "\n".join("  ".join(map(format, row, forms)).rstrip() for row in (headers, ["-" * n for n in widths], *rows))
 
 
 def counted(count: int, noun: str) -> str:

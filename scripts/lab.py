@@ -31,13 +31,16 @@ def refresh(course: Path, own: Path) -> list[str]:
     """Bring the copies in `own` up to the course; returns the names of those that were changed by both and are kept."""
     kept, noted = [], own / ".copied.json"
     own.mkdir(exist_ok=True)
-    copied: dict[str, str] = json.loads(noted.read_text()) if noted.exists() else {}
+    copied: dict[str, list[str]] = json.loads(noted.read_text()) if noted.exists() else {}
     for path in sorted([*course.glob("*.ipynb"), *course.glob("images/*")]):
         name = path.relative_to(course).as_posix()
-        copy, new = own / name, _hash(path)
-        if copy.exists() and _hash(copy) not in (copied.get(name), new):
-            if copied.get(name) != new:
+        copy, new = own / name, [_written(path), _hash(path)]
+        old = copied.get(name, ["", ""])
+        if copy.exists() and _written(copy) not in (old[0], new[0]):
+            if old != new:
                 kept.append(name)
+            continue
+        if old == new and copy.exists():
             continue
         copy.parent.mkdir(exist_ok=True)
         shutil.copyfile(path, copy)
@@ -48,6 +51,16 @@ def refresh(course: Path, own: Path) -> list[str]:
 
 def _hash(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _written(path: Path) -> str:
+    """A hash of what somebody wrote there: of a notebook only its cells, as JupyterLab saves outputs unasked."""
+    try:
+        cells = nbformat.reads(path.read_text(encoding="utf-8"), as_version=4).cells
+    except Exception:  # no notebook
+        return _hash(path)
+    text = json.dumps([[cell.cell_type, cell.source] for cell in cells])
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def options(folder: Path) -> list[str]:

@@ -31,6 +31,30 @@ def test_copies_follow_the_course_until_somebody_writes_in_them(tmp_path: Path) 
     assert LAB["refresh"](course, own) == [] and (own / "a.ipynb").read_text() == "new"
 
 
+def test_what_lab_saves_by_itself_is_no_change(tmp_path: Path) -> None:
+    """Opening a notebook saves metadata, and running it outputs: both stay, until the course has a newer one."""
+    course, own = tmp_path / "course", tmp_path / "own"
+    course.mkdir()
+
+    def write(path: Path, source: str, printed: str) -> None:
+        cell = nbformat.v4.new_code_cell(source, outputs=[nbformat.v4.new_output("stream", text=printed)])
+        nbformat.write(nbformat.v4.new_notebook(cells=[cell]), path)
+
+    def shown(path: Path) -> tuple[str, str]:
+        (cell,) = nbformat.read(path, as_version=4).cells
+        return cell.source, cell.outputs[0].text
+
+    write(course / "a.ipynb", "answer = None", "not yet")
+    assert LAB["refresh"](course, own) == []
+    write(own / "a.ipynb", "answer = None", "run here")
+    assert LAB["refresh"](course, own) == [] and shown(own / "a.ipynb") == ("answer = None", "run here")
+    write(course / "a.ipynb", "answer = 0", "newer")
+    assert LAB["refresh"](course, own) == [] and shown(own / "a.ipynb") == ("answer = 0", "newer")
+    write(own / "a.ipynb", "answer = 12", "right")
+    write(course / "a.ipynb", "answer = 1", "newest")
+    assert LAB["refresh"](course, own) == ["a.ipynb"] and shown(own / "a.ipynb") == ("answer = 12", "right")
+
+
 def test_git_sees_no_copy_and_lab_asks_no_question() -> None:
     ignored = subprocess.run(["git", "check-ignore", "-q", str(LAB["OWN"] / "a.ipynb")], cwd=ROOT)
     assert ignored.returncode in (0, 128)  # 128: no checkout

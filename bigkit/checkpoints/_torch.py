@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -51,9 +51,16 @@ def run_post_hooks(model: nn.Module, missing: list[str], unexpected: list[str]) 
             hook(module, _IncompatibleKeys(missing, unexpected))
 
 
-def extra_states(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Name -> module, for those that give and take a state beside their tensors. `_extra_state`, 2.11 to 2.15."""
-    for name, module in model.named_modules():
-        own, plain = type(module), nn.Module
+def extra_states(model: nn.Module, among: Iterable[str] | None = None) -> Iterator[tuple[str, nn.Module]]:
+    """Name -> module, for those that give and take a state beside their tensors. `_extra_state`, 2.11 to 2.15.
+
+    Args:
+        model: any module.
+        among: names; of these alone (most checkpoints have none, and the model is not searched).
+    """
+    wanted = None if among is None else {name for name in among if name.endswith("_extra_state")}
+    for name, module in model.named_modules() if wanted is None or wanted else ():
+        own, plain, full = type(module), nn.Module, f"{name}._extra_state".lstrip(".")
         if own.set_extra_state is not plain.set_extra_state and own.get_extra_state is not plain.get_extra_state:
-            yield f"{name}._extra_state" if name else "_extra_state", module
+            if wanted is None or full in wanted:
+                yield full, module

@@ -147,9 +147,8 @@ def load_matching(
             empty = torch.empty(where.shape, dtype=where.dtype, device="meta")
             slot.fill(empty)
             record_resting_place(empty, {"": where}, written if written and where.file == written.path else None)
-    for name, module in extra_states(model):
-        if name in source:
-            module.set_extra_state(source.read(name))
+    for name, module in extra_states(model, (*source, *source.made)):
+        module.set_extra_state(source.read(name))
     missing, unexpected = [*report.missing], [*report.unexpected]
     run_post_hooks(model, missing, unexpected)
     return replace(report, on_disk=on_disk, missing=tuple(missing), unexpected=tuple(unexpected))
@@ -170,12 +169,12 @@ def _placed(
         yield slot, "cpu" if place == "disk" and slot.buffer and not offload_buffers else place
 
 
-def _dtype(slot: Slot, floats: torch.dtype | None, fp32: Iterable[str]) -> torch.dtype:
+def _dtype(slot: Slot, floats: torch.dtype | None, fp32: set[str]) -> torch.dtype:
     """What a tensor becomes: floating ones in modules named in `fp32` float32, in others `floats` if given."""
     module, own = slot.places[0]
     if not slot.tensor.is_floating_point() or (isinstance(module, AsStored) and own in module.stored):
         return slot.tensor.dtype
-    if is_named(slot.name, fp32):
+    if fp32 and is_named(slot.name, fp32):
         return torch.float32
     return floats or slot.tensor.dtype
 

@@ -190,7 +190,7 @@ def _compare(model: nn.Module, source: Checkpoint, slots: list[Slot]) -> LoadRep
     expected = {name for slot in slots for name in slot.names}
     expected.update(part for name in expected & source.made.keys() for part in source.made[name].sources)
     missing = _without_ignored((slot.name for slot in slots if slot.source is None), model, "missing")
-    expected.update(name for name, _ in extra_states(model))
+    expected.update(name for name, _ in extra_states(model, source))
     unexpected = (name for name in source if name not in expected and not name.endswith(ASIDE))
     return LoadReport(
         missing=missing,

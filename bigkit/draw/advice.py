@@ -11,7 +11,7 @@ from ..maps.advise import Advice, Option
 from ..maps.plan import Plan
 from ..model.estimate import load_text
 from ..units import GiB, KiB, MiB, format_bytes, format_seconds, three_figures
-from .bars import BAR, PART_COLOURS
+from .bars import BAR, PART_ABOUT, PART_COLOURS
 from .canvas import ABOVE, WIDTH, Picture, text_width
 from .colours import BLACK, BLUE, DARK, PALE, SOFT, TRACK, VERMILLION
 
@@ -20,8 +20,10 @@ PARTS = {  # name -> colour: where weights rest, and what works beside them
     "weights": BLUE, "KV cache": PART_COLOURS["KV cache"], "activations": PART_COLOURS["activations"],
     "overhead": DARK, "in flight": PALE, "weights in RAM": BLUE, "weights on disk": DARK,
 }  # fmt: skip
+ABOUT = {**PART_ABOUT, "in flight": "room for weights on their way"}
 HATCHES = {"weights in RAM": "/", "weights on disk": "/", "in flight": "/"}
 NAMES = {"cpu": "RAM", "disk": "disk"}
+BETTER = {"speed": "faster", "memory": "smaller", "context": "longer", "quality": "better"}  # by a target of `advise`
 
 
 def advice_figure(advice: Advice) -> Picture:
@@ -52,6 +54,10 @@ def advice_figure(advice: Advice) -> Picture:
         _draw_way(picture, plan, option, bar, picture.room / longest, unit, unit_name)
     _draw_ends(picture, [(f"{name} {three_figures(end / unit)}", end / longest) for name, end in ends], top, unit_name)
     picture.axis(longest / unit, unit_name, top)
+    if advice.options:
+        says = f"* whatever is {BETTER[advice.target]} loses more quality. A token waits for the slowest part."
+        picture.text(8, picture.y + 4, says, 8, SOFT)
+        picture.y += 14
     return picture
 
 
@@ -95,7 +101,8 @@ def _draw_way(
     for name, size in bar.items():
         if size:
             picture.box(name, x, y, size * scale, BAR, PARTS[name], HATCHES.get(name, ""), "#FFFFFF")
-            says = f"{plan.stored}: {name} {format_bytes(size)}."
+            about = f": {ABOUT[name]}" if name in ABOUT else ""
+            says = f"{plan.stored}: {name} {format_bytes(size)}{about}."
             picture.mark(f"way:{plan.stored}:{name}", says, x, y, size * scale, BAR)
             number = three_figures(size / unit)
             picture.label_in(x, middle, size * scale, (f"{name} {number}", number), ground=PARTS[name],

@@ -15,6 +15,8 @@ PART_COLOURS = {
     "weights": BLUE, "KV cache": ORANGE, "activations": YELLOW, "reserve": WHITE, "overhead": DARK,
     "gradients": GREEN, "optimizer": PURPLE,
 }  # fmt: skip
+PART_ABOUT = {"activations": "the working memory of the largest step", "reserve": "room for offloaded layers in flight",
+              "overhead": "what the runtime itself takes"}  # fmt: skip
 HATCHES = {"reserve": "/", "over budget": "x"}
 
 

@@ -140,6 +140,11 @@ class Picture:
         """Draw a `Line`."""
         self.shapes.append(Line(*values, **options))
 
+    def frame(self, kind: str, x: float, y: float, width: float, height: float, *values: Any, **options: Any) -> None:
+        """Draw the outline of a rectangle as a `Line`."""
+        corners = [(x, y), (x + width, y), (x + width, y + height), (x, y + height), (x, y)]
+        self.line(kind, corners, *values, **options)
+
     def text(self, *values: Any, **options: Any) -> None:
         """Write a `Text`."""
         self.texts.append(Text(*values, **options))
@@ -162,11 +167,12 @@ class Picture:
 
     # -- parts from the top downwards
 
-    def head(self, facts: str) -> None:
-        """The title and, below it, what was asked for."""
+    def head(self, facts: str = "") -> None:
+        """The title and, below it, what was asked for, if anything."""
         self.text(8, self.y + 8, shorten(self.title, WIDTH - 16, 12, bold=True), 12, bold=True)
-        self.text(8, self.y + 24, shorten(facts, WIDTH - 16, 9.5), 9.5, SOFT)
-        self.y += 40
+        if facts:
+            self.text(8, self.y + 24, shorten(facts, WIDTH - 16, 9.5), 9.5, SOFT)
+        self.y += 40 if facts else 24
 
     def heading(self, text: str) -> None:
         """One line over the next part."""

@@ -39,7 +39,7 @@ def bars_figure(
     end = f"; {limit[0]} {format_bytes(limit[1])}" if limit else ""
     left = 16 + max(text_width(name, 10) for name in bars)
     picture = Picture(title, f"{title}: {sums}{end}.", left=left, right=108 if limit else 74)
-    picture.head(facts) if facts else _title(picture)
+    picture.head(facts)
     names = list(dict.fromkeys(name for part in parts.values() for name in part if name))
     spare = iter(colour for colour in COLOURS if colour not in {PART_COLOURS.get(name) for name in names})
     colours = {"": BLUE} | {name: PART_COLOURS.get(name) or next(spare) for name in names}
@@ -78,7 +78,7 @@ def curves_figure(title: str, curves: Mapping[str, Sequence[tuple[int, int]]], u
     words = ", ".join(f"{name} {format_bytes(y)}" for name, (_, y) in last.items())
     right = 22 + max(text_width(f"{name}  {format_bytes(y)}", 9) for name, (_, y) in last.items())
     picture = Picture(title, f"{title} at {longest:,} {unit}: {words}.", left=44, right=right)
-    _title(picture)
+    picture.head()
     top, high = picture.y + 8, 200.0
     for value in ticks(most / size):
         y = top + high * (1 - value * size / most)
@@ -124,8 +124,7 @@ def areas_figure(title: str, groups: Mapping[str, Sizes]) -> Picture:
     for name, (x, y, width, height) in squarify(sums, 8, picture.y, WIDTH - 16, 230).items():
         for part, (px, py, wide, high) in squarify(groups[name], x, y, width, height).items():
             picture.box(name, px, py, wide, high, colours[name])
-            outline = [(px, py), (px + wide, py), (px + wide, py + high), (px, py + high), (px, py)]
-            picture.line("outline", outline, WHITE, 0.8)
+            picture.frame("outline", px, py, wide, high, WHITE, 0.8)
             if high > 11:
                 picture.label_in(px, py + high / 2, wide, [part or name], 8, colours[name])
     picture.y += 238
@@ -205,11 +204,7 @@ def file_figure(path: str | os.PathLike[str], tensor: str) -> Picture:
             picture.line("edge", [(x, top), (x, top + high)], WHITE, 0.8)
     x, wide = edges[2] + (found.offset - start) * scale, max(found.nbytes * scale, 2.5)
     picture.box("found", x, top - 3, wide, high + 6, YELLOW, depth=ABOVE)
-    picture.line(
-        "frame",
-        [(x, top - 3), (x + wide, top - 3), (x + wide, top + high + 3), (x, top + high + 3), (x, top - 3)],
-        DARK,
-    )
+    picture.frame("frame", x, top - 3, wide, high + 6, DARK)
     hook = [(edges[1] + 55, top), (edges[1] + 55, top - 14), (x + wide / 2, top - 14), (x + wide / 2, top - 4)]
     picture.line("arrow", hook, DARK, 1.2)
     tip = x + wide / 2
@@ -226,11 +221,6 @@ def file_figure(path: str | os.PathLike[str], tensor: str) -> Picture:
         picture.text(x, top + high + 12, text, 8.5, SOFT, anchor)
     picture.y = top + high + 24
     return picture
-
-
-def _title(picture: Picture) -> None:
-    picture.text(8, picture.y + 8, shorten(picture.title, WIDTH - 16, 12, bold=True), 12, bold=True)
-    picture.y += 24
 
 
 def _apart(heights: Mapping[str, float], gap: float, lowest: float) -> dict[str, float]:

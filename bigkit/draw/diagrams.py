@@ -96,8 +96,7 @@ class Diagram(Picture):
             ValueError: a line is wider than the block.
         """
         self.box("block", x, y, width, height, colour, hatch)
-        corners = [(x, y), (x + width, y), (x + width, y + height), (x, y + height), (x, y)]
-        self.line("outline", corners, DARK, 0.8, dash)
+        self.frame("outline", x, y, width, height, DARK, 0.8, dash)
         lines = text.split("\n") if text else []
         sizes = [size, *[size - 1] * (len(lines) - 1)]
         middle = y + height / 2 - (sum(sizes[1:]) + 3 * len(sizes[1:])) / 2

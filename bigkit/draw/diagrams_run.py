@@ -51,8 +51,7 @@ def one_slot() -> Diagram:
     d = Diagram(
         "Three layers share one slot",
         "In the forward, the slot holds the weights of layers 0, 1 and 2 in turn; in the backward it still holds those "
-        "of "
-        "layer 2, and all three layers use them.",
+        "of layer 2, and all three layers use them.",
     )
     for x, title, texts in ((92, "forward", ["W0", "W1", "W2"]), (332, "backward", ["W2", "W2", "W2"])):
         d.note(x + 96, 44, title, 9.5, anchor="middle")
@@ -72,8 +71,8 @@ def six_tensors() -> Diagram:
     d = Diagram(
         "One weight in NF4 is six tensors in the file",
         "The codes choose from the table of 16 values; their scales are codes themselves, which choose from a table of "
-        "256 values and have scales of their own; a JSON text holds shape, dtype, block sizes and the mean "
-        "of the scales.",
+        "256 values and have scales of their own; a JSON text holds shape, dtype, block sizes and the mean of the "
+        "scales.",
     )
     codes = d.block(12, 50, 176, 38, "weight\n4-bit codes, two in a byte", BLUE)
     book = d.block(12, 100, 176, 38, "weight.quant_map\nthe 16 values", SKY)
@@ -123,8 +122,7 @@ def processes() -> Diagram:
     d = Diagram(
         "A launcher, and two processes that know each other",
         "The launcher starts two processes, gives each its rank, the number of processes and an address with a port, "
-        "and "
-        "watches both; the processes meet at that port, which process 0 opens.",
+        "and watches both; the processes meet at that port, which process 0 opens.",
     )
     launcher = d.block(190, 42, 160, 36, "launcher\nstarts, watches, ends", ORANGE)
     first = d.block(40, 134, 190, 50, "process 0\nRANK=0  WORLD_SIZE=2\nopens the port", BLUE)
@@ -144,8 +142,7 @@ def two_hosts() -> Diagram:
     d = Diagram(
         "Two hosts, four processes",
         "Each host runs the same command with its own machine_rank; ranks count over all hosts, local ranks on each, "
-        "and "
-        "all processes meet at one port of the first host.",
+        "and all processes meet at one port of the first host.",
     )
     for host, x in enumerate((12, 282)):
         d.block(x, 40, 246, 112, "", "none")
@@ -163,8 +160,7 @@ def parts_of_a_job() -> Diagram:
     d = Diagram(
         "A job that can be killed",
         "A free process takes the next batch of prompts and writes its answers to a part of its own; when all are "
-        "done, "
-        "the parts are merged in order and renamed to the answers' file.",
+        "done, the parts are merged in order and renamed to the answers' file.",
     )
     prompts = d.block(12, 70, 96, 40, "prompts.txt\n60 prompts", WHITE)
     first = d.block(160, 44, 84, 36, "process 0\nbatch of 2", BLUE)
@@ -185,8 +181,7 @@ def shared_prompts() -> Diagram:
     d = Diagram(
         "Five prompts, two processes",
         "Process 0 takes prompts 0 to 2, process 1 prompts 3 and 4; each has a whole model; the answers are gathered "
-        "in "
-        "the order of the prompts.",
+        "in the order of the prompts.",
     )
     colours = [BLUE, BLUE, BLUE, SKY, SKY]
     prompts = d.row(120, 40, [f"prompt {i}" for i in range(5)], 56, 24, colours, gap=4, size=8.5)
@@ -209,8 +204,7 @@ def two_memories() -> Diagram:
     d = Diagram(
         "Two kinds of memory",
         "Anonymous pages hold what a process wrote and exist nowhere else; file-backed pages are a view of the page "
-        "cache, "
-        "which several processes share and which can be read from the disk again.",
+        "cache, which several processes share and which can be read from the disk again.",
     )
     for i, y in enumerate((52, 122)):
         d.block(12, y, 190, 56, "", "none")
@@ -231,8 +225,7 @@ def who_holds_a_copy() -> Diagram:
     d = Diagram(
         "Who holds the weights?",
         "The usual way builds a model with random numbers and reads the whole checkpoint beside it: two copies. An "
-        "empty "
-        "model takes over what was read: one copy. Mapped, the tensors are views of the file: none.",
+        "empty model takes over what was read: one copy. Mapped, the tensors are views of the file: none.",
     )
     rows = {
         "usual": [("built model", BLUE), ("checkpoint, read", ORANGE)],

@@ -84,7 +84,7 @@ def experts_figure(scene: Scene) -> Picture:
 def experts_text(scene: Scene) -> str:
     """The text twin of `experts_figure`."""
     routing, asked, counts = scene.routing, scene.asked, scene.routing.counts
-    rows = [["experts of", "in the cache", "travel", "most used", "never"]]
+    rows = []
     for layer, row in enumerate(counts):
         own = {key % routing.experts: hit for key, hit in asked.items() if key // routing.experts == layer}
         there, travels = (
@@ -95,9 +95,7 @@ def experts_text(scene: Scene) -> str:
         never = ", ".join(str(expert) for expert, count in enumerate(row) if not count)
         rows.append([f"layer {layer}", there or "-", travels or "-", share, never or "-"])
     lines = [f"{routing.model}, token {scene.token + 1} of {routing.tokens}{_quoted(scene)}: {_news(scene)}"]
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    head, *rows = [[text.ljust(width) for text, width in zip(row, widths)] for row in rows]
-    lines += ["", text_table(head, rows), ""]
+    lines += ["", text_table(["experts of", "in the cache", "travel", "most used", "never"], rows, "<<<<<"), ""]
     waits = list(scene.times[scene.policy].waits)
     rows = [
         [f"{policy}{' *' * (policy == scene.policy)}", _percent(time.hit_rate), format_bytes(time.travels, "si"),
@@ -197,8 +195,7 @@ def _draw_layers(picture: Picture, scene: Scene) -> None:
             else:
                 picture.box("how often", x, y + tall - full, wide, full, SKY)
             if key in kept:
-                edge = [(x, y), (x + wide, y), (x + wide, y + tall), (x, y + tall), (x, y)]
-                picture.line("kept", edge, BLACK, 1.2, depth=ABOVE)
+                picture.frame("kept", x, y, wide, tall, BLACK, 1.2, depth=ABOVE)
         picture.y += height
     picture.y += 6
 

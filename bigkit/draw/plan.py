@@ -13,13 +13,11 @@ from ..devices import Device, device_label
 from ..maps.plan import Plan, Share
 from ..model.estimate import load_text
 from ..units import counted, format_bytes, text_table
-from .bars import HATCHES, PART_COLOURS, Bar, draw_bars
+from .bars import HATCHES, PART_ABOUT, PART_COLOURS, Bar, draw_bars
 from .canvas import ABOVE, WIDTH, Picture, text_width
 from .colours import BLACK, SOFT, VERMILLION, WHITE, device_colour
 
 MOST_HANDLES = 12  # that are drawn
-ABOUT = {"activations": "the working memory of the largest step", "reserve": "room for offloaded layers in flight",
-         "overhead": "what the runtime itself takes"}  # fmt: skip
 PARTS = {"weights": "weights", "kv_cache": "KV cache", "activations": "activations", "reserve": "reserve",
          "overhead": "overhead"}  # field of a `Share` -> its name in pictures  # fmt: skip
 
@@ -101,7 +99,8 @@ def _bar(plan: Plan, share: Share) -> Bar:
     colours = {**PART_COLOURS, "weights": device_colour(share.device)}
     parts = [(name, getattr(share, part), colours[name]) for part, name in PARTS.items()]
     here = counted(sum(layer.device == share.device for layer in plan.layers), "layer")
-    about = {**ABOUT, "weights": here, "KV cache": load_text(plan.batch, plan.context, plan.options.get("kv_dtype"))}
+    load = load_text(plan.batch, plan.context, plan.options.get("kv_dtype"))
+    about = {**PART_ABOUT, "weights": here, "KV cache": load}
     return Bar(
         device_label(share.device), parts, share.budget, f"device:{share.device}", share_text(plan, share.device), about
     )

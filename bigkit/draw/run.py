@@ -80,10 +80,7 @@ def run_text(charts: Charts, shown: str, step: int) -> str:
             held = "nothing" if holds is None else _name(schedule, holds)
             size = 0 if holds is None else schedule.turns[holds].nbytes
             rows.append([f"slot {number}", format_bytes(size, "si"), state, held])
-    rows = [["place", "bytes", "now", "units"], *rows]
-    widths = [max(len(row[i]) for row in rows) for i in (2, 3)]
-    headers, *rows = [[place, size, now.ljust(widths[0]), held.ljust(widths[1])] for place, size, now, held in rows]
-    table = text_table(headers, rows)
+    table = text_table(["place", "bytes", "now", "units"], rows, "<><<")
     return "\n".join([f"{shown}, {run_news(schedule, step)}", "", table, "", gantt_text(charts)])
 
 

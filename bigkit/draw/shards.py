@@ -58,9 +58,7 @@ def shards_text(cut: Cut, find: str = "") -> str:
         rows.append([file, format_bytes(sizes[file], "si"), f"{len(names):,}", span + note])
     if len(rows) > LISTED:
         rows[LISTED - 4 : -4] = [[f"… {len(rows) - LISTED:,} more files", "", "", ""]]
-    longest = max((len(row[-1]) for row in rows), default=0)
-    rows = [[*row, last.ljust(longest)] for *row, last in rows]
-    table = text_table(["file", "bytes", "tensors", "first .. last".ljust(longest)], rows)
+    table = text_table(["file", "bytes", "tensors", "first .. last"], rows, "<>><")
     lines = [f"{cut.model or 'checkpoint'}: {shards_verdict(cut)}", "", table]
     if find:
         places = cut.find(find)

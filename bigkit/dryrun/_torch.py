@@ -28,6 +28,7 @@ ATTENTION = {  # the fused kernels of scaled_dot_product_attention, by the names
     "efficient": aten._scaled_dot_product_efficient_attention,
     "cudnn": aten._scaled_dot_product_cudnn_attention,
 }
+RECURRENT = aten._cudnn_rnn  # a whole LSTM, GRU or plain recurrent network
 GROUPED_MM = aten._grouped_mm  # the products of all experts in one kernel
 TO_COPY = aten._to_copy  # `tensor.to(...)`
 UNSAFE_VIEW = aten._unsafe_view  # a view, in products of more than two dimensions

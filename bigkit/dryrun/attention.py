@@ -21,6 +21,7 @@ from torch.overrides import TorchFunctionMode
 
 from ..units import MiB
 from ._torch import ATTENTION
+from .recurrent import KINDS, run_recurrent
 
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -43,7 +44,7 @@ class Target:
 
 
 class AttentionChoice(TorchFunctionMode):
-    """Sends scaled_dot_product_attention to the kernel that the target would choose."""
+    """Sends attention and recurrent layers to the kernels that the target would choose, and new tensors to it."""
 
     def __init__(self, target: Target) -> None:
         super().__init__()
@@ -52,6 +53,11 @@ class AttentionChoice(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is F.scaled_dot_product_attention:
             return attend(self.target, *args, **(kwargs or {}))
+        if func in KINDS and args[0].is_cuda:
+            return run_recurrent(func, *args)
+        if func is Tensor.new_tensor:  # the C++ behind it asks for the GPU in use, which is always the first
+            asked = {name: value for name, value in (kwargs or {}).items() if value is not None}
+            return torch.tensor(*args[1:], **{"device": args[0].device, "dtype": args[0].dtype, **asked})
         return func(*args, **(kwargs or {}))
 
 

@@ -22,6 +22,7 @@ from ..devices import Device, placement, read_device
 from ..machine.hardware import Gpu
 from ..machine.ledger import Calibration
 from ..machine.roofline import ARRIVE, FILL, LEAVE, Operation
+from ..maps.links import DeviceMap
 from ..offload.dispatch import dispatch_model
 from ..offload.hooks import AlignDevicesHook, SequentialHook
 from ..offload.transfer import PlainLane, Slot
@@ -78,9 +79,11 @@ def rehearse(
         quantization: of its linear layers, which are bitsandbytes' already.
         replay: see `dry_run`.
     """
+    works: Mapping[str, Device] = getattr(places, "works", {})
     places = {name: read_device(device) for name, device in places.items()}
-    main = next((device for device in places.values() if isinstance(device, int)), 0)
-    in_ram = {name: "cpu" if device == "disk" else device for name, device in places.items()}
+    main = next((device for device in (*works.values(), *places.values()) if isinstance(device, int)), 0)
+    in_ram = DeviceMap({name: "cpu" if device == "disk" else device for name, device in places.items()}, works)
+    known = works or any(isinstance(device, int) for device in places.values())
     with fake_gpus(target) as log, as_with_data(), ExitStack() as stack:
         log.kind = "weights"
         if quantization is None:
@@ -91,7 +94,7 @@ def rehearse(
             stack.enter_context(fake_bitsandbytes(log))
             fill_quantized(model.eval(), in_ram, main, quantization)
         if set(places.values()) != {main}:
-            dispatch_model(model, in_ram, main, slots=slots, resident_memory=resident_memory)
+            dispatch_model(model, in_ram, None if known else main, slots=slots, resident_memory=resident_memory)
             _replace_lanes(model, log, places)
         log.trace.mark("fill")
         log.kind = "activations"

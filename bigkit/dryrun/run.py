@@ -31,6 +31,7 @@ from ..machine.ledger import Calibration, calibration_of, overhead_of
 from ..machine.roofline import Operation, Rates, StepTime, run_steps
 from ..machine.streams import Span
 from ..maps.advise import rates_of
+from ..maps.links import DeviceMap
 from ..maps.plan import Plan
 from ..maps.strategies import place
 from ..meta.skeleton import spec_from_module
@@ -358,7 +359,8 @@ def dry_run(
     if isinstance(given, Plan):
         dtype, quantization = dtype or given.dtype, quantization or given.quantization
         slots = slots or given.slots
-    numbers = sorted({device for device in places.values() if isinstance(device, int)}) or [0]
+    working = (*places.values(), *getattr(places, "works", {}).values())
+    numbers = sorted({device for device in working if isinstance(device, int)}) or [0]
     machine = _machine(hardware, max(numbers) + 1)
     calibration = calibration or calibration_of(machine)
     config = None
@@ -427,7 +429,7 @@ def _places(plan: Plan | Mapping[str, Device] | None) -> dict[str, Device]:
     places = {name: read_device(device) for name, device in device_map.items()}
     if "mps" in places.values():
         raise ValueError("a dry run knows GPUs, 'cpu' and 'disk', not mps")
-    return places
+    return DeviceMap(places, works) if (works := getattr(device_map, "works", {})) else places
 
 
 def _machine(hardware: Hardware | str | None, gpus: int) -> Hardware:

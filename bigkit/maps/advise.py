@@ -16,6 +16,7 @@ Leaves out: tensor parallelism, and what quantized kernels cost beyond the bytes
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -382,6 +383,7 @@ def predict(model: ModelSpec, plan: Plan, hardware: Hardware, calibration: Calib
     flops = 2 * plan.batch * (model.parameters - (1 - picked(model, 1)) * routed_share * model.parameters)
     total = max(1, sum(share.weights for share in plan.shares))
     on_disk = sum(share.weights for share in plan.shares if share.device == "disk")
+    visits = visitors(plan)
 
     def lanes(tokens: int) -> dict[str, float]:
         """Lane -> seconds that it works when each sequence brings so many tokens."""
@@ -389,7 +391,7 @@ def predict(model: ModelSpec, plan: Plan, hardware: Hardware, calibration: Calib
         reading = computing = 0.0
         for share in runners:
             rate = rates[share.device]
-            weights = share.weights + (plan.offloaded if on_gpus and share is runners[0] else 0)
+            weights = share.weights + visits.get(share.device, 0)
             reading += (used * weights + share.kv_cache) / rate.memory
             product = rate.table("bfloat16" if bits == 16 else "float32")[-1][1]
             computing += weights / total * tokens * flops / product
@@ -397,7 +399,7 @@ def predict(model: ModelSpec, plan: Plan, hardware: Hardware, calibration: Calib
         return {
             "Python": ASSUMED.steps[plan.quantization] * blocks * first.issue,
             "GPU" if on_gpus else "RAM": max(reading, computing),
-            "link": travels * plan.offloaded / first.link if on_gpus else 0.0,
+            "link": travels * max((size / rates[gpu].link for gpu, size in visits.items()), default=0.0),
             "disk": travels * on_disk / first.disk,
         }
 
@@ -426,6 +428,16 @@ def _speculation(
     if guess is None:
         raise ValueError(f"the draft {draft.name} does not generate: give a small model of the same tokens")
     return best_guesses(acceptance, option.token, seconds, guess, draft.name)
+
+
+def visitors(plan: Plan) -> dict[Device, int]:
+    """GPU -> bytes of weights that visit it for each pass, those of a tied tensor once."""
+    visits = Counter[Device | None]()
+    for layer in plan.layers:
+        if layer.works not in (None, "cpu"):
+            visits[layer.works] += layer.bytes
+    total = sum(visits.values())
+    return {gpu: plan.offloaded * size // total for gpu, size in visits.items() if size and gpu is not None}
 
 
 def picked(model: ModelSpec, tokens: int) -> float:

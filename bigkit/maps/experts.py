@@ -15,8 +15,9 @@ blocks are placed whole (`strategies.py`).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from ..devices import Device, prefixes
@@ -45,25 +46,22 @@ def apart(task: Task) -> Task | None:
     if not inside:
         return None
     layers: list[Layer] = []
-    known: dict[tuple[int, tuple[str, ...]], ModuleSpec] = {}  # equal blocks stay one object
     for layer in task.layers:
         own = inside.get(layer.name, [])
         names = tuple(one.name[len(layer.name) + 1 :] for one in own)
-        key = (id(layer.spec), names)
-        if own and key not in known:
-            known[key] = _without(layer.spec, names)
-        layers.append(replace(layer, spec=known[key]) if own else layer)
+        layers.append(replace(layer, spec=_without(layer.spec, names)) if own else layer)
         layers += [Layer(one.name, one.spec.cls, one.spec) for one in own]
     return replace(task, layers=tuple(layers))
 
 
-def _without(spec: ModuleSpec, names: Iterable[str]) -> ModuleSpec:
-    """A module without some of the modules in it."""
+@lru_cache(64)
+def _without(spec: ModuleSpec, names: tuple[str, ...]) -> ModuleSpec:
+    """A module without some of the modules in it; of equal blocks one object, whose size is counted once."""
     children = dict(spec.children)
     for name in names:
         own, _, rest = name.partition(".")
         if rest:
-            children[own] = _without(children[own], [rest])
+            children[own] = _without(children[own], (rest,))
         else:
             del children[own]
     return replace(spec, children=children)
@@ -112,7 +110,7 @@ def _fill(task: Task, dense: Sequence[int], experts: Sequence[int], reserve: int
     on_cpu = task.experts_on_cpu
     units, places = task.units, [task.runners[0]] * len(task.units)
     rooms = [room - reserve for room in task.rooms(task.context)]
-    chain = Chain([units[k].weights + task.kv(units[k].attention, task.context) for k in dense])
+    chain = Chain([units[k].weights + task.caches[k] for k in dense])
     if chain.reach(rooms)[-1] < len(dense):
         return None
     ends = chain.balance(rooms)

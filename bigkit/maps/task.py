@@ -12,6 +12,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from operator import attrgetter
 from typing import Any
 
 from ..devices import Device, device_label, prefixes, read_device
@@ -20,12 +21,14 @@ from ..model.experts import experts_of
 from ..model.spec import Attention, Layer, ModelSpec, Precision
 from ..model.stored import decoding_bytes
 from ..units import format_bytes, listed, parse_bytes
+from .links import take_turns
 from .partition import Chain, last_true
 from .plan import Placed, Plan, Share
 from .reasons import why
 
-SLOTS = 2  # offloaded layers in flight on the first GPU: one works while the next one arrives
+SLOTS = 2  # offloaded layers in flight on each GPU where such work: one works while the next one arrives
 LONGEST = 2**24  # tokens: no longer context is looked for
+_KIND = attrgetter("per_token", "window", "fixed", "float32", "every")  # of an `Attention`: all but its layer
 
 
 @dataclass(frozen=True)
@@ -36,7 +39,7 @@ class Unit:
         layers: their numbers.
         weights: bytes at rest, tied tensors counted once.
         largest: bytes of the largest layer, which is what travels at a time if the unit is offloaded.
-        buffers: bytes that stay on the first GPU even then.
+        buffers: bytes that stay where the unit works even then.
         attention: the KV caches that the layers fill.
         kind: equal for units that may change places, because they hold the same and share nothing with others.
     """
@@ -53,7 +56,8 @@ class Unit:
 class Task:
     """A model, the devices, and the load; the arguments of `strategies.place`, read and checked.
 
-    `options` are the arguments that only `Plan.to_code` needs again, `asked` the context before positions limit it.
+    `options` are the arguments that only `Plan.to_code` needs again, `asked` the context before positions limit it,
+    `links` the bytes a second of GPUs' links (all equal where none is given).
     """
 
     model: ModelSpec
@@ -68,6 +72,7 @@ class Task:
     kv_dtype: str | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
     asked: int = 0
+    links: Mapping[Device, float] = field(default_factory=dict)
 
     # -- the model's side
 
@@ -101,10 +106,11 @@ class Task:
 
     @cached_property
     def attention(self) -> dict[int, list[Attention]]:
-        """Layer -> the caches that it fills."""
+        """Layer -> the caches that it fills; records that differ in nothing but the layer are one object."""
         caches: dict[int, list[Attention]] = defaultdict(list)
+        kinds: dict[tuple[Any, ...], Attention] = {}
         for record in self.model.attention:
-            caches[self.layer_of(record.layer)].append(record)
+            caches[self.layer_of(record.layer)].append(kinds.setdefault(_KIND(record), record))
         return caches
 
     @cached_property
@@ -136,7 +142,7 @@ class Task:
         return units
 
     def staying(self, layer: int) -> int:
-        """Bytes of a layer's buffers, if they stay on the first GPU when the layer is offloaded."""
+        """Bytes of a layer's buffers, if they stay where it works when the layer is offloaded."""
         return 0 if self.offload_buffers else self.layers[layer].bytes(self.precision, buffers_only=True)
 
     @cached_property
@@ -167,6 +173,11 @@ class Task:
         """Bytes of KV cache."""
         return self.batch * sum(record.bytes(context, self.computes_in, self.kv_dtype) for record in attention)
 
+    @cached_property
+    def caches(self) -> list[int]:
+        """Bytes of KV cache of each unit, for the load that was asked for."""
+        return [self.kv(unit.attention, self.context) for unit in self.units]
+
     def working(self, context: int) -> int:
         """Bytes of activations on each device that runs layers, and of a weight that is decoded there."""
         working = activation_bytes(self.model, self.batch, context, self.computes_in)
@@ -196,9 +207,25 @@ class Task:
         devices = {i: device for unit, device in zip(self.units, places) for i in unit.layers}
         return [devices[i] for i in range(len(self.layers))]
 
-    def loads(self, places: Sequence[Device], slots: int) -> Callable[[int], tuple[Share, ...]]:
+    def turns(self, layers: Iterable[int], workers: Sequence[Device]) -> dict[int, Device]:
+        """Where each of some layers works that rest in RAM or on disk: see `maps/links.py`."""
+        away = sorted(layers)
+        links = [self.links.get(worker, 1.0) for worker in workers]
+        turns = take_turns([self.sizes[i] - self.staying(i) for i in away], links)
+        return {i: workers[turn] for i, turn in zip(away, turns)}
+
+    def working_places(self, places: Sequence[Device], workers: Sequence[Device] | None = None) -> dict[int, Device]:
+        """Where each layer works that rests in RAM or on disk; None for `workers`: on all that run layers."""
+        away = [i for i, place in enumerate(places) if place not in self.runners]
+        works = self.turns((i for i in away if i not in self.around), workers or self.runners)
+        inside = {i: self.around[i] for i in away if i in self.around}
+        return works | {i: works.get(outer, places[outer]) for i, outer in inside.items()}
+
+    def loads(
+        self, places: Sequence[Device], slots: int, workers: Sequence[Device] | None = None
+    ) -> Callable[[int], tuple[Share, ...]]:
         """A function from a context to what every device holds, for the place of each layer."""
-        weights, caches = Counter[Device](), defaultdict[Device, list[Attention]](list)
+        weights, caches = Counter[Device](), defaultdict[Device, Counter[Attention]](Counter)
         for place, size in zip(places, self.sizes):
             weights[place] += size
         for (owner, _), *others in self.ties:
@@ -206,12 +233,9 @@ class Task:
             for i, size in others:
                 weights[places[i]] -= size if places[i] in holders else 0
                 holders.add(places[i])
-        main = self.runners[0]
-        offloaded = [i for i, place in enumerate(places) if place not in self.runners]
-        works = {i: places[self.around.get(i, i)] for i in offloaded}
-        works = {i: place if place in self.runners else main for i, place in works.items()}
+        works = self.working_places(places, workers)
         for i, records in self.attention.items():
-            caches[places[i] if places[i] in self.runners else main] += records
+            caches[works.get(i, places[i])].update(records)
         in_flight: dict[tuple[Device, bool], int] = {}  # experts have slots of their own
         for i, place in works.items():
             kind = (place, i in self.around)
@@ -224,14 +248,15 @@ class Task:
         busy = {*places, *works.values()} & {*self.runners}
 
         def shares(context: int) -> tuple[Share, ...]:
+            working = self.working(context)
             return tuple(
                 Share(
                     device=device,
                     budget=self.budgets.get(device, 0),
                     runs=device in self.runners,
                     weights=weights[device],
-                    kv_cache=self.kv(caches[device], context),
-                    activations=self.working(context) if device in busy else 0,
+                    kv_cache=sum(n * self.kv((kind,), context) for kind, n in caches[device].items()),
+                    activations=working if device in busy else 0,
                     reserve=reserve[device],
                     overhead=self.extra(device) if device in busy else 0,
                 )
@@ -240,17 +265,25 @@ class Task:
 
         return shares
 
-    def to_plan(self, places: Sequence[Device], strategy: str, context: int | None = None, slots: int = SLOTS) -> Plan:
+    def to_plan(
+        self,
+        places: Sequence[Device],
+        strategy: str,
+        context: int | None = None,
+        slots: int = SLOTS,
+        workers: Sequence[Device] | None = None,
+    ) -> Plan:
         """The plan for the place of each layer, feasible or not."""
         context = self.context if context is None else context
-        loads = self.loads(places, slots)
+        loads = self.loads(places, slots, workers)
         shares = loads(context)
         short = [f"{device_label(share.device)} lacks {format_bytes(share.over)}" for share in shares if share.over]
         longest = None
         if self.model.attention and not short:
             start = min(context, self.longest)
             longest = last_true(lambda n: not any(share.over for share in loads(n)), start, self.longest)
-        placed = zip(self.layers, self.sizes, places)
+        works = self.working_places(places, workers)
+        layers = zip(self.layers, self.sizes, places)
         plan = Plan(
             model=self.model.name,
             strategy=strategy,
@@ -260,7 +293,7 @@ class Task:
             context=context,
             max_context=longest,
             shares=shares,
-            layers=tuple(Placed(layer.name, layer.cls, size, place) for layer, size, place in placed),
+            layers=tuple(Placed(own.name, own.cls, size, at, works.get(i)) for i, (own, size, at) in enumerate(layers)),
             problem=" and ".join(short),
             slots=slots if any(place not in self.runners for place in places) else 0,
             library=self.model.library,

@@ -133,7 +133,7 @@ class _Step:
         return storages_of(tensors_in((self.args, self.kwargs, self.outputs)))
 
     def in_its_dtype(self, tensor: Tensor) -> Tensor:
-        """An argument, cast to the dtype of the result if that comes from the default dtype, which has changed since.
+        """An argument, cast to the dtype of the result where that followed from a default dtype which is another now.
 
         The default dtype belongs to the whole process, so it is not set back for a replay.
         """

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 
 from ..units import dtype_bits, dtype_name
 
@@ -63,6 +64,7 @@ def kv_dtype_name(kv_dtype: object) -> str | None:
     return name
 
 
+@lru_cache(4096)
 def kv_bytes(elements: int, kv_dtype: str) -> int:
     """Bytes that keys and values take in a cache of a dtype of `KV_DTYPES`, their scales included.
 

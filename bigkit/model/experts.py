@@ -17,6 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from ..devices import join
@@ -57,6 +58,7 @@ class Experts:
         return sum(tensor.elements for _, tensor, _ in self.spec.named_tensors() if not tensor.buffer)
 
 
+@lru_cache(16)  # a model never changes
 def experts_of(model: ModelSpec) -> tuple[Experts, ...]:
     """The experts of each block of a model, in order; empty if it is no mixture of experts.
 

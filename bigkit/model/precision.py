@@ -57,6 +57,16 @@ class Precision:
         """`special` as a dict: exact tensor name -> dtype."""
         return dict(self.special)
 
+    @cached_property
+    def named(self) -> frozenset[str]:
+        """Every name in `keep` and `special`."""
+        return self.keep.union(self.dtypes)
+
+    @cached_property
+    def around(self) -> frozenset[str]:
+        """These, and the names of all modules around them."""
+        return frozenset(prefix for name in self.named for prefix in prefixes(name))
+
     @property
     def label(self) -> str:
         """What a table calls this precision: the quantization if there is one, else the dtype."""

@@ -30,7 +30,7 @@ _CONTAINERS = ("Sequential", "ModuleList", "ModuleDict")  # what they hold may b
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """Shape and dtype of one parameter or buffer; `stored`: bytes in a quantized checkpoint, if these are others."""
+    """Shape and dtype of one parameter or buffer; `stored` are its bytes in a quantized checkpoint, if they differ."""
 
     shape: tuple[int, ...]
     dtype: str = "float32"
@@ -88,9 +88,9 @@ class ModuleSpec:
             name: the full name of this module, by which `precision.keep` and `precision.special` know its parts.
             buffers_only: count buffers alone.
         """
-        named = [*precision.keep, *(tensor for tensor, _ in precision.special)]
-        inside = any(_overlap(name, other) for other in named)  # only then does the size depend on the name
-        key = (precision, buffers_only, name) if inside else (precision.dtype, precision.quantization, buffers_only)
+        key: tuple[Any, ...] = (precision.dtype, precision.quantization, buffers_only)
+        if precision.named and (name in precision.around or not precision.named.isdisjoint(prefixes(name))):
+            key = (precision, buffers_only, name)  # the size depends on the name
         if key not in self._sizes:
             self._sizes[key] = sum(
                 tensor_bytes(full, tensor, owner, precision)
@@ -302,11 +302,6 @@ class Layer:
             if full == name:
                 return tensor_bytes(full, tensor, owner, precision)
         raise KeyError(f"layer {self.name!r} has no tensor {name!r}")
-
-
-def _overlap(name: str, other: str) -> bool:
-    """Whether one of two dotted names lies inside the other."""
-    return not name or name == other or other.startswith(name + ".") or name.startswith(other + ".")
 
 
 def _cut(module: ModuleSpec, name: str, no_split: frozenset[str], guessed: bool) -> Iterator[tuple[str, ModuleSpec]]:

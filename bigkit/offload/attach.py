@@ -7,14 +7,14 @@ is all. Where it works on several, two kinds of code would let tensors of two de
   the model around it. So everything within that holds tensors gets a hook too.
 - A module whose parts are on several devices computes with what they return, and with tensors of its own (residuals,
   positions, biases of the output). It has one device, its *home*: inputs come there, and so do outputs of its parts.
-  Those of blocks stay where they are, since the next block takes them, and those within a Sequential.
+  Those of blocks in a list stay where they are, since the next block takes them, and those within a Sequential.
 
 Leaves out: what hooks do (`hooks.py`), and which weights travel together (`grouping.py`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import nn
@@ -24,18 +24,26 @@ from .copies import lend_copies
 from .experts import hook_class
 from .grouping import Layout, block_classes, has_forward, own_tensors
 from .hooks import AlignDevicesHook, add_hook_to_module
+from .on_cpu import Split, add_hooks
 from .stream import Streamer
 from .weights import Unit
 
 
-def attach(model: nn.Module, layout: Layout, lenders: Mapping[Unit, Streamer], skip_keys: tuple[str, ...]) -> None:
-    """Put hooks where a layout needs them."""
+def attach(
+    model: nn.Module,
+    layout: Layout,
+    lenders: Mapping[Unit, Streamer],
+    skip_keys: tuple[str, ...],
+    splits: Sequence[Split] = (),
+    threads: int | None = None,
+) -> None:
+    """Put hooks where a layout needs them; `splits` and `threads` are for MLPs that the CPU computes."""
     hooks: dict[nn.Module, AlignDevicesHook] = {}
     for unit, own in lenders.items():
         hooks[unit.module] = hook_class(own).placed(own.device, skip_keys, own, unit)
     streamer = next(iter(lenders.values()), None)
-    modules, several = dict(model.named_modules()), len({*map(layout.works, layout.places)}) > 1
-    for name in layout.places:
+    modules, several = dict(model.named_modules()), len({*map(layout.works, layout.parts)}) > 1
+    for name in layout.parts:
         for module in _called(modules[name], iterated=True) if name in modules else ():
             if not several or _holds_tensors(module):  # else it works wherever its inputs are
                 hooks.setdefault(module, AlignDevicesHook.placed(layout.device(layout.works(name)), skip_keys))
@@ -46,9 +54,11 @@ def attach(model: nn.Module, layout: Layout, lenders: Mapping[Unit, Streamer], s
         blocks = block_classes(model)
         for name, module in modules.items():
             if has_forward(module) and not layout.is_uniform(name) and not isinstance(module, nn.Sequential):
-                for part in (inner for child in module.children() for inner in _called(child)):
-                    if part in hooks and type(part).__name__ not in blocks:
-                        hooks[part].output_device = hooks[module].execution_device
+                for child in module.children():
+                    for part in _called(child):
+                        if part in hooks and (part is child or type(part).__name__ not in blocks):
+                            hooks[part].output_device = hooks[module].execution_device
+    add_hooks(hooks, splits, skip_keys, threads)
     first = streamer.device if streamer else layout.device(layout.works(next(iter(layout.places))))
     root = hooks.pop(model, None) or AlignDevicesHook.placed(first, skip_keys)
     root.io_same_device, root.streamer = True, streamer
@@ -79,5 +89,5 @@ def _holds_tensors(module: nn.Module) -> bool:
 def _home(layout: Layout, name: str, module: nn.Module) -> torch.device:
     """The device of what a module itself holds, or else of the first part of it."""
     own = [join(name, own) for own in own_tensors(module)]
-    inside = (other for other in layout.places if name in prefixes(other))
+    inside = (other for other in layout.parts if name in prefixes(other))
     return layout.device(layout.works(own[0] if own else next(inside, name)))

@@ -234,7 +234,7 @@ class _Thread(threading.local):
 
     def __init__(self) -> None:
         self.module: nn.Module | None = None
-        self.begun: dict[ModelHook, _Loan | None] = {}
+        self.begun: dict[ModelHook, _Undo | None] = {}
 
 
 this_thread = _Thread()
@@ -244,7 +244,7 @@ this_thread = _Thread()
 def _run(hook: ModelHook, module: nn.Module, own_forward: Any, /, *args: Any, **kwargs: Any) -> Any:
     """A module's forward with a hook around it."""
     outer, around = this_thread.begun, this_thread.module
-    begun: dict[ModelHook, _Loan | None] = {}
+    begun: dict[ModelHook, _Undo | None] = {}
     try:
         this_thread.begun, this_thread.module = begun, module
         args, kwargs = _begin(begun, hook, module, args, kwargs)
@@ -293,13 +293,13 @@ def _fail(hooks: list[ModelHook], module: nn.Module) -> None:
 # The hook of a spread-out model
 
 
-class _Loan:
+class _Undo:
     """What an `AlignDevicesHook` has to undo after one forward."""
 
     __slots__ = ("outermost", "input_device", "lent")
 
     def __init__(self, outermost: bool) -> None:
-        self.outermost = outermost  # of the forwards in which this thread is lent something
+        self.outermost = outermost  # of the forwards in which something is lent to this thread
         self.input_device: torch.device | None = None
         self.lent = False
 
@@ -406,14 +406,14 @@ class AlignDevicesHook(ModelHook):
         # Others may call this alone and never end it, as `apply_forward_hook` of Diffusers does: then handles serve.
         ends = this_thread.module is module and this_thread.begun.get(self) is None
         if ends and (self.unit is not None or self.io_same_device):
-            loan = _Loan(self.streamer is None or not self.streamer.held())
-            this_thread.begun[self] = loan  # also if it is called by a hook that says nothing of errors
+            undo = _Undo(self.streamer is None or not self.streamer.held())
+            this_thread.begun[self] = undo  # also if it is called by a hook that says nothing of errors
             if self.io_same_device:
-                loan.input_device = find_device((args, kwargs))
+                undo.input_device = find_device((args, kwargs))
             if self.unit is not None:
                 assert self.streamer is not None
                 args, kwargs = self._lend(module, args, kwargs)
-                loan.lent = True
+                undo.lent = True
         device = self.execution_device
         if device is not None:
             if not all(isinstance(value, Tensor) and value.device == device for value in args):  # mostly they are there
@@ -427,32 +427,32 @@ class AlignDevicesHook(ModelHook):
         return args, kwargs
 
     def post_forward(self, module: nn.Module, output: Any) -> Any:
-        loan = this_thread.begun.get(self)
-        if loan is not None:
-            if loan.lent:
+        undo = this_thread.begun.get(self)
+        if undo is not None:
+            if undo.lent:
                 assert self.streamer is not None and self.unit is not None
                 output = self.streamer.own_output(self.unit, output)
-            self._give_back(loan)
-            if loan.input_device is not None:
-                output = send_to_device(output, loan.input_device, self.skip_keys)
+            self._give_back(undo)
+            if undo.input_device is not None:
+                output = send_to_device(output, undo.input_device, self.skip_keys)
             this_thread.begun.pop(self, None)
         if self.output_device is not None:
             output = send_to_device(output, self.output_device, self.skip_keys)
         return output
 
     def on_error(self, module: nn.Module) -> None:
-        loan = this_thread.begun.get(self)
-        if loan is not None:
-            self._give_back(loan, failed=True)
+        undo = this_thread.begun.get(self)
+        if undo is not None:
+            self._give_back(undo, failed=True)
 
-    def _give_back(self, loan: _Loan, failed: bool = False) -> None:
+    def _give_back(self, undo: _Undo, failed: bool = False) -> None:
         try:
-            if loan.lent:
+            if undo.lent:
                 assert self.streamer is not None and self.unit is not None
-                loan.lent = False
+                undo.lent = False
                 self.streamer.take_back(self.unit, failed)
         finally:
-            if loan.outermost and self.streamer is not None:
+            if undo.outermost and self.streamer is not None:
                 self.streamer.recover()  # no-op unless an interrupt came, perhaps one that user code has caught
 
     def detach_hook(self, module: nn.Module) -> nn.Module:

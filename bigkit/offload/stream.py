@@ -187,11 +187,11 @@ class Streamer:
                 entry.tensors[entry.own] = entry.handle
 
     def held(self) -> bool:
-        """Whether this thread is lent something."""
+        """Whether something is lent to this thread."""
         return held_by_this_thread(self.lock)
 
     def recover(self) -> None:
-        """Take back all that this thread is lent, also after an interrupt in the middle of `lend` or `take_back`."""
+        """Take back all that is lent to this thread, also after an interrupt in the middle of `lend` or `take_back`."""
         if not self.held():
             return
         end_guards(self)

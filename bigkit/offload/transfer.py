@@ -43,7 +43,7 @@ class Slot:
     unit: Unit | None = None  # whose weights it holds
     owner: Unit | None = None  # the only unit that it is for, if there is one
     lent: bool = False  # whether a forward is using it
-    holders: Any = None  # who held its memory when it was lent: more of them later keep it (`offload/escapes.py`)
+    holders: Any = None  # who held its memory when it was lent: if others do later, it is theirs (`offload/escapes.py`)
     used: int = 0  # number of the last loan of it: the slot with the lowest is filled next
     version: int = 0  # of `base` when it was lent: a higher one now means that somebody wrote to it
     visits: dict[int, Any] = field(default_factory=dict)  # index of a unit -> its weights in this slot

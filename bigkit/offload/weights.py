@@ -103,7 +103,7 @@ class Weight:
         parts: suffix -> plain tensor it is made of.
         away: the handle that stands in the model while it rests (`handle.Away`).
         aliases: the same weight in other units.
-        outside: the tensor that it was, where others hold it (`outside.py`).
+        outside: the tensor that stood there before, if something else still holds it (`outside.py`).
         lender, index: the streamer that lends it, and the number of its unit there.
     """
 
@@ -130,7 +130,7 @@ class Weight:
         return "disk" if any(part.source is not None for part in self.parts.values()) else "cpu"
 
     def order(self) -> tuple[str, int]:
-        """What sorts weights as they lie in their files; those in RAM keep their order, and come first."""
+        """A key that sorts weights as they lie in their files; those in RAM keep their order, and come first."""
         part = next(iter(self.parts.values()))
         return (str(part.source.path), part.at) if part.source else ("", 0)
 
@@ -141,7 +141,7 @@ class Weight:
 
     @torch.inference_mode(False)
     def load(self, device: torch.device | None = None) -> Tensor:
-        """The weight from where it rests, on its own memory if `device` is another than the CPU.
+        """The weight as it rests: no copy on the CPU, and a copy on any other device.
 
         Raises:
             OSError: its file was changed.

@@ -37,6 +37,7 @@ class Number(widgets.VBox):
         stops: the values that the slider stops at, if they are not evenly spaced.
         words: value -> text, where it is not the number itself; the text can be typed too.
         continuous_update: whether the slider reports before the hand lets go.
+        tip: what it is, which shows where it is pointed at.
     """
 
     value = traitlets.Any()
@@ -48,17 +49,17 @@ class Number(widgets.VBox):
     def __init__(
         self, description: str, value: float, *, min: float = 0, max: float = 100, step: float = 1, whole: bool = True,
         turned: bool = True, stops: Sequence[float] = (), words: Mapping[float, str] | None = None,
-        continuous_update: bool = False,
+        continuous_update: bool = False, tip: str = "",
     ) -> None:  # fmt: skip
         self.description, self.whole, self.stops, self._words = description, whole, list(stops), dict(words or {})
-        self.entry = _wide(widgets.Text, description, "", continuous_update=False)
+        self.entry = _wide(widgets.Text, description, "", tip, continuous_update=False)
         self.slider: Any = None  # its name is that of the field; touch.js tells screen readers so
         limits = {"min": min, "max": max, "step": step}
         if self.stops:
             self.slider = _wide(widgets.IntSlider, "", 0, min=0, max=len(self.stops) - 1, readout=False)
         elif turned:
             kind = widgets.IntSlider if whole else widgets.FloatSlider
-            self.slider = _wide(kind, "", value, readout=False, **limits)
+            self.slider = _wide(kind, "", value, readout=False, min=min, max=max, step=step)
         super().__init__([self.entry, *([self.slider] if self.slider else [])], layout=widgets.Layout(width="100%"))
         self.add_class("bigkit-number")
         self.set_trait("continuous_update", continuous_update)
@@ -133,29 +134,30 @@ def field(kind: type[widgets.Widget], description: str, value: Any, **options: A
     return _wide(kind, description, value, **options)
 
 
-def _wide(kind: type[widgets.Widget], description: str, value: Any, **options: Any) -> widgets.Widget:
+def _wide(kind: type[widgets.Widget], description: str, value: Any, tip: str = "", **options: Any) -> widgets.Widget:
     traits = kind.class_trait_names()
     if "continuous_update" in traits:
         options.setdefault("continuous_update", False)
     tooltip = "tooltip" if "tooltip" in traits else "description_tooltip"
-    options.setdefault(tooltip, description)  # without one the browser says "null"
+    options.setdefault(tooltip, tip or description)  # without one the browser says "null"
     layout = widgets.Layout(width="auto", min_width="0")
     return kind(value=value, description=description, style={"description_width": "82px"}, layout=layout, **options)
 
 
-def slider(description: str, options: Iterable[tuple[str, int]], value: int) -> Number:
+def slider(description: str, options: Iterable[tuple[str, int]], value: int, tip: str = "") -> Number:
     """A slider over (text, number) options; other numbers between the ends can be typed."""
     words: dict[float, str] = {number: text for text, number in options}
-    return Number(description, value, stops=[*words], words=words)
+    return Number(description, value, stops=[*words], words=words, tip=tip)
 
 
 def token_slider(value: int, none: bool) -> Number:
     """A slider over context lengths, two steps an octave; `value` is among them, and 0 ("none") if wanted."""
     lengths = sorted({*TOKENS, value, *([0] if none else [])})
-    return slider("Context", [(f"{n:,}" if n else "none", n) for n in lengths], value)
+    tip = "Tokens of each sequence, prompt and answer together"
+    return slider("Context", [(f"{n:,}" if n else "none", n) for n in lengths], value, tip)
 
 
-def menu(description: str, options: Sequence[Any], value: Any) -> widgets.Dropdown:
+def menu(description: str, options: Sequence[Any], value: Any, tip: str = "") -> widgets.Dropdown:
     """A list to choose from.
 
     Raises:
@@ -163,7 +165,7 @@ def menu(description: str, options: Sequence[Any], value: Any) -> widgets.Dropdo
     """
     if value not in options:
         raise ValueError(f"unknown {description.lower()} {value!r}: expected one of {', '.join(map(repr, options))}")
-    return field(widgets.Dropdown, description, value, options=options)
+    return field(widgets.Dropdown, description, value, options=options, tip=tip)
 
 
 def dtype_menu(dtype: object) -> widgets.Dropdown:
@@ -178,7 +180,8 @@ def chosen_dtype(control: widgets.Dropdown) -> str | None:
 
 def cache_menu(kv_dtype: object) -> widgets.Dropdown:
     """A menu of dtypes for keys and values in the cache; None is "as computed"."""
-    return menu("KV cache", (AS_COMPUTED, *KV_DTYPES), kv_dtype_name(kv_dtype) or AS_COMPUTED)
+    tip = "The dtype in which keys and values are kept; as computed: that of the model"
+    return menu("KV cache", (AS_COMPUTED, *KV_DTYPES), kv_dtype_name(kv_dtype) or AS_COMPUTED, tip)
 
 
 def chosen_cache(control: widgets.Dropdown) -> str | None:

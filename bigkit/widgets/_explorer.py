@@ -119,7 +119,7 @@ class Explorer(Remembered, widgets.VBox):
             for heading, controls in groups.items()
         ]
         style = widgets.HTML(_STYLE, layout=widgets.Layout(display="none"))
-        pictures = widgets.HBox([self.before, self.picture], layout=widgets.Layout(flex_flow="row wrap"))
+        pictures = widgets.HBox([self.before, self.picture], layout=widgets.Layout(flex_flow="row wrap-reverse"))
         right = [style, self.working, self.error, self.verdict, pictures.add_class("bigkit-pictures"), self.about]
         narrow = widgets.Layout(flex="0 0 290px", width="290px", padding="0 12px 0 0")
         wide = widgets.Layout(flex="1 1 300px", width="auto", min_width="0")
@@ -401,7 +401,7 @@ class Explorer(Remembered, widgets.VBox):
     def _code_pane(self) -> str:
         code = self.to_code()
         return (
-            f'<div><textarea readonly aria-label="Python code" rows="{code.count(chr(10)) + 1}" '
+            f'<div><textarea readonly aria-label="Python code" rows="{code.count(chr(10)) + 2}" '
             f'style="width:100%;box-sizing:border-box;{MONO}">{html.escape(code)}</textarea>'
             f'<button onclick="{_COPY}">Copy to clipboard</button></div>'
         )

@@ -101,10 +101,10 @@ class FitExplorer(Explorer):
                 },
                 "Load": {
                     "context": token_slider(context, none=False),
-                    "batch": field(widgets.BoundedIntText, "Batch", batch, min=1, max=4096),
+                    "batch": field(widgets.BoundedIntText, "Batch", batch, min=1, max=4096, tip="Sequences at once"),
                     "kv_dtype": cache_menu(kv_dtype),
                 },
-                "What counts": {"target": menu("Best by", [*TARGETS], target)},
+                "What counts": {"target": menu("Best by", [*TARGETS], target, "What ranks first in the picture")},
             },
             {
                 "Plan of the best": lambda: preformatted(self.shown.ways[0][0].explain(), wrap=True),

@@ -143,14 +143,20 @@ class PlanExplorer(Explorer):
                     "ram": field(widgets.BoundedFloatText, "RAM, GiB", start["ram"], min=0, max=2**15, step=1),
                     "disk": field(widgets.BoundedFloatText, "Disk, GiB", start["disk"], min=0, max=2**20, step=1),
                     "overhead": field(
-                        widgets.BoundedFloatText, "CUDA, MiB", start["overhead"], min=0, max=2**14, step=1
-                    ),
+                        widgets.BoundedFloatText,
+                        "CUDA, MiB",
+                        start["overhead"],
+                        min=0,
+                        max=2**14,
+                        step=1,
+                        tip="What the CUDA context and the allocator take on each GPU",
+                    ),  # fmt: skip
                 },
                 "Plan": {
-                    "strategy": menu("Strategy", (*STRATEGIES, CUSTOM), strategy),
+                    "strategy": menu("Strategy", (*STRATEGIES, CUSTOM), strategy, "How layers are placed"),
                     "planner_button": self.planner_button,
                     "context": token_slider(context, none=True),
-                    "batch": field(widgets.BoundedIntText, "Batch", batch, min=1, max=4096),
+                    "batch": field(widgets.BoundedIntText, "Batch", batch, min=1, max=4096, tip="Sequences at once"),
                     "kv_dtype": cache_menu(kv_dtype),
                 },
             },

@@ -12,6 +12,9 @@
 // dragged onto marks whose keys begin so; data-along="x" takes the nearest of these from left to right, wherever the
 // pointer is; data-at is the key of the one where it is now. A drag that ends nowhere has the `onto` null.
 //
+// A drag aims at the marks as they stood when it began: pictures that come meanwhile may move them, and what arrives late
+// changes nothing. Only where nothing stood then does the newest picture count.
+//
 // Keys: arrows go from mark to mark, Enter clicks, Shift with arrows drags to the next place, Escape ends it.
 //
 // Leaves out: what follows. Below `attach` is what Jupyter needs (https://anywidget.dev); it needs no other library.
@@ -24,7 +27,7 @@ export function attach(element, { onClick, onDrag, onUndo } = {}) {
   const page = element.ownerDocument;
   const tip = page.createElement("div");
   let here = null; // key of the mark that is pointed at
-  let held = null; // what is being dragged: { key, onto, x, y, moving }
+  let held = null; // what is being dragged: { key, onto, x, y, moving, stood }
   let pointer = null; // where the pointer is; null when the keyboard was used last
   let awaited = []; // when the places were said whose pictures are awaited
 
@@ -61,7 +64,8 @@ export function attach(element, { onClick, onDrag, onUndo } = {}) {
     outline(held?.onto ?? here, held ? "#D55E00" : "currentColor");
     tip.style.display = mark ? "block" : "none";
     if (!mark) return;
-    if (tip.textContent !== (words ?? mark.says)) tip.textContent = words ?? mark.says;
+    words ??= onDrag && mark.dataset.onto ? `${mark.says} Drag to move it.` : mark.says;
+    if (tip.textContent !== words) tip.textContent = words;
     const box = mark.getBoundingClientRect();
     const [x, y] = pointer ? [pointer.x + 12, pointer.y + 16] : [box.left, box.bottom + 6];
     tip.style.left = `${Math.max(4, Math.min(x, innerWidth - tip.offsetWidth - 8))}px`;
@@ -78,24 +82,24 @@ export function attach(element, { onClick, onDrag, onUndo } = {}) {
     }
     element.querySelector("svg > title")?.remove();
     awaited.shift();
-    if (held) drag();
-    else if (here) show(pointer ? at(pointer.x, pointer.y)[0] : find(here));
+    if (held?.moving) drag();
+    else if (here && !held) show(pointer ? at(pointer.x, pointer.y)[0] : find(here));
   }
 
+  // The key of the mark that the drag is over.
   function target() {
     const { x, y } = pointer;
-    if (!held.along) return at(x, y).find((mark) => fits(mark, held.kinds) && mark.dataset.key !== held.key);
-    const far = (mark) => {
-      const box = mark.getBoundingClientRect();
-      return Math.max(box.left - x, x - box.right, 0);
-    };
-    return marks().filter((mark) => fits(mark, held.kinds)).sort((a, b) => far(a) - far(b))[0];
+    const off = ({ box }) => Math.max(box.left - x, x - box.right, 0);
+    if (held.along) return held.stood.sort((a, b) => off(a) - off(b))[0]?.key ?? null;
+    const over = ({ box }) => box.left <= x && x < box.right && box.top <= y && y < box.bottom;
+    const other = (mark) => fits(mark, held.kinds) && mark.dataset.key !== held.key;
+    return (held.stood.findLast(over)?.key ?? at(x, y).find(other)?.dataset.key) || null;
   }
 
   // Say where the drag is, but not much faster than pictures come.
   function drag() {
-    const mark = target();
-    const onto = mark ? mark.dataset.key : null;
+    const onto = target();
+    const mark = find(onto);
     awaited = awaited.filter((since) => performance.now() - since < PATIENCE);
     if (onto !== held.onto && awaited.length < AHEAD) {
       held.onto = onto;
@@ -107,7 +111,7 @@ export function attach(element, { onClick, onDrag, onUndo } = {}) {
 
   function drop(cancelled) {
     const { key, moving } = held;
-    const onto = cancelled || !moving ? null : target()?.dataset.key ?? null;
+    const onto = cancelled || !moving ? null : target();
     held = null;
     awaited = [];
     element.style.cursor = "";
@@ -122,7 +126,10 @@ export function attach(element, { onClick, onDrag, onUndo } = {}) {
       element.focus({ preventScroll: true });
       if (!mark || event.button) return;
       const { key, onto, along } = mark.dataset;
-      held = { key, kinds: onDrag && onto, along, x: pointer.x, y: pointer.y, onto: null, moving: false };
+      const kinds = (onDrag && onto) || "";
+      const places = marks().filter((other) => other !== mark && fits(other, kinds));
+      const stood = places.map((place) => ({ key: place.dataset.key, box: place.getBoundingClientRect() }));
+      held = { key, kinds, along, x: pointer.x, y: pointer.y, onto: null, moving: false, stood };
       element.setPointerCapture?.(event.pointerId);
       event.preventDefault();
     },
@@ -139,6 +146,9 @@ export function attach(element, { onClick, onDrag, onUndo } = {}) {
       if (!moving) onClick?.({ key });
     },
     pointercancel: () => held && drop(true),
+    wheel() {
+      if (held && !held.along) held.stood = []; // the page scrolls under the hand
+    },
     pointerleave() {
       if (held) return;
       pointer = null;
@@ -200,6 +210,33 @@ function nameSliders(panel) {
   }
 }
 
+// Panes open with the keyboard too.
+function namePanes(panel) {
+  for (const head of panel.querySelectorAll("[class*=Collapse-header]")) {
+    head.tabIndex = 0;
+    head.setAttribute("role", "button");
+    head.setAttribute("aria-expanded", `${Boolean(head.closest("[class*=Collapse-open]"))}`);
+  }
+}
+
+const panel = {
+  // The notebook's own keys wait while a control has the focus: x would cut the cell, and an arrow would leave it.
+  keydown(event) {
+    const head = event.target.closest("[class*=Collapse-header]");
+    if (head && (event.key === "Enter" || event.key === " ")) {
+      head.click();
+      event.preventDefault();
+    }
+    const runs = event.shiftKey && event.key === "Enter";
+    if (!event.ctrlKey && !event.metaKey && !event.altKey && !runs) event.stopPropagation();
+  },
+  // What a button opens comes into view.
+  click({ currentTarget, target }) {
+    const show = () => currentTarget.querySelector("[class*=Collapse-open]")?.scrollIntoView({ block: "nearest" });
+    if (["Code", "Export"].includes(target.closest(".bigkit-buttons button")?.textContent)) setTimeout(show, 300);
+  },
+};
+
 export default {
   render({ model, el }) {
     const draw = () => (el.innerHTML = model.get("value"));
@@ -208,10 +245,11 @@ export default {
     draw();
     model.on("change:value", draw);
     const detach = attach(el, { onClick: send("click"), onUndo: send("undo"), ...touched });
-    let panel = null;
+    let around = null;
     const names = setInterval(() => {
-      panel ??= el.closest(".bigkit-explorer");
-      if (panel) nameSliders(panel);
+      if (!around && (around = el.closest(".bigkit-explorer")))
+        for (const [name, handler] of Object.entries(panel)) around.addEventListener(name, handler);
+      if (around) nameSliders(around), namePanes(around);
     }, 1000);
     return () => {
       clearInterval(names);

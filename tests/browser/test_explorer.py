@@ -74,6 +74,14 @@ def middle(place: Locator) -> tuple[float, float]:
     return box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
 
 
+def hold(page: Page, grip: Locator, goal: Locator) -> None:
+    """Drag one mark over another, and let the hand rest there; both are looked for before the hand moves."""
+    start, end = middle(grip), middle(goal)
+    page.mouse.move(*start)
+    page.mouse.down()
+    page.mouse.move(*end, steps=5)
+
+
 def tip(page: Page) -> Locator:
     return page.locator("body > [role=status]:visible")
 
@@ -127,7 +135,9 @@ def test_drag_compare_and_undo(course: Course, screenshots: Path) -> None:
     expect(explorer.get_by_role("button", name="Back to the planner")).to_be_visible()
     expect(verdict).to_contain_text(re.compile("Moved: 1?[0-9] layers from GPU 1 to GPU 0"))
     expect(explorer.locator(".bigkit-before svg")).to_have_attribute("aria-label", before or "")
-    course.notebook.run("repr(plan.drag('layer:2', 'device:cpu'))")
+    hold(page, mark(explorer, "layer:2"), mark(explorer, "device:cpu"))
+    page.mouse.up()
+    expect(mark(explorer, "layer:2")).to_have_attribute("data-at", "device:cpu")
     expect(mark(explorer, "device:cpu:weights")).to_be_attached()
     explorer.get_by_role("button", name="Undo").click()
     expect(mark(explorer, "device:cpu:weights")).not_to_be_attached()
@@ -135,6 +145,53 @@ def test_drag_compare_and_undo(course: Course, screenshots: Path) -> None:
     expect(picture).to_have_attribute("aria-label", before or "")
     explorer.get_by_role("button", name="Compare").click()
     assert course.notebook.run("plan.state").endswith("strategy=auto'")
+
+
+def test_a_still_hand_keeps_its_aim_while_pictures_come(course: Course) -> None:
+    """The picture of the first place has its marks elsewhere; what is aimed at is what stood there before."""
+    from playwright.sync_api import expect
+
+    explorer, page = course.explorer("plan"), course.page
+    explorer.get_by_role("button", name="Reset").click()
+    layer = mark(explorer, "layer:8")
+    expect(layer).to_have_attribute("data-at", "device:0")
+    explorer.scroll_into_view_if_needed()
+    hold(page, layer, mark(explorer, "device:cpu"))
+    expect(layer).to_have_attribute("data-at", "device:cpu")  # it is shown there already
+    explorer.locator(".bigkit-picture").evaluate(
+        "at => { window.pictures = 0; new MutationObserver(() => window.pictures++).observe(at, {childList: true}) }"
+    )
+    page.wait_for_timeout(1000)
+    assert page.evaluate("window.pictures") == 0, "the aim went to and fro"
+    page.mouse.up()
+    expect(explorer.get_by_role("button", name="Back to the planner")).to_be_visible()
+    expect(layer).to_have_attribute("data-at", "device:cpu")
+    explorer.get_by_role("button", name="Reset").click()
+    expect(layer).to_have_attribute("data-at", "device:0")
+
+
+def test_keys_in_a_control_are_not_the_notebooks(course: Course) -> None:
+    """In JupyterLab x cuts the cell and an arrow leaves it; neither, while a list or a pane has the focus."""
+    from playwright.sync_api import expect
+
+    explorer, page = course.explorer("plan"), course.page
+    cells, strategy = course.notebook.cells.count(), explorer.locator("select").nth(3)
+    pane = explorer.get_by_role("button", name="Device map")  # its name comes with the keys
+    expect(pane).to_have_attribute("aria-expanded", "false")
+    strategy.focus()
+    page.keyboard.press("ArrowDown")
+    expect(strategy).to_have_value("balanced")
+    page.keyboard.press("x")
+    assert course.notebook.cells.count() == cells
+    expect(strategy).to_be_focused()
+    page.keyboard.press("ArrowUp")
+    expect(strategy).to_have_value("auto")
+    pane.focus()
+    page.keyboard.press("Enter")
+    expect(explorer.get_by_text("model.embed_tokens").first).to_be_visible()
+    expect(pane).to_have_attribute("aria-expanded", "true")
+    page.keyboard.press("Enter")
+    expect(pane).to_have_attribute("aria-expanded", "false")
 
 
 def test_numbers_are_typed_and_sliders_have_names(course: Course) -> None:

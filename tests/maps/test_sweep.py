@@ -24,8 +24,8 @@ DATA = ("DataDependentOutputException", "DynamicOutputShapeException")  # what f
 # Those that name no blocks, or not all, and others that once met tensors of two devices.
 CHOSEN = [
     "albert", "audioflamingo3", "bart", "bert-generation", "big_bird", "biogpt", "blenderbot-small", "canine",
-    "cohere2_vision", "convbert", "cosmos3_edge", "ctrl", "deberta", "deepseek_vl", "idefics3_vision",
-    "internvl_vision", "llama", "luke", "marian", "mpnet", "pegasus", "t5",
+    "cohere2_vision", "convbert", "cosmos3_edge", "ctrl", "deberta", "deepseek_vl", "deformable_detr",
+    "idefics3_vision", "internvl_vision", "llama", "luke", "marian", "mpnet", "pegasus", "t5",
 ]  # fmt: skip
 
 
