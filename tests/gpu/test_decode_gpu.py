@@ -12,7 +12,7 @@ from bigkit.offload import resting_cache
 from bigkit.offload.resting_cache import RestingCache
 
 SIZES = {"hidden_size": 512, "intermediate_size": 1024, "num_attention_heads": 8, "num_key_value_heads": 4,
-         "head_dim": 64, "vocab_size": 1000, "max_position_embeddings": 4096}  # fmt: skip
+         "head_dim": 64, "vocab_size": 1000, "max_position_embeddings": 4096, "tie_word_embeddings": False}  # fmt: skip
 GREEDY = {"max_new_tokens": 24, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
 AROUND = {"model.embed_tokens": 0, "model.norm": 0, "model.rotary_emb": 0, "lm_head": 0}
 LLAMA, GEMMA, QWEN = (
@@ -21,10 +21,10 @@ LLAMA, GEMMA, QWEN = (
 )  # fmt: skip
 
 
-def build(kind=LLAMA, blocks=5, **options):
+def build(kind=LLAMA, blocks=5, dtype=torch.bfloat16, **options):
     torch.manual_seed(0)
     with torch.device("cuda:0"):
-        model = kind[0]._from_config(kind[1](**SIZES, num_hidden_layers=blocks, **options), dtype=torch.bfloat16)
+        model = kind[0]._from_config(kind[1](**SIZES, num_hidden_layers=blocks, **options), dtype=dtype)
         for parameter in model.parameters():
             if parameter.ndim > 1:
                 torch.nn.init.normal_(parameter, std=0.06)
@@ -46,7 +46,7 @@ def same_by_graphs(model, sequences=1):
     with bigkit.graph_decode(model) as decoder:
         got = [model.generate(tokens, **GREEDY) for tokens in prompts]
     assert all(map(torch.equal, got, expected))
-    assert len({*expected[0].flatten().tolist()}) > 20  # not one token again and again
+    assert len({*expected[0][0, 16:].tolist()}) > 1  # not one token again and again
     assert decoder.captured <= 2 and decoder.replayed > 50
     assert torch.equal(plain(model, prompts[2]), expected[2])
     return decoder
@@ -192,12 +192,10 @@ def test_no_copy_overtakes_attention(busy):
 
 @pytest.mark.parametrize("options", [{"prompt_lookup_num_tokens": 5}, {"assistant_model": None}])
 def test_several_tokens_a_pass_of_a_model_in_ram(options):
-    model = bigkit.dispatch_model(build(), {**AROUND, "model.layers": "cpu"}, 0)
+    # In bfloat16 a pass over several tokens rounds otherwise than one over one, and texts part at a near tie.
+    model = bigkit.dispatch_model(build(dtype=torch.float32), {**AROUND, "model.layers": "cpu"}, 0)
     expected = model.generate(prompt(), **GREEDY)
-    options = {"assistant_model": build()} if "assistant_model" in options else options
-    got = model.generate(prompt(), **GREEDY, **options)
+    options = {"assistant_model": build(dtype=torch.float32)} if "assistant_model" in options else options
+    assert torch.equal(model.generate(prompt(), **GREEDY, **options), expected)
     cache = RestingCache(model.config)
-    resting = model.generate(prompt(), past_key_values=cache, **GREEDY, **options)
-    # A pass over several tokens rounds otherwise than one over one: where two tokens are nearly as likely, texts part.
-    first = int((got != expected).flatten().int().argmax()) if not torch.equal(got, expected) else got.shape[1]
-    assert first > 20 and torch.equal(resting, got)
+    assert torch.equal(model.generate(prompt(), past_key_values=cache, **GREEDY, **options), expected)
