@@ -113,8 +113,9 @@ class Bench:
             first = time.perf_counter() - begin
             seconds, _ = self.decode(model, new)
             row = {"part": part, "way": "one graph a token", "tokens_per_s": round(1 / seconds, 1)}
+            equal = bool(torch.equal(text, expected))
             yield row | {
-                "equal": bool(torch.equal(text, expected)), "first_call_s": round(first, 2), "replayed": decoder.replayed,
+                "equal": equal, "first_call_s": round(first, 2), "replayed": decoder.replayed,
                 "graph_mb": round((self.reserved() - before) / 1e6),
             }  # fmt: skip
 
