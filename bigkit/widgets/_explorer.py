@@ -280,12 +280,12 @@ class Explorer(Remembered, widgets.VBox):
     @contextmanager
     def following(self) -> Iterator[None]:
         """Take changes that follow from the one before as one with it, also for Undo."""
-        self._turning = True
+        before, self._turning = self._turning, True
         try:
             with self.together():
                 yield
         finally:
-            self._turning = False
+            self._turning = before
 
     def refresh(self) -> None:
         """Compute and show again."""
