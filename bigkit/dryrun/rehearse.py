@@ -22,8 +22,9 @@ from ..devices import Device, placement, read_device
 from ..machine.hardware import Gpu
 from ..machine.ledger import Calibration
 from ..machine.roofline import ARRIVE, FILL, LEAVE, Operation
+from ..maps.links import DeviceMap
 from ..offload.dispatch import dispatch_model
-from ..offload.hooks import AlignDevicesHook, SequentialHook
+from ..offload.lenders import streamers_in
 from ..offload.transfer import PlainLane, Slot
 from ..offload.weights import Unit
 from ..quantize.load import BnbQuantizationConfig
@@ -78,9 +79,11 @@ def rehearse(
         quantization: of its linear layers, which are bitsandbytes' already.
         replay: see `dry_run`.
     """
+    works: Mapping[str, Device] = getattr(places, "works", {})
     places = {name: read_device(device) for name, device in places.items()}
-    main = next((device for device in places.values() if isinstance(device, int)), 0)
-    in_ram = {name: "cpu" if device == "disk" else device for name, device in places.items()}
+    main = next((device for device in (*works.values(), *places.values()) if isinstance(device, int)), 0)
+    in_ram = DeviceMap({name: "cpu" if device == "disk" else device for name, device in places.items()}, works)
+    known = works or any(isinstance(device, int) for device in places.values())
     with fake_gpus(target) as log, as_with_data(), ExitStack() as stack:
         log.kind = "weights"
         if quantization is None:
@@ -91,7 +94,7 @@ def rehearse(
             stack.enter_context(fake_bitsandbytes(log))
             fill_quantized(model.eval(), in_ram, main, quantization)
         if set(places.values()) != {main}:
-            dispatch_model(model, in_ram, main, slots=slots, resident_memory=resident_memory)
+            dispatch_model(model, in_ram, None if known else main, slots=slots, resident_memory=resident_memory)
             _replace_lanes(model, log, places)
         log.trace.mark("fill")
         log.kind = "activations"
@@ -168,11 +171,8 @@ class FakeLane(PlainLane):
 
 def _replace_lanes(model: nn.Module, log: OperationLog, places: Mapping[str, Device]) -> None:
     """Put fake lanes in the place of those of a dispatched model."""
-    hooks = [vars(module).get("_hf_hook") for module in model.modules()]
-    parts = [part for hook in hooks for part in (hook.hooks if isinstance(hook, SequentialHook) else (hook,))]
-    streamers = {part.streamer for part in parts if isinstance(part, AlignDevicesHook) and part.streamer is not None}
     numbers: dict[int, int] = {}
-    for streamer in streamers:
+    for streamer in streamers_in(model):
         streamer.lane = FakeLane(streamer.device, log, places, numbers)
 
 

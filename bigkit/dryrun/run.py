@@ -23,6 +23,7 @@ from ..devices import Device, read_device, whole_on
 from ..machine.hardware import CONTEXT_BYTES, HARDWARE, Hardware, machine_of
 from ..machine.ledger import Calibration, Ledger, calibration_of, overhead_of
 from ..maps.advise import rates_of
+from ..maps.links import DeviceMap
 from ..maps.plan import Plan
 from ..maps.strategies import place
 from ..meta.skeleton import spec_from_module
@@ -76,7 +77,8 @@ def dry_run(
         slots, resident_memory: see `dispatch_model`; None takes the plan's slots, or two.
         calibration: rates measured on that machine; None takes the ones in the ledger if the hardware is this machine
             (`Hardware.detect()`) and `calibrate()` was called here, else the vendors' figures.
-        quantization: of the linear layers: a `BnbQuantizationConfig` or one of `QUANTIZATIONS`; None takes the plan's.
+        quantization: of the linear layers: a `BnbQuantizationConfig` or one of `QUANTIZATIONS`; None takes the plan's,
+            or what a repository is quantized to.
             bitsandbytes' own Python for CUDA is followed (`dryrun/fake_bnb.py`).
         replay: trace blocks that are surely equal twice, then note the same again (`dryrun/replay.py`); False runs all.
 
@@ -99,7 +101,10 @@ def dry_run(
     if isinstance(given, Plan):
         dtype, quantization = dtype or given.dtype, quantization or given.quantization
         slots = slots or given.slots
-    numbers = sorted({device for device in places.values() if isinstance(device, int)}) or [0]
+    if quantization is None and dtype is None:
+        quantization = _quantized_so(model)
+    working = (*places.values(), *getattr(places, "works", {}).values())
+    numbers = sorted({device for device in working if isinstance(device, int)}) or [0]
     machine = _machine(hardware, max(numbers) + 1)
     here = calibration is None
     calibration = calibration or calibration_of(machine)
@@ -169,13 +174,28 @@ def _plan(
     )  # fmt: skip
 
 
+def _quantized_so(model: str | nn.Module | Callable[[], nn.Module]) -> BnbQuantizationConfig | None:
+    """How bitsandbytes has quantized a model already, by its config; None if it has not."""
+    if isinstance(model, str):
+        from .. import zoo
+
+        about = dict(zoo.describe(model).facts)
+    else:
+        config: Any = getattr(model, "config", None)
+        about = facts(config.to_dict()) if hasattr(config, "to_dict") else {}
+    settings = about.get("quantization_config")
+    if not isinstance(settings, Mapping) or settings.get("quant_method") != "bitsandbytes":
+        return None
+    return BnbQuantizationConfig.from_dict(settings, about.get("torch_dtype"))
+
+
 def _places(plan: Plan | Mapping[str, Device] | None) -> dict[str, Device]:
     """Module name -> where it rests, devices as plans name them."""
     device_map = {"": 0} if plan is None else plan.device_map if isinstance(plan, Plan) else plan
     places = {name: read_device(device) for name, device in device_map.items()}
     if "mps" in places.values():
         raise ValueError("a dry run knows GPUs, 'cpu' and 'disk', not mps")
-    return places
+    return DeviceMap(places, works) if (works := getattr(device_map, "works", {})) else places
 
 
 def _machine(hardware: Hardware | str | None, gpus: int) -> Hardware:

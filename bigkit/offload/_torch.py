@@ -30,6 +30,11 @@ def storage_id(tensor: Tensor) -> int:
         return 0
 
 
+def state_of(tensor: Tensor) -> tuple[int, int] | None:
+    """What changes when a tensor is written to or given other data; None if nothing would tell (`inference_mode`)."""
+    return None if tensor.is_inference() else (tensor._version, storage_id(tensor))
+
+
 def storage_users(tensor: Tensor) -> int:
     """How many tensors share a tensor's memory, and a constant. `torch._C._storage_Use_Count`, 2.11 to 2.15."""
     users: int = torch._C._storage_Use_Count(storage_id(tensor))
@@ -189,3 +194,13 @@ def tree_leaves(tree: Any) -> list[Any]:
 def tree_map_only(types: Any, function: Callable[[Any], Any], tree: Any) -> Any:
     """A copy of nested lists, tuples and dicts with what has one of the types replaced. `torch.utils._pytree`."""
     return pytree.tree_map_only(types, function, tree)
+
+
+def tree_flatten(tree: Any) -> tuple[list[Any], Any]:
+    """What lies in nested lists, tuples, dicts and outputs of Transformers, and how. `torch.utils._pytree`."""
+    return pytree.tree_flatten(tree)
+
+
+def tree_unflatten(leaves: list[Any], spec: Any) -> Any:
+    """The way back. `torch.utils._pytree`, 2.11 to 2.15."""
+    return pytree.tree_unflatten(leaves, spec)
