@@ -52,10 +52,6 @@ class Typical:
         link: share of a vendor's link that a copy from pinned RAM reaches (H200).
         issue: seconds that Python takes for one step (H200: 5.4e-6; slower hosts more).
         kernel: seconds that the smallest kernel takes (H200: 1.8e-6).
-        python_steps: Python's steps more in an operation that is itself written in Python (fitted to a token in nf4 on
-            an H200, bitsandbytes 0.49).
-        expert_steps: Python's steps more in a list of products, one for each expert (fitted to a token of Qwen3-30B on
-            an H200).
     """
 
     bandwidth: float = 0.88
@@ -67,8 +63,6 @@ class Typical:
     link: float = 0.87
     issue: float = 6e-6
     kernel: float = 2.5e-6
-    python_steps: int = 6
-    expert_steps: int = 29
 
 
 TYPICAL = Typical()
