@@ -30,7 +30,7 @@ import time
 import warnings
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -356,6 +356,8 @@ def predicted(results: dict[str, Any], case: dict[str, Any]) -> dict[str, Any]:
     run = dry_run(lambda: empty(case), places_of(case, empty(case)), *case["load"],
                   Hardware(results["machine"]["gpu"], (gpu,), 0, 0), calibration=calibration, quantization=kind,
                   dtype="bfloat16" if kind else None)  # fmt: skip
+    guess = replace(run, twin=None)
+    said["guessed"] = [guess.seconds["prefill"], guess.seconds.get("token")]
     said |= {"peak": [run.peak_allocated[0], run.peak_reserved[0]], "issued": issued_of(run)[:2],
              "seconds": [step.seconds for step in run.times], "busy": [dict(step.busy) for step in run.times[:2]],
              "took": time.perf_counter() - start}  # fmt: skip
@@ -393,9 +395,12 @@ def predict_all(paths: list[Path], save: Path | None, processes: int) -> None:
                 case["predicted"] = said
                 print(row_of(case), flush=True)
             everything.append(results)
-    print(summary([case for results in everything for case in results["cases"]]))
+    cases = [case for results in everything for case in results["cases"]]
+    print(summary(cases))
     if save:
-        save.write_text(json.dumps(everything, indent=1) + "\n")
+        about = {name: everything[0][name] for name in ("commit", "machine")}
+        late = sum((results["late"] for results in everything), [])
+        save.write_text(json.dumps({**about, "late": late, "rows": [kept(case) for case in cases]}, indent=1) + "\n")
 
 
 def best(seconds: list[float]) -> float:
@@ -409,15 +414,37 @@ def measured_times(case: dict[str, Any]) -> tuple[float, float | None]:
     return best([run[0][0] for run in case["steps"]]), best(tokens) if tokens else None
 
 
-def errors_of(case: dict[str, Any]) -> dict[str, float]:
-    """Quantity -> predicted / measured - 1."""
+def compared(case: dict[str, Any]) -> dict[str, tuple[float, float]]:
+    """Quantity -> predicted and measured, bytes or seconds."""
     said, (prompt, token) = case["predicted"], measured_times(case)
-    held = {"allocated": (said["peak"][0], case["peak"][0] - case["before"][0]),
-            "reserved": (said["peak"][1], case["peak"][1] - case["before"][1]),
-            "prompt": (said["seconds"][0], prompt)}  # fmt: skip
+    held = {
+        "allocated": (said["peak"][0], case["peak"][0] - case["before"][0]),
+        "reserved": (said["peak"][1], case["peak"][1] - case["before"][1]),
+        "prompt": (said["seconds"][0], prompt),
+    }
     if token and len(said["seconds"]) > 1:
         held["token"] = statistics.mean(said["seconds"][1 : 1 + TOKENS]), token
-    return {name: one / other - 1 for name, (one, other) in held.items()}
+    return held
+
+
+def errors_of(case: dict[str, Any]) -> dict[str, float]:
+    """Quantity -> predicted / measured - 1."""
+    return {name: predicted / measured - 1 for name, (predicted, measured) in compared(case).items()}
+
+
+def kept(case: dict[str, Any]) -> dict[str, Any]:
+    """What is kept of a case: the figures that are compared, with the twin's, or why there are none."""
+    about = {"case": key_of(case), "blocks": case["blocks"]}
+    said = case.get("predicted", {})
+    if problem := case.get("error") or said.get("error"):
+        return about | {"error": problem}
+    longest = [max(busy, key=busy.get) for busy in said["busy"]]
+    return about | {
+        "compared": compared(case),
+        "twin": said.get("twin"),
+        "longest": longest,
+        "without twin": said["guessed"],
+    }
 
 
 def row_of(case: dict[str, Any]) -> str:

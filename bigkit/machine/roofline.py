@@ -3,11 +3,11 @@
     one operation     the time of the smallest kernel, and the longer of: what it computes / the rate of such products,
                       what it reads and writes / the memory's bandwidth (of which such kernels reach a part),
                       the elements that it must take one by one / the rate of those
-    one step          lanes: Python takes one step of its own after another (each takes `issue`): it calls a module,
-                      issues an operation, launches a kernel. The GPU runs each operation when it was issued and the
-                      one before it is done. A decode step of a small model waits for Python, a long prompt for the
-                      GPU. Weights that rest elsewhere pass two more lanes, disk and link: the clock of
-                      `machine/streams.py` says when.
+    one step          lanes: Python takes one step of its own after another (each takes `issue`, or what it took in a
+                      narrow twin of the model that was measured): it calls a module, issues an operation, launches a
+                      kernel. The GPU runs each operation when it was issued and the one before it is done. A decode
+                      step of a small model waits for Python, a long prompt for the GPU. Weights that rest elsewhere
+                      pass two more lanes, disk and link: the clock of `machine/streams.py` says when.
 
 The rate of a matrix product grows with its size; it is read off a measured table, or off the vendor's figure and the
 share of it that large products reach (`TYPICAL`).
