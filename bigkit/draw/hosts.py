@@ -64,6 +64,8 @@ def hosts_text(plan: HostsPlan) -> str:
     ]  # fmt: skip
     table = text_table(["process", "host", "blocks", "modules", "holds", "elsewhere", "a token"], rows)
     lines = [_hop_text(plan), *(_pace_text(plan, groups) for groups in dict.fromkeys((1, plan.groups)))]
+    if plan.split:
+        lines.append(f"Every layer split over all GPUs instead: {three_figures(plan.split)} tokens/s for one sequence")
     left = [f"{listed(plan.left_out)} would hold nothing: the others are faster without."] * bool(plan.left_out)
     return "\n".join([hosts_label(plan), plan_settings(plan.stages[0].plan), "", table, "", *lines, *left])
 
