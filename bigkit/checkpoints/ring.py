@@ -101,7 +101,7 @@ class Slab:
             self.bytes.zero_()
         address, nbytes = self.bytes.data_ptr(), self.bytes.nbytes
         runtime = torch.cuda.cudart()
-        if int(runtime.cudaHostRegister(address, nbytes, 0)) == 0:
+        if int(runtime.cudaHostRegister(address, nbytes, 1)) == 0:  # 1: for all GPUs
             self.pinned = True
             _pinned[address] = nbytes
             done = torch.cuda.synchronize  # a copy out of it may still be under way when it is let go

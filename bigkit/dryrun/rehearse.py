@@ -22,6 +22,7 @@ from ..devices import Device, placement, read_device
 from ..machine.hardware import Gpu
 from ..machine.ledger import Calibration
 from ..machine.roofline import ARRIVE, FILL, LEAVE, Operation
+from ..maps.links import DeviceMap
 from ..offload.dispatch import dispatch_model
 from ..offload.hooks import AlignDevicesHook, SequentialHook
 from ..offload.transfer import PlainLane, Slot
@@ -34,7 +35,7 @@ from .attention import Target
 from .fake_gpu import OperationLog, Trace, fake_gpus
 from .inputs import NotMade
 from .replay import Unlike, replaying
-from .workload import Step, Workload, fill, in_words, work
+from .workload import Step, Workload, fill, in_words, step_name, work
 
 OURS = re.compile(r"[/\\](torch|bigkit[/\\]dryrun)[/\\]")  # files in which a fault of a model's own code does not lie
 PROCESSORS = {"T4": 40, "L4": 58, "RTX 3090": 82, "RTX 4090": 128, "A100-40GB": 108, "A100-80GB": 108}  # others: 132
@@ -78,9 +79,11 @@ def rehearse(
         quantization: of its linear layers, which are bitsandbytes' already.
         replay: see `dry_run`.
     """
+    works: Mapping[str, Device] = getattr(places, "works", {})
     places = {name: read_device(device) for name, device in places.items()}
-    main = next((device for device in places.values() if isinstance(device, int)), 0)
-    in_ram = {name: "cpu" if device == "disk" else device for name, device in places.items()}
+    main = next((device for device in (*works.values(), *places.values()) if isinstance(device, int)), 0)
+    in_ram = DeviceMap({name: "cpu" if device == "disk" else device for name, device in places.items()}, works)
+    known = works or any(isinstance(device, int) for device in places.values())
     with fake_gpus(target) as log, as_with_data(), ExitStack() as stack:
         log.kind = "weights"
         if quantization is None:
@@ -91,7 +94,7 @@ def rehearse(
             stack.enter_context(fake_bitsandbytes(log))
             fill_quantized(model.eval(), in_ram, main, quantization)
         if set(places.values()) != {main}:
-            dispatch_model(model, in_ram, main, slots=slots, resident_memory=resident_memory)
+            dispatch_model(model, in_ram, None if known else main, slots=slots, resident_memory=resident_memory)
             _replace_lanes(model, log, places)
         log.trace.mark("fill")
         log.kind = "activations"
@@ -101,8 +104,7 @@ def rehearse(
 
         def after(step: Step) -> None:
             label_cache(log, step.cache)
-            number = len(log.trace.steps) - 1  # the fill was the first
-            log.trace.mark(f"token {number}" if number else "prefill")
+            log.trace.mark(step_name(len(log.trace.steps) - 1))  # the fill was the first
 
         try:
             work(model, load, main, after)

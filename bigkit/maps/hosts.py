@@ -395,7 +395,7 @@ def _pace(machine: Hardware, reserved: int, quantization: str | None) -> _Pace:
     gpus = [gpu for gpu in budgets if gpu not in ("cpu", "disk")]
     first = rates[gpus[0] if gpus else "cpu"]
     tiers = [(max(0, budgets[gpu] - reserved), rates[gpu].memory) for gpu in gpus]
-    tiers += [(budgets["cpu"], first.link if gpus else first.memory)] if "cpu" in budgets else []
+    tiers += [(budgets["cpu"], sum(rates[gpu].link for gpu in gpus) or first.memory)] if "cpu" in budgets else []
     return _Pace([*tiers, (budgets["disk"], machine.disk_rate)], 1 / (ASSUMED.steps[quantization] * first.issue))
 
 

@@ -19,17 +19,19 @@ from ..machine.hardware import named_machine
 from ..model.estimate import load_text
 from ..units import GiB, counted, format_bytes
 from .experts import is_apart, why_apart
+from .links import DeviceMap
 from .llama_cpp import llama_cpp_command, llama_cpp_flags
 
 
 @dataclass(frozen=True)
 class Placed:
-    """One layer of a plan: its name, class, bytes at rest and device."""
+    """One layer of a plan: its name, class, bytes at rest and device; and if it rests there only, where it works."""
 
     name: str
     cls: str
     bytes: int
     device: Device
+    works: Device | None = None
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,7 @@ class Share:
     Args:
         device: a GPU's number, "mps", "cpu" or "disk".
         budget: the most it may hold; None for no limit.
-        runs: whether it runs layers, or only keeps them for the first device.
+        runs: whether it runs layers, or only keeps them for devices that do.
         weights: the layers that rest here, tied tensors once.
         kv_cache: the cache of the layers that run here, offloaded ones included.
         activations: working memory of the largest step.
@@ -83,8 +85,8 @@ class Plan:
         shares: what each device holds, in the order GPUs, RAM, disk.
         layers: every layer in the model's order, with its device.
         problem: why the plan is not feasible; empty if it is.
-        slots: offloaded layers that the first device holds in flight (the `slots` of `dispatch_model`); 0 if none is
-            offloaded.
+        slots: offloaded layers that each device holds in flight where such work (the `slots` of `dispatch_model`); 0 if
+            none is offloaded.
         library: where the model comes from; see `ModelSpec`.
         options: what else the plan was made with, by the names of `bigkit.plan`'s arguments.
         stored: how the weights are stored, in words.
@@ -130,13 +132,16 @@ class Plan:
     def device_map(self) -> dict[str, Device]:
         """Module name -> device as a plain dict; a module that is whole on one device is one entry.
 
-        `dispatch_model(model, plan)` takes the plan's number of slots with it; a dict alone gets two.
+        It knows where what rests in RAM or on disk works (`links.DeviceMap`). A copy of it as a plain dict does not:
+        then all GPUs that it names take turns. The plan itself brings its number of slots, too; else there are two.
         """
         inner = {layer.name for layer in is_apart(self.layers)}
         whole = collapse({layer.name: layer.device for layer in self.layers if layer.name not in inner})
         device_of = placement(whole)
         own = {layer.name: layer.device for layer in self.layers if layer.name in inner}
-        return {**whole, **{name: device for name, device in own.items() if device != device_of(name)}}
+        apart = {name: device for name, device in own.items() if device != device_of(name)}
+        works = {layer.name: layer.works for layer in self.layers if layer.works is not None}
+        return DeviceMap({**whole, **apart}, works) if works else {**whole, **apart}
 
     @property
     def offloaded(self) -> int:

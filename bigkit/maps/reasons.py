@@ -22,8 +22,11 @@ if TYPE_CHECKING:
 def why(plan: Plan, share: Share) -> str:
     """Why the stretch of layers on one device ends where it does."""
     if not share.runs:
-        where = "the devices of their blocks" if plan.experts else device_label(plan.shares[0].device)
-        return f"These visit {where} when their turn comes." if share.weights else ""
+        works = [layer.works for layer in plan.layers if layer.device == share.device and layer.works is not None]
+        places = sorted(set(map(device_label, works)))
+        where = "the devices of their blocks" if plan.experts else " and ".join(places)
+        turns = ", each the one whose link would bring it first" if len(places) > 1 and not plan.experts else ""
+        return f"These visit {where} when their turn comes{turns}." if share.weights else ""
     notes = []
     if share.reserve:
         spread = "" if plan.strategy in ("sequential", "custom") else "; the layers that stay are spread among those"

@@ -8,9 +8,9 @@ Every strategy cuts the chain into one stretch per GPU; they differ in where the
     balanced_low_0   leave GPU 0 as empty as possible, balance the others
     exact            make the context (weights + KV cache + activations) as long as possible
 
-What fits on no GPU rests in RAM, then on disk, and is brought to the first GPU when its turn comes. If there is such a
-layer, the first GPU keeps a reserve for it. "sequential" offloads what comes last. The others offload as few bytes as
-they can, and spread what stays on the first GPU evenly among what does not, so that copies hide behind work.
+What fits on no GPU rests in RAM, then on disk, and is brought to the GPUs in turn (`links.py`). If there is such a
+layer, each GPU keeps a reserve for it. "sequential" offloads what comes last. The others offload as few bytes as they
+can, and spread what stays evenly among what does not, so that copies hide behind work.
 Without a GPU the CPU runs everything. Layers that share a tied tensor stay together, or each copy is counted.
 
 Leaves out: the arithmetic of cutting (`partition.py`), the bytes on each device (`task.py`), a map of the user's own
@@ -59,6 +59,7 @@ def place(
     strict: bool = True,
     experts_on_cpu: int | None = None,
     kv_dtype: object = None,
+    links: Mapping[Device, float] | None = None,
 ) -> Plan:
     """Place a model's layers on devices so that no device holds more than its budget.
 
@@ -86,6 +87,7 @@ def place(
             (llama.cpp's `--n-cpu-moe`); all others stay. None: of as many as must.
         strict: raise if the plan is not feasible; False returns it, with `problem` set.
         kv_dtype: of keys and values in the cache, one of `model.attention.KV_DTYPES`; None: as the model computes.
+        links: GPU -> bytes a second of its link while all are busy; None: all are equal.
 
     Returns:
         The plan. Nothing given is changed.
@@ -108,6 +110,7 @@ def place(
         "offload_buffers": offload_buffers or None,
         "experts_on_cpu": experts_on_cpu,
         "kv_dtype": kv_dtype_name(kv_dtype),
+        "links": dict(links) if links and len({*links.values()}) > 1 else None,
     }
     warn_of_strangers(model, "special_dtypes", special)
     task = Task(
@@ -123,10 +126,11 @@ def place(
         kv_dtype=kv_dtype_name(kv_dtype),
         options={name: value for name, value in options.items() if value is not None},
         asked=context,
+        links=links or {},
     )
     if not isinstance(strategy, str):
         task, places = read_map(task, strategy)
-        plan = task.to_plan(places, "custom")
+        plan = task.to_plan(places, "custom", workers=[runner for runner in task.runners if runner in places])
     elif strategy in STRATEGIES:
         plan = _solve(task, strategy)
     else:
@@ -164,12 +168,14 @@ class _Trial(NamedTuple):
     Args:
         places: the place of each unit.
         slots: offloaded layers in flight.
-        copied: bytes to copy for a token; a byte from disk counts as 1 + `DISK`.
+        workers: where offloaded layers work.
+        copied: bytes to copy for a token, for each of these; a byte from disk counts as 1 + `DISK`.
         over: bytes over the budgets.
     """
 
     places: list[Device]
     slots: int
+    workers: list[Device]
     copied: float
     over: int
 
@@ -178,19 +184,23 @@ def _offload(task: Task, strategy: str) -> Plan:
     """Rest elsewhere what the runners cannot hold. What comes nearest is returned if nothing fits.
 
     Tried: nothing in flight, if all layers fit out of order; two slots (a layer arrives while another works); one slot.
-    Each is tried in the model's order, and with the largest layers put on the runners first, since a slot must hold the
-    largest that is offloaded. "sequential" takes the first that fits, the others the one that copies least.
+    Each is tried with all runners at work, then with the first alone, if the others have no room for slots; in the
+    model's order, and with the largest layers put on the runners first, since a slot must hold the largest that is
+    offloaded. "sequential" takes the first that fits, the others the one that copies least.
     """
     sizes = [None, *sorted({unit.largest for unit in task.units}, reverse=True)[:8]]
     best = nearest = None
-    for slots, first_size in product((0, SLOTS, 1), sizes):
-        places = _fill(task, slots, first_size)
+    teams = [task.runners, task.runners[:1]][: len(task.runners)]
+    for workers, slots, first_size in product(teams, (0, SLOTS, 1), sizes):
+        if best and len(workers) < len(best.workers):
+            break
+        places = _fill(task, slots, first_size, workers)
         if not slots and not set(places) <= set(task.runners):
             continue
-        shares = task.loads(task.by_layer(places), slots)(task.context)
+        shares = task.loads(task.by_layer(places), slots, workers)(task.context)
         elsewhere = {share.device: share.weights for share in shares if not share.runs}
-        copied = sum(elsewhere.values()) + DISK * elsewhere.get("disk", 0)
-        trial = _Trial(places, slots, copied, sum(share.over for share in shares))
+        copied = (sum(elsewhere.values()) + DISK * elsewhere.get("disk", 0)) / len(workers)
+        trial = _Trial(places, slots, workers, copied, sum(share.over for share in shares))
         if trial.over:
             nearest = min(nearest or trial, trial, key=lambda trial: trial.over)
         elif best is None or copied < best.copied * (1 if slots == best.slots else ONE_SLOT):
@@ -199,11 +209,14 @@ def _offload(task: Task, strategy: str) -> Plan:
             break
     chosen = best or nearest
     assert chosen is not None  # the two slots were tried
-    places = chosen.places if strategy == "sequential" else _spread(task, chosen.places)
-    return task.to_plan(task.by_layer(places), strategy, slots=chosen.slots)
+    ways = [chosen.places] if strategy == "sequential" else [_spread(task, chosen), chosen.places]
+    for way in ways:
+        if (plan := task.to_plan(task.by_layer(way), strategy, None, chosen.slots, chosen.workers)).feasible:
+            break
+    return plan
 
 
-def _fill(task: Task, slots: int, first_size: int | None) -> list[Device]:
+def _fill(task: Task, slots: int, first_size: int | None, workers: Sequence[Device]) -> list[Device]:
     """The place of each unit: the runners in order, then the gaps they leave, then RAM and disk.
 
     Units with a layer of `first_size` bytes or more go first.
@@ -213,15 +226,15 @@ def _fill(task: Task, slots: int, first_size: int | None) -> list[Device]:
     caches = [task.caches[i] for i in order]
     needs = [units[i].weights + cache for i, cache in zip(order, caches)]
     rooms, chain = task.rooms(task.context), Chain(needs)
-    # Of the units from each rank on: the largest layer, and the bytes that stay on the first runner if all are away.
-    largest = [*accumulate((units[i].largest for i in reversed(order)), max, initial=0)][::-1]
-    staying = [*accumulate((units[i].buffers + cache for i, cache in zip(order[::-1], caches[::-1])), initial=0)][::-1]
+    largest = [*accumulate((units[i].largest for i in reversed(order)), max, initial=0)][::-1]  # from each rank on
 
     # Offloading more units needs a larger reserve, which may push out more: until that is stable.
     resident = len(order)
     while True:
-        reserve = slots * largest[resident] + staying[resident] if slots else 0
-        left = [rooms[0] - reserve, *rooms[1:]]
+        reserve = Counter(dict.fromkeys(workers, slots * largest[resident]) if slots else {})
+        for i, worker in task.turns((i for k in order[resident:] for i in units[k].layers), workers).items():
+            reserve[worker] += task.staying(i) + task.kv(task.attention.get(i, ()), task.context) if slots else 0
+        left = [room - reserve[runner] for runner, room in zip(task.runners, rooms)]
         ends = chain.reach(left)
         if ends[-1] >= resident:
             break
@@ -249,19 +262,21 @@ def _fill(task: Task, slots: int, first_size: int | None) -> list[Device]:
     return places
 
 
-def _spread(task: Task, places: Sequence[Device]) -> list[Device]:
-    """The same bytes on each device, but units of one kind that stay on the first runner stand among the offloaded."""
-    main = task.runners[0]
+def _spread(task: Task, trial: _Trial) -> list[Device]:
+    """The same bytes on each device, but units of one kind that stay on a worker stand among the offloaded."""
+    places, workers = trial.places, trial.workers
     kinds: dict[Hashable, list[int]] = defaultdict(list)
     for i, unit in enumerate(task.units):
-        if places[i] in (main, "cpu", "disk"):
+        if places[i] in (*workers, "cpu", "disk"):
             kinds[unit.kind].append(i)
     even = list(places)
     for free in kinds.values():
         counts = Counter(places[i] for i in free)
-        for device in (main, "disk", "cpu"):
-            chosen = spread([1] * len(free), counts.pop(device, 0))
-            for k in chosen:
-                even[free[k]] = device
-            free = [i for k, i in enumerate(free) if k not in chosen]
+        for devices in (workers, ["disk"], ["cpu"]):
+            chosen = [free[k] for k in sorted(spread([1] * len(free), sum(counts[device] for device in devices)))]
+            free = [i for i in free if i not in set(chosen)]
+            for device in devices:
+                for i in (own := {chosen[k] for k in spread([1] * len(chosen), counts[device])}):
+                    even[i] = device
+                chosen = [i for i in chosen if i not in own]
     return even

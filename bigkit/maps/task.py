@@ -17,15 +17,16 @@ from typing import Any
 
 from ..devices import Device, device_label, prefixes, read_device
 from ..model.estimate import activation_bytes, longest_context, remarks, stacked_experts, stored_as
-from ..model.experts import experts_of
+from ..model.experts import experts_of, in_flight
 from ..model.spec import Attention, Layer, ModelSpec, Precision
 from ..model.stored import decoding_bytes
 from ..units import format_bytes, listed, parse_bytes
+from .links import take_turns
 from .partition import Chain, last_true
 from .plan import Placed, Plan, Share
 from .reasons import why
 
-SLOTS = 2  # offloaded layers in flight on the first GPU: one works while the next one arrives
+SLOTS = 2  # offloaded layers in flight on each GPU where such work: one works while the next one arrives
 LONGEST = 2**24  # tokens: no longer context is looked for
 _KIND = attrgetter("per_token", "window", "fixed", "float32", "every")  # of an `Attention`: all but its layer
 
@@ -38,7 +39,7 @@ class Unit:
         layers: their numbers.
         weights: bytes at rest, tied tensors counted once.
         largest: bytes of the largest layer, which is what travels at a time if the unit is offloaded.
-        buffers: bytes that stay on the first GPU even then.
+        buffers: bytes that stay where the unit works even then.
         attention: the KV caches that the layers fill.
         kind: equal for units that may change places, because they hold the same and share nothing with others.
     """
@@ -55,7 +56,8 @@ class Unit:
 class Task:
     """A model, the devices, and the load; the arguments of `strategies.place`, read and checked.
 
-    `options` are the arguments that only `Plan.to_code` needs again, `asked` the context before positions limit it.
+    `options` are the arguments that only `Plan.to_code` needs again, `asked` the context before positions limit it,
+    `links` the bytes a second of GPUs' links (all equal where none is given).
     """
 
     model: ModelSpec
@@ -70,6 +72,7 @@ class Task:
     kv_dtype: str | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
     asked: int = 0
+    links: Mapping[Device, float] = field(default_factory=dict)
 
     # -- the model's side
 
@@ -138,8 +141,20 @@ class Task:
             units.append(Unit(tuple(group), weights, max(self.sizes[i] for i in group), buffers, caches, kind))
         return units
 
+    def in_flight(self, layer: int, slots: int) -> int:
+        """Bytes of a device that layers of this size take which rest elsewhere, while they visit it."""
+        if layer not in self.around:
+            return slots * self.sizes[layer]
+        count, per_token = self.choices[self.layers[layer].name]
+        return in_flight(self.sizes[layer], count, per_token, slots)
+
+    @cached_property
+    def choices(self) -> dict[str, tuple[int, int]]:
+        """Name of a block's experts -> how many there are, and how many a token takes."""
+        return {one.name: (one.count, one.per_token) for one in experts_of(self.model)}
+
     def staying(self, layer: int) -> int:
-        """Bytes of a layer's buffers, if they stay on the first GPU when the layer is offloaded."""
+        """Bytes of a layer's buffers, if they stay where it works when the layer is offloaded."""
         return 0 if self.offload_buffers else self.layers[layer].bytes(self.precision, buffers_only=True)
 
     @cached_property
@@ -204,7 +219,23 @@ class Task:
         devices = {i: device for unit, device in zip(self.units, places) for i in unit.layers}
         return [devices[i] for i in range(len(self.layers))]
 
-    def loads(self, places: Sequence[Device], slots: int) -> Callable[[int], tuple[Share, ...]]:
+    def turns(self, layers: Iterable[int], workers: Sequence[Device]) -> dict[int, Device]:
+        """Where each of some layers works that rest in RAM or on disk: see `maps/links.py`."""
+        away = sorted(layers)
+        links = [self.links.get(worker, 1.0) for worker in workers]
+        turns = take_turns([self.sizes[i] - self.staying(i) for i in away], links)
+        return {i: workers[turn] for i, turn in zip(away, turns)}
+
+    def working_places(self, places: Sequence[Device], workers: Sequence[Device] | None = None) -> dict[int, Device]:
+        """Where each layer works that rests in RAM or on disk; None for `workers`: on all that run layers."""
+        away = [i for i, place in enumerate(places) if place not in self.runners]
+        works = self.turns((i for i in away if i not in self.around), workers or self.runners)
+        inside = {i: self.around[i] for i in away if i in self.around}
+        return works | {i: works.get(outer, places[outer]) for i, outer in inside.items()}
+
+    def loads(
+        self, places: Sequence[Device], slots: int, workers: Sequence[Device] | None = None
+    ) -> Callable[[int], tuple[Share, ...]]:
         """A function from a context to what every device holds, for the place of each layer."""
         weights, caches = Counter[Device](), defaultdict[Device, Counter[Attention]](Counter)
         for place, size in zip(places, self.sizes):
@@ -214,19 +245,16 @@ class Task:
             for i, size in others:
                 weights[places[i]] -= size if places[i] in holders else 0
                 holders.add(places[i])
-        main = self.runners[0]
-        offloaded = [i for i, place in enumerate(places) if place not in self.runners]
-        works = {i: places[self.around.get(i, i)] for i in offloaded}
-        works = {i: place if place in self.runners else main for i, place in works.items()}
+        works = self.working_places(places, workers)
         for i, records in self.attention.items():
-            caches[places[i] if places[i] in self.runners else main].update(records)
-        in_flight: dict[tuple[Device, bool], int] = {}  # experts have slots of their own
+            caches[works.get(i, places[i])].update(records)
+        flying: dict[tuple[Device, bool], int] = {}  # experts have slots of their own
         for i, place in works.items():
             kind = (place, i in self.around)
-            in_flight[kind] = max(in_flight.get(kind, 0), self.sizes[i])
+            flying[kind] = max(flying.get(kind, 0), self.in_flight(i, slots))
         reserve = Counter[Device]()
-        for (place, _), size in in_flight.items():
-            reserve[place] += slots * size
+        for (place, _), size in flying.items():
+            reserve[place] += size
         for i, place in works.items():
             reserve[place] += self.staying(i)
         busy = {*places, *works.values()} & {*self.runners}
@@ -249,17 +277,25 @@ class Task:
 
         return shares
 
-    def to_plan(self, places: Sequence[Device], strategy: str, context: int | None = None, slots: int = SLOTS) -> Plan:
+    def to_plan(
+        self,
+        places: Sequence[Device],
+        strategy: str,
+        context: int | None = None,
+        slots: int = SLOTS,
+        workers: Sequence[Device] | None = None,
+    ) -> Plan:
         """The plan for the place of each layer, feasible or not."""
         context = self.context if context is None else context
-        loads = self.loads(places, slots)
+        loads = self.loads(places, slots, workers)
         shares = loads(context)
         short = [f"{device_label(share.device)} lacks {format_bytes(share.over)}" for share in shares if share.over]
         longest = None
         if self.model.attention and not short:
             start = min(context, self.longest)
             longest = last_true(lambda n: not any(share.over for share in loads(n)), start, self.longest)
-        placed = zip(self.layers, self.sizes, places)
+        works = self.working_places(places, workers)
+        layers = zip(self.layers, self.sizes, places)
         plan = Plan(
             model=self.model.name,
             strategy=strategy,
@@ -269,7 +305,7 @@ class Task:
             context=context,
             max_context=longest,
             shares=shares,
-            layers=tuple(Placed(layer.name, layer.cls, size, place) for layer, size, place in placed),
+            layers=tuple(Placed(own.name, own.cls, size, at, works.get(i)) for i, (own, size, at) in enumerate(layers)),
             problem=" and ".join(short),
             slots=slots if any(place not in self.runners for place in places) else 0,
             library=self.model.library,

@@ -14,7 +14,7 @@ Leaves out: what hooks do (`hooks.py`), and which weights travel together (`grou
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import nn
@@ -24,18 +24,26 @@ from .copies import lend_copies
 from .experts import hook_class
 from .grouping import Layout, block_classes, has_forward, own_tensors
 from .hooks import AlignDevicesHook, add_hook_to_module
+from .on_cpu import Split, add_hooks
 from .stream import Streamer
 from .weights import Unit
 
 
-def attach(model: nn.Module, layout: Layout, lenders: Mapping[Unit, Streamer], skip_keys: tuple[str, ...]) -> None:
-    """Put hooks where a layout needs them."""
+def attach(
+    model: nn.Module,
+    layout: Layout,
+    lenders: Mapping[Unit, Streamer],
+    skip_keys: tuple[str, ...],
+    splits: Sequence[Split] = (),
+    threads: int | None = None,
+) -> None:
+    """Put hooks where a layout needs them; `splits` and `threads` are for MLPs that the CPU computes."""
     hooks: dict[nn.Module, AlignDevicesHook] = {}
     for unit, own in lenders.items():
         hooks[unit.module] = hook_class(own).placed(own.device, skip_keys, own, unit)
     streamer = next(iter(lenders.values()), None)
-    modules, several = dict(model.named_modules()), len({*map(layout.works, layout.places)}) > 1
-    for name in layout.places:
+    modules, several = dict(model.named_modules()), len({*map(layout.works, layout.parts)}) > 1
+    for name in layout.parts:
         for module in _called(modules[name], iterated=True) if name in modules else ():
             if not several or _holds_tensors(module):  # else it works wherever its inputs are
                 hooks.setdefault(module, AlignDevicesHook.placed(layout.device(layout.works(name)), skip_keys))
@@ -50,6 +58,7 @@ def attach(model: nn.Module, layout: Layout, lenders: Mapping[Unit, Streamer], s
                     for part in _called(child):
                         if part in hooks and (part is child or type(part).__name__ not in blocks):
                             hooks[part].output_device = hooks[module].execution_device
+    add_hooks(hooks, splits, skip_keys, threads)
     first = streamer.device if streamer else layout.device(layout.works(next(iter(layout.places))))
     root = hooks.pop(model, None) or AlignDevicesHook.placed(first, skip_keys)
     root.io_same_device, root.streamer = True, streamer
@@ -80,5 +89,5 @@ def _holds_tensors(module: nn.Module) -> bool:
 def _home(layout: Layout, name: str, module: nn.Module) -> torch.device:
     """The device of what a module itself holds, or else of the first part of it."""
     own = [join(name, own) for own in own_tensors(module)]
-    inside = (other for other in layout.places if name in prefixes(other))
+    inside = (other for other in layout.parts if name in prefixes(other))
     return layout.device(layout.works(own[0] if own else next(inside, name)))

@@ -2,12 +2,11 @@
 
 `dispatch_model` applies a device map: weights that rest on a GPU go there, the others are sent away
 (`offload/placing.py`), and each placed module gets a hook that brings inputs and weights together
-(`offload/hooks.py`). What rests in RAM or on disk works on the main device. From then on `model(...)` runs as if the
-model were whole.
+(`offload/hooks.py`). What rests in RAM or on disk works on the GPUs in turn (`maps/links.py`), or on the main device if
+one is named. From then on `model(...)` runs as if the model were whole.
 
-What differs from Accelerate, on purpose: weights travel by the block, ahead of time and over pinned memory; disk means
-a range of the checkpoint's own files; a model with resting weights refuses to be moved or cast; its default
-main device is the first one that the map names.
+What differs from Accelerate, on purpose: weights travel by the block, ahead of time and over pinned memory, over every
+GPU's link; disk means a range of the checkpoint's own files; a model with resting weights refuses to be moved or cast.
 
 Leaves out: making the map (`api.py`, `maps/device_map.py`), loading and dispatching in one call
 (`offload/load_and_dispatch.py`), offloading by the whole model (`offload/whole_model.py`), and training.
@@ -27,23 +26,20 @@ from ..maps.device_map import check_device_map
 from ..maps.plan import Plan
 from ..units import parse_bytes
 from .attach import attach
-from .experts import streamers_of
-from .grouping import Layout, put, records, with_residents
+from .grouping import Layout, in_turn, put, records, with_residents
 from .hooks import drop_hooks, give_back_methods, hooks_in
-from .inputs import torch_device
-from .mapped import PageLane
+from .lenders import lenders_of
 from .moving import change_methods, device_map_of
+from .on_cpu import choose, split_units
 from .on_device import rows_on_devices
 from .options import names_of, read_options
 from .placing import Origins, make_units
-from .stream import Streamer
-from .weights import Unit
 
 
 def dispatch_model(
     model: nn.Module,
     device_map: Mapping[str, Device] | Plan,
-    main_device: Device | torch.device | None = None,
+    main_device: Device | torch.device | Iterable[Device | torch.device] | None = None,
     state_dict: Mapping[str, Tensor] | None = None,
     offload_dir: str | os.PathLike[str] | None = None,
     offload_index: Mapping[str, Mapping[str, Any]] | None = None,
@@ -57,6 +53,7 @@ def dispatch_model(
     resident_memory: int | str = 0,
     ram_cache: int | str | None = None,
     expert_cache: int | str = 0,
+    on_cpu: int | str = 0,
     stand_in: Mapping[Device, torch.device | str] | None = None,
 ) -> nn.Module:
     """Spread a model over devices as a map says, and make it run.
@@ -66,8 +63,8 @@ def dispatch_model(
             `load_checkpoint_in_model` has put on "disk".
         device_map: module name -> GPU number, "cuda:N", "mps", "cpu" or "disk", covering the model; or a `Plan`, whose
             slots are taken too.
-        main_device: where weights from "cpu" and "disk" work; None takes the first GPU (or MPS) that the map names, or
-            the CPU.
+        main_device: where weights from "cpu" and "disk" work: one device, or several in turn; None takes those of the
+            plan, or all GPUs (or MPS) that the map names, or the CPU.
         state_dict: name -> tensor, for weights that the model has on meta.
         offload_dir: where weights for "disk" are written that lie in no file yet; the files go with the model.
         offload_index: name -> {"safetensors_file", "weight_name"} (or {"dtype", "shape"} of a `.dat` file in
@@ -76,14 +73,16 @@ def dispatch_model(
         skip_keys: keyword arguments, and keys of outputs, that are not moved between devices.
         preload_module_classes: classes whose modules' weights always travel together. Blocks do anyway.
         force_hooks: put hooks even if the whole model lies on one device.
-        slots: units that the main device holds for weights in flight: one works while the next ones arrive.
+        slots: units that each such device holds for weights in flight: one works while the next ones arrive.
         prefetch: bring the next units while one works.
-        resident_memory: bytes of the main device for blocks of the "cpu" and "disk" part to stay there, spread evenly
+        resident_memory: bytes of the main devices for blocks of the "cpu" and "disk" part to stay there, spread evenly
             so that copies hide behind work. They show in `hf_device_map`.
         ram_cache: bytes of RAM that may keep blocks from disk, pinned, after their first visit. None: half of what is
             free, if the main device is a GPU, or if what rests on disk are experts of a mixture.
         expert_cache: bytes of the devices' memory where experts of a mixture that rest in RAM or on disk may stay after
             they were chosen: of each block an equal share, those chosen last.
+        on_cpu: bytes of MLPs that rest in RAM and that the CPU computes, when a block is called with few tokens; see
+            `offload/on_cpu.py`.
         stand_in: GPU number -> another device in its place, to try a plan out without GPUs.
 
     Returns:
@@ -115,29 +114,17 @@ def dispatch_model(
     classes = names_of(preload_module_classes)
     if budget := parse_bytes(resident_memory):
         layout = with_residents(model, layout, classes, budget)
+    layout = in_turn(model, layout, classes, getattr(entries, "works", None))
     on_device = rows_on_devices(model, layout, parse_bytes(expert_cache))
+    computed = choose(model, layout, classes, parse_bytes(on_cpu))
     units = make_units(model, layout, origins, offload_buffers=offload_buffers, whole_classes=classes)
-    lenders = streamers_of(layout, units, slots, prefetch, ram_cache, on_device)
-    if others := [unit for unit in units if unit not in lenders]:
-        lenders = {**dict.fromkeys(others, _streamer(layout, others, slots, prefetch, ram_cache)), **lenders}
+    splits = split_units(model, units, computed)
+    lenders = lenders_of(layout, units, splits, slots, prefetch, ram_cache, on_device)
     _forget_earlier(model)
-    attach(model, layout, lenders, names_of(skip_keys))
+    attach(model, layout, lenders, names_of(skip_keys), splits)
     model.hf_device_map = device_map_of(layout)  # type: ignore[assignment]
     change_methods(model, layout, away=bool(units))
     return model
-
-
-def _streamer(layout: Layout, units: list[Unit], slots: int, prefetch: bool, ram_cache: int | str | None) -> Streamer:
-    """What lends the units."""
-    device, name = layout.device(layout.main), str(torch_device(layout.main))
-    if device.type == "cpu" and layout.main not in layout.stand_in:
-        return Streamer(device, units, PageLane(device), prefetch=prefetch, name=name)
-    cache = parse_bytes(ram_cache or 0)
-    if ram_cache is None and device.type == "cuda" and any(unit.rests_in() == "disk" for unit in units):
-        import psutil
-
-        cache = psutil.virtual_memory().available // 2
-    return Streamer(device, units, count=slots, prefetch=prefetch, cache=cache, name=name)
 
 
 def _whole(model: nn.Module, layout: Layout, origins: Origins) -> nn.Module:

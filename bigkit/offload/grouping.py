@@ -10,12 +10,13 @@ Leaves out: moving the weights there (`offload/placing.py`).
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
 
 from ..devices import Device, collapse, join, placement, prefixes
+from ..maps.links import take_turns
 from ..maps.partition import spread
 from ..meta.skeleton import repeated_blocks, spec_from_module, tied_groups
 from ..model.experts import experts_of
@@ -33,22 +34,28 @@ class Layout:
 
     Args:
         places: name of a module or tensor -> where its weights rest.
-        main: where weights that rest in RAM or on disk work.
+        main: where weights that rest in RAM or on disk work, if nothing else is said.
         stand_in: place -> PyTorch's device that stands in for it.
+        others: further devices where they work in turn.
+        turns: name of a module that travels -> the device where it works.
     """
 
     places: dict[str, Device]
     main: Device
     stand_in: Mapping[Device, torch.device] = field(default_factory=dict)
+    others: tuple[Device, ...] = ()
+    turns: Mapping[str, Device] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.rests = placement(self.places)  # name -> where it rests
-        self._cut = {prefix for name in self.places for prefix in prefixes(name)[:-1]}
+        self.parts = list(dict.fromkeys([*self.places, *self.turns]))  # names of which something is known
+        self._cut = {prefix for name in self.parts for prefix in prefixes(name)[:-1]}
 
     def works(self, name: str) -> Device:
         """Where a module or tensor works: where it rests, or else where what it is in works."""
         around = [self.rests(name), *(self.places.get(prefix, "cpu") for prefix in reversed(prefixes(name)))]
-        return next((device for device in around if device not in ("cpu", "disk")), self.main)
+        turn = next((self.turns[prefix] for prefix in reversed(prefixes(name)) if prefix in self.turns), self.main)
+        return next((device for device in around if device not in ("cpu", "disk")), turn)
 
     def is_away(self, name: str) -> bool:
         """Whether it rests elsewhere than where it works."""
@@ -243,14 +250,40 @@ def with_residents(model: nn.Module, layout: Layout, whole_classes: Iterable[str
     """The layout with as many groups as a budget allows at rest where they work, spread evenly along the model.
 
     Args:
-        budget: bytes of the main device for them.
+        budget: bytes of the main devices for them.
     """
     groups = [group for group in Cut(model, layout, whole_classes, apart=False).groups if not group.loose]
-    resident = {groups[i].name for i in spread([_nbytes(group.module) for group in groups], budget)}
+    resident = _turns(layout, [groups[i] for i in sorted(spread([_nbytes(group.module) for group in groups], budget))])
     finer: dict[str, Device] = {}
     for prefix, module in model.named_modules():
         for own in own_tensors(module) or ([] if module._modules else [""]):  # the map names what holds nothing too
             name = join(prefix, own)
             group = next((outer for outer in prefixes(name) if outer in resident), None)
-            finer[group or name] = layout.rests(name) if group is None else layout.works(name)
-    return Layout(collapse(finer), layout.main, layout.stand_in)
+            finer[group or name] = layout.rests(name) if group is None else resident[group]
+    return replace(layout, places=collapse(finer))
+
+
+def in_turn(
+    model: nn.Module, layout: Layout, whole_classes: Iterable[str], planned: Mapping[str, Device] | None = None
+) -> Layout:
+    """The layout with the device of each group that travels, where there are several (the rule of `maps/links.py`).
+
+    Args:
+        planned: name of a layer -> where it works, as a plan says; None takes turns of links of one speed.
+    """
+    if not layout.others:
+        return layout
+    works = _turns(
+        layout, [group for group in Cut(model, layout, whole_classes, apart=False).groups if not group.loose]
+    )
+    for name, device in reversed([*(planned or {}).items()]):  # of what travels together, the first layer counts
+        works |= {outer: device for outer in prefixes(name) if outer in works}
+    return replace(layout, turns=works)
+
+
+def _turns(layout: Layout, groups: list[Group]) -> dict[str, Device]:
+    """Name of each group -> the device where it works, or would work."""
+    devices, works = [layout.main, *layout.others], {group.name: layout.works(group.name) for group in groups}
+    free = [group for group in groups if set(map(layout.places.get, prefixes(group.name))) <= {None, "cpu", "disk"}]
+    turns = take_turns([_nbytes(group.module) for group in free], [1.0] * len(devices))
+    return works | {group.name: devices[turn] for group, turn in zip(free, turns)}

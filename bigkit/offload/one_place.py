@@ -18,7 +18,7 @@ from .dispatch import dispatch_model
 
 def cpu_offload(
     model: nn.Module,
-    execution_device: torch.device | Device | None = None,
+    execution_device: torch.device | Device | Iterable[torch.device | Device] | None = None,
     offload_buffers: bool = False,
     state_dict: Mapping[str, Tensor] | None = None,
     preload_module_classes: Iterable[str] | None = None,
@@ -28,7 +28,7 @@ def cpu_offload(
 
     Args:
         model: the model.
-        execution_device: where it works; None takes the device of its first parameter.
+        execution_device: where it works, one device or several in turn; None takes the device of its first parameter.
         state_dict: name -> tensor, for weights that the model has on meta.
         offload_buffers, preload_module_classes, options: see `dispatch_model`.
 
@@ -53,7 +53,7 @@ def cpu_offload(
 def disk_offload(
     model: nn.Module,
     offload_dir: str | os.PathLike[str],
-    execution_device: torch.device | Device | None = None,
+    execution_device: torch.device | Device | Iterable[torch.device | Device] | None = None,
     offload_buffers: bool = False,
     preload_module_classes: Iterable[str] | None = None,
     **options: Any,
@@ -63,7 +63,7 @@ def disk_offload(
     Args:
         model: the model. Weights that `load_checkpoint_in_model` left on "disk" stay in the files of their checkpoint.
         offload_dir: where the others are written; the files go with the model.
-        execution_device: where it works; None takes the device of its first parameter.
+        execution_device: where it works, one device or several in turn; None takes the device of its first parameter.
         offload_buffers, preload_module_classes, options: see `dispatch_model`.
 
     >>> import tempfile
@@ -84,8 +84,8 @@ def disk_offload(
     )
 
 
-def _execution_device(model: nn.Module, given: torch.device | Device | None) -> Device:
+def _execution_device(model: nn.Module, given: Any) -> Any:
     if given is not None:
-        return read_device(given)
+        return given
     first = next(model.parameters(), None)
     return "cpu" if first is None or first.is_meta else read_device(first.device)

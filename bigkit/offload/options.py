@@ -19,7 +19,7 @@ from .stream import is_real_cuda
 
 def read_options(
     device_map: Mapping[str, Device],
-    main_device: Device | torch.device | None = None,
+    main_device: Device | torch.device | Iterable[Device | torch.device] | None = None,
     slots: int = 2,
     resident_memory: int | str = 0,
     ram_cache: int | str | None = None,
@@ -45,12 +45,16 @@ def read_options(
     names_of(preload_module_classes)
     places = {name: read_device(device) for name, device in device_map.items()}
     gpus = [device for device in places.values() if device not in ("cpu", "disk")]
-    main = (gpus or ["cpu"])[0] if main_device is None else read_device(main_device)
-    if main == "disk":
-        raise ValueError("main_device must be where weights work, a GPU or 'cpu', not 'disk'")
+    working = [*getattr(device_map, "works", {}).values()] or gpus or ["cpu"]
+    if main_device is not None:
+        one = isinstance(main_device, str) or not isinstance(main_device, Iterable)
+        working = [read_device(device) for device in ([main_device] if one else main_device)]  # type: ignore[union-attr]
+    main, *further = dict.fromkeys(working)
+    if "disk" in working or (further and "cpu" in working):
+        raise ValueError(f"main_device must be where weights work, GPUs or 'cpu', not {main_device!r}")
     stands = {read_device(given): torch_device(device) for given, device in (stand_in or {}).items()}
-    layout = Layout(places, main, stands)
-    for device in {layout.device(working) for working in (*gpus, main)}:
+    layout = Layout(places, main, stands, tuple(further))
+    for device in {layout.device(working) for working in (*gpus, main, *further)}:
         if is_real_cuda(device):
             torch.cuda.get_device_properties(device)  # an error if there is no such GPU
     return layout

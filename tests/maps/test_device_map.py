@@ -63,7 +63,7 @@ def test_ties_are_accelerates():
 @pytest.mark.filterwarnings("ignore:Current model requires")
 @pytest.mark.parametrize("budget", [4000, 7000, 11000, 15000])
 def test_gpus_hold_what_accelerates_hold_but_for_the_second_slot(budget):
-    """Two blocks are in flight here and one there, and buffers that stay on the GPU are counted."""
+    """Two blocks are in flight here on each GPU, and one on the first there; buffers that stay are counted."""
     from accelerate import infer_auto_device_map as oracle
 
     model, memory = Model(depth=40, tie=False), {0: budget, 1: budget, "cpu": 10**6}
@@ -75,7 +75,7 @@ def test_gpus_hold_what_accelerates_hold_but_for_the_second_slot(budget):
     ours = infer_auto_device_map(model, memory, ["Block"])
     theirs = oracle(model, dict(memory), ["Block"])
     check_device_map(model, ours)
-    extra = compute_module_sizes(model)["h.0"] + compute_module_sizes(model, buffers_only=True)[""]
+    extra = 3 * compute_module_sizes(model)["h.0"] + compute_module_sizes(model, buffers_only=True)[""]
     assert on_gpus(ours) > on_gpus(theirs) - extra - compute_module_sizes(model)["h.0"]
     if on_gpus(theirs) == compute_module_sizes(model)[""]:
         assert on_gpus(ours) == on_gpus(theirs)

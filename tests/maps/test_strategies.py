@@ -89,10 +89,10 @@ def check_plan(model, memory, strategy, context, batch):
     assert found.feasible == (sum(share.over for share in found.shares) == 0)
     runners = [share for share in found.shares if share.runs]
     away = [layer for layer in found.layers if layer.device not in {share.device for share in runners}]
-    if away:  # a block in flight has room, and the buffers that stay
-        assert runners[0].reserve >= max(layer.bytes for layer in away)
-    else:
-        assert all(share.reserve == 0 for share in found.shares)
+    for share in runners:  # blocks in flight have room, and the buffers that stay
+        visitors = [layer.bytes for layer in away if layer.works == share.device]
+        assert share.reserve >= found.slots * max(visitors, default=0) and (visitors or not share.reserve)
+    assert all((layer.works is not None) == (layer in away) for layer in found.layers)
     if found.max_context is not None:
         assert found.max_context >= found.context
     assert Plan.from_json(found.to_json()) == found

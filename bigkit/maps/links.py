@@ -1,0 +1,53 @@
+"""Where weights work that rest in RAM or on disk, if there are several GPUs: on all of them in turn.
+
+The rule: in the model's order, each layer goes to the GPU whose link would have brought it first.
+
+A link brings weights while GPUs work, and each GPU has a link of its own: with two GPUs of one kind every second block
+works on the other one, both links copy all the time, and a token waits half as long. Hidden states hop: little.
+
+Leaves out: weights that a map puts inside something that lies on a GPU (experts of a block, say): they work there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from ..devices import Device
+
+
+def take_turns(sizes: Sequence[int], links: Sequence[float]) -> list[int]:
+    """The rule: which link brings each of several things that are needed one after another.
+
+    Args:
+        sizes: bytes of each.
+        links: bytes a second of each link, or in any other unit.
+
+    Returns:
+        For each the number of the link that would have brought it first, with all that it has brought before.
+
+    >>> take_turns([10, 10, 10, 10], [1, 1]), take_turns([10, 10, 10, 10], [3, 1])
+    ([0, 1, 0, 1], [0, 0, 0, 1])
+    """
+    busy = [0.0] * len(links)
+    turns = []
+    for size in sizes:
+        ends = [before + size / link for before, link in zip(busy, links)]
+        turns.append(first := min(range(len(links)), key=ends.__getitem__))
+        busy[first] = ends[first]
+    return turns
+
+
+class DeviceMap(dict[str, Device]):
+    """A device map that knows where its layers work that rest in RAM or on disk; else a dict like any other.
+
+    Args:
+        places: module name -> where it rests.
+        works: name of a layer that rests in RAM or on disk -> the GPU where it works.
+
+    >>> DeviceMap({"": "cpu"}, {"h.0": 0, "h.1": 1})
+    {'': 'cpu'}
+    """
+
+    def __init__(self, places: Mapping[str, Device], works: Mapping[str, Device]) -> None:
+        super().__init__(places)
+        self.works = dict(works)
