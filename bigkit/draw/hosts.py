@@ -80,8 +80,8 @@ def hosts_label(plan: HostsPlan) -> str:
 def stage_text(plan: HostsPlan, rank: int) -> str:
     """What one process does, in a sentence without its beginning."""
     stage = plan.stages[rank]
-    slowest = len(plan.stages) > 1 and stage.seconds == max(other.seconds for other in plan.stages)
-    took = f"{format_seconds(stage.seconds)} for a token{', the slowest' * slowest}"
+    slowest = all(stage.seconds > 1.01 * other.seconds for other in plan.stages if other is not stage)
+    took = f"{format_seconds(stage.seconds)} for a token{', the slowest' * (slowest and plan.groups > 1)}"
     return f"{stage.host}: {counted(stage.blocks, 'block')}, {took}"
 
 
