@@ -129,7 +129,12 @@ def _on_own_gpus(plan: HostsPlan, rank: int, local_rank: int) -> dict[str, Devic
 
     first = sum(map(gpus, range(rank - local_rank, rank)))
     own = plan.stages[rank].plan.device_map
-    return {name: device + first if isinstance(device, int) else device for name, device in own.items()}
+    places = {name: device + first if isinstance(device, int) else device for name, device in own.items()}
+    if "" in places:
+        return places
+    runner = next((device for device in places.values() if device not in ("cpu", "disk")), "cpu")
+    away = {name: runner for stage in plan.stages for name in stage.names}
+    return {**away, **places}  # modules elsewhere hold nothing, but they are called
 
 
 def _works_on(model: nn.Module, name: str) -> torch.device | None:

@@ -142,6 +142,29 @@ def test_a_quantized_model(three: Ranks, tmp_path: Path) -> None:
     assert sum(count for _, count in said) == sum(type(m).__name__ == "Linear4bit" for m in whole.modules()) == 21
 
 
+def quantized_on_disk(state: Any, folder: Path, config: Any, expected: dict[str, Any]) -> tuple[list[str], list[str]]:
+    from bigkit import Hardware
+    from bigkit.machine.hardware import GPUS
+
+    gpu = type(GPUS["L4"])("tiny", 14_000, 1e9, 1e12, 1e9)
+    small = [Hardware(f"host {i}", (gpu,), 3_000, 2**30) for i in range(state.num_processes)]
+    model = stages.empty("llama, grouped")
+    plan = plan_hosts(model, small, dtype="float32", quantization="nf4", overhead=0)
+    away = {"offload_folder": folder / f"disk-{state.process_index}", "stand_in": {0: "cpu", 1: "cpu"}}
+    model = pipeline(model, folder, plan, config, **away).eval()
+    shares = plan.stages[state.process_index].plan.shares
+    return stages.unlike(model, expected), [str(share.device) for share in shares if share.weights]
+
+
+def test_a_quantized_stage_whose_blocks_rest_on_disk(two: Ranks, tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    config = BnbQuantizationConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype="fp32")
+    folder = stages.saved("llama, grouped", tmp_path)
+    whole = load_and_quantize_model(stages.empty("llama, grouped"), config, folder, device_map={"": "cpu"})
+    said = two(quantized_on_disk, folder, config, stages.answers(whole))
+    assert said == [([], ["0", "disk"]), ([], ["0"])], "the head, which is in 32 bits, has no room beside more blocks"
+
+
 def peak(state: Any, folder: Path) -> tuple[int, int, int]:
     """Bytes of anonymous memory that loading took at most, of the stage, and of the largest tensor."""
 
