@@ -6,6 +6,7 @@ import json
 import threading
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,8 @@ def two() -> Iterator[Ranks]:
 
 
 PROMPT = torch.tensor([encode("import os")])
+WIDE = {"vocab_size": 2000, "hidden_size": 512, "intermediate_size": 2000, "num_hidden_layers": 6,
+        "num_attention_heads": 8}  # fmt: skip
 LENGTHS = (3, 7, 2, 5)  # of prompts, and of their answers
 
 
@@ -191,11 +194,9 @@ def peak(state: Any, folder: Path) -> tuple[int, int, int]:
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="Linux says how much memory is anonymous")
 def test_a_process_holds_its_stage_and_one_tensor_more(three: Ranks, tmp_path: Path, monkeypatch: Any) -> None:
-    wide = {"vocab_size": 2000, "hidden_size": 512, "intermediate_size": 2000, "num_hidden_layers": 6,
-            "num_attention_heads": 8}  # fmt: skip
-    monkeypatch.setitem(stages.FAMILIES, "llama, wide", ("LlamaForCausalLM", wide))
+    monkeypatch.setitem(stages.FAMILIES, "llama, wide", ("LlamaForCausalLM", WIDE))
     folder = stages.saved("llama, wide", tmp_path)
-    for most, stage, largest in three(with_wide, peak, wide, folder):
+    for most, stage, largest in three(with_wide, peak, WIDE, folder):
         assert stage < 85e6, "a third of 185 MB, embedding or head with it"
         assert most <= stage + largest + 6e6, (most, stage, largest)
 
@@ -262,6 +263,31 @@ def test_as_many_groups_as_stages_are_under_way(two: Ranks, tmp_path: Path) -> N
         expected = [{"index": i, "prompt": p, "output": t} for i, (p, t) in enumerate(zip(prompts, texts))]
         assert said["file"] == expected
         assert said["threads"] == 2 and said["error"] == "integer division or modulo by zero"
+
+
+def worked(state: Any, folder: Path) -> tuple[float, float]:
+    """Seconds that this process's threads worked: for one group at a time, and for two under way."""
+    torch.set_num_threads(1)
+    model = stages.staged(state, "llama, wide", folder)
+    prompts = [torch.randint(3, 2000, (4, 24)) for _ in range(4)]
+    ask = partial(model.generate, max_new_tokens=6, do_sample=False, pad_token_id=0)
+    ask(prompts[0])
+    seconds = []
+    for way in (lambda: [ask(ids) for ids in prompts], lambda: map_in_flight(ask, prompts, model)):
+        state.wait_for_everyone()
+        start = time.process_time()
+        way()
+        seconds.append(time.process_time() - start)
+    return seconds[0], seconds[1]
+
+
+@pytest.mark.soak
+def test_two_groups_under_way_are_no_more_work(two: Ranks, tmp_path: Path, monkeypatch: Any) -> None:
+    """Real work, counted in time of the cores: however busy this machine is, each with a core would be as fast."""
+    monkeypatch.setitem(stages.FAMILIES, "llama, wide", ("LlamaForCausalLM", WIDE))
+    seconds = two(with_wide, worked, WIDE, stages.saved("llama, wide", tmp_path))
+    alone, flown = zip(*seconds)
+    assert sum(alone) > 1.7 * max(flown), seconds
 
 
 # ---------------------------------------------------------------------------------------------------------------------
