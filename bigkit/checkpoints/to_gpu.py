@@ -90,15 +90,15 @@ def read_to_gpus(
     wanted: Sequence[tuple[torch.device, Mapping[str, Stored]]], dtypes: Mapping[str, torch.dtype | None] | None = None
 ) -> dict[str, Tensor]:
     """`read_to_gpu` for several GPUs at once, each over its own link; the (device, what it gets) are `wanted`."""
-    if len(wanted) < 2:
-        return {name: tensor for device, stored in wanted for name, tensor in read_to_gpu(stored, device, dtypes).items()}
+    if len(wanted) == 1:
+        return read_to_gpu(wanted[0][1], wanted[0][0], dtypes)
 
     def read(device: torch.device, stored: Mapping[str, Stored], current: torch.cuda.Stream) -> dict[str, Tensor]:
         with torch.cuda.stream(current):  # each thread has one of its own
             return read_to_gpu(stored, device, dtypes)
 
     values: dict[str, Tensor] = {}
-    with ThreadPoolExecutor(len(wanted), thread_name_prefix="bigkit-loader") as pool:
+    with ThreadPoolExecutor(max(len(wanted), 1), thread_name_prefix="bigkit-loader") as pool:
         jobs = [pool.submit(read, device, stored, torch.cuda.current_stream(device)) for device, stored in wanted]
         for job in jobs:
             values |= job.result()

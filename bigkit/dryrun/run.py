@@ -31,7 +31,7 @@ from ..machine.ledger import Calibration, calibration_of, overhead_of
 from ..machine.roofline import Operation, Rates, StepTime, run_steps
 from ..machine.streams import Span
 from ..maps.advise import rates_of
-from ..maps.links import DeviceMap
+from ..maps.links import DeviceMap, links_of
 from ..maps.plan import Plan
 from ..maps.strategies import place
 from ..meta.skeleton import spec_from_module
@@ -420,6 +420,7 @@ def _plan(
     return place(
         spec, machine.max_memory(), strategy, dtype=dtype, quantization=kind, batch=load.batch,
         context=load.prompt + load.new, overhead=overhead_of(machine), strict=False,
+        links=links_of(machine, calibration_of(machine)),
     )  # fmt: skip
 
 
