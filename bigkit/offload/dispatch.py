@@ -107,8 +107,8 @@ def dispatch_model(
         device_map = device_map.device_map
     entries: Mapping[str, Device] = whole_on(device_map)
     layout = read_options(
-        entries, main_device, slots, resident_memory, ram_cache, expert_cache, stand_in, skip_keys,
-        preload_module_classes,
+        entries, main_device, slots, resident_memory, ram_cache, expert_cache, on_cpu, cpu_threads, stand_in,
+        skip_keys, preload_module_classes,
     )  # fmt: skip
     check_device_map(model, entries)
     origins = Origins.of(state_dict, offload_index, offload_dir)
