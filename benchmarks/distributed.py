@@ -1,11 +1,17 @@
-"""How much sooner N processes answer a file of prompts than one, and what a gather costs next to Accelerate's.
+"""How much sooner N processes answer a file of prompts than one, what a gather costs next to Accelerate's, and what one
+model over two processes does beside one process that has both GPUs.
 
     python benchmarks/distributed.py [--gpu] [--save]
+    python benchmarks/distributed.py --gpu --parts stages [--kinds bf16 int8 nf4 moe]
 
-The model is the shipped GPT. Each process has one thread on the CPU, or one GPU; one process is measured the same way.
-The time is that of the work, after every process has loaded the model: starting them is given apart. Runs are taken in
-turn, 1 process and N, and the medians compared. `overhead` is what splitting and gathering cost: the time of one
-process with bigkit over that of a plain loop.
+For shares the model is the shipped GPT. Each process has one thread on the CPU, or one GPU; one process is measured the
+same way. The time is that of the work, after every process has loaded the model: starting them is given apart. Runs are
+taken in turn, 1 process and N, and the medians compared. `overhead` is what splitting and gathering cost: the time of
+one process with bigkit over that of a plain loop.
+
+For stages it is a Llama-7B shape, or a mixture of experts, with random weights; without `--gpu` small ones. One process
+with both GPUs and two processes with one each answer the same prompts: the tokens must be equal. A run counts all of
+`generate`, the prompt included. `work_ms` is how long each process works for a token, its waits left out.
 """
 
 from __future__ import annotations
@@ -14,8 +20,11 @@ import argparse
 import json
 import os
 import platform
+import shutil
 import statistics
+import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +33,7 @@ import torch
 import bigkit
 from bigkit import notebook_launcher
 
+PARTS, KINDS = ["shares", "stages"], ["bf16", "int8", "nf4", "moe"]
 PROMPTS = ["import ", "def __init__(self", "class ", "for i in range(", "return ", "while ", "if x is ", "@property\n"]
 
 
@@ -107,16 +117,8 @@ def gathers(sizes: list[int], gpu: bool, runs: int) -> dict[str, float]:
     return {name: statistics.median(taken) for name, taken in times.items()}
 
 
-def main() -> None:
-    """Measure, print two Markdown tables; with --save keep them as JSON."""
-    parser = argparse.ArgumentParser(description="N processes against one")
-    parser.add_argument("--gpu", action="store_true", help="one process a GPU, instead of one a core")
-    parser.add_argument("--prompts", type=int, default=64)
-    parser.add_argument("--tokens", type=int, default=64, help="bytes to add to each")
-    parser.add_argument("--runs", type=int, default=5)
-    parser.add_argument("--save", action="store_true", help="write benchmarks/results/distributed-{cpu,gpu}.json")
-    options = parser.parse_args()
-
+def measure_shares(options: argparse.Namespace) -> dict[str, Any]:
+    """The shipped GPT in 1, 2 and all processes, and gathers; two Markdown tables are printed."""
     most = torch.cuda.device_count() if options.gpu else os.cpu_count() or 1
     worlds = sorted({1, 2, most} & set(range(1, most + 1)))
     prompts = (PROMPTS * options.prompts)[: options.prompts]
@@ -154,20 +156,213 @@ def main() -> None:
     print("|---|---|---|")
     for name in sorted({name.partition(",")[0] for name in gathered}):
         print(f"| {name} | {gathered[f'{name}, bigkit']:.2f} ms | {gathered[f'{name}, Accelerate']:.2f} ms |")
-    if options.save:
+    return {"overhead": overhead, "scaling": rows, "gather_ms": gathered}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One model over two processes
+
+LOADS = {"one sequence": (1, 64, 2), "many": (64, 256, 4)}  # sequences in a group, tokens of a prompt, groups
+LOADS_CPU = {"one sequence": (1, 16, 2), "many": (8, 32, 4)}
+
+
+def empty_model(kind: str, gpu: bool) -> Any:
+    """A model without weights: Llama's 7B, or a mixture of 8 layers with 16 experts each; small ones for the CPU."""
+    import torch
+    import transformers
+
+    from bigkit import init_empty_weights
+
+    small = {} if gpu else {"hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 8, "vocab_size": 512,
+                            "num_attention_heads": 8}  # fmt: skip
+    if kind == "moe":
+        sizes = {"hidden_size": 2048, "intermediate_size": 4096, "num_hidden_layers": 8, "num_local_experts": 16,
+                 "num_attention_heads": 16, "num_key_value_heads": 8, "sliding_window": None, **small}  # fmt: skip
+        config, family = transformers.MixtralConfig(**sizes), transformers.MixtralForCausalLM
+    else:
+        config, family = transformers.LlamaConfig(**small), transformers.LlamaForCausalLM
+    with init_empty_weights():
+        return family._from_config(config, dtype=torch.bfloat16 if gpu else torch.float32)
+
+
+def write_checkpoint(kind: str, gpu: bool, folder: Path) -> None:
+    """Random weights for `empty_model`, in shards."""
+    torch.manual_seed(0)
+    model = empty_model(kind, gpu).to_empty(device="cuda" if gpu else "cpu")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(0, 0.02)
+    bigkit.save_model(model, folder, "2GB" if gpu else "20MB")
+    model.config.save_pretrained(folder)
+
+
+def answer_in_stages(kind: str, gpu: bool, folder: Path, new: int, loads: dict[str, Any]) -> dict[str, Any]:
+    """What this process measures, alone with all GPUs or as one of several with one each: seconds, tokens, bytes."""
+    import time
+    from dataclasses import replace
+
+    import torch
+
+    import bigkit
+    from bigkit import BnbQuantizationConfig, Hardware, PartialState, gather_object
+    from bigkit.distributed.in_flight import map_in_flight
+    from bigkit.machine.network import Network
+    from bigkit.units import MiB
+
+    state = PartialState(cpu=not gpu)
+    if not gpu:
+        torch.set_num_threads(1)
+    config = None
+    if kind in ("int8", "nf4"):
+        bits = {"load_in_8bit": True} if kind == "int8" else {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+        dtypes = {"torch_dtype": torch.bfloat16, "bnb_4bit_compute_dtype": "bf16"} if gpu else {}
+        config = BnbQuantizationConfig(**bits, **dtypes)
+    machine = gather_object([Hardware.detect()])[0]  # one for all: how much is free changes
+    hosts = [replace(machine, gpus=machine.gpus[i : i + 1], ram=machine.ram // 2) for i in range(2)]
+    model = empty_model(kind, gpu)
+    plan = bigkit.plan_hosts(
+        model, hosts, Network("NVLink", 3e11, 3e-5), dtype="bfloat16" if gpu else "float32",
+        quantization=config and config.quantization, context=320, overhead=None if gpu else 0,
+    )  # fmt: skip
+    if gpu:
+        torch.cuda.reset_peak_memory_stats()
+    start = time.perf_counter()
+    together = state.num_processes > 1
+    if together:
+        model = bigkit.pipeline(model, folder, plan, config)
+    else:  # the same cut, over the GPUs of one process
+        places = {name: rank if gpu else "cpu" for rank, stage in enumerate(plan.stages) for name in stage.names}
+        places |= dict.fromkeys(("model.norm", "model.rotary_emb"), 1 if gpu else "cpu")
+        if config is None:
+            model = bigkit.load_checkpoint_and_dispatch(model, folder, places, dtype=plan.stages[0].plan.dtype)
+        else:
+            model = bigkit.load_and_quantize_model(model, config, folder, places)
+    model.eval()
+    said: dict[str, Any] = {"load_s": time.perf_counter() - start, "one_predicted": plan.one, "tokens": {}, "rates": {}}
+    said["blocks"] = [stage.blocks for stage in plan.stages]
+    said["held_mib"] = sum(tensor.nbytes for tensor in model.parameters()) // MiB
+    if gpu:
+        said["peak_mib"] = [torch.cuda.max_memory_allocated(i) // MiB for i in range(torch.cuda.device_count())]
+    model.generation_config.eos_token_id = None  # random weights draw any token
+    model.generation_config.pad_token_id = 0
+    device = state.device
+
+    def ask(ids: Any) -> Any:
+        return model.generate(ids, max_new_tokens=new, do_sample=False).cpu()
+
+    generator = torch.Generator().manual_seed(1)
+    for load, (batch, prompt, groups) in loads.items():
+        vocabulary = model.config.vocab_size
+        prompts = [torch.randint(3, vocabulary, (batch, prompt), generator=generator) for _ in range(groups)]
+        prompts = [ids.to(device) for ids in prompts]
+        ask(prompts[0][:, :8])
+        ways = {"one at a time": lambda prompts=prompts: [ask(ids) for ids in prompts]}
+        if together:
+            ways["in flight"] = lambda prompts=prompts: map_in_flight(ask, prompts, model)
+        for way, run in ways.items():
+            state.wait_for_everyone()
+            start = time.perf_counter()
+            answers = run()
+            state.wait_for_everyone()
+            said["rates"][f"{load}, {way}"] = groups * batch * new / (time.perf_counter() - start)
+            said["tokens"].setdefault(load, [ids.tolist() for ids in answers])
+            assert said["tokens"][load] == [ids.tolist() for ids in answers], "in flight they say the same"
+        if together:
+            said[f"work_ms, {load}"] = 1e3 * work_of_a_token(model, lambda p=prompts: ask(p[0]), gpu)
+    return said
+
+
+def work_of_a_token(model: Any, run: Any, gpu: bool) -> float:
+    """Seconds that this process works for a token, from its first own module to its last: the median of a run."""
+    import statistics
+    import time
+
+    import torch
+
+    from bigkit.distributed.pipeline import stage_of
+
+    names, times, begun = stage_of(model).own, [], [0.0]
+
+    def now() -> float:
+        if gpu:
+            torch.cuda.current_stream().synchronize()  # what is sent leaves on a stream of its own
+        return time.perf_counter()
+
+    hooks = [
+        model.get_submodule(names[0]).register_forward_pre_hook(lambda *_: begun.__setitem__(0, now())),
+        model.get_submodule(names[-1]).register_forward_hook(lambda *_: times.append(now() - begun[0])),
+    ]
+    run()
+    for hook in hooks:
+        hook.remove()
+    return statistics.median(times[1:])  # the first is that of the prompt
+
+
+def measure_stages(kinds: list[str], gpu: bool, new: int) -> Iterator[dict[str, Any]]:
+    """A row for each kind of model: one process with all GPUs, two processes, and what both of them said."""
+    loads = LOADS if gpu else LOADS_CPU
+    folder = Path(tempfile.mkdtemp(dir="/dev/shm" if Path("/dev/shm").is_dir() else None))
+    try:
+        for kind in kinds:
+            stored = folder / ("moe" if kind == "moe" else "llama")
+            if not stored.exists():  # in a process of its own, for the sake of the GPU's memory
+                notebook_launcher(write_checkpoint, (kind, gpu, stored), 1)
+            (alone,) = notebook_launcher(answer_in_stages, (kind, gpu, stored, new, loads), 1)
+            two = notebook_launcher(answer_in_stages, (kind, gpu, stored, new, loads), 2)
+            row = {"kind": kind, "new": new, "equal": all(said["tokens"] == alone["tokens"] for said in two)}
+            for said in (alone, *two):
+                del said["tokens"]
+            row |= {"alone": alone, "two": two}
+            for load in loads:
+                rates = two[0]["rates"]
+                row[f"gain, {load}"] = rates[f"{load}, in flight"] / rates[f"{load}, one at a time"]
+            print(json.dumps(row), flush=True)
+            yield row
+    finally:
+        shutil.rmtree(folder)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def main() -> None:
+    """Measure, print what was found; with --save keep it as JSON."""
+    parser = argparse.ArgumentParser(description="N processes against one")
+    parser.add_argument("--gpu", action="store_true", help="one process a GPU, instead of one a core")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="shares: a model in each process; "
+                        "stages: one model over two processes")  # fmt: skip
+    parser.add_argument("--prompts", type=int, default=64)
+    parser.add_argument("--tokens", type=int, default=64, help="bytes to add to each")
+    parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS, help="of models in stages")
+    parser.add_argument("--new", type=int, default=32, help="tokens to add, in stages")
+    parser.add_argument("--save", action="store_true", help="write benchmarks/results/{distributed,stages}-*.json")
+    options = parser.parse_args()
+    machine = {
+        "processor": torch.cuda.get_device_name() if options.gpu else platform.machine(),
+        "gpus": torch.cuda.device_count(), "cores": os.cpu_count(), "python": platform.python_version(),
+        "torch": torch.__version__, "bigkit": bigkit.__version__, "date": time.strftime("%Y-%m-%d"),
+    }  # fmt: skip
+    folder, place = Path(__file__).parent / "results", "gpu" if options.gpu else "cpu"
+    folder.mkdir(exist_ok=True)
+    if "shares" in options.parts:
         import accelerate
 
-        machine = {
-            "processor": torch.cuda.get_device_name() if options.gpu else platform.machine(),
-            "gpus": torch.cuda.device_count(), "cores": os.cpu_count(), "python": platform.python_version(),
-            "torch": torch.__version__, "accelerate": accelerate.__version__, "bigkit": bigkit.__version__,
-            "runs": options.runs, "prompts": options.prompts, "tokens": options.tokens,
-            "date": time.strftime("%Y-%m-%d"),
-        }  # fmt: skip
-        path = Path(__file__).parent / "results" / f"distributed-{'gpu' if options.gpu else 'cpu'}.json"
-        path.parent.mkdir(exist_ok=True)
-        content = {"machine": machine, "overhead": overhead, "scaling": rows, "gather_ms": gathered}
-        path.write_text(json.dumps(content, indent=1) + "\n")
+        content = measure_shares(options)
+        about = {"accelerate": accelerate.__version__, **{n: vars(options)[n] for n in ("runs", "prompts", "tokens")}}
+        if options.save:
+            path = folder / f"distributed-{place}.json"
+            path.write_text(json.dumps({"machine": machine | about, **content}, indent=1) + "\n")
+    if "stages" in options.parts:
+        import transformers
+
+        about = {"transformers": transformers.__version__, "loads": LOADS if options.gpu else LOADS_CPU}
+        rows = []
+        for row in measure_stages(options.kinds, options.gpu, options.new):
+            rows.append(row)
+            if options.save:
+                content = {"machine": machine | about, "rows": rows}
+                (folder / f"stages-{place}.json").write_text(json.dumps(content, indent=1) + "\n")
 
 
 if __name__ == "__main__":

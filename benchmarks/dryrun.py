@@ -38,7 +38,8 @@ from torch.overrides import TorchFunctionMode
 from bigkit import init_empty_weights
 from bigkit.dryrun.fake_bnb import config_of as quantized_config
 from bigkit.dryrun.fake_bnb import fill_quantized, quantize_empty
-from bigkit.dryrun.run import DryRun, dry_run
+from bigkit.dryrun.result import DryRun
+from bigkit.dryrun.run import dry_run
 from bigkit.dryrun.workload import Workload, fill, passes
 from bigkit.machine.allocator import Recording
 from bigkit.machine.hardware import GPUS, Hardware

@@ -4,10 +4,12 @@
     python benchmarks/experts.py --cases qwen3 --layers 6  one of them, with fewer blocks
     python benchmarks/experts.py --device cpu --tiny       no GPU: tiny shapes, to see that it runs
 
-Each case runs in a fresh process. A step is one decoded token of every sequence, greedy, with a KV cache: the time
-between two calls of a stopping criterion that waits for the GPU, as a median. `equal` says whether the tokens are those
-of the resident model. The limit is what a step would take if chosen experts came over the link at its rate and nothing
-else took longer than in the resident model. Random weights choose experts almost by chance: no luck for a cache.
+Each case runs in a fresh process. A step is one decoded token of every sequence with a KV cache: the time between two
+calls of a stopping criterion that waits for the GPU, as a median. A model of random weights soon repeats itself, and so
+do the experts that it chooses; so the next token of each sequence is drawn, the same in all ways. `equal` says whether
+the logits are, bit for bit, those of the resident model, `bytes_per_token` what was brought for a step. The limit is
+what a step would take if chosen experts came over the link at its rate and nothing else took longer than in the
+resident model. Drawn tokens choose experts almost by chance: no luck for a cache.
 """
 
 from __future__ import annotations
@@ -32,7 +34,9 @@ from torch import Tensor, nn
 import bigkit
 from bigkit.checkpoints.as_stored import hold_stack
 from bigkit.checkpoints.codecs import find_stack_codec
+from bigkit.offload.events import Event
 from bigkit.offload.experts import expert_hits
+from bigkit.offload.hooks import hooks_in
 from bigkit.offload.rows import count_rows
 
 QWEN3 = {"vocab_size": 151936, "hidden_size": 2048, "num_attention_heads": 32, "num_key_value_heads": 4,
@@ -40,13 +44,14 @@ QWEN3 = {"vocab_size": 151936, "hidden_size": 2048, "num_attention_heads": 32, "
 MIXTRAL = {"vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32,
            "num_key_value_heads": 8, "num_local_experts": 8, "num_experts_per_tok": 2}  # fmt: skip
 DEEPSEEK = {"vocab_size": 129280, "hidden_size": 7168, "intermediate_size": 18432, "moe_intermediate_size": 2048,
-            "num_attention_heads": 128, "num_key_value_heads": 128, "n_routed_experts": 256, "num_experts_per_tok": 8,
-            "first_k_dense_replace": 1}  # fmt: skip
+            "num_attention_heads": 128, "num_key_value_heads": 128, "n_routed_experts": 64, "num_experts_per_tok": 8,
+            "first_k_dense_replace": 1}  # fmt: skip  # 64 of 256 experts: what a token takes is the same
 GPT_OSS = {"vocab_size": 201088, "hidden_size": 2880, "intermediate_size": 2880, "num_attention_heads": 64,
            "num_key_value_heads": 8, "head_dim": 64, "num_local_experts": 32, "num_experts_per_tok": 4}  # fmt: skip
 TINY = {"vocab_size": 128, "hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
 CASES = ("qwen3", "mixtral", "gpt-oss", "deepseek", "qwen3-48")
-BLOCKS = {"qwen3": 16, "qwen3-48": 48, "mixtral": 6, "deepseek": 3, "gpt-oss": 12}
+BLOCKS = {"qwen3": 16, "qwen3-48": 48, "mixtral": 6, "deepseek": 5, "gpt-oss": 12}
+FEW_BITS = {"mixtral": "nf4", "gpt-oss": "MXFP4", "deepseek": "FP8"}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -119,21 +124,47 @@ class Clock(tf.StoppingCriteria):
         return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
 
 
-def decode(model: nn.Module, batch: int, new: int, vocabulary: int, warm: bool = True) -> tuple[float, Tensor]:
-    """Tokens a second of all sequences while decoding, and the tokens.
+class Drawn(tf.LogitsProcessor):
+    """Lets the next tokens be drawn ones, and keeps the logits of the last step."""
+
+    def __init__(self, vocabulary: int, batch: int, new: int) -> None:
+        self.tokens = torch.randint(5, vocabulary, (new + 1, batch), generator=torch.Generator().manual_seed(3))
+        self.step, self.last = 0, torch.empty(0)
+
+    def __call__(self, ids: Tensor, scores: Tensor) -> Tensor:
+        self.last = scores.clone()
+        chosen = torch.full_like(scores, -torch.inf)
+        chosen[torch.arange(len(scores)), self.tokens[self.step]] = 0
+        self.step += 1
+        return chosen
+
+
+def decode(model: nn.Module, batch: int, new: int, vocabulary: int, warm: bool = True) -> tuple[float, Tensor, float]:
+    """Tokens a second of all sequences while decoding, the logits of the last step, and bytes brought for a step.
 
     The run before the one that counts has the same lengths: attention is planned anew for each length of the cache,
     which takes some 40 ms on a GPU.
     """
     device = "cuda:0" if torch.cuda.is_available() else "cpu"
     ids = torch.randint(5, vocabulary, (batch, 32), generator=torch.Generator().manual_seed(1)).to(device)
-    options: dict[str, Any] = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    options: dict[str, Any] = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0, "max_new_tokens": new}
     if warm:
-        model.generate(ids, max_new_tokens=new, **options)  # type: ignore[operator]
-    clock = Clock()
-    found = model.generate(ids, max_new_tokens=new, stopping_criteria=[clock], **options)  # type: ignore[operator]
+        model.generate(ids, logits_processor=[Drawn(vocabulary, batch, new)], **options)  # type: ignore[operator]
+    clock, drawn, moved = Clock(), Drawn(vocabulary, batch, new), list[tuple[int, int]]()
+
+    def listen(event: Event) -> None:
+        if event.kind == "fetch":
+            moved.append((len(clock.times), event.nbytes))
+
+    streamers = {hook.streamer for module in model.modules() for hook in hooks_in(module) if hasattr(hook, "streamer")}
+    for streamer in streamers - {None}:
+        streamer.listeners.append(listen)
+    model.generate(ids, stopping_criteria=[clock], logits_processor=[drawn], **options)  # type: ignore[operator]
+    for streamer in streamers - {None}:
+        streamer.listeners.remove(listen)
     steps = [later - earlier for earlier, later in zip(clock.times[1:], clock.times[2:])]
-    return batch / statistics.median(steps), found
+    brought = sum(nbytes for step, nbytes in moved if step > 1) / max(1, len(steps))
+    return batch / statistics.median(steps), drawn.last, brought
 
 
 def prompt_seconds(model: nn.Module, vocabulary: int) -> float:
@@ -188,12 +219,12 @@ def run(case: str, layers: int, device: str, tiny: bool, new: int) -> Iterator[d
     batches = (1, 8, 32) if case == "qwen3" else (1,)
     resident = {}
     for batch in batches:
-        rate, expected = decode(model, batch, new, vocabulary)
+        rate, expected, _ = decode(model, batch, new, vocabulary)
         resident[batch] = (rate, expected)
         yield row("resident", batch, rate)
     if case == "qwen3":
         yield row("resident", 8, 0, prompt_seconds=round(prompt_seconds(model, vocabulary), 4))
-    if case in ("mixtral", "gpt-oss"):
+    if case in FEW_BITS:
         yield from few_bits(case, model, resident[1][0], new, vocabulary, chosen / link)
         return
 
@@ -204,8 +235,10 @@ def run(case: str, layers: int, device: str, tiny: bool, new: int) -> Iterator[d
         dispatched = time.perf_counter() - begin
         for batch in batches:
             before = expert_hits(found)
-            rate, tokens = decode(found, batch, new, vocabulary)
-            own: dict[str, Any] = {"equal": bool(torch.equal(tokens, resident[batch][1]))}
+            rate, logits, brought = decode(found, batch, new, vocabulary)
+            own: dict[str, Any] = {
+                "equal": bool(torch.equal(logits, resident[batch][1])), "bytes_per_token": round(brought)
+            }  # fmt: skip
             if batch == 1:
                 own["share_of_limit"] = round(rate * (1 / resident[1][0] + chosen / link), 3)
             hits, misses = (now - then for now, then in zip(expert_hits(found), before))
@@ -222,31 +255,51 @@ def run(case: str, layers: int, device: str, tiny: bool, new: int) -> Iterator[d
     if case.startswith("qwen3"):
         yield from spread("RAM, half on the GPU", expert_cache=total // 2)
     if case == "qwen3" and torch.cuda.is_available():
-        yield accelerate(model, resident[1][1], vocabulary)
+        yield accelerate(model, vocabulary)
 
 
 def few_bits(
     case: str, model: nn.Module, resident: float, new: int, vocabulary: int, seconds: float
 ) -> Iterator[dict[str, Any]]:
-    """Experts in RAM in bfloat16, and in four bits: quantized to nf4 (Mixtral), or stored in MXFP4 (gpt-oss)."""
-    kind = "nf4" if case == "mixtral" else "MXFP4"
-    if case == "gpt-oss":
-        packed = {name: packed_in_mxfp4(module) for name, module in experts_in(model).items()}
-        resident, expected = decode(model, 1, new, vocabulary)
+    """Experts in RAM in bfloat16, and in few bits: quantized to nf4 (Mixtral), or as gpt-oss and DeepSeek store them.
+
+    The last two are weights that a checkpoint has in few bits: tokens are those of the model with these decoded.
+    """
+    kind = FEW_BITS[case]
+    batches, resident_rates = ((1, 32) if case != "deepseek" else (1, 8)), {1: resident}
+    expected: dict[int, Tensor] = {}
+    if kind != "nf4":
+        packed = {name: packed_as(kind, module) for name, module in experts_in(model).items()}
+        for batch in batches:
+            resident_rates[batch], expected[batch], _ = decode(model, batch, new, vocabulary)
+    rates: dict[int, float] = {}
+
+    def measure(way: str) -> Iterator[dict[str, Any]]:
+        for batch in batches:
+            rate, logits, brought = decode(found, batch, new, vocabulary)
+            own: dict[str, Any] = {"bytes_per_token": round(brought)}
+            if batch in expected:
+                own["equal"] = bool(torch.equal(logits, expected[batch]))
+            if batch in rates:
+                own["against_bf16"] = round(rate / rates[batch], 2)
+            elif batch == 1:
+                own["share_of_limit"] = round(rate * (1 / resident_rates[1] + seconds), 3)
+            rates.setdefault(batch, rate)
+            yield row(way, batch, rate, **own)
+
     found = in_ram(model)
-    rate, tokens = decode(found, 1, new, vocabulary)
-    bf16 = row("RAM", 1, rate, share_of_limit=round(rate * (1 / resident + seconds), 3))
-    yield bf16
-    if case == "mixtral":
+    yield from measure("RAM")
+    prompt = prompt_seconds(found, vocabulary)
+    yield row("RAM", 8, 0, prompt_seconds=round(prompt, 4))
+    bigkit.remove_hook_from_module(found, recurse=True)
+    if kind == "nf4":
         config = bigkit.BnbQuantizationConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype="bf16", torch_dtype=torch.bfloat16
         )
-        bigkit.remove_hook_from_module(found, recurse=True)
         places = {"": 0, **dict.fromkeys(experts_in(model), "cpu")}
         stand_in = {} if torch.cuda.is_available() else {0: "cpu"}
         found = bigkit.load_and_quantize_model(found, config, device_map=places, stand_in=stand_in)
     else:
-        bigkit.remove_hook_from_module(found, recurse=True)
         for name, parts in packed.items():
             module = found.get_submodule(name)
             for own, stored in parts.items():
@@ -254,25 +307,39 @@ def few_bits(
                 assert codec is not None
                 hold_stack(module, own, codec, stored)
         found = in_ram(found)
-    rate, tokens = decode(found, 1, new, vocabulary)
-    own = {"equal": bool(torch.equal(tokens, expected))} if case == "gpt-oss" else {}
+    settle()
+    way = f"RAM, {kind}"
+    yield from measure(way)
     size = sum(p.nbytes for module in experts_in(found).values() for p in module.parameters())
-    yield row(
-        f"RAM, {kind}", 1, rate, against_bf16=round(rate / bf16["tokens_per_second"], 2), bytes_of_experts=size, **own
-    )
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    seconds = prompt_seconds(found, vocabulary)
+    more = {"gpu_peak": torch.cuda.max_memory_allocated()} if torch.cuda.is_available() else {}
+    against = round(prompt / seconds, 2)
+    yield row(way, 8, 0, prompt_seconds=round(seconds, 4), against_bf16=against, bytes_of_experts=size, **more)
 
 
-def packed_in_mxfp4(module: nn.Module) -> dict[str, dict[str, nn.Parameter]]:
-    """Random MXFP4 tensors for gpt-oss' experts, whose decoded values take the places of the module's weights."""
+def packed_as(kind: str, module: nn.Module) -> dict[str, dict[str, nn.Parameter]]:
+    """Random tensors of a format for a block's experts, whose decoded values take the places of the weights."""
     packed = {}
     for own in ("gate_up_proj", "down_proj"):
         weight = module.get_parameter(own)
-        count, inputs, outputs = weight.shape
-        blocks = torch.randint(0, 256, (count, outputs, inputs // 32, 16), dtype=torch.uint8, device=weight.device)
-        scales = torch.randint(118, 121, (count, outputs, inputs // 32), dtype=torch.uint8, device=weight.device)
-        codec = find_stack_codec(own, [f"{own}_blocks", f"{own}_scales"])
+        device, (count, rows, columns) = weight.device, weight.shape
+        if kind == "MXFP4":  # gpt-oss has (in, out), its files (out, in)
+            parts = {
+                "_blocks": torch.randint(0, 256, (count, columns, rows // 32, 16), dtype=torch.uint8, device=device),
+                "_scales": torch.randint(118, 121, (count, columns, rows // 32), dtype=torch.uint8, device=device),
+            }
+        else:
+            sizes = (count, max(1, rows // 128), max(1, columns // 128))
+            parts = {
+                "": torch.empty(weight.shape, dtype=torch.float8_e4m3fn, device=device),
+                "_scale_inv": 0.01 + torch.rand(sizes, device=device) / 100,
+            }
+            for expert in range(count):
+                parts[""][expert] = torch.randn(rows, columns, device=device)
+        codec = find_stack_codec(own, [f"{own}{suffix}" for suffix in parts])
         assert codec is not None
-        parts = {"_blocks": blocks, "_scales": scales}
         for expert in range(count):
             one = {suffix: part[expert : expert + 1] for suffix, part in parts.items()}
             weight.data[expert] = codec.decode(one, weight.dtype)[0]
@@ -280,7 +347,7 @@ def packed_in_mxfp4(module: nn.Module) -> dict[str, dict[str, nn.Parameter]]:
     return packed
 
 
-def accelerate(model: nn.Module, expected: Tensor, vocabulary: int) -> dict[str, Any]:
+def accelerate(model: nn.Module, vocabulary: int) -> dict[str, Any]:
     """Accelerate's dispatch with the experts in RAM: all of a block's are brought for each token."""
     from accelerate import dispatch_model
 
@@ -289,8 +356,8 @@ def accelerate(model: nn.Module, expected: Tensor, vocabulary: int) -> dict[str,
     model = model.to("cpu")
     settle()
     found = dispatch_model(model, {**places, **dict.fromkeys(experts_in(model), "cpu")}, main_device=0)
-    rate, tokens = decode(found, 1, 5, vocabulary, warm=False)
-    return row("accelerate", 1, rate, equal=bool(torch.equal(tokens, expected[:, : tokens.shape[1]])))
+    rate, _, _ = decode(found, 1, 5, vocabulary, warm=False)
+    return row("accelerate", 1, rate)
 
 
 def leaves(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

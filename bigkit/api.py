@@ -19,6 +19,7 @@ from .machine.network import Network
 from .maps import advise as _advise
 from .maps import hosts as _hosts
 from .maps.advise import Advice
+from .maps.draft import ACCEPTANCE, draft_bytes, keep_room
 from .maps.hosts import HostsPlan
 from .maps.links import links_of
 from .maps.pipeline import place_pipeline
@@ -102,6 +103,7 @@ def plan(
     slots: int | None = None,
     on_cpu: bool = False,
     hardware: Hardware | str | None = None,
+    draft: Source | None = None,
 ) -> Plan:
     """Place a model's layers on devices so that no device holds more than its budget.
 
@@ -117,6 +119,8 @@ def plan(
         overhead: bytes that the runtime takes on each GPU; None takes `overhead_of` the machine, or 0 for budgets that
             are given without one.
         hardware: a machine, or the name of one ("1 x RTX 4090", "L4").
+        draft: a small model that guesses tokens for this one to check (`generate(assistant_model=...)`): room for it
+            stays free on the first device.
 
     Raises:
         PlanError: no placement fits, with the bytes that are missing and what would help.
@@ -143,6 +147,11 @@ def plan(
     spec = described(model, dtype=dtype, batch=batch)
     if isinstance(spec, PipelineSpec):
         return cast(Any, place_pipeline(spec, max_memory, overhead))  # a `PipelinePlan`
+    room = ""
+    if draft is not None:
+        guessing = describe(draft)
+        nbytes = draft_bytes(guessing, dtype if quantization is None else "bfloat16", batch, context)
+        max_memory, room = keep_room(max_memory, nbytes, guessing.name)
     measured = calibration_of(machine) if machine else None
     ask = partial(
         place, spec, max_memory, strategy, dtype=dtype, quantization=quantization, keep=keep,
@@ -150,19 +159,23 @@ def plan(
         offload_buffers=offload_buffers, strict=strict, experts_on_cpu=experts_on_cpu, kv_dtype=kv_dtype,
         links=links if links is not None else links_of(machine, measured) if machine else (), slots=slots,
     )  # fmt: skip
-    if not on_cpu:
-        return ask()
-    here = machine or Hardware.detect()
-    measured = measured or calibration_of(here)
-    if not (measured and measured.cpu_reads):
-        raise ValueError("on_cpu needs what this machine's CPU reads beside a busy link: run bigkit.calibrate() here")
-    found, about = _advise.best_with_cpu(spec, ask, here, measured)
-    return replace(found, notes=(*found.notes, about)) if about and not found.on_cpu else found
+    if on_cpu:
+        here = machine or Hardware.detect()
+        measured = measured or calibration_of(here)
+        if not (measured and measured.cpu_reads):
+            raise ValueError(
+                "on_cpu needs what this machine's CPU reads beside a busy link: call bigkit.calibrate() here"
+            )
+        placed, about = _advise.best_with_cpu(spec, ask, here, measured)
+        room = " ".join(filter(None, (room, "" if placed.on_cpu else about)))
+    else:
+        placed = ask()
+    return replace(placed, notes=(*placed.notes, room)) if room else placed
 
 
 def plan_hosts(
     model: Source,
-    hosts: Sequence[Hardware | str],
+    hosts: Sequence[Hardware | str] | str,
     network: Network | str = "Ethernet 10G",
     strategy: str = "balanced",
     **options: Any,
@@ -171,7 +184,8 @@ def plan_hosts(
 
     Args:
         model: a name, URL, folder, `nn.Module` or `ModelSpec`.
-        hosts: machines, or names of machines as `plan`'s `hardware`, in the order in which hidden states pass them.
+        hosts: machines, or names of machines as `plan`'s `hardware`, in the order in which hidden states pass them; or
+            a text, "RTX 4090 | 2 x L4", or "2 hosts" such as this machine.
         network: the line between them: a `Network`, or the name of one ("Ethernet 10G", "RDMA 100G", "WLAN").
         strategy: "balanced" makes the slowest stage as fast as it can be; "sequential" fills one host after the other.
         options: `dtype`, `quantization`, `batch` (sequences in all groups), `context` and others, see `plan`.
@@ -196,6 +210,8 @@ def advise(
     *,
     stored: Iterable[str | None] = _advise.STORED,
     kv_dtype: object = None,
+    draft: Source | None = None,
+    acceptance: float = ACCEPTANCE,
 ) -> Advice:
     """Rank ways to store and place a model on a machine, by what a token would wait for.
 
@@ -203,7 +219,8 @@ def advise(
         model: a name, URL, folder, `nn.Module` or `ModelSpec`.
         hardware: a `Hardware`, the name of one ("1 x RTX 4090", "L4", "8 x H100-80GB"), or None for this machine, whose
             measured rates are used if `calibrate()` was called here.
-        batch, context, target, stored, kv_dtype: see `maps.advise.advise`.
+        batch, context, target, stored, kv_dtype, acceptance: see `maps.advise.advise`.
+        draft: a small model that guesses tokens for this one to check: a name, folder, ...
 
     Returns:
         The options that fit, best first; if there are none, what would have to change.
@@ -215,8 +232,9 @@ def advise(
     True
     """
     return _advise.advise(
-        describe(model), machine_of(hardware), batch, context, target, stored=stored, kv_dtype=kv_dtype
-    )
+        describe(model), machine_of(hardware), batch, context, target, stored=stored, kv_dtype=kv_dtype,
+        draft=None if draft is None else describe(draft), acceptance=acceptance,
+    )  # fmt: skip
 
 
 def estimate_memory(

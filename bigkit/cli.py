@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from . import __version__, _say_missing
 from .devices import Device, read_device
 from .maps.advise import TARGETS
+from .maps.draft import ACCEPTANCE
 from .maps.strategies import STRATEGIES
 from .model.attention import KV_DTYPES
 from .model.estimate import CLASSIC
@@ -122,6 +123,8 @@ def _parser() -> argparse.ArgumentParser:
                      'llama-2-70b --hardware "2 x 4090"', _advise)  # fmt: skip
     _add_machine(advice)
     advice.add_argument("--target", choices=TARGETS, default="speed", help="what ranks first (%(default)s)")
+    advice.add_argument("--draft", metavar="MODEL", help="a small model that guesses tokens for this one to check")
+    advice.add_argument("--acceptance", type=float, default=ACCEPTANCE, help="share of guesses accepted (%(default)s)")
     _add_markdown(advice)
 
     estimate = command("estimate-memory", "how much memory a model takes to load, run and train",
@@ -154,6 +157,7 @@ def _parser() -> argparse.ArgumentParser:
 
     measure = command("calibrate", "measure this machine, for predictions; takes about a minute",
                       "--folder /data", _calibrate)  # fmt: skip
+    measure.add_argument("names", nargs="*", metavar="NAME", help="models whose host's pace is measured instead")
     measure.add_argument("--folder", help="on the disk that is to be measured (the temporary folder)")
     measure.add_argument("--json", action="store_true", help="print JSON")
 
@@ -297,14 +301,15 @@ def _plan_of(options: argparse.Namespace, hardware: Hardware | str | None, conte
 
 def _plan_hosts(options: argparse.Namespace) -> str:
     from .api import plan_hosts
+    from .draw.hosts import hosts_figure
 
-    if options.svg or options.code or options.max_memory or options.hardware:
-        raise ValueError("--hosts goes with --json, and not with --svg, --code, --max_memory or --hardware")
+    if options.max_memory or options.hardware:
+        raise ValueError("--hosts names the machines: leave --max_memory and --hardware out")
     plan = plan_hosts(
         _describe(options), options.hosts, options.network, dtype=options.dtype, quantization=options.quantization,
         batch=options.batch, context=options.context, experts_on_cpu=options.experts_on_cpu, kv_dtype=options.kv_dtype,
     )  # fmt: skip
-    return plan.to_json() if options.json else plan.explain()
+    return _say(options, plan, hosts_figure, plan.to_code if options.code else plan.explain)
 
 
 def _plan(options: argparse.Namespace) -> str:
@@ -346,8 +351,9 @@ def _advise(options: argparse.Namespace) -> str:
     from .draw.advice import advice_figure
 
     advice = advise(
-        _describe(options), options.hardware, options.batch, options.context, options.target, kv_dtype=options.kv_dtype
-    )
+        _describe(options), options.hardware, options.batch, options.context, options.target,
+        kv_dtype=options.kv_dtype, draft=options.draft, acceptance=options.acceptance,
+    )  # fmt: skip
     return _say(options, advice, advice_figure, advice.explain)
 
 
@@ -358,7 +364,8 @@ def _calibrate(options: argparse.Namespace) -> str:
     from .machine.ledger import ledger_path
     from .measure.calibrate import calibrate
 
-    calibration = calibrate(options.folder)
+    calibrations = [calibrate(options.folder, model=name) for name in options.names or [None]]
+    calibration = calibrations[-1]
     if options.json:
         return json.dumps(asdict(calibration), indent=1)
     return f"{calibration.explain()}\nkept in {ledger_path()}"

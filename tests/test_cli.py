@@ -47,13 +47,16 @@ def test_plan_text_json_and_code(capsys):
     assert "from bigkit import plan" in capsys.readouterr().out
 
 
-def test_plan_over_hosts(capsys):
+def test_plan_over_hosts(capsys, tmp_path):
     words = ["plan", "llama-2-7b", "--hosts", "RTX 4090", "L4", "--network", "WLAN", "--dtype", "float16"]
     assert main([*words, "--json"]) == 0
     found = bigkit.HostsPlan.from_json(capsys.readouterr().out)
     assert found == bigkit.plan_hosts("llama-2-7b", ["RTX 4090", "L4"], "WLAN", dtype="float16", context=2048)
     assert main(words) == 0 and capsys.readouterr().out.strip() == found.explain()
-    assert main([*words, "--code"]) == 2 and "--hosts goes with --json" in capsys.readouterr().err
+    assert main([*words, "--code"]) == 0 and "'1 x RTX 4090 | 1 x L4',\n    'WLAN'" in capsys.readouterr().out
+    assert main([*words, "--svg", str(tmp_path / "hosts.svg")]) == 0
+    assert "process 1" in (tmp_path / "hosts.svg").read_text() and "is in" in capsys.readouterr().out
+    assert main([*words, "--hardware", "L4"]) == 2 and "--hosts names the machines" in capsys.readouterr().err
 
 
 def test_plan_for_a_machine_has_its_budgets_and_overhead(capsys):

@@ -7,7 +7,8 @@ and saving see these, and need to know no format.
 
     linear layers       `StoredLinear`: weight = codec(parts), then the product
     experts one by one  FP8 ones are stacked as the class has them, codes and scales (`merged.py`)
-    stacked experts     a subclass of their class, in which `self.gate_up_proj[chosen]` decodes the chosen experts only
+    stacked experts     a subclass of their class, in which `self.gate_up_proj[chosen]` decodes the chosen experts only,
+                        and a prompt's product a few at a time (`decoded.py`)
 
 Leaves out: the formats (`codecs.py`), and decoding at loading (`load_checkpoint_in_model(..., keep="dense")`).
 """
@@ -24,8 +25,10 @@ from torch import Tensor, nn
 
 from ..model.header import CheckpointError
 from ..model.spec import TensorSpec
+from ..model.stored import DECODING, DECODING_OF, DECODING_STACK, decoding
 from ._transformers import Made, gptq_offset
 from .codecs import Codec, Kinds, Parts, StackCodec, find_codec, find_stack_codec
+from .decoded import DecodedStack
 from .format import Checkpoint, Stored
 from .merged import stack_experts
 
@@ -36,9 +39,11 @@ class AsStored(nn.Module):
     Args:
         stored: own names of their tensors. A cast of the model leaves them as they are.
         works_in: the dtype that they are decoded to. A cast of the model changes it.
+        decoding: bytes that the largest of its weights takes while it is decoded, on the device where it works.
     """
 
     stored: tuple[str, ...] = ()
+    decoding: int = 0
     works_in: torch.dtype
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
@@ -65,36 +70,6 @@ class StoredLinear(AsStored, nn.Linear):
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, stored as {self.codec.format}"
-
-
-class _Stack:
-    """Stacked weights (experts, ...) that are decoded when they are used: those of chosen experts, or all.
-
-    Args:
-        parts: suffix -> tensor as it is stored, (experts, ...).
-        codec, dtype: what they are decoded by, and to.
-    """
-
-    def __init__(self, parts: Parts, codec: StackCodec, dtype: torch.dtype) -> None:
-        self.parts, self.codec, self.dtype = parts, codec, dtype
-
-    def __getitem__(self, experts: Any) -> Tensor:
-        if isinstance(experts, int):
-            return self[experts : experts + 1 or None][0]
-        if isinstance(experts, Tensor) and experts.ndim == 0:
-            return self[experts[None]][0]
-        return self.codec.decode({suffix: part[experts] for suffix, part in self.parts.items()}, self.dtype)
-
-    def all(self) -> Tensor:
-        return self.codec.decode(self.parts, self.dtype)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.all(), name)
-
-    @classmethod
-    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        plain = [argument.all() if isinstance(argument, _Stack) else argument for argument in args]
-        return function(*plain, **(kwargs or {}))
 
 
 @contextmanager
@@ -172,6 +147,7 @@ def _change(
     module.__class__ = StoredLinear
     stored: Any = module
     stored.codec, stored.works_in, stored.stored = codec, weight.dtype, tuple(parts)
+    stored.decoding = round(decoding(tuple(weight.shape), DECODING_OF.get(codec.format, DECODING)))
     for own, kind in parts.items():
         module.register_parameter(own, _empty(kind))
     module._parameters["bias"] = bias
@@ -224,8 +200,11 @@ def hold_stack(module: nn.Module, own: str, codec: StackCodec, parts: Mapping[st
     for suffix, one in names.items():
         module.register_parameter(one, parts[suffix])
 
-    def stack(self: Any) -> _Stack:
-        return _Stack({suffix: self._parameters[one] for suffix, one in names.items()}, codec, self.works_in)
+    form = tuple(weight.shape[1:])
+
+    def stack(self: Any) -> DecodedStack:
+        parts: Any = {suffix: self._parameters[one] for suffix, one in names.items()}
+        return DecodedStack(parts, codec, self.works_in, form)
 
     cls = type(module)
     bases = (cls,) if issubclass(cls, AsStored) else (AsStored, cls)
@@ -233,6 +212,8 @@ def hold_stack(module: nn.Module, own: str, codec: StackCodec, parts: Mapping[st
     holder: Any = module
     holder.works_in = weight.dtype
     holder.stored = (*holder.stored, *names.values())
+    chosen, each = getattr(getattr(module, "config", None), "num_experts_per_tok", None), DECODING_STACK[codec.format]
+    holder.decoding = max(holder.decoding, round(decoding(tuple(weight.shape), each, chosen or 1)))
 
 
 def _decode_at_loading(
@@ -258,12 +239,21 @@ def _restorable(module: nn.Module, undo: list[Any]) -> None:
 
     def restore() -> None:
         module.__class__ = cls
-        for name in ("codec", "works_in", "stored"):
+        for name in ("codec", "works_in", "stored", "decoding"):
             vars(module).pop(name, None)
         module._parameters.clear()
         module._parameters.update(parameters)
 
     undo.append(restore)
+
+
+def room_for_decoding(model: nn.Module) -> int:
+    """Bytes that a device must have beside a model's weights, while the largest that is stored in few bits is decoded.
+
+    >>> room_for_decoding(nn.Linear(2, 2))
+    0
+    """
+    return max((module.decoding for module in model.modules() if isinstance(module, AsStored)), default=0)
 
 
 def stored_dtypes(model: nn.Module) -> dict[str, torch.dtype]:

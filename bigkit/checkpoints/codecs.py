@@ -33,7 +33,6 @@ Kinds = Mapping[str, tuple[tuple[int, ...], torch.dtype]]  # own name -> shape a
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)  # which of the eight numbers of an int32 is the first, second, ... output
 BLOCK_4BIT, NESTED = 64, 256  # weights that share a scale, and scales that share one, in bitsandbytes' 4-bit formats
-AT_A_TIME = 2**25  # weights of stacked experts that are decoded at a time
 BLOCK = 128  # rows and columns that share a scale, where the grid of scales leaves a choice
 
 
@@ -120,15 +119,33 @@ def decode_scaled(parts: Parts, dtype: torch.dtype) -> Tensor:
     The last block of a row or column may be cut. Source: the files of DeepSeek-V3 (arXiv 2412.19437, section 3.3), and
     compressed-tensors' "float-quantized" and "int-quantized".
     """
-    codes = parts["weight"]
-    scales = parts["weight_scale_inv" if "weight_scale_inv" in parts else "weight_scale"].to(torch.float32)
-    if scales.ndim == 2 and scales.numel() > 1:
-        for dim in (0, 1):
+    return _scaled(parts["weight"], parts["weight_scale_inv" if "weight_scale_inv" in parts else "weight_scale"], dtype)
+
+
+def _scaled(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+    """Codes (..., rows, columns) times their scales in float32, rounded to a dtype; few copies in between.
+
+    Where blocks are whole no scale is repeated: the codes are seen as (..., blocks, rows of one, blocks, columns of
+    one).
+    """
+    works = torch.bfloat16 if codes.dtype != torch.int8 else torch.float16  # in which all codes are exact
+    scales = scales.to(torch.float32).reshape(scales.shape or 1)  # a number alone would be rounded to the codes' dtype
+    blocks: list[int] = []
+    if scales.ndim == codes.ndim and scales.numel() > 1:
+        for dim in (-2, -1):
             count, size = scales.shape[dim], codes.shape[dim]
-            if count not in (1, size):
-                block = BLOCK if -(-size // BLOCK) == count else -(-size // count)
+            block = BLOCK if -(-size // BLOCK) == count else -(-size // count)
+            if block * count != size and count > 1:
                 scales = scales.repeat_interleave(block, dim).narrow(dim, 0, size)
-    return (codes.to(torch.float32) * scales).to(dtype)
+            blocks.append(scales.shape[dim])
+    elif scales.numel() > 1:
+        scales = scales.reshape(*scales.shape, *[1] * (codes.ndim - scales.ndim))
+    if blocks:
+        codes = codes.unflatten(-1, (blocks[1], -1)).unflatten(-3, (blocks[0], -1))
+        scales = scales[..., :, None, :, None]
+    decoded = torch.empty(codes.shape, dtype=dtype, device=codes.device)
+    torch.mul(codes.to(works), scales, out=decoded)
+    return decoded.flatten(-2).flatten(-3, -2) if blocks else decoded
 
 
 def decode_packed(parts: Parts, dtype: torch.dtype, bits: int, shape: tuple[int, ...]) -> Tensor:
@@ -188,9 +205,12 @@ def decode_mxfp4(parts: Parts, dtype: torch.dtype) -> Tensor:
     Microscaling Formats, version 1.0; the files of gpt-oss. Any shape may come before `out`, or none.
     """
     works = dtype if dtype == torch.bfloat16 else torch.float32  # in which these products are exact
-    scales = torch.exp2(parts["_scales"].to(torch.float32) - 127)
-    values = e2m1(parts["_blocks"], works) * scales.to(works)[..., None]
-    return values.flatten(-2).to(dtype).transpose(-2, -1).contiguous()
+    scales = torch.exp2(parts["_scales"].to(torch.float32) - 127).to(works).transpose(-2, -1)
+    values = e2m1(parts["_blocks"], works)  # (..., out, groups, 32)
+    *around, outputs, groups, size = values.shape
+    decoded = torch.empty((*around, groups, size, outputs), dtype=works, device=values.device)
+    torch.mul(values.movedim(-3, -1), scales.unsqueeze(-2), out=decoded)
+    return decoded.flatten(-3, -2).to(dtype)
 
 
 def decode_4bit(parts: Parts, dtype: torch.dtype, kind: str) -> Tensor:
@@ -229,10 +249,22 @@ def e2m1(packed: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     >>> e2m1(torch.tensor([[0x21]], dtype=torch.uint8))
     tensor([[0.5000, 1.0000]])
     """
-    pairs = torch.tensor([(E2M1[byte & 15], E2M1[byte >> 4]) for byte in range(256)], dtype=dtype)
-    whole = torch.int64 if dtype.itemsize == 4 else torch.int32  # a pair as one number: one lookup for two weights
-    table = pairs.view(whole).flatten().to(packed.device)
-    return table[packed.int()].view(dtype)
+    return _pairs(dtype, packed.device)[packed.int()].view(dtype)
+
+
+def _pairs(dtype: torch.dtype, device: torch.device) -> Tensor:
+    """For each byte the two numbers in it as one whole number, so that one lookup is enough; made once for a device."""
+    if (dtype, device) in _known:
+        return _known[dtype, device]
+    with torch.inference_mode(False):
+        pairs = torch.tensor([(E2M1[byte & 15], E2M1[byte >> 4]) for byte in range(256)], dtype=dtype)
+        table = pairs.view(torch.int64 if dtype.itemsize == 4 else torch.int32).flatten().to(device)
+    if not hasattr(table, "fake_mode"):  # a dry run's has no data
+        _known[dtype, device] = table
+    return table
+
+
+_known: dict[tuple[torch.dtype, torch.device], Tensor] = {}
 
 
 def unpack(packed: Tensor, bits: int, dim: int) -> Tensor:
@@ -249,18 +281,9 @@ def unpack(packed: Tensor, bits: int, dim: int) -> Tensor:
 def decode_scaled_stack(parts: Parts, dtype: torch.dtype) -> Tensor:
     """Stacked experts in one byte: codes (experts, rows, columns), `_scale_inv` (experts, blocks down, blocks across).
 
-    Blocks are whole: a stack of weights with a cut block is not made (`merged.py`). Few experts are decoded at a time,
-    since the copies in between take six times as much as the weights.
+    Blocks are whole: a stack of weights with a cut block is not made (`merged.py`).
     """
-    codes, scales = parts[""], parts["_scale_inv"]
-    decoded = torch.empty(codes.shape, dtype=dtype, device=codes.device)
-    step = max(1, AT_A_TIME // max(1, codes[:1].numel()))
-    for first in range(0, codes.shape[0], step):
-        some = scales[first : first + step].to(torch.float32)
-        for dim in (1, 2):
-            some = some.repeat_interleave(codes.shape[dim] // some.shape[dim], dim)
-        decoded[first : first + step] = codes[first : first + step].to(torch.float32) * some
-    return decoded
+    return _scaled(parts[""], parts["_scale_inv"], dtype)
 
 
 STACK_CODECS = (

@@ -80,6 +80,7 @@ class Stage:
         self.pending: deque[tuple[Any, Tensor]] = deque()
         self.call = threading.local()
         self.checked = rank == 0
+        self.ends: list[Any] = []  # embeddings and heads that are elsewhere
         own = {id(tensor) for name in self.own for tensor in model.get_submodule(name).parameters()}
         entry = _before(self.own[0]) if rank else ""
         for name in (name for i, names in enumerate(stages) for name in names if i != rank):
@@ -93,6 +94,9 @@ class Stage:
         """Let `forward` and `generate` of the model, which is loaded now, speak with the other processes."""
         self.device = device
         model: Any = self.model
+        dtype = next((tensor.dtype for tensor in model.parameters() if tensor.is_floating_point()), torch.float32)
+        for end in self.ends:  # models ask it for its dtype and device
+            end.weight = nn.Parameter(torch.empty(0, dtype=dtype, device=device), requires_grad=False)
         model.forward = wraps(model.forward)(partial(self._forward, model.forward))
         if hasattr(model, "generate"):
             model.generate = wraps(model.generate)(partial(self._generate, model.generate))
@@ -115,6 +119,7 @@ class Stage:
         module._buffers = dict.fromkeys(module._buffers)
         module._modules.clear()
         module.forward = forward
+        self.ends += [module] if isinstance(module, (nn.Embedding, nn.Linear)) else []
 
     def _zeros(self, width: int, *_: Any, **__: Any) -> Tensor:
         zeros = torch.zeros(*self.received.shape[:-1], width, dtype=self.received.dtype, device=self.device)
@@ -172,9 +177,9 @@ class Stage:
         self._post(torch.tensor(about + [0] * (_HEADER - len(about))), rank)
         self._post(tensor, rank)
 
-    def _take_shaped(self, rank: int) -> Tensor:
+    def _take_shaped(self, rank: int, device: torch.device) -> Tensor:
         digest, dtype, kind, ndim, *shape = self._take(torch.zeros(_HEADER, dtype=torch.int64), rank).tolist()
-        tensor = self._take(torch.empty(shape[:ndim], dtype=_DTYPES[dtype], device=self.device), rank)
+        tensor = self._take(torch.empty(shape[:ndim], dtype=_DTYPES[dtype], device=device), rank)
         if digest != getattr(self.call, "digest", 0):
             raise RuntimeError(_unlike(self.rank, f"it was called with other inputs or options than process {rank}"))
         self.kind = kind
@@ -193,7 +198,7 @@ class Stage:
 
     def _forward(self, forward: Callable[..., Any], *args: Any, **options: Any) -> Any:
         if self.rank:
-            self.received = self._take_shaped(self.rank - 1)
+            self.received = self._take_shaped(self.rank - 1, self.device)
         self.sent = False
         with torch.no_grad(), nullcontext() if self.checked else self._checking():
             output = forward(*args, **options)
@@ -205,9 +210,12 @@ class Stage:
         """The logits of the last process in everyone's output."""
         name = "logits" if hasattr(output, "logits") else "last_hidden_state"
         own = output if isinstance(output, Tensor) else output[0] if isinstance(output, tuple) else output[name]
-        mine = own if self.rank == self.last else None
-        logits = self._to_all(mine, partial(self._take_shaped, self.last), self._post_shaped)
-        self.flush()
+        # Two messages of nccl that cross wait for each other; of several groups, logits go through RAM.
+        by = self.device if self.turns is None else torch.device("cpu")
+        mine = own.to(by) if self.rank == self.last else None
+        logits = self._to_all(mine, partial(self._take_shaped, self.last, by), self._post_shaped).to(own.device)
+        if self.turns is None:
+            self.flush()
         if isinstance(output, Tensor):
             return logits
         if isinstance(output, tuple):
@@ -263,6 +271,7 @@ class Stage:
         if streamer is not None:
             streamer.put(input_ids.cpu())  # `generate` does so for its own loops
         generation_config.do_sample = False  # it is drawn: what `_sample` sees has one token left
+        generation_config.disable_compile = True  # messages are no part of a graph
         rules = (agreed.processors(), agreed.criteria(), generation_config)
         return draw_one_by_one(model, input_ids, *rules, streamer=streamer, **options)
 

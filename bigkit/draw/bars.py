@@ -37,14 +37,14 @@ class Bar:
         return sum(size for _, size, _ in self.parts)
 
 
-def draw_bars(picture: Picture, bars: Sequence[Bar]) -> None:
-    """Bars with an axis below that reaches to the longest bar or capacity.
+def draw_bars(picture: Picture, bars: Sequence[Bar], least: int = 0) -> None:
+    """Bars with an axis below that reaches to the longest bar or capacity, and at least to so many bytes.
 
     A disk much larger than what rests on it would squeeze the rest: its capacity is then written, not drawn.
     """
     most = max((bar.used for bar in bars), default=0) or 1
     drawn = [bar.capacity for bar in bars if bar.capacity and (bar.label != "disk" or bar.capacity <= 2 * most)]
-    longest = max([most, *drawn])
+    longest = max([most, least, *drawn])
     unit, unit_name = next(((u, name) for u, name in ((GiB, "GiB"), (MiB, "MiB")) if longest >= u), (KiB, "KiB"))
     top = picture.y
     for bar in bars:

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from itertools import accumulate
 
 from ..devices import device_label
-from ..dryrun.run import KINDS, DryRun, Timeline
-from ..machine.roofline import StepTime
+from ..dryrun.result import KINDS, DryRun, Timeline
+from ..machine.ranges import Range
 from ..machine.streams import Span
 from ..measure.record import Measurement
 from ..units import GiB, MiB, format_bytes, format_seconds, text_table
@@ -42,7 +42,8 @@ def dryrun_figure(run: DryRun, measured: Measurement | None = None) -> Picture:
     timelines = list(run.timelines.values())
     for timeline in timelines:
         here = measured if measured is not None and measured.device == timeline.device else None
-        _draw_memory(picture, timeline, here, named=timeline is timelines[0])
+        found = run.ranges.get(f"reserved cuda:{timeline.device}")
+        _draw_memory(picture, timeline, found, here, named=timeline is timelines[0])
     _draw_legend(picture, run, measured)
     picture.heading("Time: what is busy when; the higher a bar, the larger the share of the time at work")
     _draw_lanes(picture, run, measured)
@@ -67,17 +68,22 @@ def dryrun_text(run: DryRun, measured: Measurement | None = None) -> str:
     memory = text_table(
         ["at the peak", *map(device_label, run.timelines)], [[name, *row] for name, row in rows.items()]
     )
+    few = run.times if len(run.times) < 7 else [*run.times[:3], *run.times[-2:]]
     times = text_table(
         ["step", "time", "busy longest"],
-        [[step.name, format_seconds(step.seconds), _lane_name(step.bottleneck)] for step in _few(run.times)],
+        [[step.name, format_seconds(step.seconds), _lane_name(step.bottleneck)] for step in few],
     )
+    told = [
+        f"{name}: {found.told(format_bytes if 'cuda' in name else format_seconds)}"
+        for name, found in run.ranges.items()
+    ]
     busy = ", ".join(f"{_lane_name(lane)} {100 * run.busy[lane]:.0f} %" for lane in sorted(run.busy, key=_order))
     speed = [f"busy: {busy}", *([run.speed] if run.speed else [])]
     if not run.fits:
         times = "If there were memory enough:\n" + times
     real = [] if measured is None else ["", f"measured on {measured.gpu}", _compared(run, measured)]
     head = [f"{run.model}: {dryrun_verdict(run)}", _settings(run), *run.notes]
-    return "\n".join([*head, "", memory, "", times, *speed, *real])
+    return "\n".join([*head, "", memory, "", times, *speed, "", "ranges", *told, *real])
 
 
 def _compared(run: DryRun, measured: Measurement) -> str:
@@ -137,8 +143,10 @@ def _settings(run: DryRun, measured: Measurement | None = None) -> str:
     return f"{run.hardware}, {run.asked}, {'calibrated' if calibrated else 'nominal'} rates{real}"
 
 
-def _draw_memory(picture: Picture, timeline: Timeline, measured: Measurement | None, named: bool) -> None:
-    """What a device holds, event by event: by kind, what is reserved, the capacity, and what was measured."""
+def _draw_memory(
+    picture: Picture, timeline: Timeline, found: Range | None, measured: Measurement | None, named: bool
+) -> None:
+    """What a device holds, event by event, by kind; what is reserved, and how surely, capacity, what was measured."""
     events = len(timeline.allocated)
     unit, unit_name = (GiB, "GiB") if timeline.peak_reserved >= GiB else (MiB, "MiB")
     curves = [] if measured is None else measured.curves()
@@ -177,6 +185,13 @@ def _draw_memory(picture: Picture, timeline: Timeline, measured: Measurement | N
     elif timeline.capacity:
         text = f"capacity {format_bytes(timeline.capacity)}, far above"
         picture.text(right, top + 4, text, 8, SOFT, "end", plate=True)
+    if found:
+        x, low, high = right + 6, *(max(top, bottom - edge * level) for edge in (found.low, found.high))
+        picture.line("range", [(x, low), (x, high)], DARK, 1.2)
+        for y in (low, high):
+            picture.line("range", [(x - 3, y), (x + 3, y)], DARK, 1.2)
+        says = f"{device_label(timeline.device)} reserves {found.told(format_bytes)}."
+        picture.mark(f"range:{timeline.device}", says, x - 3, high, 6, max(low - high, 1))
     peak = max(range(events), key=timeline.allocated.__getitem__, default=0)
     at, tip = picture.left + picture.room * (peak + 0.5) / (events or 1), bottom - timeline.peak_allocated * level
     picture.line("peak", [(at - 4, tip - 6), (at + 4, tip - 6), (at, tip)], VERMILLION, depth=TOP + 1)
@@ -237,7 +252,10 @@ def _draw_lanes(picture: Picture, run: DryRun, measured: Measurement | None) -> 
     operations; below them what was measured, step by step.
     """
     last = max((span.end for span in run.spans), default=0.0) or 1e-9
-    longest = max(last, sum(measured.seconds)) if measured else last
+    ends = _ends(run)
+    longest = max(
+        last, sum(measured.seconds) if measured else 0.0, min(1.5 * last, max(end[2] for end in ends.values()))
+    )
     scale, top = picture.room / longest, picture.y
     for lane in sorted(run.busy, key=_order):
         colour = {"python": GREY, "disk": DARK}.get(lane, PURPLE if lane.startswith("copy") else GREEN)
@@ -256,6 +274,16 @@ def _draw_lanes(picture: Picture, run: DryRun, measured: Measurement | None) -> 
     for step in run.times:
         passed += step.seconds
         picture.box("mark", picture.left + passed * scale - 0.25, top, 0.5, picture.y - top, GREY, depth=ABOVE)
+    for name, (low, value, high, rests_on) in ends.items():
+        y, edge = picture.y + LANE / 2, picture.left + picture.room
+        left, at, right = (min(picture.left + seconds * scale, edge) for seconds in (low, value, high))
+        picture.text(picture.left - 6, y, name, 8.5, anchor="end")
+        picture.line("range", [(left, y), (right, y)], DARK, 1.2)
+        for x, half in ((left, 3), (at, 5), (right, 3 if right < edge else 0)):
+            picture.line("range", [(x, y - half), (x, y + half)], DARK, 1.2)
+        says = f"The {name} between {format_seconds(low)} and {format_seconds(high)}: {rests_on}."
+        picture.mark(f"range:{name}", says, left, picture.y, max(right - left, 1), LANE)
+        picture.y += LANE
     if measured is not None:
         picture.text(picture.left - 6, picture.y + LANE / 2, "measured", 8.5, anchor="end")
         x = picture.left
@@ -267,6 +295,17 @@ def _draw_lanes(picture: Picture, run: DryRun, measured: Measurement | None) -> 
         picture.y += LANE
     unit, unit_name = time_unit(longest)
     picture.axis(longest / unit, unit_name, picture.y - 2)
+
+
+def _ends(run: DryRun) -> dict[str, tuple[float, float, float, str]]:
+    """When the prompt and the whole run end: seconds at least, as predicted, and at most, and what that rests on."""
+    first, new = run.ranges["prefill"], len(run.times) - 1
+    ends = {"prompt ends": (first.low, first.value, first.high, first.rests_on)}
+    if new:
+        token = run.ranges["token"]
+        low, value, high = (getattr(first, edge) + new * getattr(token, edge) for edge in ("low", "value", "high"))
+        ends["run ends"] = (low, value, high, token.rests_on)
+    return ends
 
 
 def _stretches(run: DryRun, lane: str, gap: float) -> list[tuple[float, float, float]]:
@@ -296,8 +335,3 @@ def _lane_name(lane: str) -> str:
     name = lane.removeprefix("copy to ")
     gpu = f"GPU {name.partition(':')[2]}" if name.startswith("cuda") else name.replace("python", "Python")
     return f"link to {gpu}" if lane.startswith("copy") else gpu
-
-
-def _few(steps: Sequence[StepTime]) -> list[StepTime]:
-    """The first and the last of a long list."""
-    return [*steps] if len(steps) < 7 else [*steps[:3], *steps[-2:]]

@@ -35,12 +35,14 @@ def plan_figure(plan: Plan) -> Picture:
     working = [share for share in plan.shares if share.runs or share.device not in ("cpu", "disk")]
     resting = [share for share in plan.shares if share not in working and (share.used or share.budget != 0)]
     picture = Picture(plan.model, plan_label(plan))
-    picture.head(_settings(plan))
+    picture.head(plan_settings(plan))
     picture.legend(_legend(plan), HATCHES)
-    draw_bars(picture, [_bar(plan, share) for share in working])
+    draw_bars(picture, [plan_bar(plan, share) for share in working])
     if any(share.used for share in resting):
-        picture.heading(f"Resting until {device_label(working[0].device)} needs them, on a scale of their own")
-        draw_bars(picture, [_bar(plan, share) for share in resting])
+        needs = list(dict.fromkeys(layer.works for layer in plan.layers if layer.works is not None))
+        who = f"{device_label(needs[0])} needs" if len(needs) == 1 else "GPUs need"
+        picture.heading(f"Resting until {who} them, on a scale of their own")
+        draw_bars(picture, [plan_bar(plan, share) for share in resting])
     elif resting:
         _draw_free(picture, resting)
     _draw_layers(picture, plan)
@@ -66,7 +68,7 @@ def plan_text(plan: Plan) -> str:
         for share in shares
     ]  # fmt: skip
     strip = [f"  {device_label(device)}: {_whole_span(names)}" for device, names, _ in _stretches(plan)]
-    return "\n".join([f"{plan.model}: {plan_verdict(plan)}", _settings(plan), *plan.notes, "",
+    return "\n".join([f"{plan.model}: {plan_verdict(plan)}", plan_settings(plan), *plan.notes, "",
                       text_table(headers, rows), "",
                       f"{len(plan.layers)} layers in order, {_sizes(plan)}:", *strip])  # fmt: skip
 
@@ -90,12 +92,14 @@ def plan_label(plan: Plan) -> str:
     return f"Memory of {plan.model} on each device: {loads}. It {plan_verdict(plan)}."
 
 
-def _settings(plan: Plan) -> str:
+def plan_settings(plan: Plan) -> str:
+    """How the weights are stored, the strategy, and the load."""
     stored = f"{plan.quantization} + {plan.dtype}" if plan.quantization else plan.stored
     return f"{stored}, strategy {plan.strategy}, {load_text(plan.batch, plan.context, plan.options.get('kv_dtype'))}"
 
 
-def _bar(plan: Plan, share: Share) -> Bar:
+def plan_bar(plan: Plan, share: Share) -> Bar:
+    """What a device holds, as a bar against its capacity."""
     colours = {**PART_COLOURS, "weights": device_colour(share.device)}
     parts = [(name, getattr(share, part), colours[name]) for part, name in PARTS.items()]
     here = counted(sum(layer.device == share.device for layer in plan.layers), "layer")
@@ -120,9 +124,9 @@ def layer_text(plan: Plan, number: int) -> str:
     """A layer's name, class, bytes and place, and why its stretch ends where it does."""
     layer = plan.layers[number]
     share = next(share for share in plan.shares if share.device == layer.device)
-    first = next((other for other in plan.shares if other.runs), share)
+    first = next((other for other in plan.shares if other.runs), share).device if layer.works is None else layer.works
     where = f"rests {'in' if layer.device == 'cpu' else 'on'} {device_label(layer.device)}"
-    work = "works there" if share.runs else f"works on {device_label(first.device)}"
+    work = "works there" if share.runs else f"works on {device_label(first)}"
     size = f"{layer.name or 'the whole model'} ({layer.cls}), {format_bytes(layer.bytes)}"
     return f"{size}, {where} and {work}. {share.why}".rstrip()
 

@@ -23,6 +23,7 @@ from ..model.pipeline import Component, PipelineSpec
 from ..zoo.pipelines import empty_components, find_pipeline
 from .fake_gpu import fake_gpus
 from .rehearse import target_of
+from .result import held_by_kind
 from .workload import fill
 
 TOKENS = 512  # of a prompt, for encoders that take so many
@@ -77,16 +78,8 @@ def peak_beside_weights(model: nn.Module, work: Callable[[], Any]) -> int:
         fill(model.eval(), {"": 0})
         log.kind = "activations"
         work()
-    sizes, kinds = [0], ["", *log.trace.kinds[DEVICE]]
-    live = peak = 0
-    for event in log.trace.recordings[DEVICE].events:
-        if event > 0:
-            sizes.append(event)
-        number = len(sizes) - 1 if event > 0 else -event
-        if kinds[number] == "activations":
-            live += event if event > 0 else -sizes[number]
-            peak = max(peak, live)
-    return peak
+    held = held_by_kind(log.trace.recordings[DEVICE].events, log.trace.kinds[DEVICE])
+    return max(held["activations"], default=0)
 
 
 def _activations(model: nn.Module, phase: str, batch: int, size: int) -> tuple[int | None, str]:

@@ -35,7 +35,7 @@ from .attention import Target
 from .fake_gpu import OperationLog, Trace, fake_gpus
 from .inputs import NotMade
 from .replay import Unlike, replaying
-from .workload import Step, Workload, fill, in_words, work
+from .workload import Step, Workload, fill, in_words, step_name, work
 
 OURS = re.compile(r"[/\\](torch|bigkit[/\\]dryrun)[/\\]")  # files in which a fault of a model's own code does not lie
 PROCESSORS = {"T4": 40, "L4": 58, "RTX 3090": 82, "RTX 4090": 128, "A100-40GB": 108, "A100-80GB": 108}  # others: 132
@@ -104,8 +104,7 @@ def rehearse(
 
         def after(step: Step) -> None:
             label_cache(log, step.cache)
-            number = len(log.trace.steps) - 1  # the fill was the first
-            log.trace.mark(f"token {number}" if number else "prefill")
+            log.trace.mark(step_name(len(log.trace.steps) - 1))  # the fill was the first
 
         try:
             work(model, load, main, after)

@@ -66,6 +66,15 @@ class Step(NamedTuple):
     cache: Any = None
 
 
+def step_name(number: int) -> str:
+    """What a step is called: "prefill" is step 0, "token 1" the next.
+
+    >>> step_name(0), step_name(1)
+    ('prefill', 'token 1')
+    """
+    return f"token {number}" if number else "prefill"
+
+
 def torch_places(device_map: Mapping[str, Device]) -> Callable[[str], torch.device]:
     """A function from the name of a module or tensor to its torch device: that of the innermost entry around it.
 
@@ -279,7 +288,7 @@ def _is_gpt(model: nn.Module) -> bool:
 
 
 def _gpt_passes(model: nn.Module, load: Workload, prompt: Tensor) -> Iterator[Step]:
-    from ..zoo.gpt import KVCache
+    from ..zoo.kv_cache import KVCache
 
     cache = KVCache(model.config.n_layer, load.prompt + load.new)  # type: ignore[union-attr, arg-type]
     token = prompt

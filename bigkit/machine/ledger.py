@@ -18,8 +18,8 @@ import reprlib
 import statistics
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,6 +29,57 @@ from .hardware import CONTEXT_BYTES, Hardware
 MOST_RUNS = 1000  # kept in the file; older ones go
 _RATES = ("link_pinned", "link_pageable", "disk_cold", "disk_warm", "memory", "host_memory", "issue", "kernel")
 _SIZES = ("context", "workspace")
+
+
+class HostStep(NamedTuple):
+    """What the host took for a step in which the device waits for it.
+
+    Args:
+        seconds: the whole step.
+        before: seconds of it that passed before the model was called: what `generate` does between two calls.
+        issued: the host's steps in it, counted by a dry run (`roofline.Operation.issued`).
+    """
+
+    seconds: float
+    before: float
+    issued: int
+
+    @property
+    def issue(self) -> float:
+        """Seconds for each of the host's steps."""
+        return (self.seconds - self.before) / self.issued
+
+    def without_before(self) -> HostStep:
+        """The same step, of a model that is called alone."""
+        return HostStep(self.seconds - self.before, 0.0, self.issued)
+
+
+@dataclass(frozen=True)
+class Twin:
+    """The pace of the host in one architecture, measured with a narrow twin (`measure/twin.py`).
+
+    Args:
+        model: the model's class.
+        quantization: of its linear layers, or None.
+        prefill: the prompt's step.
+        token: a token's step; None if it makes none.
+    """
+
+    model: str
+    quantization: str | None
+    prefill: HostStep
+    token: HostStep | None = None
+
+    @staticmethod
+    def from_json(data: Mapping[str, Any]) -> Twin:
+        """From what `dataclasses.asdict` and JSON make of one."""
+        token = data["token"] and HostStep(*data["token"])
+        return Twin(str(data["model"]), data["quantization"], HostStep(*data["prefill"]), token)
+
+    @property
+    def numbers(self) -> list[float]:
+        """All that must be positive."""
+        return [number for step in (self.prefill, self.token) if step for number in step]
 
 
 @dataclass(frozen=True)
@@ -55,6 +106,7 @@ class Calibration:
         workspace: bytes that cuBLAS takes at the first matrix product.
         capability: the GPU's compute capability.
         versions: library -> the version that it was measured with.
+        twins: the pace of the host in the architectures that were measured.
     """
 
     machine: str
@@ -75,6 +127,18 @@ class Calibration:
     versions: Mapping[str, str] = field(default_factory=dict)
     links: tuple[float, ...] = ()
     cpu_reads: Mapping[str, tuple[tuple[int, float, float], ...]] = field(default_factory=dict)
+    twins: tuple[Twin, ...] = ()
+
+    def twin(self, model: str, quantization: str | None, issued: int) -> Twin | None:
+        """The twin of a class of models whose prompt takes about so many steps of the host; None if there is none."""
+        same = [twin for twin in self.twins if (twin.model, twin.quantization) == (model, quantization)]
+        return min(same, key=lambda twin: abs(twin.prefill.issued - issued), default=None)
+
+    def with_twin(self, twin: Twin) -> Calibration:
+        """The same with one twin more, in place of an older one with as many steps."""
+        others = [old for old in self.twins if (old.model, old.quantization, old.prefill.issued)
+                  != (twin.model, twin.quantization, twin.prefill.issued)]  # fmt: skip
+        return replace(self, twins=(*others, twin))
 
     def explain(self) -> str:
         """What was measured, as text."""
@@ -100,6 +164,11 @@ class Calibration:
                 *(f"  {name:28} {three_figures(rate / 1e12):>8} TFLOP/s" for name, rate in products.items()),
                 *(f"  {name:28} {format_seconds(seconds):>13}" for name, seconds in times.items() if seconds),
                 *(f"  {name:28} {format_bytes(size):>13}" for name, size in sizes.items() if size),
+                *(
+                    f"  a token of {twin.model} takes the host {format_seconds(twin.token.seconds)}"
+                    for twin in self.twins
+                    if twin.token
+                ),
             ]
         )
 
@@ -114,6 +183,7 @@ class Calibration:
             values = {item.name: data[item.name] for item in fields(Calibration) if item.name in data}
             values["products"] = {name: tuple(map(tuple, rows)) for name, rows in data["products"].items()}
             values["attention"] = tuple(map(tuple, data["attention"]))
+            values["twins"] = tuple(map(Twin.from_json, data.get("twins") or ()))
             values["capability"] = data["capability"] and tuple(data["capability"])
             values["disk_warm"] = data.get("disk_readers") or data["disk_warm"]  # once a field of its own
             values["links"] = tuple(data.get("links", ()))
@@ -125,6 +195,7 @@ class Calibration:
         reads = [row for rows in values["cpu_reads"].values() for row in rows]
         numbers += [*values["links"], *(row[1] for row in reads)]
         rows += [() for row in reads if len(row) != 3]
+        numbers += [number for twin in values["twins"] for number in twin.numbers]
         if not all(number is None or _is_positive(number) for number in numbers) or any(len(row) != 2 for row in rows):
             raise ValueError("a rate, time or size of a Calibration is not a positive number")
         if not isinstance(values.get("machine"), str) or not isinstance(values.get("versions"), dict):
@@ -175,8 +246,16 @@ class Ledger:
         write_whole(self.path, f"{text}\n".encode())
 
     def add(self, calibration: Calibration) -> None:
-        """Keep a calibration, in place of an older one of the same machine."""
-        self._change(lambda: self.calibrations.update({calibration.machine: calibration}))
+        """Keep a calibration in place of an older one of the same machine, whose twins stay if no library changed."""
+
+        def change() -> None:
+            old, new = self.calibrations.get(calibration.machine), calibration
+            for twin in old.twins if old and old.versions == new.versions else ():
+                if new.with_twin(twin).twins[:-1] == new.twins:  # not measured anew
+                    new = new.with_twin(twin)
+            self.calibrations[new.machine] = new
+
+        self._change(change)
 
     def add_run(self, run: Mapping[str, Any]) -> None:
         """Keep what one run took, measured and predicted (`Recorder.entry`). Past `MOST_RUNS` the oldest go."""
@@ -193,17 +272,22 @@ class Ledger:
         >>> ledger.bias()
         {'token': Bias(ratio=1.5, runs=1, within=0)}
         """
-        ratios: dict[str, list[float]] = {}
-        for run in self.runs:
-            if machine in (None, run.get("machine")):
-                predicted, measured = run.get("predicted") or {}, run.get("measured") or {}
-                for name in predicted.keys() & measured.keys():
-                    if predicted[name] and measured[name]:
-                        ratios.setdefault(name, []).append(measured[name] / predicted[name])
+        ratios = self.ratios(machine)
         return {
             name: Bias(statistics.median(row), len(row), sum(abs(1 / ratio - 1) <= 0.15 for ratio in row))
             for name, row in sorted(ratios.items())
         }
+
+    def ratios(self, machine: str | None = None, model: str | None = None) -> dict[str, list[float]]:
+        """Quantity -> measured / predicted of each run that has a prediction; None counts all machines, or models."""
+        ratios: dict[str, list[float]] = {}
+        for run in self.runs:
+            if machine in (None, run.get("machine")) and model in (None, run.get("name")):
+                predicted, measured = run.get("predicted") or {}, run.get("measured") or {}
+                for name in predicted.keys() & measured.keys():
+                    if predicted[name] and measured[name]:
+                        ratios.setdefault(name, []).append(measured[name] / predicted[name])
+        return ratios
 
     def explain(self) -> str:
         """What was measured here, and how the runs compared with their predictions, as text."""
@@ -216,7 +300,7 @@ class Ledger:
     def _change(self, change: Callable[[], Any]) -> None:
         """Read what is there now, change it, write it; other writers wait meanwhile."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with _locked(self.path.parent):
+        with locked(self.path.parent):
             current = Ledger.load(self.path)
             self.calibrations, self.runs = current.calibrations, current.runs
             change()
@@ -243,19 +327,21 @@ def _is_positive(value: object) -> bool:
 
 
 @contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Hold the lock of a folder. Windows has none: there the last of two writers at the same moment wins."""
-    try:
+def locked(folder: Path) -> Iterator[None]:
+    """Wait until no other writer holds a folder, and hold it. Windows and some network file systems have no locks."""
+    handle = None
+    with suppress(ImportError, OSError):
         import fcntl
-    except ImportError:
-        yield
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
+
+        handle = os.open(folder, os.O_RDONLY)
         fcntl.flock(handle, fcntl.LOCK_EX)
+    try:
         yield
     finally:
-        os.close(handle)
+        if handle is not None:
+            with suppress(OSError):
+                fcntl.flock(handle, fcntl.LOCK_UN)  # a child that was forked meanwhile has the handle too
+            os.close(handle)
 
 
 def machine_key(gpu: str | None = None) -> str:

@@ -28,7 +28,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from .hardware import Gpu
-from .ledger import Calibration
+from .ledger import Calibration, HostStep
 from .streams import Clock, SlotState, Span
 
 Table = Sequence[tuple[float, float]]
@@ -238,6 +238,7 @@ def run_steps(
     steps: Iterable[tuple[str, int]],
     rates: Mapping[str, Rates],
     spans: list[Span] | None = None,
+    paces: Mapping[str, HostStep] | None = None,
 ) -> list[StepTime]:
     """The time of each step.
 
@@ -246,6 +247,7 @@ def run_steps(
         steps: (name, number of operations up to its end), in order; the devices are waited for at each end.
         rates: device -> its rates.
         spans: filled with what each lane did, if given.
+        paces: name of a step -> the host's pace in it, if it was measured; else that of the rates.
 
     >>> slow = Rates(1e9, {"float32": ((1.0, 1e9),)}, (), issue=1e-6, kernel=1e-6, link=1e9, peer=1e9, disk=1e9)
     >>> [step] = run_steps([Operation("mm", "cuda:0", 10**9, 0, "float32")], [("prefill", 1)], {"cuda:0": slow})
@@ -258,6 +260,7 @@ def run_steps(
     done = 0
     for name, end in steps:
         begin, before = clock.now, dict(clock.busy)
+        player.begin((paces or {}).get(name))
         for operation in operations[done:end]:
             player.play(operation)
         for device in rates:  # but not for links, which may bring what is needed later
@@ -275,12 +278,21 @@ class _Player:
         self.rates, self.spans, self.clock = rates, spans, Clock()
         self.clock.busy = dict.fromkeys(("python", *rates), 0.0)
         self.slots: dict[tuple[str, int], SlotState] = defaultdict(SlotState)
+        self.pace: HostStep | None = None
+
+    def begin(self, pace: HostStep | None) -> None:
+        """Begin a step: what the host does before it calls the model."""
+        self.pace = pace
+        if pace and pace.before:
+            self._note("python", "between two calls", self.clock.occupy("python", pace.before))
+            self.clock.wait("python")
 
     def play(self, operation: Operation) -> None:
         """Issue one operation, and run it when its device and its input are ready."""
         clock, device, rates = self.clock, operation.device, self.rates[operation.device]
         if operation.issued:
-            self._note("python", operation.name, clock.occupy("python", operation.issued * rates.issue))
+            issue = self.pace.issue if self.pace else rates.issue
+            self._note("python", operation.name, clock.occupy("python", operation.issued * issue))
             clock.wait("python")
         if operation.name == FILL:
             self._fill(operation)

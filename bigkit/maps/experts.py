@@ -96,9 +96,9 @@ def plan_apart(task: Task, strategy: str) -> Plan | None:
     nested = set(finer.around)
     experts = [k for k, unit in enumerate(finer.units) if nested.issuperset(unit.layers)]
     dense = [k for k in range(len(finer.units)) if k not in set(experts)]
-    largest = max(finer.units[k].weights for k in experts)
     for slots in SLOTS:
-        places = _fill(finer, dense, experts, slots * largest)
+        reserve = max(finer.in_flight(i, slots) for k in experts for i in finer.units[k].layers)
+        places = _fill(finer, dense, experts, reserve)
         if places is not None:
             plan = finer.to_plan(finer.by_layer(places), strategy, slots=slots)
             return plan if plan.feasible or on_cpu is not None else None

@@ -12,19 +12,22 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import zip_longest
 from typing import Any, NamedTuple
 
 from ..devices import prefixes
 from ..machine.hardware import Hardware, machine_of
 from ..machine.ledger import calibration_of, overhead_of
-from ..machine.network import Network, network_of, run_stages
+from ..machine.network import NETWORKS, Network, network_of, run_stages
+from ..machine.streams import Span
 from ..model.estimate import activation_bytes, tokens_seen
 from ..model.experts import experts_of
 from ..model.spec import Layer, ModelSpec, ModuleSpec
 from ..units import counted, dtype_bits, format_bytes, format_seconds, listed, parse_bytes, three_figures
-from .advise import ASSUMED, Option, all_rates, picked, predict
+from .advise import ASSUMED, all_rates, picked, predict
 from .engines import commands
 from .partition import Chain, last_true
 from .plan import Plan, PlanError
@@ -41,6 +44,7 @@ class Stage:
         blocks: how many of them are blocks.
         plan: where they rest on that machine.
         seconds: predicted for a token of each sequence of one group, on that machine alone.
+        alone: the same for one sequence.
     """
 
     host: str
@@ -48,6 +52,7 @@ class Stage:
     blocks: int
     plan: Plan
     seconds: float
+    alone: float
 
 
 @dataclass(frozen=True)
@@ -80,6 +85,40 @@ class HostsPlan:
         return len(self.stages)
 
     @property
+    def each(self) -> int:
+        """Sequences in one group."""
+        return max(1, self.batch // self.groups)
+
+    @property
+    def lanes(self) -> list[str]:
+        """The lanes of `timeline`, in the order in which a token passes them."""
+        hops = [f"line {rank}-{rank + 1}" for rank in range(self.groups - 1)]
+        return [
+            lane
+            for pair in zip_longest([f"stage {rank}" for rank in range(self.groups)], hops)
+            for lane in pair
+            if lane
+        ]
+
+    def timeline(self, groups: int | None = None, tokens: int = 3) -> tuple[float, list[Span]]:
+        """A rehearsal on paper: seconds in which each group gets another token, and what each lane does meanwhile.
+
+        Args:
+            groups: how many are under way; None: as many as stages. One group is one sequence.
+            tokens: of each group.
+
+        >>> from bigkit import plan_hosts
+        >>> p = plan_hosts("llama-2-7b", ["RTX 4090", "RTX 3090"], dtype="float16")
+        >>> seconds, spans = p.timeline(groups=1, tokens=1)
+        >>> round(1 / seconds), [span.lane for span in spans]
+        (40, ['stage 0', 'line 0-1', 'stage 1'])
+        """
+        groups = self.groups if groups is None else groups
+        sent = self.hidden * (self.each if groups > 1 else 1)
+        seconds = [stage.seconds if groups > 1 else stage.alone for stage in self.stages]
+        return run_stages(seconds, self.network, sent, groups, tokens)
+
+    @property
     def digest(self) -> str:
         """A hash of the plan, by which processes see that they follow the same one."""
         return hashlib.blake2b(self.to_json().encode(), digest_size=8).hexdigest()
@@ -108,6 +147,18 @@ class HostsPlan:
         text = f"HostsPlan({self.model}, blocks {{{parts}}}, {three_figures(self.one)} tokens/s for one sequence)"
         return text if len(text) < 110 else text[:105] + "...)"
 
+    def to_code(self) -> str:
+        """Python that makes this plan again; of a model that has no name, from the variable `model`."""
+        plan, known = self.stages[0].plan, NETWORKS.get(self.network.name) == self.network
+        hosts = " | ".join(re.sub(r" \(as fast as [^)]*\)", "", stage.host) for stage in self.stages)
+        arguments = {"dtype": plan.dtype, "quantization": plan.quantization, "batch": self.batch,
+                     "context": plan.context, **plan.options}  # fmt: skip
+        given = "".join(f"    {name}={value!r},\n" for name, value in arguments.items() if value is not None)
+        head = "from bigkit import plan_hosts\n" + "from bigkit.machine.network import Network\n" * (not known)
+        model = "model" if plan.library == "module" else repr(self.model)
+        line = self.network.name if known else self.network
+        return f"{head}\np = plan_hosts(\n    {model},\n    {hosts!r},\n    {line!r},\n{given})\n"
+
     def to_json(self) -> str:
         """The plan as JSON text; bytes and seconds."""
         return json.dumps(asdict(self), indent=1)
@@ -133,7 +184,7 @@ class HostsPlan:
 
 def plan_hosts(
     model: ModelSpec,
-    hosts: Sequence[Hardware | str],
+    hosts: Sequence[Hardware | str] | str,
     network: Network | str = "Ethernet 10G",
     strategy: str = "balanced",
     *,
@@ -149,7 +200,7 @@ def plan_hosts(
 
     Args:
         model: the model's skeleton.
-        hosts: the machines, in the order in which hidden states pass them; one process runs on each.
+        hosts: the machines, in the order in which hidden states pass them; one process runs on each. See `read_hosts`.
         network: the line between them, or a name of `NETWORKS`.
         strategy: "balanced" makes the slowest stage as fast as it can be; "sequential" fills one host after the other.
         dtype, quantization, batch, context, kv_dtype, options: see `place`. `batch` are the sequences in all groups.
@@ -166,9 +217,7 @@ def plan_hosts(
     """
     if strategy not in ("balanced", "sequential"):
         raise ValueError(f"unknown strategy {strategy!r}: expected balanced or sequential")
-    machines, line = [machine_of(host) for host in hosts], network_of(network)
-    if not machines:
-        raise ValueError("hosts is empty: name at least one machine")
+    machines, line = read_hosts(hosts), network_of(network)
     ask = {"dtype": dtype, "quantization": quantization, "batch": batch, "context": context, "kv_dtype": kv_dtype}
     precision = model.precision(dtype, quantization, options.get("keep"), options.get("special_dtypes"))
     units = chain_of_blocks(model)
@@ -178,21 +227,44 @@ def plan_hosts(
     working = activation_bytes(model, batch, tokens_seen(model, context), model.computes_in(precision))
     paces = [_pace(machine, taken + working, quantization) for machine, taken in zip(machines, reserved)]
     ends = _cut(model, needs, paces, batch, strategy)
-    stages, used = [], 0
+    count, used, stages = sum(end > start for start, end in zip([0, *ends], ends)), 0, []
     for machine, end, taken in zip(machines, ends, reserved):
         if end > used:
             names = [layer.name for unit in units[used:end] for layer in unit]
-            stages.append(_stage(model, names, machine, end - used, {**ask, **options, "overhead": taken}))
+            asked = {**ask, **options, "overhead": taken}
+            stages.append(_stage(model, names, machine, end - used, max(1, batch // count), asked))
             used = end
     width = model.facts.get("hidden_size") or 0
     hidden = width * dtype_bits(model.computes_in(precision)) // 8
-    each = max(1, batch // len(stages))
-    seconds = [stage.seconds for stage in stages]
-    round_of_one, _ = run_stages(seconds, line, hidden)
-    round_of_all, _ = run_stages(seconds, line, hidden * each, groups=len(stages))
     out = [machine.name for machine, start, end in zip(machines, [0, *ends], ends) if end <= start]
-    many = len(stages) * each / round_of_all
-    return HostsPlan(model.name, line, tuple(stages), batch, hidden, 1 / round_of_one, many, tuple(out))
+    found = HostsPlan(model.name, line, tuple(stages), batch, hidden, 0.0, 0.0, tuple(out))
+    one, many = 1 / found.timeline(1)[0], found.groups * found.each / found.timeline()[0]
+    return replace(found, one=one, many=many)
+
+
+def read_hosts(hosts: Sequence[Hardware | str] | str, this: Hardware | None = None) -> list[Hardware]:
+    """Machines, from a list of them or of their names, or from a text.
+
+    Args:
+        hosts: as in ["RTX 4090", "2 x L4"], "RTX 4090 | 2 x L4", or "2 hosts", which are such as `this`.
+        this: the machine that "hosts" are; None is this one.
+
+    Raises:
+        ValueError: there is none, or an unknown name.
+
+    >>> [machine.name for machine in read_hosts("4090 | 2 x L4")], len(read_hosts("2 hosts", machine_of("L4")))
+    (['1 x RTX 4090', '2 x L4'], 2)
+    """
+    named: list[Hardware | str] = []
+    for host in hosts.split("|") if isinstance(hosts, str) else hosts:
+        some = re.fullmatch(r"\s*(\d+) hosts?\s*", host) if isinstance(host, str) else None
+        if some:
+            named += [this or Hardware.detect()] * int(some[1])
+        elif not isinstance(host, str) or host.strip():
+            named.append(host)
+    if not named:
+        raise ValueError('hosts is empty: name at least one machine, as in "RTX 4090 | 2 x L4"')
+    return [machine_of(host) for host in named]
 
 
 def chain_of_blocks(model: ModelSpec) -> list[list[Layer]]:
@@ -201,7 +273,7 @@ def chain_of_blocks(model: ModelSpec) -> list[list[Layer]]:
     All else (norms, rotary tables) is in none: it is small, nothing says when it runs, and every process keeps it.
 
     Raises:
-        ValueError: there is not exactly one chain of blocks.
+        ValueError: there is not exactly one chain of blocks, or they get more than hidden states.
     """
     layers = model.layers_to_place()
     named = [layer.name.rpartition(".") for layer in layers]
@@ -214,6 +286,9 @@ def chain_of_blocks(model: ModelSpec) -> list[list[Layer]]:
         found = f"{len(chains)} chains of blocks ({listed(chains)})" if chains else "no chain of blocks"
         hint = "one process after another can run a decoder only; place it on one host with bigkit.plan"
         raise ValueError(f"{model.name} has {found}: {hint}")
+    if fed := [layer.name for layer in layers if "per_layer" in layer.name.rpartition(".")[2]]:  # Gemma 4's small ones
+        hint = "only hidden states go from host to host; place it on one host with bigkit.plan"
+        raise ValueError(f"{model.name} feeds every block from {fed[0]}: {hint}")
     units = [[layer] for layer, (parent, _, own) in zip(layers, named) if parent == chains[0] and own.isdigit()]
     inside = {layer.name for unit in units for layer in unit}
     for layer in layers:
@@ -255,14 +330,22 @@ def part_of(model: ModelSpec, names: Iterable[str]) -> ModelSpec:
     return replace(model, root=root, ties=tuple(t for t in ties if len(t) > 1), attention=attention, facts=facts)
 
 
-def _stage(model: ModelSpec, names: Sequence[str], machine: Hardware, blocks: int, ask: dict[str, Any]) -> Stage:
+def _stage(
+    model: ModelSpec, names: Sequence[str], machine: Hardware, blocks: int, each: int, ask: dict[str, Any]
+) -> Stage:
     part = part_of(model, names)
     try:
         plan = place(part, machine.max_memory(), **ask)
     except PlanError as error:
         raise PlanError(replace(error.plan, problem=f"on {machine.name}, {error.plan.problem}"), error.cure) from None
-    option: Option = predict(part, plan, machine, calibration_of(machine))
-    return Stage(machine.name, tuple(names), blocks, plan, option.seconds)
+
+    def seconds(batch: int) -> float:
+        """Of a token of so many of the sequences."""
+        shares = (replace(share, kv_cache=share.kv_cache * batch // plan.batch) for share in plan.shares)
+        fewer = replace(plan, batch=batch, shares=tuple(shares))
+        return predict(part, fewer, machine, calibration_of(machine)).seconds
+
+    return Stage(machine.name, tuple(names), blocks, plan, seconds(each), seconds(1))
 
 
 def _kv(model: ModelSpec, unit: Sequence[Layer], batch: int, context: int, precision: Any, kv_dtype: Any) -> int:

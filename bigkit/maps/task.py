@@ -17,7 +17,7 @@ from typing import Any
 
 from ..devices import Device, device_label, prefixes, read_device
 from ..model.estimate import activation_bytes, longest_context, remarks, stacked_experts, stored_as
-from ..model.experts import experts_of
+from ..model.experts import experts_of, in_flight
 from ..model.spec import Attention, Layer, ModelSpec, Precision
 from ..model.stored import decoding_bytes
 from ..units import format_bytes, listed, parse_bytes
@@ -143,6 +143,18 @@ class Task:
             units.append(Unit(tuple(group), weights, max(self.sizes[i] for i in group), buffers, caches, kind))
         return units
 
+    def in_flight(self, layer: int, slots: int) -> int:
+        """Bytes of a device that layers of this size take which rest elsewhere, while they visit it."""
+        if layer not in self.around:
+            return slots * self.sizes[layer]
+        count, per_token = self.choices[self.layers[layer].name]
+        return in_flight(self.sizes[layer], count, per_token, slots)
+
+    @cached_property
+    def choices(self) -> dict[str, tuple[int, int]]:
+        """Name of a block's experts -> how many there are, and how many a token takes."""
+        return {one.name: (one.count, one.per_token) for one in experts_of(self.model)}
+
     def staying(self, layer: int) -> int:
         """Bytes of a layer's buffers, if they stay where it works when the layer is offloaded."""
         return 0 if self.offload_buffers else self.layers[layer].bytes(self.precision, buffers_only=True)
@@ -239,13 +251,13 @@ class Task:
         works = self.working_places(places, workers)
         for i, records in self.attention.items():
             caches[works.get(i, places[i])].update(records)
-        in_flight: dict[tuple[Device, bool], int] = {}  # experts have slots of their own
+        flying: dict[tuple[Device, bool], int] = {}  # experts have slots of their own
         for i, place in works.items():
             kind = (place, i in self.around)
-            in_flight[kind] = max(in_flight.get(kind, 0), self.sizes[i])
+            flying[kind] = max(flying.get(kind, 0), self.in_flight(i, slots))
         reserve = Counter[Device]()
-        for (place, _), size in in_flight.items():
-            reserve[place] += slots * size
+        for (place, _), size in flying.items():
+            reserve[place] += size
         for i, place in works.items():
             reserve[place] += self.staying(i)
         busy = {*places, *works.values()} & {*self.runners}

@@ -38,16 +38,30 @@ HOSTS = ("llama", "gpt2", "gemma2", "bert")  # types in Transformers of the tiny
 Table = tuple[tuple[float, float], ...]  # (FLOP of one call, FLOP a second)
 
 
-def calibrate(folder: str | os.PathLike[str] | None = None, save: bool = True, quick: bool = False) -> Calibration:
-    """Measure this machine.
+def calibrate(
+    folder: str | os.PathLike[str] | None = None,
+    save: bool = True,
+    quick: bool = False,
+    *,
+    model: str | nn.Module | Any = None,
+    quantization: str | None = None,
+) -> Calibration:
+    """Measure this machine, or how fast its host goes through one architecture.
 
     Args:
         folder: where the test file is written; the disk of your checkpoints. None takes the system's temporary folder.
         save: keep the result in the ledger, where predictions find it.
         quick: a sixteenth of the bytes, and one tiny model: good enough for the order of magnitude, and for tests.
+        model: a name, a config of Transformers, or an empty model: its narrow twin is run here (`measure/twin.py`), for
+            some seconds, and dry runs of models of its class find what the host took. The machine itself is measured
+            only if the ledger does not know it.
+        quantization: of the twin's linear layers: one of `QUANTIZATIONS`.
 
     Returns:
-        What was measured.
+        What was measured, with the twins that were measured before.
+
+    Raises:
+        ValueError: no twin of this model can be made.
 
     >>> calibration = calibrate(save=False, quick=True)
     >>> calibration.disk_warm > 0 and calibration.issue > 0
@@ -55,6 +69,9 @@ def calibrate(folder: str | os.PathLike[str] | None = None, save: bool = True, q
     """
     cuda = torch.cuda.is_available()
     device = "cuda" if cuda else "cpu"
+    if model is not None:
+        known = Ledger.load().calibrations.get(machine_name()) or calibrate(folder, save, quick)
+        return _add_twin(known, model, device, quantization, save, quick)
     block = BLOCK // 16 if quick else BLOCK
     context = _context() if cuda else None  # before anything else uses the GPU
     hosts = HOSTS[:1] if quick else HOSTS
@@ -85,6 +102,28 @@ def calibrate(folder: str | os.PathLike[str] | None = None, save: bool = True, q
     if save:
         Ledger.load().add(calibration)
     return calibration
+
+
+def _add_twin(
+    known: Calibration, model: Any, device: str, quantization: str | None, save: bool, quick: bool
+) -> Calibration:
+    """What is known of this machine, with a twin of a model."""
+    from .twin import measure_twin
+
+    calibration = known.with_twin(measure_twin(_empty(model), device, quantization, 1 if quick else 5))
+    if save:
+        Ledger.load().add(calibration)
+    return calibration
+
+
+def _empty(model: Any) -> nn.Module:
+    """A model without memory, by its name, its config, or itself."""
+    from .. import zoo
+    from ..zoo.build import build
+
+    if isinstance(model, nn.Module):
+        return model
+    return build(model.to_dict(), dtype="bfloat16") if hasattr(model, "to_dict") else zoo.empty_model(model)
 
 
 def machine_name() -> str:

@@ -29,8 +29,8 @@ import torch
 from torch import Tensor, nn
 
 from ..devices import Device, device_label
-from ..dryrun.run import DryRun
-from ..dryrun.workload import Workload, fill, work
+from ..dryrun.result import DryRun
+from ..dryrun.workload import Workload, fill, step_name, work
 from ..machine.allocator import Recording, replay
 from ..machine.hardware import CONTEXT_BYTES, Hardware
 from ..machine.ledger import Ledger
@@ -353,8 +353,8 @@ def measure(
             if set(device_map.values()) != {0}:
                 dispatch_model(model, dict(device_map), 0, slots=slots)
             mark("fill")
-            names = (f"token {i}" if i else "prefill" for i in count())
-            work(model, load, "cuda:0", lambda step: mark(next(names)))
+            numbers = count()
+            work(model, load, "cuda:0", lambda step: mark(step_name(next(numbers))))
         for _ in range(repeats):
             with record(model, save=False) as recorder:
                 work(model, load, "cuda:0", lambda step: None)

@@ -21,9 +21,30 @@ from functools import lru_cache
 from typing import Any
 
 from ..devices import join
-from ..units import counted, format_bytes, format_count
+from ..units import GiB, MiB, counted, format_bytes, format_count
 from .precision import Precision
 from .spec import ModelSpec, ModuleSpec
+
+WHOLE = 3 * GiB  # a block's experts that take no more travel to a slot that holds all of them; of more, some at a time
+SOME = GiB  # that slot then holds as many as these bytes, and no fewer than a token takes
+PIECES, PIECE = 3, 64 * MiB  # beside it: slots through which a prompt's experts pass, and bytes of each
+
+
+def in_flight(nbytes: int, count: int, per_token: int, slots: int) -> int:
+    """Bytes on the device for experts that travel, while one block after another works.
+
+    Args:
+        nbytes: bytes of a block's experts.
+        count, per_token: how many these are, and how many a token takes.
+        slots: blocks that are in flight, where they travel whole.
+
+    >>> in_flight(2 * GiB, 8, 2, 2) // GiB, format_bytes(in_flight(44 * GiB, 256, 8, 2))
+    (4, '1.89 GiB')
+    """
+    if nbytes <= WHOLE:
+        return slots * nbytes
+    each = math.ceil(nbytes / count)
+    return max(SOME, per_token * each) + PIECES * max(PIECE, each)
 
 
 @dataclass(frozen=True, eq=False)

@@ -28,9 +28,14 @@ from .spec import ModelSpec, ModuleSpec, TensorSpec
 
 # Keys under which methods list the modules that they leave out.
 FP8 = "float8_e4m3fn"
-AT_A_TIME = 2**25  # weights of stacked experts that are decoded at a time, as `checkpoints/codecs.py` does it
-MXFP4 = 4.5  # bytes that a weight in that format takes while it is decoded
+AT_A_TIME = 2**25  # weights of stacked experts that are decoded at a time, as `checkpoints/decoded.py` does it
 DECODING = 17.0  # bytes that a weight takes while it is decoded, in the format that takes most
+BYTE_CODES = 4.5  # the same for codes of one byte, and for MXFP4
+DECODING_OF = {"fp8": BYTE_CODES, "int8": BYTE_CODES, "nvfp4": 11.0}  # format of a layer -> it; others: DECODING
+DECODING_STACK = {  # format of stacked experts -> the same
+    "fp8": BYTE_CODES, "mxfp4": BYTE_CODES, "int8": 8.0, "nf4": 3.0, "fp4": 3.0, "nf4-double": 3.0,
+    "fp4-double": 3.0,
+}  # fmt: skip
 _KEPT = ("modules_to_not_convert", "ignore", "ignored_layers", "llm_int8_skip_modules", "exclude_modules")
 
 
@@ -64,9 +69,9 @@ def read_format(settings: Mapping[str, Any]) -> Format | None:
         if method in ("fp8", "fbgemm_fp8"):
             block = settings.get("weight_block_size")
             height, width = map(int, block) if block else (1, 0)
-            return Format(partial(_scaled, height, width, block is not None), 12 if block else 8)
+            return Format(partial(_scaled, height, width, block is not None), BYTE_CODES)
         if method == "mxfp4":
-            return Format(_mxfp4, MXFP4)
+            return Format(_mxfp4, BYTE_CODES)
         if method in ("awq", "gptq"):
             bits, group = int(settings.get("bits", 4)), int(settings.get("group_size", 128))
             return Format(partial(_awq if method == "awq" else _gptq, bits, max(group, 0)))
@@ -101,7 +106,7 @@ def _compressed_tensors(settings: Mapping[str, Any]) -> Format:
             **({} if weights.get("symmetric", True) else zero),
         }
 
-    return Format(parts, 11 if kind.startswith("nvfp4") else DECODING if kind.startswith("pack") else 12)
+    return Format(parts, 11 if kind.startswith("nvfp4") else DECODING if kind.startswith("pack") else BYTE_CODES)
 
 
 def _groups(columns: int, group: int) -> int:
@@ -176,16 +181,29 @@ def with_stored(model: ModelSpec, files: Mapping[str, TensorSpec] | None = None)
             made[key] = replace(module, tensors=tensors, children=children)
         return made[key]
 
-    facts = {**model.facts, "decoding": round(max(_decoding(model.tensors[name][0], each) for name in sizes))}
+    chosen = model.facts.get("experts_per_token") or 1
+    room = max(decoding(model.tensors[name][0].shape, each, chosen) for name in sizes)
+    facts = {**model.facts, "decoding": round(room)}
     return replace(model, root=rebuilt(model.root, ""), facts=facts)
 
 
-def _decoding(weight: TensorSpec, each: float) -> float:
-    """Bytes that a weight takes while it is decoded; of experts in FP8 some at a time."""
-    if len(weight.shape) == 3 and each > 2 * MXFP4:
-        at_a_time = max(AT_A_TIME, weight.elements // weight.shape[0])
-        return 2 * weight.elements + each * min(at_a_time, weight.elements)
-    return weight.elements * each
+def decoding(shape: tuple[int, ...], each: float, chosen: int = 1) -> float:
+    """Bytes that a weight takes while it is decoded; of stacked experts those of a token, or some of a prompt's.
+
+    Args:
+        shape: (out, in), or (experts, ...).
+        each: bytes for each weight, all copies in between counted.
+        chosen: experts that a token takes.
+
+    >>> decoding((128, 256), 12), decoding((8, 2**20, 256), 4.5, 2) == 2 * 2**28 * 4.5
+    (393216, True)
+    """
+    elements = math.prod(shape)
+    if len(shape) < 3:
+        return elements * each
+    one = elements // shape[0]
+    elements = one * min(shape[0], max(chosen, AT_A_TIME // one))
+    return elements * each
 
 
 def is_as_stored(model: ModelSpec, precision: Precision) -> bool:

@@ -14,7 +14,7 @@ class Event(NamedTuple):
     Args:
         kind: "fetch" (the unit's bytes begin to move), "work" (its forward begins) or "return" (its forward has ended).
         unit: the unit's name.
-        nbytes: bytes that move; 0 unless `kind` is "fetch".
+        nbytes: bytes that move (of experts those of the chosen ones); 0 unless `kind` is "fetch".
         rests: where the unit's weights rest, "cpu" or "disk".
         device: the device on which the unit works.
         slot: the slot's number; -1 unless `kind` is "fetch".

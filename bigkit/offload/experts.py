@@ -9,6 +9,8 @@ their hook looks at the call:
                   of the others hold nothing, and none of the three reads them.
     many tokens   if the choice comes to as many bytes as all experts of the block, these are streamed whole, the next
                   block's while this one's work, as any other unit is
+    large blocks  (more than 3 GiB of experts) never have a slot for all: one for as many as a few tokens choose,
+                  numbered anew, serves all blocks; those of many tokens are brought in pieces (`pieces.py`)
 
     RAM -> GPU    a row of each parameter is copied for each chosen expert; those chosen last may stay (`on_device.py`)
     disk -> any   the ranges of the files are read into RAM, and those used last are kept there (`rows.py`); where the
@@ -18,13 +20,12 @@ What holds for dense units holds for these too, as `ExpertStreamer` is a `Stream
 writes, backwards, interrupts. Experts that are modules of their own (a ModuleList) need no more than to be units of
 their own, none of which is fetched ahead: who is not called does not travel.
 
-Leaves out: the gather of the GPU itself (`gather.py`).
+Leaves out: what is chosen (`choice.py`), and the gather of the GPU itself (`gather.py`).
 """
 
 from __future__ import annotations
 
 import mmap
-import random
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -32,22 +33,22 @@ import torch
 from torch import Tensor, nn
 
 from ..devices import Device
-from ..model.experts import visited
+from ..model.experts import SOME, WHOLE
 from ..units import parse_bytes
 from ._torch import detect_fake_mode
+from .choice import ANY_NUMBER, KNOWN, choice_of, chosen_rows
+from .escapes import count_holders
+from .events import Event
 from .grouping import Layout
 from .hooks import AlignDevicesHook, hooks_in
 from .inputs import torch_device
 from .mapped import PageLane
 from .on_device import DeviceRows
+from .pieces import Pieces
 from .rows import ExpertCache, Rows, count_rows, has_rows, rows_of
 from .stream import Streamer, Views, is_real_cuda
 from .transfer import PlainLane, Slot
 from .weights import Part, Unit
-
-KNOWN = (None, "eager", "batched_mm", "grouped_mm")  # implementations of Transformers that read only chosen experts
-ANY_NUMBER = ("eager", "batched_mm")  # those of them that work with tensors of fewer rows
-
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The streamer
@@ -85,6 +86,10 @@ class ExpertStreamer(Streamer):
         self._as_is: Slot | None = None  # the slot from which the next unit is lent, without being fetched
         self.rows = [*on_device] or [0] * len(self.units)
         self.on_device: dict[int, DeviceRows] = {}  # index of a unit -> its experts that stay on the device
+        self.some: Slot | None = None  # the slot of all large units for a few of their experts
+        self.pieces = Pieces(self)
+        self.stands: dict[int, Slot] = {}  # index of a unit that is lent in pieces -> a slot without memory
+        self._in_pieces = False  # how the next unit is lent
         self.hits = self.misses = 0  # chosen experts that were on the device, and that were not, so far
 
     def lend_rows(self, unit: Unit, rows: list[int] | None) -> None:
@@ -105,15 +110,30 @@ class ExpertStreamer(Streamer):
             The choice by rows of the tensors that are lent; None if these have a row for each expert.
         """
         rows = chosen_rows(self, unit, choice)
-        fits = rows is not None and implementation in ANY_NUMBER and len(rows) <= self.rows[unit.index]
-        if rows is None or choice is None or not fits or detect_fake_mode() is not None:
-            self.lend_rows(unit, rows)
-            return None
+        fits = rows is not None and implementation in ANY_NUMBER and len(rows) <= self.room(unit)
         with self.lock:
-            kept = self._on_device(unit, rows)
-            self._as_is = kept.slot
+            if rows is not None and choice is not None and fits:
+                kept = self._on_device(unit, rows)
+                self._as_is = kept.slot
+                self.lend(unit)
+                return kept.renumbered(choice)
+            self._in_pieces = self.is_large(unit)
+        if self._in_pieces:
             self.lend(unit)
-            return kept.renumbered(choice)
+        else:
+            self.lend_rows(unit, rows)
+        return None
+
+    def is_large(self, unit: Unit) -> bool:
+        """Whether a unit has too many experts for a slot that holds all."""
+        return unit.nbytes > WHOLE and not self.on_pages
+
+    def room(self, unit: Unit) -> int:
+        """How many of a unit's experts tensors with fewer rows can hold."""
+        each = max(1, unit.nbytes // self.counts[unit.index])
+        config = getattr(unit.module, "config", None)
+        few = max(SOME // each, getattr(config, "num_experts_per_tok", None) or 1) if self.is_large(unit) else 0
+        return self.rows[unit.index] or min(few, self.counts[unit.index])
 
     def pays(self, unit: Unit, choices: int) -> bool:
         """Whether an expert for each of so many choices is less to copy than all of the unit; of pages it always is."""
@@ -124,6 +144,7 @@ class ExpertStreamer(Streamer):
     def _borrowed(self, unit: Unit) -> tuple[Unit, Views, Any]:
         if self._loan_of(unit) is not None:  # it calls itself, perhaps with another choice
             self._refuse_nested(unit)
+            self._in_pieces = False
             self._bring_rows(unit, self._rows(unit))
         return super()._borrowed(unit)
 
@@ -137,7 +158,10 @@ class ExpertStreamer(Streamer):
         return [*range(self.counts[unit.index])] if rows is None else rows
 
     def _bring(self, unit: Unit) -> Views:
+        in_pieces, self._in_pieces = self._in_pieces, False
         slot, self._as_is = self._as_is, None
+        if in_pieces:
+            return self._bring_pieces(unit)
         if slot is not None:
             if unit.index in self.holder:
                 self._empty(self.holder[unit.index])
@@ -155,6 +179,29 @@ class ExpertStreamer(Streamer):
             if self.on_pages and len(rows) * 2 > self.counts[unit.index]:  # a prompt: the next block will want most too
                 for following in self._following(unit, 1):
                     following.madvise(mmap.MADV_WILLNEED)
+
+    def _bring_pieces(self, unit: Unit) -> Views:
+        """Objects that bring what is asked of them, in the place of the unit's tensors."""
+        unit.check()
+        if unit.index not in self.stands:
+            self.stands[unit.index] = self._own_slot(unit, 0)
+        slot = self.stands[unit.index]
+        self.slots = [*(other for other in self.slots if other is not slot), slot]
+        slot.unit, self.holder[unit.index], slot.lent = unit, slot, True
+        self.loans += 1
+        slot.used, slot.version = self.loans, slot.base._version
+        lent: Any = dict(zip(map(id, unit.weights), self.pieces.lend(unit)))
+        values = [lent[id(entry.weight)] for entry in self.sites[unit.index].entries]
+        slot.holders = count_holders(slot.base, values)
+        return Views(values, [], frozenset())
+
+    def _own_slot(self, unit: Unit, nbytes: int | None = None) -> Slot:
+        if nbytes is None:
+            return super()._own_slot(unit)
+        slot = self.lane.slot(nbytes)
+        slot.owner = unit
+        self.slots.append(slot)
+        return slot
 
     def _bring_alone(self, unit: Unit) -> Views:
         prefetch, self.prefetch = self.prefetch, False
@@ -183,51 +230,67 @@ class ExpertStreamer(Streamer):
             if self.on_pages:
                 self.cache.bring(unit, missing)
             else:
-                self._copy(unit, slot, self._in_ram(unit, missing))
+                self._copy(unit, slot, self.in_ram(unit, missing))
         except BaseException:
             if not slot.lent:
                 self._empty(slot)
             raise
         there.update(missing)
 
-    def _in_ram(self, unit: Unit, rows: list[int]) -> list[Part]:
+    def in_ram(self, unit: Unit, rows: list[int]) -> list[Part]:
         """The parts of some of a unit's experts, one expert after another; those from disk are read."""
         if unit.rests_in() == "disk" and detect_fake_mode() is None:
             return self.cache.bring(unit, rows)
         return [part for own in rows_of(unit, rows).values() for part in own]
 
     def _copy(self, unit: Unit, slot: Slot, parts: list[Part]) -> None:
-        self.lane.fill(slot, Rows(unit, parts))  # type: ignore[arg-type]
-        if self.listeners:
-            self._tell("fetch", unit, self.slots.index(slot))
+        rows = Rows(unit, parts)
+        self.lane.fill(slot, rows)  # type: ignore[arg-type]
+        self.tell_fetch(unit, self.slots.index(slot) if self.listeners else -1, rows.nbytes)
+
+    def tell_fetch(self, unit: Unit, slot: int, nbytes: int) -> None:
+        """Tell listeners that some of a unit's experts are brought."""
+        for listener in self.listeners:
+            listener(Event("fetch", unit.name, nbytes, unit.rests_in(), self.name, slot))
 
     def _on_device(self, unit: Unit, rows: list[int]) -> DeviceRows:
         """A unit's rows on the device, with some experts in them."""
         self._refuse_nested(unit)
         kept = self.on_device.get(unit.index)
         if kept is None:
-            kept = self.on_device[unit.index] = DeviceRows(unit, self.rows[unit.index])
-            kept.slot = self.lane.slot(kept.nbytes)
-            kept.slot.owner = unit
+            kept = self.on_device[unit.index] = DeviceRows(unit, self.room(unit))
+            kept.slot = self._own_slot(unit, kept.nbytes) if self.rows[unit.index] else self._slot_for_some(unit)
             kept.slot.visits[unit.index] = self._make_views(unit, kept.weights())
-            self.slots.append(kept.slot)
         assert kept.slot is not None
+        if kept.slot is self.some:
+            for other in self.on_device.values():
+                if other.slot is self.some and other is not kept:
+                    other.row_of.clear()  # its experts have been there before
         missing = kept.take(rows)
-        self.misses += len(missing)
-        self.hits += len(rows) - len(missing)
+        if self.rows[unit.index]:
+            self.misses += len(missing)
+            self.hits += len(rows) - len(missing)
         try:
             unit.check()
             if missing:
-                self._copy(unit, kept.slot, kept.targets(missing, self._in_ram(unit, missing)))
+                self._copy(unit, kept.slot, kept.targets(missing, self.in_ram(unit, missing)))
         except BaseException:
             self._clear_device(unit)  # what is in its rows is not known
             raise
         return kept
 
+    def _slot_for_some(self, unit: Unit) -> Slot:
+        if self.some is None:
+            large = [own for own in self.units if self.is_large(own) and not self.rows[own.index]]
+            self.some = self._own_slot(unit, max(DeviceRows(own, self.room(own)).nbytes for own in large))
+        return self.some
+
     def _clear_device(self, unit: Unit) -> None:
         kept = self.on_device.pop(unit.index, None)
         if kept is not None:
             self.slots = [slot for slot in self.slots if slot is not kept.slot]
+            self.on_device = {index: own for index, own in self.on_device.items() if own.slot is not kept.slot}
+            self.some = None if kept.slot is self.some else self.some
 
     def _memory_slot(self, unit: Unit) -> Slot:
         """The slot of a unit whose memory is lent to the CPU as it is."""
@@ -246,7 +309,11 @@ class ExpertStreamer(Streamer):
     def _leave(self, loan: Any, failed: bool) -> None:
         slot, kept = self.holder[loan.unit.index], self.on_device.get(loan.unit.index)
         super()._leave(loan, failed)
-        if kept is not None and slot is kept.slot:
+        if not loan.views.weights:  # it was lent in pieces
+            self.pieces.close()
+            self._empty(slot)
+            self.slots = [other for other in self.slots if other is not slot]
+        elif kept is not None and slot is kept.slot:
             if slot not in self.slots:
                 self._clear_device(loan.unit)
             elif slot.unit is not None:
@@ -280,7 +347,8 @@ class ExpertStreamer(Streamer):
     def recover(self) -> None:
         if self.held():
             super().recover()
-            self._wanted, self._as_is, self.filled = None, None, {}
+            self._wanted, self._as_is, self._in_pieces, self.filled = None, None, False, {}
+            self.pieces = Pieces(self)
             for unit in self.units:
                 self._clear_device(unit)
 
@@ -373,38 +441,3 @@ class ExpertsHook(AlignDevicesHook):
 def hook_class(streamer: Streamer) -> type[AlignDevicesHook]:
     """The class of the hooks of units that a streamer lends."""
     return ExpertsHook if isinstance(streamer, ExpertStreamer) else AlignDevicesHook
-
-
-def chosen_rows(streamer: ExpertStreamer, unit: Unit, choice: Tensor | None) -> list[int] | None:
-    """The numbers of the experts that a call is going to read; None if all are to be brought.
-
-    Args:
-        streamer, unit: who lends, and what.
-        choice: see `choice_of`.
-    """
-    if choice is None or not streamer.pays(unit, choice.numel()):
-        return None
-    if detect_fake_mode() is not None:  # a dry run: nobody chooses
-        tokens, per_token = choice.shape
-        return by_chance(streamer.counts[unit.index], tokens, per_token, seed=streamer.loans)
-    rows = sorted(set(choice.flatten().tolist()))  # of a GPU's, the host waits for it here
-    return rows if not rows or 0 <= rows[0] and rows[-1] < streamer.counts[unit.index] else None
-
-
-def choice_of(given: Sequence[Any]) -> Tensor | None:
-    """The router's choice, shape (tokens, k), among what the forward of experts is called with.
-
-    It is the only tensor of whole numbers; None if there is no such tensor, or several.
-    """
-    choices = [value for value in given if isinstance(value, Tensor) and value.dtype in (torch.int64, torch.int32)]
-    return choices[0] if len(choices) == 1 and choices[0].ndim == 2 and not choices[0].is_meta else None
-
-
-def by_chance(count: int, tokens: int, per_token: int, seed: int) -> list[int]:
-    """As many different experts as are chosen on average if each token chooses by chance; which ones is drawn.
-
-    >>> len(by_chance(128, 1, 8, seed=0)), len(by_chance(8, 4, 2, seed=0))
-    (8, 5)
-    """
-    distinct = round(count * visited(tokens, per_token, count))
-    return sorted(random.Random(seed).sample(range(count), distinct))

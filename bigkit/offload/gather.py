@@ -56,7 +56,11 @@ class GatherStreamer(ExpertStreamer):
             if unit.index in self.filled:
                 self._empty(self.holder[unit.index])
             if unit.index not in self.holder:  # all of its experts are in a slot, if it is there
-                self._as_is = self._window(unit)
+                self._as_is = window = self._window(unit)
+                assert choice is not None
+                self.tell_fetch(
+                    unit, self.slots.index(window), choice.numel() * (unit.nbytes // self.counts[unit.index])
+                )
             self.lend(unit)
         return None
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..checkpoints.as_stored import as_stored, stored_dtypes
+from ..checkpoints.as_stored import as_stored, room_for_decoding, stored_dtypes
 from ..checkpoints.format import Checkpoint
 from ..checkpoints.load import load_checkpoint_in_model
 from ..devices import Device, whole_on
@@ -111,6 +111,7 @@ def load_checkpoint_and_dispatch(
                 special_dtypes=stored_dtypes(model),
                 no_split=classes,
                 offload_buffers=offload_buffers,
+                overhead=room_for_decoding(model),
             )
         if isinstance(device_map, Plan):
             dispatching.setdefault("slots", device_map.slots or 2)

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -21,10 +22,12 @@ from torch.utils.hooks import RemovableHandle
 from ..devices import Device, join, placement, prefixes, read_device
 from ..machine.streams import Schedule, Turn, schedule
 from .events import Event
+from .experts import ExpertStreamer
 from .grouping import block_classes, has_forward
 from .handle import Away
 from .hooks import AlignDevicesHook, hooks_in
 from .inputs import torch_device
+from .stream import Streamer
 from .weights import Unit
 
 
@@ -35,9 +38,11 @@ class Observation:
     Args:
         units: name -> (bytes, where it rests, where it works), in the order in which they first worked.
         events: everything, in the order of the host.
-        slots: how many the streamer had.
+        slots: how many the streamer of blocks had.
         prefetch: whether it fetched ahead.
         result: what the recorded function returned.
+        streamers: how many there were. Experts have one of their own, and so has each device; the slots of all are
+            numbered in the order in which they were first filled.
     """
 
     units: Mapping[str, tuple[int, Device, Device]]
@@ -45,6 +50,7 @@ class Observation:
     slots: int
     prefetch: bool
     result: Any
+    streamers: int = 1
 
     def turns(self, rate: float) -> list[Turn]:
         """The units as turns whose work takes their bytes / `rate` seconds: so it is where each weight is read once."""
@@ -64,9 +70,14 @@ class Observation:
             ahead: whether the host runs ahead; see `schedule`.
 
         Raises:
-            ValueError: what happened follows other rules than `schedule`: an order that changed, a unit used twice, or
-                slots that were filled before (so record a model's first forward).
+            ValueError: what happened follows other rules than `schedule`: an order that changed, a unit used twice,
+                slots that were filled before (so record a model's first forward), or several streamers.
         """
+        if self.streamers > 1:
+            raise ValueError(
+                f"{self.streamers} streamers have slots of their own here (experts, or several devices), and a "
+                "schedule knows those of one: bigkit.dry_run says when all of it happens"
+            )
         works = [event.unit for event in self.events if event.kind == "work"]
         tokens = len(works) // len(self.units)
         if works != [*self.units] * tokens:
@@ -104,38 +115,40 @@ def observe(model: nn.Module, run: Callable[[], Any]) -> Observation:
         raise ValueError(f"{type(model).__name__} is not spread out: call bigkit.dispatch_model on it first")
     hooks = [hook for module in model.modules() for hook in hooks_in(module) if isinstance(hook, AlignDevicesHook)]
     streamers = list(dict.fromkeys(hook.streamer for hook in hooks if hook.streamer is not None))
-    if len(streamers) > 1:
-        raise ValueError(f"{type(model).__name__} has {len(streamers)} streamers: record one dispatched model at once")
-    streamer = streamers[0] if streamers else None
-    notes = _Notes({unit.name: unit for unit in streamer.units} if streamer else {})
+    notes = _Notes({unit.name: unit for streamer in streamers for unit in streamer.units})
     with ExitStack() as stack:
-        if streamer is not None:
-            streamer.listeners.append(notes.listen)
-            stack.callback(streamer.listeners.remove, notes.listen)
+        for streamer in streamers:
+            listen = partial(notes.listen, streamer=streamer if len(streamers) > 1 else None)
+            streamer.listeners.append(listen)
+            stack.callback(streamer.listeners.remove, listen)
         for name, module in _residents(model, places, {unit.module for unit in notes.travelling.values()}):
             for handle in notes.attend(name, module, placement(places)(name)):
                 stack.callback(handle.remove)
         result = run()
     if not notes.units:
         raise ValueError(f"nothing in {type(model).__name__} worked while it was recorded")
-    slots = getattr(streamer, "count", 1)
-    return Observation(notes.units, tuple(notes.events), slots, streamer is not None and streamer.prefetch, result)
+    first = min(streamers, key=lambda one: isinstance(one, ExpertStreamer), default=None)
+    slots, prefetch = (first.count, first.prefetch) if first is not None else (1, False)
+    return Observation(notes.units, tuple(notes.events), slots, prefetch, result, len(streamers))
 
 
 class _Notes:
     """What has happened so far.
 
     Args:
-        travelling: name -> unit, for the streamer's.
+        travelling: name -> unit, for the streamers'.
     """
 
     def __init__(self, travelling: dict[str, Unit]) -> None:
         self.travelling = travelling
+        self.numbers: dict[tuple[Streamer, int], int] = {}  # a streamer and its slot's number -> the number it has here
         self.events: list[Event] = []
         self.units: dict[str, tuple[int, Device, Device]] = {}
 
-    def listen(self, event: Event) -> None:
-        """Note what a streamer tells."""
+    def listen(self, event: Event, streamer: Streamer | None = None) -> None:
+        """Note what a streamer tells; of several, which one it is."""
+        if streamer is not None and event.slot >= 0:
+            event = event._replace(slot=self.numbers.setdefault((streamer, event.slot), len(self.numbers)))
         self.events.append(event)
         if event.kind == "work":
             rests: Device = "disk" if event.rests == "disk" else "cpu"

@@ -15,7 +15,8 @@ import ipywidgets as widgets
 
 from ..api import plan
 from ..draw.dryrun import dryrun_differences, dryrun_figure, dryrun_text
-from ..dryrun.run import DryRun, dry_run
+from ..dryrun.result import DryRun
+from ..dryrun.run import dry_run
 from ..machine.hardware import GPUS, LINKS, Hardware, machine_of
 from ..maps.plan import Plan
 from ..measure.record import Measurement, measure, obstacle
@@ -156,13 +157,13 @@ class DryRunExplorer(Explorer):
         fullest = max(run.timelines.values(), key=lambda line: line.peak_reserved / (line.capacity or 2**62))
         of = f" of {format_bytes(fullest.capacity)}" if fullest.capacity else ""
         one = "At most" if len(run.timelines) == 1 else f"The fullest of {len(run.timelines)} GPUs holds"
-        facts = f"{one} {format_bytes(fullest.peak_reserved)}{of}. Prefill {format_seconds(run.seconds['prefill'])}. "
-        facts += f"{run.speed}. " if run.speed else ""
+        facts = f"{one} {format_bytes(fullest.peak_reserved)}{of}. Prefill {format_seconds(run.seconds['prefill'])} "
+        facts += f"({run.ranges['prefill'].told(format_seconds)}). " + (f"{run.speed}. " if run.speed else "")
         if plan.offloaded:
             share = plan.offloaded / sum(share.weights for share in plan.shares)
             facts += f"{100 * share:.0f} % of the weights travel. "
         facts += " ".join(plan.notes)
-        verdict = pill("slow" if plan.offloaded else "good", "It fits.", facts)
+        verdict = pill("slow" if plan.offloaded or run.narrowly else "good", f"It fits{run.narrowly}.", facts)
         if not run.fits:
             verdict = pill("bad", "Out of memory.", f"{run.problem}.")
         self.put(verdict, dryrun_figure(run, self.measured), dryrun_text(run, self.measured))

@@ -14,15 +14,18 @@ import ipywidgets as widgets
 
 from ..api import Source
 from ..devices import Device
+from ..draw.hosts import hosts_differences, hosts_figure, hosts_text
 from ..draw.plan import moved, plan_differences, plan_figure, plan_text, plan_verdict, share_text
 from ..machine.hardware import HARDWARE, Hardware, machine_of
 from ..machine.ledger import overhead_of
+from ..machine.network import NETWORKS
 from ..maps.advise import predict
+from ..maps.hosts import HostsPlan, plan_hosts, read_hosts
 from ..maps.plan import Plan, PlanError
 from ..maps.strategies import STRATEGIES, place
 from ..maps.task import read_budgets
 from ..model.spec import QUANTIZATIONS
-from ..units import GiB, MiB, format_bytes, parse_bytes
+from ..units import GiB, MiB, counted, format_bytes, listed, parse_bytes, three_figures
 from ._controls import cache_menu, chosen_cache, chosen_dtype, dtype_menu, field, menu, token_slider
 from ._explorer import Explorer, _button
 from ._html import device_table, map_table, pill, preformatted, short
@@ -69,12 +72,16 @@ class PlanExplorer(Explorer):
     A layer or a boundary of the picture can be dragged to another device (`drag`): the plan is then a map of your own,
     checked and measured, also where it is over a budget. `planner` goes back to the strategy.
 
+    `hosts` names machines, as in "RTX 4090 | 2 x L4", or "2 hosts" such as the machine that is shown: `plan` is then a
+    `HostsPlan`, a process on each of them, with `network` between.
+
     Args:
         model: a shipped name, Hub id, Hub URL, timm name or folder; or an `nn.Module` or `ModelSpec`.
         max_memory: a machine by its name (None: two RTX 4090), or device -> budget, as `plan` takes them.
         dtype, quantization, strategy, context, batch, kv_dtype: as `plan` takes them.
         overhead: bytes that the CUDA context and the allocator take on each GPU; None takes `Hardware.overhead` of the
             machine, and nothing for budgets of your own.
+        hosts, network: as `plan_hosts` takes them; the name of a network.
 
     Raises:
         ValueError: a machine, budget or choice that does not exist. A model that is not found is said in the explorer.
@@ -108,6 +115,8 @@ class PlanExplorer(Explorer):
         batch: int = 1,
         overhead: int | str | None = None,
         kv_dtype: str | None = None,
+        hosts: str = "",
+        network: str = "Ethernet 10G",
     ) -> None:
         self._custom: tuple[Device, ...] = ()  # where each layer rests, of a map that was dragged
         self._grabbed: Plan | None = None  # what a drag that goes on began with
@@ -151,6 +160,14 @@ class PlanExplorer(Explorer):
                         step=1,
                         tip="What the CUDA context and the allocator take on each GPU",
                     ),  # fmt: skip
+                    "hosts": field(
+                        widgets.Text,
+                        "Hosts",
+                        hosts,
+                        placeholder="4090 | 2 x L4, or 2 hosts",
+                        tip="Machines that share the model, a process on each",
+                    ),
+                    "network": menu("Network", [*NETWORKS], network, "The line between hosts"),
                 },
                 "Plan": {
                     "strategy": menu("Strategy", (*STRATEGIES, CUSTOM), strategy, "How layers are placed"),
@@ -172,7 +189,14 @@ class PlanExplorer(Explorer):
         self._present = self.settings()
 
     plan = property(lambda self: self.result)
-    device_map = property(lambda self: self.shown.device_map)
+
+    @property
+    def device_map(self) -> dict[str, Device]:
+        """Module -> device; over hosts, the number of the process stands before the name."""
+        if not isinstance(self.shown, HostsPlan):
+            return dict(self.shown.device_map)
+        stages = enumerate(self.shown.stages)
+        return {f"{rank}: {name}": device for rank, own in stages for name, device in own.plan.device_map.items()}
 
     # -- the machine
 
@@ -273,33 +297,55 @@ class PlanExplorer(Explorer):
     def tell(self, key: str) -> str:
         """The parts of a device, and the layers that rest on it."""
         kind, _, name = key.partition(":")
+        if isinstance(self.shown, HostsPlan):
+            return ""
         share = next((share for share in self.shown.shares if str(share.device) == name.partition(":")[0]), None)
         if kind != "device" or share is None:
             return ""
         rows = [(layer.name, layer.cls, layer.bytes) for layer in self.shown.layers if layer.device == share.device]
         return device_table(share_text(self.shown, share.device), share, rows)
 
-    def differences(self, old: Plan, new: Plan) -> list[str]:
+    def differences(self, old: Plan | HostsPlan, new: Plan | HostsPlan) -> list[str]:
         """How two plans differ, in sentences."""
-        return plan_differences(old, new)
+        if isinstance(old, Plan) and isinstance(new, Plan):
+            return plan_differences(old, new)
+        if isinstance(old, HostsPlan) and isinstance(new, HostsPlan):
+            return hosts_differences(old, new)
+        return ["One of them is over several hosts."]
 
     # -- the plan
 
-    def compute(self) -> Plan:
+    def compute(self) -> Plan | HostsPlan:
         """Plan with what the controls say; a budget that is too small gives the plan that comes closest."""
+        if self.hosts.value.strip():
+            ask = {name: value for name, value in self._asked().items() if value is not None}
+            return plan_hosts(self.spec(), read_hosts(self.hosts.value, self._host()), self.network.value, **ask)
         if self.strategy.value != CUSTOM:
             self._planned, self._custom = self.strategy.value, ()
         self.planner_button.layout.display = None if self.strategy.value == CUSTOM else "none"
         return self._plan(self.strategy.value)
 
-    def _plan(self, strategy: str, strict: bool = False) -> Plan:
-        options = {
+    def _asked(self) -> dict[str, Any]:
+        """How weights are stored, and the load, as `plan` takes them."""
+        return {
             "dtype": chosen_dtype(self.dtype),
             "quantization": None if self.quantization.value == NONE else self.quantization.value,
             "batch": self.batch.value, "context": self.context.value,
             "kv_dtype": chosen_cache(self.kv_dtype),
-            "overhead": overhead_of(self.machine) if self.machine else round(self.overhead.value * MiB),
         }  # fmt: skip
+
+    def _host(self) -> Hardware:
+        """The machine that the controls show, as one of several hosts: named, or as fast as one of its size."""
+        sizes = {slider.value for slider in self.gpus}
+        if self.machine or not sizes:
+            return self.machine or HARDWARE["laptop, no GPU"]
+        if len(sizes) > 1:
+            raise ValueError("hosts with unlike GPUs of your own have no known rates: name them, as in 24GB | 12GB")
+        return machine_of(f"{len(self.gpus)} x {sizes.pop()}GiB, {self.ram.value or 1}GiB RAM")
+
+    def _plan(self, strategy: str, strict: bool = False) -> Plan:
+        overhead = overhead_of(self.machine) if self.machine else round(self.overhead.value * MiB)
+        options = {**self._asked(), "overhead": overhead}
         return place(self.spec(), self.max_memory, self._way(strategy, options), **options, strict=strict)
 
     def _cure(self, plan: Plan) -> str:
@@ -326,8 +372,18 @@ class PlanExplorer(Explorer):
                              f"{len(names)}: go back to the planner")  # fmt: skip
         return dict(zip(names, self._custom))
 
-    def show(self, plan: Plan) -> None:
+    def _show_hosts(self, plan: HostsPlan) -> None:
+        away = any(stage.plan.offloaded for stage in plan.stages)
+        headline = f"Fits {counted(len(plan.stages), 'host')}{', offloaded' * away}."
+        text = f"One sequence gets about {three_figures(plan.one)} tokens/s; {max(plan.batch, plan.groups)} in "
+        text += f"{counted(plan.groups, 'group')} get {three_figures(plan.many)}. "
+        text += f"{listed(plan.left_out)} would hold nothing." * bool(plan.left_out)
+        self.put(pill("slow" if away else "good", headline, text), hosts_figure(plan), hosts_text(plan))
+
+    def show(self, plan: Plan | HostsPlan) -> None:
         """Show the plan."""
+        if isinstance(plan, HostsPlan):
+            return self._show_hosts(plan)
         news = "bad" if not plan.feasible else "slow" if plan.offloaded else "good"
         headline = {"bad": "Does not fit.", "slow": "Fits, offloaded.", "good": "Fits."}[news]
         details = [plan_verdict(plan).partition(", " if plan.feasible else ": ")[2]]
@@ -344,10 +400,14 @@ class PlanExplorer(Explorer):
 
     def to_code(self) -> str:
         """Python that makes this plan again."""
-        return self.shown.to_code()
+        return str(self.shown.to_code())
 
-    def summary(self, plan: Plan) -> list[str]:
-        """The model, whether it fits, and what each GPU or all of them hold."""
+    def summary(self, plan: Plan | HostsPlan) -> list[str]:
+        """The model, whether it fits, and what each GPU or all of them hold; over hosts, their blocks and the pace."""
+        if isinstance(plan, HostsPlan):
+            blocks, pace = "+".join(str(stage.blocks) for stage in plan.stages), f"{three_figures(plan.one)} tokens/s"
+            stored = plan.stages[0].plan.stored
+            return [f"{short(plan.model)} {stored}, {counted(plan.groups, 'host')}, blocks {blocks}, {pace}"]
         away = f"offloads {plan.offloaded / GiB:.1f}" if plan.offloaded else "fits"
         head = f"{short(plan.model)} {plan.stored} {plan.strategy}, {away if plan.feasible else 'does not fit'}, "
         working = [share for share in plan.shares if share.runs]

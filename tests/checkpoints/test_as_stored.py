@@ -166,7 +166,9 @@ def test_plans_count_what_is_stored(tmp_path: Path) -> None:
     size = sum(tensor.nbytes for tensor in load_file(tmp_path / "model.safetensors").values())
     for dtype in (None, torch.bfloat16):
         model = empty(plain)
-        budget = {0: int(size * 1.15), "cpu": "1GB"}  # the weights in 16 bit take 1.7 times as much
+        room = 4.5 * 128 * 64  # of the largest weight while it is decoded
+        budget = {0: int(size * 1.1 + room), "cpu": "1GB"}  # the weights in 16 bit take 1.7 times as much
+        assert budget[0] < 1.7 * size  # type: ignore[operator]
         bigkit.load_checkpoint_and_dispatch(model, tmp_path, "auto", budget, dtype=dtype, stand_in={0: "cpu"})
         assert set(model.hf_device_map.values()) == {0}
 

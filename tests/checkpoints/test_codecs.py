@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from bigkit.checkpoints import codecs
-from bigkit.checkpoints.codecs import find_codec
+from bigkit.checkpoints.codecs import decode_scaled, find_codec
 
 ROWS, COLUMNS = 48, 64
 
@@ -160,3 +160,23 @@ def test_what_is_not_quantized_and_what_is_not_known() -> None:
     strange = {"weight_packed": ((4, 3), torch.int32), "weight_scale": ((4, 1), torch.float32)}
     with pytest.raises(ValueError, match=r"weight_packed torch.int32 \[4, 3\].* no format"):
         find_codec((4, 8), strange)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("codes", [torch.float8_e4m3fn, torch.float8_e5m2, torch.int8])
+@pytest.mark.parametrize(("shape", "scales"), [
+    ((256, 384), (2, 3)), ((200, 300), (2, 3)), ((200, 256), (2, 2)), ((64, 100), (64, 1)), ((64, 100), (1, 1)),
+    ((64, 100), ()), ((64, 100), (1,)), ((300, 256), (3, 2)), ((96, 128), (3, 4)),
+])  # fmt: skip
+def test_scales_are_multiplied_in_float32(
+    shape: tuple[int, ...], scales: tuple[int, ...], codes: torch.dtype, dtype: torch.dtype
+) -> None:
+    """Bit for bit the product in float32 with every scale repeated, rounded once; the last blocks may be cut."""
+    torch.manual_seed(0)
+    weight, scale = (torch.randn(shape) * 30).to(codes), torch.rand(scales)
+    repeated = scale
+    for dim in range(len(scales) * (scale.numel() > 1)):
+        size = 128 if scales[dim] == -(-shape[dim] // 128) else -(-shape[dim] // scales[dim])
+        repeated = repeated.repeat_interleave(size, dim).narrow(dim, 0, shape[dim])
+    found = decode_scaled({"weight": weight, "weight_scale": scale}, dtype)
+    assert torch.equal(found, (weight.float() * repeated).to(dtype))

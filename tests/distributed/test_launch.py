@@ -22,7 +22,8 @@ from bigkit.distributed.launch import Settings, command_line, read_config, write
 from tests import forked
 from tests.ranks import ROOT, free_port
 
-ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"}
+PATHS = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+ENVIRONMENT = {**os.environ, "PYTHONPATH": PATHS, "OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"}
 BIGKIT = [sys.executable, "-m", "bigkit.cli"]
 
 

@@ -26,18 +26,17 @@ import os, signal, sys, time
 from pathlib import Path
 import torch
 from bigkit import PartialState, init_empty_weights, map_file, pipeline
-from bigkit.zoo.gpt import GPT, GPTConfig, PYGPT, encode
+from bigkit.zoo.gpt import GPT, GPTConfig, encode
 from tests.distributed import stages
-from bigkit import plan_hosts
 
-how = sys.argv[1]
+how, weights = sys.argv[1:]
 state = PartialState(timeout=15 if how == "hangs" else 60)
 Path(f"pid-{state.process_index}").write_text(str(os.getpid()))
 model = stages.empty("pygpt")
-model = pipeline(model, PYGPT, plan_hosts(model, stages.hosts(2), dtype="float32")).eval()
+model = pipeline(model, weights, dtype="float32").eval()
 
 def answer(prompts):
-    ids = torch.tensor([encode(prompt) for prompt in prompts])
+    ids = torch.tensor([encode(prompt) for prompt in prompts], device=state.device)
     if "12" in prompts[0] and state.process_index == 1:
         if how == "raises":
             raise KeyError("the words of the first error")
@@ -53,11 +52,13 @@ map_file(answer, "prompts.txt", "answers.jsonl", batch_size=2, progress=False, p
 """
 
 
-def run(folder: Path, how: str, port: int) -> tuple[int, str, float, list[int]]:
+def run(
+    folder: Path, how: str, port: int, where: str = "--cpu", weights: Path = PYGPT
+) -> tuple[int, str, float, list[int]]:
     """Exit status, what was said, seconds, and which processes are left."""
     (folder / "script.py").write_text(SCRIPT)
     (folder / "prompts.txt").write_text("".join(f"x = {i:02}\n" for i in range(20)))
-    words = ["launch", "--num_processes", "2", "--cpu", "--main_process_port", str(port), "script.py", how]
+    words = ["launch", "--num_processes", "2", where, "--main_process_port", str(port), "script.py", how, str(weights)]
     start = time.monotonic()
     done = subprocess.run([*BIGKIT, *words], cwd=folder, env=ENVIRONMENT, capture_output=True, text=True, timeout=150)
     took = time.monotonic() - start

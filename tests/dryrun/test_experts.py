@@ -7,7 +7,7 @@ from bigkit import dry_run, init_empty_weights, plan
 from bigkit.machine.hardware import HARDWARE
 from bigkit.machine.roofline import FILL
 from bigkit.maps.advise import advise
-from bigkit.offload.experts import by_chance
+from bigkit.offload.choice import by_chance
 from bigkit.zoo import describe
 
 COUNT, CHOSEN, BLOCKS = 16, 2, 6

@@ -1,13 +1,24 @@
 """Quantized dry runs: what rests, what travels, which kernels bitsandbytes would choose, and what they ask for."""
 
+import json
 import sys
 from collections import Counter
 
 import pytest
 import torch
 from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
 
-from bigkit import BnbQuantizationConfig, advise, dry_run, init_empty_weights, plan, zoo
+from bigkit import (
+    BnbQuantizationConfig,
+    advise,
+    dry_run,
+    init_empty_weights,
+    load_and_quantize_model,
+    plan,
+    save_model,
+    zoo,
+)
 from bigkit.dryrun.attention import Target
 from bigkit.dryrun.fake_gpu import fake_gpus
 from bigkit.model.precision import QUANTIZATIONS, quantized_bytes
@@ -18,6 +29,8 @@ pytest.importorskip("bitsandbytes")
 from bigkit.dryrun.fake_bnb import config_of, fake_bitsandbytes, fill_quantized, quantize_empty
 
 GPT2 = {"transformer.wte": 0, "transformer.wpe": 0, "transformer.ln_f": 0, "lm_head": 0, "transformer.drop": 0}
+LLAMA = LlamaConfig(hidden_size=64, intermediate_size=128, num_hidden_layers=3, num_attention_heads=4, vocab_size=96,
+                    num_key_value_heads=2, max_position_embeddings=64, dtype="bfloat16")  # fmt: skip
 LAYERS = 6  # of GPT-2's twelve blocks, where all are run; one more travels than there are slots
 HALF = {**GPT2, **{f"transformer.h.{i}": "cpu" if i % 2 else 0 for i in range(LAYERS)}}
 SHAPES = ((2304, 768), (768, 768), (3072, 768), (768, 3072))  # of the linear layers of a block, (out, in)
@@ -34,6 +47,27 @@ def test_weights_rest_in_the_bytes_that_a_plan_counts(quantization):
     rests = run.timeline().at_peak()["weights"]
     table = 1024 if quantization.endswith("double") else 0  # the one that the others are copied from
     assert rests == spec.bytes(spec.precision("float16", quantization)) + table
+
+
+@pytest.mark.parametrize("kind", ["int8", "nf4-double"])
+def test_a_repository_of_bitsandbytes_counts_as_it_is_stored(kind, tmp_path):
+    """By its folder, and by an empty model: the weights of the plan, and those of a run that is told the same."""
+    config = config_of(kind, "bfloat16")
+    model = LlamaForCausalLM(LLAMA).bfloat16()
+    model.save_pretrained(tmp_path / "plain")
+    save_model(load_and_quantize_model(model, config, device_map={"": "cpu"}), tmp_path / "small")
+    settings = {**LLAMA.to_dict(), "architectures": ["LlamaForCausalLM"], "quantization_config": config.to_dict()}
+    (tmp_path / "small" / "config.json").write_text(json.dumps(settings))
+    folder = str(tmp_path / "small")
+    expected = dry_run(str(tmp_path / "plain"), None, 1, 8, 1, "T4", dtype="bfloat16", quantization=kind)
+    weights = expected.timeline().at_peak()["weights"]
+    table = 1024 if kind.endswith("double") else 0
+    assert plan(folder, {0: "1GB"}).shares[0].weights == weights - table
+    for given in (folder, zoo.empty_model(folder, dtype=None)):
+        run = dry_run(given, None, 1, 8, 1, "T4")
+        assert run.timeline().at_peak()["weights"] == weights and run.peak_reserved == expected.peak_reserved
+    unpacked = dry_run(folder, None, 1, 8, 1, "T4", dtype="bfloat16")
+    assert unpacked.timeline().at_peak()["weights"] > 1.4 * weights
 
 
 def test_a_plan_says_how_its_weights_are_stored():

@@ -8,7 +8,8 @@ import torch
 
 from bigkit import init_empty_weights, plan, zoo
 from bigkit.dryrun.rehearse import target_of
-from bigkit.dryrun.run import KINDS, dry_run
+from bigkit.dryrun.result import KINDS
+from bigkit.dryrun.run import dry_run
 from bigkit.dryrun.workload import fill
 from bigkit.machine.hardware import GPUS, HARDWARE, Gpu, Hardware, machine_of
 from bigkit.machine.ledger import Calibration

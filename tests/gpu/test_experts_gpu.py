@@ -6,11 +6,15 @@ import pytest
 import torch
 
 import bigkit
+from bigkit.checkpoints import decoded
+from bigkit.checkpoints.codecs import find_stack_codec
+from bigkit.checkpoints.decoded import DecodedStack
 from bigkit.checkpoints.ring import Slab
 from bigkit.offload.experts import ExpertStreamer, expert_hits
 from bigkit.offload.gather import GatherStreamer, seen_by_gpu
 from bigkit.offload.rows import count_rows
 from bigkit.quantize.bnb import quantized
+from bigkit.quantize.stacks import quantized_stack
 
 GPU = torch.device("cuda:0")
 
@@ -130,3 +134,39 @@ def test_quantized_experts(quantization, cache):
     assert torch.equal(found.generate(ids, **options), model.generate(ids, **options))
     hits, misses = expert_hits(found)
     assert not streamer_of(found).held() and bool(misses) == bool(cache)
+
+
+@pytest.mark.parametrize("format", ["fp8", "mxfp4", "nf4", "int8"])
+def test_a_prompts_product_in_pieces(format, monkeypatch):
+    """Bit for bit that of the whole weight, with the kernel for all experts, and with less memory."""
+    grouped = pytest.importorskip("transformers.integrations.moe")._grouped_linear
+    count, rows, columns = 16, 512, 1024
+    torch.manual_seed(0)
+    if format == "fp8":
+        codes = torch.randn(count, rows, columns, device=GPU).to(torch.float8_e4m3fn)
+        parts = {"": codes, "_scale_inv": torch.rand(count, rows // 128, columns // 128, device=GPU)}
+    elif format == "mxfp4":
+        codes = torch.randint(0, 256, (count, columns, rows // 32, 16), dtype=torch.uint8, device=GPU)
+        scales = torch.randint(118, 122, (count, columns, rows // 32), dtype=torch.uint8, device=GPU)
+        parts = {"_blocks": codes, "_scales": scales}
+    else:
+        pytest.importorskip("bitsandbytes")
+        experts = torch.randn(count, rows, columns, dtype=torch.bfloat16, device=GPU)
+        parts = {name: part.detach() for name, part in quantized_stack(experts, count, format, GPU).items()}
+    codec = find_stack_codec("w", [f"w{suffix}" for suffix in parts])
+    counts = torch.randint(0, 90, (count,), device=GPU)
+    counts[[3, 8, 9]] = 0
+    ends = counts.cumsum(0).to(torch.int32)
+    for transposed in (False, True):
+        x = torch.randn(int(counts.sum()), rows if transposed else columns, dtype=torch.bfloat16, device=GPU)
+        stack = DecodedStack(parts, codec, torch.bfloat16, (rows, columns))
+        expected = grouped(x, stack.all(), ends, is_transposed=transposed)
+        for at_a_time in (1, 3):
+            monkeypatch.setattr(decoded, "AT_A_TIME", at_a_time * rows * columns)
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            found = grouped(x, stack, ends, is_transposed=transposed)
+            assert torch.equal(found, expected)
+            most = torch.cuda.max_memory_allocated() - before - found.nbytes
+            assert most < (at_a_time + 1) * rows * columns * 20, "of whole stacks it would be at least 33 MB"

@@ -23,12 +23,13 @@ from transformers import GptOssConfig, LlamaForCausalLM
 
 import bigkit
 from bigkit import zoo
-from bigkit.checkpoints.codecs import decode_mxfp4, find_codec
+from bigkit.checkpoints.codecs import STACK_CODECS, decode_mxfp4, find_codec
 from bigkit.devices import placement
 from bigkit.model.experts import active_bytes
 from bigkit.model.spec import Precision
-from bigkit.model.stored import read_format, stored_sizes, with_stored
+from bigkit.model.stored import DECODING_STACK, decoding, read_format, stored_sizes, with_stored
 from bigkit.offload.handle import Away
+from bigkit.quantize.stacks import quantized_stack
 from bigkit.zoo import build
 from tests.checkpoints.test_as_stored import FORMATS, LLAMA, PROMPT, empty, write
 from tests.hub_server import FakeHub
@@ -177,6 +178,38 @@ def test_decoding_takes_no_more_than_is_kept_for_it() -> None:
             weight = decode(parts, torch.bfloat16)
         kept = read_format(CONFIGS[name]).decoding * weight.numel()  # type: ignore[union-attr]
         assert 0.6 * kept < seen.most <= kept, (name, seen.most / weight.numel())
+
+
+@pytest.mark.parametrize("format", ["fp8", "nf4", "fp4-double", "int8"])
+def test_decoding_experts_takes_no_more_than_is_kept_for_it(format: str) -> None:
+    if format == "fp8":
+        codes = torch.randn(4, 256, 512).to(torch.float8_e4m3fn)
+        parts = {"": codes, "_scale_inv": torch.rand(4, 2, 4)}
+    else:
+        pytest.importorskip("bitsandbytes")
+        experts = torch.randn(4, 256, 512, dtype=torch.bfloat16)
+        parts = {name: part.detach() for name, part in quantized_stack(experts, 4, format, experts.device).items()}
+    codec = next(codec for codec in STACK_CODECS if codec.format == format)
+    with Allocations() as seen:
+        weight = codec.decode(parts, torch.bfloat16)
+    kept = decoding(tuple(weight.shape), DECODING_STACK[format], 2)
+    assert 0.5 * kept < seen.most <= kept, (format, seen.most / weight.numel())
+
+
+def test_an_automatic_map_leaves_room_for_decoding(tmp_path: Path) -> None:
+    """On a GPU with room for the weights as they are stored and not for one that is decoded, some rest elsewhere."""
+    for format in ("fp8", "gptq", "mxfp4"):
+        folder = tmp_path / format
+        folder.mkdir()
+        model = ready(folder, format)
+        stored = bigkit.describe(str(folder)).bytes()
+        room = read_format(CONFIGS[format]).decoding * (8192 if format != "mxfp4" else 4 * 8192)  # type: ignore[union-attr]
+        for spare, all_there in ((0.9 * room, False), (1.1 * room, True)):
+            empty_again = zoo.empty_model(folder, dtype=None)
+            budget = {0: round(stored + spare), "cpu": "1GB"}
+            found = bigkit.load_checkpoint_and_dispatch(empty_again, folder, "auto", budget, stand_in={0: "cpu"})
+            assert (set(found.hf_device_map.values()) == {0}) == all_there, (format, spare)  # type: ignore[union-attr]
+        assert type(model) is type(found)
 
 
 @pytest.mark.parametrize("format", ["fp8", "mxfp4", "gptq"])

@@ -16,6 +16,7 @@ from torch import nn
 
 from bigkit import (
     cpu_offload,
+    describe,
     disk_offload,
     dispatch_model,
     init_empty_weights,
@@ -24,13 +25,16 @@ from bigkit import (
     remove_hook_from_module,
     save_model,
 )
+from bigkit.machine.routing import Routing
 from bigkit.meta.skeleton import spec_from_module
 from bigkit.model.experts import experts_of
 from bigkit.offload import experts as experts_module
-from bigkit.offload import gather
-from bigkit.offload.experts import ExpertsHook, ExpertStreamer, choice_of, chosen_rows, expert_hits
+from bigkit.offload import gather, on_device
+from bigkit.offload.choice import choice_of, chosen_rows
+from bigkit.offload.experts import ExpertsHook, ExpertStreamer, expert_hits
 from bigkit.offload.handle import Away
-from bigkit.offload.hooks import AlignDevicesHook
+from bigkit.offload.hooks import AlignDevicesHook, hooks_in
+from bigkit.offload.observe import observe
 from bigkit.offload.on_device import DeviceRows
 from bigkit.offload.rows import Rows, count_rows, rows_of
 
@@ -96,6 +100,11 @@ def streamer_of(model) -> ExpertStreamer:
     return found.pop() if len(found) == 1 else None
 
 
+def hooks_of(model):
+    hooks = [hook for module in model.modules() for hook in hooks_in(module)]
+    return [hook for hook in hooks if isinstance(hook, AlignDevicesHook) and hook.streamer is not None]
+
+
 def spread(model, kind, folder):
     """A copy of a model, its experts resting elsewhere in one of the ways there are."""
     model = copy.deepcopy(model)
@@ -156,6 +165,31 @@ def test_what_is_not_chosen_is_not_read(make, implementation, monkeypatch):
     with torch.no_grad():
         assert torch.equal(found(ids).logits, model(ids).logits)
     assert [event.kind for event in events].count("fetch") == 3 and streamer.filled
+
+
+def test_a_recording_tells_of_blocks_and_of_their_chosen_experts():
+    """Blocks and experts have a streamer each: both are heard, in the order of the host, with slots of their own."""
+    model = made(qwen3_moe)
+    places = {**apart(model, "cpu"), "model.layers.0.self_attn": "cpu", "model.layers.2.self_attn": "cpu"}
+    found = dispatch_model(copy.deepcopy(model), places, stand_in={0: "cpu"}, slots=2)
+    with torch.no_grad():
+        recording = observe(found, lambda: found(torch.tensor([[1]])).logits)
+        assert torch.equal(recording.result, model(torch.tensor([[1]])).logits)
+    one, attention = streamer_of(found).units[0].nbytes // COUNT, "model.layers.{}.self_attn"
+    experts = [f"model.layers.{i}.mlp.experts" for i in range(3)]
+    fetched = [(event.unit, event.nbytes) for event in recording.events if event.kind == "fetch"]
+    assert [size for name, size in fetched if name in experts] == [2 * one] * 3, "two experts are chosen in each block"
+    assert {name for name, _ in fetched} == {*experts, attention.format(0), attention.format(2)}
+    works = [event.unit for event in recording.events if event.kind == "work"]
+    named = [name for name in works if name in experts or name.endswith("self_attn")]
+    assert named == [name for i in range(3) for name in (attention.format(i), experts[i])]
+    slots = {name: {e.slot for e in recording.events if e.kind == "fetch" and e.unit in name} for name in
+             (tuple(experts), (attention.format(0), attention.format(2)))}  # fmt: skip
+    assert recording.streamers == 2 and set.isdisjoint(*slots.values()) and recording.slots == 2
+    assert recording.units[attention.format(1)][1:] == (0, 0) and recording.units[experts[1]][1:] == ("cpu", 0)
+    with pytest.raises(ValueError, match="2 streamers have slots of their own .*dry_run"):
+        recording.schedule(1.0, 1.0, 1.0)
+    assert not any(streamer.listeners for streamer in {hook.streamer for hook in hooks_of(found)})
 
 
 def test_bytes_that_travel_are_those_of_the_chosen(monkeypatch):
@@ -747,3 +781,28 @@ def test_what_does_not_fit_on_the_device_is_said_before_anything_changes():
         assert not any(isinstance(parameter, Away) for parameter in model.parameters())
     found = dispatch_model(model, apart(model, "cpu"), stand_in={0: "cpu"}, expert_cache="1GB")
     assert streamer_of(found).rows == [COUNT] * len(names), "no more rows than experts"
+
+
+def test_bad_input_gets_one_sentence(monkeypatch):
+    """Experts that a map names and a model has not, a cache larger than the GPU, more experts for a token than there
+    are, a routing of another model.
+    """
+    dense = tf.LlamaForCausalLM(tf.LlamaConfig(**{**SMALL, "num_experts_per_tok": None}))
+    said = "the device map names 'model.layers.1.mlp.experts', but LlamaForCausalLM has no such module"
+    with pytest.warns(UserWarning, match=said):
+        dispatch_model(dense, {"": 0, "model.layers.1.mlp.experts": "cpu"}, stand_in={0: "cpu"})
+    model = made(qwen3_moe)
+    monkeypatch.setattr(on_device, "is_real_cuda", lambda device: True)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10_000, 10_000))
+    with pytest.raises(ValueError, match=r"expert_cache takes 144\.00 KiB of GPU 0, of which 9\.77 KiB are free"):
+        dispatch_model(copy.deepcopy(model), apart(model, "cpu"), stand_in={0: "cpu"}, expert_cache="1GB")
+    monkeypatch.undo()
+    assert not any(isinstance(parameter, Away) for parameter in model.parameters())
+    model.config.num_experts_per_tok = COUNT + 1
+    with pytest.raises(ValueError, match="says that a token takes 9 experts, but its blocks have 8 each"):
+        plan(spec_from_module(model), {0: "90KB", "cpu": "1GB"})
+    routing = Routing("pymoe", 16, (((0, 1),),))
+    with pytest.raises(
+        ValueError, match=r"recorded from pymoe \(1 layer, 2 of 16 experts\), and mixtral-8x7b has 32 l"
+    ):
+        routing.bytes_each(describe("mixtral-8x7b"))

@@ -1,0 +1,430 @@
+"""Dry runs against runs that nobody had seen when the code was frozen.
+
+    python benchmarks/held_out.py --draw CASES.json                              after the last commit, on any machine
+    python benchmarks/held_out.py --measure CASES.json RESULTS.json [--part 0/2]            on a CUDA GPU, one process
+    python benchmarks/held_out.py --predict RESULTS.json ... [--save]                       on any machine
+
+The rule of the draw: the commit's hash is the seed. Of all types in Transformers that generate text from token ids and
+that were neither in the table of `dryrun.py` nor measured while the code was changed (`SEEN`), `TYPES` are drawn, each
+with the sizes of its default configuration (a published model's), and as many of its blocks as fit in `WEIGHTS`. Each
+gets two loads, drawn from `BATCHES`, `PROMPTS` and `NEW`; some are quantized, and of some every second block rests in
+RAM. What a type's positions or `MOST_TOKENS` forbid is drawn again.
+
+`--measure` runs `generate` with random weights: once from an empty allocator for the memory, then `REPEATS` times for
+the times; and the type's narrow twin, next to it. It writes after every run, and starts none after `--seconds`.
+`--predict` compares; it must run with the versions of Transformers and PyTorch that the results name, where code
+differs between them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import gc
+import json
+import random
+import statistics
+import subprocess
+import time
+import warnings
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+
+from bigkit import init_empty_weights
+from bigkit.dryrun.fake_bnb import config_of, fill_quantized, quantize_empty
+from bigkit.dryrun.result import DryRun
+from bigkit.dryrun.run import dry_run
+from bigkit.dryrun.workload import Workload, fill, work
+from bigkit.machine.hardware import GPUS, Hardware
+from bigkit.machine.ledger import Calibration, HostStep, Twin
+from bigkit.measure.allocations import settle
+from bigkit.measure.calibrate import calibrate
+from bigkit.measure.twin import LOAD, timed, twin_of
+from bigkit.offload.dispatch import dispatch_model
+from bigkit.zoo._transformers import from_config
+
+BATCHES, PROMPTS, NEW = (1, 3, 32), (1, 100, 777, 1900), (1, 4, 16, 32)
+TYPES, REPEATS = 33, 3
+WEIGHTS, MOST_TOKENS = 16e9, 32 * 777
+SEEN = {  # in the table of dryrun.py, or measured while the code was changed
+    "llama", "bloom", "gpt2", "mixtral", "deepseek_v3", "gemma2", "t5", "opt", "mistral", "qwen3", "qwen3_moe",
+    "falcon", "gpt_neox", "phi3", "granite", "gemma3_text", "codegen", "bart", "cohere2", "olmo2", "falcon_mamba",
+    "mamba2", "deepseek_v2", "glm4",
+}  # fmt: skip
+LOOPS = ("mamba", "falcon_mamba", "jamba", "recurrent_gemma", "rwkv", "xlstm", "minimax")  # over tokens, in Python
+KEPT = Path(__file__).parent / "results" / "held-out.json"
+DEPTHS = ("num_hidden_layers", "encoder_layers", "decoder_layers", "num_layers", "num_decoder_layers",
+          "num_encoder_layers", "n_layer", "n_layers")  # fmt: skip
+
+
+def class_of(config: Any) -> type[nn.Module] | None:
+    """The class that generates text from token ids, if there is one."""
+    for mapping in (transformers.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING, transformers.MODEL_FOR_CAUSAL_LM_MAPPING):
+        if type(config) in mapping:
+            found = mapping[type(config)]
+            return found[0] if isinstance(found, tuple) else found
+    return None
+
+
+def cut(config: Any, blocks: int) -> Any:
+    """A config with at most so many blocks; lists with an entry for each block are cut with them."""
+    config = copy.deepcopy(config)
+    for name, value in list(vars(config).items()):
+        if name in DEPTHS and type(value) is int and value > blocks:
+            for other, rows in list(vars(config).items()):
+                if isinstance(rows, list) and len(rows) == value:
+                    setattr(config, other, rows[:blocks])
+            setattr(config, name, blocks)
+    return config
+
+
+def depth(config: Any) -> int:
+    """The most blocks that a config says."""
+    return max([value for name, value in vars(config).items() if name in DEPTHS and type(value) is int], default=1)
+
+
+def empty(case: dict[str, Any]) -> nn.Module:
+    """The case's model, on the meta device."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        config = transformers.CONFIG_MAPPING[case["type"]](**case.get("sizes", {}))
+        config = cut(config, case["blocks"])
+        cls = class_of(config)
+        assert cls is not None
+        with init_empty_weights():
+            model: nn.Module = from_config(cls, config, torch.bfloat16).eval()
+    return model
+
+
+def key_of(case: dict[str, Any]) -> str:
+    """What a case is called: "olmo/3x777+4", "phi/1x100+16/nf4"."""
+    parts = [
+        case["type"],
+        "{}x{}+{}".format(*case["load"]),
+        case.get("quantization"),
+        case.get("map") and "half in RAM",
+    ]
+    return "/".join(part for part in parts if part)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The draw
+
+
+def candidates() -> dict[str, int]:
+    """Type -> how many blocks of its default configuration are taken."""
+    found = {}
+    for kind in sorted({*transformers.CONFIG_MAPPING} - SEEN):
+        try:
+            config = transformers.CONFIG_MAPPING[kind]()
+            model = empty({"type": kind, "blocks": 10**6})
+        except Exception:
+            continue  # not made of its default configuration, or not made to generate
+        size = 2 * sum(parameter.numel() for parameter in model.parameters())
+        if model.main_input_name != "input_ids" or not model.can_generate() or not hasattr(config, "vocab_size"):
+            continue
+        blocks, least = depth(config), 2 * sum(p.numel() for p in empty({"type": kind, "blocks": 1}).parameters())
+        each = max(1.0, (size - least) / max(1, blocks - 1))
+        fits = int(min(blocks, 60, 1 + (WEIGHTS - least) // each))
+        if fits >= 2 and size > 2e8:
+            found[kind] = fits
+    return found
+
+
+def draw(path: Path, seed: str) -> None:
+    """Draw the cases, and write them with the commit."""
+    chance = random.Random(int(seed[:12], 16))
+    pool = candidates()
+    kinds = chance.sample(sorted(pool), min(TYPES, len(pool)))
+    cases: list[dict[str, Any]] = []
+    for i, kind in enumerate(kinds):
+        config = transformers.CONFIG_MAPPING[kind]()
+        most = getattr(config, "max_position_embeddings", None) or 10**9
+        loads: set[tuple[int, int, int]] = set()
+        while len(loads) < 2:
+            batch, prompt, new = (chance.choice(values) for values in (BATCHES, PROMPTS, NEW))
+            slow = prompt > 100 and any(name in kind for name in LOOPS)
+            if prompt + new < most and batch * prompt <= MOST_TOKENS and not slow:
+                loads.add((batch, prompt, new))
+        for j, load in enumerate(sorted(loads)):
+            case: dict[str, Any] = {"type": kind, "blocks": pool[kind], "load": list(load)}
+            if j == 1 and i % 8 == 3:
+                case["quantization"] = ("nf4", "int8")[i // 8 % 2]
+            if j == 1 and i % 10 == 6:
+                case["map"] = "half"
+            cases.append(case)
+    path.write_text(json.dumps({"commit": seed, "transformers": transformers.__version__, "pool": pool,
+                                "cases": cases}, indent=1) + "\n")  # fmt: skip
+    print(f"{len(cases)} cases of {len(kinds)} types, of {len(pool)} that could be drawn")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# On the GPU
+
+
+def places_of(case: dict[str, Any], model: nn.Module) -> dict[str, int | str]:
+    """Module name -> where it rests."""
+    if case.get("map") != "half":
+        return {"": 0}
+    places: dict[str, int | str] = {name: 0 for name, _ in model.named_children()}
+    lists = [(name, part) for name, part in model.named_modules() if isinstance(part, nn.ModuleList) and len(part) > 1]
+    name, blocks = max(lists, key=lambda item: sum(p.numel() for p in item[1].parameters()))
+    parent = name
+    while "." in parent:  # around the blocks, everything is named apart
+        parent = parent.rpartition(".")[0]
+        places.pop(parent, None)
+        places |= {f"{parent}.{child}": 0 for child, _ in model.get_submodule(parent).named_children()}
+    places.pop(name, None)
+    return places | {f"{name}.{i}": "cpu" if i % 2 else 0 for i in range(len(blocks))}
+
+
+def put(case: dict[str, Any], model: nn.Module) -> nn.Module:
+    """Give a case's model memory."""
+    if kind := case.get("quantization"):
+        how = config_of(kind, "bfloat16")
+        return fill_quantized(quantize_empty(model, how), {"": 0}, torch.device("cuda", 0), how)
+    places = places_of(case, model)
+    fill(model, places)
+    return dispatch_model(model, places, 0) if len({*places.values()}) > 1 else model
+
+
+def measure(case: dict[str, Any], model: nn.Module, repeats: int) -> dict[str, Any]:
+    """A case's memory from an empty allocator, then its times."""
+    settle(0)
+    gc.collect()
+    before = torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
+    torch.cuda.reset_peak_memory_stats()
+    load = Workload(*case["load"])
+    model = put(case, model)
+    filled = torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
+    start = time.perf_counter()
+    work(model, load, "cuda", lambda step: None)
+    torch.cuda.synchronize()
+    took = time.perf_counter() - start
+    peak = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
+    timed(model, Workload(load.batch, load.prompt, min(1, load.new)), "cuda")
+    runs = [timed(model, load, "cuda") for _ in range(repeats if took < 4 else 1)]
+    return {"before": before, "filled": filled, "peak": peak, "steps": runs}
+
+
+def measure_twin(case: dict[str, Any], model: nn.Module, repeats: int) -> list[Any]:
+    """Steps of the narrow twin, run by run."""
+    kind = case.get("quantization")
+    twin = put({"type": case["type"], "quantization": kind}, twin_of(model, kind is not None))
+    return [timed(twin, LOAD, "cuda") for _ in range(1 + repeats)][1:]
+
+
+def profile(model: nn.Module, load: Workload) -> dict[str, Any]:
+    """Kernel -> (calls, microseconds) of one run, the longest ones."""
+    from torch.profiler import ProfilerActivity
+    from torch.profiler import profile as profiled
+
+    with profiled(activities=[ProfilerActivity.CUDA]) as seen:
+        work(model, load, "cuda", lambda step: None)
+        torch.cuda.synchronize()
+    rows = sorted(seen.key_averages(), key=lambda row: -row.self_device_time_total)
+    return {row.key[:120]: (row.count, row.self_device_time_total) for row in rows[:40]}
+
+
+def measure_all(source: Path, path: Path, part: tuple[int, int], seconds: float, profiles: bool) -> None:
+    """Measure this process's share of the cases; writes after each."""
+    start = time.perf_counter()
+    drawn = json.loads(source.read_text())
+    results: dict[str, Any] = {name: drawn[name] for name in ("commit", "transformers") if name in drawn}
+    results |= {"cases": [], "twins": {}, "late": []}
+
+    def write(line: str) -> None:
+        path.write_text(json.dumps(results) + "\n")
+        print(f"{time.perf_counter() - start:5.0f} s  {line}", flush=True)
+
+    results["calibration"] = asdict(calibrate(save=False, quick=profiles))
+    results["machine"] = {
+        "gpu": torch.cuda.get_device_name(0),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "cudnn": torch.backends.cudnn.version(),
+    }
+    write("calibrated")
+    kinds = list(dict.fromkeys(case["type"] for case in drawn["cases"]))[part[0] :: part[1]]
+    for case in drawn["cases"]:
+        if case["type"] not in kinds:
+            continue
+        if time.perf_counter() - start > seconds:
+            results["late"].append(key_of(case))
+            continue
+        model: Any = None
+        try:
+            model = empty(case)
+            twin = f"{case['type']} {case.get('quantization') or ''}".strip()
+            if twin not in results["twins"]:
+                results["twins"][twin] = []  # tried once
+                results["twins"][twin] = measure_twin(case, model, REPEATS)
+                settle(0)
+            case |= measure(case, model, REPEATS)
+            if profiles:
+                case["kernels"] = profile(model, Workload(*case["load"]))
+            first = min(run[0][0] for run in case["steps"])
+            line = f"{case['peak'][0] / 1e9:.2f} GB allocated, prompt {1000 * first:.1f} ms"
+            if tokens := [step[0] for run in case["steps"] for step in run[1:]]:
+                line += f", token {1000 * statistics.median(tokens):.1f} ms"
+            if told := results["twins"][twin]:
+                twins = [step[0] for run in told for step in run[1:]]
+                line += f"; twin {1000 * min(run[0][0] for run in told):.1f}, {1000 * statistics.median(twins):.1f} ms"
+        except Exception as error:
+            case["error"] = line = f"{type(error).__name__}: {error}"[:600]
+        del model
+        settle(0)
+        results["cases"].append(case)
+        write(f"{key_of(case)}  {line}")
+    write("done")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# On any machine
+
+
+def issued_of(run: DryRun) -> list[int]:
+    """Steps of the host in each step of a dry run."""
+    ends = [0, *(end for _, end in run.steps)]
+    return [sum(operation.issued for operation in run.operations[a:b]) for a, b in zip(ends, ends[1:])]
+
+
+def twin_from(case: dict[str, Any], runs: list[list[list[float]]]) -> Twin:
+    """The ledger's entry of a twin that was timed."""
+    kind, model = case.get("quantization"), empty(case)
+    load, dtype = (LOAD.batch, LOAD.prompt, LOAD.new), "bfloat16" if kind else None
+    run = dry_run(lambda: twin_of(model, kind is not None), None, *load, "H200", quantization=kind, dtype=dtype)
+    issued = issued_of(run)
+    middle = [
+        HostStep(*(statistics.median(step[part] for step in steps) for part in (0, 1)), count)
+        for steps, count in (
+            (([run[0] for run in runs]), issued[0]),
+            ([s for run in runs for s in run[1:]], issued[-1]),
+        )
+    ]
+    return Twin(type(model).__name__, kind, *middle)
+
+
+def predicted(results: dict[str, Any], case: dict[str, Any]) -> dict[str, Any]:
+    """What a dry run says of a case, with the twin and without it."""
+    warnings.simplefilter("ignore")
+    start = time.perf_counter()
+    calibration = Calibration.from_json(results["calibration"])
+    gpu = GPUS["H200"]
+    kind = case.get("quantization")
+    runs = results["twins"].get(f"{case['type']} {kind or ''}".strip())
+    said: dict[str, Any] = {}
+    if runs:
+        twin = twin_from(case, runs)
+        calibration = calibration.with_twin(twin)
+        said["twin"] = asdict(twin)
+    run = dry_run(lambda: empty(case), places_of(case, empty(case)), *case["load"],
+                  Hardware(results["machine"]["gpu"], (gpu,), 0, 0), calibration=calibration, quantization=kind,
+                  dtype="bfloat16" if kind else None)  # fmt: skip
+    said |= {"peak": [run.peak_allocated[0], run.peak_reserved[0]], "issued": issued_of(run)[:2],
+             "seconds": [step.seconds for step in run.times], "busy": [dict(step.busy) for step in run.times[:2]],
+             "took": time.perf_counter() - start}  # fmt: skip
+    return said
+
+
+def attempt(job: tuple[dict[str, Any], dict[str, Any]]) -> dict[str, Any]:
+    """`predicted`, or why there is none."""
+    try:
+        return predicted(*job)
+    except Exception as error:
+        return {"error": f"{type(error).__name__}: {error}"[:600]}
+
+
+def predict_all(paths: list[Path], save: Path | None, processes: int) -> None:
+    """Predict every case that was measured, and print both."""
+    everything = []
+    with ProcessPoolExecutor(processes) as pool:
+        for path in paths:
+            results = json.loads(path.read_text())
+            cases = [case for case in results["cases"] if "error" not in case]
+            for case in results["cases"]:
+                if "error" in case:
+                    print(f"{key_of(case):44} not measured: {case['error'][:120]}")
+            for case, said in zip(cases, pool.map(attempt, ((results, case) for case in cases))):
+                case["predicted"] = said
+                print(row_of(case), flush=True)
+            everything.append(results)
+    print(summary([case for results in everything for case in results["cases"]]))
+    if save:
+        save.write_text(json.dumps(everything, indent=1) + "\n")
+
+
+def measured_times(case: dict[str, Any]) -> tuple[float, float | None]:
+    """Medians: seconds of the prompt, and of a token."""
+    tokens = [step[0] for run in case["steps"] for step in run[1:]]
+    return statistics.median(run[0][0] for run in case["steps"]), statistics.median(tokens) if tokens else None
+
+
+def errors_of(case: dict[str, Any]) -> dict[str, float]:
+    """Quantity -> predicted / measured - 1."""
+    said, (prompt, token) = case["predicted"], measured_times(case)
+    held = {"allocated": (said["peak"][0], case["peak"][0] - case["before"][0]),
+            "reserved": (said["peak"][1], case["peak"][1] - case["before"][1]),
+            "prompt": (said["seconds"][0], prompt)}  # fmt: skip
+    if token and len(said["seconds"]) > 1:
+        held["token"] = statistics.mean(said["seconds"][1:]), token
+    return {name: one / other - 1 for name, (one, other) in held.items()}
+
+
+def row_of(case: dict[str, Any]) -> str:
+    """A case as a line."""
+    said = case["predicted"]
+    if "error" in said:
+        return f"{key_of(case):44} not predicted: {said['error'][:200]}"
+    errors, times = errors_of(case), measured_times(case)
+    text = "  ".join(f"{name} {100 * error:+7.2f} %" for name, error in errors.items())
+    shown = ", ".join(f"{1000 * seconds:.1f}" for seconds in times if seconds)
+    busy = {lane: f"{1000 * value:.1f}" for lane, value in said["busy"][-1].items()}
+    return f"{key_of(case):44} {text}   ({shown} ms; {busy}; {said['took']:.1f} s)"
+
+
+def summary(cases: list[dict[str, Any]]) -> str:
+    """How many were predicted within the bounds."""
+    rows = [errors_of(case) for case in cases if "error" not in case and "error" not in case["predicted"]]
+    lines = [f"{len(rows)} predicted of {len(cases)}"]
+    for name, bound in (("allocated", 0.005), ("reserved", 0.03), ("prompt", 0.15), ("token", 0.15)):
+        errors = [row[name] for row in rows if name in row]
+        if errors:
+            good, worst = sum(abs(error) <= bound for error in errors), max(errors, key=abs)
+            beyond = sum(abs(error) > 0.4 for error in errors)
+            middle = statistics.median(map(abs, errors))
+            within = f"{good} of {len(errors)} within {100 * bound:g} %, the median {100 * middle:.2f} %"
+            lines.append(f"{name:10} {within}, the worst {100 * worst:+.1f} %, {beyond} beyond 40 %")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--draw", type=Path, metavar="CASES.json")
+    parser.add_argument("--measure", type=Path, nargs=2, metavar=("CASES.json", "RESULTS.json"))
+    parser.add_argument("--predict", type=Path, metavar="RESULTS.json", nargs="+", default=[KEPT])
+    parser.add_argument("--save", type=Path, metavar="FILE", help="keep the comparison")
+    parser.add_argument("--part", default="0/1", help="this process's share: 0/2 is the first half of the types")
+    parser.add_argument("--seconds", type=float, default=300, help="start no case after this time")
+    parser.add_argument("--profile", action="store_true", help="note the kernels of each case")
+    parser.add_argument("--processes", type=int, default=1)
+    options = parser.parse_args()
+    if options.draw:
+        seed = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+        draw(options.draw, seed)
+    elif options.measure:
+        mine, of = map(int, options.part.split("/"))
+        measure_all(*options.measure, (mine, of), options.seconds, options.profile)
+    else:
+        predict_all(options.predict, options.save, options.processes)
+
+
+if __name__ == "__main__":
+    main()

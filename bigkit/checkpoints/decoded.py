@@ -1,0 +1,167 @@
+"""Stacked weights that are decoded when they are used: those of chosen experts, or a few experts at a time.
+
+A token takes some experts, `gate_up_proj[chosen]`, and these are decoded. A prompt takes nearly all of them, in one
+grouped product. Decoded at once they would take two to four times as much as they are stored in (11 GB for a block of
+DeepSeek-V3), so that product is taken apart: some experts are decoded, multiplied with the rows of their tokens, and
+let go. Each expert's product is the same one as before.
+
+Leaves out: which modules hold such weights (`as_stored.py`), and the formats (`codecs.py`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..model.stored import AT_A_TIME
+from .codecs import Parts, StackCodec
+
+PLAIN = StackCodec("plain", ("",), lambda parts, dtype: parts[""])  # weights that need no decoding
+
+
+class Elsewhere:
+    """Stands for a tensor (experts, ...) of a stack that is not on the device: chosen experts of it can be had there.
+
+    Args:
+        shape, dtype: the tensor's.
+        device: where it is wanted.
+    """
+
+    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
+        self.shape, self.dtype, self.device = torch.Size(shape), dtype, device
+
+    def take(self, parts: Mapping[str, Any], experts: Any) -> dict[str, Tensor]:
+        """Some experts of all tensors of a stack, of which this is one; they may be read until others are taken."""
+        raise NotImplementedError
+
+
+class DecodedStack:
+    """Stands for a weight (experts, rows, columns) in the code of Transformers.
+
+    Args:
+        parts: suffix -> tensor as it is stored, (experts, ...), or `Elsewhere`.
+        codec, dtype: what they are decoded by, and to.
+        form: (rows, columns) of an expert's weight.
+        transposed: whether rows and columns are exchanged when it is used.
+
+    >>> from .codecs import find_stack_codec
+    >>> codec = find_stack_codec("w", ["w_int8", "w_scb"])
+    >>> parts = {"_int8": torch.full((3, 2, 4), 127, dtype=torch.int8), "_scb": torch.ones(3, 2)}
+    >>> stack = DecodedStack(parts, codec, torch.float32, (2, 4)).transpose(1, 2)
+    >>> stack.shape, stack[torch.tensor([0, 2])].shape
+    (torch.Size([3, 4, 2]), torch.Size([2, 4, 2]))
+    """
+
+    def __init__(
+        self, parts: Parts, codec: StackCodec, dtype: torch.dtype, form: tuple[int, ...], transposed: bool = False
+    ) -> None:
+        self.parts, self.codec, self.dtype, self.form, self.transposed = parts, codec, dtype, form, transposed
+        first = next(iter(parts.values()))
+        self.shape = torch.Size((first.shape[0], *(form[::-1] if transposed else form)))
+        self.device, self.ndim = first.device, 3
+
+    def __getitem__(self, experts: Any) -> Tensor:
+        if isinstance(experts, int):
+            return self[experts : experts + 1 or None][0]
+        if isinstance(experts, Tensor) and experts.ndim == 0:
+            return self[experts[None]][0]
+        first: Any = next(iter(self.parts.values()))
+        if isinstance(first, Elsewhere):
+            chosen = first.take(self.parts, experts)
+        else:
+            chosen = {suffix: rows_of(part, experts) for suffix, part in self.parts.items()}
+        weights = self.codec.decode(chosen, self.dtype)
+        return weights.transpose(-2, -1) if self.transposed else weights
+
+    def all(self) -> Tensor:
+        """The whole weight."""
+        return self[:]
+
+    def transpose(self, first: int, second: int) -> Any:
+        """The same with two dimensions exchanged."""
+        if {first % 3, second % 3} != {1, 2}:
+            return self.all().transpose(first, second)
+        return DecodedStack(self.parts, self.codec, self.dtype, self.form, not self.transposed)
+
+    def data_ptr(self) -> int:
+        """An aligned address, as decoded weights have one."""
+        return 0
+
+    def size(self, dim: int | None = None) -> Any:
+        """Its shape, or one dimension of it."""
+        return self.shape if dim is None else self.shape[dim]
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or name in ("parts", "codec"):
+            raise AttributeError(name)
+        if name == "data" or name.endswith("_"):
+            raise RuntimeError(
+                f"a forward writes to stacked experts ({name!r}) that are decoded or brought a few at a time, and it "
+                "would be lost: change them between forwards"
+            )
+        return getattr(self.all(), name)
+
+    def grouped_mm(self, x: Tensor, ends: Tensor, product: Callable[..., Tensor]) -> Tensor:
+        """Multiply each expert with the rows of its tokens.
+
+        Args:
+            x: (rows, in), the first expert's rows first.
+            ends: (experts,), where each expert's rows end.
+            product: what multiplies a weight (some experts, in, out).
+
+        Returns:
+            (rows, out); rows that belong to no expert hold nothing.
+        """
+        count, step = self.shape[0], max(1, AT_A_TIME // max(1, math.prod(self.form)))
+        if step >= count and not isinstance(next(iter(self.parts.values())), Elsewhere):
+            return product(x, self.all(), offs=ends)
+        bounds = [0, *_numbers(ends, x.shape[0])]
+        out = x.new_empty(x.shape[0], self.shape[2])
+        last = 0
+        while last < count:
+            first, begin = last, bounds[last]
+            while last < min(first + step, count) and bounds[last + 1] > bounds[last]:
+                last += 1
+            if last == first:  # nobody has chosen this one
+                last += 1
+            else:
+                rows = slice(begin, bounds[last])
+                out[rows] = product(x[rows], self[first:last], offs=ends[first:last] - begin)
+        return out
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if "grouped_mm" in getattr(function, "__name__", str(function)) and isinstance(args[1], DecodedStack):
+            ends = kwargs["offs"] if "offs" in kwargs else args[2]
+            return args[1].grouped_mm(args[0], ends, function)
+        plain = [argument.all() if isinstance(argument, DecodedStack) else argument for argument in args]
+        return function(*plain, **kwargs)
+
+
+def rows_of(part: Tensor, experts: Any) -> Tensor:
+    """Rows of a tensor, `part[experts]`: copied in words of up to 8 bytes, if they are copied.
+
+    A GPU that gathers bytes one by one, and out of RAM, does not come near the rate of the link.
+
+    >>> rows_of(torch.arange(16, dtype=torch.uint8).view(2, 8), torch.tensor([1])).tolist()
+    [[8, 9, 10, 11, 12, 13, 14, 15]]
+    """
+    if not isinstance(experts, Tensor) or not part.is_contiguous() or part.ndim < 2 or part.dtype.itemsize > 2:
+        return part[experts]
+    row = part[0].nbytes if part.shape[0] else 1
+    word = next((word for word in (torch.int64, torch.int32, torch.int16) if not row % word.itemsize), None)
+    if word is None or part.storage_offset() * part.dtype.itemsize % word.itemsize:
+        return part[experts]
+    return part.flatten(1).view(word)[experts].view(part.dtype).unflatten(-1, part.shape[1:])
+
+
+def _numbers(ends: Tensor, rows: int) -> list[int]:
+    """Where each expert's rows end; in a dry run, where nobody chooses, as if all had as many."""
+    if hasattr(ends, "fake_mode"):
+        return [rows * (expert + 1) // len(ends) for expert in range(len(ends))]
+    return [int(end) for end in ends.tolist()]

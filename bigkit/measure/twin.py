@@ -1,0 +1,171 @@
+"""How long the host takes for a step of an architecture, told by a twin: the same modules, and next to no work.
+
+Where Python sets the pace, a step takes what the sequence of calls takes, whatever their widths. So a twin has the
+model's own classes, depth, heads and experts; its widths are divided until a head is 16 wide. It runs the same
+`generate` on this machine, and what it takes is kept with the machine's other figures. A dry run counts the host's
+steps in the twin and in the model, so that a twin of another depth serves too.
+
+Leaves out: models that are not Transformers', and weights that travel (their hooks take time of the host's, too).
+"""
+
+from __future__ import annotations
+
+import copy
+import gc
+import re
+import statistics
+import time
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..dryrun.fake_bnb import config_of, fill_quantized, quantize_empty
+from ..dryrun.run import dry_run
+from ..dryrun.workload import Step, Workload, fill, work
+from ..machine.ledger import HostStep, Twin
+from ..meta.empty import init_empty_weights
+
+HEAD, ROW = 16, 8  # width of a twin's narrowest head, and what widths are a multiple of: kernels want 16 bytes
+QUANTIZED = 64  # the same for both if its layers are quantized: bitsandbytes takes blocks of so many weights
+LOAD = Workload(batch=1, prompt=16, new=6)
+EXPERT = 64  # width of a twin's experts, of which there may be hundreds
+HEADS = re.compile(r".*head_dim|d_kv|attention_head_size|kv_channels")
+WIDTHS = re.compile(
+    r"(.*_)?hidden_size|(.*_)?d_model|n_embd|(.*_)?embed_dim|embedding_size|.*hidden_dim|word_embed_proj_dim|dim|"
+    r"(.*_)?intermediate_size|.*ffn_dim|.*ffn_size|d_ff|n_inner|d_inner|.*_lora_rank|rotary_dim|lru_width|"
+    r".*projection_dim|time_step_rank|mamba_d_head|mamba_d_ssm|.*mlp_dim"
+)
+
+
+def narrow(config: Any, head: int = HEAD, row: int = ROW) -> Any:
+    """A copy of a config of Transformers whose widths are divided: same depth, same heads, same experts.
+
+    Args:
+        config: with the sizes of a model.
+        head: the width of its narrowest head in the copy.
+        row: what widths are rounded up to a multiple of.
+
+    >>> import transformers
+    >>> twin = narrow(transformers.LlamaConfig())
+    >>> twin.hidden_size, twin.intermediate_size, twin.num_attention_heads, twin.num_hidden_layers
+    (512, 1376, 32, 32)
+    """
+    twin = copy.deepcopy(config)
+    _divide(twin, max(1, min(_heads(twin), default=head) // head), row)
+    return twin
+
+
+def _parts(config: Any) -> list[Any]:
+    """A config and those inside it."""
+    inner = [value for value in vars(config).values() if hasattr(value, "to_dict")]
+    return [config, *(part for value in inner for part in _parts(value))]
+
+
+def _heads(config: Any) -> list[int]:
+    """The widths of all heads in a config, said or implied."""
+    widths = []
+    for part in _parts(config):
+        said = [value for name, value in vars(part).items() if HEADS.fullmatch(name) and type(value) is int and value]
+        hidden, heads = getattr(part, "hidden_size", None), getattr(part, "num_attention_heads", None)
+        implied = [hidden // heads] if isinstance(hidden, int) and isinstance(heads, int) and heads else []
+        widths += said or implied
+    return widths
+
+
+def _divide(config: Any, factor: int, row: int) -> None:
+    for part in _parts(config):
+        for name, value in list(vars(part).items()):
+            if type(value) is not int or value <= 0:
+                continue
+            if HEADS.fullmatch(name) or WIDTHS.fullmatch(name):
+                width = -(-value // factor // row) * row
+                setattr(part, name, min(value, EXPERT if name.startswith("moe_") else width))
+
+
+def twin_of(model: nn.Module, quantized: bool = False) -> nn.Module:
+    """An empty twin of a model, of the same classes; `quantized` if its layers will be.
+
+    Raises:
+        ValueError: no twin can be made of it; the sentence says why.
+    """
+    from ..zoo._transformers import from_config
+
+    config, dtype = getattr(model, "config", None), getattr(model, "dtype", torch.bfloat16)
+    if not hasattr(config, "to_dict"):
+        raise ValueError(f"a {type(model).__name__} has no config of Transformers, of which a narrow twin can be made")
+    try:
+        with init_empty_weights():
+            sizes = narrow(config, QUANTIZED, QUANTIZED) if quantized else narrow(config)
+            twin: nn.Module = from_config(type(model), sizes, dtype).eval()
+    except Exception as error:
+        raise ValueError(f"no narrow twin of {type(model).__name__} can be made ({error})") from error
+    return twin
+
+
+def measure_twin(model: nn.Module, device: str, quantization: str | None = None, repeats: int = 5) -> Twin:
+    """Run a twin of a model on this machine, and say what the host took.
+
+    Args:
+        model: empty, of Transformers; it is not changed.
+        device: "cuda" or "cpu".
+        quantization: of its linear layers: one of `QUANTIZATIONS`.
+        repeats: runs that count, after one that does not.
+
+    Raises:
+        ValueError: no twin can be made, or it cannot do the work.
+    """
+    quantized = quantization is not None
+    run = dry_run(lambda: twin_of(model, quantized), None, LOAD.batch, LOAD.prompt, LOAD.new, quantization=quantization)
+    ends = [0, *(end for _, end in run.steps)]
+    issued = [sum(operation.issued for operation in run.operations[a:b]) for a, b in zip(ends, ends[1:])]
+    twin = twin_of(model, quantized)
+    if quantization is None:
+        fill(twin, {"": device})
+    else:
+        how = config_of(quantization, "bfloat16")
+        fill_quantized(quantize_empty(twin, how), {"": device}, device, how)
+    steps: list[list[HostStep]] = [[], []]  # of the prompt, and of tokens
+    for _ in range(1 + repeats):
+        for i, (seconds, before) in enumerate(timed(twin, LOAD, device)):
+            steps[i > 0].append(HostStep(seconds, before, issued[i]))
+    prefill, token = (_median(row[len(row) // (1 + repeats) :]) for row in steps)
+    assert prefill is not None
+    return Twin(type(model).__name__, quantization, prefill, token)
+
+
+def timed(model: nn.Module, load: Workload, device: str) -> list[tuple[float, float]]:
+    """Seconds of each step of a model's work, and how many of them passed before the model was called."""
+    steps: list[tuple[float, float]] = []
+    called: list[float] = []
+    start = 0.0
+    gc.collect()
+
+    def clock() -> float:
+        if device.startswith("cuda"):
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    def after(_: Step) -> None:
+        nonlocal start
+        now = clock()
+        steps.append((now - start, called[-1] - start))
+        start = now
+
+    hook = model.register_forward_pre_hook(lambda *_: called.append(time.perf_counter()), prepend=True)
+    start = clock()
+    try:
+        work(model, load, device, after)
+    finally:
+        hook.remove()
+    return steps
+
+
+def _median(steps: list[HostStep]) -> HostStep | None:
+    if not steps:
+        return None
+    return HostStep(
+        statistics.median(step.seconds for step in steps),
+        statistics.median(step.before for step in steps),
+        round(statistics.median(step.issued for step in steps)),
+    )
