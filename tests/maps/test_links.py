@@ -137,6 +137,6 @@ def test_where_it_does_not_pay_the_plan_stays_and_says_so(calibrated):
 
 
 def test_nothing_is_guessed():
-    with pytest.raises(ValueError, match=r"run bigkit.calibrate\(\) here"):
+    with pytest.raises(ValueError, match=r"call bigkit.calibrate\(\) here"):
         plan("gpt2", {0: "100MiB", "cpu": "1GiB"}, on_cpu=True, hardware="L4")
     assert not any("CPU" in note for note in advise(zoo.describe(LLAMA), "L4").notes)
