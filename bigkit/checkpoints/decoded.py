@@ -70,6 +70,8 @@ class DecodedStack:
         if isinstance(experts, Tensor) and experts.ndim == 0:
             return self[experts[None]][0]
         first: Any = next(iter(self.parts.values()))
+        if isinstance(experts, Tensor) and len(experts) > len(first) and not isinstance(first, Elsewhere):
+            return self.all()[experts]  # some are chosen several times, and decoded once
         if isinstance(first, Elsewhere):
             chosen = first.take(self.parts, experts)
         else:
