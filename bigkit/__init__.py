@@ -30,6 +30,7 @@ _HOMES = {  # module -> the public names in it
     "infer_auto_device_map",
     "maps.hosts": "HostsPlan",
     "maps.plan": "Plan PlanError",
+    "measure.acceptance": "acceptance",
     "measure.calibrate": "calibrate",
     "measure.record": "Recorder record",
     "meta.empty": "init_empty_weights init_on_device",
@@ -37,9 +38,11 @@ _HOMES = {  # module -> the public names in it
     "model.precision": "Precision",
     "model.spec": "Layer ModelSpec",
     "offload.dispatch": "dispatch_model",
+    "offload.graphs": "graph_decode",
     "offload.hooks": "AlignDevicesHook ModelHook SequentialHook add_hook_to_module remove_hook_from_module",
     "offload.load_and_dispatch": "load_checkpoint_and_dispatch",
     "offload.one_place": "cpu_offload disk_offload",
+    "offload.resting_cache": "RestingCache",
     "offload.whole_model": "cpu_offload_with_hook",
     "quantize.load": "BnbQuantizationConfig load_and_quantize_model replace_with_bnb_layers",
     "units": "format_bytes parse_bytes",
@@ -75,6 +78,7 @@ if TYPE_CHECKING:
     )
     from .maps.hosts import HostsPlan
     from .maps.plan import Plan, PlanError
+    from .measure.acceptance import acceptance
     from .measure.calibrate import calibrate
     from .measure.record import Recorder, record
     from .meta.empty import init_empty_weights, init_on_device
@@ -82,9 +86,11 @@ if TYPE_CHECKING:
     from .model.precision import Precision
     from .model.spec import Layer, ModelSpec
     from .offload.dispatch import dispatch_model
+    from .offload.graphs import graph_decode
     from .offload.hooks import AlignDevicesHook, ModelHook, SequentialHook, add_hook_to_module, remove_hook_from_module
     from .offload.load_and_dispatch import load_checkpoint_and_dispatch
     from .offload.one_place import cpu_offload, disk_offload
+    from .offload.resting_cache import RestingCache
     from .offload.whole_model import cpu_offload_with_hook
     from .quantize.load import BnbQuantizationConfig, load_and_quantize_model, replace_with_bnb_layers
     from .units import format_bytes, parse_bytes

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Union, cast
 
 from . import zoo
@@ -17,6 +18,7 @@ from .machine.network import Network
 from .maps import advise as _advise
 from .maps import hosts as _hosts
 from .maps.advise import Advice
+from .maps.draft import ACCEPTANCE, draft_bytes, keep_room
 from .maps.hosts import HostsPlan
 from .maps.pipeline import place_pipeline
 from .maps.plan import Plan
@@ -96,6 +98,7 @@ def plan(
     experts_on_cpu: int | None = None,
     kv_dtype: object = None,
     hardware: Hardware | str | None = None,
+    draft: Source | None = None,
 ) -> Plan:
     """Place a model's layers on devices so that no device holds more than its budget.
 
@@ -108,6 +111,8 @@ def plan(
         overhead: bytes that the runtime takes on each GPU; None takes `overhead_of` the machine, or 0 for budgets that
             are given without one.
         hardware: a machine, or the name of one ("1 x RTX 4090", "L4").
+        draft: a small model that guesses tokens for this one to check (`generate(assistant_model=...)`): room for it
+            stays free on the first device.
 
     Raises:
         PlanError: no placement fits, with the bytes that are missing and what would help.
@@ -133,11 +138,17 @@ def plan(
     spec = described(model, dtype=dtype, batch=batch)
     if isinstance(spec, PipelineSpec):
         return cast(Any, place_pipeline(spec, max_memory, overhead))  # a `PipelinePlan`
-    return place(
+    room = ""
+    if draft is not None:
+        guessing = describe(draft)
+        nbytes = draft_bytes(guessing, dtype if quantization is None else "bfloat16", batch, context)
+        max_memory, room = keep_room(max_memory, nbytes, guessing.name)
+    placed = place(
         spec, max_memory, strategy, dtype=dtype, quantization=quantization, keep=keep,
         special_dtypes=special_dtypes, no_split=no_split, batch=batch, context=context, overhead=overhead,
         offload_buffers=offload_buffers, strict=strict, experts_on_cpu=experts_on_cpu, kv_dtype=kv_dtype,
     )  # fmt: skip
+    return replace(placed, notes=(*placed.notes, room)) if room else placed
 
 
 def plan_hosts(
@@ -177,6 +188,8 @@ def advise(
     *,
     stored: Iterable[str | None] = _advise.STORED,
     kv_dtype: object = None,
+    draft: Source | None = None,
+    acceptance: float = ACCEPTANCE,
 ) -> Advice:
     """Rank ways to store and place a model on a machine, by what a token would wait for.
 
@@ -184,7 +197,8 @@ def advise(
         model: a name, URL, folder, `nn.Module` or `ModelSpec`.
         hardware: a `Hardware`, the name of one ("1 x RTX 4090", "L4", "8 x H100-80GB"), or None for this machine, whose
             measured rates are used if `calibrate()` was called here.
-        batch, context, target, stored, kv_dtype: see `maps.advise.advise`.
+        batch, context, target, stored, kv_dtype, acceptance: see `maps.advise.advise`.
+        draft: a small model that guesses tokens for this one to check: a name, folder, ...
 
     Returns:
         The options that fit, best first; if there are none, what would have to change.
@@ -196,8 +210,9 @@ def advise(
     True
     """
     return _advise.advise(
-        describe(model), machine_of(hardware), batch, context, target, stored=stored, kv_dtype=kv_dtype
-    )
+        describe(model), machine_of(hardware), batch, context, target, stored=stored, kv_dtype=kv_dtype,
+        draft=None if draft is None else describe(draft), acceptance=acceptance,
+    )  # fmt: skip
 
 
 def estimate_memory(

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from . import __version__, _say_missing
 from .devices import Device, read_device
 from .maps.advise import TARGETS
+from .maps.draft import ACCEPTANCE
 from .maps.strategies import STRATEGIES
 from .model.attention import KV_DTYPES
 from .model.estimate import CLASSIC
@@ -122,6 +123,8 @@ def _parser() -> argparse.ArgumentParser:
                      'llama-2-70b --hardware "2 x 4090"', _advise)  # fmt: skip
     _add_machine(advice)
     advice.add_argument("--target", choices=TARGETS, default="speed", help="what ranks first (%(default)s)")
+    advice.add_argument("--draft", metavar="MODEL", help="a small model that guesses tokens for this one to check")
+    advice.add_argument("--acceptance", type=float, default=ACCEPTANCE, help="share of guesses accepted (%(default)s)")
     _add_markdown(advice)
 
     estimate = command("estimate-memory", "how much memory a model takes to load, run and train",
@@ -348,8 +351,9 @@ def _advise(options: argparse.Namespace) -> str:
     from .draw.advice import advice_figure
 
     advice = advise(
-        _describe(options), options.hardware, options.batch, options.context, options.target, kv_dtype=options.kv_dtype
-    )
+        _describe(options), options.hardware, options.batch, options.context, options.target,
+        kv_dtype=options.kv_dtype, draft=options.draft, acceptance=options.acceptance,
+    )  # fmt: skip
     return _say(options, advice, advice_figure, advice.explain)
 
 

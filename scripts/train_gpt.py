@@ -311,6 +311,7 @@ def main() -> None:
     parser.add_argument("--n_embd", type=int, default=0)
     parser.add_argument("--block_size", type=int, default=0)
     parser.add_argument("--dropout", type=float, default=0.1)
+    parser.add_argument("--shards", type=int, default=4, help="files")
     args = parser.parse_args()
 
     dropout = dict.fromkeys(("embd_pdrop", "resid_pdrop", "attn_pdrop"), args.dropout)
@@ -324,7 +325,7 @@ def main() -> None:
     torch.manual_seed(args.seed)
     model, figures = train(args, GPT(config), train_bytes, validation)
     args.out.mkdir(parents=True, exist_ok=True)
-    save(model, args.out)  # type: ignore[arg-type]
+    save(model, args.out, args.shards)  # type: ignore[arg-type]
     (args.out / "heldout.txt").write_text(held_out, encoding="utf-8", newline="\n")
 
     saved = load_gpt(args.out, args.device)

@@ -44,6 +44,19 @@ class Net(nn.Module):
         return self.out(x) * self.scale
 
 
+class Tied(nn.Module):
+    """A head with the weight of the embedding."""
+
+    def __init__(self, seed: int = 0) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.embed, self.mid, self.head = nn.Embedding(8, 4), nn.Linear(4, 4), nn.Linear(4, 8, bias=False)
+        self.head.weight = self.embed.weight
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.head(self.mid(self.embed(ids)))
+
+
 def _disk(folder: Path) -> Callable[[nn.Module], nn.Module]:
     return lambda model: disk_offload(model, folder, 0, stand_in=STAND_IN)
 

@@ -20,7 +20,7 @@ ORDER = [
     "quantize", "hosts", "dryrun", "measure", "draw", "api", "listings", "examples", "widgets", "accelerate", "cli",
 ]  # fmt: skip
 WITHOUT_TORCH = {*ORDER[:3], "model", "machine", "zoo", "maps", "api", "listings", "cli"}  # wings, but for:
-WITH_TORCH = {"zoo.build", "zoo.gpt", "maps.device_map"}
+WITH_TORCH = {"zoo.build", "zoo.gpt", "zoo.guesses", "zoo.kv_cache", "maps.device_map"}
 MODULES = sorted(
     ".".join(path.relative_to(ROOT.parent).with_suffix("").parts).removesuffix(".__init__")
     for path in ROOT.rglob("*.py")

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .format import Checkpoint, Stored
 from .in_order import ranges_in_order
+from .ring import read_fully
 
 
 def stream_tensors(source: Checkpoint, names: Iterable[str], device: torch.device) -> Iterator[tuple[str, Tensor]]:
@@ -69,7 +70,4 @@ def _private(where: Stored) -> Tensor:
 
 def _read_into(raw: Tensor, file: Path, offset: int) -> None:
     with open(file, "rb") as stream:
-        stream.seek(offset)
-        count = stream.readinto(raw.numpy().data)
-    if count < raw.nbytes:
-        raise OSError(f"{file} is shorter than when it was checked: nothing at byte {offset + count}")
+        read_fully(stream.fileno(), raw.numpy().data, offset, file)

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ..devices import join
+from ..machine.ledger import locked
 from ..meta.skeleton import extra_tensors
 from ..model.header import CheckpointError
 from ..units import format_bytes, listed
@@ -81,7 +82,7 @@ def save_model(
         check_dtypes(forms)
     sizes, limit = {name: tensor.nbytes for name, tensor in tensors.items()}, read_limit(max_shard_size)
     folder.mkdir(parents=True, exist_ok=True)
-    with _locked(folder):
+    with locked(folder):
         if places:
             places = {slot.name: place for slot in slots if (place := resting_place(slot.tensor))}  # still the same?
         others = listed(name for name in (SINGLE, INDEX) if (folder / name).exists())
@@ -94,7 +95,8 @@ def save_model(
             for file, names in plan.files.items():
                 _write(stage / file, {name: tensors[name] for name in names}, forms)
             _put_in_place(plan, stage, folder, last)
-        if safe_serialization and folder.resolve() in {file.resolve().parent for file in _files_of(places)}:
+        rests_in = {file for place in places.values() for where in place.parts.values() for file in where.files}
+        if safe_serialization and folder.resolve() in {file.resolve().parent for file in rests_in}:
             stored = Checkpoint.open(folder / last).stored  # weights rest in files that are about to go
             for slot in slots:
                 if slot.name in places:
@@ -175,10 +177,6 @@ def _put_in_place(plan: Cut, stage: Path, folder: Path, last: str) -> None:
     _sync(folder)
 
 
-def _files_of(places: Mapping[str, RestingPlace]) -> set[Path]:
-    return {file for place in places.values() for where in place.parts.values() for file in where.files}
-
-
 def _old_files(folder: Path, single: str, index: str) -> list[str]:
     """Files of a checkpoint in a folder, what a reader starts with first; and shards that a killed save left there."""
     stem, _, ending = single.rpartition(".")
@@ -206,24 +204,6 @@ def _next_generation(folder: Path, stem: str) -> str:
     return f".v{max(numbers) + 1}" if numbers else ""
 
 
-@contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Wait until no other writer holds the folder, and hold it. Windows and some network file systems have no locks."""
-    descriptor = None
-    with contextlib.suppress(ImportError, OSError):
-        import fcntl
-
-        descriptor = os.open(folder, os.O_RDONLY)
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-    try:
-        yield
-    finally:
-        if descriptor is not None:
-            with contextlib.suppress(OSError):
-                fcntl.flock(descriptor, fcntl.LOCK_UN)  # a child that was forked meanwhile has the descriptor too
-            os.close(descriptor)
-
-
 _STAGE = ".saving-"
 
 
@@ -232,8 +212,11 @@ def _staging(folder: Path, size: int) -> Iterator[Path]:
     """A folder for unfinished files, gone afterwards; those that dead processes left behind are removed."""
     import shutil
 
+    import psutil
+
     for old in folder.glob(f"{_STAGE}*"):
-        if not _alive(old.name.removeprefix(_STAGE).partition("-")[0]):
+        pid = old.name.removeprefix(_STAGE).partition("-")[0]
+        if not (pid.isdecimal() and len(pid) < 10 and psutil.pid_exists(int(pid))):
             shutil.rmtree(old, ignore_errors=True)
     free = shutil.disk_usage(folder).free
     if free < size:
@@ -246,13 +229,3 @@ def _staging(folder: Path, size: int) -> Iterator[Path]:
         raise OSError(f"could not save to {folder}: {error}; the checkpoint that was there is untouched") from error
     finally:
         shutil.rmtree(stage, ignore_errors=True)
-
-
-def _alive(pid: str) -> bool:
-    try:
-        os.kill(int(pid), 0)
-    except (ProcessLookupError, ValueError, OverflowError):
-        return False
-    except PermissionError:
-        pass
-    return True

@@ -11,7 +11,6 @@ from itertools import accumulate
 from ..devices import device_label
 from ..dryrun.result import KINDS, DryRun, Timeline
 from ..machine.ranges import Range
-from ..machine.roofline import StepTime
 from ..machine.streams import Span
 from ..measure.record import Measurement
 from ..units import GiB, MiB, format_bytes, format_seconds, text_table
@@ -69,9 +68,10 @@ def dryrun_text(run: DryRun, measured: Measurement | None = None) -> str:
     memory = text_table(
         ["at the peak", *map(device_label, run.timelines)], [[name, *row] for name, row in rows.items()]
     )
+    few = run.times if len(run.times) < 7 else [*run.times[:3], *run.times[-2:]]
     times = text_table(
         ["step", "time", "busy longest"],
-        [[step.name, format_seconds(step.seconds), _lane_name(step.bottleneck)] for step in _few(run.times)],
+        [[step.name, format_seconds(step.seconds), _lane_name(step.bottleneck)] for step in few],
     )
     told = [
         f"{name}: {found.told(format_bytes if 'cuda' in name else format_seconds)}"
@@ -335,8 +335,3 @@ def _lane_name(lane: str) -> str:
     name = lane.removeprefix("copy to ")
     gpu = f"GPU {name.partition(':')[2]}" if name.startswith("cuda") else name.replace("python", "Python")
     return f"link to {gpu}" if lane.startswith("copy") else gpu
-
-
-def _few(steps: Sequence[StepTime]) -> list[StepTime]:
-    """The first and the last of a long list."""
-    return [*steps] if len(steps) < 7 else [*steps[:3], *steps[-2:]]

@@ -122,11 +122,8 @@ def _news(scene: Scene) -> str:
     asked = scene.asked
     there = sum(asked.values())
     away = len(asked) - there
-    return f"of {len(asked)} experts {there} {_is(there)} in the cache and {away} travel{'s' * (away == 1)}"
-
-
-def _is(count: int) -> str:
-    return "is" if count == 1 else "are"
+    verb = "is" if there == 1 else "are"
+    return f"of {len(asked)} experts {there} {verb} in the cache and {away} travel{'s' * (away == 1)}"
 
 
 def _quoted(scene: Scene) -> str:

@@ -28,7 +28,8 @@ def shards_figure(cut: Cut, find: str = "") -> Picture:
     """
     picture = Picture(cut.model or "checkpoint", shards_label(cut, find))
     picture.head(shards_verdict(cut))
-    matches, alone = _matches(cut, find), set(cut.alone)
+    alone = set(cut.alone)
+    matches = {cut.ties.get(name, name) for name in cut.find(find)} if find else set()
     colours = GPU_COLOURS[: len(cut.files) - len(alone)]
     picture.legend(
         [
@@ -86,11 +87,6 @@ def shards_label(cut: Cut, find: str = "") -> str:
         places = cut.find(find)
         label += f" Names that contain {find}: {len(places):,}, files that hold them: {len(set(places.values())):,}."
     return label
-
-
-def _matches(cut: Cut, find: str) -> set[str]:
-    """Stored tensors that a name containing `find` leads to."""
-    return {cut.ties.get(name, name) for name in cut.find(find)} if find else set()
 
 
 def _draw_files(picture: Picture, cut: Cut, matches: set[str], alone: set[str]) -> None:

@@ -288,7 +288,7 @@ def _is_gpt(model: nn.Module) -> bool:
 
 
 def _gpt_passes(model: nn.Module, load: Workload, prompt: Tensor) -> Iterator[Step]:
-    from ..zoo.gpt import KVCache
+    from ..zoo.kv_cache import KVCache
 
     cache = KVCache(model.config.n_layer, load.prompt + load.new)  # type: ignore[union-attr, arg-type]
     token = prompt

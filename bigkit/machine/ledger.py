@@ -18,7 +18,7 @@ import reprlib
 import statistics
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -286,7 +286,7 @@ class Ledger:
     def _change(self, change: Callable[[], Any]) -> None:
         """Read what is there now, change it, write it; other writers wait meanwhile."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with _locked(self.path.parent):
+        with locked(self.path.parent):
             current = Ledger.load(self.path)
             self.calibrations, self.runs = current.calibrations, current.runs
             change()
@@ -313,19 +313,21 @@ def _is_positive(value: object) -> bool:
 
 
 @contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Hold the lock of a folder. Windows has none: there the last of two writers at the same moment wins."""
-    try:
+def locked(folder: Path) -> Iterator[None]:
+    """Wait until no other writer holds a folder, and hold it. Windows and some network file systems have no locks."""
+    handle = None
+    with suppress(ImportError, OSError):
         import fcntl
-    except ImportError:
-        yield
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
+
+        handle = os.open(folder, os.O_RDONLY)
         fcntl.flock(handle, fcntl.LOCK_EX)
+    try:
         yield
     finally:
-        os.close(handle)
+        if handle is not None:
+            with suppress(OSError):
+                fcntl.flock(handle, fcntl.LOCK_UN)  # a child that was forked meanwhile has the handle too
+            os.close(handle)
 
 
 def machine_key(gpu: str | None = None) -> str:

@@ -10,7 +10,7 @@ Each way is a plan, and the plan says what a token waits for. Four things work s
 Several GPUs work one after another. No model is built and nothing is traced: sizes alone, so that 600 B parameters take
 as long as one. `dry_run` checks the way that you choose.
 
-Leaves out: speculation, tensor parallelism, and what quantized kernels cost beyond the bytes they read.
+Leaves out: tensor parallelism, and what quantized kernels cost beyond the bytes they read.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -32,6 +32,7 @@ from ..model.experts import experts_of, visited
 from ..model.spec import ModelSpec, Precision
 from ..model.stored import is_as_stored
 from ..units import dtype_bits, format_bytes, format_seconds, text_table, three_figures
+from .draft import ACCEPTANCE, Speculation, best_guesses, draft_bytes, keep_room, warning
 from .partition import last_true
 from .plan import Plan, PlanError
 from .strategies import place
@@ -46,10 +47,6 @@ WAITS = {  # lane -> what is waited for there, in words
 TARGETS = ("speed", "quality", "memory", "context")
 
 
-def _steps() -> dict[str | None, int]:
-    return {None: 130, "int8": 330, "nf4": 160, "fp4": 160, "nf4-double": 160, "fp4-double": 160}
-
-
 @dataclass(frozen=True)
 class Assumed:
     """What `advise` counts with where neither `Rates` nor this machine's ledger has a figure.
@@ -60,7 +57,8 @@ class Assumed:
         cpu: operations a second of a CPU's matrix products. An order of magnitude, not measured.
     """
 
-    steps: Mapping[str | None, int] = field(default_factory=_steps)
+    steps: Mapping[str | None, int] = field(default_factory=lambda: {
+        None: 130, "int8": 330, "nf4": 160, "fp4": 160, "nf4-double": 160, "fp4-double": 160})  # fmt: skip
     cpu: float = 1e11
 
 
@@ -78,6 +76,7 @@ class Option:
         waits: "Python", "GPU" (or "RAM"), "link", "disk" -> predicted seconds that it works for a token (or the pass).
         loss: rank of the loss of quality by quantization; 0 is none.
         front: whether every option that is better by the target loses more quality.
+        speculation: what a draft brings, if one was asked about.
     """
 
     plan: Plan
@@ -86,6 +85,7 @@ class Option:
     waits: dict[str, float]
     loss: int
     front: bool = False
+    speculation: Speculation | None = None
 
     @property
     def seconds(self) -> float:
@@ -192,6 +192,10 @@ class Advice:
         ]  # fmt: skip
         rows += [[f"  {plan.stored}", "does not fit", *4 * ["-"], "-"] for plan in self.misfits]
         headers = ["  stored as", "speed", "waits for", "prefill", "memory", "elsewhere", "longest context"]
+        if any(option.speculation for option in self.options):
+            headers.append("with the draft")
+            said = [option.speculation.text if option.speculation else "-" for option in self.options]
+            rows = [[*row, text] for row, text in zip(rows, [*said, *["-"] * len(self.misfits)])]
         notes = ["* whatever is better by the target loses more quality", *self.notes]
         if self.measured:
             notes.append("Times follow the rates that bigkit calibrate measured on this machine.")
@@ -213,6 +217,7 @@ class Advice:
             {"stored": option.plan.stored}
             | {name: getattr(option, name) for name in names}
             | {name: getattr(option.plan, name) for name in plan_names}
+            | ({"speculation": asdict(option.speculation)} if option.speculation else {})
             for option in self.options
         ]
         own = ("model", "hardware", "batch", "context", "target", "measured", "cures", "notes", "kv_dtype")
@@ -231,6 +236,8 @@ def advise(
     stored: Iterable[str | None] = STORED,
     kv_dtype: object = None,
     calibration: Calibration | None = None,
+    draft: ModelSpec | None = None,
+    acceptance: float = ACCEPTANCE,
 ) -> Advice:
     """Rank ways to store and place a model on a machine.
 
@@ -246,6 +253,8 @@ def advise(
         kv_dtype: of keys and values in the cache, see `place`; what it takes to decode them is not timed.
         calibration: what was measured on that machine; None takes the one in the ledger if the hardware is this
             machine (`Hardware.detect()`) and `calibrate()` was called here, else the vendors' figures.
+        draft: a small model that guesses tokens for this one to check; every plan keeps room for it.
+        acceptance: probability that a guess is accepted, see `measure.acceptance`.
 
     Returns:
         The options that fit, best first; if there are none, what would have to change.
@@ -266,6 +275,10 @@ def advise(
     calibration = calibration or calibration_of(hardware)
     overhead = overhead_of(hardware, calibration)
     options, misfits, said = list[Option](), list[tuple[Plan, Callable[..., Plan]]](), list[str]()
+    budgets: Mapping[Device, int | str] = hardware.max_memory()
+    if draft is not None:
+        budgets, room = keep_room(budgets, draft_bytes(draft, half, batch, context), draft.name)
+        said.append(room)
     for quantization in [stored] if isinstance(stored, str) else stored:
         if quantization and not model.quantized(model.precision(half, quantization)):
             continue  # no layer of the model can be
@@ -273,7 +286,7 @@ def advise(
         ask = partial(
             place,
             model,
-            hardware.max_memory(),
+            budgets,
             dtype=None if stays else half,
             quantization=quantization,
             batch=batch,
@@ -287,6 +300,11 @@ def advise(
             plan = _longest(ask, plan.context, max(plan.context, longest_context(model.facts) or LONGEST))
         options += [predict(model, plan, hardware, calibration)] if plan.feasible else []
         said += plan.notes
+    if draft is not None and generates(model):
+        options = [replace(option, speculation=_speculation(model, option, draft, acceptance, hardware, calibration))
+                   for option in options]  # fmt: skip
+        most = max((option.speculation.guesses for option in options if option.speculation), default=0)
+        said += [said for said in [warning(model, partial(picked, model), most or 4)] if said]
     ranked = sorted(options, key=lambda option: _rank(option, target))
     fronts = [all(option.loss < better.loss for better in ranked[:i]) for i, option in enumerate(ranked)]
     marked = tuple(replace(option, front=front) for option, front in zip(ranked, fronts))
@@ -386,6 +404,27 @@ def predict(model: ModelSpec, plan: Plan, hardware: Hardware, calibration: Calib
     waits = lanes(1) if generates(model) else whole
     token = max(waits.values()) if generates(model) else None
     return Option(plan, token, max(whole.values()), waits, LOSS[plan.quantization])
+
+
+def _speculation(
+    model: ModelSpec,
+    option: Option,
+    draft: ModelSpec,
+    acceptance: float,
+    hardware: Hardware,
+    calibration: Calibration | None,
+) -> Speculation:
+    """What a draft brings to one way to run a model."""
+    assert option.token is not None
+
+    def seconds(tokens: int) -> float:
+        return predict(model, replace(option.plan, context=tokens), hardware, calibration).prefill
+
+    alone = place(draft, {next(iter(hardware.max_memory())): 2**60}, dtype=option.plan.dtype, batch=option.plan.batch)
+    guess = predict(draft, alone, hardware, calibration).token
+    if guess is None:
+        raise ValueError(f"the draft {draft.name} does not generate: give a small model of the same tokens")
+    return best_guesses(acceptance, option.token, seconds, guess, draft.name)
 
 
 def visitors(plan: Plan) -> dict[Device, int]:

@@ -6,7 +6,7 @@ Leaves out: the records themselves (`model/spec.py`), and building models withou
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Set
 from contextlib import suppress
 from typing import Any
 
@@ -56,14 +56,15 @@ def spec_from_module(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"expected an nn.Module, not {type(model).__name__}; for a model's name use bigkit.plan(name)")
-    root, library = _Skeleton().module(model, ""), _library(model)
+    root, origins = _Skeleton().module(model, ""), {cls.__module__.partition(".")[0] for cls in type(model).__mro__}
     facts, attention = _read_config(model, root)
     if trace_cache and (traced := traced_attention(model)) is not None:
         attention = traced
         facts.pop("uncounted_cache", None)
     facts |= modules_to_keep(model)
     if no_split is None:
-        no_split = [cls for part in model.modules() for cls in _own_no_split(part)]
+        own = (getattr(part, "_no_split_modules", None) or () for part in model.modules())
+        no_split = [cls for classes in own for cls in (sorted(classes) if isinstance(classes, Set) else classes)]
     elif isinstance(no_split, str):
         no_split = [no_split]
     return ModelSpec(
@@ -73,7 +74,7 @@ def spec_from_module(
         no_split=tuple(dict.fromkeys(no_split)),
         attention=attention,
         facts=facts,
-        library=library,
+        library=next((name for name in ("transformers", "timm", "bigkit") if name in origins), "module"),
     )
 
 
@@ -218,11 +219,6 @@ def _own_tensors(module: nn.Module, buffers: bool = True) -> Iterator[tuple[str,
         yield from ((name, tensor) for name, tensor in tensors.items() if tensor is not None)
 
 
-def _own_no_split(module: nn.Module) -> list[str]:
-    classes = getattr(module, "_no_split_modules", None) or ()
-    return sorted(classes) if isinstance(classes, (set, frozenset)) else list(classes)
-
-
 def repeated_blocks(model: nn.Module, named: Iterable[str] = ()) -> set[str]:
     """Classes of a model's repeated blocks, found by their place: numbered modules that hold no such module.
 
@@ -232,11 +228,6 @@ def repeated_blocks(model: nn.Module, named: Iterable[str] = ()) -> set[str]:
     {'TransformerEncoderLayer'}
     """
     return {*ModelSpec("", _Skeleton().module(model, ""), no_split=tuple(named)).repeated_blocks}
-
-
-def _library(model: nn.Module) -> str:
-    origins = {cls.__module__.partition(".")[0] for cls in type(model).__mro__}
-    return next((library for library in ("transformers", "timm", "bigkit") if library in origins), "module")
 
 
 def _read_config(model: nn.Module, root: ModuleSpec) -> tuple[dict[str, Any], tuple[Attention, ...]]:

@@ -103,7 +103,8 @@ def facts(config: Mapping[str, Any]) -> dict[str, Any]:
         if "intermediate_size" not in result and inner.get("model_type") in _FOURFOLD:
             result["intermediate_size"] = (_first(inner, "expansion_ratio") or 4) * hidden
         if isinstance(heads, int):
-            result["num_key_value_heads"] = _kv_heads(inner, heads)
+            own = _first(inner, "num_key_value_heads", "num_kv_heads")
+            result["num_key_value_heads"] = own if isinstance(own, int) else 1 if inner.get("multi_query") else heads
             result["head_dim"] = _head_dim(inner, hidden, heads)
     if "num_experts" in result:
         result["moe_intermediate_size"] = inner.get("moe_intermediate_size") or result.get("intermediate_size")
@@ -219,11 +220,6 @@ def _caches(config: Mapping[str, Any]) -> bool:
         return False
     names = config.get("architectures") or ()
     return bool(inner.get("use_cache")) or any(str(name).endswith(_GENERATORS) for name in names)
-
-
-def _kv_heads(config: Mapping[str, Any], heads: int) -> int:
-    value = _first(config, "num_key_value_heads", "num_kv_heads")
-    return value if isinstance(value, int) else 1 if config.get("multi_query") else heads
 
 
 def _head_dim(config: Mapping[str, Any], hidden: int, heads: int) -> int:

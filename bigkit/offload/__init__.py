@@ -45,6 +45,10 @@ What is wrong with it is what the files are about. Read in this order:
   together (`options.py`, `grouping.py`, `placing.py`), and which modules get hooks (`attach.py`). `moving.py`: the
   model is cast or moved. `load_and_dispatch.py` begins at a checkpoint, `one_place.py` is for all weights in RAM or on
   disk, `whole_model.py` for pipelines of several models, `pipeline.py` for those by a plan.
+- `graphs.py`: Python needs longer to ask for a decode step than the GPU to compute it. A step is recorded once, with
+  its copies into slots (`captured.py`), and replayed (`recording.py`) on a cache with fixed addresses
+  (`static_cache.py`).
+- `resting_cache.py`: a long context's keys and values do not fit. They rest in RAM, and visit as weights do.
 - `observe.py`: what a forward really did, step by step, from what a streamer tells (`events.py`).
 - `_torch.py`: what is private in PyTorch and used here.
 

@@ -189,3 +189,13 @@ def tree_leaves(tree: Any) -> list[Any]:
 def tree_map_only(types: Any, function: Callable[[Any], Any], tree: Any) -> Any:
     """A copy of nested lists, tuples and dicts with what has one of the types replaced. `torch.utils._pytree`."""
     return pytree.tree_map_only(types, function, tree)
+
+
+def tree_flatten(tree: Any) -> tuple[list[Any], Any]:
+    """What lies in nested lists, tuples, dicts and outputs of Transformers, and how. `torch.utils._pytree`."""
+    return pytree.tree_flatten(tree)
+
+
+def tree_unflatten(leaves: list[Any], spec: Any) -> Any:
+    """The way back. `torch.utils._pytree`, 2.11 to 2.15."""
+    return pytree.tree_unflatten(leaves, spec)

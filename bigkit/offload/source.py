@@ -83,7 +83,3 @@ class Source:
         end = (start + nbytes) // mmap.PAGESIZE * mmap.PAGESIZE if drop else start + nbytes
         if begin < end:
             self.mapped().madvise(advice, begin, end - begin)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Weights

@@ -81,7 +81,9 @@ def build(
         if re.match(r"(n|num)_.*(layer|block|expert)", name) and isinstance(number, int) and number > MOST_PARTS:
             raise NoConfig(f"config.json says {name} = {number}: expected at most {MOST_PARTS}")
     try:
-        wanted = _torch_dtype(stored_dtype(config) if dtype in (None, "auto") else dtype)
+        import torch
+
+        wanted: torch.dtype = getattr(torch, dtype_name(stored_dtype(config) if dtype in (None, "auto") else dtype))
         if library == "transformers":
             return _transformers(config, base, wanted, remote)
         model = _bigkit(config) if library == "bigkit" else _timm(config)
@@ -219,9 +221,3 @@ def _import(module: str, what: str) -> Any:
         return importlib.import_module(module)
     except ImportError as error:
         raise ImportError(f"{what} needs {module}, which is not installed: pip install {module}") from error
-
-
-def _torch_dtype(dtype: object) -> torch.dtype:
-    import torch
-
-    return getattr(torch, dtype_name(dtype))

@@ -171,8 +171,8 @@ def _letters(name: str) -> str:
     return "".join(letter for letter in name.lower() if letter.isalnum() or letter == ".")
 
 
-def closest(name: str, count: int = 3) -> list[str]:
-    """The shipped names that look most like `name`.
+def closest(name: str) -> list[str]:
+    """The three shipped names that look most like `name`.
 
     >>> closest("lama2-7b")[0]
     'llama-2-7b'
@@ -181,8 +181,8 @@ def closest(name: str, count: int = 3) -> list[str]:
 
     index = _index()
     last = name.lower().rpartition("/")[2]
-    matches = get_close_matches(last, index, n=3 * count, cutoff=0.5)
-    return list(dict.fromkeys(index[match].name for match in matches))[:count]
+    matches = get_close_matches(last, index, n=9, cutoff=0.5)
+    return list(dict.fromkeys(index[match].name for match in matches))[:3]
 
 
 def config(entry: Entry) -> dict[str, Any]:

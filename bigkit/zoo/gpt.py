@@ -26,8 +26,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..meta.empty import init_empty_weights
+from .guesses import GUESSES, Draft, continue_checked, look_up
+from .kv_cache import KVCache, LayerCache
 
-PYGPT, PYMOE = (Path(__file__).parent / name for name in ("pygpt", "pymoe"))  # checkpoints that ship
+PYGPT, PYMOE, PYDRAFT = (Path(__file__).parent / name for name in ("pygpt", "pymoe", "pydraft"))  # they ship
 SEPARATOR = 0  # the byte between two files in the training text; a prompt that starts with it starts a new file
 
 _GPT2 = {"vocab_size": 50257, "block_size": 1024}
@@ -98,47 +100,6 @@ class GPTConfig:
         """The inverse of `to_dict`; keys that are no size or dropout are skipped."""
         names = {field.name for field in fields(cls)} - {"model_type"}
         return cls(**{name: value for name, value in data.items() if name in names}).resolved()
-
-
-class LayerCache:
-    """Keys and values that one block has computed: up to `room` tokens, each (batch, heads, tokens, head size).
-
-    It has no `.to`, so hooks that move a module's inputs to its device hand it over as it is.
-    """
-
-    def __init__(self, room: int) -> None:
-        self.room = room
-        self.length = 0
-        self.keys: Tensor | None = None
-        self.values: Tensor | None = None
-
-    def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Keep the keys and values of new tokens; returns those of all tokens so far."""
-        if self.keys is None or self.values is None:
-            batch, heads, _, size = k.shape
-            self.keys = k.new_empty(batch, heads, self.room, size)
-            self.values = v.new_empty(batch, heads, self.room, size)
-        start, self.length = self.length, self.length + k.shape[2]
-        self.keys[:, :, start : self.length] = k
-        self.values[:, :, start : self.length] = v
-        return self.keys[:, :, : self.length], self.values[:, :, : self.length]
-
-
-class KVCache:
-    """One `LayerCache` a block.
-
-    Args:
-        n_layer: blocks of the model.
-        room: tokens that memory is set aside for, usually the model's block_size.
-    """
-
-    def __init__(self, n_layer: int, room: int) -> None:
-        self.layers = [LayerCache(room) for _ in range(n_layer)]
-
-    @property
-    def length(self) -> int:
-        """Tokens cached so far, in each block."""
-        return self.layers[0].length
 
 
 class CausalSelfAttention(nn.Module):
@@ -280,6 +241,10 @@ class GPT(nn.Module):
             return logits, None
         return logits, F.cross_entropy(logits.flatten(0, 1), targets.to(logits.device).flatten(), ignore_index=-1)
 
+    def new_cache(self) -> KVCache:
+        """A cache with room for as many tokens as the model attends to."""
+        return KVCache(self.config.n_layer, self.block_size)
+
     @torch.no_grad()
     def generate(
         self,
@@ -289,6 +254,8 @@ class GPT(nn.Module):
         do_sample: bool = False,
         top_k: int | None = None,
         use_cache: bool = True,
+        assistant_model: GPT | None = None,
+        prompt_lookup_num_tokens: int | None = None,
     ) -> Tensor:
         """Continue each row of `idx` by `max_new_tokens` tokens.
 
@@ -302,24 +269,32 @@ class GPT(nn.Module):
             do_sample: draw from the distribution (torch's random state) instead of taking the likeliest token.
             top_k: draw among the k likeliest tokens only.
             use_cache: keep keys and values instead of computing them again for each token.
+            assistant_model: a small GPT that guesses some tokens for this one to check in one pass (`guesses.py`).
+            prompt_lookup_num_tokens: guess at most so many from what stands in the text already, without a draft.
 
         Returns:
             Prompts and continuations, (batch, tokens + max_new_tokens).
 
         Raises:
-            ValueError: an empty prompt or a temperature that is not positive.
+            ValueError: an empty prompt or a temperature that is not positive; guesses for drawn text or several rows.
         """
         if idx.shape[1] == 0:
             raise ValueError("generate needs at least one token to continue: start with SEPARATOR (0) for a new file")
         if temperature <= 0:
             raise ValueError(f"temperature must be positive, not {temperature}: do_sample=False is greedy decoding")
+        end = idx.shape[1] + max_new_tokens
+        if assistant_model is not None or prompt_lookup_num_tokens:
+            if do_sample or len(idx) > 1:
+                raise ValueError("guesses are checked for greedy text of one prompt: leave do_sample and others out")
+            guess = Draft(assistant_model) if assistant_model is not None else look_up
+            idx = continue_checked(self, idx, min(end, self.block_size), guess, prompt_lookup_num_tokens or GUESSES)
         cache: KVCache | None = None
-        for _ in range(max_new_tokens):
+        for _ in range(end - idx.shape[1]):
             if cache is not None and cache.length < self.block_size:
                 context = idx[:, cache.length :]
             else:
                 context = idx[:, -self.block_size :]
-                cache = KVCache(self.config.n_layer, self.block_size) if use_cache else None
+                cache = self.new_cache() if use_cache else None
             logits = self(context, cache=cache)[0][:, -1] / temperature
             if top_k is not None:
                 smallest = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
@@ -396,6 +371,14 @@ def load_pygpt(device: str | torch.device = "cpu", dtype: torch.dtype | None = N
     >>> print(decode(model.generate(torch.tensor([encode("import ")]), 40)[0]))  # doctest: +SKIP
     """
     return load_gpt(PYGPT, device, dtype)
+
+
+def load_pydraft(device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> GPT:
+    """A GPT of 1.4 million parameters that guesses what pygpt is about to write: `generate(assistant_model=...)`.
+
+    Args and errors: those of `load_gpt`.
+    """
+    return load_gpt(PYDRAFT, device, dtype)
 
 
 def heldout_text() -> str:

@@ -8,7 +8,6 @@ from safetensors.torch import save_file
 from torch import nn
 
 from bigkit import (
-    BnbQuantizationConfig,
     init_empty_weights,
     load_and_quantize_model,
     remove_hook_from_module,
@@ -18,23 +17,20 @@ from bigkit.checkpoints.format import Checkpoint
 from bigkit.model.precision import quantized_bytes
 from bigkit.quantize.bnb import is_quantized, nbytes, put_together, take_apart
 from bigkit.zoo.gpt import GPT, PYGPT, GPTConfig, encode, heldout_text, load_pygpt, perplexity
+from tests.quantize import helpers
+from tests.quantize.helpers import states_equal
 
 bnb = pytest.importorskip("bitsandbytes")
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
-KINDS = {
-    "int8": {"load_in_8bit": True},
-    "nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
-    "nf4-double": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True},
-    "fp4": {"load_in_4bit": True},
-}
+KINDS = ("int8", "nf4", "nf4-double", "fp4")
 every_kind = pytest.mark.parametrize("kind", KINDS)
 BLOCKS = [f"transformer.h.{i}" for i in range(10)]
 REST = dict.fromkeys(["transformer.wte", "transformer.wpe", "transformer.drop", "transformer.ln_f", "lm_head"], 0)
 
 
 def config(kind, **options):
-    return BnbQuantizationConfig(**{"bnb_4bit_compute_dtype": "bf16", "torch_dtype": "bf16", **KINDS[kind], **options})
+    return helpers.config(kind, **{"bnb_4bit_compute_dtype": "bf16", "torch_dtype": "bf16", **options})
 
 
 def empty():
@@ -55,12 +51,6 @@ def run(model, count=64):
         return model(tokens(count))[0]
 
 
-def states_equal(one, other):
-    one, other = one.state_dict(), other.state_dict()
-    assert one.keys() == other.keys()
-    return [name for name in one if not torch.equal(one[name].cpu(), other[name].cpu())]
-
-
 @every_kind
 def test_weights_are_those_of_bitsandbytes_on_the_gpu(kind):
     model = resident(kind)
@@ -68,7 +58,7 @@ def test_weights_are_those_of_bitsandbytes_on_the_gpu(kind):
     if kind == "int8":
         theirs = bnb.nn.Linear8bitLt(256, 1024, has_fp16_weights=False, threshold=6.0)
     else:
-        options = KINDS[kind]
+        options = helpers.KINDS[kind]
         theirs = bnb.nn.Linear4bit(
             256, 1024, compute_dtype=torch.bfloat16, quant_type=options.get("bnb_4bit_quant_type", "fp4"),
             compress_statistics=options.get("bnb_4bit_use_double_quant", False),

@@ -15,6 +15,7 @@ from bigkit.dryrun.workload import fill
 from bigkit.meta.empty import init_empty_weights
 from bigkit.offload.dispatch import dispatch_model
 from bigkit.offload.hooks import remove_hook_from_module
+from tests.spread import Tied as TiedHead
 
 IDS = torch.arange(5)
 TWO = {0: "cpu", 1: "cpu:0"}  # PyTorch calls these two devices, so a copy lies on each
@@ -27,14 +28,11 @@ MAPS = [
 ]
 
 
-class Tied(nn.Module):
-    """A head with the weight of the embedding, and two modules with one buffer, which one of them writes to."""
+class Tied(TiedHead):
+    """With two modules more that have one buffer, which one of them writes to."""
 
     def __init__(self, seed: int = 0):
-        super().__init__()
-        torch.manual_seed(seed)
-        self.embed, self.mid, self.head = nn.Embedding(8, 4), nn.Linear(4, 4), nn.Linear(4, 8, bias=False)
-        self.head.weight = self.embed.weight
+        super().__init__(seed)
         self.scale = Counts()
         self.mid.register_buffer("count", self.scale.count)
 

@@ -14,20 +14,10 @@ from bigkit.offload._torch import WatchedParameter
 from bigkit.offload.dispatch import dispatch_model
 from bigkit.offload.handle import Away
 from bigkit.offload.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_from_module
+from tests.spread import Tied
 
 IDS = torch.arange(5)
 GPU = {"stand_in": {0: "cpu", 1: "cpu:0"}}
-
-
-class Tied(nn.Module):
-    def __init__(self, seed: int = 0):
-        super().__init__()
-        torch.manual_seed(seed)
-        self.embed, self.mid, self.head = nn.Embedding(8, 4), nn.Linear(4, 4), nn.Linear(4, 8, bias=False)
-        self.head.weight = self.embed.weight
-
-    def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        return self.head(self.mid(self.embed(ids)))
 
 
 def by_hooks(model, folder):

@@ -46,7 +46,7 @@ def empty(make=small):
 
 
 def states_equal(one, other):
-    one, other = one.state_dict(), other.state_dict()
+    one, other = ({name: tensor.cpu() for name, tensor in model.state_dict().items()} for model in (one, other))
     assert one.keys() == other.keys()
     return [name for name in one if one[name].dtype != other[name].dtype or not torch.equal(one[name], other[name])]
 

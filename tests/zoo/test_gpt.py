@@ -12,7 +12,8 @@ import torch
 from torch.nn import functional as F
 
 from bigkit.zoo import gpt as gpt_module
-from bigkit.zoo.gpt import GPT, GPTConfig, KVCache, decode, encode, heldout_text, load_gpt, load_pygpt, perplexity
+from bigkit.zoo.gpt import GPT, GPTConfig, decode, encode, heldout_text, load_gpt, load_pygpt, perplexity
+from bigkit.zoo.kv_cache import KVCache
 from tests import forked
 
 ROOT = Path(__file__).parents[2]

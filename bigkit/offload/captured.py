@@ -1,0 +1,242 @@
+"""Slots within a CUDA graph: blocks that rest in pinned RAM are copied by the graph itself.
+
+While a step is recorded, its streamers work as ever, with events of their own: each copy into a slot and each wait for
+it becomes a part of the graph. Two things must hold for a replay, since no streamer runs then:
+
+- What the step found in slots must be there again. It was fetched ahead by the step before, perhaps into another slot
+  than the one where the recorded step found it: then the graph ends with a copy from slot to slot, which costs next to
+  nothing beside the link.
+- Between replays other forwards may use the slots (a prompt does). They see that a replay has emptied all but these,
+  and wait for it as for any forward; what they have replaced is fetched anew before the next replay.
+
+Leaves out: blocks on disk or in RAM that is not pinned (reader threads bring these), and experts that the host chooses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from .events import Event
+from .experts import ExpertStreamer
+from .grouping import own_tensors
+from .handle import Away
+from .hooks import AlignDevicesHook, hooks_in
+from .stream import Streamer
+from .transfer import CudaLane, Slot
+
+_INSTEAD = "generate outside of bigkit.graph_decode"
+Found = dict[Streamer, dict[int, Slot]]  # index of a unit -> the slot in which a step found it
+
+
+def streamers_in(model: nn.Module) -> list[Streamer]:
+    """All that lend weights to a model."""
+    hooks = (hook for module in model.modules() for hook in hooks_in(module) if isinstance(hook, AlignDevicesHook))
+    return [*dict.fromkeys(hook.streamer for hook in hooks if hook.streamer is not None)]
+
+
+def devices_of(model: nn.Module) -> list[torch.device]:
+    """The devices that a model works on, that of its inputs first."""
+    hooks = (hook for module in model.modules() for hook in hooks_in(module))
+    placed = [hook.execution_device for hook in hooks if isinstance(hook, AlignDevicesHook) and hook.execution_device]
+    own = [tensor.device for module in model.modules() for tensor, _ in own_tensors(module).values()]
+    return [*dict.fromkeys(placed or own)]
+
+
+def refuse_what_waits(model: nn.Module) -> None:
+    """Refuse a model in whose steps the host has a part.
+
+    Raises:
+        ValueError: it says which part.
+    """
+    places = {str(place): name for name, place in getattr(model, "hf_device_map", {}).items()}
+    if "disk" in places:
+        raise ValueError(
+            f"{places['disk'] or 'this model'!r} rests on disk, where a CUDA graph cannot read: let it rest in RAM, or "
+            f"{_INSTEAD}"
+        )
+    for streamer in streamers_in(model):
+        if streamer.maps or getattr(streamer, "on_pages", False):
+            raise ValueError(
+                f"{streamer.units[0].name!r} works on the CPU, which a CUDA graph cannot wait for: let it work on a "
+                f"GPU, or {_INSTEAD}"
+            )
+        if isinstance(streamer, ExpertStreamer) and any(streamer.rows):
+            raise ValueError(
+                "with expert_cache the host looks which experts are on the GPU, and a CUDA graph has no host: dispatch "
+                f"without it, so that the GPU gathers experts from RAM, or {_INSTEAD}"
+            )
+        loose = [part for unit in streamer.units for part in unit.parts() if part.slab is not None and part.nbytes]
+        if isinstance(streamer.lane, CudaLane) and not all(part.slab.pinned for part in loose if part.slab):
+            raise ValueError(
+                f"weights of {streamer.units[0].name!r} rest in RAM that is not pinned, from which a CUDA graph cannot "
+                f"copy: free some RAM so that it can be pinned, or {_INSTEAD}"
+            )
+    for name, module in model.named_modules():
+        if (threshold := getattr(getattr(module, "state", None), "threshold", 0)) and hasattr(
+            module, "init_8bit_state"
+        ):
+            raise ValueError(
+                f"{name!r} is in int8 and looks for outliers on the host (llm_int8_threshold={threshold}): quantize "
+                f"with llm_int8_threshold=0 or to 4 bits, or {_INSTEAD}"
+            )
+
+
+class Rings:
+    """The slots of all streamers of a model, as graphs use them.
+
+    Attributes:
+        steps_before: how many steps run before one is recorded, so that each slot was used by each of its units.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self.streamers = streamers_in(model)
+        self.steps_before = max((streamer.count for streamer in self.streamers), default=1)
+        self._held: dict[Streamer, dict[int, Slot]] = {}  # what was in slots when the recording began
+        self._first: dict[tuple[str, str], str] = {}  # unit -> what happened to it first
+        self._weights: list[Any] = []
+
+    def streams(self) -> list[torch.cuda.Stream]:
+        """The streams that copy."""
+        return [streamer.lane.stream for streamer in self.streamers if isinstance(streamer.lane, CudaLane)]
+
+    def watched(self) -> bool:
+        """Whether somebody listens to what is fetched: replays tell nothing."""
+        return any(streamer.listeners for streamer in self.streamers)
+
+    def refuse_batch(self, sequences: int) -> None:
+        """Refuse steps in which the host would choose experts.
+
+        Raises:
+            ValueError: there are several sequences.
+        """
+        for streamer in self.streamers:
+            if isinstance(streamer, ExpertStreamer) and sequences > 1:
+                raise ValueError(
+                    f"the experts of {streamer.units[0].name!r} rest in RAM, and for {sequences} sequences the host "
+                    f"looks which are chosen: generate for one at a time, let them rest on a GPU, or {_INSTEAD}"
+                )
+
+    # -- weights
+
+    def remember(self) -> None:
+        """Note which weights the model has now."""
+        self._weights = self._present()
+
+    def unchanged(self) -> bool:
+        """Whether it still has them, at the same addresses."""
+        return self._present() == self._weights
+
+    def _present(self) -> list[Any]:
+        tensors = [tensor for module in self._model.modules() for tensor, _ in own_tensors(module).values()]
+        return [id(tensor) if isinstance(tensor, Away) else (id(tensor), tensor.data_ptr()) for tensor in tensors]
+
+    # -- recording
+
+    @contextmanager
+    def borrowed(self) -> Iterator[None]:
+        """While a step is recorded, slots have other events: those of a recording mean nothing outside of it."""
+        before = {streamer: [*streamer.slots] for streamer in self.streamers}
+        events = [(slot, slot.ready, slot.free) for slots in before.values() for slot in slots]
+        try:
+            for slot, ready, _ in events:
+                if ready is not None:
+                    slot.ready, slot.free = torch.cuda.Event(), torch.cuda.Event()
+            for streamer in self.streamers:
+                streamer.listeners.append(self._note)
+            yield
+            if any(streamer.slots != slots for streamer, slots in before.items()):
+                raise RuntimeError("it takes other slots than the steps before it took")
+        except BaseException:
+            self._give_back(events)
+            for streamer in self.streamers:
+                streamer.recover()
+                self._settle(streamer, {})  # whatever copies were recorded, none was made
+            raise
+        self._give_back(events)
+
+    def _give_back(self, events: list[tuple[Slot, Any, Any]]) -> None:
+        for streamer in self.streamers:
+            streamer.listeners = [listener for listener in streamer.listeners if listener != self._note]
+        for slot, ready, free in events:
+            slot.ready, slot.free = ready, free
+
+    def _note(self, event: Event) -> None:
+        self._first.setdefault((event.device, event.unit), event.kind)
+
+    def begin(self) -> None:
+        """The recording has begun, and all copies are done."""
+        self._first = {}
+        self._held = {streamer: dict(streamer.holder) for streamer in self.streamers}
+        self._record_events()
+
+    def end(self) -> Found:
+        """The step is recorded: let what it found in slots be there again at its end, and nothing else."""
+        found: Found = {}
+        for streamer in self.streamers:
+            found[streamer] = own = {
+                i: slot
+                for i, slot in self._held[streamer].items()
+                if self._first.get((streamer.name, streamer.units[i].name)) == "work"
+            }
+            self._wait(streamer)
+            self._turn(streamer, own)
+            self._settle(streamer, own)
+        return found
+
+    def _turn(self, streamer: Streamer, found: dict[int, Slot]) -> None:
+        """Copy units from the slots that they are in to those where the step found them."""
+        moved = {i: streamer.holder.get(i) for i, slot in found.items() if streamer.holder.get(i) is not slot}
+        bytes_of = {i: slot.base[: streamer.units[i].nbytes] for i, slot in moved.items() if slot is not None}
+        if len(moved) > 1:
+            bytes_of = {i: own.clone() for i, own in bytes_of.items()}  # they may go round in a ring
+        for i in moved:
+            if i in bytes_of:
+                found[i].base[: len(bytes_of[i])].copy_(bytes_of[i])
+            else:
+                streamer.lane.fill(found[i], streamer.units[i])
+
+    def _settle(self, streamer: Streamer, found: dict[int, Slot]) -> None:
+        """Say what is in slots after a step."""
+        for slot in streamer.slots:
+            streamer._empty(slot)
+        for i, slot in found.items():
+            slot.unit = streamer.units[i]
+        streamer.holder.update(found)
+
+    # -- replaying
+
+    @contextmanager
+    def ready(self, found: Found) -> Iterator[None]:
+        """Around a replay: before it all is in slots that the step found there; later forwards wait for it."""
+        with ExitStack() as stack:
+            for streamer in self.streamers:
+                stack.enter_context(streamer.lock)
+                own = found[streamer]
+                if streamer.holder != own:
+                    for i, slot in own.items():
+                        if streamer.holder.get(i) is not slot:
+                            streamer.lane.finish(slot)
+                            streamer.lane.fill(slot, streamer.units[i])
+                    self._settle(streamer, own)
+                self._wait(streamer)
+            yield
+            self._record_events()
+
+    def _wait(self, streamer: Streamer) -> None:
+        """Let the device wait for copies."""
+        if isinstance(streamer.lane, CudaLane):
+            torch.cuda.current_stream(streamer.device).wait_stream(streamer.lane.stream)
+
+    def _record_events(self) -> None:
+        for streamer in self.streamers:
+            for slot in streamer.slots:
+                if slot.ready is not None:
+                    stream = torch.cuda.current_stream(streamer.device)
+                    slot.ready.record(stream)
+                    slot.free.record(stream)

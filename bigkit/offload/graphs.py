@@ -1,0 +1,254 @@
+"""Decoding without Python in between: one CUDA graph a token.
+
+A decode step starts some thousand small kernels, and Python needs longer to ask for them than the GPU to run them. A
+CUDA graph is a recording of all of these, with the addresses that they read and write; replaying it is one call. So
+whatever differs from step to step must lie at fixed addresses:
+
+    inputs     copied into tensors that the graph reads
+    cache      a static one: the first that is seen lends its tensors to all that follow
+    outputs    copied out of tensors that the graph writes
+    weights    where they rest, or in slots that the graph fills itself (`captured.py`)
+
+The first step of a shape runs as ever, so that libraries and slots are ready; the second is recorded; from then on the
+recording is replayed. A prompt is no step, and runs as ever.
+
+Leaves out: caches that grow (they have no fixed address), several tokens a step, training, and speed by fused kernels,
+which is what `torch.compile` adds after half a minute.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import torch
+from torch import nn
+
+from ._torch import tree_flatten, tree_unflatten
+from .captured import Rings, devices_of, refuse_what_waits
+from .recording import Recording
+from .static_cache import Home, is_tensor, kind_of, windows_roll
+
+_CACHE = object()  # stands for the cache in what a forward returned
+_NOTHING_ELSE = "generate outside of bigkit.graph_decode, or leave it out"
+_OTHER_WAYS = (
+    "assistant_model",
+    "prompt_lookup_num_tokens",
+    "assistant_early_exit",
+    "use_mtp",
+)  # several tokens a pass
+
+
+@contextmanager
+def graph_decode(model: nn.Module) -> Iterator[Decoder]:
+    """Within it, `generate` replays each decode step of a model as one CUDA graph.
+
+    The tokens are those of `generate` with a static cache. Hooks and prints in the forward run only while a step is
+    recorded. Weights that are exchanged between two calls of `generate` are seen; within one they must stay.
+
+    Args:
+        model: a model of Transformers, on one or several GPUs; blocks may rest in pinned RAM.
+
+    Yields:
+        What counts the steps: `captured`, `replayed`, and `eager` ones (of prompts and before a capture).
+
+    Raises:
+        ValueError: the host has to take part in each step: parts of the model work on the CPU, rest on disk or in RAM
+            that is not pinned, choose experts on the host, or look for outliers.
+        RuntimeError: while generating: something else in the step makes the host wait.
+
+    Example:
+        >>> with bigkit.graph_decode(model) as decoder:  # doctest: +SKIP
+        ...     model.generate(tokens, max_new_tokens=100)
+        >>> decoder.replayed  # doctest: +SKIP
+        97
+    """
+    generator = next((part for part in model.modules() if hasattr(type(part), "get_compiled_call")), None)
+    if generator is None:
+        raise ValueError(f"graph_decode needs a model of Transformers, not a {type(model).__name__}: {_NOTHING_ELSE}")
+    if any(part.training for part in generator.modules()):
+        raise ValueError("graph_decode is for inference, and the model is in training mode: call model.eval() first")
+    Recording.refuse(devices_of(generator))
+    refuse_what_waits(generator)
+    decoder = Decoder(generator)
+    replaced = {"forward": decoder, "generate": decoder.generate, "get_compiled_call": decoder.get_compiled_call}
+    before = {name: vars(generator)[name] for name in replaced if name in vars(generator)}
+    vars(generator).update(replaced)
+    try:
+        yield decoder
+    finally:
+        for name, own in replaced.items():
+            if vars(generator).get(name) is own:
+                del vars(generator)[name]
+                vars(generator).update({name: before[name]} if name in before else {})
+        decoder.close()
+
+
+class Decoder:
+    """Stands in the place of a model's forward, and replays its decode steps.
+
+    Attributes:
+        captured, replayed, eager: forwards that were recorded, replayed, and run as ever.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.captured = self.replayed = self.eager = 0
+        self._model, self._forward = model, model.forward
+        self._generate: Callable[..., Any] = getattr(model, "generate", model.forward)
+        functools.update_wrapper(self, model.forward)  # `generate` asks which arguments there are
+        self._rings, self._devices = Rings(model), devices_of(model)
+        self._home: Home | None = None
+        self._lock = threading.RLock()
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """`generate` of the model, with a static cache unless another one is given."""
+        given = kwargs.get("generation_config")
+        if others := [name for name in _OTHER_WAYS if kwargs.get(name) or getattr(given, name, None)]:
+            raise ValueError(
+                f"graph_decode replays steps of one token, and {others[0]} makes longer ones: {_NOTHING_ELSE}"
+            )
+        named = kwargs.get("cache_implementation") or getattr(given, "cache_implementation", None)
+        if kwargs.get("past_key_values") is None and named is None:
+            kwargs["cache_implementation"] = "static"
+        return self._generate(*args, **kwargs)
+
+    def get_compiled_call(self, compile_config: Any = None) -> Callable[..., Any]:
+        """What `generate` decodes with where it would compile: the model itself."""
+        return self._model.__call__
+
+    def close(self) -> None:
+        """Let go of all graphs. What uses their cache may go on."""
+        self._home = None
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        name = next((name for name, value in kwargs.items() if hasattr(value, "is_compileable")), None)
+        if args or name is None or torch.is_grad_enabled() or self._rings.watched():
+            return self._as_ever(*args, **kwargs)
+        cache, (sequences, tokens) = kwargs[name], _tokens(kwargs)
+        with self._lock:
+            if not getattr(cache, "is_initialized", True):
+                self._home = self._home if self._rings.unchanged() else None
+                if self._home is not None:
+                    self._home.welcome(cache, sequences)
+                return self._as_ever(**kwargs)
+            if tokens != 1:
+                return self._as_ever(**kwargs)
+            if not cache.is_compileable:
+                raise ValueError(
+                    f"graph_decode needs a cache with fixed addresses, and a {type(cache).__name__} has none: let "
+                    f"generate make its own, give a StaticCache, or {_NOTHING_ELSE}"
+                )
+            home = self._bind(cache)
+            leaves, spec = tree_flatten({key: value for key, value in kwargs.items() if key != name})
+            if any(is_tensor(leaf) and leaf.device not in self._devices for leaf in leaves):
+                return self._as_ever(**kwargs)
+            key = (name, spec_key(spec), tuple(map(kind_of, leaves)), home.state(), torch.is_inference_mode_enabled())
+            step = home.steps.setdefault(key, _Step(self._rings.steps_before))
+            if step.before > 0:
+                step.before -= 1
+                return self._as_ever(**kwargs)
+            if step.recording is None:
+                self._rings.refuse_batch(sequences)
+                self._record(step, home, leaves, spec, name)
+                self.captured += 1
+            else:
+                self.replayed += 1
+            return step.replay(home, leaves, cache)
+
+    def _as_ever(self, *args: Any, **kwargs: Any) -> Any:
+        self.eager += 1
+        return self._forward(*args, **kwargs)
+
+    def _bind(self, cache: Any) -> Home:
+        home = self._home
+        if home is None or (home.cache() is not cache and not (home.fits(cache) and self._rings.unchanged())):
+            self._home = None  # free before there is a new one
+            home = self._home = Home(cache)
+            self._rings.remember()
+        home.bind(cache)
+        return home
+
+    def _record(self, step: _Step, home: Home, leaves: list[Any], spec: Any, name: str) -> None:
+        """Record a step. Nothing of it is computed yet."""
+        step.inputs = [
+            leaf.clone(memory_format=torch.contiguous_format) if is_tensor(leaf) else leaf for leaf in leaves
+        ]
+        cache, before = home.cache(), home.scalars()
+        recording = Recording(self._devices, self._rings)
+
+        def forward() -> Any:
+            with windows_roll(cache):
+                return self._forward(**tree_unflatten(step.inputs, spec), **{name: cache})
+
+        try:
+            output = recording.record(forward)
+            step.counted = home.counted(before)
+            step.keep(output, cache)
+        except BaseException as error:
+            home.put_back(before)
+            if not isinstance(error, Exception):
+                raise
+            cause = recording.error or error
+            reason = str(cause).strip().partition("\n")[0]
+            raise RuntimeError(
+                f"a decode step of this {type(self._model).__name__} cannot be recorded as a CUDA graph ({reason}): "
+                f"{_NOTHING_ELSE}"
+            ) from cause
+        step.recording = recording
+
+
+class _Step:
+    """The decode step of one shape.
+
+    Args:
+        before: how many of its steps run as ever before one is recorded.
+    """
+
+    def __init__(self, before: int) -> None:
+        self.before = before
+        self.recording: Recording | None = None
+        self.inputs: list[Any] = []  # what the graph reads; other leaves are as they were
+        self.counted: dict[int, int] = {}  # number of a cell of the cache -> what a step adds to it
+        self._outputs: list[Any] = []
+        self._spec: Any = None
+
+    def keep(self, output: Any, cache: Any) -> None:
+        """Note what the forward returned.
+
+        Raises:
+            TypeError: it holds something else than tensors, plain values and the cache.
+        """
+        leaves, self._spec = tree_flatten(output)
+        self._outputs = [_CACHE if leaf is cache else leaf for leaf in leaves]
+        for leaf in self._outputs:
+            if not (is_tensor(leaf) or leaf is _CACHE or isinstance(leaf, (bool, int, float, str, type(None)))):
+                raise TypeError(f"its output holds a {type(leaf).__name__}")
+
+    def replay(self, home: Home, leaves: list[Any], cache: Any) -> Any:
+        """Run the step once; what it returns has memory of its own."""
+        assert self.recording is not None
+        for own, leaf in zip(self.inputs, leaves):
+            if is_tensor(leaf):
+                own.copy_(leaf)
+        self.recording.replay()
+        home.count(self.counted)
+        copies = [cache if leaf is _CACHE else leaf.clone() if is_tensor(leaf) else leaf for leaf in self._outputs]
+        return tree_unflatten(copies, self._spec)
+
+
+def _tokens(kwargs: dict[str, Any]) -> tuple[int, int]:
+    """Sequences, and tokens of each, that a forward is for."""
+    names = ("decoder_input_ids", "input_ids", "inputs_embeds")
+    given = next((kwargs[name] for name in names if is_tensor(kwargs.get(name)) and kwargs[name].ndim > 1), None)
+    return (0, 0) if given is None else (given.shape[0], given.shape[1])
+
+
+def spec_key(spec: Any) -> Any:
+    """Something to find the structure of arguments by."""
+    with suppress(TypeError):
+        hash(spec)
+        return spec
+    return repr(spec)

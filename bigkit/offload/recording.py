@@ -1,0 +1,96 @@
+"""Recording what a function asks GPUs to do, and replaying it.
+
+One graph may span several GPUs and streams, if work of each comes after the recording's first stream and before its
+end: so each is made to wait for it, and it for each (fork and join). What is allocated meanwhile must not be given to
+others as long as the graph lives, so it comes from pools that belong to the graph.
+
+Leaves out: what may be recorded (`graphs.py`), and slots (`captured.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, TypeVar
+
+import torch
+
+if TYPE_CHECKING:
+    from .captured import Found, Rings
+
+Result = TypeVar("Result")
+
+
+class Recording:
+    """One CUDA graph.
+
+    Args:
+        devices: the GPUs that take part; the first has the stream on which the graph is started.
+        rings: the slots that the recorded work fills.
+
+    Attributes:
+        error: what the recorded function raised.
+    """
+
+    def __init__(self, devices: Sequence[torch.device], rings: Rings) -> None:
+        self.devices, self.rings = [*devices], rings
+        self.error: BaseException | None = None
+        self._found: Found = {}
+        self._graph = torch.cuda.CUDAGraph()
+        self._pools = {device: torch.cuda.MemPool() for device in self.devices[1:]}
+
+    @staticmethod
+    def refuse(devices: Sequence[torch.device]) -> None:
+        """Refuse devices that have no graphs.
+
+        Raises:
+            ValueError: one of them is no GPU of CUDA.
+        """
+        others = [str(device) for device in devices if device.type != "cuda"]
+        if others:
+            raise ValueError(
+                f"a part of the model works on {others[0]}, and only GPUs of CUDA replay graphs: move it there, or "
+                "generate outside of bigkit.graph_decode"
+            )
+
+    def record(self, function: Callable[[], Result]) -> Result:
+        """Call a function and record what it asks for, without doing it.
+
+        Raises:
+            RuntimeError: something cannot be recorded.
+        """
+        for device in self.devices:
+            torch.cuda.synchronize(device)
+        main, *others = [torch.cuda.Stream(device) for device in self.devices]
+        with ExitStack() as stack:
+            stack.enter_context(self.rings.borrowed())
+            for device, pool in self._pools.items():
+                stack.enter_context(torch.cuda.use_mem_pool(pool, device))
+            for stream in (*others, main):
+                stack.enter_context(torch.cuda.stream(stream))
+            # Another thread may allocate meanwhile: an error only if this one does what cannot be recorded.
+            stack.enter_context(torch.cuda.graph(self._graph, stream=main, capture_error_mode="thread_local"))
+            forked = [*others, *self.rings.streams()]
+            for stream in forked:
+                stream.wait_stream(main)
+            try:
+                self.rings.begin()
+                result = function()
+                self._found = self.rings.end()
+            except BaseException as error:
+                self.error = error
+                raise
+            for stream in forked:
+                main.wait_stream(stream)
+        return result
+
+    def replay(self) -> None:
+        """Do it all, in the order of the current streams of all devices."""
+        first = torch.cuda.current_stream(self.devices[0])
+        with self.rings.ready(self._found):
+            for device in self.devices[1:]:
+                first.wait_stream(torch.cuda.current_stream(device))
+            with torch.cuda.device(self.devices[0]):
+                self._graph.replay()
+            for device in self.devices[1:]:
+                torch.cuda.current_stream(device).wait_stream(first)

@@ -1,0 +1,339 @@
+"""A KV cache that rests in RAM: of a long context, only the layer that works and the next one are on the GPU.
+
+    RAM    pinned, per layer: one row for each token, its keys and values side by side
+    GPU    two slots: one layer's rows are read by its attention, while those of the next layer arrive in the other
+
+A layer needs all its rows to work, but adds only one for each token. So rows come over the link once a token, and only
+new ones go back, on a stream of their own: a link has two directions. Transformers' own offloaded cache moves whole
+layers both ways, through memory that is not pinned.
+
+Layers with a sliding window or a recurrent state stay on the GPU: they do not grow.
+
+Leaves out: attention on the CPU, where the cache rests, and which layers had better stay (`maps/`).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+from ..checkpoints.ring import Slab
+from ..maps.partition import spread
+from ._torch import storage_users
+from .stream import is_real_cuda
+
+ROWS = 256  # tokens by which a layer's RAM grows at least
+SLOTS = 2
+
+
+class RestingCache(DynamicCache):
+    """A cache for `generate(past_key_values=...)` whose layers rest in RAM. Its values are those of `DynamicCache`.
+
+    Args:
+        config: the model's.
+        layers_on_device: how many of the layers that grow stay where they work, spread evenly along the model.
+
+    Raises:
+        ValueError: `layers_on_device` is not between 0 and the number of layers that grow.
+
+    >>> from transformers import LlamaConfig
+    >>> small = LlamaConfig(hidden_size=8, intermediate_size=8, num_hidden_layers=4, num_attention_heads=2)
+    >>> cache = RestingCache(small, layers_on_device=2)
+    >>> [type(layer).__name__ for layer in cache.layers]
+    ['DynamicLayer', 'RestingLayer', 'DynamicLayer', 'RestingLayer']
+    >>> keys, values = cache.update(torch.ones(1, 2, 3, 4), torch.ones(1, 2, 3, 4), layer_idx=1)
+    >>> keys.shape, cache.layers[1].get_seq_length()
+    (torch.Size([1, 2, 3, 4]), 3)
+    """
+
+    def __init__(self, config: Any, *, layers_on_device: int = 0) -> None:
+        super().__init__(config=config)
+        grow = [i for i, layer in enumerate(self.layers) if type(layer) is DynamicLayer]
+        if not 0 <= layers_on_device <= len(grow):
+            raise ValueError(
+                f"layers_on_device is {layers_on_device}, and {len(grow)} layers of this model have a cache that "
+                f"grows: give a number from 0 to {len(grow)}"
+            )
+        stay = spread([1] * len(grow), layers_on_device)
+        windows: dict[torch.device, _Windows] = {}
+        for i in (own for k, own in enumerate(grow) if k not in stay):
+            self.layers[i] = RestingLayer(windows)
+
+    def resting_bytes(self) -> int:
+        """Bytes of RAM that its layers have taken so far."""
+        return sum(layer.rows.nbytes() for layer in self.layers if isinstance(layer, RestingLayer) and layer.rows)
+
+
+class RestingLayer(DynamicLayer):
+    """One layer of a `RestingCache`.
+
+    Args:
+        windows: device -> the slots there, shared by all layers of a cache.
+    """
+
+    def __init__(self, windows: dict[torch.device, _Windows]) -> None:
+        self.windows, self.length = windows, 0
+        self.rows: _Rows | None = None
+        super().__init__()
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.rows = _Rows(key_states, value_states)
+        self.windows.setdefault(self.device, _Windows(self.device)).layers.append(self)
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Add rows, and give all.
+
+        Args:
+            key_states, value_states: new ones, shape (batch, heads, tokens, width).
+
+        Raises:
+            RuntimeError: gradients are wanted.
+        """
+        if torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad):
+            raise RuntimeError("a RestingCache is for inference: run the model under torch.no_grad()")
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        assert self.rows is not None
+        window, start, stop = self.windows[self.device], self.length, self.length + key_states.shape[-2]
+        self.rows.grow(stop)
+        slot = window.take(self, stop)
+        try:
+            for own, new in zip(self.rows.split(slot.memory[start:stop]), (key_states, value_states)):
+                own.copy_(new)
+            window.send_back(slot, self, start, stop)
+            self.length = slot.length = stop
+            window.fetch_next(self)
+        except BaseException:
+            slot.layer = None
+            raise
+        if not start:
+            return key_states, value_states
+        keys, values = self.rows.split(slot.memory[:stop])
+        return keys, values
+
+    def get_seq_length(self) -> int:
+        return self.length
+
+    # -- the whole, in RAM
+
+    def _whole(self) -> tuple[Tensor, Tensor] | None:
+        if self.rows is None:
+            return None
+        self.windows[self.device].finish()
+        keys, values = self.rows.split(
+            torch.cat([torch.empty(0, self.rows.width, dtype=self.dtype), *self.rows.parts(0, self.length)])
+        )
+        return keys, values
+
+    @property
+    def keys(self) -> Tensor | None:
+        """All keys, shape (batch, heads, tokens, width), copied in RAM; None before the first."""
+        return None if (whole := self._whole()) is None else whole[0]
+
+    @keys.setter
+    def keys(self, value: Tensor | None) -> None:
+        """Set by classes of Transformers, to None."""
+
+    @property
+    def values(self) -> Tensor | None:
+        """All values, as `keys`."""
+        return None if (whole := self._whole()) is None else whole[1]
+
+    @values.setter
+    def values(self, value: Tensor | None) -> None:
+        """Set by classes of Transformers, to None."""
+
+    def _replace(self, whole: tuple[Tensor, Tensor]) -> None:
+        """Let other keys and values rest, perhaps of another batch."""
+        keys, values = whole
+        self.windows[self.device].forget(self)
+        self.rows = _Rows(keys, values, is_real_cuda(self.device))
+        self.rows.grow(self.length)
+        both = torch.cat([part.permute(2, 0, 1, 3).flatten(1) for part in (keys, values)], 1)
+        for part, own in zip(
+            self.rows.parts(0, self.length), both.split([len(p) for p in self.rows.parts(0, self.length)])
+        ):
+            part.copy_(own)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self.batch_select_indices(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        if (whole := self._whole()) is not None:
+            self._replace((whole[0][indices.cpu()], whole[1][indices.cpu()]))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        if (whole := self._whole()) is not None:
+            self._replace((whole[0].repeat_interleave(repeats, 0), whole[1].repeat_interleave(repeats, 0)))
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last tokens; a positive number is the length that stays, as older Transformers have it."""
+        most = tokens_to_remove if tokens_to_remove > 0 else max(0, self.length + tokens_to_remove)
+        self.length = min(self.length, most)
+
+    def reset(self) -> None:
+        self.length = 0
+
+
+class _Rows:
+    """The RAM of one layer: slabs, each for some rows.
+
+    Args:
+        keys, values: the first, for their shapes (batch, heads, tokens, width).
+    """
+
+    def __init__(self, keys: Tensor, values: Tensor, pin: bool | None = None) -> None:
+        self.dtype, self.shapes = keys.dtype, [(*part.shape[:2], part.shape[3]) for part in (keys, values)]
+        self.widths = [batch * heads * width for batch, heads, width in self.shapes]
+        self.width = sum(self.widths)  # elements of a row
+        self.pin = is_real_cuda(keys.device) if pin is None else pin
+        self.slabs: list[tuple[int, Tensor, Slab]] = []  # first row, rows as a tensor of shape (rows, width), memory
+        self.capacity = 0
+        self.sent: Any = None  # event after the last rows were written here
+
+    def nbytes(self) -> int:
+        return self.capacity * self.width * self.dtype.itemsize
+
+    def grow(self, rows: int) -> None:
+        """Have room for so many rows: as many slabs as the logarithm of it, so that there are few copies."""
+        if rows > self.capacity:
+            more = -(-max(rows - self.capacity, self.capacity // 8) // ROWS) * ROWS
+            slab = Slab(more * self.width * self.dtype.itemsize, self.pin)
+            slab.pin()
+            self.slabs.append((self.capacity, slab.bytes.view(self.dtype).view(more, self.width), slab))
+            self.capacity += more
+
+    def parts(self, start: int, stop: int) -> list[Tensor]:
+        """Rows as they lie in the slabs."""
+        parts = [memory[max(0, start - first) : max(0, stop - first)] for first, memory, _ in self.slabs]
+        return [part for part in parts if len(part)]
+
+    def split(self, rows: Tensor) -> list[Tensor]:
+        """Keys and values of rows, shape (rows, width): views of shape (batch, heads, rows, width of a head)."""
+        return [
+            part.view(len(rows), *shape).permute(1, 2, 0, 3)
+            for part, shape in zip(rows.split(self.widths, 1), self.shapes)
+        ]
+
+
+class _Slot:
+    """Memory on the device for the rows of one layer."""
+
+    def __init__(self) -> None:
+        self.memory = torch.empty(0, 0)
+        self.users = 0
+        self.layer: RestingLayer | None = None
+        self.rows: _Rows | None = None  # those of the layer when it was fetched
+        self.length = 0  # rows that it holds
+        self.ready: Any = None  # event after the last copy into it
+        self.sent: Any = None  # event after the last copy out of it
+
+
+class _Windows:
+    """The slots on one device, and the streams that fill and empty them."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.layers = device, list[RestingLayer]()
+        self.slots = [_Slot() for _ in range(SLOTS)]
+        self.streams = [torch.cuda.Stream(device) for _ in range(2)] if is_real_cuda(device) else []
+
+    def take(self, layer: RestingLayer, rows: int) -> _Slot:
+        """The slot that holds all rows of a layer, with room for `rows`."""
+        slot = self._holding(layer) or self._fetch(layer)
+        self.slots.remove(slot)
+        self.slots.append(slot)  # used last
+        if self.streams:
+            current = torch.cuda.current_stream(self.device)
+            for event in (slot.ready, slot.sent):
+                if event is not None:
+                    current.wait_event(event)
+        self._room(slot, layer, rows, keep=layer.length)
+        return slot
+
+    def _holding(self, layer: RestingLayer) -> _Slot | None:
+        found = (slot for slot in self.slots if slot.layer is layer and slot.rows is layer.rows)
+        return next((slot for slot in found if slot.length >= layer.length), None)
+
+    def fetch_next(self, layer: RestingLayer) -> None:
+        """Begin to bring the layer that works next, while this one does."""
+        following = self.layers[(self.layers.index(layer) + 1) % len(self.layers)]
+        if following.length and self._holding(following) is None:
+            self._fetch(following)
+
+    def _fetch(self, layer: RestingLayer) -> _Slot:
+        assert layer.rows is not None
+        slot = self.slots[0]  # used longest ago
+        slot.layer = None
+        if storage_users(slot.memory) > slot.users:
+            slot.memory = torch.empty(0, 0)  # somebody keeps what an attention was given
+        if not self.streams:
+            self._room(slot, layer, layer.length)
+            self._copy(slot, layer)
+        else:
+            current, (inward, _) = torch.cuda.current_stream(self.device), self.streams
+            inward.wait_stream(current)  # the attention that read the slot was queued there
+            self._room(slot, layer, layer.length)
+            for event in (slot.sent, layer.rows.sent):
+                if event is not None:
+                    inward.wait_event(event)
+            with torch.cuda.stream(inward):
+                self._copy(slot, layer)
+                slot.ready = inward.record_event(slot.ready)
+        slot.layer, slot.rows, slot.length = layer, layer.rows, layer.length
+        return slot
+
+    def _copy(self, slot: _Slot, layer: RestingLayer) -> None:
+        assert layer.rows is not None
+        at = 0
+        for part in layer.rows.parts(0, layer.length):
+            slot.memory[at : at + len(part)].copy_(part, non_blocking=True)
+            at += len(part)
+
+    def send_back(self, slot: _Slot, layer: RestingLayer, start: int, stop: int) -> None:
+        """Write new rows to where they rest."""
+        assert layer.rows is not None
+        parts = layer.rows.parts(start, stop)
+        if not self.streams:
+            for part, own in zip(parts, slot.memory[start:stop].split([*map(len, parts)])):
+                part.copy_(own)
+            return
+        outward = self.streams[1]
+        outward.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(outward):
+            for part, own in zip(parts, slot.memory[start:stop].split([*map(len, parts)])):
+                part.copy_(own, non_blocking=True)
+            slot.sent = outward.record_event(slot.sent)
+            layer.rows.sent = outward.record_event(layer.rows.sent)
+
+    def _room(self, slot: _Slot, layer: RestingLayer, rows: int, keep: int = 0) -> None:
+        """Let a slot have room for so many rows of a layer, and keep the first of what it holds."""
+        assert layer.rows is not None
+        width, old = layer.rows.width, slot.memory
+        if old.dtype == layer.dtype and old.shape[1] == width and len(old) >= rows and old.device == self.device:
+            return
+        with torch.inference_mode(False):
+            slot.memory = torch.empty(layer.rows.capacity, width, dtype=layer.dtype, device=self.device)
+        slot.users = storage_users(slot.memory)
+        for stream in self.streams:
+            slot.memory.record_stream(stream)
+        if self.streams:  # memory that is new to these streams may still be in use
+            self.streams[0].wait_stream(torch.cuda.current_stream(self.device))
+        if keep:
+            slot.memory[:keep].copy_(old[:keep])
+
+    def forget(self, layer: RestingLayer) -> None:
+        """A layer's rows have changed: fetch them anew."""
+        for slot in self.slots:
+            if slot.layer is layer:
+                slot.layer = None
+
+    def finish(self) -> None:
+        """Wait for all copies."""
+        for stream in self.streams:
+            stream.synchronize()

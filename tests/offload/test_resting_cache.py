@@ -1,0 +1,186 @@
+"""A cache that rests in RAM: the keys, values, logits and tokens of `DynamicCache`, bit for bit."""
+
+import gc
+
+import pytest
+import torch
+import transformers as tf
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from bigkit.checkpoints import ring
+from bigkit.offload import resting_cache
+from bigkit.offload.resting_cache import RestingCache, RestingLayer
+
+SIZES = {
+    "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8,
+    "vocab_size": 300, "max_position_embeddings": 1024,
+}  # fmt: skip
+GREEDY = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+
+
+def llama(blocks=5):
+    torch.manual_seed(0)
+    return tf.LlamaForCausalLM(tf.LlamaConfig(**SIZES, num_hidden_layers=blocks)).eval()
+
+
+def gemma():
+    torch.manual_seed(0)
+    return tf.Gemma2ForCausalLM(tf.Gemma2Config(**SIZES, num_hidden_layers=4, sliding_window=12)).eval()
+
+
+def prompt(sequences=1, tokens=7, seed=1):
+    return torch.randint(3, 300, (sequences, tokens), generator=torch.Generator().manual_seed(seed))
+
+
+def same(cache, expected):
+    return all(
+        torch.equal(layer.keys, other.keys) and torch.equal(layer.values, other.values)
+        for layer, other in zip(cache.layers, expected.layers, strict=True)
+    )
+
+
+@pytest.mark.parametrize("stay", [0, 2])
+@pytest.mark.parametrize("sequences, tokens", [(1, 1), (1, 7), (3, 300)])
+@pytest.mark.parametrize("make", [llama, gemma])
+def test_bits_of_a_dynamic_cache(make, sequences, tokens, stay):
+    model, more = make(), {**GREEDY, "output_logits": True, "return_dict_in_generate": True}
+    expected = model.generate(prompt(sequences, tokens), **more)
+    cache = RestingCache(model.config, layers_on_device=stay)
+    got = model.generate(prompt(sequences, tokens), past_key_values=cache, **more)
+    assert torch.equal(got.sequences, expected.sequences)
+    assert all(map(torch.equal, got.logits, expected.logits))
+    assert same(cache, expected.past_key_values)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"num_beams": 3},
+        {"prefill_chunk_size": 5},
+        {"prompt_lookup_num_tokens": 4},
+        {"num_return_sequences": 2, "num_beams": 2},
+    ],
+)
+def test_ways_to_generate(options):
+    model = llama()
+    expected = model.generate(prompt(tokens=20), **GREEDY, **options)
+    cache = RestingCache(model.config)
+    assert torch.equal(model.generate(prompt(tokens=20), past_key_values=cache, **GREEDY, **options), expected)
+
+
+def test_a_talk_that_goes_on():
+    model = llama()
+    first, second, so_far = RestingCache(model.config), tf.DynamicCache(config=model.config), prompt(1, 0)
+    for turn in range(3):
+        tokens = torch.cat([so_far, prompt(1, 9, seed=turn)], 1)
+        so_far, expected = (model.generate(tokens, past_key_values=cache, **GREEDY) for cache in (first, second))
+        assert torch.equal(so_far, expected)
+    assert same(first, second)
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.data())
+def test_any_calls(data):
+    """Updates in the model's order and out of it, crops, and changes of the batch."""
+    layers, rows = data.draw(st.integers(1, 4)), data.draw(st.sampled_from([1, 3, 256]))
+    config = tf.LlamaConfig(**SIZES, num_hidden_layers=layers)
+    cache, expected = RestingCache(config), tf.DynamicCache(config=config)
+    batch, generator = 2, torch.Generator().manual_seed(0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(resting_cache, "ROWS", rows)
+        for _ in range(data.draw(st.integers(1, 8))):
+            kind = data.draw(
+                st.sampled_from(["tokens", "tokens", "tokens", "layer", "crop", "select", "repeat", "reorder"])
+            )
+            if kind in ("tokens", "layer"):
+                count = data.draw(st.integers(1, 5))
+                for i in range(layers) if kind == "tokens" else [data.draw(st.integers(0, layers - 1))]:
+                    new = torch.randn(2, batch, 2, count, 8, generator=generator)
+                    both = [one.update(new[0], new[1], i) for one in (cache, expected)]
+                    assert all(map(torch.equal, *both))
+            elif cache.layers[0].get_seq_length() > 2 and all(layer.is_initialized for layer in cache.layers):
+                for one in (cache, expected):
+                    if kind == "crop":
+                        one.crop(-1)
+                    elif kind == "select":
+                        one.batch_select_indices(torch.tensor([0] * batch))
+                    elif kind == "reorder":
+                        one.reorder_cache(torch.tensor([*range(batch)][::-1]))
+                    elif batch < 8:
+                        one.batch_repeat_interleave(2)
+                batch = batch * 2 if kind == "repeat" and batch < 8 else batch
+    assert [layer.get_seq_length() for layer in cache.layers] == [layer.get_seq_length() for layer in expected.layers]
+    if all(layer.is_initialized for layer in cache.layers):
+        assert same(cache, expected)
+
+
+def test_who_keeps_what_an_attention_was_given_keeps_it():
+    cache = RestingCache(tf.LlamaConfig(**SIZES, num_hidden_layers=3))
+    kept = []
+    for step in range(3):
+        for i in range(3):
+            kept.append(cache.update(*torch.full((2, 1, 2, 2, 8), float(10 * step + i)), layer_idx=i)[0])
+    for step in range(3):
+        for i in range(3):
+            assert torch.equal(kept[3 * step + i][0, 0, -1], torch.full((8,), float(10 * step + i)))
+
+
+def test_only_a_layer_and_the_next_are_on_the_device():
+    model = llama(8)
+    cache = RestingCache(model.config)
+    model.generate(prompt(tokens=50), past_key_values=cache, **GREEDY)
+    (windows,) = cache.layers[0].windows.values()
+    row = 2 * 2 * 8 * 4  # keys and values, heads, width, bytes
+    assert len(windows.slots) == 2 and cache.resting_bytes() == 8 * 256 * row
+    assert sum(slot.memory.nbytes for slot in windows.slots) == 2 * 256 * row
+
+
+def test_memory_grows_in_few_pieces():
+    layer = RestingCache(tf.LlamaConfig(**SIZES, num_hidden_layers=1)).layers[0]
+    layer.update(*torch.zeros(2, 1, 2, 5000, 8))
+    for _ in range(3000):
+        layer.update(*torch.zeros(2, 1, 2, 1, 8))
+    assert len(layer.rows.slabs) < 10 and layer.rows.capacity < 1.15 * 8000
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_after_an_error_it_goes_on(error, monkeypatch):
+    model = llama()
+    expected = model.generate(prompt(), **GREEDY)
+    cache, calls = RestingCache(model.config), []
+    copy = resting_cache._Windows._copy
+
+    def fail(self, slot, layer):
+        calls.append(1)
+        if len(calls) == 8:
+            raise error
+        copy(self, slot, layer)
+
+    monkeypatch.setattr(resting_cache._Windows, "_copy", fail)
+    with pytest.raises(error):
+        model.generate(prompt(), past_key_values=cache, **GREEDY)
+    lengths = [layer.get_seq_length() for layer in cache.layers]
+    for layer, length in zip(cache.layers, lengths):
+        layer.crop(min(lengths) - length)
+    tokens = expected[:, : min(lengths) + 1]
+    more = {**GREEDY, "max_new_tokens": expected.shape[1] - tokens.shape[1]}
+    assert torch.equal(model.generate(tokens, past_key_values=cache, **more), expected)
+
+
+def test_what_is_refused():
+    config = tf.LlamaConfig(**SIZES, num_hidden_layers=3)
+    with pytest.raises(ValueError, match="layers_on_device is 4, and 3 layers of this model"):
+        RestingCache(config, layers_on_device=4)
+    with pytest.raises(RuntimeError, match="for inference"):
+        RestingCache(config).update(*torch.ones(2, 1, 2, 3, 8, requires_grad=True), layer_idx=0)
+
+
+def test_pinned_memory_is_given_back():
+    before = ring.pinned_bytes()
+    cache = RestingCache(tf.LlamaConfig(**SIZES, num_hidden_layers=3))
+    cache.update(*torch.ones(2, 1, 2, 3, 8), layer_idx=0)
+    assert [type(layer) for layer in cache.layers] == [RestingLayer] * 3
+    del cache
+    gc.collect()
+    assert ring.pinned_bytes() == before
