@@ -78,7 +78,7 @@ def dryrun_text(run: DryRun, measured: Measurement | None = None) -> str:
         for name, found in run.ranges.items()
     ]
     busy = ", ".join(f"{_lane_name(lane)} {100 * run.busy[lane]:.0f} %" for lane in sorted(run.busy, key=_order))
-    speed = [f"busy: {busy}", *([run.speed] if run.speed else [])]
+    speed = [f"busy: {busy}", *(text for text in (run.speed, run.hits) if text)]
     if not run.fits:
         times = "If there were memory enough:\n" + times
     real = [] if measured is None else ["", f"measured on {measured.gpu}", _compared(run, measured)]
@@ -335,4 +335,4 @@ def merge(spans: Sequence[Span], gap: float) -> list[tuple[float, float, float]]
 def _lane_name(lane: str) -> str:
     kind, _, name = lane.rpartition(" to ")
     gpu = f"GPU {name.partition(':')[2]}" if name.startswith("cuda") else name.replace("python", "Python")
-    return f"{'link' if kind == 'copy' else kind} to {gpu}" if kind else gpu
+    return {"": gpu, "copy": f"link to {gpu}"}.get(kind, f"{kind}, {gpu}")

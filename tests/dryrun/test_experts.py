@@ -127,7 +127,7 @@ def test_experts_have_a_lane_of_their_own():
         if span.lane.startswith("experts") and span.start > run.times[0].seconds:
             assert not any(one.start < span.start < one.end for one in work), "the router has chosen before"
     text, svg = dryrun_text(run), dryrun_figure(run).svg
-    assert re.search(r"experts to GPU 0 \d+ %", text) and "experts to GPU 0" in svg
+    assert re.search(r"experts, GPU 0 \d+ %", text) and "experts, GPU 0" in svg
 
 
 def test_what_cannot_be_said_is_refused():
