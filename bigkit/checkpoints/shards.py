@@ -1,7 +1,7 @@
 """How a checkpoint is cut into files, from names and sizes alone.
 
-`cut` lets huggingface_hub fill file after file in the order of the tensors, so that the files are those that
-Transformers would write; `save_model` writes these files. `cut_model` does the same for a model that is only
+`cut` fills file after file in the order of the tensors, with the rule of huggingface_hub, so that the files are those
+that Transformers would write; `save_model` writes these files. `cut_model` does the same for a model that is only
 described: no weights, no torch.
 
 Leaves out: reading and writing (`checkpoints/load.py`).
@@ -13,7 +13,6 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 from ..model.spec import ModelSpec
 from ..units import dtype_name, parse_bytes
@@ -92,7 +91,8 @@ def cut(
     Raises:
         ValueError: the limit is no size, or less than one byte.
 
-    `split_state_dict_into_shards_factory` of huggingface_hub chooses, as it does for Transformers.
+    Source: the rule of `split_state_dict_into_shards_factory` in huggingface_hub, with which tests compare it. The
+    static pages run this one, where huggingface_hub is not.
 
     >>> for file, tensors in cut({"a": 6, "b": 20, "c": 3, "d": 4}, 10).files.items():
     ...     print(file, tensors)
@@ -100,15 +100,23 @@ def cut(
     model-00002-of-00003.safetensors {'a': 6, 'c': 3}
     model-00003-of-00003.safetensors {'d': 4}
     """
-    from huggingface_hub import split_state_dict_into_shards_factory
-
-    limit, (stem, _, ending) = read_limit(max_shard_size), file.rpartition(".")
-    known: dict[str, Any] = dict(sizes)
-    parts = split_state_dict_into_shards_factory(
-        known, get_storage_size=int, filename_pattern="{suffix}", max_shard_size=limit
-    ).filename_to_tensors  # "-00001-of-00003" -> names
-    files = {f"{stem}{generation}{part}.{ending}": names for part, names in parts.items()}
-    files = files if len(files) > 1 else {file: list(sizes)}
+    limit = read_limit(max_shard_size)
+    groups: list[list[str]] = []  # in the order in which files are full
+    opened, filled = list[str](), 0
+    for name, size in sizes.items():
+        if size > limit:
+            groups.append([name])
+            continue
+        if filled + size > limit:
+            groups.append(opened)
+            opened, filled = [], 0
+        opened.append(name)
+        filled += size
+    groups += [opened] if opened else []
+    stem, _, ending = file.rpartition(".")
+    count = len(groups)
+    parts = [f"{stem}{generation}-{number:05}-of-{count:05}.{ending}" for number in range(1, count + 1)]
+    files = dict(zip(parts, groups)) if count > 1 else {file: list(sizes)}
     return Cut(limit, {file: {name: sizes[name] for name in names} for file, names in files.items()})
 
 

@@ -39,7 +39,9 @@ def plan_figure(plan: Plan) -> Picture:
     picture.legend(_legend(plan), HATCHES)
     draw_bars(picture, [plan_bar(plan, share) for share in working])
     if any(share.used for share in resting):
-        picture.heading(f"Resting until {device_label(working[0].device)} needs them, on a scale of their own")
+        needs = list(dict.fromkeys(layer.works for layer in plan.layers if layer.works is not None))
+        who = f"{device_label(needs[0])} needs" if len(needs) == 1 else "GPUs need"
+        picture.heading(f"Resting until {who} them, on a scale of their own")
         draw_bars(picture, [plan_bar(plan, share) for share in resting])
     elif resting:
         _draw_free(picture, resting)
@@ -122,9 +124,9 @@ def layer_text(plan: Plan, number: int) -> str:
     """A layer's name, class, bytes and place, and why its stretch ends where it does."""
     layer = plan.layers[number]
     share = next(share for share in plan.shares if share.device == layer.device)
-    first = next((other for other in plan.shares if other.runs), share)
+    first = next((other for other in plan.shares if other.runs), share).device if layer.works is None else layer.works
     where = f"rests {'in' if layer.device == 'cpu' else 'on'} {device_label(layer.device)}"
-    work = "works there" if share.runs else f"works on {device_label(first.device)}"
+    work = "works there" if share.runs else f"works on {device_label(first)}"
     size = f"{layer.name or 'the whole model'} ({layer.cls}), {format_bytes(layer.bytes)}"
     return f"{size}, {where} and {work}. {share.why}".rstrip()
 

@@ -277,6 +277,16 @@ class Explorer(Remembered, widgets.VBox):
                 self._waiting = False
                 self.refresh()
 
+    @contextmanager
+    def following(self) -> Iterator[None]:
+        """Take changes that follow from the one before as one with it, also for Undo."""
+        before, self._turning = self._turning, True
+        try:
+            with self.together():
+                yield
+        finally:
+            self._turning = before
+
     def refresh(self) -> None:
         """Compute and show again."""
         self.say_working()

@@ -134,7 +134,7 @@ class FitExplorer(Explorer):
         base = self._kinds[self.gpu.value]
         figures = _figures(base)
         if self.preset.value not in self.fitting():
-            with self.together():
+            with self.following():
                 for name in ("memory", "count", "ram") if base.unified or not base.gpus else ("memory",):
                     self.turn(name, figures[name])
                 self.count.value = self.count.value or figures["count"]
@@ -143,7 +143,8 @@ class FitExplorer(Explorer):
         """Of a memory that is shared the GPU keeps its part."""
         base = self._kinds[self.gpu.value]
         if base.unified:
-            self.memory.value = _figures(variant(base, ram=_bytes(self.ram.value, [base.ram])))["memory"]
+            with self.following():
+                self.memory.value = _figures(variant(base, ram=_bytes(self.ram.value, [base.ram])))["memory"]
 
     def compute(self) -> Advice:
         """Rank the ways for the model and the machine."""

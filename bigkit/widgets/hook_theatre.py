@@ -215,7 +215,8 @@ class HookTheatre(Explorer):
             "with init_empty_weights():\n    model = GPT(GPTConfig('pygpt')).eval()\n"
             "model = load_checkpoint_and_dispatch(\n"
             f"    model, PYGPT, device_map, dtype='bfloat16', slots={shown.slots}, prefetch={shown.prefetch},\n"
-            "    stand_in={0: 'cpu', 1: 'cpu'}, force_hooks=True,  # without stand_in: on the GPUs themselves\n)\n"
+            "    main_device=0, force_hooks=True, stand_in={0: 'cpu', 1: 'cpu'},  # without it: on the GPUs\n"
+            ")\n"
             f"prompt = torch.tensor([encode({PROMPT!r})])\n"
             f"recording = observe(model, lambda: model.generate(prompt, {shown.tokens})).enlarged({TIMES})\n"
             f"found = recording.schedule(rate={self.rate.value * GB:g}, link={shown.link:g}, disk={shown.disk:g}, "
@@ -265,7 +266,7 @@ def _run(places: dict[str, Device], slots: int, prefetch: bool, tokens: int) -> 
         model = GPT(GPTConfig("pygpt")).eval()
     load_checkpoint_and_dispatch(
         model, PYGPT, places, dtype="bfloat16", slots=slots, prefetch=prefetch, stand_in={0: "cpu", 1: "cpu"},
-        force_hooks=True,
+        force_hooks=True, main_device=0,
     )  # fmt: skip
     prompt = torch.tensor([encode(PROMPT)])
     recording = observe(model, lambda: model.generate(prompt, tokens))

@@ -94,6 +94,16 @@ def test_the_state_gives_the_same_answer_and_undo_the_one_before(turns):
     assert explorer.advice == before
 
 
+@pytest.mark.parametrize("gpu", ["A10G", "GB10"])
+def test_a_gpu_brings_its_memory_in_one_step_of_undo(gpu):
+    explorer = FitExplorer("llama-3.1-8b")
+    before = explorer.state
+    explorer.gpu.value = gpu
+    assert explorer.advice.hardware == machine_of(gpu).name or explorer.machine.gpus[0].name == gpu
+    explorer.undo()
+    assert explorer.state == before
+
+
 def test_a_way_that_is_clicked_tells_its_plan_and_two_answers_are_compared():
     explorer = FitExplorer("llama-3.1-405b", "8 x H100-80GB")
     for plan, _ in explorer.advice.ways:
