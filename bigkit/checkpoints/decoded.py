@@ -70,10 +70,10 @@ class DecodedStack:
         if isinstance(experts, Tensor) and experts.ndim == 0:
             return self[experts[None]][0]
         first: Any = next(iter(self.parts.values()))
-        if isinstance(experts, Tensor) and len(experts) > len(first) and not isinstance(first, Elsewhere):
-            return self.all()[experts]  # some are chosen several times, and decoded once
         if isinstance(first, Elsewhere):
             chosen = first.take(self.parts, experts)
+        elif isinstance(experts, Tensor) and len(experts) > len(first):
+            return self.all()[experts]  # some are chosen several times, and decoded once
         else:
             chosen = {suffix: rows_of(part, experts) for suffix, part in self.parts.items()}
         weights = self.codec.decode(chosen, self.dtype)
