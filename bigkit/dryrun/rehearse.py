@@ -27,7 +27,7 @@ from ..maps.links import DeviceMap
 from ..offload.choice import Recorded
 from ..offload.dispatch import dispatch_model
 from ..offload.experts import ExpertStreamer, expert_hits
-from ..offload.hooks import AlignDevicesHook, SequentialHook
+from ..offload.lenders import streamers_in
 from ..offload.rows import Rows, count_rows
 from ..offload.stream import Streamer
 from ..offload.transfer import PlainLane, Slot
@@ -191,11 +191,8 @@ def _replace_lanes(model: nn.Module, log: OperationLog, places: Mapping[str, Dev
     layers = {id(module): number for number, module in enumerate(filter(count_rows, model.modules()))}
     if routing is not None:
         routing.check({(len(layers), *_choice(module)) for module in filter(count_rows, model.modules())})
-    hooks = [vars(module).get("_hf_hook") for module in model.modules()]
-    parts = [part for hook in hooks for part in (hook.hooks if isinstance(hook, SequentialHook) else (hook,))]
-    streamers = {part.streamer for part in parts if isinstance(part, AlignDevicesHook) and part.streamer is not None}
     numbers: dict[int, int] = {}
-    for streamer in streamers:
+    for streamer in streamers_in(model):
         streamer.lane = FakeLane(streamer, log, places, numbers)
         if routing is not None and isinstance(streamer, ExpertStreamer):
             streamer.recorded = Recorded([routing.chosen[layers[id(unit.module)]] for unit in streamer.units])

@@ -33,9 +33,10 @@ from ..model.experts import experts_of, visited
 from ..model.spec import ModelSpec, Precision
 from ..model.stored import is_as_stored
 from ..units import dtype_bits, format_bytes, format_seconds, text_table, three_figures
+from .cures import cures
 from .draft import ACCEPTANCE, Speculation, best_guesses, draft_bytes, keep_room, warning
 from .partition import last_true
-from .plan import Plan, PlanError
+from .plan import Plan
 from .strategies import place
 from .task import LONGEST
 
@@ -277,7 +278,7 @@ def advise(
     half = "float16" if hardware.gpus and hardware.gpus[0].capability < (8, 0) else "bfloat16"
     calibration = calibration or calibration_of(hardware)
     overhead = overhead_of(hardware, calibration)
-    options, misfits, said = list[Option](), list[tuple[Plan, Callable[..., Plan]]](), list[str]()
+    options, misfits, said = list[Option](), list[tuple[Plan, partial[Plan]]](), list[str]()
     budgets: Mapping[Device, int | str] = hardware.max_memory()
     if draft is not None:
         budgets, room = keep_room(budgets, draft_bytes(draft, half, batch, context), draft.name)
@@ -317,19 +318,9 @@ def advise(
         notes += ("Times are the least that a pass takes: its operations do not follow from sizes.",)
     return Advice(
         model.name, hardware.name, batch, tokens_seen(model, context), target, marked,
-        () if marked else tuple(_cure(plan, ask, context) for plan, ask in misfits),
+        () if marked else cures(model, misfits, context, hardware, calibration),
         calibration is not None, notes, kv_dtype_name(kv_dtype), tuple(plan for plan, _ in misfits),
     )  # fmt: skip
-
-
-def _cure(plan: Plan, ask: Callable[..., Plan], context: int) -> str:
-    """What is missing for a way that does not fit, and what would have to change."""
-    cure = ""
-    try:
-        ask(context=context)
-    except PlanError as error:
-        cure = error.cure
-    return f"{plan.stored}: {plan.problem}. {cure}"
 
 
 def _longest(ask: Callable[..., Plan], least: int, most: int) -> Plan:

@@ -26,7 +26,7 @@ from ..maps.device_map import check_device_map
 from ..maps.plan import Plan
 from ..units import parse_bytes
 from .attach import attach
-from .grouping import Layout, in_turn, put, records, with_residents
+from .grouping import Layout, check_layers, in_turn, put, records, with_residents
 from .hooks import drop_hooks, give_back_methods, hooks_in
 from .lenders import lenders_of
 from .moving import change_methods, device_map_of
@@ -115,6 +115,7 @@ def dispatch_model(
     if budget := parse_bytes(resident_memory):
         layout = with_residents(model, layout, classes, budget)
     layout = in_turn(model, layout, classes, getattr(entries, "works", None))
+    check_layers(model, layout)
     on_device = rows_on_devices(model, layout, parse_bytes(expert_cache))
     computed = choose(model, layout, classes, parse_bytes(on_cpu))
     units = make_units(model, layout, origins, offload_buffers=offload_buffers, whole_classes=classes)
