@@ -24,7 +24,7 @@ from ..machine.hardware import CONTEXT_BYTES, HARDWARE, Hardware, machine_of
 from ..machine.ledger import Calibration, Ledger, calibration_of, overhead_of
 from ..machine.routing import Routing
 from ..maps.advise import rates_of
-from ..maps.links import DeviceMap
+from ..maps.links import DeviceMap, links_of
 from ..maps.plan import Plan
 from ..maps.strategies import place
 from ..meta.skeleton import spec_from_module
@@ -184,6 +184,7 @@ def _plan(
     return place(
         spec, machine.max_memory(), strategy, dtype=dtype, quantization=kind, batch=load.batch,
         context=load.prompt + load.new, overhead=overhead_of(machine), strict=False,
+        links=links_of(machine, calibration_of(machine)),
     )  # fmt: skip
 
 

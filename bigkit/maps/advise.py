@@ -33,8 +33,10 @@ from ..model.experts import experts_of, visited
 from ..model.spec import ModelSpec, Precision
 from ..model.stored import is_as_stored
 from ..units import dtype_bits, format_bytes, format_seconds, text_table, three_figures
+from . import on_cpu
 from .cures import cures
 from .draft import ACCEPTANCE, Speculation, best_guesses, draft_bytes, keep_room, warning
+from .links import links_of
 from .partition import last_true
 from .plan import Plan
 from .strategies import place
@@ -296,14 +298,19 @@ def advise(
             batch=batch,
             overhead=overhead,
             kv_dtype=kv_dtype,
+            links=links_of(hardware, calibration),
         )
         plan = ask(context=context, strict=False)
         if not plan.feasible:
             misfits.append((plan, ask))
         elif target == "context" and plan.max_context is not None:
             plan = _longest(ask, plan.context, max(plan.context, longest_context(model.facts) or LONGEST))
-        options += [predict(model, plan, hardware, calibration)] if plan.feasible else []
         said += plan.notes
+        if plan.feasible:
+            options.append(predict(model, plan, hardware, calibration))
+            if calibration and calibration.cpu_reads:
+                _, about = best_with_cpu(model, partial(ask, context=plan.context), hardware, calibration)
+                said += [f"{plan.stored}: {about}"] if about else []
     if draft is not None and generates(model):
         options = [replace(option, speculation=_speculation(model, option, draft, acceptance, hardware, calibration))
                    for option in options]  # fmt: skip
@@ -343,7 +350,9 @@ def rates_of(hardware: Hardware, calibration: Calibration | None) -> list[Rates]
     """The rates of each GPU: measured, else the vendors'."""
     if calibration is None:
         return [Rates.of_gpu(gpu, hardware.disk_rate) for gpu in hardware.gpus]
-    return [Rates.of_calibration(calibration, gpu, hardware.disk_rate) for gpu in hardware.gpus]
+    rates = [Rates.of_calibration(calibration, gpu, hardware.disk_rate) for gpu in hardware.gpus]
+    together = calibration.links if len(calibration.links) == len(rates) > 1 else [rate.link for rate in rates]
+    return [replace(rate, link=link) for rate, link in zip(rates, together)]
 
 
 def all_rates(hardware: Hardware, calibration: Calibration | None) -> dict[Device, Rates]:
@@ -410,6 +419,31 @@ def predict(model: ModelSpec, plan: Plan, hardware: Hardware, calibration: Calib
     if not generates(model):
         return Option(plan, None, seconds(whole), lanes(whole), LOSS[plan.quantization])
     return Option(plan, seconds(1), seconds(whole), lanes(1), LOSS[plan.quantization])
+
+
+def best_with_cpu(
+    model: ModelSpec, ask: Callable[..., Plan], hardware: Hardware, calibration: Calibration | None
+) -> tuple[Plan, str]:
+    """The plan in which the CPU computes MLPs, and a sentence: with as many slots as make a token shortest.
+
+    Args:
+        model, hardware, calibration: see `predict`.
+        ask: a function from `slots` to a plan (see `place`).
+    """
+    best: tuple[float, Plan, str] | None = None
+    alone = 0.0
+    for slots in on_cpu.SLOTS:
+        plan = ask(slots=slots, strict=False) if slots else ask()
+        option = predict(model, plan, hardware, calibration)
+        if best is None and (option.bottleneck != "link" or option.token is None):
+            return plan, ""
+        gpu = max(option.waits["Python"], option.waits.get("GPU", 0.0))
+        alone = option.seconds if best is None else alone
+        plan, seconds, about = on_cpu.with_cpu(model, plan, calibration, alone, gpu)
+        if best is None or (plan.feasible and seconds < best[0]):
+            best = seconds, plan, about
+    assert best is not None
+    return best[1:]
 
 
 def _speculation(
