@@ -1,6 +1,7 @@
 """What to do with a model and a machine: `advise(...)` ranks ways to store and to place it.
 
-Each way is a plan, and the plan says what a token waits for. Four things work side by side, and the slowest counts:
+Each way is a plan, and the plan says what a token waits for. Four things work side by side, and the slowest counts; but
+experts are copied when they are chosen, and then what works on them waits:
 
     Python      issues a number of steps for each block, most where bitsandbytes multiplies
     GPU         reads the weights that rest on it and the KV cache; of experts, those that the router picks
@@ -47,6 +48,8 @@ WAITS = {  # lane -> what is waited for there, in words
     "Python": "Python, which starts the work of each layer", "GPU": "the GPU's own memory",
     "RAM": "the CPU and its RAM", "link": "weights that come over the link", "disk": "weights that come from disk",
 }  # fmt: skip
+COPIES = ("link", "disk")
+CHOSEN = 0.95  # if more of a block's experts are picked, all are streamed, the next block's while one works
 TARGETS = ("speed", "quality", "memory", "context")
 
 
@@ -382,6 +385,10 @@ def predict(model: ModelSpec, plan: Plan, hardware: Hardware, calibration: Calib
     on_disk = sum(share.weights for share in plan.shares if share.device == "disk")
     visits = visitors(plan)
 
+    def chosen(tokens: int) -> bool:
+        """Whether of some experts only the chosen ones travel."""
+        return bool(visits) and plan.experts is not None and picked(model, plan.batch * tokens) < CHOSEN
+
     def lanes(tokens: int) -> dict[str, float]:
         """Lane -> seconds that it works when each sequence brings so many tokens."""
         used = 1 - (1 - picked(model, plan.batch * tokens)) * routed_share  # share of the weights that are read
@@ -393,17 +400,25 @@ def predict(model: ModelSpec, plan: Plan, hardware: Hardware, calibration: Calib
             product = rate.table("bfloat16" if bits == 16 else "float32")[-1][1]
             computing += weights / total * tokens * flops / product
         travels = picked(model, plan.batch * tokens) if plan.experts else 1.0  # of experts apart, the chosen ones
+        copies = [size / rates[gpu].link for gpu, size in visits.items()]
         return {
             "Python": ASSUMED.steps[plan.quantization] * blocks * first.issue,
             "GPU" if on_gpus else "RAM": max(reading, computing),
-            "link": travels * max((size / rates[gpu].link for gpu, size in visits.items()), default=0.0),
+            "link": travels * (sum(copies) if chosen(tokens) else max(copies, default=0.0)),
             "disk": travels * on_disk / first.disk,
         }
 
-    whole = lanes(max(plan.context, 1))
-    waits = lanes(1) if generates(model) else whole
-    token = max(waits.values()) if generates(model) else None
-    return Option(plan, token, max(whole.values()), waits, LOSS[plan.quantization])
+    def seconds(tokens: int) -> float:
+        """What is waited for: the slowest lane, and for chosen experts, since nothing of them can be fetched ahead."""
+        waits = lanes(tokens)
+        if not chosen(tokens):
+            return max(waits.values())
+        return max(value for lane, value in waits.items() if lane not in COPIES) + sum(waits[lane] for lane in COPIES)
+
+    whole = max(plan.context, 1)
+    if not generates(model):
+        return Option(plan, None, seconds(whole), lanes(whole), LOSS[plan.quantization])
+    return Option(plan, seconds(1), seconds(whole), lanes(1), LOSS[plan.quantization])
 
 
 def best_with_cpu(
