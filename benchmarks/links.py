@@ -129,9 +129,6 @@ def links(table: Any, layers: int, state: dict[str, Tensor], run: Run) -> None:
                   peak_gb=[torch.cuda.max_memory_allocated(device) / GB for device in range(gpus)])  # fmt: skip
         del model
         clean()
-    loading(
-        table, {name: tensor for name, tensor in state.items() if ".layers." not in name or _layer(name) < 16}, gpus
-    )
 
 
 def _layer(name: str) -> int:
