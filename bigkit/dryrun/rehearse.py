@@ -24,7 +24,7 @@ from ..machine.ledger import Calibration
 from ..machine.roofline import ARRIVE, FILL, LEAVE, Operation
 from ..maps.links import DeviceMap
 from ..offload.dispatch import dispatch_model
-from ..offload.hooks import AlignDevicesHook, SequentialHook
+from ..offload.lenders import streamers_in
 from ..offload.transfer import PlainLane, Slot
 from ..offload.weights import Unit
 from ..quantize.load import BnbQuantizationConfig
@@ -171,11 +171,8 @@ class FakeLane(PlainLane):
 
 def _replace_lanes(model: nn.Module, log: OperationLog, places: Mapping[str, Device]) -> None:
     """Put fake lanes in the place of those of a dispatched model."""
-    hooks = [vars(module).get("_hf_hook") for module in model.modules()]
-    parts = [part for hook in hooks for part in (hook.hooks if isinstance(hook, SequentialHook) else (hook,))]
-    streamers = {part.streamer for part in parts if isinstance(part, AlignDevicesHook) and part.streamer is not None}
     numbers: dict[int, int] = {}
-    for streamer in streamers:
+    for streamer in streamers_in(model):
         streamer.lane = FakeLane(streamer.device, log, places, numbers)
 
 

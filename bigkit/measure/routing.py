@@ -17,6 +17,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..machine.routing import Routing
+from ..offload.choice import choice_of
 from ..offload.rows import count_rows
 from .record import work_of
 
@@ -64,10 +65,8 @@ def record_routing(
         ids.extend(value for value in (kwargs.get("input_ids"), *args[:1]) if isinstance(value, Tensor))
 
     def choose(number: int, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        whole = [
-            value for value in (*args, *kwargs.values()) if isinstance(value, Tensor) and not value.is_floating_point()
-        ]
-        chosen[number].extend(choice.detach().clone() for choice in whole if choice.ndim == 2)
+        if (choice := choice_of((*args, *kwargs.values()))) is not None:
+            chosen[number].append(choice.detach().clone())
 
     with ExitStack() as stack:
         stack.callback(model.register_forward_pre_hook(called, with_kwargs=True).remove)

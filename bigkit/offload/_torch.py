@@ -30,6 +30,11 @@ def storage_id(tensor: Tensor) -> int:
         return 0
 
 
+def state_of(tensor: Tensor) -> tuple[int, int] | None:
+    """What changes when a tensor is written to or given other data; None if nothing would tell (`inference_mode`)."""
+    return None if tensor.is_inference() else (tensor._version, storage_id(tensor))
+
+
 def storage_users(tensor: Tensor) -> int:
     """How many tensors share a tensor's memory, and a constant. `torch._C._storage_Use_Count`, 2.11 to 2.15."""
     users: int = torch._C._storage_Use_Count(storage_id(tensor))

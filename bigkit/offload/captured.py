@@ -26,17 +26,12 @@ from .experts import ExpertStreamer
 from .grouping import own_tensors
 from .handle import Away
 from .hooks import AlignDevicesHook, hooks_in
+from .lenders import streamers_in
 from .stream import Streamer
 from .transfer import CudaLane, Slot
 
 _INSTEAD = "generate outside of bigkit.graph_decode"
 Found = dict[Streamer, dict[int, Slot]]  # index of a unit -> the slot in which a step found it
-
-
-def streamers_in(model: nn.Module) -> list[Streamer]:
-    """All that lend weights to a model."""
-    hooks = (hook for module in model.modules() for hook in hooks_in(module) if isinstance(hook, AlignDevicesHook))
-    return [*dict.fromkeys(hook.streamer for hook in hooks if hook.streamer is not None)]
 
 
 def devices_of(model: nn.Module) -> list[torch.device]:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..devices import join
-from ._torch import mark_parameter, storage_id, watch_writes
+from ._torch import mark_parameter, state_of, watch_writes
 from .codec import on_device
 from .grouping import Layout, own_tensors
 from .handle import Away
@@ -39,7 +39,7 @@ class Copies:
     def __init__(self, device: torch.device) -> None:
         self.device, self.keep = device, False
         self._tensor: Tensor | None = None  # of which there is a copy
-        self._state: tuple[int, int] = (0, 0)  # what it was when it was copied
+        self._state: tuple[int, int] | None = None  # what it was when it was copied
         self._copy: Tensor | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -48,7 +48,7 @@ class Copies:
     @torch.inference_mode(False)
     def of(self, tensor: Tensor) -> Tensor:
         """A copy with the values that a tensor has now."""
-        if self._copy is not None and self._tensor is tensor and self._state == _state(tensor):
+        if self._copy is not None and self._tensor is tensor and self._state == state_of(tensor):
             return self._copy
         self._tensor = self._copy = None  # free before there is a new one
         with torch.enable_grad():
@@ -61,11 +61,7 @@ class Copies:
     def note(self, tensor: Tensor, copy: Tensor) -> None:
         """Keep a copy of a tensor, if all that is written to the tensor will be seen."""
         if self.keep and watch_writes(tensor):
-            self._tensor, self._copy, self._state = tensor, copy, _state(tensor)
-
-
-def _state(tensor: Tensor) -> tuple[int, int]:
-    return tensor._version, storage_id(tensor)
+            self._tensor, self._copy, self._state = tensor, copy, state_of(tensor)
 
 
 class _Lent:

@@ -34,7 +34,6 @@ from torch import Tensor, nn
 
 from ..devices import Device
 from ..model.experts import SOME, WHOLE
-from ..units import parse_bytes
 from ._torch import detect_fake_mode
 from .choice import ANY_NUMBER, KNOWN, choice_of, chosen_rows
 from .escapes import count_holders
@@ -358,16 +357,13 @@ def streamers_of(
     units: Sequence[Unit],
     slots: int,
     prefetch: bool,
-    ram_cache: int | str | None,
+    cache: int,
     on_device: Mapping[nn.Module, int],
 ) -> dict[Unit, Streamer]:
-    """Who lends each unit of experts; other units are left out.
+    """Who lends each unit of experts; other units are left out. The arguments are those of `lenders_of`.
 
     Args:
-        layout: where they rest and work.
-        units: all of a model.
-        slots, prefetch, ram_cache: see `dispatch_model`; experts may have what others from disk leave of the cache.
-        on_device: see `rows_on_devices`.
+        cache: bytes of RAM for what rests on disk; experts may have what other units leave of it.
     """
     found: dict[Unit, Streamer] = {}
     by_device: dict[tuple[Device, bool], list[Unit]] = {}
@@ -376,7 +372,7 @@ def streamers_of(
             by_device.setdefault((layout.works(unit.name), has_rows(unit)), []).append(unit)
     others = sum(unit.nbytes for unit in units if not unit.routed and unit.rests_in() == "disk")
     on_disk = sum(unit.nbytes for unit in units if unit.routed and unit.rests_in() == "disk")
-    cache = max(0, (_half_of_ram() if ram_cache is None and on_disk else parse_bytes(ram_cache or 0)) - others)
+    cache = max(0, cache - others)
     for (place, rows), own in by_device.items():
         device, name = layout.device(place), str(torch_device(place))
         is_cpu = device.type == "cpu" and place not in layout.stand_in
@@ -410,12 +406,6 @@ def expert_hits(model: nn.Module) -> tuple[int, int]:
     }
     found = [one for one in streamers if isinstance(one, ExpertStreamer)]
     return sum(one.hits for one in found), sum(one.misses for one in found)
-
-
-def _half_of_ram() -> int:
-    import psutil
-
-    return int(psutil.virtual_memory().available // 2)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

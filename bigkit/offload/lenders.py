@@ -8,11 +8,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import psutil
 from torch import nn
 
 from ..units import parse_bytes
 from .experts import streamers_of
 from .grouping import Layout
+from .hooks import AlignDevicesHook, hooks_in
 from .inputs import torch_device
 from .mapped import PageLane
 from .on_cpu import Split, cpu_streamer
@@ -38,15 +40,13 @@ def lenders_of(
         slots, prefetch, ram_cache: see `dispatch_model`.
         on_device: see `rows_on_devices`.
     """
-    lenders = streamers_of(layout, units, slots, prefetch, ram_cache, on_device)
+    half = psutil.virtual_memory().available // 2
+    cache = half if ram_cache is None else parse_bytes(ram_cache)
+    lenders = streamers_of(layout, units, slots, prefetch, cache, on_device)
     dense = [unit for unit in (*units, *(split.rest for split in splits)) if unit not in lenders]
     works = [layout.main if unit.loose else layout.works(unit.name) for unit in dense]
     on_disk = [unit.nbytes if unit.rests_in() == "disk" else 0 for unit in dense]
-    cache = parse_bytes(ram_cache or 0)
-    if ram_cache is None and any(on_disk) and layout.device(layout.main).type == "cuda":
-        import psutil
-
-        cache = psutil.virtual_memory().available // 2
+    cache = 0 if ram_cache is None and layout.device(layout.main).type != "cuda" else cache
     for place in dict.fromkeys(works):
         device, name = layout.device(place), str(torch_device(place))
         own = [unit for unit, working in zip(dense, works) if working == place]
@@ -60,3 +60,9 @@ def lenders_of(
     if splits:
         lenders |= dict.fromkeys([split.mlp for split in splits], cpu_streamer(splits))
     return lenders
+
+
+def streamers_in(model: nn.Module) -> list[Streamer]:
+    """All that lend weights to a model, in the order of its modules."""
+    hooks = (hook for module in model.modules() for hook in hooks_in(module) if isinstance(hook, AlignDevicesHook))
+    return [*dict.fromkeys(hook.streamer for hook in hooks if hook.streamer is not None)]

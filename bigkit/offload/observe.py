@@ -25,8 +25,8 @@ from .events import Event
 from .experts import ExpertStreamer
 from .grouping import block_classes, has_forward
 from .handle import Away
-from .hooks import AlignDevicesHook, hooks_in
 from .inputs import torch_device
+from .lenders import streamers_in
 from .stream import Streamer
 from .weights import Unit
 
@@ -113,8 +113,7 @@ def observe(model: nn.Module, run: Callable[[], Any]) -> Observation:
     places: dict[str, Device] | None = vars(model).get("hf_device_map")
     if places is None:
         raise ValueError(f"{type(model).__name__} is not spread out: call bigkit.dispatch_model on it first")
-    hooks = [hook for module in model.modules() for hook in hooks_in(module) if isinstance(hook, AlignDevicesHook)]
-    streamers = list(dict.fromkeys(hook.streamer for hook in hooks if hook.streamer is not None))
+    streamers = streamers_in(model)
     notes = _Notes({unit.name: unit for streamer in streamers for unit in streamer.units})
     with ExitStack() as stack:
         for streamer in streamers:

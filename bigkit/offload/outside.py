@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
 
-from ._torch import is_fake, stop_watching, storage_id, watch_writes
+from ._torch import is_fake, state_of, stop_watching, watch_writes
 from .codec import PLAIN, codec_of, own_copy
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ class Outside:
     def note(self, tensor: Tensor, weight: Weight) -> None:
         """From now on this tensor is the weight's."""
         if not is_fake(tensor):
-            self.ref, self._state = TensorWeakRef(tensor), _state(tensor)
+            self.ref, self._state = TensorWeakRef(tensor), state_of(tensor)
             self.weights.add(weight)
             _outsides[tensor] = self
 
@@ -56,7 +56,7 @@ class Outside:
         tensor = self.tensor()
         if tensor is not None and not tensor.is_meta:
             watch_writes(tensor)
-            self._state = _state(tensor)
+            self._state = state_of(tensor)
 
     def tensor(self) -> Tensor | None:
         """The tensor, if somebody holds it."""
@@ -73,12 +73,12 @@ class Outside:
     def news(self) -> Tensor | None:
         """The tensor if it was written to, or given other data, since it was last equal to the weight."""
         tensor = self.real()
-        if tensor is None or (self._state is not None and self._state == _state(tensor)):
+        if tensor is None or (self._state is not None and self._state == state_of(tensor)):
             return None
         if not tensor.numel():  # its memory was freed: it holds nothing that could be the weight's
             self.ref = None
             return None
-        self._state = _state(tensor)
+        self._state = state_of(tensor)
         return tensor
 
     def follow(self, weight: Weight, value: Tensor) -> None:
@@ -91,11 +91,7 @@ class Outside:
                 tensor.data = weight.load(tensor.device).data
             elif tensor is not value:
                 weight.write_to(tensor)
-        self._state = _state(tensor)
-
-
-def _state(tensor: Tensor) -> tuple[int, int] | None:
-    return None if tensor.is_inference() else (tensor._version, storage_id(tensor))
+        self._state = state_of(tensor)
 
 
 def known(tensor: Tensor) -> list[Weight]:

@@ -13,8 +13,9 @@ Leaves out: blocks that are small enough to travel whole, and fetching before it
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -99,10 +100,7 @@ class Pieces:
         """Some experts, of some of a unit's tensors: (experts, ...) each. They stay until the next call."""
         self.end()
         parts = [unit.parts()[number] for number in numbers]
-        starts, nbytes = [], 0
-        for part in parts:
-            starts.append(nbytes)
-            nbytes += -(-part.nbytes // part.shape[0] * len(experts) // ALIGN) * ALIGN
+        *starts, nbytes = _starts(part.nbytes // part.shape[0] * len(experts) for part in parts)
         slot = self._slot(nbytes)
         self._fill(slot, unit, numbers, experts, starts)
         self.current = slot
@@ -164,18 +162,21 @@ class Pieces:
 
     def _whole(self, unit: Unit, numbers: Sequence[int]) -> list[Tensor]:
         """Tensors that are no stacks, in a slot that serves one unit after another."""
-        parts, starts, nbytes = [unit.parts()[number] for number in numbers], list[int](), 0
-        for part in parts:
-            starts.append(nbytes)
-            nbytes += -(-part.nbytes // ALIGN) * ALIGN
-        if not parts:
+        if not numbers:
             return []
+        parts = [unit.parts()[number] for number in numbers]
+        *starts, nbytes = _starts(part.nbytes for part in parts)
         if self.small is None or self.small.base.nbytes < nbytes:
             self.small = self.streamer.lane.slot(nbytes)
         self._fill(self.small, unit, numbers, range(parts[0].shape[0]), starts)
         return [
             self._lent(unit, number, part, self.small, start) for number, part, start in zip(numbers, parts, starts)
         ]
+
+
+def _starts(sizes: Iterable[int]) -> list[int]:
+    """Where tensors of so many bytes begin in a slot, and at last where it ends."""
+    return [*accumulate((-(-size // ALIGN) * ALIGN for size in sizes), initial=0)]
 
 
 def _numbers(experts: Any, count: int) -> list[int]:
