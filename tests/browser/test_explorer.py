@@ -109,9 +109,9 @@ def test_hover_and_keys_tell_about_a_layer(course: Course, screenshots: Path) ->
     expect(tip(page)).to_contain_text("Boundary")
     page.keyboard.press("Shift+ArrowLeft")
     expect(explorer.locator(".bigkit-verdict")).to_contain_text("Fits")
-    expect(explorer.locator("select").nth(3)).to_have_value("custom")
+    expect(explorer.get_by_label("Strategy", exact=True)).to_have_value("custom")
     page.keyboard.press("Control+z")
-    expect(explorer.locator("select").nth(3)).to_have_value("auto")
+    expect(explorer.get_by_label("Strategy", exact=True)).to_have_value("auto")
     page.keyboard.press("Escape")
 
 
@@ -175,7 +175,7 @@ def test_keys_in_a_control_are_not_the_notebooks(course: Course) -> None:
     from playwright.sync_api import expect
 
     explorer, page = course.explorer("plan"), course.page
-    cells, strategy = course.notebook.cells.count(), explorer.locator("select").nth(3)
+    cells, strategy = course.notebook.cells.count(), explorer.get_by_label("Strategy", exact=True)
     pane = explorer.get_by_role("button", name="Device map")  # its name comes with the keys
     expect(pane).to_have_attribute("aria-expanded", "false")
     strategy.focus()
