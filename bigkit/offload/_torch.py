@@ -204,3 +204,16 @@ def tree_flatten(tree: Any) -> tuple[list[Any], Any]:
 def tree_unflatten(leaves: list[Any], spec: Any) -> Any:
     """The way back. `torch.utils._pytree`, 2.11 to 2.15."""
     return pytree.tree_unflatten(leaves, spec)
+
+
+def end_failed_capture(graph: torch.cuda.CUDAGraph, device: torch.device) -> None:
+    """Undo what a capture that cannot end leaves behind: memory still goes to its pool, and random numbers are refused.
+
+    `torch._C._cuda_endAllocateToPool`, 2.11 to 2.15. A capture that does end lets go of the random numbers.
+    """
+    with suppress(RuntimeError, AttributeError):
+        torch._C._cuda_endAllocateToPool(device.index or 0, graph.pool())
+    with suppress(RuntimeError), torch.cuda.device(device):
+        number, empty = torch.zeros(1, device=device), torch.cuda.CUDAGraph()
+        with torch.cuda.graph(empty, capture_error_mode="thread_local"):
+            number.add_(1)

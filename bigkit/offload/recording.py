@@ -10,10 +10,12 @@ Leaves out: what may be recorded (`graphs.py`), and slots (`captured.py`).
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
+
+from ._torch import end_failed_capture
 
 if TYPE_CHECKING:
     from .captured import Found, Rings
@@ -61,6 +63,13 @@ class Recording:
         """
         for device in self.devices:
             torch.cuda.synchronize(device)
+        try:
+            return self._record(function)
+        except BaseException:
+            end_failed_capture(self._graph, self.devices[0])
+            raise
+
+    def _record(self, function: Callable[[], Result]) -> Result:
         main, *others = [torch.cuda.Stream(device) for device in self.devices]
         with ExitStack() as stack:
             stack.enter_context(self.rings.borrowed())
@@ -79,6 +88,9 @@ class Recording:
                 self._found = self.rings.end()
             except BaseException as error:
                 self.error = error
+                with suppress(RuntimeError):  # a recording whose streams are not joined does not end
+                    for stream in forked:
+                        main.wait_stream(stream)
                 raise
             for stream in forked:
                 main.wait_stream(stream)

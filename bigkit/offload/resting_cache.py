@@ -1,7 +1,7 @@
 """A KV cache that rests in RAM: of a long context, only the layer that works and the next one are on the GPU.
 
     RAM    pinned, per layer: one row for each token, its keys and values side by side
-    GPU    two slots: one layer's rows are read by its attention, while those of the next layer arrive in the other
+    GPU    two slots: rows of one layer are put in the order of an attention, while those of the next layer arrive
 
 A layer needs all its rows to work, but adds only one for each token. So rows come over the link once a token, and only
 new ones go back, on a stream of their own: a link has two directions. Transformers' own offloaded cache moves whole
@@ -23,7 +23,6 @@ from transformers.cache_utils import DynamicLayer
 
 from ..checkpoints.ring import Slab
 from ..maps.partition import spread
-from ._torch import storage_users
 from .stream import is_real_cuda
 
 ROWS = 256  # tokens by which a layer's RAM grows at least
@@ -114,7 +113,8 @@ class RestingLayer(DynamicLayer):
             raise
         if not start:
             return key_states, value_states
-        keys, values = self.rows.split(slot.memory[:stop])
+        # As they lie in a `DynamicCache`: for another order an attention may choose a kernel that rounds otherwise.
+        keys, values = (part.contiguous() for part in self.rows.split(slot.memory[:stop]))
         return keys, values
 
     def get_seq_length(self) -> int:
@@ -227,7 +227,6 @@ class _Slot:
 
     def __init__(self) -> None:
         self.memory = torch.empty(0, 0)
-        self.users = 0
         self.layer: RestingLayer | None = None
         self.rows: _Rows | None = None  # those of the layer when it was fetched
         self.length = 0  # rows that it holds
@@ -270,14 +269,12 @@ class _Windows:
         assert layer.rows is not None
         slot = self.slots[0]  # used longest ago
         slot.layer = None
-        if storage_users(slot.memory) > slot.users:
-            slot.memory = torch.empty(0, 0)  # somebody keeps what an attention was given
         if not self.streams:
             self._room(slot, layer, layer.length)
             self._copy(slot, layer)
         else:
             current, (inward, _) = torch.cuda.current_stream(self.device), self.streams
-            inward.wait_stream(current)  # the attention that read the slot was queued there
+            inward.wait_stream(current)  # what has read the slot was queued there
             self._room(slot, layer, layer.length)
             for event in (slot.sent, layer.rows.sent):
                 if event is not None:
@@ -319,7 +316,6 @@ class _Windows:
             return
         with torch.inference_mode(False):
             slot.memory = torch.empty(layer.rows.capacity, width, dtype=layer.dtype, device=self.device)
-        slot.users = storage_users(slot.memory)
         for stream in self.streams:
             slot.memory.record_stream(stream)
         if self.streams:  # memory that is new to these streams may still be in use

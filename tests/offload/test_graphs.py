@@ -47,10 +47,9 @@ def plain(model, tokens, **options):
     return model.generate(tokens, cache_implementation="static", **GREEDY, **options)
 
 
-def spread(blocks, slots=2, **places):
-    return bigkit.dispatch_model(
-        llama(blocks), {**AROUND, "model.layers": "cpu", **places}, slots=slots, stand_in=STAND_IN
-    )
+def spread(blocks, slots=2, **options):
+    places = {**AROUND, "model.layers": "cpu"}
+    return bigkit.dispatch_model(llama(blocks), places, slots=slots, stand_in=STAND_IN, **options)
 
 
 @pytest.mark.parametrize("sequences", [1, 3])
@@ -245,6 +244,9 @@ def test_what_is_refused(tmp_path):
         pass
     with pytest.raises(ValueError, match="works on cpu, and only GPUs of CUDA"):
         Recording.refuse([torch.device("cuda", 0), torch.device("cpu")])
+    on_cpu = spread(4, on_cpu="1MB")
+    with pytest.raises(ValueError, match="mlp' works on the CPU"), bigkit.graph_decode(on_cpu):
+        pass
     with pytest.raises(ValueError, match="needs a model of Transformers"), bigkit.graph_decode(torch.nn.Linear(2, 2)):
         pass
     with pytest.raises(ValueError, match="training mode"), bigkit.graph_decode(llama().train()):
