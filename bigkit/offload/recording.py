@@ -38,7 +38,7 @@ class Recording:
         self.devices, self.rings = [*devices], rings
         self.error: BaseException | None = None
         self._found: Found = {}
-        self._graph = torch.cuda.CUDAGraph()
+        self._graph, self._pool = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
         self._pools = {device: torch.cuda.MemPool() for device in self.devices[1:]}
 
     @staticmethod
@@ -66,7 +66,7 @@ class Recording:
         try:
             return self._record(function)
         except BaseException:
-            end_failed_capture(self._graph, self.devices[0])
+            end_failed_capture(self._pool, self.devices[0])
             raise
 
     def _record(self, function: Callable[[], Result]) -> Result:
@@ -78,7 +78,8 @@ class Recording:
             for stream in (*others, main):
                 stack.enter_context(torch.cuda.stream(stream))
             # Another thread may allocate meanwhile: an error only if this one does what cannot be recorded.
-            stack.enter_context(torch.cuda.graph(self._graph, stream=main, capture_error_mode="thread_local"))
+            capture = torch.cuda.graph(self._graph, self._pool, main, capture_error_mode="thread_local")
+            stack.enter_context(capture)
             forked = [*others, *self.rings.streams()]
             for stream in forked:
                 stream.wait_stream(main)
