@@ -312,7 +312,8 @@ def main() -> None:
     tf.logging.set_verbosity_error()
     if args.device == "cpu":
         stand_in_graphs()
-    bench = Bench(args.device, args.tiny, 2 if args.tiny else args.blocks)
+    tiny = args.tiny or args.device == "cpu"
+    bench = Bench(args.device, tiny, 2 if tiny else args.blocks)
     device = torch.cuda.get_device_name() if args.device != "cpu" else platform.machine() + " CPU"
     about = {"device": device, "torch": torch.__version__, "transformers": tf.__version__, "blocks": bench.blocks}
     rows: list[Row] = []

@@ -13,6 +13,7 @@ import bigkit
 from bigkit.offload import graphs
 from bigkit.offload.experts import ExpertStreamer
 from bigkit.offload.recording import Recording
+from bigkit.offload.transfer import PlainLane
 from tests import fake_graph
 
 SIZES = {
@@ -213,6 +214,30 @@ def test_an_error_while_a_step_is_recorded_gives_everything_back(error):
         handle.remove()
         assert torch.equal(model.generate(prompt(), **GREEDY), expected)
     assert torch.equal(plain(model, prompt()), expected)
+
+
+@pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
+def test_an_error_at_any_copy_gives_everything_back(error, monkeypatch):
+    model, calls, fill = spread(5, slots=3), [], PlainLane.fill
+    expected, at = plain(model, prompt()), 0
+
+    def fail(self, slot, unit):
+        calls.append(1)
+        if len(calls) == at:
+            raise error("in the middle")
+        fill(self, slot, unit)
+
+    monkeypatch.setattr(PlainLane, "fill", fail)
+    with bigkit.graph_decode(model):
+        for at in range(1, 40, 3):  # in prompts, steps as ever, recordings, and between replays
+            calls.clear()
+            try:
+                model.generate(prompt(), **GREEDY)
+                model.generate(prompt(seed=2), **GREEDY)
+            except (OSError, RuntimeError, KeyboardInterrupt) as caught:
+                assert "in the middle" in str(caught)
+            calls.extend([1] * 1000)
+            assert torch.equal(model.generate(prompt(), **GREEDY), expected), at
 
 
 def test_a_step_that_waits_says_so():
