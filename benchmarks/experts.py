@@ -3,6 +3,7 @@
     python benchmarks/experts.py [--save]                  a CUDA GPU: the shapes of some models, random weights
     python benchmarks/experts.py --cases qwen3 --layers 6  one of them, with fewer blocks
     python benchmarks/experts.py --device cpu --tiny       no GPU: tiny shapes, to see that it runs
+    python benchmarks/experts.py --cases disk              no GPU: 2 GB of experts in files that nobody has read yet
 
 Each case runs in a fresh process. A step is one decoded token of every sequence with a KV cache: the time between two
 calls of a stopping criterion that waits for the GPU, as a median. A model of random weights soon repeats itself, and so
@@ -18,10 +19,12 @@ import argparse
 import contextlib
 import gc
 import json
+import os
 import platform
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -34,6 +37,7 @@ from torch import Tensor, nn
 import bigkit
 from bigkit.checkpoints.as_stored import hold_stack
 from bigkit.checkpoints.codecs import find_stack_codec
+from bigkit.measure.routing import record_routing
 from bigkit.offload.events import Event
 from bigkit.offload.experts import expert_hits
 from bigkit.offload.hooks import hooks_in
@@ -49,8 +53,8 @@ DEEPSEEK = {"vocab_size": 129280, "hidden_size": 7168, "intermediate_size": 1843
 GPT_OSS = {"vocab_size": 201088, "hidden_size": 2880, "intermediate_size": 2880, "num_attention_heads": 64,
            "num_key_value_heads": 8, "head_dim": 64, "num_local_experts": 32, "num_experts_per_tok": 4}  # fmt: skip
 TINY = {"vocab_size": 128, "hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
-CASES = ("qwen3", "mixtral", "gpt-oss", "deepseek", "qwen3-48")
-BLOCKS = {"qwen3": 16, "qwen3-48": 48, "mixtral": 6, "deepseek": 5, "gpt-oss": 12}
+CASES = ("qwen3", "mixtral", "gpt-oss", "deepseek", "qwen3-48", "disk")
+BLOCKS = {"qwen3": 16, "qwen3-48": 48, "mixtral": 6, "deepseek": 5, "gpt-oss": 12, "disk": 8}
 FEW_BITS = {"mixtral": "nf4", "gpt-oss": "MXFP4", "deepseek": "FP8"}
 
 
@@ -207,6 +211,9 @@ def row(way: str, batch: int, rate: float, **more: Any) -> dict[str, Any]:
 
 def run(case: str, layers: int, device: str, tiny: bool, new: int) -> Iterator[dict[str, Any]]:
     """The results of one case, as they come."""
+    if case == "disk":
+        yield from from_disk(tiny, min(new, 6))
+        return
     model = build(case, layers, device, tiny)
     vocabulary, link = model.config.vocab_size, link_rate()  # type: ignore[union-attr]
     blocks = experts_in(model)
@@ -256,6 +263,57 @@ def run(case: str, layers: int, device: str, tiny: bool, new: int) -> Iterator[d
         yield from spread("RAM, half on the GPU", expert_cache=total // 2)
     if case == "qwen3" and torch.cuda.is_available():
         yield accelerate(model, vocabulary)
+
+
+def from_disk(tiny: bool, new: int) -> Iterator[dict[str, Any]]:
+    """A mixture of 2 GB whose experts lie in files outside of the page cache: bytes that a token reads, by the process.
+
+    The system counts them: bytes asked for by reads, and bytes brought from the disk, of which the larger one counts.
+    """
+    sizes = {"vocab_size": 4096, "hidden_size": 1024, "num_hidden_layers": 8, "num_attention_heads": 16,
+             "num_key_value_heads": 4, "head_dim": 64, "moe_intermediate_size": 640, "num_experts": 64,
+             "num_experts_per_tok": 2, **(TINY if tiny else {})}  # fmt: skip
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.bfloat16)
+    model = tf.Qwen3MoeForCausalLM(tf.Qwen3MoeConfig(**sizes)).eval().requires_grad_(False)
+    torch.set_default_dtype(torch.float32)
+    ids = torch.randint(sizes["vocab_size"], (1, new), generator=torch.Generator().manual_seed(1))
+    expected = [model(token[None]).logits for token in ids.T]
+    routing = record_routing(model, lambda: [model(token[None]) for token in ids.T])
+    each = sum(p.nbytes for p in next(iter(experts_in(model).values())).parameters()) // sizes["num_experts"]
+    total = each * sizes["num_experts"] * sizes["num_hidden_layers"]
+    with tempfile.TemporaryDirectory() as folder:
+        bigkit.save_model(model, folder)
+        del model
+        with bigkit.init_empty_weights():
+            model = tf.Qwen3MoeForCausalLM(tf.Qwen3MoeConfig(**sizes)).bfloat16().eval()
+        for file in Path(folder).glob("*.safetensors"):
+            with open(file, "rb+") as stream:
+                os.fsync(stream.fileno())
+                os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        places = {"": "cpu", **dict.fromkeys(experts_in(model), "disk")}
+        found = bigkit.load_checkpoint_and_dispatch(model, folder, places, ram_cache="1GB")
+        with torch.no_grad():
+            for part in found.parameters():
+                if not hasattr(part, "weight"):
+                    part.sum()  # what is no expert is there before the first token
+            for number, token in enumerate(ids.T):
+                before, begin = bytes_read(), time.perf_counter()
+                logits = found(token[None]).logits
+                seconds = time.perf_counter() - begin
+                brought = max(now - then for now, then in zip(bytes_read(), before))
+                earlier = [{choice for past in layer[:number] for choice in past} for layer in routing.chosen]
+                new_ones = sum(len({*layer[number]} - past) for layer, past in zip(routing.chosen, earlier))
+                own = {"equal": bool(torch.equal(logits, expected[number])), "bytes_read": brought,
+                       "bytes_chosen": new_ones * each, "seconds": round(seconds, 3)}  # fmt: skip
+                more = {"bytes_of_experts": total} if not number else {}
+                yield row(f"disk, token {number + 1}", 1, 0, ratio=round(brought / (new_ones * each), 3), **own, **more)
+
+
+def bytes_read() -> tuple[int, int]:
+    """Bytes that this process has asked reads for, and that came from the disk for it, so far; Linux counts them."""
+    counts = dict(line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())
+    return int(counts["rchar"]), int(counts["read_bytes"])
 
 
 def few_bits(

@@ -20,6 +20,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from .checkpoints.as_stored import as_stored
 from .checkpoints.format import Checkpoint, CheckpointError
 from .checkpoints.match import match
 from .devices import Device
+from .distributed.gather import carrier
 from .distributed.pipeline import Stage
 from .distributed.state import PartialState, exchange
 from .machine.hardware import Hardware
@@ -39,6 +41,7 @@ from .offload.load_and_dispatch import load_checkpoint_and_dispatch
 from .quantize.load import load_and_quantize_model
 from .units import listed
 
+_made = count(1)  # pipelines of this process
 _SAMPLES, _SAMPLE = 64, 4096  # pieces of a file that are hashed, and bytes of each
 
 
@@ -82,6 +85,8 @@ def pipeline(
     torch.Size([1, 8])
     """
     state = PartialState()
+    if state.num_processes > 1 and carrier("cpu") != "cpu":
+        raise ValueError("this group has nccl alone: start it by PartialState(), or with backend 'cpu:gloo,cuda:nccl'")
     if plan is None:
         free = exchange(Hardware.detect(), "pipeline")
         local = int(os.environ.get("LOCAL_WORLD_SIZE", state.num_processes))
@@ -111,8 +116,8 @@ def pipeline(
             dtype = own.dtype if dtype is None else dtype
             options = {"strict": True, **slots, **options}
             load_checkpoint_and_dispatch(model, checkpoint, places, dtype=dtype, **options)
-    stage.attach(_works_on(model, plan.stages[rank].names[0]) or state.device)
-    state.wait_for_everyone()
+    tag = max(exchange(next(_made), "pipeline"))
+    stage.attach(_works_on(model, plan.stages[rank].names[0]) or state.device, tag)
     return model
 
 

@@ -6,15 +6,16 @@ its modules. And only if those two calls asked for the same, event by event, and
 and their layer's cache. Its result and cache are then new fake tensors, with storages that are followed like others.
 
 The last block of a list always runs, and must do what was noted of those before: code that asks for its layer's number
-would show there. Anything else runs as it is: blocks with hooks (weights that travel), caches of other classes than
-`DynamicCache`, arguments that are neither tensors nor plain values, several devices. Tests compare replayed runs with
-full ones.
+would show there. Devices are numbered as a block sees them, its own first, so blocks on several GPUs are equal, too.
+Anything else runs as it is: blocks on several devices, or whose weights travel, caches of other classes than
+`DynamicCache`, arguments that are neither tensors nor plain values. Tests compare replayed runs with full ones.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -22,10 +23,12 @@ import torch
 from torch import Tensor, nn
 
 from ..machine.roofline import Operation
+from ..offload.hooks import AlignDevicesHook
 from ._torch import storage_key
 from .fake_gpu import OperationLog
 
-PLAIN = (int, float, str, bool, type(None), torch.dtype, torch.device)
+KEPT = "<as it was>"  # what a cache still holds
+PLAIN = (int, float, str, bool, type(None), torch.dtype)
 
 
 class Unlike(Exception):
@@ -34,6 +37,12 @@ class Unlike(Exception):
 
 class Incomparable(Exception):
     """A block sees or leaves something that cannot be compared, so it runs as it is."""
+
+
+class Place(NamedTuple):
+    """A device by its number as the block sees it, or by its name if it is no GPU."""
+
+    name: int | str
 
 
 class View(NamedTuple):
@@ -54,7 +63,7 @@ class Record(NamedTuple):
         events: a size, for a request; -k, to free the k-th storage that the block made; or the name of a tensor in its
             layer's cache that was freed.
         kinds: what each request was for.
-        operations: as they were noted.
+        operations: as they were noted, devices by their numbers: "" is the block's own.
         unissued: `Trace.unissued` at the end.
         left: what it returned, and its layer's cache by name; tensors as `View`.
     """
@@ -74,14 +83,19 @@ def replaying(model: nn.Module, log: OperationLog) -> Iterator[None]:
     for holder in model.modules():
         if isinstance(holder, nn.ModuleList) and len(holder) > 2:
             for block in holder:
-                if (modules := _modules(block)) is not None:
-                    block.forward = partial(replayer.call, block, modules, block is holder[-1])
-                    wrapped.append(block)
+                devices = {str(t.device) for t in (*block.parameters(), *block.buffers())}
+                if len(devices) == 1 and (modules := _modules(block)) is not None:
+                    hooked = vars(block).get("forward")
+                    forward = hooked or partial(type(block).forward, block)
+                    block.forward = partial(replayer.call, forward, block, modules, devices.pop(), block is holder[-1])
+                    wrapped.append((block, hooked))
     try:
         yield
     finally:
-        for block in wrapped:
+        for block, hooked in wrapped:
             vars(block).pop("forward", None)
+            if hooked is not None:
+                block.forward = hooked
 
 
 class Replayer:
@@ -93,30 +107,46 @@ class Replayer:
     def __init__(self, log: OperationLog) -> None:
         self.log, self.trace = log, log.trace
         self.records: dict[Any, tuple[Record | None, bool]] = {}
+        self.device, self.names = "", [""]  # where the block lies that is called, and the devices that it sees
+        self.named: dict[Any, tuple[Sequence[Operation], Sequence[Operation]]] = {}
 
-    def call(self, block: nn.Module, modules: Any, last: bool, *args: Any, **kwargs: Any) -> Any:
-        """What `block(*args, **kwargs)` gives, run or replayed."""
-        forward = partial(type(block).forward, block, *args, **kwargs)
-        if len(self.trace.recordings) != 1:
+    def call(
+        self,
+        own: Callable[..., Any],
+        block: nn.Module,
+        modules: Any,
+        device: str,
+        last: bool,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        """What `own(*args, **kwargs)`, the forward of a block on a device, gives, run or replayed."""
+        forward = partial(own, *args, **kwargs)
+        if device not in self.trace.recordings:
             return forward()
-        [self.device] = self.trace.recordings
+        self.device = device
         try:
             with self.log.silent():  # asking a fake tensor for its device is an operation
-                seen = Seen()
+                seen = Seen(device)
                 arguments = described((args, kwargs), seen.about)
                 layer = seen.layer(block)
                 cached = None if layer is None else (type(layer), described(vars(layer), seen.about))
         except Incomparable:
             return forward()
-        key = (modules, self.log.kind, self.trace.unissued, arguments, cached)
+        warm = self._warm()
+        key = (modules, self.log.kind, self.trace.unissued, arguments, cached, warm)
         record, sure = self.records.get(key, (None, False))
+        self.names = [*seen.devices]
         if record is not None and sure and not last:
             return self.replay(record, layer)
         begins, freeable = [len(lines) for lines in self._lines()], self._requests_of(layer)
+        before, others = self._held(layer), self._events_elsewhere()
         result = forward()
         try:
+            if self._warm() != warm or self._events_elsewhere() != others:
+                raise Incomparable
             with self.log.silent():
-                new = self.record(begins, freeable, result, layer)
+                new = self.record(begins, freeable, result, layer, before)
         except Incomparable:
             new = None
         if sure and new != record:
@@ -124,9 +154,32 @@ class Replayer:
         self.records[key] = new, new is not None and new == record
         return result
 
+    def _warm(self) -> int:
+        """How many libraries have taken their workspace on the device: the first product there takes more."""
+        return sum(entry == self.device or entry[0] == self.device for entry in self.log.warm)
+
+    def _events_elsewhere(self) -> list[int]:
+        return [len(recording.events) for name, recording in self.trace.recordings.items() if name != self.device]
+
     def _lines(self) -> tuple[list[int], list[str], list[Operation]]:
         """Events and kinds of the device, and all operations."""
         return self.trace.recordings[self.device].events, self.trace.kinds[self.device], self.trace.operations
+
+    def _place(self, device: torch.device) -> Place:
+        name = str(device)
+        if device.type == "cuda" and name not in self.names:
+            raise Incomparable
+        return Place(self.names.index(name) if device.type == "cuda" else name)
+
+    def _held(self, layer: Any) -> dict[str, Any]:
+        """Name -> request and layout, of the tensors in a layer's cache; the tensors themselves would live on."""
+        live, items = self.log.live, {} if layer is None else vars(layer)
+        tensors = {name: value for name, value in items.items() if isinstance(value, Tensor) and value.is_cuda}
+        return {
+            name: (live[storage_key(value)][:2], value.shape, value.stride(), value.storage_offset())
+            for name, value in tensors.items()
+            if storage_key(value) in live
+        }
 
     def _requests_of(self, layer: Any) -> dict[int, str]:
         """Request -> name, of the tensors in a layer's cache."""
@@ -134,8 +187,33 @@ class Replayer:
         tensors = {name: storage_key(value) for name, value in items.items() if isinstance(value, Tensor)}
         return {live[key][1]: name for name, key in tensors.items() if key in live}
 
-    def record(self, begins: Sequence[int], freeable: Mapping[int, str], result: Any, layer: Any) -> Record:
-        """What was noted since `begins`, requests numbered from there.
+    def _numbered(self, operation: Operation) -> Operation:
+        """An operation with the numbers of its devices."""
+        if operation.device != self.device:
+            raise Incomparable
+        source = operation.source
+        if source.startswith("cuda"):
+            if source not in self.names:
+                raise Incomparable
+            source = f"cuda#{self.names.index(source)}"
+        return replace(operation, device="", source=source)
+
+    def _named(self, operations: Sequence[Operation]) -> Sequence[Operation]:
+        """Operations with the devices that the block sees now."""
+        names = {f"cuda#{number}": name for number, name in enumerate(self.names)}
+        key = (id(operations), *self.names)
+        if key not in self.named:
+            named = [
+                replace(operation, device=self.device, source=names.get(operation.source, operation.source))
+                for operation in operations
+            ]
+            self.named[key] = operations, named  # held, so that no other has this id
+        return self.named[key][1]
+
+    def record(
+        self, begins: Sequence[int], freeable: Mapping[int, str], result: Any, layer: Any, before: Mapping[str, Any]
+    ) -> Record:
+        """What was noted since `begins`, requests numbered from there; `before` is `_held` of the layer's cache then.
 
         Raises:
             Incomparable: the block left something else behind, or freed what others made.
@@ -143,7 +221,9 @@ class Replayer:
         (events, kinds, operations), (event, first, operation) = self._lines(), begins
         kept: set[int] = set()  # requests that the result and the cache keep alive
 
-        def view(tensor: object) -> View:
+        def view(tensor: object) -> View | Place:
+            if isinstance(tensor, torch.device):
+                return self._place(tensor)
             if not isinstance(tensor, Tensor) or not tensor.is_cuda or str(tensor.device) != self.device:
                 raise Incomparable
             nbytes = tensor.untyped_storage().nbytes()
@@ -154,13 +234,16 @@ class Replayer:
             offset = int(tensor.storage_offset())
             return View(number - first, nbytes, tuple(tensor.shape), tensor.stride(), offset, tensor.dtype)
 
-        left = described([result, {} if layer is None else vars(layer)], view)
+        cache = {} if layer is None else dict(vars(layer))
+        cache |= {name: KEPT for name, held in self._held(layer).items() if held == before.get(name)}
+        left = described([result, cache], view)
         numbers: list[Any] = []
         for number in events[event:]:
             numbers.append(number if number > 0 else number + first if -number > first else freeable.get(-number))
-        if None in numbers or {number for _, number, _ in self.log.live.values() if number > first} != kept:
+        alive = {number for device, number, _ in self.log.live.values() if device == self.device and number > first}
+        if None in numbers or alive != kept:
             raise Incomparable
-        new = tuple(numbers), tuple(kinds[first:]), tuple(operations[operation:])
+        new = tuple(numbers), tuple(kinds[first:]), tuple(map(self._numbered, operations[operation:]))
         return Record(*new, self.trace.unissued, left)
 
     def replay(self, record: Record, layer: Any) -> Any:
@@ -176,12 +259,13 @@ class Replayer:
             else:
                 events.append(event if event > 0 else event - first)
         kinds.extend(record.kinds)
-        operations.extend(record.operations)
+        operations.extend(self._named(record.operations))
         self.trace.unissued = record.unissued
         with self.log.silent():
             result, cache = self._restored(record.left, first, {})
         for name, value in cache.items():
-            setattr(layer, name, value)
+            if value is not KEPT:
+                setattr(layer, name, value)
         return result
 
     def _restored(self, value: Any, first: int, storages: dict[int, Tensor]) -> Any:
@@ -192,6 +276,8 @@ class Replayer:
                 if value.storage:
                     self.log.follow(storages[value.storage], self.device, first + value.storage)
             return storages[value.storage].view(value.dtype).as_strided(value.shape, value.stride, value.offset)
+        if isinstance(value, Place):
+            return torch.device(self.names[value.name] if isinstance(value.name, int) else value.name)
         kind, items = value
         if kind is dict:
             return {name: self._restored(item, first, storages) for name, item in items}
@@ -218,16 +304,21 @@ def described(value: Any, about: Callable[[Any], Any]) -> Any:
 class Seen:
     """What the code of one call can see. Storages are numbered as they come."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: str) -> None:
         self.storages: dict[int, int] = {}
+        self.devices = {device: 0}
         self.caches: list[Any] = []
 
     def about(self, value: Any) -> Any:
-        """How a tensor lies in memory, and which others share it; or that it is a cache."""
+        """How a tensor lies in memory, and which others share it; a device's number; or that it is a cache."""
+        if isinstance(value, torch.device):
+            return self.devices.setdefault(str(value), len(self.devices)) if value.type == "cuda" else str(value)
         if isinstance(value, Tensor):
             alias = self.storages.setdefault(storage_key(value), len(self.storages))
             size = value.untyped_storage().nbytes()
-            return tuple(value.shape), value.stride(), value.storage_offset(), value.dtype, value.device, alias, size
+            place = str(value.device)
+            where = self.devices.setdefault(place, len(self.devices)) if value.is_cuda else place
+            return tuple(value.shape), value.stride(), value.storage_offset(), value.dtype, where, alias, size
         if type(value).__name__ != "DynamicCache":
             raise Incomparable
         self.caches.append(value)
@@ -252,22 +343,35 @@ def _modules(block: nn.Module) -> Any:
     about = []
     for name, module in block.named_modules():
         own = vars(module)
-        if "_hf_hook" in own or "forward" in own or module._forward_hooks or module._forward_pre_hooks:
+        hook = own.get("_hf_hook")
+        if ("forward" in own) != (hook is not None) or module._forward_hooks or module._forward_pre_hooks:
+            return None
+        if hook is not None and not _only_moves_inputs(hook):
             return None
         plain = tuple((key, described(value, _attribute)) for key, value in own.items() if key not in _IGNORED)
         tensors = tuple(
-            (key, None if t is None else (tuple(t.shape), t.stride(), t.dtype, t.device))
+            (key, None if t is None else (tuple(t.shape), t.stride(), t.dtype))
             for key, t in (*module._parameters.items(), *module._buffers.items())
         )
-        about.append((name, type(module), plain, tensors))
+        about.append((name, type(module), hook is None, plain, tensors))
     return tuple(about)
 
 
-_IGNORED = {*vars(nn.Module()), "layer_idx"} - {"training"}  # what every module has, and what differs by its nature
+def _only_moves_inputs(hook: object) -> bool:
+    """Whether a hook does nothing but send inputs to the device on which its module's weights rest."""
+    return type(hook) is AlignDevicesHook and not any((hook.streamer, hook.unit, hook.output_device))
+
+
+# What every module has, and what differs by its nature.
+_IGNORED = {*vars(nn.Module()), "layer_idx", "forward", "_hf_hook", "_old_forward"} - {"training"}
 
 
 def _attribute(value: Any) -> Any:
     """What stands for an attribute that is not plain: its identity, since equal blocks share their config."""
     if type(value).__name__ == "MatmulLtState":  # of bitsandbytes' int8 layers, one for each
         return tuple((name, item) for name, item in vars(value).items() if isinstance(item, PLAIN))
+    if isinstance(value, torch.device):
+        return str(value)
+    if isinstance(value, partial):
+        return id(value.func), described(value.args, id), described(value.keywords, id)
     return id(value)

@@ -25,6 +25,7 @@ from ..model.config import facts
 from ..model.estimate import whole_number
 from ..offload.inputs import torch_device
 from ..units import counted
+from ._torch import FakeTensor
 from .inputs import NotMade, inputs_of, main_input, vocabulary
 
 CACHES = ("past_key_values", "cache_params", "mems", "state")  # fields of an output that hold what was seen
@@ -118,7 +119,8 @@ def fill(model: nn.Module, device_map: Mapping[str, Device], std: float = 0.02) 
                 continue
             if id(parameter) not in filled:
                 data = torch.empty(parameter.shape, dtype=parameter.dtype, device=place(prefix + name))
-                data = data.normal_(0, std) if data.is_floating_point() and data.element_size() > 1 else data.zero_()
+                if not isinstance(data, FakeTensor):  # those have no values
+                    data.normal_(0, std) if data.is_floating_point() and data.element_size() > 1 else data.zero_()
                 filled[id(parameter)] = nn.Parameter(data, requires_grad=False)
             module._parameters[name] = filled[id(parameter)]
         for name, buffer in module._buffers.items():

@@ -35,6 +35,7 @@ Reading order:
     experts.py       experts of a mixture apart from their blocks
     llama_cpp.py     a plan as options of llama.cpp
     hosts.py         `plan_hosts`: a stage for each of several hosts, each with a plan of its own
+    tensors.py       what it would give to split every layer instead
     engines.py       such a plan as commands of vLLM, SGLang and llama.cpp
     pipeline.py      which components of a pipeline stay, come for their phase, or come block by block
     own_map.py       a map of the user's own, to be checked and measured

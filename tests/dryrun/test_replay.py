@@ -7,15 +7,15 @@ from torch import nn
 from bigkit import dry_run, init_empty_weights
 from bigkit.dryrun.attention import Target
 from bigkit.dryrun.rehearse import rehearse
-from bigkit.dryrun.replay import Unlike
+from bigkit.dryrun.replay import Replayer, Unlike
 from bigkit.dryrun.workload import Workload
 from bigkit.zoo import catalog
 from tests.dryrun.test_fake_gpu import TINY, tiny
 
 
-def small(name):
+def small(name, blocks=5):
     """A function that builds a shipped model's architecture with five blocks."""
-    blocks = dict.fromkeys(("num_hidden_layers", "num_layers", "num_decoder_layers", "n_layer"), 5)
+    blocks = dict.fromkeys(("num_hidden_layers", "num_layers", "num_decoder_layers", "n_layer"), blocks)
     config = catalog.config(catalog.find(name))
     sizes = {**TINY[name], **{field: count for field, count in blocks.items() if field in config}}
     return lambda: tiny(name, **sizes)
@@ -107,3 +107,15 @@ def test_blocks_with_other_attributes_or_hooks_are_run():
     dry_run(model)
     assert len(calls) == 8
     assert "forward" not in vars(model.blocks[0]) and torch.is_tensor(model.blocks[0].linear.weight)
+
+
+def test_blocks_on_several_gpus_are_replayed_as_they_run(monkeypatch):
+    spread = {"model.embed_tokens": 0, "model.norm": 2, "model.rotary_emb": 2, "lm_head": 2}
+    spread |= {f"model.layers.{i}": i // 4 for i in range(12)}
+    calls, real = [], Replayer.replay
+    monkeypatch.setattr(Replayer, "replay", lambda *args: calls.append(1) or real(*args))
+    model = small("llama-3.1-8b", 12)
+    full, replayed = (dry_run(model, spread, 2, 24, 2, "3 x T4", replay=flag) for flag in (False, True))
+    assert len(calls) >= 8, "most blocks, in three steps"
+    assert full.recordings == replayed.recordings and full.kinds == replayed.kinds and full.steps == replayed.steps
+    assert list(full.operations) == list(replayed.operations) and full.seconds == replayed.seconds
