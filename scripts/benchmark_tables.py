@@ -75,10 +75,6 @@ def headlines() -> Iterable[Iterable[str]]:
     whole = row("experts", way="resident", batch=1)["tokens_per_second"]
     yield ("decode with 19 GB of experts in RAM, 8 of 128 chosen", f"{own:.1f} tokens/s", f"Accelerate {theirs:.2f}",
            f"{whole:.1f} (all on the GPU)")  # fmt: skip
-    own, theirs = (row("decode", part="bf16", way=way)["tokens_per_s"] for way in ("one graph a token", "Python"))
-    yield "decode a 7B on the GPU", f"{own:.0f} tokens/s", f"Transformers {theirs:.0f}", ""
-    own, theirs = (row("decode", part="cache", way=way)["tokens_per_s"] for way in RESTING)
-    yield "decode with a KV cache in RAM, 32,768 tokens", f"{own:.1f} tokens/s", f"Transformers {theirs:.1f}", ""
     longest = results("planner")["rows"][2]
     yield (f"plan {longest['model']} over 8 GPUs, from layer records", f"{longest['balanced_ms']:.1f} ms",
            f"Accelerate {longest['accelerate_ms']:.0f} ms", "")  # fmt: skip
