@@ -45,7 +45,7 @@ def flux(device: str, tiny: bool, blocks: int) -> Any:
         text = {"vocab_size": 99, "d_model": 32, "d_kv": 8, "d_ff": 64, "num_heads": 4} if tiny else {
             "vocab_size": 32128, "d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_heads": 64,
             "feed_forward_proj": "gated-gelu"}  # fmt: skip
-        t5 = tf.T5EncoderModel(tf.T5Config(**text, num_layers=3 if tiny else 12))
+        t5 = tf.T5EncoderModel(tf.T5Config(**text, num_layers=3 if tiny else max(2, 24 * blocks // 19)))
         short = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
                  "vocab_size": 99, "projection_dim": 32} if tiny else {}  # fmt: skip
         clip = tf.CLIPTextModel(tf.CLIPTextConfig(**{
