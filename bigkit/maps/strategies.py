@@ -69,8 +69,7 @@ def place(
         max_memory: device -> budget in bytes or as text ("10GiB"). Devices are GPU numbers, "mps", "cpu" and "disk".
             A disk that is not named has no limit; RAM that is not named is not used.
         strategy: one of `STRATEGIES`, or a device map of your own (module name -> device; or one device for all) to be
-            checked and measured. Where entries lie inside each other, the innermost counts
-            ({"": "cpu", "lm_head": 0}).
+            checked and measured; of entries inside each other the innermost counts ({"": "cpu", "lm_head": 0}).
         dtype: floating weights are cast to it; None keeps them as stored. In 16 bit, those that the model's
             classes need in float32 (`_keep_in_fp32_modules` of Transformers) count as float32.
         quantization: None or one of `model.spec.QUANTIZATIONS`.
