@@ -29,7 +29,7 @@ from bigkit.measure.links import measure_together
 from bigkit.offload.hooks import hooks_in
 from bigkit.offload.on_cpu import MlpHook
 
-NEW = 12  # tokens that are generated
+NEW, LOADED = 8, 12  # tokens that are generated; blocks that are loaded from files
 
 
 def random_layers(model: nn.Module) -> dict[str, Tensor]:
@@ -102,16 +102,19 @@ def clean() -> None:
 
 def measure(table: Any, parts: list[str], layers: int, cores: int) -> None:
     """Both parts, on one model."""
-    state = random_layers(llama(layers))
+    state, run = random_layers(llama(layers)), Run(table)
     if "links" in parts:
-        links(table, layers, state)
+        links(table, layers, state, run)
     if "cpu" in parts:
-        cpu(table, layers, state, cores)
+        cpu(table, layers, state, cores, run)
+    if "links" in parts:
+        first = {n: t for n, t in state.items() if ".layers." not in n or _layer(n) < LOADED}
+        loading(table, first, torch.cuda.device_count())
 
 
-def links(table: Any, layers: int, state: dict[str, Tensor]) -> None:
+def links(table: Any, layers: int, state: dict[str, Tensor], run: Run) -> None:
     """One link against two."""
-    size, run, gpus = sum(tensor.nbytes for tensor in state.values()), Run(table), torch.cuda.device_count()
+    size, gpus = sum(tensor.nbytes for tensor in state.values()), torch.cuda.device_count()
     table.add(way="weights", shape="-", s=0.0, bytes=size, gpus=gpus)
     for way, where, options in (
         ("one GPU", 0, {}),
@@ -126,9 +129,6 @@ def links(table: Any, layers: int, state: dict[str, Tensor]) -> None:
                   peak_gb=[torch.cuda.max_memory_allocated(device) / GB for device in range(gpus)])  # fmt: skip
         del model
         clean()
-    loading(
-        table, {name: tensor for name, tensor in state.items() if ".layers." not in name or _layer(name) < 16}, gpus
-    )
 
 
 def _layer(name: str) -> int:
@@ -161,21 +161,22 @@ def _in_block(name: str) -> bool:
     return ".layers." in name
 
 
-def cpu(table: Any, layers: int, state: dict[str, Tensor], cores: int) -> None:
+def cpu(table: Any, layers: int, state: dict[str, Tensor], cores: int, run: Run) -> None:
     """What MLPs on the CPU are worth."""
     allowed = sorted(os.sched_getaffinity(0))[:cores]
     for thread in os.listdir("/proc/self/task"):
         os.sched_setaffinity(int(thread), allowed)
     torch.set_num_threads(len(allowed))
-    rates, reads = measure_together(512 * 2**20, 2**31)
+    rates, reads = measure_together(512 * 2**20, 2**30)
     for dtype, rows in reads.items():
         for threads, own, other in rows:
             table.add(way=f"CPU reads, {dtype}", shape=f"{threads} threads", s=0.0, gb_s=own / GB, link_gb_s=other / GB)
     table.add(way="links", shape="-", s=0.0, gb_s=sum(rates) / GB)
-    size, run = sum(tensor.nbytes for tensor in state.values()), Run(table)
+    size = sum(tensor.nbytes for tensor in state.values())
     mlp = sum(tensor.nbytes for name, tensor in state.items() if ".layers.0.mlp." in name)
-    run("in RAM, streamed", bigkit.cpu_offload(filled(layers, state), 0), size)
-    for count, slots, spare in ((16, 2, (0,)), (22, 3, (0,)), (24, 4, (0, 1))):
+    if not run.expected:
+        run("in RAM, streamed", bigkit.cpu_offload(filled(layers, state), 0), size)
+    for count, slots, spare in ((21, 3, (0,)), (24, 4, (0, 1))):
         count = count * layers // 32
         model = bigkit.cpu_offload(filled(layers, state), 0, on_cpu=count * mlp, slots=slots)
         for threads in (max(1, len(allowed) - cores_left) for cores_left in spare):

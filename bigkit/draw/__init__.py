@@ -28,6 +28,7 @@ Reading order:
     study       a quantized layer
     experts     which experts a token takes, and what a cache of them would have
     run         a model that runs while it is spread out, moment by moment
+    ways        what links, GPUs and the CPU do for a token, way by way
     dryrun      what each device holds and does over a run, predicted and measured
     advice      the memory of each way to store a model, against a machine, and what a token waits for
     diagrams    blocks, arrows and braces: the drawn pictures of the course, continued in diagrams_run

@@ -108,6 +108,7 @@ def dry_run(
     if isinstance(given, Plan):
         dtype, quantization = dtype or given.dtype, quantization or given.quantization
         slots = slots or given.slots
+    left_out = ("MLPs that the CPU computes are streamed here.",) if getattr(given, "on_cpu", None) else ()
     if quantization is None and dtype is None:
         quantization = _quantized_so(model)
     working = (*places.values(), *getattr(places, "works", {}).values())
@@ -157,7 +158,7 @@ def dry_run(
         rates={f"cuda:{i}": rates[i] for i in numbers},
         capacity={i: machine.gpus[i].memory - context for i in numbers},
         asked=in_words(empty, load),
-        notes=remarks(name, about, load.prompt + load.new),
+        notes=(*remarks(name, about, load.prompt + load.new), *left_out),
         twin=calibration.twin(type(empty).__name__, kind, issued) if calibration else None,
         met=target.capability == COMPARED,
         expert_hits=trace.expert_hits,

@@ -32,6 +32,7 @@ Read in this order:
     ledger      what was measured on a machine (`Calibration`), and the file that keeps it
     roofline    one operation -> seconds; the operations of a run -> seconds for each step
     streams     the clock of weights that travel: disk, link, slots, work
+    ways        a token over one link, over several, and with MLPs that the CPU computes
     network     the line between two hosts, and when each stage of a model works that spans them
     allocator   PyTorch's caching allocator, request by request
     routing     which experts were chosen, token by token, and what a cache of some of them would have had
