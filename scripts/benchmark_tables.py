@@ -189,6 +189,13 @@ def experts_in_ram() -> Iterable[Iterable[str]]:
         yield way, *(text(rates.get(batch), digits=digits) for batch in (1, 8, 32)), text(size, " GB", 1)
 
 
+@table("2 GB of experts on a cold disk", "read", "chosen for the first time", "ratio", "time")
+def experts_on_disk() -> Iterable[Iterable[str]]:
+    for number, one in enumerate(results("experts-cpu")["rows"], 1):
+        read, chosen = (text(one[name] / 1e6, " MB", 1) for name in ("bytes_read", "bytes_chosen"))
+        yield f"token {number}", read, chosen, text(one["ratio"]), text(one["seconds"], " s")
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Decoding
 
