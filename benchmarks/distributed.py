@@ -24,7 +24,7 @@ import shutil
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -162,7 +162,7 @@ def measure_shares(options: argparse.Namespace) -> dict[str, Any]:
 # ---------------------------------------------------------------------------------------------------------------------
 # One model over two processes
 
-LOADS = {"one sequence": (1, 64, 2), "many": (64, 256, 4)}  # sequences in a group, tokens of a prompt, groups
+LOADS = {"one sequence": (1, 64, 2), "many": (64, 128, 4)}  # sequences in a group, tokens of a prompt, groups
 LOADS_CPU = {"one sequence": (1, 16, 2), "many": (8, 32, 4)}
 
 
@@ -185,19 +185,36 @@ def empty_model(kind: str, gpu: bool) -> Any:
         return family._from_config(config, dtype=torch.bfloat16 if gpu else torch.float32)
 
 
-def write_checkpoint(kind: str, gpu: bool, folder: Path) -> None:
-    """Random weights for `empty_model`, in shards."""
-    torch.manual_seed(0)
-    model = empty_model(kind, gpu).to_empty(device="cuda" if gpu else "cpu")
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.normal_(0, 0.02)
-    bigkit.save_model(model, folder, "2GB" if gpu else "20MB")
-    model.config.save_pretrained(folder)
+def write_part(model: Any, names: Sequence[str], folder: Path, rank: int, gpu: bool) -> None:
+    """Random weights for some modules of an empty model, in files of this process; rank 0 writes the index."""
+    import json
+
+    import torch
+    from safetensors.torch import save_file
+
+    from bigkit import gather_object
+
+    mine = [name for name, _ in model.named_parameters() if any(name.startswith(f"{own}.") for own in names)]
+    generator = torch.Generator("cuda" if gpu else "cpu").manual_seed(rank)
+    shapes = dict(model.named_parameters())
+    weight_map = {}
+    for start in range(0, len(mine), 40):
+        file = f"part-{rank}-{start}.safetensors"
+        tensors = {}
+        for name in mine[start : start + 40]:
+            drawn = torch.empty(shapes[name].shape, dtype=shapes[name].dtype, device=generator.device)
+            tensors[name] = drawn.normal_(1.0 if "norm" in name else 0.0, 0.02, generator=generator).cpu()
+            weight_map[name] = file
+        save_file(tensors, folder / file)
+    parts = gather_object([weight_map])
+    if rank == 0:
+        index = {"metadata": {}, "weight_map": {name: file for part in parts for name, file in part.items()}}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
-def answer_in_stages(kind: str, gpu: bool, folder: Path, new: int, loads: dict[str, Any]) -> dict[str, Any]:
-    """What this process measures, alone with all GPUs or as one of several with one each: seconds, tokens, bytes."""
+def answer_in_stages(kinds: list[str], gpu: bool, folder: Path, new: int, loads: dict[str, Any]) -> list[Any]:
+    """For each kind of model what this process measures: in stages, and on process 0 alone with all GPUs."""
+    import shutil
     import time
     from dataclasses import replace
 
@@ -212,64 +229,94 @@ def answer_in_stages(kind: str, gpu: bool, folder: Path, new: int, loads: dict[s
     state = PartialState(cpu=not gpu)
     if not gpu:
         torch.set_num_threads(1)
-    config = None
-    if kind in ("int8", "nf4"):
-        bits = {"load_in_8bit": True} if kind == "int8" else {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
-        dtypes = {"torch_dtype": torch.bfloat16, "bnb_4bit_compute_dtype": "bf16"} if gpu else {}
-        config = BnbQuantizationConfig(**bits, **dtypes)
+
+    def meet() -> None:
+        gather_object([rank])  # by gloo: a barrier of nccl would spin on a GPU that process 0 is measuring
+
+    rank, dtype = state.process_index, torch.bfloat16 if gpu else torch.float32
     machine = gather_object([Hardware.detect()])[0]  # one for all: how much is free changes
     hosts = [replace(machine, gpus=machine.gpus[i : i + 1], ram=machine.ram // 2) for i in range(2)]
-    model = empty_model(kind, gpu)
-    plan = bigkit.plan_hosts(
-        model, hosts, Network("NVLink", 3e11, 3e-5), dtype="bfloat16" if gpu else "float32",
-        quantization=config and config.quantization, context=320, overhead=None if gpu else 0,
-    )  # fmt: skip
-    if gpu:
-        torch.cuda.reset_peak_memory_stats()
-    start = time.perf_counter()
-    together = state.num_processes > 1
-    if together:
-        model = bigkit.pipeline(model, folder, plan, config)
-    else:  # the same cut, over the GPUs of one process
-        places = {name: rank if gpu else "cpu" for rank, stage in enumerate(plan.stages) for name in stage.names}
-        places |= dict.fromkeys(("model.norm", "model.rotary_emb"), 1 if gpu else "cpu")
-        if config is None:
-            model = bigkit.load_checkpoint_and_dispatch(model, folder, places, dtype=plan.stages[0].plan.dtype)
-        else:
-            model = bigkit.load_and_quantize_model(model, config, folder, places)
-    model.eval()
-    said: dict[str, Any] = {"load_s": time.perf_counter() - start, "one_predicted": plan.one, "tokens": {}, "rates": {}}
-    said["blocks"] = [stage.blocks for stage in plan.stages]
-    said["held_mib"] = sum(tensor.nbytes for tensor in model.parameters()) // MiB
-    if gpu:
-        said["peak_mib"] = [torch.cuda.max_memory_allocated(i) // MiB for i in range(torch.cuda.device_count())]
-    model.generation_config.eos_token_id = None  # random weights draw any token
-    model.generation_config.pad_token_id = 0
-    device = state.device
 
-    def ask(ids: Any) -> Any:
+    def measured(model: Any, ways: dict[str, Any], together: bool) -> tuple[dict[str, float], dict[str, Any]]:
+        """Tokens a second of every load and way, and the tokens."""
+        model.generation_config.eos_token_id = None  # random weights draw any token
+        model.generation_config.pad_token_id = 0
+        generator, rates, answers = torch.Generator().manual_seed(1), {}, {}
+        for load, (batch, prompt, groups) in loads.items():
+            ids = torch.randint(3, model.config.vocab_size, (groups, batch, prompt), generator=generator)
+            prompts = [*ids.to(state.device)]
+            for way, run in ways.items():
+                run(model, [ids[:, :8] for ids in prompts[:2]])  # the first one does more
+                if together:
+                    meet()
+                start = time.perf_counter()
+                said = run(model, prompts)
+                if together:
+                    meet()
+                rates[f"{load}, {way}"] = groups * batch * new / (time.perf_counter() - start)
+                said = [tokens.tolist() for tokens in said]
+                assert answers.setdefault(load, said) == said, "in flight they say the same"
+            if together:
+                rates[f"{load}, work_ms"] = 1e3 * work_of_a_token(model, lambda p=prompts, m=model: ask(m, p[0]), gpu)
+        return rates, answers
+
+    def ask(model: Any, ids: Any) -> Any:
         return model.generate(ids, max_new_tokens=new, do_sample=False).cpu()
 
-    generator = torch.Generator().manual_seed(1)
-    for load, (batch, prompt, groups) in loads.items():
-        vocabulary = model.config.vocab_size
-        prompts = [torch.randint(3, vocabulary, (batch, prompt), generator=generator) for _ in range(groups)]
-        prompts = [ids.to(device) for ids in prompts]
-        ask(prompts[0][:, :8])
-        ways = {"one at a time": lambda prompts=prompts: [ask(ids) for ids in prompts]}
+    def one_at_a_time(model: Any, prompts: Any) -> list[Any]:
+        return [ask(model, ids) for ids in prompts]
+
+    def in_flight(model: Any, prompts: Any) -> list[Any]:
+        return map_in_flight(lambda ids: ask(model, ids), prompts, model)
+
+    def loaded(kind: str, plan: Any, config: Any, together: bool) -> Any:
+        model = empty_model(kind, gpu)
         if together:
-            ways["in flight"] = lambda prompts=prompts: map_in_flight(ask, prompts, model)
-        for way, run in ways.items():
-            state.wait_for_everyone()
-            start = time.perf_counter()
-            answers = run()
-            state.wait_for_everyone()
-            said["rates"][f"{load}, {way}"] = groups * batch * new / (time.perf_counter() - start)
-            said["tokens"].setdefault(load, [ids.tolist() for ids in answers])
-            assert said["tokens"][load] == [ids.tolist() for ids in answers], "in flight they say the same"
-        if together:
-            said[f"work_ms, {load}"] = 1e3 * work_of_a_token(model, lambda p=prompts: ask(p[0]), gpu)
-    return said
+            return bigkit.pipeline(model, stored[kind == "moe"], plan, config).eval()
+        places = {name: rank if gpu else "cpu" for rank, stage in enumerate(plan.stages) for name in stage.names}
+        places |= dict.fromkeys(("model.norm", "model.rotary_emb"), 1 if gpu else "cpu")  # the same cut
+        if config is None:
+            return bigkit.load_checkpoint_and_dispatch(model, stored[kind == "moe"], places, dtype=dtype).eval()
+        return bigkit.load_and_quantize_model(model, config, stored[kind == "moe"], places).eval()
+
+    stored, rows, written = [folder / "llama", folder / "moe"], [], set[Path]()
+    for kind in kinds:
+        config = None
+        if kind in ("int8", "nf4"):
+            bits = {"load_in_8bit": True} if kind == "int8" else {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+            computing = {"torch_dtype": dtype, "bnb_4bit_compute_dtype": dtype}
+            config = BnbQuantizationConfig(**bits, **computing)
+        ask_for = {"quantization": config and config.quantization, "context": 320, "overhead": None if gpu else 0}
+        model = empty_model(kind, gpu)
+        plan = bigkit.plan_hosts(model, hosts, Network("NVLink", 3e11, 3e-5), dtype=dtype, **ask_for)
+        if (place := stored[kind == "moe"]) not in written:
+            place.mkdir(exist_ok=True)
+            write_part(model, [*plan.stages[rank].names, *(["model.norm"] if rank else [])], place, rank, gpu)
+            written.add(place)
+            meet()
+        if gpu:
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        start = time.perf_counter()
+        model = loaded(kind, plan, config, together=True)
+        row: dict[str, Any] = {"load_s": time.perf_counter() - start, "blocks": plan.stages[rank].blocks}
+        row["held_mib"] = sum(tensor.nbytes for tensor in model.parameters()) // MiB
+        row |= {"peak_mib": torch.cuda.max_memory_allocated() // MiB} if gpu else {}
+        row |= {"kind": kind, "new": new, "one_predicted": plan.one, "split_predicted": plan.split}
+        row["rates"], tokens = measured(model, {"one at a time": one_at_a_time, "in flight": in_flight}, True)
+        print(row, flush=True)
+        del model
+        meet()
+        if rank == 0:
+            whole = loaded(kind, plan, config, together=False)
+            row["alone"], expected = measured(whole, {"one at a time": one_at_a_time}, False)
+            del whole
+            row["equal"] = tokens == expected
+        rows.append(row)
+        meet()
+    if rank == 0:
+        shutil.rmtree(folder, ignore_errors=True)
+    return rows
 
 
 def work_of_a_token(model: Any, run: Any, gpu: bool) -> float:
@@ -298,28 +345,25 @@ def work_of_a_token(model: Any, run: Any, gpu: bool) -> float:
     return statistics.median(times[1:])  # the first is that of the prompt
 
 
-def measure_stages(kinds: list[str], gpu: bool, new: int) -> Iterator[dict[str, Any]]:
-    """A row for each kind of model: one process with all GPUs, two processes, and what both of them said."""
+def measure_stages(kinds: list[str], gpu: bool, new: int) -> list[dict[str, Any]]:
+    """A row for each kind of model: two processes, and one with all GPUs, which must say the same."""
     loads = LOADS if gpu else LOADS_CPU
     folder = Path(tempfile.mkdtemp(dir="/dev/shm" if Path("/dev/shm").is_dir() else None))
     try:
-        for kind in kinds:
-            stored = folder / ("moe" if kind == "moe" else "llama")
-            if not stored.exists():  # in a process of its own, for the sake of the GPU's memory
-                notebook_launcher(write_checkpoint, (kind, gpu, stored), 1)
-            (alone,) = notebook_launcher(answer_in_stages, (kind, gpu, stored, new, loads), 1)
-            two = notebook_launcher(answer_in_stages, (kind, gpu, stored, new, loads), 2)
-            row = {"kind": kind, "new": new, "equal": all(said["tokens"] == alone["tokens"] for said in two)}
-            for said in (alone, *two):
-                del said["tokens"]
-            row |= {"alone": alone, "two": two}
-            for load in loads:
-                rates = two[0]["rates"]
-                row[f"gain, {load}"] = rates[f"{load}, in flight"] / rates[f"{load}, one at a time"]
-            print(json.dumps(row), flush=True)
-            yield row
+        first, last = notebook_launcher(answer_in_stages, (kinds, gpu, folder, new, loads), 2)
     finally:
-        shutil.rmtree(folder)
+        shutil.rmtree(folder, ignore_errors=True)
+    rows = []
+    for one, other in zip(first, last):
+        row = one | {name: [one[name], other[name]] for name in ("blocks", "held_mib", "load_s")}
+        row |= {"peak_mib": [one["peak_mib"], other["peak_mib"]]} if gpu else {}
+        for load in loads:
+            rates = one["rates"]
+            row[f"gain, {load}"] = rates[f"{load}, in flight"] / rates[f"{load}, one at a time"]
+            row[f"work_ms, {load}"] = [said["rates"].pop(f"{load}, work_ms") for said in (one, other)]
+        print(json.dumps(row), flush=True)
+        rows.append(row)
+    return rows
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -357,12 +401,9 @@ def main() -> None:
         import transformers
 
         about = {"transformers": transformers.__version__, "loads": LOADS if options.gpu else LOADS_CPU}
-        rows = []
-        for row in measure_stages(options.kinds, options.gpu, options.new):
-            rows.append(row)
-            if options.save:
-                content = {"machine": machine | about, "rows": rows}
-                (folder / f"stages-{place}.json").write_text(json.dumps(content, indent=1) + "\n")
+        content = {"machine": machine | about, "rows": measure_stages(options.kinds, options.gpu, options.new)}
+        if options.save:
+            (folder / f"stages-{place}.json").write_text(json.dumps(content, indent=1) + "\n")
 
 
 if __name__ == "__main__":

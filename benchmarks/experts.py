@@ -3,6 +3,7 @@
     python benchmarks/experts.py [--save]                  a CUDA GPU: the shapes of some models, random weights
     python benchmarks/experts.py --cases qwen3 --layers 6  one of them, with fewer blocks
     python benchmarks/experts.py --device cpu --tiny       no GPU: tiny shapes, to see that it runs
+    python benchmarks/experts.py --cases disk              no GPU: 2 GB of experts in files that nobody has read yet
 
 Each case runs in a fresh process. A step is one decoded token of every sequence with a KV cache: the time between two
 calls of a stopping criterion that waits for the GPU, as a median. A model of random weights soon repeats itself, and so
@@ -18,10 +19,12 @@ import argparse
 import contextlib
 import gc
 import json
+import os
 import platform
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -34,6 +37,7 @@ from torch import Tensor, nn
 import bigkit
 from bigkit.checkpoints.as_stored import hold_stack
 from bigkit.checkpoints.codecs import find_stack_codec
+from bigkit.measure.routing import record_routing
 from bigkit.offload.events import Event
 from bigkit.offload.experts import expert_hits
 from bigkit.offload.hooks import hooks_in
@@ -49,8 +53,8 @@ DEEPSEEK = {"vocab_size": 129280, "hidden_size": 7168, "intermediate_size": 1843
 GPT_OSS = {"vocab_size": 201088, "hidden_size": 2880, "intermediate_size": 2880, "num_attention_heads": 64,
            "num_key_value_heads": 8, "head_dim": 64, "num_local_experts": 32, "num_experts_per_tok": 4}  # fmt: skip
 TINY = {"vocab_size": 128, "hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
-CASES = ("qwen3", "mixtral", "gpt-oss", "deepseek", "qwen3-48")
-BLOCKS = {"qwen3": 16, "qwen3-48": 48, "mixtral": 6, "deepseek": 5, "gpt-oss": 12}
+CASES = ("qwen3", "mixtral", "gpt-oss", "deepseek", "qwen3-48", "disk")
+BLOCKS = {"qwen3": 16, "qwen3-48": 48, "mixtral": 6, "deepseek": 5, "gpt-oss": 12, "disk": 8}
 FEW_BITS = {"mixtral": "nf4", "gpt-oss": "MXFP4", "deepseek": "FP8"}
 
 
@@ -205,8 +209,13 @@ def row(way: str, batch: int, rate: float, **more: Any) -> dict[str, Any]:
     return {"way": way, "batch": batch, **({"tokens_per_second": round(rate, 3)} if rate else {}), **more}
 
 
-def run(case: str, layers: int, device: str, tiny: bool, new: int) -> Iterator[dict[str, Any]]:
+def run(
+    case: str, layers: int, device: str, tiny: bool, new: int, batches: tuple[int, ...]
+) -> Iterator[dict[str, Any]]:
     """The results of one case, as they come."""
+    if case == "disk":
+        yield from from_disk(tiny, min(new, 6))
+        return
     model = build(case, layers, device, tiny)
     vocabulary, link = model.config.vocab_size, link_rate()  # type: ignore[union-attr]
     blocks = experts_in(model)
@@ -216,7 +225,7 @@ def run(case: str, layers: int, device: str, tiny: bool, new: int) -> Iterator[d
     yield row(
         "link", 0, 0, bytes_per_second=round(link), bytes_per_token=chosen, bytes_of_experts=total, blocks=len(blocks)
     )
-    batches = (1, 8, 32) if case == "qwen3" else (1,)
+    batches = batches or {"qwen3": (1, 8, 32), "deepseek": (1, 8), "qwen3-48": (1,)}.get(case, (1, 32))
     resident = {}
     for batch in batches:
         rate, expected, _ = decode(model, batch, new, vocabulary)
@@ -225,7 +234,7 @@ def run(case: str, layers: int, device: str, tiny: bool, new: int) -> Iterator[d
     if case == "qwen3":
         yield row("resident", 8, 0, prompt_seconds=round(prompt_seconds(model, vocabulary), 4))
     if case in FEW_BITS:
-        yield from few_bits(case, model, resident[1][0], new, vocabulary, chosen / link)
+        yield from few_bits(case, model, {batch: rate for batch, (rate, _) in resident.items()}, new, chosen / link)
         return
 
     def spread(way: str, **options: Any) -> Iterator[dict[str, Any]]:
@@ -258,24 +267,74 @@ def run(case: str, layers: int, device: str, tiny: bool, new: int) -> Iterator[d
         yield accelerate(model, vocabulary)
 
 
+def from_disk(tiny: bool, new: int) -> Iterator[dict[str, Any]]:
+    """A mixture of 2 GB whose experts lie in files outside of the page cache: bytes that a token reads, by the process.
+
+    The system counts them: bytes asked for by reads, and bytes brought from the disk, of which the larger one counts.
+    """
+    sizes = {"vocab_size": 4096, "hidden_size": 1024, "num_hidden_layers": 8, "num_attention_heads": 16,
+             "num_key_value_heads": 4, "head_dim": 64, "moe_intermediate_size": 640, "num_experts": 64,
+             "num_experts_per_tok": 2, **(TINY if tiny else {})}  # fmt: skip
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.bfloat16)
+    model = tf.Qwen3MoeForCausalLM(tf.Qwen3MoeConfig(**sizes)).eval().requires_grad_(False)
+    torch.set_default_dtype(torch.float32)
+    ids = torch.randint(sizes["vocab_size"], (1, new), generator=torch.Generator().manual_seed(1))
+    expected = [model(token[None]).logits for token in ids.T]
+    routing = record_routing(model, lambda: [model(token[None]) for token in ids.T])
+    each = sum(p.nbytes for p in next(iter(experts_in(model).values())).parameters()) // sizes["num_experts"]
+    total = each * sizes["num_experts"] * sizes["num_hidden_layers"]
+    with tempfile.TemporaryDirectory() as folder:
+        bigkit.save_model(model, folder)
+        del model
+        with bigkit.init_empty_weights():
+            model = tf.Qwen3MoeForCausalLM(tf.Qwen3MoeConfig(**sizes)).bfloat16().eval()
+        for file in Path(folder).glob("*.safetensors"):
+            with open(file, "rb+") as stream:
+                os.fsync(stream.fileno())
+                os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        places = {"": "cpu", **dict.fromkeys(experts_in(model), "disk")}
+        found = bigkit.load_checkpoint_and_dispatch(model, folder, places, ram_cache="1GB")
+        with torch.no_grad():
+            for part in found.parameters():
+                if not hasattr(part, "weight"):
+                    part.sum()  # what is no expert is there before the first token
+            for number, token in enumerate(ids.T):
+                before, begin = bytes_read(), time.perf_counter()
+                logits = found(token[None]).logits
+                seconds = time.perf_counter() - begin
+                brought = max(now - then for now, then in zip(bytes_read(), before))
+                earlier = [{choice for past in layer[:number] for choice in past} for layer in routing.chosen]
+                new_ones = sum(len({*layer[number]} - past) for layer, past in zip(routing.chosen, earlier))
+                own = {"equal": bool(torch.equal(logits, expected[number])), "bytes_read": brought,
+                       "bytes_chosen": new_ones * each, "seconds": round(seconds, 3)}  # fmt: skip
+                more = {"bytes_of_experts": total} if not number else {}
+                yield row(f"disk, token {number + 1}", 1, 0, ratio=round(brought / (new_ones * each), 3), **own, **more)
+
+
+def bytes_read() -> tuple[int, int]:
+    """Bytes that this process has asked reads for, and that came from the disk for it, so far; Linux counts them."""
+    counts = dict(line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())
+    return int(counts["rchar"]), int(counts["read_bytes"])
+
+
 def few_bits(
-    case: str, model: nn.Module, resident: float, new: int, vocabulary: int, seconds: float
+    case: str, model: nn.Module, resident: dict[int, float], new: int, seconds: float
 ) -> Iterator[dict[str, Any]]:
     """Experts in RAM in bfloat16, and in few bits: quantized to nf4 (Mixtral), or as gpt-oss and DeepSeek store them.
 
     The last two are weights that a checkpoint has in few bits: tokens are those of the model with these decoded.
     """
-    kind = FEW_BITS[case]
-    batches, resident_rates = ((1, 32) if case != "deepseek" else (1, 8)), {1: resident}
+    kind, vocabulary = FEW_BITS[case], model.config.vocab_size  # type: ignore[union-attr]
     expected: dict[int, Tensor] = {}
     if kind != "nf4":
         packed = {name: packed_as(kind, module) for name, module in experts_in(model).items()}
-        for batch in batches:
-            resident_rates[batch], expected[batch], _ = decode(model, batch, new, vocabulary)
+        for batch in resident:
+            resident[batch], expected[batch], _ = decode(model, batch, new, vocabulary)
     rates: dict[int, float] = {}
 
     def measure(way: str) -> Iterator[dict[str, Any]]:
-        for batch in batches:
+        for batch in resident:
             rate, logits, brought = decode(found, batch, new, vocabulary)
             own: dict[str, Any] = {"bytes_per_token": round(brought)}
             if batch in expected:
@@ -283,7 +342,7 @@ def few_bits(
             if batch in rates:
                 own["against_bf16"] = round(rate / rates[batch], 2)
             elif batch == 1:
-                own["share_of_limit"] = round(rate * (1 / resident_rates[1] + seconds), 3)
+                own["share_of_limit"] = round(rate * (1 / resident[1] + seconds), 3)
             rates.setdefault(batch, rate)
             yield row(way, batch, rate, **own)
 
@@ -375,6 +434,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--layers", type=int, default=0, help="blocks, instead of each case's own number")
+    parser.add_argument("--batches", type=int, nargs="+", default=[], help="sequences, instead of each case's own")
     parser.add_argument("--new", type=int, default=24, help="tokens to decode")
     parser.add_argument("--device", default="cuda:0")
     parser.add_argument("--tiny", action="store_true", help="tiny shapes")
@@ -383,8 +443,8 @@ def main() -> None:
     parser.add_argument("--here", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.here:
-        rows = run(args.here, args.layers or BLOCKS[args.here], args.device, args.tiny, args.new)
-        for found in rows:
+        layers = args.layers or BLOCKS[args.here]
+        for found in run(args.here, layers, args.device, args.tiny, args.new, tuple(args.batches)):
             print("RESULT " + json.dumps(found), flush=True)
         return
     about = {

@@ -2,7 +2,8 @@
 
     python benchmarks/offload.py [--save]              the CPU: disk offload, and what a hook costs
     python benchmarks/offload.py --gpu [--save]        a CUDA GPU: 13.5 GB in RAM and on disk, and larger models
-    python benchmarks/offload.py --gpu --parts large   only one part of it: ceilings ways disk ablation large moe
+    python benchmarks/offload.py --gpu --parts large   only one part of it: ceilings ways disk ablation large moe, or
+                                                       links cpu (benchmarks/links.py)
 
 On the GPU the model is a Llama-7B shape in bfloat16 with random weights. Every way computes the same two forwards:
 1 x 16 tokens, where the link is what takes time, and 8 x 512, where the GPU has work of the same order. Times are
@@ -29,6 +30,7 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
+import links as beyond
 import torch
 from checkpoint import GB, drop, llama, pinned_rate, read_raw, warm
 from torch import Tensor, nn
@@ -173,7 +175,7 @@ class Apart(transfer.CudaLane):
             slot.ready.record(self.stream)
 
 
-def gpu(table: Table, parts: list[str], folder: Path, runs: int, layers: int) -> None:
+def gpu(table: Table, parts: list[str], folder: Path, runs: int, layers: int, cores: int) -> None:
     """All parts on a GPU."""
     if "ceilings" in parts:
         table.machine["pinned_gb_s"] = pinned_rate() / GB
@@ -198,6 +200,8 @@ def gpu(table: Table, parts: list[str], folder: Path, runs: int, layers: int) ->
         gpu_large(table)
     if "moe" in parts:
         gpu_moe(table, runs)
+    if {"links", "cpu"} & {*parts}:
+        beyond.measure(table, parts, layers, cores)
 
 
 def gpu_ways(table: Table, empty: Any, state: dict[str, Tensor], size: int, folder: Path, runs: int) -> None:
@@ -478,6 +482,7 @@ def main() -> None:
     parser.add_argument("--parts", nargs="*", default=["ceilings", "ways", "ablation", "disk", "large", "moe"])
     parser.add_argument("--runs", type=int, default=7)
     parser.add_argument("--layers", type=int, default=32)
+    parser.add_argument("--cores", type=int, default=16, help="of the CPU, for the part cpu")
     parser.add_argument("--folder", type=Path, help="where files are made (a temporary folder)")
     parser.add_argument("--save", nargs="?", const=True, help="write benchmarks/results/offload-*.json, or this file")
     options = parser.parse_args()
@@ -500,7 +505,7 @@ def main() -> None:
     root = options.folder or Path(tempfile.mkdtemp(prefix="offload-benchmark-"))
     try:
         if options.gpu:
-            gpu(table, options.parts, root, options.runs, options.layers)
+            gpu(table, options.parts, root, options.runs, options.layers, options.cores)
         else:
             cpu(table, root, options.runs)
     finally:

@@ -8,18 +8,20 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, Union, cast
 
 from . import zoo
 from .devices import Device
 from .machine.hardware import Hardware, machine_of
-from .machine.ledger import overhead_of
+from .machine.ledger import calibration_of, overhead_of
 from .machine.network import Network
 from .maps import advise as _advise
 from .maps import hosts as _hosts
 from .maps.advise import Advice
 from .maps.draft import ACCEPTANCE, draft_bytes, keep_room
 from .maps.hosts import HostsPlan
+from .maps.links import links_of
 from .maps.pipeline import place_pipeline
 from .maps.plan import Plan
 from .maps.strategies import place
@@ -62,7 +64,12 @@ def describe(model: Source, library_name: str | None = None, *, base: bool = Fal
 
 
 def described(
-    model: Source | PipelineSpec, library_name: str | None = None, dtype: object = None, batch: int = 1, **options: Any
+    model: Source | PipelineSpec,
+    library_name: str | None = None,
+    dtype: object = None,
+    batch: int = 1,
+    image: int | tuple[int, int] | None = None,
+    **options: Any,
 ) -> ModelSpec | PipelineSpec:
     """The record of a model, or of the pipeline that a folder or repository without a config.json is."""
     if isinstance(model, PipelineSpec):
@@ -74,7 +81,7 @@ def described(
     from .dryrun.components import describe_pipeline
 
     where = {name: options[name] for name in ("revision", "token") if name in options}
-    pipeline = describe_pipeline(model, dtype or "bfloat16", batch, **where)  # type: ignore[arg-type]
+    pipeline = describe_pipeline(model, dtype or "bfloat16", batch, image, **where)  # type: ignore[arg-type]
     if pipeline is None:
         raise none
     return pipeline
@@ -97,8 +104,12 @@ def plan(
     strict: bool = True,
     experts_on_cpu: int | None = None,
     kv_dtype: object = None,
+    links: Sequence[float] | None = None,
+    slots: int | None = None,
+    on_cpu: bool = False,
     hardware: Hardware | str | None = None,
     draft: Source | None = None,
+    image: int | tuple[int, int] | None = None,
 ) -> Plan:
     """Place a model's layers on devices so that no device holds more than its budget.
 
@@ -107,16 +118,21 @@ def plan(
             `model_index.json`) gives a `PipelinePlan` for the first GPU.
         max_memory: device -> budget; None takes those of `hardware`, or of this machine (`Hardware.detect`).
         strategy, dtype, quantization, keep, special_dtypes, no_split, batch, context, offload_buffers, strict,
-            experts_on_cpu, kv_dtype: see `maps.strategies.place`.
+            experts_on_cpu, kv_dtype, slots: see `maps.strategies.place`.
+        links: bytes a second of each GPU's link; None takes those of `hardware`, or of this machine.
+        on_cpu: let the CPU compute MLPs that rest in RAM, for few tokens, if that pays by what `calibrate()` measured
+            on this machine; the plan says how many, or why none. What it computes is not bit-equal to the GPU's.
         overhead: bytes that the runtime takes on each GPU; None takes `overhead_of` the machine, or 0 for budgets that
             are given without one.
         hardware: a machine, or the name of one ("1 x RTX 4090", "L4").
         draft: a small model that guesses tokens for this one to check (`generate(assistant_model=...)`): room for it
             stays free on the first device.
+        image: height and width in pixels, of a pipeline's image; None is what its denoiser was trained for.
 
     Raises:
         PlanError: no placement fits, with the bytes that are missing and what would help.
-        ValueError: an unknown strategy, device, dtype or machine, or a map that does not fit the model.
+        ValueError: an unknown strategy, device, dtype or machine, a map that does not fit the model, or `on_cpu` where
+            nothing was measured.
 
     >>> plan("gpt2", {0: "300MiB", 1: "300MiB"}).feasible
     True
@@ -135,7 +151,7 @@ def plan(
     if overhead is None:
         overhead = overhead_of(machine) if machine else 0
     assert max_memory is not None
-    spec = described(model, dtype=dtype, batch=batch)
+    spec = described(model, dtype=dtype, batch=batch, image=image)
     if isinstance(spec, PipelineSpec):
         return cast(Any, place_pipeline(spec, max_memory, overhead))  # a `PipelinePlan`
     room = ""
@@ -143,11 +159,24 @@ def plan(
         guessing = describe(draft)
         nbytes = draft_bytes(guessing, dtype if quantization is None else "bfloat16", batch, context)
         max_memory, room = keep_room(max_memory, nbytes, guessing.name)
-    placed = place(
-        spec, max_memory, strategy, dtype=dtype, quantization=quantization, keep=keep,
+    measured = calibration_of(machine) if machine else None
+    ask = partial(
+        place, spec, max_memory, strategy, dtype=dtype, quantization=quantization, keep=keep,
         special_dtypes=special_dtypes, no_split=no_split, batch=batch, context=context, overhead=overhead,
         offload_buffers=offload_buffers, strict=strict, experts_on_cpu=experts_on_cpu, kv_dtype=kv_dtype,
+        links=links if links is not None else links_of(machine, measured) if machine else (), slots=slots,
     )  # fmt: skip
+    if on_cpu:
+        here = machine or Hardware.detect()
+        measured = measured or calibration_of(here)
+        if not (measured and measured.cpu_reads):
+            raise ValueError(
+                "on_cpu needs what this machine's CPU reads beside a busy link: call bigkit.calibrate() here"
+            )
+        placed, about = _advise.best_with_cpu(spec, ask, here, measured)
+        room = " ".join(filter(None, (room, "" if placed.on_cpu else about)))
+    else:
+        placed = ask()
     return replace(placed, notes=(*placed.notes, room)) if room else placed
 
 
@@ -226,6 +255,7 @@ def estimate_memory(
     kv_dtype: object = None,
     gpus: int = 1,
     checkpointing: bool = False,
+    image: int | tuple[int, int] | None = None,
     **options: Any,
 ) -> MemoryEstimate:
     """Count how much memory a model takes to load, run and train. Shipped names need no network and no torch.
@@ -240,13 +270,14 @@ def estimate_memory(
         kv_dtype: of keys and values in the cache ("float8", "int8", "int4", ...); None: as the model computes.
         gpus: how many train the model together: data parallel, ZeRO-1 to 3, FSDP; figures are those of each.
         checkpointing: train with activation checkpointing.
+        image: height and width in pixels, of a pipeline's images; None is what its denoiser was trained for.
         options: `trust_remote_code`, `revision`, `token` for names on the Hub.
 
     >>> row = estimate_memory("bert-base-cased").rows[0]
     >>> row.dtype, row.total_size
     ('float32', 433249280)
     """
-    full = described(model, library_name, batch=batch, **options)
+    full = described(model, library_name, batch=batch, image=image, **options)
     if isinstance(full, PipelineSpec):
         return cast(Any, estimate_pipeline(full))  # a `PipelineEstimate`
     by_name = isinstance(model, (str, os.PathLike))

@@ -20,6 +20,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from .checkpoints.as_stored import as_stored
 from .checkpoints.format import Checkpoint, CheckpointError
 from .checkpoints.match import match
 from .devices import Device
+from .distributed.gather import carrier
 from .distributed.pipeline import Stage
 from .distributed.state import PartialState, exchange
 from .machine.hardware import Hardware
@@ -39,6 +41,7 @@ from .offload.load_and_dispatch import load_checkpoint_and_dispatch
 from .quantize.load import load_and_quantize_model
 from .units import listed
 
+_made = count(1)  # pipelines of this process
 _SAMPLES, _SAMPLE = 64, 4096  # pieces of a file that are hashed, and bytes of each
 
 
@@ -60,7 +63,8 @@ def pipeline(
     Args:
         model: the model, empty (`init_empty_weights`); a decoder with one chain of blocks.
         checkpoint: a file, an index or a folder, which each process can read.
-        plan: a stage for each process, from `plan_hosts`; None cuts evenly for the memory that the processes have.
+        plan: a stage for each process, from `plan_hosts` with machines that are named, for what is free changes; None
+            cuts for the memory that the processes have now.
         bnb_quantization_config: how to quantize each weight as it is read, see `load_and_quantize_model`.
         dtype: floating weights become this; None takes the plan's.
         options: of `load_checkpoint_and_dispatch` or `load_and_quantize_model`, such as `offload_folder`.
@@ -82,6 +86,8 @@ def pipeline(
     torch.Size([1, 8])
     """
     state = PartialState()
+    if state.num_processes > 1 and carrier("cpu") != "cpu":
+        raise ValueError("this group has nccl alone: start it by PartialState(), or with backend 'cpu:gloo,cuda:nccl'")
     if plan is None:
         free = exchange(Hardware.detect(), "pipeline")
         local = int(os.environ.get("LOCAL_WORLD_SIZE", state.num_processes))
@@ -111,8 +117,8 @@ def pipeline(
             dtype = own.dtype if dtype is None else dtype
             options = {"strict": True, **slots, **options}
             load_checkpoint_and_dispatch(model, checkpoint, places, dtype=dtype, **options)
-    stage.attach(_works_on(model, plan.stages[rank].names[0]) or state.device)
-    state.wait_for_everyone()
+    tag = max(exchange(next(_made), "pipeline"))
+    stage.attach(_works_on(model, plan.stages[rank].names[0]) or state.device, tag)
     return model
 
 
@@ -124,7 +130,12 @@ def _on_own_gpus(plan: HostsPlan, rank: int, local_rank: int) -> dict[str, Devic
 
     first = sum(map(gpus, range(rank - local_rank, rank)))
     own = plan.stages[rank].plan.device_map
-    return {name: device + first if isinstance(device, int) else device for name, device in own.items()}
+    places = {name: device + first if isinstance(device, int) else device for name, device in own.items()}
+    if "" in places:
+        return places
+    runner = next((device for device in places.values() if device not in ("cpu", "disk")), "cpu")
+    away = {name: runner for stage in plan.stages for name in stage.names}
+    return {**away, **places}  # modules elsewhere hold nothing, but they are called
 
 
 def _works_on(model: nn.Module, name: str) -> torch.device | None:

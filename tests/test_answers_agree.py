@@ -40,14 +40,14 @@ QUESTIONS = [
     *(Question("llama-2-70b", machine, stored) for machine in ("1 x RTX 4090", "2 x RTX 4090", "8 x H100-80GB")
       for stored in ("bfloat16", "int8", "nf4-double")),
     *(Question("mixtral-8x7b", "4 x A100-40GB", stored, batch=4) for stored in (None, "bfloat16", "int8", "nf4")),
-    *(Question("deepseek-v3", "8 x H200", stored, 4096) for stored in (None, "nf4")),
+    *(Question("glm-4.6", "8 x H200", stored, 4096) for stored in (None, "nf4")),
     *(Question(name, "Colab T4", "float16", batch=8) for name in ("bert-base-cased", "resnet50.a1_in1k", "t5-large",
       "vit-base-patch16-224", "convnext_base.fb_in22k_ft_in1k")),
     *(Question(name, "Colab T4", "nf4", 512) for name in ("gpt2", "bert-base-cased", "t5-large")),
     *(Question(name, "1 x RTX 3090", context=context) for name, context in (("gpt2", 4096), ("gpt2-xl", 1024),
       ("llama-2-7b", 8192), ("pygpt", 2048), ("mistral-7b", 40_000))),
     *(Question("llama-2-7b", machine, stored) for machine in (TWO, ONE) for stored in (None, "float16", "int8")),
-    Question("llama-3.1-405b", "Binder"), Question("deepseek-v3", "laptop, no GPU", "nf4"),
+    Question("llama-3.1-405b", "Binder"), Question("glm-4.6", "laptop, no GPU", "nf4"),
     Question("qwen3-0.6b", "laptop, no GPU", None), Question("bloom", "4 x L4", "nf4-double", 128),
 ]  # fmt: skip
 IDS = [f"{q.model}, {q.machine if isinstance(q.machine, str) else len(q.machine)}, {q.stored}, {q.context}"

@@ -72,6 +72,8 @@ class DecodedStack:
         first: Any = next(iter(self.parts.values()))
         if isinstance(first, Elsewhere):
             chosen = first.take(self.parts, experts)
+        elif isinstance(experts, Tensor) and len(experts) > len(first):
+            return self.all()[experts]  # some are chosen several times, and decoded once
         else:
             chosen = {suffix: rows_of(part, experts) for suffix, part in self.parts.items()}
         weights = self.codec.decode(chosen, self.dtype)

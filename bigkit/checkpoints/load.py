@@ -186,14 +186,15 @@ def _dtype(slot: Slot, floats: torch.dtype | None, fp32: set[str]) -> torch.dtyp
 def read_tensors(
     source: Checkpoint, places: Mapping[Device | torch.device, Mapping[str, torch.dtype | None]]
 ) -> dict[str, Tensor]:
-    """Read tensors to their devices, as (device -> name -> dtype) says; those for a GPU all in one go."""
-    values: dict[str, Tensor] = {}
-    for place, dtypes in places.items():
-        device = torch.device("cuda", place) if isinstance(place, int) else torch.device(place)
-        if device.type == "cuda":
-            from .to_gpu import read_to_gpu
+    """Read tensors to their devices, as (device -> name -> dtype) says; those for GPUs all in one go."""
+    from .to_gpu import read_to_gpu, read_to_gpus
 
-            values |= read_to_gpu({n: source.stored[n] for n in dtypes if n in source.stored}, device, dtypes)
+    devices = {at: torch.device("cuda", at) if isinstance(at, int) else torch.device(at) for at in places}
+    gpus = [(devices[at], {n: source.stored[n] for n in names if n in source.stored})
+            for at, names in places.items() if devices[at].type == "cuda"]  # fmt: skip
+    values = read_to_gpus(gpus, {name: dtype for names in places.values() for name, dtype in names.items()})
+    for place, dtypes in places.items():
+        if (device := devices[place]).type == "cuda":
             for name, made in source.made.items():
                 if name in dtypes and source.stored.keys() >= {*made.sources}:
                     parts = read_to_gpu({part: source.stored[part] for part in made.sources}, device)

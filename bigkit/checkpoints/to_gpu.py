@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import os
 import queue
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from itertools import groupby
@@ -83,6 +84,25 @@ def read_to_gpu(
     for _ in _arrivals(stored, device, dtypes or {}, tensors, **sizes):
         pass
     return {name: tensors[name] for name in stored}
+
+
+def read_to_gpus(
+    wanted: Sequence[tuple[torch.device, Mapping[str, Stored]]], dtypes: Mapping[str, torch.dtype | None] | None = None
+) -> dict[str, Tensor]:
+    """`read_to_gpu` for several GPUs at once, each over its own link; the (device, what it gets) are `wanted`."""
+    if len(wanted) == 1:
+        return read_to_gpu(wanted[0][1], wanted[0][0], dtypes)
+
+    def read(device: torch.device, stored: Mapping[str, Stored], current: torch.cuda.Stream) -> dict[str, Tensor]:
+        with torch.cuda.stream(current):  # each thread has one of its own
+            return read_to_gpu(stored, device, dtypes)
+
+    values: dict[str, Tensor] = {}
+    with ThreadPoolExecutor(max(len(wanted), 1), thread_name_prefix="bigkit-loader") as pool:
+        jobs = [pool.submit(read, device, stored, torch.cuda.current_stream(device)) for device, stored in wanted]
+        for job in jobs:
+            values |= job.result()
+    return values
 
 
 def stream_to_gpu(

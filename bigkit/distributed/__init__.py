@@ -25,6 +25,7 @@ The files do this for every type of input, and say in one sentence what is wrong
     notebook    `notebook_launcher`: a function that was written in a notebook in several processes
     map_file    a long file of prompts, resumed where a kill cut it off
     pipeline    one model over the processes, when none of them can hold it
+    line        its messages
     in_flight   many groups of prompts under way in it
     _torch, _transformers   the private parts of these libraries that are needed
 

@@ -14,30 +14,26 @@ Transformers' `DistributedConfig(pp_size=...)` has the same contract (the same c
 it cuts by the number of layers, knows models of Llama's names only, sends all logits to all processes, and its emptied
 layers leave their caches at length 0, by which masks and positions go.
 
-Leaves out: which blocks go where (`maps/hosts.py`), loading them (`hosts.py`), many groups (`in_flight.py`), training.
+Leaves out: which blocks go where (`maps/hosts.py`), loading them (`hosts.py`), how messages travel (`line.py`), many
+groups (`in_flight.py`), training.
 """
 
 from __future__ import annotations
 
 import hashlib
 import threading
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial, wraps
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ._transformers import draw_one_by_one, pad_token
-from .gather import carrier
-from .state import together
+from .line import Line
 
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-_HEADER = 10  # of a message: the call, the dtype, the block's kind of output, and the shape
 _REFUSED = {  # options of `generate` that need logits, or what the model computes, on every process
     "num_beams": 1, "output_scores": False, "output_logits": False, "output_attentions": False,
     "output_hidden_states": False, "guidance_scale": None, "penalty_alpha": None, "dola_layers": None,
@@ -77,7 +73,7 @@ class Stage:
         self.sent = False
         self.device = torch.device("cpu")
         self.turns: Any = None  # of several groups under way
-        self.pending: deque[tuple[Any, Tensor]] = deque()
+        self.lines: dict[tuple[str, int], Line] = {}  # ("to" or "from", rank)
         self.call = threading.local()
         self.checked = rank == 0
         self.ends: list[Any] = []  # embeddings and heads that are elsewhere
@@ -90,9 +86,19 @@ class Stage:
         if rank < self.last:
             model.get_submodule(_before(stages[rank + 1][0])).register_forward_hook(self._send_output)
 
-    def attach(self, device: torch.device) -> None:
-        """Let `forward` and `generate` of the model, which is loaded now, speak with the other processes."""
+    def attach(self, device: torch.device, tag: int = 0) -> None:
+        """Let `forward` and `generate` of the model, which is loaded now, speak with the other processes.
+
+        Args:
+            device: where the stage works.
+            tag: a number that all processes share, and no other pipeline of theirs has.
+        """
         self.device = device
+        to = [self.rank + 1] if self.rank < self.last else range(self.last)
+        sources = {self.rank - 1, self.last} - {self.rank, -1}
+        self.lines = {("to", rank): Line(rank, tag) for rank in to} | {
+            ("from", rank): Line(rank, tag) for rank in sources
+        }
         model: Any = self.model
         dtype = next((tensor.dtype for tensor in model.parameters() if tensor.is_floating_point()), torch.float32)
         for end in self.ends:  # models ask it for its dtype and device
@@ -145,60 +151,41 @@ class Stage:
     # -- messages
 
     def _post(self, tensor: Tensor, rank: int) -> None:
-        """Send without waiting; what is sent is kept until it has left."""
-        tensor = tensor.detach().contiguous().to(carrier(tensor.device))
-        with together("pipeline"):
-            while len(self.pending) > 16:
-                self.pending.popleft()[0].wait()
-            self.pending.append((dist.isend(tensor, rank), tensor))
+        self.lines["to", rank].post([getattr(self.call, "digest", 0), self.kind], tensor)
 
-    def _take(self, tensor: Tensor, rank: int) -> Tensor:
-        arrived = tensor.to(carrier(tensor.device))
-        with together("pipeline"):
-            dist.recv(arrived, rank)
-        return arrived.to(tensor.device)
+    def _take(self, rank: int, device: torch.device) -> Tensor:
+        (digest, kind), tensor = self.lines["from", rank].take(device)
+        if digest != getattr(self.call, "digest", 0):
+            raise RuntimeError(_unlike(self.rank, f"it was called with other inputs or options than process {rank}"))
+        if rank < self.rank:
+            self.kind = kind
+        return tensor
 
     def flush(self) -> None:
         """Wait until all that was sent has left."""
-        with together("pipeline"):
-            while self.pending:
-                self.pending.popleft()[0].wait()
+        for line in self.lines.values():
+            line.flush()
 
     def _send_output(self, block: nn.Module, args: Any, output: Any) -> None:
         """The last own block has worked: its hidden states go to the next process."""
         hidden = output if isinstance(output, Tensor) else output[0]
         self.kind, self.sent = 0 if isinstance(output, Tensor) else len(output), True
-        self._post_shaped(hidden, self.rank + 1)
+        self._post(hidden, self.rank + 1)
 
-    def _post_shaped(self, tensor: Tensor, rank: int) -> None:
-        if tensor.dtype not in _DTYPES:
-            raise TypeError(f"hidden states are {tensor.dtype}: expected one of {', '.join(map(str, _DTYPES))}")
-        about = [getattr(self.call, "digest", 0), _DTYPES.index(tensor.dtype), self.kind, tensor.ndim, *tensor.shape]
-        self._post(torch.tensor(about + [0] * (_HEADER - len(about))), rank)
-        self._post(tensor, rank)
-
-    def _take_shaped(self, rank: int, device: torch.device) -> Tensor:
-        digest, dtype, kind, ndim, *shape = self._take(torch.zeros(_HEADER, dtype=torch.int64), rank).tolist()
-        tensor = self._take(torch.empty(shape[:ndim], dtype=_DTYPES[dtype], device=device), rank)
-        if digest != getattr(self.call, "digest", 0):
-            raise RuntimeError(_unlike(self.rank, f"it was called with other inputs or options than process {rank}"))
-        self.kind = kind
-        return tensor
-
-    def _to_all(self, tensor: Tensor | None, take: Callable[[], Tensor], post: Callable[[Tensor, int], None]) -> Tensor:
+    def _to_all(self, tensor: Tensor | None, device: torch.device) -> Tensor:
         """What the last process has, on every process; another group may have its turn meanwhile."""
         if tensor is not None:
             for rank in range(self.last):
-                post(tensor, rank)
+                self._post(tensor, rank)
         if self.turns is not None:
             self.turns.pass_on()
-        return take() if tensor is None else tensor
+        return self._take(self.last, device) if tensor is None else tensor
 
     # -- a forward
 
     def _forward(self, forward: Callable[..., Any], *args: Any, **options: Any) -> Any:
         if self.rank:
-            self.received = self._take_shaped(self.rank - 1, self.device)
+            self.received = self._take(self.rank - 1, self.device)
         self.sent = False
         with torch.no_grad(), nullcontext() if self.checked else self._checking():
             output = forward(*args, **options)
@@ -213,7 +200,7 @@ class Stage:
         # Two messages of nccl that cross wait for each other; of several groups, logits go through RAM.
         by = self.device if self.turns is None else torch.device("cpu")
         mine = own.to(by) if self.rank == self.last else None
-        logits = self._to_all(mine, partial(self._take_shaped, self.last, by), self._post_shaped).to(own.device)
+        logits = self._to_all(mine, by).to(own.device)
         if self.turns is None:
             self.flush()
         if isinstance(output, Tensor):
@@ -278,13 +265,12 @@ class Stage:
     def _choose(self, choose: Callable[..., Tensor], scores: Tensor, *args: Any) -> Tensor:
         """For a model with a `generate` of its own, which asks `choose(scores, ...)` for ids of shape (batch, 1)."""
         chosen = choose(scores, *args) if self.rank == self.last else None
-        return self.agree(chosen, (scores.shape[0], 1))
+        return self.agree(chosen)
 
-    def agree(self, tokens: Tensor | None, shape: tuple[int, ...]) -> Tensor:
+    def agree(self, tokens: Tensor | None) -> Tensor:
         """The tokens that the last process has drawn, on every process (CPU int64)."""
         mine = None if tokens is None else tokens.to("cpu", torch.int64)
-        take = partial(self._take, torch.zeros(shape, dtype=torch.int64), self.last)
-        return self._to_all(mine, take, self._post)
+        return self._to_all(mine, torch.device("cpu"))
 
 
 class _Agreed:
@@ -319,7 +305,7 @@ class _Agreed:
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """(batch, vocabulary) -> the same, with nothing but the token of each sequence left."""
         drawn = self._draw(input_ids, scores) if self.stage.rank == self.stage.last else None
-        said = self.stage.agree(drawn, (len(input_ids),)).to(scores.device)
+        said = self.stage.agree(drawn).to(scores.device)
         self.done = said < 0
         tokens = torch.where(self.done, ~said, said)
         return torch.full_like(scores, -torch.inf).scatter_(1, tokens[:, None], 0.0)

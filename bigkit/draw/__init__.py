@@ -23,11 +23,13 @@ Reading order:
     canvas      boxes, lines, texts, legends, axes, and how they become SVG
     bars        stacked bars of bytes on one scale
     plan        what each device holds, and which layers rest where
+    hosts       what each of several hosts holds, what goes over the line, and who works when
     shards      a checkpoint cut into files
     shares      items split between processes
     study       a quantized layer
     experts     which experts a token takes, and what a cache of them would have
     run         a model that runs while it is spread out, moment by moment
+    ways        what links, GPUs and the CPU do for a token, way by way
     dryrun      what each device holds and does over a run, predicted and measured
     advice      the memory of each way to store a model, against a machine, and what a token waits for
     diagrams    blocks, arrows and braces: the drawn pictures of the course, continued in diagrams_run

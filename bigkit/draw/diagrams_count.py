@@ -16,17 +16,18 @@ QUESTIONS = {  # question -> notebook -> what it is called on the map
     "Fewer bits?": {9: "bits and error", 10: "saving", 11: "fine-tuning"},
     "More processes?": {12: "shared prompts", 13: "launching", 18: "two hosts"},
     "Before you rent?": {15: "rehearsing", 16: "ranked answers"},
+    "Faster?": {19: "than the link"},
 }
 SHORT = (0, 2, 7, 16)  # the notebooks of the path of twenty minutes
 
 
 def course_map() -> Diagram:
-    """The nineteen notebooks under the questions that they answer (index)."""
+    """The twenty notebooks under the questions that they answer (index)."""
     lines = [
         f"{question} {', '.join(f'{n:02} {name}' for n, name in own.items())}" for question, own in QUESTIONS.items()
     ]
     d = Diagram(
-        "Nineteen notebooks, seven questions", "The course by question. " + ". ".join(lines).replace("?.", "?") + "."
+        "Twenty notebooks, eight questions", "The course by question. " + ". ".join(lines).replace("?.", "?") + "."
     )
     d.box("key", 8, 30, 12, 10, ORANGE)
     d.note(25, 35, "the path of twenty minutes")

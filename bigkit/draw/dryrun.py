@@ -78,7 +78,7 @@ def dryrun_text(run: DryRun, measured: Measurement | None = None) -> str:
         for name, found in run.ranges.items()
     ]
     busy = ", ".join(f"{_lane_name(lane)} {100 * run.busy[lane]:.0f} %" for lane in sorted(run.busy, key=_order))
-    speed = [f"busy: {busy}", *([run.speed] if run.speed else [])]
+    speed = [f"busy: {busy}", *(text for text in (run.speed, run.hits) if text)]
     if not run.fits:
         times = "If there were memory enough:\n" + times
     real = [] if measured is None else ["", f"measured on {measured.gpu}", _compared(run, measured)]
@@ -243,8 +243,9 @@ def _draw_legend(picture: Picture, run: DryRun, measured: Measurement | None) ->
 
 
 def _order(lane: str) -> tuple[int, str]:
-    """Python, devices in order, then their links, then the disk."""
-    return (-1 if lane == "python" else 2 if lane == "disk" else lane.startswith("copy"), lane)
+    """Python, devices in order, then their links, what brings experts over them, and the disk."""
+    kinds = ("python", "cuda", "copy", "experts", "disk")
+    return next((i for i, kind in enumerate(kinds) if lane.startswith(kind)), 1), lane
 
 
 def _draw_lanes(picture: Picture, run: DryRun, measured: Measurement | None) -> None:
@@ -258,7 +259,7 @@ def _draw_lanes(picture: Picture, run: DryRun, measured: Measurement | None) -> 
     )
     scale, top = picture.room / longest, picture.y
     for lane in sorted(run.busy, key=_order):
-        colour = {"python": GREY, "disk": DARK}.get(lane, PURPLE if lane.startswith("copy") else GREEN)
+        colour = {"python": GREY, "disk": DARK, "copy": PURPLE, "experts": ORANGE}.get(lane.partition(" ")[0], GREEN)
         picture.text(picture.left - 6, picture.y + LANE / 2, _lane_name(lane), 8.5, anchor="end")
         picture.box("room", picture.left, picture.y + 2, last * scale, LANE - 4, TRACK, depth=GROUND)
         for start, end, busy in _stretches(run, lane, last / 600):
@@ -332,6 +333,6 @@ def merge(spans: Sequence[Span], gap: float) -> list[tuple[float, float, float]]
 
 
 def _lane_name(lane: str) -> str:
-    name = lane.removeprefix("copy to ")
+    kind, _, name = lane.rpartition(" to ")
     gpu = f"GPU {name.partition(':')[2]}" if name.startswith("cuda") else name.replace("python", "Python")
-    return f"link to {gpu}" if lane.startswith("copy") else gpu
+    return {"": gpu, "copy": f"link to {gpu}"}.get(kind, f"{kind}, {gpu}")

@@ -64,6 +64,8 @@ def hosts_text(plan: HostsPlan) -> str:
     ]  # fmt: skip
     table = text_table(["process", "host", "blocks", "modules", "holds", "elsewhere", "a token"], rows)
     lines = [_hop_text(plan), *(_pace_text(plan, groups) for groups in dict.fromkeys((1, plan.groups)))]
+    if plan.split:
+        lines.append(f"Every layer split over all GPUs instead: {three_figures(plan.split)} tokens/s for one sequence")
     left = [f"{listed(plan.left_out)} would hold nothing: the others are faster without."] * bool(plan.left_out)
     return "\n".join([hosts_label(plan), plan_settings(plan.stages[0].plan), "", table, "", *lines, *left])
 
@@ -78,8 +80,8 @@ def hosts_label(plan: HostsPlan) -> str:
 def stage_text(plan: HostsPlan, rank: int) -> str:
     """What one process does, in a sentence without its beginning."""
     stage = plan.stages[rank]
-    slowest = len(plan.stages) > 1 and stage.seconds == max(other.seconds for other in plan.stages)
-    took = f"{format_seconds(stage.seconds)} for a token{', the slowest' * slowest}"
+    slowest = all(stage.seconds > 1.01 * other.seconds for other in plan.stages if other is not stage)
+    took = f"{format_seconds(stage.seconds)} for a token{', the slowest' * (slowest and plan.groups > 1)}"
     return f"{stage.host}: {counted(stage.blocks, 'block')}, {took}"
 
 

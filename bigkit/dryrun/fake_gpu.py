@@ -57,6 +57,7 @@ class Trace:
         operations: all operations, in order.
         steps: (name of a step, number of operations up to its end).
         unissued: steps that Python took since it launched the last kernel: modules called, operations issued.
+        expert_hits: chosen experts that were on a GPU already, and that were brought, if some may stay there.
     """
 
     recordings: dict[str, Recording] = field(default_factory=dict)
@@ -64,6 +65,7 @@ class Trace:
     operations: list[Operation] = field(default_factory=list)
     steps: list[tuple[str, int]] = field(default_factory=list)
     unissued: int = 0
+    expert_hits: tuple[int, int] = (0, 0)
 
     def mark(self, name: str) -> None:
         """Note the end of a step, on every device and among the operations."""

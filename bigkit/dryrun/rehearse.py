@@ -21,10 +21,15 @@ from torch import Tensor, nn
 from ..devices import Device, placement, read_device
 from ..machine.hardware import Gpu
 from ..machine.ledger import Calibration
-from ..machine.roofline import ARRIVE, FILL, LEAVE, Operation
+from ..machine.roofline import ARRIVE, FILL, LEAVE, WAIT, Operation
+from ..machine.routing import Routing
 from ..maps.links import DeviceMap
+from ..offload.choice import Recorded
 from ..offload.dispatch import dispatch_model
+from ..offload.experts import ExpertStreamer, expert_hits
 from ..offload.lenders import streamers_in
+from ..offload.rows import Rows, count_rows
+from ..offload.stream import Streamer
 from ..offload.transfer import PlainLane, Slot
 from ..offload.weights import Unit
 from ..quantize.load import BnbQuantizationConfig
@@ -67,6 +72,8 @@ def rehearse(
     resident_memory: int | str = 0,
     quantization: BnbQuantizationConfig | None = None,
     replay: bool = False,
+    expert_cache: int | str = 0,
+    routing: Routing | None = None,
 ) -> Trace:
     """Fill an empty model on fake GPUs, spread it as a map says, and do the work; returns what was noted.
 
@@ -77,7 +84,7 @@ def rehearse(
         target: the GPU that is imagined.
         slots, resident_memory: see `dispatch_model`.
         quantization: of its linear layers, which are bitsandbytes' already.
-        replay: see `dry_run`.
+        replay, expert_cache, routing: see `dry_run`.
     """
     works: Mapping[str, Device] = getattr(places, "works", {})
     places = {name: read_device(device) for name, device in places.items()}
@@ -94,8 +101,11 @@ def rehearse(
             stack.enter_context(fake_bitsandbytes(log))
             fill_quantized(model.eval(), in_ram, main, quantization)
         if set(places.values()) != {main}:
-            dispatch_model(model, in_ram, None if known else main, slots=slots, resident_memory=resident_memory)
-            _replace_lanes(model, log, places)
+            dispatch_model(
+                model, in_ram, None if known else main, slots=slots, resident_memory=resident_memory,
+                expert_cache=expert_cache,
+            )  # fmt: skip
+            _replace_lanes(model, log, places, routing)
         log.trace.mark("fill")
         log.kind = "activations"
         if replay:
@@ -116,6 +126,7 @@ def rehearse(
     log.live.clear()
     for recording in log.trace.recordings.values():
         del recording.events[recording.marks[-1][1] :]  # what is freed when everything is over
+    log.trace.expert_hits = expert_hits(model)
     return log.trace
 
 
@@ -136,10 +147,10 @@ class FakeLane(PlainLane):
     """Brings nothing, and notes what it was asked to bring, into which slot, and when the work needs it."""
 
     def __init__(
-        self, device: torch.device, log: OperationLog, places: Mapping[str, Device], numbers: dict[int, int]
+        self, streamer: Streamer, log: OperationLog, places: Mapping[str, Device], numbers: dict[int, int]
     ) -> None:
-        super().__init__(device)
-        self.log, self.place = log, placement(places)
+        super().__init__(streamer.device)
+        self.log, self.place, self.streamer = log, placement(places), streamer
         self.numbers = numbers  # id of a slot -> its number; experts have slots of their own
 
     def slot(self, nbytes: int) -> Slot:
@@ -152,7 +163,13 @@ class FakeLane(PlainLane):
         return slot
 
     def fill(self, slot: Slot, unit: Unit) -> None:
-        self._note(FILL, slot, unit)
+        experts = 0
+        if isinstance(self.streamer, ExpertStreamer):
+            whole: Unit = unit.whole if isinstance(unit, Rows) else unit
+            experts = max(1, unit.nbytes * self.streamer.counts[whole.index] // max(1, whole.nbytes))
+            if whole is not unit:  # the router must have chosen: the host waits for that, or the GPU gathers by itself
+                self._note(WAIT if self.streamer.host_waits else LEAVE, slot, unit)
+        self._note(FILL, slot, unit, experts)
 
     def arrive(self, slot: Slot) -> None:
         self._note(ARRIVE, slot, slot.unit)
@@ -160,20 +177,30 @@ class FakeLane(PlainLane):
     def leave(self, slot: Slot) -> None:
         self._note(LEAVE, slot, slot.unit)
 
-    def _note(self, name: str, slot: Slot, unit: Unit | None) -> None:
+    def _note(self, name: str, slot: Slot, unit: Unit | None, experts: int = 0) -> None:
         assert unit is not None
         rests = {self.place(inside) for inside in (unit.name, *(weight.name for weight in unit.weights))}
         source, number = "disk" if "disk" in rests else "cpu", self.numbers[id(slot)]
         self.log.trace.operations.append(
-            Operation(name, str(self.device), 0, unit.nbytes, "uint8", 0, source, number, unit.name)
+            Operation(name, str(self.device), 0, unit.nbytes, "uint8", 0, source, number, unit.name, experts=experts)
         )
 
 
-def _replace_lanes(model: nn.Module, log: OperationLog, places: Mapping[str, Device]) -> None:
-    """Put fake lanes in the place of those of a dispatched model."""
+def _replace_lanes(model: nn.Module, log: OperationLog, places: Mapping[str, Device], routing: Routing | None) -> None:
+    """Put fake lanes in the place of those of a dispatched model, and a recorded routing in the place of chance."""
+    layers = {id(module): number for number, module in enumerate(filter(count_rows, model.modules()))}
+    if routing is not None:
+        routing.check({(len(layers), *_choice(module)) for module in filter(count_rows, model.modules())})
     numbers: dict[int, int] = {}
     for streamer in streamers_in(model):
-        streamer.lane = FakeLane(streamer.device, log, places, numbers)
+        streamer.lane = FakeLane(streamer, log, places, numbers)
+        if routing is not None and isinstance(streamer, ExpertStreamer):
+            streamer.recorded = Recorded([routing.chosen[layers[id(unit.module)]] for unit in streamer.units])
+
+
+def _choice(module: Any) -> tuple[int, int]:
+    """How many experts a module has, and how many a token takes."""
+    return count_rows(module), int(getattr(module.config, "num_experts_per_tok", 0) or 0)
 
 
 def label_cache(log: OperationLog, cache: Any) -> None:

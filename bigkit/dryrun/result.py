@@ -88,6 +88,7 @@ class DryRun:
         twin: the pace of the host in this architecture, if it was measured.
         met: whether the memory of runs on such a GPU was compared with dry runs.
         recorded: quantity -> measured / predicted, of this model's runs that were recorded on this machine.
+        expert_hits: chosen experts that were on the GPU already, and those that had to be brought (`expert_cache`).
     """
 
     model: str
@@ -105,6 +106,7 @@ class DryRun:
     twin: Twin | None = None
     met: bool = False
     recorded: Mapping[str, Sequence[float]] = field(default_factory=dict, repr=False)
+    expert_hits: tuple[int, int] = (0, 0)
 
     @cached_property
     def timelines(self) -> dict[Device, Timeline]:
@@ -254,6 +256,14 @@ class DryRun:
         lanes = dict.fromkeys(lane for step in self.times for lane in step.busy)
         return {lane: sum(step.busy.get(lane, 0.0) for step in self.times) / whole for lane in lanes}
 
+    @property
+    def hits(self) -> str:
+        """How many of the chosen experts were on the GPU, in words; empty without a cache of experts."""
+        found, brought = self.expert_hits
+        if not found + brought:
+            return ""
+        return f"{100 * found / (found + brought):.0f} % of the chosen experts were on the GPU already"
+
     def explain(self) -> str:
         """The run as a short story."""
         lines = [f"{self.model} on {self.hardware}: {self.asked}"]
@@ -269,7 +279,7 @@ class DryRun:
             step = self.times[0] if name == "prefill" else self.times[-1]
             told = self.ranges[name].told(format_seconds)
             lines.append(f"  {name}: {format_seconds(seconds)} ({told}), longest busy: {step.bottleneck}")
-        lines += [f"  {text}" for text in (self.speed, *self.notes) if text]
+        lines += [f"  {text}" for text in (self.speed, self.hits, *self.notes) if text]
         lines.append(f"  DOES NOT FIT: {self.problem}" if self.problem else f"  Fits{self.narrowly}.")
         return "\n".join(lines)
 

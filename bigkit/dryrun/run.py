@@ -22,8 +22,9 @@ from ..checkpoints.as_stored import AsStored, keep_as_stored
 from ..devices import Device, read_device, whole_on
 from ..machine.hardware import CONTEXT_BYTES, HARDWARE, Hardware, machine_of
 from ..machine.ledger import Calibration, Ledger, calibration_of, overhead_of
+from ..machine.routing import Routing
 from ..maps.advise import rates_of
-from ..maps.links import DeviceMap
+from ..maps.links import DeviceMap, links_of
 from ..maps.plan import Plan
 from ..maps.strategies import place
 from ..meta.skeleton import spec_from_module
@@ -56,6 +57,8 @@ def dry_run(
     calibration: Calibration | None = None,
     quantization: BnbQuantizationConfig | str | None = None,
     replay: bool = True,
+    expert_cache: int | str = 0,
+    routing: Routing | None = None,
 ) -> DryRun:
     """Run a model on GPUs that do not exist.
 
@@ -81,12 +84,16 @@ def dry_run(
             or what a repository is quantized to.
             bitsandbytes' own Python for CUDA is followed (`dryrun/fake_bnb.py`).
         replay: trace blocks that are surely equal twice, then note the same again (`dryrun/replay.py`); False runs all.
+        expert_cache: bytes of the GPUs for experts that stay there; see `dispatch_model`.
+        routing: which experts are chosen, token by token, as `record_routing` gives it; from its beginning, and again
+            when it ends. None: as many different ones as chance gives.
 
     Returns:
         The run: peaks, timelines and times.
 
     Raises:
-        ValueError: an unknown device or quantization, or the hardware has too few GPUs.
+        ValueError: an unknown device or quantization, the hardware has too few GPUs, no experts for the cache, or a
+            routing of another model.
         ImportError: it is quantized, and bitsandbytes is not there.
 
     >>> run = dry_run("pygpt", batch_size=2, prompt_tokens=32, new_tokens=2)
@@ -101,6 +108,7 @@ def dry_run(
     if isinstance(given, Plan):
         dtype, quantization = dtype or given.dtype, quantization or given.quantization
         slots = slots or given.slots
+    left_out = ("MLPs that the CPU computes are streamed here.",) if getattr(given, "on_cpu", None) else ()
     if quantization is None and dtype is None:
         quantization = _quantized_so(model)
     working = (*places.values(), *getattr(places, "works", {}).values())
@@ -115,16 +123,21 @@ def dry_run(
         config = config_of(quantization, dtype)
         dtype = config.torch_dtype
     target = target_of(machine.gpus[numbers[0]], calibration)
+    options: dict[str, Any] = {
+        "slots": slots or 2, "resident_memory": resident_memory, "quantization": config, "expert_cache": expert_cache,
+        "routing": routing,
+    }  # fmt: skip
+    replay = replay and not expert_cache and routing is None  # else no two tokens are alike
     name, empty = _model(model, dtype, config)
     try:
-        trace = rehearse(empty, places, load, target, slots or 2, resident_memory, config, replay)
+        trace = rehearse(empty, places, load, target, **options, replay=replay)
     except Unlike:
         if isinstance(model, nn.Module):  # it is half run, and cannot be built again
             raise RuntimeError(
                 f"blocks of {type(model).__name__} look alike and are not: build it again and give replay=False"
             ) from None
         name, empty = _model(model, dtype, config)
-        trace = rehearse(empty, places, load, target, slots or 2, resident_memory, config)
+        trace = rehearse(empty, places, load, target, **options)
     known: Any = getattr(empty, "config", None)
     about = facts(known.to_dict()) if hasattr(known, "to_dict") else {}
     about |= {"decoding": 0} if any(isinstance(part, AsStored) for part in empty.modules()) else {}
@@ -145,9 +158,10 @@ def dry_run(
         rates={f"cuda:{i}": rates[i] for i in numbers},
         capacity={i: machine.gpus[i].memory - context for i in numbers},
         asked=in_words(empty, load),
-        notes=remarks(name, about, load.prompt + load.new),
+        notes=(*remarks(name, about, load.prompt + load.new), *left_out),
         twin=calibration.twin(type(empty).__name__, kind, issued) if calibration else None,
         met=target.capability == COMPARED,
+        expert_hits=trace.expert_hits,
         recorded=Ledger.load().ratios(calibration.machine, name) if here and calibration else {},
     )
 
@@ -171,6 +185,7 @@ def _plan(
     return place(
         spec, machine.max_memory(), strategy, dtype=dtype, quantization=kind, batch=load.batch,
         context=load.prompt + load.new, overhead=overhead_of(machine), strict=False,
+        links=links_of(machine, calibration_of(machine)),
     )  # fmt: skip
 
 

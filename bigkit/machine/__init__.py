@@ -33,6 +33,7 @@ Read in this order:
     roofline    one operation -> seconds; the operations of a run -> seconds for each step
     ranges      how far a predicted figure may be off, and what it rests on
     streams     the clock of weights that travel: disk, link, slots, work
+    ways        a token over one link, over several, and with MLPs that the CPU computes
     network     the line between two hosts, and when each stage of a model works that spans them
     allocator   PyTorch's caching allocator, request by request
     routing     which experts were chosen, token by token, and what a cache of some of them would have had

@@ -90,6 +90,9 @@ class Calibration:
         machine: its GPU (or CPU) and the number of cores.
         gpu: the GPU's name, or None.
         link_pinned, link_pageable: bytes a second from RAM to the GPU, from memory that is pinned and that is not.
+        links: bytes a second to each GPU while all are copied to at once.
+        cpu_reads: dtype -> (threads, bytes of weights a second in products of matrices and a vector on the CPU, bytes a
+            second of all links meanwhile).
         disk_cold: bytes a second from a file when the disk must be read.
         disk_warm: bytes a second from a file that the system has in memory, by the threads that offloading reads with.
         memory: bytes a second that a large copy reads and writes, on the device that computes.
@@ -122,6 +125,8 @@ class Calibration:
     workspace: int | None = None
     capability: tuple[int, int] | None = None
     versions: Mapping[str, str] = field(default_factory=dict)
+    links: tuple[float, ...] = ()
+    cpu_reads: Mapping[str, tuple[tuple[int, float, float], ...]] = field(default_factory=dict)
     twins: tuple[Twin, ...] = ()
 
     def twin(self, model: str, quantization: str | None, issued: int) -> Twin | None:
@@ -144,7 +149,11 @@ class Calibration:
             "disk, in the page cache": self.disk_warm,
             "memory of the device": self.memory,
             "RAM": self.host_memory,
+            "all links together": sum(self.links) if len(self.links) > 1 else None,
         }
+        for dtype, rows in self.cpu_reads.items():
+            threads, reads, links = max(rows, key=lambda row: row[1] + row[2])
+            rates |= {f"{threads} CPU threads, {dtype}": reads, "  links meanwhile": links}
         products = {f"products, {dtype}": max(rate for _, rate in rows) for dtype, rows in self.products.items()}
         times = {"a step of the host": self.issue, "smallest kernel": self.kernel}
         sizes = {"CUDA context": self.context, "workspace of cuBLAS": self.workspace}
@@ -177,10 +186,15 @@ class Calibration:
             values["twins"] = tuple(map(Twin.from_json, data.get("twins") or ()))
             values["capability"] = data["capability"] and tuple(data["capability"])
             values["disk_warm"] = data.get("disk_readers") or data["disk_warm"]  # once a field of its own
+            values["links"] = tuple(data.get("links", ()))
+            values["cpu_reads"] = {name: tuple(map(tuple, rows)) for name, rows in data.get("cpu_reads", {}).items()}
         except (AttributeError, KeyError, TypeError) as error:
             raise ValueError(f"this is not the JSON of a Calibration: {error!r}") from error
         rows = [*values["attention"], *(row for rows in values["products"].values() for row in rows)]
         numbers = [values.get(name) for name in (*_RATES, *_SIZES)] + [number for row in rows for number in row]
+        reads = [row for rows in values["cpu_reads"].values() for row in rows]
+        numbers += [*values["links"], *(row[1] for row in reads)]
+        rows += [() for row in reads if len(row) != 3]
         numbers += [number for twin in values["twins"] for number in twin.numbers]
         if not all(number is None or _is_positive(number) for number in numbers) or any(len(row) != 2 for row in rows):
             raise ValueError("a rate, time or size of a Calibration is not a positive number")

@@ -114,4 +114,4 @@ def range_of_steps(steps: Sequence[StepTime], host: str, others: str) -> Range:
 
 
 def _kind(lane: str) -> str:
-    return lane if lane in ("python", "disk") else "link" if lane.startswith("copy") else "gpu"
+    return lane if lane in ("python", "disk") else "link" if lane.startswith(("copy", "experts")) else "gpu"

@@ -7,7 +7,8 @@
                       narrow twin of the model that was measured): it calls a module, issues an operation, launches a
                       kernel. The GPU runs each operation when it was issued and the one before it is done. A decode
                       step of a small model waits for Python, a long prompt for the GPU. Weights that rest elsewhere
-                      pass two more lanes, disk and link: the clock of `machine/streams.py` says when.
+                      pass two more lanes, disk and link: the clock of `machine/streams.py` says when. Experts have a
+                      lane of their own, which shares the link.
 
 The rate of a matrix product grows with its size; it is read off a measured table, or off the vendor's figure and the
 share of it that large products reach (`TYPICAL`).
@@ -85,6 +86,7 @@ class Operation:
         parts: matrix products in it, if one kernel does several: one for each expert.
         scattered: elements that its kernel takes one by one, because its tensors lie in memory in different orders, or
             one is repeated; several at once go in one access otherwise.
+        experts: experts of a mixture that are brought.
     """
 
     name: str
@@ -98,6 +100,7 @@ class Operation:
     unit: str = ""
     parts: int = 1
     scattered: int = 0
+    experts: int = 0
 
 
 @dataclass(frozen=True)
@@ -266,7 +269,7 @@ def run_steps(
 
 
 class _Player:
-    """Plays operations on a clock whose lanes are "python", the devices, "copy to" each of them, and "disk"."""
+    """Plays operations on a clock: "python", the devices, "copy to" and "experts to" each of them, and "disk"."""
 
     def __init__(self, rates: Mapping[str, Rates], spans: list[Span]) -> None:
         self.rates, self.spans, self.clock = rates, spans, Clock()
@@ -304,9 +307,15 @@ class _Player:
         rates, lane = self.rates[operation.device], f"copy to {operation.device}"
         slot = self.slots[operation.device, operation.slot]
         disk = rates.disk if operation.source == "disk" else None
+        before = self.clock.busy.get(lane, 0.0)
         filling = self.clock.fill(slot, operation.bytes, rates.link, disk, lane)
         if filling.read is not None:
             self._note("disk", operation.unit, filling.read)
+        if operation.experts:
+            busy, own = self.clock.busy, f"experts to {operation.device}"
+            busy[own] = busy.get(own, 0.0) + busy[lane] - before
+            busy[lane] = before
+            lane = own
         self._note(lane, operation.unit, filling.copied)
 
     def _note(self, lane: str, name: str, times: tuple[float, float]) -> None:

@@ -148,14 +148,25 @@ class Routing:
             ValueError: the model has other layers or experts.
         """
         experts = experts_of(model)
-        shapes = {(len(experts), one.count, one.per_token) for one in experts}
-        if shapes != {(self.layers, self.experts, self.per_token)}:
+        self.check({(len(experts), one.count, one.per_token) for one in experts}, model.name)
+        return experts[0].bytes_each(precision)
+
+    def check(self, shapes: Iterable[tuple[int, int, int]], name: str = "this model") -> None:
+        """See that this was recorded from a model of such a shape.
+
+        Args:
+            shapes: (layers with experts, experts of one, experts that a token takes); of one model all are equal.
+            name: what errors call the model.
+
+        Raises:
+            ValueError: the model has other layers or experts.
+        """
+        if {*shapes} != {(self.layers, self.experts, self.per_token)}:
             has = ", ".join(f"{counted(n, 'layer')}, {k} of {count} experts" for n, count, k in sorted(shapes))
             raise ValueError(
-                f"this routing was recorded from {self.model} ({self.shape}), and {model.name} has "
+                f"this routing was recorded from {self.model} ({self.shape}), and {name} has "
                 f"{has or 'no experts'}: record it from the same model"
             )
-        return experts[0].bytes_each(precision)
 
     def _check(self, policy: str, slots: int) -> None:
         if policy not in POLICIES:

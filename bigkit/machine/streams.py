@@ -67,7 +67,8 @@ class Span(NamedTuple):
     """A stretch of time in which a lane is busy with one thing.
 
     Args:
-        lane: "compute", "link" or "disk" in a schedule; in a dry run "python", a device, "copy to" a device, or "disk".
+        lane: "compute", "link" or "disk" in a schedule; in a dry run "python", a device, "copy to" or
+            "experts to" a device, or "disk".
             A copy of a unit from a file may have pauses in which the disk reads.
         name: the unit or operation, in a dry run; a schedule's spans have the number of the turn instead.
         start, end: seconds from the start of the run.

@@ -1,7 +1,7 @@
 """Which layer rests on which device: plans, the strategies that make them, and Accelerate's names for both.
 
 A model is a chain of layers, and a device map cuts it: the first stretch on GPU 0, the next on GPU 1, and what fits on
-no GPU rests in RAM or on disk and visits GPU 0 when its turn comes. A greedy walk fills one GPU after the other:
+no GPU rests in RAM or on disk and visits the GPUs in turn. A greedy walk fills one GPU after the other:
 
     >>> def sequential(sizes, budgets):
     ...     device_map, gpu = {}, 0
@@ -32,9 +32,12 @@ Reading order:
     partition.py     cutting a chain of sizes: fill, balance, spread
     strategies.py    `place`: the strategies, and what to do if not everything fits
     task.py          what the strategies count with: units, rooms, and the bytes on each device
+    links.py         the rule by which what rests elsewhere works on several GPUs
+    on_cpu.py        how many MLPs the CPU should compute where they rest
     experts.py       experts of a mixture apart from their blocks
     llama_cpp.py     a plan as options of llama.cpp
     hosts.py         `plan_hosts`: a stage for each of several hosts, each with a plan of its own
+    tensors.py       what it would give to split every layer instead
     engines.py       such a plan as commands of vLLM, SGLang and llama.cpp
     pipeline.py      which components of a pipeline stay, come for their phase, or come block by block
     own_map.py       a map of the user's own, to be checked and measured

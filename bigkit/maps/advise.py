@@ -1,6 +1,7 @@
 """What to do with a model and a machine: `advise(...)` ranks ways to store and to place it.
 
-Each way is a plan, and the plan says what a token waits for. Four things work side by side, and the slowest counts:
+Each way is a plan, and the plan says what a token waits for. Four things work side by side, and the slowest counts; but
+experts are copied when they are chosen, and then what works on them waits:
 
     Python      issues a number of steps for each block, most where bitsandbytes multiplies
     GPU         reads the weights that rest on it and the KV cache; of experts, those that the router picks
@@ -32,8 +33,10 @@ from ..model.experts import experts_of, visited
 from ..model.spec import ModelSpec, Precision
 from ..model.stored import is_as_stored
 from ..units import dtype_bits, format_bytes, format_seconds, text_table, three_figures
+from . import on_cpu
 from .cures import cures
 from .draft import ACCEPTANCE, Speculation, best_guesses, draft_bytes, keep_room, warning
+from .links import links_of
 from .partition import last_true
 from .plan import Plan
 from .strategies import place
@@ -45,6 +48,8 @@ WAITS = {  # lane -> what is waited for there, in words
     "Python": "Python, which starts the work of each layer", "GPU": "the GPU's own memory",
     "RAM": "the CPU and its RAM", "link": "weights that come over the link", "disk": "weights that come from disk",
 }  # fmt: skip
+COPIES = ("link", "disk")
+CHOSEN = 0.95  # if more of a block's experts are picked, all are streamed, the next block's while one works
 TARGETS = ("speed", "quality", "memory", "context")
 
 
@@ -293,14 +298,19 @@ def advise(
             batch=batch,
             overhead=overhead,
             kv_dtype=kv_dtype,
+            links=links_of(hardware, calibration),
         )
         plan = ask(context=context, strict=False)
         if not plan.feasible:
             misfits.append((plan, ask))
         elif target == "context" and plan.max_context is not None:
             plan = _longest(ask, plan.context, max(plan.context, longest_context(model.facts) or LONGEST))
-        options += [predict(model, plan, hardware, calibration)] if plan.feasible else []
         said += plan.notes
+        if plan.feasible:
+            options.append(predict(model, plan, hardware, calibration))
+            if calibration and calibration.cpu_reads:
+                _, about = best_with_cpu(model, partial(ask, context=plan.context), hardware, calibration)
+                said += [f"{plan.stored}: {about}"] if about else []
     if draft is not None and generates(model):
         options = [replace(option, speculation=_speculation(model, option, draft, acceptance, hardware, calibration))
                    for option in options]  # fmt: skip
@@ -340,7 +350,9 @@ def rates_of(hardware: Hardware, calibration: Calibration | None) -> list[Rates]
     """The rates of each GPU: measured, else the vendors'."""
     if calibration is None:
         return [Rates.of_gpu(gpu, hardware.disk_rate) for gpu in hardware.gpus]
-    return [Rates.of_calibration(calibration, gpu, hardware.disk_rate) for gpu in hardware.gpus]
+    rates = [Rates.of_calibration(calibration, gpu, hardware.disk_rate) for gpu in hardware.gpus]
+    together = calibration.links if len(calibration.links) == len(rates) > 1 else [rate.link for rate in rates]
+    return [replace(rate, link=link) for rate, link in zip(rates, together)]
 
 
 def all_rates(hardware: Hardware, calibration: Calibration | None) -> dict[Device, Rates]:
@@ -373,6 +385,10 @@ def predict(model: ModelSpec, plan: Plan, hardware: Hardware, calibration: Calib
     on_disk = sum(share.weights for share in plan.shares if share.device == "disk")
     visits = visitors(plan)
 
+    def chosen(tokens: int) -> bool:
+        """Whether of some experts only the chosen ones travel."""
+        return bool(visits) and plan.experts is not None and picked(model, plan.batch * tokens) < CHOSEN
+
     def lanes(tokens: int) -> dict[str, float]:
         """Lane -> seconds that it works when each sequence brings so many tokens."""
         used = 1 - (1 - picked(model, plan.batch * tokens)) * routed_share  # share of the weights that are read
@@ -384,17 +400,50 @@ def predict(model: ModelSpec, plan: Plan, hardware: Hardware, calibration: Calib
             product = rate.table("bfloat16" if bits == 16 else "float32")[-1][1]
             computing += weights / total * tokens * flops / product
         travels = picked(model, plan.batch * tokens) if plan.experts else 1.0  # of experts apart, the chosen ones
+        copies = [size / rates[gpu].link for gpu, size in visits.items()]
         return {
             "Python": ASSUMED.steps[plan.quantization] * blocks * first.issue,
             "GPU" if on_gpus else "RAM": max(reading, computing),
-            "link": travels * max((size / rates[gpu].link for gpu, size in visits.items()), default=0.0),
+            "link": travels * (sum(copies) if chosen(tokens) else max(copies, default=0.0)),
             "disk": travels * on_disk / first.disk,
         }
 
-    whole = lanes(max(plan.context, 1))
-    waits = lanes(1) if generates(model) else whole
-    token = max(waits.values()) if generates(model) else None
-    return Option(plan, token, max(whole.values()), waits, LOSS[plan.quantization])
+    def seconds(tokens: int) -> float:
+        """What is waited for: the slowest lane, and for chosen experts, since nothing of them can be fetched ahead."""
+        waits = lanes(tokens)
+        if not chosen(tokens):
+            return max(waits.values())
+        return max(value for lane, value in waits.items() if lane not in COPIES) + sum(waits[lane] for lane in COPIES)
+
+    whole = max(plan.context, 1)
+    if not generates(model):
+        return Option(plan, None, seconds(whole), lanes(whole), LOSS[plan.quantization])
+    return Option(plan, seconds(1), seconds(whole), lanes(1), LOSS[plan.quantization])
+
+
+def best_with_cpu(
+    model: ModelSpec, ask: Callable[..., Plan], hardware: Hardware, calibration: Calibration | None
+) -> tuple[Plan, str]:
+    """The plan in which the CPU computes MLPs, and a sentence: with as many slots as make a token shortest.
+
+    Args:
+        model, hardware, calibration: see `predict`.
+        ask: a function from `slots` to a plan (see `place`).
+    """
+    best: tuple[float, Plan, str] | None = None
+    alone = 0.0
+    for slots in on_cpu.SLOTS:
+        plan = ask(slots=slots, strict=False) if slots else ask()
+        option = predict(model, plan, hardware, calibration)
+        if best is None and (option.bottleneck != "link" or option.token is None):
+            return plan, ""
+        gpu = max(option.waits["Python"], option.waits.get("GPU", 0.0))
+        alone = option.seconds if best is None else alone
+        plan, seconds, about = on_cpu.with_cpu(model, plan, calibration, alone, gpu)
+        if best is None or (plan.feasible and seconds < best[0]):
+            best = seconds, plan, about
+    assert best is not None
+    return best[1:]
 
 
 def _speculation(

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from ..units import three_figures
+
 if TYPE_CHECKING:
     from .hosts import HostsPlan
 
@@ -16,7 +18,7 @@ def commands(plan: HostsPlan) -> list[str]:
     """One line for each engine: the command on host K (of llama.cpp: on the last one), and what it does better.
 
     >>> from bigkit import plan_hosts
-    >>> for line in commands(plan_hosts("llama-2-7b", ["RTX 4090", "RTX 3090"], dtype="float16"))[1:2]:
+    >>> for line in commands(plan_hosts("llama-2-7b", ["RTX 4090", "RTX 3090"], dtype="float16"))[2:3]:
     ...     print(line.partition(" (")[0])
     vLLM, on host K: VLLM_PP_LAYER_PARTITION=16,16 vllm serve llama-2-7b --pipeline-parallel-size 2 \
 --tensor-parallel-size 1 --nnodes 2 --node-rank K --master-addr HOST0
@@ -29,6 +31,11 @@ def commands(plan: HostsPlan) -> list[str]:
     split = ",".join(str(home.count(gpu)) for home, own in zip(homes, runners) for gpu in own)
     hosts = f"--num_machines {count} --num_processes {count} --machine_rank K --main_process_ip HOST0"
     lines = [f"bigkit, on host K: bigkit launch {hosts} --main_process_port 29500 script.py"]
+    if plan.split and sum(gpus) > 1:
+        start = f"torchrun --nnodes {count} --nproc-per-node {max(gpus)} --node-rank K --master-addr HOST0 script.py"
+        pace = f"about {three_figures(plan.split)} tokens/s for one sequence; they meet twice in a block"
+        every = f"it splits every layer over all {sum(gpus)} GPUs: {pace}"
+        lines.append(f'Transformers, on host K: {start}, with from_pretrained(..., tp_plan="auto") ({every}).')
     if any(stage.plan.offloaded for stage in plan.stages):
         return [*lines, "vLLM and SGLang hold all weights on GPUs: here some rest in RAM or on disk."]
     tensor = max(gpus) if len({*gpus}) == 1 else 1

@@ -5,7 +5,7 @@ that has T seconds for a token can read only so many bytes: those in its GPUs at
 link's, then those on disk. These are the rooms into which `Chain` cuts; the smallest T for which the chain fits makes
 the slowest stage as fast as it can be. Within a stage, layers are placed as on any machine (`strategies.place`).
 
-Leaves out: several models, tensor parallelism, and running anything (`bigkit.pipeline`).
+Leaves out: several models, splitting layers (`tensors.py` says what it would give), and running (`bigkit.pipeline`).
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from .engines import commands
 from .partition import Chain, last_true
 from .plan import Plan, PlanError
 from .strategies import place
+from .tensors import tokens_if_split
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,8 @@ class HostsPlan:
         one, many: predicted tokens a second of one sequence, and of `batch` sequences (at least one a group) in as many
             groups as there are stages.
         left_out: hosts that hold nothing, because the others are faster without them.
+        split: tokens a second of one sequence if every layer were split over all GPUs (see `tensors.py`); None: it
+            would not fit.
     """
 
     model: str
@@ -78,6 +81,7 @@ class HostsPlan:
     one: float
     many: float
     left_out: tuple[str, ...] = ()
+    split: float | None = None
 
     @property
     def groups(self) -> int:
@@ -239,7 +243,24 @@ def plan_hosts(
     out = [machine.name for machine, start, end in zip(machines, [0, *ends], ends) if end <= start]
     found = HostsPlan(model.name, line, tuple(stages), batch, hidden, 0.0, 0.0, tuple(out))
     one, many = 1 / found.timeline(1)[0], found.groups * found.each / found.timeline()[0]
-    return replace(found, one=one, many=many)
+    return replace(found, one=one, many=many, split=_split(model, needs, machines, paces, line, hidden))
+
+
+def _split(
+    model: ModelSpec,
+    needs: Sequence[int],
+    machines: Sequence[Hardware],
+    paces: Sequence[_Pace],
+    line: Network,
+    hidden: int,
+) -> float | None:
+    gpus = [tier for machine, pace in zip(machines, paces) for tier in pace.tiers[: len(machine.gpus)]]
+    if not all(machine.gpus for machine in machines):
+        return None
+    if len(machines) == 1:  # they meet over their own link
+        line = Network("link", machines[0].gpus[0].link, 1e-5)
+    python = len(needs) / min(pace.blocks for pace in paces)
+    return tokens_if_split(gpus, sum(needs), _share_read(model, 1) * sum(needs), len(needs), python, line, hidden)
 
 
 def read_hosts(hosts: Sequence[Hardware | str] | str, this: Hardware | None = None) -> list[Hardware]:
@@ -378,11 +399,15 @@ def _pace(machine: Hardware, reserved: int, quantization: str | None) -> _Pace:
     return _Pace([*tiers, (budgets["disk"], machine.disk_rate)], 1 / (ASSUMED.steps[quantization] * first.issue))
 
 
+def _share_read(model: ModelSpec, batch: int) -> float:
+    """Of the weights, for a token of each sequence."""
+    routed = sum(experts.parameters for experts in experts_of(model)) / max(1, model.parameters)
+    return 1 - routed * (1 - picked(model, batch))
+
+
 def _cut(model: ModelSpec, needs: Sequence[int], paces: Sequence[_Pace], batch: int, strategy: str) -> list[int]:
     """Where each host's stretch ends: the smallest time of the slowest for which all blocks find room."""
-    routed = sum(experts.parameters for experts in experts_of(model)) / max(1, model.parameters)
-    share = 1 - routed * (1 - picked(model, batch))  # of the weights, read for a token
-    chain = Chain(needs)
+    share, chain = _share_read(model, batch), Chain(needs)
 
     def ends(microseconds: int, leave: bool = False) -> list[int]:
         rooms = [pace.room(microseconds / 1e6, share) for pace in paces]

@@ -13,6 +13,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from ..devices import Device
+from ..machine.hardware import Hardware
+from ..machine.ledger import Calibration
 
 
 def take_turns(sizes: Sequence[int], links: Sequence[float]) -> list[int]:
@@ -35,6 +37,19 @@ def take_turns(sizes: Sequence[int], links: Sequence[float]) -> list[int]:
         turns.append(first := min(range(len(links)), key=ends.__getitem__))
         busy[first] = ends[first]
     return turns
+
+
+def links_of(hardware: Hardware, calibration: Calibration | None) -> list[float]:
+    """The speed of each GPU's link while all are busy, in tenths of the fastest; as measured, else the vendors'.
+
+    >>> from bigkit.machine.hardware import machine_of
+    >>> links_of(machine_of("2 x RTX 4090"), None)
+    [1.0, 1.0]
+    """
+    rates = [gpu.link for gpu in hardware.gpus]
+    if calibration and len(calibration.links) == len(rates):
+        rates = [*calibration.links]
+    return [max(round(rate / max(rates), 1), 0.1) for rate in rates]
 
 
 class DeviceMap(dict[str, Device]):

@@ -1,10 +1,146 @@
-"""How much of a model the CPU should compute where it rests, while the link brings the rest.
+"""How many MLPs the CPU should compute where they rest, for a few tokens, while the links bring the rest.
 
-Leaves out: computing it (`offload/on_cpu.py`).
+    links     (bytes that travel - bytes of k MLPs) / their rate while the CPU reads too
+    CPU       k x (bytes of an MLP / its rate + two hops of the hidden states), and what the GPU does in between
+
+A token takes the longer of the two; k is where it is shortest. Rates are those that `calibrate()` measured here, for
+each dtype and number of threads, with all links busy. Without them nothing is said: RAM of one machine is several times
+as fast as that of another, and where it is slow the CPU only takes from the links.
+
+    >>> count, reading, seconds = best_count(32, 270e6, 13.2e9, 0.02, [Reading(16, 62e9, 52e9)], slots=4)
+    >>> count, reading.threads, round(seconds, 3)
+    (24, 16, 0.129)
+
+Leaves out: computing it (`offload/on_cpu.py`), and weights on disk.
 """
 
 from __future__ import annotations
 
-# A block called with at most so many tokens is computed on the CPU: there it takes about as long as with one.
-# (16 cores of an H200's host, PyTorch 2.11, bf16: 62 GB/s of weights for 1 token, 56 for 16, 38 for 64, 7 for 512.)
-FEW = 16
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, NamedTuple
+
+from ..machine.ledger import Calibration
+from ..model.spec import ModelSpec
+from ..units import counted, format_bytes, format_seconds
+from .experts import is_apart
+
+if TYPE_CHECKING:
+    from .plan import Plan
+
+SLOTS = (None, 3, 4)  # blocks in flight that are tried, where the CPU works between them; None: as without it
+PAYS = 0.95  # a token must take less than this share of what streaming alone takes
+
+
+@dataclass(frozen=True)
+class OnHost:
+    """Measured on 16 cores of an H200's host (Intel, PyTorch 2.11), 2026-11-30.
+
+    Args:
+        few: tokens of a block's call for which the CPU takes about as long as for one. In bfloat16 it reads 62 GB/s of
+            weights for 1 token, 56 for 16, 38 for 64, 7 for 512.
+        hops: seconds to bring the hidden states of a few tokens to the CPU and back: two copies of 28 us each beside a
+            busy link, and the waiting for them.
+    """
+
+    few: int = 16
+    hops: float = 2e-4
+
+
+HOST = OnHost()
+FEW = HOST.few
+
+
+class Reading(NamedTuple):
+    """What a number of the CPU's threads reads in products of matrices and one vector, while the links are busy.
+
+    Args:
+        threads: how many.
+        reads: bytes of weights a second.
+        links: bytes a second that all links bring meanwhile.
+    """
+
+    threads: int
+    reads: float
+    links: float
+
+
+def best_count(
+    blocks: int, mlp: float, travels: float, gpu: float, readings: Sequence[Reading], slots: int
+) -> tuple[int, Reading, float]:
+    """How many MLPs the CPU should compute, with how many threads, and the seconds of a token then.
+
+    Args:
+        blocks: how many blocks there are whose MLPs rest in RAM.
+        mlp: bytes of one.
+        travels: bytes that travel for a token if the CPU computes none.
+        gpu: seconds for which the GPU, or Python, works for a token.
+        readings: what was measured.
+        slots: blocks in flight. With s of them the links are s - 1 blocks ahead of the work: so many blocks in a row
+            may be the CPU's before the links have nothing to do.
+    """
+
+    def seconds(count: int, reading: Reading) -> float:
+        links = (travels - count * mlp) / reading.links
+        return max(links, count * (mlp / reading.reads + HOST.hops) + gpu)
+
+    ways = [(k, reading) for reading in readings for k in range(blocks * (slots - 1) // slots + 1)]
+    best = min(ways, key=lambda way: seconds(*way))
+    return *best, seconds(*best)
+
+
+def mlps_of(model: ModelSpec, plan: Plan) -> dict[str, int]:
+    """Blocks that rest in RAM and work on a GPU -> bytes of the MLP of each, as layer records tell it.
+
+    The MLP is the largest child that holds two matrices or more and no attention by its name; no mixture of experts.
+    """
+    apart = {layer.name for layer in is_apart(plan.layers)}
+    sizes = {}
+    precision = model.precision(plan.dtype, plan.quantization)
+    specs = {layer.name: layer.spec for layer in model.layers_to_place()}
+    for layer in plan.layers:
+        if layer.device != "cpu" or layer.works in (None, "cpu") or layer.name in apart or layer.name not in specs:
+            continue
+        children = [0]
+        for own, child in specs[layer.name].children.items():
+            tensors = [tensor for _, tensor, _ in child.named_tensors()]
+            matrices = sum(len(tensor.shape) == 2 for tensor in tensors)
+            stateless = "att" not in f"{own} {child.cls}".lower() and not any(t.buffer for t in tensors)
+            if matrices > 1 and stateless and all(len(tensor.shape) < 3 for tensor in tensors):
+                children.append(child.bytes(precision, f"{layer.name}.{own}"))
+        sizes[layer.name] = max(children)
+    return {name: size for name, size in sizes.items() if size}
+
+
+def with_cpu(
+    model: ModelSpec, plan: Plan, calibration: Calibration | None, alone: float, gpu: float
+) -> tuple[Plan, float, str]:
+    """A plan in which the CPU computes MLPs, as many as make a token shortest.
+
+    Args:
+        model: what is planned.
+        plan: a plan without.
+        calibration: what was measured on the machine.
+        alone: seconds of a token if all that is offloaded is streamed.
+        gpu: seconds for which the GPU, or Python, works for it.
+
+    Returns:
+        The plan, or that without if the CPU would not help; seconds of a token; and why, or "" if nothing was measured.
+    """
+    dtype = model.computes_in(model.precision(plan.dtype, plan.quantization))
+    readings = [Reading(*row) for row in (calibration.cpu_reads if calibration else {}).get(dtype, ())]
+    mlps = mlps_of(model, plan) if readings and not plan.quantization and plan.feasible else {}
+    if not mlps:
+        return plan, alone, ""
+    mlp, travels = max(mlps.values()), sum(layer.bytes for layer in plan.layers if layer.works is not None)
+    count, reading, seconds = best_count(len(mlps), mlp, travels, gpu, readings, plan.slots)
+    if not count or seconds > PAYS * alone:
+        fastest = max(readings, key=lambda reading: reading.reads)
+        rate = f"{format_bytes(fastest.reads, 'si')} of {dtype} weights a second beside busy links"
+        return plan, alone, f"The CPU would not help: with {counted(fastest.threads, 'thread')} it reads {rate}."
+    about = (
+        f"For up to {FEW} tokens the CPU computes {counted(count, 'MLP')} of {len(mlps)} ({format_bytes(count * mlp)}) "
+        f"where they rest, with {counted(reading.threads, 'thread')}: predicted {format_seconds(seconds)} a token "
+        f"instead of {format_seconds(alone)}. Its results round otherwise than the GPU's."
+    )
+    return replace(plan, on_cpu=(count * mlp, reading.threads), notes=(*plan.notes, about)), seconds, about

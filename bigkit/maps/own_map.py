@@ -25,8 +25,9 @@ def warn_of_strangers(model: ModelSpec, given: str, names: Iterable[str]) -> lis
     return strangers
 
 
-def read_map(task: Task, device_map: Mapping[str, Device]) -> tuple[Task, list[Device]]:
-    """The task cut as finely as a map of the user's own asks for, and the device of each of its layers.
+def read_map(task: Task, device_map: Mapping[str, Device]) -> tuple[Task, list[Device], list[Device]]:
+    """The task cut as finely as a map of the user's own asks for, the device of each of its layers, and the runners
+    that the map names: on these works what rests elsewhere.
 
     Of entries inside each other the innermost counts; a name that is not in the model is warned of.
 
@@ -52,7 +53,7 @@ def read_map(task: Task, device_map: Mapping[str, Device]) -> tuple[Task, list[D
     places = [device_of(layer.name) for layer in task.layers]
     if missing := [layer.name for layer, place in zip(task.layers, places) if place is None]:
         raise ValueError(f"the device map gives no device for {listed(missing)}")
-    return task, places
+    return task, places, [runner for runner in task.runners if runner in places]
 
 
 def _by_tensor(layer: Layer) -> list[Layer]:

@@ -93,6 +93,7 @@ class Plan:
         positions: tokens that the model has positions for, or was trained with; None if nothing says so.
         notes: what must be said beside the figures, in sentences.
         experts: if experts are placed apart from their blocks, how many a token takes, and of how many.
+        on_cpu: if the CPU computes MLPs that rest in RAM, the bytes of these and its threads; see `maps/on_cpu.py`.
     """
 
     model: str
@@ -112,6 +113,7 @@ class Plan:
     positions: int | None = None
     notes: tuple[str, ...] = field(default=(), compare=False)
     experts: tuple[int, int] | None = None
+    on_cpu: tuple[int, int] | None = None
 
     @property
     def feasible(self) -> bool:
@@ -229,9 +231,9 @@ class Plan:
             data = json.loads(text)
             shares = tuple(Share(**share) for share in data.pop("shares"))
             layers = tuple(Placed(**layer) for layer in data.pop("layers"))
-            experts = tuple(data.pop("experts", None) or ()) or None
+            pairs: Any = {name: tuple(data.pop(name, None) or ()) or None for name in ("experts", "on_cpu")}
             notes = tuple(data.pop("notes", ()))
-            return Plan(shares=shares, layers=layers, experts=experts, notes=notes, **data)
+            return Plan(shares=shares, layers=layers, notes=notes, **pairs, **data)
         except (json.JSONDecodeError, AttributeError, KeyError, TypeError) as error:
             raise ValueError(f"this is not the JSON of a bigkit Plan: {error}") from error
 

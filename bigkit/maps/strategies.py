@@ -59,7 +59,8 @@ def place(
     strict: bool = True,
     experts_on_cpu: int | None = None,
     kv_dtype: object = None,
-    links: Mapping[Device, float] | None = None,
+    links: Sequence[float] = (),
+    slots: int | None = None,
 ) -> Plan:
     """Place a model's layers on devices so that no device holds more than its budget.
 
@@ -68,8 +69,7 @@ def place(
         max_memory: device -> budget in bytes or as text ("10GiB"). Devices are GPU numbers, "mps", "cpu" and "disk".
             A disk that is not named has no limit; RAM that is not named is not used.
         strategy: one of `STRATEGIES`, or a device map of your own (module name -> device; or one device for all) to be
-            checked and measured. Where entries lie inside each other, the innermost counts
-            ({"": "cpu", "lm_head": 0}).
+            checked and measured; of entries inside each other the innermost counts ({"": "cpu", "lm_head": 0}).
         dtype: floating weights are cast to it; None keeps them as stored. In 16 bit, those that the model's
             classes need in float32 (`_keep_in_fp32_modules` of Transformers) count as float32.
         quantization: None or one of `model.spec.QUANTIZATIONS`.
@@ -87,7 +87,8 @@ def place(
             (llama.cpp's `--n-cpu-moe`); all others stay. None: of as many as must.
         strict: raise if the plan is not feasible; False returns it, with `problem` set.
         kv_dtype: of keys and values in the cache, one of `model.attention.KV_DTYPES`; None: as the model computes.
-        links: GPU -> bytes a second of its link while all are busy; None: all are equal.
+        links: bytes a second of each GPU's link while all are busy, in the order of `max_memory`; none: all are equal.
+        slots: offloaded layers in flight on each GPU where such work; None: two, or one where that copies less.
 
     Returns:
         The plan. Nothing given is changed.
@@ -110,7 +111,8 @@ def place(
         "offload_buffers": offload_buffers or None,
         "experts_on_cpu": experts_on_cpu,
         "kv_dtype": kv_dtype_name(kv_dtype),
-        "links": dict(links) if links and len({*links.values()}) > 1 else None,
+        "links": [*links] if len({*links}) > 1 else None,
+        "slots": slots,
     }
     warn_of_strangers(model, "special_dtypes", special)
     task = Task(
@@ -126,11 +128,12 @@ def place(
         kv_dtype=kv_dtype_name(kv_dtype),
         options={name: value for name, value in options.items() if value is not None},
         asked=context,
-        links=links or {},
+        links=tuple(links),
+        slots=(SLOTS, 1) if slots is None else (whole_number(slots, "slots", 1),),
     )
     if not isinstance(strategy, str):
-        task, places = read_map(task, strategy)
-        plan = task.to_plan(places, "custom", workers=[runner for runner in task.runners if runner in places])
+        task, places, named = read_map(task, strategy)
+        plan = task.to_plan(places, "custom", None, task.slots[0], named)
     elif strategy in STRATEGIES:
         plan = _solve(task, strategy)
     else:
@@ -191,7 +194,7 @@ def _offload(task: Task, strategy: str) -> Plan:
     sizes = [None, *sorted({unit.largest for unit in task.units}, reverse=True)[:8]]
     best = nearest = None
     teams = [task.runners, task.runners[:1]][: len(task.runners)]
-    for workers, slots, first_size in product(teams, (0, SLOTS, 1), sizes):
+    for workers, slots, first_size in product(teams, (0, *task.slots), sizes):
         if best and len(workers) < len(best.workers):
             break
         places = _fill(task, slots, first_size, workers)
@@ -264,15 +267,14 @@ def _fill(task: Task, slots: int, first_size: int | None, workers: Sequence[Devi
 
 def _spread(task: Task, trial: _Trial) -> list[Device]:
     """The same bytes on each device, but units of one kind that stay on a worker stand among the offloaded."""
-    places, workers = trial.places, trial.workers
     kinds: dict[Hashable, list[int]] = defaultdict(list)
     for i, unit in enumerate(task.units):
-        if places[i] in (*workers, "cpu", "disk"):
+        if trial.places[i] in (*trial.workers, "cpu", "disk"):
             kinds[unit.kind].append(i)
-    even = list(places)
+    even = list(trial.places)
     for free in kinds.values():
-        counts = Counter(places[i] for i in free)
-        for devices in (workers, ["disk"], ["cpu"]):
+        counts = Counter(trial.places[i] for i in free)
+        for devices in (trial.workers, ["disk"], ["cpu"]):
             chosen = [free[k] for k in sorted(spread([1] * len(free), sum(counts[device] for device in devices)))]
             free = [i for i in free if i not in set(chosen)]
             for device in devices:

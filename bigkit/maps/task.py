@@ -57,7 +57,8 @@ class Task:
     """A model, the devices, and the load; the arguments of `strategies.place`, read and checked.
 
     `options` are the arguments that only `Plan.to_code` needs again, `asked` the context before positions limit it,
-    `links` the bytes a second of GPUs' links (all equal where none is given).
+    `links` the bytes a second of the link of each GPU (none: all are equal), `slots` the
+    numbers of layers in flight that may be tried.
     """
 
     model: ModelSpec
@@ -72,7 +73,8 @@ class Task:
     kv_dtype: str | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
     asked: int = 0
-    links: Mapping[Device, float] = field(default_factory=dict)
+    links: tuple[float, ...] = ()
+    slots: tuple[int, ...] = (SLOTS, 1)
 
     # -- the model's side
 
@@ -222,7 +224,8 @@ class Task:
     def turns(self, layers: Iterable[int], workers: Sequence[Device]) -> dict[int, Device]:
         """Where each of some layers works that rest in RAM or on disk: see `maps/links.py`."""
         away = sorted(layers)
-        links = [self.links.get(worker, 1.0) for worker in workers]
+        speeds = dict(zip(self.budgets, self.links))
+        links = [speeds.get(worker, 1.0) for worker in workers]
         turns = take_turns([self.sizes[i] - self.staying(i) for i in away], links)
         return {i: workers[turn] for i, turn in zip(away, turns)}
 

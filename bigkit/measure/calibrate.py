@@ -1,11 +1,12 @@
 """Measuring this machine in under a minute: `calibrate()`.
 
 Each figure is the best of a few repetitions after a warm-up: predictions start from what the machine can do. With a
-GPU: the link, its memory, matrix products, fused attention, the smallest kernel, the CUDA context. Without one the CPU
-stands in for it. Always: RAM, a file read cold and warm, and the time of a step of the host, over four tiny models of
-Transformers that are built differently, their steps counted by dry runs of them.
+GPU: the link, its memory, matrix products, fused attention, the smallest kernel, the CUDA context; all GPUs' links at
+once, and what the CPU reads meanwhile (`links.py`). Without one the CPU stands in for it. Always: RAM, a file read cold
+and warm, and the time of a step of the host, over four tiny models of Transformers that are built differently, their
+steps counted by dry runs of them.
 
-Leaves out: several GPUs (the first one is measured) and the links between them.
+Leaves out: several GPUs but for their links (the first one is measured) and the links between them.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from ..dryrun.workload import Workload, fill, passes
 from ..machine.ledger import Calibration, Ledger, machine_key
 from ..offload.transfer import CHUNK, readers
 from ..units import MiB
+from .links import measure_together
 
 BLOCK = 256 * MiB
 HOSTS = ("llama", "gpt2", "gemma2", "bert")  # types in Transformers of the tiny models by which the host is timed
@@ -94,6 +96,7 @@ def calibrate(
             "workspace": _workspace(),
             "capability": torch.cuda.get_device_capability(0),
         }
+        figures |= dict(zip(("links", "cpu_reads"), measure_together(4 * block, 1024 * MiB // (16 if quick else 1))))
     pace = {name: min(seconds, last_step(name, device)) for name, seconds in pace.items()}
     calibration = Calibration(machine=machine_name(), issue=_issue(pace), **figures)
     if save:

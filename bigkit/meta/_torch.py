@@ -7,7 +7,7 @@ they are used.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -58,6 +58,14 @@ def storage_key(tensor: Tensor) -> Any:
         return tensor.untyped_storage()._cdata
     except (NotImplementedError, RuntimeError, ValueError):  # lazy, or a wrapper around other tensors
         return (id(tensor),)
+
+
+def are_apart(tensors: Sequence[Tensor]) -> bool:
+    """Whether no two tensors share memory, and that is quickly seen."""
+    try:
+        return len({tensor.untyped_storage()._cdata for tensor in tensors}) == len(tensors)
+    except (NotImplementedError, RuntimeError, ValueError):  # see `storage_key`
+        return False
 
 
 def has_own_state(module: nn.Module) -> bool:

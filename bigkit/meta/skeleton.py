@@ -6,7 +6,7 @@ Leaves out: the records themselves (`model/spec.py`), and building models withou
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Set
+from collections.abc import Iterable, Iterator, Sequence, Set
 from contextlib import suppress
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..devices import join
 from ..model.spec import Attention, ModelSpec, ModuleSpec, TensorSpec
 from ..units import dtype_name
-from ._torch import has_own_state, own_state, storage_key
+from ._torch import are_apart, has_own_state, own_state, storage_key
 from .cache import traced_attention
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -57,20 +57,23 @@ def spec_from_module(
     if not isinstance(model, nn.Module):
         raise TypeError(f"expected an nn.Module, not {type(model).__name__}; for a model's name use bigkit.plan(name)")
     root, origins = _Skeleton().module(model, ""), {cls.__module__.partition(".")[0] for cls in type(model).__mro__}
+    parts = _walk(model)
     facts, attention = _read_config(model, root)
     if trace_cache and (traced := traced_attention(model)) is not None:
         attention = traced
         facts.pop("uncounted_cache", None)
-    facts |= modules_to_keep(model)
+    facts |= _to_keep(parts)
     if no_split is None:
-        own = (getattr(part, "_no_split_modules", None) or () for part in model.modules())
+        silent = {cls for cls in {type(part) for _, part in parts} if not hasattr(cls, "_no_split_modules")}
+        told = (part for _, part in parts if type(part) not in silent or "_no_split_modules" in part.__dict__)
+        own = (getattr(part, "_no_split_modules", None) or () for part in told)
         no_split = [cls for classes in own for cls in (sorted(classes) if isinstance(classes, Set) else classes)]
     elif isinstance(no_split, str):
         no_split = [no_split]
     return ModelSpec(
         name=name or getattr(getattr(model, "config", None), "_name_or_path", "") or type(model).__name__,
         root=root,
-        ties=tuple(map(tuple, tied_groups(model))),
+        ties=tuple(map(tuple, _tied_in(parts))),
         no_split=tuple(dict.fromkeys(no_split)),
         attention=attention,
         facts=facts,
@@ -95,11 +98,28 @@ def tied_groups(model: nn.Module, buffers: bool = True) -> list[list[str]]:
     >>> tied_groups(model)
     [['wte.weight', 'head.weight']]
     """
-    return tied(
-        (join(name, own), tensor)
-        for name, module in model.named_modules(remove_duplicate=False)
-        for own, tensor in _own_tensors(module, buffers)
-    )
+    return _tied_in(_walk(model), buffers)
+
+
+def _walk(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """`model.named_modules(remove_duplicate=False)` without a generator for each level."""
+    found: list[tuple[str, nn.Module]] = []
+    waiting = [("", model)]
+    while waiting:
+        name, module = waiting.pop()
+        found.append((name, module))
+        for own, child in reversed(module._modules.items()):
+            if child is not None:
+                waiting.append((f"{name}.{own}" if name else own, child))
+    return found
+
+
+def _tied_in(parts: Sequence[tuple[str, nn.Module]], buffers: bool = True) -> list[list[str]]:
+    held: list[Any] = [module._parameters for _, module in parts if module._parameters]
+    held += [module._buffers for _, module in parts if module._buffers] if buffers else []
+    if are_apart([tensor for tensors in held for tensor in tensors.values() if tensor is not None]):
+        return []
+    return tied((join(name, own), tensor) for name, module in parts for own, tensor in _own_tensors(module, buffers))
 
 
 def tied(named: Iterable[tuple[str, Tensor]]) -> list[list[str]]:
@@ -127,29 +147,37 @@ class _Skeleton:
         self.tensor_specs: dict[Any, TensorSpec] = {}
 
     def module(self, module: nn.Module, name: str) -> ModuleSpec:
-        tensors = {own: self.tensor(module, own, tensor, name) for own, tensor in _own_tensors(module)}
-        with suppress(Exception):  # a class's own code may not be made for meta tensors
-            tensors |= {own: self.tensor(module, own, tensor, name) for own, tensor in extra_tensors(module).items()}
+        tensors = {}
+        for held in (module._parameters, module._buffers):
+            for own, tensor in held.items():
+                if tensor is not None:
+                    tensors[own] = self.tensor(module, own, tensor, name)
+        if has_own_state(module):
+            with suppress(Exception):  # a class's own code may not be made for meta tensors
+                extra = extra_tensors(module)
+                tensors |= {own: self.tensor(module, own, tensor, name) for own, tensor in extra.items()}
         children = {
             own: self.module(child, join(name, own)) for own, child in module._modules.items() if child is not None
         }
-        cls = type(module).__name__
-        weight = module._parameters.get("weight")  # none where it is parametrized: `module.weight` would compute it
-        linear = is_linear(module) and name != "" and weight is not None
-        key = (cls, linear, *tensors.items(), *((own, id(child)) for own, child in children.items()))
-        return self.module_specs.setdefault(key, ModuleSpec(cls, tensors, children, linear))
+        cls, linear = type(module).__name__, bool(tensors) and is_linear(module) and name != ""
+        inside = {**tensors, **children}
+        key = (cls, linear, len(tensors), *inside, *map(id, inside.values()))  # specs are made once: none dies
+        spec = self.module_specs.get(key)
+        if spec is None:
+            spec = self.module_specs[key] = ModuleSpec(cls, tensors, children, linear)
+        return spec
 
     def tensor(self, module: nn.Module, own: str, tensor: Tensor, name: str) -> TensorSpec:
         if nn.parameter.is_lazy(tensor):
             full = join(name, own)
             raise ValueError(f"{full!r} of a lazy {type(module).__name__} has no shape yet: run the model once first")
         buffer = own in module._buffers
-        persistent = own not in module._non_persistent_buffers_set
-        key = (tuple(tensor.shape), tensor.dtype, buffer, persistent)
-        if key not in self.tensor_specs:
-            shape, dtype, *_ = key
-            self.tensor_specs[key] = TensorSpec(shape, dtype_name(dtype), buffer=buffer, persistent=persistent)
-        return self.tensor_specs[key]
+        key = (tensor.shape, tensor.dtype, buffer, persistent := own not in module._non_persistent_buffers_set)
+        spec = self.tensor_specs.get(key)
+        if spec is None:
+            spec = TensorSpec(tuple(tensor.shape), dtype_name(tensor.dtype), buffer=buffer, persistent=persistent)
+            self.tensor_specs[key] = spec
+        return spec
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -173,12 +201,19 @@ def modules_to_keep(model: nn.Module) -> dict[str, list[str]]:
     keep_in_fp32, keep_in_fp32_strict: names that need float32 in float16, or in 16 bit (`float32_modules`).
     keep_in_int8: layers that `nn.TransformerEncoderLayer` computes with by itself where it is fast.
     """
+    return _to_keep(_walk(model))
+
+
+def _to_keep(parts: Sequence[tuple[str, nn.Module]]) -> dict[str, list[str]]:
+    classes = {type(part) for _, part in parts}
+    plain = {cls for cls in classes if cls.__module__.startswith("torch.nn.") and cls is not nn.TransformerEncoderLayer}
+    parts = [(name, part) for name, part in parts if type(part) not in plain]
     facts: dict[str, list[str]] = {}
-    parts = list(model.named_modules())
     for fact in ("keep_in_fp32", "keep_in_fp32_strict"):
         attribute = f"_{fact.replace('fp32', 'fp32_modules')}"
         # Not by `getattr`: a module looks in three dicts, and raises, for each attribute that it lacks.
-        lists = (vars(part).get(attribute, getattr(type(part), attribute, None)) for _, part in parts)
+        by_class = {cls: getattr(cls, attribute, None) for cls in {type(part) for _, part in parts}}
+        lists = (vars(part).get(attribute, by_class[type(part)]) for _, part in parts)
         facts[fact] = sorted({name for names in lists if isinstance(names, (list, tuple, set)) for name in names})
     encoders = (name for name, part in parts if isinstance(part, nn.TransformerEncoderLayer))
     facts["keep_in_int8"] = [f"{name}.{own}".lstrip(".") for name in encoders for own in ("linear1", "linear2")]

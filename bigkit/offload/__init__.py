@@ -42,9 +42,11 @@ What is wrong with it is what the files are about. Read in this order:
   (`choice.py`), and brings these; or the GPU takes them out of RAM itself (`gather.py`), or still has them
   (`on_device.py`). Of blocks that are too large for a slot, a prompt gets its experts in pieces (`pieces.py`).
 - `dispatch.py`: the calls that users know from Accelerate. A device map says which weights travel, and which of them
-  together (`options.py`, `grouping.py`, `placing.py`), and which modules get hooks (`attach.py`). `moving.py`: the
+  together (`options.py`, `grouping.py`, `placing.py`), who lends them (`lenders.py`: a streamer for each device, since
+  every GPU has a link), and which modules get hooks (`attach.py`). `moving.py`: the
   model is cast or moved. `load_and_dispatch.py` begins at a checkpoint, `one_place.py` is for all weights in RAM or on
   disk, `whole_model.py` for pipelines of several models, `pipeline.py` for those by a plan.
+- `on_cpu.py`: beside the RAM sits an idle processor. For a few tokens it computes MLPs where they rest.
 - `graphs.py`: Python needs longer to ask for a decode step than the GPU to compute it. A step is recorded once, with
   its copies into slots (`captured.py`), and replayed (`recording.py`) on a cache with fixed addresses
   (`static_cache.py`).

@@ -30,13 +30,39 @@ def chosen_rows(streamer: ExpertStreamer, unit: Unit, choice: Tensor | None) -> 
         streamer, unit: who lends, and what.
         choice: see `choice_of`.
     """
-    if choice is None or not streamer.pays(unit, choice.numel()):
+    if choice is None:
         return None
-    if detect_fake_mode() is not None:  # a dry run: nobody chooses
+    recorded: list[int] | None = None
+    if streamer.recorded is not None:  # of a dry run, in which nobody chooses
+        recorded = streamer.recorded.next(unit.index, choice.shape[0])
+    if not streamer.pays(unit, choice.numel()):
+        return None
+    if detect_fake_mode() is not None:
         tokens, per_token = choice.shape
-        return by_chance(streamer.counts[unit.index], tokens, per_token, seed=streamer.loans)
+        return recorded or by_chance(streamer.counts[unit.index], tokens, per_token, seed=streamer.loans)
     rows = sorted(set(choice.flatten().tolist()))  # of a GPU's, the host waits for it here
     return rows if not rows or 0 <= rows[0] and rows[-1] < streamer.counts[unit.index] else None
+
+
+class Recorded:
+    """A recorded routing as it is read, token by token; after its last token comes its first.
+
+    Args:
+        layers: for each unit, the experts that each token chose.
+
+    >>> recorded = Recorded([[(0, 1), (1, 2), (3, 1)]])
+    >>> recorded.next(0, 2), recorded.next(0, 2)
+    ([0, 1, 2], [0, 1, 3])
+    """
+
+    def __init__(self, layers: Sequence[Sequence[Sequence[int]]]) -> None:
+        self.layers, self.passed = layers, [0] * len(layers)
+
+    def next(self, unit: int, tokens: int) -> list[int]:
+        """The experts of a unit that the next tokens chose."""
+        layer, start = self.layers[unit], self.passed[unit]
+        self.passed[unit] += tokens
+        return sorted({expert for token in range(start, start + tokens) for expert in layer[token % len(layer)]})
 
 
 def choice_of(given: Sequence[Any]) -> Tensor | None:

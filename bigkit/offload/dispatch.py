@@ -26,7 +26,7 @@ from ..maps.device_map import check_device_map
 from ..maps.plan import Plan
 from ..units import parse_bytes
 from .attach import attach
-from .grouping import Layout, in_turn, put, records, with_residents
+from .grouping import Layout, check_layers, in_turn, put, records, with_residents
 from .hooks import drop_hooks, give_back_methods, hooks_in
 from .lenders import lenders_of
 from .moving import change_methods, device_map_of
@@ -54,6 +54,7 @@ def dispatch_model(
     ram_cache: int | str | None = None,
     expert_cache: int | str = 0,
     on_cpu: int | str = 0,
+    cpu_threads: int | None = None,
     stand_in: Mapping[Device, torch.device | str] | None = None,
 ) -> nn.Module:
     """Spread a model over devices as a map says, and make it run.
@@ -81,8 +82,9 @@ def dispatch_model(
             free, if the main device is a GPU, or if what rests on disk are experts of a mixture.
         expert_cache: bytes of the devices' memory where experts of a mixture that rest in RAM or on disk may stay after
             they were chosen: of each block an equal share, those chosen last.
-        on_cpu: bytes of MLPs that rest in RAM and that the CPU computes, when a block is called with few tokens; see
-            `offload/on_cpu.py`.
+        on_cpu: bytes of MLPs in RAM that the CPU computes when a block is called with few tokens (`offload/on_cpu.py`);
+            0 takes what the plan has.
+        cpu_threads: threads of PyTorch on the CPU meanwhile; None leaves them as they are.
         stand_in: GPU number -> another device in its place, to try a plan out without GPUs.
 
     Returns:
@@ -101,11 +103,12 @@ def dispatch_model(
     """
     if isinstance(device_map, Plan):
         slots = device_map.slots or slots
+        on_cpu, cpu_threads = (on_cpu, cpu_threads) if on_cpu else device_map.on_cpu or (0, None)
         device_map = device_map.device_map
     entries: Mapping[str, Device] = whole_on(device_map)
     layout = read_options(
-        entries, main_device, slots, resident_memory, ram_cache, expert_cache, stand_in, skip_keys,
-        preload_module_classes,
+        entries, main_device, slots, resident_memory, ram_cache, expert_cache, on_cpu, cpu_threads, stand_in,
+        skip_keys, preload_module_classes,
     )  # fmt: skip
     check_device_map(model, entries)
     origins = Origins.of(state_dict, offload_index, offload_dir)
@@ -115,13 +118,14 @@ def dispatch_model(
     if budget := parse_bytes(resident_memory):
         layout = with_residents(model, layout, classes, budget)
     layout = in_turn(model, layout, classes, getattr(entries, "works", None))
+    check_layers(model, layout)
     on_device = rows_on_devices(model, layout, parse_bytes(expert_cache))
     computed = choose(model, layout, classes, parse_bytes(on_cpu))
     units = make_units(model, layout, origins, offload_buffers=offload_buffers, whole_classes=classes)
     splits = split_units(model, units, computed)
     lenders = lenders_of(layout, units, splits, slots, prefetch, ram_cache, on_device)
     _forget_earlier(model)
-    attach(model, layout, lenders, names_of(skip_keys), splits)
+    attach(model, layout, lenders, names_of(skip_keys), splits, cpu_threads)
     model.hf_device_map = device_map_of(layout)  # type: ignore[assignment]
     change_methods(model, layout, away=bool(units))
     return model

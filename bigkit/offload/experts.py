@@ -35,7 +35,7 @@ from torch import Tensor, nn
 from ..devices import Device
 from ..model.experts import SOME, WHOLE
 from ._torch import detect_fake_mode
-from .choice import ANY_NUMBER, KNOWN, choice_of, chosen_rows
+from .choice import ANY_NUMBER, KNOWN, Recorded, choice_of, chosen_rows
 from .escapes import count_holders
 from .events import Event
 from .grouping import Layout
@@ -89,6 +89,8 @@ class ExpertStreamer(Streamer):
         self.pieces = Pieces(self)
         self.stands: dict[int, Slot] = {}  # index of a unit that is lent in pieces -> a slot without memory
         self._in_pieces = False  # how the next unit is lent
+        self.host_waits = False  # in a dry run, for the router's choice before the next experts are brought
+        self.recorded: Recorded | None = None  # in a dry run, what the routers chose once
         self.hits = self.misses = 0  # chosen experts that were on the device, and that were not, so far
 
     def lend_rows(self, unit: Unit, rows: list[int] | None) -> None:
@@ -109,6 +111,8 @@ class ExpertStreamer(Streamer):
             The choice by rows of the tensors that are lent; None if these have a row for each expert.
         """
         rows = chosen_rows(self, unit, choice)
+        gathers = choice is not None and choice.shape[0] == 1 and implementation == "batched_mm"
+        self.host_waits = not gathers or bool(self.rows[unit.index]) or unit.rests_in() == "disk"
         fits = rows is not None and implementation in ANY_NUMBER and len(rows) <= self.room(unit)
         with self.lock:
             if rows is not None and choice is not None and fits:

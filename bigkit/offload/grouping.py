@@ -75,6 +75,19 @@ class Layout:
         return is_real_cuda(self.device(self.main))
 
 
+def check_layers(model: nn.Module, layout: Layout) -> None:
+    """Raise ValueError if the tensors of one layer are to work on two devices."""
+    for prefix, module in model.named_modules():
+        names = [join(prefix, own) for own in own_tensors(module)]
+        works = {layout.device(layout.works(name)): name for name in names if not module._modules}
+        if len(works) > 1:
+            (one, first), (other, second), *_ = works.items()
+            raise ValueError(
+                f"{first!r} is to work on {one} and {second!r} on {other}, but {prefix!r}, a {type(module).__name__}, "
+                f"computes with both: give {prefix!r} one place in the device map"
+            )
+
+
 @dataclass(eq=False)
 class Record:
     """One tensor of a model and every place that refers to it.

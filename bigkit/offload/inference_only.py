@@ -8,8 +8,9 @@ Leaves out: training what stays on a GPU beside offloaded weights; that works, a
 
 from __future__ import annotations
 
+import atexit
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from typing import Any, NamedTuple, NoReturn
 
 import torch
@@ -53,8 +54,27 @@ def enter_guard(streamer: Any, unit: str, storages: frozenset[int]) -> torch.aut
 
 def _unpack(saved: Tensor | _LentTo) -> Tensor:
     if isinstance(saved, _LentTo):
-        raise RuntimeError(_NO_TRAINING.format(saved.unit))
+        _refuse(saved.unit)
     return saved
+
+
+def _refuse(name: str) -> NoReturn:
+    _end_well()
+    raise RuntimeError(_NO_TRAINING.format(name))
+
+
+@cache
+def _end_well() -> None:
+    """Let another backward, at exit, take from autograd's queue what one that was refused has left there.
+
+    It would be let go after Python, whose lock its hooks need, and the process would crash (PyTorch 2.11).
+    """
+
+    def backward() -> None:
+        with torch.inference_mode(False), torch.enable_grad():
+            torch.ones((), requires_grad=True).mul(1).backward()
+
+    atexit.register(backward)
 
 
 def refuse_trace(unit: str) -> NoReturn:
@@ -86,6 +106,6 @@ def refuse_gradient(name: str) -> Callable[[Tensor], None]:
     """A hook on a lent tensor that refuses its gradient."""
 
     def hook(grad: Tensor) -> None:
-        raise RuntimeError(_NO_TRAINING.format(name))
+        _refuse(name)
 
     return hook

@@ -115,6 +115,8 @@ def load_checkpoint_and_dispatch(
             )
         if isinstance(device_map, Plan):
             dispatching.setdefault("slots", device_map.slots or 2)
+            if device_map.on_cpu and "on_cpu" not in dispatching:
+                dispatching["on_cpu"], dispatching["cpu_threads"] = device_map.on_cpu
             device_map = device_map.device_map
         loading = None
         if device_map is not None:

@@ -72,6 +72,8 @@ class DeviceRows:
         for expert in missing:
             full = len(self.row_of) == self.count
             self.row_of[expert] = self.row_of.popitem(last=False)[1] if full else len(self.row_of)
+        for expert in chosen if missing else ():
+            self.row_of.move_to_end(expert)  # in their order, as `Routing.hits` counts
         return missing
 
     def targets(self, experts: Sequence[int], parts: Sequence[Part]) -> list[Part]:

@@ -24,6 +24,8 @@ def read_options(
     resident_memory: int | str = 0,
     ram_cache: int | str | None = None,
     expert_cache: int | str = 0,
+    on_cpu: int | str = 0,
+    cpu_threads: int | None = None,
     stand_in: Mapping[Device, torch.device | str] | None = None,
     skip_keys: str | Iterable[str] | None = None,
     preload_module_classes: str | Iterable[str] | None = None,
@@ -41,6 +43,9 @@ def read_options(
     parse_bytes(resident_memory)
     parse_bytes(ram_cache or 0)
     parse_bytes(expert_cache)
+    parse_bytes(on_cpu)
+    if cpu_threads is not None and (not isinstance(cpu_threads, int) or cpu_threads < 1):
+        raise ValueError(f"cpu_threads must be a number of threads, at least 1, not {cpu_threads!r}")
     names_of(skip_keys)
     names_of(preload_module_classes)
     places = {name: read_device(device) for name, device in device_map.items()}

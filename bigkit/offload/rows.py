@@ -53,7 +53,7 @@ class Rows:
     """
 
     def __init__(self, unit: Unit, parts: Sequence[Part]) -> None:
-        self.name, self.weights = unit.name, unit.weights
+        self.name, self.weights, self.whole = unit.name, unit.weights, unit
         self._parts = [*parts]
         self.nbytes = sum(part.nbytes for part in parts)
 

@@ -123,7 +123,7 @@ class Explorer(Remembered, widgets.VBox):
         right = [style, self.working, self.error, self.verdict, pictures.add_class("bigkit-pictures"), self.about]
         narrow = widgets.Layout(flex="0 0 290px", width="290px", padding="0 12px 0 0")
         wide = widgets.Layout(flex="1 1 300px", width="auto", min_width="0")
-        left = [widgets.VBox(boxes).add_class("bigkit-controls"), self.buttons]
+        left = [self.buttons, widgets.VBox(boxes).add_class("bigkit-controls")]  # in sight beside a long column, too
         columns = [widgets.VBox(left, layout=narrow).add_class("bigkit-left"),
                    widgets.VBox([*right, self.panes], layout=wide).add_class("bigkit-right")]  # fmt: skip
         row = widgets.HBox(columns, layout=widgets.Layout(width="100%", flex_flow="row wrap"))

@@ -109,9 +109,9 @@ def test_hover_and_keys_tell_about_a_layer(course: Course, screenshots: Path) ->
     expect(tip(page)).to_contain_text("Boundary")
     page.keyboard.press("Shift+ArrowLeft")
     expect(explorer.locator(".bigkit-verdict")).to_contain_text("Fits")
-    expect(explorer.locator("select").nth(3)).to_have_value("custom")
+    expect(explorer.get_by_label("Strategy").and_(explorer.locator("select"))).to_have_value("custom")
     page.keyboard.press("Control+z")
-    expect(explorer.locator("select").nth(3)).to_have_value("auto")
+    expect(explorer.get_by_label("Strategy").and_(explorer.locator("select"))).to_have_value("auto")
     page.keyboard.press("Escape")
 
 
@@ -175,7 +175,7 @@ def test_keys_in_a_control_are_not_the_notebooks(course: Course) -> None:
     from playwright.sync_api import expect
 
     explorer, page = course.explorer("plan"), course.page
-    cells, strategy = course.notebook.cells.count(), explorer.locator("select").nth(3)
+    cells, strategy = course.notebook.cells.count(), explorer.get_by_label("Strategy").and_(explorer.locator("select"))
     pane = explorer.get_by_role("button", name="Device map")  # its name comes with the keys
     expect(pane).to_have_attribute("aria-expanded", "false")
     strategy.focus()
@@ -243,6 +243,36 @@ def test_narrow_and_dark(course: Course, screenshots: Path) -> None:
     page.evaluate("document.body.dataset.jpThemeLight = 'true'")
     page.set_viewport_size({"width": 1440, "height": 1000})
     expect(explorer).to_be_visible()
+
+
+def test_hosts_are_typed(course: Course, screenshots: Path) -> None:
+    """The keyboard alone: two machines, a slower line, and one machine again."""
+    from playwright.sync_api import expect
+
+    explorer, page = course.explorer("plan"), course.page
+    before = explorer.locator(".bigkit-picture svg").get_attribute("aria-label")
+    hosts = explorer.get_by_label("Hosts").and_(explorer.locator("input"))
+    hosts.focus()
+    page.keyboard.type("4090 | 2 x L4")
+    page.keyboard.press("Enter")
+    svg, verdict = explorer.locator(".bigkit-picture svg"), explorer.locator(".bigkit-verdict")
+    expect(verdict).to_contain_text("Fits 2 hosts.")
+    page.keyboard.press("Tab")
+    page.keyboard.type("WLAN")
+    expect(svg).to_contain_text("WLAN: ")
+    mark(explorer, "line:0").hover()
+    expect(tip(page)).to_contain_text("From process 0 to 1, WLAN")
+    page.screenshot(path=screenshots / "plan-hosts.png")
+    page.set_viewport_size({"width": 900, "height": 900})
+    page.evaluate("document.body.dataset.jpThemeLight = 'false'")
+    explorer.scroll_into_view_if_needed()
+    page.wait_for_timeout(300)
+    page.screenshot(path=screenshots / "plan-hosts-900-dark.png")
+    page.evaluate("document.body.dataset.jpThemeLight = 'true'")
+    page.set_viewport_size({"width": 1440, "height": 1000})
+    hosts.fill("")
+    page.keyboard.press("Enter")
+    expect(svg).to_have_attribute("aria-label", before or "")
 
 
 def test_the_text_twin_is_read_aloud_and_opened(course: Course) -> None:

@@ -86,6 +86,8 @@ def test_what_code_asks_of_a_weight_decodes_nothing() -> None:
         assert turned.size(1) == COLUMNS and turned.dtype == torch.bfloat16 and turned.device.type == "cpu"
         assert turned.ndim == 3 and turned.data_ptr() % 16 == 0
     assert seen.most == 0
+    many = torch.randint(EXPERTS, (5 * EXPERTS,))
+    assert torch.equal(stack[many], stack.all()[many]) and torch.equal(turned[many], turned.all()[many])
     assert torch.equal(turned[[2, 5]], stack.all()[[2, 5]].mT) and torch.equal(stack[3], stack.all()[3])
     assert torch.equal(stack.transpose(0, 1), stack.all().transpose(0, 1))
     assert stack.numel() == math.prod(stack.shape) and torch.equal(torch.add(stack, 1), stack.all() + 1)

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from bigkit.checkpoints import _torch
+from bigkit.checkpoints import _torch, to_gpu
 from bigkit.checkpoints.format import Checkpoint, Stored, read_header
 from bigkit.checkpoints.to_gpu import _cut, _lay_out, read_to_gpu, stream_to_gpu
 from tests import fake_cuda
@@ -94,6 +94,28 @@ def test_whole_files_go_through_the_ring(tmp_path, monkeypatch, chunk, ring, rea
     with pytest.raises(FileNotFoundError):
         read_to_gpu(stored, CPU, **sizes)
     assert not runtime.pinned and not [t for t in threading.enumerate() if t.name.startswith("bigkit-loader")]
+
+
+def test_several_gpus_are_loaded_at_once(tmp_path, monkeypatch):
+    fake_cuda.install(monkeypatch)
+    tensors = {f"t{i}": torch.randn(50, 7 + i) for i in range(9)}
+    save_file(tensors, tmp_path / "model.safetensors")
+    stored = read_header(tmp_path / "model.safetensors")
+    halves = [{name: where for name, where in stored.items() if int(name[1]) % 2 == k} for k in range(2)]
+    both = threading.Barrier(2)  # each waits until the other has begun
+
+    def meet(*given):
+        both.wait(timeout=20)
+        return read_to_gpu(*given)
+
+    monkeypatch.setattr(to_gpu, "read_to_gpu", meet)
+    values = to_gpu.read_to_gpus([(CPU, half) for half in halves], {"t3": torch.float64})
+    assert values.keys() == tensors.keys() and values["t3"].dtype == torch.float64
+    assert all(torch.equal(values[name], tensor.to(values[name].dtype)) for name, tensor in tensors.items())
+    os.truncate(tmp_path / "model.safetensors", 1000)
+    with pytest.raises(OSError, match="is shorter than it was"):
+        to_gpu.read_to_gpus([(CPU, half) for half in halves])
+    assert not [t for t in threading.enumerate() if t.name.startswith("bigkit-loader")]
 
 
 def test_torch_has_what_loading_uses():

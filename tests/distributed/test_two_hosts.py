@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import shutil
 import subprocess
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.distributed.carrier import carried, netem
 from tests.distributed.test_launch import ENVIRONMENT, still_alive, wait_for
 
 PORT = 29517
@@ -64,6 +66,36 @@ def hosts() -> Iterator[tuple[Host, Host]]:
     finally:
         for host in pair:
             subprocess.run(["ip", "netns", "del", host.name], capture_output=True)
+
+
+DELAY, LOSS = 0.02, 0.005  # seconds each way, and the share of packets that vanish
+
+
+@pytest.fixture
+def far(hosts: tuple[Host, Host]) -> Iterator[tuple[Host, Host]]:
+    """The two hosts with a slow and bad line between them."""
+    if not any(netem(host.name, host.cable, DELAY, LOSS) for host in hosts):
+        yield hosts
+        for host in hosts:
+            ip("netns", "exec", host.name, "tc", "qdisc", "del", "dev", host.cable, "root")
+        return
+    if not os.access("/dev/net/tun", os.R_OK | os.W_OK):
+        pytest.skip("neither tc netem nor TUN devices are allowed here")
+    cables = [host.cable for host in hosts]
+    with carried([f"t{cable}" for cable in cables], DELAY, LOSS) as counts:
+        try:
+            for host, address in zip(hosts, ADDRESSES):
+                ip("-n", host.name, "addr", "flush", "dev", host.cable)
+                host.cable = f"t{host.cable}"
+                ip("link", "set", host.cable, "netns", host.name)
+                ip("-n", host.name, "addr", "add", f"{address}/24", "dev", host.cable)
+                ip("-n", host.name, "link", "set", host.cable, "up")
+            yield hosts
+            assert counts[0] > 1000 > counts[1] > 0
+        finally:
+            for host, cable, address in zip(hosts, cables, ADDRESSES):
+                host.cable = cable
+                ip("-n", host.name, "addr", "add", f"{address}/24", "dev", cable)
 
 
 SCRIPT = """
@@ -167,6 +199,51 @@ def test_one_model_over_two_hosts(hosts: tuple[Host, Host], tmp_path: Path) -> N
     assert [line.partition("[")[2] for line in said] == [f"{text!r}]"] * 2
     norm, held = 2 * 256 * 4, sum(int(line.split()[1]) for line in said)
     assert held == sum(p.nbytes for p in model.parameters()) + norm, "each weight on one host, but for the last norm"
+
+
+FAR = """
+import sys, time
+import torch
+from bigkit import PartialState, map_in_flight, pipeline
+from bigkit.zoo.gpt import PYGPT, decode, encode
+from tests.distributed import stages
+
+state = PartialState(timeout=60)
+model = pipeline(stages.empty("pygpt"), PYGPT, dtype="float32").eval()
+prompts = [torch.tensor([encode(text)]) for text in ("import ", "def f(", "class A", "return ")]
+ask = lambda ids: model.generate(ids, 12)
+ask(prompts[0])
+said = []
+for way in (lambda: [ask(ids) for ids in prompts], lambda: map_in_flight(ask, prompts, model)):
+    state.wait_for_everyone()
+    start = time.monotonic()
+    answers = way()
+    said += [(time.monotonic() - start) / 48, [decode(ids[0]) for ids in answers]]
+sys.stdout.write(f"{state.process_index} {said}\\n")
+state.destroy()
+"""
+
+
+@pytest.mark.soak
+def test_one_model_over_a_slow_and_bad_line(far: tuple[Host, Host], tmp_path: Path) -> None:
+    """Nothing but time is lost; while tokens of one group are on the line, those of the other are made."""
+    import torch
+
+    from bigkit.zoo.gpt import decode, encode, load_pygpt
+
+    (tmp_path / "script.py").write_text(FAR)
+    codes = _run(far, tmp_path, processes=2)
+    logs = [(tmp_path / f"log-{number}").read_text() for number in (0, 1)]
+    assert codes == [0, 0], "\n".join(logs)
+    model = load_pygpt(dtype=torch.float32)
+    prompts = ["import ", "def f(", "class A", "return "]
+    texts = [decode(model.generate(torch.tensor([encode(text)]), 12)[0]) for text in prompts]
+    for rank, log in enumerate(logs):
+        line = next(line for line in log.splitlines() if line.startswith(f"{rank} ["))
+        alone, first, flying, second = ast.literal_eval(line.partition(" ")[2])
+        assert first == second == texts
+        assert alone > 2 * DELAY, "to the other host and back, for each token"
+        assert flying < alone / 1.4, "two groups under way"
 
 
 LOST = """

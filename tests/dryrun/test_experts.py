@@ -1,11 +1,16 @@
 """Dry runs of mixtures: of experts that rest elsewhere the chosen ones travel, as many as chance gives."""
 
+import random
+import re
+
 import pytest
 import transformers as tf
 
 from bigkit import dry_run, init_empty_weights, plan
+from bigkit.draw.dryrun import dryrun_figure, dryrun_text
 from bigkit.machine.hardware import HARDWARE
 from bigkit.machine.roofline import FILL
+from bigkit.machine.routing import Routing
 from bigkit.maps.advise import advise
 from bigkit.offload.choice import by_chance
 from bigkit.zoo import describe
@@ -56,3 +61,84 @@ def test_advice_counts_what_travels():
     many = advise(model, machine, batch=16, stored=(None,)).best
     assert many.waits["link"] > 0.98 * many.plan.offloaded / link
     assert plan("mixtral-8x7b", hardware="1 x RTX 4090", dtype="bfloat16").experts
+
+
+def apart():
+    return {"": 0, **{f"model.layers.{i}.mlp.experts": "cpu" for i in range(BLOCKS)}}
+
+
+def by_hand(tokens, seed=0):
+    """A routing of a model like `qwen()`, drawn."""
+    draw = random.Random(seed)
+    layers = tuple(tuple(tuple(draw.sample(range(COUNT), CHOSEN)) for _ in range(tokens)) for _ in range(BLOCKS))
+    return Routing("like it", COUNT, layers)
+
+
+EACH = 3 * 64 * 32 * 4
+
+
+def brought(run):
+    """Step -> bytes of experts that are brought in it, block after block."""
+    found, start = {}, 0
+    for step, end in run.steps:
+        found[step] = [op.bytes for op in run.operations[start:end] if op.name == FILL]
+        start = end
+    return found
+
+
+def test_a_recorded_routing_says_which_experts_travel():
+    """With a prompt of three tokens the chosen ones of all three, each once; then token by token."""
+    routing = by_hand(5)
+    run = dry_run(qwen(), apart(), 1, 3, 4, "H200", dtype="float32", routing=routing)
+    found = brought(run)
+    for block in range(BLOCKS):
+        assert found["prefill"][block] == EACH * len({one for choice in routing.chosen[block][:3] for one in choice})
+    assert all(found[f"token {token}"] == [EACH * CHOSEN] * BLOCKS for token in range(1, 5))
+    assert run.expert_hits == (0, 0) and not run.hits
+
+
+@pytest.mark.parametrize("rows", [4, 8])
+def test_hits_of_a_cache_are_those_of_its_blocks(rows):
+    """Each block keeps the experts that were used last: as many hits as `Routing.hits` finds in each layer alone."""
+    routing, new = by_hand(18), 10
+    cache = rows * EACH * BLOCKS
+    run = dry_run(qwen(), apart(), 1, 8, new, "H200", dtype="float32", routing=routing, expert_cache=cache)
+    tokens = range(8, 8 + new)  # the prompt of 8 tokens is streamed past the cache
+    layers = [Routing("one", COUNT, (tuple(layer[token] for token in tokens),)) for layer in routing.chosen]
+    hits = sum(sum(layer.hits("LRU", rows)) for layer in layers)
+    assert run.expert_hits == (hits, new * BLOCKS * CHOSEN - hits)
+    moved = brought(run)
+    assert sum(sum(moved[f"token {token}"]) for token in range(1, new + 1)) == run.expert_hits[1] * EACH
+    assert f"{100 * hits / (new * BLOCKS * CHOSEN):.0f} % of the chosen experts were on the GPU" in str(run)
+
+
+def test_experts_have_a_lane_of_their_own():
+    """Blocks of attention and experts rest in RAM: two lanes, one link. Experts wait for their block's router."""
+    places = {**apart(), **{f"model.layers.{i}.self_attn": "cpu" for i in range(BLOCKS)}}
+    run = dry_run(qwen(), places, 1, 16, 3, "T4", dtype="float32")
+    assert {"copy to cuda:0", "experts to cuda:0"} < run.busy.keys()
+    spans = sorted((s for s in run.spans if s.lane in ("copy to cuda:0", "experts to cuda:0")), key=lambda s: s.start)
+    assert all(one.end <= two.start + 1e-12 for one, two in zip(spans, spans[1:])), "the link does one thing at a time"
+    assert all(("experts" in span.name) == (span.lane == "experts to cuda:0") for span in spans)
+    seconds = sum(span.end - span.start for span in spans if span.lane.startswith("experts"))
+    assert seconds == pytest.approx(run.busy["experts to cuda:0"] * sum(step.seconds for step in run.times))
+    work = [span for span in run.spans if span.lane == "cuda:0"]
+    for span in spans:
+        if span.lane.startswith("experts") and span.start > run.times[0].seconds:
+            assert not any(one.start < span.start < one.end for one in work), "the router has chosen before"
+    text, svg = dryrun_text(run), dryrun_figure(run).svg
+    assert re.search(r"experts, GPU 0 \d+ %", text) and "experts, GPU 0" in svg
+
+
+def test_what_cannot_be_said_is_refused():
+    for options, said in (
+        (
+            {"routing": Routing("pymoe", 16, (((0, 1),),))},
+            r"recorded from pymoe \(1 layer, 2 of 16 experts\), and this",
+        ),
+        ({"expert_cache": 100}, "less than the experts that one token takes"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            dry_run(qwen(), apart(), 1, 8, 1, "H200", dtype="float32", **options)
+    with pytest.raises(ValueError, match="no experts of a mixture rest away"):
+        dry_run(qwen(), {"": 0, "lm_head": "cpu"}, 1, 8, 1, "H200", dtype="float32", expert_cache="1MB")

@@ -150,6 +150,8 @@ class Play:
     def __init__(self, case: Case, folder: Path, gpu: bool = False) -> None:
         self.case, self.folder, self.at = case, folder, "start"
         self.device, self.stand_in = ("cuda:0", {1: "cuda:0"}) if gpu else ("cpu", STAND_IN)
+        if gpu:  # CPU and GPU compute the same with other kernels, and cuDNN with fewer bits
+            torch.backends.cudnn.allow_tf32 = False
         whole = build(case.recipe, case.seed).train(case.train)
         self.whole = (quantize(whole, case.quantized) if case.quantized else whole).to(self.device)
 
@@ -184,7 +186,7 @@ class Play:
         if case.start == "dispatch":
             self.parts = copy.deepcopy(self.whole)
             note(self.parts, 0.5)
-            self.dispatch(case.places, case.options)
+            self.dispatch(case.places, self.options(case.options))
             return
         with init_empty_weights():
             self.parts = build(case.recipe, case.seed).train(case.train)
@@ -197,8 +199,12 @@ class Play:
             torch.save(state, self.folder / "pytorch_model.bin")
         else:
             save_model(self.whole, self.folder, "1KB")
-        with_folder = {**case.options, "offload_folder": self.folder / "rest", "stand_in": self.stand_in}
+        with_folder = {**self.options(case.options), "offload_folder": self.folder / "rest", "stand_in": self.stand_in}
         load_checkpoint_and_dispatch(self.parts, self.folder, case.places, strict=True, **with_folder)
+
+    def options(self, drawn: dict[str, Any]) -> dict[str, Any]:
+        """Options as drawn; beside a real GPU nothing works on the CPU, whose sums are rounded in another order."""
+        return {**drawn, "main_device": 0} if self.device != "cpu" and drawn["main_device"] == "cpu" else drawn
 
     def dispatch(self, places: dict[str, Any], options: dict[str, Any]) -> None:
         result = dispatch_model(self.parts, places, offload_dir=self.folder / "rest", stand_in=self.stand_in, **options)
@@ -252,7 +258,7 @@ class Play:
             files |= safetensors.torch.load_file(file)
         for name, value in self.whole.state_dict().items():
             tied = [other for other in files.values() if other.shape == value.shape]
-            assert name in files or any(torch.equal(other, value) for other in tied), f"{name} is missing"
+            assert name in files or any(torch.equal(other, value.cpu()) for other in tied), f"{name} is missing"
             assert_same(files.get(name, value), value)
 
     def load_again(self, rng: random.Random) -> None:
@@ -270,7 +276,7 @@ class Play:
         self.forward(rng)
 
     def again(self, rng: random.Random) -> None:
-        self.dispatch(random_map(rng, self.whole, self.case.quantized), random_options(rng))
+        self.dispatch(random_map(rng, self.whole, self.case.quantized), self.options(random_options(rng)))
         self.forward(rng)
 
     def undo(self, rng: random.Random) -> None:

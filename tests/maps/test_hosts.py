@@ -12,10 +12,10 @@ from bigkit import HostsPlan, PlanError, describe, plan, plan_hosts
 from bigkit.machine.hardware import Gpu, Hardware
 from bigkit.machine.network import Network, network_of, run_stages
 from bigkit.machine.roofline import TYPICAL
-from bigkit.maps.hosts import chain_of_blocks, part_of
+from bigkit.maps.hosts import chain_of_blocks, part_of, read_hosts
 from bigkit.model.estimate import activation_bytes
 from bigkit.model.spec import Precision
-from bigkit.units import GB
+from bigkit.units import GB, three_figures
 
 LINE = Network("ideal", 1e12, 0.0)
 
@@ -154,6 +154,40 @@ def test_processes_of_one_host_get_gpus_of_their_own() -> None:
     found = plan_hosts(describe("llama-2-7b"), ["2 x T4", "L4", "T4"], dtype="float16", overhead=0)
     used = [{*_on_own_gpus(found, rank, local).values()} for rank, local in ((0, 0), (1, 1), (2, 2), (2, 0))]
     assert used == [{0, 1}, {2}, {3}, {0}]
+
+
+def test_layers_that_are_split_instead() -> None:
+    """n GPUs read n times as fast, and meet twice in each block; the line counts then."""
+    pair = [host(i, 24, 1000) for i in range(2)]
+    fast, slow = (plan_hosts(describe("llama-2-7b"), pair, Network("a", 1e12, lag), dtype="float16", overhead=0)
+                  for lag in (0.0, 1e-3))  # fmt: skip
+    assert fast.split and slow.split
+    assert 1 / slow.split - 1 / fast.split == pytest.approx(2 * 32 * 2 * 1e-3, rel=1e-3)
+    assert slow.split < slow.one, "one message a token, not 128"
+    assert 'tp_plan="auto"' in fast.explain() and f"{three_figures(fast.split)} tokens/s" in fast.explain()
+    tight = plan_hosts(describe("llama-2-7b"), [host(0, 24, 1000), host(1, 4, 1000)], LINE, dtype="float16", overhead=0)
+    assert tight.split is None and "tp_plan" not in tight.explain(), "half of it does not fit on 4 GB"
+    assert HostsPlan.from_json(fast.to_json()) == fast
+
+
+def test_one_sequence_reads_its_own_cache_only() -> None:
+    pair = [host(i, 80, 1000) for i in range(2)]
+    ask = {"dtype": "float16", "context": 4096, "overhead": 0}
+    alone = plan_hosts(describe("llama-2-7b"), pair, LINE, **ask)
+    many = plan_hosts(describe("llama-2-7b"), pair, LINE, batch=16, **ask)
+    assert many.one == pytest.approx(alone.one, rel=0.01) and many.each == 8
+    stage, cache = many.stages[0], many.stages[0].plan.shares[0].kv_cache
+    read = (stage.plan.shares[0].weights + cache / 2) / (TYPICAL.bandwidth * 1e12)
+    assert stage.seconds == pytest.approx(read, rel=0.01), "of a group, half of all sequences"
+
+
+def test_hosts_as_a_text() -> None:
+    names = [machine.name for machine in read_hosts(" 4090 | 2 x L4 |")]
+    assert names == ["1 x RTX 4090", "2 x L4"]
+    assert [machine.name for machine in read_hosts("3 hosts | L4", host(0, 8, 100))] == ["host 0"] * 3 + ["1 x L4"]
+    for wrong in ("", " | ", []):
+        with pytest.raises(ValueError, match="hosts is empty: name at least one machine"):
+            read_hosts(wrong)
 
 
 def test_networks_by_name() -> None:

@@ -102,6 +102,13 @@ HYBRIDS = {
                      "num_kv_shared_layers": 2, "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 50,
                      "laurel_rank": 4,
                      "layer_types": ["sliding_attention", "full_attention"] * 3}),
+    "kimi_linear": ("KimiLinearForCausalLM", {key: value for key, value in (MLA | MOE).items() if key != "q_lora_rank"}
+                    | {"num_hidden_layers": 4, "head_dim": 12, "linear_attn_config": {
+                        "full_attn_layers": [4], "kda_layers": [1, 2, 3], "head_dim": 8, "num_heads": 4,
+                        "short_conv_kernel_size": 4}}),
+    "glm_moe_dsa": ("GlmMoeDsaForCausalLM", MLA | MOE | {"index_head_dim": 8, "index_n_heads": 2, "index_topk": 4}),
+    "mistral4": ("Mistral4ForCausalLM", MLA | MOE),
+    "minimax_m3": ("MiniMaxM3VLForCausalLM", GQA | {"head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2}),
     "qwen3_5_text": ("Qwen3_5ForCausalLM", GQA | {"head_dim": 16, "linear_num_key_heads": 2, "linear_value_head_dim": 8,
                      "linear_num_value_heads": 4, "linear_key_head_dim": 6, "num_hidden_layers": 4}),
 }  # fmt: skip
@@ -138,7 +145,7 @@ def expected_bytes(blocks, context: int, dtype: str = "bfloat16") -> int:
 
 
 FEW = ["gpt2", "mistral", "qwen2, half sliding", "gemma3", "deepseek_v3", "gemma4", "qwen3_next", "mamba2", "falcon_h1",
-       "jamba", "nemotron_h", "minimax"]  # fmt: skip
+       "jamba", "nemotron_h", "minimax", "kimi_linear", "glm_moe_dsa"]  # fmt: skip
 LATER = [family for family in (*DECODERS, *HYBRIDS) if family not in FEW]
 
 

@@ -19,6 +19,8 @@ from bigkit import init_empty_weights
 from bigkit.checkpoints.format import Checkpoint, CheckpointError, read_header
 from bigkit.checkpoints.load import load_checkpoint_in_model
 from bigkit.checkpoints.save import save_model
+from bigkit.dryrun.fake_gpu import fake_gpus
+from bigkit.dryrun.workload import fill
 from bigkit.offload.dispatch import dispatch_model
 from bigkit.offload.grouping import handles
 from bigkit.offload.handle import Away
@@ -654,3 +656,12 @@ def test_open_files_do_not_grow_with_the_weights(tmp_path):
                                          offload_folder=tmp_path)  # fmt: skip
     parts(X.half())
     assert len(os.listdir("/proc/self/fd")) <= before + 3
+
+
+def test_a_layer_works_in_one_place():
+    with fake_gpus(), torch.no_grad():
+        model = fill(nn.Sequential(nn.Linear(4, 4, device="meta"), nn.Linear(4, 4, device="meta")), {"": 0})
+        message = r"'0.weight' is to work on cuda:0 and '0.bias' on cuda:1, but '0', a Linear, computes with both"
+        with pytest.raises(ValueError, match=message):
+            dispatch_model(model, {"0.weight": 0, "0.bias": 1, "1": 1})
+        assert not hasattr(model, "hf_device_map")

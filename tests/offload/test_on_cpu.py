@@ -4,11 +4,14 @@ import copy
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import bigkit
 from bigkit.maps.on_cpu import FEW
+from bigkit.offload.captured import refuse_what_waits
 from bigkit.offload.grouping import handles
-from bigkit.zoo.gpt import load_pygpt
+from bigkit.zoo.gpt import encode, heldout_text, load_pygpt
 from tests.spread import STAND_IN, Net, check_at_rest, same, spread
 
 MLP = 2 * (2 * 4 * 256 * 256 + 4 * 256 + 256)  # bytes of pygpt's
@@ -46,6 +49,71 @@ def test_few_tokens_are_computed_where_the_weights_rest_and_many_are_streamed(wh
         on_cpu = [unit for device, kind, unit in events if device == "cpu" and kind == "work"]
         chosen = [f"transformer.h.{i}.mlp" for i in ((0, 2, 5, 7) if main == 0 else (0, 1, 4, 5))]
         assert on_cpu == (chosen if count <= FEW else []), count
+
+
+class Wave(BaseException):
+    """What nobody expects."""
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.data())
+def test_anything_that_is_raised_gives_all_back(whole, data):
+    main = data.draw(st.sampled_from([0, [0, 1]]), "main")
+    slots, count = data.draw(st.integers(1, 4), "slots"), data.draw(st.integers(1, 10), "MLPs")
+    model = spread(copy.deepcopy(whole), {"": "cpu"}, main_device=main, on_cpu=count * MLP, slots=slots, cpu_threads=1)
+    threads = torch.get_num_threads()
+    for size in data.draw(st.lists(st.sampled_from([1, FEW, FEW + 9]), min_size=1, max_size=3), "tokens"):
+        tokens = torch.randint(0, 256, (1, size))
+        block = model.transformer.h[data.draw(st.integers(0, 9), "block")]
+        part = data.draw(st.sampled_from([block.mlp.act, block.mlp.c_proj, block.attn.c_proj, block.ln_2]), "part")
+        hook = part.register_forward_pre_hook(_raise)
+        with pytest.raises(Wave):
+            model(tokens)
+        hook.remove()
+        check_at_rest(model)
+        assert torch.get_num_threads() == threads
+        assert same(model(tokens)[0], whole(tokens)[0])
+    bigkit.remove_hook_from_module(model, recurse=True)
+    assert not handles(model) and same(model(tokens)[0], whole(tokens)[0])
+
+
+def _raise(*_):
+    raise Wave
+
+
+def test_what_is_changed_between_two_forwards_is_computed_with(whole):
+    model, own = spread(copy.deepcopy(whole), {"": "cpu"}, main_device=0, on_cpu="1GB"), copy.deepcopy(whole)
+    few, many = torch.randint(0, 256, (1, 3)), torch.randint(0, 256, (1, 30))
+    assert same(model(few)[0], own(few)[0])
+    for net in (model, own):
+        with torch.no_grad():
+            net.transformer.h[2].mlp.c_fc.weight.mul_(0.5)  # in place
+        other = torch.full_like(whole.transformer.h[4].mlp.c_proj.bias, 0.25)
+        net.transformer.h[4].mlp.c_proj.bias = torch.nn.Parameter(other, requires_grad=False)
+    for tokens in (few, many, few):
+        assert same(model(tokens)[0], own(tokens)[0])
+    adapter = torch.nn.Linear(256, 1024, bias=True).to(torch.bfloat16).requires_grad_(False)
+    for net in (model, own):  # modules that are put into an MLP work on the GPU, with all of the block
+        net.transformer.h[6].mlp.c_fc = torch.nn.Sequential(net.transformer.h[6].mlp.c_fc, torch.nn.Identity())
+        net.transformer.h[8].mlp.c_fc = copy.deepcopy(adapter)
+    for tokens in (few, many, few):
+        assert same(model(tokens)[0], own(tokens)[0])
+    assert model.state_dict().keys() == own.state_dict().keys()
+    assert all(torch.equal(value, own.state_dict()[name]) for name, value in model.state_dict().items())
+
+
+def test_greedy_text_of_what_was_held_out(whole):
+    """What the GPU does, the CPU does here, too: the two paths, and the cache between them, give one text."""
+    model = spread(copy.deepcopy(whole), {"": "cpu"}, main_device=[0, 1], on_cpu="6MB")
+    tokens = torch.tensor([encode(heldout_text()[:40])])
+    with torch.no_grad():
+        assert same(model.generate(tokens, 12), whole.generate(tokens, 12))
+
+
+def test_a_cuda_graph_says_why_not(whole):
+    model = spread(copy.deepcopy(whole), {"": "cpu"}, main_device=0, on_cpu="1GB")
+    with pytest.raises(ValueError, match="works on the CPU, which a CUDA graph cannot wait for"):
+        refuse_what_waits(model)
 
 
 def test_a_model_without_such_parts_is_refused_and_left_as_it_was(whole):

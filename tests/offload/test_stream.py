@@ -1,6 +1,8 @@
 """Streaming: whatever the order of use, the slots, the exceptions and the edits, the output is the whole model's."""
 
 import copy
+import subprocess
+import sys
 import textwrap
 import threading
 
@@ -262,6 +264,28 @@ def test_backward_through_lent_weights_is_one_clear_error(tmp_path):
             F.linear(X, parts.requires_grad_(True).out.weight).sum().backward()
         assert not any(parameter.grad is not None for parameter in parts.parameters()), way
         check_at_rest(parts)
+
+
+def test_python_ends_well_after_a_backward_was_refused():
+    """PyTorch keeps nodes that waited in its queue, and their hooks outlive Python."""
+    code = """if True:
+        import torch
+        from torch import nn
+        from bigkit import dispatch_model
+
+        class Block(nn.Linear):
+            def forward(self, x):
+                return x[torch.tensor([0, 1])].sum() + (x @ self.weight).sum()
+
+        model = dispatch_model(nn.Sequential(Block(4, 4)), {"": "cpu"}, 0, stand_in={0: "cpu"})
+        x = torch.ones(4, 4, requires_grad=True) * 2
+        try:
+            model(x).backward()
+        except RuntimeError as error:
+            print(error)
+    """
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "are for inference" in done.stdout and done.returncode == 0, done
 
 
 def test_a_resident_part_trains_on_a_frozen_offloaded_base():

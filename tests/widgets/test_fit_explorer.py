@@ -122,9 +122,9 @@ def test_code_for_this_machine_names_none():
 
 
 def test_memory_is_what_estimate_memory_counts():
-    explorer = FitExplorer("deepseek-v3", "8 x H200", context=4096, batch=3)
+    explorer = FitExplorer("glm-4.6", "8 x H200", context=4096, batch=3)
     explorer.panes.selected_index = 1
-    told = estimate_memory("deepseek-v3", batch=3, context=4096)
+    told = estimate_memory("glm-4.6", batch=3, context=4096)
     assert told._repr_html_() in explorer.panes.children[1].value
     rows = {row.stored: row for row in told.inference}
     for option in explorer.advice.options:

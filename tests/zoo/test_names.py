@@ -41,11 +41,13 @@ PARAMETERS = {
 # repositories; qwen3-next-80b-a3b's as that of Qwen3-Coder-Next and qwen3.5-35b-a3b's as that of a model tuned from it.
 # As the model cards round them, in billions: parameters, and those that a token uses (None: counted otherwise there).
 # Seen in: vLLM Ascend's guide (qwen3-30b-a3b), the names (qwen3-next-80b-a3b, qwen3.5-35b-a3b), NVIDIA's page
-# (nemotron-3-nano-30b), the Hub's collection (minimax-m2), NeMo's guide (gpt-oss), Transformers' guide (llama-4-scout).
+# (nemotron-3-nano-30b), the Hub's collection (minimax-m2), NeMo's guide (gpt-oss), Transformers' guide (llama-4-scout),
+# GLM-5's README, arXiv 2606.19348 (deepseek-v4-flash), its name (mistral-small-4).
 CARDS = {
     "qwen3-30b-a3b": (30.5, None), "qwen3-next-80b-a3b": (80, None), "qwen3.5-35b-a3b": (35, None),
     "nemotron-3-nano-30b": (31.6, 3.6), "minimax-m2": (229, None), "gpt-oss-120b": (117, None),
-    "gpt-oss-20b": (21, None), "llama-4-scout": (109, None),
+    "gpt-oss-20b": (21, None), "llama-4-scout": (109, None), "glm-5": (744, None), "deepseek-v4-flash": (284, None),
+    "mistral-small-4": (119, None), "deepseek-v3": (671, None),
 }  # fmt: skip
 TINY_LLAMA = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 32, "intermediate_size": 48,
               "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 50,
@@ -97,6 +99,18 @@ def test_counts_are_those_of_the_cards(name):
     digits = 1 if isinstance(total, float) else 0
     assert round(spec.parameters / 1e9, digits) == total
     assert active is None or abs(active_parameters(spec) / 1e9 - active) < (0.06 if digits else 0.6)
+
+
+def test_what_is_published_in_fp8_is_counted_so():
+    """DeepSeek-V3 and Kimi-K2: one byte for all but embeddings, head, norms and routers, and a scale for 128 x 128."""
+    for name in ("deepseek-v3", "kimi-k2"):
+        spec = zoo.describe(name)
+        kept = [tensor for key, (tensor, _) in spec.tensors.items()
+                if any(part in key for part in ("embed_tokens", "lm_head", "norm", "gate.", "rotary"))]  # fmt: skip
+        codes = spec.parameters - sum(tensor.elements for tensor in kept if not tensor.buffer)
+        plain = sum(tensor.bytes() for tensor in kept)
+        assert codes + codes // 128**2 * 4 + plain == pytest.approx(spec.bytes(), rel=1e-5)
+        assert spec.bytes() < 0.503 * spec.bytes(spec.precision("bfloat16"))
 
 
 def test_counts_that_need_a_word():

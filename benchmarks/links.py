@@ -1,0 +1,189 @@
+"""Faster than one link: two parts of `benchmarks/offload.py`.
+
+    python benchmarks/offload.py --gpu --parts links cpu --save benchmarks/results/links.json
+
+    links   a 7B in RAM over one GPU and over two; loading on one and on two
+    cpu     a share of the MLPs on the CPU: what it reads beside a busy link, and what a token takes
+
+A token is a forward of one token, median; `generate` counts tokens too. The part `cpu` uses `--cores` of the host's
+cores (16), as one GPU of it comes with. All blocks hold the same random numbers, shifted: made in a few seconds.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from checkpoint import GB, llama
+from torch import Tensor, nn
+
+import bigkit
+from bigkit.maps.on_cpu import FEW
+from bigkit.measure.links import measure_together
+from bigkit.offload.hooks import hooks_in
+from bigkit.offload.on_cpu import MlpHook
+
+NEW, LOADED = 8, 12  # tokens that are generated; blocks that are loaded from files
+
+
+def random_layers(model: nn.Module) -> dict[str, Tensor]:
+    """Random weights for an empty Llama, in RAM."""
+    generator, state = torch.Generator().manual_seed(0), dict[str, Tensor]()
+    for name, tensor in model.state_dict().items():
+        layer = int(name.split(".")[2]) if ".layers." in name else 0
+        first = state.get(name.replace(f".{layer}.", ".0.", 1)) if layer else None
+        if first is None:
+            drawn = torch.empty(tensor.shape).normal_(1.0 if "norm" in name else 0.0, 0.02, generator=generator)
+            state[name] = drawn.to(tensor.dtype)
+        else:
+            state[name] = first.roll(layer, 0)
+    return state
+
+
+def filled(layers: int, state: dict[str, Tensor]) -> nn.Module:
+    model = llama(layers)
+    model.load_state_dict(state, assign=True)
+    return model.eval().requires_grad_(False)
+
+
+class Run:
+    """Measures models that hold the same weights, and compares their logits and tokens with the first one's."""
+
+    def __init__(self, table: Any) -> None:
+        self.table, self.expected = table, dict[str, Tensor]()
+        self.tokens = torch.randint(0, 32000, (1, 512), generator=torch.Generator().manual_seed(1))
+
+    @torch.inference_mode()
+    def __call__(
+        self, way: str, model: nn.Module, moved: int = 0, prompt: int = 16, runs: int = 5, **more: Any
+    ) -> None:
+        one, x = self.tokens[:, :1].cuda(), self.tokens[:, :prompt].cuda()
+        seconds, logits = _timed(lambda: model(one, use_cache=False).logits, runs)
+        begin = time.perf_counter()
+        made = model.generate(x, max_new_tokens=NEW, min_new_tokens=NEW, do_sample=False, pad_token_id=0)
+        took = time.perf_counter() - begin
+        begin = time.perf_counter()
+        long = model(self.tokens.cuda(), use_cache=False, logits_to_keep=1).logits
+        torch.cuda.synchronize()
+        found = {"logits": logits.float().cpu(), "tokens": made.cpu(), "long": long.float().cpu()}
+        expected = self.expected = self.expected or found
+        self.table.add(
+            way=way, shape="1x1", s=seconds, gb_s=moved / seconds / GB, tokens_s=(NEW - 1) / (took - seconds),
+            prompt_s=time.perf_counter() - begin, bit_equal=torch.equal(found["logits"], expected["logits"]),
+            prompt_equal=torch.equal(found["long"], expected["long"]),
+            same_tokens=torch.equal(found["tokens"], expected["tokens"]),
+            difference=(found["logits"] - expected["logits"]).abs().max().item(),
+            logits=expected["logits"].abs().max().item(), **more,
+        )  # fmt: skip
+
+
+def _timed(work: Any, runs: int) -> tuple[float, Tensor]:
+    seconds = []
+    for _ in range(2 + runs):
+        torch.cuda.synchronize()
+        begin = time.perf_counter()
+        result = work()
+        for device in range(torch.cuda.device_count()):
+            torch.cuda.synchronize(device)
+        seconds.append(time.perf_counter() - begin)
+    return statistics.median(seconds[2:]), result
+
+
+def clean() -> None:
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
+def measure(table: Any, parts: list[str], layers: int, cores: int) -> None:
+    """Both parts, on one model."""
+    state, run = random_layers(llama(layers)), Run(table)
+    if "links" in parts:
+        links(table, layers, state, run)
+    if "cpu" in parts:
+        cpu(table, layers, state, cores, run)
+    if "links" in parts:
+        first = {n: t for n, t in state.items() if ".layers." not in n or _layer(n) < LOADED}
+        loading(table, first, torch.cuda.device_count())
+
+
+def links(table: Any, layers: int, state: dict[str, Tensor], run: Run) -> None:
+    """One link against two."""
+    size, gpus = sum(tensor.nbytes for tensor in state.values()), torch.cuda.device_count()
+    table.add(way="weights", shape="-", s=0.0, bytes=size, gpus=gpus)
+    for way, where, options in (
+        ("one GPU", 0, {}),
+        ("two GPUs", [0, 1], {}),
+        ("two GPUs, half of the MLPs on the CPU", [0, 1], {"on_cpu": size // 3, "slots": 3}),
+    )[: 3 if gpus > 1 else 1]:
+        model = bigkit.cpu_offload(filled(layers, state), where, **options)
+        for device in range(gpus):
+            torch.cuda.reset_peak_memory_stats(device)
+        run(f"in RAM, {way}", model, size)
+        table.add(way=f"memory of {way}", shape="-", s=0.0,
+                  peak_gb=[torch.cuda.max_memory_allocated(device) / GB for device in range(gpus)])  # fmt: skip
+        del model
+        clean()
+
+
+def _layer(name: str) -> int:
+    return int(name.split(".")[2])
+
+
+def loading(table: Any, state: dict[str, Tensor], gpus: int) -> None:
+    """Loading from RAM's own file system: files that are in memory."""
+    size, blocks = sum(tensor.nbytes for tensor in state.values()), 1 + max(map(_layer, filter(_in_block, state)))
+    shared = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
+    with tempfile.TemporaryDirectory(dir=shared) as folder:
+        bigkit.save_model(filled(blocks, state), Path(folder), "2GB")
+        halves = {"model.embed_tokens": 0, "model.norm": 1, "model.rotary_emb": 0, "lm_head": 1}
+        halves |= {f"model.layers.{i}": int(i >= blocks // 2) for i in range(blocks)}
+        for way, device_map in (("one GPU", {"": 0}), ("two GPUs", halves))[:gpus]:
+            seconds = []
+            for _ in range(3):
+                model = llama(blocks)
+                begin = time.perf_counter()
+                bigkit.load_checkpoint_in_model(model, folder, device_map)
+                for device in range(gpus):
+                    torch.cuda.synchronize(device)
+                seconds.append(time.perf_counter() - begin)
+                del model
+                clean()
+            table.add(way=f"load, {way}", shape="-", s=min(seconds), gb_s=size / min(seconds) / GB, all_s=seconds)
+
+
+def _in_block(name: str) -> bool:
+    return ".layers." in name
+
+
+def cpu(table: Any, layers: int, state: dict[str, Tensor], cores: int, run: Run) -> None:
+    """What MLPs on the CPU are worth."""
+    allowed = sorted(os.sched_getaffinity(0))[:cores]
+    for thread in os.listdir("/proc/self/task"):
+        os.sched_setaffinity(int(thread), allowed)
+    torch.set_num_threads(len(allowed))
+    rates, reads = measure_together(512 * 2**20, 2**30)
+    for dtype, rows in reads.items():
+        for threads, own, other in rows:
+            table.add(way=f"CPU reads, {dtype}", shape=f"{threads} threads", s=0.0, gb_s=own / GB, link_gb_s=other / GB)
+    table.add(way="links", shape="-", s=0.0, gb_s=sum(rates) / GB)
+    size = sum(tensor.nbytes for tensor in state.values())
+    mlp = sum(tensor.nbytes for name, tensor in state.items() if ".layers.0.mlp." in name)
+    if not run.expected:
+        run("in RAM, streamed", bigkit.cpu_offload(filled(layers, state), 0), size)
+    for count, slots, spare in ((21, 3, (0,)), (24, 4, (0, 1))):
+        count = count * layers // 32
+        model = bigkit.cpu_offload(filled(layers, state), 0, on_cpu=count * mlp, slots=slots)
+        for threads in (max(1, len(allowed) - cores_left) for cores_left in spare):
+            for part in model.modules():
+                for hook in hooks_in(part):
+                    if isinstance(hook, MlpHook):
+                        hook.threads = threads
+            run("in RAM, MLPs on the CPU", model, size, FEW, count=count, slots=slots, threads=threads)
+        del model
+        clean()

@@ -1,0 +1,142 @@
+"""Layers at rest take turns on all GPUs: the rule, plans by it, and what is said of them."""
+
+import json
+from dataclasses import asdict, replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from bigkit import advise, dry_run, plan, zoo
+from bigkit.machine.hardware import machine_of
+from bigkit.machine.ledger import Calibration, Ledger
+from bigkit.maps.links import links_of, take_turns
+from bigkit.maps.on_cpu import Reading, best_count
+from bigkit.maps.plan import Plan
+
+LLAMA, RAM = "llama-2-7b", {"cpu": "64GiB"}
+H200 = Calibration(
+    "this", "H200", link_pinned=55e9, memory=4.2e12, issue=5.4e-6, disk_warm=20e9, links=(55e9,),
+    cpu_reads={"bfloat16": ((8, 40e9, 54e9), (16, 62e9, 52e9))},
+)  # fmt: skip
+
+
+@given(st.lists(st.integers(1, 9), max_size=9), st.lists(st.sampled_from([1, 2, 3]), min_size=1, max_size=3))
+def test_each_goes_where_it_would_be_first(sizes, links):
+    turns = take_turns(sizes, links)
+    for i, turn in enumerate(turns):
+        brought = [sum(size for size, other in zip(sizes[:i], turns) if other == k) for k in range(len(links))]
+        ends = [(brought[k] + sizes[i]) / links[k] for k in range(len(links))]
+        assert ends[turn] == pytest.approx(min(ends))
+    if sizes and len(sizes) >= 4 * sum(links):  # in proportion, as far as whole layers go
+        busy = [sum(size for size, turn in zip(sizes, turns) if turn == k) / links[k] for k in range(len(links))]
+        assert max(busy) - min(busy) <= max(sizes)
+
+
+def test_half_of_the_bytes_wait_at_each_of_two_links():
+    one, two = (plan(LLAMA, {**dict.fromkeys(range(n), "3GiB"), **RAM}, dtype="bfloat16", context=512) for n in (1, 2))
+    works = [layer.works for layer in two.layers if layer.device == "cpu"]
+    assert abs(works.count(0) - works.count(1)) <= 1 and "GPU 0 and GPU 1 when their turn comes" in two.explain()
+    assert {share.device: share.reserve > 0 for share in two.shares if share.runs} == {0: True, 1: True}
+    times = [advise_one(LLAMA, f"{n} x 3GiB") for n in (1, 2)]
+    assert one.offloaded > two.offloaded and times[0] / times[1] > 2.2
+
+
+def advise_one(model, machine):
+    own = replace(machine_of("2 x H200" if machine[0] == "2" else "H200"), name="x", ram=64 * 2**30)
+    gpus = tuple(replace(gpu, memory=3 * 2**30) for gpu in own.gpus)
+    return advise(model, replace(own, gpus=gpus), context=512, stored=[None]).best.waits["link"]
+
+
+def test_the_cache_of_a_layer_at_rest_lies_where_it_works():
+    found = plan(LLAMA, {0: "3GiB", 1: "3GiB", **RAM}, dtype="bfloat16", context=1024)
+    per_layer = 2 * 4096 * 2 * 1024
+    for share in found.shares[:2]:
+        blocks = [layer for layer in found.layers if ".layers." in layer.name]
+        here = [layer for layer in blocks if (layer.device if layer.works is None else layer.works) == share.device]
+        assert share.kv_cache == len(here) * per_layer
+
+
+def test_slow_links_bring_less():
+    found = plan(LLAMA, {0: "2GiB", 1: "2GiB", **RAM}, dtype="bfloat16", links=[3, 1])
+    works = [layer.works for layer in found.layers if ".layers." in layer.name and layer.works is not None]
+    assert works.count(0) / works.count(1) == pytest.approx(3, rel=0.2)
+    again = Plan.from_json(found.to_json())
+    assert again == found and again.device_map.works == found.device_map.works and "links=[3, 1]" in found.to_code()
+
+
+def test_a_gpu_without_room_for_slots_only_keeps_layers():
+    """A GPU of 300 MiB holds the embedding of 250 MiB, and no block of 386 MiB."""
+    found = plan(LLAMA, {0: "3GiB", 1: "300MiB", **RAM}, dtype="bfloat16")
+    assert any(layer.device == 1 for layer in found.layers)
+    assert found.feasible and {layer.works for layer in found.layers} <= {None, 0}
+
+
+def test_links_are_those_that_were_measured_together():
+    two = machine_of("2 x RTX 4090")
+    measured = replace(H200, links=(26.1e9, 12.9e9))
+    assert links_of(two, measured) == [1.0, 0.5] and links_of(two, H200) == [1.0, 1.0]
+    assert links_of(two, replace(H200, links=(26.1e9, 25.8e9))) == [1.0, 1.0]  # equal, as far as one can tell
+
+
+def test_a_dry_run_follows_the_plan():
+    found = plan("pygpt", {0: "4MiB", 1: "4MiB", "cpu": "1GiB"})
+    run = dry_run("pygpt", found, 1, 8, 1)
+    assert {device for device in run.busy if device.startswith("copy to")} == {"copy to cuda:0", "copy to cuda:1"}
+    for share in found.shares[:2]:
+        assert run.timeline(share.device).at_peak()["slots"] <= share.reserve
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# MLPs on the CPU
+
+
+def test_as_many_mlps_as_make_a_token_shortest():
+    readings = [Reading(8, 40e9, 54e9), Reading(16, 62e9, 52e9)]
+    count, reading, seconds = best_count(32, 0.27e9, 13.2e9, 0.02, readings, slots=4)
+
+    def took(k, r):
+        return max((13.2e9 - k * 0.27e9) / r.links, k * (0.27e9 / r.reads + 2e-4) + 0.02)
+
+    assert seconds == min(took(k, r) for k in range(25) for r in readings) == took(count, reading)
+    assert best_count(32, 0.27e9, 13.2e9, 0.02, readings, slots=2)[0] <= 16  # the links would run dry
+    assert best_count(32, 0.27e9, 13.2e9, 0.02, [Reading(2, 1e9, 40e9)], slots=4)[0] <= 1
+
+
+@pytest.fixture
+def calibrated(tmp_path, monkeypatch):
+    def calibrate(calibration):
+        monkeypatch.setenv("BIGKIT_LEDGER", str(tmp_path / "ledger.json"))
+        Ledger.load().add(calibration)
+        return replace(machine_of("H200"), name="this machine: H200", gpus=machine_of("H200").gpus)
+
+    return calibrate
+
+
+def test_a_plan_with_the_cpu_where_it_pays(calibrated):
+    machine = calibrated(H200)
+    ask = {"max_memory": {0: "3GiB", **RAM}, "dtype": "bfloat16", "hardware": machine, "overhead": 0, "context": 512}
+    without, found = plan(LLAMA, **ask), plan(LLAMA, on_cpu=True, **ask)
+    assert without.on_cpu is None and found.feasible and found.slots > without.slots
+    nbytes, threads = found.on_cpu
+    assert threads == 16 and 0.4 < nbytes / sum(l.bytes for l in found.layers if l.works is not None) < 0.55  # noqa: E741
+    assert "the CPU computes" in found.explain() and "instead of" in found.explain()
+    assert Plan.from_json(json.dumps(asdict(found))) == found
+    few = replace(machine, gpus=(replace(machine.gpus[0], memory=3 * 2**30 + machine.overhead),))
+    notes = advise(LLAMA, few, context=512).notes
+    assert any("the CPU computes" in note and note.startswith("bfloat16: ") for note in notes), notes
+
+
+def test_where_it_does_not_pay_the_plan_stays_and_says_so(calibrated):
+    machine = calibrated(replace(H200, cpu_reads={"bfloat16": ((2, 2e9, 40e9),)}))
+    ask = {"max_memory": {0: "3GiB", **RAM}, "dtype": "bfloat16", "hardware": machine, "overhead": 0, "context": 512}
+    without, found = plan(LLAMA, **ask), plan(LLAMA, on_cpu=True, **ask)
+    assert found == without and "The CPU would not help: with 2 threads it reads 2.00 GB of bfloat16" in found.explain()
+    nf4 = plan(LLAMA, on_cpu=True, **ask, quantization="nf4")
+    assert nf4.on_cpu is None
+
+
+def test_nothing_is_guessed():
+    with pytest.raises(ValueError, match=r"call bigkit.calibrate\(\) here"):
+        plan("gpt2", {0: "100MiB", "cpu": "1GiB"}, on_cpu=True, hardware="L4")
+    assert not any("CPU" in note for note in advise(zoo.describe(LLAMA), "L4").notes)
