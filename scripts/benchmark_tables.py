@@ -212,6 +212,50 @@ def experts_in_ram() -> Iterable[Iterable[str]]:
         yield way, *(text(rates.get(batch), digits=digits) for batch in (1, 8, 32)), text(size, " GB", 1)
 
 
+@table("2 GB of experts on a cold disk", "read", "chosen for the first time", "ratio", "time")
+def experts_on_disk() -> Iterable[Iterable[str]]:
+    for number, one in enumerate(results("experts-cpu")["rows"], 1):
+        read, chosen = (text(one[name] / 1e6, " MB", 1) for name in ("bytes_read", "bytes_chosen"))
+        yield f"token {number}", read, chosen, text(one["ratio"]), text(one["seconds"], " s")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Decoding
+
+RESTING = ("resting in RAM", "offloaded by Transformers")
+DECODED = {
+    "bf16": "Llama-7B, bfloat16", "nf4": "the same in nf4", "int8": "in int8 without outliers",
+    "bf16, half in RAM": "bfloat16, half of the blocks in RAM", "nf4, all in RAM": "nf4, all blocks in RAM",
+    "experts on the GPU": "8 blocks of Qwen3-30B-A3B", "experts in RAM": "the same, experts in RAM",
+}  # fmt: skip
+
+
+@table("tokens a second", "Python", "each length for the first time", "one graph a token", "first call", "graphs hold")
+def decoding() -> Iterable[Iterable[str]]:
+    found = {(r["part"], r["way"]): r for r in results("decode")["rows"]}
+    for part, name in DECODED.items():
+        if (part, "one graph a token") in found:
+            python, graph = (found[part, way] for way in ("Python", "one graph a token"))
+            yield (name, text(python["tokens_per_s"], digits=1), text(python["new_lengths"], digits=1),
+                   text(graph["tokens_per_s"], digits=1), text(graph["first_call_s"], " s"),
+                   text(graph["graph_mb"], " MB", 0))  # fmt: skip
+
+
+@table("8 blocks of Llama-7B, 32,768 tokens", "tokens a second", "against Transformers' offloaded cache", "GPU memory")
+def decoding_cache() -> Iterable[Iterable[str]]:
+    theirs = row("decode", part="cache", way=RESTING[1])["tokens_per_s"]
+    for r in results("decode")["rows"]:
+        if r["part"] == "cache":
+            yield (r["way"], text(r["tokens_per_s"]), text(r["tokens_per_s"] / theirs, "x"),
+                   text(r.get("gpu_peak_gb"), " GB", 1))  # fmt: skip
+
+
+@table("16 blocks of Llama-7B in RAM: a pass over", *map(str, (1, 2, 4, 8, 16, 32, 64)), "tokens")
+def decoding_passes() -> Iterable[Iterable[str]]:
+    passes = [r["seconds"] for r in results("decode")["rows"] if r["way"].startswith("a pass over")]
+    yield "takes", *(text(1000 * seconds, " ms", 0) for seconds in passes), ""
+
+
 @table("on the CPU", "1 token", "4 tokens", "a hook, resident", "a hook, weights in RAM", "a hook, on disk")
 def offloading_cpu() -> Iterable[Iterable[str]]:
     cases = {(r["way"], r["shape"]): r.get("s") or r.get("us") for r in results("offload-cpu")["rows"]}

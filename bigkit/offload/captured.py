@@ -214,14 +214,16 @@ class Rings:
                 stack.enter_context(streamer.lock)
                 own = found[streamer]
                 if streamer.holder != own:
-                    for i, slot in own.items():
-                        if streamer.holder.get(i) is not slot:
-                            streamer.lane.finish(slot)
-                            streamer.lane.fill(slot, streamer.units[i])
-                    self._settle(streamer, own)
+                    there = {i: slot for i, slot in own.items() if streamer.holder.get(i) is slot}
+                    self._settle(streamer, there)
+                    for i in own.keys() - there.keys():
+                        streamer.lane.fill(own[i], streamer.units[i])
+                        own[i].unit, streamer.holder[i] = streamer.units[i], own[i]
                 self._wait(streamer)
-            yield
-            self._record_events()
+            try:
+                yield
+            finally:
+                self._record_events()
 
     def _wait(self, streamer: Streamer) -> None:
         """Let the device wait for copies."""

@@ -189,9 +189,9 @@ class Decoder:
             step.keep(output, cache)
         except BaseException as error:
             home.put_back(before)
-            if not isinstance(error, Exception):
-                raise
             cause = recording.error or error
+            if not isinstance(cause, Exception):
+                raise cause from None
             reason = str(cause).strip().partition("\n")[0]
             raise RuntimeError(
                 f"a decode step of this {type(self._model).__name__} cannot be recorded as a CUDA graph ({reason}): "

@@ -10,10 +10,12 @@ Leaves out: what may be recorded (`graphs.py`), and slots (`captured.py`).
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
+
+from ._torch import end_failed_capture
 
 if TYPE_CHECKING:
     from .captured import Found, Rings
@@ -36,7 +38,7 @@ class Recording:
         self.devices, self.rings = [*devices], rings
         self.error: BaseException | None = None
         self._found: Found = {}
-        self._graph = torch.cuda.CUDAGraph()
+        self._graph, self._pool = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
         self._pools = {device: torch.cuda.MemPool() for device in self.devices[1:]}
 
     @staticmethod
@@ -61,6 +63,13 @@ class Recording:
         """
         for device in self.devices:
             torch.cuda.synchronize(device)
+        try:
+            return self._record(function)
+        except BaseException:
+            end_failed_capture(self._pool, self.devices[0])
+            raise
+
+    def _record(self, function: Callable[[], Result]) -> Result:
         main, *others = [torch.cuda.Stream(device) for device in self.devices]
         with ExitStack() as stack:
             stack.enter_context(self.rings.borrowed())
@@ -69,7 +78,8 @@ class Recording:
             for stream in (*others, main):
                 stack.enter_context(torch.cuda.stream(stream))
             # Another thread may allocate meanwhile: an error only if this one does what cannot be recorded.
-            stack.enter_context(torch.cuda.graph(self._graph, stream=main, capture_error_mode="thread_local"))
+            capture = torch.cuda.graph(self._graph, self._pool, main, capture_error_mode="thread_local")
+            stack.enter_context(capture)
             forked = [*others, *self.rings.streams()]
             for stream in forked:
                 stream.wait_stream(main)
@@ -79,6 +89,9 @@ class Recording:
                 self._found = self.rings.end()
             except BaseException as error:
                 self.error = error
+                with suppress(RuntimeError):  # a recording whose streams are not joined does not end
+                    for stream in forked:
+                        main.wait_stream(stream)
                 raise
             for stream in forked:
                 main.wait_stream(stream)

@@ -1,7 +1,7 @@
 """A KV cache that rests in RAM: of a long context, only the layer that works and the next one are on the GPU.
 
     RAM    pinned, per layer: one row for each token, its keys and values side by side
-    GPU    two slots: one layer's rows are read by its attention, while those of the next layer arrive in the other
+    GPU    two slots: rows of one layer are put in the order of an attention, while those of the next layer arrive
 
 A layer needs all its rows to work, but adds only one for each token. So rows come over the link once a token, and only
 new ones go back, on a stream of their own: a link has two directions. Transformers' own offloaded cache moves whole
@@ -14,6 +14,7 @@ Leaves out: attention on the CPU, where the cache rests, and which layers had be
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import torch
@@ -23,7 +24,6 @@ from transformers.cache_utils import DynamicLayer
 
 from ..checkpoints.ring import Slab
 from ..maps.partition import spread
-from ._torch import storage_users
 from .stream import is_real_cuda
 
 ROWS = 256  # tokens by which a layer's RAM grows at least
@@ -83,7 +83,7 @@ class RestingLayer(DynamicLayer):
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
         self.rows = _Rows(key_states, value_states)
-        self.windows.setdefault(self.device, _Windows(self.device)).layers.append(self)
+        self.windows.setdefault(self.device, _Windows(self.device)).layers.append(weakref.ref(self))
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -110,11 +110,12 @@ class RestingLayer(DynamicLayer):
             self.length = slot.length = stop
             window.fetch_next(self)
         except BaseException:
-            slot.layer = None
+            slot.rows = None
             raise
         if not start:
             return key_states, value_states
-        keys, values = self.rows.split(slot.memory[:stop])
+        # As they lie in a `DynamicCache`: for another order an attention may choose a kernel that rounds otherwise.
+        keys, values = (part.contiguous() for part in self.rows.split(slot.memory[:stop]))
         return keys, values
 
     def get_seq_length(self) -> int:
@@ -152,7 +153,6 @@ class RestingLayer(DynamicLayer):
     def _replace(self, whole: tuple[Tensor, Tensor]) -> None:
         """Let other keys and values rest, perhaps of another batch."""
         keys, values = whole
-        self.windows[self.device].forget(self)
         self.rows = _Rows(keys, values, is_real_cuda(self.device))
         self.rows.grow(self.length)
         both = torch.cat([part.permute(2, 0, 1, 3).flatten(1) for part in (keys, values)], 1)
@@ -227,9 +227,7 @@ class _Slot:
 
     def __init__(self) -> None:
         self.memory = torch.empty(0, 0)
-        self.users = 0
-        self.layer: RestingLayer | None = None
-        self.rows: _Rows | None = None  # those of the layer when it was fetched
+        self.rows: _Rows | None = None  # of the layer whose they are
         self.length = 0  # rows that it holds
         self.ready: Any = None  # event after the last copy into it
         self.sent: Any = None  # event after the last copy out of it
@@ -239,7 +237,8 @@ class _Windows:
     """The slots on one device, and the streams that fill and empty them."""
 
     def __init__(self, device: torch.device) -> None:
-        self.device, self.layers = device, list[RestingLayer]()
+        self.device = device
+        self.layers: list[weakref.ref[RestingLayer]] = []  # in their order; each refers to this object
         self.slots = [_Slot() for _ in range(SLOTS)]
         self.streams = [torch.cuda.Stream(device) for _ in range(2)] if is_real_cuda(device) else []
 
@@ -257,27 +256,26 @@ class _Windows:
         return slot
 
     def _holding(self, layer: RestingLayer) -> _Slot | None:
-        found = (slot for slot in self.slots if slot.layer is layer and slot.rows is layer.rows)
+        found = (slot for slot in self.slots if slot.rows is layer.rows)
         return next((slot for slot in found if slot.length >= layer.length), None)
 
     def fetch_next(self, layer: RestingLayer) -> None:
         """Begin to bring the layer that works next, while this one does."""
-        following = self.layers[(self.layers.index(layer) + 1) % len(self.layers)]
+        layers = [own for ref in self.layers if (own := ref()) is not None]
+        following = layers[(layers.index(layer) + 1) % len(layers)]
         if following.length and self._holding(following) is None:
             self._fetch(following)
 
     def _fetch(self, layer: RestingLayer) -> _Slot:
         assert layer.rows is not None
         slot = self.slots[0]  # used longest ago
-        slot.layer = None
-        if storage_users(slot.memory) > slot.users:
-            slot.memory = torch.empty(0, 0)  # somebody keeps what an attention was given
+        slot.rows = None
         if not self.streams:
             self._room(slot, layer, layer.length)
             self._copy(slot, layer)
         else:
             current, (inward, _) = torch.cuda.current_stream(self.device), self.streams
-            inward.wait_stream(current)  # the attention that read the slot was queued there
+            inward.wait_stream(current)  # what has read the slot was queued there
             self._room(slot, layer, layer.length)
             for event in (slot.sent, layer.rows.sent):
                 if event is not None:
@@ -285,7 +283,7 @@ class _Windows:
             with torch.cuda.stream(inward):
                 self._copy(slot, layer)
                 slot.ready = inward.record_event(slot.ready)
-        slot.layer, slot.rows, slot.length = layer, layer.rows, layer.length
+        slot.rows, slot.length = layer.rows, layer.length
         return slot
 
     def _copy(self, slot: _Slot, layer: RestingLayer) -> None:
@@ -319,19 +317,12 @@ class _Windows:
             return
         with torch.inference_mode(False):
             slot.memory = torch.empty(layer.rows.capacity, width, dtype=layer.dtype, device=self.device)
-        slot.users = storage_users(slot.memory)
         for stream in self.streams:
             slot.memory.record_stream(stream)
         if self.streams:  # memory that is new to these streams may still be in use
             self.streams[0].wait_stream(torch.cuda.current_stream(self.device))
         if keep:
             slot.memory[:keep].copy_(old[:keep])
-
-    def forget(self, layer: RestingLayer) -> None:
-        """A layer's rows have changed: fetch them anew."""
-        for slot in self.slots:
-            if slot.layer is layer:
-                slot.layer = None
 
     def finish(self) -> None:
         """Wait for all copies."""

@@ -143,6 +143,26 @@ def test_images_are_those_of_diffusers(saved: tuple[str, Path], way: str) -> Non
     assert torch.equal(drawn(name, pipe), whole)
 
 
+def test_the_size_of_the_image_counts(saved: tuple[str, Path]) -> None:
+    """A larger image takes more while it is denoised and decoded, and plans keep more room; texts take the same."""
+    _, folder = saved
+    usual, small, wide = (
+        {one["name"]: one for one in bigkit.estimate_memory(str(folder), image=image).components}  # type: ignore[attr-defined]
+        for image in (None, 32, (32, 96))
+    )
+    for name, one in small.items():
+        more = wide[name]["activations"] / one["activations"]
+        assert one["weights"] == usual[name]["weights"] and (more == 1 if one["phase"] == "encode" else 1 < more < 4)
+    assert small["vae"]["load"] == "32 x 32 pixels" and wide["vae"]["load"] == "32 x 96 pixels"
+    assert {one["load"] for one in wide.values() if one["phase"] == "denoise"} <= {
+        "1 x 16 x 48 latents", "2 x 16 x 48 latents"}  # fmt: skip
+    peaks = [bigkit.plan(str(folder), {0: "1GB", "cpu": "1GB"}, overhead=0, image=image).peak for image in (32, 512)]  # type: ignore[attr-defined]
+    assert peaks[0] < peaks[1]
+    for image in (2, (32, 0), "32"):
+        with pytest.raises(ValueError, match=r"expected pixels, or \(height, width\), 4 each at least"):
+            bigkit.estimate_memory(str(folder), image=image)  # type: ignore[arg-type]
+
+
 def test_what_cannot_be_built_is_left_out_and_said(saved: tuple[str, Path], tmp_path: Path) -> None:
     import shutil
 

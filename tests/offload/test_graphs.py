@@ -13,6 +13,7 @@ import bigkit
 from bigkit.offload import graphs
 from bigkit.offload.experts import ExpertStreamer
 from bigkit.offload.recording import Recording
+from bigkit.offload.transfer import PlainLane
 from tests import fake_graph
 
 SIZES = {
@@ -47,10 +48,9 @@ def plain(model, tokens, **options):
     return model.generate(tokens, cache_implementation="static", **GREEDY, **options)
 
 
-def spread(blocks, slots=2, **places):
-    return bigkit.dispatch_model(
-        llama(blocks), {**AROUND, "model.layers": "cpu", **places}, slots=slots, stand_in=STAND_IN
-    )
+def spread(blocks, slots=2, **options):
+    places = {**AROUND, "model.layers": "cpu"}
+    return bigkit.dispatch_model(llama(blocks), places, slots=slots, stand_in=STAND_IN, **options)
 
 
 @pytest.mark.parametrize("sequences", [1, 3])
@@ -216,6 +216,30 @@ def test_an_error_while_a_step_is_recorded_gives_everything_back(error):
     assert torch.equal(plain(model, prompt()), expected)
 
 
+@pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
+def test_an_error_at_any_copy_gives_everything_back(error, monkeypatch):
+    model, calls, fill = spread(5, slots=3), [], PlainLane.fill
+    expected, at = plain(model, prompt()), 0
+
+    def fail(self, slot, unit):
+        calls.append(1)
+        if len(calls) == at:
+            raise error("in the middle")
+        fill(self, slot, unit)
+
+    monkeypatch.setattr(PlainLane, "fill", fail)
+    with bigkit.graph_decode(model):
+        for at in range(1, 40, 3):  # in prompts, steps as ever, recordings, and between replays
+            calls.clear()
+            try:
+                model.generate(prompt(), **GREEDY)
+                model.generate(prompt(seed=2), **GREEDY)
+            except (OSError, RuntimeError, KeyboardInterrupt) as caught:
+                assert "in the middle" in str(caught)
+            calls.extend([1] * 1000)
+            assert torch.equal(model.generate(prompt(), **GREEDY), expected), at
+
+
 def test_a_step_that_waits_says_so():
     model = llama()
     model.model.layers[1].register_forward_hook(lambda module, args, output: None if output.max().item() > 0 else None)
@@ -245,6 +269,9 @@ def test_what_is_refused(tmp_path):
         pass
     with pytest.raises(ValueError, match="works on cpu, and only GPUs of CUDA"):
         Recording.refuse([torch.device("cuda", 0), torch.device("cpu")])
+    on_cpu = spread(4, on_cpu="1MB")
+    with pytest.raises(ValueError, match="mlp' works on the CPU"), bigkit.graph_decode(on_cpu):
+        pass
     with pytest.raises(ValueError, match="needs a model of Transformers"), bigkit.graph_decode(torch.nn.Linear(2, 2)):
         pass
     with pytest.raises(ValueError, match="training mode"), bigkit.graph_decode(llama().train()):

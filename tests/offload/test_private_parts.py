@@ -129,3 +129,10 @@ def test_torch_has_what_offloading_uses():
     nested = {"a": [base, (1, base)]}
     assert len(_torch.tree_leaves(nested)) == 3, f"_pytree sees other leaves {version}"
     assert _torch.tree_map_only(torch.Tensor, torch.sum, nested) == {"a": [0, (1, 0)]}, f"_pytree maps others {version}"
+
+
+def test_a_failed_capture_can_be_undone():
+    for name in ("_cuda_endAllocateToPool", "_cuda_releasePool"):
+        assert hasattr(torch._C, name) or not hasattr(torch._C, "_CUDAGraph"), f"torch._C.{name} is gone {VERSION}"
+    leaves, spec = _torch.tree_flatten({"a": [1, (2,)], "b": None})
+    assert _torch.tree_unflatten(list(leaves), spec) == {"a": [1, (2,)], "b": None}

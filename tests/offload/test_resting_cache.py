@@ -1,6 +1,7 @@
 """A cache that rests in RAM: the keys, values, logits and tokens of `DynamicCache`, bit for bit."""
 
 import gc
+import weakref
 
 import pytest
 import torch
@@ -8,7 +9,6 @@ import transformers as tf
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bigkit.checkpoints import ring
 from bigkit.offload import resting_cache
 from bigkit.offload.resting_cache import RestingCache, RestingLayer
 
@@ -176,11 +176,15 @@ def test_what_is_refused():
         RestingCache(config).update(*torch.ones(2, 1, 2, 3, 8, requires_grad=True), layer_idx=0)
 
 
-def test_pinned_memory_is_given_back():
-    before = ring.pinned_bytes()
-    cache = RestingCache(tf.LlamaConfig(**SIZES, num_hidden_layers=3))
-    cache.update(*torch.ones(2, 1, 2, 3, 8), layer_idx=0)
-    assert [type(layer) for layer in cache.layers] == [RestingLayer] * 3
-    del cache
-    gc.collect()
-    assert ring.pinned_bytes() == before
+def test_memory_goes_with_the_cache():
+    model = llama()
+    cache = RestingCache(model.config)
+    model.generate(prompt(), past_key_values=cache, **GREEDY)
+    slab = weakref.ref(cache.layers[0].rows.slabs[0][2])
+    assert [type(layer) for layer in cache.layers] == [RestingLayer] * 5
+    gc.disable()
+    try:
+        del cache
+        assert slab() is None  # at once: pinned RAM is scarce
+    finally:
+        gc.enable()

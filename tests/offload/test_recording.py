@@ -1,0 +1,99 @@
+"""In which order a recording forks, joins and ends, with what stands for CUDA on the CPU."""
+
+from contextlib import contextmanager, nullcontext
+
+import pytest
+import torch
+
+from bigkit.offload import recording
+from bigkit.offload.recording import Recording
+
+
+class Stream:
+    def __init__(self, log, device):
+        self.log, self.device = log, device
+
+    def wait_stream(self, other):
+        self.log.append(f"{self.device} waits for {other.device}")
+
+
+class Rings:
+    """A model with one stream that copies."""
+
+    def __init__(self, log):
+        self.log, self.copies = log, Stream(log, "copies")
+
+    @contextmanager
+    def borrowed(self):
+        self.log.append("borrow")
+        try:
+            yield
+        finally:
+            self.log.append("give back")
+
+    def streams(self):
+        return [self.copies]
+
+    def begin(self):
+        self.log.append("begin")
+
+    def end(self):
+        self.log.append("end")
+        return {}
+
+    def ready(self, found):
+        return nullcontext()
+
+
+@pytest.fixture
+def log(monkeypatch):
+    log = []
+
+    @contextmanager
+    def graph(graph, pool, stream, capture_error_mode):
+        log.append("capture")
+        try:
+            yield
+        finally:
+            log.append("captured")
+
+    class Graph:
+        def replay(self):
+            log.append("replay")
+
+    for name, value in {
+        "CUDAGraph": Graph, "MemPool": object, "graph_pool_handle": object, "graph": graph,
+        "Stream": lambda device: Stream(log, device), "stream": lambda stream: nullcontext(),
+        "use_mem_pool": lambda pool, device: nullcontext(), "synchronize": lambda device: log.append(f"sync {device}"),
+        "current_stream": lambda device: Stream(log, f"current {device}"), "device": lambda device: nullcontext(),
+    }.items():  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr(recording, "end_failed_capture", lambda pool, device: log.append(f"mend {device}"))
+    return log
+
+
+def test_all_streams_fork_and_join(log):
+    own = Recording(["gpu 0", "gpu 1"], Rings(log))
+    assert own.record(lambda: log.append("work") or 3) == 3
+    assert log == [
+        "sync gpu 0", "sync gpu 1", "borrow", "capture", "gpu 1 waits for gpu 0", "copies waits for gpu 0", "begin",
+        "work", "end", "gpu 0 waits for gpu 1", "gpu 0 waits for copies", "captured", "give back",
+    ]  # fmt: skip
+    log.clear()
+    own.replay()
+    assert log == [
+        "current gpu 0 waits for current gpu 1", "replay", "current gpu 1 waits for current gpu 0",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_what_is_raised_ends_the_recording(log, error):
+    own = Recording(["gpu 0"], Rings(log))
+
+    def work():
+        raise error("in the middle")
+
+    with pytest.raises(error, match="in the middle"):
+        own.record(work)
+    assert isinstance(own.error, error)
+    assert log[-4:] == ["gpu 0 waits for copies", "captured", "give back", "mend gpu 0"]
