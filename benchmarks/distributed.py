@@ -11,8 +11,8 @@ one process with bigkit over that of a plain loop.
 
 For stages it is a Llama-7B shape, or a mixture of experts, with random weights; without `--gpu` small ones. One process
 with both GPUs and two processes with one each answer the same prompts; it is said which share of the answers is equal.
-A run counts all of `generate`, the prompt included. `work_ms` is how long each process works for a token, its waits left
-out.
+A run counts all of `generate`, the prompt included. `work_ms` is how long each process works for a token, without its
+waits.
 """
 
 from __future__ import annotations
