@@ -179,6 +179,29 @@ def offloading_larger() -> Iterable[Iterable[str]]:
                text(other["gpu_peak_gb"], " GB", 1))  # fmt: skip
 
 
+@table("a token of a Llama-7B, all in RAM", "time", "weights", "prompt of 512", "logits differ by", "tokens")
+def beyond_one_link() -> Iterable[Iterable[str]]:
+    for r in results("links")["rows"]:
+        if r["shape"] != "1x1":
+            continue
+        on_cpu = f"; {r['count']} of 32 MLPs on {r['threads']} CPU threads, {r['slots']} slots" if "count" in r else ""
+        name = "one GPU" + on_cpu if on_cpu else r["way"].removeprefix("in RAM, ")
+        differ = "0" if r["bit_equal"] else f"{r['difference']:.2f} of {r['logits']:.1f}"
+        yield (name, text(1000 * r["s"], " ms", 0), text(r["gb_s"], " GB/s", 1),
+               "bit-equal" if r["prompt_equal"] else "differs", differ,
+               "equal" if r["same_tokens"] else "differ")  # fmt: skip
+
+
+@table("16 cores of the host", "the CPU reads", "both links bring meanwhile")
+def beside_busy_links() -> Iterable[Iterable[str]]:
+    for r in results("links")["rows"]:
+        if r["way"].startswith("CPU reads"):
+            yield (
+                f"{r['way'].rpartition(' ')[2]}, {r['shape']}",
+                *(text(r[k], " GB/s", 1) for k in ("gb_s", "link_gb_s")),
+            )
+
+
 @table("tokens a second", "1 sequence", "8", "32", "GPU memory")
 def experts_in_ram() -> Iterable[Iterable[str]]:
     rows = [r for r in results("experts")["rows"] if "tokens_per_second" in r]
