@@ -66,9 +66,11 @@ def headlines() -> Iterable[Iterable[str]]:
         row("offload-gpu", way=f"{way}, all in RAM", shape="1x16")["gb_s"] for way in ("bigkit", "accelerate")
     )
     yield "run a 7B whose weights rest in RAM", f"{own:.1f} GB/s", f"Accelerate {theirs:.1f}", f"{link:.1f} (link)"
+    both, most = (row("links", way=way)["gb_s"] for way in ("in RAM, two GPUs", "links"))
+    yield "the same over two GPUs", f"{both:.1f} GB/s", "", f"{most:.1f} (both links)"
     own = row("offload-gpu", way="bigkit, on disk, cold", shape="1x16")["gb_s"]
     raw = statistics.mean(results("offload-gpu")["machine"]["raw_cold_gb_s"])
-    yield "the same from a cold disk", f"{own:.2f} GB/s", "", f"{raw:.2f} (raw readers)"
+    yield "the same on one GPU, from a cold disk", f"{own:.2f} GB/s", "", f"{raw:.2f} (raw readers)"
     bf16, nf4 = (row("quantize-gpu", where="RAM", kind=kind)["tokens_per_s"] for kind in ("bfloat16", "nf4"))
     yield "the same in nf4, in RAM", f"{nf4:.1f} tokens/s", f"bf16 {bf16:.1f}", ""
     own, theirs = (row("experts", way=way, batch=1)["tokens_per_second"] for way in ("RAM", "accelerate"))
