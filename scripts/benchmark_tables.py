@@ -66,9 +66,11 @@ def headlines() -> Iterable[Iterable[str]]:
         row("offload-gpu", way=f"{way}, all in RAM", shape="1x16")["gb_s"] for way in ("bigkit", "accelerate")
     )
     yield "run a 7B whose weights rest in RAM", f"{own:.1f} GB/s", f"Accelerate {theirs:.1f}", f"{link:.1f} (link)"
+    both, most = (row("links", way=way)["gb_s"] for way in ("in RAM, two GPUs", "links"))
+    yield "the same over two GPUs", f"{both:.1f} GB/s", "", f"{most:.1f} (both links)"
     own = row("offload-gpu", way="bigkit, on disk, cold", shape="1x16")["gb_s"]
     raw = statistics.mean(results("offload-gpu")["machine"]["raw_cold_gb_s"])
-    yield "the same from a cold disk", f"{own:.2f} GB/s", "", f"{raw:.2f} (raw readers)"
+    yield "the same on one GPU, from a cold disk", f"{own:.2f} GB/s", "", f"{raw:.2f} (raw readers)"
     bf16, nf4 = (row("quantize-gpu", where="RAM", kind=kind)["tokens_per_s"] for kind in ("bfloat16", "nf4"))
     yield "the same in nf4, in RAM", f"{nf4:.1f} tokens/s", f"bf16 {bf16:.1f}", ""
     own, theirs = (row("experts", way=way, batch=1)["tokens_per_second"] for way in ("RAM", "accelerate"))
@@ -177,6 +179,29 @@ def offloading_larger() -> Iterable[Iterable[str]]:
         one, other = row("offload-gpu", way=whole, shape=shape), row("offload-gpu", way=spread, shape=shape)
         yield (name, text(one["s"], " s", 3), text(other["s"], " s", 3), text(other["gb_s"], " GB/s", 1),
                text(other["gpu_peak_gb"], " GB", 1))  # fmt: skip
+
+
+@table("a token of a Llama-7B, all in RAM", "time", "weights", "prompt of 512", "logits differ by", "tokens")
+def beyond_one_link() -> Iterable[Iterable[str]]:
+    for r in results("links")["rows"]:
+        if r["shape"] != "1x1":
+            continue
+        on_cpu = f"; {r['count']} of 32 MLPs on {r['threads']} CPU threads, {r['slots']} slots" if "count" in r else ""
+        name = "one GPU" + on_cpu if on_cpu else r["way"].removeprefix("in RAM, ")
+        differ = "0" if r["bit_equal"] else f"{r['difference']:.2f} of {r['logits']:.1f}"
+        yield (name, text(1000 * r["s"], " ms", 0), text(r["gb_s"], " GB/s", 1),
+               "bit-equal" if r["prompt_equal"] else "differs", differ,
+               "equal" if r["same_tokens"] else "differ")  # fmt: skip
+
+
+@table("16 cores of the host", "the CPU reads", "both links bring meanwhile")
+def beside_busy_links() -> Iterable[Iterable[str]]:
+    for r in results("links")["rows"]:
+        if r["way"].startswith("CPU reads"):
+            yield (
+                f"{r['way'].rpartition(' ')[2]}, {r['shape']}",
+                *(text(r[k], " GB/s", 1) for k in ("gb_s", "link_gb_s")),
+            )
 
 
 @table("tokens a second", "1 sequence", "8", "32", "GPU memory")
