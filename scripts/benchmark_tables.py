@@ -214,6 +214,18 @@ def experts_in_ram() -> Iterable[Iterable[str]]:
         yield way, *(text(rates.get(batch), digits=digits) for batch in (1, 8, 32)), text(size, " GB", 1)
 
 
+@table("experts in RAM, one sequence", "tokens a second", "brought for a token", "8 x 512 tokens")
+def experts_few_bits() -> Iterable[Iterable[str]]:
+    names = {"gpt-oss": "gpt-oss-20b, 4 blocks", "deepseek": "DeepSeek-V3, 64 of 256 experts, 2 blocks with experts"}
+    rows = results("experts-few-bits")["rows"]
+    for case, name in names.items():
+        for way in dict.fromkeys(r["way"] for r in rows if r["case"] == case and r["way"] != "link"):
+            own = {key: value for r in rows if r["case"] == case and r["way"] == way for key, value in r.items()}
+            brought, seconds = own.get("bytes_per_token"), own.get("prompt_seconds")
+            yield (f"{name}: {way}", text(own["tokens_per_second"], digits=1),
+                   "" if brought is None else text(brought / 1e9, " GB"), text(seconds, " s", 3))  # fmt: skip
+
+
 @table("2 GB of experts on a cold disk", "read", "chosen for the first time", "ratio", "time")
 def experts_on_disk() -> Iterable[Iterable[str]]:
     for number, one in enumerate(results("experts-cpu")["rows"], 1):
