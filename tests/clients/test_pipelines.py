@@ -13,7 +13,9 @@ from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 import bigkit
 from bigkit.maps.pipeline import PipelinePlan
 from bigkit.model.pipeline import PipelineEstimate
+from bigkit.offload.hooks import hooks_in
 from bigkit.offload.pipeline import dispatch_pipeline
+from bigkit.offload.whole_model import CpuOffload
 
 diffusers = pytest.importorskip("diffusers")
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -141,6 +143,30 @@ def test_images_are_those_of_diffusers(saved: tuple[str, Path], way: str) -> Non
         assert torch.equal(drawn(name, pipe), whole), plan.explain()
     pipe.maybe_free_model_hooks()
     assert torch.equal(drawn(name, pipe), whole)
+
+
+def test_what_came_for_a_phase_is_gone_in_the_next_one(saved: tuple[str, Path]) -> None:
+    """Whatever works: of the components that come, none but itself is on the GPU meanwhile, as the plan counts."""
+    name, folder = saved
+    estimate: Any = bigkit.estimate_memory(str(folder))
+    plan: Any = bigkit.plan(str(folder), {0: estimate.ways["one at a time"], "cpu": "1GB"}, overhead=0)
+    pipe = dispatch_pipeline(loaded(name), plan, stand_in={0: "cpu"})
+    coming = {one.name: getattr(pipe, one.name) for one in plan.components if one.how == "comes"}
+    others = [getattr(pipe, one.name) for one in plan.components]
+    hooks = {own: next(hook for hook in hooks_in(part) if isinstance(hook, CpuOffload)) for own, part in coming.items()}
+    there: list[tuple[str, list[str]]] = []
+
+    def note(own: str) -> Any:
+        return lambda *_: there.append((own, [other for other, hook in hooks.items() if hook.in_ram]))
+
+    for one, part in zip(plan.components, others):
+        inner = part.decoder if one.phase == "decode" else part
+        inner.register_forward_hook(note(one.name))
+    assert coming
+    for _ in range(2):
+        drawn(name, pipe)
+    assert {own for own, _ in there} == {one.name for one in plan.components}
+    assert all(found == ([own] if own in coming else []) for own, found in there), there
 
 
 def test_the_size_of_the_image_counts(saved: tuple[str, Path]) -> None:
