@@ -209,7 +209,9 @@ def row(way: str, batch: int, rate: float, **more: Any) -> dict[str, Any]:
     return {"way": way, "batch": batch, **({"tokens_per_second": round(rate, 3)} if rate else {}), **more}
 
 
-def run(case: str, layers: int, device: str, tiny: bool, new: int) -> Iterator[dict[str, Any]]:
+def run(
+    case: str, layers: int, device: str, tiny: bool, new: int, batches: tuple[int, ...]
+) -> Iterator[dict[str, Any]]:
     """The results of one case, as they come."""
     if case == "disk":
         yield from from_disk(tiny, min(new, 6))
@@ -223,7 +225,7 @@ def run(case: str, layers: int, device: str, tiny: bool, new: int) -> Iterator[d
     yield row(
         "link", 0, 0, bytes_per_second=round(link), bytes_per_token=chosen, bytes_of_experts=total, blocks=len(blocks)
     )
-    batches = (1, 8, 32) if case == "qwen3" else (1,)
+    batches = batches or {"qwen3": (1, 8, 32), "deepseek": (1, 8), "qwen3-48": (1,)}.get(case, (1, 32))
     resident = {}
     for batch in batches:
         rate, expected, _ = decode(model, batch, new, vocabulary)
@@ -232,7 +234,7 @@ def run(case: str, layers: int, device: str, tiny: bool, new: int) -> Iterator[d
     if case == "qwen3":
         yield row("resident", 8, 0, prompt_seconds=round(prompt_seconds(model, vocabulary), 4))
     if case in FEW_BITS:
-        yield from few_bits(case, model, resident[1][0], new, vocabulary, chosen / link)
+        yield from few_bits(case, model, {batch: rate for batch, (rate, _) in resident.items()}, new, chosen / link)
         return
 
     def spread(way: str, **options: Any) -> Iterator[dict[str, Any]]:
@@ -317,23 +319,22 @@ def bytes_read() -> tuple[int, int]:
 
 
 def few_bits(
-    case: str, model: nn.Module, resident: float, new: int, vocabulary: int, seconds: float
+    case: str, model: nn.Module, resident: dict[int, float], new: int, seconds: float
 ) -> Iterator[dict[str, Any]]:
     """Experts in RAM in bfloat16, and in few bits: quantized to nf4 (Mixtral), or as gpt-oss and DeepSeek store them.
 
     The last two are weights that a checkpoint has in few bits: tokens are those of the model with these decoded.
     """
-    kind = FEW_BITS[case]
-    batches, resident_rates = ((1, 32) if case != "deepseek" else (1, 8)), {1: resident}
+    kind, vocabulary = FEW_BITS[case], model.config.vocab_size  # type: ignore[union-attr]
     expected: dict[int, Tensor] = {}
     if kind != "nf4":
         packed = {name: packed_as(kind, module) for name, module in experts_in(model).items()}
-        for batch in batches:
-            resident_rates[batch], expected[batch], _ = decode(model, batch, new, vocabulary)
+        for batch in resident:
+            resident[batch], expected[batch], _ = decode(model, batch, new, vocabulary)
     rates: dict[int, float] = {}
 
     def measure(way: str) -> Iterator[dict[str, Any]]:
-        for batch in batches:
+        for batch in resident:
             rate, logits, brought = decode(found, batch, new, vocabulary)
             own: dict[str, Any] = {"bytes_per_token": round(brought)}
             if batch in expected:
@@ -341,7 +342,7 @@ def few_bits(
             if batch in rates:
                 own["against_bf16"] = round(rate / rates[batch], 2)
             elif batch == 1:
-                own["share_of_limit"] = round(rate * (1 / resident_rates[1] + seconds), 3)
+                own["share_of_limit"] = round(rate * (1 / resident[1] + seconds), 3)
             rates.setdefault(batch, rate)
             yield row(way, batch, rate, **own)
 
@@ -433,6 +434,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--layers", type=int, default=0, help="blocks, instead of each case's own number")
+    parser.add_argument("--batches", type=int, nargs="+", default=[], help="sequences, instead of each case's own")
     parser.add_argument("--new", type=int, default=24, help="tokens to decode")
     parser.add_argument("--device", default="cuda:0")
     parser.add_argument("--tiny", action="store_true", help="tiny shapes")
@@ -441,8 +443,8 @@ def main() -> None:
     parser.add_argument("--here", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.here:
-        rows = run(args.here, args.layers or BLOCKS[args.here], args.device, args.tiny, args.new)
-        for found in rows:
+        layers = args.layers or BLOCKS[args.here]
+        for found in run(args.here, layers, args.device, args.tiny, args.new, tuple(args.batches)):
             print("RESULT " + json.dumps(found), flush=True)
         return
     about = {

@@ -64,7 +64,12 @@ def describe(model: Source, library_name: str | None = None, *, base: bool = Fal
 
 
 def described(
-    model: Source | PipelineSpec, library_name: str | None = None, dtype: object = None, batch: int = 1, **options: Any
+    model: Source | PipelineSpec,
+    library_name: str | None = None,
+    dtype: object = None,
+    batch: int = 1,
+    image: int | tuple[int, int] | None = None,
+    **options: Any,
 ) -> ModelSpec | PipelineSpec:
     """The record of a model, or of the pipeline that a folder or repository without a config.json is."""
     if isinstance(model, PipelineSpec):
@@ -76,7 +81,7 @@ def described(
     from .dryrun.components import describe_pipeline
 
     where = {name: options[name] for name in ("revision", "token") if name in options}
-    pipeline = describe_pipeline(model, dtype or "bfloat16", batch, **where)  # type: ignore[arg-type]
+    pipeline = describe_pipeline(model, dtype or "bfloat16", batch, image, **where)  # type: ignore[arg-type]
     if pipeline is None:
         raise none
     return pipeline
@@ -104,6 +109,7 @@ def plan(
     on_cpu: bool = False,
     hardware: Hardware | str | None = None,
     draft: Source | None = None,
+    image: int | tuple[int, int] | None = None,
 ) -> Plan:
     """Place a model's layers on devices so that no device holds more than its budget.
 
@@ -121,6 +127,7 @@ def plan(
         hardware: a machine, or the name of one ("1 x RTX 4090", "L4").
         draft: a small model that guesses tokens for this one to check (`generate(assistant_model=...)`): room for it
             stays free on the first device.
+        image: height and width in pixels, of a pipeline's image; None is what its denoiser was trained for.
 
     Raises:
         PlanError: no placement fits, with the bytes that are missing and what would help.
@@ -144,7 +151,7 @@ def plan(
     if overhead is None:
         overhead = overhead_of(machine) if machine else 0
     assert max_memory is not None
-    spec = described(model, dtype=dtype, batch=batch)
+    spec = described(model, dtype=dtype, batch=batch, image=image)
     if isinstance(spec, PipelineSpec):
         return cast(Any, place_pipeline(spec, max_memory, overhead))  # a `PipelinePlan`
     room = ""
@@ -248,6 +255,7 @@ def estimate_memory(
     kv_dtype: object = None,
     gpus: int = 1,
     checkpointing: bool = False,
+    image: int | tuple[int, int] | None = None,
     **options: Any,
 ) -> MemoryEstimate:
     """Count how much memory a model takes to load, run and train. Shipped names need no network and no torch.
@@ -262,13 +270,14 @@ def estimate_memory(
         kv_dtype: of keys and values in the cache ("float8", "int8", "int4", ...); None: as the model computes.
         gpus: how many train the model together: data parallel, ZeRO-1 to 3, FSDP; figures are those of each.
         checkpointing: train with activation checkpointing.
+        image: height and width in pixels, of a pipeline's images; None is what its denoiser was trained for.
         options: `trust_remote_code`, `revision`, `token` for names on the Hub.
 
     >>> row = estimate_memory("bert-base-cased").rows[0]
     >>> row.dtype, row.total_size
     ('float32', 433249280)
     """
-    full = described(model, library_name, batch=batch, **options)
+    full = described(model, library_name, batch=batch, image=image, **options)
     if isinstance(full, PipelineSpec):
         return cast(Any, estimate_pipeline(full))  # a `PipelineEstimate`
     by_name = isinstance(model, (str, os.PathLike))

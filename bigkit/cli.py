@@ -236,6 +236,7 @@ def _add_plan(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--max_memory", nargs="+", metavar="DEVICE=SIZE", help="budgets, as in 0=24GiB cpu=64GiB (the machine's own)")
     add("--experts_on_cpu", type=int, metavar="BLOCKS", help="keep the experts of so many blocks in RAM (as must be)")
+    add("--on_cpu", action="store_true", help="MLPs in RAM on the CPU for few tokens, if calibrate found that it pays")
     add("--strategy", choices=STRATEGIES, default="auto", help="where to cut the model (%(default)s)")
     add("--dtype", help="cast floating weights to this")
     add("--quantization", choices=QUANTIZATIONS, help="of the linear layers; a dry run of it needs bitsandbytes")
@@ -295,7 +296,7 @@ def _plan_of(options: argparse.Namespace, hardware: Hardware | str | None, conte
     return plan(
         model, _budgets(options.max_memory), options.strategy, dtype=options.dtype,
         quantization=options.quantization, batch=options.batch, context=context, hardware=hardware,
-        experts_on_cpu=options.experts_on_cpu, kv_dtype=options.kv_dtype,
+        experts_on_cpu=options.experts_on_cpu, kv_dtype=options.kv_dtype, on_cpu=options.on_cpu,
     )  # fmt: skip
 
 

@@ -63,7 +63,8 @@ def pipeline(
     Args:
         model: the model, empty (`init_empty_weights`); a decoder with one chain of blocks.
         checkpoint: a file, an index or a folder, which each process can read.
-        plan: a stage for each process, from `plan_hosts`; None cuts evenly for the memory that the processes have.
+        plan: a stage for each process, from `plan_hosts` with machines that are named, for what is free changes; None
+            cuts for the memory that the processes have now.
         bnb_quantization_config: how to quantize each weight as it is read, see `load_and_quantize_model`.
         dtype: floating weights become this; None takes the plan's.
         options: of `load_checkpoint_and_dispatch` or `load_and_quantize_model`, such as `offload_folder`.
@@ -129,7 +130,12 @@ def _on_own_gpus(plan: HostsPlan, rank: int, local_rank: int) -> dict[str, Devic
 
     first = sum(map(gpus, range(rank - local_rank, rank)))
     own = plan.stages[rank].plan.device_map
-    return {name: device + first if isinstance(device, int) else device for name, device in own.items()}
+    places = {name: device + first if isinstance(device, int) else device for name, device in own.items()}
+    if "" in places:
+        return places
+    runner = next((device for device in places.values() if device not in ("cpu", "disk")), "cpu")
+    away = {name: runner for stage in plan.stages for name in stage.names}
+    return {**away, **places}  # modules elsewhere hold nothing, but they are called
 
 
 def _works_on(model: nn.Module, name: str) -> torch.device | None:

@@ -66,11 +66,11 @@ def headlines() -> Iterable[Iterable[str]]:
         row("offload-gpu", way=f"{way}, all in RAM", shape="1x16")["gb_s"] for way in ("bigkit", "accelerate")
     )
     yield "run a 7B whose weights rest in RAM", f"{own:.1f} GB/s", f"Accelerate {theirs:.1f}", f"{link:.1f} (link)"
+    both, most = (row("links", way=way)["gb_s"] for way in ("in RAM, two GPUs", "links"))
+    yield "the same over two GPUs", f"{both:.1f} GB/s", "", f"{most:.1f} (both links)"
     own = row("offload-gpu", way="bigkit, on disk, cold", shape="1x16")["gb_s"]
     raw = statistics.mean(results("offload-gpu")["machine"]["raw_cold_gb_s"])
-    yield "the same from a cold disk", f"{own:.2f} GB/s", "", f"{raw:.2f} (raw readers)"
-    bf16, nf4 = (row("quantize-gpu", where="RAM", kind=kind)["tokens_per_s"] for kind in ("bfloat16", "nf4"))
-    yield "the same in nf4, in RAM", f"{nf4:.1f} tokens/s", f"bf16 {bf16:.1f}", ""
+    yield "the same on one GPU, from a cold disk", f"{own:.2f} GB/s", "", f"{raw:.2f} (raw readers)"
     own, theirs = (row("experts", way=way, batch=1)["tokens_per_second"] for way in ("RAM", "accelerate"))
     whole = row("experts", way="resident", batch=1)["tokens_per_second"]
     yield ("decode with 19 GB of experts in RAM, 8 of 128 chosen", f"{own:.1f} tokens/s", f"Accelerate {theirs:.2f}",
@@ -181,6 +181,29 @@ def offloading_larger() -> Iterable[Iterable[str]]:
                text(other["gpu_peak_gb"], " GB", 1))  # fmt: skip
 
 
+@table("a token of a Llama-7B, all in RAM", "time", "weights", "prompt of 512", "logits differ by", "tokens")
+def beyond_one_link() -> Iterable[Iterable[str]]:
+    for r in results("links")["rows"]:
+        if r["shape"] != "1x1":
+            continue
+        on_cpu = f"; {r['count']} of 32 MLPs on {r['threads']} CPU threads, {r['slots']} slots" if "count" in r else ""
+        name = "one GPU" + on_cpu if on_cpu else r["way"].removeprefix("in RAM, ")
+        differ = "0" if r["bit_equal"] else f"{r['difference']:.2f} of {r['logits']:.1f}"
+        yield (name, text(1000 * r["s"], " ms", 0), text(r["gb_s"], " GB/s", 1),
+               "bit-equal" if r["prompt_equal"] else "differs", differ,
+               "equal" if r["same_tokens"] else "differ")  # fmt: skip
+
+
+@table("16 cores of the host", "the CPU reads", "both links bring meanwhile")
+def beside_busy_links() -> Iterable[Iterable[str]]:
+    for r in results("links")["rows"]:
+        if r["way"].startswith("CPU reads"):
+            yield (
+                f"{r['way'].rpartition(' ')[2]}, {r['shape']}",
+                *(text(r[k], " GB/s", 1) for k in ("gb_s", "link_gb_s")),
+            )
+
+
 @table("tokens a second", "1 sequence", "8", "32", "GPU memory")
 def experts_in_ram() -> Iterable[Iterable[str]]:
     rows = [r for r in results("experts")["rows"] if "tokens_per_second" in r]
@@ -189,6 +212,25 @@ def experts_in_ram() -> Iterable[Iterable[str]]:
         size = next((r["gpu_bytes"] / 1e9 for r in rows if r["way"] == way and "gpu_bytes" in r), None)
         digits = 1 if way != "accelerate" else 3
         yield way, *(text(rates.get(batch), digits=digits) for batch in (1, 8, 32)), text(size, " GB", 1)
+
+
+@table("experts in RAM, one sequence", "tokens a second", "brought for a token", "8 x 512 tokens")
+def experts_few_bits() -> Iterable[Iterable[str]]:
+    names = {"gpt-oss": "gpt-oss-20b, 4 blocks", "deepseek": "DeepSeek-V3, 64 of 256 experts, 2 blocks with experts"}
+    rows = results("experts-few-bits")["rows"]
+    for case, name in names.items():
+        for way in dict.fromkeys(r["way"] for r in rows if r["case"] == case and r["way"] != "link"):
+            own = {key: value for r in rows if r["case"] == case and r["way"] == way for key, value in r.items()}
+            brought, seconds = own.get("bytes_per_token"), own.get("prompt_seconds")
+            yield (f"{name}: {way}", text(own["tokens_per_second"], digits=1),
+                   "" if brought is None else text(brought / 1e9, " GB"), text(seconds, " s", 3))  # fmt: skip
+
+
+@table("2 GB of experts on a cold disk", "read", "chosen for the first time", "ratio", "time")
+def experts_on_disk() -> Iterable[Iterable[str]]:
+    for number, one in enumerate(results("experts-cpu")["rows"], 1):
+        read, chosen = (text(one[name] / 1e6, " MB", 1) for name in ("bytes_read", "bytes_chosen"))
+        yield f"token {number}", read, chosen, text(one["ratio"]), text(one["seconds"], " s")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -23,6 +23,7 @@ Reading order:
     canvas      boxes, lines, texts, legends, axes, and how they become SVG
     bars        stacked bars of bytes on one scale
     plan        what each device holds, and which layers rest where
+    hosts       what each of several hosts holds, what goes over the line, and who works when
     shards      a checkpoint cut into files
     shares      items split between processes
     study       a quantized layer

@@ -204,6 +204,7 @@ class Plan:
             "context": self.context,
             "overhead": format_bytes(overhead, "exact") if overhead else None,
             "strict": None if self.feasible else False,
+            "on_cpu": True if self.on_cpu else None,
             **self.options,
         }
         if machine:  # it has both

@@ -191,13 +191,15 @@ def _offload(task: Task, strategy: str) -> Plan:
     model's order, and with the largest layers put on the runners first, since a slot must hold the largest that is
     offloaded. "sequential" takes the first that fits, the others the one that copies least.
     """
-    sizes = [None, *sorted({unit.largest for unit in task.units}, reverse=True)[:8]]
+    largest = [unit.largest for unit in task.units]
+    sizes = [0, *sorted({*largest}, reverse=True)[:8]]  # units with a layer of so many bytes or more go first
+    orders = [tuple(sorted(range(len(largest)), key=lambda i: largest[i] < size)) for size in sizes]
     best = nearest = None
     teams = [task.runners, task.runners[:1]][: len(task.runners)]
-    for workers, slots, first_size in product(teams, (0, *task.slots), sizes):
+    for workers, slots, order in product(teams, (0, *task.slots), dict.fromkeys(orders)):
         if best and len(workers) < len(best.workers):
             break
-        places = _fill(task, slots, first_size, workers)
+        places = _fill(task, slots, order, workers)
         if not slots and not set(places) <= set(task.runners):
             continue
         shares = task.loads(task.by_layer(places), slots, workers)(task.context)
@@ -219,24 +221,20 @@ def _offload(task: Task, strategy: str) -> Plan:
     return plan
 
 
-def _fill(task: Task, slots: int, first_size: int | None, workers: Sequence[Device]) -> list[Device]:
-    """The place of each unit: the runners in order, then the gaps they leave, then RAM and disk.
-
-    Units with a layer of `first_size` bytes or more go first.
-    """
+def _fill(task: Task, slots: int, order: Sequence[int], workers: Sequence[Device]) -> list[Device]:
+    """The place of each unit, taken in this order: the runners, then the gaps they leave, then RAM and disk."""
     units = task.units
-    order = sorted(range(len(units)), key=lambda i: first_size is not None and units[i].largest < first_size)
-    caches = [task.caches[i] for i in order]
-    needs = [units[i].weights + cache for i, cache in zip(order, caches)]
+    needs = [units[i].weights + task.caches[i] for i in order]
     rooms, chain = task.rooms(task.context), Chain(needs)
     largest = [*accumulate((units[i].largest for i in reversed(order)), max, initial=0)][::-1]  # from each rank on
 
     # Offloading more units needs a larger reserve, which may push out more: until that is stable.
     resident = len(order)
     while True:
-        reserve = Counter(dict.fromkeys(workers, slots * largest[resident]) if slots else {})
-        for i, worker in task.turns((i for k in order[resident:] for i in units[k].layers), workers).items():
-            reserve[worker] += task.staying(i) + task.kv(task.attention.get(i, ()), task.context) if slots else 0
+        reserve = Counter(dict.fromkeys(workers, slots * largest[resident]))
+        away = (i for k in order[resident:] for i in units[k].layers) if slots else ()
+        for i, worker in task.turns(away, workers).items():
+            reserve[worker] += task.staying[i] + task.cache[i]
         left = [room - reserve[runner] for runner, room in zip(task.runners, rooms)]
         ends = chain.reach(left)
         if ends[-1] >= resident:

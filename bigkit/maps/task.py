@@ -137,7 +137,7 @@ class Task:
         units = []
         for first, group in groups.items():
             weights = sum(self.sizes[i] for i in group) - twice[first]
-            buffers = sum(map(self.staying, group))
+            buffers = sum(self.staying[i] for i in group)
             kind = first if first in tied else (self.layers[first].cls, weights, buffers)
             caches = tuple(record for i in group for record in self.attention.get(i, ()))
             units.append(Unit(tuple(group), weights, max(self.sizes[i] for i in group), buffers, caches, kind))
@@ -155,9 +155,10 @@ class Task:
         """Name of a block's experts -> how many there are, and how many a token takes."""
         return {one.name: (one.count, one.per_token) for one in experts_of(self.model)}
 
-    def staying(self, layer: int) -> int:
-        """Bytes of a layer's buffers, if they stay where it works when the layer is offloaded."""
-        return 0 if self.offload_buffers else self.layers[layer].bytes(self.precision, buffers_only=True)
+    @cached_property
+    def staying(self) -> list[int]:
+        """Bytes of each layer's buffers, if they stay where it works when the layer is offloaded."""
+        return [0 if self.offload_buffers else layer.bytes(self.precision, buffers_only=True) for layer in self.layers]
 
     @cached_property
     def around(self) -> dict[int, int]:
@@ -188,9 +189,14 @@ class Task:
         return self.batch * sum(record.bytes(context, self.computes_in, self.kv_dtype) for record in attention)
 
     @cached_property
+    def cache(self) -> list[int]:
+        """Bytes of KV cache of each layer, for the load that was asked for."""
+        return [self.kv(self.attention.get(i, ()), self.context) for i in range(len(self.layers))]
+
+    @cached_property
     def caches(self) -> list[int]:
-        """Bytes of KV cache of each unit, for the load that was asked for."""
-        return [self.kv(unit.attention, self.context) for unit in self.units]
+        """The same of each unit."""
+        return [sum(self.cache[i] for i in unit.layers) for unit in self.units]
 
     def working(self, context: int) -> int:
         """Bytes of activations on each device that runs layers, and of a weight that is decoded there."""
@@ -226,7 +232,7 @@ class Task:
         away = sorted(layers)
         speeds = dict(zip(self.budgets, self.links))
         links = [speeds.get(worker, 1.0) for worker in workers]
-        turns = take_turns([self.sizes[i] - self.staying(i) for i in away], links)
+        turns = take_turns([self.sizes[i] - self.staying[i] for i in away], links)
         return {i: workers[turn] for i, turn in zip(away, turns)}
 
     def working_places(self, places: Sequence[Device], workers: Sequence[Device] | None = None) -> dict[int, Device]:
@@ -259,7 +265,7 @@ class Task:
         for (place, _), size in flying.items():
             reserve[place] += size
         for i, place in works.items():
-            reserve[place] += self.staying(i)
+            reserve[place] += self.staying[i]
         busy = {*places, *works.values()} & {*self.runners}
 
         def shares(context: int) -> tuple[Share, ...]:

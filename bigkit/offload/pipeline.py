@@ -9,11 +9,13 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch import nn
 
 from ..devices import Device
 from ..maps.pipeline import PipelinePlan
 from .dispatch import dispatch_model
 from .grouping import Layout
+from .hooks import ModelHook, add_hook_to_module
 from .inputs import torch_device
 from .whole_model import UserCpuOffloadHook, cpu_offload_with_hook
 
@@ -36,8 +38,7 @@ def dispatch_pipeline(
         stand_in: GPU number -> another device in its place, to try a plan out without a GPU.
 
     Returns:
-        The pipeline. Its component that came last stays on the GPU until the next image, or until
-        `pipe.maybe_free_model_hooks()` sends all away.
+        The pipeline. What came for a phase stays on the GPU until another component works.
 
     Raises:
         ValueError: the plan names a component that the pipeline has not.
@@ -46,22 +47,38 @@ def dispatch_pipeline(
     if missing:
         raise ValueError(f"{type(pipe).__name__} has no {', '.join(missing)}: the plan is for {plan.cls}")
     place = Layout({"": device}, device, {k: torch.device(v) for k, v in (stand_in or {}).items()}).device(device)
-    previous: UserCpuOffloadHook | None = None
-    hooks = []
+    hooks: dict[str, UserCpuOffloadHook] = {}
     for one in plan.components:
         component = getattr(pipe, one.name)
         if one.how == "stays":
             component.to(place)
         elif one.how == "comes":
-            _, previous = cpu_offload_with_hook(component, place, previous)
-            hooks.append(previous)
+            _, hooks[one.name] = cpu_offload_with_hook(component, place)
         else:
             assert one.plan is not None
             dispatch_model(
                 component, one.plan, torch_device(device), offload_dir=offload_dir, stand_in=stand_in, force_hooks=True
             )
-    if hooks:
-        first: Any = hooks[0]
-        first.hook.previous = hooks[-1] if len(hooks) > 1 else None  # the last of one image leaves before the next one
-    pipe._all_hooks = hooks  # by which Diffusers sends them away, and takes them off
+    for one in plan.components:
+        others = [hook for name, hook in hooks.items() if name != one.name]
+        if others:
+            add_hook_to_module(getattr(pipe, one.name), SendsAway(others, place), append=True)
+    pipe._all_hooks = []  # what stands here Diffusers takes off after an image, and puts hooks of its own in its place
     return pipe
+
+
+class SendsAway(ModelHook):
+    """Before a component works, sends those away that came for another phase: the plan counts with one at a time.
+
+    Args:
+        others: their hooks.
+        execution_device: where the component works, which Diffusers asks the hooks of a pipeline.
+    """
+
+    def __init__(self, others: list[UserCpuOffloadHook], execution_device: torch.device) -> None:
+        self.others, self.execution_device = others, execution_device
+
+    def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        for other in self.others:
+            other.offload()
+        return args, kwargs

@@ -9,8 +9,8 @@ Leaves out: what may be recorded (`graphs.py`), and slots (`captured.py`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
@@ -38,6 +38,7 @@ class Recording:
         self.devices, self.rings = [*devices], rings
         self.error: BaseException | None = None
         self._found: Found = {}
+        self._ended = False
         self._graph, self._pool = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
         self._pools = {device: torch.cuda.MemPool() for device in self.devices[1:]}
 
@@ -66,7 +67,8 @@ class Recording:
         try:
             return self._record(function)
         except BaseException:
-            end_failed_capture(self._pool, self.devices[0])
+            if not self._ended:
+                end_failed_capture(self._pool, self.devices[0])
             raise
 
     def _record(self, function: Callable[[], Result]) -> Result:
@@ -79,7 +81,7 @@ class Recording:
                 stack.enter_context(torch.cuda.stream(stream))
             # Another thread may allocate meanwhile: an error only if this one does what cannot be recorded.
             capture = torch.cuda.graph(self._graph, self._pool, main, capture_error_mode="thread_local")
-            stack.enter_context(capture)
+            stack.enter_context(self._until_it_ends(capture))
             forked = [*others, *self.rings.streams()]
             for stream in forked:
                 stream.wait_stream(main)
@@ -96,6 +98,16 @@ class Recording:
             for stream in forked:
                 main.wait_stream(stream)
         return result
+
+    @contextmanager
+    def _until_it_ends(self, capture: torch.cuda.graph) -> Iterator[None]:
+        """A capture, noting that it could end: then the graph gives its memory back itself, and must do so alone."""
+        capture.__enter__()
+        try:
+            yield
+        finally:
+            capture.__exit__(None, None, None)
+            self._ended = True
 
     def replay(self) -> None:
         """Do it all, in the order of the current streams of all devices."""

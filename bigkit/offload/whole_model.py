@@ -5,21 +5,26 @@ Leaves out: models that are larger than the device (`offload/dispatch.py`).
 
 from __future__ import annotations
 
+from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..checkpoints.ring import Slab
 from ..devices import Device
 from .grouping import records
 from .hooks import ModelHook, add_hook_to_module, drop_hooks
 from .inputs import send_to_device, torch_device
+from .stream import is_real_cuda
+from .weights import ALIGN
 
 
 class CpuOffload(ModelHook):
     """Brings a whole model to a device when it is called, and keeps it there until `offload()`.
 
     Its weights stay in RAM too: to send them away again nothing needs to be copied, unless something wrote to them.
+    They lie together there, pinned for a GPU, and come in one copy; those that are no plain tensors come one by one.
     """
 
     def __init__(
@@ -30,17 +35,42 @@ class CpuOffload(ModelHook):
         self.execution_device = torch_device("cuda" if execution_device is None else execution_device)
         self.previous = prev_module_hook
         self.in_ram: list[tuple[Tensor, Tensor, int]] = []  # tensor of the model, its data in RAM, its version
+        self.slab: Slab | None = None
+        self.starts: dict[int, int] = {}  # address of a tensor's data in RAM -> where it begins in the slab
 
     def init_hook(self, module: nn.Module) -> nn.Module:
-        return module.to("cpu")
+        module.to("cpu")
+        tensors = [record.tensor for record in records(module)]
+        plain = (type(one) in (Tensor, nn.Parameter) and one.is_contiguous() and not one.is_meta for one in tensors)
+        if tensors and all(plain):
+            self._lay_together(tensors)
+        return module
+
+    def _lay_together(self, tensors: list[Tensor]) -> None:
+        ends = list(accumulate(-(-tensor.nbytes // ALIGN) * ALIGN for tensor in tensors))
+        slab = self.slab = Slab(ends[-1], pin=is_real_cuda(self.execution_device))
+        slab.pin()
+        for tensor, start in zip(tensors, [0, *ends]):
+            place = _view(slab.bytes, start, tensor)
+            place.copy_(tensor.data)
+            tensor.data = place
+            self.starts[place.data_ptr()] = start
 
     def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
         if self.previous is not None:
             self.previous.offload()
         if not self.in_ram:
+            together = None
+            if self.slab is not None:
+                together = torch.empty_like(self.slab.bytes, device=self.execution_device)
+                together.copy_(self.slab.bytes, non_blocking=True)
             for record in records(module):
                 ram = record.tensor.data
-                record.tensor.data = ram.to(self.execution_device)
+                start = self.starts.get(ram.data_ptr())
+                if together is None or start is None:  # it has been replaced
+                    record.tensor.data = ram.to(self.execution_device)
+                else:
+                    record.tensor.data = _view(together, start, ram)
                 self.in_ram.append((record.tensor, ram, record.tensor._version))
         return send_to_device(args, self.execution_device), send_to_device(kwargs, self.execution_device)
 
@@ -55,6 +85,11 @@ class CpuOffload(ModelHook):
     def detach_hook(self, module: nn.Module) -> nn.Module:
         self.offload()
         return module
+
+
+def _view(memory: Tensor, start: int, like: Tensor) -> Tensor:
+    """A tensor like another one, over a stretch of memory."""
+    return memory[start : start + like.nbytes].view(like.dtype).view(like.shape)
 
 
 class UserCpuOffloadHook:

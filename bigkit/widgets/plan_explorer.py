@@ -317,7 +317,9 @@ class PlanExplorer(Explorer):
 
     def compute(self) -> Plan | HostsPlan:
         """Plan with what the controls say; a budget that is too small gives the plan that comes closest."""
-        if self.hosts.value.strip():
+        several = bool(self.hosts.value.strip())
+        self.network.layout.display = None if several else "none"
+        if several:
             ask = {name: value for name, value in self._asked().items() if value is not None}
             return plan_hosts(self.spec(), read_hosts(self.hosts.value, self._host()), self.network.value, **ask)
         if self.strategy.value != CUSTOM:

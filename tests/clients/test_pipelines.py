@@ -13,7 +13,9 @@ from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 import bigkit
 from bigkit.maps.pipeline import PipelinePlan
 from bigkit.model.pipeline import PipelineEstimate
+from bigkit.offload.hooks import hooks_in
 from bigkit.offload.pipeline import dispatch_pipeline
+from bigkit.offload.whole_model import CpuOffload
 
 diffusers = pytest.importorskip("diffusers")
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -141,6 +143,50 @@ def test_images_are_those_of_diffusers(saved: tuple[str, Path], way: str) -> Non
         assert torch.equal(drawn(name, pipe), whole), plan.explain()
     pipe.maybe_free_model_hooks()
     assert torch.equal(drawn(name, pipe), whole)
+
+
+def test_what_came_for_a_phase_is_gone_in_the_next_one(saved: tuple[str, Path]) -> None:
+    """Whatever works: of the components that come, none but itself is on the GPU meanwhile, as the plan counts."""
+    name, folder = saved
+    estimate: Any = bigkit.estimate_memory(str(folder))
+    plan: Any = bigkit.plan(str(folder), {0: estimate.ways["one at a time"], "cpu": "1GB"}, overhead=0)
+    pipe = dispatch_pipeline(loaded(name), plan, stand_in={0: "cpu"})
+    coming = {one.name: getattr(pipe, one.name) for one in plan.components if one.how == "comes"}
+    others = [getattr(pipe, one.name) for one in plan.components]
+    hooks = {own: next(hook for hook in hooks_in(part) if isinstance(hook, CpuOffload)) for own, part in coming.items()}
+    there: list[tuple[str, list[str]]] = []
+
+    def note(own: str) -> Any:
+        return lambda *_: there.append((own, [other for other, hook in hooks.items() if hook.in_ram]))
+
+    for one, part in zip(plan.components, others):
+        inner = part.decoder if one.phase == "decode" else part
+        inner.register_forward_hook(note(one.name))
+    assert coming
+    for _ in range(2):
+        drawn(name, pipe)
+    assert {own for own, _ in there} == {one.name for one in plan.components}
+    assert all(found == ([own] if own in coming else []) for own, found in there), there
+
+
+def test_the_size_of_the_image_counts(saved: tuple[str, Path]) -> None:
+    """A larger image takes more while it is denoised and decoded, and plans keep more room; texts take the same."""
+    _, folder = saved
+    usual, small, wide = (
+        {one["name"]: one for one in bigkit.estimate_memory(str(folder), image=image).components}  # type: ignore[attr-defined]
+        for image in (None, 32, (32, 96))
+    )
+    for name, one in small.items():
+        more = wide[name]["activations"] / one["activations"]
+        assert one["weights"] == usual[name]["weights"] and (more == 1 if one["phase"] == "encode" else 1 < more < 4)
+    assert small["vae"]["load"] == "32 x 32 pixels" and wide["vae"]["load"] == "32 x 96 pixels"
+    assert {one["load"] for one in wide.values() if one["phase"] == "denoise"} <= {
+        "1 x 16 x 48 latents", "2 x 16 x 48 latents"}  # fmt: skip
+    peaks = [bigkit.plan(str(folder), {0: "1GB", "cpu": "1GB"}, overhead=0, image=image).peak for image in (32, 512)]  # type: ignore[attr-defined]
+    assert peaks[0] < peaks[1]
+    for image in (2, (32, 0), "32"):
+        with pytest.raises(ValueError, match=r"expected pixels, or \(height, width\), 4 each at least"):
+            bigkit.estimate_memory(str(folder), image=image)  # type: ignore[arg-type]
 
 
 def test_what_cannot_be_built_is_left_out_and_said(saved: tuple[str, Path], tmp_path: Path) -> None:

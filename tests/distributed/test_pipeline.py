@@ -6,6 +6,7 @@ import json
 import threading
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,8 @@ def two() -> Iterator[Ranks]:
 
 
 PROMPT = torch.tensor([encode("import os")])
+WIDE = {"vocab_size": 2000, "hidden_size": 512, "intermediate_size": 2000, "num_hidden_layers": 6,
+        "num_attention_heads": 8}  # fmt: skip
 LENGTHS = (3, 7, 2, 5)  # of prompts, and of their answers
 
 
@@ -142,6 +145,29 @@ def test_a_quantized_model(three: Ranks, tmp_path: Path) -> None:
     assert sum(count for _, count in said) == sum(type(m).__name__ == "Linear4bit" for m in whole.modules()) == 21
 
 
+def quantized_on_disk(state: Any, folder: Path, config: Any, expected: dict[str, Any]) -> tuple[list[str], list[str]]:
+    from bigkit import Hardware
+    from bigkit.machine.hardware import GPUS
+
+    gpu = type(GPUS["L4"])("tiny", 14_000, 1e9, 1e12, 1e9)
+    small = [Hardware(f"host {i}", (gpu,), 3_000, 2**30) for i in range(state.num_processes)]
+    model = stages.empty("llama, grouped")
+    plan = plan_hosts(model, small, dtype="float32", quantization="nf4", overhead=0)
+    away = {"offload_folder": folder / f"disk-{state.process_index}", "stand_in": {0: "cpu", 1: "cpu"}}
+    model = pipeline(model, folder, plan, config, **away).eval()
+    shares = plan.stages[state.process_index].plan.shares
+    return stages.unlike(model, expected), [str(share.device) for share in shares if share.weights]
+
+
+def test_a_quantized_stage_whose_blocks_rest_on_disk(two: Ranks, tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    config = BnbQuantizationConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype="fp32")
+    folder = stages.saved("llama, grouped", tmp_path)
+    whole = load_and_quantize_model(stages.empty("llama, grouped"), config, folder, device_map={"": "cpu"})
+    said = two(quantized_on_disk, folder, config, stages.answers(whole))
+    assert said == [([], ["0", "disk"]), ([], ["0"])], "the head, which is in 32 bits, has no room beside more blocks"
+
+
 def peak(state: Any, folder: Path) -> tuple[int, int, int]:
     """Bytes of anonymous memory that loading took at most, of the stage, and of the largest tensor."""
 
@@ -168,11 +194,9 @@ def peak(state: Any, folder: Path) -> tuple[int, int, int]:
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="Linux says how much memory is anonymous")
 def test_a_process_holds_its_stage_and_one_tensor_more(three: Ranks, tmp_path: Path, monkeypatch: Any) -> None:
-    wide = {"vocab_size": 2000, "hidden_size": 512, "intermediate_size": 2000, "num_hidden_layers": 6,
-            "num_attention_heads": 8}  # fmt: skip
-    monkeypatch.setitem(stages.FAMILIES, "llama, wide", ("LlamaForCausalLM", wide))
+    monkeypatch.setitem(stages.FAMILIES, "llama, wide", ("LlamaForCausalLM", WIDE))
     folder = stages.saved("llama, wide", tmp_path)
-    for most, stage, largest in three(with_wide, peak, wide, folder):
+    for most, stage, largest in three(with_wide, peak, WIDE, folder):
         assert stage < 85e6, "a third of 185 MB, embedding or head with it"
         assert most <= stage + largest + 6e6, (most, stage, largest)
 
@@ -239,6 +263,31 @@ def test_as_many_groups_as_stages_are_under_way(two: Ranks, tmp_path: Path) -> N
         expected = [{"index": i, "prompt": p, "output": t} for i, (p, t) in enumerate(zip(prompts, texts))]
         assert said["file"] == expected
         assert said["threads"] == 2 and said["error"] == "integer division or modulo by zero"
+
+
+def worked(state: Any, folder: Path) -> tuple[float, float]:
+    """Seconds that this process's threads worked: for one group at a time, and for two under way."""
+    torch.set_num_threads(1)
+    model = stages.staged(state, "llama, wide", folder)
+    prompts = [torch.randint(3, 2000, (4, 24)) for _ in range(4)]
+    ask = partial(model.generate, max_new_tokens=6, do_sample=False, pad_token_id=0)
+    ask(prompts[0])
+    seconds = []
+    for way in (lambda: [ask(ids) for ids in prompts], lambda: map_in_flight(ask, prompts, model)):
+        state.wait_for_everyone()
+        start = time.process_time()
+        way()
+        seconds.append(time.process_time() - start)
+    return seconds[0], seconds[1]
+
+
+@pytest.mark.soak
+def test_two_groups_under_way_are_no_more_work(two: Ranks, tmp_path: Path, monkeypatch: Any) -> None:
+    """Real work, counted in time of the cores: however busy this machine is, each with a core would be as fast."""
+    monkeypatch.setitem(stages.FAMILIES, "llama, wide", ("LlamaForCausalLM", WIDE))
+    seconds = two(with_wide, worked, WIDE, stages.saved("llama, wide", tmp_path))
+    alone, flown = zip(*seconds)
+    assert sum(alone) > 1.7 * max(flown), seconds
 
 
 # ---------------------------------------------------------------------------------------------------------------------

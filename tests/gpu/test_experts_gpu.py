@@ -10,6 +10,8 @@ from bigkit.checkpoints import decoded
 from bigkit.checkpoints.codecs import find_stack_codec
 from bigkit.checkpoints.decoded import DecodedStack
 from bigkit.checkpoints.ring import Slab
+from bigkit.offload import experts as experts_module
+from bigkit.offload import pieces
 from bigkit.offload.experts import ExpertStreamer, expert_hits
 from bigkit.offload.gather import GatherStreamer, seen_by_gpu
 from bigkit.offload.rows import count_rows
@@ -170,3 +172,23 @@ def test_a_prompts_product_in_pieces(format, monkeypatch):
             assert torch.equal(found, expected)
             most = torch.cuda.max_memory_allocated() - before - found.nbytes
             assert most < (at_a_time + 1) * rows * columns * 20, "of whole stacks it would be at least 33 MB"
+
+
+@pytest.mark.parametrize("rows", [1, 4])
+@pytest.mark.parametrize("place", ["cpu", "disk"])
+def test_large_blocks_in_pieces(place, rows, tmp_path, monkeypatch):
+    """No slot holds all experts of a block: a few copied in turn give the tokens of the resident model."""
+    monkeypatch.setattr(experts_module, "WHOLE", 0)
+    monkeypatch.setattr(experts_module, "SOME", 0)
+    monkeypatch.setattr(pieces, "PIECE", 1 << 18)
+    monkeypatch.setattr(decoded, "AT_A_TIME", 1 << 16)
+    model = mixture()
+    ids = torch.randint(5, 500, (rows, 40), device=GPU)
+    options = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    expected = copy.deepcopy(model).to(GPU).generate(ids, **options)
+    found = bigkit.dispatch_model(model, apart(model, place), offload_dir=tmp_path, ram_cache="1GB")
+    for _ in range(2):
+        assert torch.equal(found.generate(ids, **options), expected)
+    streamer = streamer_of(found)
+    held = sum(slot.base.nbytes for slot in (*streamer.slots, *streamer.pieces.slots) if slot.base.is_cuda)
+    assert streamer.pieces.slots and (place == "cpu" or held < streamer.units[0].nbytes)

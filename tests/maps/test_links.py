@@ -11,7 +11,7 @@ from bigkit import advise, dry_run, plan, zoo
 from bigkit.machine.hardware import machine_of
 from bigkit.machine.ledger import Calibration, Ledger
 from bigkit.maps.links import links_of, take_turns
-from bigkit.maps.on_cpu import Reading, best_count
+from bigkit.maps.on_cpu import HOST, Reading, best_count
 from bigkit.maps.plan import Plan
 
 LLAMA, RAM = "llama-2-7b", {"cpu": "64GiB"}
@@ -96,7 +96,7 @@ def test_as_many_mlps_as_make_a_token_shortest():
     count, reading, seconds = best_count(32, 0.27e9, 13.2e9, 0.02, readings, slots=4)
 
     def took(k, r):
-        return max((13.2e9 - k * 0.27e9) / r.links, k * (0.27e9 / r.reads + 2e-4) + 0.02)
+        return max((13.2e9 - k * 0.27e9) / r.links, k * (0.27e9 / r.reads + HOST.hops) + 0.02)
 
     assert seconds == min(took(k, r) for k in range(25) for r in readings) == took(count, reading)
     assert best_count(32, 0.27e9, 13.2e9, 0.02, readings, slots=2)[0] <= 16  # the links would run dry
@@ -121,7 +121,7 @@ def test_a_plan_with_the_cpu_where_it_pays(calibrated):
     nbytes, threads = found.on_cpu
     assert threads == 16 and 0.4 < nbytes / sum(l.bytes for l in found.layers if l.works is not None) < 0.55  # noqa: E741
     assert "the CPU computes" in found.explain() and "instead of" in found.explain()
-    assert Plan.from_json(json.dumps(asdict(found))) == found
+    assert Plan.from_json(json.dumps(asdict(found))) == found and "on_cpu=True" in found.to_code()
     few = replace(machine, gpus=(replace(machine.gpus[0], memory=3 * 2**30 + machine.overhead),))
     notes = advise(LLAMA, few, context=512).notes
     assert any("the CPU computes" in note and note.startswith("bfloat16: ") for note in notes), notes
