@@ -105,6 +105,7 @@ class Bench:
         static = {"cache_implementation": "static", "disable_compile": True}
         seconds, expected = self.decode(model, few, **static)
         yield {"part": part, "way": "Python, static cache", "tokens_per_s": round(1 / seconds, 1)}
+        settle()
         before = self.reserved()
         with self.graphs(model) as decoder:
             begin = time.perf_counter()

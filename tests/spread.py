@@ -11,10 +11,12 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from bigkit import init_empty_weights, save_model
 from bigkit.offload.dispatch import dispatch_model
 from bigkit.offload.grouping import handles
 from bigkit.offload.handle import Away
 from bigkit.offload.one_place import cpu_offload, disk_offload
+from tests import forked
 
 STAND_IN = {0: "cpu", 1: "cpu"}  # GPUs that are the CPU, but with slots
 
@@ -105,3 +107,30 @@ def check_at_rest(model: nn.Module) -> None:
 
 def spread(model: nn.Module, device_map: dict[str, Any], **options: Any) -> nn.Module:
     return dispatch_model(model, device_map, stand_in=STAND_IN, **options)
+
+
+_MEMORY = """
+import sys, torch
+from torch import nn
+from bigkit import init_empty_weights, load_checkpoint_and_dispatch, save_model
+def status(key):
+    return int(next(l for l in open("/proc/self/status") if l.startswith(key)).split()[1]) / 1024
+for options in ({}, {"main_device": 0, "stand_in": {0: "cpu"}}):  # mapped pages, slots
+    with init_empty_weights():
+        model = nn.Sequential(*[nn.Linear(1024, 1024) for _ in range(48)])
+    model = load_checkpoint_and_dispatch(model, sys.argv[1], {"": "disk"}, **options)
+    open("/proc/self/clear_refs", "w").write("5")
+    start = status("VmRSS")
+    WORK
+    print(status("VmHWM") - start)
+"""
+
+
+def memory_beside_disk(folder: Path, work: str) -> float:
+    """The most MB that a process takes for some work with `model`, which is 200 MB that rest on disk."""
+    with init_empty_weights():
+        large = nn.Sequential(*[nn.Linear(1024, 1024) for _ in range(48)])
+    save_model(large.to_empty(device="cpu"), folder, "50MB")
+    done = forked.run(_MEMORY.replace("WORK", work), folder)
+    assert not done.returncode, done.stderr
+    return max(map(float, done.stdout.split()))

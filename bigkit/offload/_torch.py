@@ -209,11 +209,11 @@ def tree_unflatten(leaves: list[Any], spec: Any) -> Any:
 def end_failed_capture(pool: Any, device: torch.device) -> None:
     """Undo what a capture that could not end leaves behind: new memory goes to its pool, random numbers are refused.
 
-    `torch._C._cuda_endAllocateToPool` and `_cuda_releasePool`, 2.11 to 2.15; an empty capture lets go of the numbers.
+    `torch._C._cuda_endAllocateToPool`, 2.11 to 2.15, which raises if the capture did end; an empty capture lets go of
+    the numbers.
     """
-    for name in ("_cuda_endAllocateToPool", "_cuda_releasePool"):
-        with suppress(RuntimeError, AttributeError):
-            getattr(torch._C, name)(device.index or 0, pool)
+    with suppress(RuntimeError, AttributeError):
+        torch._C._cuda_endAllocateToPool(device.index or 0, pool)
     with suppress(RuntimeError), torch.cuda.device(device):
         number, empty = torch.zeros(1, device=device), torch.cuda.CUDAGraph()
         with torch.cuda.graph(empty, capture_error_mode="thread_local"):

@@ -108,7 +108,8 @@ class RestingLayer(DynamicLayer):
                 own.copy_(new)
             window.send_back(slot, self, start, stop)
             self.length = slot.length = stop
-            window.fetch_next(self)
+            if start:  # a prompt finds nothing in the layers to come
+                window.fetch_next(self)
         except BaseException:
             slot.rows = None
             raise

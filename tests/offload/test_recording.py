@@ -56,6 +56,8 @@ def log(monkeypatch):
             yield
         finally:
             log.append("captured")
+            if "spoil" in log:
+                raise RuntimeError("invalidated")
 
     class Graph:
         def replay(self):
@@ -96,4 +98,16 @@ def test_what_is_raised_ends_the_recording(log, error):
     with pytest.raises(error, match="in the middle"):
         own.record(work)
     assert isinstance(own.error, error)
-    assert log[-4:] == ["gpu 0 waits for copies", "captured", "give back", "mend gpu 0"]
+    assert log[-3:] == ["gpu 0 waits for copies", "captured", "give back"]  # it could end, and gives back all itself
+
+
+def test_a_recording_that_cannot_end_is_mended(log):
+    own = Recording(["gpu 0"], Rings(log))
+
+    def work():
+        log.append("spoil")
+        raise ValueError("in the middle")
+
+    with pytest.raises(RuntimeError, match="invalidated"):
+        own.record(work)
+    assert str(own.error) == "in the middle" and log[-3:] == ["captured", "give back", "mend gpu 0"]

@@ -1,6 +1,7 @@
 """A cache that rests in RAM: the keys, values, logits and tokens of `DynamicCache`, bit for bit."""
 
 import gc
+import random
 import weakref
 
 import pytest
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 
 from bigkit.offload import resting_cache
 from bigkit.offload.resting_cache import RestingCache, RestingLayer
+from tests.fake_streams import World
 
 SIZES = {
     "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8,
@@ -188,3 +190,33 @@ def test_memory_goes_with_the_cache():
         assert slab() is None  # at once: pinned RAM is scarce
     finally:
         gc.enable()
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.data())
+def test_no_copy_overtakes_whatever_the_streams_do(data):
+    layers, rows = data.draw(st.integers(1, 5)), data.draw(st.sampled_from([1, 3, 256]))
+    config = tf.LlamaConfig(**SIZES, num_hidden_layers=layers)
+    whole = tf.DynamicCache(config=config)
+    new = [torch.randn(layers, 2, 2, 2, 5 if step == 0 else 1, 8) for step in range(data.draw(st.integers(1, 8)))]
+    expected = [[whole.update(*step[i], i) for i in range(layers)] for step in new]
+    choice = random.Random(data.draw(st.integers(0, 1000)))
+    favour = data.draw(st.sampled_from([None, 0, 1, 2]))  # the stream that works, brings or takes away goes first
+    with pytest.MonkeyPatch.context() as patch:
+        world = World(patch)
+        patch.setattr(resting_cache, "ROWS", rows)
+        patch.setattr(resting_cache, "is_real_cuda", lambda device: True)
+        cache = RestingCache(config)
+        world.inputs = {step.untyped_storage()._cdata for step in new}
+        with world, torch.no_grad():
+            got = [[cache.update(*step[i], i) for i in range(layers)] for step in new]
+        del cache
+
+        def choose(able):
+            first = [stream for stream in able if favour is not None and world.streams.index(stream) == favour]
+            return first[0] if first else choice.choice(able)
+
+        world.run(choose)
+    for one, other in zip(got, expected):
+        for mine, theirs in zip(one, other):
+            assert all(map(torch.equal, mine, theirs))

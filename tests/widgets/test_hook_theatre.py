@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bigkit import init_empty_weights, load_checkpoint_and_dispatch
-from bigkit.draw.canvas import WIDTH, Box, Picture
+from bigkit.draw.canvas import WIDTH
 from bigkit.draw.colours import GREEN, ORANGE, TRACK, YELLOW
 from bigkit.draw.run import gantt_figure, gantt_label, gantt_text, run_figure, run_label, run_news, run_text
 from bigkit.machine.streams import Schedule, Turn, schedule
@@ -24,6 +24,7 @@ from bigkit.widgets import HookTheatre
 from bigkit.widgets._explorer import LONGEST_REPR
 from bigkit.widgets.hook_theatre import BLOCKS, ONE_BY_ONE, PREFETCH, PRESETS
 from bigkit.zoo.gpt import GPT, PYGPT, GPTConfig
+from tests.draw.test_plan import boxes
 
 
 def looks(theatre: HookTheatre) -> tuple[str, str, str, str]:
@@ -72,12 +73,6 @@ RUNS = {
 @pytest.fixture(params=RUNS)
 def run(request: pytest.FixtureRequest) -> Schedule:
     return RUNS[request.param]()
-
-
-def boxes(picture: Picture, kind: str) -> list[Box]:
-    """Every box of a kind, from the top and the left."""
-    found = [shape for shape in picture.shapes if isinstance(shape, Box) and shape.kind == kind]
-    return sorted(found, key=lambda box: (box.y, box.x))
 
 
 def test_a_chart_has_a_bar_for_each_span_as_long_as_it_lasts(run: Schedule) -> None:
