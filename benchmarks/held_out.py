@@ -30,7 +30,7 @@ import time
 import warnings
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -52,9 +52,9 @@ from bigkit.zoo._transformers import from_config
 
 BATCHES, PROMPTS, NEW = (1, 3, 32), (1, 100, 777, 1900), (1, 4, 16, 32)
 TYPES = 32
-ROUNDS, TOKENS, SLOW = 4, 6, 4.0  # timed runs of a case, tokens in each, and seconds beyond which there is one
+ROUNDS, TOKENS, SLOW = 3, 5, 3.0  # timed runs of a case, tokens in each, and seconds beyond which there is one
 CORES: list[int] = []  # that this process may run on
-WEIGHTS, MOST_TOKENS = 16e9, 32 * 777
+WEIGHTS, MOST_BLOCKS, MOST_TOKENS = 10e9, 40, 32 * 777
 SEEN = {  # in the table of dryrun.py, or measured while the code was changed
     "llama", "bloom", "gpt2", "mixtral", "deepseek_v3", "gemma2", "t5", "opt", "mistral", "qwen3", "qwen3_moe",
     "falcon", "gpt_neox", "phi3", "granite", "gemma3_text", "codegen", "bart", "cohere2", "olmo2", "falcon_mamba",
@@ -121,37 +121,45 @@ def key_of(case: dict[str, Any]) -> str:
 # The draw
 
 
-def candidates() -> dict[str, int]:
-    """Type -> how many blocks of its default configuration are taken."""
-    found = {}
-    for kind in sorted({*transformers.CONFIG_MAPPING} - SEEN):
-        try:
-            config = transformers.CONFIG_MAPPING[kind]()
-            model = empty({"type": kind, "blocks": 10**6})
-        except Exception:
-            continue  # not made of its default configuration, or not made to generate
-        size = 2 * sum(parameter.numel() for parameter in model.parameters())
-        if model.main_input_name != "input_ids" or not model.can_generate() or not hasattr(config, "vocab_size"):
-            continue
-        try:  # the narrow twin of two blocks, for real: some default configurations are of no model that runs
-            small = fill(twin_of(empty({"type": kind, "blocks": 2})).float(), {"": "cpu"})
-            work(small, Workload(1, 4, 1), "cpu", lambda step: None)
-        except Exception as error:
-            print(f"{kind} is left out: {type(error).__name__}: {str(error)[:100]}")
-            continue
-        blocks, least = depth(config), 2 * sum(p.numel() for p in empty({"type": kind, "blocks": 1}).parameters())
-        each = max(1.0, (size - least) / max(1, blocks - 1))
-        fits = int(min(blocks, 60, 1 + (WEIGHTS - least) // each))
-        if fits >= 2 and size > 2e8:
-            found[kind] = fits
-    return found
+def blocks_of(kind: str) -> int:
+    """How many blocks of a type's default configuration are taken; 0 if it is not drawn.
+
+    Its narrow twin must run on the CPU: some default configurations are of no model that runs.
+    """
+    try:
+        config = transformers.CONFIG_MAPPING[kind]()
+        if class_of(config) is None or not hasattr(config, "vocab_size"):
+            return 0
+        sizes = []
+        for count in (1, 8):
+            model: Any = empty({"type": kind, "blocks": count})
+            sizes.append(2 * sum(parameter.numel() for parameter in model.parameters()))
+        if model.main_input_name != "input_ids" or not model.can_generate():
+            return 0
+        deep = depth(config)
+        each = max(1.0, (sizes[1] - sizes[0]) / max(1, min(8, deep) - 1))
+        fits = int(min(deep, MOST_BLOCKS, 1 + (WEIGHTS - sizes[0]) // each))
+        if fits < 2 or sizes[0] + each * (fits - 1) < 2e8:
+            return 0
+        twin = fill(twin_of(empty({"type": kind, "blocks": fits})).float(), {"": "cpu"})
+        work(twin, Workload(1, 4, 1), "cpu", lambda step: None)
+        return fits
+    except Exception as error:
+        print(f"{kind} is left out: {type(error).__name__}: {str(error)[:100]}", flush=True)
+        return 0
 
 
 def draw(path: Path, seed: str) -> None:
     """Draw the cases, and write them with the commit."""
     chance = random.Random(int(seed[:12], 16))
-    pool = candidates()
-    kinds = chance.sample(sorted(pool), min(TYPES, len(pool)))
+    order = sorted({*transformers.CONFIG_MAPPING} - SEEN)
+    chance.shuffle(order)
+    pool: dict[str, int] = {}
+    for kind in order:
+        if len(pool) < TYPES and (blocks := blocks_of(kind)):
+            pool[kind] = blocks
+            print(f"{kind}: {blocks} blocks", flush=True)
+    kinds = [*pool]
     cases: list[dict[str, Any]] = []
     for i, kind in enumerate(kinds):
         config = transformers.CONFIG_MAPPING[kind]()
@@ -166,12 +174,12 @@ def draw(path: Path, seed: str) -> None:
             case: dict[str, Any] = {"type": kind, "blocks": pool[kind], "load": list(load)}
             if j == 1 and i % 8 == 3:
                 case["quantization"] = ("nf4", "int8")[i // 8 % 2]
-            if j == 1 and i % 10 == 6:
+            if j == 1 and i % 12 == 6:
                 case["map"] = "half"
             cases.append(case)
-    path.write_text(json.dumps({"commit": seed, "transformers": transformers.__version__, "pool": pool,
-                                "cases": cases}, indent=1) + "\n")  # fmt: skip
-    print(f"{len(cases)} cases of {len(kinds)} types, of {len(pool)} that could be drawn")
+    drawn = {"commit": seed, "transformers": transformers.__version__, "cases": cases}
+    path.write_text(json.dumps(drawn, indent=1) + "\n")
+    print(f"{len(cases)} cases of {len(kinds)} types")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -210,6 +218,7 @@ def measure(case: dict[str, Any], model: nn.Module) -> None:
     case["twin"], narrow = [], None
     with suppress(ValueError):
         narrow = twin_of(model, kind is not None)
+    model = copy.deepcopy(model)  # the empty one serves the type's next case
     settle(0)
     case["before"] = torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
     torch.cuda.reset_peak_memory_stats()
@@ -283,6 +292,7 @@ def measure_all(source: Path, path: Path, part: tuple[int, int], seconds: float,
     torch.ones(1, device="cuda")
     CORES[:] = sorted(os.sched_getaffinity(0))[part[0] :: part[1]]
     write(f"{len(CORES)} cores")
+    made: tuple[str, Any] = ("", None)
     kinds = list(dict.fromkeys(case["type"] for case in drawn["cases"]))[part[0] :: part[1]]
     for case in drawn["cases"]:
         if case["type"] not in kinds:
@@ -290,16 +300,16 @@ def measure_all(source: Path, path: Path, part: tuple[int, int], seconds: float,
         if time.perf_counter() - start > seconds:
             results["late"].append(key_of(case))
             continue
-        model: Any = None
         try:
-            model = empty(case)
+            if made[0] != case["type"]:
+                made = (case["type"], empty(case))
+            model = made[1]
             measure(case, model)
             if profiles:
-                case["kernels"] = profile(model, Workload(*case["load"]))
+                case["kernels"] = profile(put(case, copy.deepcopy(model)), Workload(*case["load"]))
             line = f"{case['peak'][0] / 1e9:.2f} GB allocated, model {shown(case['steps'])}; twin {shown(case['twin'])}"
         except Exception as error:
             case["error"] = line = f"{type(error).__name__}: {error}"[:600]
-        del model
         settle(0)
         results["cases"].append(case)
         write(f"{key_of(case)}  {line}")
@@ -346,6 +356,8 @@ def predicted(results: dict[str, Any], case: dict[str, Any]) -> dict[str, Any]:
     run = dry_run(lambda: empty(case), places_of(case, empty(case)), *case["load"],
                   Hardware(results["machine"]["gpu"], (gpu,), 0, 0), calibration=calibration, quantization=kind,
                   dtype="bfloat16" if kind else None)  # fmt: skip
+    guess = replace(run, twin=None)
+    said["guessed"] = [guess.seconds["prefill"], guess.seconds.get("token")]
     said |= {"peak": [run.peak_allocated[0], run.peak_reserved[0]], "issued": issued_of(run)[:2],
              "seconds": [step.seconds for step in run.times], "busy": [dict(step.busy) for step in run.times[:2]],
              "took": time.perf_counter() - start}  # fmt: skip
@@ -383,9 +395,12 @@ def predict_all(paths: list[Path], save: Path | None, processes: int) -> None:
                 case["predicted"] = said
                 print(row_of(case), flush=True)
             everything.append(results)
-    print(summary([case for results in everything for case in results["cases"]]))
+    cases = [case for results in everything for case in results["cases"]]
+    print(summary(cases))
     if save:
-        save.write_text(json.dumps(everything, indent=1) + "\n")
+        about = {name: everything[0][name] for name in ("commit", "machine")}
+        late = sum((results["late"] for results in everything), [])
+        save.write_text(json.dumps({**about, "late": late, "rows": [kept(case) for case in cases]}, indent=1) + "\n")
 
 
 def best(seconds: list[float]) -> float:
@@ -399,15 +414,37 @@ def measured_times(case: dict[str, Any]) -> tuple[float, float | None]:
     return best([run[0][0] for run in case["steps"]]), best(tokens) if tokens else None
 
 
-def errors_of(case: dict[str, Any]) -> dict[str, float]:
-    """Quantity -> predicted / measured - 1."""
+def compared(case: dict[str, Any]) -> dict[str, tuple[float, float]]:
+    """Quantity -> predicted and measured, bytes or seconds."""
     said, (prompt, token) = case["predicted"], measured_times(case)
-    held = {"allocated": (said["peak"][0], case["peak"][0] - case["before"][0]),
-            "reserved": (said["peak"][1], case["peak"][1] - case["before"][1]),
-            "prompt": (said["seconds"][0], prompt)}  # fmt: skip
+    held = {
+        "allocated": (said["peak"][0], case["peak"][0] - case["before"][0]),
+        "reserved": (said["peak"][1], case["peak"][1] - case["before"][1]),
+        "prompt": (said["seconds"][0], prompt),
+    }
     if token and len(said["seconds"]) > 1:
         held["token"] = statistics.mean(said["seconds"][1 : 1 + TOKENS]), token
-    return {name: one / other - 1 for name, (one, other) in held.items()}
+    return held
+
+
+def errors_of(case: dict[str, Any]) -> dict[str, float]:
+    """Quantity -> predicted / measured - 1."""
+    return {name: predicted / measured - 1 for name, (predicted, measured) in compared(case).items()}
+
+
+def kept(case: dict[str, Any]) -> dict[str, Any]:
+    """What is kept of a case: the figures that are compared, with the twin's, or why there are none."""
+    about = {"case": key_of(case), "blocks": case["blocks"]}
+    said = case.get("predicted", {})
+    if problem := case.get("error") or said.get("error"):
+        return about | {"error": problem}
+    longest = [max(busy, key=busy.get) for busy in said["busy"]]
+    return about | {
+        "compared": compared(case),
+        "twin": said.get("twin"),
+        "longest": longest,
+        "without twin": said["guessed"],
+    }
 
 
 def row_of(case: dict[str, Any]) -> str:

@@ -30,7 +30,8 @@ Read in this order:
     attention   which kernel attention takes, and the slow path
     costs       what an operation computes, reads, writes and asks for
     rehearse    one run: fill, spread as a map says, do the work
-    run         `dry_run`, and what it returns: timelines, times, whether it fits
+    result      what a run gives: timelines, times, how sure they are, whether it fits
+    run         `dry_run`
     replay      equal blocks are run twice and then repeated, which makes explorers fast
     fake_bnb    quantized models: bitsandbytes' own Python, without its kernels
     components  what the components of a pipeline take beside their weights

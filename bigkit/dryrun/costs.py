@@ -15,13 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..machine.roofline import TYPICAL, Operation
+from ..machine.roofline import Operation
 from ._torch import ATTENTION, GROUPED_MM, TO_COPY, UNSAFE_VIEW, aten, flop_formula, packet_of
 from .attention import attention_flops
 
 PRODUCTS = {aten.mm, aten.addmm, aten.bmm, aten.baddbmm, GROUPED_MM}
 COPIES = {TO_COPY, aten.copy_, aten.clone}
-LOOKUPS = {aten.embedding, aten.index, aten.index_select, aten.gather, aten.slice_scatter}  # read as much as they write
+# These read as much as they write, and each byte of a table at most once.
+LOOKUPS = {aten.embedding, aten.index, aten.index_select, aten.gather, aten.slice_scatter}
 _NAMES = "empty zeros ones full arange randint empty_like zeros_like fill_ zero_ normal_ scalar_tensor"
 CREATORS = {getattr(aten, name) for name in _NAMES.split()}  # read nothing
 FEW_INPUTS = 64  # of a convolution's filter: ConvNeXt's first has 3 x 4 x 4
@@ -45,11 +46,11 @@ def cost_of(
     output, parts, issued = outputs[0], 1, 1  # the launch
     read, written = sum(map(dense_bytes, inputs)), sum(map(dense_bytes, outputs))
     if packet in LOOKUPS:
-        read = written
+        read = min(read, written)
     elif packet in CREATORS:
         read = 0
     elif packet is GROUPED_MM:
-        parts, issued = args[1].shape[0], 1 + TYPICAL.expert_steps
+        parts = args[1].shape[0]
         read = dense_bytes(args[0]) + _bytes_of_chosen_experts(args[0], args[1])
     source = ""
     if packet in COPIES:

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from ..devices import Device
-from ..machine.roofline import TYPICAL, Operation
+from ..machine.roofline import Operation
 from ..model.spec import QUANTIZATIONS
 from ..offload.codec import CODECS, TensorCodec
 from ..offload.inputs import torch_device
@@ -160,8 +160,6 @@ class PythonKernels(TorchDispatchMode):
             return norm
         if func not in self.kernels or not any(tensor.is_cuda for tensor in tensors_in(args)):
             return func(*args, **kwargs)
-        if not filling:
-            self.log.trace.unissued += TYPICAL.python_steps
         before, self.following = self.following, True
         try:
             with self:

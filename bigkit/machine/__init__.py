@@ -31,6 +31,7 @@ Read in this order:
     hardware    GPUs and machines as their makers describe them
     ledger      what was measured on a machine (`Calibration`), and the file that keeps it
     roofline    one operation -> seconds; the operations of a run -> seconds for each step
+    ranges      how far a predicted figure may be off, and what it rests on
     streams     the clock of weights that travel: disk, link, slots, work
     ways        a token over one link, over several, and with MLPs that the CPU computes
     network     the line between two hosts, and when each stage of a model works that spans them

@@ -3,11 +3,12 @@
     one operation     the time of the smallest kernel, and the longer of: what it computes / the rate of such products,
                       what it reads and writes / the memory's bandwidth (of which such kernels reach a part),
                       the elements that it must take one by one / the rate of those
-    one step          lanes: Python takes one step of its own after another (each takes `issue`): it calls a module,
-                      issues an operation, launches a kernel. The GPU runs each operation when it was issued and the
-                      one before it is done. A decode step of a small model waits for Python, a long prompt for the
-                      GPU. Weights that rest elsewhere pass two more lanes, disk and link: the clock of
-                      `machine/streams.py` says when. Experts have a lane of their own, which shares the link.
+    one step          lanes: Python takes one step of its own after another (each takes `issue`, or what it took in a
+                      narrow twin of the model that was measured): it calls a module, issues an operation, launches a
+                      kernel. The GPU runs each operation when it was issued and the one before it is done. A decode
+                      step of a small model waits for Python, a long prompt for the GPU. Weights that rest elsewhere
+                      pass two more lanes, disk and link: the clock of `machine/streams.py` says when. Experts have a
+                      lane of their own, which shares the link.
 
 The rate of a matrix product grows with its size; it is read off a measured table, or off the vendor's figure and the
 share of it that large products reach (`TYPICAL`).
@@ -52,10 +53,6 @@ class Typical:
         link: share of a vendor's link that a copy from pinned RAM reaches (H200).
         issue: seconds that Python takes for one step (H200: 5.4e-6; slower hosts more).
         kernel: seconds that the smallest kernel takes (H200: 1.8e-6).
-        python_steps: Python's steps more in an operation that is itself written in Python (fitted to a token in nf4 on
-            an H200, bitsandbytes 0.49).
-        expert_steps: Python's steps more in a list of products, one for each expert (fitted to a token of Qwen3-30B on
-            an H200).
     """
 
     bandwidth: float = 0.88
@@ -67,8 +64,6 @@ class Typical:
     link: float = 0.87
     issue: float = 6e-6
     kernel: float = 2.5e-6
-    python_steps: int = 6
-    expert_steps: int = 29
 
 
 TYPICAL = Typical()

@@ -26,6 +26,7 @@ Reading order:
     memory.py        what a process holds in RAM while it works, of its own and of files
     routing.py       which experts a model chooses, token by token
     calibrate.py     rates of this machine: link, disk, memory, products, the pace of Python; kept in the ledger
+    twin.py          how long Python takes for a step of one architecture, told by a narrow twin of it
     links.py         what all links bring at once, and what the CPU reads meanwhile
 
 Leaves out: profiles of single kernels (`torch.profiler`), and predictions (`dryrun/`, `machine/`).

@@ -11,7 +11,6 @@ Leaves out: models that are not Transformers', and weights that travel (their ho
 from __future__ import annotations
 
 import copy
-import gc
 import re
 import statistics
 import time
@@ -139,7 +138,6 @@ def timed(model: nn.Module, load: Workload, device: str) -> list[tuple[float, fl
     steps: list[tuple[float, float]] = []
     called: list[float] = []
     start = 0.0
-    gc.collect()
 
     def clock() -> float:
         if device.startswith("cuda"):
