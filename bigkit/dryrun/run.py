@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -163,6 +164,20 @@ def dry_run(
         met=target.capability == COMPARED,
         expert_hits=trace.expert_hits,
         recorded=Ledger.load().ratios(calibration.machine, name) if here and calibration else {},
+    )
+
+
+def on_machine(run: DryRun, machine: Hardware) -> DryRun:
+    """A dry run with the rates and the memory of another machine, whose GPUs the model's code cannot tell apart.
+
+    The caller knows that `target_of` their GPUs is the same, and that nothing was measured on the machine.
+    """
+    rates, numbers = rates_of(machine, None), [i for i in run.capacity if isinstance(i, int)]
+    return replace(
+        run,
+        hardware=machine.name,
+        rates={f"cuda:{i}": rates[i] for i in numbers},
+        capacity={i: machine.gpus[i].memory - CONTEXT_BYTES for i in numbers},
     )
 
 

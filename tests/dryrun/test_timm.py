@@ -11,11 +11,10 @@ from bigkit.zoo import ZooError
 
 timm = pytest.importorskip("timm")
 CHOSEN = ["convnext", "efficientnet", "levit", "resnet", "swin_transformer", "vision_transformer"]
-MOST = 3e8  # parameters: larger ones only take longer
 
 
 def first_of(family: str) -> str:
-    """The smallest-looking model of a family: the first by name that is not huge."""
+    """The model of a family with the shortest name, by which timm calls the plain ones."""
     return sorted(timm.list_models(module=family), key=lambda name: (len(name), name))[0]
 
 
@@ -26,8 +25,6 @@ def check(family: str) -> str:
         empty = zoo.empty_model(name, dtype="float32")
     except ZooError as error:
         return f"not built: {error}"
-    if sum(parameter.numel() for parameter in empty.parameters()) > MOST:
-        return "left out: it is large"
     try:
         run = dry_run(empty, None, 2, 1, 0, "H200")
     except ValueError as error:

@@ -110,3 +110,16 @@ def test_stretches_are_in_order_and_apart():
     spans = [Span("x", "", i, i + 0.5) for i in range(5)]
     assert merge(spans, 0.1) == [(i, i + 0.5, 0.5) for i in range(5)]
     assert merge(spans, 0.6) == [(0, 4.5, 2.5)] and merge([], 1) == []
+
+
+def test_another_link_needs_no_other_rehearsal(monkeypatch):
+    import bigkit.widgets.dryrun_explorer as home
+    from bigkit import dry_run
+
+    explorer = home.DryRunExplorer("gpt2", "T4", batch=1, prompt=32, new=1)
+    monkeypatch.setattr(home, "dry_run", None)
+    explorer.link.value = next(iter(home.LINKS))
+    run = explorer.run
+    again = dry_run("gpt2", explorer.plan, 1, 32, 1, explorer.hardware, dtype="float16")
+    assert (run.hardware, run.seconds, run.capacity) == (again.hardware, again.seconds, again.capacity)
+    assert run.peak_reserved == again.peak_reserved and run.rates == again.rates
