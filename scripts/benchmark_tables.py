@@ -73,8 +73,8 @@ def headlines() -> Iterable[Iterable[str]]:
     yield "the same on one GPU, from a cold disk", f"{own:.2f} GB/s", "", f"{raw:.2f} (raw readers)"
     own, theirs = (row("experts", way=way, batch=1)["tokens_per_second"] for way in ("RAM", "accelerate"))
     whole = row("experts", way="resident", batch=1)["tokens_per_second"]
-    yield ("decode with 19 GB of experts in RAM, in text that repeats itself", f"{own:.1f} tokens/s", f"Accelerate {theirs:.2f}",
-           f"{whole:.1f} (all on the GPU)")  # fmt: skip
+    yield ("decode with 19 GB of experts in RAM, in text that repeats itself", f"{own:.1f} tokens/s",
+           f"Accelerate {theirs:.2f}", f"{whole:.1f} (all on the GPU)")  # fmt: skip
     own, theirs = (row("decode", part="bf16", way=way)["tokens_per_s"] for way in ("one graph a token", "Python"))
     yield "decode a 7B that is all on the GPU", f"{own:.0f} tokens/s", f"Transformers {theirs:.0f}", ""
     longest = results("planner")["rows"][2]
