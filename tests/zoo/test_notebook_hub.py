@@ -18,7 +18,7 @@ from bigkit.zoo.gpt import GPT, GPTConfig
 from tests.hub_server import FakeHub
 
 NOTEBOOK = Path(__file__).resolve().parents[2] / "notebooks" / "08-gpt2-xl-from-empty-to-text.ipynb"
-SIZES = {"n_layer": 6, "n_head": 2, "n_embd": 32, "vocab_size": 300, "block_size": 128}
+SIZES = {"n_layer": 12, "n_head": 2, "n_embd": 32, "vocab_size": 300, "block_size": 128}
 
 
 def tokenizer_files(folder: Path) -> None:
