@@ -75,8 +75,8 @@ BEHAVIOUR = {
     "handles": "A weight that rests elsewhere is never on meta: it is a handle, on the device that it works on. A "
     "weight that rests where it works stays as it is, without a hook.",
     "maps": "GPUs keep a reserve only if something is offloaded, and then for two blocks in flight each. What fits is "
-    "never left out: `fallback_allocation` changes nothing. Without a `main_device`, what rests in RAM or on disk works "
-    "on all GPUs that the map names, in turn.",
+    "never left out: `fallback_allocation` changes nothing. Without a `main_device`, what rests in RAM or on disk "
+    "works on all GPUs that the map names, in turn.",
     "budgets": "No map is over a budget. Buffers of offloaded layers count; where nothing fits, PlanError says how "
     "many bytes are missing.",
     "words": "Messages are bigkit's own. They are Python warnings, not lines of a log.",

@@ -284,7 +284,7 @@ class Streamer:
     def _bring(self, unit: Unit) -> Views:
         """Make a unit ready to work."""
         slot = self.holder.get(unit.index)
-        shared = max(sum(slot.owner is None for slot in self.slots), self.count)
+        shared = self.count if self.maps else max(sum(slot.owner is None for slot in self.slots), self.count)
         following = self._following(unit, shared - 1) if self.prefetch else []
         if slot is None:
             slot = self._fetch(unit, following)
@@ -338,11 +338,10 @@ class Streamer:
 
     def _shared_slot(self, following: list[Unit]) -> Slot:
         """A slot for any unit; the first time all are made, and one more when forwards are nested too deeply."""
-        size = max(unit.nbytes for unit in self.units if not unit.loose)
         missing = self.count - sum(slot.owner is None for slot in self.slots)
-        self.slots += [self.lane.slot(size) for _ in range(missing)]
-        while (slot := self._idle(following) or self._idle([])) is None:
-            self.slots.append(self.lane.slot(size))
+        while missing > 0 or (slot := self._idle(following) or self._idle([])) is None:
+            self.slots.append(self.lane.slot(max(unit.nbytes for unit in self.units if not unit.loose)))
+            missing -= 1
         return slot
 
     def _own_slot(self, unit: Unit) -> Slot:
