@@ -19,10 +19,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..checkpoints.ring import Slab
+from ..offload.on_cpu import READ
 from ..units import MiB
 
 PIECE = 64 * MiB  # bytes of one copy
-DTYPES = (torch.bfloat16, torch.float32)  # in which `offload/on_cpu.py` computes
 
 
 class Traffic:
@@ -99,7 +99,7 @@ def measure_cpu(
     before = torch.get_num_threads()
     found = {}
     try:
-        for dtype in DTYPES:
+        for dtype in READ:
             tall = torch.randn(width * 11 // 4, width).mul_(0.02).to(dtype)
             count = max(1, nbytes // (3 * tall.nbytes))
             mlps = [(tall.clone(), tall.clone(), tall.t().contiguous()) for _ in range(count)]

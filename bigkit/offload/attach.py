@@ -42,7 +42,7 @@ def attach(
     for unit, own in lenders.items():
         hooks[unit.module] = hook_class(own).placed(own.device, skip_keys, own, unit)
     streamer = next(iter(lenders.values()), None)
-    modules, several = dict(model.named_modules()), len({*map(layout.works, layout.parts)}) > 1
+    modules, several = dict(model.named_modules()), len(layout.works_on()) > 1
     for name in layout.parts:
         for module in _called(modules[name], iterated=True) if name in modules else ():
             if not several or _holds_tensors(module):  # else it works wherever its inputs are

@@ -57,6 +57,10 @@ class Layout:
         turn = next((self.turns[prefix] for prefix in reversed(prefixes(name)) if prefix in self.turns), self.main)
         return next((device for device in around if device not in ("cpu", "disk")), turn)
 
+    def works_on(self) -> set[Device]:
+        """All places where something works."""
+        return {*map(self.works, self.parts)}
+
     def is_away(self, name: str) -> bool:
         """Whether it rests elsewhere than where it works."""
         return self.works(name) != self.rests(name)
@@ -77,6 +81,8 @@ class Layout:
 
 def check_layers(model: nn.Module, layout: Layout) -> None:
     """Raise ValueError if the tensors of one layer are to work on two devices."""
+    if len(layout.works_on()) == 1:
+        return
     for prefix, module in model.named_modules():
         names = [join(prefix, own) for own in own_tensors(module)]
         works = {layout.device(layout.works(name)): name for name in names if not module._modules}

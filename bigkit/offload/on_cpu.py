@@ -33,7 +33,7 @@ from .mapped import PageLane
 from .stream import Streamer
 from .weights import Unit
 
-READ = (torch.float32, torch.bfloat16)  # dtypes of weights for which PyTorch's CPU kernels keep up with the RAM
+READ = (torch.bfloat16, torch.float32)  # dtypes of weights for which PyTorch's CPU kernels keep up with the RAM
 
 
 class Split(NamedTuple):

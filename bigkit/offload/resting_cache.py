@@ -23,11 +23,11 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from ..checkpoints.ring import Slab
+from ..maps.cures import SLOTS
 from ..maps.partition import spread
 from .stream import is_real_cuda
 
 ROWS = 256  # tokens by which a layer's RAM grows at least
-SLOTS = 2
 
 
 class RestingCache(DynamicCache):

@@ -155,8 +155,8 @@ def windows_roll(cache: Any) -> Iterator[None]:
 
     Transformers makes a tensor out of a Python list there, which the compiler knows how to avoid and a graph refuses.
     """
-    full = [layer for layer in _layers(cache) if _COUNT in vars(layer) and layer.keys is not None]
-    full = [layer for layer in full if vars(layer)[_COUNT] >= layer.max_cache_len]
+    layers = [layer for layer in getattr(cache, "layers", []) if _COUNT in vars(layer) and layer.keys is not None]
+    full = [layer for layer in layers if vars(layer)[_COUNT] >= layer.max_cache_len]
     for layer in full:
         vars(layer)["update"] = partial(_roll, layer)
     try:
@@ -164,10 +164,6 @@ def windows_roll(cache: Any) -> Iterator[None]:
     finally:
         for layer in full:
             vars(layer).pop("update", None)
-
-
-def _layers(cache: Any) -> list[Any]:
-    return [*getattr(cache, "layers", [])]
 
 
 def _roll(layer: Any, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
