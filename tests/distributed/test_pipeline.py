@@ -129,6 +129,15 @@ def test_within_a_stage_experts_rest_elsewhere(three: Ranks, tmp_path: Path) -> 
         assert devices == ["0", "cpu", "disk"], "of two blocks, the experts of one in RAM and of one on disk"
 
 
+def in_four_bits(folder: Path) -> tuple[Path, Any, Any]:
+    """A saved model, how it is quantized, and the whole of it, quantized."""
+    pytest.importorskip("bitsandbytes")
+    config = BnbQuantizationConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype="fp32")
+    saved = stages.saved("llama, grouped", folder)
+    empty = stages.empty("llama, grouped")
+    return saved, config, load_and_quantize_model(empty, config, saved, device_map={"": "cpu"})
+
+
 def quantized(state: Any, folder: Path, config: Any, expected: dict[str, Any]) -> tuple[list[str], int]:
     model = stages.staged(state, "llama, grouped", folder, config)
     kinds = [type(module).__name__ for module in model.modules()]
@@ -136,10 +145,7 @@ def quantized(state: Any, folder: Path, config: Any, expected: dict[str, Any]) -
 
 
 def test_a_quantized_model(three: Ranks, tmp_path: Path) -> None:
-    pytest.importorskip("bitsandbytes")
-    config = BnbQuantizationConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype="fp32")
-    folder = stages.saved("llama, grouped", tmp_path)
-    whole = load_and_quantize_model(stages.empty("llama, grouped"), config, folder, device_map={"": "cpu"})
+    folder, config, whole = in_four_bits(tmp_path)
     said = three(quantized, folder, config, stages.answers(whole))
     assert [unlike for unlike, _ in said] == [[], [], []]
     assert sum(count for _, count in said) == sum(type(m).__name__ == "Linear4bit" for m in whole.modules()) == 21
@@ -160,10 +166,7 @@ def quantized_on_disk(state: Any, folder: Path, config: Any, expected: dict[str,
 
 
 def test_a_quantized_stage_whose_blocks_rest_on_disk(two: Ranks, tmp_path: Path) -> None:
-    pytest.importorskip("bitsandbytes")
-    config = BnbQuantizationConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype="fp32")
-    folder = stages.saved("llama, grouped", tmp_path)
-    whole = load_and_quantize_model(stages.empty("llama, grouped"), config, folder, device_map={"": "cpu"})
+    folder, config, whole = in_four_bits(tmp_path)
     said = two(quantized_on_disk, folder, config, stages.answers(whole))
     assert said == [([], ["0", "disk"]), ([], ["0"])], "the head, which is in 32 bits, has no room beside more blocks"
 

@@ -118,16 +118,19 @@ state.destroy()
 """
 
 
-def _run(hosts: tuple[Host, Host], folder: Path, processes: int = 4) -> list[int | None]:
-    """The exit codes of the script on both hosts.
+def _run(hosts: tuple[Host, Host], folder: Path, script: str, processes: int = 4) -> list[str]:
+    """What a script says on both hosts, where it must end well.
 
     Once in about ten runs one launcher ended and the other waited for it: not understood, and tried again.
     """
+    (folder / "script.py").write_text(script)
     for _ in range(3):
         codes = _run_once(hosts, folder, processes)
         if None not in codes:
             break
-    return codes
+    logs = [(folder / f"log-{number}").read_text() for number in (0, 1)]
+    assert codes == [0, 0], "\n".join(logs)
+    return logs
 
 
 def _run_once(hosts: tuple[Host, Host], folder: Path, processes: int) -> list[int | None]:
@@ -156,10 +159,7 @@ def test_split_infer_gather_between_two_hosts(hosts: tuple[Host, Host], tmp_path
 
     from bigkit.zoo.gpt import decode, encode, load_pygpt
 
-    (tmp_path / "script.py").write_text(SCRIPT)
-    codes = _run(hosts, tmp_path)
-    logs = [(tmp_path / f"log-{number}").read_text() for number in (0, 1)]
-    assert codes == [0, 0], "\n".join(logs)
+    logs = _run(hosts, tmp_path, SCRIPT)
     model = load_pygpt(dtype=torch.float32)
     prompts = ["import ", "def f(", "class A", "for i in ", "return "]
     expected = [decode(model.generate(torch.tensor([encode(prompt)]), 8)[0]) for prompt in prompts]
@@ -189,10 +189,7 @@ def test_one_model_over_two_hosts(hosts: tuple[Host, Host], tmp_path: Path) -> N
 
     from bigkit.zoo.gpt import decode, encode, load_pygpt
 
-    (tmp_path / "script.py").write_text(STAGES)
-    codes = _run(hosts, tmp_path, processes=2)
-    logs = [(tmp_path / f"log-{number}").read_text() for number in (0, 1)]
-    assert codes == [0, 0], "\n".join(logs)
+    logs = _run(hosts, tmp_path, STAGES, processes=2)
     model = load_pygpt(dtype=torch.float32)
     text = decode(model.generate(torch.tensor([encode("import ")]), 12)[0])
     said = [next(line for line in log.splitlines() if line.startswith(f"{k} ")) for k, log in enumerate(logs)]
@@ -231,10 +228,7 @@ def test_one_model_over_a_slow_and_bad_line(far: tuple[Host, Host], tmp_path: Pa
 
     from bigkit.zoo.gpt import decode, encode, load_pygpt
 
-    (tmp_path / "script.py").write_text(FAR)
-    codes = _run(far, tmp_path, processes=2)
-    logs = [(tmp_path / f"log-{number}").read_text() for number in (0, 1)]
-    assert codes == [0, 0], "\n".join(logs)
+    logs = _run(far, tmp_path, FAR, processes=2)
     model = load_pygpt(dtype=torch.float32)
     prompts = ["import ", "def f(", "class A", "return "]
     texts = [decode(model.generate(torch.tensor([encode(text)]), 12)[0]) for text in prompts]

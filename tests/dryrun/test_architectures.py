@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import collections
 import copy
 from typing import Any
 
@@ -13,6 +12,7 @@ import transformers
 from bigkit import dry_run, init_empty_weights
 from bigkit.dryrun.workload import Workload, fill, work
 from tests.maps.tiny_models import model_class, tiny_config
+from tests.sweeps import check_every
 
 LOAD = Workload(2, 7, 3)
 MOST = 30_000_000  # parameters: what the sizes of a configuration do not cut down is left out
@@ -74,17 +74,4 @@ def test_rehearsed(model_type):
 @pytest.mark.soak
 @pytest.mark.filterwarnings("ignore")
 def test_every_type_is_rehearsed_or_refused():
-    counts: collections.Counter[str] = collections.Counter()
-    faults, refused = [], []
-    for model_type in transformers.CONFIG_MAPPING:
-        try:
-            verdict = check(model_type)
-            counts[verdict.partition(":")[0]] += 1
-            refused += [f"{model_type}: {verdict}"] * (":" in verdict)
-        except NotMade:
-            counts["not made"] += 1
-        except Exception as error:
-            counts["wrong"] += 1
-            faults.append(f"{model_type}: {type(error).__name__}: {error}")
-    print("\n".join([*refused, *(f"{count:4} {what}" for what, count in counts.most_common())]))
-    assert not faults, "\n".join(faults)
+    check_every(transformers.CONFIG_MAPPING, check, NotMade)

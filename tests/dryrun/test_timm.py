@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import collections
-
 import pytest
 
 from bigkit import dry_run, zoo
 from bigkit.zoo import ZooError
+from tests.sweeps import check_every
 
 timm = pytest.importorskip("timm")
 CHOSEN = ["convnext", "efficientnet", "levit", "resnet", "swin_transformer", "vision_transformer"]
@@ -44,15 +43,4 @@ def test_a_family_is_rehearsed(family):
 @pytest.mark.soak
 @pytest.mark.filterwarnings("ignore")
 def test_every_family_is_rehearsed_or_refused():
-    counts: collections.Counter[str] = collections.Counter()
-    told, faults = [], []
-    for family in timm.list_modules():
-        try:
-            verdict = check(family)
-            counts[verdict.partition(":")[0]] += 1
-            told += [f"{family}: {verdict}"] * (":" in verdict)
-        except Exception as error:
-            counts["wrong"] += 1
-            faults.append(f"{family}: {type(error).__name__}: {error}")
-    print("\n".join([*told, *(f"{count:4} {what}" for what, count in counts.most_common())]))
-    assert not faults, "\n".join(faults)
+    check_every(timm.list_modules(), check)

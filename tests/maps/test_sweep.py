@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import collections
 import copy
 from typing import Any
 
@@ -15,6 +14,7 @@ from bigkit import compute_module_sizes, dispatch_model, init_empty_weights, pla
 from bigkit.dryrun.fake_gpu import fake_gpus
 from bigkit.dryrun.workload import fill
 from tests.maps.tiny_models import inputs_of, model_class, tiny_config
+from tests.sweeps import check_every
 
 SHARES = [(0.35, 0.7), (0.6, 0.7), (0.3, 0.4, 0.5)]  # of the model's bytes, for each GPU; RAM has room for all
 STAND_IN = dict.fromkeys(range(3), "cpu")
@@ -60,8 +60,8 @@ def run(model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: value for name, value in model(**inputs).items() if isinstance(value, Tensor)}
 
 
-def sweep(model_type: str) -> None:
-    """Plan a model for the devices of each entry of `SHARES`, run it there, and compare values for the last.
+def sweep(model_type: str) -> str:
+    """Plan a model for the devices of each entry of `SHARES`, run it there, and compare values for the last: "runs".
 
     Raises:
         NotMade: there is no such model.
@@ -85,6 +85,7 @@ def sweep(model_type: str) -> None:
     assert found.keys() == expected.keys()
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-5, equal_nan=True)
+    return "runs"
 
 
 @pytest.mark.filterwarnings("ignore")  # of Transformers
@@ -96,16 +97,4 @@ def test_over_two_and_three_devices(model_type):
 @pytest.mark.soak
 @pytest.mark.filterwarnings("ignore")
 def test_every_type_over_two_and_three_devices():
-    counts: collections.Counter[str] = collections.Counter()
-    faults = []
-    for model_type in transformers.CONFIG_MAPPING:
-        try:
-            sweep(model_type)
-            counts["runs"] += 1
-        except NotMade as error:
-            counts["not made: " + str(error).partition(":")[0]] += 1
-        except Exception as error:
-            counts["wrong"] += 1
-            faults.append(f"{model_type}: {error}")
-    print("\n".join(f"{count:4} {what}" for what, count in counts.most_common()))
-    assert not faults, "\n".join(faults)
+    check_every(transformers.CONFIG_MAPPING, sweep, NotMade)
