@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import fields, replace
 from difflib import get_close_matches
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -242,13 +243,13 @@ def _add_plan(parser: argparse.ArgumentParser) -> None:
     add("--quantization", choices=QUANTIZATIONS, help="of the linear layers; a dry run of it needs bitsandbytes")
 
 
-def _say(options: argparse.Namespace, thing: Any, draw: Callable[[Any], Picture], text: Callable[[], str]) -> str:
-    """What was asked for: JSON, the picture, or text."""
+def _say(options: argparse.Namespace, thing: Any, topic: str, text: Callable[[], str]) -> str:
+    """What was asked for: JSON, the picture that `draw/` has for the topic, or text."""
     if options.json:
         return str(thing.to_json())
     if not options.svg:
         return text()
-    picture = draw(thing)
+    picture: Picture = getattr(import_module(f".draw.{topic}", __package__), f"{topic}_figure")(thing)
     if options.svg == "-":
         return picture.svg
     try:
@@ -302,7 +303,6 @@ def _plan_of(options: argparse.Namespace, hardware: Hardware | str | None, conte
 
 def _plan_hosts(options: argparse.Namespace) -> str:
     from .api import plan_hosts
-    from .draw.hosts import hosts_figure
 
     if options.max_memory or options.hardware:
         raise ValueError("--hosts names the machines: leave --max_memory and --hardware out")
@@ -310,23 +310,20 @@ def _plan_hosts(options: argparse.Namespace) -> str:
         _describe(options), options.hosts, options.network, dtype=options.dtype, quantization=options.quantization,
         batch=options.batch, context=options.context, experts_on_cpu=options.experts_on_cpu, kv_dtype=options.kv_dtype,
     )  # fmt: skip
-    return _say(options, plan, hosts_figure, plan.to_code if options.code else plan.explain)
+    return _say(options, plan, "hosts", plan.to_code if options.code else plan.explain)
 
 
 def _plan(options: argparse.Namespace) -> str:
     if options.hosts:
         return _plan_hosts(options)
-    from .draw.plan import plan_figure
-
     plan = _plan_of(options, options.hardware, options.context)
     if options.svg and not hasattr(plan, "layers"):
         raise ValueError("there is no picture of a pipeline's plan: leave --svg out")
-    return _say(options, plan, plan_figure, plan.to_code if options.code else plan.explain)
+    return _say(options, plan, "plan", plan.to_code if options.code else plan.explain)
 
 
 def _dry_run(options: argparse.Namespace) -> str:
     from . import zoo
-    from .draw.dryrun import dryrun_figure
     from .dryrun.run import dry_run
     from .machine.hardware import machine_of
 
@@ -344,18 +341,17 @@ def _dry_run(options: argparse.Namespace) -> str:
 
     run = dry_run(build, plan, options.batch, options.context, options.new, machine, dtype=dtype)
     run = replace(run, model=options.model)
-    return _say(options, run, dryrun_figure, lambda: f"{plan.explain()}\n\n{run}")
+    return _say(options, run, "dryrun", lambda: f"{plan.explain()}\n\n{run}")
 
 
 def _advise(options: argparse.Namespace) -> str:
     from .api import advise
-    from .draw.advice import advice_figure
 
     advice = advise(
         _describe(options), options.hardware, options.batch, options.context, options.target,
         kv_dtype=options.kv_dtype, draft=options.draft, acceptance=options.acceptance,
     )  # fmt: skip
-    return _say(options, advice, advice_figure, advice.explain)
+    return _say(options, advice, "advice", advice.explain)
 
 
 def _calibrate(options: argparse.Namespace) -> str:
