@@ -1,6 +1,7 @@
 """A pipeline of Diffusers that does not fit as a whole: on the GPU, by plans of bigkit, and with Diffusers' offloads.
 
     python benchmarks/pipelines.py [--save]                a CUDA GPU: Flux's shape with fewer blocks, random weights
+    python benchmarks/pipelines.py --two [--save]          two GPUs: components apart, and the denoiser split
     python benchmarks/pipelines.py --device cpu --tiny     no GPU: tiny shapes, to see that it runs
 
 An image is made from token ids: text encoders, `--steps` passes of the denoiser, VAE. The first image of each way warms
@@ -97,7 +98,13 @@ def settle(cuda: bool) -> None:
     if cuda:
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
+        for gpu in range(torch.cuda.device_count()):
+            torch.cuda.reset_peak_memory_stats(gpu)
+
+
+def peak_of(gpu: int) -> int:
+    """The most bytes that PyTorch had allocated on a GPU."""
+    return torch.cuda.max_memory_allocated(gpu)
 
 
 class Ways:
@@ -132,7 +139,7 @@ class Ways:
         """One image of the benchmark's size."""
         return image(pipe, self.args.device, self.size, self.args.steps, self.args.tiny)
 
-    def measure(self, way: str, prepare: Callable[[], Any], predicted: int = 0, warm: bool = True) -> None:
+    def measure(self, way: str, prepare: Callable[[], Any], predicted: int = 0, warm: bool = True, **more: Any) -> None:
         """Prepare, make an image to warm up (`warm`) and one that counts, and keep the row or the error."""
         try:
             settle(self.cuda)
@@ -148,8 +155,10 @@ class Ways:
             row = {
                 "way": way, "seconds": round(time.perf_counter() - begin, 3), "prepare_s": round(prepared, 1),
                 "equal": bool(torch.equal(found, self.expected)),  # type: ignore[arg-type]
-                "peak": torch.cuda.max_memory_allocated() if self.cuda else 0, "predicted": predicted,
+                "peak": peak_of(0) if self.cuda else 0, "predicted": predicted, **more,
             }  # fmt: skip
+            if "second_predicted" in more and self.cuda:
+                row["second_peak"] = peak_of(1)
         except Exception as error:
             row = {"way": way, "error": f"{type(error).__name__}: {error}"[:400]}
         self.rows.append(row)
@@ -168,12 +177,14 @@ class Ways:
         settle(self.cuda)
         return self.pipe
 
-    def by_plan(self, way: str, budget: int) -> None:
-        """Plan for a GPU with so many bytes for the pipeline, and measure that."""
-        plan: Any = bigkit.plan(self.spec, {0: budget, "cpu": "100GB"}, overhead=0)
+    def by_plan(self, way: str, *budgets: int) -> None:
+        """Plan for GPUs with so many bytes for the pipeline, and measure that."""
+        plan: Any = bigkit.plan(self.spec, {**dict(enumerate(budgets)), "cpu": "100GB"}, overhead=0)
         print(plan.explain(), flush=True)
-        stand_in = {} if self.cuda else {0: "cpu"}
-        self.measure(way, lambda: dispatch_pipeline(self.at_home(), plan, stand_in=stand_in), plan.peak)
+        stand_in = {} if self.cuda else dict.fromkeys(plan.gpus, "cpu")
+        first, *second = [max(one.peaks[gpu] for one in plan.components) for gpu in plan.gpus]
+        more = {"second_predicted": second[0]} if second else {}
+        self.measure(way, lambda: dispatch_pipeline(self.at_home(), plan, stand_in=stand_in), first, **more)
 
     def of_diffusers(self, call: str, **options: Any) -> Any:
         """The pipeline with an offload of Diffusers."""
@@ -189,14 +200,24 @@ def main() -> None:
     parser.add_argument("--blocks", type=int, default=6, help="double blocks; twice as many single ones. Flux: 19")
     parser.add_argument("--size", type=int, default=1024, help="height and width of the image in pixels")
     parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--two", action="store_true", help="two GPUs: components apart, and the denoiser split")
     parser.add_argument("--save", action="store_true", help="write benchmarks/results/pipelines.json")
     parser.add_argument("--out", type=Path, help="a JSON file for the results")
     args = parser.parse_args()
-    ways = Ways(args, args.out or (Path(__file__).parent / "results" / "pipelines.json" if args.save else None))
+    results = Path(__file__).parent / "results"
+    ways = Ways(args, args.out or (results / f"pipelines{'-two' * args.two}.json" if args.save else None))
     print(json.dumps(ways.about), flush=True)
     print(ways.estimate, flush=True)
     peaks = ways.estimate.ways
     ways.measure("on the GPU", lambda: ways.pipe, peaks["all stay"])
+    if args.two:
+        denoiser = next(one for one in ways.spec.components if one.phase == "denoise")
+        working = max(one.working for one in ways.spec.components)
+        rest, size = ways.spec.weights - denoiser.spec.bytes(), denoiser.spec.bytes()
+        ways.by_plan("bigkit, components apart", rest + working, size + working)
+        ways.by_plan("bigkit, the denoiser split", rest + size // 2 + working, size * 6 // 10 + working)
+        ways.by_plan("bigkit, two smaller GPUs", size * 4 // 10 + working, size * 4 // 10 + working)
+        return
     ways.by_plan("bigkit, one at a time", peaks["one at a time"])
     ways.measure("Diffusers, model offload", lambda: ways.of_diffusers("enable_model_cpu_offload", device=args.device))
     ways.by_plan("bigkit, by the block", peaks["by the block"])
