@@ -372,51 +372,58 @@ def issued_of(run: DryRun) -> list[int]:
     return [sum(operation.issued for operation in run.operations[a:b]) for a, b in zip(ends, ends[1:])]
 
 
-def twin_from(case: dict[str, Any]) -> Twin:
+def rehearsed(case: dict[str, Any]) -> tuple[DryRun, list[int], list[int]]:
+    """A case's dry run, without a twin, and the host's steps in its twin's work and in that of a single token."""
+    warnings.simplefilter("ignore")
+    calibration = Calibration.from_json(json.loads(RATES.read_text())["calibration"])
+    kind, load = case.get("quantization"), load_of(case)
+    hardware = Hardware("one H200", (GPUS["H200"],), 0, 0)
+    run = dry_run(lambda: empty(case), places_of(case, empty(case)), load.batch, load.prompt, load.new, hardware,
+                  calibration=calibration, quantization=kind, dtype="bfloat16" if kind else None,
+                  all_logits=load.all_logits, generate=load.generate)  # fmt: skip
+    twins: list[list[int]] = [[], []]
+    with suppress(ValueError):  # some have none
+        twins = [issued_in(empty(case), work, kind) for work in ((LOAD, SINGLE) if load.prompt == 1 else (LOAD,))]
+    return run, twins[0], twins[-1]
+
+
+def twin_from(case: dict[str, Any], issued: list[int], single: list[int]) -> Twin:
     """The ledger's entry of a twin that was timed."""
-    kind, model = case.get("quantization"), empty(case)
-    issued, single = issued_in(model, LOAD, kind), issued_in(model, SINGLE, kind) if case["single"] else []
 
     def step(rows: list[list[float]], count: int) -> HostStep:
         return HostStep(*(best([row[part] for row in rows]) for part in (0, 1)), count)
 
     tokens = [row for run in case["twin"] for row in run[1:]]
     return Twin(
-        type(model).__name__,
-        kind,
+        case["type"],
+        case.get("quantization"),
         step([run[0] for run in case["twin"]], issued[0]),
         step(tokens, issued[-1]) if tokens else None,
-        step([run[0] for run in case["single"]], single[0]) if single else None,
+        step([run[0] for run in case["single"]], single[0]) if case["single"] else None,
     )
 
 
-def predicted(results: dict[str, Any], case: dict[str, Any]) -> dict[str, Any]:
+def predicted(case: dict[str, Any]) -> dict[str, Any]:
     """What a dry run says of a case, with the twin and without it."""
-    warnings.simplefilter("ignore")
     start = time.perf_counter()
-    calibration = Calibration.from_json(json.loads(RATES.read_text())["calibration"])
-    gpu = GPUS["H200"]
-    kind, load = case.get("quantization"), load_of(case)
-    said: dict[str, Any] = {}
-    if case.get("twin"):
-        twin = twin_from(case)
-        calibration = calibration.with_twin(twin)
-        said["twin"] = asdict(twin)
-    run = dry_run(lambda: empty(case), places_of(case, empty(case)), load.batch, load.prompt, load.new,
-                  Hardware(results["machine"]["gpu"], (gpu,), 0, 0), calibration=calibration, quantization=kind,
-                  dtype="bfloat16" if kind else None, all_logits=load.all_logits, generate=load.generate)  # fmt: skip
-    guess = replace(run, twin=None)
-    said["guessed"] = [guess.seconds["prefill"], guess.seconds.get("token")]
-    said |= {"peak": [run.peak_allocated[0], run.peak_reserved[0]], "issued": issued_of(run)[:2],
-             "seconds": [step.seconds for step in run.times], "busy": [dict(step.busy) for step in run.times[:2]],
-             "took": time.perf_counter() - start}  # fmt: skip
-    return said
+    guess, issued, single = rehearsed(case)
+    twin = twin_from(case, issued, single) if case["twin"] else None
+    run = replace(guess, twin=twin)
+    return {
+        "twin": asdict(twin) if twin else None,
+        "guessed": [guess.seconds["prefill"], guess.seconds.get("token")],
+        "peak": [run.peak_allocated[0], run.peak_reserved[0]],
+        "issued": issued_of(run)[:2],
+        "seconds": [step.seconds for step in run.times],
+        "busy": [dict(step.busy) for step in run.times[:2]],
+        "took": time.perf_counter() - start,
+    }
 
 
-def attempt(job: tuple[dict[str, Any], dict[str, Any]]) -> dict[str, Any]:
+def attempt(case: dict[str, Any]) -> dict[str, Any]:
     """`predicted`, or why there is none."""
     try:
-        return predicted(*job)
+        return predicted(case)
     except Exception as error:
         return {"error": f"{type(error).__name__}: {error}"[:600]}
 
@@ -440,7 +447,7 @@ def predict_all(paths: list[Path], save: Path | None, processes: int) -> None:
             for case in results["cases"]:
                 if "error" in case:
                     print(f"{key_of(case):44} not measured: {case['error'][:120]}")
-            for case, said in zip(cases, pool.map(attempt, ((results, case) for case in cases))):
+            for case, said in zip(cases, pool.map(attempt, cases)):
                 case["predicted"] = said
                 print(row_of(case), flush=True)
             everything.append(results)
