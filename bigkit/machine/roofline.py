@@ -49,7 +49,7 @@ class Typical:
         bandwidth: share of a vendor's bandwidth that a large copy reaches (H200).
         streamed: share of a large copy's bandwidth that pointwise kernels reach (kernels).
         reduced: the same for those that sum or compare along a dimension (kernels).
-        weights: the same for products that wait for memory (kernels).
+        weights: the same for products that wait for memory, and for gathered rows (kernels).
         attended: the same for fused attention (kernels).
         grouped: the same for the products of all experts in one kernel (kernels).
         scattered: the same, of the result's bytes alone, for kernels that take elements one by one because their
@@ -88,7 +88,7 @@ SUMS = frozenset(
     "_fused_rms_norm _softmax _log_softmax cumsum".split()
 )
 SORTS = frozenset(("sort", "argsort"))
-SHARES = {"_grouped_mm": TYPICAL.grouped, "bmm": TYPICAL.streamed, "baddbmm": TYPICAL.streamed}
+SHARES = {"index": TYPICAL.weights, "_grouped_mm": TYPICAL.grouped, "bmm": TYPICAL.streamed, "baddbmm": TYPICAL.streamed}
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,7 +200,8 @@ class Rates:
             return max(self.kernel, operation.bytes / 2 / link)  # bytes are counted where they are read and written
         if not operation.flops:
             sums, sorts = operation.name in SUMS, operation.name in SORTS
-            moving = operation.bytes / ((TYPICAL.reduced if sums else TYPICAL.streamed) * self.memory)
+            share = TYPICAL.reduced if sums else SHARES.get(operation.name, TYPICAL.streamed)
+            moving = operation.bytes / (share * self.memory)
             scattered = operation.scattered * dtype_bits(operation.dtype) / 8
             one_by_one = scattered / (TYPICAL.scattered * self.memory)
             more = TYPICAL.sorting if sorts else TYPICAL.reduction if sums else TYPICAL.indexing * bool(scattered)
