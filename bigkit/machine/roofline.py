@@ -88,7 +88,9 @@ SUMS = frozenset(
     "_fused_rms_norm _softmax _log_softmax cumsum".split()
 )
 SORTS = frozenset(("sort", "argsort"))
-SHARES = {"index": TYPICAL.weights, "_grouped_mm": TYPICAL.grouped, "bmm": TYPICAL.streamed, "baddbmm": TYPICAL.streamed}
+SHARES = {
+    "index": TYPICAL.weights, "_grouped_mm": TYPICAL.grouped, "bmm": TYPICAL.streamed, "baddbmm": TYPICAL.streamed,
+}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
