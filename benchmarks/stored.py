@@ -83,52 +83,53 @@ def seconds_of(work: Callable[[], Any], times: int = 8) -> float:
 
 def kernels(bench: Bench) -> Iterator[Row]:
     """What a token of a block needs: 4 of 32 experts of gpt-oss, 8 of 32 of DeepSeek-V3, a layer in int4."""
-    size = 1 if not bench.tiny else 32
+    size = 32 if bench.tiny else 1
     for case, chosen, shape in (("gpt-oss", 4, (5760, 2880)), ("deepseek", 8, (4096, 7168))):
-        module = nn.Module()
         rows, columns = (max(64, side // size // 64 * 64) for side in shape)
-        form = (32, columns, rows) if case == "gpt-oss" else (32, rows, columns)
-        module.gate_up_proj = module.down_proj = nn.Parameter(
-            torch.empty(form, dtype=torch.bfloat16, device=bench.device), requires_grad=False
-        )
-        stored = mixtures.packed_as(NAMES[case], module)["gate_up_proj"]
-        codec = find_stack_codec("w", [f"w{suffix}" for suffix in stored])
-        assert codec is not None
-        parts = {suffix: part.detach() for suffix, part in stored.items()}
-        which = torch.randperm(32, device=bench.device)[:chosen]
-        few = {suffix: rows_of(part, which) for suffix, part in parts.items()}
-        with without_kernels():
-            expected = codec.decode(few, torch.bfloat16)
-            plain = seconds_of(lambda: codec.decode(few, torch.bfloat16))
-        found = codec.decode(few, torch.bfloat16)
-        moved = sum(part.nbytes for part in few.values()) + found.nbytes
-        row: Row = {"part": "kernels", "case": case, "weights": found.numel(), "plain_ms": plain * 1e3,
-                    "kernel_ms": seconds_of(lambda: codec.decode(few, torch.bfloat16)) * 1e3,
-                    "equal": torch.equal(found, expected)}  # fmt: skip
-        row["kernel_bytes_per_second"] = moved / row["kernel_ms"] * 1e3
-        if bench.device != "cpu":
-            pinned = {suffix: over_pinned(part) for suffix, part in parts.items()}
-            nbytes = sum(part.nbytes for part in few.values())
-            bring = seconds_of(lambda: [rows_of(part, which) for part in pinned.values()])
-            both = seconds_of(lambda: codec.chosen(pinned, which, torch.bfloat16))
-            row |= {"gather_ms": bring * 1e3, "gather_bytes_per_second": nbytes / bring, "in_place_ms": both * 1e3,
-                    "in_place_bytes_per_second": nbytes / both,
-                    "in_place_equal": torch.equal(codec.chosen(pinned, which, torch.bfloat16), expected)}  # fmt: skip
-        yield row
+        yield experts_decoded(bench, case, chosen, (32, columns, rows) if case == "gpt-oss" else (32, rows, columns))
+    rows, columns = 11008 // size // 64 * 64, 4096 // size // 64 * 64
     for format in ("gptq", "awq", "int4"):
-        rows, columns = 11008 // size // 64 * 64, 4096 // size // 64 * 64
         parts = packed_layer(format, rows, columns, bench.device)
-        found_codec = find_codec((rows, columns), {name: (tuple(p.shape), p.dtype) for name, p in parts.items()})
-        assert found_codec is not None
-        decode = found_codec.decode
-        with without_kernels():
-            expected = decode(parts, torch.bfloat16)
-            plain = seconds_of(lambda: decode(parts, torch.bfloat16))
-        seconds = seconds_of(lambda: decode(parts, torch.bfloat16))
-        moved = sum(part.nbytes for part in parts.values()) + expected.nbytes
-        yield {"part": "kernels", "case": format, "weights": expected.numel(), "plain_ms": plain * 1e3,
-               "kernel_ms": seconds * 1e3, "kernel_bytes_per_second": moved / seconds,
-               "equal": torch.equal(decode(parts, torch.bfloat16), expected)}  # fmt: skip
+        yield {"part": "kernels", "case": format, **layer_decoded(parts, rows, columns)}
+
+
+def experts_decoded(bench: Bench, case: str, chosen: int, shape: tuple[int, ...]) -> Row:
+    """Some experts of a stack, on the GPU and out of pinned RAM."""
+    module = nn.Module()
+    empty = torch.empty(shape, dtype=torch.bfloat16, device=bench.device)
+    module.gate_up_proj = module.down_proj = nn.Parameter(empty, requires_grad=False)
+    stored = mixtures.packed_as(NAMES[case], module)["gate_up_proj"]
+    codec = find_stack_codec("w", [f"w{suffix}" for suffix in stored])
+    assert codec is not None
+    which = torch.randperm(shape[0], device=bench.device)[:chosen]
+    parts = {suffix: part.detach() for suffix, part in stored.items()}
+    few = {suffix: rows_of(part, which) for suffix, part in parts.items()}
+    row, expected = decoded(lambda: codec.decode(few, torch.bfloat16), few)
+    if bench.device != "cpu":
+        pinned = {suffix: over_pinned(part) for suffix, part in parts.items()}
+        nbytes = sum(part.nbytes for part in few.values())
+        bring = seconds_of(lambda: [rows_of(part, which) for part in pinned.values()])
+        both = seconds_of(lambda: codec.chosen(pinned, which, torch.bfloat16))
+        equal = torch.equal(codec.chosen(pinned, which, torch.bfloat16), expected)
+        row |= {"bring_ms": bring * 1e3, "bring_bytes_per_second": nbytes / bring, "bring_and_decode_ms": both * 1e3,
+                "bring_and_decode_bytes_per_second": nbytes / both, "bring_and_decode_equal": equal}  # fmt: skip
+    return {"part": "kernels", "case": case, **row}
+
+
+def layer_decoded(parts: dict[str, Tensor], rows: int, columns: int) -> Row:
+    """A linear layer."""
+    codec = find_codec((rows, columns), {name: (tuple(part.shape), part.dtype) for name, part in parts.items()})
+    assert codec is not None
+    return decoded(lambda: codec.decode(parts, torch.bfloat16), parts)[0]
+
+
+def decoded(work: Callable[[], Tensor], parts: dict[str, Tensor]) -> tuple[Row, Tensor]:
+    """Decoding by PyTorch's operations and by a kernel, and the weights."""
+    with without_kernels():
+        expected, plain = work(), seconds_of(work)
+    seconds, moved = seconds_of(work), sum(part.nbytes for part in parts.values()) + expected.nbytes
+    return {"weights": expected.numel(), "plain_ms": plain * 1e3, "kernel_ms": seconds * 1e3,
+            "kernel_bytes_per_second": moved / seconds, "equal": torch.equal(work(), expected)}, expected  # fmt: skip
 
 
 def over_pinned(tensor: Tensor) -> Tensor:

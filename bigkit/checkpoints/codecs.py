@@ -14,8 +14,8 @@ config says: the file is the truth. All decode to the same thing, a weight of th
     nf4, fp4,   `*_nf4` and `*_absmax`, `*_int8` and `*_scb` of stacked experts: each is quantized alone, as
     int8        bitsandbytes quantizes a linear layer; bigkit writes these (`quantize/stacks.py`)
 
-What PyTorch's operations say here is what a weight is. On a GPU with Triton, kernels do the same arithmetic in one pass,
-to the same bits (`kernels.py`).
+What PyTorch's operations say here is what a weight is. On a GPU with Triton, kernels do the same in one pass, to the
+same bits (`kernels.py`).
 
 Leaves out: which modules hold such tensors, and running them (`as_stored.py`); bitsandbytes' layers (`quantize/`).
 """
@@ -30,6 +30,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .fits import BLOCK, CODES, layer_misfit
+
 Parts = Mapping[str, Tensor]  # own name -> a tensor as it is stored
 Kinds = Mapping[str, tuple[tuple[int, ...], torch.dtype]]  # own name -> shape and dtype in the file
 
@@ -37,7 +39,6 @@ Kinds = Mapping[str, tuple[tuple[int, ...], torch.dtype]]  # own name -> shape a
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)  # which of the eight numbers of an int32 is the first, second, ... output
 BLOCK_4BIT, NESTED = 64, 256  # weights that share a scale, and scales that share one, in bitsandbytes' 4-bit formats
-BLOCK = 128  # rows and columns that share a scale, where the grid of scales leaves a choice
 
 
 class Codec(NamedTuple):
@@ -105,24 +106,32 @@ def find_codec(shape: tuple[int, ...], kinds: Kinds, gptq_offset: int = 1) -> Co
     rows, columns = shape
     weight, packed, qweight = kinds.get("weight"), kinds.get("weight_packed"), kinds.get("qweight")
     scaled = kinds.keys() & {"weight_scale", "weight_scale_inv"}
-    if weight and weight[0] == shape and weight[1].itemsize == 1 and scaled:
-        return Codec("int8" if weight[1] == torch.int8 else "fp8", decode_scaled)
-    if packed and packed[1] == torch.uint8 and "weight_global_scale" in kinds and packed[0] == (rows, columns // 2):
-        return Codec("nvfp4", decode_nvfp4)
-    if packed and packed[1] == torch.int32 and "weight_scale" in kinds:
+    found = None
+    if weight and weight[0] == shape and weight[1] in CODES and scaled:
+        found = Codec("int8" if weight[1] == torch.int8 else "fp8", decode_scaled)
+    elif packed and packed[1] == torch.uint8 and kinds.keys() >= {"weight_scale", "weight_global_scale"}:
+        found = Codec("nvfp4", decode_nvfp4) if packed[0] == (rows, columns // 2) else None
+    elif packed and packed[1] == torch.int32 and "weight_scale" in kinds:
         for bits in (4, 8):
             if packed[0] == (rows, -(-columns * bits // 32)):
-                return Codec(f"int{bits}", partial(decode_packed, bits=bits, shape=shape))
-    if qweight and qweight[1] == torch.int32 and kinds.keys() >= {"qzeros", "scales"}:
+                found = Codec(f"int{bits}", partial(decode_packed, bits=bits, shape=shape))
+    elif qweight and qweight[1] == torch.int32 and kinds.keys() >= {"qzeros", "scales"}:
         for bits in (4, 8):
             if qweight[0] == (columns * bits // 32, rows):
-                return Codec(f"gptq-int{bits}", partial(decode_gptq, bits=bits, offset=gptq_offset))
+                found = Codec(f"gptq-int{bits}", partial(decode_gptq, bits=bits, offset=gptq_offset))
         if qweight[0] == (columns, rows // 8):
-            return Codec("awq-int4", decode_awq)
-    if not (scaled or packed or qweight):
+            found = Codec("awq-int4", decode_awq)
+    elif not (scaled or packed or qweight):
         return None
-    stored = ", ".join(f"{name} {dtype} {list(size)}" for name, (size, dtype) in sorted(kinds.items()))
-    raise ValueError(f"a weight of shape {list(shape)} is stored as {stored}: this is no format that bigkit reads")
+    wrong = layer_misfit(found.format, shape, kinds) if found else "this is no format that bigkit reads"
+    if wrong:
+        raise ValueError(f"a weight of shape {list(shape)} is stored as {described(kinds)}: {wrong}")
+    return found
+
+
+def described(kinds: Kinds) -> str:
+    """Tensors as text."""
+    return ", ".join(f"{name} {dtype} {list(size)}" for name, (size, dtype) in sorted(kinds.items()))
 
 
 def decode_scaled(parts: Parts, dtype: torch.dtype) -> Tensor:
@@ -141,8 +150,10 @@ def _scaled(codes: Tensor, scales: Tensor, dtype: torch.dtype, experts: Tensor |
     one).
     """
     works = torch.bfloat16 if codes.dtype != torch.int8 else torch.float16  # in which all codes are exact
+    if scales.dtype == torch.uint8:  # exponents, as MXFP8 has them
+        scales = torch.exp2(scales.to(torch.float32) - 127)
     scales = scales.to(torch.float32)  # a number alone would be rounded to the codes' dtype
-    scales = scales.reshape(*(scales.shape if scales.numel() > 1 else ()), *[1] * codes.ndim)
+    scales = scales.reshape(*(() if scales.numel() == 1 else scales.shape), *[1] * codes.ndim)
     scales = scales.reshape(scales.shape[: codes.ndim])
     sizes, counts = codes.shape[-2:], scales.shape[-2:]
     block = [BLOCK if -(-size // BLOCK) == count else -(-size // count) for size, count in zip(sizes, counts)]
@@ -166,7 +177,9 @@ def decode_packed(parts: Parts, dtype: torch.dtype, bits: int, shape: tuple[int,
     if kernels := kernels_for(parts["weight_packed"]):
         zeros, index = parts.get("weight_zero_point"), parts.get("weight_g_idx")
         offset = half if zeros is None else 0  # by which both are moved up
-        return kernels.packed(parts["weight_packed"], zeros, parts["weight_scale"], index, shape, bits, 1, offset, dtype)
+        return kernels.packed(
+            parts["weight_packed"], zeros, parts["weight_scale"], index, shape, bits, 1, offset, dtype
+        )
     codes = unpack(parts["weight_packed"], bits, 1)[:, : shape[1]] - half
     scales = parts["weight_scale"].to(torch.float32)
     group = _groups(parts.get("weight_g_idx"), shape[1], scales.shape[1], codes.device)
@@ -367,9 +380,12 @@ def _kernels() -> Any:
         from . import kernels
 
         kernels.try_out()
-    except Exception as error:  # noqa: BLE001 - whatever a compiler that is not there may raise
+    except Exception as error:
         reason = str(error).strip().partition("\n")[0]
         if torch.version.cuda:
-            warnings.warn(f"weights are decoded by PyTorch's operations, which takes longer: no Triton ({reason})")
+            warnings.warn(
+                f"weights are decoded by PyTorch's operations, which takes longer: Triton makes no kernel ({reason})",
+                stacklevel=2,
+            )
         return None
     return kernels

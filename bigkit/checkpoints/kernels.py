@@ -79,12 +79,16 @@ def _scaled(  # type: ignore[no-untyped-def]
     inside = (row < rows) & (column < columns)
     code = tl.load(codes + (expert * rows + row) * columns + column, inside, 0)
     scale = tl.load(scales + (place * down + row // height) * across + column // width, inside, 0)
-    tl.store(out + (place * rows + row) * columns + column, (_byte(code, KIND) * scale).to(out.dtype.element_ty), inside)
+    tl.store(
+        out + (place * rows + row) * columns + column, (_byte(code, KIND) * scale).to(out.dtype.element_ty), inside
+    )
 
 
 @triton.jit
-def _number(words, row, column, row_step, column_step, inside, BITS: tl.constexpr, ALONG: tl.constexpr):  # type: ignore[no-untyped-def]
-    """A number of few bits of a matrix whose int32 hold several along its rows (0), its columns (1), or AWQ's way (2)."""
+def _number(  # type: ignore[no-untyped-def]
+    words, row, column, row_step, column_step, inside, BITS: tl.constexpr, ALONG: tl.constexpr
+):
+    """A number of a matrix whose int32 hold several along its rows (0), columns (1), or rows in AWQ's order (2)."""
     per: tl.constexpr = 32 // BITS
     if ALONG == 1:
         word, place = row * row_step + (column // per) * column_step, column % per + 0 * row
@@ -111,7 +115,9 @@ def _packed(  # type: ignore[no-untyped-def]
     if ZEROS:
         number -= _number(zeros, row, which, zero_row, zero_column, inside, BITS, 2 if ALONG == 2 else 0)
     scale = tl.load(scales + row * scale_row + which * scale_column, inside, 0).to(tl.float32)
-    tl.store(out + row.to(tl.int64) * columns + column, (number.to(tl.float32) * scale).to(out.dtype.element_ty), inside)
+    tl.store(
+        out + row.to(tl.int64) * columns + column, (number.to(tl.float32) * scale).to(out.dtype.element_ty), inside
+    )
 
 
 def mxfp4(
@@ -185,7 +191,8 @@ def packed(
     """Numbers of few bits in int32, less a zero point and an offset, times their scales.
 
     Args:
-        codes, zeros: seen as (out, in) and (out, groups), one of the dimensions packed; no zeros: nothing is subtracted.
+        codes: seen as (out, in), one of the dimensions packed.
+        zeros: seen as (out, groups), with the outputs packed; None if there are none.
         scales: seen as (out, groups).
         index: the group of each input; None where groups are of equal size.
         shape: (out, in) of the weight.
