@@ -123,6 +123,9 @@ def _change_modules(model: nn.Module, source: Checkpoint, keep: str, undo: list[
         under.setdefault(module, {})[own] = source.shape_and_dtype(name)  # type: ignore[index]
     for name, stacks in stack_experts(model, source).items():
         under[name] = {**under.get(name, {}), **stacks}
+    names_of: dict[int, list[str]] = {}
+    for full, parameter in model.named_parameters(remove_duplicate=False):
+        names_of.setdefault(id(parameter), []).append(full)
     for name, module in list(model.named_modules()):
         kinds = under.get(name, {})
         if type(module) is nn.Linear and module.weight.is_meta:
@@ -132,6 +135,12 @@ def _change_modules(model: nn.Module, source: Checkpoint, keep: str, undo: list[
                     _check_values(name, tuple(module.weight.shape), source, codec, kinds)
             except ValueError as error:
                 raise CheckpointError(f"{name} in {source.path}: {error}; {ANEW}") from error
+            others = [full for full in names_of[id(module.weight)] if full != f"{name}.weight"]
+            if codec and others:
+                raise CheckpointError(
+                    f"{name} in {source.path} is stored as {codec.format}, but in this model its weight is that of "
+                    f"{others[0]!r}, too: build the model with weights that are not tied (tie_word_embeddings=False)"
+                )
             if codec:
                 _change(name, module, source, keep, codec, kinds, undo)
         else:
