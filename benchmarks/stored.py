@@ -267,6 +267,7 @@ class Bench:
 def mixture(case: str, bench: Bench) -> Iterator[Row]:
     """Experts in RAM, in bfloat16 and as stored."""
     model = mixtures.build(case, bench.blocks or BLOCKS[case], bench.device, bench.tiny)
+    model.get_input_embeddings().weight.normal_(0, 20)  # type: ignore[operator]  # else all tokens look alike to routers
     stored = {name: mixtures.packed_as(NAMES[case], module) for name, module in mixtures.experts_in(model).items()}
     yield from bench.measure(case, "all on the GPU, bf16", model, profiled=False)
     found = mixtures.in_ram(model)

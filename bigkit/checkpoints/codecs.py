@@ -368,9 +368,13 @@ def rows_of(part: Tensor, experts: Any) -> Tensor:
 
 
 def kernels_for(tensor: Tensor) -> Any:
-    """The module of kernels, if they can run on a tensor; None on a CPU, without Triton, in a dry run or a compiler."""
-    if not tensor.is_cuda or hasattr(tensor, "fake_mode") or torch.compiler.is_compiling():
+    """The module of kernels, if they can run on a tensor; None on a CPU, without Triton, or while code is compiled."""
+    if not tensor.is_cuda or torch.compiler.is_compiling():
         return None
+    if hasattr(tensor, "fake_mode"):
+        from . import like_kernels
+
+        return like_kernels
     return _kernels() if tensor.is_contiguous() else None
 
 

@@ -165,7 +165,7 @@ def test_where_kernels_do_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
     tensor.contiguous = False
     assert codecs.kernels_for(tensor) is None
     tensor.contiguous, tensor.fake_mode = True, None
-    assert codecs.kernels_for(tensor) is None, "a dry run"
+    assert codecs.kernels_for(tensor).__name__ == "bigkit.checkpoints.like_kernels", "a dry run"
 
 
 def test_without_a_compiler_a_warning_and_pytorchs_operations(monkeypatch: pytest.MonkeyPatch) -> None:
