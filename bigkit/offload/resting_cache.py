@@ -30,6 +30,7 @@ from ..maps.partition import spread
 from ..units import parse_bytes
 from .stream import is_real_cuda
 
+_IN_ORDER = torch.contiguous_format
 ROWS = 256  # tokens by which a layer's RAM grows at least
 
 
@@ -124,11 +125,9 @@ class RestingLayer(DynamicLayer):
         except BaseException:
             slot.rows = None
             raise
-        if not start:
-            return key_states, value_states
         # As they lie in a `DynamicCache`: for another order an attention may choose a kernel that rounds otherwise.
-        keys, values = (part.contiguous() for part in self.rows.split(slot.memory[:stop]))
-        return keys, values
+        keys, values = self.rows.split(slot.memory[:stop]) if start else (key_states, value_states)
+        return keys.clone(memory_format=_IN_ORDER), values.clone(memory_format=_IN_ORDER)
 
     def get_seq_length(self) -> int:
         return self.length

@@ -99,9 +99,10 @@ def test_any_calls(data):
             if kind in ("tokens", "layer"):
                 count = data.draw(st.integers(1, 5))
                 for i in range(layers) if kind == "tokens" else [data.draw(st.integers(0, layers - 1))]:
-                    new = torch.randn(2, batch, 2, count, 8, generator=generator)
+                    new = torch.randn(2, batch, count, 2, 8, generator=generator).transpose(2, 3)  # as models have it
                     both = [one.update(new[0], new[1], i) for one in (cache, expected)]
                     assert all(map(torch.equal, *both))
+                    assert [one.stride() for one in both[0]] == [one.stride() for one in both[1]]  # kernels look at it
             elif cache.layers[0].get_seq_length() > 2 and all(layer.is_initialized for layer in cache.layers):
                 for one in (cache, expected):
                     if kind == "crop":
