@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ..devices import Device, placement, read_device
-from ..machine.hardware import Gpu
+from ..machine.hardware import GPUS, Gpu
 from ..machine.ledger import Calibration
 from ..machine.roofline import ARRIVE, FILL, LEAVE, WAIT, Operation
 from ..machine.routing import Routing
@@ -92,7 +92,7 @@ def rehearse(
     main = next((device for device in (*works.values(), *places.values()) if isinstance(device, int)), 0)
     in_ram = DeviceMap({name: "cpu" if device == "disk" else device for name, device in places.items()}, works)
     known = works or any(isinstance(device, int) for device in places.values())
-    with fake_gpus(target) as log, as_with_data(), ExitStack() as stack:
+    with fake_gpus(target, map(target_of, GPUS.values())) as log, as_with_data(), ExitStack() as stack:
         log.kind = "weights"
         if quantization is None:
             fill(model.eval(), in_ram)

@@ -13,7 +13,7 @@ Leaves out: pictures (`bigkit.draw.dryrun`), and what happens once for a process
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -111,12 +111,14 @@ def dry_run(
     if isinstance(given, Plan):
         dtype, quantization = dtype or given.dtype, quantization or given.quantization
         slots = slots or given.slots
-    left_out = ("MLPs that the CPU computes are streamed here.",) if getattr(given, "on_cpu", None) else ()
+    left_out = ["MLPs that the CPU computes are streamed here."] if getattr(given, "on_cpu", None) else []
     if quantization is None and dtype is None:
         quantization = _quantized_so(model)
     working = (*places.values(), *getattr(places, "works", {}).values())
     numbers = sorted({device for device in working if isinstance(device, int)}) or [0]
     machine = _machine(hardware, max(numbers) + 1)
+    if machine.gpus[0].mps:
+        left_out.append(f"{machine.gpus[0].name} is rehearsed as a CUDA GPU of its memory and speed.")
     here = calibration is None
     calibration = calibration or calibration_of(machine)
     config = None
@@ -165,22 +167,46 @@ def dry_run(
         twin=calibration.twin(type(empty).__name__, kind, issued) if calibration else None,
         met=target.capability == COMPARED,
         expert_hits=trace.expert_hits,
+        alike=frozenset(trace.alike),
+        workspaces={read_device(device): number for device, number in trace.workspaces.items()},
         recorded=Ledger.load().ratios(calibration.machine, name) if here and calibration else {},
     )
 
 
-def on_machine(run: DryRun, machine: Hardware) -> DryRun:
-    """A dry run with the rates and the memory of another machine, whose GPUs the model's code cannot tell apart.
+def on_machine(run: DryRun, machine: Hardware) -> DryRun | None:
+    """A dry run with the rates and the memory of another machine; None if its GPUs would do something else.
 
-    The caller knows that `target_of` their GPUs is the same, and that nothing was measured on the machine.
+    The caller knows that nothing was measured on the machine.
+
+    >>> from bigkit.machine.hardware import machine_of
+    >>> run = dry_run("pygpt", hardware="RTX 3090")
+    >>> on_machine(run, machine_of("RTX 5090")).hardware, on_machine(run, machine_of("H200"))
+    ('1 x RTX 5090', None)
     """
+    target = target_of(machine.gpus[0])
+    if target not in run.alike:
+        return None
     rates, numbers = rates_of(machine, None), [i for i in run.capacity if isinstance(i, int)]
+    recordings = {
+        device: replace(recording, events=_with_request(recording.events, run.workspaces[device], target.workspace))
+        if device in run.workspaces else recording
+        for device, recording in run.recordings.items()
+    }  # fmt: skip
     return replace(
         run,
         hardware=machine.name,
         rates={f"cuda:{i}": rates[i] for i in numbers},
         capacity={i: machine.gpus[i].memory - CONTEXT_BYTES for i in numbers},
+        recordings=recordings,
+        met=target.capability == COMPARED,
     )
+
+
+def _with_request(events: Sequence[int], number: int, size: int) -> list[int]:
+    """Events with another size of the request of this number, from 1."""
+    requests = [i for i, event in enumerate(events) if event > 0]
+    place = requests[number - 1]
+    return [*events[:place], size, *events[place + 1 :]]
 
 
 def _plan(
