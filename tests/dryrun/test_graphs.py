@@ -28,8 +28,8 @@ def build():
 def test_a_replay_asks_for_little_and_python_for_less(places):
     plain, run = (bigkit.dry_run(build(), places, 1, 8, 6, "2 x H200", graphs=graphs) for graphs in (False, True))
     steps = {name: run.operations[first:last] for (_, first), (name, last) in zip(run.steps, run.steps[1:])}
-    names = [[operation.name for operation in steps[f"token {i}"]] for i in range(3, 7)]
-    assert names[0] == names[1] == names[2] == names[3] and "mm" in names[0]
+    names = [[operation.name for operation in steps[f"token {i}"]] for i in range(4, 7)]  # the third is recorded
+    assert names[0] == names[1] == names[2] and "mm" in names[0]
     issued = [sum(operation.issued for operation in own) for own in steps.values()]
     assert issued[-1] < issued[0] / 10 and run.times[-1].seconds < plain.times[-1].seconds / 2
     for device, recording in run.recordings.items():
