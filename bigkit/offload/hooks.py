@@ -404,8 +404,8 @@ class AlignDevicesHook(ModelHook):
 
     def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
         # Others may call this alone and never end it, as `apply_forward_hook` of Diffusers does: then handles serve.
-        ends = this_thread.module is module and this_thread.begun.get(self) is None
-        if ends and (self.unit is not None or self.io_same_device):
+        works = self.unit is not None or self.io_same_device
+        if works and this_thread.module is module and this_thread.begun.get(self) is None:
             undo = _Undo(self.streamer is None or not self.streamer.held())
             this_thread.begun[self] = undo  # also if it is called by a hook that says nothing of errors
             if self.io_same_device:

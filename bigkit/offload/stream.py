@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import mmap
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -100,6 +100,7 @@ class Streamer:
         if self.maps:
             self.count = pages_ahead(self.units)
         self.slots: list[Slot] = []
+        self.own_slots: dict[int, Slot] = {}  # those of them that are for one unit alone: its index -> the slot
         self.holder: dict[int, Slot] = {}  # unit's index -> the slot that holds it
         self.model_id = 0  # `id` of the model that was dispatched
         self.loans = 0  # how many there have been: the clock by which slots are used
@@ -284,11 +285,13 @@ class Streamer:
     def _bring(self, unit: Unit) -> Views:
         """Make a unit ready to work."""
         slot = self.holder.get(unit.index)
-        shared = self.count if self.maps else max(sum(slot.owner is None for slot in self.slots), self.count)
-        following = self._following(unit, shared - 1) if self.prefetch else []
+        most = self.count if self.maps else max(sum([slot.owner is None for slot in self.slots]), self.count)
+        if self.maps and slot is not None and self.loans % max(self.count // 2, 1):
+            most = 1  # the pages of the next units have been asked for before: not at each loan again
+        following = self._following(unit, most - 1) if self.prefetch else {}
         if slot is None:
             slot = self._fetch(unit, following)
-        elif self.maps:
+        if self.maps:
             unit.check()  # the file may have changed since its pages were asked for
         slot.lent = True
         self.loans += 1
@@ -308,7 +311,7 @@ class Streamer:
         slot.holders = None if self.maps else count_holders(slot.base, views.values)
         return views
 
-    def _prefetch(self, following: list[Unit]) -> None:
+    def _prefetch(self, following: dict[Unit, None]) -> None:
         for unit in following:
             if unit.index in self.holder:
                 continue
@@ -321,14 +324,15 @@ class Streamer:
             except OSError:
                 return  # it was a guess: if the unit is needed, the error comes then
 
-    def _idle(self, spared: list[Unit]) -> Slot | None:
+    def _idle(self, spared: Container[Unit | None]) -> Slot | None:
         """The slot to fill next: not lent, not holding what is needed soon, and used longest ago."""
         free = [slot for slot in self.slots if not slot.lent and slot.owner is None and slot.unit not in spared]
         return min(free, key=lambda slot: slot.used) if free else None
 
-    def _fetch(self, unit: Unit, following: list[Unit]) -> Slot:
+    def _fetch(self, unit: Unit, following: Container[Unit | None]) -> Slot:
         slot = self._own_slot(unit) if unit.loose or self.maps else self._shared_slot(following)
-        unit.check()
+        if not self.maps:
+            unit.check()
         self._empty(slot)
         self.lane.fill(slot, unit)
         slot.unit, self.holder[unit.index] = unit, slot
@@ -336,9 +340,9 @@ class Streamer:
             self._tell("fetch", unit, self.slots.index(slot))
         return slot
 
-    def _shared_slot(self, following: list[Unit]) -> Slot:
+    def _shared_slot(self, following: Container[Unit | None]) -> Slot:
         """A slot for any unit; the first time all are made, and one more when forwards are nested too deeply."""
-        missing = self.count - sum(slot.owner is None for slot in self.slots)
+        missing = self.count - sum([slot.owner is None for slot in self.slots])
         while missing > 0 or (slot := self._idle(following) or self._idle([])) is None:
             self.slots.append(self.lane.slot(max(unit.nbytes for unit in self.units if not unit.loose)))
             missing -= 1
@@ -349,12 +353,12 @@ class Streamer:
 
         Where pages are lent every unit has one, without memory.
         """
-        slot = next((slot for slot in self.slots if slot.owner is unit), None)
-        if slot is None:
+        if unit.index not in self.own_slots:
             slot = self.lane.slot(0 if self.maps else unit.nbytes)
             slot.owner = unit
             self.slots.append(slot)
-        return slot
+            self.own_slots[unit.index] = slot
+        return self.own_slots[unit.index]
 
     def _empty(self, slot: Slot) -> None:
         self.lane.finish(slot)
@@ -378,6 +382,7 @@ class Streamer:
         if written or self.maps or kept:
             self._empty(slot)
         if kept:
+            self.own_slots.pop(loan.unit.index, None)
             self.slots.remove(slot)
 
     def _kept(self, slot: Slot, loan: _Loan) -> bool:
@@ -398,23 +403,23 @@ class Streamer:
         unit.forget_moves()
         self.cached.discard(unit.index)
 
-    def _following(self, unit: Unit, most: int) -> list[Unit]:
-        """The units that probably come next."""
+    def _following(self, unit: Unit, most: int) -> dict[Unit, None]:
+        """The units that probably come next, in order."""
         if self.last is not None:
             self.after[self.last] = unit.index
         self.last = at = unit.index
-        following: list[Unit] = []
+        following: dict[Unit, None] = {}
         if len(self.holder) == len(self.units):
             return following  # all are in slots
         while len(following) < most and (at := self.after[at]) != unit.index and self.units[at] not in following:
-            following.append(self.units[at])
+            following[self.units[at]] = None
         return following
 
     # -- changes of weights
 
     def _version(self, slot: Slot, views: Views) -> int:
         """A number that every write to the weights in a slot raises."""
-        return sum(tensor._version for tensor in views.weights) if self.maps else slot.base._version
+        return sum([tensor._version for tensor in views.weights]) if self.maps else slot.base._version
 
     def _written(self, loan: _Loan) -> bool:
         """Whether somebody has written to the weights that are lent."""
