@@ -144,7 +144,7 @@ class ExpertStreamer(Streamer):
 
     # -- what differs from other units
 
-    def _borrowed(self, unit: Unit) -> tuple[Unit, Views, Any]:
+    def _borrowed(self, unit: Unit) -> Views:
         if self._loan_of(unit) is not None:  # it calls itself, perhaps with another choice
             self._refuse_nested(unit)
             self._in_pieces = False

@@ -141,22 +141,21 @@ class Streamer:
         if is_traced():
             refuse_trace(unit.name)
         self.lock.acquire()
-        loan = _Loan(*self._borrowed(unit))
-        self._loans.append(loan)
-        for entry, value in zip(self.sites[unit.index].entries, loan.views.values):
+        views = self._borrowed(unit)
+        guard = enter_guard(self, unit.name, views.storages) if torch.is_grad_enabled() else None
+        self._loans.append(_Loan(unit, views, guard))
+        for entry, value in zip(self.sites[unit.index].entries, views.values):
             if entry.tensors.get(entry.own) is entry.handle:  # not in `functional_call`, nor if it is lent already
                 entry.tensors[entry.own] = value
         if self.listeners:
             self._tell("work", unit)
 
-    def _borrowed(self, unit: Unit) -> tuple[Unit, Views, Any]:
+    def _borrowed(self, unit: Unit) -> Views:
         loan = self._loan_of(unit)  # there is one if the unit calls itself
         if loan is not None:
-            views = loan.views
-        else:
-            self.sites[unit.index].take_in_changes()
-            views = self._bring(unit)
-        return unit, views, enter_guard(self, unit.name, views.storages) if torch.is_grad_enabled() else None
+            return loan.views
+        self.sites[unit.index].take_in_changes()
+        return self._bring(unit)
 
     def own_output(self, unit: Unit, output: Any) -> Any:
         """What the forward of a unit that is lent returns, with copies in place of its weights and of views of them."""
@@ -176,7 +175,7 @@ class Streamer:
         if loan.guard is not None:
             loan.guard.__exit__(None, None, None)
         if self._loan_of(unit) is None:
-            self._put_handles(loan)
+            self._put_handles(loan)  # apart, so that no variable here refers to a tensor while `_leave` counts
             self._leave(loan, failed)
         if self.listeners:
             self._tell("return", unit)
@@ -294,8 +293,7 @@ class Streamer:
         if self.maps:
             unit.check()  # the file may have changed since its pages were asked for
         slot.lent = True
-        self.loans += 1
-        slot.used = self.loans
+        slot.used = self.loans = self.loans + 1
         try:
             self._prefetch(following)
             self.lane.arrive(slot)
@@ -369,7 +367,7 @@ class Streamer:
     def _leave(self, loan: _Loan, failed: bool) -> None:
         """A unit's forward has ended."""
         slot = self.holder[loan.unit.index]
-        kept = not failed and self._kept(slot, loan)
+        kept = not (failed or self.maps) and self._kept(slot, loan)
         written = self._written(loan)
         try:
             if written:
@@ -387,8 +385,6 @@ class Streamer:
 
     def _kept(self, slot: Slot, loan: _Loan) -> bool:
         """Whether a view of a slot's memory outlives the loan: the memory must not be filled anew then."""
-        if self.maps:
-            return False
         holders = count_holders(slot.base, loan.views.values)
         # In grad mode the graph refers to parameters.
         return holders.memory > slot.holders.memory or (loan.guard is None and holders.tensors > slot.holders.tensors)

@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..checkpoints.ring import READERS, Chunk, Ring, Slab, count_readers
+from ..checkpoints.ring import READERS, Chunk, Ring, count_readers
 from ..units import MiB
 from .weights import Move, Unit
 
@@ -52,12 +52,6 @@ class Slot:
     pending: list[Future[None]] = field(default_factory=list)  # readers that have copies into it still to queue
 
 
-def _copy(slab: Slab, move: Move, slot: Slot) -> None:
-    """Copy a stretch of RAM into a slot; out of pinned RAM the copy is only queued."""
-    target = slot.base[move.offset : move.offset + move.nbytes]
-    target.copy_(slab.bytes[move.at : move.at + move.nbytes], non_blocking=slab.pinned)
-
-
 class PlainLane:
     """Copies at once, on the thread that asks."""
 
@@ -73,10 +67,11 @@ class PlainLane:
         """Begin to bring a unit's bytes into a slot."""
         for move in unit.moves():
             if move.slab is not None:
-                _copy(move.slab, move, slot)
-                continue
-            for part in move.parts:
-                part.over(slot.base, part.offset).copy_(part.on_cpu())
+                there = move.slab.bytes[move.at : move.at + move.nbytes]
+                slot.base[move.offset : move.offset + move.nbytes].copy_(there)
+            else:
+                for part in move.parts:
+                    part.over(slot.base, part.offset).copy_(part.on_cpu())
         unit.madvise(mmap.MADV_DONTNEED)
 
     def arrive(self, slot: Slot) -> None:
@@ -117,7 +112,8 @@ class CudaLane(PlainLane):
         with torch.cuda.stream(self.stream):
             for move in moves:
                 if move.slab is not None and move.slab.pinned:
-                    _copy(move.slab, move, slot)
+                    target = slot.base[move.offset : move.offset + move.nbytes]
+                    target.copy_(move.slab.bytes[move.at : move.at + move.nbytes], non_blocking=True)
             slot.ready.record(self.stream)
         jobs = [job for move in moves if move.slab is None or not move.slab.pinned for job in _cut(move)]
         if jobs:

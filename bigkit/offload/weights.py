@@ -217,7 +217,6 @@ class Unit:
     nbytes: int = 0
     index: int = 0
     _moves: list[Move] | None = field(default=None, repr=False)
-    _sources: list[Source] = field(default_factory=list, repr=False)
 
     def __post_init__(self) -> None:
         self.lay_out()
@@ -248,7 +247,6 @@ class Unit:
                     moves[-1].append(part)
                 elif part.nbytes:
                     moves.append(Move(part.slab, part.source, part.at, part.offset, [part], part.nbytes))
-            self._sources = [*{move.source for move in moves if move.source is not None}]
             self._moves = moves  # only now that all are known: an interrupt may come anywhere
         return self._moves
 
@@ -262,9 +260,9 @@ class Unit:
         Raises:
             OSError: one is not.
         """
-        self.moves()
-        for source in self._sources:
-            source.check()
+        for source in {move.source for move in self.moves()}:
+            if source is not None:
+                source.check()
 
     def madvise(self, advice: int) -> None:
         """Tell the system what is going to happen to the mapped pages of its files."""
