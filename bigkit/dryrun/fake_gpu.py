@@ -58,6 +58,7 @@ class Trace:
         kinds: device -> what each request was for, such as "weights", in order.
         operations: all operations, in order.
         steps: (name of a step, number of operations up to its end).
+        pool, pools: from which pool requests are served, 0 outside of CUDA graphs; and how many of those there are.
         unissued: steps that Python took since it launched the last kernel: modules called, operations issued.
         expert_hits: chosen experts that were on a GPU already, and that were brought, if some may stay there.
         alike: GPUs on which the same would be done, of those that were asked for.
@@ -68,6 +69,8 @@ class Trace:
     kinds: dict[str, list[str]] = field(default_factory=dict)
     operations: list[Operation] = field(default_factory=list)
     steps: list[tuple[str, int]] = field(default_factory=list)
+    pool: int = 0
+    pools: int = 0
     unissued: int = 0
     expert_hits: tuple[int, int] = (0, 0)
     alike: set[Target] = field(default_factory=set)
@@ -84,6 +87,10 @@ class Trace:
         recording = self.recordings.setdefault(device, Recording())
         kinds = self.kinds.setdefault(device, [])
         recording.events.append(size)
+        if self.pool:
+            recording.streams += [0] * (len(kinds) - len(recording.streams)) + [self.pool]
+        elif recording.streams:
+            recording.streams.append(0)
         kinds.append(kind)
         return len(kinds)
 

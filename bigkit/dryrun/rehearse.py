@@ -38,6 +38,7 @@ from ._torch import DATA_DEPENDENT
 from ._transformers import as_with_data
 from .attention import Target
 from .fake_gpu import OperationLog, Trace, fake_gpus
+from .graphs import fake_recordings
 from .inputs import NotMade
 from .replay import Unlike, replaying
 from .workload import Step, Workload, fill, in_words, step_name, work
@@ -111,6 +112,7 @@ def rehearse(
         if replay:
             stack.enter_context(replaying(model, log))
         stack.enter_context(log.following_calls(model))
+        stack.enter_context(fake_recordings(log))
 
         def after(step: Step) -> None:
             label_cache(log, step.cache)

@@ -329,7 +329,7 @@ class DryRun:
     def _timeline(self, device: Device) -> Timeline:
         recording = self.recordings[device]
         kinds = held_by_kind(recording.events, self.kinds[device])
-        curves = replay(recording.events)
+        curves = replay(recording.events, recording.streams)
         return Timeline(device, curves.allocated, curves.reserved, kinds, recording.marks, self.capacity.get(device))
 
 

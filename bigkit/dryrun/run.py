@@ -60,6 +60,7 @@ def dry_run(
     replay: bool = True,
     expert_cache: int | str = 0,
     routing: Routing | None = None,
+    graphs: bool = False,
 ) -> DryRun:
     """Run a model on GPUs that do not exist.
 
@@ -88,6 +89,7 @@ def dry_run(
         expert_cache: bytes of the GPUs for experts that stay there; see `dispatch_model`.
         routing: which experts are chosen, token by token, as `record_routing` gives it; from its beginning, and again
             when it ends. None: as many different ones as chance gives.
+        graphs: generate within `bigkit.graph_decode`, and count what the graphs keep.
 
     Returns:
         The run: peaks, timelines and times.
@@ -101,7 +103,7 @@ def dry_run(
     >>> run.fits, [step.name for step in run.times]
     (True, ['prefill', 'token 1', 'token 2'])
     """
-    load = Workload(batch_size, prompt_tokens, new_tokens, all_logits, cache, generate)
+    load = Workload(batch_size, prompt_tokens, new_tokens, all_logits, cache, generate, graphs)
     given: Any = whole_on(plan)
     if isinstance(given, str) or (given is None and hardware is not None and len(_machine(hardware, 1).gpus) > 1):
         given = _plan(model, _machine(hardware, 1), given or "auto", dtype, quantization, load)
@@ -130,7 +132,7 @@ def dry_run(
         "slots": slots or 2, "resident_memory": resident_memory, "quantization": config, "expert_cache": expert_cache,
         "routing": routing,
     }  # fmt: skip
-    replay = replay and not expert_cache and routing is None  # else no two tokens are alike
+    replay = replay and not (expert_cache or routing or graphs)  # else no two tokens are alike
     name, empty = _model(model, dtype, config)
     try:
         trace = rehearse(empty, places, load, target, **options, replay=replay)
