@@ -257,6 +257,13 @@ def decoding_bytes(model: ModelSpec, precision: Precision) -> int:
     return model.facts["decoding"] if is_as_stored(model, precision) else 0
 
 
+def decoded_bytes(model: ModelSpec, precision: Precision) -> int:
+    """Bytes in 16 bit of all weights that are decoded each time they work: written once more, and read again."""
+    if not decoding_bytes(model, precision):
+        return 0
+    return 2 * sum(tensor.elements for tensor, _ in model.tensors.values() if tensor.stored is not None)
+
+
 def stored_sizes(model: ModelSpec, settings: Mapping[str, Any]) -> dict[str, int] | None:
     """Weight -> bytes that a checkpoint with this `quantization_config` has of it, if it is quantized; None if unknown.
 

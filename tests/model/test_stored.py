@@ -25,6 +25,7 @@ import bigkit
 from bigkit import zoo
 from bigkit.checkpoints.codecs import STACK_CODECS, decode_mxfp4, find_codec
 from bigkit.devices import placement
+from bigkit.machine.hardware import HARDWARE
 from bigkit.model.experts import active_bytes
 from bigkit.model.spec import Precision
 from bigkit.model.stored import DECODING_STACK, decoding, read_format, stored_sizes, with_stored
@@ -294,3 +295,18 @@ class Allocations(TorchDispatchMode):
     def gone(self, storage: int, size: int) -> None:
         self.known.discard(storage)
         self.now -= size
+
+
+def test_what_is_quantized_already_is_not_quantized_again(tmp_path: Path) -> None:
+    """Advice says which ways need another checkpoint, counts what decoding costs, and quantizing says what to do."""
+    model = ready(tmp_path, "awq")
+    with pytest.raises(ValueError, match="quantized already: load it as it is stored"):
+        bigkit.load_and_quantize_model(model, bigkit.BnbQuantizationConfig(load_in_4bit=True), tmp_path, {"": "cpu"})
+    advice = bigkit.advise(str(tmp_path), "RTX 4090")
+    assert "need a checkpoint that is not quantized" in str(advice)
+    assert "need a checkpoint that is not" not in str(bigkit.advise("llama-2-7b", "RTX 4090"))
+    oss = bigkit.advise("gpt-oss-20b", "RTX 4090").options
+    waits = {option.plan.stored: option.waits["GPU"] for option in oss}
+    read = zoo.describe("gpt-oss-20b")
+    used = active_bytes(read, Precision("bfloat16"))
+    assert waits["mxfp4 as stored"] > used / HARDWARE["1 x RTX 4090"].gpus[0].bandwidth
