@@ -71,12 +71,11 @@ class DecodedStack:
             return self[experts[None]][0]
         first: Any = next(iter(self.parts.values()))
         if isinstance(first, Elsewhere):
-            chosen = first.take(self.parts, experts)
+            weights = self.codec.decode(first.take(self.parts, experts), self.dtype)
         elif isinstance(experts, Tensor) and len(experts) > len(first):
             return self.all()[experts]  # some are chosen several times, and decoded once
         else:
-            chosen = {suffix: rows_of(part, experts) for suffix, part in self.parts.items()}
-        weights = self.codec.decode(chosen, self.dtype)
+            weights = self.codec.chosen(self.parts, experts, self.dtype)
         return weights.transpose(-2, -1) if self.transposed else weights
 
     def all(self) -> Tensor:
@@ -143,23 +142,6 @@ class DecodedStack:
             return args[1].grouped_mm(args[0], ends, function)
         plain = [argument.all() if isinstance(argument, DecodedStack) else argument for argument in args]
         return function(*plain, **kwargs)
-
-
-def rows_of(part: Tensor, experts: Any) -> Tensor:
-    """Rows of a tensor, `part[experts]`: copied in words of up to 8 bytes, if they are copied.
-
-    A GPU that gathers bytes one by one, and out of RAM, does not come near the rate of the link.
-
-    >>> rows_of(torch.arange(16, dtype=torch.uint8).view(2, 8), torch.tensor([1])).tolist()
-    [[8, 9, 10, 11, 12, 13, 14, 15]]
-    """
-    if not isinstance(experts, Tensor) or not part.is_contiguous() or part.ndim < 2 or part.dtype.itemsize > 2:
-        return part[experts]
-    row = part[0].nbytes if part.shape[0] else 1
-    word = next((word for word in (torch.int64, torch.int32, torch.int16) if not row % word.itemsize), None)
-    if word is None or part.storage_offset() * part.dtype.itemsize % word.itemsize:
-        return part[experts]
-    return part.flatten(1).view(word)[experts].view(part.dtype).unflatten(-1, part.shape[1:])
 
 
 def _numbers(ends: Tensor, rows: int) -> list[int]:

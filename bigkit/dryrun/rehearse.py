@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ..devices import Device, placement, read_device
-from ..machine.hardware import Gpu
+from ..machine.hardware import GPUS, Gpu
 from ..machine.ledger import Calibration
 from ..machine.roofline import ARRIVE, FILL, LEAVE, WAIT, Operation
 from ..machine.routing import Routing
@@ -38,6 +38,7 @@ from ._torch import DATA_DEPENDENT
 from ._transformers import as_with_data
 from .attention import Target
 from .fake_gpu import OperationLog, Trace, fake_gpus
+from .graphs import fake_recordings
 from .inputs import NotMade
 from .replay import Unlike, replaying
 from .workload import Step, Workload, fill, in_words, step_name, work
@@ -91,7 +92,7 @@ def rehearse(
     main = next((device for device in (*works.values(), *places.values()) if isinstance(device, int)), 0)
     in_ram = DeviceMap({name: "cpu" if device == "disk" else device for name, device in places.items()}, works)
     known = works or any(isinstance(device, int) for device in places.values())
-    with fake_gpus(target) as log, as_with_data(), ExitStack() as stack:
+    with fake_gpus(target, map(target_of, GPUS.values())) as log, as_with_data(), ExitStack() as stack:
         log.kind = "weights"
         if quantization is None:
             fill(model.eval(), in_ram)
@@ -111,6 +112,7 @@ def rehearse(
         if replay:
             stack.enter_context(replaying(model, log))
         stack.enter_context(log.following_calls(model))
+        stack.enter_context(fake_recordings(log))
 
         def after(step: Step) -> None:
             label_cache(log, step.cache)
