@@ -1,19 +1,23 @@
 """MLPs that the CPU computes where they rest, for few tokens: who works where, the same outputs, all given back."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
+import transformers as tf
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import bigkit
-from bigkit.maps.on_cpu import FEW
+from bigkit.maps.on_cpu import FEW, mlps_of
 from bigkit.offload.captured import refuse_what_waits
 from bigkit.offload.grouping import handles
+from bigkit.offload.on_cpu import MlpHook
 from bigkit.zoo.gpt import encode, heldout_text, load_pygpt
 from tests.spread import STAND_IN, Net, check_at_rest, same, spread
 
+SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 5, "num_attention_heads": 4}
 MLP = 2 * (2 * 4 * 256 * 256 + 4 * 256 + 256)  # bytes of pygpt's
 
 
@@ -124,3 +128,25 @@ def test_a_model_without_such_parts_is_refused_and_left_as_it_was(whole):
     half = copy.deepcopy(whole).half()
     with pytest.raises(ValueError, match="float32 or bfloat16"):
         bigkit.cpu_offload(half, 0, stand_in=STAND_IN, on_cpu="1GB")
+
+
+def test_experts_are_refused_with_the_reason():
+    config = tf.MixtralConfig(**SIZES, vocab_size=100, num_local_experts=4, num_key_value_heads=2)
+    with pytest.raises(ValueError, match="experts are not computed there, since only their router's choice says which"):
+        spread(tf.MixtralForCausalLM(config).eval(), {"": "cpu"}, main_device=0, on_cpu="1GB")
+
+
+KINDS = [(tf.LlamaForCausalLM, tf.LlamaConfig), (tf.GPTNeoXForCausalLM, tf.GPTNeoXConfig)]
+
+
+@pytest.mark.parametrize("cls, config", KINDS)
+def test_a_plan_and_a_model_agree_on_what_an_mlp_is(cls, config):
+    model = cls(config(**SIZES, vocab_size=100)).eval().requires_grad_(False)
+    plan = bigkit.plan(model, {0: "1GB", "cpu": "1GB"}, strategy=dict.fromkeys([""], "cpu"))
+    layers = [replace(layer, device="cpu", works=0) for layer in plan.layers]
+    told = mlps_of(bigkit.describe(model), replace(plan, layers=tuple(layers)))
+    spread(model, {"": "cpu"}, main_device=0, on_cpu="1GB")
+    hooks = {name: _hooks(module) for name, module in model.named_modules()}
+    units = [hook.unit for own in hooks.values() for hook in own if isinstance(hook, MlpHook)]
+    assert {unit.name.rpartition(".")[0]: sum(part.nbytes for part in unit.parts()) for unit in units} == told
+    assert len(units) == 5
