@@ -17,25 +17,30 @@ experts: nobody knows which are needed before their router has run, so CPU and l
 from __future__ import annotations
 
 import inspect
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from functools import reduce
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..devices import join
 from ..maps.on_cpu import FEW, mlp_of
 from ..maps.partition import spread
 from ..meta.skeleton import spec_from_module
+from ..units import MiB
+from ._torch import LentParameter, RowParameter, one_row
 from .codec import PLAIN, codec_of
 from .grouping import Cut, Layout, experts_in, has_forward
 from .handle import Away
 from .hooks import AlignDevicesHook, this_thread
 from .mapped import PageLane
-from .stream import Streamer
+from .stream import Streamer, Views
 from .weights import Unit
 
+ENOUGH, CLEARLY = 64 * MiB, 0.85  # bytes that are multiplied to compare two ways, and when one is the faster
 READ = (torch.bfloat16, torch.float32)  # dtypes of weights for which PyTorch's CPU kernels keep up with the RAM
 
 
@@ -114,7 +119,39 @@ def _takes_one_tensor(module: nn.Module) -> bool:
 def cpu_streamer(splits: Sequence[Split]) -> Streamer:
     """What lends the MLPs on the CPU."""
     cpu = torch.device("cpu")
-    return Streamer(cpu, [split.mlp for split in splits], PageLane(cpu), prefetch=False)
+    return MlpStreamer(cpu, [split.mlp for split in splits], PageLane(cpu), prefetch=False)
+
+
+class MlpStreamer(Streamer):
+    """Lends MLPs on the CPU; single rows are multiplied with their matrices in the faster of two ways."""
+
+    by_row: bool | None = None  # None: not measured yet
+
+    def _make_views(self, unit: Unit, weights: list[Tensor]) -> Views:
+        views = super()._make_views(unit, weights)
+        matrices = [value for value in views.weights if value.ndim == 2 and type(value) is LentParameter]
+        if self.by_row is None:
+            self.by_row = rows_are_faster([matrix.detach() for matrix in matrices])
+        for matrix in matrices if self.by_row else ():
+            matrix.__class__ = RowParameter
+        return views
+
+
+@torch.no_grad()
+def rows_are_faster(matrices: Sequence[Tensor]) -> bool:
+    """Whether `one_row` is clearly faster than `F.linear` here. On processors with AMX, PyTorch 2.11 takes the kernel
+    for large products in bfloat16 also for a single row, 2.15 does not.
+    """
+    if sum(matrix.nbytes for matrix in matrices) < ENOUGH:
+        return False  # too little to tell
+    took = dict.fromkeys((F.linear, one_row), float("inf"))
+    rows = [torch.ones(1, matrix.shape[1], dtype=matrix.dtype) for matrix in matrices]
+    for way in (*took, *took, *took):
+        begin = time.perf_counter()
+        for row, matrix in zip(rows, matrices):
+            way(row, matrix)
+        took[way] = min(took[way], time.perf_counter() - begin)
+    return took[one_row] < CLEARLY * took[F.linear]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
