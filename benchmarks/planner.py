@@ -3,9 +3,9 @@
     python benchmarks/planner.py [--save]
 
 Accelerate plans from an nn.Module on meta: `get_balanced_memory`, then `infer_auto_device_map`, as its "auto" does.
-bigkit plans twice: from the layer records it already has, and from the nn.Module. `infer_auto_device_map` alone is timed,
-too. Medians of CPU time, which other processes disturb less; the ratio is Accelerate's time over bigkit's. Without a GPU Accelerate cannot look up device numbers; for its calls alone, `torch.device` is told
-that they exist.
+bigkit plans twice: from the layer records it already has, and from the nn.Module; and the call of that name is timed in
+both. Medians of CPU time, which other processes disturb less; the ratio is Accelerate's time over bigkit's. Without a
+GPU Accelerate cannot look up device numbers; for its calls alone, `torch.device` is told that they exist.
 """
 
 from __future__ import annotations
