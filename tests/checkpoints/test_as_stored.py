@@ -56,7 +56,22 @@ def awq(rows: int, columns: int) -> dict[str, Tensor]:
     return {"qweight": int32(columns, rows // 8), "qzeros": int32(columns // 32, rows // 8), "scales": scales}
 
 
-FORMATS: dict[str, Callable[[int, int], dict[str, Tensor]]] = {"fp8": fp8, "int4": int4, "gptq": gptq, "awq": awq}
+def mxfp8(rows: int, columns: int) -> dict[str, Tensor]:
+    exponents = torch.randint(119, 123, (rows, columns // 32), dtype=torch.uint8)
+    return {"weight": torch.randn(rows, columns).to(torch.float8_e4m3fn), "weight_scale_inv": exponents}
+
+
+def nvfp4(rows: int, columns: int) -> dict[str, Tensor]:
+    """As ModelOpt writes it."""
+    codes = torch.randint(0, 256, (rows, columns // 2), dtype=torch.uint8)
+    scales = torch.rand(rows, columns // 16).to(torch.float8_e4m3fn)
+    activations = {"input_scale": torch.tensor(0.5)}  # for kernels that compute in 4 bits
+    return {"weight": codes, "weight_scale": scales, "weight_scale_2": torch.tensor(0.02), **activations}
+
+
+FORMATS: dict[str, Callable[[int, int], dict[str, Tensor]]] = {
+    "fp8": fp8, "int4": int4, "gptq": gptq, "awq": awq, "mxfp8": mxfp8, "nvfp4": nvfp4,
+}  # fmt: skip
 
 
 def write(folder: Path, format: str) -> nn.Module:
@@ -136,7 +151,8 @@ def test_sizes_are_those_of_the_file_and_it_is_written_as_it_was_read(tmp_path: 
     again = load_file(tmp_path / "again" / "model.safetensors")
     assert again.keys() == stored.keys()
     for name, tensor in again.items():
-        assert torch.equal(tensor.to(stored[name].dtype).view(torch.uint8), stored[name].view(torch.uint8)), name
+        bits = [one.reshape(-1).view(torch.uint8) for one in (tensor.to(stored[name].dtype), stored[name])]
+        assert torch.equal(*bits), name
 
 
 @pytest.mark.parametrize("format", [*FORMATS, "mxfp4"])
