@@ -126,8 +126,9 @@ def _change_modules(model: nn.Module, source: Checkpoint, keep: str, undo: list[
     for name, stacks in stack_experts(model, source).items():
         under[name] = {**under.get(name, {}), **stacks}
     names_of: dict[int, list[str]] = {}
-    for full, parameter in model.named_parameters(remove_duplicate=False):
-        names_of.setdefault(id(parameter), []).append(full)
+    for name, module in model.named_modules():  # a module that is in several places is one
+        for own, parameter in module.named_parameters(recurse=False):
+            names_of.setdefault(id(parameter), []).append(f"{name}.{own}".lstrip("."))
     for name, module in list(model.named_modules()):
         kinds = under.get(name, {})
         if type(module) is nn.Linear and module.weight.is_meta:
