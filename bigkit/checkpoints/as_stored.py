@@ -189,7 +189,10 @@ def _stacked(name: str, module: nn.Module, source: Checkpoint, kinds: Kinds) -> 
         codec = find_stack_codec(own, kinds) if stack else None
         if codec is not None and parameter is not None:
             own_kinds = {suffix: kinds[own + suffix] for suffix in codec.suffixes}
-            if wrong := stack_misfit(codec.format, tuple(parameter.shape), own_kinds):
+            wrong = stack_misfit(codec.format, tuple(parameter.shape), own_kinds)
+            if own in kinds and own not in map(own.__add__, codec.suffixes):
+                wrong = f"and {own} lies there as well, so that one of the two would not be read"
+            if wrong:
                 raise CheckpointError(
                     f"{name}.{own} in {source.path}: stacked weights of shape {list(parameter.shape)} are stored as "
                     f"{described({own + suffix: kind for suffix, kind in own_kinds.items()})}: {wrong}; {ANEW}"
