@@ -78,6 +78,11 @@ class Task:
 
     # -- the model's side
 
+    @property
+    def in_order(self) -> bool:
+        """Whether what stays is not to be spread among what does not: llama.cpp computes with that where it rests."""
+        return self.model.library == "gguf"
+
     @cached_property
     def computes_in(self) -> str:
         return self.model.computes_in(self.precision)
@@ -256,7 +261,9 @@ class Task:
                 holders.add(places[i])
         works = self.working_places(places, workers)
         for i, records in self.attention.items():
-            caches[works.get(i, places[i])].update(records)
+            held = caches[works.get(i, places[i])]
+            for record in records:  # `Counter.update` takes longer
+                held[record] += 1
         flying: dict[tuple[Device, bool], int] = {}  # experts have slots of their own
         for i, place in works.items():
             kind = (place, i in self.around)
