@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ..model.stored import AT_A_TIME
 from .codecs import Parts, StackCodec
+from .fused import decode_chosen
 
 PLAIN = StackCodec("plain", ("",), lambda parts, dtype: parts[""])  # weights that need no decoding
 
@@ -75,6 +76,10 @@ class DecodedStack:
         elif isinstance(experts, Tensor) and len(experts) > len(first):
             return self.all()[experts]  # some are chosen several times, and decoded once
         else:
+            fused = isinstance(experts, Tensor) and experts.is_cuda
+            weights = decode_chosen(self.codec.format, self.parts, experts, self.dtype) if fused else None
+            if weights is not None:
+                return weights.transpose(-2, -1) if self.transposed else weights
             chosen = {suffix: rows_of(part, experts) for suffix, part in self.parts.items()}
         weights = self.codec.decode(chosen, self.dtype)
         return weights.transpose(-2, -1) if self.transposed else weights
