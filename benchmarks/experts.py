@@ -7,7 +7,8 @@
 
 Each case runs in a fresh process. A step is one decoded token of every sequence with a KV cache: the time between two
 calls of a stopping criterion that waits for the GPU, as a median. A model of random weights soon repeats itself, and so
-do the experts that it chooses; so the next token of each sequence is drawn, the same in all ways. `equal` says whether
+do the experts that it chooses; so the next token of each sequence is drawn, the same in all ways, and embeddings are
+large, so that routers tell tokens apart. `equal` says whether
 the logits are, bit for bit, those of the resident model, `bytes_per_token` what was brought for a step. The limit is
 what a step would take if chosen experts came over the link at its rate and nothing else took longer than in the
 resident model. Drawn tokens choose experts almost by chance: no luck for a cache.
@@ -88,6 +89,7 @@ def build(case: str, layers: int, device: str, tiny: bool) -> nn.Module:
             for parameter in model.parameters():
                 if parameter.ndim > 1:
                     parameter.normal_(0, 0.02)
+            model.get_input_embeddings().weight.normal_(0, 20)  # type: ignore[operator]  # else all tokens look alike to routers
     return model.eval().requires_grad_(False)
 
 
@@ -131,8 +133,8 @@ class Clock(tf.StoppingCriteria):
 class Drawn(tf.LogitsProcessor):
     """Lets the next tokens be drawn ones, and keeps the logits of the last step."""
 
-    def __init__(self, vocabulary: int, batch: int, new: int) -> None:
-        self.tokens = torch.randint(5, vocabulary, (new + 1, batch), generator=torch.Generator().manual_seed(3))
+    def __init__(self, vocabulary: int, batch: int, new: int, seed: int = 3) -> None:
+        self.tokens = torch.randint(5, vocabulary, (new + 1, batch), generator=torch.Generator().manual_seed(seed))
         self.step, self.last = 0, torch.empty(0)
 
     def __call__(self, ids: Tensor, scores: Tensor) -> Tensor:
@@ -146,14 +148,14 @@ class Drawn(tf.LogitsProcessor):
 def decode(model: nn.Module, batch: int, new: int, vocabulary: int, warm: bool = True) -> tuple[float, Tensor, float]:
     """Tokens a second of all sequences while decoding, the logits of the last step, and bytes brought for a step.
 
-    The run before the one that counts has the same lengths: attention is planned anew for each length of the cache,
-    which takes some 40 ms on a GPU.
+    The run before the one that counts draws other tokens, but has the same lengths: attention is planned anew for each
+    length of the cache, which takes some 40 ms on a GPU.
     """
     device = "cuda:0" if torch.cuda.is_available() else "cpu"
     ids = torch.randint(5, vocabulary, (batch, 32), generator=torch.Generator().manual_seed(1)).to(device)
     options: dict[str, Any] = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0, "max_new_tokens": new}
     if warm:
-        model.generate(ids, logits_processor=[Drawn(vocabulary, batch, new)], **options)  # type: ignore[operator]
+        model.generate(ids, logits_processor=[Drawn(vocabulary, batch, new, seed=4)], **options)  # type: ignore[operator]
     clock, drawn, moved = Clock(), Drawn(vocabulary, batch, new), list[tuple[int, int]]()
 
     def listen(event: Event) -> None:

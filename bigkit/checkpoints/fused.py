@@ -39,7 +39,7 @@ def decode_chosen(kind: str, parts: Mapping[str, Tensor], experts: Tensor, dtype
         return None
     codes, scales = parts[f"_{kind}"], parts["_absmax"]
     whole = codes.shape[1] * codes.shape[2] * 2 == scales.shape[1] * BLOCK_4BIT
-    if not (whole and codes.is_contiguous() and scales.is_contiguous() and _works(codes.device)):
+    if not (whole and codes.is_contiguous() and scales.is_contiguous() and triton_works(codes.device)):
         return None
     return _decode(kind, codes, scales, experts, dtype)
 
@@ -49,8 +49,15 @@ def _decode(kind: str, codes: Tensor, scales: Tensor, experts: Tensor, dtype: to
     decoded = torch.empty((count, codes.shape[1], 2 * codes.shape[2]), dtype=dtype, device=codes.device)
     if count:
         with torch.cuda.device_of(codes):
-            _kernel()[-(-blocks // PIECE), count](
-                codes, scales, _values(kind, codes.device), experts.contiguous(), decoded, blocks, PIECE, BLOCK_4BIT // 2
+            _kernels()["decode"][-(-blocks // PIECE), count](
+                codes,
+                scales,
+                _values(kind, codes.device),
+                experts.contiguous(),
+                decoded,
+                blocks,
+                PIECE,
+                BLOCK_4BIT // 2,
             )
     return decoded
 
@@ -66,17 +73,17 @@ def _values(kind: str, device: torch.device) -> Tensor:
 
 
 @cache
-def _works(device: torch.device) -> bool:
-    """Whether a kernel can be made for a device: Triton must be there, and what it compiles with."""
+def triton_works(device: torch.device) -> bool:
+    """Whether kernels can be made for a device: Triton must be there, and what it compiles with."""
     try:
-        codes = torch.zeros((1, 2, BLOCK_4BIT // 2), dtype=torch.uint8, device=device)
-        _decode("nf4", codes, torch.ones((1, 2), device=device), codes[:, 0, 0].long(), torch.float32)
+        with torch.cuda.device(device):
+            _kernels()["try"][(1,)](torch.zeros(1, dtype=torch.int32, device=device))
     except ImportError:
         return False
     except Exception as error:  # whatever a compiler may say
         warnings.warn(
-            f"Triton makes no kernel for {device} ({type(error).__name__}: {error}): experts in four bits are decoded "
-            "by plain PyTorch, which is slower",
+            f"Triton makes no kernel for {device} ({type(error).__name__}: {error}): what experts need is done by "
+            "plain PyTorch, which is slower",
             stacklevel=2,
         )
         return False
@@ -84,9 +91,13 @@ def _works(device: torch.device) -> bool:
 
 
 @cache
-def _kernel() -> Any:
+def _kernels() -> dict[str, Any]:
     import triton
     import triton.language as tl
+
+    @triton.jit
+    def write(number):  # type: ignore[no-untyped-def]
+        tl.store(number, 1)
 
     @triton.jit
     def decode(codes, scales, values, experts, decoded, blocks, PIECE: tl.constexpr, HALF: tl.constexpr):  # type: ignore[no-untyped-def]
@@ -100,4 +111,4 @@ def _kernel() -> Any:
         to = (place * blocks + block[:, None]) * (2 * HALF) + tl.arange(0, 2 * HALF)[None, :]
         tl.store(decoded + to, pair.to(decoded.dtype.element_ty), mask=there)
 
-    return decode
+    return {"decode": decode, "try": write}

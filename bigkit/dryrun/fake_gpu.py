@@ -41,7 +41,7 @@ from ._torch import (
     storage_key,
 )
 from .attention import AttentionChoice, Target
-from .costs import PRODUCTS, cost_of, dense_bytes, device_of, kernel_workspaces, tensors_in
+from .costs import LOOKUPS, PRODUCTS, cost_of, dense_bytes, device_of, kernel_workspaces, tensors_in
 from .values import KnownValues
 
 COMPOSITE = (aten.linear.default, aten.matmul.default)  # reach a mode whole where a library's own operation calls them
@@ -139,6 +139,8 @@ class OperationLog(TorchDispatchMode):
         if self.kind != "weights" and func is not ASK_DEVICE.default:
             self.trace.unissued += 1
             if operation := cost_of(func, args, kwargs, inputs, outputs, result):
+                if packet_of(func) in LOOKUPS and self._is_overlooked(args[0]):
+                    operation = replace(operation, bytes=0)  # what is read comes over the link, which is noted there
                 self.trace.add(operation)
         return result
 
@@ -193,6 +195,13 @@ class OperationLog(TorchDispatchMode):
                 trace.free(device, number)
 
         self.live[key] = device, number, weakref.ref(tensor.untyped_storage(), gone)
+
+    def overlook(self, tensor: Tensor) -> None:
+        """Count the storage of a tensor not as memory of a GPU: it is RAM that the GPU reads."""
+        self.live[storage_key(tensor)] = "", 0, weakref.ref(tensor.untyped_storage())
+
+    def _is_overlooked(self, tensor: Tensor) -> bool:
+        return self.live.get(storage_key(tensor), ("cpu",))[0] == ""
 
     def label(self, tensor: Tensor, kind: str) -> None:
         """Say what the storage of a tensor is for."""

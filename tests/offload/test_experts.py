@@ -28,8 +28,7 @@ from bigkit import (
 from bigkit.machine.routing import Routing
 from bigkit.meta.skeleton import spec_from_module
 from bigkit.model.experts import experts_of
-from bigkit.offload import experts as experts_module
-from bigkit.offload import gather, on_device
+from bigkit.offload import gather, lenders, on_device
 from bigkit.offload.choice import choice_of, chosen_rows
 from bigkit.offload.experts import ExpertsHook, ExpertStreamer, expert_hits
 from bigkit.offload.handle import Away
@@ -608,7 +607,7 @@ def test_dispatched_anew_and_forgotten(tmp_path):
 @pytest.fixture
 def pretend(monkeypatch):
     """A stand-in passes for a GPU where the streamer is chosen, and its slabs for pinned ones."""
-    monkeypatch.setattr(experts_module, "is_real_cuda", lambda device: True)
+    monkeypatch.setattr(lenders, "is_real_cuda", lambda device: True)
     monkeypatch.setattr(gather, "seen_by_gpu", lambda slab, device: slab.bytes[:])
 
 
