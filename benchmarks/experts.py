@@ -27,7 +27,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -63,8 +63,8 @@ FEW_BITS = {"mixtral": "nf4", "gpt-oss": "MXFP4", "deepseek": "FP8"}
 # Models
 
 
-def build(case: str, layers: int, device: str, tiny: bool) -> nn.Module:
-    """A model with random weights on a device, in bfloat16."""
+def class_and_config(case: str, layers: int, tiny: bool) -> tuple[Any, Any]:
+    """The class of a case's model, and its config."""
     sizes: dict[str, Any]
     if case.startswith("qwen3"):
         sizes, config, model_class = QWEN3, tf.Qwen3MoeConfig, tf.Qwen3MoeForCausalLM
@@ -80,10 +80,16 @@ def build(case: str, layers: int, device: str, tiny: bool) -> nn.Module:
     elif tiny:
         sizes = {**sizes, **TINY, **({"moe_intermediate_size": 32} if "moe_intermediate_size" in sizes else {}),
                  **({"intermediate_size": 64} if "intermediate_size" in sizes else {})}  # fmt: skip
+    return model_class, config(**sizes, num_hidden_layers=layers, tie_word_embeddings=False)
+
+
+def build(case: str, layers: int, device: str, tiny: bool) -> nn.Module:
+    """A model with random weights on a device, in bfloat16."""
+    model_class, config = class_and_config(case, layers, tiny)
     torch.manual_seed(0)
     with torch.device(device):
         torch.set_default_dtype(torch.bfloat16)
-        model: nn.Module = model_class(config(**sizes, num_hidden_layers=layers, tie_word_embeddings=False))
+        model: nn.Module = model_class(config)
         torch.set_default_dtype(torch.float32)
         with torch.no_grad():
             for parameter in model.parameters():
@@ -122,11 +128,14 @@ class Clock(tf.StoppingCriteria):
 
     def __init__(self) -> None:
         self.times: list[float] = []
+        self.after: list[Callable[[], Any]] = []
 
     def __call__(self, ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
         if ids.is_cuda:
             torch.cuda.synchronize()
         self.times.append(time.perf_counter())
+        for call in self.after:
+            call()
         return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
 
 
@@ -145,8 +154,13 @@ class Drawn(tf.LogitsProcessor):
         return chosen
 
 
-def decode(model: nn.Module, batch: int, new: int, vocabulary: int, warm: bool = True) -> tuple[float, Tensor, float]:
+def decode(
+    model: nn.Module, batch: int, new: int, vocabulary: int, warm: bool = True, each: int = 0
+) -> tuple[float, Tensor, float]:
     """Tokens a second of all sequences while decoding, the logits of the last step, and bytes brought for a step.
+
+    With a cache on the GPU (`each`: bytes of one expert) these follow from what was not in it: the host would have to
+    wait to be told at once.
 
     The run before the one that counts draws other tokens, but has the same lengths: attention is planned anew for each
     length of the cache, which takes some 40 ms on a GPU.
@@ -163,13 +177,18 @@ def decode(model: nn.Module, batch: int, new: int, vocabulary: int, warm: bool =
             moved.append((len(clock.times), event.nbytes))
 
     streamers = {hook.streamer for module in model.modules() for hook in hooks_in(module) if hasattr(hook, "streamer")}
-    for streamer in streamers - {None}:
+    listened = set() if each else streamers - {None}
+    misses = []
+    clock.after.append(lambda: misses.append(expert_hits(model)[1]) if each and len(clock.times) == 2 else None)
+    for streamer in listened:
         streamer.listeners.append(listen)
     model.generate(ids, stopping_criteria=[clock], logits_processor=[drawn], **options)  # type: ignore[operator]
-    for streamer in streamers - {None}:
+    for streamer in listened:
         streamer.listeners.remove(listen)
     steps = [later - earlier for earlier, later in zip(clock.times[1:], clock.times[2:])]
     brought = sum(nbytes for step, nbytes in moved if step > 1) / max(1, len(steps))
+    if each:
+        brought = (expert_hits(model)[1] - misses[0]) * each / max(1, len(steps))
     return batch / statistics.median(steps), drawn.last, brought
 
 
@@ -246,7 +265,7 @@ def run(
         dispatched = time.perf_counter() - begin
         for batch in batches:
             before = expert_hits(found)
-            rate, logits, brought = decode(found, batch, new, vocabulary)
+            rate, logits, brought = decode(found, batch, new, vocabulary, each=each if options else 0)
             own: dict[str, Any] = {
                 "equal": bool(torch.equal(logits, resident[batch][1])), "bytes_per_token": round(brought)
             }  # fmt: skip
@@ -417,7 +436,7 @@ def accelerate(model: nn.Module, vocabulary: int) -> dict[str, Any]:
     model = model.to("cpu")
     settle()
     found = dispatch_model(model, {**places, **dict.fromkeys(experts_in(model), "cpu")}, main_device=0)
-    rate, _, _ = decode(found, 1, 5, vocabulary, warm=False)
+    rate, _, _ = decode(found, 1, 4, vocabulary, warm=False)
     return row("accelerate", 1, rate)
 
 

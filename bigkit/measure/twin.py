@@ -115,15 +115,16 @@ def measure_twin(model: nn.Module, device: str, quantization: str | None = None,
         ValueError: no twin can be made, or it cannot do the work.
     """
     quantized = quantization is not None
-    run = dry_run(lambda: twin_of(model, quantized), None, LOAD.batch, LOAD.prompt, LOAD.new, quantization=quantization)
+    how: dict[str, Any] = {"quantization": quantization, "dtype": "bfloat16"} if quantized else {}
+    run = dry_run(lambda: twin_of(model, quantized), None, LOAD.batch, LOAD.prompt, LOAD.new, **how)
     ends = [0, *(end for _, end in run.steps)]
     issued = [sum(operation.issued for operation in run.operations[a:b]) for a, b in zip(ends, ends[1:])]
     twin = twin_of(model, quantized)
     if quantization is None:
         fill(twin, {"": device})
     else:
-        how = config_of(quantization, "bfloat16")
-        fill_quantized(quantize_empty(twin, how), {"": device}, device, how)
+        config = config_of(quantization, "bfloat16")
+        fill_quantized(quantize_empty(twin, config), {"": device}, device, config)
     steps: list[list[HostStep]] = [[], []]  # of the prompt, and of tokens
     for _ in range(1 + repeats):
         for i, (seconds, before) in enumerate(timed(twin, LOAD, device)):
