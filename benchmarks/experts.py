@@ -265,7 +265,9 @@ def run(
         dispatched = time.perf_counter() - begin
         for batch in batches:
             before = expert_hits(found)
-            rate, logits, brought = decode(found, batch, new, vocabulary, each=each if options else 0)
+            rate, logits, brought = decode(
+                found, batch, new, vocabulary, each=each if options and batch == 1 and torch.cuda.is_available() else 0
+            )
             own: dict[str, Any] = {
                 "equal": bool(torch.equal(logits, resident[batch][1])), "bytes_per_token": round(brought)
             }  # fmt: skip
