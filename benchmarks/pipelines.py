@@ -1,11 +1,12 @@
 """A pipeline of Diffusers that does not fit as a whole: on the GPU, by plans of bigkit, and with Diffusers' offloads.
 
     python benchmarks/pipelines.py [--save]                a CUDA GPU: Flux's shape with fewer blocks, random weights
+    python benchmarks/pipelines.py --two [--save]          two GPUs: components apart, and the denoiser split
     python benchmarks/pipelines.py --device cpu --tiny     no GPU: tiny shapes, to see that it runs
 
 An image is made from token ids: text encoders, `--steps` passes of the denoiser, VAE. The first image of each way warms
 up, the second one counts; `equal` says whether it is, bit for bit, that of the pipeline on the GPU. The peak is what
-PyTorch had allocated, with the budget that bigkit's plan had beside it.
+PyTorch had allocated, and `predicted` what the plan said before. A sequential offload makes one image only.
 """
 
 from __future__ import annotations
@@ -76,12 +77,13 @@ def save_configs(pipe: Any, folder: Path) -> None:
             (held.save_config if hasattr(held, "save_config") else held.config.save_pretrained)(folder / name)
 
 
-def image(pipe: Any, device: str, size: int, steps: int) -> Tensor:
-    """One image, (height, width, 3), on the CPU."""
+def image(pipe: Any, device: str, size: int, steps: int, tiny: bool = False) -> Tensor:
+    """One image, (3, height, width), on the CPU; from prompts as long as Flux takes them."""
     pipe.set_progress_bar_config(disable=True)
+    vocabulary, tokens = (99, 16) if tiny else (30000, 512)
     with torch.no_grad():
-        pooled = pipe.text_encoder(torch.arange(1, 60, device=device)[None]).pooler_output
-        prompt = pipe.text_encoder_2(torch.arange(1, 90, device=device)[None])[0]
+        pooled = pipe.text_encoder((torch.arange(77, device=device) % vocabulary)[None]).pooler_output
+        prompt = pipe.text_encoder_2((torch.arange(tokens, device=device) % vocabulary)[None])[0]
         made = pipe(
             prompt_embeds=prompt, pooled_prompt_embeds=pooled, height=size, width=size, num_inference_steps=steps,
             generator=torch.Generator().manual_seed(0), output_type="pt",
@@ -96,7 +98,98 @@ def settle(cuda: bool) -> None:
     if cuda:
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
+        for gpu in range(torch.cuda.device_count()):
+            torch.cuda.reset_peak_memory_stats(gpu)
+
+
+def peak_of(gpu: int) -> int:
+    """The most bytes that PyTorch had allocated on a GPU."""
+    return torch.cuda.max_memory_allocated(gpu)
+
+
+class Ways:
+    """Each way to make an image, measured one after another with the same weights.
+
+    Args:
+        args: of the command line.
+        out: a JSON file that is written anew after each way.
+    """
+
+    def __init__(self, args: argparse.Namespace, out: Path | None) -> None:
+        self.args, self.out, self.cuda = args, out, args.device.startswith("cuda")
+        self.size = 32 if args.tiny else args.size
+        self.build()
+        folder = Path(tempfile.mkdtemp())
+        save_configs(self.pipe, folder)
+        self.spec: Any = describe_pipeline(folder, image=self.size)
+        self.estimate: Any = bigkit.estimate_memory(self.spec)
+        self.about = {
+            "device": torch.cuda.get_device_name() if self.cuda else platform.processor() or "CPU",
+            "torch": torch.__version__, "diffusers": diffusers.__version__, "size": self.size, "steps": args.steps,
+            "blocks": args.blocks, "weights": self.spec.weights,
+        }  # fmt: skip
+        self.rows: list[dict[str, Any]] = []
+        self.expected: Tensor | None = None
+
+    def build(self) -> None:
+        """Make the pipeline, always with the same weights."""
+        self.pipe = flux(self.args.device, self.args.tiny, 2 if self.args.tiny else self.args.blocks)
+
+    def image(self, pipe: Any) -> Tensor:
+        """One image of the benchmark's size."""
+        return image(pipe, self.args.device, self.size, self.args.steps, self.args.tiny)
+
+    def measure(self, way: str, prepare: Callable[[], Any], predicted: int = 0, warm: bool = True, **more: Any) -> None:
+        """Prepare, make an image to warm up (`warm`) and one that counts, and keep the row or the error."""
+        try:
+            settle(self.cuda)
+            begin = time.perf_counter()
+            ready = prepare()
+            prepared = time.perf_counter() - begin
+            if warm:
+                first = self.image(ready)
+                self.expected = first if self.expected is None else self.expected
+            settle(self.cuda)
+            begin = time.perf_counter()
+            found = self.image(ready)
+            row = {
+                "way": way, "seconds": round(time.perf_counter() - begin, 3), "prepare_s": round(prepared, 1),
+                "equal": bool(torch.equal(found, self.expected)),  # type: ignore[arg-type]
+                "peak": peak_of(0) if self.cuda else 0, "predicted": predicted, **more,
+            }  # fmt: skip
+            if "second_predicted" in more and self.cuda:
+                row["second_peak"] = peak_of(1)
+        except Exception as error:
+            row = {"way": way, "error": f"{type(error).__name__}: {error}"[:400]}
+        self.rows.append(row)
+        print(json.dumps(row), flush=True)
+        if self.out:
+            kept = {"about": self.about, "ways": dict(self.estimate.ways), "rows": self.rows}
+            self.out.write_text(json.dumps(kept, indent=1) + "\n")
+
+    def at_home(self) -> Any:
+        """The pipeline as it was loaded: on the CPU, without anybody's hooks."""
+        self.pipe.remove_all_hooks()
+        for part in self.pipe.components.values():
+            if isinstance(part, nn.Module):
+                bigkit.remove_hook_from_module(part, recurse=True)
+                part.to("cpu")
+        settle(self.cuda)
+        return self.pipe
+
+    def by_plan(self, way: str, *budgets: int) -> None:
+        """Plan for GPUs with so many bytes for the pipeline, and measure that."""
+        plan: Any = bigkit.plan(self.spec, {**dict(enumerate(budgets)), "cpu": "100GB"}, overhead=0)
+        print(plan.explain(), flush=True)
+        stand_in = {} if self.cuda else dict.fromkeys(plan.gpus, "cpu")
+        first, *second = [max(one.peaks[gpu] for one in plan.components) for gpu in plan.gpus]
+        more = {"second_predicted": second[0]} if second else {}
+        self.measure(way, lambda: dispatch_pipeline(self.at_home(), plan, stand_in=stand_in), first, **more)
+
+    def of_diffusers(self, call: str, **options: Any) -> Any:
+        """The pipeline with an offload of Diffusers."""
+        getattr(self.at_home(), call)(**options)
+        return self.pipe
 
 
 def main() -> None:
@@ -106,91 +199,38 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true", help="tiny shapes")
     parser.add_argument("--blocks", type=int, default=6, help="double blocks; twice as many single ones. Flux: 19")
     parser.add_argument("--size", type=int, default=1024, help="height and width of the image in pixels")
-    parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--two", action="store_true", help="two GPUs: components apart, and the denoiser split")
     parser.add_argument("--save", action="store_true", help="write benchmarks/results/pipelines.json")
     parser.add_argument("--out", type=Path, help="a JSON file for the results")
     args = parser.parse_args()
-    cuda = args.device.startswith("cuda")
-    size = 32 if args.tiny else args.size
-    out = args.out or (Path(__file__).parent / "results" / "pipelines.json" if args.save else None)
-    pipe = flux(args.device, args.tiny, 2 if args.tiny else args.blocks)
-    weights = sum(
-        p.nbytes for part in pipe.components.values() if isinstance(part, nn.Module) for p in part.parameters()
-    )
-    about = {
-        "device": torch.cuda.get_device_name() if cuda else platform.processor() or "CPU", "torch": torch.__version__,
-        "diffusers": diffusers.__version__, "size": size, "steps": args.steps, "weights": weights,
-    }  # fmt: skip
-    rows: list[dict[str, Any]] = []
-    folder = Path(tempfile.mkdtemp())
-    save_configs(pipe, folder)
-    spec: Any = describe_pipeline(folder)
-    estimate: Any = bigkit.estimate_memory(spec)
-    expected: Tensor | None = None
-
-    def measure(way: str, prepare: Callable[[], Any], **more: Any) -> None:
-        nonlocal expected
-        try:
-            settle(cuda)
-            begin = time.perf_counter()
-            ready = prepare()
-            prepared = time.perf_counter() - begin
-            found = image(ready, args.device, size, args.steps)
-            expected = found if expected is None else expected
-            if cuda:
-                torch.cuda.synchronize()
-                torch.cuda.reset_peak_memory_stats()
-            begin = time.perf_counter()
-            found = image(ready, args.device, size, args.steps)
-            row = {
-                "way": way, "seconds": round(time.perf_counter() - begin, 3), "prepare_s": round(prepared, 1),
-                "equal": bool(torch.equal(found, expected)),
-                "peak": torch.cuda.max_memory_allocated() if cuda else 0, **more,
-            }  # fmt: skip
-        except Exception as error:
-            row = {"way": way, "error": f"{type(error).__name__}: {error}"[:400]}
-        rows.append(row)
-        print(json.dumps(row), flush=True)
-        if out:
-            out.write_text(json.dumps({"about": about, "ways": dict(estimate.ways), "rows": rows}, indent=1) + "\n")
-
-    def at_home() -> Any:
-        """The pipeline as it was loaded: on the CPU, without anybody's hooks."""
-        nonlocal pipe
-        pipe.remove_all_hooks()
-        for part in pipe.components.values():
-            if isinstance(part, nn.Module):
-                bigkit.remove_hook_from_module(part, recurse=True)
-                part.to("cpu")
-        settle(cuda)
-        return pipe
-
-    def by_plan(budget: int) -> Any:
-        plan: Any = bigkit.plan(spec, {0: budget, "cpu": "100GB"}, overhead=0)
-        print(plan.explain(), flush=True)
-        return dispatch_pipeline(at_home(), plan, stand_in={} if cuda else {0: "cpu"})
-
-    def model_offload() -> Any:
-        at_home().enable_model_cpu_offload(device=args.device)
-        return pipe
-
-    def group_offload() -> Any:
-        home = at_home()
-        for part in (home.text_encoder, home.text_encoder_2, home.transformer, home.vae):
-            diffusers.hooks.apply_group_offloading(
-                part, onload_device=torch.device(args.device), offload_device=torch.device("cpu"),
-                offload_type="leaf_level", use_stream=cuda, **({"record_stream": True} if cuda else {}),
-            )  # fmt: skip
-        return home
-
-    print(json.dumps(about), flush=True)
-    print(estimate, flush=True)
-    measure("on the GPU", lambda: pipe)
-    ways = estimate.ways
-    measure("bigkit, one at a time", lambda: by_plan(ways["one at a time"]), budget=ways["one at a time"])
-    measure("Diffusers, model offload", model_offload)
-    measure("bigkit, by the block", lambda: by_plan(ways["by the block"]), budget=ways["by the block"])
-    measure("Diffusers, group offload, leaves, with its stream", group_offload)  # its hooks stay
+    results = Path(__file__).parent / "results"
+    ways = Ways(args, args.out or (results / f"pipelines{'-two' * args.two}.json" if args.save else None))
+    print(json.dumps(ways.about), flush=True)
+    print(ways.estimate, flush=True)
+    peaks = ways.estimate.ways
+    ways.measure("on the GPU", lambda: ways.pipe, peaks["all stay"])
+    if args.two:
+        denoiser = next(one for one in ways.spec.components if one.phase == "denoise")
+        working = max(one.working for one in ways.spec.components)
+        rest, size = ways.spec.weights - denoiser.spec.bytes(), denoiser.spec.bytes()
+        ways.by_plan("bigkit, components apart", rest + working, size + working)
+        ways.by_plan("bigkit, the denoiser split", rest + size // 2 + working, size * 6 // 10 + working)
+        ways.by_plan("bigkit, two smaller GPUs", size * 4 // 10 + working, size * 4 // 10 + working)
+        return
+    ways.by_plan("bigkit, one at a time", peaks["one at a time"])
+    ways.measure("Diffusers, model offload", lambda: ways.of_diffusers("enable_model_cpu_offload", device=args.device))
+    ways.by_plan("bigkit, by the block", peaks["by the block"])
+    ways.by_plan("bigkit, half of the way", (peaks["by the block"] + peaks["one at a time"]) // 2)
+    groups = {"offload_type": "leaf_level", "use_stream": ways.cuda, "record_stream": ways.cuda}
+    device = torch.device(args.device)
+    ways.measure("Diffusers, group offload, leaves, with its stream",
+                 lambda: ways.of_diffusers("enable_group_offload", onload_device=device, **groups))  # fmt: skip
+    if ways.cuda:  # its hooks cannot be taken off
+        ways.build()
+        sequential = {"device": args.device}
+        ways.measure("Diffusers, sequential offload",
+                     lambda: ways.of_diffusers("enable_sequential_cpu_offload", **sequential), warm=False)  # fmt: skip
 
 
 if __name__ == "__main__":

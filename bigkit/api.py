@@ -115,7 +115,7 @@ def plan(
 
     Args:
         model: a name, URL, folder, `nn.Module` or `ModelSpec`; a pipeline of Diffusers (a folder or repository with a
-            `model_index.json`) gives a `PipelinePlan` for the first GPU.
+            `model_index.json`) gives a `PipelinePlan`, whose main GPU is the first one.
         max_memory: device -> budget; None takes those of `hardware`, or of this machine (`Hardware.detect`).
         strategy, dtype, quantization, keep, special_dtypes, no_split, batch, context, offload_buffers, strict,
             experts_on_cpu, kv_dtype, slots: see `maps.strategies.place`.

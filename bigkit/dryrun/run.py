@@ -109,12 +109,14 @@ def dry_run(
     if isinstance(given, Plan):
         dtype, quantization = dtype or given.dtype, quantization or given.quantization
         slots = slots or given.slots
-    left_out = ("MLPs that the CPU computes are streamed here.",) if getattr(given, "on_cpu", None) else ()
+    left_out = ["MLPs that the CPU computes are streamed here."] if getattr(given, "on_cpu", None) else []
     if quantization is None and dtype is None:
         quantization = _quantized_so(model)
     working = (*places.values(), *getattr(places, "works", {}).values())
     numbers = sorted({device for device in working if isinstance(device, int)}) or [0]
     machine = _machine(hardware, max(numbers) + 1)
+    if machine.gpus[0].mps:
+        left_out.append(f"{machine.gpus[0].name} is rehearsed as a CUDA GPU of its memory and speed.")
     here = calibration is None
     calibration = calibration or calibration_of(machine)
     config = None

@@ -4,7 +4,7 @@ Memory is what the driver reports (`nvidia-smi`; for MI300X and GB10 what PyTorc
 from logs in public repositories. The other figures are the vendors', for dense matrices with sums in float32: those of
 their data sheets and of the white papers of GA102, AD102 and RTX Blackwell, as copies, reviews and other projects'
 tables quote them. Baseten's comparison with A10 has A10G's speed, TechPowerUp's and TechSpot's reviews the links of RTX
-4060 Ti, 5060 Ti and 5080, MLPerf's descriptions of systems those of B200 and MI300X. Where a sheet gives only
+4060 Ti, 5060 Ti and 5080, MLPerf's descriptions of systems those of B200, GB200 and MI300X. Where a sheet gives only
 operations in 4 or 8 bits with sparsity, these are divided by what such tables have between them and 16 bits dense: by
 16 for GeForce RTX 50, by 8 for RTX PRO 6000, GB10 and GeForce RTX 40, by 4 for RTX 6000 Ada.
 
@@ -42,7 +42,7 @@ class Gpu:
         bandwidth: bytes a second from its own memory.
         flops: bfloat16 (float16 where there is no bfloat16) operations a second, dense.
         link: bytes a second from the host's pinned memory, in theory.
-        capability: its compute capability.
+        capability: its compute capability; (0, 0) if it is Apple's.
         mps: whether PyTorch calls it "mps" (Apple's), and not by a number.
     """
 
@@ -146,6 +146,7 @@ LINKS = {  # bytes a second in one direction, after line coding; PCI-SIG's trans
     "PCIe 4.0 x16": 31.5 * GB,
     "PCIe 5.0 x8": 31.5 * GB,
     "PCIe 5.0 x16": 63 * GB,
+    "NVLink-C2C, half of a GB200": 225 * GB,  # 450 GB/s in one direction, which the two GPUs of a superchip share
 }
 DISKS = {  # bytes a second of large reads: what the interface lets through, less a tenth
     "SATA SSD": 0.55 * GB,
@@ -176,14 +177,16 @@ GPUS = {
         Gpu("H100-80GB", 81559 * MiB, 3350e9, 989e12, _PCIE5),
         Gpu("H200", 143771 * MiB, 4800e9, 989e12, _PCIE5),
         Gpu("B200", 183359 * MiB, 8000e9, 2250e12, _PCIE5, (10, 0)),
+        Gpu("GB200", 189471 * MiB, 8000e9, 2500e12, LINKS["NVLink-C2C, half of a GB200"], (10, 0)),
         Gpu("MI300X", 196592 * MiB, 5300e9, 1307e12, _PCIE5, (9, 4)),  # gfx942; 191.98 GiB as PyTorch reports it
     )
 }
-_APPLE = 15e12  # operations a second: an order of magnitude, since Apple publishes none
+_APPLE = 0.375e12  # operations a second of one GPU core: an order of magnitude, since Apple publishes none
 
 
 def _shared(name: str, gpu: str, ram: int, usable: int, rate: float, flops: float, **options: Any) -> Hardware:
     """A machine with one memory, of which the GPU can use a part; nothing is copied between the two."""
+    options.setdefault("capability", (0, 0))
     return Hardware(name, (Gpu(gpu, usable, rate, flops, rate, **options),), ram, TB, ram_rate=rate, unified=True)
 
 
@@ -194,8 +197,13 @@ def _shared(name: str, gpu: str, ram: int, usable: int, rate: float, flops: floa
 UNIFIED = (
     _shared("GB10, 128 GB", "GB10", 128 * GiB, int(119.7 * GiB), 273e9, 125e12, capability=(12, 1)),
     _shared("Strix Halo, 128 GB", "Radeon 8060S", 128 * GiB, 96 * GiB, 256e9, 59e12, capability=(11, 5)),
-    _shared("M4 Max, 128 GB", "Apple M4 Max", 128 * GiB, 96 * GiB, 546e9, _APPLE, mps=True),
-    _shared("M4 Pro, 64 GB", "Apple M4 Pro", 64 * GiB, 48 * GiB, 273e9, _APPLE / 2, mps=True),
+    _shared("M5, 32 GB", "Apple M5", 32 * GiB, 24 * GiB, 153e9, 10 * _APPLE, mps=True),
+    _shared("M4, 32 GB", "Apple M4", 32 * GiB, 24 * GiB, 120e9, 10 * _APPLE, mps=True),
+    _shared("M4 Pro, 64 GB", "Apple M4 Pro", 64 * GiB, 48 * GiB, 273e9, 20 * _APPLE, mps=True),
+    _shared("M4 Max, 128 GB", "Apple M4 Max", 128 * GiB, 96 * GiB, 546e9, 40 * _APPLE, mps=True),
+    _shared("M3 Ultra, 512 GB", "Apple M3 Ultra", 512 * GiB, 384 * GiB, 819e9, 80 * _APPLE, mps=True),
+    _shared("M2 Ultra, 192 GB", "Apple M2 Ultra", 192 * GiB, 144 * GiB, 800e9, 76 * _APPLE, mps=True),
+    _shared("M1 Max, 64 GB", "Apple M1 Max", 64 * GiB, 48 * GiB, 400e9, 32 * _APPLE, mps=True),
 )
 
 
@@ -223,6 +231,7 @@ HARDWARE = {
         machine("H100-80GB", 8, 1920 * GiB, 4 * TB),
         machine("H200", 8, 1920 * GiB, 4 * TB),
         machine("B200", 8, 1920 * GiB, 4 * TB),
+        machine("GB200", 4, 960 * GB, 4 * TB),  # two superchips, with 480 GB for each Grace
         machine("MI300X", 8, 1920 * GiB, 4 * TB),
     )
 }
@@ -326,12 +335,19 @@ def _letters(name: str) -> str:
     return re.sub(r"[^a-z0-9]", "", name.lower())
 
 
+_SOLD = {"DGX Spark": "GB10, 128 GB", "Ryzen AI Max+ 395": "Strix Halo, 128 GB"}  # as it is called in shops
+
+
 def _fitting(kind: str) -> list[str]:
-    """The names in `GPUS` and of machines in `HARDWARE` that begin or end like this; only the one that is this."""
-    names = {name: _letters(name) for name in (*GPUS, *HARDWARE) if not name[0].isdigit()}
+    """The names in `GPUS` and of machines in `HARDWARE` that begin or end like this, with RTX or without; only the one
+    that is this.
+    """
     wanted = _letters(kind)
+    if sold := [name for alias, name in _SOLD.items() if len(wanted) > 4 and _letters(alias).startswith(wanted)]:
+        return sold
+    names = {name: _letters(name) for name in (*GPUS, *HARDWARE) if not name[0].isdigit()}
     whole = [name for name, letters in names.items() if letters == wanted]
-    ends = [name for name, letters in names.items() if letters.startswith(wanted)
+    ends = [name for name, letters in names.items() if letters.startswith((wanted, f"rtx{wanted}"))
             or letters.endswith(wanted) and (name in GPUS or len(wanted) > 4)]  # fmt: skip
     return whole or (ends if len(wanted) > 1 else [])
 

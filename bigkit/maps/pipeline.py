@@ -1,24 +1,26 @@
-"""Which components of a pipeline stay on the GPU, which come for their phase, and which come block by block.
+"""Which components of a pipeline stay on a GPU, which come for their phase, and which come block by block.
 
 Components work one after another, so each phase has a peak of its own: what stays, and what works in that phase with
-its activations. All ways are tried; the one that copies least for an image is taken:
+its activations. All ways are tried; the one that copies least for an image is taken, and of several the one whose
+tensors change GPUs least:
 
-    stays       on the GPU all the time; nothing is copied
-    comes       waits in RAM, and is on the GPU as a whole while it works: its weights are copied once for an image
+    stays       on a GPU all the time; nothing is copied
+    comes       waits in RAM, and is on a GPU as a whole while it works: its weights are copied once for an image
     by block    waits in RAM or on disk; what does not fit comes for every pass, of which a denoiser has many
+    split       over several GPUs, each of which keeps some of its blocks
 
-Leaves out: several GPUs, and doing it (`offload/pipeline.py`).
+The first GPU is where the pipeline's own tensors are, and where images are decoded.
+
+Leaves out: doing it (`offload/pipeline.py`), and running phases of several images at once.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
-from itertools import product
-from typing import Any
 
-from ..devices import Device
+from ..devices import Device, device_label
 from ..model.pipeline import Component, PipelineSpec
 from ..units import format_bytes, parse_bytes, text_table
 from .plan import Plan
@@ -26,7 +28,8 @@ from .strategies import place
 from .task import read_budgets
 
 STEPS = 30  # passes of a denoiser for one image
-HOW = ("stays", "comes", "by block")
+AWAY = ("cpu", "disk")
+TRIED = 20  # ways of which blocks are placed: how they fit is known only then
 
 
 @dataclass(frozen=True)
@@ -35,37 +38,44 @@ class PlacedComponent:
 
     Args:
         name, phase: see `Component`.
-        how: one of `HOW`.
+        how: "stays", "comes", "by block" or "split".
+        gpus: where it works.
         weights, activations: bytes.
-        peak: bytes on the GPU while it works.
-        plan: where its blocks rest, if it comes by block.
+        peaks: GPU -> bytes there while it works.
+        plan: where its blocks rest, if it comes by block or is split.
     """
 
     name: str
     phase: str
     how: str
+    gpus: tuple[Device, ...]
     weights: int
     activations: int
-    peak: int
+    peaks: Mapping[Device, int]
     plan: Plan | None = None
+
+    @property
+    def peak(self) -> int:
+        """Bytes on the fullest GPU while it works."""
+        return max(self.peaks.values())
 
 
 @dataclass(frozen=True)
 class PipelinePlan:
-    """A placement of a pipeline's components on one GPU and RAM; `explain` says it in words.
+    """A placement of a pipeline's components on GPUs and RAM; `explain` says it in words.
 
     Args:
         model, cls: the pipeline's name and class.
-        budget: bytes of the GPU.
-        overhead: bytes that the runtime takes there.
+        budgets: device -> bytes; its first GPU is the main one.
+        overhead: bytes that the runtime takes on each GPU.
         components: in the order in which they work.
-        copied: bytes that are copied to the GPU for an image of `steps` passes of the denoiser.
+        copied: bytes that are copied to the GPUs for an image of `steps` passes of the denoiser.
         problem: why it is not feasible; empty if it is.
     """
 
     model: str
     cls: str
-    budget: int
+    budgets: Mapping[Device, int | None]
     overhead: int
     components: tuple[PlacedComponent, ...]
     copied: int
@@ -74,34 +84,46 @@ class PipelinePlan:
     notes: tuple[str, ...] = ()
 
     @property
+    def gpus(self) -> tuple[Device, ...]:
+        """The GPUs, the main one first."""
+        return tuple(device for device in self.budgets if device not in AWAY)
+
+    @property
     def feasible(self) -> bool:
         """Whether every phase fits."""
         return not self.problem
 
     @property
     def peak(self) -> int:
-        """Bytes of the fullest phase."""
+        """Bytes of the fullest phase on the fullest GPU."""
         return max(one.peak for one in self.components)
 
     def explain(self) -> str:
         """What stays, what comes, and the peak of each phase."""
+        several = len(self.gpus) > 1
         rows = [
-            [one.name, one.phase, one.how, *map(format_bytes, (one.weights, one.activations, one.peak))]
+            [one.name, one.phase, f"{one.how} on {', '.join(map(device_label, one.gpus))}" if several else one.how,
+             *map(format_bytes, (one.weights, one.activations, *(one.peaks[gpu] for gpu in self.gpus)))]
             for one in self.components
-        ]
-        table = text_table(["component", "phase", "how", "weights", "activations", "peak of its phase"], rows)
+        ]  # fmt: skip
+        peaks = [f"peak of {device_label(gpu)}" for gpu in self.gpus] if several else ["peak of its phase"]
+        table = text_table(["component", "phase", "how", "weights", "activations", *peaks], rows)
         end = self.problem or f"Copied for an image of {self.steps} steps: {format_bytes(self.copied)}."
-        return "\n".join([
-            f"{self.model} ({self.cls}) on a GPU of {format_bytes(self.budget)}: peak {format_bytes(self.peak)}",
-            table, end, *self.notes,
-        ])  # fmt: skip
+        sizes = ", ".join(format_bytes(self.budgets[gpu] or 0) for gpu in self.gpus)
+        where = f"{len(self.gpus)} GPUs of {sizes}" if several else f"a GPU of {sizes}"
+        return "\n".join(
+            [f"{self.model} ({self.cls}) on {where}: peak {format_bytes(self.peak)}", table, end, *self.notes]
+        )
 
     def to_code(self) -> str:
         """Python that makes this plan and runs the pipeline by it."""
+        budgets = {device: size for device, size in self.budgets.items() if size is not None}
         return "\n".join([
-            "import bigkit", "from bigkit.offload.pipeline import dispatch_pipeline", "",
-            f"plan = bigkit.plan({self.model!r}, {{0: {self.budget}, 'cpu': '64GB'}}, overhead={self.overhead})",
-            "dispatch_pipeline(pipe, plan)  # a pipeline of Diffusers, loaded on the CPU",
+            "import bigkit", "from bigkit.offload.pipeline import dispatch_pipeline",
+            "from diffusers import DiffusionPipeline", "",
+            f"plan = bigkit.plan({self.model!r}, {budgets!r}, overhead={self.overhead})",
+            f'pipe = DiffusionPipeline.from_pretrained({self.model!r}, torch_dtype="bfloat16")',
+            "dispatch_pipeline(pipe, plan)",
         ])  # fmt: skip
 
     def to_json(self) -> str:
@@ -119,12 +141,12 @@ class PipelinePlan:
 def place_pipeline(
     pipeline: PipelineSpec, max_memory: Mapping[Device, int | str], overhead: int | str = 0, steps: int = STEPS
 ) -> PipelinePlan:
-    """Choose what stays on the first GPU of `max_memory`.
+    """Choose what stays on the GPUs of `max_memory`, and what waits in RAM or on disk.
 
     Args:
         pipeline: its components.
-        max_memory: device -> budget: a GPU, "cpu", and perhaps "disk" for what comes by block.
-        overhead: bytes that the runtime takes on the GPU.
+        max_memory: device -> budget: GPUs, "cpu", and perhaps "disk" for what comes by block.
+        overhead: bytes that the runtime takes on each GPU.
         steps: passes of the denoiser for an image.
 
     Returns:
@@ -133,20 +155,61 @@ def place_pipeline(
     Raises:
         ValueError: no GPU is named.
     """
-    budgets = read_budgets(max_memory)
-    gpu = next((device for device in budgets if device not in ("cpu", "disk")), None)
-    if gpu is None:
+    budgets, taken = read_budgets(max_memory), parse_bytes(overhead)
+    rooms = {device: (size or 0) - taken for device, size in budgets.items() if device not in AWAY}
+    if not rooms:
         raise ValueError("a pipeline is planned for a GPU: give max_memory one, such as {0: '24GB', 'cpu': '64GB'}")
-    room, ram = (budgets[gpu] or 0) - parse_bytes(overhead), budgets.get("cpu")
-    trials = (_Trial.of(pipeline.components, ways, room, ram, steps)
-              for ways in product(HOW, repeat=len(pipeline.components)))  # fmt: skip
-    best = min(trials, key=lambda trial: (trial.over, trial.copied))
-    placed = tuple(_placed(best, i, parse_bytes(overhead), max_memory, gpu) for i in range(len(best.ways)))
-    problem = f"It lacks {format_bytes(best.over)}." if best.over else ""
+    ram = budgets.get("cpu", 0)
+    trials = [_Trial.of(pipeline.components, ways, rooms, ram, steps) for ways in _ways(pipeline.components, rooms)]
+    trials.sort(key=lambda trial: (trial.over, trial.copied, trial.hops))
+    for number, trial in enumerate(trials[:TRIED]):
+        placed = _placed(trial, taken, budgets)
+        problems = [f"It lacks {format_bytes(trial.over)}."] if trial.over else []
+        problems += [f"{one.name}: {one.plan.problem}" for one in placed if one.plan and one.plan.problem]
+        if number == 0 or not problems:
+            best = placed, problems
+        if not problems or trial.over:
+            break
+    placed, problems = best
+    copied = sum(_passes(one.phase, one.how, steps) * _travels(one) for one in placed)
     return PipelinePlan(
-        pipeline.name, pipeline.cls, budgets[gpu] or 0, parse_bytes(overhead), placed, best.copied, steps, problem,
-        pipeline.notes,
-    )  # fmt: skip
+        pipeline.name, pipeline.cls, budgets, taken, placed, copied, steps, "".join(problems[:1]), pipeline.notes
+    )
+
+
+Way = tuple[str, tuple[Device, ...]]  # "stays", "comes", "by block" or "split", and the GPUs where it works
+
+
+def _ways(
+    components: tuple[Component, ...], rooms: Mapping[Device, int], chosen: tuple[Way, ...] = ()
+) -> Iterator[tuple[Way, ...]]:
+    """All ways for all components. Of GPUs with as much room that nothing works on yet, one stands for all."""
+    if len(chosen) == len(components):
+        yield chosen
+        return
+    main, *others = rooms
+    used = {gpus[0] for _, gpus in chosen if len(gpus) == 1}
+    fresh = {rooms[gpu]: gpu for gpu in reversed(others) if gpu not in used}
+    alone = [main, *(gpu for gpu in others if gpu in used or fresh[rooms[gpu]] == gpu)]
+    phase = components[len(chosen)].phase
+    places = [(gpu,) for gpu in (alone[:1] if phase == "decode" else alone)]
+    here: list[Way] = [(how, gpus) for gpus in places for how in ("stays", "comes", "by block")]
+    if others and phase == "denoise":
+        here += [("split", tuple(rooms)), ("by block", tuple(rooms))]
+    for way in here:
+        yield from _ways(components, rooms, (*chosen, way))
+
+
+def _passes(phase: str, how: str, steps: int) -> int:
+    """How often a component's weights are needed anew for an image."""
+    return steps if phase == "denoise" and how == "by block" else 1
+
+
+def _travels(one: PlacedComponent) -> int:
+    """Bytes of a component that are copied for one pass."""
+    if one.plan is None:
+        return one.weights if one.how == "comes" else 0
+    return sum(layer.bytes for layer in one.plan.layers if layer.device in AWAY)
 
 
 @dataclass(frozen=True)
@@ -154,47 +217,70 @@ class _Trial:
     """A way for each component, and what comes of it.
 
     Args:
-        components, ways: the components, and one of `HOW` for each.
-        resident: bytes of each that are on the GPU in every phase.
+        components, ways: the components, and how and where each works.
+        room: of each, GPU -> bytes for it in every phase; of one that comes by block, those in flight too.
+        ram: bytes that are left in RAM beside what comes; None: no limit.
         copied, over: bytes for an image, and bytes that are lacking.
+        hops: how often tensors change GPUs for an image.
     """
 
     components: tuple[Component, ...]
-    ways: tuple[str, ...]
-    resident: tuple[int, ...]
+    ways: tuple[Way, ...]
+    room: tuple[dict[Device, int], ...]
+    ram: int | None
     copied: int
     over: int
+    hops: int
 
     @classmethod
     def of(
-        cls, components: tuple[Component, ...], ways: tuple[str, ...], room: int, ram: int | None, steps: int
-    ) -> _Trial:
-        weights = [one.spec.bytes() for one in components]
-        resident = [size if how == "stays" else 0 for size, how in zip(weights, ways)]
-        needs = [_need(one, how) for one, how in zip(components, ways)]
-        coming = sum(size for size, how in zip(weights, ways) if how == "comes")
-        spare = room - sum(resident) - max(needs)
-        passes = [steps if one.phase == "denoise" and how == "by block" else 1 for one, how in zip(components, ways)]
-        streamed = [i for i, count in enumerate(passes) if count > 1]
-        if streamed:  # what is left over goes to a denoiser that comes again and again
-            most = max(streamed, key=weights.__getitem__)
-            resident[most] = min(weights[most], max(0, spare))
-        copied = sum(n * (size - held) for n, size, held in zip(passes, weights, resident))
-        over = max(0, -spare) + (max(0, coming - ram) if ram is not None else 0)
-        return cls(components, ways, tuple(resident), copied, over)
+        cls, components: tuple[Component, ...], ways: tuple[Way, ...], rooms: Mapping[Device, int], ram: int | None,
+        steps: int,
+    ) -> _Trial:  # fmt: skip
+        weights, main, spare = [one.spec.bytes() for one in components], next(iter(rooms)), dict(rooms)
+        always = {"stays": lambda one: one.spec.bytes(), "by block": lambda one: one.least}
+        room = [dict.fromkeys(gpus, always[how](one) if how in always else 0)
+                for one, (how, gpus) in zip(components, ways)]  # fmt: skip
+        for gpu in rooms:
+            needs = (_need(one, how) for one, (how, gpus) in zip(components, ways) if gpu in gpus)
+            spare[gpu] -= sum(own.get(gpu, 0) for own in room) + max(needs, default=0)
+        over, held = sum(max(0, -left) for left in spare.values()), [0] * len(ways)
+        passes = [_passes(one.phase, how, steps) for one, (how, _) in zip(components, ways)]
+        fills = [i for i, (how, _) in enumerate(ways) if how == "split" or (how == "by block" and passes[i] > 1)]
+        for i in sorted(fills, key=lambda i: (ways[i][0] != "split", -weights[i]))[:1]:  # a denoiser has what is left
+            for gpu in ways[i][1]:
+                room[i][gpu] += max(0, spare[gpu])
+                held[i] += max(0, spare[gpu])
+        copied = hops = coming = 0
+        for one, (how, gpus), size, kept, times in zip(components, ways, weights, held, passes):
+            coming += size if how == "comes" else 0
+            over += max(0, size - kept) if how == "split" else 0
+            copied += times * max(0, size - kept) if how in ("comes", "by block") else 0
+            hops += (steps if one.phase == "denoise" else 1) * (len(gpus) if len(gpus) > 1 else gpus[0] != main)
+        left = None if ram is None else max(0, ram - coming)
+        over += 0 if ram is None else max(0, coming - ram)
+        return cls(components, ways, tuple(room), left, copied, over, hops)
 
 
 def _need(one: Component, how: str) -> int:
     """Bytes that a component takes in its phase alone."""
-    return {"stays": 0, "comes": one.spec.bytes(), "by block": one.least}[how] + one.working
+    return one.working + (one.spec.bytes() if how == "comes" else 0)
 
 
-def _placed(
-    trial: _Trial, i: int, overhead: int, max_memory: Mapping[Device, int | str], gpu: Device
-) -> PlacedComponent:
-    one, how, plan = trial.components[i], trial.ways[i], None
-    if how == "by block":
-        others: dict[Device, Any] = {device: size for device, size in max_memory.items() if device in ("cpu", "disk")}
-        plan = place(one.spec, {gpu: one.least + trial.resident[i], **others}, strict=False)
-    peak = overhead + sum(trial.resident) + _need(one, how)
-    return PlacedComponent(one.name, one.phase, how, one.spec.bytes(), one.working, peak, plan)
+def _placed(trial: _Trial, overhead: int, budgets: Mapping[Device, int | None]) -> tuple[PlacedComponent, ...]:
+    """Place the blocks of what comes by block or is split, and count what each GPU then holds in each phase."""
+    plans: list[Plan | None] = []
+    for one, (how, _), room in zip(trial.components, trial.ways, trial.room):
+        rest = {"cpu": trial.ram, "disk": budgets["disk"]} if how == "by block" else {"disk": 0}
+        given: dict[Device, int | str] = {device: size for device, size in rest.items() if size is not None}
+        placed = how in ("by block", "split")
+        plans.append(place(one.spec, {**room, **given}, strict=False) if placed else None)
+    always = [plan.used if plan else room for plan, room in zip(plans, trial.room)]
+    components = []
+    for one, (how, gpus), plan in zip(trial.components, trial.ways, plans):
+        peaks = {
+            gpu: overhead + sum(own.get(gpu, 0) for own in always) + (_need(one, how) if gpu in gpus else 0)
+            for gpu in budgets if gpu not in AWAY
+        }  # fmt: skip
+        components.append(PlacedComponent(one.name, one.phase, how, gpus, one.spec.bytes(), one.working, peaks, plan))
+    return tuple(components)

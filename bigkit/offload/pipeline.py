@@ -15,15 +15,14 @@ from ..devices import Device
 from ..maps.pipeline import PipelinePlan
 from .dispatch import dispatch_model
 from .grouping import Layout
-from .hooks import ModelHook, add_hook_to_module
-from .inputs import torch_device
+from .hooks import ModelHook, SequentialHook, add_hook_to_module
+from .inputs import send_to_device
 from .whole_model import UserCpuOffloadHook, cpu_offload_with_hook
 
 
 def dispatch_pipeline(
     pipe: Any,
     plan: PipelinePlan,
-    device: Device = 0,
     *,
     offload_dir: str | None = None,
     stand_in: Mapping[Device, torch.device | str] | None = None,
@@ -32,13 +31,13 @@ def dispatch_pipeline(
 
     Args:
         pipe: a pipeline of Diffusers, loaded on the CPU.
-        plan: `bigkit.plan` of the same pipeline.
-        device: the GPU.
+        plan: `bigkit.plan` of the same pipeline, which names the GPUs.
         offload_dir: where weights for "disk" are written.
         stand_in: GPU number -> another device in its place, to try a plan out without a GPU.
 
     Returns:
-        The pipeline. What came for a phase stays on the GPU until another component works.
+        The pipeline. What came for a phase stays on its GPU until another component works there. Outputs of all
+        components are on the plan's first GPU.
 
     Raises:
         ValueError: the plan names a component that the pipeline has not.
@@ -46,39 +45,46 @@ def dispatch_pipeline(
     missing = [one.name for one in plan.components if getattr(pipe, one.name, None) is None]
     if missing:
         raise ValueError(f"{type(pipe).__name__} has no {', '.join(missing)}: the plan is for {plan.cls}")
-    place = Layout({"": device}, device, {k: torch.device(v) for k, v in (stand_in or {}).items()}).device(device)
-    hooks: dict[str, UserCpuOffloadHook] = {}
+    layout = Layout({"": plan.gpus[0]}, plan.gpus[0], {k: torch.device(v) for k, v in (stand_in or {}).items()})
+    main = layout.device(plan.gpus[0])
+    begins = {one.name: Begins(main) for one in plan.components}
+    coming: dict[str, UserCpuOffloadHook] = {}
     for one in plan.components:
-        component = getattr(pipe, one.name)
-        if one.how == "stays":
-            component.to(place)
-        elif one.how == "comes":
-            _, hooks[one.name] = cpu_offload_with_hook(component, place)
+        component = add_hook_to_module(getattr(pipe, one.name), begins[one.name])
+        if one.how == "comes":
+            _, coming[one.name] = cpu_offload_with_hook(component, layout.device(one.gpus[0]))
+        elif one.how == "stays" and one.gpus[0] == plan.gpus[0]:
+            component.to(main)
         else:
-            assert one.plan is not None
-            dispatch_model(
-                component, one.plan, torch_device(device), offload_dir=offload_dir, stand_in=stand_in, force_hooks=True
-            )
+            device_map = one.plan or {"": one.gpus[0]}
+            dispatch_model(component, device_map, offload_dir=offload_dir, stand_in=stand_in, force_hooks=True)
+        if isinstance(hook := vars(component)["_hf_hook"], SequentialHook):
+            vars(hook)["execution_device"] = main  # Diffusers asks the whole hook
     for one in plan.components:
-        others = [hook for name, hook in hooks.items() if name != one.name]
-        if others:
-            add_hook_to_module(getattr(pipe, one.name), SendsAway(others, place), append=True)
+        begins[one.name].sent_away = [
+            coming[other.name] for other in plan.components
+            if other.name in coming and other is not one and {*other.gpus} & {*one.gpus}
+        ]  # fmt: skip
     pipe._all_hooks = []  # what stands here Diffusers takes off after an image, and puts hooks of its own in its place
     return pipe
 
 
-class SendsAway(ModelHook):
-    """Before a component works, sends those away that came for another phase: the plan counts with one at a time.
+class Begins(ModelHook):
+    """Before a component works, sends those away that came to its GPUs for another phase: the plan counts with one at a
+    time. After it, brings what it returns to the main GPU.
 
     Args:
-        others: their hooks.
-        execution_device: where the component works, which Diffusers asks the hooks of a pipeline.
+        execution_device: the main GPU: where Diffusers, which asks the hooks of a pipeline, makes its tensors.
     """
 
-    def __init__(self, others: list[UserCpuOffloadHook], execution_device: torch.device) -> None:
-        self.others, self.execution_device = others, execution_device
+    def __init__(self, execution_device: torch.device) -> None:
+        self.execution_device = execution_device
+        self.sent_away: list[UserCpuOffloadHook] = []
 
     def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        for other in self.others:
+        for other in self.sent_away:
             other.offload()
         return args, kwargs
+
+    def post_forward(self, module: nn.Module, output: Any) -> Any:
+        return send_to_device(output, self.execution_device)

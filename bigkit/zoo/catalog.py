@@ -84,11 +84,13 @@ ENTRIES = (
         "deepseek-ai/DeepSeek-V3-Base", "deepseek-ai/DeepSeek-R1", "deepseek-r1"),
     # Where the dimensions of the models from here to kimi-k2 were seen. In Transformers, as defaults of the class:
     # smollm3-3b, gpt-oss-120b, qwen3-30b-a3b (48 layers: MindSpeed's recipe), qwen3-next-80b-a3b, qwen3.5-35b-a3b (what
-    # its images become: configs of Qwen3.6-35B-A3B), glm-4.5-air, glm-5, minimax-m2, deepseek-v3.2, deepseek-v4-flash,
-    # mistral-small-4's and llama-4-scout's text. In configs, or copies of them, on the Hub and in public repositories:
+    # its images become: configs of Qwen3.6-35B-A3B), glm-4.5-air, glm-5, minimax-m2, minimax-m3 (its dense layers:
+    # Megatron Bridge's recipe and a port to MLX), deepseek-v3.2, deepseek-v4-flash, mistral-small-4's and
+    # llama-4-scout's text. In configs, or copies of them, on the Hub and in public repositories:
     # phi-4, mistral-small-24b, gemma-3-4b, gemma-3-27b, whisper-large-v3, glm-4.6, llama-4-scout. In recipes:
     # gpt-oss-20b (slime's), nemotron-3-nano-30b and kimi-k2 (Megatron Bridge's). Each has its checkpoint's count of
-    # parameters, to the last (tests/zoo/test_names.py), but glm-5, deepseek-v4-flash and mistral-small-4: the card's.
+    # parameters, to the last (tests/zoo/test_names.py), but glm-5, minimax-m3, deepseek-v4-flash and mistral-small-4:
+    # the card's or a port's.
     _hf("smollm3-3b", "HuggingFaceTB/SmolLM3-3B", "3.1B decoder, 2025", "HuggingFaceTB/SmolLM3-3B-Base"),
     _hf("phi-4", "microsoft/phi-4", "15B decoder, 2024"),
     _hf("mistral-small-24b", "mistralai/Mistral-Small-24B-Instruct-2501", "24B decoder, 2025",
@@ -112,6 +114,8 @@ ENTRIES = (
     _hf("llama-4-scout", "meta-llama/Llama-4-Scout-17B-16E-Instruct",
         "109B mixture of 16 experts, 1 at work, chunked attention, images, 2025", "meta-llama/Llama-4-Scout-17B-16E"),
     _hf("minimax-m2", "MiniMaxAI/MiniMax-M2", "229B mixture of 256 experts, 8 at work, in FP8, 2025"),
+    _hf("minimax-m3", "MiniMaxAI/MiniMax-M3",
+        "427B mixture of 128 experts, 4 at work, block-sparse attention, images, 2026"),
     _hf("deepseek-v3.2", "deepseek-ai/DeepSeek-V3.2", "672B mixture of 256 experts, MLA with an indexer, 2025",
         "deepseek-ai/DeepSeek-V3.2-Exp"),
     _hf("deepseek-v4-flash", "deepseek-ai/DeepSeek-V4-Flash",

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +14,11 @@ import torch
 from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
 import bigkit
+from bigkit.dryrun.components import describe_pipeline
+from bigkit.dryrun.fake_gpu import OperationLog, fake_gpus
+from bigkit.dryrun.result import held_by_kind
 from bigkit.maps.pipeline import PipelinePlan
-from bigkit.model.pipeline import PipelineEstimate
+from bigkit.model.pipeline import PipelineEstimate, PipelineSpec
 from bigkit.offload.hooks import hooks_in
 from bigkit.offload.pipeline import dispatch_pipeline
 from bigkit.offload.whole_model import CpuOffload
@@ -104,7 +110,7 @@ def test_an_estimate_counts_components_and_phases(saved: tuple[str, Path]) -> No
     assert [one["phase"] for one in estimate.components][-2:] == ["denoise", "decode"]
     assert all(one["activations"] for one in estimate.components), str(estimate)
     ways = estimate.ways
-    assert ways["by the block"] < ways["one at a time"] < ways["all stay"]
+    assert ways["by the block"] <= ways["one at a time"] < ways["all stay"]
     assert ways["all stay"] == sum(weights.values()) + max(one["activations"] for one in estimate.components)
     assert json.loads(estimate.to_json())["ways"] == ways and "denoise" in str(estimate)
 
@@ -118,7 +124,8 @@ def test_a_plan_keeps_what_is_used_most(saved: tuple[str, Path]) -> None:
         assert isinstance(plan, PipelinePlan)
         assert plan.feasible and plan.peak <= size and "peak" in plan.explain()
         how.append([one.how for one in plan.components])
-    assert set(how[0]) == {"stays"} and "by block" in how[2] and "comes" in how[1]
+    assert set(how[0]) == {"stays"} and "comes" in how[1]
+    assert "by block" in how[2] or estimate.ways["by the block"] == estimate.ways["one at a time"]
     short: Any = bigkit.plan(str(folder), {0: estimate.ways["by the block"] // 2, "cpu": "1GB"}, overhead=0)
     assert not short.feasible and "lacks" in short.explain()
 
@@ -167,6 +174,110 @@ def test_what_came_for_a_phase_is_gone_in_the_next_one(saved: tuple[str, Path]) 
         drawn(name, pipe)
     assert {own for own, _ in there} == {one.name for one in plan.components}
     assert all(found == ([own] if own in coming else []) for own, found in there), there
+
+
+@contextmanager
+def fake_pipelines() -> Iterator[OperationLog]:
+    """Fake GPUs on which Diffusers' pipelines can be moved: PyTorch moves modules by what fake tensors refuse."""
+    own = torch.nn.Module._apply, CpuOffload.pre_forward, CpuOffload.offload
+
+    def apply(self: torch.nn.Module, change: Any, recurse: bool = True) -> torch.nn.Module:
+        for child in self.children():
+            child._apply(change)
+        for name, parameter in self._parameters.items():
+            if parameter is not None:
+                self._parameters[name] = torch.nn.Parameter(change(parameter), requires_grad=False)
+        for name, buffer in self._buffers.items():
+            self._buffers[name] = None if buffer is None else change(buffer)
+        return self
+
+    def bring(self: Any, *args: Any, **kwargs: Any) -> Any:
+        sent = own[1](self, *args, **kwargs)
+        for tensor, *_ in self.in_ram:
+            tensor.fake_device = self.execution_device  # `tensor.data = other` does not say it to a fake tensor
+        return sent
+
+    def offload(self: Any) -> None:
+        there = [tensor for tensor, *_ in self.in_ram]
+        own[2](self)
+        for tensor in there:
+            tensor.fake_device = torch.device("cpu")
+
+    with pytest.MonkeyPatch.context() as patch, fake_gpus() as log:
+        patch.setattr(torch.nn.Module, "_apply", apply)
+        patch.setattr(CpuOffload, "pre_forward", bring)
+        patch.setattr(CpuOffload, "offload", offload)
+        yield log
+
+
+def peaks_on_fakes(name: str, plan: PipelinePlan) -> dict[Any, int]:
+    """GPU -> the most bytes that an image took there, from a prompt as long as plans count with; without workspaces."""
+    with fake_pipelines() as log:
+        pipe = dispatch_pipeline(loaded(name).to(torch.bfloat16), plan)
+        pipe.set_progress_bar_config(disable=True)
+        assert pipe._execution_device == torch.device("cuda", 0)
+        embeds = pipe.text_encoder(torch.zeros(1, 77, dtype=torch.long, device="cuda:0"))
+        given: dict[str, Any] = {"prompt_embeds": embeds[0], "negative_prompt_embeds": embeds[0]}
+        if name == "flux":
+            t5 = pipe.text_encoder_2(torch.zeros(1, 512, dtype=torch.long, device="cuda:0"))
+            given = {"prompt_embeds": t5[0], "pooled_prompt_embeds": embeds.pooler_output}
+        assert all(tensor.device == torch.device("cuda", 0) for tensor in given.values())
+        pipe(**given, height=32, width=32, num_inference_steps=2, output_type="latent")
+        pipe.vae.decode(torch.zeros(1, 4, 16, 16, dtype=torch.bfloat16, device="cuda:0"))
+        peaks = {}
+        for gpu in plan.gpus:
+            recording = log.trace.recordings.get(f"cuda:{gpu}")
+            held = held_by_kind(recording.events, log.trace.kinds[f"cuda:{gpu}"]) if recording else {}
+            counted = zip(*(sizes for kind, sizes in held.items() if kind != "workspace"))
+            peaks[gpu] = max(map(sum, counted), default=0)
+        return peaks
+
+
+@pytest.mark.parametrize("way", ["all stay", "one at a time", "by the block"])
+def test_a_run_on_fake_gpus_takes_what_the_plan_says(saved: tuple[str, Path], way: str) -> None:
+    name, folder = saved
+    spec: Any = describe_pipeline(folder, image=32)
+    estimate: Any = bigkit.estimate_memory(spec)
+    plan: Any = bigkit.plan(spec, {0: estimate.ways[way], "cpu": "1GB"}, overhead=0)
+    assert peaks_on_fakes(name, plan)[0] == pytest.approx(plan.peak, rel=0.1), plan.explain()
+
+
+def quiet(spec: PipelineSpec) -> PipelineSpec:
+    """The same pipeline as if it had no activations, which are most of so small a one."""
+    return replace(spec, components=tuple(replace(one, activations=0) for one in spec.components))
+
+
+def test_several_gpus_share_a_pipeline(saved: tuple[str, Path]) -> None:
+    """Components lie on one GPU or the other, or are split; images are the same, and inputs come where they work."""
+    name, folder = saved
+    whole = drawn(name, loaded(name))
+    spec: Any = quiet(describe_pipeline(folder, image=32))  # type: ignore[arg-type]
+    denoiser = next(one for one in spec.components if one.phase == "denoise")
+    size, found = denoiser.spec.bytes(), []
+    least: int = bigkit.estimate_memory(spec).ways["by the block"]  # type: ignore[attr-defined]
+    for budgets in ({0: spec.weights, 1: spec.weights}, {0: spec.weights - size, 1: size},
+                    dict.fromkeys(range(3), size * 9 // 10), {0: least, 1: least // 2, "cpu": "1GB"}):  # fmt: skip
+        plan: Any = bigkit.plan(spec, budgets, overhead=0)
+        assert plan.feasible and all(peak <= budgets[gpu] for one in plan.components for gpu, peak in one.peaks.items())
+        placed = {one.name: one for one in plan.components}
+        found.append((placed[denoiser.name].how, placed[denoiser.name].gpus))
+        assert placed["vae"].gpus == (0,) and "peak of GPU 1" in plan.explain()
+        assert (plan.copied == 0) == ("cpu" not in budgets), plan.explain()
+        peaks = peaks_on_fakes(name, plan)
+        assert set(peaks) == set(plan.gpus)
+        pipe = dispatch_pipeline(loaded(name), plan, stand_in=dict.fromkeys(plan.gpus, "cpu"))
+        for _ in range(2):
+            assert torch.equal(drawn(name, pipe), whole), plan.explain()
+    assert found[:3] == [("stays", (0,)), ("stays", (1,)), ("split", (0, 1, 2))], found
+
+
+def test_a_plan_without_ram_lets_nothing_wait_there(saved: tuple[str, Path]) -> None:
+    """Where GPU and CPU share one memory there is no budget for RAM: what waits there would be counted nowhere."""
+    _, folder = saved
+    spec: Any = quiet(describe_pipeline(folder, image=32))  # type: ignore[arg-type]
+    plan: Any = bigkit.plan(spec, {0: spec.weights * 3 // 4, "disk": "1GB"}, overhead=0)
+    assert plan.feasible and {one.how for one in plan.components} <= {"stays", "by block"}, plan.explain()
+    assert all(layer.device != "cpu" for one in plan.components if one.plan for layer in one.plan.layers)
 
 
 def test_the_size_of_the_image_counts(saved: tuple[str, Path]) -> None:

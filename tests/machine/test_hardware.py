@@ -7,10 +7,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from bigkit import dry_run
-from bigkit.machine.hardware import DISKS, GPUS, HARDWARE, LINKS, Hardware, known_gpu, machine_of, variant
+from bigkit import advise, dry_run, plan
+from bigkit.machine.hardware import DISKS, GPUS, HARDWARE, LINKS, UNIFIED, Hardware, known_gpu, machine_of, variant
 from bigkit.machine.ledger import Calibration, Ledger
 from bigkit.units import GB, GiB, MiB
+from bigkit.widgets import FitExplorer
 
 
 def test_presets_make_sense():
@@ -42,6 +43,7 @@ def test_presets_make_sense():
         ("NVIDIA RTX 6000 Ada Generation", "RTX 6000 Ada"),
         ("NVIDIA L40S", "L40S"),
         ("AMD Instinct MI300X", "MI300X"),
+        ("NVIDIA GB200", "GB200"),
     ],
 )
 def test_what_a_driver_calls_a_gpu(name, entry):
@@ -54,7 +56,7 @@ def test_what_a_driver_calls_a_gpu(name, entry):
         "NVIDIA GeForce RTX 4090 Laptop GPU", "NVIDIA GeForce RTX 4090 D", "NVIDIA GeForce RTX 3090 Ti",
         "NVIDIA H100 PCIe", "NVIDIA H100 NVL", "NVIDIA H200 NVL", "NVIDIA GH200 480GB", "NVIDIA A100 80GB PCIe",
         "NVIDIA A100-SXM4-80GB MIG 3g.40gb", "NVIDIA GeForce RTX 3060", "NVIDIA L40", "NVIDIA T400", "Tesla T40",
-        "NVIDIA RTX PRO 6000 Blackwell Max-Q Workstation Edition", "NVIDIA GB200", "NVIDIA A100", "NVIDIA", "",
+        "NVIDIA RTX PRO 6000 Blackwell Max-Q Workstation Edition", "NVIDIA GB300", "NVIDIA A100", "NVIDIA", "",
     ],
 )  # fmt: skip
 def test_another_board_of_nearly_the_same_name_is_unknown(name):
@@ -110,6 +112,11 @@ def test_gpus_of_this_machine_are_described_and_what_was_measured_counts(monkeyp
         ("strix", "Strix Halo, 128 GB", 96 * GiB, 128 * GiB),
         ("m4 max, 64GiB RAM", "M4 Max, 128 GB, 64GiB RAM", 48 * GiB, 64 * GiB),
         ("M4 Max 64GiB", "M4 Max, 128 GB, 64GiB RAM", 48 * GiB, 64 * GiB),
+        ("3060", "1 x RTX 3060 12GB", 12288 * MiB, 32 * GiB),
+        ("4060 ti 8gb", "1 x RTX 4060 Ti 16GB 8GB", 8 * GB, 64 * GiB),
+        ("dgx spark", "GB10, 128 GB", int(119.7 * GiB), 128 * GiB),
+        ("Ryzen AI Max+ 395", "Strix Halo, 128 GB", 96 * GiB, 128 * GiB),
+        ("m4 32GB", "M4, 32 GB", 24 * GiB, 32 * GiB),
         ("laptop 32GB", "laptop, no GPU, 32GB RAM", None, 32 * GB),
         ("32GB RAM", "laptop, no GPU, 32GB RAM", None, 32 * GB),
     ],
@@ -119,6 +126,22 @@ def test_names_of_machines_as_people_write_them(asked, name, memory, ram):
     assert machine.name == name and machine.ram == ram and machine_of(name) == machine
     assert {gpu.memory for gpu in machine.gpus} == ({memory} if memory else set())
     assert len(machine.gpus) == int(asked[0] if asked[1:3].strip()[:1] in ("x", "×", "*") else memory is not None)
+
+
+@pytest.mark.parametrize("name", [machine.name for machine in UNIFIED])
+def test_one_memory_is_counted_once(name):
+    """Where GPU and CPU share a memory, nothing that plans, advises, rehearses or shows has both of them to fill."""
+    machine, model = HARDWARE[name], "llama-3.1-405b"
+    found = plan(model, hardware=name)
+    assert sum(share.used for share in found.shares if share.device != "disk") <= machine.gpus[0].memory < machine.ram
+    assert "cpu" not in found.device_map.values() and found.feasible
+    for option in advise(model, name).options:
+        assert sum(share.used for share in option.plan.shares if share.device != "disk") <= machine.gpus[0].memory
+    shown = FitExplorer(model, name)
+    assert all(share.device != "cpu" or not share.budget for way, _ in shown.advice.ways for share in way.shares)
+    run = dry_run("gpt2", hardware=name)
+    assert run.timeline().capacity < machine.gpus[0].memory and [*run.capacity] == [0]
+    assert ("is rehearsed as a CUDA GPU" in str(run)) == machine.gpus[0].mps
 
 
 def test_a_count_may_come_after_the_name():
@@ -141,7 +164,7 @@ def test_every_name_is_read_back():
     ("asked", "said"),
     [
         ("A100", r"could be 'A100-40GB', 'A100-80GB'"),
-        ("m4", r"could be 'M4 Max, 128 GB', 'M4 Pro, 64 GB'"),
+        ("m4", r"could be 'M4, 32 GB', 'M4 Pro, 64 GB', 'M4 Max, 128 GB'"),
         ("RTX 3080", r"could be .*'RTX 5080'"),
         ("2 x laptop", r"expected one of 'laptop, no GPU'"),
         ("0 x T4", r"expected from 1 to 999 of 'T4'"),

@@ -42,12 +42,13 @@ PARAMETERS = {
 # As the model cards round them, in billions: parameters, and those that a token uses (None: counted otherwise there).
 # Seen in: vLLM Ascend's guide (qwen3-30b-a3b), the names (qwen3-next-80b-a3b, qwen3.5-35b-a3b), NVIDIA's page
 # (nemotron-3-nano-30b), the Hub's collection (minimax-m2), NeMo's guide (gpt-oss), Transformers' guide (llama-4-scout),
-# GLM-5's README, arXiv 2606.19348 (deepseek-v4-flash), its name (mistral-small-4).
+# GLM-5's README, arXiv 2606.19348 (deepseek-v4-flash), its name (mistral-small-4), mlx-lm's port (minimax-m3, of which
+# the card says "about 428").
 CARDS = {
     "qwen3-30b-a3b": (30.5, None), "qwen3-next-80b-a3b": (80, None), "qwen3.5-35b-a3b": (35, None),
     "nemotron-3-nano-30b": (31.6, 3.6), "minimax-m2": (229, None), "gpt-oss-120b": (117, None),
     "gpt-oss-20b": (21, None), "llama-4-scout": (109, None), "glm-5": (744, None), "deepseek-v4-flash": (284, None),
-    "mistral-small-4": (119, None), "deepseek-v3": (671, None),
+    "mistral-small-4": (119, None), "deepseek-v3": (671, None), "minimax-m3": (427, None),
 }  # fmt: skip
 TINY_LLAMA = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 32, "intermediate_size": 48,
               "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 50,
