@@ -35,6 +35,11 @@ class Elsewhere:
     def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
         self.shape, self.dtype, self.device = torch.Size(shape), dtype, device
 
+    @property
+    def recorded(self) -> list[int] | None:
+        """In a dry run, the experts that the work under way has chosen, if they were recorded once."""
+        return None
+
     def take(self, parts: Mapping[str, Any], experts: Any) -> dict[str, Tensor]:
         """Some experts of all tensors of a stack, of which this is one; they may be read until others are taken."""
         raise NotImplementedError
@@ -126,7 +131,8 @@ class DecodedStack:
         count, step = self.shape[0], max(1, AT_A_TIME // max(1, math.prod(self.form)))
         if step >= count and not isinstance(next(iter(self.parts.values())), Elsewhere):
             return product(x, self.all(), offs=ends)
-        bounds = [0, *_numbers(ends, x.shape[0])]
+        recorded = getattr(next(iter(self.parts.values())), "recorded", None)
+        bounds = [0, *_numbers(ends, x.shape[0], recorded)]
         out = x.new_empty(x.shape[0], self.shape[2])
         last = 0
         while last < count:
@@ -167,8 +173,10 @@ def rows_of(part: Tensor, experts: Any) -> Tensor:
     return part.flatten(1).view(word)[experts].view(part.dtype).unflatten(-1, part.shape[1:])
 
 
-def _numbers(ends: Tensor, rows: int) -> list[int]:
-    """Where each expert's rows end; in a dry run, where nobody chooses, as if all had as many."""
+def _numbers(ends: Tensor, rows: int, recorded: list[int] | None) -> list[int]:
+    """Where each expert's rows end; in a dry run, where nobody chooses, as recorded or as if all had as many."""
     if hasattr(ends, "fake_mode"):
+        if recorded is not None and len(recorded) == rows:
+            return [sum(one <= expert for one in recorded) for expert in range(len(ends))]
         return [rows * (expert + 1) // len(ends) for expert in range(len(ends))]
     return [int(end) for end in ends.tolist()]
