@@ -30,7 +30,7 @@ from ..offload.dispatch import dispatch_model
 from ..offload.experts import ExpertStreamer, expert_hits
 from ..offload.gather import GatherStreamer
 from ..offload.lenders import streamers_in
-from ..offload.rows import Rows, count_rows
+from ..offload.rows import Rows, bytes_of_one, count_rows
 from ..offload.stream import Streamer
 from ..offload.transfer import PlainLane, Slot
 from ..offload.weights import Unit
@@ -183,10 +183,9 @@ class FakeLane(PlainLane):
 
     def gather(self, slot: Slot, unit: Unit, nbytes: int) -> None:
         """The GPU reads experts itself, when the work before is done; the host does not wait."""
-        assert isinstance(self.streamer, ExpertStreamer)
         self.numbers.setdefault(id(slot), len(self.numbers))
         self._note(LEAVE, slot, unit)
-        self._note(FILL, slot, unit, nbytes * self.streamer.counts[unit.index] // unit.nbytes, nbytes, True)
+        self._note(FILL, slot, unit, nbytes // bytes_of_one(unit), nbytes, True)
 
     def arrive(self, slot: Slot) -> None:
         self._note(ARRIVE, slot, slot.unit)

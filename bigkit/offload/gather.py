@@ -25,6 +25,7 @@ from ..checkpoints.ring import Slab
 from ._torch import detect_fake_mode
 from .experts import ExpertStreamer
 from .on_device import DeviceRows
+from .rows import bytes_of_one
 from .stream import Views
 from .table import Table, can_look_up
 from .transfer import CudaLane, Slot
@@ -75,7 +76,7 @@ class GatherStreamer(ExpertStreamer):
                 self._empty(self.holder[unit.index])
             if unit.index not in self.holder:  # all of its experts are in a slot, if it is there
                 self._as_is = window = self._window(unit)
-                nbytes = choice.numel() * (unit.nbytes // self.counts[unit.index])
+                nbytes = choice.numel() * bytes_of_one(unit)
                 self.tell_fetch(unit, self.slots.index(window), nbytes)
                 if self.note is not None:
                     self.note(window, unit, nbytes)
@@ -104,7 +105,7 @@ class GatherStreamer(ExpertStreamer):
             table.choose(choice)
             if self.listeners:  # they are told how much, for which the host waits
                 missing = int((table.hit == 0).sum())
-                self.tell_fetch(unit, self.slots.index(kept.slot), missing * (unit.nbytes // self.counts[unit.index]))
+                self.tell_fetch(unit, self.slots.index(kept.slot), missing * bytes_of_one(unit))
             self._looked = table
             self.lend(unit)
         return choice

@@ -134,6 +134,8 @@ def check(case, monkeypatch):
         hits = expert_hits(found)
         del found
     assert torch.equal(logits[0], expected)
+    if implementation == "eager":
+        return  # it asks for values, which a dry run refuses
     run = dry_run(
         empty(config, family), places, 1, case["prompt"], case["new"], "H200", generate=False, quantization=quantization,
         dtype=None if quantization else "float32", routing=routing, replay=False, **options,
