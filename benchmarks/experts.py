@@ -55,7 +55,7 @@ GPT_OSS = {"vocab_size": 201088, "hidden_size": 2880, "intermediate_size": 2880,
            "num_key_value_heads": 8, "head_dim": 64, "num_local_experts": 32, "num_experts_per_tok": 4}  # fmt: skip
 TINY = {"vocab_size": 128, "hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
 CASES = ("qwen3", "mixtral", "gpt-oss", "deepseek", "qwen3-48", "disk")
-BLOCKS = {"qwen3": 16, "qwen3-48": 48, "mixtral": 6, "deepseek": 5, "gpt-oss": 12, "disk": 8}
+BLOCKS = {"qwen3": 16, "qwen3-48": 48, "mixtral": 12, "deepseek": 5, "gpt-oss": 12, "disk": 8}
 FEW_BITS = {"mixtral": "nf4", "gpt-oss": "MXFP4", "deepseek": "FP8"}
 
 
@@ -115,6 +115,11 @@ def in_ram(model: nn.Module, **options: Any) -> nn.Module:
 # Measuring
 
 
+def fewer(new: int, batch: int) -> int:
+    """How many tokens to decode: steps of several sequences are long, and alike."""
+    return new if batch == 1 else max(6, new // 2)
+
+
 def settle() -> None:
     """Wait for the GPU, and give back what is not used any more."""
     gc.collect()
@@ -148,8 +153,8 @@ class Drawn(tf.LogitsProcessor):
 
     def __call__(self, ids: Tensor, scores: Tensor) -> Tensor:
         self.last = scores.clone()
-        chosen = torch.full_like(scores, -torch.inf)
-        chosen[torch.arange(len(scores)), self.tokens[self.step]] = 0
+        self.tokens = self.tokens.to(scores.device)
+        chosen = torch.full_like(scores, -torch.inf).scatter_(1, self.tokens[self.step][:, None], 0)
         self.step += 1
         return chosen
 
@@ -246,16 +251,25 @@ def run(
     yield row(
         "link", 0, 0, bytes_per_second=round(link), bytes_per_token=chosen, bytes_of_experts=total, blocks=len(blocks)
     )
-    batches = batches or {"qwen3": (1, 8, 32), "deepseek": (1, 8), "qwen3-48": (1,)}.get(case, (1, 32))
+    batches = batches or {"qwen3": (1, 8, 32)}.get(case, (1,))
     resident = {}
     for batch in batches:
-        rate, expected, _ = decode(model, batch, new, vocabulary)
+        rate, expected, _ = decode(model, batch, fewer(new, batch), vocabulary)
         resident[batch] = (rate, expected)
         yield row("resident", batch, rate)
+    graphed: dict[str, tuple[float, Tensor]] = {}
+    if torch.cuda.is_available() and case.startswith("qwen3"):
+        with bigkit.graph_decode(model):
+            rate, expected, _ = decode(model, 1, new, vocabulary, each=1)
+        graphed["resident"] = rate, expected
+        yield row("resident, graphs", 1, rate)
     if case == "qwen3":
         yield row("resident", 8, 0, prompt_seconds=round(prompt_seconds(model, vocabulary), 4))
     if case in FEW_BITS:
-        yield from few_bits(case, model, {batch: rate for batch, (rate, _) in resident.items()}, new, chosen / link)
+        yield from few_bits(
+            case, model, {batch: rate for batch, (rate, _) in resident.items()}, new, chosen / link,
+            lambda: build(case, layers, device, tiny),
+        )  # fmt: skip
         return
 
     def spread(way: str, **options: Any) -> Iterator[dict[str, Any]]:
@@ -263,22 +277,25 @@ def run(
         found = in_ram(model, **options)
         settle()
         dispatched = time.perf_counter() - begin
-        for batch in batches:
-            before = expert_hits(found)
-            rate, logits, brought = decode(
-                found, batch, new, vocabulary, each=each if options and batch == 1 and torch.cuda.is_available() else 0
-            )
+        for batch in batches[:2] if options else batches:
+            looks_up = options and batch == 1 and torch.cuda.is_available()
+            rate, logits, brought = decode(found, batch, fewer(new, batch), vocabulary, each=each if looks_up else 0)
             own: dict[str, Any] = {
                 "equal": bool(torch.equal(logits, resident[batch][1])), "bytes_per_token": round(brought)
             }  # fmt: skip
             if batch == 1:
                 own["share_of_limit"] = round(rate * (1 / resident[1][0] + chosen / link), 3)
-            hits, misses = (now - then for now, then in zip(expert_hits(found), before))
-            if hits + misses:
-                own["hit_rate"] = round(hits / (hits + misses), 3)
+            if looks_up:
+                own["hit_rate"] = round(1 - brought / chosen, 3)
             if torch.cuda.is_available():
                 own["gpu_bytes"] = torch.cuda.memory_allocated()
             yield row(way, batch, rate, seconds_to_dispatch=round(dispatched, 1), **own)
+        if "resident" in graphed:
+            with bigkit.graph_decode(found):
+                rate, logits, brought = decode(found, 1, new, vocabulary, each=each)
+            more = {"hit_rate": round(1 - brought / chosen, 3)} if options else {}
+            equal = bool(torch.equal(logits, graphed["resident"][1]))
+            yield row(f"{way}, graphs", 1, rate, equal=equal, **more)
         if case == "qwen3" and not options:
             seconds = prompt_seconds(found, vocabulary)
             yield row(way, 8, 0, prompt_seconds=round(seconds, 4), prompt_bytes_per_second=round(total / seconds))
@@ -342,7 +359,7 @@ def bytes_read() -> tuple[int, int]:
 
 
 def few_bits(
-    case: str, model: nn.Module, resident: dict[int, float], new: int, seconds: float
+    case: str, model: nn.Module, resident: dict[int, float], new: int, seconds: float, again: Callable[[], nn.Module]
 ) -> Iterator[dict[str, Any]]:
     """Experts in RAM in bfloat16, and in few bits: quantized to nf4 (Mixtral), or as gpt-oss and DeepSeek store them.
 
@@ -373,15 +390,16 @@ def few_bits(
     yield from measure("RAM")
     prompt = prompt_seconds(found, vocabulary)
     yield row("RAM", 8, 0, prompt_seconds=round(prompt, 4))
-    bigkit.remove_hook_from_module(found, recurse=True)
     if kind == "nf4":
+        found = again()
         config = bigkit.BnbQuantizationConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype="bf16", torch_dtype=torch.bfloat16
         )
-        places = {"": 0, **dict.fromkeys(experts_in(model), "cpu")}
+        places = {"": 0, **dict.fromkeys(experts_in(found), "cpu")}
         stand_in = {} if torch.cuda.is_available() else {0: "cpu"}
         found = bigkit.load_and_quantize_model(found, config, device_map=places, stand_in=stand_in)
     else:
+        bigkit.remove_hook_from_module(found, recurse=True)
         for name, parts in packed.items():
             module = found.get_submodule(name)
             for own, stored in parts.items():

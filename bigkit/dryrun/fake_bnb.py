@@ -28,8 +28,7 @@ from ..offload.codec import CODECS, TensorCodec
 from ..offload.inputs import torch_device
 from ..quantize import bnb as packed
 from ..quantize.load import BnbQuantizationConfig, replace_with_bnb_layers
-from ..quantize.replace import layers_to_quantize
-from ..quantize.replace import cast
+from ..quantize.replace import cast, layers_to_quantize
 from ..quantize.stacks import replace_stacks, stacks_to_quantize
 from ..units import dtype_name
 from ._bnb import native_calls

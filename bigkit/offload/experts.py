@@ -252,8 +252,8 @@ class ExpertStreamer(Streamer):
         there.update(missing)
 
     def in_ram(self, unit: Unit, rows: list[int]) -> list[Part]:
-        """The parts of some of a unit's experts, one expert after another; those from disk are read."""
-        if unit.rests_in() == "disk" and detect_fake_mode() is None:
+        """The parts of some of a unit's experts, one expert after another; those from disk are read, if RAM keeps any."""
+        if unit.rests_in() == "disk" and self.cache.most and detect_fake_mode() is None:
             return self.cache.bring(unit, rows)
         return [part for own in rows_of(unit, rows).values() for part in own]
 
@@ -295,6 +295,8 @@ class ExpertStreamer(Streamer):
         if kept is None:
             kept = self.on_device[unit.index] = DeviceRows(unit, self.room(unit))
             kept.slot = self._own_slot(unit, kept.nbytes) if self.rows[unit.index] else self._slot_for_some(unit)
+        assert kept.slot is not None
+        if unit.index not in kept.slot.visits:
             kept.slot.visits[unit.index] = self._make_views(unit, kept.weights())
         return kept
 

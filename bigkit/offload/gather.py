@@ -103,7 +103,8 @@ class GatherStreamer(ExpertStreamer):
             table = self.tables[unit.index]
             self.lane.arrive(kept.slot)  # what the host has brought
             table.choose(choice)
-            if self.listeners:  # they are told how much, for which the host waits
+            if self.listeners and not (choice.is_cuda and torch.cuda.is_current_stream_capturing()):
+                # They are told how much, for which the host waits.
                 missing = int((table.hit == 0).sum())
                 self.tell_fetch(unit, self.slots.index(kept.slot), missing * bytes_of_one(unit))
             self._looked = table
@@ -123,10 +124,18 @@ class GatherStreamer(ExpertStreamer):
         return super()._on_device(unit, rows)
 
     def _clear_device(self, unit: Unit) -> None:
-        table = self.tables.pop(unit.index, None)
+        table = self.tables.get(unit.index)
+        if table is not None and table.kept.slot in self.slots:
+            table.forget()  # it stays where it is: a CUDA graph may use it
+            return
         if table is not None:
-            self._ended.append(table.counts)
+            self._ended.append(self.tables.pop(unit.index).counts)
         super()._clear_device(unit)
+
+    def before_replay(self) -> None:
+        """Let tables on the GPU know what the host knows, before a CUDA graph uses them."""
+        for table in self.tables.values():
+            table.write()
 
     def found(self) -> tuple[int, int]:
         counts = [one.tolist() for one in (*self._ended, *(table.counts for table in self.tables.values()))]

@@ -14,7 +14,7 @@ Leaves out: what is chosen (`experts.py`), and experts that are kept in RAM (`ro
 from __future__ import annotations
 
 from collections import Counter, OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 import torch
@@ -70,16 +70,17 @@ class DeviceRows:
                 self.row_of.move_to_end(expert)
         if missing:
             self._table = None
+        free = sorted({*range(self.count)}.difference(self.row_of.values()), reverse=True) if missing else []
         for expert in missing:
-            full = len(self.row_of) == self.count
-            self.row_of[expert] = self.row_of.popitem(last=False)[1] if full else len(self.row_of)
+            self.row_of[expert] = free.pop() if free else self.row_of.popitem(last=False)[1]
         for expert in chosen if missing else ():
             self.row_of.move_to_end(expert)  # in their order, as `Routing.hits` counts
         return missing
 
-    def forget_table(self) -> None:
-        """To be called when `row_of` was changed by others."""
+    def forget(self, kept: Iterable[tuple[int, int]] = ()) -> None:
+        """Hold other experts from now on: pairs of an expert and its row, used last comes last."""
         self._table = None
+        self.row_of = OrderedDict(kept)
 
     def targets(self, experts: Sequence[int], parts: Sequence[Part]) -> list[Part]:
         """Parts of experts with their rows as the places where they belong.

@@ -63,8 +63,7 @@ class Table:
         Args:
             choice: numbers of different experts, shape (1, k), contiguous.
         """
-        if not self.current:
-            self._write()
+        self.write()
         self.choice, count = choice.flatten(), choice.numel()
         self.rows = torch.empty(count, dtype=torch.int32, device=choice.device)
         self.hit = torch.empty_like(self.rows)
@@ -76,8 +75,14 @@ class Table:
                 self.kept.count, count, *sizes, num_warps=1,
             )  # fmt: skip
 
-    def bring(self, number: int) -> Tensor:
-        """What was chosen, of one of the plain tensors, shape (k, ...)."""
+    def bring(self, number: int, experts: Tensor) -> Tensor:
+        """Experts of one of the plain tensors, shape (k, ...).
+
+        Args:
+            number: which of the tensors.
+            experts: shape (k,). They are those that were chosen; if one is not, it is read out of RAM, and what its
+                place in the rows holds is believed no more.
+        """
         part, start = self.kept.unit.parts()[number], self.kept.starts[number]
         words, count = part.nbytes // part.shape[0] // 8, len(self.rows)
         out = torch.empty((count, *part.shape[1:]), dtype=part.dtype, device=self.ram.device)
@@ -86,8 +91,9 @@ class Table:
         rows = self.kept.slot.base[start : start + self.kept.count * words * 8].view(torch.int64)
         with torch.cuda.device_of(ram):
             _kernels()["bring"][-(-words // PIECE), count](
-                self.choice, self.rows, self.hit, ram, rows, out.view(torch.int64), words, PIECE
-            )
+                experts.contiguous(), self.choice, self.rows, self.hit, self.row_of, self.owner, ram, rows,
+                out.view(torch.int64), words, PIECE,
+            )  # fmt: skip
         self.taken.add(number)
         return out
 
@@ -99,14 +105,19 @@ class Table:
         """Tell the host what is in the rows; it waits."""
         if self.current:
             used, owner = self.used.tolist(), self.owner.tolist()
-            order = sorted(row for row in range(self.kept.count) if owner[row] >= 0)
-            self.kept.row_of.clear()
-            self.kept.row_of.update((owner[row], row) for row in sorted(order, key=used.__getitem__))
-            self.kept.forget_table()
+            order = sorted((row for row in range(self.kept.count) if owner[row] >= 0), key=used.__getitem__)
+            self.kept.forget((owner[row], row) for row in order)
             self.current = False
 
-    def _write(self) -> None:
-        """Take over what the host knows."""
+    def forget(self) -> None:
+        """Nothing is in the rows."""
+        self.kept.forget()
+        self.current = False
+
+    def write(self) -> None:
+        """Take over what the host knows, if it knows more."""
+        if self.current:
+            return
         experts, rows = [*self.kept.row_of], [*self.kept.row_of.values()]
         row_of, owner = [-1] * self.kept.experts, [-1] * self.kept.count
         used = [row - self.kept.count for row in range(self.kept.count)]
@@ -132,9 +143,8 @@ class Looked(Elsewhere):
         self.table, self.part, self.number = table, part, number
 
     def take(self, parts: Mapping[str, Any], experts: Any) -> dict[str, Tensor]:
-        mine = self.table.choice
-        if isinstance(experts, Tensor) and experts.shape == mine.shape and experts.data_ptr() == mine.data_ptr():
-            return {suffix: part.guarded(part.table.bring(part.number)) for suffix, part in parts.items()}
+        if isinstance(experts, Tensor) and experts.shape == self.table.choice.shape:
+            return {suffix: part.guarded(part.table.bring(part.number, experts)) for suffix, part in parts.items()}
         return {suffix: part.guarded(part.in_ram()[experts]) for suffix, part in parts.items()}  # somebody else asks
 
     def guarded(self, tensor: Tensor) -> Tensor:
@@ -221,15 +231,22 @@ def _kernels() -> dict[str, Any]:
         tl.store(counts + 2, now + count)
 
     @triton.jit
-    def bring(ids, rows, hit, ram, kept, out, words, PIECE: tl.constexpr):  # type: ignore[no-untyped-def]
+    def bring(  # type: ignore[no-untyped-def]
+        ids, chosen, rows, hit, row_of, owner, ram, kept, out, words, PIECE: tl.constexpr
+    ):
         i = tl.program_id(1)
         at = tl.program_id(0) * PIECE + tl.arange(0, PIECE)
-        inside, row = at < words, tl.load(rows + i).to(tl.int64) * words
-        if tl.load(hit + i) != 0:
-            word = tl.load(kept + row + at, mask=inside)
+        inside, row, one, known = at < words, tl.load(rows + i), tl.load(ids + i), tl.load(chosen + i)
+        there, place = tl.load(hit + i) != 0, row.to(tl.int64) * words
+        if there & (one == known):
+            word = tl.load(kept + place + at, mask=inside)
         else:
-            word = tl.load(ram + tl.load(ids + i).to(tl.int64) * words + at, mask=inside)
-            tl.store(kept + row + at, word, mask=inside)
+            word = tl.load(ram + one.to(tl.int64) * words + at, mask=inside)
+            if one == known:
+                tl.store(kept + place + at, word, mask=inside)
+            else:
+                tl.store(row_of + known, -1)
+                tl.store(owner + row, -1)
         tl.store(out + i.to(tl.int64) * words + at, word, mask=inside)
 
     return {"choose": choose, "bring": bring}

@@ -1,4 +1,4 @@
-"""Given the routing that a real run recorded, a dry run brings the same bytes, forward by forward; and tokens are right.
+"""Given the routing that a real run recorded, a dry run brings the same bytes in each forward; and tokens are right.
 
 The CPU stands in for the GPU and passes for one, its RAM for pinned RAM, and kernels are interpreted: so what a GPU
 would do is done, and is compared with a dry run of one, and with the whole model in plain PyTorch.
@@ -132,7 +132,6 @@ def check(case, monkeypatch):
         logits = []
         routing = record_routing(found, lambda: logits.append(work(found, case["prompt"], case["new"], forwards)))
         hits = expert_hits(found)
-        del found
     assert torch.equal(logits[0], expected)
     if implementation == "eager":
         return  # it asks for values, which a dry run refuses

@@ -105,6 +105,30 @@ def test_the_gpus_own_account_is_that_of_the_host(monkeypatch):
     assert len(streamer_of(found).tables) == 6 and not streamer_of(other).tables
 
 
+@pytest.mark.parametrize("share", [2, 3, 4])
+def test_graphs_use_the_gpus_account(share):
+    """Replays, prompts of few and of many tokens, and weights that change: tokens and hits are those without graphs."""
+    model = mixture()
+    size = sum(p.nbytes for module in model.modules() if count_rows(module) for p in module.parameters())
+    whole = copy.deepcopy(model).to(GPU)
+    plain, found = (
+        bigkit.dispatch_model(copy.deepcopy(model), apart(model, "cpu"), expert_cache=size * share // 4) for _ in "ab"
+    )
+    options = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    with bigkit.graph_decode(found) as decoder:
+        for round_ in range(4):
+            for tokens in (1, 2, 40, 3):
+                ids = torch.randint(5, 500, (1, tokens), device=GPU)
+                expected = whole.generate(ids, cache_implementation="static", disable_compile=True, **options)
+                assert torch.equal(plain.generate(ids, **options), expected)
+                assert torch.equal(found.generate(ids, **options), expected)
+            with torch.no_grad():
+                for one in (whole, plain, found):
+                    one.model.layers[2].mlp.experts.down_proj.mul_(-1)
+    assert decoder.replayed > 50 and min(expert_hits(found)) > 0
+    assert expert_hits(found) == expert_hits(plain)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("kind", ["nf4", "fp4"])
 def test_experts_in_four_bits_are_decoded_by_one_kernel(kind, dtype):

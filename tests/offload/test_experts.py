@@ -327,8 +327,9 @@ def test_experts_rest_in_the_files_they_came_in(make, stand_in, tmp_path):
     expected = generated(model)
     model.save_pretrained(tmp_path, max_shard_size="30KB")
     files = {file: file.stat().st_mtime_ns for file in tmp_path.iterdir()}
-    found = loaded(model, tmp_path, apart(model, "disk", 0 if stand_in else "cpu"), stand_in=stand_in)
-    assert torch.equal(generated(found), expected)
+    for more in ({}, {"ram_cache": 0}):
+        found = loaded(model, tmp_path, apart(model, "disk", 0 if stand_in else "cpu"), stand_in=stand_in, **more)
+        assert torch.equal(generated(found), expected)
     assert {file: file.stat().st_mtime_ns for file in tmp_path.iterdir()} == files
     with pytest.raises(ValueError, match='must be written as bfloat16: give an offload_folder, or dtype="float32"'):
         loaded(model, tmp_path, apart(model, "disk", "cpu"), dtype="bfloat16")

@@ -62,7 +62,7 @@ def test_the_same_experts_are_kept(experts, room, per_token, monkeypatch):
         found.choose(choice)
         for number, tensor in enumerate(tensors):
             assert not found.whole()
-            assert torch.equal(found.bring(number), tensor[choice[0]])
+            assert torch.equal(found.bring(number, choice[0]), tensor[choice[0]])
         hits, misses = hits + per_token - len(missing), misses + len(missing)
         assert found.whole() and found.counts[:2].tolist() == [hits, misses]
     found.read()
@@ -165,7 +165,7 @@ def test_errors_writes_and_others_who_ask(pretend):
     with pytest.raises(ZeroDivisionError):
         found(torch.tensor([[9]]))
     handle.remove()
-    assert not streamer.held() and 1 not in streamer.tables and sum(expert_hits(found)) > sum(before)
+    assert not streamer.held() and not streamer.tables[1].current and sum(expert_hits(found)) > sum(before)
     for ids in map(torch.tensor, TEXTS):
         assert torch.equal(found(ids).logits, model(ids).logits)
     for target in (model, found):
@@ -180,6 +180,21 @@ def test_errors_writes_and_others_who_ask(pretend):
     found, _ = spread(mixture().requires_grad_(True))
     with pytest.raises(RuntimeError, match="offloaded weights are for inference"):
         found(token).logits.sum().backward()
+
+
+def test_experts_that_come_in_another_tensor(pretend, monkeypatch):
+    """Some versions of Transformers index with a copy of the choice; and a hook may index with another choice."""
+    model, take = mixture(), table.Looked.take
+    found, _ = spread(copy.deepcopy(model))
+    clones = lambda self, parts, experts: take(self, parts, experts.clone())  # noqa: E731
+    monkeypatch.setattr(table.Looked, "take", clones)
+    for ids in map(torch.tensor, TEXTS):
+        assert torch.equal(found(ids).logits, model(ids).logits)
+    assert min(expert_hits(found)) > 0
+    others = lambda self, parts, experts: (take(self, parts, experts.flip(0)), take(self, parts, experts))[1]  # noqa: E731
+    monkeypatch.setattr(table.Looked, "take", others)
+    for ids in map(torch.tensor, TEXTS * 2):
+        assert torch.equal(found(ids).logits, model(ids).logits)
 
 
 def test_who_listens_is_told(pretend):
