@@ -25,6 +25,7 @@ from ..machine.ledger import Calibration
 from ..machine.roofline import ARRIVE, FILL, LEAVE, WAIT, Operation
 from ..machine.routing import Routing
 from ..maps.links import DeviceMap
+from ..model.experts import check_choice
 from ..offload.choice import Recorded
 from ..offload.dispatch import dispatch_model
 from ..offload.experts import ExpertStreamer, expert_hits
@@ -93,6 +94,7 @@ def rehearse(
     main = next((device for device in (*works.values(), *places.values()) if isinstance(device, int)), 0)
     in_ram = DeviceMap({name: "cpu" if device == "disk" else device for name, device in places.items()}, works)
     known = works or any(isinstance(device, int) for device in places.values())
+    _check_experts(model, routing)
     with fake_gpus(target) as log, as_with_data(), ExitStack() as stack:
         log.kind = "weights"
         if quantization is None:
@@ -102,7 +104,7 @@ def rehearse(
 
             stack.enter_context(fake_bitsandbytes(log))
             fill_quantized(model.eval(), in_ram, main, quantization)
-        if set(places.values()) != {main}:
+        if set(places.values()) != {main} or expert_cache:  # which has no use, and is refused, if all is there
             dispatch_model(
                 model, in_ram, None if known else main, slots=slots, resident_memory=resident_memory,
                 expert_cache=expert_cache,
@@ -212,8 +214,6 @@ class FakeLane(PlainLane):
 def _replace_lanes(model: nn.Module, log: OperationLog, places: Mapping[str, Device], routing: Routing | None) -> None:
     """Put fake lanes in the place of those of a dispatched model, and a recorded routing in the place of chance."""
     layers = {id(module): number for number, module in enumerate(filter(count_rows, model.modules()))}
-    if routing is not None:
-        routing.check({(len(layers), *_choice(module)) for module in filter(count_rows, model.modules())})
     numbers: dict[int, int] = {}
     for streamer in streamers_in(model):
         streamer.lane = lane = FakeLane(streamer, log, places, numbers)
@@ -224,6 +224,19 @@ def _replace_lanes(model: nn.Module, log: OperationLog, places: Mapping[str, Dev
                 part.slab.pinned = True  # a GPU can read it, as it can in a real run
         if routing is not None and isinstance(streamer, ExpertStreamer):
             streamer.recorded = Recorded([routing.chosen[layers[id(unit.module)]] for unit in streamer.units])
+
+
+def _check_experts(model: nn.Module, routing: Routing | None) -> None:
+    """See that tokens can choose as they are said to.
+
+    Raises:
+        ValueError: a token takes more experts than there are, or the routing is that of another model.
+    """
+    layers = [_choice(module) for module in model.modules() if count_rows(module)]
+    for count, per_token in layers:
+        check_choice(type(model).__name__, count, per_token)
+    if routing is not None:
+        routing.check({(len(layers), *layer) for layer in layers})
 
 
 def _choice(module: Any) -> tuple[int, int]:

@@ -252,7 +252,7 @@ class ExpertStreamer(Streamer):
         there.update(missing)
 
     def in_ram(self, unit: Unit, rows: list[int]) -> list[Part]:
-        """The parts of some of a unit's experts, one expert after another; those from disk are read, if RAM keeps any."""
+        """The parts of some of a unit's experts, one expert after another; what RAM keeps is read from disk first."""
         if unit.rests_in() == "disk" and self.cache.most and detect_fake_mode() is None:
             return self.cache.bring(unit, rows)
         return [part for own in rows_of(unit, rows).values() for part in own]

@@ -136,8 +136,8 @@ def check(case, monkeypatch):
     if implementation == "eager":
         return  # it asks for values, which a dry run refuses
     run = dry_run(
-        empty(config, family), places, 1, case["prompt"], case["new"], "H200", generate=False, quantization=quantization,
-        dtype=None if quantization else "float32", routing=routing, replay=False, **options,
+        empty(config, family), places, 1, case["prompt"], case["new"], "H200", generate=False,
+        quantization=quantization, dtype=None if quantization else "float32", routing=routing, replay=False, **options,
     )  # fmt: skip
     told, start = [], 0
     for _, end in run.steps:

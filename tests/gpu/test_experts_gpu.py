@@ -116,7 +116,7 @@ def test_graphs_use_the_gpus_account(share):
     )
     options = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
     with bigkit.graph_decode(found) as decoder:
-        for round_ in range(4):
+        for _ in range(4):
             for tokens in (1, 2, 40, 3):
                 ids = torch.randint(5, 500, (1, tokens), device=GPU)
                 expected = whole.generate(ids, cache_implementation="static", disable_compile=True, **options)
