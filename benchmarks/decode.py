@@ -13,7 +13,8 @@ graph. Parts:
     bf16, nf4, int8   all weights on the GPU; int8 without outliers (llm_int8_threshold=0)
     streamed          blocks in RAM: nf4 all of them, bf16 half
     experts           blocks of Qwen3-30B-A3B's shape, experts on the GPU or in RAM
-    cache             8 blocks after a prompt of 32,768 tokens: the cache on the GPU, resting in RAM, offloaded
+    cache             8 blocks of Llama-7B after a prompt of 32,768 tokens, then the 32 of Llama-3.1-8B: the cache on
+                      the GPU, resting in RAM, offloaded by Transformers
     passes            16 blocks in RAM: seconds of a pass over 1 to 64 tokens, and text with a draft that is right as
                       often as asked
     compile           what `torch.compile` makes of the static cache
@@ -65,9 +66,9 @@ class Bench:
         self.device, self.tiny, self.blocks = device, tiny, blocks
         self.places = {} if device != "cpu" else {"stand_in": {0: "cpu"}}
 
-    def llama(self, blocks: int = 32) -> nn.Module:
-        """A Llama-7B shape with random weights."""
-        sizes = {**TINY, "num_hidden_layers": min(blocks, 4)} if self.tiny else {"num_hidden_layers": blocks}
+    def llama(self, blocks: int = 32, **other: int) -> nn.Module:
+        """A Llama-7B shape with random weights; `other` sizes of it differ."""
+        sizes = {**TINY, "num_hidden_layers": min(blocks, 4)} if self.tiny else {"num_hidden_layers": blocks, **other}
         torch.manual_seed(0)
         with torch.device(self.device):
             torch.set_default_dtype(torch.bfloat16)
@@ -179,30 +180,47 @@ def experts(bench: Bench) -> Iterator[Row]:
 
 def cache(bench: Bench) -> Iterator[Row]:
     """A long context."""
-    model, tokens = bench.llama(8), 64 if bench.tiny else 32_768
-    ways: dict[str, Callable[[], Row]] = {
-        "on the GPU": dict,
-        "resting in RAM": lambda: {"past_key_values": RestingCache(model.config)},
-        "offloaded by Transformers": lambda: {"cache_implementation": "offloaded"},
-    }
-    expected = None
-    for way, options in ways.items():
-        if way.startswith("offloaded") and bench.device == "cpu":
-            continue
-        if bench.device != "cpu":
-            torch.cuda.reset_peak_memory_stats()
-        begin = time.perf_counter()
-        first, _ = bench.decode(model, 12, tokens, 4, **options())
+    tokens = 64 if bench.tiny else 32_768
+    for name, sizes in (
+        ("Llama-7B", {"blocks": 8}),
+        ("Llama-3.1-8B", {"blocks": 32, "num_key_value_heads": 8, "intermediate_size": 14_336}),
+    ):
+        model = bench.llama(**sizes)
+        resting = functools.partial(RestingCache, model.config)
+        ways: dict[str, Callable[[], Row]] = {
+            "on the GPU": dict,
+            "resting in RAM, no layer stays": lambda resting=resting: {"past_key_values": resting(room=0)},
+            "resting in RAM": lambda resting=resting: {"past_key_values": resting()},
+            "offloaded by Transformers": lambda: {"cache_implementation": "offloaded"},
+        }
+        expected = None
+        for way, options in ways.items():
+            if way.startswith("offloaded") and bench.device == "cpu":
+                continue
+            row, text = _long_text(bench, model, tokens, options)
+            expected = text if expected is None else expected
+            equal = bool(torch.equal(text, expected))
+            yield {"part": "cache", "way": way, "model": name, **row, "context": tokens, "equal": equal}
+        del model, resting, ways
         settle()
-        seconds, text = bench.decode(model, 12, tokens, 4, **options())
-        rates = {"tokens_per_s": round(1 / seconds, 2), "new_lengths": round(1 / first, 2)}
-        row = {"part": "cache", "way": way, **rates, "context": tokens}
-        expected = text if expected is None else expected
-        row |= {"equal": bool(torch.equal(text, expected)), "call_s": round(time.perf_counter() - begin, 2)}
-        if bench.device != "cpu":
-            row["gpu_peak_gb"] = round(torch.cuda.max_memory_allocated() / 1e9, 1)
-        yield row
-        settle()
+
+
+def _long_text(bench: Bench, model: nn.Module, tokens: int, options: Callable[[], Row]) -> tuple[Row, Tensor]:
+    settle()
+    if bench.device != "cpu":
+        torch.cuda.reset_peak_memory_stats()
+    first, _ = bench.decode(model, 12, tokens, 4, **options())
+    settle()
+    given, begin = options(), time.perf_counter()
+    seconds, text = bench.decode(model, 12, tokens, 4, **given)
+    row = {"tokens_per_s": round(1 / seconds, 2), "new_lengths": round(1 / first, 2)}
+    row["call_s"] = round(time.perf_counter() - begin, 2)
+    if bench.device != "cpu":
+        row["gpu_peak_gb"] = round(torch.cuda.max_memory_allocated() / 1e9, 1)
+        row["gpu_reserved_gb"] = round(torch.cuda.max_memory_reserved() / 1e9, 1)
+    if isinstance(past := given.get("past_key_values"), RestingCache):
+        row["stay"] = past.layers_that_stay()
+    return row, text
 
 
 class Stub(tf.LlamaForCausalLM):

@@ -1,9 +1,10 @@
-"""Faster than one link: two parts of `benchmarks/offload.py`.
+"""Faster than one link: three parts of `benchmarks/offload.py`.
 
-    python benchmarks/offload.py --gpu --parts links cpu --save benchmarks/results/links.json
+    python benchmarks/offload.py --gpu --parts links cpu loading --save benchmarks/results/links.json
 
-    links   a 7B in RAM over one GPU and over two; loading on one and on two
-    cpu     a share of the MLPs on the CPU: what it reads beside a busy link, and what a token takes
+    links     a 7B in RAM over one GPU and over two
+    cpu       a share of the MLPs on the CPU: what it reads beside a busy link, and what a token takes
+    loading   twelve blocks from files in memory, on one GPU and on two
 
 A token is a forward of one token, median; `generate` counts tokens too. The part `cpu` uses `--cores` of the host's
 cores (16), as one GPU of it comes with. All blocks hold the same random numbers, shifted: made in a few seconds.
@@ -101,13 +102,13 @@ def clean() -> None:
 
 
 def measure(table: Any, parts: list[str], layers: int, cores: int) -> None:
-    """Both parts, on one model."""
-    state, run = random_layers(llama(layers)), Run(table)
+    """All parts, on one model."""
+    state, run = random_layers(llama(layers if {"links", "cpu"} & {*parts} else LOADED)), Run(table)
     if "links" in parts:
         links(table, layers, state, run)
     if "cpu" in parts:
         cpu(table, layers, state, cores, run)
-    if "links" in parts:
+    if "loading" in parts:
         first = {n: t for n, t in state.items() if ".layers." not in n or _layer(n) < LOADED}
         loading(table, first, torch.cuda.device_count())
 

@@ -3,7 +3,7 @@
     python benchmarks/offload.py [--save]              the CPU: disk offload, and what a hook costs
     python benchmarks/offload.py --gpu [--save]        a CUDA GPU: 13.5 GB in RAM and on disk, and larger models
     python benchmarks/offload.py --gpu --parts large   only one part of it: ceilings ways disk ablation large moe, or
-                                                       links cpu (benchmarks/links.py)
+                                                       links cpu loading (benchmarks/links.py)
 
 On the GPU the model is a Llama-7B shape in bfloat16 with random weights. Every way computes the same two forwards:
 1 x 16 tokens, where the link is what takes time, and 8 x 512, where the GPU has work of the same order. Times are
@@ -200,7 +200,7 @@ def gpu(table: Table, parts: list[str], folder: Path, runs: int, layers: int, co
         gpu_large(table)
     if "moe" in parts:
         gpu_moe(table, runs)
-    if {"links", "cpu"} & {*parts}:
+    if {"links", "cpu", "loading"} & {*parts}:
         beyond.measure(table, parts, layers, cores)
 
 

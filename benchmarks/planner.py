@@ -103,6 +103,12 @@ def theirs(model: nn.Module, no_split: list[str], budgets: dict[Any, int]) -> di
         return accelerate.infer_auto_device_map(model, balanced, no_split, dtype=torch.float16)
 
 
+def infer(library: Any, model: nn.Module, no_split: list[str], budgets: dict[Any, int]) -> dict[str, Any]:
+    """The call of the same name of either library, in float16."""
+    with device_numbers():
+        return library.infer_auto_device_map(model, dict(budgets), no_split, dtype=torch.float16)
+
+
 def gpu_loads(model: nn.Module, device_map: dict[str, Any]) -> list[float]:
     """GiB of weights on each GPU under a map, float16."""
     sizes = bigkit.compute_module_sizes(model, dtype="float16")
@@ -123,10 +129,13 @@ def measure(name: str, model: nn.Module, no_split: list[str], budgets: dict[Any,
         "gpus": len(gpus),
         "accelerate_ms": median_ms(lambda: theirs(model, no_split, budgets), runs),
         "from_module_ms": median_ms(lambda: place(bigkit.describe(model), budgets, **options), runs),
+        "accelerate_infer_ms": median_ms(lambda: infer(accelerate, model, no_split, budgets), runs),
+        "infer_ms": median_ms(lambda: infer(bigkit, model, no_split, budgets), runs),
     }
     for strategy in STRATEGIES[1:]:
         row[f"{strategy}_ms"] = median_ms(partial(place, spec, budgets, strategy, **options), runs)
     row["ratio"] = row["accelerate_ms"] / row["balanced_ms"]
+    row["ratio_infer"] = row["accelerate_infer_ms"] / row["infer_ms"]
     row["ratio_from_module"] = row["accelerate_ms"] / row["from_module_ms"]
     plan, loads = place(spec, budgets, **options), gpu_loads(model, theirs(model, no_split, budgets))
     weights = {share.device: share.weights / GIB for share in plan.shares}

@@ -32,8 +32,9 @@ Read in this order:
 - `match.py`: which tensor of a checkpoint is which of a model, and the report of what does not match.
 - `load.py`: `load_checkpoint_in_model`; and `to_gpu.py`, from files to a GPU at full speed. Without a model:
   `state_dict.py` for all tensors at once, `one_by_one.py` for each in turn.
-- `codecs.py`: FP8, MXFP4, GPTQ, AWQ, ...: how few bits stand for a weight; `as_stored.py`: modules that keep them so;
-  `decoded.py`: stacks of which some experts are decoded at a time; `merged.py`: FP8 experts that lie one by one.
+- `codecs.py`: FP8, MXFP4, GPTQ, AWQ, ...: how few bits stand for a weight; `fits.py`: whether tensors are what a format
+  says; `kernels.py`: decoding on a GPU in one pass; `as_stored.py`: modules that keep weights so; `decoded.py`: stacks
+  of which some experts are decoded at a time; `merged.py`: FP8 experts that lie one by one.
 - `resting.py`: which bytes of which file stand for a tensor that a model has on meta; `in_order.py`: or several ranges,
   for experts that lie alone in files and together in a model.
 - `shards.py`: how a model is cut into files, from names and sizes alone.

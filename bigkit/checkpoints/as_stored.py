@@ -27,10 +27,13 @@ from ..model.header import CheckpointError
 from ..model.spec import TensorSpec
 from ..model.stored import DECODING, DECODING_OF, DECODING_STACK, decoding
 from ._transformers import Made, gptq_offset
-from .codecs import Codec, Kinds, Parts, StackCodec, find_codec, find_stack_codec
+from .codecs import Codec, Kinds, Parts, StackCodec, described, find_codec, find_stack_codec
 from .decoded import DecodedStack
+from .fits import stack_misfit, values_misfit
 from .format import Checkpoint, Stored
 from .merged import stack_experts
+
+ANEW = "get the file anew, or run it with the library that wrote it"
 
 
 class AsStored(nn.Module):
@@ -120,18 +123,41 @@ def _change_modules(model: nn.Module, source: Checkpoint, keep: str, undo: list[
         under.setdefault(module, {})[own] = source.shape_and_dtype(name)  # type: ignore[index]
     for name, stacks in stack_experts(model, source).items():
         under[name] = {**under.get(name, {}), **stacks}
+    names_of: dict[int, list[str]] = {}
+    for full, parameter in model.named_parameters(remove_duplicate=False):
+        names_of.setdefault(id(parameter), []).append(full)
     for name, module in list(model.named_modules()):
         kinds = under.get(name, {})
         if type(module) is nn.Linear and module.weight.is_meta:
             try:
                 codec = find_codec(tuple(module.weight.shape), kinds, gptq_offset(model))
+                if codec:
+                    _check_values(name, tuple(module.weight.shape), source, codec, kinds)
             except ValueError as error:
-                raise CheckpointError(f"{name} in {source.path}: {error}") from error
+                raise CheckpointError(f"{name} in {source.path}: {error}; {ANEW}") from error
+            others = [full for full in names_of[id(module.weight)] if full != f"{name}.weight"]
+            if codec and others:
+                raise CheckpointError(
+                    f"{name} in {source.path} is stored as {codec.format}, but in this model its weight is that of "
+                    f"{others[0]!r}, too: build the model with weights that are not tied (tie_word_embeddings=False)"
+                )
             if codec:
                 _change(name, module, source, keep, codec, kinds, undo)
         else:
-            for own, stack_codec in list(_stacked(module, kinds)):
+            for own, stack_codec in list(_stacked(name, module, source, kinds)):
                 _change_stack(name, module, own, stack_codec, source, keep, kinds, undo)
+
+
+def _check_values(name: str, shape: tuple[int, ...], source: Checkpoint, codec: Codec, kinds: Kinds) -> None:
+    """Look into the small tensors that say where numbers belong, if there is a file."""
+    small = [own for own in ("weight_shape", "g_idx", "weight_g_idx") if own in kinds]
+    if small and source.files:
+        scales = kinds.get("weight_scale", kinds.get("scales"))
+        assert scales is not None
+        groups = scales[0][1] if "weight_scale" in kinds else scales[0][0]
+        values = {own: source.read(f"{name}.{own}") for own in small}
+        if wrong := values_misfit(shape, groups, values):
+            raise ValueError(f"a weight of shape {list(shape)} is stored as {codec.format}, but {wrong}")
 
 
 def _change(
@@ -153,12 +179,18 @@ def _change(
     module._parameters["bias"] = bias
 
 
-def _stacked(module: nn.Module, kinds: Kinds) -> Iterator[tuple[str, StackCodec]]:
+def _stacked(name: str, module: nn.Module, source: Checkpoint, kinds: Kinds) -> Iterator[tuple[str, StackCodec]]:
     """Own names of stacked weights on meta that the checkpoint has quantized, and how."""
     for own, parameter in module._parameters.items():
         stack = parameter is not None and parameter.is_meta and parameter.ndim == 3
         codec = find_stack_codec(own, kinds) if stack else None
-        if codec is not None:
+        if codec is not None and parameter is not None:
+            own_kinds = {suffix: kinds[own + suffix] for suffix in codec.suffixes}
+            if wrong := stack_misfit(codec.format, tuple(parameter.shape), own_kinds):
+                raise CheckpointError(
+                    f"{name}.{own} in {source.path}: stacked weights of shape {list(parameter.shape)} are stored as "
+                    f"{described({own + suffix: kind for suffix, kind in own_kinds.items()})}: {wrong}; {ANEW}"
+                )
             yield own, codec
 
 

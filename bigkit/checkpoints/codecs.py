@@ -14,17 +14,23 @@ config says: the file is the truth. All decode to the same thing, a weight of th
     nf4, fp4,   `*_nf4` and `*_absmax`, `*_int8` and `*_scb` of stacked experts: each is quantized alone, as
     int8        bitsandbytes quantizes a linear layer; bigkit writes these (`quantize/stacks.py`)
 
+What PyTorch's operations say here is what a weight is. On a GPU with Triton, kernels do the same in one pass, to the
+same bits (`kernels.py`).
+
 Leaves out: which modules hold such tensors, and running them (`as_stored.py`); bitsandbytes' layers (`quantize/`).
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Mapping
-from functools import partial
-from typing import NamedTuple
+from functools import cache, partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from .fits import BLOCK, CODES, layer_misfit
 
 Parts = Mapping[str, Tensor]  # own name -> a tensor as it is stored
 Kinds = Mapping[str, tuple[tuple[int, ...], torch.dtype]]  # own name -> shape and dtype in the file
@@ -33,7 +39,6 @@ Kinds = Mapping[str, tuple[tuple[int, ...], torch.dtype]]  # own name -> shape a
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)  # which of the eight numbers of an int32 is the first, second, ... output
 BLOCK_4BIT, NESTED = 64, 256  # weights that share a scale, and scales that share one, in bitsandbytes' 4-bit formats
-BLOCK = 128  # rows and columns that share a scale, where the grid of scales leaves a choice
 
 
 class Codec(NamedTuple):
@@ -55,11 +60,19 @@ class StackCodec(NamedTuple):
         format: what it is called.
         suffixes: what the names of its tensors end in, after the weight's own name.
         decode: its tensors by suffix, of all experts or of some, and a floating dtype -> these experts' weights.
+        in_place: whether `decode` also takes chosen experts, of which a kernel then reads these alone.
     """
 
     format: str
     suffixes: tuple[str, ...]
-    decode: Callable[[Parts, torch.dtype], Tensor]
+    decode: Callable[..., Tensor]
+    in_place: bool = False
+
+    def chosen(self, parts: Parts, experts: Any, dtype: torch.dtype) -> Tensor:
+        """The weights of some experts of all, as an index or a slice says."""
+        if self.in_place and isinstance(experts, Tensor) and kernels_for(parts[self.suffixes[0]]):
+            return self.decode(parts, dtype, experts)
+        return self.decode({suffix: rows_of(part, experts) for suffix, part in parts.items()}, dtype)
 
 
 def find_stack_codec(own: str, names: Iterable[str]) -> StackCodec | None:
@@ -93,24 +106,32 @@ def find_codec(shape: tuple[int, ...], kinds: Kinds, gptq_offset: int = 1) -> Co
     rows, columns = shape
     weight, packed, qweight = kinds.get("weight"), kinds.get("weight_packed"), kinds.get("qweight")
     scaled = kinds.keys() & {"weight_scale", "weight_scale_inv"}
-    if weight and weight[0] == shape and weight[1].itemsize == 1 and scaled:
-        return Codec("int8" if weight[1] == torch.int8 else "fp8", decode_scaled)
-    if packed and packed[1] == torch.uint8 and "weight_global_scale" in kinds and packed[0] == (rows, columns // 2):
-        return Codec("nvfp4", decode_nvfp4)
-    if packed and packed[1] == torch.int32 and "weight_scale" in kinds:
+    found = None
+    if weight and weight[0] == shape and weight[1] in CODES and scaled:
+        found = Codec("int8" if weight[1] == torch.int8 else "fp8", decode_scaled)
+    elif packed and packed[1] == torch.uint8 and kinds.keys() >= {"weight_scale", "weight_global_scale"}:
+        found = Codec("nvfp4", decode_nvfp4) if packed[0] == (rows, columns // 2) else None
+    elif packed and packed[1] == torch.int32 and "weight_scale" in kinds:
         for bits in (4, 8):
             if packed[0] == (rows, -(-columns * bits // 32)):
-                return Codec(f"int{bits}", partial(decode_packed, bits=bits, shape=shape))
-    if qweight and qweight[1] == torch.int32 and kinds.keys() >= {"qzeros", "scales"}:
+                found = Codec(f"int{bits}", partial(decode_packed, bits=bits, shape=shape))
+    elif qweight and qweight[1] == torch.int32 and kinds.keys() >= {"qzeros", "scales"}:
         for bits in (4, 8):
             if qweight[0] == (columns * bits // 32, rows):
-                return Codec(f"gptq-int{bits}", partial(decode_gptq, bits=bits, offset=gptq_offset))
+                found = Codec(f"gptq-int{bits}", partial(decode_gptq, bits=bits, offset=gptq_offset))
         if qweight[0] == (columns, rows // 8):
-            return Codec("awq-int4", decode_awq)
-    if not (scaled or packed or qweight):
+            found = Codec("awq-int4", decode_awq)
+    elif not (scaled or packed or qweight):
         return None
-    stored = ", ".join(f"{name} {dtype} {list(size)}" for name, (size, dtype) in sorted(kinds.items()))
-    raise ValueError(f"a weight of shape {list(shape)} is stored as {stored}: this is no format that bigkit reads")
+    wrong = layer_misfit(found.format, shape, kinds) if found else "this is no format that bigkit reads"
+    if wrong:
+        raise ValueError(f"a weight of shape {list(shape)} is stored as {described(kinds)}: {wrong}")
+    return found
+
+
+def described(kinds: Kinds) -> str:
+    """Tensors as text."""
+    return ", ".join(f"{name} {dtype} {list(size)}" for name, (size, dtype) in sorted(kinds.items()))
 
 
 def decode_scaled(parts: Parts, dtype: torch.dtype) -> Tensor:
@@ -122,30 +143,29 @@ def decode_scaled(parts: Parts, dtype: torch.dtype) -> Tensor:
     return _scaled(parts["weight"], parts["weight_scale_inv" if "weight_scale_inv" in parts else "weight_scale"], dtype)
 
 
-def _scaled(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+def _scaled(codes: Tensor, scales: Tensor, dtype: torch.dtype, experts: Tensor | None = None) -> Tensor:
     """Codes (..., rows, columns) times their scales in float32, rounded to a dtype; few copies in between.
 
     Where blocks are whole no scale is repeated: the codes are seen as (..., blocks, rows of one, blocks, columns of
     one).
     """
     works = torch.bfloat16 if codes.dtype != torch.int8 else torch.float16  # in which all codes are exact
-    scales = scales.to(torch.float32).reshape(scales.shape or 1)  # a number alone would be rounded to the codes' dtype
-    blocks: list[int] = []
-    if scales.ndim == codes.ndim and scales.numel() > 1:
-        for dim in (-2, -1):
-            count, size = scales.shape[dim], codes.shape[dim]
-            block = BLOCK if -(-size // BLOCK) == count else -(-size // count)
-            if block * count != size and count > 1:
-                scales = scales.repeat_interleave(block, dim).narrow(dim, 0, size)
-            blocks.append(scales.shape[dim])
-    elif scales.numel() > 1:
-        scales = scales.reshape(*scales.shape, *[1] * (codes.ndim - scales.ndim))
-    if blocks:
-        codes = codes.unflatten(-1, (blocks[1], -1)).unflatten(-3, (blocks[0], -1))
-        scales = scales[..., :, None, :, None]
+    if scales.dtype == torch.uint8:  # exponents, as MXFP8 has them
+        scales = torch.exp2(scales.to(torch.float32) - 127)
+    scales = scales.to(torch.float32)  # a number alone would be rounded to the codes' dtype
+    scales = scales.reshape(*(() if scales.numel() == 1 else scales.shape), *[1] * codes.ndim)
+    scales = scales.reshape(scales.shape[: codes.ndim])
+    sizes, counts = codes.shape[-2:], scales.shape[-2:]
+    block = [BLOCK if -(-size // BLOCK) == count else -(-size // count) for size, count in zip(sizes, counts)]
+    if kernels := kernels_for(codes):
+        return kernels.scaled(codes, scales if experts is None else rows_of(scales, experts), experts, block, dtype)
+    for dim in (-2, -1):
+        if block[dim] * counts[dim] != sizes[dim] and counts[dim] > 1:
+            scales = scales.repeat_interleave(block[dim], dim).narrow(dim, 0, sizes[dim])
+    codes = codes.unflatten(-1, (scales.shape[-1], -1)).unflatten(-3, (scales.shape[-2], -1))
     decoded = torch.empty(codes.shape, dtype=dtype, device=codes.device)
-    torch.mul(codes.to(works), scales, out=decoded)
-    return decoded.flatten(-2).flatten(-3, -2) if blocks else decoded
+    torch.mul(codes.to(works), scales[..., :, None, :, None], out=decoded)
+    return decoded.flatten(-2).flatten(-3, -2)
 
 
 def decode_packed(parts: Parts, dtype: torch.dtype, bits: int, shape: tuple[int, ...]) -> Tensor:
@@ -154,6 +174,12 @@ def decode_packed(parts: Parts, dtype: torch.dtype, bits: int, shape: tuple[int,
     The numbers are stored without a sign, moved up by half of their range, and so are zero points.
     """
     half = 1 << (bits - 1)
+    if kernels := kernels_for(parts["weight_packed"]):
+        zeros, index = parts.get("weight_zero_point"), parts.get("weight_g_idx")
+        offset = half if zeros is None else 0  # by which both are moved up
+        return kernels.packed(
+            parts["weight_packed"], zeros, parts["weight_scale"], index, shape, bits, 1, offset, dtype
+        )
     codes = unpack(parts["weight_packed"], bits, 1)[:, : shape[1]] - half
     scales = parts["weight_scale"].to(torch.float32)
     group = _groups(parts.get("weight_g_idx"), shape[1], scales.shape[1], codes.device)
@@ -169,11 +195,13 @@ def decode_gptq(parts: Parts, dtype: torch.dtype, bits: int, offset: int) -> Ten
     weight = (code - (zero + offset)) * scale. `g_idx` names the group of each input. Source: arXiv 2210.17323, and the
     files that AutoGPTQ and its successors write.
     """
+    if kernels := kernels_for(parts["qweight"]):
+        return _transposed(kernels, parts, bits, 1, offset, dtype)
     codes = unpack(parts["qweight"], bits, 0)
     zeros = unpack(parts["qzeros"], bits, 1)[:, : codes.shape[1]] + offset
     scales = parts["scales"].to(torch.float32)
     group = _groups(parts.get("g_idx"), codes.shape[0], scales.shape[0], codes.device)
-    return ((codes - zeros[group]) * scales[group]).to(dtype).t()
+    return ((codes - zeros[group]) * scales[group]).to(dtype).t().contiguous()
 
 
 def decode_awq(parts: Parts, dtype: torch.dtype) -> Tensor:
@@ -182,13 +210,23 @@ def decode_awq(parts: Parts, dtype: torch.dtype) -> Tensor:
     The eight numbers of an int32 are outputs 0, 2, 4, 6, 1, 3, 5, 7, from the lowest bits up. Source: arXiv 2306.00978.
     """
 
+    if kernels := kernels_for(parts["qweight"]):
+        return _transposed(kernels, parts, 4, 2, 0, dtype)
+
     def outputs(packed: Tensor) -> Tensor:
         eights = unpack(packed, 4, 1).view(packed.shape[0], -1, 8)
         return eights[:, :, torch.tensor(AWQ_ORDER, device=packed.device)].reshape(packed.shape[0], -1)
 
     codes, zeros, scales = outputs(parts["qweight"]), outputs(parts["qzeros"]), parts["scales"].to(torch.float32)
     group = _groups(None, codes.shape[0], scales.shape[0], codes.device)
-    return ((codes - zeros[group]) * scales[group]).to(dtype).t()
+    return ((codes - zeros[group]) * scales[group]).to(dtype).t().contiguous()
+
+
+def _transposed(kernels: Any, parts: Parts, bits: int, along: int, offset: int, dtype: torch.dtype) -> Tensor:
+    """GPTQ's and AWQ's tensors, seen with the outputs first."""
+    codes, zeros, scales = (parts[name].t() for name in ("qweight", "qzeros", "scales"))
+    shape = scales.shape[0], codes.shape[1] * (32 // bits if along == 1 else 1)
+    return kernels.packed(codes, zeros, scales, parts.get("g_idx"), shape, bits, along, offset, dtype)
 
 
 def decode_nvfp4(parts: Parts, dtype: torch.dtype) -> Tensor:
@@ -198,12 +236,15 @@ def decode_nvfp4(parts: Parts, dtype: torch.dtype) -> Tensor:
     return (values.unflatten(1, (scales.shape[1], -1)) * scales[:, :, None]).flatten(1).to(dtype)
 
 
-def decode_mxfp4(parts: Parts, dtype: torch.dtype) -> Tensor:
+def decode_mxfp4(parts: Parts, dtype: torch.dtype, experts: Tensor | None = None) -> Tensor:
     """Experts in MXFP4: `_blocks` (experts, out, groups, 16), `_scales` (experts, out, groups) -> (experts, in, out).
 
     A byte has two E2M1, the first in the low half; a scale is the exponent of a power of two, plus 127. Source: OCP
     Microscaling Formats, version 1.0; the files of gpt-oss. Any shape may come before `out`, or none.
     """
+    if kernels := kernels_for(parts["_blocks"]):
+        powers = parts["_scales"] if experts is None else rows_of(parts["_scales"], experts)
+        return kernels.mxfp4(parts["_blocks"], powers, experts, dtype)
     works = dtype if dtype == torch.bfloat16 else torch.float32  # in which these products are exact
     scales = torch.exp2(parts["_scales"].to(torch.float32) - 127).to(works).transpose(-2, -1)
     values = e2m1(parts["_blocks"], works)  # (..., out, groups, 32)
@@ -213,7 +254,7 @@ def decode_mxfp4(parts: Parts, dtype: torch.dtype) -> Tensor:
     return decoded.flatten(-3, -2).to(dtype)
 
 
-def decode_4bit(parts: Parts, dtype: torch.dtype, kind: str) -> Tensor:
+def decode_4bit(parts: Parts, dtype: torch.dtype, experts: Tensor | None = None, *, kind: str) -> Tensor:
     """Stacked experts in nf4 or fp4: codes (experts, rows, columns / 2) -> (experts, rows, columns).
 
     Two codes in a byte, a scale for each 64 weights of an expert: `_absmax` (experts, blocks). With double quantization
@@ -224,11 +265,16 @@ def decode_4bit(parts: Parts, dtype: torch.dtype, kind: str) -> Tensor:
 
     codes, scales = parts[f"_{kind}"], parts["_absmax"]
     shape = (*codes.shape[:-1], codes.shape[-1] * 2)
+    whole = shape[1] * shape[2] % BLOCK_4BIT == 0  # else the last block of each expert is a shorter one
+    if whole and "_offset" not in parts and (kernels := kernels_for(codes)):
+        return kernels.looked_up(codes, scales.contiguous(), experts, kind, dtype)
+    if experts is not None:
+        codes, scales = rows_of(codes, experts), rows_of(scales, experts)
+        shape = (*codes.shape[:-1], shape[-1])
     if "_offset" in parts:
         table = functional.create_dynamic_map().to(scales.device)
         nested = parts["_nested_absmax"].repeat_interleave(NESTED, 1)[:, : scales.shape[1]]
         scales = table[scales.int()] * nested + parts["_offset"][:, None]
-    whole = shape[1] * shape[2] % BLOCK_4BIT == 0  # else the last block of each expert is a shorter one
     pieces = [(codes, scales)] if whole else [*zip(codes, scales)]
     op = torch.ops.bitsandbytes.dequantize_4bit.default
     # As one row: for CPUs with AVX-512, bitsandbytes 0.50 begins a block anew in each row.
@@ -278,18 +324,18 @@ def unpack(packed: Tensor, bits: int, dim: int) -> Tensor:
     return numbers.flatten(dim, dim + 1)
 
 
-def decode_scaled_stack(parts: Parts, dtype: torch.dtype) -> Tensor:
+def decode_scaled_stack(parts: Parts, dtype: torch.dtype, experts: Tensor | None = None) -> Tensor:
     """Stacked experts in one byte: codes (experts, rows, columns), `_scale_inv` (experts, blocks down, blocks across).
 
     Blocks are whole: a stack of weights with a cut block is not made (`merged.py`).
     """
-    return _scaled(parts[""], parts["_scale_inv"], dtype)
+    return _scaled(parts[""], parts["_scale_inv"], dtype, experts)
 
 
 STACK_CODECS = (
-    StackCodec("fp8", ("", "_scale_inv"), decode_scaled_stack),
-    StackCodec("mxfp4", ("_blocks", "_scales"), decode_mxfp4),
-    *(StackCodec(kind, (f"_{kind}", "_absmax"), partial(decode_4bit, kind=kind)) for kind in ("nf4", "fp4")),
+    StackCodec("fp8", ("", "_scale_inv"), decode_scaled_stack, in_place=True),
+    StackCodec("mxfp4", ("_blocks", "_scales"), decode_mxfp4, in_place=True),
+    *(StackCodec(kind, (f"_{kind}", "_absmax"), partial(decode_4bit, kind=kind), True) for kind in ("nf4", "fp4")),
     *(
         StackCodec(
             f"{kind}-double",
@@ -307,3 +353,48 @@ def _groups(given: Tensor | None, inputs: int, groups: int, device: torch.device
     if given is not None:
         return given.long()
     return torch.arange(inputs, device=device) // -(-inputs // groups)
+
+
+def rows_of(part: Tensor, experts: Any) -> Tensor:
+    """Rows of a tensor, `part[experts]`: copied in words of up to 8 bytes, if they are copied.
+
+    A GPU that gathers bytes one by one, and out of RAM, does not come near the rate of the link.
+
+    >>> rows_of(torch.arange(16, dtype=torch.uint8).view(2, 8), torch.tensor([1])).tolist()
+    [[8, 9, 10, 11, 12, 13, 14, 15]]
+    """
+    if not isinstance(experts, Tensor) or not part.is_contiguous() or part.ndim < 2 or part.dtype.itemsize > 2:
+        return part[experts]
+    row = part[0].nbytes if part.shape[0] else 1
+    word = next((word for word in (torch.int64, torch.int32, torch.int16) if not row % word.itemsize), None)
+    if word is None or part.storage_offset() * part.dtype.itemsize % word.itemsize:
+        return part[experts]
+    return part.flatten(1).view(word)[experts].view(part.dtype).unflatten(-1, part.shape[1:])
+
+
+def kernels_for(tensor: Tensor) -> Any:
+    """The module of kernels, if they can run on a tensor; None on a CPU, without Triton, or while code is compiled."""
+    if not tensor.is_cuda or torch.compiler.is_compiling():
+        return None
+    if hasattr(tensor, "fake_mode"):
+        from . import like_kernels
+
+        return like_kernels
+    return _kernels() if tensor.is_contiguous() else None
+
+
+@cache
+def _kernels() -> Any:
+    try:
+        from . import kernels
+
+        kernels.try_out()
+    except Exception as error:
+        reason = str(error).strip().partition("\n")[0]
+        if torch.version.cuda:
+            warnings.warn(
+                f"weights are decoded by PyTorch's operations, which takes longer: Triton makes no kernel ({reason})",
+                stacklevel=2,
+            )
+        return None
+    return kernels

@@ -19,7 +19,6 @@ from torch import Tensor
 
 from ..model.stored import AT_A_TIME
 from .codecs import Parts, StackCodec
-from .fused import decode_chosen
 
 PLAIN = StackCodec("plain", ("",), lambda parts, dtype: parts[""])  # weights that need no decoding
 
@@ -77,16 +76,11 @@ class DecodedStack:
             return self[experts[None]][0]
         first: Any = next(iter(self.parts.values()))
         if isinstance(first, Elsewhere):
-            chosen = first.take(self.parts, experts)
+            weights = self.codec.decode(first.take(self.parts, experts), self.dtype)
         elif isinstance(experts, Tensor) and len(experts) > len(first):
             return self.all()[experts]  # some are chosen several times, and decoded once
         else:
-            fused = isinstance(experts, Tensor) and experts.is_cuda
-            weights = decode_chosen(self.codec.format, self.parts, experts, self.dtype) if fused else None
-            if weights is not None:
-                return weights.transpose(-2, -1) if self.transposed else weights
-            chosen = {suffix: rows_of(part, experts) for suffix, part in self.parts.items()}
-        weights = self.codec.decode(chosen, self.dtype)
+            weights = self.codec.chosen(self.parts, experts, self.dtype)
         return weights.transpose(-2, -1) if self.transposed else weights
 
     def all(self) -> Tensor:
@@ -154,23 +148,6 @@ class DecodedStack:
             return args[1].grouped_mm(args[0], ends, function)
         plain = [argument.all() if isinstance(argument, DecodedStack) else argument for argument in args]
         return function(*plain, **kwargs)
-
-
-def rows_of(part: Tensor, experts: Any) -> Tensor:
-    """Rows of a tensor, `part[experts]`: copied in words of up to 8 bytes, if they are copied.
-
-    A GPU that gathers bytes one by one, and out of RAM, does not come near the rate of the link.
-
-    >>> rows_of(torch.arange(16, dtype=torch.uint8).view(2, 8), torch.tensor([1])).tolist()
-    [[8, 9, 10, 11, 12, 13, 14, 15]]
-    """
-    if not isinstance(experts, Tensor) or not part.is_contiguous() or part.ndim < 2 or part.dtype.itemsize > 2:
-        return part[experts]
-    row = part[0].nbytes if part.shape[0] else 1
-    word = next((word for word in (torch.int64, torch.int32, torch.int16) if not row % word.itemsize), None)
-    if word is None or part.storage_offset() * part.dtype.itemsize % word.itemsize:
-        return part[experts]
-    return part.flatten(1).view(word)[experts].view(part.dtype).unflatten(-1, part.shape[1:])
 
 
 def _numbers(ends: Tensor, rows: int, recorded: list[int] | None) -> list[int]:

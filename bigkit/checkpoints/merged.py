@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from ..model.header import CheckpointError
 from ..units import listed
 from ._transformers import Made, conversions
-from .codecs import BLOCK, Kinds, Parts
+from .codecs import Kinds, Parts
+from .fits import BLOCK
 from .format import Checkpoint
 
 SCALES = (".weight_scale_inv", ".weight_scale")

@@ -7,9 +7,8 @@ Each group has a thread on every process, and one of them runs at a time: a turn
 that another process draws. All processes take turns in the same order, since all see the same tokens; so messages need
 no names, and the caller's function no locks.
 
-The answers are those of one group at a time, bit for bit, on CPUs, and on two H200 for small models in float32. A 7B in
-bfloat16 with random weights drew other tokens there, seen once, and the cause is not known: compare before you rely on
-it (`benchmarks/distributed.py --gpu --parts stages` says which share of the answers is equal).
+The model itself works on the caller's thread, as it does for one group at a time: libraries of a GPU keep handles,
+workspaces and plans for each thread (cuDNN needs some 30 ms to plan attention for a length that a thread has not seen).
 
 Leaves out: a pipeline itself (`pipeline.py`), and files of prompts (`map_file.py`, which takes a pipeline).
 """
@@ -17,13 +16,17 @@ Leaves out: a pipeline itself (`pipeline.py`), and files of prompts (`map_file.p
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
-from .pipeline import stage_of
+from .pipeline import Call, stage_of
+
+_PATIENCE = 1.0  # seconds for threads that are given up to see it; one may wait for another process
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -41,8 +44,9 @@ def map_in_flight(function: Callable[[T], R], batches: Iterable[T], model: nn.Mo
         model: one that `bigkit.pipeline` has returned.
 
     Returns:
-        The results, in the order of the batches, on every process. In 16 bits on GPUs they may differ from those of one
-        batch at a time (see the top of this file).
+        The results, in the order of the batches, on every process. Greedy tokens are those of one batch at a time.
+        Where tokens are drawn at random, batches take numbers of one generator in turn: the same seed gives the same
+        answers with as many stages, and others than one batch at a time.
 
     Raises:
         ValueError: `model` is no pipeline.
@@ -66,12 +70,14 @@ def run_in_flight(
     function: Callable[[T], R], batches: Iterable[T], model: nn.Module, done: Callable[[int, R], Any]
 ) -> None:
     """`map_in_flight`, with each result and its number given to `done`, in the order of the batches."""
+    stage = stage_of(model)
+    if stage.turns is not None:
+        raise ValueError("map_in_flight was called by a function that it runs: call it once, with all batches")
     early: dict[int, R] = {}  # results of batches whose predecessors are under way
     first = 0
-    stage = stage_of(model)
     numbered = enumerate(batches)
-    turns = stage.turns = _Turns(stage.last + 1)
-    device = torch.cuda.current_device() if stage.device.type == "cuda" else None
+    turns = _Turns(stage.last + 1, stage.device.type)
+    stream = torch.cuda.current_stream() if stage.device.type == "cuda" else None
 
     def hand_out() -> None:
         nonlocal first
@@ -79,12 +85,16 @@ def run_in_flight(
             done(first, early.pop(first))
             first += 1
 
+    modes = _modes(stage.device.type)
+
     def work(slot: int) -> None:
-        if device is not None:
-            torch.cuda.set_device(device)
+        stage.group.turns = turns
         try:
+            if stream is not None:
+                torch.cuda.set_stream(stream)
             turns.begin(slot)
-            with torch.no_grad():
+            stage.call = Call()
+            with modes(), torch.no_grad():
                 for number, batch in numbered:
                     early[number] = function(batch)
                     hand_out()
@@ -98,16 +108,29 @@ def run_in_flight(
     try:
         for thread in threads:
             thread.start()
-        for thread in threads:
-            thread.join()
+        turns.serve()
     except BaseException as error:  # Ctrl-C comes to this thread
         turns.give_up(error)
         raise
     finally:
-        stage.turns = None
+        for thread in threads:
+            thread.join(_PATIENCE if turns.error else None)
     if turns.error is not None:
         raise turns.error
     stage.flush()
+
+
+def _modes(kind: str) -> Callable[[], AbstractContextManager[None]]:
+    """Autocast and inference mode of this thread, for another one."""
+    autocast = partial(torch.autocast, kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
+    inference = torch.is_inference_mode_enabled()
+
+    @contextmanager
+    def the_same() -> Iterator[None]:
+        with torch.inference_mode(inference), autocast():
+            yield
+
+    return the_same
 
 
 class _GivenUp(BaseException):
@@ -115,24 +138,30 @@ class _GivenUp(BaseException):
 
 
 class _Turns:
-    """Threads that run one at a time, in the order of their numbers, until each has left."""
+    """Threads that run one at a time, in the order of their numbers, until each has left.
 
-    def __init__(self, count: int) -> None:
+    What they all need the same thread for is done by the one that waits for them.
+    """
+
+    def __init__(self, count: int, kind: str) -> None:
+        self.kind = kind  # of device
         self.changed = threading.Condition()
         self.live = list(range(count))
         self.whose = 0
         self.own = threading.local()
         self.error: BaseException | None = None
+        self.work: Callable[[], Any] | None = None
+        self.worked: Any = None  # what came of it
 
     def begin(self, slot: int) -> None:
         self.own.slot = slot
-        self._wait()
+        self._wait(lambda: self.whose == slot)
 
     def pass_on(self) -> None:
         """Let all others have their turn."""
         with self.changed:
             self._next()
-        self._wait()
+        self._wait(lambda: self.whose == self.own.slot)
 
     def leave(self) -> None:
         with self.changed:
@@ -145,12 +174,43 @@ class _Turns:
             self.error = self.error or error
             self.changed.notify_all()
 
+    def on_caller(self, work: Callable[[], R]) -> R:
+        """What `work` returns on the thread that serves, in the modes of this one."""
+        modes = _modes(self.kind)
+
+        def there() -> R:
+            with modes():
+                return work()
+
+        with self.changed:
+            self.work = there
+            self.changed.notify_all()
+        self._wait(lambda: self.work is None)
+        if isinstance(self.worked, Exception):
+            raise self.worked
+        return self.worked
+
+    def serve(self) -> None:
+        """Work for the others, until all have left or one has failed."""
+        while True:
+            with self.changed:
+                self.changed.wait_for(lambda: self.work is not None or self.error is not None or not self.live)
+            if self.error is not None or self.work is None:
+                return
+            try:
+                self.worked = self.work()
+            except Exception as error:
+                self.worked = error
+            with self.changed:
+                self.work = None
+                self.changed.notify_all()
+
     def _next(self) -> None:
         self.whose = next((slot for slot in self.live if slot > self.own.slot), self.live[0])
         self.changed.notify_all()
 
-    def _wait(self) -> None:
+    def _wait(self, until: Callable[[], bool]) -> None:
         with self.changed:
-            self.changed.wait_for(lambda: self.error is not None or self.whose == self.own.slot)
+            self.changed.wait_for(lambda: self.error is not None or until())
         if self.error is not None:
             raise _GivenUp

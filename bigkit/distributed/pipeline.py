@@ -24,6 +24,7 @@ import hashlib
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from functools import partial, wraps
 from typing import Any
 
@@ -53,6 +54,23 @@ def stage_of(model: nn.Module) -> Stage:
     return stage
 
 
+@dataclass
+class Call:
+    """A call of `generate`, or of `forward` outside of it.
+
+    Args:
+        number: how many there were, with this one; the same on every process.
+        digest: of its inputs and options.
+        choosing: whether the last process draws a token from its logits.
+        taint: what follows zeros through the first forward.
+    """
+
+    number: int = 0
+    digest: int = 0
+    choosing: bool = False
+    taint: _Taint | None = None
+
+
 class Stage:
     """A process's part of a model, and its line to the others.
 
@@ -72,9 +90,11 @@ class Stage:
         self.kind = 0  # what a block returns: 0 for a tensor, or the length of a tuple
         self.sent = False
         self.device = torch.device("cpu")
-        self.turns: Any = None  # of several groups under way
+        self.group = threading.local()  # `turns`, if this thread is that of one of several groups
         self.lines: dict[tuple[str, int], Line] = {}  # ("to" or "from", rank)
-        self.call = threading.local()
+        self.calls = 0
+        self.call = Call()
+        self.given_up: set[int] = set()  # calls that have failed: their messages are thrown away when they come
         self.checked = rank == 0
         self.ends: list[Any] = []  # embeddings and heads that are elsewhere
         own = {id(tensor) for name in self.own for tensor in model.get_submodule(name).parameters()}
@@ -96,8 +116,9 @@ class Stage:
         self.device = device
         to = [self.rank + 1] if self.rank < self.last else range(self.last)
         sources = {self.rank - 1, self.last} - {self.rank, -1}
-        self.lines = {("to", rank): Line(rank, tag) for rank in to} | {
-            ("from", rank): Line(rank, tag) for rank in sources
+        groups = self.last + 1
+        self.lines = {("to", rank): Line(rank, tag, groups) for rank in to} | {
+            ("from", rank): Line(rank, tag, groups) for rank in sources
         }
         model: Any = self.model
         dtype = next((tensor.dtype for tensor in model.parameters() if tensor.is_floating_point()), torch.float32)
@@ -129,8 +150,8 @@ class Stage:
 
     def _zeros(self, width: int, *_: Any, **__: Any) -> Tensor:
         zeros = torch.zeros(*self.received.shape[:-1], width, dtype=self.received.dtype, device=self.device)
-        if (taint := getattr(self.call, "taint", None)) is not None:
-            taint.mark(zeros)
+        if self.call.taint is not None:
+            self.call.taint.mark(zeros)
         return zeros
 
     def _no_logits(self, width: int, hidden: Tensor) -> Tensor:
@@ -150,12 +171,32 @@ class Stage:
 
     # -- messages
 
+    @property
+    def turns(self) -> Any:
+        """Those of the groups under way (`in_flight.py`), of which this thread is one; else None."""
+        return getattr(self.group, "turns", None)
+
+    @contextmanager
+    def _calling(self, **about: Any) -> Iterator[None]:
+        """The next call of all processes, by whose number they know each other's messages."""
+        self.calls += 1
+        call = self.call = Call(self.calls, **about)
+        try:
+            yield
+        except BaseException:
+            self.given_up.add(call.number)
+            raise
+        finally:
+            self.call = Call()
+
     def _post(self, tensor: Tensor, rank: int) -> None:
-        self.lines["to", rank].post([getattr(self.call, "digest", 0), self.kind], tensor)
+        self.lines["to", rank].post([self.call.number, self.call.digest, self.kind], tensor)
 
     def _take(self, rank: int, device: torch.device) -> Tensor:
-        (digest, kind), tensor = self.lines["from", rank].take(device)
-        if digest != getattr(self.call, "digest", 0):
+        (number, digest, kind), tensor = self.lines["from", rank].take(device)
+        while number in self.given_up:
+            (number, digest, kind), tensor = self.lines["from", rank].take(device)
+        if (number, digest) != (self.call.number, self.call.digest):
             raise RuntimeError(_unlike(self.rank, f"it was called with other inputs or options than process {rank}"))
         if rank < self.rank:
             self.kind = kind
@@ -178,20 +219,33 @@ class Stage:
             for rank in range(self.last):
                 self._post(tensor, rank)
         if self.turns is not None:
+            call = self.call
             self.turns.pass_on()
+            self.call = call
         return self._take(self.last, device) if tensor is None else tensor
 
     # -- a forward
 
     def _forward(self, forward: Callable[..., Any], *args: Any, **options: Any) -> Any:
+        if self.call.choosing:
+            return self._run(forward, *args, **options)
+        with self._calling():
+            return self._share(self._run(forward, *args, **options))
+
+    def _run(self, forward: Callable[..., Any], *args: Any, **options: Any) -> Any:
+        """The model's own forward, with what other processes have for it; a group's runs on the thread of all."""
         if self.rank:
             self.received = self._take(self.rank - 1, self.device)
         self.sent = False
-        with torch.no_grad(), nullcontext() if self.checked else self._checking():
-            output = forward(*args, **options)
+
+        def work() -> Any:
+            with torch.no_grad(), nullcontext() if self.checked else self._checking():
+                return forward(*args, **options)
+
+        output = work() if self.turns is None else self.turns.on_caller(work)
         if self.rank < self.last and not self.sent:
             raise RuntimeError(f"the blocks of {type(self.model).__name__} did not run in this forward")
-        return output if getattr(self.call, "choosing", False) else self._share(output)
+        return output
 
     def _share(self, output: Any) -> Any:
         """The logits of the last process in everyone's output."""
@@ -237,14 +291,11 @@ class Stage:
             raise ValueError(f"{wrong[0]}: a pipeline draws one token at a time on its last process")
         if library:
             options["custom_generate"] = partial(self._decode, streamer=options.pop("streamer", None))
-        self.call.digest = 0 if library else _digest(*args, options)
-        self.call.choosing = True
-        try:
-            return generate(*args, **options)
-        finally:
-            self.call.choosing, self.call.digest = False, 0
-            if self.turns is None:
-                self.flush()
+        with self._calling(digest=0 if library else _digest(*args, options), choosing=True):
+            said = generate(*args, **options)
+        if self.turns is None:
+            self.flush()
+        return said
 
     def _decode(self, model: Any, input_ids: Tensor, logits_processor: Any, stopping_criteria: Any,
                 generation_config: Any, streamer: Any = None, **options: Any) -> Any:  # fmt: skip

@@ -47,6 +47,10 @@ class FakeTensors(FakeTensorMode):
 
     avoid_device_init = True
 
+    def on(self, device: torch.device, tensor: Tensor) -> Tensor:
+        """A fake tensor that lies on a device as one without memory lies on the meta device; call it without modes."""
+        return FakeTensor(self, tensor, device)
+
 
 def packet_of(operation: Any) -> Any:
     """An operation without its overload: `aten.mm` of `aten.mm.default`."""
@@ -58,17 +62,22 @@ def flop_formula(packet: Any) -> Callable[..., int] | None:
     return flop_registry.get(packet)
 
 
+def fake_device(tensor: Tensor) -> torch.device:
+    """`tensor.device`; a fake tensor is not asked through the dispatcher, which takes a while."""
+    return tensor.fake_device if isinstance(tensor, FakeTensor) else tensor.device
+
+
 def storage_key(tensor: Tensor) -> int:
     """A number that the tensors of one storage share while it lives."""
     return tensor.untyped_storage()._cdata
 
 
 @contextmanager
-def lent_gpus(capability: tuple[int, int]) -> Iterator[None]:
+def lent_gpus(capability: Callable[[], tuple[int, int]]) -> Iterator[None]:
     """Within it PyTorch takes any `cuda:N` for a GPU of this capability and touches none. Other threads see it too."""
     with (
         _device_guard(),
-        mock.patch("torch.cuda.get_device_capability", lambda device=None: capability),
+        mock.patch("torch.cuda.get_device_capability", lambda device=None: capability()),
         mock.patch("torch.backends.cudnn.is_acceptable", lambda tensor: False),  # an LSTM would select the real GPU
         # With a real GPU in the machine PyTorch makes a real tensor there for each fake one.
         mock.patch("torch._subclasses.fake_tensor.init_gpu_context", lambda device: None),

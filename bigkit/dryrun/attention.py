@@ -44,14 +44,20 @@ class Target:
 
 
 class AttentionChoice(TorchFunctionMode):
-    """Sends attention and recurrent layers to the kernels that the target would choose, and new tensors to it."""
+    """Sends attention and recurrent layers to the kernels that the target would choose, and new tensors to it.
 
-    def __init__(self, target: Target) -> None:
+    Args:
+        target: the GPU that is imagined.
+        alike: GPUs; those that would choose another kernel are taken out.
+    """
+
+    def __init__(self, target: Target, alike: set[Target] | None = None) -> None:
         super().__init__()
-        self.target = target
+        self.target, self.alike = target, set() if alike is None else alike
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is F.scaled_dot_product_attention:
+            self._compare(*args, **(kwargs or {}))
             return attend(self.target, *args, **(kwargs or {}))
         if func in KINDS and args[0].is_cuda:
             return run_recurrent(func, *args)
@@ -59,6 +65,14 @@ class AttentionChoice(TorchFunctionMode):
             asked = {name: value for name, value in (kwargs or {}).items() if value is not None}
             return torch.tensor(*args[1:], **{"device": args[0].device, "dtype": args[0].dtype, **asked})
         return func(*args, **(kwargs or {}))
+
+    def _compare(
+        self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0,
+        is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False,
+    ) -> None:  # fmt: skip
+        asked = query, key, value, attn_mask, is_causal, enable_gqa
+        own = choose_kernel(self.target, *asked)
+        self.alike -= {other for other in self.alike if choose_kernel(other, *asked) != own}
 
 
 def attend(

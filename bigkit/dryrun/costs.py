@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..machine.roofline import Operation
-from ._torch import ATTENTION, GROUPED_MM, TO_COPY, UNSAFE_VIEW, aten, flop_formula, packet_of
+from ._torch import ATTENTION, GROUPED_MM, TO_COPY, UNSAFE_VIEW, aten, fake_device, flop_formula, packet_of
 from .attention import attention_flops
 
 PRODUCTS = {aten.mm, aten.addmm, aten.bmm, aten.baddbmm, GROUPED_MM}
@@ -54,7 +54,8 @@ def cost_of(
         read = dense_bytes(args[0]) + _bytes_of_chosen_experts(args[0], args[1])
     source = ""
     if packet in COPIES:
-        source = next((str(tensor.device) for tensor in inputs if tensor.device != output.device), "")
+        place = fake_device(output)
+        source = next((str(fake_device(tensor)) for tensor in inputs if fake_device(tensor) != place), "")
     name, dtype = str(packet).removeprefix("aten."), str(output.dtype).removeprefix("torch.")
     flops, scattered = _flops(func, args, kwargs, result), _scattered(func, packet, inputs, output)
     return Operation(name, device, flops, read + written, dtype, issued, source, parts=parts, scattered=scattered)
@@ -124,7 +125,7 @@ def _convolution_workspace(args: Any, result: Tensor) -> Sequence[int]:
 
 def device_of(*groups: Sequence[Tensor]) -> str | None:
     """The first fake GPU among tensors, such as "cuda:0"."""
-    return next((str(tensor.device) for tensors in groups for tensor in tensors if tensor.is_cuda), None)
+    return next((str(fake_device(tensor)) for tensors in groups for tensor in tensors if tensor.is_cuda), None)
 
 
 def dense_bytes(tensor: Tensor) -> int:

@@ -123,9 +123,11 @@ def fill_quantized(
 @contextmanager
 def fake_bitsandbytes(log: OperationLog) -> Iterator[None]:
     """Within it, a fake run's quantized operations do what bitsandbytes does on CUDA, as far as Python sees it."""
+    target, asked = log.target, ("processors", "capability")
+    same = [getattr(target, name) for name in asked]
+    log.trace.alike -= {other for other in log.trace.alike if [getattr(other, name) for name in asked] != same}
     with ExitStack() as stack:
         enter = stack.enter_context
-        target = log.target
         kernels = enter(native_calls(partial(note_kernel, log), target.processors, target.capability))
         enter(mock.patch.object(packed, "int4_weight", _int4_weight))
         enter(mock.patch.object(packed, "int8_weight", _int8_weight))

@@ -17,7 +17,7 @@ DataDependentOutputException), and memory that kernels take for themselves unles
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -33,15 +33,17 @@ from ._torch import (
     ATTENTION,
     GROUPED_MM,
     QUESTIONS,
+    FakeTensor,
     FakeTensors,
     TorchDispatchMode,
     aten,
+    fake_device,
     lent_gpus,
     packet_of,
     storage_key,
 )
 from .attention import AttentionChoice, Target
-from .costs import LOOKUPS, PRODUCTS, cost_of, dense_bytes, device_of, kernel_workspaces, tensors_in
+from .costs import PRODUCTS, cost_of, dense_bytes, device_of, kernel_workspaces, tensors_in
 from .values import KnownValues
 
 COMPOSITE = (aten.linear.default, aten.matmul.default)  # reach a mode whole where a library's own operation calls them
@@ -56,16 +58,23 @@ class Trace:
         kinds: device -> what each request was for, such as "weights", in order.
         operations: all operations, in order.
         steps: (name of a step, number of operations up to its end).
+        pool, pools: from which pool requests are served, 0 outside of CUDA graphs; and how many of those there are.
         unissued: steps that Python took since it launched the last kernel: modules called, operations issued.
         expert_hits: chosen experts that were on a GPU already, and that were brought, if some may stay there.
+        alike: GPUs on which the same would be done, of those that were asked for.
+        workspaces: device -> the number of the request by which cuBLAS took its workspace.
     """
 
     recordings: dict[str, Recording] = field(default_factory=dict)
     kinds: dict[str, list[str]] = field(default_factory=dict)
     operations: list[Operation] = field(default_factory=list)
     steps: list[tuple[str, int]] = field(default_factory=list)
+    pool: int = 0
+    pools: int = 0
     unissued: int = 0
     expert_hits: tuple[int, int] = (0, 0)
+    alike: set[Target] = field(default_factory=set)
+    workspaces: dict[str, int] = field(default_factory=dict)
 
     def mark(self, name: str) -> None:
         """Note the end of a step, on every device and among the operations."""
@@ -78,6 +87,10 @@ class Trace:
         recording = self.recordings.setdefault(device, Recording())
         kinds = self.kinds.setdefault(device, [])
         recording.events.append(size)
+        if self.pool:
+            recording.streams += [0] * (len(kinds) - len(recording.streams)) + [self.pool]
+        elif recording.streams:
+            recording.streams.append(0)
         kinds.append(kind)
         return len(kinds)
 
@@ -97,22 +110,26 @@ class OperationLog(TorchDispatchMode):
     Args:
         trace: where everything is noted.
         target: the GPU that is imagined.
+        fakes: makes tensors without data.
 
     `kind` says what new storages are for; while it is "weights", no operations are noted. `between_calls` is True while
     no module of the model runs: then a value that is asked for and not known is answered with 0, as "no, not finished".
     """
 
-    def __init__(self, trace: Trace, target: Target) -> None:
+    def __init__(self, trace: Trace, target: Target, fakes: FakeTensors) -> None:
         super().__init__()
-        self.trace, self.target = trace, target
+        self.trace, self.target, self.fakes = trace, target, fakes
         self.kind = "activations"
         self.live: dict[int, tuple[str, int, weakref.ref[Any]]] = {}  # storage -> device, request, the storage itself
         self.warm: set[Any] = set()  # devices whose first matrix product has been, and kinds of products
         self.quiet = self.between_calls = False
+        self.overlooks = False  # whether some storages are RAM that a GPU reads
         self.values = KnownValues()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if func is ASK_DEVICE.default and isinstance(args[0], FakeTensor):
+            return args[0].fake_device
         if self.quiet:
             return func(*args, **kwargs)
         if func in COMPOSITE:
@@ -136,10 +153,10 @@ class OperationLog(TorchDispatchMode):
             self.take_workspace(device, func, args, outputs)
             if copied:
                 self.trace.free(device, copied)
-        if self.kind != "weights" and func is not ASK_DEVICE.default:
+        if self.kind != "weights":
             self.trace.unissued += 1
             if operation := cost_of(func, args, kwargs, inputs, outputs, result):
-                if packet_of(func) in LOOKUPS and self._is_overlooked(args[0]):
+                if self.overlooks and any(map(self._is_overlooked, inputs)):
                     operation = replace(operation, bytes=0)  # what is read comes over the link, which is noted there
                 self.trace.add(operation)
         return result
@@ -156,21 +173,21 @@ class OperationLog(TorchDispatchMode):
         if answer is None and self.between_calls:
             answer = 0
         if answer is not None and tensors[0].is_cuda and self.kind != "weights":
-            self.wait(tensors[0].device)
+            self.wait(fake_device(tensors[0]))
         return answer
 
     def _copy_for_norm(self, func: Any, args: Any) -> int:
         """A layer norm first copies what does not lie in one piece: the number of that request, or 0."""
         if func is not aten.native_layer_norm.default or not args[0].is_cuda or args[0].is_contiguous():
             return 0
-        return self.trace.request(str(args[0].device), dense_bytes(args[0]), "workspace")
+        return self.trace.request(str(fake_device(args[0])), dense_bytes(args[0]), "workspace")
 
     def take_workspace(self, device: str, func: Any, args: Any, outputs: Sequence[Tensor]) -> None:
         """Note what libraries take: for good at the first product, or for the time of one operation."""
         if self.target.workspace:
             if packet_of(func) in PRODUCTS and device not in self.warm:
                 self.warm.add(device)
-                self.trace.request(device, self.target.workspace, "workspace")
+                self.trace.workspaces[device] = self.trace.request(device, self.target.workspace, "workspace")
             if func is aten.addmm.default and args[0].dim() == 1 and (device, func) not in self.warm:
                 self.warm.add((device, func))
                 self.trace.request(device, MiB, "workspace")  # of cuBLASLt, which adds the bias on the way
@@ -183,7 +200,7 @@ class OperationLog(TorchDispatchMode):
         if not tensor.is_cuda or storage_key(tensor) in self.live:
             return
         if size := tensor.untyped_storage().nbytes():
-            device = str(tensor.device)
+            device = str(fake_device(tensor))
             self.follow(tensor, device, self.trace.request(device, size, self.kind))
 
     def follow(self, tensor: Tensor, device: str, number: int) -> None:
@@ -198,6 +215,7 @@ class OperationLog(TorchDispatchMode):
 
     def overlook(self, tensor: Tensor) -> None:
         """Count the storage of a tensor not as memory of a GPU: it is RAM that the GPU reads."""
+        self.overlooks = True
         self.live[storage_key(tensor)] = "", 0, weakref.ref(tensor.untyped_storage())
 
     def _is_overlooked(self, tensor: Tensor) -> bool:
@@ -241,14 +259,23 @@ class OperationLog(TorchDispatchMode):
             for hook in hooks:
                 hook.remove()
 
+    def capability(self) -> tuple[int, int]:
+        """The target's compute capability, for which a model's code asks: others may do something else then."""
+        self.trace.alike -= {other for other in self.trace.alike if other.capability != self.target.capability}
+        return self.target.capability
+
     def call(self, *_: Any) -> None:
         """Note that a module is called."""
         self.trace.unissued += self.kind != "weights"
 
 
 @contextmanager
-def fake_gpus(target: Target = Target()) -> Iterator[OperationLog]:
+def fake_gpus(target: Target = Target(), others: Iterable[Target] = ()) -> Iterator[OperationLog]:
     """Run the block on fake GPUs; tensors made in it have no data. Yields what notes the run.
+
+    Args:
+        target: the GPU that is imagined.
+        others: GPUs of which `Trace.alike` is to say whether the same would be done on them.
 
     Raises:
         RuntimeError: this build of PyTorch has no CUDA device guard, and cannot be lent one.
@@ -259,12 +286,12 @@ def fake_gpus(target: Target = Target()) -> Iterator[OperationLog]:
     >>> log.trace.recordings["cuda:3"].events, log.trace.operations[-1].flops
     ([4000000, 4000000, 33554432], 2000000000)
     """
-    log = OperationLog(Trace(), target)
+    log = OperationLog(Trace(alike={target, *others}), target, FakeTensors(allow_non_fake_inputs=True))
     with ExitStack() as stack:
         stack.callback(nn.modules.module.register_module_forward_pre_hook(log.call).remove)
         stack.enter_context(torch.no_grad())
-        stack.enter_context(lent_gpus(target.capability))
-        stack.enter_context(FakeTensors(allow_non_fake_inputs=True))
-        stack.enter_context(AttentionChoice(target))
+        stack.enter_context(lent_gpus(log.capability))
+        stack.enter_context(log.fakes)
+        stack.enter_context(AttentionChoice(target, log.trace.alike))
         stack.enter_context(log)
         yield log

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ..checkpoints.ring import Slab
 from ..devices import Device, placement, read_device
-from ..machine.hardware import Gpu
+from ..machine.hardware import GPUS, Gpu
 from ..machine.ledger import Calibration
 from ..machine.roofline import ARRIVE, FILL, LEAVE, WAIT, Operation
 from ..machine.routing import Routing
@@ -41,6 +41,7 @@ from ._torch import DATA_DEPENDENT
 from ._transformers import as_with_data
 from .attention import Target
 from .fake_gpu import OperationLog, Trace, fake_gpus
+from .graphs import fake_recordings
 from .inputs import NotMade
 from .replay import Unlike, replaying
 from .workload import Step, Workload, fill, in_words, step_name, work
@@ -95,7 +96,7 @@ def rehearse(
     in_ram = DeviceMap({name: "cpu" if device == "disk" else device for name, device in places.items()}, works)
     known = works or any(isinstance(device, int) for device in places.values())
     _check_experts(model, routing)
-    with fake_gpus(target) as log, as_with_data(), ExitStack() as stack:
+    with fake_gpus(target, map(target_of, GPUS.values())) as log, as_with_data(), ExitStack() as stack:
         log.kind = "weights"
         if quantization is None:
             fill(model.eval(), in_ram)
@@ -115,6 +116,7 @@ def rehearse(
         if replay:
             stack.enter_context(replaying(model, log))
         stack.enter_context(log.following_calls(model))
+        stack.enter_context(fake_recordings(log))
 
         def after(step: Step) -> None:
             label_cache(log, step.cache)

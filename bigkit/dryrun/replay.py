@@ -3,7 +3,8 @@
 A call of a block is replayed if everything that its code can see is what it was in two calls before, of blocks with the
 same modules: shapes, strides and aliases of its arguments, tensors of its layer in the KV cache, plain attributes of
 its modules. And only if those two calls asked for the same, event by event, and left nothing behind but their result
-and their layer's cache. Its result and cache are then new fake tensors, with storages that are followed like others.
+and their layer's cache. For a later token, whose cache is longer, one such call is enough. Its result and cache are
+then new fake tensors, with storages that are followed like others.
 
 The last block of a list always runs, and must do what was noted of those before: code that asks for its layer's number
 would show there. Devices are numbered as a block sees them, its own first, so blocks on several GPUs are equal, too.
@@ -24,7 +25,7 @@ from torch import Tensor, nn
 
 from ..machine.roofline import Operation
 from ..offload.hooks import AlignDevicesHook
-from ._torch import storage_key
+from ._torch import fake_device, storage_key, without_modes
 from .fake_gpu import OperationLog
 
 KEPT = "<as it was>"  # what a cache still holds
@@ -101,12 +102,14 @@ def replaying(model: nn.Module, log: OperationLog) -> Iterator[None]:
 class Replayer:
     """Runs blocks and records what they do, or replays it.
 
-    `records` has, for what a block sees, what a block did then, and whether a second one did the same.
+    `records` has, for what a block sees, what a block did then, and whether a second one did the same. `proven` has the
+    blocks of which two did the same, by their modules and inputs, whatever their cache held.
     """
 
     def __init__(self, log: OperationLog) -> None:
         self.log, self.trace = log, log.trace
         self.records: dict[Any, tuple[Record | None, bool]] = {}
+        self.proven: set[Any] = set()
         self.device, self.names = "", [""]  # where the block lies that is called, and the devices that it sees
         self.named: dict[Any, tuple[Sequence[Operation], Sequence[Operation]]] = {}
 
@@ -135,6 +138,8 @@ class Replayer:
             return forward()
         warm = self._warm()
         key = (modules, self.log.kind, self.trace.unissued, arguments, cached, warm)
+        inputs = arguments[1][0][1]  # those without a name: what the block before it gave
+        family = (modules, self.log.kind, warm, inputs, tuple(seen.places)) if inputs else None
         record, sure = self.records.get(key, (None, False))
         self.names = [*seen.devices]
         if record is not None and sure and not last:
@@ -151,7 +156,9 @@ class Replayer:
             new = None
         if sure and new != record:
             raise Unlike
-        self.records[key] = new, new is not None and new == record
+        if new is not None and new == record and family:
+            self.proven.add(family)
+        self.records[key] = new, new is not None and (new == record or (record is None and family in self.proven))
         return result
 
     def _warm(self) -> int:
@@ -224,7 +231,7 @@ class Replayer:
         def view(tensor: object) -> View | Place:
             if isinstance(tensor, torch.device):
                 return self._place(tensor)
-            if not isinstance(tensor, Tensor) or not tensor.is_cuda or str(tensor.device) != self.device:
+            if not isinstance(tensor, Tensor) or not tensor.is_cuda or str(fake_device(tensor)) != self.device:
                 raise Incomparable
             nbytes = tensor.untyped_storage().nbytes()
             number = self.log.live[storage_key(tensor)][1] if nbytes else first
@@ -261,7 +268,7 @@ class Replayer:
         kinds.extend(record.kinds)
         operations.extend(self._named(record.operations))
         self.trace.unissued = record.unissued
-        with self.log.silent():
+        with without_modes():
             result, cache = self._restored(record.left, first, {})
         for name, value in cache.items():
             if value is not KEPT:
@@ -272,10 +279,11 @@ class Replayer:
         """The value that was described, with new tensors."""
         if isinstance(value, View):
             if value.storage not in storages:
-                storages[value.storage] = torch.empty(value.nbytes, dtype=torch.uint8, device=self.device)
+                storages[value.storage] = torch.empty(value.nbytes, dtype=torch.uint8, device="meta")
                 if value.storage:
                     self.log.follow(storages[value.storage], self.device, first + value.storage)
-            return storages[value.storage].view(value.dtype).as_strided(value.shape, value.stride, value.offset)
+            view = storages[value.storage].view(value.dtype).as_strided(value.shape, value.stride, value.offset)
+            return self.log.fakes.on(torch.device(self.device), view)
         if isinstance(value, Place):
             return torch.device(self.names[value.name] if isinstance(value.name, int) else value.name)
         kind, items = value
@@ -307,6 +315,7 @@ class Seen:
     def __init__(self, device: str) -> None:
         self.storages: dict[int, int] = {}
         self.devices = {device: 0}
+        self.places: list[int | str] = []  # of the tensors, as they come
         self.caches: list[Any] = []
 
     def about(self, value: Any) -> Any:
@@ -316,8 +325,9 @@ class Seen:
         if isinstance(value, Tensor):
             alias = self.storages.setdefault(storage_key(value), len(self.storages))
             size = value.untyped_storage().nbytes()
-            place = str(value.device)
+            place = str(fake_device(value))
             where = self.devices.setdefault(place, len(self.devices)) if value.is_cuda else place
+            self.places.append(where)
             return tuple(value.shape), value.stride(), value.storage_offset(), value.dtype, where, alias, size
         if type(value).__name__ != "DynamicCache":
             raise Incomparable

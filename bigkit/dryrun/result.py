@@ -22,6 +22,7 @@ from ..machine.ranges import ALIKE, GUESSED, MEASURED, VENDOR, Range, range_of_m
 from ..machine.roofline import Operation, Rates, StepTime, run_steps
 from ..machine.streams import Span
 from ..units import format_bytes, format_seconds, three_figures
+from .attention import Target
 from .export import chrome_trace
 from .workload import Workload
 
@@ -89,6 +90,8 @@ class DryRun:
         met: whether the memory of runs on such a GPU was compared with dry runs.
         recorded: quantity -> measured / predicted, of this model's runs that were recorded on this machine.
         expert_hits: chosen experts that were on the GPU already, and those that had to be brought (`expert_cache`).
+        alike: GPUs on which the same would be done: see `run.on_machine`.
+        workspaces: device -> the number of the request by which cuBLAS took its workspace.
     """
 
     model: str
@@ -107,6 +110,8 @@ class DryRun:
     met: bool = False
     recorded: Mapping[str, Sequence[float]] = field(default_factory=dict, repr=False)
     expert_hits: tuple[int, int] = (0, 0)
+    alike: frozenset[Target] = field(default=frozenset(), repr=False)
+    workspaces: Mapping[Device, int] = field(default_factory=dict, repr=False)
 
     @cached_property
     def timelines(self) -> dict[Device, Timeline]:
@@ -185,11 +190,6 @@ class DryRun:
                 return i
         return None
 
-    @cached_property
-    def _times_and_spans(self) -> tuple[list[StepTime], list[Span]]:
-        spans: list[Span] = []
-        return run_steps(self.operations, self.steps, self.rates, spans, self._paces()), spans
-
     def _paces(self) -> dict[str, HostStep]:
         """Step -> the host's pace in it, where it was measured; nothing passes before a plain call of the model."""
         if self.twin is None:
@@ -199,15 +199,17 @@ class DryRun:
             prefill, token = prefill.without_before(), token.without_before()
         return {name: token if i else prefill for i, (name, _) in enumerate(self.steps)}
 
-    @property
+    @cached_property
     def times(self) -> list[StepTime]:
         """The prefill and each token: seconds, and how long each lane was busy."""
-        return self._times_and_spans[0]
+        return run_steps(self.operations, self.steps, self.rates, None, self._paces())
 
-    @property
+    @cached_property
     def spans(self) -> list[Span]:
         """What each lane did, and when."""
-        return self._times_and_spans[1]
+        spans: list[Span] = []
+        run_steps(self.operations, self.steps, self.rates, spans, self._paces())
+        return spans
 
     @property
     def seconds(self) -> dict[str, float]:
@@ -325,7 +327,7 @@ class DryRun:
     def _timeline(self, device: Device) -> Timeline:
         recording = self.recordings[device]
         kinds = held_by_kind(recording.events, self.kinds[device])
-        curves = replay(recording.events)
+        curves = replay(recording.events, recording.streams)
         return Timeline(device, curves.allocated, curves.reserved, kinds, recording.marks, self.capacity.get(device))
 
 

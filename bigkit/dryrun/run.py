@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -61,6 +61,7 @@ def dry_run(
     replay: bool = True,
     expert_cache: int | str = 0,
     routing: Routing | str | os.PathLike[str] | None = None,
+    graphs: bool = False,
 ) -> DryRun:
     """Run a model on GPUs that do not exist.
 
@@ -89,6 +90,7 @@ def dry_run(
         expert_cache: bytes of the GPUs for experts that stay there; see `dispatch_model`.
         routing: which experts are chosen, token by token, as `record_routing` gives it, or its JSON file; from its
             beginning, and again when it ends. None: as many different ones as chance gives.
+        graphs: generate within `bigkit.graph_decode`, and count what the graphs keep.
 
     Returns:
         The run: peaks, timelines and times.
@@ -102,7 +104,7 @@ def dry_run(
     >>> run.fits, [step.name for step in run.times]
     (True, ['prefill', 'token 1', 'token 2'])
     """
-    load = Workload(batch_size, prompt_tokens, new_tokens, all_logits, cache, generate)
+    load = Workload(batch_size, prompt_tokens, new_tokens, all_logits, cache, generate, graphs)
     given: Any = whole_on(plan)
     if isinstance(given, str) or (given is None and hardware is not None and len(_machine(hardware, 1).gpus) > 1):
         given = _plan(model, _machine(hardware, 1), given or "auto", dtype, quantization, load)
@@ -131,7 +133,7 @@ def dry_run(
         "slots": slots or 2, "resident_memory": resident_memory, "quantization": config, "expert_cache": expert_cache,
         "routing": routing,
     }  # fmt: skip
-    replay = replay and not expert_cache and routing is None  # else no two tokens are alike
+    replay = replay and not (expert_cache or routing or graphs)  # else no two tokens are alike
     name, empty = _model(model, dtype, config)
     try:
         trace = rehearse(empty, places, load, target, **options, replay=replay)
@@ -166,22 +168,46 @@ def dry_run(
         twin=calibration.twin(type(empty).__name__, kind, issued) if calibration else None,
         met=target.capability == COMPARED,
         expert_hits=trace.expert_hits,
+        alike=frozenset(trace.alike),
+        workspaces={read_device(device): number for device, number in trace.workspaces.items()},
         recorded=Ledger.load().ratios(calibration.machine, name) if here and calibration else {},
     )
 
 
-def on_machine(run: DryRun, machine: Hardware) -> DryRun:
-    """A dry run with the rates and the memory of another machine, whose GPUs the model's code cannot tell apart.
+def on_machine(run: DryRun, machine: Hardware) -> DryRun | None:
+    """A dry run with the rates and the memory of another machine; None if its GPUs would do something else.
 
-    The caller knows that `target_of` their GPUs is the same, and that nothing was measured on the machine.
+    The caller knows that nothing was measured on the machine.
+
+    >>> from bigkit.machine.hardware import machine_of
+    >>> run = dry_run("pygpt", hardware="RTX 3090")
+    >>> on_machine(run, machine_of("RTX 5090")).hardware, on_machine(run, machine_of("H200"))
+    ('1 x RTX 5090', None)
     """
+    target = target_of(machine.gpus[0])
+    if target not in run.alike:
+        return None
     rates, numbers = rates_of(machine, None), [i for i in run.capacity if isinstance(i, int)]
+    recordings = {
+        device: replace(recording, events=_with_request(recording.events, run.workspaces[device], target.workspace))
+        if device in run.workspaces else recording
+        for device, recording in run.recordings.items()
+    }  # fmt: skip
     return replace(
         run,
         hardware=machine.name,
         rates={f"cuda:{i}": rates[i] for i in numbers},
         capacity={i: machine.gpus[i].memory - CONTEXT_BYTES for i in numbers},
+        recordings=recordings,
+        met=target.capability == COMPARED,
     )
+
+
+def _with_request(events: Sequence[int], number: int, size: int) -> list[int]:
+    """Events with another size of the request of this number, from 1."""
+    requests = [i for i, event in enumerate(events) if event > 0]
+    place = requests[number - 1]
+    return [*events[:place], size, *events[place + 1 :]]
 
 
 def _plan(

@@ -14,6 +14,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 from ..devices import Device, placement
 from ..model.config import facts
 from ..model.estimate import whole_number
+from ..offload.graphs import graph_decode
 from ..offload.inputs import torch_device
 from ..units import counted
 from ._torch import FakeTensor
@@ -43,9 +45,13 @@ class Workload:
             last one alone, as generation does.
         cache: keep the KV cache of a prompt after which nothing is generated.
         generate: run `model.generate` where there is one; False calls the model itself, as scoring a text does.
+        graphs: generate within `bigkit.graph_decode`.
+
+    Raises:
+        ValueError: graphs are asked for, and `generate` is not.
 
     >>> Workload(batch=8, prompt=512)
-    Workload(batch=8, prompt=512, new=0, all_logits=False, cache=True, generate=True)
+    Workload(batch=8, prompt=512, new=0, all_logits=False, cache=True, generate=True, graphs=False)
     """
 
     batch: int = 1
@@ -54,8 +60,11 @@ class Workload:
     all_logits: bool = False
     cache: bool = True
     generate: bool = True
+    graphs: bool = False
 
     def __post_init__(self) -> None:
+        if self.graphs and (self.all_logits or not (self.cache and self.generate)):
+            raise ValueError("graphs=True is about generate: leave all_logits, cache and generate as they are")
         for name, least in (("batch", 1), ("prompt", 1), ("new", 0)):
             object.__setattr__(self, name, whole_number(getattr(self, name), name, least))
 
@@ -145,9 +154,18 @@ def work(model: nn.Module, load: Workload, device: torch.device | str | int, aft
     """
     plain = load.all_logits or not load.cache or not load.generate
     if plain or not (_generates(model) and hasattr(model, "generation_config")):
+        if load.graphs:
+            raise NotRun(f"{type(model).__name__} has no generate of Transformers, which graph_decode is for")
         for step in passes(model, load, device):
             after(step)
         return
+    with graph_decode(model) if load.graphs else nullcontext():
+        _generate(model, load, device, after)
+
+
+def _generate(
+    model: nn.Module, load: Workload, device: torch.device | str | int, after: Callable[[Step], None]
+) -> None:
     _check_positions(model, load)
     inputs = inputs_of(model, load.batch, load.prompt, torch_device(device))
     if "input_ids" in inputs:
@@ -250,7 +268,7 @@ def in_words(model: nn.Module, load: Workload) -> str:
         then = f", then {load.new:,} tokens each" if load.new and _generates(model) else ""
         return f"{counted(load.batch, 'piece')} of sound{then}"
     then = f", then {load.new:,} more each" if load.new and _generates(model) else ""
-    return f"{load.batch:,} x {load.prompt:,} tokens{then}"
+    return f"{load.batch:,} x {load.prompt:,} tokens{then}{', by CUDA graphs' if load.graphs else ''}"
 
 
 def most_tokens(model: nn.Module) -> int | None:

@@ -255,7 +255,7 @@ def run_steps(
     >>> round(step.seconds, 3), step.bottleneck
     (1.0, 'cuda:0')
     """
-    player = _Player(rates, [] if spans is None else spans)
+    player = _Player(rates, spans)
     clock = player.clock
     times: list[StepTime] = []
     done = 0
@@ -275,11 +275,12 @@ def run_steps(
 class _Player:
     """Plays operations on a clock: "python", the devices, "copy to" and "experts to" each of them, and "disk"."""
 
-    def __init__(self, rates: Mapping[str, Rates], spans: list[Span]) -> None:
+    def __init__(self, rates: Mapping[str, Rates], spans: list[Span] | None) -> None:
         self.rates, self.spans, self.clock = rates, spans, Clock()
         self.clock.busy = dict.fromkeys(("python", *rates), 0.0)
         self.slots: dict[tuple[str, int], SlotState] = defaultdict(SlotState)
         self.pace: HostStep | None = None
+        self.seconds: dict[int, float] = {}  # id of an operation -> what it takes: replayed blocks share theirs
 
     def begin(self, pace: HostStep | None) -> None:
         """Begin a step: what the host does before it calls the model."""
@@ -304,8 +305,10 @@ class _Player:
         elif operation.name == WAIT:
             clock.wait(device)
         else:
+            if (seconds := self.seconds.get(id(operation))) is None:
+                seconds = self.seconds[id(operation)] = rates.seconds(operation)
             after = clock.free.get(operation.source, 0.0)
-            self._note(device, operation.name, clock.occupy(device, rates.seconds(operation), after))
+            self._note(device, operation.name, clock.occupy(device, seconds, after))
 
     def _fill(self, operation: Operation) -> None:
         rates, lane = self.rates[operation.device], f"copy to {operation.device}"
@@ -324,4 +327,5 @@ class _Player:
         self._note(lane, operation.unit, filling.copied)
 
     def _note(self, lane: str, name: str, times: tuple[float, float]) -> None:
-        self.spans.append(Span(lane, name, *times))
+        if self.spans is not None:
+            self.spans.append(Span(lane, name, *times))

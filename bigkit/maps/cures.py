@@ -3,7 +3,8 @@
 Keys and values are read once for each token, as weights are, so a byte of either that rests in RAM costs a token the
 same. Weights can be stored in fewer bits and are shared by all sequences: so a plan keeps the cache on the GPU, and
 lets weights go first. Where even that is not enough, layers of the cache rest in RAM (`offload/resting_cache.py`):
-those that stay, and two slots, are what a GPU holds of it.
+those that stay, and two slots, are what a GPU holds of it; and between prompts, layers for which there is room where
+the prompt had its activations.
 
 Leaves out: windows and recurrent states, which do not grow and stay; and caches in fewer bits (`kv_dtype`).
 """
@@ -85,11 +86,14 @@ def cache_in_ram(model: ModelSpec, ask: Callable[[ModelSpec], Plan], kv_bytes: i
     if len(grows) <= SLOTS or not plan(0).feasible:
         return ""
     stay = last_true(lambda n: plan(n).feasible, 0, len(grows) - SLOTS)
-    resting = kv_bytes * (len(grows) - stay) // len(grows)
-    if resting + sum(share.weights for share in plan(stay).shares if share.device == "cpu") > ram:
+    best, away, layer = plan(stay), len(grows) - stay, kv_bytes // len(grows)
+    resting = away * layer
+    if resting + sum(share.weights for share in best.shares if share.device == "cpu") > ram:
         return ""
+    room = sum(share.activations for share in best.shares if share.runs)
+    visits = max(0, away - max(0, room // layer - 1))  # a prompt's activations leave room, less a layer that works
     return (
-        f"Or let the keys and values of {len(grows) - stay} of {len(grows)} layers rest in RAM, "
+        f"Or let the keys and values of {away} of {len(grows)} layers rest in RAM, "
         f"{format_bytes(resting)}: with generate(past_key_values=RestingCache(config, layers_on_device={stay})) each "
-        f"token waits {format_seconds(resting / link)} for them."
+        f"token waits {format_seconds(visits * layer / link)} for those that do not stay between prompts."
     )

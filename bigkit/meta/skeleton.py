@@ -18,6 +18,8 @@ from ..units import dtype_name
 from ._torch import are_apart, has_own_state, own_state, storage_key
 from .cache import traced_attention
 
+_PLAIN = (nn.Parameter, Tensor)
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Reading a module's skeleton
 
@@ -56,16 +58,16 @@ def spec_from_module(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"expected an nn.Module, not {type(model).__name__}; for a model's name use bigkit.plan(name)")
-    root, origins = _Skeleton().module(model, ""), {cls.__module__.partition(".")[0] for cls in type(model).__mro__}
-    parts = _walk(model)
+    skeleton, origins = _Skeleton(), {cls.__module__.partition(".")[0] for cls in type(model).__mro__}
+    root, parts = skeleton.module(model), skeleton.parts
     facts, attention = _read_config(model, root)
     if trace_cache and (traced := traced_attention(model)) is not None:
         attention = traced
         facts.pop("uncounted_cache", None)
-    facts |= _to_keep(parts)
+    facts |= _to_keep(model, parts)
     if no_split is None:
-        silent = {cls for cls in {type(part) for _, part in parts} if not hasattr(cls, "_no_split_modules")}
-        told = (part for _, part in parts if type(part) not in silent or "_no_split_modules" in part.__dict__)
+        silent = {cls for cls in skeleton.kinds if not hasattr(cls, "_no_split_modules")}
+        told = (part for part in parts if type(part) not in silent or "_no_split_modules" in part.__dict__)
         own = (getattr(part, "_no_split_modules", None) or () for part in told)
         no_split = [cls for classes in own for cls in (sorted(classes) if isinstance(classes, Set) else classes)]
     elif isinstance(no_split, str):
@@ -73,7 +75,7 @@ def spec_from_module(
     return ModelSpec(
         name=name or getattr(getattr(model, "config", None), "_name_or_path", "") or type(model).__name__,
         root=root,
-        ties=tuple(map(tuple, _tied_in(parts))),
+        ties=() if are_apart(skeleton.held) else tuple(map(tuple, tied_groups(model))),
         no_split=tuple(dict.fromkeys(no_split)),
         attention=attention,
         facts=facts,
@@ -98,7 +100,8 @@ def tied_groups(model: nn.Module, buffers: bool = True) -> list[list[str]]:
     >>> tied_groups(model)
     [['wte.weight', 'head.weight']]
     """
-    return _tied_in(_walk(model), buffers)
+    parts = _walk(model)
+    return tied((join(name, own), tensor) for name, module in parts for own, tensor in _own_tensors(module, buffers))
 
 
 def _walk(model: nn.Module) -> list[tuple[str, nn.Module]]:
@@ -112,14 +115,6 @@ def _walk(model: nn.Module) -> list[tuple[str, nn.Module]]:
             if child is not None:
                 waiting.append((f"{name}.{own}" if name else own, child))
     return found
-
-
-def _tied_in(parts: Sequence[tuple[str, nn.Module]], buffers: bool = True) -> list[list[str]]:
-    held: list[Any] = [module._parameters for _, module in parts if module._parameters]
-    held += [module._buffers for _, module in parts if module._buffers] if buffers else []
-    if are_apart([tensor for tensors in held for tensor in tensors.values() if tensor is not None]):
-        return []
-    return tied((join(name, own), tensor) for name, module in parts for own, tensor in _own_tensors(module, buffers))
 
 
 def tied(named: Iterable[tuple[str, Tensor]]) -> list[list[str]]:
@@ -140,43 +135,69 @@ def tied(named: Iterable[tuple[str, Tensor]]) -> list[list[str]]:
 
 
 class _Skeleton:
-    """Makes ModuleSpecs, each distinct one once."""
+    """Makes ModuleSpecs, each distinct one once.
+
+    Attributes:
+        parts: the modules that were seen, in the order of `named_modules(remove_duplicate=False)`.
+        held: their parameters and buffers.
+        kinds: class -> its name, whether it may be linear, and whether it has a state dict of its own.
+    """
 
     def __init__(self) -> None:
-        self.module_specs: dict[Any, ModuleSpec] = {}
-        self.tensor_specs: dict[Any, TensorSpec] = {}
+        self.parts: list[nn.Module] = []
+        self.held: list[Tensor] = []
+        self.kinds: dict[type, tuple[str, bool, bool]] = {}
+        self._modules: dict[Any, ModuleSpec] = {}
+        self._tensors: dict[Any, TensorSpec] = {}
 
-    def module(self, module: nn.Module, name: str) -> ModuleSpec:
-        tensors = {}
-        for held in (module._parameters, module._buffers):
-            for own, tensor in held.items():
-                if tensor is not None:
-                    tensors[own] = self.tensor(module, own, tensor, name)
-        if has_own_state(module):
+    def module(self, module: nn.Module) -> ModuleSpec:
+        is_root = not self.parts
+        self.parts.append(module)
+        kind = self.kinds.get(type(module)) or self._kind(module)
+        tensors: dict[str, TensorSpec] = {}
+        for own, weight in module._parameters.items():
+            if weight is not None:
+                tensors[own] = self.tensor(module, own, weight)
+                self.held.append(weight)
+        for own, tensor in module._buffers.items():
+            if tensor is not None:
+                persistent = own not in module._non_persistent_buffers_set
+                tensors[own] = self.tensor(module, own, tensor, True, persistent)
+                self.held.append(tensor)
+        cls, linear, keeps_more = kind
+        if keeps_more:
             with suppress(Exception):  # a class's own code may not be made for meta tensors
-                extra = extra_tensors(module)
-                tensors |= {own: self.tensor(module, own, tensor, name) for own, tensor in extra.items()}
-        children = {
-            own: self.module(child, join(name, own)) for own, child in module._modules.items() if child is not None
-        }
-        cls, linear = type(module).__name__, bool(tensors) and is_linear(module) and name != ""
-        inside = {**tensors, **children}
+                tensors |= {own: self.tensor(module, own, tensor) for own, tensor in extra_tensors(module).items()}
+        linear = linear and bool(tensors) and not is_root and is_linear(module)
+        children = {own: self.module(child) for own, child in module._modules.items() if child is not None}
+        inside = {**tensors, **children} if children else tensors
         key = (cls, linear, len(tensors), *inside, *map(id, inside.values()))  # specs are made once: none dies
-        spec = self.module_specs.get(key)
+        spec = self._modules.get(key)
         if spec is None:
-            spec = self.module_specs[key] = ModuleSpec(cls, tensors, children, linear)
+            spec = self._modules[key] = ModuleSpec(cls, tensors, children, linear)
         return spec
 
-    def tensor(self, module: nn.Module, own: str, tensor: Tensor, name: str) -> TensorSpec:
-        if nn.parameter.is_lazy(tensor):
-            full = join(name, own)
-            raise ValueError(f"{full!r} of a lazy {type(module).__name__} has no shape yet: run the model once first")
-        buffer = own in module._buffers
-        key = (tensor.shape, tensor.dtype, buffer, persistent := own not in module._non_persistent_buffers_set)
-        spec = self.tensor_specs.get(key)
+    def _kind(self, module: nn.Module) -> tuple[str, bool, bool]:
+        cls = type(module)
+        kind = self.kinds[cls] = (cls.__name__, _may_be_linear(cls), has_own_state(module))
+        return kind
+
+    def tensor(
+        self, module: nn.Module, own: str, tensor: Tensor, buffer: bool = False, persistent: bool = True
+    ) -> TensorSpec:
+        key = (tensor.shape, tensor.dtype, buffer, persistent) if type(tensor) in _PLAIN else None
+        spec = self._tensors.get(key)
         if spec is None:
-            spec = TensorSpec(tuple(tensor.shape), dtype_name(tensor.dtype), buffer=buffer, persistent=persistent)
-            self.tensor_specs[key] = spec
+            if nn.parameter.is_lazy(tensor):
+                full = join(next(name for name, part in _walk(self.parts[0]) if part is module), own)
+                raise ValueError(
+                    f"{full!r} of a lazy {type(module).__name__} has no shape yet: run the model once first"
+                )
+            key = (tensor.shape, tensor.dtype, buffer, persistent)
+            spec = self._tensors.get(key) or TensorSpec(
+                tuple(tensor.shape), dtype_name(tensor.dtype), buffer=buffer, persistent=persistent
+            )
+            self._tensors[key] = spec
         return spec
 
 
@@ -186,13 +207,15 @@ def is_linear(module: nn.Module) -> bool:
     Subclasses of `nn.Linear` have owners who may read their weights. Transformers' `Conv1D` (GPT-2) is a transposed
     one, and its `FalconLinear` only rounds otherwise.
     """
-    cls = type(module)
-    if cls is not nn.Linear and not (
-        cls.__name__ in ("Conv1D", "FalconLinear") and cls.__module__.startswith("transformers.")
-    ):
+    if not _may_be_linear(type(module)):
         return False
     weight = module._parameters.get("weight")  # asking for `.weight` would run the code of a parametrized one
     return weight is not None and weight.ndim == 2 and weight.is_floating_point() and weight.numel() > 0
+
+
+def _may_be_linear(cls: type) -> bool:
+    foreign = cls.__name__ in ("Conv1D", "FalconLinear") and cls.__module__.startswith("transformers.")
+    return cls is nn.Linear or foreign
 
 
 def modules_to_keep(model: nn.Module) -> dict[str, list[str]]:
@@ -201,22 +224,24 @@ def modules_to_keep(model: nn.Module) -> dict[str, list[str]]:
     keep_in_fp32, keep_in_fp32_strict: names that need float32 in float16, or in 16 bit (`float32_modules`).
     keep_in_int8: layers that `nn.TransformerEncoderLayer` computes with by itself where it is fast.
     """
-    return _to_keep(_walk(model))
+    return _to_keep(model, [part for _, part in _walk(model)])
 
 
-def _to_keep(parts: Sequence[tuple[str, nn.Module]]) -> dict[str, list[str]]:
-    classes = {type(part) for _, part in parts}
+def _to_keep(model: nn.Module, parts: Sequence[nn.Module]) -> dict[str, list[str]]:
+    classes = {type(part) for part in parts}
     plain = {cls for cls in classes if cls.__module__.startswith("torch.nn.") and cls is not nn.TransformerEncoderLayer}
-    parts = [(name, part) for name, part in parts if type(part) not in plain]
+    parts = [part for part in parts if type(part) not in plain]
     facts: dict[str, list[str]] = {}
     for fact in ("keep_in_fp32", "keep_in_fp32_strict"):
         attribute = f"_{fact.replace('fp32', 'fp32_modules')}"
         # Not by `getattr`: a module looks in three dicts, and raises, for each attribute that it lacks.
-        by_class = {cls: getattr(cls, attribute, None) for cls in {type(part) for _, part in parts}}
-        lists = (vars(part).get(attribute, by_class[type(part)]) for _, part in parts)
+        by_class = {cls: getattr(cls, attribute, None) for cls in classes - plain}
+        lists = (vars(part).get(attribute, by_class[type(part)]) for part in parts)
         facts[fact] = sorted({name for names in lists if isinstance(names, (list, tuple, set)) for name in names})
-    encoders = (name for name, part in parts if isinstance(part, nn.TransformerEncoderLayer))
-    facts["keep_in_int8"] = [f"{name}.{own}".lstrip(".") for name in encoders for own in ("linear1", "linear2")]
+    encoder = nn.TransformerEncoderLayer
+    named = _walk(model) if any(issubclass(cls, encoder) for cls in classes) else ()
+    encoders = [name for name, part in named if isinstance(part, encoder)]
+    facts["keep_in_int8"] = [join(name, own) for name in encoders for own in ("linear1", "linear2")]
     return {fact: names for fact, names in facts.items() if names}
 
 
@@ -262,7 +287,7 @@ def repeated_blocks(model: nn.Module, named: Iterable[str] = ()) -> set[str]:
     >>> repeated_blocks(nn.Sequential(nn.Sequential(nn.ReLU()), nn.TransformerEncoderLayer(4, 2)))
     {'TransformerEncoderLayer'}
     """
-    return {*ModelSpec("", _Skeleton().module(model, ""), no_split=tuple(named)).repeated_blocks}
+    return {*ModelSpec("", _Skeleton().module(model), no_split=tuple(named)).repeated_blocks}
 
 
 def _read_config(model: nn.Module, root: ModuleSpec) -> tuple[dict[str, Any], tuple[Attention, ...]]:

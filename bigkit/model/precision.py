@@ -129,8 +129,8 @@ def quantized_stacks(model: ModelSpec, precision: Precision) -> list[str]:
     """Names of the stacked weights of experts that are quantized with this precision, each expert alone."""
     return [
         name
-        for name, (tensor, owner) in model.tensors.items()
-        if precision.quantization and is_stack(tensor, owner)
+        for name, (tensor, owner) in (model.tensors.items() if precision.quantization else ())
+        if is_stack(tensor, owner)
         if not precision.keep.intersection(prefixes(name)[:-1])
     ]
 

@@ -92,11 +92,10 @@ class ModuleSpec:
         if precision.named and (name in precision.around or not precision.named.isdisjoint(prefixes(name))):
             key = (precision, buffers_only, name)  # the size depends on the name
         if key not in self._sizes:
-            self._sizes[key] = sum(
-                tensor_bytes(full, tensor, owner, precision)
-                for full, tensor, owner in self.named_tensors(name)
-                if tensor.buffer or not buffers_only
-            )
+            own = [item for item in self.tensors.items() if item[1].buffer or not buffers_only]
+            size = sum(tensor_bytes(join(name, part), tensor, self, precision) for part, tensor in own)
+            parts = self.children.items()  # equal ones are one object, which knows its size
+            self._sizes[key] = size + sum(own.bytes(precision, join(name, at), buffers_only) for at, own in parts)
         return self._sizes[key]
 
 
@@ -216,9 +215,8 @@ class ModelSpec:
 
     def computes_in(self, precision: Precision = Precision()) -> str:
         """The dtype of activations and KV cache: that of the weights, or bfloat16 if they have less than 16 bits."""
-        stored = (
-            tensor.dtype for tensor, _ in self.tensors.values() if not tensor.buffer and is_floating(tensor.dtype)
-        )
+        weights = (tensor for _, tensor, _ in self.root.named_tensors() if not tensor.buffer)
+        stored = (tensor.dtype for tensor in weights if is_floating(tensor.dtype))
         dtype = self.facts.get("computes_in") or precision.dtype or next(stored, "bfloat16")
         return dtype if dtype_bits(dtype) >= 16 else "bfloat16"
 
@@ -253,7 +251,7 @@ class ModelSpec:
         dtype = dtype_name(dtype) if dtype not in (None, "auto") else "float16" if quantization else None
         keep = [keep] if isinstance(keep, str) else keep
         own = float32_modules(self.facts, dtype)
-        floats = [name for name, (tensor, _) in self.tensors.items() if own and is_floating(tensor.dtype)]
+        floats = [name for name, (tensor, _) in self.tensors.items() if is_floating(tensor.dtype)] if own else []
         special = {**{name: "float32" for name in floats if is_named(name, own)}, **(special or {})}
         names = [*(keep or ()), *self.facts.get("keep_in_fp32", ())]
         exact = self.kept if keep is None else self._tied

@@ -90,6 +90,9 @@ def in_functional_call() -> bool:
     return frame is not None
 
 
+_PROXY = torch._C._TorchDispatchModeKey.PROXY
+
+
 def is_traced() -> bool:
     """Whether operations are being recorded: by `torch.jit.trace`, or for `torch.export` and `make_fx`.
 
@@ -97,7 +100,7 @@ def is_traced() -> bool:
     """
     if torch.compiler.is_exporting() or torch._C._get_tracing_state() is not None:
         return True
-    return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None
+    return torch._C._get_dispatch_mode(_PROXY) is not None
 
 
 def never_compiled(function: Function, *, with_callees: bool = True) -> Function:

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ._torch import is_fake
 from .events import Event
 from .experts import ExpertStreamer
 from .gather import GatherStreamer
@@ -132,7 +133,9 @@ class Rings:
 
     def _present(self) -> list[Any]:
         tensors = [tensor for module in self._model.modules() for tensor, _ in own_tensors(module).values()]
-        return [id(tensor) if isinstance(tensor, Away) else (id(tensor), tensor.data_ptr()) for tensor in tensors]
+        return [
+            (id(tensor), 0 if isinstance(tensor, Away) or is_fake(tensor) else tensor.data_ptr()) for tensor in tensors
+        ]
 
     # -- recording
 

@@ -149,7 +149,7 @@ class ExpertStreamer(Streamer):
 
     # -- what differs from other units
 
-    def _borrowed(self, unit: Unit) -> tuple[Unit, Views, Any]:
+    def _borrowed(self, unit: Unit) -> Views:
         if self._loan_of(unit) is not None:  # it calls itself, perhaps with another choice
             self._refuse_nested(unit)
             self._in_pieces = False
@@ -224,9 +224,9 @@ class ExpertStreamer(Streamer):
         finally:
             self.prefetch = prefetch
 
-    def _following(self, unit: Unit, most: int) -> list[Unit]:
+    def _following(self, unit: Unit, most: int) -> dict[Unit, None]:
         # What comes after the last block is another token, which may want a few experts only.
-        return [following for following in super()._following(unit, most) if following.index > unit.index]
+        return {following: None for following in super()._following(unit, most) if following.index > unit.index}
 
     def _bring_rows(self, unit: Unit, rows: list[int]) -> None:
         """Make a slot hold some of a unit's experts, beside those that it holds already."""

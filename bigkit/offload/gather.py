@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checkpoints.fused import triton_works
+from ..checkpoints.codecs import kernels_for
 from ..checkpoints.ring import Slab
 from ._torch import detect_fake_mode
 from .experts import ExpertStreamer
@@ -88,7 +88,7 @@ class GatherStreamer(ExpertStreamer):
     def keeps_account(self, unit: Unit) -> bool:
         if unit.index not in self._accounts:
             fits = self._can_gather(unit) and can_look_up(unit)
-            self._accounts[unit.index] = fits and (detect_fake_mode() is not None or triton_works(self.device))
+            self._accounts[unit.index] = fits and kernels_for(self._window(unit).base) is not None
         return self._accounts[unit.index]
 
     def _look_up(self, unit: Unit, choice: Tensor) -> Tensor:

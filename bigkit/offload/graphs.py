@@ -18,6 +18,7 @@ which is what `torch.compile` adds after half a minute.
 
 from __future__ import annotations
 
+import copy
 import functools
 import threading
 from collections.abc import Callable, Iterator
@@ -112,7 +113,11 @@ class Decoder:
             )
         named = kwargs.get("cache_implementation") or getattr(given, "cache_implementation", None)
         if kwargs.get("past_key_values") is None and named is None:
-            kwargs["cache_implementation"] = "static"
+            if given is None:
+                kwargs["cache_implementation"] = "static"
+            else:  # `generate` wants options in one place
+                kwargs["generation_config"] = own = copy.deepcopy(given)
+                own.cache_implementation = "static"
         return self._generate(*args, **kwargs)
 
     def get_compiled_call(self, compile_config: Any = None) -> Callable[..., Any]:

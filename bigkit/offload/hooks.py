@@ -381,8 +381,7 @@ class AlignDevicesHook(ModelHook):
 
     def init_hook(self, module: nn.Module) -> nn.Module:
         if self.is_placed:
-            if self.unit is not None:  # it may have been detached before
-                assert self.streamer is not None
+            if self.streamer is not None and self.unit is not None:  # it may have been detached before
                 self.streamer.sites[self.unit.index].take_in_changes()
             return module
         if self.execution_device is None:
@@ -404,14 +403,13 @@ class AlignDevicesHook(ModelHook):
 
     def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
         # Others may call this alone and never end it, as `apply_forward_hook` of Diffusers does: then handles serve.
-        ends = this_thread.module is module and this_thread.begun.get(self) is None
-        if ends and (self.unit is not None or self.io_same_device):
+        works = self.unit is not None or self.io_same_device
+        if works and this_thread.module is module and this_thread.begun.get(self) is None:
             undo = _Undo(self.streamer is None or not self.streamer.held())
             this_thread.begun[self] = undo  # also if it is called by a hook that says nothing of errors
             if self.io_same_device:
                 undo.input_device = find_device((args, kwargs))
             if self.unit is not None:
-                assert self.streamer is not None
                 args, kwargs = self._lend(module, args, kwargs)
                 undo.lent = True
         device = self.execution_device
@@ -430,8 +428,7 @@ class AlignDevicesHook(ModelHook):
         undo = this_thread.begun.get(self)
         if undo is not None:
             if undo.lent:
-                assert self.streamer is not None and self.unit is not None
-                output = self.streamer.own_output(self.unit, output)
+                output = self.streamer.own_output(self.unit, output)  # type: ignore[union-attr, arg-type]
             self._give_back(undo)
             if undo.input_device is not None:
                 output = send_to_device(output, undo.input_device, self.skip_keys)
@@ -448,9 +445,8 @@ class AlignDevicesHook(ModelHook):
     def _give_back(self, undo: _Undo, failed: bool = False) -> None:
         try:
             if undo.lent:
-                assert self.streamer is not None and self.unit is not None
                 undo.lent = False
-                self.streamer.take_back(self.unit, failed)
+                self.streamer.take_back(self.unit, failed)  # type: ignore[union-attr, arg-type]
         finally:
             if undo.outermost and self.streamer is not None:
                 self.streamer.recover()  # no-op unless an interrupt came, perhaps one that user code has caught

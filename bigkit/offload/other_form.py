@@ -44,7 +44,7 @@ def keep_other_form(weight: Weight, value: Tensor) -> None:
     for lender in lenders:
         for slot in lender.slots:
             lender.lane.finish(slot)
-        lender.slots, lender.holder = [], {}
+        lender.slots, lender.own_slots, lender.holder = [], {}, {}
     for same in group:
         same.template = twin(same.template, meta) if isinstance(same.template, nn.Parameter) else meta
         same.parts = {"": replace(part)}

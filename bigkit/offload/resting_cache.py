@@ -1,11 +1,13 @@
-"""A KV cache that rests in RAM: of a long context, only the layer that works and the next one are on the GPU.
+"""A KV cache that rests in RAM: of a long context, only the layers that work, come next, or find room are on the GPU.
 
     RAM    pinned, per layer: one row for each token, its keys and values side by side
-    GPU    two slots: rows of one layer are put in the order of an attention, while those of the next layer arrive
+    GPU    two slots: rows of one layer are put in the order of an attention, while those of the next layer arrive;
+           and between prompts, slots of their own for as many layers as there is room for
 
 A layer needs all its rows to work, but adds only one for each token. So rows come over the link once a token, and only
 new ones go back, on a stream of their own: a link has two directions. Transformers' own offloaded cache moves whole
-layers both ways, through memory that is not pinned.
+layers both ways at once, which takes hardly longer than one way. What makes a token faster is less to bring: a prompt
+needs memory for its activations, and a token does not, so layers stay there until the next prompt.
 
 Layers with a sliding window or a recurrent state stay on the GPU: they do not grow.
 
@@ -25,8 +27,10 @@ from transformers.cache_utils import DynamicLayer
 from ..checkpoints.ring import Slab
 from ..maps.cures import SLOTS
 from ..maps.partition import spread
+from ..units import parse_bytes
 from .stream import is_real_cuda
 
+_IN_ORDER = torch.contiguous_format
 ROWS = 256  # tokens by which a layer's RAM grows at least
 
 
@@ -35,7 +39,9 @@ class RestingCache(DynamicCache):
 
     Args:
         config: the model's.
-        layers_on_device: how many of the layers that grow stay where they work, spread evenly along the model.
+        layers_on_device: how many of the layers that grow never go to RAM, spread evenly along the model.
+        room: bytes of each GPU in which other layers stay between prompts (int or text, such as "4GB"). None is what
+            PyTorch keeps of the memory that the prompt needed, less one layer; 0 lets none stay.
 
     Raises:
         ValueError: `layers_on_device` is not between 0 and the number of layers that grow.
@@ -50,7 +56,7 @@ class RestingCache(DynamicCache):
     (torch.Size([1, 2, 3, 4]), 3)
     """
 
-    def __init__(self, config: Any, *, layers_on_device: int = 0) -> None:
+    def __init__(self, config: Any, *, layers_on_device: int = 0, room: int | str | None = None) -> None:
         super().__init__(config=config)
         grow = [i for i, layer in enumerate(self.layers) if type(layer) is DynamicLayer]
         if not 0 <= layers_on_device <= len(grow):
@@ -59,13 +65,19 @@ class RestingCache(DynamicCache):
                 f"grows: give a number from 0 to {len(grow)}"
             )
         stay = spread([1] * len(grow), layers_on_device)
-        windows: dict[torch.device, _Windows] = {}
+        windows = _AllWindows(None if room is None else parse_bytes(room))
         for i in (own for k, own in enumerate(grow) if k not in stay):
             self.layers[i] = RestingLayer(windows)
 
     def resting_bytes(self) -> int:
         """Bytes of RAM that its layers have taken so far."""
         return sum(layer.rows.nbytes() for layer in self.layers if isinstance(layer, RestingLayer) and layer.rows)
+
+    def layers_that_stay(self) -> int:
+        """How many of its layers are on the device for good, or until the next prompt."""
+        resting = [layer for layer in self.layers if isinstance(layer, RestingLayer)]
+        windows = {id(own): own for layer in resting for own in layer.windows.values()}
+        return len(self.layers) - len(resting) + sum(len(own.own) for own in windows.values())
 
 
 class RestingLayer(DynamicLayer):
@@ -75,7 +87,7 @@ class RestingLayer(DynamicLayer):
         windows: device -> the slots there, shared by all layers of a cache.
     """
 
-    def __init__(self, windows: dict[torch.device, _Windows]) -> None:
+    def __init__(self, windows: _AllWindows) -> None:
         self.windows, self.length = windows, 0
         self.rows: _Rows | None = None
         super().__init__()
@@ -83,7 +95,7 @@ class RestingLayer(DynamicLayer):
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
         self.rows = _Rows(key_states, value_states)
-        self.windows.setdefault(self.device, _Windows(self.device)).layers.append(weakref.ref(self))
+        self.windows[self.device].layers.append(weakref.ref(self))
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -113,11 +125,9 @@ class RestingLayer(DynamicLayer):
         except BaseException:
             slot.rows = None
             raise
-        if not start:
-            return key_states, value_states
         # As they lie in a `DynamicCache`: for another order an attention may choose a kernel that rounds otherwise.
-        keys, values = (part.contiguous() for part in self.rows.split(slot.memory[:stop]))
-        return keys, values
+        keys, values = self.rows.split(slot.memory[:stop]) if start else (key_states, value_states)
+        return keys.clone(memory_format=_IN_ORDER), values.clone(memory_format=_IN_ORDER)
 
     def get_seq_length(self) -> int:
         return self.length
@@ -234,20 +244,39 @@ class _Slot:
         self.sent: Any = None  # event after the last copy out of it
 
 
+class _AllWindows(dict[torch.device, "_Windows"]):
+    """Device -> the slots there.
+
+    Args:
+        room: see `RestingCache`.
+    """
+
+    def __init__(self, room: int | None) -> None:
+        super().__init__()
+        self.room = room
+
+    def __missing__(self, device: torch.device) -> _Windows:
+        return self.setdefault(device, _Windows(device, self.room))
+
+
 class _Windows:
     """The slots on one device, and the streams that fill and empty them."""
 
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
+    def __init__(self, device: torch.device, room: int | None) -> None:
+        self.device, self.given = device, room
+        self.room: int | None = None  # bytes in which layers stay; None: not asked for since the last prompt
         self.layers: list[weakref.ref[RestingLayer]] = []  # in their order; each refers to this object
         self.slots = [_Slot() for _ in range(SLOTS)]
+        self.own: dict[int, _Slot] = {}  # number of a layer that stays -> its slot
         self.streams = [torch.cuda.Stream(device) for _ in range(2)] if is_real_cuda(device) else []
 
     def take(self, layer: RestingLayer, rows: int) -> _Slot:
         """The slot that holds all rows of a layer, with room for `rows`."""
+        self._let_stay(layer, rows - layer.length)
         slot = self._holding(layer) or self._fetch(layer)
-        self.slots.remove(slot)
-        self.slots.append(slot)  # used last
+        if slot in self.slots:
+            self.slots.remove(slot)
+            self.slots.append(slot)  # used last
         if self.streams:
             current = torch.cuda.current_stream(self.device)
             for event in (slot.ready, slot.sent):
@@ -256,20 +285,37 @@ class _Windows:
         self._room(slot, layer, rows, keep=layer.length)
         return slot
 
+    def _present(self) -> list[RestingLayer]:
+        return [own for ref in self.layers if (own := ref()) is not None]
+
+    def _let_stay(self, layer: RestingLayer, tokens: int) -> None:
+        """Choose the layers that stay, once a token; a prompt gets their room."""
+        if tokens > ROWS or not layer.length:
+            self.own, self.room = {}, None
+        elif layer is self.layers[0]():
+            sizes = [own.rows.nbytes() for own in self._present() if own.rows]
+            if self.room is None:
+                self.room = _left_by_prompt(self.device) - max(sizes) if self.given is None else self.given
+            self.own = {i: self.own.get(i) or _Slot() for i in spread(sizes, self.room)}
+
     def _holding(self, layer: RestingLayer) -> _Slot | None:
-        found = (slot for slot in self.slots if slot.rows is layer.rows)
+        found = (slot for slot in (*self.slots, *self.own.values()) if slot.rows is layer.rows)
         return next((slot for slot in found if slot.length >= layer.length), None)
 
     def fetch_next(self, layer: RestingLayer) -> None:
-        """Begin to bring the layer that works next, while this one does."""
-        layers = [own for ref in self.layers if (own := ref()) is not None]
-        following = layers[(layers.index(layer) + 1) % len(layers)]
-        if following.length and self._holding(following) is None:
-            self._fetch(following)
+        """Begin to bring the layer that works next and does not stay, while this one works; or one that will stay."""
+        layers = self._present()
+        at = layers.index(layer)
+        for following in (*layers[at + 1 :], *layers[:at]):
+            held = self._holding(following)
+            if held is None and following.length:
+                self._fetch(following)
+            if held is None or held in self.slots:
+                return
 
     def _fetch(self, layer: RestingLayer) -> _Slot:
         assert layer.rows is not None
-        slot = self.slots[0]  # used longest ago
+        slot = self.own.get(self._present().index(layer), self.slots[0])  # its own, or that used longest ago
         slot.rows = None
         if not self.streams:
             self._room(slot, layer, layer.length)
@@ -317,7 +363,14 @@ class _Windows:
         if old.dtype == layer.dtype and old.shape[1] == width and len(old) >= rows and old.device == self.device:
             return
         with torch.inference_mode(False):
-            slot.memory = torch.empty(layer.rows.capacity, width, dtype=layer.dtype, device=self.device)
+            size: Any = {"size": (layer.rows.capacity, width), "dtype": layer.dtype, "device": self.device}
+            try:
+                slot.memory = torch.empty(**size)
+            except torch.OutOfMemoryError:
+                if not self.own:
+                    raise
+                self.own, self.room = {}, 0  # there was no room
+                slot.memory = torch.empty(**size)
         for stream in self.streams:
             slot.memory.record_stream(stream)
         if self.streams:  # memory that is new to these streams may still be in use
@@ -329,3 +382,8 @@ class _Windows:
         """Wait for all copies."""
         for stream in self.streams:
             stream.synchronize()
+
+
+def _left_by_prompt(device: torch.device) -> int:
+    """Bytes that PyTorch has taken from a GPU and that nothing needs now."""
+    return torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device) if is_real_cuda(device) else 0

@@ -16,6 +16,8 @@ from typing import Any, NamedTuple
 
 from ..checkpoints.ring import read_fully
 
+PAGE = mmap.PAGESIZE  # bytes
+
 
 class Range(NamedTuple):
     """`nbytes` bytes from `at` of a source; `start`: where they belong in what was asked for."""
@@ -78,8 +80,8 @@ class Source:
 
     def madvise(self, advice: int, start: int, nbytes: int) -> None:
         """Tell the system what is going to happen to these bytes; of pages to drop, only those that hold no others."""
-        drop = advice == mmap.MADV_DONTNEED
-        begin = (start + drop * (mmap.PAGESIZE - 1)) // mmap.PAGESIZE * mmap.PAGESIZE
-        end = (start + nbytes) // mmap.PAGESIZE * mmap.PAGESIZE if drop else start + nbytes
+        begin, end = start // PAGE * PAGE, start + nbytes
+        if advice == mmap.MADV_DONTNEED:
+            begin, end = -(-start // PAGE) * PAGE, end // PAGE * PAGE
         if begin < end:
             self.mapped().madvise(advice, begin, end - begin)

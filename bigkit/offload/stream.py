@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import mmap
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -100,6 +100,7 @@ class Streamer:
         if self.maps:
             self.count = pages_ahead(self.units)
         self.slots: list[Slot] = []
+        self.own_slots: dict[int, Slot] = {}  # those of them that are for one unit alone: its index -> the slot
         self.holder: dict[int, Slot] = {}  # unit's index -> the slot that holds it
         self.model_id = 0  # `id` of the model that was dispatched
         self.loans = 0  # how many there have been: the clock by which slots are used
@@ -140,22 +141,21 @@ class Streamer:
         if is_traced():
             refuse_trace(unit.name)
         self.lock.acquire()
-        loan = _Loan(*self._borrowed(unit))
-        self._loans.append(loan)
-        for entry, value in zip(self.sites[unit.index].entries, loan.views.values):
+        views = self._borrowed(unit)
+        guard = enter_guard(self, unit.name, views.storages) if torch.is_grad_enabled() else None
+        self._loans.append(_Loan(unit, views, guard))
+        for entry, value in zip(self.sites[unit.index].entries, views.values):
             if entry.tensors.get(entry.own) is entry.handle:  # not in `functional_call`, nor if it is lent already
                 entry.tensors[entry.own] = value
         if self.listeners:
             self._tell("work", unit)
 
-    def _borrowed(self, unit: Unit) -> tuple[Unit, Views, Any]:
+    def _borrowed(self, unit: Unit) -> Views:
         loan = self._loan_of(unit)  # there is one if the unit calls itself
         if loan is not None:
-            views = loan.views
-        else:
-            self.sites[unit.index].take_in_changes()
-            views = self._bring(unit)
-        return unit, views, enter_guard(self, unit.name, views.storages) if torch.is_grad_enabled() else None
+            return loan.views
+        self.sites[unit.index].take_in_changes()
+        return self._bring(unit)
 
     def own_output(self, unit: Unit, output: Any) -> Any:
         """What the forward of a unit that is lent returns, with copies in place of its weights and of views of them."""
@@ -175,7 +175,7 @@ class Streamer:
         if loan.guard is not None:
             loan.guard.__exit__(None, None, None)
         if self._loan_of(unit) is None:
-            self._put_handles(loan)
+            self._put_handles(loan)  # apart, so that no variable here refers to a tensor while `_leave` counts
             self._leave(loan, failed)
         if self.listeners:
             self._tell("return", unit)
@@ -284,15 +284,16 @@ class Streamer:
     def _bring(self, unit: Unit) -> Views:
         """Make a unit ready to work."""
         slot = self.holder.get(unit.index)
-        shared = self.count if self.maps else max(sum(slot.owner is None for slot in self.slots), self.count)
-        following = self._following(unit, shared - 1) if self.prefetch else []
+        most = self.count if self.maps else max(sum([slot.owner is None for slot in self.slots]), self.count)
+        if self.maps and slot is not None and self.loans % max(self.count // 2, 1):
+            most = 1  # the pages of the next units have been asked for before: not at each loan again
+        following = self._following(unit, most - 1) if self.prefetch else {}
         if slot is None:
             slot = self._fetch(unit, following)
-        elif self.maps:
+        if self.maps:
             unit.check()  # the file may have changed since its pages were asked for
         slot.lent = True
-        self.loans += 1
-        slot.used = self.loans
+        slot.used = self.loans = self.loans + 1
         try:
             self._prefetch(following)
             self.lane.arrive(slot)
@@ -308,7 +309,7 @@ class Streamer:
         slot.holders = None if self.maps else count_holders(slot.base, views.values)
         return views
 
-    def _prefetch(self, following: list[Unit]) -> None:
+    def _prefetch(self, following: dict[Unit, None]) -> None:
         for unit in following:
             if unit.index in self.holder:
                 continue
@@ -321,14 +322,15 @@ class Streamer:
             except OSError:
                 return  # it was a guess: if the unit is needed, the error comes then
 
-    def _idle(self, spared: list[Unit]) -> Slot | None:
+    def _idle(self, spared: Container[Unit | None]) -> Slot | None:
         """The slot to fill next: not lent, not holding what is needed soon, and used longest ago."""
         free = [slot for slot in self.slots if not slot.lent and slot.owner is None and slot.unit not in spared]
         return min(free, key=lambda slot: slot.used) if free else None
 
-    def _fetch(self, unit: Unit, following: list[Unit]) -> Slot:
+    def _fetch(self, unit: Unit, following: Container[Unit | None]) -> Slot:
         slot = self._own_slot(unit) if unit.loose or self.maps else self._shared_slot(following)
-        unit.check()
+        if not self.maps:
+            unit.check()
         self._empty(slot)
         self.lane.fill(slot, unit)
         slot.unit, self.holder[unit.index] = unit, slot
@@ -336,9 +338,9 @@ class Streamer:
             self._tell("fetch", unit, self.slots.index(slot))
         return slot
 
-    def _shared_slot(self, following: list[Unit]) -> Slot:
+    def _shared_slot(self, following: Container[Unit | None]) -> Slot:
         """A slot for any unit; the first time all are made, and one more when forwards are nested too deeply."""
-        missing = self.count - sum(slot.owner is None for slot in self.slots)
+        missing = self.count - sum([slot.owner is None for slot in self.slots])
         while missing > 0 or (slot := self._idle(following) or self._idle([])) is None:
             self.slots.append(self.lane.slot(max(unit.nbytes for unit in self.units if not unit.loose)))
             missing -= 1
@@ -349,12 +351,12 @@ class Streamer:
 
         Where pages are lent every unit has one, without memory.
         """
-        slot = next((slot for slot in self.slots if slot.owner is unit), None)
-        if slot is None:
+        if unit.index not in self.own_slots:
             slot = self.lane.slot(0 if self.maps else unit.nbytes)
             slot.owner = unit
             self.slots.append(slot)
-        return slot
+            self.own_slots[unit.index] = slot
+        return self.own_slots[unit.index]
 
     def _empty(self, slot: Slot) -> None:
         self.lane.finish(slot)
@@ -365,7 +367,7 @@ class Streamer:
     def _leave(self, loan: _Loan, failed: bool) -> None:
         """A unit's forward has ended."""
         slot = self.holder[loan.unit.index]
-        kept = not failed and self._kept(slot, loan)
+        kept = not (failed or self.maps) and self._kept(slot, loan)
         written = self._written(loan)
         try:
             if written:
@@ -378,12 +380,11 @@ class Streamer:
         if written or self.maps or kept:
             self._empty(slot)
         if kept:
+            self.own_slots.pop(loan.unit.index, None)
             self.slots.remove(slot)
 
     def _kept(self, slot: Slot, loan: _Loan) -> bool:
         """Whether a view of a slot's memory outlives the loan: the memory must not be filled anew then."""
-        if self.maps:
-            return False
         holders = count_holders(slot.base, loan.views.values)
         # In grad mode the graph refers to parameters.
         return holders.memory > slot.holders.memory or (loan.guard is None and holders.tensors > slot.holders.tensors)
@@ -398,23 +399,23 @@ class Streamer:
         unit.forget_moves()
         self.cached.discard(unit.index)
 
-    def _following(self, unit: Unit, most: int) -> list[Unit]:
-        """The units that probably come next."""
+    def _following(self, unit: Unit, most: int) -> dict[Unit, None]:
+        """The units that probably come next, in order."""
         if self.last is not None:
             self.after[self.last] = unit.index
         self.last = at = unit.index
-        following: list[Unit] = []
+        following: dict[Unit, None] = {}
         if len(self.holder) == len(self.units):
             return following  # all are in slots
         while len(following) < most and (at := self.after[at]) != unit.index and self.units[at] not in following:
-            following.append(self.units[at])
+            following[self.units[at]] = None
         return following
 
     # -- changes of weights
 
     def _version(self, slot: Slot, views: Views) -> int:
         """A number that every write to the weights in a slot raises."""
-        return sum(tensor._version for tensor in views.weights) if self.maps else slot.base._version
+        return sum([tensor._version for tensor in views.weights]) if self.maps else slot.base._version
 
     def _written(self, loan: _Loan) -> bool:
         """Whether somebody has written to the weights that are lent."""

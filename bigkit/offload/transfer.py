@@ -65,9 +65,13 @@ class PlainLane:
 
     def fill(self, slot: Slot, unit: Unit) -> None:
         """Begin to bring a unit's bytes into a slot."""
-        for part in unit.parts():
-            if part.nbytes:
-                part.over(slot.base, part.offset).copy_(part.on_cpu())
+        for move in unit.moves():
+            if move.slab is not None:
+                there = move.slab.bytes[move.at : move.at + move.nbytes]
+                slot.base[move.offset : move.offset + move.nbytes].copy_(there)
+            else:
+                for part in move.parts:
+                    part.over(slot.base, part.offset).copy_(part.on_cpu())
         unit.madvise(mmap.MADV_DONTNEED)
 
     def arrive(self, slot: Slot) -> None:

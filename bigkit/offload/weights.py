@@ -241,12 +241,13 @@ class Unit:
     def moves(self) -> list[Move]:
         """What has to be copied to fill a slot: as few stretches of RAM and ranges of files as there are."""
         if self._moves is None:
-            self._moves = []
+            moves: list[Move] = []
             for part in self.parts():
-                if part.nbytes and self._moves and self._moves[-1].continued_by(part):
-                    self._moves[-1].parts.append(part)
+                if part.nbytes and moves and moves[-1].continued_by(part):
+                    moves[-1].append(part)
                 elif part.nbytes:
-                    self._moves.append(Move(part.slab, part.source, part.at, part.offset, [part]))
+                    moves.append(Move(part.slab, part.source, part.at, part.offset, [part], part.nbytes))
+            self._moves = moves  # only now that all are known: an interrupt may come anywhere
         return self._moves
 
     def forget_moves(self) -> None:
@@ -283,6 +284,7 @@ class Move:
         at: byte at which the first begins there.
         offset: byte at which it begins in the slot.
         parts: the parts.
+        nbytes: bytes from the first part's beginning to the last part's end, where they rest.
     """
 
     slab: Slab | None
@@ -290,12 +292,12 @@ class Move:
     at: int
     offset: int
     parts: list[Part]
+    nbytes: int
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes from the first part's beginning to the last part's end, where they rest."""
-        last = self.parts[-1]
-        return last.at + last.nbytes - self.at
+    def append(self, part: Part) -> None:
+        """Take in the part that comes next."""
+        self.parts.append(part)
+        self.nbytes = part.at + part.nbytes - self.at
 
     def continued_by(self, part: Part) -> bool:
         """Whether a part comes next in the same slab or file."""

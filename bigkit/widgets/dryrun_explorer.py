@@ -15,7 +15,6 @@ import ipywidgets as widgets
 
 from ..api import plan
 from ..draw.dryrun import dryrun_differences, dryrun_figure, dryrun_text
-from ..dryrun.rehearse import target_of
 from ..dryrun.result import DryRun
 from ..dryrun.run import dry_run, on_machine
 from ..machine.hardware import GPUS, LINKS, Hardware, machine_of
@@ -100,7 +99,7 @@ class DryRunExplorer(Explorer):
         ram: int = 64,
     ) -> None:
         self._runs: dict[Any, DryRun] = {}
-        self._alike: dict[Any, DryRun] = {}  # the same for all machines whose GPUs a model's code cannot tell apart
+        self._alike: dict[Any, list[DryRun]] = {}  # the same work on GPUs that do something else in it
         self._measured: dict[Any, Measurement] = {}
         self._here = Hardware.detect()
         self.real = widgets.Button(layout=widgets.Layout(width="auto"))
@@ -150,14 +149,13 @@ class DryRunExplorer(Explorer):
         places = plan(self.spec(), hardware=machine, dtype=dtype, batch=batch, context=prompt + new, strict=False)
         key = (name, dtype, tuple(places.device_map.items()), batch, prompt, new, machine)
         if key not in self._runs:
-            alike = (*key[:-1], target_of(machine.gpus[0])) if calibration_of(machine) is None else None
-            if alike in self._alike:  # the model's code would do the same
-                self._runs[key] = on_machine(self._alike[alike], machine)
-            else:
+            others = [] if calibration_of(machine) else self._alike.setdefault(key[:-1], [])
+            found = next((run for other in others if (run := on_machine(other, machine))), None)
+            if found is None:  # these GPUs would do something else, or were measured
                 self.say_working(f"Rehearsing {name} …")
-                self._runs[key] = dry_run(name, places, batch, prompt, new, machine, dtype=dtype)
-            if alike is not None:
-                self._alike[alike] = self._runs[key]
+                found = dry_run(name, places, batch, prompt, new, machine, dtype=dtype)
+                others.append(found)
+            self._runs[key] = found
         return Rehearsal(places, self._runs[key], key)
 
     def show(self, rehearsal: Rehearsal) -> None:

@@ -29,10 +29,10 @@ def messages() -> list[tuple[list[int], torch.Tensor]]:
     return made
 
 
-def both_ways(state: Any, tag: int, most: int) -> list[bool]:
+def both_ways(state: Any, tag: int, most: int, ahead: int) -> list[bool]:
     """Each rank sends all messages to the other, and takes the other's in between."""
     line._MOST = most
-    to, come = (line.Line(1 - state.process_index, tag) for _ in range(2))
+    to, come = (line.Line(1 - state.process_index, tag, ahead) for _ in range(2))
     same = []
     for words, tensor in messages():
         to.post(words, tensor.mT if tensor.ndim > 1 else tensor)
@@ -48,10 +48,27 @@ def both_ways(state: Any, tag: int, most: int) -> list[bool]:
     return same
 
 
+@pytest.mark.parametrize("ahead", [1, 3])
 @pytest.mark.parametrize("most", [2**22, 100, 0])
-def test_messages_arrive(two: Ranks, most: int) -> None:
-    for same in two(both_ways, 7 + most, most):
+def test_messages_arrive(two: Ranks, most: int, ahead: int) -> None:
+    for same in two(both_ways, 10 * most + ahead, most, ahead):
         assert len(same) == 3 * len(SHAPES) + 8 and all(same), same
+
+
+def changed(state: Any) -> list[bool]:
+    """Whether tensors arrive as they were when they were posted, though their owner changes them at once."""
+    to, come = (line.Line(1 - state.process_index, 5) for _ in range(2))
+    for i in range(4):
+        to.post([], tensor := torch.full((1000 * i + 1,), 7.0))
+        tensor.zero_()
+    state.wait_for_everyone()
+    same = [torch.equal(come.take(torch.device("cpu"))[1], torch.full((1000 * i + 1,), 7.0)) for i in range(4)]
+    to.flush()
+    return same
+
+
+def test_a_tensor_may_be_changed_while_it_is_under_way(two: Ranks) -> None:
+    assert two(changed) == [[True] * 4] * 2
 
 
 def refused(state: Any) -> str:

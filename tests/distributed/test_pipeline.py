@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import threading
-import time
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +11,9 @@ import pytest
 import torch
 import transformers as tf
 
-from bigkit import BnbQuantizationConfig, gather_object, load_and_quantize_model, map_file, pipeline, plan_hosts
+from bigkit import BnbQuantizationConfig, load_and_quantize_model, pipeline, plan_hosts
 from bigkit.distributed.in_flight import map_in_flight
-from bigkit.zoo.gpt import PYGPT, PYMOE, decode, encode, load_pygpt
+from bigkit.zoo.gpt import PYGPT, PYMOE, encode, load_pygpt
 from tests.distributed import stages
 from tests.meta.test_cache import DECODERS, HYBRIDS
 from tests.ranks import Ranks
@@ -207,90 +204,6 @@ def test_a_process_holds_its_stage_and_one_tensor_more(three: Ranks, tmp_path: P
 def with_wide(state: Any, function: Any, settings: Any, *args: Any) -> Any:
     stages.FAMILIES["llama, wide"] = ("LlamaForCausalLM", settings)
     return function(state, *args)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Many groups
-
-
-def timed(state: Any, folder: Path) -> dict[str, Any]:
-    """Blocks that take time as those of a GPU do: without this machine's cores."""
-    model = stages.staged(state, "pygpt", PYGPT, dtype="float32")
-    for name in model.forward.func.__self__.own:
-        if name.startswith("transformer.h."):
-            model.get_submodule(name).register_forward_hook(lambda *_: time.sleep(0.015))
-    batches = [torch.tensor([encode(f"x = {i}")]) for i in range(4)]
-    said: dict[str, Any] = {}
-    model.generate(batches[0], 1)  # the first forward does more
-    for _ in range(3):  # this machine may be busy with other things
-        for way in ("one at a time", "in flight"):
-            start = time.monotonic()
-            if way == "in flight":
-                said[way] = map_in_flight(lambda ids: model.generate(ids, 4), batches, model)
-            else:
-                said[way] = [model.generate(ids, 4) for ids in batches]
-            state.wait_for_everyone()
-            said[f"{way}, seconds"] = time.monotonic() - start
-        said["gain"] = gather_object([said["one at a time, seconds"] / said["in flight, seconds"]])[0]
-        if said["gain"] > 1.6:
-            break
-    prompts = ["a longer text ", "def f(", "class A", "i", "return "]
-    (folder / "prompts.txt").write_text("\n".join(prompts))
-    calls = []
-
-    def answer(texts: list[str]) -> list[str]:
-        calls.append(threading.get_ident())
-        return [decode(model.generate(torch.tensor([encode(text)]), 1 + len(text))[0]) for text in texts]
-
-    output = map_file(
-        answer, folder / "prompts.txt", folder / "out.jsonl", batch_size=1, progress=False, pipeline=model
-    )
-    said["file"] = [json.loads(line) for line in output.read_text().splitlines()]
-    said["threads"] = len({*calls})
-    try:
-        map_in_flight(lambda number: 1 // (number - 2), range(5), model)
-    except ZeroDivisionError as error:
-        said["error"] = str(error)
-    return said
-
-
-def test_as_many_groups_as_stages_are_under_way(two: Ranks, tmp_path: Path) -> None:
-    whole = load_pygpt(dtype=torch.float32)
-    alone = [whole.generate(torch.tensor([encode(f"x = {i}")]), 4) for i in range(4)]
-    prompts = ["a longer text ", "def f(", "class A", "i", "return "]
-    texts = [decode(whole.generate(torch.tensor([encode(text)]), 1 + len(text))[0]) for text in prompts]
-    for said in two(timed, tmp_path):
-        assert all(map(torch.equal, said["one at a time"], alone))
-        assert all(map(torch.equal, said["in flight"], alone))
-        assert said["gain"] > 1.3, "two groups, one after the other, would take as long as one at a time"
-        expected = [{"index": i, "prompt": p, "output": t} for i, (p, t) in enumerate(zip(prompts, texts))]
-        assert said["file"] == expected
-        assert said["threads"] == 2 and said["error"] == "integer division or modulo by zero"
-
-
-def worked(state: Any, folder: Path) -> tuple[float, float]:
-    """Seconds that this process's threads worked: for one group at a time, and for two under way."""
-    torch.set_num_threads(1)
-    model = stages.staged(state, "llama, wide", folder)
-    prompts = [torch.randint(3, 2000, (4, 24)) for _ in range(4)]
-    ask = partial(model.generate, max_new_tokens=6, do_sample=False, pad_token_id=0)
-    ask(prompts[0])
-    seconds = []
-    for way in (lambda: [ask(ids) for ids in prompts], lambda: map_in_flight(ask, prompts, model)):
-        state.wait_for_everyone()
-        start = time.process_time()
-        way()
-        seconds.append(time.process_time() - start)
-    return seconds[0], seconds[1]
-
-
-@pytest.mark.soak
-def test_two_groups_under_way_are_no_more_work(two: Ranks, tmp_path: Path, monkeypatch: Any) -> None:
-    """Real work, counted in time of the cores: however busy this machine is, each with a core would be as fast."""
-    monkeypatch.setitem(stages.FAMILIES, "llama, wide", ("LlamaForCausalLM", WIDE))
-    seconds = two(with_wide, worked, WIDE, stages.saved("llama, wide", tmp_path))
-    alone, flown = zip(*seconds)
-    assert sum(alone) > 1.7 * max(flown), seconds
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -36,6 +36,7 @@ FAMILIES = {"mixtral": tf.MixtralForCausalLM, "qwen3": tf.Qwen3MoeForCausalLM, "
 def pretend(monkeypatch):
     monkeypatch.setattr(lenders, "is_real_cuda", lambda device: device.type == "cpu")
     monkeypatch.setattr(gather, "seen_by_gpu", lambda slab, device: slab.bytes[:])
+    monkeypatch.setattr(gather, "kernels_for", lambda tensor: "kernels")
     for name in ("device", "device_of"):
         monkeypatch.setattr(torch.cuda, name, lambda given: nullcontext())
 
@@ -64,9 +65,9 @@ def empty(config, family):
         return FAMILIES[family](config).eval()
 
 
-def work(model, prompt, new, forwards=None):
+def work(model, prompt, new, forwards=None, sequences=1):
     """The prompt, then token by token; logits of each forward."""
-    ids = torch.randint(64, (1, prompt), generator=torch.Generator().manual_seed(prompt))
+    ids = torch.randint(64, (sequences, prompt), generator=torch.Generator().manual_seed(prompt))
     found, cache = [], None
     for step in range(1 + new):
         if forwards is not None:
@@ -93,6 +94,7 @@ def cases(draw):
         "rows": draw(st.sampled_from([0, 0, per_token, experts])),  # of each block, that may stay on the GPU
         "slots": draw(st.integers(2, 3)),
         "prompt": draw(st.integers(1, 7)),
+        "sequences": draw(st.sampled_from([1, 1, 1, 2, 3])),
         "new": draw(st.integers(1, 5)),
         "large": draw(st.booleans()),  # blocks too large for a slot that holds all
         "implementation": draw(st.sampled_from(["batched_mm", "batched_mm", "grouped_mm", "eager"])),
@@ -116,7 +118,8 @@ def check(case, monkeypatch):
         quantization = BnbQuantizationConfig(**own, torch_dtype=torch.float32, skip_modules=linear)
         model = load_and_quantize_model(model, quantization, device_map={"": "cpu"})
         model = getattr(model, "_orig_mod", model)
-    expected = work(copy.deepcopy(model), case["prompt"], case["new"])
+    load, sequences = (case["prompt"], case["new"]), case["sequences"]
+    expected = work(copy.deepcopy(model), *load, sequences=sequences)
     blocks = [name for name, module in model.named_modules() if count_rows(module)]
     places = {"": 0, **dict(zip(blocks, case["places"]))}
     each = sum(p.nbytes for p in model.get_submodule(blocks[0]).parameters()) // case["experts"]
@@ -129,12 +132,16 @@ def check(case, monkeypatch):
             for part in (part for unit in streamer.units for part in unit.parts() if part.slab is not None):
                 part.slab.pinned, part.slab._release = True, lambda: None
             streamer.listeners.append(lambda e: moved.update({forwards[-1]: e.nbytes * (e.kind == "fetch")}))
+        if implementation == "eager" or sequences > 1:  # a dry run has no values, and a routing is that of one sequence
+            for _ in range(2):
+                assert torch.equal(work(found, *load, forwards, sequences), expected)
+            return
         logits = []
-        routing = record_routing(found, lambda: logits.append(work(found, case["prompt"], case["new"], forwards)))
+        routing = record_routing(found, lambda: logits.append(work(found, *load, forwards)))
         hits = expert_hits(found)
-    assert torch.equal(logits[0], expected)
-    if implementation == "eager":
-        return  # it asks for values, which a dry run refuses
+        assert torch.equal(logits[0], expected)
+        del streamer.listeners[:]
+        assert torch.equal(work(found, *load), expected)
     run = dry_run(
         empty(config, family), places, 1, case["prompt"], case["new"], "H200", generate=False,
         quantization=quantization, dtype=None if quantization else "float32", routing=routing, replay=False, **options,
@@ -148,7 +155,15 @@ def check(case, monkeypatch):
 
 
 @given(case=cases())
-@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=8, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_bytes_and_tokens(case, pretend, monkeypatch):
+    with monkeypatch.context() as patch:
+        check(case, patch)
+
+
+@pytest.mark.soak
+@given(case=cases())
+@settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+def test_bytes_and_tokens_at_length(case, pretend, monkeypatch):
     with monkeypatch.context() as patch:
         check(case, patch)

@@ -45,6 +45,21 @@ def test_loads_of_other_shapes():
     same(small("gpt2"), 3, 1, 3, all_logits=True)
 
 
+@pytest.mark.parametrize("name", ["llama-3.1-8b", "gemma-2-9b", "mixtral-8x7b"])
+def test_later_tokens_are_traced_once(name, monkeypatch):
+    """Of a later token one block of a kind runs, and the last, which is compared."""
+    same(small(name, 8), 2, 20, 5)
+    ran = []
+    record = Replayer.record
+    monkeypatch.setattr(Replayer, "record", lambda *args: ran.append(1) or record(*args))
+    counts = []
+    for tokens in (4, 8):
+        ran.clear()
+        dry_run(small(name, 8), None, 2, 20, tokens, "H200")
+        counts.append(len(ran))
+    assert counts[1] - counts[0] == 4 * (3 if name == "gemma-2-9b" else 2)  # its layers are of two kinds
+
+
 @pytest.mark.parametrize("quantization", ["int8", "nf4-double"])
 def test_quantized_blocks(quantization):
     pytest.importorskip("bitsandbytes")

@@ -9,11 +9,12 @@ import torch
 from bigkit import init_empty_weights, plan, zoo
 from bigkit.dryrun.rehearse import target_of
 from bigkit.dryrun.result import KINDS
-from bigkit.dryrun.run import dry_run
+from bigkit.dryrun.run import dry_run, on_machine
 from bigkit.dryrun.workload import fill
 from bigkit.machine.hardware import GPUS, HARDWARE, Gpu, Hardware, machine_of
 from bigkit.machine.ledger import Calibration
 from bigkit.units import GiB, MiB, format_bytes
+from bigkit.zoo import build, catalog
 from tests.dryrun.test_fake_gpu import tiny
 
 
@@ -247,3 +248,26 @@ def test_what_cannot_be_predicted_is_refused():
     with pytest.raises(ValueError, match="'transformer.wte.weight' has memory"):
         dry_run(fill(zoo.empty_model("pygpt"), {"": "cpu"}))
     assert HARDWARE["4 x L4"].gpus[0].capability == (8, 9)
+
+
+@pytest.mark.parametrize("model", ["pygpt", "pymoe", "wide heads"])
+def test_a_run_that_serves_other_gpus_is_what_they_would_do(model):
+    """A run is taken over to another GPU only if it would ask for and compute the same there."""
+    wide = {"n_embd": 144, "n_head": 2, "n_layer": 3, "vocab_size": 64}  # heads of 72: an odd width for some kernels
+
+    def made():
+        return build.build({**catalog.config(catalog.find("gpt2")), **wide}, dtype="float16").eval()
+
+    def run(gpu):
+        return dry_run(made if model == "wide heads" else model, None, 2, 16, 2, gpu)
+
+    kinds = {target_of(gpu): name for name, gpu in GPUS.items()}  # one GPU of each kind
+    own, shared = {name: run(name) for name in kinds.values()}, 0
+    for source, start in own.items():
+        for name, expected in own.items():
+            if found := on_machine(start, machine_of(name)):
+                shared += source != name
+                for part in ("recordings", "kinds", "operations", "steps", "capacity", "rates", "met", "hardware"):
+                    assert getattr(found, part) == getattr(expected, part), (source, name, part)
+                assert (found.peak_reserved, found.seconds) == (expected.peak_reserved, expected.seconds)
+    assert shared > (1 if model == "pymoe" else 20)  # a mixture asks for the compute capability

@@ -158,8 +158,8 @@ def test_bits_of_a_dynamic_cache(kind, options, sequences, tokens, rows, monkeyp
     model, more = build(kind, **options), {**GREEDY, "output_logits": True, "return_dict_in_generate": True}
     expected = model.generate(prompt(sequences, tokens), **more)
     before = ring.pinned_bytes()
-    for stay in (0, 1):
-        cache = RestingCache(model.config, layers_on_device=stay)
+    for stay, room in ((0, None), (1, 0), (0, "100MB")):
+        cache = RestingCache(model.config, layers_on_device=stay, room=room)
         got = model.generate(prompt(sequences, tokens), past_key_values=cache, **more)
         assert torch.equal(got.sequences, expected.sequences)
         assert all(map(torch.equal, got.logits, expected.logits))

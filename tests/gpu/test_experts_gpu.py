@@ -6,10 +6,9 @@ import pytest
 import torch
 
 import bigkit
-from bigkit.checkpoints import decoded
+from bigkit.checkpoints import codecs, decoded
 from bigkit.checkpoints.codecs import find_stack_codec
 from bigkit.checkpoints.decoded import DecodedStack
-from bigkit.checkpoints.fused import decode_chosen
 from bigkit.checkpoints.ring import Slab
 from bigkit.offload import experts as experts_module
 from bigkit.offload import gather, pieces
@@ -91,7 +90,7 @@ def test_the_gpus_own_account_is_that_of_the_host(monkeypatch):
     size = sum(p.nbytes for module in model.modules() if count_rows(module) for p in module.parameters())
     found = bigkit.dispatch_model(copy.deepcopy(model), apart(model, "cpu"), expert_cache=size // 2)
     with monkeypatch.context() as patch:
-        patch.setattr(gather, "triton_works", lambda device: False)
+        patch.setattr(gather, "kernels_for", lambda tensor: None)
         other = bigkit.dispatch_model(copy.deepcopy(model), apart(model, "cpu"), expert_cache=size // 2)
         other(torch.ones(1, 1, dtype=torch.long, device=GPU))
     found(torch.ones(1, 1, dtype=torch.long, device=GPU))
@@ -131,7 +130,7 @@ def test_graphs_use_the_gpus_account(share):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("kind", ["nf4", "fp4"])
-def test_experts_in_four_bits_are_decoded_by_one_kernel(kind, dtype):
+def test_experts_in_four_bits_are_decoded_by_one_kernel(kind, dtype, monkeypatch):
     """Bit for bit what gathering and bitsandbytes give, out of the GPU's memory and out of pinned RAM."""
     pytest.importorskip("bitsandbytes")
     experts = torch.randn(9, 130, 192, dtype=torch.bfloat16, device=GPU)
@@ -144,10 +143,11 @@ def test_experts_in_four_bits_are_decoded_by_one_kernel(kind, dtype):
         slab.bytes.copy_(part.flatten().view(torch.uint8))
         in_ram[name] = seen_by_gpu(slab, GPU).view(part.dtype).view(part.shape)
     chosen = torch.tensor([7, 0, 7, 3], device=GPU)
-    expected = codec.decode({name: part[chosen] for name, part in parts.items()}, dtype)
+    with monkeypatch.context() as patch:
+        patch.setattr(codecs, "kernels_for", lambda tensor: None)
+        expected = codec.decode({name: part[chosen] for name, part in parts.items()}, dtype)
     for own in (parts, in_ram):
-        found = decode_chosen(kind, own, chosen, dtype)
-        assert found is not None and torch.equal(found, expected)
+        assert torch.equal(codec.chosen(own, chosen, dtype), expected)
 
 
 def test_unpinned_ram(monkeypatch):

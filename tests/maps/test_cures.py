@@ -8,6 +8,7 @@ import bigkit
 from bigkit.machine.hardware import HARDWARE
 from bigkit.maps.cures import cache_in_ram
 from bigkit.maps.strategies import place
+from bigkit.units import format_seconds
 
 MODEL = bigkit.zoo.describe("llama-2-7b")
 
@@ -28,6 +29,10 @@ def test_as_many_layers_stay_as_fit(budget, context):
         return plan(replace(MODEL, attention=MODEL.attention[:layers])).feasible
 
     assert fits(stay + 2) and not fits(stay + 3)
+    layer = MODEL.kv_bytes(context) // 32
+    room = plan(replace(MODEL, attention=MODEL.attention[: stay + 2])).shares[0].activations // layer
+    assert room > 1  # of these one is for a copy
+    assert f"token waits {format_seconds((32 - stay - room + 1) * layer / 50e9)} for" in text
 
 
 def test_where_it_is_not_enough():

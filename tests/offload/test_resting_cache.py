@@ -42,13 +42,13 @@ def same(cache, expected):
     )
 
 
-@pytest.mark.parametrize("stay", [0, 2])
+@pytest.mark.parametrize("stay, room", [(0, None), (2, None), (0, "100KB"), (1, "10MB")])
 @pytest.mark.parametrize("sequences, tokens", [(1, 1), (1, 7), (3, 300)])
 @pytest.mark.parametrize("make", [llama, gemma])
-def test_bits_of_a_dynamic_cache(make, sequences, tokens, stay):
+def test_bits_of_a_dynamic_cache(make, sequences, tokens, stay, room):
     model, more = make(), {**GREEDY, "output_logits": True, "return_dict_in_generate": True}
     expected = model.generate(prompt(sequences, tokens), **more)
-    cache = RestingCache(model.config, layers_on_device=stay)
+    cache = RestingCache(model.config, layers_on_device=stay, room=room)
     got = model.generate(prompt(sequences, tokens), past_key_values=cache, **more)
     assert torch.equal(got.sequences, expected.sequences)
     assert all(map(torch.equal, got.logits, expected.logits))
@@ -87,7 +87,8 @@ def test_any_calls(data):
     """Updates in the model's order and out of it, crops, and changes of the batch."""
     layers, rows = data.draw(st.integers(1, 4)), data.draw(st.sampled_from([1, 3, 256]))
     config = tf.LlamaConfig(**SIZES, num_hidden_layers=layers)
-    cache, expected = RestingCache(config), tf.DynamicCache(config=config)
+    room = data.draw(st.sampled_from([None, *range(0, 600_000, 70_000)]))
+    cache, expected = RestingCache(config, room=room), tf.DynamicCache(config=config)
     batch, generator = 2, torch.Generator().manual_seed(0)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(resting_cache, "ROWS", rows)
@@ -98,9 +99,10 @@ def test_any_calls(data):
             if kind in ("tokens", "layer"):
                 count = data.draw(st.integers(1, 5))
                 for i in range(layers) if kind == "tokens" else [data.draw(st.integers(0, layers - 1))]:
-                    new = torch.randn(2, batch, 2, count, 8, generator=generator)
+                    new = torch.randn(2, batch, count, 2, 8, generator=generator).transpose(2, 3)  # as models have it
                     both = [one.update(new[0], new[1], i) for one in (cache, expected)]
                     assert all(map(torch.equal, *both))
+                    assert [one.stride() for one in both[0]] == [one.stride() for one in both[1]]  # kernels look at it
             elif cache.layers[0].get_seq_length() > 2 and all(layer.is_initialized for layer in cache.layers):
                 for one in (cache, expected):
                     if kind == "crop":
@@ -136,6 +138,50 @@ def test_only_a_layer_and_the_next_are_on_the_device():
     row = 2 * 2 * 8 * 4  # keys and values, heads, width, bytes
     assert len(windows.slots) == 2 and cache.resting_bytes() == 8 * 256 * row
     assert sum(slot.memory.nbytes for slot in windows.slots) == 2 * 256 * row
+
+
+@pytest.mark.parametrize("stay", range(9))
+def test_layers_stay_between_prompts_where_there_is_room(stay, monkeypatch):
+    model, copies, copy = llama(8), [], resting_cache._Windows._copy
+    size = 256 * 2 * 2 * 8 * 4  # tokens, keys and values, heads, width, bytes
+    monkeypatch.setattr(resting_cache._Windows, "_copy", lambda *args: (copies.append(args[2]), copy(*args)))
+    cache = RestingCache(model.config, room=stay * size + size // 2)
+    past = model.generate(prompt(tokens=50), past_key_values=cache, **GREEDY, return_dict_in_generate=True)
+    (windows,) = cache.layers[0].windows.values()
+    assert len(windows.own) == cache.layers_that_stay() == stay
+    held = sum(slot.memory.nbytes for slot in (*windows.own.values(), *windows.slots))
+    assert held == (min(stay, 6) + 2) * size  # the last two are content with the slots of all
+    copies.clear()
+    with torch.no_grad():
+        model(past.sequences[:, -1:], past_key_values=cache)
+    away = 8 - stay
+    assert len(copies) == (away if away > 2 else 0)  # two of them find both slots as they left them
+    with torch.no_grad():
+        model(torch.randint(300, (1, 257)), past_key_values=cache)  # a prompt gets the room
+    assert not windows.own
+    copies.clear()
+    for _ in range(2):
+        with torch.no_grad():
+            model(past.sequences[:, -1:], past_key_values=cache)
+    assert sum(slot.memory.nbytes for slot in windows.own.values()) <= (stay + 0.5) * size
+
+
+def test_no_room_where_the_allocator_has_none(monkeypatch):
+    """What PyTorch has kept may be in pieces: then layers rest, as they did."""
+    model = llama(6)
+    expected, empty, failed = model.generate(prompt(), **GREEDY), torch.empty, []
+
+    def refuse(*args, **kwargs):
+        if len(windows.own) > 1 and not failed:
+            failed.append(1)
+            raise torch.OutOfMemoryError
+        return empty(*args, **kwargs)
+
+    cache = RestingCache(model.config, room="1MB")
+    windows = cache.layers[0].windows[torch.device("cpu")]
+    monkeypatch.setattr(torch, "empty", refuse)
+    assert torch.equal(model.generate(prompt(), past_key_values=cache, **GREEDY), expected)
+    assert failed and not windows.own
 
 
 def test_memory_grows_in_few_pieces():
@@ -206,7 +252,7 @@ def test_no_copy_overtakes_whatever_the_streams_do(data):
         world = World(patch)
         patch.setattr(resting_cache, "ROWS", rows)
         patch.setattr(resting_cache, "is_real_cuda", lambda device: True)
-        cache = RestingCache(config)
+        cache = RestingCache(config, room=data.draw(st.integers(0, layers)) * 2 * 2 * 2 * 8 * 4 * (rows + 8))
         world.inputs = {step.untyped_storage()._cdata for step in new}
         with world, torch.no_grad():
             got = [[cache.update(*step[i], i) for i in range(layers)] for step in new]

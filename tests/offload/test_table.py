@@ -81,6 +81,7 @@ def pretend(monkeypatch):
     """A stand-in passes for a GPU, its slabs for pinned ones, and kernels are interpreted."""
     monkeypatch.setattr(lenders, "is_real_cuda", lambda device: True)
     monkeypatch.setattr(gather, "seen_by_gpu", lambda slab, device: slab.bytes[:])
+    monkeypatch.setattr(gather, "kernels_for", lambda tensor: "kernels")
     monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
 
 

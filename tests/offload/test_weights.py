@@ -15,7 +15,7 @@ from bigkit.checkpoints.resting import write_file
 from bigkit.checkpoints.ring import Slab
 from bigkit.checkpoints.write import Form
 from bigkit.offload.source import Source
-from bigkit.offload.weights import ALIGN, Part, Unit, Weight, part_of, rest_in_ram
+from bigkit.offload.weights import ALIGN, Move, Part, Unit, Weight, part_of, rest_in_ram
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float64, torch.int64, torch.bool, torch.uint8, torch.float8_e4m3fn]
 
@@ -117,6 +117,25 @@ def test_moves_follow_what_rests_elsewhere_now():
     assert len(unit.moves()) == 1
     unit.forget_moves()
     assert [len(move.parts) for move in unit.moves()] == [1, 1, 1] and unit.rests_in() == "cpu"
+
+
+def test_an_interrupt_leaves_no_moves_out(monkeypatch):
+    tensors = [torch.randn(10) for _ in range(3)]
+    unit = unit_of(tensors)
+    for weight, tensor in zip(unit.weights, tensors):
+        rest_in_ram(Unit("alone", nn.Module(), [weight]), [{"": tensor}], pin=False)
+    unit.lay_out()
+    calls = []
+
+    def interrupted(move, part):
+        calls.append(part)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Move, "continued_by", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            unit.moves()
+    assert calls and len(unit.moves()) == 3
 
 
 def test_keep_and_what_fits():

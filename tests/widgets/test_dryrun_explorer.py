@@ -123,3 +123,13 @@ def test_another_link_needs_no_other_rehearsal(monkeypatch):
     again = dry_run("gpt2", explorer.plan, 1, 32, 1, explorer.hardware, dtype="float16")
     assert (run.hardware, run.seconds, run.capacity) == (again.hardware, again.seconds, again.capacity)
     assert run.peak_reserved == again.peak_reserved and run.rates == again.rates
+
+
+def test_another_gpu_that_does_the_same_needs_no_other_rehearsal(monkeypatch):
+    import bigkit.widgets.dryrun_explorer as home
+
+    explorer = home.DryRunExplorer("gpt2", "RTX 4090", batch=1, prompt=32, new=1)
+    monkeypatch.setattr(home, "dry_run", None)
+    for gpu in ("RTX 3090", "A100-40GB", "RTX 5090", "L4"):
+        explorer.gpu.value = gpu
+        assert gpu in explorer.run.hardware and explorer.run.capacity[0] < home.GPUS[gpu].memory

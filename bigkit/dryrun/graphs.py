@@ -1,0 +1,86 @@
+"""CUDA graphs on fake GPUs: what `graph_decode` records, and what the recording keeps.
+
+A graph's memory cannot be given to others as long as the graph lives, so PyTorch takes it from a pool of its own: here
+the pool of another stream. A recording computes nothing, but Python takes its steps; a replay computes all of it, and
+Python takes one step.
+
+Leaves out: what the driver keeps for a graph beside PyTorch's memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any, TypeVar
+
+import torch
+
+from ..machine.roofline import Operation
+from ..offload import graphs
+from ..offload.captured import Found, Rings
+from .fake_gpu import OperationLog
+
+Result = TypeVar("Result")
+
+
+class FakeRecording:
+    """Takes the place of `offload.recording.Recording`.
+
+    Args:
+        log: notes the run.
+        rings: the slots that the recorded work fills.
+    """
+
+    def __init__(self, log: OperationLog, rings: Rings) -> None:
+        self.log, self.rings = log, rings
+        self.error: BaseException | None = None
+        self._operations: list[Operation] = []
+        self._found: Found = {}
+
+    def record(self, function: Callable[[], Result]) -> Result:
+        """Call a function; its memory comes from a pool of its own, and its operations are not yet done."""
+        trace = self.log.trace
+        first = len(trace.operations)
+        trace.pools += 1
+        with self.rings.borrowed():
+            trace.pool = trace.pools
+            try:
+                self.rings.begin()
+                result = function()
+                self._found = self.rings.end()
+            except BaseException as error:
+                self.error = error
+                raise
+            finally:
+                trace.pool = 0
+        self._operations = trace.operations[first:]
+        del trace.operations[first:]
+        trace.unissued += sum(operation.issued for operation in self._operations)
+        return result
+
+    def replay(self) -> None:
+        """Note all of it, in one step of Python."""
+        trace = self.log.trace
+        with self.rings.ready(self._found):
+            trace.operations += [replace(operation, issued=0) for operation in self._operations]
+            trace.unissued += 1
+
+
+@contextmanager
+def fake_recordings(log: OperationLog) -> Iterator[None]:
+    """Let `graph_decode` record fake GPUs meanwhile."""
+    module: Any = graphs
+    real = module.Recording
+
+    class Recording(FakeRecording):
+        def __init__(self, devices: Sequence[torch.device], rings: Rings) -> None:
+            super().__init__(log, rings)
+
+        refuse = staticmethod(real.refuse)
+
+    module.Recording = Recording
+    try:
+        yield
+    finally:
+        module.Recording = real
