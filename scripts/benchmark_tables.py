@@ -92,12 +92,14 @@ def headlines() -> Iterable[Iterable[str]]:
 # Planning
 
 
-@table("model", "layers", "GPUs", "Accelerate", "bigkit from the nn.Module", "bigkit from records", "exact", "ratio")
+@table("model", "layers", "GPUs", "Accelerate", "bigkit from the nn.Module", "bigkit from records", "exact", "ratio",
+       "`infer_auto_device_map` alone")  # fmt: skip
 def planning_time() -> Iterable[Iterable[str]]:
     for r in results("planner")["rows"]:
         yield (r["model"], str(r["layers"]), str(r["gpus"]), text(r["accelerate_ms"], " ms", 1),
                text(r["from_module_ms"], " ms", 1), text(r["balanced_ms"], " ms"), text(r["exact_ms"], " ms"),
-               f"{r['ratio']:.0f}x")  # fmt: skip
+               f"{r['ratio']:.0f}x",
+               f"{r['accelerate_infer_ms']:.1f} and {r['infer_ms']:.1f} ms")  # fmt: skip
 
 
 @table("float16 weights", "on GPUs", "Accelerate", "on the fullest GPU", "Accelerate")

@@ -41,11 +41,13 @@ class AsStored(nn.Module):
 
     Args:
         stored: own names of their tensors. A cast of the model leaves them as they are.
+        stacks: own names of the stacked weights that these stand for, in the order of their use.
         works_in: the dtype that they are decoded to. A cast of the model changes it.
         decoding: bytes that the largest of its weights takes while it is decoded, on the device where it works.
     """
 
     stored: tuple[str, ...] = ()
+    stacks: tuple[str, ...] = ()
     decoding: int = 0
     works_in: torch.dtype
 
@@ -236,14 +238,14 @@ def hold_stack(module: nn.Module, own: str, codec: StackCodec, parts: Mapping[st
 
     def stack(self: Any) -> DecodedStack:
         parts: Any = {suffix: self._parameters[one] for suffix, one in names.items()}
-        return DecodedStack(parts, codec, self.works_in, form)
+        return DecodedStack(parts, codec, self.works_in, form, of=(self, own))
 
     cls = type(module)
     bases = (cls,) if issubclass(cls, AsStored) else (AsStored, cls)
     module.__class__ = type(cls.__name__, bases, {own: property(stack), "__module__": cls.__module__})
     holder: Any = module
     holder.works_in = weight.dtype
-    holder.stored = (*holder.stored, *names.values())
+    holder.stored, holder.stacks = (*holder.stored, *names.values()), (*holder.stacks, own)
     chosen, each = getattr(getattr(module, "config", None), "num_experts_per_tok", None), DECODING_STACK[codec.format]
     holder.decoding = max(holder.decoding, round(decoding(tuple(weight.shape), each, chosen or 1)))
 
@@ -271,7 +273,7 @@ def _restorable(module: nn.Module, undo: list[Any]) -> None:
 
     def restore() -> None:
         module.__class__ = cls
-        for name in ("codec", "works_in", "stored", "decoding"):
+        for name in ("codec", "works_in", "stored", "stacks", "decoding"):
             vars(module).pop(name, None)
         module._parameters.clear()
         module._parameters.update(parameters)

@@ -150,9 +150,8 @@ def _scaled(codes: Tensor, scales: Tensor, dtype: torch.dtype, experts: Tensor |
     one).
     """
     works = torch.bfloat16 if codes.dtype != torch.int8 else torch.float16  # in which all codes are exact
-    if scales.dtype == torch.uint8:  # exponents, as MXFP8 has them
-        scales = torch.exp2(scales.to(torch.float32) - 127)
-    scales = scales.to(torch.float32)  # a number alone would be rounded to the codes' dtype
+    # A number alone would be rounded to the codes' dtype. MXFP8 has exponents.
+    scales = powers_of_two(scales) if scales.dtype == torch.uint8 else scales.to(torch.float32)
     scales = scales.reshape(*(() if scales.numel() == 1 else scales.shape), *[1] * codes.ndim)
     scales = scales.reshape(scales.shape[: codes.ndim])
     sizes, counts = codes.shape[-2:], scales.shape[-2:]
@@ -243,10 +242,9 @@ def decode_mxfp4(parts: Parts, dtype: torch.dtype, experts: Tensor | None = None
     Microscaling Formats, version 1.0; the files of gpt-oss. Any shape may come before `out`, or none.
     """
     if kernels := kernels_for(parts["_blocks"]):
-        powers = parts["_scales"] if experts is None else rows_of(parts["_scales"], experts)
-        return kernels.mxfp4(parts["_blocks"], powers, experts, dtype)
+        return kernels.mxfp4(parts["_blocks"], parts["_scales"], experts, dtype)
     works = dtype if dtype == torch.bfloat16 else torch.float32  # in which these products are exact
-    scales = torch.exp2(parts["_scales"].to(torch.float32) - 127).to(works).transpose(-2, -1)
+    scales = powers_of_two(parts["_scales"]).to(works).transpose(-2, -1)
     values = e2m1(parts["_blocks"], works)  # (..., out, groups, 32)
     *around, outputs, groups, size = values.shape
     decoded = torch.empty((*around, groups, size, outputs), dtype=works, device=values.device)
@@ -287,6 +285,16 @@ def decode_4bit(parts: Parts, dtype: torch.dtype, experts: Tensor | None = None,
 def decode_rows(parts: Parts, dtype: torch.dtype) -> Tensor:
     """Stacked experts in int8: `_int8` (experts, rows, columns), and `_scb`, the largest of each row, which is 127."""
     return (parts["_int8"] * parts["_scb"][..., None] * (1 / 127)).to(dtype)
+
+
+def powers_of_two(exponents: Tensor) -> Tensor:
+    """2^(exponent - 127) for each byte, float32: the bits of the number, since a GPU's `exp2` is not exact everywhere.
+
+    >>> powers_of_two(torch.tensor([127, 129, 0], dtype=torch.uint8))
+    tensor([1.0000e+00, 4.0000e+00, 5.8775e-39])
+    """
+    bits = exponents.to(torch.int32) << 23
+    return bits.masked_fill(exponents == 0, 1 << 22).view(torch.float32)
 
 
 def e2m1(packed: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -30,6 +30,8 @@ def take_turns(sizes: Sequence[int], links: Sequence[float]) -> list[int]:
     >>> take_turns([10, 10, 10, 10], [1, 1]), take_turns([10, 10, 10, 10], [3, 1])
     ([0, 1, 0, 1], [0, 0, 0, 1])
     """
+    if len({*sizes}) == len({*links}) == 1:
+        return [i % len(links) for i in range(len(sizes))]
     busy = [0.0] * len(links)
     turns = []
     for size in sizes:

@@ -28,7 +28,7 @@ from .spec import ModelSpec, ModuleSpec, TensorSpec
 
 # Keys under which methods list the modules that they leave out.
 FP8 = "float8_e4m3fn"
-AT_A_TIME = 2**25  # weights of stacked experts that are decoded at a time, as `checkpoints/decoded.py` does it
+AT_A_TIME = 2**26  # weights of stacked experts that are decoded at a time, as `checkpoints/decoded.py` does it
 DECODING = 17.0  # bytes that a weight takes while it is decoded, in the format that takes most
 BYTE_CODES = 4.5  # the same for codes of one byte, and for MXFP4
 DECODING_OF = {"fp8": BYTE_CODES, "int8": BYTE_CODES, "nvfp4": 11.0}  # format of a layer -> it; others: DECODING
