@@ -411,6 +411,13 @@ def dryrun_offload() -> Iterable[Iterable[str]]:
         yield f"{r['way']}, {batch} x {tokens} tokens", *(text(s, " s", 3 if s < 1 else 2) for s in seconds)
 
 
+@table("a pipeline of Flux's shape", "an image", "peak", "predicted", "the same image")
+def pipelines() -> Iterable[Iterable[str]]:
+    for r in results("pipelines")["rows"]:
+        sizes = (text(r[key] / 1e9, " GB") if r[key] else "" for key in ("peak", "predicted"))
+        yield r["way"], text(r["seconds"], " s"), *sizes, "yes" if r["equal"] else "no"
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 
 
