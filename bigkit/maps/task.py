@@ -303,6 +303,7 @@ class Task:
     ) -> Plan:
         """The plan for the place of each layer, feasible or not."""
         context = self.context if context is None else context
+        experts = experts_of(self.model)
         loads = self.loads(places, slots, workers)
         shares = loads(context)
         short = [f"{device_label(share.device)} lacks {format_bytes(share.over)}" for share in shares if share.over]
@@ -330,7 +331,7 @@ class Task:
             positions=longest_context(self.model.facts),
             notes=remarks(self.model.name, self.model.facts, max(self.asked, context))
             + stacked_experts(self.model, self.precision),
-            experts=next(((one.per_token, one.count) for one in experts_of(self.model)), None) if self.around else None,
+            experts=next(((one.per_token, one.count) for one in experts), None) if self.around else None,
         )
         return replace(plan, shares=tuple(replace(share, why=why(plan, share)) for share in shares))
 

@@ -76,6 +76,11 @@ class Rows:
         """Tell the system what is going to happen to the mapped pages of their files."""
 
 
+def bytes_of_one(unit: Unit) -> int:
+    """Bytes of one of a unit's experts, without what lies between its tensors in a slot."""
+    return sum(part.nbytes // part.shape[0] for part in unit.parts())
+
+
 def rows_of(unit: Unit, rows: Iterable[int]) -> dict[int, list[Part]]:
     """Number of an expert -> its plain tensors, each where it rests and where it belongs in a slot."""
     parts = [part for part in unit.parts() if part.nbytes]

@@ -322,6 +322,8 @@ def rest_in_ram(unit: Unit, values: Iterable[dict[str, Tensor]], pin: bool) -> N
             if part.slab is None and part.source is None:
                 slab = slab or Slab(unit.nbytes, pin)
                 part.slab, part.at = slab, part.offset
+                if tensors[suffix].is_cuda:
+                    slab.pin()  # a GPU copies into pinned RAM at the rate of its link
                 part.on_cpu().copy_(tensors[suffix])
     if slab is not None:
         slab.pin(filled=True)
