@@ -11,8 +11,9 @@ one process with bigkit over that of a plain loop.
 
 For stages it is a Llama-7B shape, or a mixture of experts, with random weights; without `--gpu` small ones. One process
 with both GPUs and two processes with one each answer the same prompts; it is said which share of the answers is equal.
-A run counts all of `generate`, the prompt included. `work_ms` is how long each process works for a token, without its
-waits.
+A run counts all of `generate`, the prompt included. `work_ms` is how long each process works for a token in its blocks;
+`waits` is the share of its time in flight in which it waits for the other one. Each process has half of the cores.
+Attention is PyTorch's own: cuDNN's, the default on an H200, gives other bits from call to call (one query, 64 rows).
 """
 
 from __future__ import annotations
@@ -163,8 +164,9 @@ def measure_shares(options: argparse.Namespace) -> dict[str, Any]:
 # ---------------------------------------------------------------------------------------------------------------------
 # One model over two processes
 
-LOADS = {"one sequence": (1, 64, 2), "many": (64, 128, 4)}  # sequences in a group, tokens of a prompt, groups
-LOADS_CPU = {"one sequence": (1, 16, 2), "many": (8, 32, 4)}
+# sequences in a group, tokens of a prompt, groups, tokens to add
+LOADS = {"one sequence": (1, 64, 6, 16), "many": (64, 128, 6, 16), "a thousand": (1024, 32, 2, 64)}
+LOADS_CPU = {"one sequence": (1, 16, 6, 16), "many": (8, 32, 6, 8)}
 
 
 def empty_model(kind: str, gpu: bool) -> Any:
@@ -213,23 +215,32 @@ def write_part(model: Any, names: Sequence[str], folder: Path, rank: int, gpu: b
         (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
-def answer_in_stages(kinds: list[str], gpu: bool, folder: Path, new: int, loads: dict[str, Any]) -> list[Any]:
+def answer_in_stages(kinds: list[str], gpu: bool, folder: Path, loads: dict[str, Any]) -> list[Any]:
     """For each kind of model what this process measures: in stages, and on process 0 alone with all GPUs."""
+    import os
     import shutil
     import time
     from dataclasses import replace
+    from functools import partial
 
     import torch
 
     import bigkit
     from bigkit import BnbQuantizationConfig, Hardware, PartialState, gather_object
     from bigkit.distributed.in_flight import map_in_flight
+    from bigkit.distributed.pipeline import stage_of
     from bigkit.machine.network import Network
     from bigkit.units import MiB
 
     state = PartialState(cpu=not gpu)
+    torch.backends.cuda.enable_cudnn_sdp(False)
     if not gpu:
         torch.set_num_threads(1)
+    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+
+    def keep_to(some: list[int]) -> None:
+        if some:
+            os.sched_setaffinity(0, some)
 
     def meet() -> None:
         gather_object([rank])  # by gloo: a barrier of nccl would spin on a GPU that process 0 is measuring
@@ -243,37 +254,57 @@ def answer_in_stages(kinds: list[str], gpu: bool, folder: Path, new: int, loads:
         pairs = [pair for these, those in zip(said, expected) for pair in zip(these, those)]
         return sum(one == other for one, other in pairs) / len(pairs)
 
+    def waiting(model: Any) -> list[float]:
+        """Seconds for which this process waits for the other one, each time."""
+        stage, waits = stage_of(model), list[float]()
+        take = stage._take
+
+        def timed(*args: Any) -> Any:
+            start = time.perf_counter()
+            taken = take(*args)
+            waits.append(time.perf_counter() - start)
+            return taken
+
+        stage._take = timed  # type: ignore[method-assign]
+        return waits
+
     def measured(model: Any, ways: dict[str, Any], together: bool) -> tuple[dict[str, float], dict[str, Any]]:
         """Tokens a second of every load and way, the share of rows that the first way gave too, and the tokens."""
+        waits = waiting(model) if together else []
         model.generation_config.eos_token_id = None  # random weights draw any token
         model.generation_config.pad_token_id = 0
         generator, rates, answers = torch.Generator().manual_seed(1), {}, {}
-        for load, (batch, prompt, groups) in loads.items():
+        for load, (batch, prompt, groups, new) in loads.items():
             ids = torch.randint(3, model.config.vocab_size, (groups, batch, prompt), generator=generator)
             prompts = [*ids.to(state.device)]
-            [*ways.values()][-1](model, prompts[:2])  # cuDNN plans attention for each length that it meets
+            [*ways.values()][-1](model, prompts[:2], new)  # the first one does more
             for way, run in ways.items():
+                if way == "three under way" and groups < 3:
+                    continue
+                waits.clear()
                 if together:
                     meet()
                 start = time.perf_counter()
-                said = run(model, prompts)
+                said = run(model, prompts, new)
                 if together:
                     meet()
-                rates[f"{load}, {way}"] = groups * batch * new / (time.perf_counter() - start)
+                took, waited = time.perf_counter() - start, sum(waits)
+                rates[f"{load}, {way}"] = groups * batch * new / took
                 said = [tokens.tolist() for tokens in said]
                 rates[f"{load}, {way}, equal"] = equal(said, answers.setdefault(load, said))
-            if together:
-                rates[f"{load}, work_ms"] = 1e3 * work_of_a_token(model, lambda p=prompts, m=model: ask(m, p[0]), gpu)
+            if together:  # the last way is in flight
+                work = work_of_a_token(model, lambda ids=prompts[0]: ask(model, ids, 8), gpu)
+                rates |= {f"{load}, waits": waited / took, f"{load}, work_ms": 1e3 * work}
         return rates, answers
 
-    def ask(model: Any, ids: Any) -> Any:
+    def ask(model: Any, ids: Any, new: int) -> Any:
         return model.generate(ids, max_new_tokens=new, do_sample=False).cpu()
 
-    def one_at_a_time(model: Any, prompts: Any) -> list[Any]:
-        return [ask(model, ids) for ids in prompts]
+    def one_at_a_time(model: Any, prompts: Any, new: int) -> list[Any]:
+        return [ask(model, ids, new) for ids in prompts]
 
-    def in_flight(model: Any, prompts: Any) -> list[Any]:
-        return map_in_flight(lambda ids: ask(model, ids), prompts, model)
+    def in_flight(model: Any, prompts: Any, new: int, groups: int | None = None) -> list[Any]:
+        return map_in_flight(lambda ids: ask(model, ids, new), prompts, model, groups=groups)
 
     def loaded(kind: str, plan: Any, config: Any, together: bool) -> Any:
         model = empty_model(kind, gpu)
@@ -308,11 +339,17 @@ def answer_in_stages(kinds: list[str], gpu: bool, folder: Path, new: int, loads:
         row: dict[str, Any] = {"load_s": time.perf_counter() - start, "blocks": plan.stages[rank].blocks}
         row["held_mib"] = sum(tensor.nbytes for tensor in model.parameters()) // MiB
         row |= {"peak_mib": torch.cuda.max_memory_allocated() // MiB} if gpu else {}
-        row |= {"kind": kind, "new": new, "one_predicted": plan.one, "split_predicted": plan.split}
-        ways = {"one at a time": one_at_a_time, "again": one_at_a_time, "in flight": in_flight}
+        row |= {"kind": kind, "one_predicted": plan.one, "split_predicted": plan.split}
+        ways = {
+            "one at a time": one_at_a_time,
+            "three under way": partial(in_flight, groups=3),
+            "in flight": in_flight,
+        }
+        keep_to([cores[: len(cores) // 2], cores[len(cores) // 2 :]][rank])
         row["rates"], tokens = measured(model, ways, together=True)
         print(row, flush=True)
         del model
+        keep_to(cores)
         meet()
         if rank == 0:
             whole = loaded(kind, plan, config, together=False)
@@ -352,12 +389,12 @@ def work_of_a_token(model: Any, run: Any, gpu: bool) -> float:
     return statistics.median(times[1:])  # the first is that of the prompt
 
 
-def measure_stages(kinds: list[str], gpu: bool, new: int) -> list[dict[str, Any]]:
+def measure_stages(kinds: list[str], gpu: bool) -> list[dict[str, Any]]:
     """A row for each kind of model: two processes, and one with all GPUs."""
     loads = LOADS if gpu else LOADS_CPU
     folder = Path(tempfile.mkdtemp(dir="/dev/shm" if Path("/dev/shm").is_dir() else None))
     try:
-        first, last = notebook_launcher(answer_in_stages, (kinds, gpu, folder, new, loads), 2)
+        first, last = notebook_launcher(answer_in_stages, (kinds, gpu, folder, loads), 2)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     rows = []
@@ -367,7 +404,8 @@ def measure_stages(kinds: list[str], gpu: bool, new: int) -> list[dict[str, Any]
         for load in loads:
             rates = one["rates"]
             row[f"gain, {load}"] = rates[f"{load}, in flight"] / rates[f"{load}, one at a time"]
-            row[f"work_ms, {load}"] = [said["rates"].pop(f"{load}, work_ms") for said in (one, other)]
+            for what in ("work_ms", "waits"):
+                row[f"{what}, {load}"] = [said["rates"].pop(f"{load}, {what}") for said in (one, other)]
         print(json.dumps(row), flush=True)
         rows.append(row)
     return rows
@@ -386,7 +424,6 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=64, help="bytes to add to each")
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS, help="of models in stages")
-    parser.add_argument("--new", type=int, default=32, help="tokens to add, in stages")
     parser.add_argument("--save", action="store_true", help="write benchmarks/results/{distributed,stages}-*.json")
     options = parser.parse_args()
     machine = {
@@ -408,7 +445,7 @@ def main() -> None:
         import transformers
 
         about = {"transformers": transformers.__version__, "loads": LOADS if options.gpu else LOADS_CPU}
-        content = {"machine": machine | about, "rows": measure_stages(options.kinds, options.gpu, options.new)}
+        content = {"machine": machine | about, "rows": measure_stages(options.kinds, options.gpu)}
         if options.save:
             (folder / f"stages-{place}.json").write_text(json.dumps(content, indent=1) + "\n")
 

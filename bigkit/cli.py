@@ -332,6 +332,8 @@ def _dry_run(options: argparse.Namespace) -> str:
         where = machine.name.partition(":")[0]
         raise ValueError(f'{where} has no GPU to rehearse on: name one, as in --hardware "RTX 4090"')
     plan = _plan_of(options, machine, options.context + options.new)
+    if not hasattr(plan, "layers"):
+        raise ValueError("a pipeline has no dry run: `bigkit plan` counts what each of its phases takes")
     dtype = options.dtype or plan.dtype
 
     def build() -> nn.Module:

@@ -25,8 +25,9 @@ def _(read: list[Tensor], shape: list[int], dtype: torch.dtype) -> Tensor:
 
 def mxfp4(blocks: Tensor, scales: Tensor, experts: Tensor | None, dtype: torch.dtype) -> Tensor:
     """As the kernel of this name."""
+    blocks, scales = _few(blocks, experts), _few(scales, experts)
     *around, outputs, groups = scales.shape
-    return decode([_few(blocks, experts), scales], [*around, 2 * groups * blocks.shape[-1], outputs], dtype)
+    return decode([blocks, scales], [*around, 2 * groups * blocks.shape[-1], outputs], dtype)
 
 
 def scaled(codes: Tensor, scales: Tensor, experts: Tensor | None, block: Sequence[int], dtype: torch.dtype) -> Tensor:

@@ -10,6 +10,10 @@ no names, and the caller's function no locks.
 The model itself works on the caller's thread, as it does for one group at a time: libraries of a GPU keep handles,
 workspaces and plans for each thread (cuDNN needs some 30 ms to plan attention for a length that a thread has not seen).
 
+So greedy tokens are those of one group at a time, bit for bit, where the kernels themselves give the same bits twice.
+PyTorch's default for attention on an H200, cuDNN's, does not with 64 sequences and one new token each;
+`torch.backends.cuda.enable_cudnn_sdp(False)` takes another one, which does.
+
 Leaves out: a pipeline itself (`pipeline.py`), and files of prompts (`map_file.py`, which takes a pipeline).
 """
 
@@ -32,7 +36,9 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 
-def map_in_flight(function: Callable[[T], R], batches: Iterable[T], model: nn.Module) -> list[R]:
+def map_in_flight(
+    function: Callable[[T], R], batches: Iterable[T], model: nn.Module, *, groups: int | None = None
+) -> list[R]:
     """What a function makes of each batch, with as many batches under way as the model has stages.
 
     Call it on every process, with the same batches.
@@ -42,6 +48,8 @@ def map_in_flight(function: Callable[[T], R], batches: Iterable[T], model: nn.Mo
             runs in threads, but never twice at once, and without gradients.
         batches: the inputs. They are taken one by one, as their turn comes.
         model: one that `bigkit.pipeline` has returned.
+        groups: how many batches are under way; None takes one for each stage. One more takes memory for its cache, and
+            keeps stages busy whose pace varies.
 
     Returns:
         The results, in the order of the batches, on every process. Greedy tokens are those of one batch at a time.
@@ -49,7 +57,7 @@ def map_in_flight(function: Callable[[T], R], batches: Iterable[T], model: nn.Mo
         answers with as many stages, and others than one batch at a time.
 
     Raises:
-        ValueError: `model` is no pipeline.
+        ValueError: `model` is no pipeline, there are no groups, or `function` calls this.
         Exception: what `function` raises first; the batches that are under way are given up.
 
     >>> from bigkit import init_empty_weights, pipeline
@@ -62,21 +70,28 @@ def map_in_flight(function: Callable[[T], R], batches: Iterable[T], model: nn.Mo
     [12, 11]
     """
     results: dict[int, R] = {}
-    run_in_flight(function, batches, model, results.__setitem__)
+    run_in_flight(function, batches, model, results.__setitem__, groups)
     return [results[i] for i in range(len(results))]
 
 
 def run_in_flight(
-    function: Callable[[T], R], batches: Iterable[T], model: nn.Module, done: Callable[[int, R], Any]
+    function: Callable[[T], R],
+    batches: Iterable[T],
+    model: nn.Module,
+    done: Callable[[int, R], Any],
+    groups: int | None = None,
 ) -> None:
     """`map_in_flight`, with each result and its number given to `done`, in the order of the batches."""
     stage = stage_of(model)
     if stage.turns is not None:
         raise ValueError("map_in_flight was called by a function that it runs: call it once, with all batches")
+    slots = range(stage.last + 1 if groups is None else groups)
+    if not slots:
+        raise ValueError(f"groups is {groups}: expected at least one batch under way")
     early: dict[int, R] = {}  # results of batches whose predecessors are under way
     first = 0
     numbered = enumerate(batches)
-    turns = _Turns(stage.last + 1, stage.device.type)
+    turns = _Turns(len(slots), stage.device.type)
     stream = torch.cuda.current_stream() if stage.device.type == "cuda" else None
 
     def hand_out() -> None:
@@ -104,7 +119,7 @@ def run_in_flight(
         except BaseException as error:
             turns.give_up(error)
 
-    threads = [threading.Thread(target=work, args=(slot,), daemon=True) for slot in range(stage.last + 1)]
+    threads = [threading.Thread(target=work, args=(slot,), daemon=True) for slot in slots]
     try:
         for thread in threads:
             thread.start()

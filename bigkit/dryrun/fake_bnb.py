@@ -182,7 +182,9 @@ def note_kernel(log: OperationLog, name: str, arguments: tuple[Any, ...]) -> Non
     elif name.startswith(PRODUCTS) and "naive" not in name and tensors[0].numel() >= VECTORS * tensors[0].shape[-1]:
         flops = 2 * rows * columns * depth
     moved = sum(map(dense_bytes, tensors))
-    log.trace.add(Operation(name, str(tensors[0].device), flops, moved, dtype.removeprefix("torch.")))
+    rows_alone = tensors[0].numel() if name.startswith("cint8_vector_quant") else 0  # a block of threads for each
+    device, dtype = str(tensors[0].device), dtype.removeprefix("torch.")
+    log.trace.add(Operation(name, device, flops, moved, dtype, scattered=rows_alone))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

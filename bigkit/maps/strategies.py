@@ -214,7 +214,7 @@ def _offload(task: Task, strategy: str) -> Plan:
             break
     chosen = best or nearest
     assert chosen is not None  # the two slots were tried
-    ways = [chosen.places] if strategy == "sequential" else [_spread(task, chosen), chosen.places]
+    ways = [chosen.places] if strategy == "sequential" or task.in_order else [_spread(task, chosen), chosen.places]
     for way in ways:
         if (plan := task.to_plan(task.by_layer(way), strategy, None, chosen.slots, chosen.workers)).feasible:
             break

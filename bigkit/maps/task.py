@@ -90,6 +90,11 @@ class Task:
 
     # -- the model's side
 
+    @property
+    def in_order(self) -> bool:
+        """Whether what stays is not to be spread among what does not: llama.cpp computes with that where it rests."""
+        return self.model.library == "gguf"
+
     @cached_property
     def computes_in(self) -> str:
         return self.model.computes_in(self.precision)

@@ -69,6 +69,9 @@ def ways(state: Any, folder: Path) -> dict[str, Any]:
     said.clear()
     found["in flight"] = map_in_flight(ask, batches, model)
     found["waiting"] = under_way(said)
+    said.clear()
+    found["one more"] = map_in_flight(ask, batches, model, groups=state.num_processes + 1)
+    found["waiting, one more"] = under_way(said)
     found["threads"] = {*threads} == {threading.get_ident()}
     prompts = ["a longer text ", "def f(", "class A", "i", "return "]
     (folder / "prompts.txt").write_text("\n".join(prompts))
@@ -93,12 +96,14 @@ def test_as_many_groups_as_stages_are_under_way(ranks: Ranks, tmp_path: Path) ->
     for found in founds:
         assert all(map(torch.equal, found["one at a time"], alone))
         assert all(map(torch.equal, found["in flight"], alone))
+        assert all(map(torch.equal, found["one more"], alone))
         assert found["file"] == expected
         assert found["threads"], "the model works on the caller's thread"
     if size > 1:
         assert founds[0]["waiting alone"] == [0] * 24
         most = min(size, 6) - 1
         assert founds[0]["waiting"] == [*range(most), *[most] * (24 - most)]
+        assert max(founds[0]["waiting, one more"]) == min(size + 1, 6) - 1
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -136,6 +141,10 @@ def fails(state: Any) -> dict[str, Any]:
         map_in_flight(lambda ids: map_in_flight(lambda x: x, [ids], model), batches, model)
     except ValueError as error:
         said["nested"] = str(error)
+    try:
+        map_in_flight(ask, batches, model, groups=0)
+    except ValueError as error:
+        said["no groups"] = str(error)
     said["none"] = map_in_flight(ask, [], model)
     said["one"] = map_in_flight(lambda ids: model.generate(ids, 6), batches[:1], model)
     return said
@@ -151,6 +160,7 @@ def test_after_an_error_the_next_answers_are_right(ranks: Ranks) -> None:
             assert all(map(torch.equal, said[f"{way}, flight after"], expected)), way
         assert said["in flight, threads"] == said["alone, threads"], "no thread is left"
         assert said["nested"].startswith("map_in_flight was called by a function that it runs")
+        assert said["no groups"] == "groups is 0: expected at least one batch under way"
         assert said["none"] == [] and torch.equal(said["one"][0], expected[0])
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +76,46 @@ def test_tokens_of_two_gpus_are_those_of_one(family: str, pair: Ranks, tmp_path:
         assert said["peak"] <= said["bytes"] + said["largest"] + CHUNK, "a chunk of the file lies on the GPU, too"
 
 
+def in_half_precision(state: Any, folder: Path, expected: dict[str, torch.Tensor]) -> list[str]:
+    torch.backends.cuda.enable_cudnn_sdp(False)  # gives other bits from call to call, in one process as well
+    try:
+        stages.FAMILIES["llama, broad"] = ("LlamaForCausalLM", BROAD)
+        model = staged(state, "llama, broad", folder, dtype="bfloat16")
+        batches = [*groups(state.device)]
+        ask = partial(model.generate, max_new_tokens=12, do_sample=False, pad_token_id=0, eos_token_id=None)
+        said = {
+            "alone": [ask(ids) for ids in batches],
+            "in flight": map_in_flight(ask, batches, model),
+            "one more": map_in_flight(ask, batches, model, groups=3),
+        }
+        return [way for way, tokens in said.items() if not torch.equal(torch.stack(tokens).cpu(), expected["tokens"])]
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(True)
+
+
+BROAD = {"hidden_size": 2048, "intermediate_size": 5504, "num_hidden_layers": 4, "num_attention_heads": 16,
+         "vocab_size": 8000}  # fmt: skip
+
+
+def groups(device: Any) -> torch.Tensor:
+    return torch.randint(3, 8000, (4, 64, 128), generator=torch.Generator().manual_seed(1)).to(device)
+
+
+def test_many_sequences_in_half_precision(pair: Ranks, tmp_path: Path, monkeypatch: Any) -> None:
+    """Large enough for kernels that split their sums: whoever works, and beside whom, the bits are the same."""
+    monkeypatch.setitem(FAMILIES, "llama, broad", ("LlamaForCausalLM", BROAD))
+    folder = stages.saved("llama, broad", tmp_path)
+    whole = tf.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval().to(0)
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    try:
+        ask = partial(whole.generate, max_new_tokens=12, do_sample=False, pad_token_id=0, eos_token_id=None)
+        expected = {"tokens": torch.stack([ask(ids) for ids in groups("cuda:0")]).cpu()}
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(True)
+    assert pair(in_half_precision, folder, expected) == [[], []]
+
+
+@pytest.mark.filterwarnings("ignore:inner dimension:UserWarning")  # this model is narrower than a block of bitsandbytes
 @pytest.mark.parametrize("kind", ["int8", "nf4"])
 def test_quantized_while_loaded(kind: str, pair: Ranks, tmp_path: Path) -> None:
     pytest.importorskip("bitsandbytes")
