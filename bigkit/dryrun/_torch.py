@@ -13,7 +13,7 @@ from typing import Any
 from unittest import mock
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 from torch._subclasses.fake_tensor import FakeTensor as FakeTensor  # the class of tensors without data
 from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode  # sees every operation
@@ -81,21 +81,20 @@ def lent_gpus(capability: Callable[[], tuple[int, int]]) -> Iterator[None]:
         mock.patch("torch.backends.cudnn.is_acceptable", lambda tensor: False),  # an LSTM would select the real GPU
         # With a real GPU in the machine PyTorch makes a real tensor there for each fake one.
         mock.patch("torch._subclasses.fake_tensor.init_gpu_context", lambda device: None),
-        mock.patch.object(nn.Module, "_apply", _apply_what_changes(nn.Module._apply)),
+        mock.patch("torch.utils.swap_tensors", _swap),
     ):
         yield
 
 
-def _apply_what_changes(own: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
-    """`module.to(...)` where nothing changes does nothing; PyTorch swaps each fake tensor for itself, and cannot."""
+_swap_real = torch.utils.swap_tensors
 
-    def apply(module: nn.Module, function: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
-        tensors = (*module.parameters(recurse), *module.buffers(recurse))
-        if all(function(tensor) is tensor for tensor in tensors):
-            return module
-        return own(module, function, recurse)
 
-    return apply
+def _swap(parameter: Tensor, converted: Tensor) -> None:
+    """For `Module.to`, which gives a parameter other data but swaps a fake one; that fails, for it is referred to."""
+    if isinstance(parameter, FakeTensor):
+        parameter.data = converted.data
+    else:
+        _swap_real(parameter, converted)
 
 
 @contextmanager

@@ -60,6 +60,7 @@ class Typical:
         float32: FLOP a second in float32 for each of 16 bits (H200, without TF32).
         attention: share of a vendor's 16-bit FLOP a second that fused attention reaches (H200).
         link: share of a vendor's link that a copy from pinned RAM reaches (H200).
+        gathered: share of the rate of copies that a GPU reaches which reads experts out of RAM itself (H200).
         issue: seconds that Python takes for one step (H200: 5.4e-6; slower hosts more).
         kernel: seconds that the smallest kernel takes (H200: 1.8e-6).
     """
@@ -78,6 +79,7 @@ class Typical:
     float32: float = 1 / 16
     attention: float = 0.5
     link: float = 0.87
+    gathered: float = 0.92
     issue: float = 6e-6
     kernel: float = 2.5e-6
 
@@ -110,6 +112,7 @@ class Operation:
         scattered: elements of its result that its kernel takes one by one, because its tensors lie in memory in
             different orders, or one is repeated; several at once go in one access otherwise.
         experts: experts of a mixture that are brought.
+        gathered: whether the GPU itself reads them out of RAM, which reaches a part of the link's rate.
     """
 
     name: str
@@ -123,6 +126,7 @@ class Operation:
     unit: str = ""
     scattered: int = 0
     experts: int = 0
+    gathered: bool = False
 
 
 @dataclass(frozen=True)
@@ -338,7 +342,8 @@ class _Player:
         slot = self.slots[operation.device, operation.slot]
         disk = rates.disk if operation.source == "disk" else None
         before = self.clock.busy.get(lane, 0.0)
-        filling = self.clock.fill(slot, operation.bytes, rates.link, disk, lane)
+        link = rates.link * (TYPICAL.gathered if operation.gathered else 1)
+        filling = self.clock.fill(slot, operation.bytes, link, disk, lane)
         if filling.read is not None:
             self._note("disk", operation.unit, filling.read)
         if operation.experts:
