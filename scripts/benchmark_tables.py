@@ -14,7 +14,7 @@ import json
 import re
 import statistics
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -364,34 +364,34 @@ def dryrun_memory() -> Iterable[Iterable[str]]:
         yield name, f"{bound:g} %", str(sum(error <= bound for error in errors)), f"{max(errors):.2f} %"
 
 
-def held_out_errors(quantity: str, guessed: int | None = None, draw: str = "", file: str = "held-out-2") -> list[float]:
-    """How far predictions were off, in percent.
+DRAWS = ("held-out", "held-out-2")  # each predicted with the code that was frozen before it was drawn
+
+
+def held_out_errors(quantity: str, guessed: int | None = None, draws: Sequence[str] = DRAWS) -> list[float]:
+    """How far predictions were off, in percent, in the runs that nobody had seen.
 
     Args:
         quantity: "allocated", "reserved", "prompt" or "token".
         guessed: of the predictions without a twin: 0 takes the prompt's, 1 a token's.
-        draw: of the file's runs: "" are those that nobody had seen, "first" what was left of the draw before, "table"
-            those of the table of `dryrun.py`.
-        file: the kept results.
+        draws: files of kept results.
     """
-    rows = [row for row in results(file)["rows"] if quantity in row.get("compared", {}) and row.get("draw", "") == draw]
+    rows = [row for draw in draws for row in results(draw)["rows"] if quantity in row.get("compared", {})]
     pairs = [(row["compared"][quantity], row["without twin"]) for row in rows]
     return [100 * ((told[0] if guessed is None else guess[guessed]) / told[1] - 1) for told, guess in pairs]
 
 
-@table("runs", "quantity", "within", "how many", "median error", "worst", "beyond 40 %")
+@table("held-out runs", "within", "first draw", "second draw", "both", "median error", "worst", "beyond 40 %")
 def held_out() -> Iterable[Iterable[str]]:
-    """The second draw, what was left of the first, and the old table."""
-    for name, which in (("second draw", ""), ("rest of the first draw", "first"), ("the 72", "table")):
-        for quantity, bound, guessed in (
-            ("allocated", 0.5, None), ("reserved", 3.0, None), ("prompt", 15.0, None), ("token", 15.0, None),
-            ("prompt, without a twin", 15.0, 0), ("token, without a twin", 15.0, 1),
-        ):  # fmt: skip
-            errors = held_out_errors(quantity.partition(",")[0], guessed, which)
-            if errors:
-                good, middle = sum(abs(error) <= bound for error in errors), statistics.median(map(abs, errors))
-                yield (name, quantity, f"{bound:g} %", f"{good} of {len(errors)}", f"{middle:.2f} %",
-                       f"{max(errors, key=abs):+.1f} %", str(sum(abs(error) > 40 for error in errors)))  # fmt: skip
+    """What was foretold of the runs of both draws."""
+    for name, bound, guessed in (
+        ("allocated", 0.5, None), ("reserved", 3.0, None), ("prompt", 15.0, None), ("token", 15.0, None),
+        ("prompt, without a twin", 15.0, 0), ("token, without a twin", 15.0, 1),
+    ):  # fmt: skip
+        parts = [held_out_errors(name.partition(",")[0], guessed, draws) for draws in (DRAWS[:1], DRAWS[1:], DRAWS)]
+        counts = [f"{sum(abs(error) <= bound for error in errors)} of {len(errors)}" for errors in parts]
+        errors = parts[-1]
+        yield (name, f"{bound:g} %", *counts, f"{statistics.median(map(abs, errors)):.2f} %",
+               f"{max(errors, key=abs):+.1f} %", str(sum(abs(error) > 40 for error in errors)))  # fmt: skip
 
 
 @table("what", "longest busy", "within 15 %", "median error", "worst")
