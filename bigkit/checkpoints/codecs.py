@@ -260,7 +260,7 @@ def decode_mxfp4(parts: Parts, dtype: torch.dtype, experts: Tensor | None = None
     return decoded.flatten(-3, -2).to(dtype)
 
 
-def decode_4bit(parts: Parts, dtype: torch.dtype, kind: str) -> Tensor:
+def decode_4bit(parts: Parts, dtype: torch.dtype, experts: Tensor | None = None, *, kind: str) -> Tensor:
     """Stacked experts in nf4 or fp4: codes (experts, rows, columns / 2) -> (experts, rows, columns).
 
     Two codes in a byte, a scale for each 64 weights of an expert: `_absmax` (experts, blocks). With double quantization
@@ -271,11 +271,16 @@ def decode_4bit(parts: Parts, dtype: torch.dtype, kind: str) -> Tensor:
 
     codes, scales = parts[f"_{kind}"], parts["_absmax"]
     shape = (*codes.shape[:-1], codes.shape[-1] * 2)
+    whole = shape[1] * shape[2] % BLOCK_4BIT == 0  # else the last block of each expert is a shorter one
+    if whole and "_offset" not in parts and (kernels := kernels_for(codes)):
+        return kernels.looked_up(codes, scales.contiguous(), experts, kind, dtype)
+    if experts is not None:
+        codes, scales = rows_of(codes, experts), rows_of(scales, experts)
+        shape = (*codes.shape[:-1], shape[-1])
     if "_offset" in parts:
         table = functional.create_dynamic_map().to(scales.device)
         nested = parts["_nested_absmax"].repeat_interleave(NESTED, 1)[:, : scales.shape[1]]
         scales = table[scales.int()] * nested + parts["_offset"][:, None]
-    whole = shape[1] * shape[2] % BLOCK_4BIT == 0  # else the last block of each expert is a shorter one
     pieces = [(codes, scales)] if whole else [*zip(codes, scales)]
     op = torch.ops.bitsandbytes.dequantize_4bit.default
     # As one row: for CPUs with AVX-512, bitsandbytes 0.50 begins a block anew in each row.
@@ -346,7 +351,7 @@ def decode_scaled_stack(parts: Parts, dtype: torch.dtype, experts: Tensor | None
 STACK_CODECS = (
     StackCodec("fp8", ("", "_scale_inv"), decode_scaled_stack, in_place=True),
     StackCodec("mxfp4", ("_blocks", "_scales"), decode_mxfp4, in_place=True),
-    *(StackCodec(kind, (f"_{kind}", "_absmax"), partial(decode_4bit, kind=kind)) for kind in ("nf4", "fp4")),
+    *(StackCodec(kind, (f"_{kind}", "_absmax"), partial(decode_4bit, kind=kind), True) for kind in ("nf4", "fp4")),
     *(
         StackCodec(
             f"{kind}-double",

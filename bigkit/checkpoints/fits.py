@@ -144,4 +144,4 @@ def _differs(kinds: Kinds, **expected: tuple[Shape, tuple[torch.dtype, ...]]) ->
 def _unread(kinds: Kinds, *names: str) -> str | None:
     """Whether there is something that belongs to a weight and that decoding would not read."""
     found = [name for name in kinds if name.startswith(("weight", "q", "scale", "g_idx")) and name not in names]
-    return f"{found[0]} would not be read" if found else None
+    return f"{min(found)} would not be read" if found else None

@@ -242,3 +242,25 @@ def test_a_format_that_is_not_known_is_one_sentence(tmp_path: Path) -> None:
         bigkit.load_checkpoint_in_model(empty(plain), tmp_path)
     with pytest.raises(ValueError, match="keep must be"):
         bigkit.load_checkpoint_in_model(empty(plain), tmp_path, keep="fp8")
+
+
+class Twice(nn.Module):
+    """A layer that works in two places."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(64, 64, bias=False)
+        self.second = self.first
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(self.first(x))
+
+
+def test_a_layer_in_two_places_is_no_tied_weight(tmp_path: Path) -> None:
+    stored = fp8(64, 64)
+    save_file({f"first.{own}": tensor for own, tensor in stored.items()}, tmp_path / "model.safetensors")
+    with bigkit.init_empty_weights():
+        model = Twice()
+    model = bigkit.load_checkpoint_and_dispatch(model, tmp_path, device_map={"": "cpu"}, dtype=torch.float32)
+    weight, x = stored["weight"].float() * stored["weight_scale_inv"], torch.randn(2, 64)
+    assert torch.equal(model(x), x @ weight.t() @ weight.t())
