@@ -146,6 +146,7 @@ def _parser() -> argparse.ArgumentParser:
                   'gpt2-xl --hardware "2 x T4" --context 512', _dry_run)  # fmt: skip
     _add_plan(dry)
     dry.add_argument("--new", type=int, default=4, help="tokens to generate after the prompt (%(default)s)")
+    dry.add_argument("--graphs", action="store_true", help="generate within bigkit.graph_decode")
 
     for what, about, example in (
         ("models", "the models that need no download", "llama 8b"),
@@ -339,7 +340,7 @@ def _dry_run(options: argparse.Namespace) -> str:
             options.model, options.library_name, dtype=dtype, trust_remote_code=options.trust_remote_code
         )
 
-    run = dry_run(build, plan, options.batch, options.context, options.new, machine, dtype=dtype)
+    run = dry_run(build, plan, options.batch, options.context, options.new, machine, dtype=dtype, graphs=options.graphs)
     run = replace(run, model=options.model)
     return _say(options, run, "dryrun", lambda: f"{plan.explain()}\n\n{run}")
 
