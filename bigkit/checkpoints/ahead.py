@@ -47,19 +47,18 @@ def decoded_in_turn(module: nn.Module, own: str, experts: Tensor, decode: Callab
             tensor, and decoded anew otherwise.
         decode: the name of a stack -> weights, on whatever stream is current.
     """
-    current = torch.cuda.current_stream(experts.device)
-    begun = _begun.pop(module, None)
-    if begun is not None:
+    current, begun = torch.cuda.current_stream(experts.device), _begun.pop(module, None)
+    if begun is not None and begun.own == own and begun.experts is experts:
         current.wait_event(begun.done)
-        if begun.own == own and begun.experts is experts:
-            return begun.weights
+        return begun.weights
     weights = decode(own)
     stacks: Any = module.stacks
     if own != stacks[-1]:
         following, stream = stacks[stacks.index(own) + 1], _stream(experts.device)
         stream.wait_stream(current)
         with torch.cuda.stream(stream):
-            # Its memory is this stream's: who takes it next on this stream has waited for those that read it.
+            # Its memory is this stream's. Who takes it next, on this stream, has waited for whoever read it; and what
+            # nobody has asked for (an error came between) is let go without a wait.
             ahead = decode(following)
             _begun[module] = Begun(following, experts, ahead, stream.record_event())
     return weights

@@ -126,8 +126,9 @@ def _change_modules(model: nn.Module, source: Checkpoint, keep: str, undo: list[
     for name, stacks in stack_experts(model, source).items():
         under[name] = {**under.get(name, {}), **stacks}
     names_of: dict[int, list[str]] = {}
-    for full, parameter in model.named_parameters(remove_duplicate=False):
-        names_of.setdefault(id(parameter), []).append(full)
+    for name, module in model.named_modules():  # a module that is in several places is one
+        for own, parameter in module.named_parameters(recurse=False):
+            names_of.setdefault(id(parameter), []).append(f"{name}.{own}".lstrip("."))
     for name, module in list(model.named_modules()):
         kinds = under.get(name, {})
         if type(module) is nn.Linear and module.weight.is_meta:
@@ -188,7 +189,10 @@ def _stacked(name: str, module: nn.Module, source: Checkpoint, kinds: Kinds) -> 
         codec = find_stack_codec(own, kinds) if stack else None
         if codec is not None and parameter is not None:
             own_kinds = {suffix: kinds[own + suffix] for suffix in codec.suffixes}
-            if wrong := stack_misfit(codec.format, tuple(parameter.shape), own_kinds):
+            wrong = stack_misfit(codec.format, tuple(parameter.shape), own_kinds)
+            if own in kinds and own not in map(own.__add__, codec.suffixes):
+                wrong = f"and {own} lies there as well, so that one of the two would not be read"
+            if wrong:
                 raise CheckpointError(
                     f"{name}.{own} in {source.path}: stacked weights of shape {list(parameter.shape)} are stored as "
                     f"{described({own + suffix: kind for suffix, kind in own_kinds.items()})}: {wrong}; {ANEW}"

@@ -36,6 +36,11 @@ class Elsewhere:
     def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
         self.shape, self.dtype, self.device = torch.Size(shape), dtype, device
 
+    @property
+    def recorded(self) -> list[int] | None:
+        """In a dry run, the experts that the work under way has chosen, if they were recorded once."""
+        return None
+
     def take(self, parts: Mapping[str, Any], experts: Any) -> dict[str, Tensor]:
         """Some experts of all tensors of a stack, of which this is one; they may be read until others are taken."""
         raise NotImplementedError
@@ -147,7 +152,7 @@ class DecodedStack:
         count, step = self.shape[0], max(1, more * AT_A_TIME // max(1, math.prod(self.form)))
         if step >= count and not elsewhere:
             return product(x, self.all(), offs=ends)
-        bounds = [0, *_numbers(ends, x.shape[0])]
+        bounds = [0, *_numbers(ends, x.shape[0], getattr(first, "recorded", None))]
         out = x.new_empty(x.shape[0], self.shape[2])
         last = 0
         while last < count:
@@ -174,13 +179,15 @@ class DecodedStack:
 _asked: tuple[Any, int, list[int]] = (lambda: None, 0, [])  # the last tensor of ends, its version and its numbers
 
 
-def _numbers(ends: Tensor, rows: int) -> list[int]:
-    """Where each expert's rows end; in a dry run, where nobody chooses, as if all had as many.
+def _numbers(ends: Tensor, rows: int, recorded: list[int] | None) -> list[int]:
+    """Where each expert's rows end; in a dry run, where nobody chooses, as recorded or as if all had as many.
 
     Both products of a block have the same ends: the host waits for the GPU once.
     """
     global _asked
     if hasattr(ends, "fake_mode"):
+        if recorded is not None and len(recorded) == rows:
+            return [sum(one <= expert for one in recorded) for expert in range(len(ends))]
         return [rows * (expert + 1) // len(ends) for expert in range(len(ends))]
     tensor, version, numbers = _asked
     if ends.is_inference():

@@ -7,6 +7,7 @@ alone, wherever the GPU can read: out of pinned RAM the codes come over the link
     mxfp4     (experts, out, bytes) -> (experts, in, out): rows and columns change places on the way
     scaled    one byte a weight: FP8 or int8, times the scale of its block
     packed    numbers of 4 or 8 bits in int32, less a zero point, times the scale of their group
+    looked_up two codes in a byte, each a place in a table of 16 values, times the scale of their block (nf4, fp4)
 
 Imports Triton, which comes with PyTorch for NVIDIA and AMD GPUs on Linux. Leaves out: the formats, and what happens
 where there is no Triton (`codecs.py`).
@@ -16,12 +17,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from .codecs import BLOCK_4BIT
 
 OPTIONS: dict[str, Any] = {"enable_fp_fusion": False}  # a product is rounded before anything is added to it
 TILE, TILE_FROM_RAM = (128, 64), (16, 512)  # rows and bytes; out of RAM long pieces of a row come faster
@@ -121,6 +125,69 @@ def _packed(  # type: ignore[no-untyped-def]
     tl.store(
         out + row.to(tl.int64) * columns + column, (number.to(tl.float32) * scale).to(out.dtype.element_ty), inside
     )
+
+
+@triton.jit
+def _looked_up(  # type: ignore[no-untyped-def]
+    codes, scales, values, experts, out, rows, down, tiles, CHOSEN: tl.constexpr, ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+):  # fmt: skip
+    for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
+        place = (tile // down).to(tl.int64)
+        expert = place
+        if CHOSEN:
+            expert = tl.load(experts + place).to(tl.int64)
+        row = tile % down * ROWS + tl.arange(0, ROWS)[:, None]
+        column = tl.arange(0, COLS)[None, :]
+        byte = tl.load(codes + (expert * rows + row) * COLS + column, row < rows, 0)
+        scale = tl.load(scales + expert * rows + row, row < rows, 0)
+        pair = tl.join(tl.load(values + (byte >> 4)) * scale, tl.load(values + (byte & 15)) * scale)
+        target = out + (place * rows + row) * (2 * COLS) + tl.arange(0, 2 * COLS)[None, :]
+        tl.store(target, tl.reshape(pair, (ROWS, 2 * COLS)).to(out.dtype.element_ty), row < rows)
+
+
+def looked_up(
+    codes: Tensor,
+    scales: Tensor,
+    experts: Tensor | None,
+    kind: str,
+    dtype: torch.dtype,
+    rows: int = 64,
+    programs: int = 0,
+) -> Tensor:
+    """Codes of four bits, two in a byte, as places in a table, times the scale of their block.
+
+    Args:
+        codes: (experts, rows, columns / 2), of which each expert is whole blocks.
+        scales: float32 (experts, blocks), of all experts.
+        experts: which of both; None for all.
+        kind: what bitsandbytes calls the table, "nf4" or "fp4".
+        dtype: of the result.
+        rows: blocks that a program reads at a time.
+        programs: how many there are; 0 takes as many as suit.
+
+    Returns:
+        (chosen experts, rows, columns).
+    """
+    count, blocks = len(codes) if experts is None else len(experts), scales.shape[1]
+    out = torch.empty((count, codes.shape[1], 2 * codes.shape[2]), dtype=dtype, device=codes.device)
+    down = triton.cdiv(blocks, rows)
+    tiles = count * down
+    chosen = scales if experts is None else experts.contiguous()
+    given = codes, scales, _values(kind, codes.device), chosen, out, blocks, down, tiles, experts is not None
+    grid = (min(tiles, programs or (tiles if experts is None else PROGRAMS)),)
+    _run(_looked_up, grid, (*given, rows, BLOCK_4BIT // 2))
+    return out
+
+
+@cache
+def _values(kind: str, device: torch.device) -> Tensor:
+    """What the 16 codes stand for where the scale is 1, shape (16,), float32, as bitsandbytes has them."""
+    with torch.inference_mode(False):
+        pairs = torch.arange(16, dtype=torch.uint8, device=device) * 17  # each code twice in a byte
+        op = torch.ops.bitsandbytes.dequantize_4bit.default
+        values: Tensor = op(pairs.view(1, -1), torch.ones(1, device=device), BLOCK_4BIT, kind, (1, 32), torch.float32)
+        return values.flatten()[::2].contiguous()
 
 
 def mxfp4(

@@ -51,6 +51,12 @@ def packed(
     return decode([tensor for tensor in (codes, zeros, scales, index) if tensor is not None], list(shape), dtype)
 
 
+def looked_up(codes: Tensor, scales: Tensor, experts: Tensor | None, kind: str, dtype: torch.dtype) -> Tensor:
+    """As the kernel of this name."""
+    few = _few(codes, experts)
+    return decode([few, _few(scales, experts)], [*few.shape[:-1], 2 * few.shape[-1]], dtype)
+
+
 def _few(codes: Tensor, experts: Tensor | None) -> Tensor:
     """As many experts as are chosen."""
     return codes if experts is None else codes[: len(experts)]

@@ -71,7 +71,7 @@ def test_only_for_the_same_choice(monkeypatch: pytest.MonkeyPatch) -> None:
     with world:
         for asked, choice, decoded in (
             ("up", first, ["up", "down"]), ("down", first, []), ("down", first, ["down"]),
-            ("up", first, ["up", "down"]), ("down", other, ["down"]),  # what was begun is waited for, and not taken
+            ("up", first, ["up", "down"]), ("down", other, ["down"]),  # what was begun is not taken
             ("up", first, ["up", "down"]), ("up", first, ["up", "down"]), ("down", first, []),
         ):  # fmt: skip
             block.decoded = []

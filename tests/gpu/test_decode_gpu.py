@@ -160,7 +160,7 @@ def test_graphs_give_their_memory_back():
 
 
 @pytest.mark.parametrize("rows", [3, 256])
-@pytest.mark.parametrize("sequences, tokens", [(1, 5), (2, 700)])
+@pytest.mark.parametrize("sequences, tokens", [(1, 5), (2, 700), (1, 3000)])
 @pytest.mark.parametrize("kind, options", [(LLAMA, {}), (GEMMA, {"sliding_window": 24})])
 def test_bits_of_a_dynamic_cache(kind, options, sequences, tokens, rows, monkeypatch):
     monkeypatch.setattr(resting_cache, "ROWS", rows)
