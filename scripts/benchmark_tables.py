@@ -266,12 +266,15 @@ def decoding() -> Iterable[Iterable[str]]:
                text(compiled["first_call_s"], " s"))  # fmt: skip
 
 
-@table("tokens a second", "first call", "second call", "tokens of the cache on the GPU", "GPU memory")
+@table("tokens a second", "first call", "second call", "layers on the GPU", "same tokens", "GPU memory", "reserved")
 def decoding_cache() -> Iterable[Iterable[str]]:
     for r in results("decode")["rows"]:
         if r["part"] == "cache":
-            yield (r["way"], text(r["new_lengths"]), text(r["tokens_per_s"]), "yes" if r["equal"] else "no",
-                   text(r.get("gpu_peak_gb"), " GB", 1))  # fmt: skip
+            others = {"on the GPU": "8", "offloaded by Transformers": "2 at a time"}
+            stay = others.get(r["way"]) or f"{r['stay']}, 2 come"
+            yield (r["way"], text(r["new_lengths"], digits=1), text(r["tokens_per_s"], digits=1), stay,
+                   "yes" if r["equal"] else "no", text(r.get("gpu_peak_gb"), " GB", 1),
+                   text(r.get("gpu_reserved_gb"), " GB", 1))  # fmt: skip
 
 
 @table("16 blocks of Llama-7B in RAM: a pass over", *map(str, (1, 2, 4, 8, 16, 32)), "64 tokens")
