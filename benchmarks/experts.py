@@ -7,7 +7,8 @@
 
 Each case runs in a fresh process. A step is one decoded token of every sequence with a KV cache: the time between two
 calls of a stopping criterion that waits for the GPU, as a median. A model of random weights soon repeats itself, and so
-do the experts that it chooses; so the next token of each sequence is drawn, the same in all ways. `equal` says whether
+do the experts that it chooses; so the next token of each sequence is drawn, the same in all ways, and embeddings are
+large, so that routers tell tokens apart. `equal` says whether
 the logits are, bit for bit, those of the resident model, `bytes_per_token` what was brought for a step. The limit is
 what a step would take if chosen experts came over the link at its rate and nothing else took longer than in the
 resident model. Drawn tokens choose experts almost by chance: no luck for a cache.
@@ -26,7 +27,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,7 @@ GPT_OSS = {"vocab_size": 201088, "hidden_size": 2880, "intermediate_size": 2880,
            "num_key_value_heads": 8, "head_dim": 64, "num_local_experts": 32, "num_experts_per_tok": 4}  # fmt: skip
 TINY = {"vocab_size": 128, "hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
 CASES = ("qwen3", "mixtral", "gpt-oss", "deepseek", "qwen3-48", "disk")
-BLOCKS = {"qwen3": 16, "qwen3-48": 48, "mixtral": 6, "deepseek": 5, "gpt-oss": 12, "disk": 8}
+BLOCKS = {"qwen3": 16, "qwen3-48": 48, "mixtral": 12, "deepseek": 5, "gpt-oss": 12, "disk": 8}
 FEW_BITS = {"mixtral": "nf4", "gpt-oss": "MXFP4", "deepseek": "FP8"}
 
 
@@ -62,8 +63,8 @@ FEW_BITS = {"mixtral": "nf4", "gpt-oss": "MXFP4", "deepseek": "FP8"}
 # Models
 
 
-def build(case: str, layers: int, device: str, tiny: bool) -> nn.Module:
-    """A model with random weights on a device, in bfloat16."""
+def class_and_config(case: str, layers: int, tiny: bool) -> tuple[Any, Any]:
+    """The class of a case's model, and its config."""
     sizes: dict[str, Any]
     if case.startswith("qwen3"):
         sizes, config, model_class = QWEN3, tf.Qwen3MoeConfig, tf.Qwen3MoeForCausalLM
@@ -79,15 +80,22 @@ def build(case: str, layers: int, device: str, tiny: bool) -> nn.Module:
     elif tiny:
         sizes = {**sizes, **TINY, **({"moe_intermediate_size": 32} if "moe_intermediate_size" in sizes else {}),
                  **({"intermediate_size": 64} if "intermediate_size" in sizes else {})}  # fmt: skip
+    return model_class, config(**sizes, num_hidden_layers=layers, tie_word_embeddings=False)
+
+
+def build(case: str, layers: int, device: str, tiny: bool) -> nn.Module:
+    """A model with random weights on a device, in bfloat16."""
+    model_class, config = class_and_config(case, layers, tiny)
     torch.manual_seed(0)
     with torch.device(device):
         torch.set_default_dtype(torch.bfloat16)
-        model: nn.Module = model_class(config(**sizes, num_hidden_layers=layers, tie_word_embeddings=False))
+        model: nn.Module = model_class(config)
         torch.set_default_dtype(torch.float32)
         with torch.no_grad():
             for parameter in model.parameters():
                 if parameter.ndim > 1:
                     parameter.normal_(0, 0.02)
+            model.get_input_embeddings().weight.normal_(0, 20)  # type: ignore[operator]  # else all tokens look alike to routers
     return model.eval().requires_grad_(False)
 
 
@@ -107,6 +115,11 @@ def in_ram(model: nn.Module, **options: Any) -> nn.Module:
 # Measuring
 
 
+def fewer(new: int, batch: int) -> int:
+    """How many tokens to decode: steps of several sequences are long, and alike."""
+    return new if batch == 1 else max(6, new // 2)
+
+
 def settle() -> None:
     """Wait for the GPU, and give back what is not used any more."""
     gc.collect()
@@ -120,40 +133,48 @@ class Clock(tf.StoppingCriteria):
 
     def __init__(self) -> None:
         self.times: list[float] = []
+        self.after: list[Callable[[], Any]] = []
 
     def __call__(self, ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
         if ids.is_cuda:
             torch.cuda.synchronize()
         self.times.append(time.perf_counter())
+        for call in self.after:
+            call()
         return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
 
 
 class Drawn(tf.LogitsProcessor):
     """Lets the next tokens be drawn ones, and keeps the logits of the last step."""
 
-    def __init__(self, vocabulary: int, batch: int, new: int) -> None:
-        self.tokens = torch.randint(5, vocabulary, (new + 1, batch), generator=torch.Generator().manual_seed(3))
+    def __init__(self, vocabulary: int, batch: int, new: int, seed: int = 3) -> None:
+        self.tokens = torch.randint(5, vocabulary, (new + 1, batch), generator=torch.Generator().manual_seed(seed))
         self.step, self.last = 0, torch.empty(0)
 
     def __call__(self, ids: Tensor, scores: Tensor) -> Tensor:
         self.last = scores.clone()
-        chosen = torch.full_like(scores, -torch.inf)
-        chosen[torch.arange(len(scores)), self.tokens[self.step]] = 0
+        self.tokens = self.tokens.to(scores.device)
+        chosen = torch.full_like(scores, -torch.inf).scatter_(1, self.tokens[self.step][:, None], 0)
         self.step += 1
         return chosen
 
 
-def decode(model: nn.Module, batch: int, new: int, vocabulary: int, warm: bool = True) -> tuple[float, Tensor, float]:
+def decode(
+    model: nn.Module, batch: int, new: int, vocabulary: int, warm: bool = True, each: int = 0
+) -> tuple[float, Tensor, float]:
     """Tokens a second of all sequences while decoding, the logits of the last step, and bytes brought for a step.
 
-    The run before the one that counts has the same lengths: attention is planned anew for each length of the cache,
-    which takes some 40 ms on a GPU.
+    With a cache on the GPU (`each`: bytes of one expert) these follow from what was not in it: the host would have to
+    wait to be told at once.
+
+    The run before the one that counts draws other tokens, but has the same lengths: attention is planned anew for each
+    length of the cache, which takes some 40 ms on a GPU.
     """
     device = "cuda:0" if torch.cuda.is_available() else "cpu"
     ids = torch.randint(5, vocabulary, (batch, 32), generator=torch.Generator().manual_seed(1)).to(device)
     options: dict[str, Any] = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0, "max_new_tokens": new}
     if warm:
-        model.generate(ids, logits_processor=[Drawn(vocabulary, batch, new)], **options)  # type: ignore[operator]
+        model.generate(ids, logits_processor=[Drawn(vocabulary, batch, new, seed=4)], **options)  # type: ignore[operator]
     clock, drawn, moved = Clock(), Drawn(vocabulary, batch, new), list[tuple[int, int]]()
 
     def listen(event: Event) -> None:
@@ -161,13 +182,18 @@ def decode(model: nn.Module, batch: int, new: int, vocabulary: int, warm: bool =
             moved.append((len(clock.times), event.nbytes))
 
     streamers = {hook.streamer for module in model.modules() for hook in hooks_in(module) if hasattr(hook, "streamer")}
-    for streamer in streamers - {None}:
+    listened = set() if each else streamers - {None}
+    misses = []
+    clock.after.append(lambda: misses.append(expert_hits(model)[1]) if each and len(clock.times) == 2 else None)
+    for streamer in listened:
         streamer.listeners.append(listen)
     model.generate(ids, stopping_criteria=[clock], logits_processor=[drawn], **options)  # type: ignore[operator]
-    for streamer in streamers - {None}:
+    for streamer in listened:
         streamer.listeners.remove(listen)
     steps = [later - earlier for earlier, later in zip(clock.times[1:], clock.times[2:])]
     brought = sum(nbytes for step, nbytes in moved if step > 1) / max(1, len(steps))
+    if each:
+        brought = (expert_hits(model)[1] - misses[0]) * each / max(1, len(steps))
     return batch / statistics.median(steps), drawn.last, brought
 
 
@@ -225,16 +251,25 @@ def run(
     yield row(
         "link", 0, 0, bytes_per_second=round(link), bytes_per_token=chosen, bytes_of_experts=total, blocks=len(blocks)
     )
-    batches = batches or {"qwen3": (1, 8, 32), "deepseek": (1, 8), "qwen3-48": (1,)}.get(case, (1, 32))
+    batches = batches or {"qwen3": (1, 8, 32)}.get(case, (1,))
     resident = {}
     for batch in batches:
-        rate, expected, _ = decode(model, batch, new, vocabulary)
+        rate, expected, _ = decode(model, batch, fewer(new, batch), vocabulary)
         resident[batch] = (rate, expected)
         yield row("resident", batch, rate)
+    graphed: dict[str, tuple[float, Tensor]] = {}
+    if torch.cuda.is_available() and case.startswith("qwen3"):
+        with bigkit.graph_decode(model):
+            rate, expected, _ = decode(model, 1, new, vocabulary, each=1)
+        graphed["resident"] = rate, expected
+        yield row("resident, graphs", 1, rate)
     if case == "qwen3":
         yield row("resident", 8, 0, prompt_seconds=round(prompt_seconds(model, vocabulary), 4))
     if case in FEW_BITS:
-        yield from few_bits(case, model, {batch: rate for batch, (rate, _) in resident.items()}, new, chosen / link)
+        yield from few_bits(
+            case, model, {batch: rate for batch, (rate, _) in resident.items()}, new, chosen / link,
+            lambda: build(case, layers, device, tiny),
+        )  # fmt: skip
         return
 
     def spread(way: str, **options: Any) -> Iterator[dict[str, Any]]:
@@ -242,20 +277,25 @@ def run(
         found = in_ram(model, **options)
         settle()
         dispatched = time.perf_counter() - begin
-        for batch in batches:
-            before = expert_hits(found)
-            rate, logits, brought = decode(found, batch, new, vocabulary)
+        for batch in batches[:2] if options else batches:
+            looks_up = options and batch == 1 and torch.cuda.is_available()
+            rate, logits, brought = decode(found, batch, fewer(new, batch), vocabulary, each=each if looks_up else 0)
             own: dict[str, Any] = {
                 "equal": bool(torch.equal(logits, resident[batch][1])), "bytes_per_token": round(brought)
             }  # fmt: skip
             if batch == 1:
                 own["share_of_limit"] = round(rate * (1 / resident[1][0] + chosen / link), 3)
-            hits, misses = (now - then for now, then in zip(expert_hits(found), before))
-            if hits + misses:
-                own["hit_rate"] = round(hits / (hits + misses), 3)
+            if looks_up:
+                own["hit_rate"] = round(1 - brought / chosen, 3)
             if torch.cuda.is_available():
                 own["gpu_bytes"] = torch.cuda.memory_allocated()
             yield row(way, batch, rate, seconds_to_dispatch=round(dispatched, 1), **own)
+        if "resident" in graphed:
+            with bigkit.graph_decode(found):
+                rate, logits, brought = decode(found, 1, new, vocabulary, each=each)
+            more = {"hit_rate": round(1 - brought / chosen, 3)} if options else {}
+            equal = bool(torch.equal(logits, graphed["resident"][1]))
+            yield row(f"{way}, graphs", 1, rate, equal=equal, **more)
         if case == "qwen3" and not options:
             seconds = prompt_seconds(found, vocabulary)
             yield row(way, 8, 0, prompt_seconds=round(seconds, 4), prompt_bytes_per_second=round(total / seconds))
@@ -319,7 +359,7 @@ def bytes_read() -> tuple[int, int]:
 
 
 def few_bits(
-    case: str, model: nn.Module, resident: dict[int, float], new: int, seconds: float
+    case: str, model: nn.Module, resident: dict[int, float], new: int, seconds: float, again: Callable[[], nn.Module]
 ) -> Iterator[dict[str, Any]]:
     """Experts in RAM in bfloat16, and in few bits: quantized to nf4 (Mixtral), or as gpt-oss and DeepSeek store them.
 
@@ -350,15 +390,16 @@ def few_bits(
     yield from measure("RAM")
     prompt = prompt_seconds(found, vocabulary)
     yield row("RAM", 8, 0, prompt_seconds=round(prompt, 4))
-    bigkit.remove_hook_from_module(found, recurse=True)
     if kind == "nf4":
+        found = again()
         config = bigkit.BnbQuantizationConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype="bf16", torch_dtype=torch.bfloat16
         )
-        places = {"": 0, **dict.fromkeys(experts_in(model), "cpu")}
+        places = {"": 0, **dict.fromkeys(experts_in(found), "cpu")}
         stand_in = {} if torch.cuda.is_available() else {0: "cpu"}
         found = bigkit.load_and_quantize_model(found, config, device_map=places, stand_in=stand_in)
     else:
+        bigkit.remove_hook_from_module(found, recurse=True)
         for name, parts in packed.items():
             module = found.get_submodule(name)
             for own, stored in parts.items():
@@ -415,7 +456,7 @@ def accelerate(model: nn.Module, vocabulary: int) -> dict[str, Any]:
     model = model.to("cpu")
     settle()
     found = dispatch_model(model, {**places, **dict.fromkeys(experts_in(model), "cpu")}, main_device=0)
-    rate, _, _ = decode(found, 1, 5, vocabulary, warm=False)
+    rate, _, _ = decode(found, 1, 4, vocabulary, warm=False)
     return row("accelerate", 1, rate)
 
 

@@ -1,18 +1,20 @@
 """Dry runs against runs that nobody had seen when the code was frozen.
 
-    python benchmarks/held_out.py --draw CASES.json                              after the last commit, on any machine
+    python benchmarks/held_out.py --draw CASES.json [--known]                    after the last commit, on any machine
     python benchmarks/held_out.py --measure CASES.json RESULTS.json [--part 0/2]            on a CUDA GPU, one process
     python benchmarks/held_out.py --predict RESULTS.json ... [--save]                       on any machine
 
 The rule of the draw: the commit's hash is the seed. Of all types in Transformers that generate text from token ids and
-that were neither in the table of `dryrun.py` nor measured while the code was changed (`SEEN`), `TYPES` are drawn, each
-with the sizes of its default configuration (a published model's), and as many of its blocks as fit in `WEIGHTS`. Each
-gets two loads, drawn from `BATCHES`, `PROMPTS` and `NEW`; some are quantized, and of some every second block rests in
-RAM. What a type's positions or `MOST_TOKENS` forbid is drawn again.
+that were neither in the table of `dryrun.py`, nor measured while the code was changed (`SEEN`), nor drawn before
+(`FIRST`), `TYPES` are drawn, each with the sizes of its default configuration (a published model's), and as many of its
+blocks as fit in `WEIGHTS`. Each gets two loads, drawn from `BATCHES`, `PROMPTS` and `NEW`; some are quantized, and of
+some every second block rests in RAM. What a type's positions or `MOST_TOKENS` forbid is drawn again. `--known` adds
+what is no news, after the drawn runs: those of the first draw that were not measured, and the table of `dryrun.py`.
 
 `--measure` runs `generate` with random weights: once from an empty allocator for the memory, then for the times, in
-turn with its narrow twin, each time on the core that is fastest then. The fastest tenth counts: a rented host
-changes its pace by a half and more within seconds. It writes after every run, and starts none after `--seconds`.
+turn with its narrow twin, each time on the core that is fastest then, after a run of the twin that does not count. The
+fastest tenth counts: a rented host changes its pace by a half and more within seconds. It writes after every run, and
+starts none after `--seconds`.
 `--predict` compares; it must run with the versions of Transformers and PyTorch that the results name, where code
 differs between them.
 """
@@ -34,6 +36,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import dryrun
 import torch
 import transformers
 from torch import nn
@@ -46,14 +49,16 @@ from bigkit.dryrun.workload import Workload, fill, work
 from bigkit.machine.hardware import GPUS, Hardware
 from bigkit.machine.ledger import Calibration, HostStep, Twin
 from bigkit.measure.allocations import settle
-from bigkit.measure.twin import LOAD, timed, twin_of
+from bigkit.measure.twin import LOAD, SINGLE, issued_in, timed, twin_of
 from bigkit.offload.dispatch import dispatch_model
+from bigkit.zoo import build
 from bigkit.zoo._transformers import from_config
 
 BATCHES, PROMPTS, NEW = (1, 3, 32), (1, 100, 777, 1900), (1, 4, 16, 32)
-TYPES = 32
-ROUNDS, TOKENS, SLOW = 3, 5, 3.0  # timed runs of a case, tokens in each, and seconds beyond which there is one
-CORES: list[int] = []  # that this process may run on
+TYPES = 40
+ROUNDS, TOKENS = 3, 5  # visits to a core, and tokens in each run
+EACH, MOST = 0.4, 4  # seconds in which a model is run again on a visit, and how often at most
+CORES: list[int] = []  # that this process may run on: with two processes, give each its own (taskset)
 WEIGHTS, MOST_BLOCKS, MOST_TOKENS = 10e9, 40, 32 * 777
 SEEN = {  # in the table of dryrun.py, or measured while the code was changed
     "llama", "bloom", "gpt2", "mixtral", "deepseek_v3", "gemma2", "t5", "opt", "mistral", "qwen3", "qwen3_moe",
@@ -62,7 +67,8 @@ SEEN = {  # in the table of dryrun.py, or measured while the code was changed
 }  # fmt: skip
 LOOPS = ("mamba", "falcon_mamba", "jamba", "recurrent_gemma", "rwkv", "xlstm", "minimax")  # over tokens, in Python
 RATES = Path(__file__).parent / "results" / "dryrun.json"  # of an H200, measured before
-KEPT = Path(__file__).parent / "results" / "held-out.json"
+FIRST = Path(__file__).parent / "results" / "held-out.json"  # of the first draw
+KEPT = Path(__file__).parent / "results" / "held-out-2.json"
 DEPTHS = ("num_hidden_layers", "encoder_layers", "decoder_layers", "num_layers", "num_decoder_layers",
           "num_encoder_layers", "n_layer", "n_layers")  # fmt: skip
 
@@ -95,6 +101,9 @@ def depth(config: Any) -> int:
 
 def empty(case: dict[str, Any]) -> nn.Module:
     """The case's model, on the meta device."""
+    if "shape" in case:
+        built: nn.Module = build.build(dryrun.config_of(case["model"], case["blocks"]), dtype="bfloat16").eval()
+        return built
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         config = transformers.CONFIG_MAPPING[case["type"]](**case.get("sizes", {}))
@@ -106,8 +115,17 @@ def empty(case: dict[str, Any]) -> nn.Module:
     return model
 
 
+def load_of(case: dict[str, Any]) -> Workload:
+    """The case's work: plain calls for the table of `dryrun.py`."""
+    if "shape" in case:
+        return dryrun.load_of(case, dryrun.config_of(case["model"], case["blocks"]))
+    return Workload(*case["load"])
+
+
 def key_of(case: dict[str, Any]) -> str:
-    """What a case is called: "olmo/3x777+4", "phi/1x100+16/nf4"."""
+    """What a case is called: "olmo/3x777+4", "phi/1x100+16/nf4"; "gpt2-xl/8x512" in the table of `dryrun.py`."""
+    if "shape" in case:
+        return dryrun.key_of(case)
     parts = [
         case["type"],
         "{}x{}+{}".format(*case["load"]),
@@ -149,10 +167,31 @@ def blocks_of(kind: str) -> int:
         return 0
 
 
-def draw(path: Path, seed: str) -> None:
+def drawn_before() -> tuple[set[str], list[str]]:
+    """Types of the first draw, and its runs that were not measured then."""
+    first = json.loads(FIRST.read_text())
+    runs = [*first["late"], *(row["case"] for row in first["rows"])]
+    return {run.partition("/")[0] for run in runs} | {*first["left out"]}, first["late"]
+
+
+def known() -> list[dict[str, Any]]:
+    """The cases that are no news: what the first draw left, then the table of `dryrun.py`, its single prompts first."""
+    cases: list[dict[str, Any]] = []
+    for run in drawn_before()[1]:
+        kind, load, *rest = run.split("/")
+        numbers = [int(number) for number in load.replace("x", "+").split("+")]
+        case: dict[str, Any] = {"type": kind, "blocks": blocks_of(kind), "load": numbers, "draw": "first"}
+        for word in rest:
+            case |= {"map": "half"} if word == "half in RAM" else {"quantization": word}
+        cases.append(case)
+    table = [{**case, "type": case["model"], "draw": "table"} for case in dryrun.cases([])]
+    return cases + sorted(table, key=lambda case: [*dryrun.SHAPES].index(case["shape"]))
+
+
+def draw(path: Path, seed: str, more: bool) -> None:
     """Draw the cases, and write them with the commit."""
     chance = random.Random(int(seed[:12], 16))
-    order = sorted({*transformers.CONFIG_MAPPING} - SEEN)
+    order = sorted({*transformers.CONFIG_MAPPING} - SEEN - drawn_before()[0])
     chance.shuffle(order)
     pool: dict[str, int] = {}
     for kind in order:
@@ -177,9 +216,9 @@ def draw(path: Path, seed: str) -> None:
             if j == 1 and i % 12 == 6:
                 case["map"] = "half"
             cases.append(case)
-    drawn = {"commit": seed, "transformers": transformers.__version__, "cases": cases}
-    path.write_text(json.dumps(drawn, indent=1) + "\n")
     print(f"{len(cases)} cases of {len(kinds)} types")
+    drawn = {"commit": seed, "transformers": transformers.__version__, "cases": cases + (known() if more else [])}
+    path.write_text(json.dumps(drawn, indent=1) + "\n")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -214,8 +253,8 @@ def put(case: dict[str, Any], model: nn.Module) -> nn.Module:
 
 def measure(case: dict[str, Any], model: nn.Module) -> None:
     """A case's memory from an empty allocator, then its times, in turn with those of its narrow twin."""
-    kind, load = case.get("quantization"), Workload(*case["load"])
-    case["twin"], narrow = [], None
+    kind, load = case.get("quantization"), load_of(case)
+    case["twin"], case["single"], narrow = [], [], None
     with suppress(ValueError):
         narrow = twin_of(model, kind is not None)
     model = copy.deepcopy(model)  # the empty one serves the type's next case
@@ -229,16 +268,23 @@ def measure(case: dict[str, Any], model: nn.Module) -> None:
     torch.cuda.synchronize()
     case["took"] = time.perf_counter() - start
     case["peak"] = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
-    few = Workload(load.batch, load.prompt, min(load.new, TOKENS))
+    few = replace(load, new=min(load.new, TOKENS))
     twin = None if narrow is None else put({"type": case["type"], "quantization": kind}, narrow)
     case["steps"], case["cores"] = [], []
-    for i in range(1 + (ROUNDS if case["took"] < SLOW else 1)):
+    for i in range(1 + ROUNDS):
         case["cores"].append(take_fastest_core())
-        paced = timed(twin, LOAD, "cuda") if twin is not None else []
-        steps = timed(model, few, "cuda")
+        steps, twins, singles = [timed(model, few, "cuda")], [], []
+        if twin is not None:
+            timed(twin, LOAD, "cuda")  # what runs first on a core is slower
+            twins = [timed(twin, LOAD, "cuda") for _ in range(2)]
+            singles = [timed(twin, SINGLE, "cuda") for _ in range(3)] if load.prompt == 1 else []
+        start = time.perf_counter()
+        while len(steps) < MOST and time.perf_counter() - start < EACH:
+            steps.append(timed(model, few, "cuda"))
         if i:  # the first ones choose kernels
-            case["steps"].append(steps)
-            case["twin"] += [paced] if paced else []
+            case["steps"] += steps
+            case["twin"] += twins
+            case["single"] += singles
 
 
 def take_fastest_core() -> int:
@@ -290,7 +336,7 @@ def measure_all(source: Path, path: Path, part: tuple[int, int], seconds: float,
         "cudnn": torch.backends.cudnn.version(),
     }
     torch.ones(1, device="cuda")
-    CORES[:] = sorted(os.sched_getaffinity(0))[part[0] :: part[1]]
+    CORES[:] = sorted(os.sched_getaffinity(0))
     write(f"{len(CORES)} cores")
     made: tuple[str, Any] = ("", None)
     kinds = list(dict.fromkeys(case["type"] for case in drawn["cases"]))[part[0] :: part[1]]
@@ -306,7 +352,7 @@ def measure_all(source: Path, path: Path, part: tuple[int, int], seconds: float,
             model = made[1]
             measure(case, model)
             if profiles:
-                case["kernels"] = profile(put(case, copy.deepcopy(model)), Workload(*case["load"]))
+                case["kernels"] = profile(put(case, copy.deepcopy(model)), load_of(case))
             line = f"{case['peak'][0] / 1e9:.2f} GB allocated, model {shown(case['steps'])}; twin {shown(case['twin'])}"
         except Exception as error:
             case["error"] = line = f"{type(error).__name__}: {error}"[:600]
@@ -326,48 +372,58 @@ def issued_of(run: DryRun) -> list[int]:
     return [sum(operation.issued for operation in run.operations[a:b]) for a, b in zip(ends, ends[1:])]
 
 
-def twin_from(case: dict[str, Any], runs: list[list[list[float]]]) -> Twin:
-    """The ledger's entry of a twin that was timed."""
-    kind, model = case.get("quantization"), empty(case)
-    load, dtype = (LOAD.batch, LOAD.prompt, LOAD.new), "bfloat16" if kind else None
-    run = dry_run(lambda: twin_of(model, kind is not None), None, *load, "H200", quantization=kind, dtype=dtype)
-    issued = issued_of(run)
-    prompts, tokens = [run[0] for run in runs], [step for run in runs for step in run[1:]]
-    steps = [
-        HostStep(*(best([step[part] for step in rows]) for part in (0, 1)), count)
-        for rows, count in ((prompts, issued[0]), (tokens, issued[-1]))
-    ]
-    return Twin(type(model).__name__, kind, *steps)
-
-
-def predicted(results: dict[str, Any], case: dict[str, Any]) -> dict[str, Any]:
-    """What a dry run says of a case, with the twin and without it."""
+def rehearsed(case: dict[str, Any]) -> tuple[DryRun, list[int], list[int]]:
+    """A case's dry run, without a twin, and the host's steps in its twin's work and in that of a single token."""
     warnings.simplefilter("ignore")
-    start = time.perf_counter()
     calibration = Calibration.from_json(json.loads(RATES.read_text())["calibration"])
-    gpu = GPUS["H200"]
-    kind = case.get("quantization")
-    runs = case.get("twin")
-    said: dict[str, Any] = {}
-    if runs:
-        twin = twin_from(case, runs)
-        calibration = calibration.with_twin(twin)
-        said["twin"] = asdict(twin)
-    run = dry_run(lambda: empty(case), places_of(case, empty(case)), *case["load"],
-                  Hardware(results["machine"]["gpu"], (gpu,), 0, 0), calibration=calibration, quantization=kind,
-                  dtype="bfloat16" if kind else None)  # fmt: skip
-    guess = replace(run, twin=None)
-    said["guessed"] = [guess.seconds["prefill"], guess.seconds.get("token")]
-    said |= {"peak": [run.peak_allocated[0], run.peak_reserved[0]], "issued": issued_of(run)[:2],
-             "seconds": [step.seconds for step in run.times], "busy": [dict(step.busy) for step in run.times[:2]],
-             "took": time.perf_counter() - start}  # fmt: skip
-    return said
+    kind, load = case.get("quantization"), load_of(case)
+    hardware = Hardware("one H200", (GPUS["H200"],), 0, 0)
+    run = dry_run(lambda: empty(case), places_of(case, empty(case)), load.batch, load.prompt, load.new, hardware,
+                  calibration=calibration, quantization=kind, dtype="bfloat16" if kind else None,
+                  all_logits=load.all_logits, generate=load.generate)  # fmt: skip
+    twins: list[list[int]] = [[], []]
+    with suppress(ValueError):  # some have none
+        twins = [issued_in(empty(case), work, kind) for work in ((LOAD, SINGLE) if load.prompt == 1 else (LOAD,))]
+    return run, twins[0], twins[-1]
 
 
-def attempt(job: tuple[dict[str, Any], dict[str, Any]]) -> dict[str, Any]:
+def twin_from(case: dict[str, Any], issued: list[int], single: list[int]) -> Twin:
+    """The ledger's entry of a twin that was timed."""
+
+    def step(rows: list[list[float]], count: int) -> HostStep:
+        return HostStep(*(best([row[part] for row in rows]) for part in (0, 1)), count)
+
+    tokens = [row for run in case["twin"] for row in run[1:]]
+    return Twin(
+        case["type"],
+        case.get("quantization"),
+        step([run[0] for run in case["twin"]], issued[0]),
+        step(tokens, issued[-1]) if tokens else None,
+        step([run[0] for run in case["single"]], single[0]) if case["single"] else None,
+    )
+
+
+def predicted(case: dict[str, Any]) -> dict[str, Any]:
+    """What a dry run says of a case, with the twin and without it."""
+    start = time.perf_counter()
+    guess, issued, single = rehearsed(case)
+    twin = twin_from(case, issued, single) if case["twin"] else None
+    run = replace(guess, twin=twin)
+    return {
+        "twin": asdict(twin) if twin else None,
+        "guessed": [guess.seconds["prefill"], guess.seconds.get("token")],
+        "peak": [run.peak_allocated[0], run.peak_reserved[0]],
+        "issued": issued_of(run)[:2],
+        "seconds": [step.seconds for step in run.times],
+        "busy": [dict(step.busy) for step in run.times[:2]],
+        "took": time.perf_counter() - start,
+    }
+
+
+def attempt(case: dict[str, Any]) -> dict[str, Any]:
     """`predicted`, or why there is none."""
     try:
-        return predicted(*job)
+        return predicted(case)
     except Exception as error:
         return {"error": f"{type(error).__name__}: {error}"[:600]}
 
@@ -391,12 +447,13 @@ def predict_all(paths: list[Path], save: Path | None, processes: int) -> None:
             for case in results["cases"]:
                 if "error" in case:
                     print(f"{key_of(case):44} not measured: {case['error'][:120]}")
-            for case, said in zip(cases, pool.map(attempt, ((results, case) for case in cases))):
+            for case, said in zip(cases, pool.map(attempt, cases)):
                 case["predicted"] = said
                 print(row_of(case), flush=True)
             everything.append(results)
     cases = [case for results in everything for case in results["cases"]]
-    print(summary(cases))
+    for which in dict.fromkeys(case.get("draw", "") for case in cases):
+        print(which and f"({which})", summary([case for case in cases if case.get("draw", "") == which]))
     if save:
         about = {name: everything[0][name] for name in ("commit", "machine")}
         late = sum((results["late"] for results in everything), [])
@@ -434,7 +491,7 @@ def errors_of(case: dict[str, Any]) -> dict[str, float]:
 
 def kept(case: dict[str, Any]) -> dict[str, Any]:
     """What is kept of a case: the figures that are compared, with the twin's, or why there are none."""
-    about = {"case": key_of(case), "blocks": case["blocks"]}
+    about = {"case": key_of(case), "blocks": case["blocks"], **{k: case[k] for k in ("draw",) if k in case}}
     said = case.get("predicted", {})
     if problem := case.get("error") or said.get("error"):
         return about | {"error": problem}
@@ -478,6 +535,7 @@ def main() -> None:
     """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--draw", type=Path, metavar="CASES.json")
+    parser.add_argument("--known", action="store_true", help="add runs that are no news")
     parser.add_argument("--measure", type=Path, nargs=2, metavar=("CASES.json", "RESULTS.json"))
     parser.add_argument("--predict", type=Path, metavar="RESULTS.json", nargs="+", default=[KEPT])
     parser.add_argument("--save", type=Path, metavar="FILE", help="keep the comparison")
@@ -488,7 +546,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.draw:
         seed = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
-        draw(options.draw, seed)
+        draw(options.draw, seed, options.known)
     elif options.measure:
         mine, of = map(int, options.part.split("/"))
         measure_all(*options.measure, (mine, of), options.seconds, options.profile)

@@ -177,7 +177,7 @@ def cpu(table: Any, layers: int, state: dict[str, Tensor], cores: int, run: Run)
     mlp = sum(tensor.nbytes for name, tensor in state.items() if ".layers.0.mlp." in name)
     if not run.expected:
         run("in RAM, streamed", bigkit.cpu_offload(filled(layers, state), 0), size)
-    for count, slots, spare in ((21, 3, (0,)), (24, 4, (0, 1))):
+    for count, slots, spare in ((21, 3, (0,)), (23, 4, (0, 1)), (24, 4, (0,))):
         count = count * layers // 32
         model = bigkit.cpu_offload(filled(layers, state), 0, on_cpu=count * mlp, slots=slots)
         for threads in (max(1, len(allowed) - cores_left) for cores_left in spare):

@@ -39,6 +39,7 @@ from torch import Tensor, nn
 
 import bigkit
 from bigkit.checkpoints import codecs
+from bigkit.checkpoints import decoded as decoded_stacks
 from bigkit.checkpoints.as_stored import hold_stack
 from bigkit.checkpoints.codecs import find_codec, find_stack_codec, rows_of
 
@@ -170,10 +171,11 @@ class Bench:
         tiny: shapes of a toy.
         blocks: of the models, instead of each one's own number.
         new: tokens to decode.
+        profiled: look at the kernels of plain `generate`, too.
     """
 
-    def __init__(self, device: str, tiny: bool, blocks: int, new: int) -> None:
-        self.device, self.tiny, self.blocks, self.new = device, tiny, blocks, new
+    def __init__(self, device: str, tiny: bool, blocks: int, new: int, profiled: bool) -> None:
+        self.device, self.tiny, self.blocks, self.new, self.profiled = device, tiny, blocks, new, profiled
         self.link = mixtures.link_rate()
         self.rates: dict[str, float] = {}
         self.logits: dict[str, Tensor] = {}
@@ -190,22 +192,22 @@ class Bench:
             rates.append(1 / statistics.median(steps))
         return rates[-1], drawn.last
 
-    def measure(self, case: str, way: str, model: Any, profiled: bool = True) -> Iterator[Row]:
+    def measure(self, case: str, way: str, model: Any, modes: str = "Python graph prompt") -> Iterator[Row]:
         """A model by Python and by graphs, and a prompt."""
         static = {"cache_implementation": "static", "disable_compile": True}
         if "static" not in self.logits:
             self.logits["static"] = self.steps(model, **static)[1]
-        for mode in ("Python", "graph"):
+        for mode in [mode for mode in ("Python", "graph") if mode in modes]:
             row: Row = {"part": case, "way": way, "mode": mode}
             try:
                 if mode == "graph":
                     with bigkit.graph_decode(model):
                         rate, logits = self.steps(model)
-                    row |= self.profile(model, True) if profiled else {}
+                    row |= self.profile(model, True)
                 else:
                     rate, logits = self.steps(model)
                     _, _, row["brought"] = mixtures.decode(model, 1, 8, model.config.vocab_size, warm=False)
-                    row |= self.profile(model, False) if profiled else {}
+                    row |= self.profile(model, False) if self.profiled else {}
             except Exception as error:
                 yield row | {"error": f"{type(error).__name__}: {error}"[:300]}
                 continue
@@ -213,6 +215,8 @@ class Bench:
             row["tokens_per_second"] = round(rate, 2)
             row["equal"] = bool(torch.equal(logits, self.logits.setdefault(name, logits)))
             yield row | self.against(f"{mode}", way, rate)
+        if "prompt" not in modes:
+            return
         seconds = mixtures.prompt_seconds(model, model.config.vocab_size)
         row = {"part": case, "way": way, "mode": "prompt", "prompt_seconds": round(seconds, 4)}
         yield row | self.against("prompt", way, 1 / seconds)
@@ -253,11 +257,14 @@ class Bench:
                     some(new)
                     wait()
                 kinds: dict[str, float] = {}
+                times: list[int] = []
                 for event in seen.events():
                     if event.device_type == torch.autograd.DeviceType.CUDA:
+                        times += [event.time_range.start, event.time_range.end]
                         kind = next((k for k, words in KINDS.items() if any(w in event.name for w in words)), "others")
                         kinds[kind] = kinds.get(kind, 0) + event.device_time_total
                         kinds["kernels"] = kinds.get("kernels", 0) + 1
+                kinds["from the first to the last"] = max(times) - min(times)
                 totals.append(kinds)
         few, many = totals
         found = {kind: (many[kind] - few.get(kind, 0)) / 8 for kind in many}
@@ -269,7 +276,7 @@ def mixture(case: str, bench: Bench) -> Iterator[Row]:
     model = mixtures.build(case, bench.blocks or BLOCKS[case], bench.device, bench.tiny)
     model.get_input_embeddings().weight.normal_(0, 20)  # type: ignore[operator]  # else all tokens look alike to routers
     stored = {name: mixtures.packed_as(NAMES[case], module) for name, module in mixtures.experts_in(model).items()}
-    yield from bench.measure(case, "all on the GPU, bf16", model, profiled=False)
+    yield from bench.measure(case, "all on the GPU, bf16", model, "Python graph")
     found = mixtures.in_ram(model)
     mixtures.settle()
     yield from bench.measure(case, "RAM, bf16", found)
@@ -287,8 +294,12 @@ def mixture(case: str, bench: Bench) -> Iterator[Row]:
     yield from bench.measure(case, f"RAM, {NAMES[case]}", found)
     if torch.cuda.is_available():
         yield {"part": case, "way": f"RAM, {NAMES[case]}", "gpu_peak": torch.cuda.max_memory_allocated()}
+    before = decoded_stacks.decoded_in_turn
+    decoded_stacks.decoded_in_turn = lambda module, own, experts, decode: decode(own)
+    yield from bench.measure(case, f"RAM, {NAMES[case]}, one stack after the other", found, "graph")
+    decoded_stacks.decoded_in_turn = before
     with without_kernels():
-        yield from bench.measure(case, f"RAM, {NAMES[case]}, without kernels", found, profiled=False)
+        yield from bench.measure(case, f"RAM, {NAMES[case]}, without kernels", found, "graph prompt")
 
 
 def gpt_oss(bench: Bench) -> Iterator[Row]:
@@ -322,7 +333,7 @@ def llama(bench: Bench) -> Iterator[Row]:
         assert codec is not None
         module.weight.data = codec.decode(parts, torch.bfloat16)
         stored[name] = (codec, parts)
-    yield from bench.measure("llama", "all on the GPU, bf16", model, profiled=False)
+    yield from bench.measure("llama", "all on the GPU, bf16", model, "Python graph")
     stand_in = {} if torch.cuda.is_available() else {0: "cpu"}
     places = {"model.embed_tokens": 0, "model.norm": 0, "model.rotary_emb": 0, "lm_head": 0, "model.layers": "cpu"}
     found: Any = bigkit.dispatch_model(model, places, 0, stand_in=stand_in)
@@ -338,7 +349,7 @@ def llama(bench: Bench) -> Iterator[Row]:
     found = bigkit.dispatch_model(found, places, 0, stand_in=stand_in)
     yield from bench.measure("llama", "RAM, GPTQ int4", found)
     with without_kernels():
-        yield from bench.measure("llama", "RAM, GPTQ int4, without kernels", found, profiled=False)
+        yield from bench.measure("llama", "RAM, GPTQ int4, without kernels", found, "graph prompt")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -352,6 +363,7 @@ def main() -> None:
     parser.add_argument("--blocks", type=int, default=0, help="blocks, instead of each model's own number")
     parser.add_argument("--new", type=int, default=24, help="tokens to decode")
     parser.add_argument("--tiny", action="store_true", help="tiny shapes")
+    parser.add_argument("--profiled", action="store_true", help="look at the kernels of plain generate, too")
     parser.add_argument("--out", type=Path, help="a JSON file for the results")
     parser.add_argument("--save", action="store_true", help="write benchmarks/results/stored.json")
     args = parser.parse_args()
@@ -361,7 +373,7 @@ def main() -> None:
              "torch": torch.__version__, "transformers": tf.__version__, "new_tokens": args.new}  # fmt: skip
     results: dict[str, Any] = {"about": about, "rows": []}
     for part in args.parts:
-        bench = Bench(args.device, args.tiny, args.blocks, args.new)
+        bench = Bench(args.device, args.tiny, args.blocks, args.new, args.profiled)
         results["about"]["link_bytes_per_second"] = round(bench.link)
         results["about"].setdefault("blocks", {})[part] = args.blocks or BLOCKS.get(part, 1)
         work = getattr(sys.modules[__name__], part.replace("-", "_"))

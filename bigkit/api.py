@@ -238,8 +238,11 @@ def advise(
     >>> advise("llama-3.1-8b", "RTX 4090").best.plan.quantization is None
     True
     """
+    spec = described(model)
+    if isinstance(spec, PipelineSpec):
+        raise ValueError(f"{spec.name} is a pipeline of several models: `plan` says how it runs on a machine")
     return _advise.advise(
-        describe(model), machine_of(hardware), batch, context, target, stored=stored, kv_dtype=kv_dtype,
+        spec, machine_of(hardware), batch, context, target, stored=stored, kv_dtype=kv_dtype,
         draft=None if draft is None else describe(draft), acceptance=acceptance,
     )  # fmt: skip
 

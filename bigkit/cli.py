@@ -146,6 +146,8 @@ def _parser() -> argparse.ArgumentParser:
                   'gpt2-xl --hardware "2 x T4" --context 512', _dry_run)  # fmt: skip
     _add_plan(dry)
     dry.add_argument("--new", type=int, default=4, help="tokens to generate after the prompt (%(default)s)")
+    dry.add_argument("--expert_cache", default=0, metavar="SIZE", help="memory of the GPUs for experts that stay there")
+    dry.add_argument("--routing", metavar="FILE", help="which experts are chosen: what Routing.save has written")
 
     for what, about, example in (
         ("models", "the models that need no download", "llama 8b"),
@@ -332,6 +334,8 @@ def _dry_run(options: argparse.Namespace) -> str:
         where = machine.name.partition(":")[0]
         raise ValueError(f'{where} has no GPU to rehearse on: name one, as in --hardware "RTX 4090"')
     plan = _plan_of(options, machine, options.context + options.new)
+    if not hasattr(plan, "layers"):
+        raise ValueError("a pipeline has no dry run: `bigkit plan` counts what each of its phases takes")
     dtype = options.dtype or plan.dtype
 
     def build() -> nn.Module:
@@ -339,7 +343,8 @@ def _dry_run(options: argparse.Namespace) -> str:
             options.model, options.library_name, dtype=dtype, trust_remote_code=options.trust_remote_code
         )
 
-    run = dry_run(build, plan, options.batch, options.context, options.new, machine, dtype=dtype)
+    experts = {"expert_cache": options.expert_cache, "routing": options.routing}
+    run = dry_run(build, plan, options.batch, options.context, options.new, machine, dtype=dtype, **experts)
     run = replace(run, model=options.model)
     return _say(options, run, "dryrun", lambda: f"{plan.explain()}\n\n{run}")
 

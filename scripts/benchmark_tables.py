@@ -92,12 +92,14 @@ def headlines() -> Iterable[Iterable[str]]:
 # Planning
 
 
-@table("model", "layers", "GPUs", "Accelerate", "bigkit from the nn.Module", "bigkit from records", "exact", "ratio")
+@table("model", "layers", "GPUs", "Accelerate", "bigkit from the nn.Module", "bigkit from records", "exact", "ratio",
+       "`infer_auto_device_map` alone")  # fmt: skip
 def planning_time() -> Iterable[Iterable[str]]:
     for r in results("planner")["rows"]:
         yield (r["model"], str(r["layers"]), str(r["gpus"]), text(r["accelerate_ms"], " ms", 1),
                text(r["from_module_ms"], " ms", 1), text(r["balanced_ms"], " ms"), text(r["exact_ms"], " ms"),
-               f"{r['ratio']:.0f}x")  # fmt: skip
+               f"{r['ratio']:.0f}x",
+               f"{r['accelerate_infer_ms']:.1f} and {r['infer_ms']:.1f} ms")  # fmt: skip
 
 
 @table("float16 weights", "on GPUs", "Accelerate", "on the fullest GPU", "Accelerate")
@@ -418,6 +420,13 @@ def dryrun_offload() -> Iterable[Iterable[str]]:
         batch, tokens = r["shape"].split("x")
         seconds = [r[key]["seconds"] for key in ("predicted", "measured")]
         yield f"{r['way']}, {batch} x {tokens} tokens", *(text(s, " s", 3 if s < 1 else 2) for s in seconds)
+
+
+@table("a pipeline of Flux's shape", "an image", "peak", "predicted", "the same image")
+def pipelines() -> Iterable[Iterable[str]]:
+    for r in results("pipelines")["rows"]:
+        sizes = (text(r[key] / 1e9, " GB") if r[key] else "" for key in ("peak", "predicted"))
+        yield r["way"], text(r["seconds"], " s"), *sizes, "yes" if r["equal"] else "no"
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -41,11 +41,13 @@ class AsStored(nn.Module):
 
     Args:
         stored: own names of their tensors. A cast of the model leaves them as they are.
+        stacks: own names of the stacked weights that these stand for, in the order of their use.
         works_in: the dtype that they are decoded to. A cast of the model changes it.
         decoding: bytes that the largest of its weights takes while it is decoded, on the device where it works.
     """
 
     stored: tuple[str, ...] = ()
+    stacks: tuple[str, ...] = ()
     decoding: int = 0
     works_in: torch.dtype
 
@@ -124,8 +126,9 @@ def _change_modules(model: nn.Module, source: Checkpoint, keep: str, undo: list[
     for name, stacks in stack_experts(model, source).items():
         under[name] = {**under.get(name, {}), **stacks}
     names_of: dict[int, list[str]] = {}
-    for full, parameter in model.named_parameters(remove_duplicate=False):
-        names_of.setdefault(id(parameter), []).append(full)
+    for name, module in model.named_modules():  # a module that is in several places is one
+        for own, parameter in module.named_parameters(recurse=False):
+            names_of.setdefault(id(parameter), []).append(f"{name}.{own}".lstrip("."))
     for name, module in list(model.named_modules()):
         kinds = under.get(name, {})
         if type(module) is nn.Linear and module.weight.is_meta:
@@ -186,7 +189,10 @@ def _stacked(name: str, module: nn.Module, source: Checkpoint, kinds: Kinds) -> 
         codec = find_stack_codec(own, kinds) if stack else None
         if codec is not None and parameter is not None:
             own_kinds = {suffix: kinds[own + suffix] for suffix in codec.suffixes}
-            if wrong := stack_misfit(codec.format, tuple(parameter.shape), own_kinds):
+            wrong = stack_misfit(codec.format, tuple(parameter.shape), own_kinds)
+            if own in kinds and own not in map(own.__add__, codec.suffixes):
+                wrong = f"and {own} lies there as well, so that one of the two would not be read"
+            if wrong:
                 raise CheckpointError(
                     f"{name}.{own} in {source.path}: stacked weights of shape {list(parameter.shape)} are stored as "
                     f"{described({own + suffix: kind for suffix, kind in own_kinds.items()})}: {wrong}; {ANEW}"
@@ -236,14 +242,14 @@ def hold_stack(module: nn.Module, own: str, codec: StackCodec, parts: Mapping[st
 
     def stack(self: Any) -> DecodedStack:
         parts: Any = {suffix: self._parameters[one] for suffix, one in names.items()}
-        return DecodedStack(parts, codec, self.works_in, form)
+        return DecodedStack(parts, codec, self.works_in, form, of=(self, own))
 
     cls = type(module)
     bases = (cls,) if issubclass(cls, AsStored) else (AsStored, cls)
     module.__class__ = type(cls.__name__, bases, {own: property(stack), "__module__": cls.__module__})
     holder: Any = module
     holder.works_in = weight.dtype
-    holder.stored = (*holder.stored, *names.values())
+    holder.stored, holder.stacks = (*holder.stored, *names.values()), (*holder.stacks, own)
     chosen, each = getattr(getattr(module, "config", None), "num_experts_per_tok", None), DECODING_STACK[codec.format]
     holder.decoding = max(holder.decoding, round(decoding(tuple(weight.shape), each, chosen or 1)))
 
@@ -271,7 +277,7 @@ def _restorable(module: nn.Module, undo: list[Any]) -> None:
 
     def restore() -> None:
         module.__class__ = cls
-        for name in ("codec", "works_in", "stored", "decoding"):
+        for name in ("codec", "works_in", "stored", "stacks", "decoding"):
             vars(module).pop(name, None)
         module._parameters.clear()
         module._parameters.update(parameters)

@@ -5,11 +5,12 @@ config says: the file is the truth. All decode to the same thing, a weight of th
 
     fp8, int8   `weight` in one byte and `weight_scale(_inv)`: weight = code * scale, with one scale for the whole, for
                 each row, or for each block of 128 x 128 (DeepSeek-V3; compressed-tensors); of stacked experts
-                `*` and `*_scale_inv`
+                `*` and `*_scale_inv`. MXFP8 is the same with a power of two, in a byte, for each 32
     int4, int8  `weight_packed`, numbers of few bits in int32 (compressed-tensors): weight = (code - zero) * scale, with
                 a scale for each group of inputs
     GPTQ, AWQ   `qweight`, the same transposed: (in, out), packed along the inputs (GPTQ) or the outputs (AWQ)
-    NVFP4       `weight_packed` in bytes: two numbers of 4 bits, a float8 scale for 16 of them, one scale for all
+    NVFP4       `weight_packed` (compressed-tensors) or `weight` and `weight_scale_2` (ModelOpt) in bytes: two numbers
+                of 4 bits, a float8 scale for 16 of them, one scale for all
     MXFP4       `*_blocks` and `*_scales` of stacked experts (gpt-oss): 4 bits, and a power of two for each 32
     nf4, fp4,   `*_nf4` and `*_absmax`, `*_int8` and `*_scb` of stacked experts: each is quantized alone, as
     int8        bitsandbytes quantizes a linear layer; bigkit writes these (`quantize/stacks.py`)
@@ -106,11 +107,13 @@ def find_codec(shape: tuple[int, ...], kinds: Kinds, gptq_offset: int = 1) -> Co
     rows, columns = shape
     weight, packed, qweight = kinds.get("weight"), kinds.get("weight_packed"), kinds.get("qweight")
     scaled = kinds.keys() & {"weight_scale", "weight_scale_inv"}
-    found = None
+    found, halves = None, ((rows, columns // 2), torch.uint8)
     if weight and weight[0] == shape and weight[1] in CODES and scaled:
         found = Codec("int8" if weight[1] == torch.int8 else "fp8", decode_scaled)
+    elif weight == halves and kinds.keys() >= {"weight_scale", "weight_scale_2"}:
+        found = Codec("nvfp4", decode_nvfp4)
     elif packed and packed[1] == torch.uint8 and kinds.keys() >= {"weight_scale", "weight_global_scale"}:
-        found = Codec("nvfp4", decode_nvfp4) if packed[0] == (rows, columns // 2) else None
+        found = Codec("nvfp4", decode_nvfp4) if packed == halves else None
     elif packed and packed[1] == torch.int32 and "weight_scale" in kinds:
         for bits in (4, 8):
             if packed[0] == (rows, -(-columns * bits // 32)):
@@ -138,7 +141,8 @@ def decode_scaled(parts: Parts, dtype: torch.dtype) -> Tensor:
     """One byte a weight, and scales: one, one a row, or one a block. codes (out, in) -> (out, in).
 
     The last block of a row or column may be cut. Source: the files of DeepSeek-V3 (arXiv 2412.19437, section 3.3), and
-    compressed-tensors' "float-quantized" and "int-quantized".
+    compressed-tensors' "float-quantized" and "int-quantized". Scales in a byte without a sign are exponents (E8M0) of
+    OCP's Microscaling Formats, version 1.0.
     """
     return _scaled(parts["weight"], parts["weight_scale_inv" if "weight_scale_inv" in parts else "weight_scale"], dtype)
 
@@ -150,9 +154,8 @@ def _scaled(codes: Tensor, scales: Tensor, dtype: torch.dtype, experts: Tensor |
     one).
     """
     works = torch.bfloat16 if codes.dtype != torch.int8 else torch.float16  # in which all codes are exact
-    if scales.dtype == torch.uint8:  # exponents, as MXFP8 has them
-        scales = torch.exp2(scales.to(torch.float32) - 127)
-    scales = scales.to(torch.float32)  # a number alone would be rounded to the codes' dtype
+    # A number alone would be rounded to the codes' dtype. MXFP8 has exponents.
+    scales = powers_of_two(scales) if scales.dtype == torch.uint8 else scales.to(torch.float32)
     scales = scales.reshape(*(() if scales.numel() == 1 else scales.shape), *[1] * codes.ndim)
     scales = scales.reshape(scales.shape[: codes.ndim])
     sizes, counts = codes.shape[-2:], scales.shape[-2:]
@@ -230,9 +233,13 @@ def _transposed(kernels: Any, parts: Parts, bits: int, along: int, offset: int, 
 
 
 def decode_nvfp4(parts: Parts, dtype: torch.dtype) -> Tensor:
-    """compressed-tensors' "nvfp4-pack-quantized": two E2M1 in a byte, a float8 scale for 16, divided by one for all."""
-    values = e2m1(parts["weight_packed"])
-    scales = parts["weight_scale"].to(torch.float32) / parts["weight_global_scale"].to(torch.float32)
+    """Two E2M1 in a byte, a float8 scale for 16, and one for all: compressed-tensors' "nvfp4-pack-quantized" divides by
+    that, ModelOpt's `weight_scale_2` is multiplied with.
+    """
+    ours = "weight_packed" in parts
+    values, scales = e2m1(parts["weight_packed" if ours else "weight"]), parts["weight_scale"].to(torch.float32)
+    whole = parts["weight_global_scale" if ours else "weight_scale_2"].to(torch.float32)
+    scales = scales / whole if ours else scales * whole
     return (values.unflatten(1, (scales.shape[1], -1)) * scales[:, :, None]).flatten(1).to(dtype)
 
 
@@ -243,10 +250,9 @@ def decode_mxfp4(parts: Parts, dtype: torch.dtype, experts: Tensor | None = None
     Microscaling Formats, version 1.0; the files of gpt-oss. Any shape may come before `out`, or none.
     """
     if kernels := kernels_for(parts["_blocks"]):
-        powers = parts["_scales"] if experts is None else rows_of(parts["_scales"], experts)
-        return kernels.mxfp4(parts["_blocks"], powers, experts, dtype)
+        return kernels.mxfp4(parts["_blocks"], parts["_scales"], experts, dtype)
     works = dtype if dtype == torch.bfloat16 else torch.float32  # in which these products are exact
-    scales = torch.exp2(parts["_scales"].to(torch.float32) - 127).to(works).transpose(-2, -1)
+    scales = powers_of_two(parts["_scales"]).to(works).transpose(-2, -1)
     values = e2m1(parts["_blocks"], works)  # (..., out, groups, 32)
     *around, outputs, groups, size = values.shape
     decoded = torch.empty((*around, groups, size, outputs), dtype=works, device=values.device)
@@ -254,7 +260,7 @@ def decode_mxfp4(parts: Parts, dtype: torch.dtype, experts: Tensor | None = None
     return decoded.flatten(-3, -2).to(dtype)
 
 
-def decode_4bit(parts: Parts, dtype: torch.dtype, kind: str) -> Tensor:
+def decode_4bit(parts: Parts, dtype: torch.dtype, experts: Tensor | None = None, *, kind: str) -> Tensor:
     """Stacked experts in nf4 or fp4: codes (experts, rows, columns / 2) -> (experts, rows, columns).
 
     Two codes in a byte, a scale for each 64 weights of an expert: `_absmax` (experts, blocks). With double quantization
@@ -265,11 +271,16 @@ def decode_4bit(parts: Parts, dtype: torch.dtype, kind: str) -> Tensor:
 
     codes, scales = parts[f"_{kind}"], parts["_absmax"]
     shape = (*codes.shape[:-1], codes.shape[-1] * 2)
+    whole = shape[1] * shape[2] % BLOCK_4BIT == 0  # else the last block of each expert is a shorter one
+    if whole and "_offset" not in parts and (kernels := kernels_for(codes)):
+        return kernels.looked_up(codes, scales.contiguous(), experts, kind, dtype)
+    if experts is not None:
+        codes, scales = rows_of(codes, experts), rows_of(scales, experts)
+        shape = (*codes.shape[:-1], shape[-1])
     if "_offset" in parts:
         table = functional.create_dynamic_map().to(scales.device)
         nested = parts["_nested_absmax"].repeat_interleave(NESTED, 1)[:, : scales.shape[1]]
         scales = table[scales.int()] * nested + parts["_offset"][:, None]
-    whole = shape[1] * shape[2] % BLOCK_4BIT == 0  # else the last block of each expert is a shorter one
     pieces = [(codes, scales)] if whole else [*zip(codes, scales)]
     op = torch.ops.bitsandbytes.dequantize_4bit.default
     # As one row: for CPUs with AVX-512, bitsandbytes 0.50 begins a block anew in each row.
@@ -282,6 +293,16 @@ def decode_4bit(parts: Parts, dtype: torch.dtype, kind: str) -> Tensor:
 def decode_rows(parts: Parts, dtype: torch.dtype) -> Tensor:
     """Stacked experts in int8: `_int8` (experts, rows, columns), and `_scb`, the largest of each row, which is 127."""
     return (parts["_int8"] * parts["_scb"][..., None] * (1 / 127)).to(dtype)
+
+
+def powers_of_two(exponents: Tensor) -> Tensor:
+    """2^(exponent - 127) for each byte, float32: the bits of the number, since a GPU's `exp2` is not exact everywhere.
+
+    >>> powers_of_two(torch.tensor([127, 129, 0], dtype=torch.uint8))
+    tensor([1.0000e+00, 4.0000e+00, 5.8775e-39])
+    """
+    bits = exponents.to(torch.int32) << 23
+    return bits.masked_fill(exponents == 0, 1 << 22).view(torch.float32)
 
 
 def e2m1(packed: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -330,7 +351,7 @@ def decode_scaled_stack(parts: Parts, dtype: torch.dtype, experts: Tensor | None
 STACK_CODECS = (
     StackCodec("fp8", ("", "_scale_inv"), decode_scaled_stack, in_place=True),
     StackCodec("mxfp4", ("_blocks", "_scales"), decode_mxfp4, in_place=True),
-    *(StackCodec(kind, (f"_{kind}", "_absmax"), partial(decode_4bit, kind=kind)) for kind in ("nf4", "fp4")),
+    *(StackCodec(kind, (f"_{kind}", "_absmax"), partial(decode_4bit, kind=kind), True) for kind in ("nf4", "fp4")),
     *(
         StackCodec(
             f"{kind}-double",

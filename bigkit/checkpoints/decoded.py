@@ -11,14 +11,16 @@ Leaves out: which modules hold such weights (`as_stored.py`), and the formats (`
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..model.stored import AT_A_TIME
-from .codecs import Parts, StackCodec
+from .ahead import decoded_in_turn
+from .codecs import Parts, StackCodec, kernels_for
 
 PLAIN = StackCodec("plain", ("",), lambda parts, dtype: parts[""])  # weights that need no decoding
 
@@ -34,6 +36,11 @@ class Elsewhere:
     def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
         self.shape, self.dtype, self.device = torch.Size(shape), dtype, device
 
+    @property
+    def recorded(self) -> list[int] | None:
+        """In a dry run, the experts that the work under way has chosen, if they were recorded once."""
+        return None
+
     def take(self, parts: Mapping[str, Any], experts: Any) -> dict[str, Tensor]:
         """Some experts of all tensors of a stack, of which this is one; they may be read until others are taken."""
         raise NotImplementedError
@@ -47,6 +54,7 @@ class DecodedStack:
         codec, dtype: what they are decoded by, and to.
         form: (rows, columns) of an expert's weight.
         transposed: whether rows and columns are exchanged when it is used.
+        of: the module that has it, and its name there.
 
     >>> from .codecs import find_stack_codec
     >>> codec = find_stack_codec("w", ["w_int8", "w_scb"])
@@ -57,8 +65,15 @@ class DecodedStack:
     """
 
     def __init__(
-        self, parts: Parts, codec: StackCodec, dtype: torch.dtype, form: tuple[int, ...], transposed: bool = False
+        self,
+        parts: Parts,
+        codec: StackCodec,
+        dtype: torch.dtype,
+        form: tuple[int, ...],
+        transposed: bool = False,
+        of: tuple[nn.Module, str] | None = None,
     ) -> None:
+        self.of = of
         self.parts, self.codec, self.dtype, self.form, self.transposed = parts, codec, dtype, form, transposed
         first = next(iter(parts.values()))
         self.shape = torch.Size((first.shape[0], *(form[::-1] if transposed else form)))
@@ -75,8 +90,22 @@ class DecodedStack:
         elif isinstance(experts, Tensor) and len(experts) > len(first):
             return self.all()[experts]  # some are chosen several times, and decoded once
         else:
-            weights = self.codec.chosen(self.parts, experts, self.dtype)
+            weights = self._chosen(experts)
         return weights.transpose(-2, -1) if self.transposed else weights
+
+    def _chosen(self, experts: Any) -> Tensor:
+        first = self.parts[self.codec.suffixes[0]]
+        by_kernel = self.codec.in_place and kernels_for(first) and not hasattr(first, "fake_mode")
+        if self.of is None or not isinstance(experts, Tensor) or not by_kernel:
+            return self.codec.chosen(self.parts, experts, self.dtype)
+        module, name = self.of
+
+        def decode(own: str) -> Tensor:
+            stack = self if own == name else getattr(module, own)
+            weights: Tensor = stack.codec.chosen(stack.parts, experts, stack.dtype)
+            return weights
+
+        return decoded_in_turn(module, name, experts, decode)
 
     def all(self) -> Tensor:
         """The whole weight."""
@@ -86,7 +115,7 @@ class DecodedStack:
         """The same with two dimensions exchanged."""
         if {first % 3, second % 3} != {1, 2}:
             return self.all().transpose(first, second)
-        return DecodedStack(self.parts, self.codec, self.dtype, self.form, not self.transposed)
+        return DecodedStack(self.parts, self.codec, self.dtype, self.form, not self.transposed, self.of)
 
     def data_ptr(self) -> int:
         """An aligned address, as decoded weights have one."""
@@ -117,10 +146,13 @@ class DecodedStack:
         Returns:
             (rows, out); rows that belong to no expert hold nothing.
         """
-        count, step = self.shape[0], max(1, AT_A_TIME // max(1, math.prod(self.form)))
-        if step >= count and not isinstance(next(iter(self.parts.values())), Elsewhere):
+        first: Any = next(iter(self.parts.values()))
+        elsewhere = isinstance(first, Elsewhere)
+        more = 2 if not elsewhere and self.codec.in_place and kernels_for(first) else 1  # it makes no copies
+        count, step = self.shape[0], max(1, more * AT_A_TIME // max(1, math.prod(self.form)))
+        if step >= count and not elsewhere:
             return product(x, self.all(), offs=ends)
-        bounds = [0, *_numbers(ends, x.shape[0])]
+        bounds = [0, *_numbers(ends, x.shape[0], getattr(first, "recorded", None))]
         out = x.new_empty(x.shape[0], self.shape[2])
         last = 0
         while last < count:
@@ -144,8 +176,23 @@ class DecodedStack:
         return function(*plain, **kwargs)
 
 
-def _numbers(ends: Tensor, rows: int) -> list[int]:
-    """Where each expert's rows end; in a dry run, where nobody chooses, as if all had as many."""
+_asked: tuple[Any, int, list[int]] = (lambda: None, 0, [])  # the last tensor of ends, its version and its numbers
+
+
+def _numbers(ends: Tensor, rows: int, recorded: list[int] | None) -> list[int]:
+    """Where each expert's rows end; in a dry run, where nobody chooses, as recorded or as if all had as many.
+
+    Both products of a block have the same ends: the host waits for the GPU once.
+    """
+    global _asked
     if hasattr(ends, "fake_mode"):
+        if recorded is not None and len(recorded) == rows:
+            return [sum(one <= expert for one in recorded) for expert in range(len(ends))]
         return [rows * (expert + 1) // len(ends) for expert in range(len(ends))]
-    return [int(end) for end in ends.tolist()]
+    tensor, version, numbers = _asked
+    if ends.is_inference():
+        return [int(end) for end in ends.tolist()]
+    if tensor() is not ends or version != ends._version:
+        numbers = [int(end) for end in ends.tolist()]
+        _asked = weakref.ref(ends), ends._version, numbers
+    return numbers

@@ -40,30 +40,32 @@ def layer_misfit(format: str, shape: Shape, kinds: Kinds) -> str | None:
     """
     rows, columns = shape
     bits = 8 if format.endswith("8") else 4
+    if format == "nvfp4":
+        ours = "weight_packed" in kinds
+        whole = "weight_global_scale" if ours else "weight_scale_2"
+        scales: dict[str, tuple[Shape, tuple[torch.dtype, ...]]] = {
+            "weight_scale": ((rows, columns // 16), (torch.float8_e4m3fn,)), whole: ((1,), FLOATS),
+        }  # fmt: skip
+        return _unread(kinds, "weight_packed" if ours else "weight", *scales) or _differs(kinds, **scales)
     if "weight" in kinds:
         scale = "weight_scale_inv" if "weight_scale_inv" in kinds else "weight_scale"
         return _unread(kinds, "weight", scale) or _scale_misfit(scale, shape, kinds[scale])
-    if format == "nvfp4":
-        names = ("weight_packed", "weight_scale", "weight_global_scale")
-        return _unread(kinds, *names) or _differs(
-            kinds, weight_scale=((rows, columns // 16), (torch.float8_e4m3fn,)), weight_global_scale=((1,), FLOATS)
-        )
     packed = "weight_packed" in kinds
-    index, zeros, scales = (
+    index, zeros, scale = (
         ("weight_g_idx", "weight_zero_point", "weight_scale") if packed else ("g_idx", "qzeros", "scales")
     )
-    groups = kinds[scales][0][-1 if packed else 0] if len(kinds[scales][0]) == 2 else 0
+    groups = kinds[scale][0][-1 if packed else 0] if len(kinds[scale][0]) == 2 else 0
     if not groups or (index not in kinds and columns % groups):
-        return f"{scales} must have a row for each group of inputs, and {columns} inputs make no groups of equal size"
+        return f"{scale} must have a row for each group of inputs, and {columns} inputs make no groups of equal size"
 
     def turned(out: int, group: int) -> Shape:
         return (out, group) if packed else (group, out)
 
     own = {"weight_packed", "weight_shape"} if packed else {"qweight"}
-    return _unread(kinds, *own, index, zeros, scales) or _differs(
+    return _unread(kinds, *own, index, zeros, scale) or _differs(
         kinds,
         **{
-            scales: (turned(rows, groups), FLOATS),
+            scale: (turned(rows, groups), FLOATS),
             zeros: (turned(-(-rows * bits // 32), groups), (torch.int32,)),
             index: ((columns,), WHOLE),
             "weight_shape": ((2,), WHOLE),
@@ -142,4 +144,4 @@ def _differs(kinds: Kinds, **expected: tuple[Shape, tuple[torch.dtype, ...]]) ->
 def _unread(kinds: Kinds, *names: str) -> str | None:
     """Whether there is something that belongs to a weight and that decoding would not read."""
     found = [name for name in kinds if name.startswith(("weight", "q", "scale", "g_idx")) and name not in names]
-    return f"{found[0]} would not be read" if found else None
+    return f"{min(found)} would not be read" if found else None

@@ -7,6 +7,7 @@ alone, wherever the GPU can read: out of pinned RAM the codes come over the link
     mxfp4     (experts, out, bytes) -> (experts, in, out): rows and columns change places on the way
     scaled    one byte a weight: FP8 or int8, times the scale of its block
     packed    numbers of 4 or 8 bits in int32, less a zero point, times the scale of their group
+    looked_up two codes in a byte, each a place in a table of 16 values, times the scale of their block (nf4, fp4)
 
 Imports Triton, which comes with PyTorch for NVIDIA and AMD GPUs on Linux. Leaves out: the formats, and what happens
 where there is no Triton (`codecs.py`).
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -23,7 +25,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .codecs import BLOCK_4BIT
+
 OPTIONS: dict[str, Any] = {"enable_fp_fusion": False}  # a product is rounded before anything is added to it
+TILE, TILE_FROM_RAM = (128, 64), (16, 512)  # rows and bytes; out of RAM long pieces of a row come faster
+PROGRAMS = 264  # that read out of RAM at once: two for each processor of an H100 keep the link busy, and leave room
 KINDS = {torch.float8_e4m3fn: 0, torch.float8_e5m2: 1, torch.int8: 2}
 
 
@@ -47,41 +53,42 @@ def _byte(code, KIND: tl.constexpr):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _mxfp4(  # type: ignore[no-untyped-def]
-    blocks, scales, experts, out, outputs, width, groups,
+    blocks, scales, experts, out, outputs, width, groups, down, across, tiles,
     CHOSEN: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
-    place = tl.program_id(2).to(tl.int64)
-    expert = place
-    if CHOSEN:
-        expert = tl.load(experts + place).to(tl.int64)
-    row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)[:, None]
-    column = tl.program_id(0) * COLS + tl.arange(0, COLS)[None, :]
-    inside = (row < outputs) & (column < width)
-    byte = tl.load(blocks + (expert * outputs + row) * width + column, inside, 0).to(tl.int32)
-    power = tl.load(scales + (place * outputs + row) * groups + column // GROUP, inside, 0).to(tl.int32)
-    scale = tl.where(power == 0, 0x400000, power << 23).to(tl.float32, bitcast=True)  # 2^(power - 127)
-    target = out + (place * 2 * width + 2 * column) * outputs + row
-    tl.store(target, (_e2m1(byte & 15) * scale).to(out.dtype.element_ty), inside)
-    tl.store(target + outputs, (_e2m1(byte >> 4) * scale).to(out.dtype.element_ty), inside)
+    for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
+        place = (tile // (down * across)).to(tl.int64)
+        expert = place
+        if CHOSEN:
+            expert = tl.load(experts + place).to(tl.int64)
+        row = tile // across % down * ROWS + tl.arange(0, ROWS)[:, None]
+        column = tile % across * COLS + tl.arange(0, COLS)[None, :]
+        inside = (row < outputs) & (column < width)
+        byte = tl.load(blocks + (expert * outputs + row) * width + column, inside, 0).to(tl.int32)
+        power = tl.load(scales + (expert * outputs + row) * groups + column // GROUP, inside, 0).to(tl.int32)
+        scale = tl.where(power == 0, 0x400000, power << 23).to(tl.float32, bitcast=True)  # 2^(power - 127)
+        target = out + (place * 2 * width + 2 * column) * outputs + row
+        tl.store(target, (_e2m1(byte & 15) * scale).to(out.dtype.element_ty), inside)
+        tl.store(target + outputs, (_e2m1(byte >> 4) * scale).to(out.dtype.element_ty), inside)
 
 
 @triton.jit
 def _scaled(  # type: ignore[no-untyped-def]
-    codes, scales, experts, out, rows, columns, height, width, down, across,
+    codes, scales, experts, out, rows, columns, height, width, grid_down, grid_across, down, across, tiles,
     KIND: tl.constexpr, CHOSEN: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
-    place = tl.program_id(2).to(tl.int64)
-    expert = place
-    if CHOSEN:
-        expert = tl.load(experts + place).to(tl.int64)
-    row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)[:, None]
-    column = tl.program_id(0) * COLS + tl.arange(0, COLS)[None, :]
-    inside = (row < rows) & (column < columns)
-    code = tl.load(codes + (expert * rows + row) * columns + column, inside, 0)
-    scale = tl.load(scales + (place * down + row // height) * across + column // width, inside, 0)
-    tl.store(
-        out + (place * rows + row) * columns + column, (_byte(code, KIND) * scale).to(out.dtype.element_ty), inside
-    )
+    for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
+        place = (tile // (down * across)).to(tl.int64)
+        expert = place
+        if CHOSEN:
+            expert = tl.load(experts + place).to(tl.int64)
+        row = tile // across % down * ROWS + tl.arange(0, ROWS)[:, None]
+        column = tile % across * COLS + tl.arange(0, COLS)[None, :]
+        inside = (row < rows) & (column < columns)
+        code = tl.load(codes + (expert * rows + row) * columns + column, inside, 0)
+        scale = tl.load(scales + (place * grid_down + row // height) * grid_across + column // width, inside, 0)
+        weight = (_byte(code, KIND) * scale).to(out.dtype.element_ty)
+        tl.store(out + (place * rows + row) * columns + column, weight, inside)
 
 
 @triton.jit
@@ -120,27 +127,100 @@ def _packed(  # type: ignore[no-untyped-def]
     )
 
 
+@triton.jit
+def _looked_up(  # type: ignore[no-untyped-def]
+    codes, scales, values, experts, out, rows, down, tiles, CHOSEN: tl.constexpr, ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+):  # fmt: skip
+    for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
+        place = (tile // down).to(tl.int64)
+        expert = place
+        if CHOSEN:
+            expert = tl.load(experts + place).to(tl.int64)
+        row = tile % down * ROWS + tl.arange(0, ROWS)[:, None]
+        column = tl.arange(0, COLS)[None, :]
+        byte = tl.load(codes + (expert * rows + row) * COLS + column, row < rows, 0)
+        scale = tl.load(scales + expert * rows + row, row < rows, 0)
+        pair = tl.join(tl.load(values + (byte >> 4)) * scale, tl.load(values + (byte & 15)) * scale)
+        target = out + (place * rows + row) * (2 * COLS) + tl.arange(0, 2 * COLS)[None, :]
+        tl.store(target, tl.reshape(pair, (ROWS, 2 * COLS)).to(out.dtype.element_ty), row < rows)
+
+
+def looked_up(
+    codes: Tensor,
+    scales: Tensor,
+    experts: Tensor | None,
+    kind: str,
+    dtype: torch.dtype,
+    rows: int = 64,
+    programs: int = 0,
+) -> Tensor:
+    """Codes of four bits, two in a byte, as places in a table, times the scale of their block.
+
+    Args:
+        codes: (experts, rows, columns / 2), of which each expert is whole blocks.
+        scales: float32 (experts, blocks), of all experts.
+        experts: which of both; None for all.
+        kind: what bitsandbytes calls the table, "nf4" or "fp4".
+        dtype: of the result.
+        rows: blocks that a program reads at a time.
+        programs: how many there are; 0 takes as many as suit.
+
+    Returns:
+        (chosen experts, rows, columns).
+    """
+    count, blocks = len(codes) if experts is None else len(experts), scales.shape[1]
+    out = torch.empty((count, codes.shape[1], 2 * codes.shape[2]), dtype=dtype, device=codes.device)
+    down = triton.cdiv(blocks, rows)
+    tiles = count * down
+    chosen = scales if experts is None else experts.contiguous()
+    given = codes, scales, _values(kind, codes.device), chosen, out, blocks, down, tiles, experts is not None
+    grid = (min(tiles, programs or (tiles if experts is None else PROGRAMS)),)
+    _run(_looked_up, grid, (*given, rows, BLOCK_4BIT // 2))
+    return out
+
+
+@cache
+def _values(kind: str, device: torch.device) -> Tensor:
+    """What the 16 codes stand for where the scale is 1, shape (16,), float32, as bitsandbytes has them."""
+    with torch.inference_mode(False):
+        pairs = torch.arange(16, dtype=torch.uint8, device=device) * 17  # each code twice in a byte
+        op = torch.ops.bitsandbytes.dequantize_4bit.default
+        values: Tensor = op(pairs.view(1, -1), torch.ones(1, device=device), BLOCK_4BIT, kind, (1, 32), torch.float32)
+        return values.flatten()[::2].contiguous()
+
+
 def mxfp4(
-    blocks: Tensor, scales: Tensor, experts: Tensor | None, dtype: torch.dtype, tile: tuple[int, int] = (64, 128)
+    blocks: Tensor,
+    scales: Tensor,
+    experts: Tensor | None,
+    dtype: torch.dtype,
+    tile: tuple[int, int] | None = None,
+    programs: int = 0,
 ) -> Tensor:
     """Weights of MXFP4.
 
     Args:
         blocks: bytes (experts, out, groups, bytes of one).
-        scales: powers of two (chosen experts, out, groups).
-        experts: which of `blocks`; None for all.
+        scales: powers of two (experts, out, groups).
+        experts: which of them; None for all.
         dtype: of the result.
-        tile: rows and bytes of a row that a program reads.
+        tile: rows and bytes of a row that a program reads at a time.
+        programs: how many work at once.
 
     Returns:
         (chosen experts, in, out).
     """
     *around, outputs, groups = scales.shape
-    width, count = groups * blocks.shape[-1], math.prod(around)
+    around = around if experts is None else [*experts.shape]
+    width = groups * blocks.shape[-1]
+    tile = tile or (TILE if experts is None else TILE_FROM_RAM)
+    down, across = triton.cdiv(outputs, tile[0]), triton.cdiv(width, tile[1])
+    tiles = math.prod(around) * down * across
     out = torch.empty((*around, 2 * width, outputs), dtype=dtype, device=blocks.device)
     chosen = scales if experts is None else experts
-    given = blocks, scales, chosen, out, outputs, width, groups, experts is not None, blocks.shape[-1]
-    _run(_mxfp4, outputs, width, count, tile, given)
+    given = blocks, scales, chosen, out, outputs, width, groups, down, across, tiles, experts is not None
+    _run(_mxfp4, (min(tiles, programs or (tiles if experts is None else PROGRAMS)),), (*given, blocks.shape[-1], *tile))
     return out
 
 
@@ -150,7 +230,8 @@ def scaled(
     experts: Tensor | None,
     block: Sequence[int],
     dtype: torch.dtype,
-    tile: tuple[int, int] = (8, 1024),
+    tile: tuple[int, int] = (16, 512),
+    programs: int = 0,
 ) -> Tensor:
     """Codes of one byte times their scales.
 
@@ -160,7 +241,8 @@ def scaled(
         experts: which of `codes`; None for all.
         block: rows and columns that share a scale.
         dtype: of the result.
-        tile: rows and columns that a program reads.
+        tile: rows and columns that a program reads at a time.
+        programs: how many work at once.
 
     Returns:
         (chosen experts, rows, columns).
@@ -168,11 +250,13 @@ def scaled(
     rows, columns = codes.shape[-2:]
     around, grid = codes.shape[:-2] if experts is None else experts.shape, scales.shape[-2:]
     scales = scales.expand(*around, *grid).contiguous()
+    down, across = triton.cdiv(rows, tile[0]), triton.cdiv(columns, tile[1])
+    tiles = math.prod(around) * down * across
     out = torch.empty((*around, rows, columns), dtype=dtype, device=codes.device)
     chosen = scales if experts is None else experts
     kind = KINDS[codes.dtype], experts is not None
-    given = (codes.view(torch.uint8), scales, chosen, out, rows, columns, *block, *grid, *kind)
-    _run(_scaled, rows, columns, math.prod(around), tile, given)
+    given = codes.view(torch.uint8), scales, chosen, out, rows, columns, *block, *grid, down, across, tiles, *kind
+    _run(_scaled, (min(tiles, programs or (tiles if experts is None else PROGRAMS)),), (*given, *tile))
     return out
 
 
@@ -186,7 +270,7 @@ def packed(
     along: int,
     offset: int,
     dtype: torch.dtype,
-    tile: tuple[int, int] = (64, 64),
+    tile: tuple[int, int] = (128, 32),
 ) -> Tensor:
     """Numbers of few bits in int32, less a zero point and an offset, times their scales.
 
@@ -210,16 +294,15 @@ def packed(
     read = codes, codes if zeros is None else zeros, scales, codes if index is None else index
     settings = offset, bits, along, zeros is not None, index is not None
     given = (*read, out, *shape, -(-shape[1] // scales.shape[1]), *steps, *settings)
-    _run(_packed, *shape, 1, tile, given)
+    _run(_packed, (triton.cdiv(shape[1], tile[1]), triton.cdiv(shape[0], tile[0])), (*given, *tile))
     return out
 
 
-def _run(kernel: Any, rows: int, columns: int, count: int, tile: tuple[int, int], given: Sequence[Any]) -> None:
-    """Start a program for each tile of each of so many matrices; of none, nothing."""
-    grid = triton.cdiv(columns, tile[1]), triton.cdiv(rows, tile[0]), count
+def _run(kernel: Any, grid: tuple[int, ...], given: Sequence[Any]) -> None:
+    """Start so many programs; of none, nothing."""
     if all(grid):
         with torch.cuda.device_of(given[0]):
-            kernel[grid](*given, *tile, **OPTIONS)
+            kernel[grid](*given, **OPTIONS)
 
 
 def try_out() -> None:

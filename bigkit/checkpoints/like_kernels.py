@@ -25,8 +25,9 @@ def _(read: list[Tensor], shape: list[int], dtype: torch.dtype) -> Tensor:
 
 def mxfp4(blocks: Tensor, scales: Tensor, experts: Tensor | None, dtype: torch.dtype) -> Tensor:
     """As the kernel of this name."""
+    blocks, scales = _few(blocks, experts), _few(scales, experts)
     *around, outputs, groups = scales.shape
-    return decode([_few(blocks, experts), scales], [*around, 2 * groups * blocks.shape[-1], outputs], dtype)
+    return decode([blocks, scales], [*around, 2 * groups * blocks.shape[-1], outputs], dtype)
 
 
 def scaled(codes: Tensor, scales: Tensor, experts: Tensor | None, block: Sequence[int], dtype: torch.dtype) -> Tensor:
@@ -48,6 +49,12 @@ def packed(
 ) -> Tensor:
     """As the kernel of this name."""
     return decode([tensor for tensor in (codes, zeros, scales, index) if tensor is not None], list(shape), dtype)
+
+
+def looked_up(codes: Tensor, scales: Tensor, experts: Tensor | None, kind: str, dtype: torch.dtype) -> Tensor:
+    """As the kernel of this name."""
+    few = _few(codes, experts)
+    return decode([few, _few(scales, experts)], [*few.shape[:-1], 2 * few.shape[-1]], dtype)
 
 
 def _few(codes: Tensor, experts: Tensor | None) -> Tensor:

@@ -23,6 +23,7 @@ from ..units import MiB
 from ._torch import ATTENTION
 from .recurrent import KINDS, run_recurrent
 
+TILE = 128  # rows and columns of scores that fused kernels compute at once, and their narrowest head
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -188,7 +189,15 @@ def _as_bias(mask: Tensor, dtype: torch.dtype) -> Tensor:
 def attention_flops(query: Tensor, key: Tensor, value: Tensor) -> int:
     """Operations of one fused attention, masked places counted: scores, and the sum of values. Heads may be grouped.
 
-    PyTorch's own formula refuses grouped heads before 2.13.
+    Its kernels compute whole tiles of the scores, and heads that are narrow as if they were 128 wide. PyTorch's own
+    formula counts neither, and refuses grouped heads before 2.13.
+
+    >>> q = torch.empty(1, 2, 150, 128)
+    >>> attention_flops(q, q, q) == 2 * 2 * 256 * 256 * (128 + 128)
+    True
     """
     batch, heads, tokens, width = query.shape
-    return 2 * batch * heads * tokens * key.shape[2] * (width + value.shape[-1])
+    seen = key.shape[2]
+    if tokens > 1:
+        tokens, seen = (-(-count // TILE) * TILE for count in (tokens, seen))
+    return 2 * batch * heads * tokens * seen * (max(width, TILE) + max(value.shape[-1], TILE))

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..machine.roofline import Operation
 from ._torch import ATTENTION, GROUPED_MM, TO_COPY, UNSAFE_VIEW, aten, fake_device, flop_formula, packet_of
-from .attention import attention_flops
+from .attention import TILE, attention_flops
 
 PRODUCTS = {aten.mm, aten.addmm, aten.bmm, aten.baddbmm, GROUPED_MM}
 COPIES = {TO_COPY, aten.copy_, aten.clone}
@@ -25,8 +25,12 @@ COPIES = {TO_COPY, aten.copy_, aten.clone}
 LOOKUPS = {aten.embedding, aten.index, aten.index_select, aten.gather, aten.slice_scatter}
 _NAMES = "empty zeros ones full arange randint empty_like zeros_like fill_ zero_ normal_ scalar_tensor"
 CREATORS = {getattr(aten, name) for name in _NAMES.split()}  # read nothing
+NORMS = {aten.native_layer_norm, aten._fused_rms_norm}
+TOPK = 12  # elements taken one by one for each that is compared; its result has indices of 8 bytes
+ROW = 400  # elements (of 16 bits) that an H200 would take one by one in the time in which it normalizes a short row
+CACHE = 50 * 10**6  # bytes of Hopper's L2: a matrix that all products of a batch share is read once if it fits
 FEW_INPUTS = 64  # of a convolution's filter: ConvNeXt's first has 3 x 4 x 4
-WITHOUT_KERNEL = {UNSAFE_VIEW, aten.detach, aten.empty, aten.empty_strided, aten.empty_like}
+WITHOUT_KERNEL = {UNSAFE_VIEW, aten.detach, aten.empty, aten.empty_strided, aten.empty_like, aten.new_empty}
 
 
 def cost_of(
@@ -43,14 +47,15 @@ def cost_of(
     packet, device = packet_of(func), device_of(outputs, inputs)
     if device is None or not outputs or func.is_view or packet in WITHOUT_KERNEL:
         return None
-    output, parts, issued = outputs[0], 1, 1  # the launch
+    output, issued = outputs[0], 1  # the launch
     read, written = sum(map(dense_bytes, inputs)), sum(map(dense_bytes, outputs))
     if packet in LOOKUPS:
         read = min(read, written)
     elif packet in CREATORS:
         read = 0
+    elif packet in (aten.bmm, aten.baddbmm):
+        read = sum(map(_read_in_a_batch if not args[-2].is_contiguous() else dense_bytes, inputs))
     elif packet is GROUPED_MM:
-        parts = args[1].shape[0]
         read = dense_bytes(args[0]) + _bytes_of_chosen_experts(args[0], args[1])
     source = ""
     if packet in COPIES:
@@ -58,7 +63,7 @@ def cost_of(
         source = next((str(fake_device(tensor)) for tensor in inputs if fake_device(tensor) != place), "")
     name, dtype = str(packet).removeprefix("aten."), str(output.dtype).removeprefix("torch.")
     flops, scattered = _flops(func, args, kwargs, result), _scattered(func, packet, inputs, output)
-    return Operation(name, device, flops, read + written, dtype, issued, source, parts=parts, scattered=scattered)
+    return Operation(name, device, flops, read + written, dtype, issued, source, scattered=scattered)
 
 
 def _flops(func: Any, args: Any, kwargs: Any, result: Any) -> int:
@@ -66,29 +71,59 @@ def _flops(func: Any, args: Any, kwargs: Any, result: Any) -> int:
     packet = packet_of(func)
     if packet in ATTENTION.values():
         return attention_flops(*args[:3])
-    if packet is GROUPED_MM:  # each row meets one expert
-        return 2 * args[0].shape[0] * args[1].shape[1] * args[1].shape[2]
+    if packet is GROUPED_MM:  # each row meets one expert, and each expert computes whole tiles
+        rows, (experts, width, result_width) = args[0].shape[0], args[1].shape
+        met = _chosen(rows, experts)
+        return 2 * round(met * TILE * math.ceil(rows / met / TILE) * width * result_width)
     formula = flop_formula(packet)
     return int(formula(*args, **kwargs, out_val=result)) if formula else 0
+
+
+def _read_in_a_batch(operand: Tensor) -> int:
+    """Bytes of an operand that the products of a batch read: a large one that they share is read by each.
+
+    So the logits of the last tokens of 32 prompts, a strided view, cost as much as the head's weights 32 times. Rows
+    that lie in one piece are not meant: PyTorch makes one product of them, although fake ones may not look like it.
+    """
+    dense = dense_bytes(operand)
+    return dense if dense <= CACHE else operand.numel() * operand.element_size()
 
 
 def _bytes_of_chosen_experts(rows: Tensor, experts: Tensor) -> int:
     """Bytes of the experts that some row meets, by chance; one that no row meets is not read."""
     count = experts.shape[0]
-    return round(dense_bytes(experts) * (1 - (1 - 1 / count) ** rows.shape[0]))
+    return round(dense_bytes(experts) * _chosen(rows.shape[0], count) / count)
+
+
+def _chosen(rows: int, experts: int) -> float:
+    """How many of the experts some row meets, by chance."""
+    return experts * (1 - (1 - 1 / experts) ** rows)
 
 
 def _scattered(func: Any, packet: Any, inputs: Sequence[Tensor], output: Tensor) -> int:
-    """Elements that a pointwise operation, a copy or a `cat` takes one by one.
+    """Elements that a pointwise operation, a copy, a `cat` or a norm of short rows takes one by one.
 
-    Source: TensorIterator in PyTorch, which vectorizes only what all of its tensors have in one order.
+    Source: TensorIterator in PyTorch, which vectorizes only what all of its tensors have in one order; the factors are
+    of kernels on an H200 (`roofline.Typical`).
     """
-    if packet is aten.cat:
-        return 0 if all(tensor.is_contiguous() for tensor in inputs) else output.numel()
+    if packet is aten.cat:  # a cache that is empty yet counts as one that lies otherwise
+        slow = any(not tensor.is_contiguous() or not tensor.numel() for tensor in inputs)
+        return 2 * output.numel() if slow else 0
+    if packet in NORMS:  # one block of threads for each row, after a copy of what does not lie in one piece
+        rows = output.numel() // max(1, output.shape[-1])
+        return ROW * rows + (0 if inputs[0].is_contiguous() else output.numel())
+    if packet is aten.topk:
+        return TOPK * inputs[0].numel()
+    if packet is aten.masked_fill_:  # has no tag
+        return 0 if inputs[1].shape == output.shape else output.numel()
     if torch.Tag.pointwise not in func.tags and packet not in COPIES:
         return 0
     operands = [tensor for tensor in inputs if tensor.numel() > 1]
+    if packet is aten.masked_fill and operands and operands[-1].shape != output.shape:
+        return output.numel() * 3 // 2  # copies first
     in_one_order = all(tensor.shape == output.shape and tensor.stride() == output.stride() for tensor in operands)
+    if in_one_order and packet is TO_COPY and inputs[0].dtype != output.dtype:
+        return 0 if inputs[0].dtype == torch.float32 else output.numel() * 6 // 10  # not vectorized, but in order
     return 0 if in_one_order else output.numel()
 
 

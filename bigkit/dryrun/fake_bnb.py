@@ -28,8 +28,8 @@ from ..offload.codec import CODECS, TensorCodec
 from ..offload.inputs import torch_device
 from ..quantize import bnb as packed
 from ..quantize.load import BnbQuantizationConfig, replace_with_bnb_layers
-from ..quantize.replace import cast
-from ..quantize.stacks import replace_stacks
+from ..quantize.replace import cast, layers_to_quantize
+from ..quantize.stacks import replace_stacks, stacks_to_quantize
 from ..units import dtype_name
 from ._bnb import native_calls
 from ._torch import QUESTIONS, FakeTensor, TorchDispatchMode, aten
@@ -69,8 +69,10 @@ def config_of(quantization: BnbQuantizationConfig | str, dtype: object = None) -
 
 def quantize_empty(model: nn.Module, quantization: BnbQuantizationConfig) -> nn.Module:
     """Put bitsandbytes' layers into an empty model, and cast the rest, as `load_and_quantize_model` would."""
+    stacks = stacks_to_quantize(model, quantization)
     replace_stacks(model, quantization)
-    replace_with_bnb_layers(model, quantization)
+    if layers_to_quantize(model, quantization, needed=not stacks):
+        replace_with_bnb_layers(model, quantization)
     cast(model, quantization)
     return model
 
@@ -182,7 +184,9 @@ def note_kernel(log: OperationLog, name: str, arguments: tuple[Any, ...]) -> Non
     elif name.startswith(PRODUCTS) and "naive" not in name and tensors[0].numel() >= VECTORS * tensors[0].shape[-1]:
         flops = 2 * rows * columns * depth
     moved = sum(map(dense_bytes, tensors))
-    log.trace.add(Operation(name, str(tensors[0].device), flops, moved, dtype.removeprefix("torch.")))
+    rows_alone = tensors[0].numel() if name.startswith("cint8_vector_quant") else 0  # a block of threads for each
+    device, dtype = str(tensors[0].device), dtype.removeprefix("torch.")
+    log.trace.add(Operation(name, device, flops, moved, dtype, scattered=rows_alone))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

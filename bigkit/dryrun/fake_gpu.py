@@ -123,6 +123,7 @@ class OperationLog(TorchDispatchMode):
         self.live: dict[int, tuple[str, int, weakref.ref[Any]]] = {}  # storage -> device, request, the storage itself
         self.warm: set[Any] = set()  # devices whose first matrix product has been, and kinds of products
         self.quiet = self.between_calls = False
+        self.overlooks = False  # whether some storages are RAM that a GPU reads
         self.values = KnownValues()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -155,6 +156,8 @@ class OperationLog(TorchDispatchMode):
         if self.kind != "weights":
             self.trace.unissued += 1
             if operation := cost_of(func, args, kwargs, inputs, outputs, result):
+                if self.overlooks and any(map(self._is_overlooked, inputs)):
+                    operation = replace(operation, bytes=0)  # what is read comes over the link, which is noted there
                 self.trace.add(operation)
         return result
 
@@ -209,6 +212,14 @@ class OperationLog(TorchDispatchMode):
                 trace.free(device, number)
 
         self.live[key] = device, number, weakref.ref(tensor.untyped_storage(), gone)
+
+    def overlook(self, tensor: Tensor) -> None:
+        """Count the storage of a tensor not as memory of a GPU: it is RAM that the GPU reads."""
+        self.overlooks = True
+        self.live[storage_key(tensor)] = "", 0, weakref.ref(tensor.untyped_storage())
+
+    def _is_overlooked(self, tensor: Tensor) -> bool:
+        return self.live.get(storage_key(tensor), ("cpu",))[0] == ""
 
     def label(self, tensor: Tensor, kind: str) -> None:
         """Say what the storage of a tensor is for."""

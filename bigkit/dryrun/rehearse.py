@@ -18,17 +18,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..checkpoints.ring import Slab
 from ..devices import Device, placement, read_device
 from ..machine.hardware import GPUS, Gpu
 from ..machine.ledger import Calibration
 from ..machine.roofline import ARRIVE, FILL, LEAVE, WAIT, Operation
 from ..machine.routing import Routing
 from ..maps.links import DeviceMap
+from ..model.experts import check_choice
 from ..offload.choice import Recorded
 from ..offload.dispatch import dispatch_model
 from ..offload.experts import ExpertStreamer, expert_hits
+from ..offload.gather import GatherStreamer
 from ..offload.lenders import streamers_in
-from ..offload.rows import Rows, count_rows
+from ..offload.rows import Rows, bytes_of_one, count_rows
 from ..offload.stream import Streamer
 from ..offload.transfer import PlainLane, Slot
 from ..offload.weights import Unit
@@ -92,6 +95,7 @@ def rehearse(
     main = next((device for device in (*works.values(), *places.values()) if isinstance(device, int)), 0)
     in_ram = DeviceMap({name: "cpu" if device == "disk" else device for name, device in places.items()}, works)
     known = works or any(isinstance(device, int) for device in places.values())
+    _check_experts(model, routing)
     with fake_gpus(target, map(target_of, GPUS.values())) as log, as_with_data(), ExitStack() as stack:
         log.kind = "weights"
         if quantization is None:
@@ -101,7 +105,7 @@ def rehearse(
 
             stack.enter_context(fake_bitsandbytes(log))
             fill_quantized(model.eval(), in_ram, main, quantization)
-        if set(places.values()) != {main}:
+        if set(places.values()) != {main} or expert_cache:  # which has no use, and is refused, if all is there
             dispatch_model(
                 model, in_ram, None if known else main, slots=slots, resident_memory=resident_memory,
                 expert_cache=expert_cache,
@@ -165,13 +169,27 @@ class FakeLane(PlainLane):
         return slot
 
     def fill(self, slot: Slot, unit: Unit) -> None:
-        experts = 0
+        experts, gathered = 0, False
         if isinstance(self.streamer, ExpertStreamer):
             whole: Unit = unit.whole if isinstance(unit, Rows) else unit
             experts = max(1, unit.nbytes * self.streamer.counts[whole.index] // max(1, whole.nbytes))
             if whole is not unit:  # the router must have chosen: the host waits for that, or the GPU gathers by itself
-                self._note(WAIT if self.streamer.host_waits else LEAVE, slot, unit)
-        self._note(FILL, slot, unit, experts)
+                gathered = not self.streamer.host_waits
+                self._note(LEAVE if gathered else WAIT, slot, unit)
+        self._note(FILL, slot, unit, experts, gathered=gathered)
+
+    def see(self, slab: Slab, device: torch.device) -> Tensor:
+        """RAM as a tensor on a fake GPU, which takes no memory there."""
+        with self.log.silent():
+            memory = torch.empty(slab.bytes.nbytes, dtype=torch.uint8, device=device)
+        self.log.overlook(memory)
+        return memory
+
+    def gather(self, slot: Slot, unit: Unit, nbytes: int) -> None:
+        """The GPU reads experts itself, when the work before is done; the host does not wait."""
+        self.numbers.setdefault(id(slot), len(self.numbers))
+        self._note(LEAVE, slot, unit)
+        self._note(FILL, slot, unit, nbytes // bytes_of_one(unit), nbytes, True)
 
     def arrive(self, slot: Slot) -> None:
         self._note(ARRIVE, slot, slot.unit)
@@ -179,25 +197,48 @@ class FakeLane(PlainLane):
     def leave(self, slot: Slot) -> None:
         self._note(LEAVE, slot, slot.unit)
 
-    def _note(self, name: str, slot: Slot, unit: Unit | None, experts: int = 0) -> None:
-        assert unit is not None
+    def rests(self, unit: Unit) -> str:
+        """Where a unit rests in the run that is imagined."""
         rests = {self.place(inside) for inside in (unit.name, *(weight.name for weight in unit.weights))}
-        source, number = "disk" if "disk" in rests else "cpu", self.numbers[id(slot)]
+        return "disk" if "disk" in rests else "cpu"
+
+    def _note(
+        self, name: str, slot: Slot, unit: Unit | None, experts: int = 0, nbytes: int = 0, gathered: bool = False
+    ) -> None:
+        assert unit is not None
+        source, number = self.rests(unit), self.numbers[id(slot)]
+        about: dict[str, Any] = {"experts": experts, "gathered": gathered}
         self.log.trace.operations.append(
-            Operation(name, str(self.device), 0, unit.nbytes, "uint8", 0, source, number, unit.name, experts=experts)
+            Operation(name, str(self.device), 0, nbytes or unit.nbytes, "uint8", 0, source, number, unit.name, **about)
         )
 
 
 def _replace_lanes(model: nn.Module, log: OperationLog, places: Mapping[str, Device], routing: Routing | None) -> None:
     """Put fake lanes in the place of those of a dispatched model, and a recorded routing in the place of chance."""
     layers = {id(module): number for number, module in enumerate(filter(count_rows, model.modules()))}
-    if routing is not None:
-        routing.check({(len(layers), *_choice(module)) for module in filter(count_rows, model.modules())})
     numbers: dict[int, int] = {}
     for streamer in streamers_in(model):
-        streamer.lane = FakeLane(streamer, log, places, numbers)
+        streamer.lane = lane = FakeLane(streamer, log, places, numbers)
+        if isinstance(streamer, GatherStreamer):
+            streamer.see, streamer.note = lane.see, lane.gather
+            for part in (part for unit in streamer.units if lane.rests(unit) == "cpu" for part in unit.parts()):
+                assert part.slab is not None
+                part.slab.pinned = True  # a GPU can read it, as it can in a real run
         if routing is not None and isinstance(streamer, ExpertStreamer):
             streamer.recorded = Recorded([routing.chosen[layers[id(unit.module)]] for unit in streamer.units])
+
+
+def _check_experts(model: nn.Module, routing: Routing | None) -> None:
+    """See that tokens can choose as they are said to.
+
+    Raises:
+        ValueError: a token takes more experts than there are, or the routing is that of another model.
+    """
+    layers = [_choice(module) for module in model.modules() if count_rows(module)]
+    for count, per_token in layers:
+        check_choice(type(model).__name__, count, per_token)
+    if routing is not None:
+        routing.check({(len(layers), *layer) for layer in layers})
 
 
 def _choice(module: Any) -> tuple[int, int]:

@@ -195,6 +195,8 @@ class DryRun:
         if self.twin is None:
             return {}
         prefill, token = self.twin.prefill, self.twin.token or self.twin.prefill
+        if self.load.prompt == 1:
+            prefill = self.twin.single or prefill
         if not self.load.generate:
             prefill, token = prefill.without_before(), token.without_before()
         return {name: token if i else prefill for i, (name, _) in enumerate(self.steps)}

@@ -12,6 +12,7 @@ Leaves out: pictures (`bigkit.draw.dryrun`), and what happens once for a process
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -59,7 +60,7 @@ def dry_run(
     quantization: BnbQuantizationConfig | str | None = None,
     replay: bool = True,
     expert_cache: int | str = 0,
-    routing: Routing | None = None,
+    routing: Routing | str | os.PathLike[str] | None = None,
     graphs: bool = False,
 ) -> DryRun:
     """Run a model on GPUs that do not exist.
@@ -87,8 +88,8 @@ def dry_run(
             bitsandbytes' own Python for CUDA is followed (`dryrun/fake_bnb.py`).
         replay: trace blocks that are surely equal twice, then note the same again (`dryrun/replay.py`); False runs all.
         expert_cache: bytes of the GPUs for experts that stay there; see `dispatch_model`.
-        routing: which experts are chosen, token by token, as `record_routing` gives it; from its beginning, and again
-            when it ends. None: as many different ones as chance gives.
+        routing: which experts are chosen, token by token, as `record_routing` gives it, or its JSON file; from its
+            beginning, and again when it ends. None: as many different ones as chance gives.
         graphs: generate within `bigkit.graph_decode`, and count what the graphs keep.
 
     Returns:
@@ -107,7 +108,7 @@ def dry_run(
     given: Any = whole_on(plan)
     if isinstance(given, str) or (given is None and hardware is not None and len(_machine(hardware, 1).gpus) > 1):
         given = _plan(model, _machine(hardware, 1), given or "auto", dtype, quantization, load)
-    places = _places(given)
+    places, routing = _places(given), None if routing is None else Routing.of(routing)
     if isinstance(given, Plan):
         dtype, quantization = dtype or given.dtype, quantization or given.quantization
         slots = slots or given.slots

@@ -42,7 +42,7 @@ class Gpu:
         bandwidth: bytes a second from its own memory.
         flops: bfloat16 (float16 where there is no bfloat16) operations a second, dense.
         link: bytes a second from the host's pinned memory, in theory.
-        capability: its compute capability; (0, 0) if it is Apple's.
+        capability: its compute capability; of Apple's, which have none, (8, 0): they take bfloat16.
         mps: whether PyTorch calls it "mps" (Apple's), and not by a number.
     """
 
@@ -186,7 +186,7 @@ _APPLE = 0.375e12  # operations a second of one GPU core: an order of magnitude,
 
 def _shared(name: str, gpu: str, ram: int, usable: int, rate: float, flops: float, **options: Any) -> Hardware:
     """A machine with one memory, of which the GPU can use a part; nothing is copied between the two."""
-    options.setdefault("capability", (0, 0))
+    options.setdefault("capability", (8, 0))
     return Hardware(name, (Gpu(gpu, usable, rate, flops, rate, **options),), ram, TB, ram_rate=rate, unified=True)
 
 

@@ -63,23 +63,25 @@ class Twin:
         quantization: of its linear layers, or None.
         prefill: the prompt's step.
         token: a token's step; None if it makes none.
+        single: the step of a prompt of one token, which calls other kernels; None if it was not measured.
     """
 
     model: str
     quantization: str | None
     prefill: HostStep
     token: HostStep | None = None
+    single: HostStep | None = None
 
     @staticmethod
     def from_json(data: Mapping[str, Any]) -> Twin:
         """From what `dataclasses.asdict` and JSON make of one."""
-        token = data["token"] and HostStep(*data["token"])
-        return Twin(str(data["model"]), data["quantization"], HostStep(*data["prefill"]), token)
+        token, single = (step and HostStep(*step) for step in (data["token"], data.get("single")))
+        return Twin(str(data["model"]), data["quantization"], HostStep(*data["prefill"]), token, single)
 
     @property
     def numbers(self) -> list[float]:
         """All that must be positive."""
-        return [number for step in (self.prefill, self.token) if step for number in step]
+        return [number for step in (self.prefill, self.token, self.single) if step for number in step]
 
 
 @dataclass(frozen=True)

@@ -197,6 +197,19 @@ class Routing:
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise ValueError(f"this is no recorded routing ({type(error).__name__}: {error})") from error
 
+    @staticmethod
+    def of(given: Routing | str | os.PathLike[str]) -> Routing:
+        """A routing, or the one in a JSON file.
+
+        Raises:
+            TypeError: it is neither. Others: those of `load`.
+        """
+        if isinstance(given, (str, os.PathLike)):
+            return Routing.load(given)
+        if not isinstance(given, Routing):
+            raise TypeError(f"a routing is what record_routing gives, or its JSON file, not a {type(given).__name__}")
+        return given
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write it to a JSON file."""
         Path(path).write_text(self.to_json(), encoding="utf-8")

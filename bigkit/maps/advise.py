@@ -4,7 +4,8 @@ Each way is a plan, and the plan says what a token waits for. Four things work s
 experts are copied when they are chosen, and then what works on them waits:
 
     Python      issues a number of steps for each block, most where bitsandbytes multiplies
-    GPU         reads the weights that rest on it and the KV cache; of experts, those that the router picks
+    GPU         reads the weights that rest on it and the KV cache; of experts, those that the router picks; what is
+                stored in few bits is decoded, which writes and reads it in 16 bit
     link        copies what rests in RAM and on disk: whole blocks, but of experts those that the router picks
     disk        reads what rests there, likewise
 
@@ -31,7 +32,7 @@ from ..model.attention import kv_dtype_name
 from ..model.estimate import generates, load_text, longest_context, remarks, tokens_seen, whole_number
 from ..model.experts import experts_of, visited
 from ..model.spec import ModelSpec, Precision
-from ..model.stored import is_as_stored
+from ..model.stored import decoded_bytes, is_as_stored
 from ..units import dtype_bits, format_bytes, format_seconds, text_table, three_figures
 from . import on_cpu
 from .cures import cures
@@ -288,7 +289,7 @@ def advise(
     for quantization in [stored] if isinstance(stored, str) else stored:
         if quantization and not model.quantized(model.precision(half, quantization)):
             continue  # no layer of the model can be
-        stays = quantization is None and is_as_stored(model, Precision())
+        stays = quantization is None and (is_as_stored(model, Precision()) or model.library == "gguf")
         ask = partial(
             place,
             model,
@@ -321,6 +322,8 @@ def advise(
     marked = tuple(replace(option, front=front) for option, front in zip(ranked, fronts))
     misfits.sort(key=lambda misfit: sum(share.over for share in misfit[0].shares))  # what is closest to fit first
     notes = tuple(dict.fromkeys([*remarks(model.name, model.facts, context), *said]))
+    if is_as_stored(model, Precision()) and any(option.plan.quantization for option in marked):
+        notes += ("Ways other than as stored need a checkpoint that is not quantized.",)
     if not generates(model) and "vocab_size" not in model.facts:
         notes += ("Times are the least that a pass takes: its operations do not follow from sizes.",)
     return Advice(
@@ -377,13 +380,14 @@ def predict(model: ModelSpec, plan: Plan, hardware: Hardware, calibration: Calib
     runners = [share for share in plan.shares if share.runs]
     first = rates[runners[0].device]
     on_gpus = runners[0].device != "cpu"
-    bits = dtype_bits(model.computes_in(model.precision(plan.dtype, plan.quantization)))
+    precision = model.precision(plan.dtype, plan.quantization)
+    bits = dtype_bits(model.computes_in(precision))
     blocks = max(1, model.facts.get("num_hidden_layers") or len({record.layer for record in model.attention}))
     routed_share = sum(experts.parameters for experts in experts_of(model)) / max(1, model.parameters)
     flops = 2 * plan.batch * (model.parameters - (1 - picked(model, 1)) * routed_share * model.parameters)
     total = max(1, sum(share.weights for share in plan.shares))
     on_disk = sum(share.weights for share in plan.shares if share.device == "disk")
-    visits = visitors(plan)
+    visits, decoded = visitors(plan), 2 * decoded_bytes(model, precision)  # written, and read by the product
 
     def chosen(tokens: int) -> bool:
         """Whether of some experts only the chosen ones travel."""
@@ -396,7 +400,7 @@ def predict(model: ModelSpec, plan: Plan, hardware: Hardware, calibration: Calib
         for share in runners:
             rate = rates[share.device]
             weights = share.weights + visits.get(share.device, 0)
-            reading += (used * weights + share.kv_cache) / rate.memory
+            reading += (used * (weights + decoded * weights / total) + share.kv_cache) / rate.memory
             product = rate.table("bfloat16" if bits == 16 else "float32")[-1][1]
             computing += weights / total * tokens * flops / product
         travels = picked(model, plan.batch * tokens) if plan.experts else 1.0  # of experts apart, the chosen ones
@@ -407,6 +411,9 @@ def predict(model: ModelSpec, plan: Plan, hardware: Hardware, calibration: Calib
             "link": travels * (sum(copies) if chosen(tokens) else max(copies, default=0.0)),
             "disk": travels * on_disk / first.disk,
         }
+
+    if model.library == "gguf":
+        return _by_llama_cpp(plan, lanes, sum(visits.values()) * picked(model, plan.batch), rates["cpu"])
 
     def seconds(tokens: int) -> float:
         """What is waited for: the slowest lane, and for chosen experts, since nothing of them can be fetched ahead."""
@@ -419,6 +426,16 @@ def predict(model: ModelSpec, plan: Plan, hardware: Hardware, calibration: Calib
     if not generates(model):
         return Option(plan, None, seconds(whole), lanes(whole), LOSS[plan.quantization])
     return Option(plan, seconds(1), seconds(whole), lanes(1), LOSS[plan.quantization])
+
+
+def _by_llama_cpp(plan: Plan, lanes: Callable[[int], dict[str, float]], away: float, cpu: Rates) -> Option:
+    """What llama.cpp takes: the CPU reads what rests in RAM, `away` bytes for a token, while the GPU waits. A prompt's
+    layers are copied to the GPU.
+    """
+    token, prompt = lanes(1), lanes(max(plan.context, 1))
+    waits = {"GPU": token.get("GPU", 0.0), "RAM": token.get("RAM", 0.0) + away / cpu.memory, "disk": token["disk"]}
+    del prompt["Python"]
+    return Option(plan, sum(waits.values()), max(prompt.values()), waits, LOSS[plan.quantization])
 
 
 def best_with_cpu(

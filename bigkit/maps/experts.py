@@ -18,6 +18,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import lru_cache
+from itertools import accumulate
 from typing import TYPE_CHECKING
 
 from ..devices import Device, prefixes
@@ -127,7 +128,8 @@ def _fill(task: Task, dense: Sequence[int], experts: Sequence[int], reserve: int
         sizes = [units[k].weights for k in own[runner]]
         left = room - chain.load(start, end)
         left += reserve if sum(sizes) <= left + reserve else 0  # nothing is in flight if all are there
-        staying = {own[runner][i] for i in spread(sizes, left)} if on_cpu is None else set(experts[on_cpu:])
+        chosen = _last(sizes, left) if task.in_order else spread(sizes, left)
+        staying = {own[runner][i] for i in chosen} if on_cpu is None else set(experts[on_cpu:])
         for k in own[runner]:
             places[k] = runner
             if k not in staying:
@@ -138,6 +140,12 @@ def _fill(task: Task, dense: Sequence[int], experts: Sequence[int], reserve: int
     for i, k in enumerate(away):
         places[k] = "cpu" if i in in_ram else "disk"
     return places
+
+
+def _last(sizes: Sequence[int], room: int) -> range:
+    """The last ones that fit: of the first ones llama.cpp's `--n-cpu-moe` says how many do not."""
+    sums = accumulate(reversed(sizes))
+    return range(len(sizes) - sum(size <= room for size in sums), len(sizes))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

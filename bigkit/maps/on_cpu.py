@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NamedTuple
 
 from ..machine.ledger import Calibration
-from ..model.spec import ModelSpec
+from ..model.spec import ModelSpec, ModuleSpec
 from ..units import counted, format_bytes, format_seconds
 from .experts import is_apart
 
@@ -90,11 +90,22 @@ def best_count(
     return *best, seconds(*best)
 
 
-def mlps_of(model: ModelSpec, plan: Plan) -> dict[str, int]:
-    """Blocks that rest in RAM and work on a GPU -> bytes of the MLP of each, as layer records tell it.
-
-    The MLP is the largest child that holds two matrices or more and no attention by its name; no mixture of experts.
+def mlp_of(block: ModuleSpec) -> str:
+    """Own name of a block's MLP, or "": the largest child with two matrices or more and nothing but weights, which is
+    no attention by its name, and no mixture of experts.
     """
+    sizes = {"": 0}
+    for own, child in block.children.items():
+        tensors = [tensor for _, tensor, _ in child.named_tensors()]
+        matrices = sum(len(tensor.shape) == 2 for tensor in tensors)
+        stateless = "att" not in f"{own} {child.cls}".lower() and not any(tensor.buffer for tensor in tensors)
+        if matrices > 1 and stateless and all(len(tensor.shape) < 3 for tensor in tensors):
+            sizes[own] = child.bytes()
+    return max(sizes, key=sizes.__getitem__)
+
+
+def mlps_of(model: ModelSpec, plan: Plan) -> dict[str, int]:
+    """Blocks that rest in RAM and work on a GPU -> bytes of the MLP of each, as layer records tell it."""
     apart = {layer.name for layer in is_apart(plan.layers)}
     sizes = {}
     precision = model.precision(plan.dtype, plan.quantization)
@@ -102,15 +113,9 @@ def mlps_of(model: ModelSpec, plan: Plan) -> dict[str, int]:
     for layer in plan.layers:
         if layer.device != "cpu" or layer.works in (None, "cpu") or layer.name in apart or layer.name not in specs:
             continue
-        children = [0]
-        for own, child in specs[layer.name].children.items():
-            tensors = [tensor for _, tensor, _ in child.named_tensors()]
-            matrices = sum(len(tensor.shape) == 2 for tensor in tensors)
-            stateless = "att" not in f"{own} {child.cls}".lower() and not any(t.buffer for t in tensors)
-            if matrices > 1 and stateless and all(len(tensor.shape) < 3 for tensor in tensors):
-                children.append(child.bytes(precision, f"{layer.name}.{own}"))
-        sizes[layer.name] = max(children)
-    return {name: size for name, size in sizes.items() if size}
+        if own := mlp_of(specs[layer.name]):
+            sizes[layer.name] = specs[layer.name].children[own].bytes(precision, f"{layer.name}.{own}")
+    return sizes
 
 
 def with_cpu(

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 
 from ..devices import Device, device_label
 from ..model.pipeline import Component, PipelineSpec
@@ -27,6 +27,7 @@ from .plan import Plan
 from .strategies import place
 from .task import read_budgets
 
+SLOTS = 2  # blocks in flight, of what comes by block
 STEPS = 30  # passes of a denoiser for one image
 AWAY = ("cpu", "disk")
 TRIED = 20  # ways of which blocks are placed: how they fit is known only then
@@ -43,6 +44,7 @@ class PlacedComponent:
         weights, activations: bytes.
         peaks: GPU -> bytes there while it works.
         plan: where its blocks rest, if it comes by block or is split.
+        away: the same, if all blocks rest in RAM or on disk: name -> place.
     """
 
     name: str
@@ -53,6 +55,7 @@ class PlacedComponent:
     activations: int
     peaks: Mapping[Device, int]
     plan: Plan | None = None
+    away: Mapping[str, Device] = field(default_factory=dict, repr=False)
 
     @property
     def peak(self) -> int:
@@ -119,10 +122,10 @@ class PipelinePlan:
         """Python that makes this plan and runs the pipeline by it."""
         budgets = {device: size for device, size in self.budgets.items() if size is not None}
         return "\n".join([
-            "import bigkit", "from bigkit.offload.pipeline import dispatch_pipeline",
+            "import bigkit", "import torch", "from bigkit.offload.pipeline import dispatch_pipeline",
             "from diffusers import DiffusionPipeline", "",
             f"plan = bigkit.plan({self.model!r}, {budgets!r}, overhead={self.overhead})",
-            f'pipe = DiffusionPipeline.from_pretrained({self.model!r}, torch_dtype="bfloat16")',
+            f'pipe = DiffusionPipeline.from_pretrained({self.model!r}, torch_dtype=torch.bfloat16)',
             "dispatch_pipeline(pipe, plan)",
         ])  # fmt: skip
 
@@ -164,7 +167,8 @@ def place_pipeline(
     trials.sort(key=lambda trial: (trial.over, trial.copied, trial.hops))
     for number, trial in enumerate(trials[:TRIED]):
         placed = _placed(trial, taken, budgets)
-        problems = [f"It lacks {format_bytes(trial.over)}."] if trial.over else []
+        lacks = max(trial.over, *(peak - (budgets[gpu] or 0) for one in placed for gpu, peak in one.peaks.items()))
+        problems = [f"It lacks {format_bytes(lacks)}."] if lacks > 0 else []
         problems += [f"{one.name}: {one.plan.problem}" for one in placed if one.plan and one.plan.problem]
         if number == 0 or not problems:
             best = placed, problems
@@ -208,7 +212,7 @@ def _passes(phase: str, how: str, steps: int) -> int:
 def _travels(one: PlacedComponent) -> int:
     """Bytes of a component that are copied for one pass."""
     if one.plan is None:
-        return one.weights if one.how == "comes" else 0
+        return one.weights if one.how in ("comes", "by block") else 0
     return sum(layer.bytes for layer in one.plan.layers if layer.device in AWAY)
 
 
@@ -218,7 +222,7 @@ class _Trial:
 
     Args:
         components, ways: the components, and how and where each works.
-        room: of each, GPU -> bytes for it in every phase; of one that comes by block, those in flight too.
+        room: of each, GPU -> bytes for it in every phase.
         ram: bytes that are left in RAM beside what comes; None: no limit.
         copied, over: bytes for an image, and bytes that are lacking.
         hops: how often tensors change GPUs for an image.
@@ -238,8 +242,7 @@ class _Trial:
         steps: int,
     ) -> _Trial:  # fmt: skip
         weights, main, spare = [one.spec.bytes() for one in components], next(iter(rooms)), dict(rooms)
-        always = {"stays": lambda one: one.spec.bytes(), "by block": lambda one: one.least}
-        room = [dict.fromkeys(gpus, always[how](one) if how in always else 0)
+        room = [dict.fromkeys(gpus, one.spec.bytes() if how == "stays" else 0)
                 for one, (how, gpus) in zip(components, ways)]  # fmt: skip
         for gpu in rooms:
             needs = (_need(one, how) for one, (how, gpus) in zip(components, ways) if gpu in gpus)
@@ -264,23 +267,41 @@ class _Trial:
 
 def _need(one: Component, how: str) -> int:
     """Bytes that a component takes in its phase alone."""
-    return one.working + (one.spec.bytes() if how == "comes" else 0)
+    return one.working + {"comes": one.spec.bytes(), "by block": one.least}.get(how, 0)
 
 
 def _placed(trial: _Trial, overhead: int, budgets: Mapping[Device, int | None]) -> tuple[PlacedComponent, ...]:
     """Place the blocks of what comes by block or is split, and count what each GPU then holds in each phase."""
-    plans: list[Plan | None] = []
-    for one, (how, _), room in zip(trial.components, trial.ways, trial.room):
-        rest = {"cpu": trial.ram, "disk": budgets["disk"]} if how == "by block" else {"disk": 0}
-        given: dict[Device, int | str] = {device: size for device, size in rest.items() if size is not None}
-        placed = how in ("by block", "split")
-        plans.append(place(one.spec, {**room, **given}, strict=False) if placed else None)
-    always = [plan.used if plan else room for plan, room in zip(plans, trial.room)]
+    plans: list[tuple[Plan | None, Device]] = []
+    ram = trial.ram
+    for one, (how, gpus), room in zip(trial.components, trial.ways, trial.room):
+        plan, size = None, one.spec.bytes()
+        if how == "split" or (how == "by block" and any(room.values())):
+            flying = one.least if how == "by block" else 0  # bytes in flight, while it works
+            rest = {"cpu": ram, "disk": budgets["disk"]} if how == "by block" else {"disk": 0}
+            given: dict[Device, int | str] = {device: size for device, size in rest.items() if size is not None}
+            sizes: dict[Device, int | str] = {gpu: size + flying for gpu, size in room.items()}
+            plan = place(one.spec, {**sizes, **given}, strict=False, slots=SLOTS)
+            if how == "by block" and any(_stays(plan).get(gpu, 0) > room[gpu] for gpu in gpus):
+                plan = None  # large blocks would stay where only those in flight have room
+        in_ram = ram is None or size <= ram
+        plans.append((plan, "cpu" if in_ram else "disk"))
+        if how == "by block" and ram is not None:
+            ram -= plan.used.get("cpu", 0) if plan else size * in_ram
+    always = [_stays(plan) if plan else {} if how == "by block" else dict(room)
+              for (plan, _), room, (how, _) in zip(plans, trial.room, trial.ways)]  # fmt: skip
     components = []
-    for one, (how, gpus), plan in zip(trial.components, trial.ways, plans):
+    for one, (how, gpus), (plan, rests) in zip(trial.components, trial.ways, plans):
         peaks = {
             gpu: overhead + sum(own.get(gpu, 0) for own in always) + (_need(one, how) if gpu in gpus else 0)
             for gpu in budgets if gpu not in AWAY
         }  # fmt: skip
-        components.append(PlacedComponent(one.name, one.phase, how, gpus, one.spec.bytes(), one.working, peaks, plan))
+        away = dict.fromkeys((layer.name for layer in one.spec.layers_to_place()), rests) if how == "by block" else {}
+        size = one.spec.bytes()
+        components.append(PlacedComponent(one.name, one.phase, how, gpus, size, one.working, peaks, plan, away))
     return tuple(components)
+
+
+def _stays(plan: Plan) -> dict[Device, int]:
+    """Device -> bytes that rest there for good."""
+    return {share.device: share.used - share.reserve for share in plan.shares}

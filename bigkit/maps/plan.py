@@ -182,7 +182,12 @@ class Plan:
             flags = llama_cpp_flags(self) if self.library != "gguf" else ""
             lines += [f"  {about}", *([f"  llama.cpp places them so with {flags}"] if flags else [])]
         if self.library == "gguf" and self.feasible:
-            lines.append(f"  Run it with llama.cpp: {llama_cpp_command(self)}")
+            there = (
+                ", where the CPU works on what rests in RAM"
+                if any(s.weights for s in self.shares if not s.runs)
+                else ""
+            )
+            lines.append(f"  Run it with llama.cpp{there}: {llama_cpp_command(self)}")
         if self.longest:
             lines.append(f"  Longest context this placement holds: {self.longest}.")
         lines += [f"  {note}" for note in self.notes]

@@ -28,6 +28,7 @@ from ..meta.empty import init_empty_weights
 HEAD, ROW = 16, 8  # width of a twin's narrowest head, and what widths are a multiple of: kernels want 16 bytes
 QUANTIZED = 64  # the same for both if its layers are quantized: bitsandbytes takes blocks of so many weights
 LOAD = Workload(batch=1, prompt=16, new=6)
+SINGLE = Workload(batch=1, prompt=1)  # no masks, no experts in groups: another sequence of calls than a longer prompt's
 EXPERT = 64  # width of a twin's experts, of which there may be hundreds
 HEADS = re.compile(r".*head_dim|d_kv|attention_head_size|kv_channels")
 WIDTHS = re.compile(
@@ -115,22 +116,39 @@ def measure_twin(model: nn.Module, device: str, quantization: str | None = None,
         ValueError: no twin can be made, or it cannot do the work.
     """
     quantized = quantization is not None
-    run = dry_run(lambda: twin_of(model, quantized), None, LOAD.batch, LOAD.prompt, LOAD.new, quantization=quantization)
-    ends = [0, *(end for _, end in run.steps)]
-    issued = [sum(operation.issued for operation in run.operations[a:b]) for a, b in zip(ends, ends[1:])]
     twin = twin_of(model, quantized)
     if quantization is None:
         fill(twin, {"": device})
     else:
         how = config_of(quantization, "bfloat16")
         fill_quantized(quantize_empty(twin, how), {"": device}, device, how)
-    steps: list[list[HostStep]] = [[], []]  # of the prompt, and of tokens
-    for _ in range(1 + repeats):
-        for i, (seconds, before) in enumerate(timed(twin, LOAD, device)):
-            steps[i > 0].append(HostStep(seconds, before, issued[i]))
-    prefill, token = (_median(row[len(row) // (1 + repeats) :]) for row in steps)
+    prefill, token = _steps(model, twin, LOAD, device, quantization, repeats)
+    single, _ = _steps(model, twin, SINGLE, device, quantization, repeats)
     assert prefill is not None
-    return Twin(type(model).__name__, quantization, prefill, token)
+    return Twin(type(model).__name__, quantization, prefill, token, single)
+
+
+def _steps(
+    model: nn.Module, twin: nn.Module, load: Workload, device: str, quantization: str | None, repeats: int
+) -> tuple[HostStep | None, HostStep | None]:
+    """What the host took for the prompt and for a token of a twin; runs count after one that does not."""
+    issued = issued_in(model, load, quantization)
+    steps: list[list[HostStep]] = [[], []]
+    for run in range(1 + repeats):
+        for i, (seconds, before) in enumerate(timed(twin, load, device)):
+            if run:
+                steps[i > 0].append(HostStep(seconds, before, issued[i]))
+    prompt, token = map(_median, steps)
+    return prompt, token
+
+
+def issued_in(model: nn.Module, load: Workload, quantization: str | None) -> list[int]:
+    """Steps of the host in each step of the work of a model's twin, counted by a dry run."""
+    work = load.batch, load.prompt, load.new
+    how: dict[str, Any] = {"quantization": quantization, "dtype": "bfloat16"} if quantization else {}
+    run = dry_run(lambda: twin_of(model, quantization is not None), None, *work, **how)
+    ends = [0, *(end for _, end in run.steps)]
+    return [sum(operation.issued for operation in run.operations[a:b]) for a, b in zip(ends, ends[1:])]
 
 
 def timed(model: nn.Module, load: Workload, device: str) -> list[tuple[float, float]]:

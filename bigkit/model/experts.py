@@ -107,9 +107,19 @@ def experts_of(model: ModelSpec) -> tuple[Experts, ...]:
                 look(child, full)
 
     look(model.root, "")
-    if found and per_token > (most := max(one.count for one in found)):
-        raise ValueError(f"{model.name} says that a token takes {per_token} experts, but its blocks have {most} each")
+    if found:
+        check_choice(model.name, max(one.count for one in found), per_token)
     return tuple(found)
+
+
+def check_choice(name: str, count: int, per_token: int) -> None:
+    """See that a token of a model takes no more experts than a block has.
+
+    Raises:
+        ValueError: it does.
+    """
+    if per_token > count:
+        raise ValueError(f"{name} says that a token takes {per_token} experts, but its blocks have {count} each")
 
 
 def count_experts(own: str, module: ModuleSpec, facts: Mapping[str, Any]) -> int:

@@ -5,8 +5,7 @@ fullest phase, and that depends on which components stay on the device. Three wa
 
     all stay                 all weights, and the activations of the hungriest component
     one at a time            of the fullest component its weights and activations; the others wait in RAM
-    by the block             those that are too large come block by block, and place for two blocks is kept for each;
-                             the others are there one at a time
+    by the block             two of its largest blocks and its activations; every block comes for each pass
 
 Leaves out: finding the components (`zoo/pipelines.py`), tracing activations (`dryrun/components.py`), and choosing what
 stays on a machine (`maps/pipeline.py`).
@@ -139,22 +138,11 @@ def estimate_pipeline(pipeline: PipelineSpec) -> PipelineEstimate:
     ways = {
         "all stay": pipeline.weights + max(one.working for one in parts),
         "one at a time": fullest.spec.bytes() + fullest.working,
-        "by the block": _least(parts),
+        "by the block": max(one.least + one.working for one in parts),
     }
     unknown = [one.name for one in parts if one.activations is None]
     notes = [f"Activations of {', '.join(unknown)} are not counted."] if unknown else []
     return PipelineEstimate(pipeline.name, pipeline.cls, rows, ways, fullest.name, (*notes, *pipeline.notes))
-
-
-def _least(parts: Sequence[Component]) -> int:
-    """The smallest peak: of the components that take most, as many come by block as makes it less."""
-    parts = sorted(parts, key=lambda one: -one.spec.bytes() - one.working)
-    peaks = []
-    for count in range(len(parts) + 1):
-        blocks, whole = parts[:count], parts[count:]
-        working = [one.working for one in blocks] + [one.spec.bytes() + one.working for one in whole]
-        peaks.append(sum(one.least for one in blocks) + max(working))
-    return min(peaks)
 
 
 def order(components: Sequence[str], sequence: str) -> list[tuple[str, str]]:

@@ -8,7 +8,8 @@ By hand, for a weight of 4096 x 4096 in 4 bits with a scale and a zero point for
     8716288
 
 Leaves out: what the bits mean (`checkpoints/codecs.py`), and bitsandbytes' formats (`precision.py`).
-Source: the files that AutoAWQ, AutoGPTQ, compressed-tensors, DeepSeek-V3 and gpt-oss publish.
+Source: the files that AutoAWQ, AutoGPTQ, compressed-tensors, DeepSeek-V3 and gpt-oss publish; ModelOpt's names as vLLM
+reads them; the tensors of torchao 0.18.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from .spec import ModelSpec, ModuleSpec, TensorSpec
 
 # Keys under which methods list the modules that they leave out.
 FP8 = "float8_e4m3fn"
-AT_A_TIME = 2**25  # weights of stacked experts that are decoded at a time, as `checkpoints/decoded.py` does it
+AT_A_TIME = 2**26  # weights of stacked experts that are decoded at a time, as `checkpoints/decoded.py` does it
 DECODING = 17.0  # bytes that a weight takes while it is decoded, in the format that takes most
 BYTE_CODES = 4.5  # the same for codes of one byte, and for MXFP4
 DECODING_OF = {"fp8": BYTE_CODES, "int8": BYTE_CODES, "nvfp4": 11.0}  # format of a layer -> it; others: DECODING
@@ -66,10 +67,15 @@ def read_format(settings: Mapping[str, Any]) -> Format | None:
     """
     method = str(settings.get("quant_method", "")).lower()
     try:
-        if method in ("fp8", "fbgemm_fp8"):
-            block = settings.get("weight_block_size")
+        if method in ("fp8", "fbgemm_fp8", "mxfp8"):
+            block = settings.get("weight_block_size") or ([1, 32] if method == "mxfp8" else None)
             height, width = map(int, block) if block else (1, 0)
-            return Format(partial(_scaled, height, width, block is not None), BYTE_CODES)
+            return Format(partial(_scaled, height, width, block is not None, method == "mxfp8"), BYTE_CODES)
+        if method.startswith("modelopt"):
+            fp8 = Format(partial(_scaled, 2**62, 0, False, False), BYTE_CODES)  # one scale for a whole weight
+            return {"NVFP4": Format(_modelopt_nvfp4, 11), "FP8": fp8}[str(settings["quant_algo"])]
+        if method == "torchao":
+            return _torchao(settings)
         if method == "mxfp4":
             return Format(_mxfp4, BYTE_CODES)
         if method in ("awq", "gptq"):
@@ -114,9 +120,44 @@ def _groups(columns: int, group: int) -> int:
     return math.ceil(columns / group) if group > 0 else 1
 
 
-def _scaled(height: int, width: int, inverse: bool, rows: int, columns: int) -> dict[str, TensorSpec]:
-    scales = TensorSpec((math.ceil(rows / height), _groups(columns, width)))
+def _scaled(height: int, width: int, inverse: bool, exponents: bool, rows: int, columns: int) -> dict[str, TensorSpec]:
+    scales = TensorSpec((math.ceil(rows / height), _groups(columns, width)), "uint8" if exponents else "float32")
     return {"weight": TensorSpec((rows, columns), FP8), "weight_scale_inv" if inverse else "weight_scale": scales}
+
+
+def _modelopt_nvfp4(rows: int, columns: int) -> dict[str, TensorSpec]:
+    return {
+        "weight": TensorSpec((rows, columns // 2), "uint8"),
+        "weight_scale": TensorSpec((rows, columns // 16), FP8),
+        "weight_scale_2": TensorSpec(()),
+        "input_scale": TensorSpec(()),
+    }
+
+
+def _torchao(settings: Mapping[str, Any]) -> Format:
+    """torchao's weights: codes, and scales (and zero points) by row or by group."""
+    kind = settings["quant_type"]
+    if isinstance(kind, str):  # before torchao 0.10: "int4_weight_only"
+        named, data = "".join(word.capitalize() for word in kind.split("_")), settings.get("quant_type_kwargs") or {}
+    else:
+        named, data = kind["default"]["_type"], kind["default"]["_data"]
+    group = int(data.get("group_size") or (128 if named.startswith("Int4") else 0))
+
+    def parts(rows: int, columns: int) -> dict[str, TensorSpec]:
+        if named.startswith("Int4WeightOnly"):
+            scales = TensorSpec((_groups(columns, group), rows), "bfloat16")
+            return {"qdata": TensorSpec((rows, columns // 2), "int8"), "scale": scales, "zero_point": scales}
+        scales = TensorSpec((rows, _groups(columns, group)))
+        if named.startswith("Float8"):
+            return {"qdata": TensorSpec((rows, columns), FP8), "scale": scales}
+        zero = TensorSpec(scales.shape, "int8")
+        return {"qdata": TensorSpec((rows, columns), "int8"), "scale": scales, "zero_point": zero}
+
+    known = ("Int4WeightOnly", "Int8WeightOnly", "Int8DynamicActivationInt8", "Int8StaticActivationInt8",
+             "Float8WeightOnly", "Float8DynamicActivationFloat8", "Float8StaticActivationFloat8")  # fmt: skip
+    if not named.startswith(known):
+        raise ValueError(named)
+    return Format(parts)
 
 
 def _mxfp4(rows: int, columns: int) -> dict[str, TensorSpec]:
@@ -214,6 +255,13 @@ def is_as_stored(model: ModelSpec, precision: Precision) -> bool:
 def decoding_bytes(model: ModelSpec, precision: Precision) -> int:
     """Bytes that a device needs beside the weights, while one of them is decoded there."""
     return model.facts["decoding"] if is_as_stored(model, precision) else 0
+
+
+def decoded_bytes(model: ModelSpec, precision: Precision) -> int:
+    """Bytes in 16 bit of all weights that are decoded each time they work: written once more, and read again."""
+    if not decoding_bytes(model, precision):
+        return 0
+    return 2 * sum(tensor.elements for tensor, _ in model.tensors.values() if tensor.stored is not None)
 
 
 def stored_sizes(model: ModelSpec, settings: Mapping[str, Any]) -> dict[str, int] | None:
@@ -319,6 +367,6 @@ def _is_kept(module: str, kept: list[str]) -> bool:
         if name.startswith("re:"):
             if re.match(name[3:], module):
                 return True
-        elif re.search(rf"(^|\.){re.escape(name).replace(re.escape('*'), '[^.]+')}($|\.)", module):
+        elif re.search(rf"(^|\.){re.escape(name).replace(re.escape('*'), '.*')}($|\.)", module):
             return True
     return False

@@ -24,6 +24,7 @@ from torch import nn
 from ._torch import is_fake
 from .events import Event
 from .experts import ExpertStreamer
+from .gather import GatherStreamer
 from .grouping import own_tensors
 from .handle import Away
 from .hooks import AlignDevicesHook, hooks_in
@@ -61,10 +62,11 @@ def refuse_what_waits(model: nn.Module) -> None:
                 f"{streamer.units[0].name!r} works on the CPU, which a CUDA graph cannot wait for: let it work on a "
                 f"GPU, or {_INSTEAD}"
             )
-        if isinstance(streamer, ExpertStreamer) and any(streamer.rows):
+        kept = [unit for unit in streamer.units if isinstance(streamer, ExpertStreamer) and streamer.rows[unit.index]]
+        if isinstance(streamer, ExpertStreamer) and not all(map(streamer.keeps_account, kept)):
             raise ValueError(
-                "with expert_cache the host looks which experts are on the GPU, and a CUDA graph has no host: dispatch "
-                f"without it, so that the GPU gathers experts from RAM, or {_INSTEAD}"
+                "with expert_cache the host looks here which experts are on the GPU, and a CUDA graph has no host: "
+                f"dispatch without it, so that the GPU gathers experts from RAM, or {_INSTEAD}"
             )
         loose = [part for unit in streamer.units for part in unit.parts() if part.slab is not None and part.nbytes]
         if isinstance(streamer.lane, CudaLane) and not all(part.slab.pinned for part in loose if part.slab):
@@ -96,6 +98,7 @@ class Rings:
         self._held: dict[Streamer, dict[int, Slot]] = {}  # what was in slots when the recording began
         self._first: dict[tuple[str, str], str] = {}  # unit -> what happened to it first
         self._weights: list[Any] = []
+        self._tables: list[Any] = []  # accounts of experts on the GPU, when the step was recorded
 
     def streams(self) -> list[torch.cuda.Stream]:
         """The streams that copy."""
@@ -185,7 +188,11 @@ class Rings:
             self._wait(streamer)
             self._turn(streamer, own)
             self._settle(streamer, own)
+        self._tables = self._accounts()
         return found
+
+    def _accounts(self) -> list[Any]:
+        return [table for one in self.streamers if isinstance(one, GatherStreamer) for table in one.tables.values()]
 
     def _turn(self, streamer: Streamer, found: dict[int, Slot]) -> None:
         """Copy units from the slots that they are in to those where the step found them."""
@@ -211,7 +218,13 @@ class Rings:
 
     @contextmanager
     def ready(self, found: Found) -> Iterator[None]:
-        """Around a replay: before it all is in slots that the step found there; later forwards wait for it."""
+        """Around a replay: before it all is in slots that the step found there; later forwards wait for it.
+
+        Raises:
+            RuntimeError: somebody keeps a view of experts on the GPU, and others have been made since.
+        """
+        if self._accounts() != self._tables:
+            raise RuntimeError(f"experts lie elsewhere on the GPU than when this step was recorded: {_INSTEAD}")
         with ExitStack() as stack:
             for streamer in self.streamers:
                 stack.enter_context(streamer.lock)
@@ -223,6 +236,8 @@ class Rings:
                         streamer.lane.fill(own[i], streamer.units[i])
                         own[i].unit, streamer.holder[i] = streamer.units[i], own[i]
                 self._wait(streamer)
+                if isinstance(streamer, GatherStreamer):
+                    streamer.before_replay()
             try:
                 yield
             finally:

@@ -57,12 +57,16 @@ class Recorded:
 
     def __init__(self, layers: Sequence[Sequence[Sequence[int]]]) -> None:
         self.layers, self.passed = layers, [0] * len(layers)
+        self.latest: dict[
+            int, list[int]
+        ] = {}  # number of a unit -> what was read last, one token's choice after another
 
     def next(self, unit: int, tokens: int) -> list[int]:
         """The experts of a unit that the next tokens chose."""
         layer, start = self.layers[unit], self.passed[unit]
         self.passed[unit] += tokens
-        return sorted({expert for token in range(start, start + tokens) for expert in layer[token % len(layer)]})
+        self.latest[unit] = [expert for token in range(start, start + tokens) for expert in layer[token % len(layer)]]
+        return sorted({*self.latest[unit]})
 
 
 def choice_of(given: Sequence[Any]) -> Tensor | None:

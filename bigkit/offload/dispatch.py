@@ -112,7 +112,7 @@ def dispatch_model(
     )  # fmt: skip
     check_device_map(model, entries)
     origins = Origins.of(state_dict, offload_index, offload_dir)
-    if set(layout.places.values()) == {layout.main} and not force_hooks:
+    if set(layout.places.values()) == {layout.main} and not force_hooks and not expert_cache:
         return _whole(model, layout, origins)
     classes = names_of(preload_module_classes)
     if budget := parse_bytes(resident_memory):

@@ -26,26 +26,22 @@ Leaves out: what is chosen (`choice.py`), and the gather of the GPU itself (`gat
 from __future__ import annotations
 
 import mmap
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..devices import Device
 from ..model.experts import SOME, WHOLE
 from ._torch import detect_fake_mode
 from .choice import ANY_NUMBER, KNOWN, Recorded, choice_of, chosen_rows
 from .escapes import count_holders
 from .events import Event
-from .grouping import Layout
 from .hooks import AlignDevicesHook, hooks_in
-from .inputs import torch_device
-from .mapped import PageLane
 from .on_device import DeviceRows
 from .pieces import Pieces
-from .rows import ExpertCache, Rows, count_rows, has_rows, rows_of
-from .stream import Streamer, Views, is_real_cuda
+from .rows import ExpertCache, Rows, count_rows, rows_of
+from .stream import Streamer, Views
 from .transfer import PlainLane, Slot
 from .weights import Part, Unit
 
@@ -112,7 +108,8 @@ class ExpertStreamer(Streamer):
         """
         rows = chosen_rows(self, unit, choice)
         gathers = choice is not None and choice.shape[0] == 1 and implementation == "batched_mm"
-        self.host_waits = not gathers or bool(self.rows[unit.index]) or unit.rests_in() == "disk"
+        known_there = not self.rows[unit.index] or self.keeps_account(unit)
+        self.host_waits = not (gathers and known_there) or unit.rests_in() == "disk"
         fits = rows is not None and implementation in ANY_NUMBER and len(rows) <= self.room(unit)
         with self.lock:
             if rows is not None and choice is not None and fits:
@@ -126,6 +123,14 @@ class ExpertStreamer(Streamer):
         else:
             self.lend_rows(unit, rows)
         return None
+
+    def keeps_account(self, unit: Unit) -> bool:
+        """Whether the device itself knows which of a unit's experts are on it."""
+        return False
+
+    def found(self) -> tuple[int, int]:
+        """Chosen experts that were on the device, and that were not, so far."""
+        return self.hits, self.misses
 
     def is_large(self, unit: Unit) -> bool:
         """Whether a unit has too many experts for a slot that holds all."""
@@ -186,6 +191,12 @@ class ExpertStreamer(Streamer):
     def _bring_pieces(self, unit: Unit) -> Views:
         """Objects that bring what is asked of them, in the place of the unit's tensors."""
         unit.check()
+        return self._lend_objects(unit, self.pieces.lend(unit))
+
+    def _lend_objects(self, unit: Unit, objects: list[Any]) -> Views:
+        """Lend objects that bring what is asked of them, one for each of a unit's weights."""
+        if unit.index in self.holder:
+            self._empty(self.holder[unit.index])
         if unit.index not in self.stands:
             self.stands[unit.index] = self._own_slot(unit, 0)
         slot = self.stands[unit.index]
@@ -193,7 +204,7 @@ class ExpertStreamer(Streamer):
         slot.unit, self.holder[unit.index], slot.lent = unit, slot, True
         self.loans += 1
         slot.used, slot.version = self.loans, slot.base._version
-        lent: Any = dict(zip(map(id, unit.weights), self.pieces.lend(unit)))
+        lent: Any = dict(zip(map(id, unit.weights), objects))
         values = [lent[id(entry.weight)] for entry in self.sites[unit.index].entries]
         slot.holders = count_holders(slot.base, values)
         return Views(values, [], frozenset())
@@ -241,8 +252,8 @@ class ExpertStreamer(Streamer):
         there.update(missing)
 
     def in_ram(self, unit: Unit, rows: list[int]) -> list[Part]:
-        """The parts of some of a unit's experts, one expert after another; those from disk are read."""
-        if unit.rests_in() == "disk" and detect_fake_mode() is None:
+        """The parts of some of a unit's experts, one expert after another; what RAM keeps is read from disk first."""
+        if unit.rests_in() == "disk" and self.cache.most and detect_fake_mode() is None:
             return self.cache.bring(unit, rows)
         return [part for own in rows_of(unit, rows).values() for part in own]
 
@@ -259,11 +270,7 @@ class ExpertStreamer(Streamer):
     def _on_device(self, unit: Unit, rows: list[int]) -> DeviceRows:
         """A unit's rows on the device, with some experts in them."""
         self._refuse_nested(unit)
-        kept = self.on_device.get(unit.index)
-        if kept is None:
-            kept = self.on_device[unit.index] = DeviceRows(unit, self.room(unit))
-            kept.slot = self._own_slot(unit, kept.nbytes) if self.rows[unit.index] else self._slot_for_some(unit)
-            kept.slot.visits[unit.index] = self._make_views(unit, kept.weights())
+        kept = self.rows_for(unit)
         assert kept.slot is not None
         if kept.slot is self.some:
             for other in self.on_device.values():
@@ -280,6 +287,17 @@ class ExpertStreamer(Streamer):
         except BaseException:
             self._clear_device(unit)  # what is in its rows is not known
             raise
+        return kept
+
+    def rows_for(self, unit: Unit) -> DeviceRows:
+        """A unit's rows on the device."""
+        kept = self.on_device.get(unit.index)
+        if kept is None:
+            kept = self.on_device[unit.index] = DeviceRows(unit, self.room(unit))
+            kept.slot = self._own_slot(unit, kept.nbytes) if self.rows[unit.index] else self._slot_for_some(unit)
+        assert kept.slot is not None
+        if unit.index not in kept.slot.visits:
+            kept.slot.visits[unit.index] = self._make_views(unit, kept.weights())
         return kept
 
     def _slot_for_some(self, unit: Unit) -> Slot:
@@ -356,46 +374,6 @@ class ExpertStreamer(Streamer):
                 self._clear_device(unit)
 
 
-def streamers_of(
-    layout: Layout,
-    units: Sequence[Unit],
-    slots: int,
-    prefetch: bool,
-    cache: int,
-    on_device: Mapping[nn.Module, int],
-) -> dict[Unit, Streamer]:
-    """Who lends each unit of experts; other units are left out. The arguments are those of `lenders_of`.
-
-    Args:
-        cache: bytes of RAM for what rests on disk; experts may have what other units leave of it.
-    """
-    found: dict[Unit, Streamer] = {}
-    by_device: dict[tuple[Device, bool], list[Unit]] = {}
-    for unit in units:
-        if unit.routed:
-            by_device.setdefault((layout.works(unit.name), has_rows(unit)), []).append(unit)
-    others = sum(unit.nbytes for unit in units if not unit.routed and unit.rests_in() == "disk")
-    on_disk = sum(unit.nbytes for unit in units if unit.routed and unit.rests_in() == "disk")
-    cache = max(0, cache - others)
-    for (place, rows), own in by_device.items():
-        device, name = layout.device(place), str(torch_device(place))
-        is_cpu = device.type == "cpu" and place not in layout.stand_in
-        share = cache * sum(unit.nbytes for unit in own if unit.rests_in() == "disk") // max(on_disk, 1)
-        streamer: Streamer
-        if rows:
-            cls: type[ExpertStreamer] = ExpertStreamer
-            if is_real_cuda(device):
-                from .gather import GatherStreamer as cls
-            stay = [on_device.get(unit.module, 0) for unit in own]
-            sizes: dict[str, Any] = {"cache": share, "on_device": stay, "count": slots}
-            streamer = cls(device, own, **sizes, on_pages=is_cpu, prefetch=prefetch, name=name)
-        else:
-            lane = PageLane(device) if is_cpu else None
-            streamer = Streamer(device, own, lane, count=slots, prefetch=False, cache=0 if is_cpu else share, name=name)
-        found.update(dict.fromkeys(own, streamer))
-    return found
-
-
 def expert_hits(model: nn.Module) -> tuple[int, int]:
     """How many chosen experts were on their GPU already (`expert_cache`) since the model was dispatched.
 
@@ -408,8 +386,8 @@ def expert_hits(model: nn.Module) -> tuple[int, int]:
     streamers = {
         hook.streamer for module in model.modules() for hook in hooks_in(module) if isinstance(hook, ExpertsHook)
     }
-    found = [one for one in streamers if isinstance(one, ExpertStreamer)]
-    return sum(one.hits for one in found), sum(one.misses for one in found)
+    counts = [one.found() for one in streamers if isinstance(one, ExpertStreamer)]
+    return sum(hits for hits, _ in counts), sum(misses for _, misses in counts)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

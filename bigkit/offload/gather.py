@@ -14,14 +14,20 @@ it decodes): for all of these chosen experts are copied into a slot.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..checkpoints.codecs import kernels_for
 from ..checkpoints.ring import Slab
+from ._torch import detect_fake_mode
 from .experts import ExpertStreamer
+from .on_device import DeviceRows
+from .rows import bytes_of_one
+from .stream import Views
+from .table import Table, can_look_up
 from .transfer import CudaLane, Slot
 from .weights import Unit
 
@@ -47,22 +53,96 @@ class GatherStreamer(ExpertStreamer):
     def __init__(self, device: torch.device, units: Sequence[Unit], **options: Any) -> None:
         super().__init__(device, units, **options)
         self.windows: dict[int, Slot] = {}  # index of a unit -> a slot whose memory is the RAM in which it rests
+        self.see = seen_by_gpu  # a dry run has its own
+        self._accounts: dict[int, bool] = {}  # index of a unit -> `keeps_account`
+        self.tables: dict[int, Table] = {}  # index of a unit -> the account of its rows on the GPU
+        self._looked: Table | None = None  # what the next unit is lent by
+        self._served: set[int] = set()  # indices of units that are lent so
+        self._ended: list[Tensor] = []  # counts of tables that are gone
+        self.note: Callable[[Slot, Unit, int], None] | None = None  # in a dry run, what is told of each gather
 
     def lend_for(self, unit: Unit, choice: Tensor | None, implementation: str | None) -> Tensor | None:
         one_token = choice is not None and choice.shape[0] == 1 and implementation == "batched_mm"
-        if not one_token or self.rows[unit.index] or not self._can_gather(unit):
+        if not one_token or not self._can_gather(unit):
             return super().lend_for(unit, choice, implementation)
+        assert choice is not None
+        if self.rows[unit.index]:
+            in_a_table = self.keeps_account(unit) and detect_fake_mode() is None
+            return self._look_up(unit, choice) if in_a_table else super().lend_for(unit, choice, implementation)
         with self.lock:
+            if self.recorded is not None:
+                self.recorded.next(unit.index, 1)
             if unit.index in self.filled:
                 self._empty(self.holder[unit.index])
             if unit.index not in self.holder:  # all of its experts are in a slot, if it is there
                 self._as_is = window = self._window(unit)
-                assert choice is not None
-                self.tell_fetch(
-                    unit, self.slots.index(window), choice.numel() * (unit.nbytes // self.counts[unit.index])
-                )
+                nbytes = choice.numel() * bytes_of_one(unit)
+                self.tell_fetch(unit, self.slots.index(window), nbytes)
+                if self.note is not None:
+                    self.note(window, unit, nbytes)
             self.lend(unit)
         return None
+
+    # -- experts that stay on the GPU
+
+    def keeps_account(self, unit: Unit) -> bool:
+        if unit.index not in self._accounts:
+            fits = self._can_gather(unit) and can_look_up(unit)
+            self._accounts[unit.index] = fits and kernels_for(self._window(unit).base) is not None
+        return self._accounts[unit.index]
+
+    def _look_up(self, unit: Unit, choice: Tensor) -> Tensor:
+        """Lend what finds a token's experts in the rows of the GPU, or brings them there."""
+        self._refuse_nested(unit)
+        choice = choice.contiguous()
+        with self.lock:
+            kept = self.rows_for(unit)
+            assert kept.slot is not None
+            if unit.index not in self.tables:
+                self.tables[unit.index] = Table(kept, self._window(unit).base)
+            table = self.tables[unit.index]
+            self.lane.arrive(kept.slot)  # what the host has brought
+            table.choose(choice)
+            if self.listeners and not (choice.is_cuda and torch.cuda.is_current_stream_capturing()):
+                # They are told how much, for which the host waits.
+                missing = int((table.hit == 0).sum())
+                self.tell_fetch(unit, self.slots.index(kept.slot), missing * bytes_of_one(unit))
+            self._looked = table
+            self.lend(unit)
+        return choice
+
+    def _bring(self, unit: Unit) -> Views:
+        table, self._looked = self._looked, None
+        if table is None:
+            return super()._bring(unit)
+        self._served.add(unit.index)
+        return self._lend_objects(unit, table.lent)
+
+    def _on_device(self, unit: Unit, rows: list[int]) -> DeviceRows:
+        if unit.index in self.tables:
+            self.tables[unit.index].read()
+        return super()._on_device(unit, rows)
+
+    def _clear_device(self, unit: Unit) -> None:
+        table = self.tables.get(unit.index)
+        if table is not None and table.kept.slot in self.slots:
+            table.forget()  # it stays where it is: a CUDA graph may use it
+            return
+        if table is not None:
+            self._ended.append(self.tables.pop(unit.index).counts)
+        super()._clear_device(unit)
+
+    def before_replay(self) -> None:
+        """Let tables on the GPU know what the host knows, before a CUDA graph uses them."""
+        for table in self.tables.values():
+            table.write()
+
+    def found(self) -> tuple[int, int]:
+        counts = [one.tolist() for one in (*self._ended, *(table.counts for table in self.tables.values()))]
+        hits, misses = super().found()
+        return hits + sum(one[0] for one in counts), misses + sum(one[1] for one in counts)
+
+    # -- experts that are read out of RAM
 
     def _can_gather(self, unit: Unit) -> bool:
         places = {(part.slab, part.at - part.offset) for part in unit.parts()}
@@ -74,7 +154,7 @@ class GatherStreamer(ExpertStreamer):
         if unit.index not in self.windows:
             first = unit.parts()[0]
             assert first.slab is not None
-            memory = seen_by_gpu(first.slab, self.device)[first.at - first.offset :]
+            memory = self.see(first.slab, self.device)[first.at - first.offset :]
             slot = Slot(memory, owner=unit)
             if isinstance(self.lane, CudaLane):
                 slot.ready, slot.free = torch.cuda.Event(), torch.cuda.Event()
@@ -84,6 +164,15 @@ class GatherStreamer(ExpertStreamer):
 
     def _leave(self, loan: Any, failed: bool) -> None:
         super()._leave(loan, failed)
+        if loan.unit.index in self._served:
+            self._served.discard(loan.unit.index)
+            table = self.tables.get(loan.unit.index)
+            if table is not None and (failed or not table.whole()):
+                self._clear_device(loan.unit)  # its rows have not what the table says
+            elif table is not None:
+                assert table.kept.slot is not None
+                self.lane.leave(table.kept.slot)
+            return
         slot = self.windows.get(loan.unit.index)
         if slot is not None and slot not in self.slots:  # somebody keeps a view of it
             del self.windows[loan.unit.index]
@@ -93,3 +182,8 @@ class GatherStreamer(ExpertStreamer):
     def _forget(self, unit: Unit) -> None:
         super()._forget(unit)
         self.windows.pop(unit.index, None)
+
+    def recover(self) -> None:
+        if self.held():
+            self._looked, self._served = None, set()
+            super().recover()

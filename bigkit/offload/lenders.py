@@ -11,14 +11,17 @@ from typing import Any
 import psutil
 from torch import nn
 
+from ..devices import Device
 from ..units import parse_bytes
-from .experts import streamers_of
+from .experts import ExpertStreamer
+from .gather import GatherStreamer
 from .grouping import Layout
 from .hooks import AlignDevicesHook, hooks_in
 from .inputs import torch_device
 from .mapped import PageLane
 from .on_cpu import Split, cpu_streamer
-from .stream import Streamer
+from .rows import has_rows
+from .stream import Streamer, is_real_cuda
 from .weights import Unit
 
 
@@ -42,7 +45,7 @@ def lenders_of(
     """
     half = psutil.virtual_memory().available // 2
     cache = half if ram_cache is None else parse_bytes(ram_cache)
-    lenders = streamers_of(layout, units, slots, prefetch, cache, on_device)
+    lenders = _expert_streamers(layout, units, slots, prefetch, cache, on_device)
     dense = [unit for unit in (*units, *(split.rest for split in splits)) if unit not in lenders]
     works = [layout.main if unit.loose else layout.works(unit.name) for unit in dense]
     on_disk = [unit.nbytes if unit.rests_in() == "disk" else 0 for unit in dense]
@@ -60,6 +63,46 @@ def lenders_of(
     if splits:
         lenders |= dict.fromkeys([split.mlp for split in splits], cpu_streamer(splits))
     return lenders
+
+
+def _expert_streamers(
+    layout: Layout,
+    units: Sequence[Unit],
+    slots: int,
+    prefetch: bool,
+    cache: int,
+    on_device: Mapping[nn.Module, int],
+) -> dict[Unit, Streamer]:
+    """Who lends each unit of experts; other units are left out. The arguments are those of `lenders_of`.
+
+    Args:
+        cache: bytes of RAM for what rests on disk; experts may have what other units leave of it.
+    """
+    found: dict[Unit, Streamer] = {}
+    by_device: dict[tuple[Device, bool], list[Unit]] = {}
+    for unit in units:
+        if unit.routed:
+            by_device.setdefault((layout.works(unit.name), has_rows(unit)), []).append(unit)
+    others = sum(unit.nbytes for unit in units if not unit.routed and unit.rests_in() == "disk")
+    on_disk = sum(unit.nbytes for unit in units if unit.routed and unit.rests_in() == "disk")
+    cache = max(0, cache - others)
+    for (place, rows), own in by_device.items():
+        device, name = layout.device(place), str(torch_device(place))
+        is_cpu = device.type == "cpu" and place not in layout.stand_in
+        share = cache * sum(unit.nbytes for unit in own if unit.rests_in() == "disk") // max(on_disk, 1)
+        streamer: Streamer
+        if rows:
+            cls: type[ExpertStreamer] = ExpertStreamer
+            if is_real_cuda(device) or device.type == "cuda":  # or one of a dry run
+                cls = GatherStreamer
+            stay = [on_device.get(unit.module, 0) for unit in own]
+            sizes: dict[str, Any] = {"cache": share, "on_device": stay, "count": slots}
+            streamer = cls(device, own, **sizes, on_pages=is_cpu, prefetch=prefetch, name=name)
+        else:
+            lane = PageLane(device) if is_cpu else None
+            streamer = Streamer(device, own, lane, count=slots, prefetch=False, cache=0 if is_cpu else share, name=name)
+        found.update(dict.fromkeys(own, streamer))
+    return found
 
 
 def streamers_in(model: nn.Module) -> list[Streamer]:

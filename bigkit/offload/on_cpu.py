@@ -10,29 +10,37 @@ for few, the one by the streamer of the GPU and the other by one of the CPU, whi
 
 What the CPU computes is not bit-equal to what the GPU computes: both round, in another order.
 
-Leaves out: how much it should be (`maps/on_cpu.py`), blocks on disk, and weights that no CPU kernel reads as they rest.
+Leaves out: how much it should be (`maps/on_cpu.py`), blocks on disk, weights that no CPU kernel reads as they rest, and
+experts: nobody knows which are needed before their router has run, so CPU and link would wait for the same moment.
 """
 
 from __future__ import annotations
 
 import inspect
+import time
 from collections.abc import Iterable, Mapping, Sequence
+from functools import reduce
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..devices import join
-from ..maps.on_cpu import FEW
+from ..maps.on_cpu import FEW, mlp_of
 from ..maps.partition import spread
+from ..meta.skeleton import spec_from_module
+from ..units import MiB
+from ._torch import LentParameter, RowParameter, one_row
 from .codec import PLAIN, codec_of
 from .grouping import Cut, Layout, experts_in, has_forward
 from .handle import Away
 from .hooks import AlignDevicesHook, this_thread
 from .mapped import PageLane
-from .stream import Streamer
+from .stream import Streamer, Views
 from .weights import Unit
 
+ENOUGH, CLEARLY = 64 * MiB, 0.85  # bytes that are multiplied to compare two ways, and when one is the faster
 READ = (torch.bfloat16, torch.float32)  # dtypes of weights for which PyTorch's CPU kernels keep up with the RAM
 
 
@@ -61,14 +69,18 @@ def choose(model: nn.Module, layout: Layout, whole_classes: Iterable[str], budge
     if not budget:
         return {}
     groups = [group for group in Cut(model, layout, whole_classes).groups if not group.loose and not group.routed]
-    experts = experts_in(model)
+    experts, root = experts_in(model), spec_from_module(model).root
     found = {}
     for group in groups:
-        mlp = _mlp(group.module, experts) if layout.rests(group.name) == "cpu" else None
-        if mlp and layout.works(group.name) != "cpu":
-            found[group.name] = join(group.name, mlp)
+        record = reduce(lambda record, own: record.children[own], filter(None, group.name.split(".")), root)
+        mlp = join(group.name, mlp_of(record))
+        streamed = layout.rests(group.name) == "cpu" and layout.works(group.name) != "cpu"
+        if streamed and mlp != group.name and _is_computed(model.get_submodule(mlp), experts):
+            found[group.name] = mlp
     if not found:
-        raise ValueError("on_cpu: no block has an MLP that rests in RAM in float32 or bfloat16: leave it out")
+        routed = any(id(part) in experts for part in model.modules())
+        why = "; experts are not computed there, since only their router's choice says which" if routed else ""
+        raise ValueError(f"on_cpu: no block has an MLP that rests in RAM in float32 or bfloat16{why}: leave it out")
     chosen = set()
     works = {name: layout.works(name) for name in found}
     for device in {*works.values()}:
@@ -78,16 +90,11 @@ def choose(model: nn.Module, layout: Layout, whole_classes: Iterable[str], budge
     return {name: mlp for name, mlp in found.items() if name in chosen}
 
 
-def _mlp(block: nn.Module, experts: set[int]) -> str:
-    """Own name of the largest child that is a function of one tensor and that the CPU can compute, or ""."""
-    sizes = {"": 0}
-    for own, child in block.named_children():
-        matrices = sum(parameter.ndim == 2 for parameter in child.parameters())
-        plain = all(codec_of(p) is PLAIN and p.dtype in READ for p in child.parameters())
-        stateless = has_forward(child) and _takes_one_tensor(child) and not any(True for _ in child.buffers())
-        if matrices > 1 and plain and stateless and not any(id(part) in experts for part in child.modules()):
-            sizes[own] = sum(parameter.nbytes for parameter in child.parameters())
-    return max(sizes, key=sizes.__getitem__)
+def _is_computed(mlp: nn.Module, experts: set[int]) -> bool:
+    """Whether a block's MLP is a function of one tensor, and rests in a form that the CPU computes with."""
+    plain = all(codec_of(p) is PLAIN and p.dtype in READ for p in mlp.parameters())
+    routed = any(id(part) in experts for part in mlp.modules())
+    return plain and not routed and has_forward(mlp) and _takes_one_tensor(mlp)
 
 
 def split_units(model: nn.Module, units: Sequence[Unit], chosen: Mapping[str, str]) -> list[Split]:
@@ -112,7 +119,39 @@ def _takes_one_tensor(module: nn.Module) -> bool:
 def cpu_streamer(splits: Sequence[Split]) -> Streamer:
     """What lends the MLPs on the CPU."""
     cpu = torch.device("cpu")
-    return Streamer(cpu, [split.mlp for split in splits], PageLane(cpu), prefetch=False)
+    return MlpStreamer(cpu, [split.mlp for split in splits], PageLane(cpu), prefetch=False)
+
+
+class MlpStreamer(Streamer):
+    """Lends MLPs on the CPU; single rows are multiplied with their matrices in the faster of two ways."""
+
+    by_row: bool | None = None  # None: not measured yet
+
+    def _make_views(self, unit: Unit, weights: list[Tensor]) -> Views:
+        views = super()._make_views(unit, weights)
+        matrices = [value for value in views.weights if value.ndim == 2 and type(value) is LentParameter]
+        if self.by_row is None:
+            self.by_row = rows_are_faster([matrix.detach() for matrix in matrices])
+        for matrix in matrices if self.by_row else ():
+            matrix.__class__ = RowParameter
+        return views
+
+
+@torch.no_grad()
+def rows_are_faster(matrices: Sequence[Tensor]) -> bool:
+    """Whether `one_row` is clearly faster than `F.linear` here. On processors with AMX, PyTorch 2.11 takes the kernel
+    for large products in bfloat16 also for a single row, 2.15 does not.
+    """
+    if sum(matrix.nbytes for matrix in matrices) < ENOUGH:
+        return False  # too little to tell
+    took = dict.fromkeys((F.linear, one_row), float("inf"))
+    rows = [torch.ones(1, matrix.shape[1], dtype=matrix.dtype) for matrix in matrices]
+    for way in (*took, *took, *took):
+        begin = time.perf_counter()
+        for row, matrix in zip(rows, matrices):
+            way(row, matrix)
+        took[way] = min(took[way], time.perf_counter() - begin)
+    return took[one_row] < CLEARLY * took[F.linear]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

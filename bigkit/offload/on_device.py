@@ -14,7 +14,7 @@ Leaves out: what is chosen (`experts.py`), and experts that are kept in RAM (`ro
 from __future__ import annotations
 
 from collections import Counter, OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 import torch
@@ -40,6 +40,7 @@ class DeviceRows:
     Attributes:
         slot: the memory, once it is made.
         row_of: number of an expert -> its row; used last comes last.
+        starts: where each plain tensor begins in the slot.
     """
 
     def __init__(self, unit: Unit, count: int) -> None:
@@ -48,10 +49,10 @@ class DeviceRows:
         self.row_of: OrderedDict[int, int] = OrderedDict()
         self.experts = count_rows(unit.module)
         self._table: Tensor | None = None  # number of an expert -> its row, on the device
-        self._starts: list[int] = []  # of each plain tensor, in the slot
+        self.starts: list[int] = []
         self.nbytes = 0
         for part in unit.parts():
-            self._starts.append(self.nbytes)
+            self.starts.append(self.nbytes)
             self.nbytes += -(-self._shortened(part).nbytes // ALIGN) * ALIGN
 
     def _shortened(self, part: Part) -> Part:
@@ -69,12 +70,17 @@ class DeviceRows:
                 self.row_of.move_to_end(expert)
         if missing:
             self._table = None
+        free = sorted({*range(self.count)}.difference(self.row_of.values()), reverse=True) if missing else []
         for expert in missing:
-            full = len(self.row_of) == self.count
-            self.row_of[expert] = self.row_of.popitem(last=False)[1] if full else len(self.row_of)
+            self.row_of[expert] = free.pop() if free else self.row_of.popitem(last=False)[1]
         for expert in chosen if missing else ():
             self.row_of.move_to_end(expert)  # in their order, as `Routing.hits` counts
         return missing
+
+    def forget(self, kept: Iterable[tuple[int, int]] = ()) -> None:
+        """Hold other experts from now on: pairs of an expert and its row, used last comes last."""
+        self._table = None
+        self.row_of = OrderedDict(kept)
 
     def targets(self, experts: Sequence[int], parts: Sequence[Part]) -> list[Part]:
         """Parts of experts with their rows as the places where they belong.
@@ -83,9 +89,9 @@ class DeviceRows:
             experts: their numbers.
             parts: all parts of the first, then all of the second, and so on.
         """
-        each = len(self._starts)
+        each = len(self.starts)
         return [
-            replace(part, offset=self._starts[i % each] + self.row_of[experts[i // each]] * part.nbytes)
+            replace(part, offset=self.starts[i % each] + self.row_of[experts[i // each]] * part.nbytes)
             for i, part in enumerate(parts)
         ]
 
@@ -95,7 +101,7 @@ class DeviceRows:
         with torch.inference_mode(False):  # each weight is one plain tensor: see `has_rows`
             return [
                 weight.around({"": self._shortened(part).over(self.slot.base, start)})
-                for weight, part, start in zip(self.unit.weights, self.unit.parts(), self._starts, strict=True)
+                for weight, part, start in zip(self.unit.weights, self.unit.parts(), self.starts, strict=True)
             ]
 
     def renumbered(self, choice: Tensor) -> Tensor:

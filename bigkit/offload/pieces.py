@@ -51,8 +51,13 @@ class Brought(Elsewhere):
         if isinstance(experts, slice):
             found = self.pieces.bring(self.unit, numbers, [*range(*experts.indices(self.shape[0]))])
         else:
-            found = self.pieces.gather(self.unit, numbers, _numbers(experts, self.shape[0]))
+            found = self.pieces.gather(self.unit, numbers, _numbers(experts, self.shape[0], self.recorded))
         return dict(zip(parts, found))
+
+    @property
+    def recorded(self) -> list[int] | None:
+        recorded = self.pieces.streamer.recorded
+        return None if recorded is None else recorded.latest.get(self.unit.index)
 
 
 class Pieces:
@@ -179,9 +184,11 @@ def _starts(sizes: Iterable[int]) -> list[int]:
     return [*accumulate((-(-size // ALIGN) * ALIGN for size in sizes), initial=0)]
 
 
-def _numbers(experts: Any, count: int) -> list[int]:
-    """Experts as numbers; in a dry run, where nobody chooses, as many different ones as chance gives."""
+def _numbers(experts: Any, count: int, recorded: list[int] | None) -> list[int]:
+    """Experts as numbers; in a dry run, where nobody chooses, as recorded or as many different ones as chance gives."""
     if hasattr(experts, "fake_mode"):
+        if recorded is not None and len(recorded) == len(experts):
+            return recorded
         distinct = round(count * visited(len(experts), 1, count))
         return [place % distinct for place in range(len(experts))]
     return [int(expert) for expert in experts]

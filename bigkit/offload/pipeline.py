@@ -5,7 +5,8 @@ Leaves out: choosing (`maps/pipeline.py`).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,7 +18,9 @@ from .dispatch import dispatch_model
 from .grouping import Layout
 from .hooks import ModelHook, SequentialHook, add_hook_to_module
 from .inputs import send_to_device
-from .whole_model import UserCpuOffloadHook, cpu_offload_with_hook
+from .lenders import streamers_in
+from .stream import Streamer
+from .whole_model import cpu_offload_with_hook
 
 
 def dispatch_pipeline(
@@ -36,7 +39,8 @@ def dispatch_pipeline(
         stand_in: GPU number -> another device in its place, to try a plan out without a GPU.
 
     Returns:
-        The pipeline. What came for a phase stays on its GPU until another component works there. Outputs of all
+        The pipeline. What came for a phase, and the place for blocks in flight, stays on its GPU until another
+        component works there. Outputs of all
         components are on the plan's first GPU.
 
     Raises:
@@ -48,30 +52,39 @@ def dispatch_pipeline(
     layout = Layout({"": plan.gpus[0]}, plan.gpus[0], {k: torch.device(v) for k, v in (stand_in or {}).items()})
     main = layout.device(plan.gpus[0])
     begins = {one.name: Begins(main) for one in plan.components}
-    coming: dict[str, UserCpuOffloadHook] = {}
+    leaves: dict[str, list[Callable[[], None]]] = {one.name: [] for one in plan.components}
     for one in plan.components:
         component = add_hook_to_module(getattr(pipe, one.name), begins[one.name])
         if one.how == "comes":
-            _, coming[one.name] = cpu_offload_with_hook(component, layout.device(one.gpus[0]))
+            leaves[one.name] = [cpu_offload_with_hook(component, layout.device(one.gpus[0]))[1].offload]
         elif one.how == "stays" and one.gpus[0] == plan.gpus[0]:
             component.to(main)
         else:
-            device_map = one.plan or {"": one.gpus[0]}
-            dispatch_model(component, device_map, offload_dir=offload_dir, stand_in=stand_in, force_hooks=True)
+            device_map = one.plan or one.away or {"": one.gpus[0]}
+            dispatch_model(
+                component, device_map, one.gpus, offload_dir=offload_dir, stand_in=stand_in, force_hooks=True
+            )
+            leaves[one.name] = [partial(give_slots_back, streamer) for streamer in streamers_in(component)]
         if isinstance(hook := vars(component)["_hf_hook"], SequentialHook):
             vars(hook)["execution_device"] = main  # Diffusers asks the whole hook
     for one in plan.components:
-        begins[one.name].sent_away = [
-            coming[other.name] for other in plan.components
-            if other.name in coming and other is not one and {*other.gpus} & {*one.gpus}
-        ]  # fmt: skip
+        others = [other for other in plan.components if other is not one and {*other.gpus} & {*one.gpus}]
+        begins[one.name].leaving = [leave for other in others for leave in leaves[other.name]]
     pipe._all_hooks = []  # what stands here Diffusers takes off after an image, and puts hooks of its own in its place
     return pipe
 
 
+def give_slots_back(streamer: Streamer) -> None:
+    """Let go of the memory for blocks in flight, until a block is needed again."""
+    with streamer.lock:
+        for slot in streamer.slots:
+            streamer.lane.finish(slot)
+        streamer.slots, streamer.holder = [], {}
+
+
 class Begins(ModelHook):
-    """Before a component works, sends those away that came to its GPUs for another phase: the plan counts with one at a
-    time. After it, brings what it returns to the main GPU.
+    """Before a component works, what came to its GPUs for another one leaves: the plan counts with one at a time. After
+    it, what it returns is brought to the main GPU.
 
     Args:
         execution_device: the main GPU: where Diffusers, which asks the hooks of a pipeline, makes its tensors.
@@ -79,11 +92,11 @@ class Begins(ModelHook):
 
     def __init__(self, execution_device: torch.device) -> None:
         self.execution_device = execution_device
-        self.sent_away: list[UserCpuOffloadHook] = []
+        self.leaving: list[Callable[[], None]] = []
 
     def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        for other in self.sent_away:
-            other.offload()
+        for leave in self.leaving:
+            leave()
         return args, kwargs
 
     def post_forward(self, module: nn.Module, output: Any) -> Any:

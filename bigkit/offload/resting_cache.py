@@ -7,7 +7,7 @@
 A layer needs all its rows to work, but adds only one for each token. So rows come over the link once a token, and only
 new ones go back, on a stream of their own: a link has two directions. Transformers' own offloaded cache moves whole
 layers both ways at once, which takes hardly longer than one way. What makes a token faster is less to bring: a prompt
-needs memory for its activations, and a token does not, so layers stay there until the next prompt.
+needs memory for its activations, and a token does not, so layers stay there until the next prompt, of any cache.
 
 Layers with a sliding window or a recurrent state stay on the GPU: they do not grow.
 
@@ -41,7 +41,7 @@ class RestingCache(DynamicCache):
         config: the model's.
         layers_on_device: how many of the layers that grow never go to RAM, spread evenly along the model.
         room: bytes of each GPU in which other layers stay between prompts (int or text, such as "4GB"). None is what
-            PyTorch keeps of the memory that the prompt needed, less one layer; 0 lets none stay.
+            PyTorch keeps of the memory that the prompt needed, less what an attention works with; 0 lets none stay.
 
     Raises:
         ValueError: `layers_on_device` is not between 0 and the number of layers that grow.
@@ -65,7 +65,7 @@ class RestingCache(DynamicCache):
                 f"grows: give a number from 0 to {len(grow)}"
             )
         stay = spread([1] * len(grow), layers_on_device)
-        windows = _AllWindows(None if room is None else parse_bytes(room))
+        windows = _AllWindows(None if room is None else parse_bytes(room), _repeats(config))
         for i in (own for k, own in enumerate(grow) if k not in stay):
             self.layers[i] = RestingLayer(windows)
 
@@ -249,26 +249,30 @@ class _AllWindows(dict[torch.device, "_Windows"]):
 
     Args:
         room: see `RestingCache`.
+        repeats: query heads that share a head of keys.
     """
 
-    def __init__(self, room: int | None) -> None:
+    def __init__(self, room: int | None, repeats: int) -> None:
         super().__init__()
-        self.room = room
+        self.room, self.repeats = room, repeats
 
     def __missing__(self, device: torch.device) -> _Windows:
-        return self.setdefault(device, _Windows(device, self.room))
+        return self.setdefault(device, _Windows(device, self.room, self.repeats))
 
 
 class _Windows:
     """The slots on one device, and the streams that fill and empty them."""
 
-    def __init__(self, device: torch.device, room: int | None) -> None:
-        self.device, self.given = device, room
+    everywhere: weakref.WeakSet[_Windows] = weakref.WeakSet()
+
+    def __init__(self, device: torch.device, room: int | None, repeats: int) -> None:
+        self.device, self.given, self.repeats = device, room, repeats
         self.room: int | None = None  # bytes in which layers stay; None: not asked for since the last prompt
         self.layers: list[weakref.ref[RestingLayer]] = []  # in their order; each refers to this object
         self.slots = [_Slot() for _ in range(SLOTS)]
         self.own: dict[int, _Slot] = {}  # number of a layer that stays -> its slot
         self.streams = [torch.cuda.Stream(device) for _ in range(2)] if is_real_cuda(device) else []
+        self.everywhere.add(self)
 
     def take(self, layer: RestingLayer, rows: int) -> _Slot:
         """The slot that holds all rows of a layer, with room for `rows`."""
@@ -291,12 +295,22 @@ class _Windows:
     def _let_stay(self, layer: RestingLayer, tokens: int) -> None:
         """Choose the layers that stay, once a token; a prompt gets their room."""
         if tokens > ROWS or not layer.length:
-            self.own, self.room = {}, None
+            for windows in [*self.everywhere]:
+                if windows.device == self.device:
+                    windows.own, windows.room = {}, None
         elif layer is self.layers[0]():
             sizes = [own.rows.nbytes() for own in self._present() if own.rows]
             if self.room is None:
-                self.room = _left_by_prompt(self.device) - max(sizes) if self.given is None else self.given
+                works = max(sizes) * self._layers_at_work(layer)
+                self.room = _left_by_prompt(self.device) - works if self.given is None else self.given
             self.own = {i: self.own.get(i) or _Slot() for i in spread(sizes, self.room)}
+
+    def _layers_at_work(self, layer: RestingLayer) -> int:
+        """How many layers an attention takes: keys and values in its order, and again for each query head, unless a
+        kernel reads heads that are shared. None does so with a mask, which sequences of several lengths have."""
+        assert layer.rows is not None
+        alone = layer.rows.shapes[0][0] == 1 and layer.rows.dtype.itemsize == 2
+        return 1 + (0 if alone or self.repeats == 1 else self.repeats)
 
     def _holding(self, layer: RestingLayer) -> _Slot | None:
         found = (slot for slot in (*self.slots, *self.own.values()) if slot.rows is layer.rows)
@@ -382,6 +396,13 @@ class _Windows:
         """Wait for all copies."""
         for stream in self.streams:
             stream.synchronize()
+
+
+def _repeats(config: Any) -> int:
+    """Query heads that share a head of keys."""
+    text = config.get_text_config(decoder=True)
+    heads = getattr(text, "num_attention_heads", 1)
+    return int(heads // (getattr(text, "num_key_value_heads", None) or heads))
 
 
 def _left_by_prompt(device: torch.device) -> int:

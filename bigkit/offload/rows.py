@@ -66,14 +66,17 @@ class Rows:
         moves: list[Move] = []
         for part in sorted(self._parts, key=lambda part: part.offset):
             end = moves[-1].offset + moves[-1].nbytes if moves else -1
-            if moves and part.offset == end and moves[-1].continued_by(part):
-                moves[-1].append(part)
-            else:
+            if not (moves and part.offset == end and moves[-1].take(part)):
                 moves.append(Move(part.slab, part.source, part.at, part.offset, [part], part.nbytes))
         return moves
 
     def madvise(self, advice: int) -> None:
         """Tell the system what is going to happen to the mapped pages of their files."""
+
+
+def bytes_of_one(unit: Unit) -> int:
+    """Bytes of one of a unit's experts, without what lies between its tensors in a slot."""
+    return sum(part.nbytes // part.shape[0] for part in unit.parts())
 
 
 def rows_of(unit: Unit, rows: Iterable[int]) -> dict[int, list[Part]]:

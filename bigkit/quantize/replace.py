@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..checkpoints.as_stored import stored_dtypes
+from ..checkpoints.as_stored import AsStored, stored_dtypes
 from ..meta.empty import twin
 from ..meta.skeleton import modules_to_keep, spec_from_module
 from ..model.precision import float32_modules, is_named
@@ -87,6 +87,8 @@ def layers_to_quantize(
         has = f"it has {', '.join(kinds)}, all of them kept" if kinds else "it has no nn.Linear and no Conv1D"
         if config.load_in_8bit and spec.facts.get("keep_in_int8"):
             has += " (PyTorch's fast nn.TransformerEncoderLayer would read int8 codes as weights: take 4 bit)"
+        if any(isinstance(module, AsStored) for module in model.modules()):
+            has = "the checkpoint is quantized already: load it as it is stored, with load_checkpoint_and_dispatch"
         raise ValueError(f"no layer of {type(model).__name__} would be quantized: {has}")
     _refuse_patched(layers)
     return layers

@@ -62,7 +62,7 @@ class ExpertExplorer(Explorer):
     Args:
         preset: one of `PRESETS`.
         policy: what the cache keeps.
-        routing: a recorded routing; None takes pymoe's on held-out text, which ships.
+        routing: a recorded routing, or its JSON file; None takes pymoe's on held-out text, which ships.
 
     Raises:
         ValueError: a preset or policy that does not exist.
@@ -79,9 +79,9 @@ class ExpertExplorer(Explorer):
     cure = "choose a mixture of experts, such as mixtral-8x7b"
 
     def __init__(
-        self, preset: str = "pymoe, a quarter on the GPU", *, policy: str = "LRU", routing: Routing | None = None
+        self, preset: str = "pymoe, a quarter on the GPU", *, policy: str = "LRU", routing: Routing | str | None = None
     ) -> None:
-        self.routing = Routing.load(ROUTING) if routing is None else routing
+        self.routing = Routing.of(ROUTING if routing is None else routing)
         start = PRESETS.get(preset) or next(iter(PRESETS.values()))
         last, rates = self.routing.tokens, {"min": 0.01, "max": 100_000, "step": 1}
         play = widgets.Play(value=1, min=1, max=last, interval=400, layout=widgets.Layout(width="auto"))

@@ -5,6 +5,9 @@ which slot, and in which order things work is recorded from that run (`offload/o
 take comes from the rates that the controls say (`machine/streams.py`), for blocks as large as those of a model of 7
 billion parameters.
 
+Below, a pane plays the blocks that rest in RAM in three ways: all are streamed, the CPU computes all MLPs where they
+rest, or it computes every second one while the link brings the others (`machine/ways.py`).
+
 Leaves out: measured times, and models other than the shipped one.
 """
 
@@ -17,7 +20,9 @@ import ipywidgets as widgets
 
 from ..devices import Device, device_label
 from ..draw.run import run_caption, run_figure, run_news, run_text
+from ..draw.ways import ways_figure, ways_text
 from ..machine.streams import Schedule, schedule
+from ..machine.ways import play
 from ..maps.partition import spread
 from ..offload.observe import Observation, observe
 from ..units import GB, counted, format_bytes, format_seconds
@@ -33,7 +38,8 @@ ONE_BY_ONE, PREFETCH = "one by one", "prefetch"
 
 def _preset(gpu0: int, gpu1: int, ram: int, spread: bool = False, rate: float = 30.0) -> dict[str, Any]:
     """Blocks on each place (the others rest on disk), whether GPU 0's are spread, and rates in GB/s."""
-    return {"gpu0": gpu0, "gpu1": gpu1, "ram": ram, "spread": spread, "link": 25.0, "disk": 6.0, "rate": rate}
+    rates = {"link": 25.0, "disk": 6.0, "rate": rate, "cpu": 20.0}
+    return {"gpu0": gpu0, "gpu1": gpu1, "ram": ram, "spread": spread, **rates}
 
 
 PRESETS = {
@@ -58,8 +64,9 @@ class HookTheatre(Explorer):
     """Step through a forward of a model whose weights rest in four places.
 
     The controls are `step` (or `play`), `mode` ("one by one" or "prefetch"), `slots`, `tokens`, `preset`; `gpu0`,
-    `gpu1` and `ram`, the blocks that rest there (the others rest on disk); `spread`; and `link`, `disk` and `rate` in
-    GB/s: how fast GPU 0 is given weights, how fast files are read, and how many bytes of weights a GPU works through.
+    `gpu1` and `ram`, the blocks that rest there (the others rest on disk); `spread`; and `link`, `disk`, `rate` and
+    `cpu` in GB/s: how fast GPU 0 is given weights, how fast files are read, and how many bytes of weights a GPU and the
+    CPU work through.
     Set their `value` in code or by hand.
 
     `schedule` is what is shown, `recording` the real run behind it, `charts` has both ways to run, with short names.
@@ -116,9 +123,14 @@ class HookTheatre(Explorer):
                     "link": field(widgets.BoundedFloatText, "Link, GB/s", start["link"], **rates),
                     "disk": field(widgets.BoundedFloatText, "Disk, GB/s", start["disk"], **rates),
                     "rate": field(widgets.BoundedFloatText, "Work, GB/s", start["rate"], **rates),
+                    "cpu": field(widgets.BoundedFloatText, "CPU, GB/s", start["cpu"], **rates),
                 },
             },
-            {"What happened, step by step": self._story_pane, "Device map": lambda: map_table(self.device_map)},
+            {
+                "What happened, step by step": self._story_pane,
+                "Device map": lambda: map_table(self.device_map),
+                "If the CPU computes, too": self._ways_pane,
+            },
         )
 
     recording = property(lambda self: self.result and self.result.recording)
@@ -242,6 +254,23 @@ class HookTheatre(Explorer):
         _, shown, charts = self.shown
         lines = [f"{i:>4}  {run_news(charts[self._chart], step)}" for i, step in enumerate(shown.frames)]
         return f'<div style="max-height:300px;overflow:auto">{preformatted(chr(10).join(lines))}</div>'
+
+    def _ways_pane(self) -> str:
+        """The blocks that rest in RAM: streamed, their MLPs computed there, or both at once."""
+        shown = self.shown.schedule
+        away = [turn for turn in shown.turns if ".h." in turn.name and turn.rests == "cpu"]
+        if len(away) < 2:
+            return preformatted("Let two blocks or more rest in RAM.")
+        count, cpu = len(away), self.cpu.value * GB
+        mlp = away[0].nbytes * 2 / 3  # its share of a block's weights
+        computed = {"streamed": (), "MLPs computed in RAM": range(count), "both: every second MLP": range(1, count, 2)}
+        ways = {
+            name: play(count, away[0].nbytes, away[0].seconds, shown.link, slots=max(2, shown.slots), tokens=2,
+                       mlp=mlp, cpu=cpu, on_cpu=own)
+            for name, own in computed.items()
+        }  # fmt: skip
+        title = f"{counted(count, 'block')} of a 7B in RAM, two tokens"
+        return ways_figure(ways, title, "block ").svg + preformatted(ways_text(ways))
 
     def summary(self, performance: Performance) -> list[str]:
         """How many blocks rest on each place, the way to run, and what has just happened."""

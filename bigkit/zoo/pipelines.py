@@ -80,7 +80,7 @@ def _component(library: str, cls: str, config: dict[str, Any], dtype: object) ->
 
         with init_empty_weights():
             model: nn.Module = made.from_config(config)
-        return model.to(getattr(torch, dtype_name(dtype)))
+        return torch.nn.Module.to(model, getattr(torch, dtype_name(dtype)))  # Diffusers' own warns of no modules at all
     except Exception as error:  # what a stranger's numbers lead to in the classes of a library
         return f"its config builds no {cls} ({type(error).__name__}: {printable(error)})"
 

@@ -56,7 +56,22 @@ def awq(rows: int, columns: int) -> dict[str, Tensor]:
     return {"qweight": int32(columns, rows // 8), "qzeros": int32(columns // 32, rows // 8), "scales": scales}
 
 
-FORMATS: dict[str, Callable[[int, int], dict[str, Tensor]]] = {"fp8": fp8, "int4": int4, "gptq": gptq, "awq": awq}
+def mxfp8(rows: int, columns: int) -> dict[str, Tensor]:
+    exponents = torch.randint(119, 123, (rows, columns // 32), dtype=torch.uint8)
+    return {"weight": torch.randn(rows, columns).to(torch.float8_e4m3fn), "weight_scale_inv": exponents}
+
+
+def nvfp4(rows: int, columns: int) -> dict[str, Tensor]:
+    """As ModelOpt writes it."""
+    codes = torch.randint(0, 256, (rows, columns // 2), dtype=torch.uint8)
+    scales = torch.rand(rows, columns // 16).to(torch.float8_e4m3fn)
+    activations = {"input_scale": torch.tensor(0.5)}  # for kernels that compute in 4 bits
+    return {"weight": codes, "weight_scale": scales, "weight_scale_2": torch.tensor(0.02), **activations}
+
+
+FORMATS: dict[str, Callable[[int, int], dict[str, Tensor]]] = {
+    "fp8": fp8, "int4": int4, "gptq": gptq, "awq": awq, "mxfp8": mxfp8, "nvfp4": nvfp4,
+}  # fmt: skip
 
 
 def write(folder: Path, format: str) -> nn.Module:
@@ -136,7 +151,8 @@ def test_sizes_are_those_of_the_file_and_it_is_written_as_it_was_read(tmp_path: 
     again = load_file(tmp_path / "again" / "model.safetensors")
     assert again.keys() == stored.keys()
     for name, tensor in again.items():
-        assert torch.equal(tensor.to(stored[name].dtype).view(torch.uint8), stored[name].view(torch.uint8)), name
+        bits = [one.reshape(-1).view(torch.uint8) for one in (tensor.to(stored[name].dtype), stored[name])]
+        assert torch.equal(*bits), name
 
 
 @pytest.mark.parametrize("format", [*FORMATS, "mxfp4"])
@@ -226,3 +242,25 @@ def test_a_format_that_is_not_known_is_one_sentence(tmp_path: Path) -> None:
         bigkit.load_checkpoint_in_model(empty(plain), tmp_path)
     with pytest.raises(ValueError, match="keep must be"):
         bigkit.load_checkpoint_in_model(empty(plain), tmp_path, keep="fp8")
+
+
+class Twice(nn.Module):
+    """A layer that works in two places."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(64, 64, bias=False)
+        self.second = self.first
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(self.first(x))
+
+
+def test_a_layer_in_two_places_is_no_tied_weight(tmp_path: Path) -> None:
+    stored = fp8(64, 64)
+    save_file({f"first.{own}": tensor for own, tensor in stored.items()}, tmp_path / "model.safetensors")
+    with bigkit.init_empty_weights():
+        model = Twice()
+    model = bigkit.load_checkpoint_and_dispatch(model, tmp_path, device_map={"": "cpu"}, dtype=torch.float32)
+    weight, x = stored["weight"].float() * stored["weight_scale_inv"], torch.randn(2, 64)
+    assert torch.equal(model(x), x @ weight.t() @ weight.t())

@@ -139,6 +139,20 @@ def test_nvfp4() -> None:
         code = int(packed[row, column // 2]) >> (4 * (column % 2)) & 15
         assert weight[row, column] == value_of_e2m1(code) * (scales[row, column // 16].float() / whole[0])
     assert format == "nvfp4"
+    other = {"weight": packed, "weight_scale": scales, "weight_scale_2": 1 / whole[0]}  # ModelOpt's
+    format, again = decoded(other)
+    assert format == "nvfp4" and torch.allclose(again, weight, rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["weight_scale", "weight_scale_inv"])
+def test_mxfp8(name: str) -> None:
+    """A power of two for each 32 weights of a row, as its exponent plus 127 in a byte."""
+    codes = torch.randn(ROWS, COLUMNS).to(torch.float8_e4m3fn)
+    exponents = torch.randint(120, 134, (ROWS, COLUMNS // 32), dtype=torch.uint8)
+    format, weight = decoded({"weight": codes, name: exponents})
+    assert format == "fp8"
+    for row, column in ((0, 0), (3, 31), (3, 32), (47, 63)):
+        assert weight[row, column] == codes[row, column].float() * 2.0 ** (int(exponents[row, column // 32]) - 127)
 
 
 def test_mxfp4_as_transformers_decodes_it() -> None:

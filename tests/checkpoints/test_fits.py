@@ -31,6 +31,11 @@ def to(own: str, value: Tensor | Callable[[Tensor], Tensor]) -> Change:
     return change
 
 
+def also(own: str, value: Tensor) -> Change:
+    """Add a tensor to the experts'."""
+    return lambda tensors: tensors.update({f"{EXPERTS}.{own}": value})
+
+
 def without(own: str) -> Change:
     return lambda tensors: tensors.pop(f"{LAYER}.{own}")
 
@@ -85,6 +90,8 @@ WRONG: list[tuple[str, Change, str]] = [
     ("mxfp4", to("down_proj_blocks", lambda blocks: blocks.view(torch.int8)), "_blocks must be torch.uint8"),
     ("mxfp4", to("down_proj_scales", lambda scales: scales.bfloat16()), "_scales must be torch.uint8"),
     ("mxfp4", to("down_proj_scales", lambda scales: scales[:0]), "_scales must be torch.uint8"),
+    ("mxfp4", also("down_proj", torch.randn(4, 64, 64).bfloat16()), "down_proj lies there as well"),
+    ("int4", to("weight", torch.randn(128, 64).bfloat16()), "weight_packed would not be read"),
 ]  # fmt: skip
 
 

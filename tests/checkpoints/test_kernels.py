@@ -145,6 +145,42 @@ def test_numbers_in_int32(kernels: Any, monkeypatch: Any, kind: str, bits: int) 
             assert found.is_contiguous() and same(found, expected)
 
 
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+@pytest.mark.parametrize("shape", [(3, 64, 96), (5, 8, 64), (4, 130, 64)])
+def test_four_bits(kernels: Any, monkeypatch: Any, kind: str, shape: tuple[int, ...]) -> None:
+    """All experts and chosen ones; the last shape's blocks are no multiple of a program's."""
+    pytest.importorskip("bitsandbytes")
+    stacks = importlib.import_module("bigkit.quantize.stacks")
+    torch.manual_seed(0)
+    weights = torch.randn(*shape)
+    parts = {
+        name: part.detach() for name, part in stacks.quantized_stack(weights, shape[0], kind, weights.device).items()
+    }
+    codec = find_stack_codec("w", [f"w{suffix}" for suffix in parts])
+    assert codec is not None and codec.in_place
+    for dtype in DTYPES:
+        for experts in ([2, 0, 2], [1], []):
+            chosen = torch.tensor(experts, dtype=torch.long)
+            found, expected = both(kernels, monkeypatch, partial(codec.decode, parts, dtype, chosen))
+            assert found.shape == (len(experts), *shape[1:]) and same(found, expected)
+        found, expected = both(kernels, monkeypatch, partial(codec.decode, parts, dtype))
+        assert found.shape == shape and same(found, expected)
+
+
+@pytest.mark.parametrize("kind", ["nf4", "nf4-double"])
+def test_four_bits_that_the_kernel_leaves(kernels: Any, monkeypatch: Any, kind: str) -> None:
+    """Experts whose last block is a short one, and scales that have scales themselves."""
+    pytest.importorskip("bitsandbytes")
+    stacks = importlib.import_module("bigkit.quantize.stacks")
+    weights = torch.randn(3, 3, 34 if kind == "nf4" else 64)
+    parts = {name: part.detach() for name, part in stacks.quantized_stack(weights, 3, kind, weights.device).items()}
+    codec = find_stack_codec("w", [f"w{suffix}" for suffix in parts])
+    assert codec is not None
+    monkeypatch.setattr(kernels, "looked_up", None)
+    found, expected = both(kernels, monkeypatch, lambda: codec.chosen(parts, torch.tensor([2, 0]), torch.float32))
+    assert same(found, expected) and torch.equal(found, codec.decode(parts, torch.float32)[[2, 0]])
+
+
 def test_where_kernels_do_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
     assert codecs.kernels_for(torch.ones(2)) is None, "a CPU"
 

@@ -20,6 +20,7 @@ from bigkit.dryrun.result import held_by_kind
 from bigkit.maps.pipeline import PipelinePlan
 from bigkit.model.pipeline import PipelineEstimate, PipelineSpec
 from bigkit.offload.hooks import hooks_in
+from bigkit.offload.lenders import streamers_in
 from bigkit.offload.pipeline import dispatch_pipeline
 from bigkit.offload.whole_model import CpuOffload
 
@@ -239,7 +240,8 @@ def test_a_run_on_fake_gpus_takes_what_the_plan_says(saved: tuple[str, Path], wa
     spec: Any = describe_pipeline(folder, image=32)
     estimate: Any = bigkit.estimate_memory(spec)
     plan: Any = bigkit.plan(spec, {0: estimate.ways[way], "cpu": "1GB"}, overhead=0)
-    assert peaks_on_fakes(name, plan)[0] == pytest.approx(plan.peak, rel=0.1), plan.explain()
+    apart = 0.3 if way == "by the block" else 0.1  # in slots, tensors as small as these are rounded up by as much
+    assert peaks_on_fakes(name, plan)[0] == pytest.approx(plan.peak, rel=apart), plan.explain()
 
 
 def quiet(spec: PipelineSpec) -> PipelineSpec:
@@ -269,6 +271,33 @@ def test_several_gpus_share_a_pipeline(saved: tuple[str, Path]) -> None:
         for _ in range(2):
             assert torch.equal(drawn(name, pipe), whole), plan.explain()
     assert found[:3] == [("stays", (0,)), ("stays", (1,)), ("split", (0, 1, 2))], found
+
+
+def test_places_for_blocks_in_flight_are_given_back(saved: tuple[str, Path]) -> None:
+    """Of components that come by block, only the one that works has memory for its blocks; nothing of it is lost."""
+    name, folder = saved
+    spec: Any = quiet(describe_pipeline(folder, image=32))  # type: ignore[arg-type]
+    least = max(one.least for one in spec.components)
+    plan: Any = bigkit.plan(spec, {0: least, "cpu": "1GB"}, overhead=0)
+    assert plan.feasible and plan.peak <= least and plan.copied > 0, plan.explain()
+    plan = replace(plan, components=tuple(
+        replace(one, how="by block", plan=None, away={"": "cpu"}) for one in plan.components
+    ))  # fmt: skip
+    blocks = [one.name for one in plan.components]
+    pipe = dispatch_pipeline(loaded(name), plan, stand_in={0: "cpu"})
+    working: list[list[str]] = []
+
+    def note(*_: Any) -> None:
+        parts = {own: streamers_in(getattr(pipe, own)) for own in blocks}
+        working.append([own for own, streamers in parts.items() if any(streamer.slots for streamer in streamers)])
+
+    for own in blocks:
+        inner = pipe.vae.decoder if own == "vae" else getattr(pipe, own)
+        inner.register_forward_hook(note)
+    whole = drawn(name, loaded(name))
+    for _ in range(2):
+        assert torch.equal(drawn(name, pipe), whole)
+    assert all(len(found) == 1 for found in working) and {own for [own] in working} == {*blocks}, working
 
 
 def test_a_plan_without_ram_lets_nothing_wait_there(saved: tuple[str, Path]) -> None:

@@ -104,7 +104,16 @@ def last_of(work):
         (lambda new: new(8, 32)[:, :16].neg(), 128),
         (lambda new: new(8, 16).copy_(new(16, 8).t()), 128),
         (lambda new: torch.cat((new(8, 16), new(8, 16))), 0),
-        (lambda new: torch.cat((new(8, 32)[:, :16], new(8, 16)), 1), 256),
+        (lambda new: torch.cat((new(8, 32)[:, :16], new(8, 16)), 1), 2 * 256),
+        (lambda new: torch.cat((new(0), new(8, 16))), 2 * 128),  # a cache that was empty
+        (lambda new: new(8, 16).to(torch.float16), 0),
+        (lambda new: new(8, 16).half().float(), 76),
+        (lambda new: new(8, 16).masked_fill_(new(8, 1) > 0, 0), 128),
+        (lambda new: new(8, 16).masked_fill(new(8, 1) > 0, 0), 192),
+        (lambda new: new(1, 1).masked_fill(new(1, 1) > 0, 0), 0),
+        (lambda new: new(8, 16).topk(2), 12 * 128),
+        (lambda new: F.layer_norm(new(8, 16), (16,)), 8 * 400),
+        (lambda new: F.layer_norm(new(16, 8).t(), (16,)), 8 * 400 + 128),
         (lambda new: new(8, 16).sum(0), 0),
     ],
 )
@@ -129,8 +138,19 @@ def test_products_of_experts_in_every_dtype(dtype):
         out = torch._grouped_mm(rows, experts, offs=ends)
     assert out.dtype == dtype and out.shape == (32, 128) and out.device.type == "cuda"
     product = notes.trace.operations[-1]
-    assert product.name == "_grouped_mm" and product.flops == 2 * 32 * 64 * 128 and product.parts == 4
+    assert product.name == "_grouped_mm" and product.flops == pytest.approx(2 * 4 * 128 * 64 * 128, rel=1e-3), "tiles"
     assert sum(event > 0 for event in notes.trace.recordings["cuda:0"].events) == 4, "no casts are noted"
+
+
+@pytest.mark.parametrize("width, each", [(8, 1), (8 * 10**5, 32)])
+def test_a_large_matrix_that_a_batch_shares_is_read_by_each_product(width, each):
+    """As the head's weights are, for the logits of the last tokens of several prompts."""
+    rows, weight = (32, 5, 64), (32, 64, width)
+
+    def work(new):
+        return new(*rows)[:, -1:].bmm(new(1, *weight[1:]).expand(weight))
+
+    assert last_of(work).bytes == 4 * (32 * 64 + each * 64 * width + 32 * width)
 
 
 @pytest.mark.parametrize("rows", [1, 9, 64])

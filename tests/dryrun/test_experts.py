@@ -6,13 +6,17 @@ import re
 import pytest
 import transformers as tf
 
-from bigkit import dry_run, init_empty_weights, plan
+from bigkit import dry_run, estimate_memory, init_empty_weights, plan
+from bigkit.cli import main
 from bigkit.draw.dryrun import dryrun_figure, dryrun_text
 from bigkit.machine.hardware import HARDWARE
+from bigkit.machine.mixture import Mixture
 from bigkit.machine.roofline import FILL
 from bigkit.machine.routing import Routing
 from bigkit.maps.advise import advise
+from bigkit.meta.skeleton import spec_from_module
 from bigkit.offload.choice import by_chance
+from bigkit.widgets.expert_explorer import ExpertExplorer
 from bigkit.zoo import describe
 
 COUNT, CHOSEN, BLOCKS = 16, 2, 6
@@ -39,7 +43,8 @@ def test_bytes_that_travel(replay):
         start = end
     assert fills["prefill"] == [whole] * BLOCKS, "a prompt brings whole layers, each once"
     for token in range(1, 5):
-        assert fills[f"token {token}"] == [whole * CHOSEN // COUNT] * BLOCKS
+        bring = [whole * CHOSEN // COUNT] * (BLOCKS - 2)
+        assert fills[f"token {token}"] == bring, "the prompt has left the last two blocks in the slots"
 
 
 def test_by_chance():
@@ -140,5 +145,44 @@ def test_what_cannot_be_said_is_refused():
     ):
         with pytest.raises(ValueError, match=said):
             dry_run(qwen(), apart(), 1, 8, 1, "H200", dtype="float32", **options)
-    with pytest.raises(ValueError, match="no experts of a mixture rest away"):
-        dry_run(qwen(), {"": 0, "lm_head": "cpu"}, 1, 8, 1, "H200", dtype="float32", expert_cache="1MB")
+    for places in ({"": 0, "lm_head": "cpu"}, None):
+        with pytest.raises(ValueError, match="no experts of a mixture rest away"):
+            dry_run(qwen(), places, 1, 8, 1, "H200", dtype="float32", expert_cache="1MB")
+
+
+def test_bad_input_gets_one_sentence_through_every_face(tmp_path, capsys):
+    """More experts for a token than there are; a routing of another model, of none, or no routing."""
+    said = "Qwen3MoeForCausalLM says that a token takes 17 experts, but its blocks have 16 each"
+    for call in (
+        lambda model: dry_run(model, None, 1, 8, 1, "H200", dtype="float32"),
+        lambda model: plan(model, {0: "1GB"}),
+        estimate_memory,
+        lambda model: Mixture.of(spec_from_module(model)),
+    ):
+        greedy = qwen()
+        greedy.config.num_experts_per_tok = COUNT + 1
+        with pytest.raises(ValueError, match=said):
+            call(greedy)
+    greedy.config.architectures = ["Qwen3MoeForCausalLM"]
+    greedy.config.save_pretrained(tmp_path)
+    for command in ("plan", "dry-run", "estimate-memory", "advise"):
+        assert main([command, str(tmp_path), *(["--hardware", "4090"] if command != "estimate-memory" else [])]) == 2
+        assert capsys.readouterr().err.strip().endswith(said.partition(" ")[2])
+    other = Routing("pymoe", 16, (((0, 1),),))
+    other.save(tmp_path / "routing.json")
+    for routing in (other, tmp_path / "routing.json", str(tmp_path / "routing.json")):
+        with pytest.raises(
+            ValueError, match=r"recorded from pymoe \(1 layer, 2 of 16 experts\), and this model has 6 l"
+        ):
+            dry_run(qwen(), None, 1, 8, 1, "H200", dtype="float32", routing=routing)
+    with pytest.raises(TypeError, match="a routing is what record_routing gives, or its JSON file, not a dict"):
+        dry_run(qwen(), None, 1, 8, 1, "H200", routing={})
+    small = ["--hardware", "4090", "--context", "8", "--new", "1"]
+    assert main(["dry-run", "pymoe", *small, "--routing", str(tmp_path / "routing.json")]) == 2
+    assert "and this model has 6 layers, 2 of 16 experts: record it" in capsys.readouterr().err
+    assert main(["dry-run", "pymoe", *small, "--expert_cache", "1GB"]) == 2
+    assert "but no experts of a mixture rest away from a GPU" in capsys.readouterr().err
+    assert main(["dry-run", "pymoe", *small, "--experts_on_cpu", "6", "--expert_cache", "12MB"]) == 0
+    assert "of the chosen experts were on the GPU" in capsys.readouterr().out
+    with pytest.raises(TypeError, match="not a list"):
+        ExpertExplorer(routing=[])

@@ -1,8 +1,18 @@
-"""What `calibrate()` finds on a GPU is of the right order."""
+"""What `calibrate()` finds on a GPU is of the right order, and what it finds of a model serves dry runs of it."""
 
+import statistics
+
+import pytest
 import torch
+import transformers
 
-from bigkit import calibrate
+from bigkit import calibrate, dry_run, init_empty_weights
+from bigkit.dryrun.fake_bnb import config_of, fill_quantized, quantize_empty
+from bigkit.dryrun.workload import Workload, fill
+from bigkit.machine.hardware import Hardware
+from bigkit.machine.ledger import Ledger
+from bigkit.measure.calibrate import machine_name
+from bigkit.measure.twin import timed
 
 
 def test_every_rate_of_a_gpu_is_found(tmp_path):
@@ -11,3 +21,35 @@ def test_every_rate_of_a_gpu_is_found(tmp_path):
     assert 1e-6 < calibration.issue < 1e-4 and 1e-7 < calibration.kernel < 1e-4
     assert calibration.disk_warm > 1e8 and calibration.link_pinned > calibration.link_pageable > 1e8
     assert all(rate > 1e10 for _, rate in (*calibration.products["bfloat16"], *calibration.attention))
+
+
+@pytest.mark.parametrize("quantization", [None, "nf4"])
+def test_a_dry_run_takes_the_pace_of_a_twin_from_the_ledger(quantization, tmp_path, monkeypatch):
+    """As a user calls it: calibrate this machine, calibrate a model on it, then ask for a dry run of the model here."""
+    monkeypatch.setenv("BIGKIT_LEDGER", str(tmp_path / "ledger.json"))
+    calibrate(tmp_path, quick=True)
+    config = transformers.Qwen3Config(num_hidden_layers=12, vocab_size=32000)
+    config.architectures = ["Qwen3ForCausalLM"]
+    calibrate(model=config, quantization=quantization)
+    here = Hardware.detect()
+    [twin] = Ledger.load().calibrations[machine_name()].twins
+    assert (twin.model, twin.quantization) == ("Qwen3ForCausalLM", quantization)
+    assert 1e-4 < twin.token.before < twin.token.seconds < 1 and twin.single.seconds < 1
+
+    def empty():
+        with init_empty_weights():
+            return transformers.Qwen3ForCausalLM._from_config(config, dtype=torch.bfloat16).eval()
+
+    load, dtype = (1, 16, 8), "bfloat16" if quantization else None
+    run = dry_run(empty, None, *load, here, quantization=quantization, dtype=dtype)
+    assert run.twin == twin and run.ranges["token"].rests_on == "measured here" and run.times[-1].bottleneck == "python"
+    assert dry_run(empty, None, *load, "L4", quantization=quantization, dtype=dtype).twin is None
+    if quantization:
+        how = config_of(quantization, "bfloat16")
+        model = fill_quantized(quantize_empty(empty(), how), {"": 0}, torch.device("cuda", 0), how)
+    else:
+        model = fill(empty(), {"": 0})
+    steps = [timed(model, Workload(*load), "cuda") for _ in range(4)][1:]
+    token = statistics.median(step[0] for run in steps for step in run[1:])
+    print(f"token of {twin.model}, {quantization}: {1000 * run.seconds['token']:.1f} foretold, {1000 * token:.1f} ms")
+    assert 0.6 < run.seconds["token"] / token < 1.6, "hosts of rented GPUs change their pace"

@@ -6,12 +6,12 @@ import pytest
 import torch
 
 import bigkit
-from bigkit.checkpoints import decoded
+from bigkit.checkpoints import codecs, decoded
 from bigkit.checkpoints.codecs import find_stack_codec
 from bigkit.checkpoints.decoded import DecodedStack
 from bigkit.checkpoints.ring import Slab
 from bigkit.offload import experts as experts_module
-from bigkit.offload import pieces
+from bigkit.offload import gather, pieces
 from bigkit.offload.experts import ExpertStreamer, expert_hits
 from bigkit.offload.gather import GatherStreamer, seen_by_gpu
 from bigkit.offload.rows import count_rows
@@ -80,7 +80,74 @@ def test_experts_that_stay_on_the_gpu(place, rows, tmp_path):
     for _ in range(2):
         assert torch.equal(found.generate(ids, **options), expected)
     hits, misses = expert_hits(found)
-    assert hits > misses > 0 and not streamer_of(found).windows
+    assert hits > misses > 0 and bool(streamer_of(found).tables) == (place == "cpu" and rows == 1)
+
+
+def test_the_gpus_own_account_is_that_of_the_host(monkeypatch):
+    """The same tokens, with tables on the GPU and without: logits, hits and misses, by turns with prompts."""
+    model = mixture()
+    model.set_experts_implementation("batched_mm")
+    size = sum(p.nbytes for module in model.modules() if count_rows(module) for p in module.parameters())
+    found = bigkit.dispatch_model(copy.deepcopy(model), apart(model, "cpu"), expert_cache=size // 2)
+    with monkeypatch.context() as patch:
+        patch.setattr(gather, "kernels_for", lambda tensor: None)
+        other = bigkit.dispatch_model(copy.deepcopy(model), apart(model, "cpu"), expert_cache=size // 2)
+        other(torch.ones(1, 1, dtype=torch.long, device=GPU))
+    found(torch.ones(1, 1, dtype=torch.long, device=GPU))
+    model.to(GPU)
+    with torch.no_grad():
+        for tokens in (1, 1, 1, 2, 1, 1, 40, 1, 3, *[1] * 20):
+            ids = torch.randint(5, 500, (1, tokens), device=GPU)
+            expected = model(ids).logits
+            assert torch.equal(found(ids).logits, expected) and torch.equal(other(ids).logits, expected)
+    assert expert_hits(found) == expert_hits(other) and min(expert_hits(found)) > 0
+    assert len(streamer_of(found).tables) == 6 and not streamer_of(other).tables
+
+
+@pytest.mark.parametrize("share", [2, 3, 4])
+def test_graphs_use_the_gpus_account(share):
+    """Replays, prompts of few and of many tokens, and weights that change: tokens and hits are those without graphs."""
+    model = mixture()
+    size = sum(p.nbytes for module in model.modules() if count_rows(module) for p in module.parameters())
+    whole = copy.deepcopy(model).to(GPU)
+    plain, found = (
+        bigkit.dispatch_model(copy.deepcopy(model), apart(model, "cpu"), expert_cache=size * share // 4) for _ in "ab"
+    )
+    options = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    with bigkit.graph_decode(found) as decoder:
+        for _ in range(4):
+            for tokens in (1, 2, 40, 3):
+                ids = torch.randint(5, 500, (1, tokens), device=GPU)
+                expected = whole.generate(ids, cache_implementation="static", disable_compile=True, **options)
+                assert torch.equal(plain.generate(ids, **options), expected)
+                assert torch.equal(found.generate(ids, **options), expected)
+            with torch.no_grad():
+                for one in (whole, plain, found):
+                    one.model.layers[2].mlp.experts.down_proj.mul_(-1)
+    assert decoder.replayed > 50 and min(expert_hits(found)) > 0
+    assert expert_hits(found) == expert_hits(plain)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+def test_experts_in_four_bits_are_decoded_by_one_kernel(kind, dtype, monkeypatch):
+    """Bit for bit what gathering and bitsandbytes give, out of the GPU's memory and out of pinned RAM."""
+    pytest.importorskip("bitsandbytes")
+    experts = torch.randn(9, 130, 192, dtype=torch.bfloat16, device=GPU)
+    parts = {name: part.detach() for name, part in quantized_stack(experts, 9, kind, GPU).items()}
+    codec = find_stack_codec("w", [f"w{suffix}" for suffix in parts])
+    in_ram = {}
+    for name, part in parts.items():
+        slab = Slab(part.nbytes, pin=True)
+        slab.pin()
+        slab.bytes.copy_(part.flatten().view(torch.uint8))
+        in_ram[name] = seen_by_gpu(slab, GPU).view(part.dtype).view(part.shape)
+    chosen = torch.tensor([7, 0, 7, 3], device=GPU)
+    with monkeypatch.context() as patch:
+        patch.setattr(codecs, "kernels_for", lambda tensor: None)
+        expected = codec.decode({name: part[chosen] for name, part in parts.items()}, dtype)
+    for own in (parts, in_ram):
+        assert torch.equal(codec.chosen(own, chosen, dtype), expected)
 
 
 def test_unpinned_ram(monkeypatch):

@@ -21,24 +21,33 @@ def product(flops=0, size=0, device="cuda:0", issued=1, source=""):
 def test_one_operation_takes_the_longer_of_its_limits():
     assert FLAT.seconds(product()) == FLAT.kernel
     assert FLAT.seconds(product(flops=10**12)) == pytest.approx(0.01, rel=0.01)
-    assert FLAT.seconds(product(flops=10**12, size=10**11)) == pytest.approx(0.1, rel=0.01)
+    assert FLAT.seconds(product(flops=10**12, size=10**11)) == pytest.approx(0.1 / TYPICAL.weights, rel=0.01)
     assert FLAT.seconds(product(size=10**11)) == pytest.approx(0.1 / TYPICAL.streamed, rel=0.01)
     assert FLAT.seconds(product(size=2 * 10**9, source="cpu")) == pytest.approx(10**9 / 5e10)
     assert FLAT.seconds(product(size=2 * 10**9, source="cuda:1")) == pytest.approx(10**9 / 2e11)
 
 
-def test_products_of_experts_are_as_fast_as_one_of_their_size():
-    rates = replace(FLAT, products={"float16": ((1e6, 1e13), (1e9, 5e13))})
-    experts = Operation("_grouped_mm", "cuda:0", 10**12, 0, "float16", parts=1000)  # 1 GFLOP each
-    assert rates.seconds(experts) == pytest.approx(0.02, rel=0.01)
-    assert rates.seconds(replace(experts, parts=10**6)) == pytest.approx(0.1, rel=0.01)
+def test_kinds_of_kernels_reach_their_shares_of_the_memorys_rate():
+    def seconds(name, flops):
+        return FLAT.seconds(Operation(name, "cuda:0", flops, 10**12, "float16"))
+
+    for name, share in (("mm", TYPICAL.weights), ("bmm", TYPICAL.streamed), ("_grouped_mm", TYPICAL.grouped),
+                        ("_scaled_dot_product_flash_attention", TYPICAL.attended)):  # fmt: skip
+        assert seconds(name, 1) == pytest.approx(1 / share, rel=0.01)
+    for name, share in (("add", TYPICAL.streamed), ("mean", TYPICAL.reduced), ("sort", TYPICAL.streamed)):
+        assert seconds(name, 0) == pytest.approx(1 / share, rel=0.01)
+    small = [FLAT.seconds(Operation(name, "cuda:0", 0, 8, "float16")) for name in ("add", "mean", "sort")]
+    assert small == pytest.approx(
+        [FLAT.kernel, FLAT.kernel + TYPICAL.reduction, FLAT.kernel + TYPICAL.sorting], rel=1e-3
+    )
 
 
 def test_elements_one_by_one_have_a_rate_of_their_own():
     one_by_one = TYPICAL.scattered * FLAT.memory
     added = Operation("add", "cuda:0", 0, 10**6, "float16", scattered=10**9)
-    assert FLAT.seconds(added) == pytest.approx(10**9 / one_by_one, rel=0.01)
-    assert FLAT.seconds(replace(added, bytes=10**11)) == pytest.approx(0.1 / TYPICAL.streamed, rel=0.01)
+    assert FLAT.seconds(added) == pytest.approx(2 * 10**9 / one_by_one, rel=0.01)
+    assert FLAT.seconds(replace(added, dtype="float32")) == pytest.approx(4 * 10**9 / one_by_one, rel=0.01)
+    assert FLAT.seconds(replace(added, bytes=10**12)) == pytest.approx(1 / TYPICAL.streamed, rel=0.01)
 
 
 @given(st.floats(1, 1e20))

@@ -3,11 +3,14 @@
 import random
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 
 import bigkit
 from bigkit import zoo
+from bigkit.machine.hardware import CONTEXT_BYTES, FRAGMENTATION, GPUS, HARDWARE
+from bigkit.model.estimate import activation_bytes
 from bigkit.model.gguf import TYPES, read_gguf
 from bigkit.model.header import CheckpointError
 from bigkit.units import dtype_bits
@@ -56,6 +59,25 @@ def test_a_plan_prints_the_command_of_llama_cpp(model, tmp_path):
     alone = bigkit.plan(path, {"cpu": "1GiB"}).explain()
     assert "--n-gpu-layers 0" in alone
     assert bigkit.advise(path, "RTX 4090").best.plan.quantization is None
+
+
+def test_what_llama_cpp_takes_beside_the_weights(model):
+    """Llama 3 8B with micro batches of 512: "CUDA0 compute buffer size = 258.50 MiB", whatever the context."""
+    spec = bigkit.describe(model[0])
+    spec = replace(spec, facts={**spec.facts, "hidden_size": 4096, "vocab_size": 128256})
+    assert activation_bytes(spec, 1, 512) == activation_bytes(spec, 1, 99_000) == 258.5 * 2**20
+
+
+def test_advice_for_a_file_is_about_that_file(tmp_path):
+    """Stored as it is; no Python, and what rests in RAM is read there by the CPU while the GPU waits."""
+    size = files.write(tmp_path / "long.gguf", *files.llama(12))
+    best = bigkit.advise(tmp_path / "long.gguf", "RTX 4090").best
+    assert best.label == "q4_k as stored" and {*best.waits} == {"GPU", "RAM", "disk"} and best.waits["RAM"] == 0
+    memory = int((CONTEXT_BYTES + size * 3 // 4) / (1 - FRAGMENTATION))
+    small = replace(HARDWARE["1 x RTX 4090"], gpus=(replace(GPUS["RTX 4090"], memory=memory),))
+    away = bigkit.advise(tmp_path / "long.gguf", small, context=16).best
+    in_ram = sum(share.weights for share in away.plan.shares if share.device == "cpu")
+    assert away.waits["RAM"] == pytest.approx(in_ram / small.ram_rate) and away.token == sum(away.waits.values())
 
 
 def test_experts_are_placed_apart(tmp_path):

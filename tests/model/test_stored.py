@@ -25,6 +25,7 @@ import bigkit
 from bigkit import zoo
 from bigkit.checkpoints.codecs import STACK_CODECS, decode_mxfp4, find_codec
 from bigkit.devices import placement
+from bigkit.machine.hardware import HARDWARE
 from bigkit.model.experts import active_bytes
 from bigkit.model.spec import Precision
 from bigkit.model.stored import DECODING_STACK, decoding, read_format, stored_sizes, with_stored
@@ -41,6 +42,8 @@ CONFIGS: dict[str, dict[str, Any]] = {
                  "num_bits": 4, "type": "int", "strategy": "group", "group_size": 32, "symmetric": True}}}},
     "gptq": {"quant_method": "gptq", "bits": 4, "group_size": 32},
     "awq": {"quant_method": "awq", "bits": 4, "group_size": 32, "zero_point": True},
+    "nvfp4": {"quant_method": "modelopt", "quant_algo": "NVFP4", "ignore": ["lm_head"]},
+    "mxfp8": {"quant_method": "mxfp8", "weight_block_size": [1, 32], "ignored_layers": ["lm_head"]},
     "mxfp4": {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn", "lm_head"]},
 }  # fmt: skip
 
@@ -82,11 +85,51 @@ def test_gpt_oss_has_its_published_size() -> None:
 @pytest.mark.parametrize(
     "settings",
     [{}, {"quant_method": "new"}, {"quant_method": "awq", "bits": "few"}, {"quant_method": "compressed-tensors"},
-     {"quant_method": "compressed-tensors", "config_groups": []}, {"quant_method": "fp8", "weight_block_size": [1]}],
+     {"quant_method": "compressed-tensors", "config_groups": []}, {"quant_method": "modelopt", "quant_algo": "W4A8"},
+     {"quant_method": "torchao", "quant_type": {"default": {"_type": "Strange", "_data": {}}}},
+     {"quant_method": "fp8", "weight_block_size": [1]}],
 )  # fmt: skip
 def test_what_is_not_known_is_not_guessed(settings: dict[str, Any]) -> None:
     assert read_format(settings) is None
     assert stored_sizes(zoo.describe("gpt2"), settings) is None
+
+
+TORCHAO = {  # a weight of 256 x 512 as torchao 0.18 makes it: bytes of codes, scales and zero points
+    "Int8WeightOnlyConfig": 256 * 512 + 256 * 4 + 256, "Float8WeightOnlyConfig": 256 * 512 + 256 * 4,
+    "Float8DynamicActivationFloat8WeightConfig": 256 * 512 + 256 * 4, "Int4WeightOnlyConfig": 256 * 256 + 4 * 256 * 4,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", TORCHAO)
+def test_torchao_by_its_config(kind: str) -> None:
+    """The configs as torchao writes them; older ones are names alone."""
+    data = {"group_size": 128 if "Int4" in kind else None}
+    settings = {"quant_method": "torchao", "quant_type": {"default": {"_type": kind, "_version": 2, "_data": data}}}
+    format = read_format(settings)
+    assert format is not None and format.bytes(256, 512) == TORCHAO[kind]
+    old = {"Int8WeightOnlyConfig": "int8_weight_only", "Int4WeightOnlyConfig": "int4_weight_only"}
+    if kind in old:
+        older = read_format({"quant_method": "torchao", "quant_type": old[kind], "quant_type_kwargs": data})
+        assert older is not None and older.bytes(256, 512) == TORCHAO[kind]
+
+
+@pytest.mark.parametrize("kind", ["Int8WeightOnlyConfig", "Float8WeightOnlyConfig"])
+def test_torchao_by_its_tensors(kind: str) -> None:
+    torchao = pytest.importorskip("torchao.quantization", reason="torchao is not installed")
+    layer = nn.Sequential(nn.Linear(512, 256, bias=False)).bfloat16()
+    torchao.quantize_(layer, getattr(torchao, kind)())
+    weight: Any = layer[0].weight
+    named = (getattr(weight, name, None) for name in ("qdata", "scale", "zero_point"))
+    assert sum(part.nbytes for part in named if part is not None) == TORCHAO[kind]
+
+
+def test_patterns_of_modules_that_are_left_out() -> None:
+    """ModelOpt's cross dots: "*mlp.gate" is every router."""
+    spec = zoo.describe("qwen3-30b-a3b")
+    settings = {"quant_method": "modelopt", "quant_algo": "FP8", "ignore": ["*self_attn.q_proj", "lm_head"]}
+    sizes = stored_sizes(spec, settings)
+    assert sizes is not None and not any("q_proj" in name for name in sizes)
+    assert sum("k_proj" in name for name in sizes) == spec.facts["num_hidden_layers"]
 
 
 def test_bitsandbytes_counts_as_planned() -> None:
@@ -252,3 +295,18 @@ class Allocations(TorchDispatchMode):
     def gone(self, storage: int, size: int) -> None:
         self.known.discard(storage)
         self.now -= size
+
+
+def test_what_is_quantized_already_is_not_quantized_again(tmp_path: Path) -> None:
+    """Advice says which ways need another checkpoint, counts what decoding costs, and quantizing says what to do."""
+    model = ready(tmp_path, "awq")
+    with pytest.raises(ValueError, match="quantized already: load it as it is stored"):
+        bigkit.load_and_quantize_model(model, bigkit.BnbQuantizationConfig(load_in_4bit=True), tmp_path, {"": "cpu"})
+    advice = bigkit.advise(str(tmp_path), "RTX 4090")
+    assert "need a checkpoint that is not quantized" in str(advice)
+    assert "need a checkpoint that is not" not in str(bigkit.advise("llama-2-7b", "RTX 4090"))
+    oss = bigkit.advise("gpt-oss-20b", "RTX 4090").options
+    waits = {option.plan.stored: option.waits["GPU"] for option in oss}
+    read = zoo.describe("gpt-oss-20b")
+    used = active_bytes(read, Precision("bfloat16"))
+    assert waits["mxfp4 as stored"] > used / HARDWARE["1 x RTX 4090"].gpus[0].bandwidth

@@ -28,8 +28,7 @@ from bigkit import (
 from bigkit.machine.routing import Routing
 from bigkit.meta.skeleton import spec_from_module
 from bigkit.model.experts import experts_of
-from bigkit.offload import experts as experts_module
-from bigkit.offload import gather, on_device
+from bigkit.offload import gather, lenders, on_device
 from bigkit.offload.choice import choice_of, chosen_rows
 from bigkit.offload.experts import ExpertsHook, ExpertStreamer, expert_hits
 from bigkit.offload.handle import Away
@@ -141,6 +140,26 @@ def test_tokens_are_those_of_the_resident_model(make, kind, tmp_path):
     assert len(streamer.units) == len(expert_names(model)) == (2 if make is deepseek else 3)
     again = generated(remove_hook_from_module(found, recurse=True))
     assert torch.equal(again, expected) and not any(isinstance(p, Away) for p in found.parameters())
+
+
+def test_a_model_around_that_has_a_weight_of_its_own():
+    """Its weight is lent by another streamer than the experts are, which come first among the units."""
+
+    class Around(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner, self.factor = made(qwen3_moe), nn.Parameter(torch.randn(64))
+            self.config = self.inner.config
+
+        def forward(self, ids):
+            return self.inner(ids).logits * self.factor
+
+    model, ids = Around().eval(), torch.randint(64, (1, 5))
+    found = dispatch_model(copy.deepcopy(model), {"": "cpu"}, 0, stand_in={0: "cpu"})
+    with torch.no_grad():
+        assert torch.equal(found(ids), model(ids))
+    kinds = {type(found.factor.weight.lender), *(type(hook.streamer) for hook in hooks_of(found.inner))}
+    assert ExpertStreamer in kinds and type(found.factor.weight.lender) is not ExpertStreamer
 
 
 @pytest.mark.parametrize("implementation", ["eager", "batched_mm", "grouped_mm"])
@@ -328,8 +347,9 @@ def test_experts_rest_in_the_files_they_came_in(make, stand_in, tmp_path):
     expected = generated(model)
     model.save_pretrained(tmp_path, max_shard_size="30KB")
     files = {file: file.stat().st_mtime_ns for file in tmp_path.iterdir()}
-    found = loaded(model, tmp_path, apart(model, "disk", 0 if stand_in else "cpu"), stand_in=stand_in)
-    assert torch.equal(generated(found), expected)
+    for more in ({}, {"ram_cache": 0}):
+        found = loaded(model, tmp_path, apart(model, "disk", 0 if stand_in else "cpu"), stand_in=stand_in, **more)
+        assert torch.equal(generated(found), expected)
     assert {file: file.stat().st_mtime_ns for file in tmp_path.iterdir()} == files
     with pytest.raises(ValueError, match='must be written as bfloat16: give an offload_folder, or dtype="float32"'):
         loaded(model, tmp_path, apart(model, "disk", "cpu"), dtype="bfloat16")
@@ -608,7 +628,7 @@ def test_dispatched_anew_and_forgotten(tmp_path):
 @pytest.fixture
 def pretend(monkeypatch):
     """A stand-in passes for a GPU where the streamer is chosen, and its slabs for pinned ones."""
-    monkeypatch.setattr(experts_module, "is_real_cuda", lambda device: True)
+    monkeypatch.setattr(lenders, "is_real_cuda", lambda device: True)
     monkeypatch.setattr(gather, "seen_by_gpu", lambda slab, device: slab.bytes[:])
 
 

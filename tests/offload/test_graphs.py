@@ -305,7 +305,7 @@ def test_experts_that_the_host_chooses_are_refused():
     model, places = mixture()
     size = sum(p.nbytes for p in model.model.layers[0].mlp.experts.parameters())
     cached = bigkit.dispatch_model(model, places, stand_in=STAND_IN, expert_cache=3 * size)
-    with pytest.raises(ValueError, match="with expert_cache the host looks"), bigkit.graph_decode(cached):
+    with pytest.raises(ValueError, match="with expert_cache the host looks here"), bigkit.graph_decode(cached):
         pass
     model, places = mixture()
     model = bigkit.dispatch_model(model, places, stand_in=STAND_IN)

@@ -1,19 +1,25 @@
 """MLPs that the CPU computes where they rest, for few tokens: who works where, the same outputs, all given back."""
 
 import copy
+import time
+from dataclasses import replace
 
 import pytest
 import torch
+import transformers as tf
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import bigkit
-from bigkit.maps.on_cpu import FEW
+from bigkit.maps.on_cpu import FEW, mlps_of
+from bigkit.offload import on_cpu
 from bigkit.offload.captured import refuse_what_waits
 from bigkit.offload.grouping import handles
+from bigkit.offload.on_cpu import MlpHook
 from bigkit.zoo.gpt import encode, heldout_text, load_pygpt
 from tests.spread import STAND_IN, Net, check_at_rest, same, spread
 
+SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 5, "num_attention_heads": 4}
 MLP = 2 * (2 * 4 * 256 * 256 + 4 * 256 + 256)  # bytes of pygpt's
 
 
@@ -124,3 +130,60 @@ def test_a_model_without_such_parts_is_refused_and_left_as_it_was(whole):
     half = copy.deepcopy(whole).half()
     with pytest.raises(ValueError, match="float32 or bfloat16"):
         bigkit.cpu_offload(half, 0, stand_in=STAND_IN, on_cpu="1GB")
+
+
+def test_experts_are_refused_with_the_reason():
+    config = tf.MixtralConfig(**SIZES, vocab_size=100, num_local_experts=4, num_key_value_heads=2)
+    with pytest.raises(ValueError, match="experts are not computed there, since only their router's choice says which"):
+        spread(tf.MixtralForCausalLM(config).eval(), {"": "cpu"}, main_device=0, on_cpu="1GB")
+
+
+KINDS = [(tf.LlamaForCausalLM, tf.LlamaConfig), (tf.GPTNeoXForCausalLM, tf.GPTNeoXConfig)]
+
+
+@pytest.mark.parametrize("cls, config", KINDS)
+def test_a_plan_and_a_model_agree_on_what_an_mlp_is(cls, config):
+    model = cls(config(**SIZES, vocab_size=100)).eval().requires_grad_(False)
+    plan = bigkit.plan(model, {0: "1GB", "cpu": "1GB"}, strategy=dict.fromkeys([""], "cpu"))
+    layers = [replace(layer, device="cpu", works=0) for layer in plan.layers]
+    told = mlps_of(bigkit.describe(model), replace(plan, layers=tuple(layers)))
+    spread(model, {"": "cpu"}, main_device=0, on_cpu="1GB")
+    hooks = {name: _hooks(module) for name, module in model.named_modules()}
+    units = [hook.unit for own in hooks.values() for hook in own if isinstance(hook, MlpHook)]
+    assert {unit.name.rpartition(".")[0]: sum(part.nbytes for part in unit.parts()) for unit in units} == told
+    assert len(units) == 5
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_single_rows_by_another_product(dtype, bias, monkeypatch):
+    """Where that is faster, single rows are multiplied otherwise, as exactly; several, and the model, see nothing."""
+    config = tf.LlamaConfig(**SIZES, vocab_size=100, mlp_bias=bias)
+    whole = tf.LlamaForCausalLM(config).to(dtype).eval().requires_grad_(False)
+    model = spread(copy.deepcopy(whole), {"": "cpu"}, main_device=0, on_cpu="1GB")
+    asked, calls, mv, addmv = [], [], torch.mv, torch.addmv
+    monkeypatch.setattr(on_cpu, "rows_are_faster", lambda matrices: asked.append(len(matrices)) or True)
+    monkeypatch.setattr(torch, "mv", lambda *args: calls.append(args) or mv(*args))
+    monkeypatch.setattr(torch, "addmv", lambda *args: calls.append(args) or addmv(*args))
+    for count in (1, 3, 1, FEW + 1):
+        calls.clear()
+        tokens = torch.randint(0, 100, (1, count))
+        got, expected = model(tokens).logits, whole(tokens).logits
+        assert len(calls) == (15 if count == 1 else 0) and asked == [3]
+        assert torch.allclose(got, expected, atol=2e-2 if dtype == torch.bfloat16 else 1e-6)
+        assert type(got) is torch.Tensor
+        check_at_rest(model)
+    model.model.layers[0].mlp.gate_proj.weight.data.zero_()
+    whole.model.layers[0].mlp.gate_proj.weight.data.zero_()
+    assert torch.allclose(model(tokens[:, :1]).logits, whole(tokens[:, :1]).logits, atol=2e-2)
+
+
+def test_which_product_is_faster_is_measured(monkeypatch):
+    big = [torch.zeros(4096, 8192, dtype=torch.bfloat16)]
+    for slower, expected in (("linear", True), ("mv", False)):
+        with monkeypatch.context() as patch:
+            real = getattr(torch if slower == "mv" else on_cpu.F, slower)
+            slow = lambda *args, real=real: (time.sleep(0.3), real(*args))[1]  # noqa: E731
+            patch.setattr(torch if slower == "mv" else on_cpu.F, slower, slow)
+            assert on_cpu.rows_are_faster(big) is expected
+            assert on_cpu.rows_are_faster([big[0][:64]]) is False  # too little to tell

@@ -166,6 +166,36 @@ def test_layers_stay_between_prompts_where_there_is_room(stay, monkeypatch):
     assert sum(slot.memory.nbytes for slot in windows.own.values()) <= (stay + 0.5) * size
 
 
+def test_a_prompt_of_another_cache_gets_the_room_too():
+    model, more = llama(6), {**GREEDY, "return_dict_in_generate": True}
+    first, second = (RestingCache(model.config, room="1MB") for _ in range(2))
+    past = model.generate(prompt(), past_key_values=first, **more).sequences
+    assert first.layers_that_stay() == 6
+    with torch.no_grad():
+        model(prompt(2), past_key_values=second)
+    assert first.layers_that_stay() == 0
+    expected = model.generate(prompt(), **{**GREEDY, "max_new_tokens": 20})
+    assert torch.equal(model.generate(past, past_key_values=first, **{**GREEDY, "max_new_tokens": 8}), expected)
+    assert first.layers_that_stay() == 6
+
+
+@pytest.mark.parametrize(
+    "sequences, dtype, repeats, layers",
+    [(1, "bfloat16", 2, 7), (1, "float32", 2, 5), (2, "bfloat16", 2, 5), (2, "bfloat16", 1, 7)],
+)
+def test_an_attention_keeps_the_memory_that_it_works_with(sequences, dtype, repeats, layers, monkeypatch):
+    """Heads of keys are repeated where no kernel shares them: with a mask, and in float32."""
+    config = tf.LlamaConfig(**{**SIZES, "num_key_value_heads": 4 // repeats}, num_hidden_layers=9)
+    cache, dtype = RestingCache(config), getattr(torch, dtype)
+    new = torch.ones(2, sequences, 4 // repeats, 1, 8, dtype=dtype)
+    layer = 256 * new.nbytes
+    monkeypatch.setattr(resting_cache, "_left_by_prompt", lambda device: 8 * layer)
+    for _ in range(2):
+        for i in range(9):
+            cache.update(*new, layer_idx=i)
+    assert cache.layers_that_stay() == layers
+
+
 def test_no_room_where_the_allocator_has_none(monkeypatch):
     """What PyTorch has kept may be in pieces: then layers rest, as they did."""
     model = llama(6)

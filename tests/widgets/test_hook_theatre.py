@@ -227,9 +227,28 @@ def test_any_setting_runs_or_says_why(gpu0: int, gpu1: int, ram: int, spread: bo
 
 
 def test_panes(theatre: HookTheatre) -> None:
-    for i, part in enumerate(("before the start", "transformer.h.9", "load_checkpoint_and_dispatch", "Download")):
+    parts = ("before the start", "transformer.h.9", "MLPs computed", "load_checkpoint_and_dispatch", "Download")
+    for i, part in enumerate(parts):
         theatre.panes.selected_index = i
         assert part in theatre.panes.children[i].value
+
+
+def test_streamed_computed_in_ram_and_both(theatre: HookTheatre) -> None:
+    theatre.preset.value = "one token, RTX 4090"
+    theatre.cpu.value = theatre.link.value = 25.0
+    theatre.panes.selected_index = 2
+    block, blocks = 404e6, 6
+    streamed, computed, both = (
+        float(row.split()[-8]) for row in theatre.panes.children[2].value.splitlines() if re.search(r" ms .* %", row)
+    )
+    assert streamed == pytest.approx(1e3 * blocks * block / 25e9, rel=0.03)  # all of it over the link
+    assert computed == pytest.approx(1e3 * blocks * block / 3 * 2 / 25e9, rel=0.06)  # of each, the MLP by the CPU
+    assert both < computed < streamed
+    theatre.cpu.value = 250.0
+    again = [row for row in theatre.panes.children[2].value.splitlines() if row.startswith("MLPs")]
+    assert float(again[0].split()[-8]) < 0.6 * computed
+    theatre.ram.value = 1
+    assert "two blocks or more" in theatre.panes.children[2].value
 
 
 def test_code_and_export_give_the_same(theatre: HookTheatre, tmp_path: Path) -> None:
