@@ -89,7 +89,9 @@ def headlines() -> Iterable[Iterable[str]]:
     image = {r["way"]: text(r["seconds"], " s") for r in results("pipelines")["rows"]}
     yield ("an image from 11 GB of Flux's shape, 8.1 GB on the GPU", image["bigkit, one at a time"],
             f"Diffusers {image['Diffusers, model offload']}", f"{image['on the GPU']} (all on the GPU)")  # fmt: skip
-    yield (f"predicted without a GPU: `generate`, {len(memory)} held-out runs",
+    rows = [row for draw in DRAWS for row in results(draw)["rows"]]
+    ran = sum("AcceleratorError" not in row.get("error", "") for row in rows)
+    yield (f"predicted without a GPU: `generate`, {len(memory)} of {ran} held-out runs",
            f"memory: {exact} within 0.5 %; time within 15 %: {soon} prompts, {near} of {len(tokens)} tokens", "",
            "measured on H200s")  # fmt: skip
 
