@@ -69,7 +69,8 @@ class GatherStreamer(ExpertStreamer):
             return super().lend_for(unit, choice, implementation)
         assert choice is not None
         if self.rows[unit.index]:
-            in_a_table = self.keeps_account(unit) and detect_fake_mode() is None
+            few = self.pays(unit, choice.numel()) and detect_fake_mode() is None
+            in_a_table = few and self.keeps_account(unit)
             return self._look_up(unit, choice) if in_a_table else super().lend_for(unit, choice, implementation)
         with self.lock:
             if self.recorded is not None:

@@ -163,6 +163,7 @@ ONE = {
 @given(case=cases())
 @example(case=ONE)  # the eager loop adds experts in the order of their numbers, which must not become another
 @example(case={**ONE, "large": False, "rows": 5, "new": 6})
+@example(case={**ONE, "implementation": "batched_mm", "large": False, "experts": 2, "per_token": 2, "rows": 2})
 @example(case={**ONE, "implementation": "grouped_mm", "per_token": 2, "prompt": 5})
 @settings(max_examples=6, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_bytes_and_tokens(case, pretend, monkeypatch):
