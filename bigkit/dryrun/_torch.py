@@ -81,8 +81,20 @@ def lent_gpus(capability: Callable[[], tuple[int, int]]) -> Iterator[None]:
         mock.patch("torch.backends.cudnn.is_acceptable", lambda tensor: False),  # an LSTM would select the real GPU
         # With a real GPU in the machine PyTorch makes a real tensor there for each fake one.
         mock.patch("torch._subclasses.fake_tensor.init_gpu_context", lambda device: None),
+        mock.patch("torch.utils.swap_tensors", _swap),
     ):
         yield
+
+
+_swap_real = torch.utils.swap_tensors
+
+
+def _swap(parameter: Tensor, converted: Tensor) -> None:
+    """For `Module.to`, which gives a parameter other data but swaps a fake one; that fails, for it is referred to."""
+    if isinstance(parameter, FakeTensor):
+        parameter.data = converted.data
+    else:
+        _swap_real(parameter, converted)
 
 
 @contextmanager

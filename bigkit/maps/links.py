@@ -11,6 +11,7 @@ Leaves out: weights that a map puts inside something that lies on a GPU (experts
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from heapq import heapreplace
 
 from ..devices import Device
 from ..machine.hardware import Hardware
@@ -30,10 +31,15 @@ def take_turns(sizes: Sequence[int], links: Sequence[float]) -> list[int]:
     >>> take_turns([10, 10, 10, 10], [1, 1]), take_turns([10, 10, 10, 10], [3, 1])
     ([0, 1, 0, 1], [0, 0, 0, 1])
     """
-    if len({*sizes}) == len({*links}) == 1:
-        return [i % len(links) for i in range(len(sizes))]
+    turns: list[int] = []
+    if len({*links}) == 1:  # each goes to the link that has brought least
+        brought = [(0, link) for link in range(len(links))]  # a heap
+        for size in sizes:
+            least, first = brought[0]
+            turns.append(first)
+            heapreplace(brought, (least + size, first))
+        return turns
     busy = [0.0] * len(links)
-    turns = []
     for size in sizes:
         ends = [before + size / link for before, link in zip(busy, links)]
         turns.append(first := min(range(len(links)), key=ends.__getitem__))

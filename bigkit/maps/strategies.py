@@ -202,7 +202,7 @@ def _offload(task: Task, strategy: str) -> Plan:
         places = _fill(task, slots, order, workers)
         if not slots and not set(places) <= set(task.runners):
             continue
-        shares = task.loads(task.by_layer(places), slots, workers)(task.context)
+        shares = task.loads(task.by_layer(places), slots, workers).shares(task.context)
         elsewhere = {share.device: share.weights for share in shares if not share.runs}
         copied = (sum(elsewhere.values()) + DISK * elsewhere.get("disk", 0)) / len(workers)
         trial = _Trial(places, slots, workers, copied, sum(share.over for share in shares))

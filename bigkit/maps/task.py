@@ -13,7 +13,7 @@ from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from operator import attrgetter
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..devices import Device, device_label, prefixes, read_device
 from ..model.estimate import activation_bytes, longest_context, remarks, stacked_experts, stored_as
@@ -50,6 +50,18 @@ class Unit:
     buffers: int
     attention: tuple[Attention, ...]
     kind: Hashable
+
+
+class Loads(NamedTuple):
+    """What devices hold under a placement, at a context.
+
+    Args:
+        shares: context -> the share of every device.
+        fits: context -> whether none is over its budget.
+    """
+
+    shares: Callable[[int], tuple[Share, ...]]
+    fits: Callable[[int], bool]
 
 
 @dataclass(frozen=True)
@@ -190,8 +202,24 @@ class Task:
         return [d for d in ("cpu", "disk") if self.budgets.get(d, 0) != 0 and d not in self.runners]
 
     def kv(self, attention: Iterable[Attention], context: int) -> int:
-        """Bytes of KV cache."""
-        return self.batch * sum(record.bytes(context, self.computes_in, self.kv_dtype) for record in attention)
+        """Bytes of KV cache of records of `attention`."""
+        return sum([self._kv(id(record), context) for record in attention])
+
+    def _kv(self, record: int, context: int) -> int:
+        """The same of one record, by its `id`; a plan asks for it again and again."""
+        known = self._known.get((record, context))
+        if known is None:
+            one = self.batch * self._records[record].bytes(context, self.computes_in, self.kv_dtype)
+            known = self._known[record, context] = one
+        return known
+
+    @cached_property
+    def _known(self) -> dict[tuple[int, int], int]:
+        return {}
+
+    @cached_property
+    def _records(self) -> dict[int, Attention]:
+        return {id(record): record for records in self.attention.values() for record in records}
 
     @cached_property
     def cache(self) -> list[int]:
@@ -247,11 +275,9 @@ class Task:
         inside = {i: self.around[i] for i in away if i in self.around}
         return works | {i: works.get(outer, places[outer]) for i, outer in inside.items()}
 
-    def loads(
-        self, places: Sequence[Device], slots: int, workers: Sequence[Device] | None = None
-    ) -> Callable[[int], tuple[Share, ...]]:
-        """A function from a context to what every device holds, for the place of each layer."""
-        weights, caches = Counter[Device](), defaultdict[Device, Counter[Attention]](Counter)
+    def loads(self, places: Sequence[Device], slots: int, workers: Sequence[Device] | None = None) -> Loads:
+        """What every device holds at a context, for the place of each layer."""
+        weights, caches = Counter[Device](), defaultdict[Device, dict[int, int]](dict)  # `id` of a record -> how many
         for place, size in zip(places, self.sizes):
             weights[place] += size
         for (owner, _), *others in self.ties:
@@ -262,8 +288,8 @@ class Task:
         works = self.working_places(places, workers)
         for i, records in self.attention.items():
             held = caches[works.get(i, places[i])]
-            for record in records:  # `Counter.update` takes longer
-                held[record] += 1
+            for record in map(id, records):
+                held[record] = held.get(record, 0) + 1
         flying: dict[tuple[Device, bool], int] = {}  # experts have slots of their own
         for i, place in works.items():
             kind = (place, i in self.around)
@@ -275,6 +301,9 @@ class Task:
             reserve[place] += self.staying[i]
         busy = {*places, *works.values()} & {*self.runners}
 
+        def kv(device: Device, context: int) -> int:
+            return sum([count * self._kv(record, context) for record, count in caches[device].items()])
+
         def shares(context: int) -> tuple[Share, ...]:
             working = self.working(context)
             return tuple(
@@ -283,7 +312,7 @@ class Task:
                     budget=self.budgets.get(device, 0),
                     runs=device in self.runners,
                     weights=weights[device],
-                    kv_cache=sum(n * self.kv((kind,), context) for kind, n in caches[device].items()),
+                    kv_cache=kv(device, context),
                     activations=working if device in busy else 0,
                     reserve=reserve[device],
                     overhead=self.extra(device) if device in busy else 0,
@@ -291,7 +320,15 @@ class Task:
                 for device in self.budgets
             )
 
-        return shares
+        def fits(context: int) -> bool:
+            working = self.working(context)
+            for device, budget in self.budgets.items():
+                used = weights[device] + kv(device, context) + reserve[device]
+                if budget is not None and used + (working + self.extra(device) if device in busy else 0) > budget:
+                    return False
+            return True
+
+        return Loads(shares, fits)
 
     def to_plan(
         self,
@@ -305,12 +342,12 @@ class Task:
         context = self.context if context is None else context
         experts = experts_of(self.model)
         loads = self.loads(places, slots, workers)
-        shares = loads(context)
+        shares = loads.shares(context)
         short = [f"{device_label(share.device)} lacks {format_bytes(share.over)}" for share in shares if share.over]
         longest = None
         if self.model.attention and not short:
             start = min(context, self.longest)
-            longest = last_true(lambda n: not any(share.over for share in loads(n)), start, self.longest)
+            longest = last_true(loads.fits, start, self.longest)
         works = self.working_places(places, workers)
         layers = zip(self.layers, self.sizes, places)
         plan = Plan(

@@ -81,7 +81,8 @@ def is_named(name: str, names: Iterable[str]) -> bool:
     >>> [is_named("h.0.self_attn.q.weight", names) for names in (["attn"], ["h.0"], ["q.weight"], ["self"])]
     [True, True, True, False]
     """
-    return any(f"{other}." in f"{name}." for other in names)
+    ended = f"{name}."
+    return any(f"{other}." in ended for other in names)
 
 
 def float32_modules(facts: Mapping[str, Any], dtype: str | None) -> tuple[str, ...]:

@@ -91,12 +91,13 @@ class ModuleSpec:
         key: tuple[Any, ...] = (precision.dtype, precision.quantization, buffers_only)
         if precision.named and (name in precision.around or not precision.named.isdisjoint(prefixes(name))):
             key = (precision, buffers_only, name)  # the size depends on the name
-        if key not in self._sizes:
+        if (known := self._sizes.get(key)) is None:
             own = [item for item in self.tensors.items() if item[1].buffer or not buffers_only]
             size = sum(tensor_bytes(join(name, part), tensor, self, precision) for part, tensor in own)
             parts = self.children.items()  # equal ones are one object, which knows its size
-            self._sizes[key] = size + sum(own.bytes(precision, join(name, at), buffers_only) for at, own in parts)
-        return self._sizes[key]
+            size += sum(own.bytes(precision, join(name, at), buffers_only) for at, own in parts)
+            known = self._sizes[key] = size
+        return known
 
 
 @dataclass(frozen=True, eq=False)
@@ -251,8 +252,9 @@ class ModelSpec:
         dtype = dtype_name(dtype) if dtype not in (None, "auto") else "float16" if quantization else None
         keep = [keep] if isinstance(keep, str) else keep
         own = float32_modules(self.facts, dtype)
-        floats = [name for name, (tensor, _) in self.tensors.items() if is_floating(tensor.dtype)] if own else []
-        special = {**{name: "float32" for name in floats if is_named(name, own)}, **(special or {})}
+        tensors = self.tensors.items() if own else ()
+        floats = [name for name, (tensor, _) in tensors if is_named(name, own) and is_floating(tensor.dtype)]
+        special = {**dict.fromkeys(floats, "float32"), **(special or {})}
         names = [*(keep or ()), *self.facts.get("keep_in_fp32", ())]
         exact = self.kept if keep is None else self._tied
         if quantization == "int8":

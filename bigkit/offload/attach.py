@@ -61,7 +61,7 @@ def attach(
     add_hooks(hooks, splits, skip_keys, threads)
     first = streamer.device if streamer else layout.device(layout.works(next(iter(layout.places))))
     root = hooks.pop(model, None) or AlignDevicesHook.placed(first, skip_keys)
-    root.io_same_device, root.streamer = True, streamer
+    root.io_same_device, root.streamer = True, root.streamer or streamer  # what lends the model's own weights, if any
     for own in lenders.values():
         own.model_id = id(model)
     for module, hook in (*hooks.items(), (model, root)):

@@ -66,9 +66,7 @@ class Rows:
         moves: list[Move] = []
         for part in sorted(self._parts, key=lambda part: part.offset):
             end = moves[-1].offset + moves[-1].nbytes if moves else -1
-            if moves and part.offset == end and moves[-1].continued_by(part):
-                moves[-1].append(part)
-            else:
+            if not (moves and part.offset == end and moves[-1].take(part)):
                 moves.append(Move(part.slab, part.source, part.at, part.offset, [part], part.nbytes))
         return moves
 

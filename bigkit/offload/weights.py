@@ -243,9 +243,7 @@ class Unit:
         if self._moves is None:
             moves: list[Move] = []
             for part in self.parts():
-                if part.nbytes and moves and moves[-1].continued_by(part):
-                    moves[-1].append(part)
-                elif part.nbytes:
+                if part.nbytes and not (moves and moves[-1].take(part)):
                     moves.append(Move(part.slab, part.source, part.at, part.offset, [part], part.nbytes))
             self._moves = moves  # only now that all are known: an interrupt may come anywhere
         return self._moves
@@ -294,18 +292,14 @@ class Move:
     parts: list[Part]
     nbytes: int
 
-    def append(self, part: Part) -> None:
-        """Take in the part that comes next."""
+    def take(self, part: Part) -> bool:
+        """Take in a part, if it comes next in the same slab or file."""
+        follows = part.at - self.at == (self.nbytes if self.slab is None else part.offset - self.offset)
+        if part.slab is not self.slab or part.source is not self.source or not follows:
+            return False
         self.parts.append(part)
         self.nbytes = part.at + part.nbytes - self.at
-
-    def continued_by(self, part: Part) -> bool:
-        """Whether a part comes next in the same slab or file."""
-        if part.slab is not self.slab or part.source is not self.source:
-            return False
-        if self.slab is not None:
-            return part.at - self.at == part.offset - self.offset
-        return part.at == self.at + self.nbytes
+        return True
 
 
 def rest_in_ram(unit: Unit, values: Iterable[dict[str, Tensor]], pin: bool) -> None:

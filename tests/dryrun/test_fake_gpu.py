@@ -169,6 +169,18 @@ def test_a_real_gpu_is_left_alone_and_changes_nothing(name, quantization, rests)
     assert list(beside.operations) == list(without.operations) and beside.seconds == without.seconds
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_forward_that_converts_its_modules(dtype):
+    """As routers of switch_transformers do. Outside, a plain fake module is refused by `Module.to`."""
+    with fake_gpus() as log:
+        layer = nn.Linear(512, 512, bias=False, device="cuda:0")
+        layer.to(torch.device("cuda:0"), dtype)
+        out = layer(torch.ones(1, 512, device="cuda:0", dtype=dtype))
+    assert layer.weight.dtype == out.dtype == dtype
+    converted = [] if dtype == torch.float32 else [2**19, -1]  # made, and the weight before it is freed
+    assert log.trace.recordings["cuda:0"].events[: 1 + len(converted)] == [2**20, *converted]
+
+
 def test_nothing_is_left_behind():
     """Neither in PyTorch nor in `torch.cuda`; and nothing real was allocated."""
     before = torch.cuda.get_device_capability

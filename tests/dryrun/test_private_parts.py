@@ -13,6 +13,7 @@ from bigkit.dryrun.fake_gpu import fake_gpus
 def test_pytorch_has_what_fake_gpus_need():
     seen = f"PyTorch {torch.__version__}; bigkit/dryrun/_torch.py was written for 2.11 to 2.15"
     assert hasattr(fake_tensor, "init_gpu_context"), f"fake_tensor.init_gpu_context is gone: {seen}"
+    assert "torch.utils.swap_tensors(" in inspect.getsource(torch.nn.Module._apply), f"Module.to swaps no more: {seen}"
     mode = _torch.FakeTensors.__mro__[1]
     assert "avoid_device_init" in vars(mode), f"FakeTensorMode.avoid_device_init is gone: {seen}"
     source = inspect.getsource(mode.__enter__)

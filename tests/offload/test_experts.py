@@ -142,6 +142,26 @@ def test_tokens_are_those_of_the_resident_model(make, kind, tmp_path):
     assert torch.equal(again, expected) and not any(isinstance(p, Away) for p in found.parameters())
 
 
+def test_a_model_around_that_has_a_weight_of_its_own():
+    """Its weight is lent by another streamer than the experts are, which come first among the units."""
+
+    class Around(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner, self.factor = made(qwen3_moe), nn.Parameter(torch.randn(64))
+            self.config = self.inner.config
+
+        def forward(self, ids):
+            return self.inner(ids).logits * self.factor
+
+    model, ids = Around().eval(), torch.randint(64, (1, 5))
+    found = dispatch_model(copy.deepcopy(model), {"": "cpu"}, 0, stand_in={0: "cpu"})
+    with torch.no_grad():
+        assert torch.equal(found(ids), model(ids))
+    kinds = {type(found.factor.weight.lender), *(type(hook.streamer) for hook in hooks_of(found.inner))}
+    assert ExpertStreamer in kinds and type(found.factor.weight.lender) is not ExpertStreamer
+
+
 @pytest.mark.parametrize("implementation", ["eager", "batched_mm", "grouped_mm"])
 @pytest.mark.parametrize("make", [qwen3_moe, gpt_oss])
 def test_what_is_not_chosen_is_not_read(make, implementation, monkeypatch):

@@ -132,7 +132,7 @@ def test_an_interrupt_leaves_no_moves_out(monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(Move, "continued_by", interrupted)
+        patch.setattr(Move, "take", interrupted)
         with pytest.raises(KeyboardInterrupt):
             unit.moves()
     assert calls and len(unit.moves()) == 3
