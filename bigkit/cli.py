@@ -146,6 +146,7 @@ def _parser() -> argparse.ArgumentParser:
                   'gpt2-xl --hardware "2 x T4" --context 512', _dry_run)  # fmt: skip
     _add_plan(dry)
     dry.add_argument("--new", type=int, default=4, help="tokens to generate after the prompt (%(default)s)")
+    dry.add_argument("--graphs", action="store_true", help="generate within bigkit.graph_decode")
     dry.add_argument("--expert_cache", default=0, metavar="SIZE", help="memory of the GPUs for experts that stay there")
     dry.add_argument("--routing", metavar="FILE", help="which experts are chosen: what Routing.save has written")
 
@@ -343,8 +344,8 @@ def _dry_run(options: argparse.Namespace) -> str:
             options.model, options.library_name, dtype=dtype, trust_remote_code=options.trust_remote_code
         )
 
-    experts = {"expert_cache": options.expert_cache, "routing": options.routing}
-    run = dry_run(build, plan, options.batch, options.context, options.new, machine, dtype=dtype, **experts)
+    more = {"expert_cache": options.expert_cache, "routing": options.routing, "graphs": options.graphs}
+    run = dry_run(build, plan, options.batch, options.context, options.new, machine, dtype=dtype, **more)
     run = replace(run, model=options.model)
     return _say(options, run, "dryrun", lambda: f"{plan.explain()}\n\n{run}")
 

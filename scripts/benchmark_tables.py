@@ -84,6 +84,9 @@ def headlines() -> Iterable[Iterable[str]]:
            f"Accelerate {longest['accelerate_ms']:.0f} ms", "")  # fmt: skip
     memory, tokens = held_out_errors("allocated"), held_out_errors("token")
     exact, near = sum(abs(error) <= 0.5 for error in memory), sum(abs(error) <= 15 for error in tokens)
+    image = {r["way"]: text(r["seconds"], " s") for r in results("pipelines")["rows"]}
+    yield ("an image from 11 GB of Flux's shape, 8.1 GB on the GPU", image["bigkit, one at a time"],
+           f"Diffusers {image['Diffusers, model offload']}", f"{image['on the GPU']} (all on the GPU)")  # fmt: skip
     yield (f"predicted without a GPU: `generate`, {len(memory)} held-out runs",
            f"memory: {exact} within 0.5 %; tokens: {near} within 15 %", "", "measured on H200s")  # fmt: skip
 
@@ -263,12 +266,15 @@ def decoding() -> Iterable[Iterable[str]]:
                text(compiled["first_call_s"], " s"))  # fmt: skip
 
 
-@table("tokens a second", "first call", "second call", "tokens of the cache on the GPU", "GPU memory")
+@table("tokens a second", "first call", "second call", "layers on the GPU", "same tokens", "GPU memory", "reserved")
 def decoding_cache() -> Iterable[Iterable[str]]:
     for r in results("decode")["rows"]:
         if r["part"] == "cache":
-            yield (r["way"], text(r["new_lengths"]), text(r["tokens_per_s"]), "yes" if r["equal"] else "no",
-                   text(r.get("gpu_peak_gb"), " GB", 1))  # fmt: skip
+            others = {"on the GPU": "8", "offloaded by Transformers": "2 at a time"}
+            stay = others.get(r["way"]) or f"{r['stay']}, 2 come"
+            yield (r["way"], text(r["new_lengths"], digits=1), text(r["tokens_per_s"], digits=1), stay,
+                   "yes" if r["equal"] else "no", text(r.get("gpu_peak_gb"), " GB", 1),
+                   text(r.get("gpu_reserved_gb"), " GB", 1))  # fmt: skip
 
 
 @table("16 blocks of Llama-7B in RAM: a pass over", *map(str, (1, 2, 4, 8, 16, 32)), "64 tokens")

@@ -102,6 +102,18 @@ def test_dry_run_text_json_and_picture(capsys):
     assert capsys.readouterr().out.startswith("<svg")
 
 
+def test_a_dry_run_by_graphs(monkeypatch):
+    import bigkit.dryrun.run as module
+
+    asked, real = [], module.dry_run
+    monkeypatch.setattr(
+        module, "dry_run", lambda *args, **more: asked.append(more.pop("graphs")) or real(*args, **more)
+    )
+    for more in ([], ["--graphs"]):
+        assert main(["dry-run", "pygpt", "--hardware", "T4", "--context", "32", "--new", "1", *more]) == 0
+    assert asked == [False, True]
+
+
 def test_advise_needs_no_torch(capsys):
     done = run("advise", "deepseek-v3", "--hardware", "8 x H100-80GB")
     assert done.returncode == 0 and done.stderr == "False\n" and "waits for" in done.stdout

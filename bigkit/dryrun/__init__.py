@@ -29,6 +29,7 @@ Read in this order:
     values      the values that follow from shapes alone, such as whether a mask is all ones
     attention   which kernel attention takes, and the slow path
     costs       what an operation computes, reads, writes and asks for
+    graphs      what `graph_decode` records: memory from a pool of its own, and no Python in a replay
     rehearse    one run: fill, spread as a map says, do the work
     result      what a run gives: timelines, times, how sure they are, whether it fits
     run         `dry_run`

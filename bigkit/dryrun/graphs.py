@@ -43,6 +43,7 @@ class FakeRecording:
         trace = self.log.trace
         first = len(trace.operations)
         trace.pools += 1
+        warm, self.log.warm = self.log.warm, set()  # it is recorded on new streams, and libraries take memory for each
         with self.rings.borrowed():
             trace.pool = trace.pools
             try:
@@ -53,7 +54,7 @@ class FakeRecording:
                 self.error = error
                 raise
             finally:
-                trace.pool = 0
+                trace.pool, self.log.warm = 0, warm
         self._operations = trace.operations[first:]
         del trace.operations[first:]
         trace.unissued += sum(operation.issued for operation in self._operations)

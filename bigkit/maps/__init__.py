@@ -39,7 +39,7 @@ Reading order:
     hosts.py         `plan_hosts`: a stage for each of several hosts, each with a plan of its own
     tensors.py       what it would give to split every layer instead
     engines.py       such a plan as commands of vLLM, SGLang and llama.cpp
-    pipeline.py      which components of a pipeline stay, come for their phase, or come block by block
+    pipeline.py      which components of a pipeline stay where, come for their phase or block by block, or are split
     own_map.py       a map of the user's own, to be checked and measured
     reasons.py       why a boundary stands there, and what would help
     device_map.py    `infer_auto_device_map` and the other names that Hugging Face Accelerate made known

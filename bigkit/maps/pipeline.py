@@ -199,7 +199,10 @@ def _ways(
     places = [(gpu,) for gpu in (alone[:1] if phase == "decode" else alone)]
     here: list[Way] = [(how, gpus) for gpus in places for how in ("stays", "comes", "by block")]
     if others and phase == "denoise":
-        here += [("split", tuple(rooms)), ("by block", tuple(rooms))]
+        here += [
+            ("split", tuple(rooms)),
+            *([("by block", tuple(rooms))] if components[len(chosen)].blocks is None else []),
+        ]
     for way in here:
         yield from _ways(components, rooms, (*chosen, way))
 
@@ -241,8 +244,8 @@ class _Trial:
         cls, components: tuple[Component, ...], ways: tuple[Way, ...], rooms: Mapping[Device, int], ram: int | None,
         steps: int,
     ) -> _Trial:  # fmt: skip
-        weights, main, spare = [one.spec.bytes() for one in components], next(iter(rooms)), dict(rooms)
-        room = [dict.fromkeys(gpus, one.spec.bytes() if how == "stays" else 0)
+        weights, main, spare = [one.weights for one in components], next(iter(rooms)), dict(rooms)
+        room = [dict.fromkeys(gpus, one.weights if how == "stays" else 0)
                 for one, (how, gpus) in zip(components, ways)]  # fmt: skip
         for gpu in rooms:
             needs = (_need(one, how) for one, (how, gpus) in zip(components, ways) if gpu in gpus)
@@ -267,7 +270,7 @@ class _Trial:
 
 def _need(one: Component, how: str) -> int:
     """Bytes that a component takes in its phase alone."""
-    return one.working + {"comes": one.spec.bytes(), "by block": one.least}.get(how, 0)
+    return one.working + (one.weights if how == "comes" else one.least if how == "by block" else 0)
 
 
 def _placed(trial: _Trial, overhead: int, budgets: Mapping[Device, int | None]) -> tuple[PlacedComponent, ...]:
@@ -275,15 +278,8 @@ def _placed(trial: _Trial, overhead: int, budgets: Mapping[Device, int | None]) 
     plans: list[tuple[Plan | None, Device]] = []
     ram = trial.ram
     for one, (how, gpus), room in zip(trial.components, trial.ways, trial.room):
-        plan, size = None, one.spec.bytes()
-        if how == "split" or (how == "by block" and any(room.values())):
-            flying = one.least if how == "by block" else 0  # bytes in flight, while it works
-            rest = {"cpu": ram, "disk": budgets["disk"]} if how == "by block" else {"disk": 0}
-            given: dict[Device, int | str] = {device: size for device, size in rest.items() if size is not None}
-            sizes: dict[Device, int | str] = {gpu: size + flying for gpu, size in room.items()}
-            plan = place(one.spec, {**sizes, **given}, strict=False, slots=SLOTS)
-            if how == "by block" and any(_stays(plan).get(gpu, 0) > room[gpu] for gpu in gpus):
-                plan = None  # large blocks would stay where only those in flight have room
+        size = one.weights
+        plan = _by_block(one, how, gpus, room, ram, budgets["disk"]) if how in ("by block", "split") else None
         in_ram = ram is None or size <= ram
         plans.append((plan, "cpu" if in_ram else "disk"))
         if how == "by block" and ram is not None:
@@ -296,10 +292,28 @@ def _placed(trial: _Trial, overhead: int, budgets: Mapping[Device, int | None]) 
             gpu: overhead + sum(own.get(gpu, 0) for own in always) + (_need(one, how) if gpu in gpus else 0)
             for gpu in budgets if gpu not in AWAY
         }  # fmt: skip
-        away = dict.fromkeys((layer.name for layer in one.spec.layers_to_place()), rests) if how == "by block" else {}
-        size = one.spec.bytes()
+        away = dict.fromkeys((layer.name for layer in one.layers), rests) if how == "by block" else {}
+        size = one.weights
         components.append(PlacedComponent(one.name, one.phase, how, gpus, size, one.working, peaks, plan, away))
     return tuple(components)
+
+
+def _by_block(
+    one: Component, how: str, gpus: tuple[Device, ...], room: dict[Device, int], ram: int | None, disk: int | None
+) -> Plan | None:
+    """Where the blocks of a component rest; None if all of them rest in one place, since nothing has room to stay."""
+    rest = {"cpu": ram, "disk": disk} if how == "by block" else {"disk": 0}
+    given: dict[Device, int | str] = {device: size for device, size in rest.items() if size is not None}
+    flying = one.least if how == "by block" else 0  # bytes in flight, while it works
+    sizes = {gpu: size + flying for gpu, size in room.items()}
+    finer = one.blocks if how == "by block" else None
+    for attempt in range(6) if how == "split" or any(room.values()) else ():
+        plan = place(one.spec, {**sizes, **given}, strict=False, slots=SLOTS, no_split=finer)
+        more = {gpu: max(0, _stays(plan).get(gpu, 0) - room[gpu]) for gpu in gpus}  # than may stay in other phases
+        if how == "split" or (plan.problem and not attempt) or not (plan.problem or any(more.values())):
+            return plan
+        sizes = {gpu: size - more[gpu] for gpu, size in sizes.items()}
+    return None
 
 
 def _stays(plan: Plan) -> dict[Device, int]:

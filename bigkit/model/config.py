@@ -116,7 +116,9 @@ def facts(config: Mapping[str, Any]) -> dict[str, Any]:
         result["encoder_layers"] = _first(inner, "encoder_layers", "num_layers", "num_hidden_layers")
         result["num_hidden_layers"] = _decoder_layers(inner)
     if isinstance(quantization := config.get("quantization_config"), Mapping):
-        result["quantization"] = str(quantization.get("quant_method", "unknown"))
+        method = str(quantization.get("quant_method", "unknown"))
+        algorithm = quantization.get("quant_algo") if method.startswith("modelopt") else None
+        result["quantization"] = str(algorithm).lower() if algorithm else method
         result["quantization_config"] = dict(quantization)
     result["uncounted_cache"] = _uncounted(inner) or None
     return {name: value for name, value in result.items() if value is not None}

@@ -120,6 +120,8 @@ def remarks(name: str, facts: Mapping[str, Any], context: int) -> tuple[str, ...
     if packed := facts.get("quantization"):
         others = "where a dtype is named, its weights count decoded" if "decoding" in facts else "all count it decoded"
         notes.append(f"The checkpoint of {name} is quantized ({packed}): {others}.")
+    if packed == "torchao":
+        notes.append("bigkit counts torchao's weights and does not run them: load them with Transformers and torchao.")
     if uncounted := facts.get("uncounted_cache"):
         notes.append(f"The cache of {', '.join(map(str, uncounted))} is not counted.")
     return tuple(notes)
@@ -146,7 +148,7 @@ def load_text(batch: int, context: int, kv_dtype: str | None = None) -> str:
 
 
 def stored_as(model: ModelSpec, precision: Precision) -> str:
-    """How a model's weights are stored, in words: "nf4", "float16", or "bfloat16 as stored"."""
+    """How a model's weights are stored, in words: "nf4", "bfloat16 as stored", or "float16 decoded"."""
     if precision.quantization or precision.dtype:
         return precision.quantization or str(precision.dtype)
     if is_as_stored(model, precision):
@@ -154,7 +156,8 @@ def stored_as(model: ModelSpec, precision: Precision) -> str:
     sizes = Counter[str]()
     for tensor, _ in model.tensors.values():
         sizes[tensor.dtype] += tensor.elements
-    return " ".join([*(dtype for dtype, _ in sizes.most_common(1)), "as stored"])
+    known = "decoded" if model.facts.get("quantization") else "as stored"
+    return " ".join([*(dtype for dtype, _ in sizes.most_common(1)), known])
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from functools import cached_property
 from typing import Any
 
 from ..units import format_bytes, format_count, text_table
-from .spec import ModelSpec
+from .spec import Layer, ModelSpec
 
 PHASES = ("encode", "denoise", "decode")
 
@@ -50,9 +50,33 @@ class Component:
         return self.activations or 0
 
     @cached_property
+    def weights(self) -> int:
+        """Bytes of its weights."""
+        return self.spec.bytes()
+
+    @cached_property
+    def blocks(self) -> tuple[str, ...] | None:
+        """Classes whose modules come whole; None: as the model says.
+
+        Of classes that it keeps whole and that lie in each other, the inner ones are enough, since all of a component
+        that comes by block works on one GPU: Diffusers keeps the half of a UNet together for the sake of several.
+        """
+        kept = {*self.spec.no_split}
+        outer = {
+            module.cls for _, module in self.spec.root.walk()
+            if module.cls in kept and any(inner.cls in kept for _, inner in module.walk() if inner is not module)
+        }  # fmt: skip
+        return tuple(sorted(kept - outer)) if outer else None
+
+    @cached_property
+    def layers(self) -> tuple[Layer, ...]:
+        """What comes whole, if it comes by block."""
+        return self.spec.layers_to_place() if self.blocks is None else self.spec.layers(self.blocks)
+
+    @cached_property
     def least(self) -> int:
         """Bytes of it that must be on the device if it comes by block: two of its largest, and its buffers."""
-        return 2 * max(layer.bytes() for layer in self.spec.layers_to_place()) + self.spec.root.bytes(buffers_only=True)
+        return 2 * max(layer.bytes() for layer in self.layers) + self.spec.root.bytes(buffers_only=True)
 
 
 @dataclass(frozen=True)
@@ -67,7 +91,7 @@ class PipelineSpec:
     @property
     def weights(self) -> int:
         """Bytes of all weights."""
-        return sum(component.spec.bytes() for component in self.components)
+        return sum(component.weights for component in self.components)
 
 
 @dataclass(frozen=True)
@@ -131,13 +155,13 @@ def estimate_pipeline(pipeline: PipelineSpec) -> PipelineEstimate:
     parts = pipeline.components
     rows = tuple(
         {"name": one.name, "class": one.spec.root.cls, "phase": one.phase, "parameters": one.spec.parameters,
-         "weights": one.spec.bytes(), "activations": one.activations, "load": one.load}
+         "weights": one.weights, "activations": one.activations, "load": one.load}
         for one in parts
     )  # fmt: skip
-    fullest = max(parts, key=lambda one: one.spec.bytes() + one.working)
+    fullest = max(parts, key=lambda one: one.weights + one.working)
     ways = {
         "all stay": pipeline.weights + max(one.working for one in parts),
-        "one at a time": fullest.spec.bytes() + fullest.working,
+        "one at a time": fullest.weights + fullest.working,
         "by the block": max(one.least + one.working for one in parts),
     }
     unknown = [one.name for one in parts if one.activations is None]

@@ -303,6 +303,8 @@ class _Windows:
             if self.room is None:
                 works = max(sizes) * self._layers_at_work(layer)
                 self.room = _left_by_prompt(self.device) - works if self.given is None else self.given
+                if self.streams:
+                    torch.cuda.empty_cache()  # what the prompt left is in pieces of other sizes
             self.own = {i: self.own.get(i) or _Slot() for i in spread(sizes, self.room)}
 
     def _layers_at_work(self, layer: RestingLayer) -> int:

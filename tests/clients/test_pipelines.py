@@ -18,7 +18,7 @@ from bigkit.dryrun.components import describe_pipeline
 from bigkit.dryrun.fake_gpu import OperationLog, fake_gpus
 from bigkit.dryrun.result import held_by_kind
 from bigkit.maps.pipeline import PipelinePlan
-from bigkit.model.pipeline import PipelineEstimate, PipelineSpec
+from bigkit.model.pipeline import Component, PipelineEstimate, PipelineSpec
 from bigkit.offload.hooks import hooks_in
 from bigkit.offload.lenders import streamers_in
 from bigkit.offload.pipeline import dispatch_pipeline
@@ -271,6 +271,16 @@ def test_several_gpus_share_a_pipeline(saved: tuple[str, Path]) -> None:
         for _ in range(2):
             assert torch.equal(drawn(name, pipe), whole), plan.explain()
     assert found[:3] == [("stays", (0,)), ("stays", (1,)), ("split", (0, 1, 2))], found
+
+
+def test_halves_of_a_unet_come_in_pieces() -> None:
+    """Diffusers keeps `CrossAttnUpBlock2D` whole for several GPUs: on one, its resnets and transformers are enough."""
+    with bigkit.init_empty_weights():
+        unet = stable_diffusion().unet
+    one = Component("unet", bigkit.describe(unet), "denoise")  # type: ignore[arg-type]
+    assert "CrossAttnUpBlock2D" in one.spec.no_split and one.blocks == ("BasicTransformerBlock", "ResnetBlock2D")
+    whole = max(layer.bytes() for layer in one.spec.layers_to_place())
+    assert max(layer.bytes() for layer in one.layers) < whole / 3
 
 
 def test_places_for_blocks_in_flight_are_given_back(saved: tuple[str, Path]) -> None:

@@ -40,6 +40,8 @@ def test_a_replay_asks_for_little_and_python_for_less(places):
         held = [curves.allocated[at - 1] for _, at in recording.marks]
         assert held[-1] == held[-2] == held[-3]
         ends = [at for _, at in recording.marks]
+        own = [size for size, pool in zip((event for event in recording.events if event > 0), streams) if pool]
+        assert 32 * 2**20 in own  # cuBLAS takes a workspace for each stream, and a graph is recorded on one of its own
         requests = sum(event > 0 for event in recording.events[: ends[-2]])
         assert not any(streams[requests:])  # nothing new comes from the pool in a replay
 

@@ -160,7 +160,7 @@ def test_graphs_give_their_memory_back():
 
 
 @pytest.mark.parametrize("rows", [3, 256])
-@pytest.mark.parametrize("sequences, tokens", [(1, 5), (2, 700)])
+@pytest.mark.parametrize("sequences, tokens", [(1, 5), (2, 700), (1, 3000)])
 @pytest.mark.parametrize("kind, options", [(LLAMA, {}), (GEMMA, {"sliding_window": 24})])
 def test_bits_of_a_dynamic_cache(kind, options, sequences, tokens, rows, monkeypatch):
     monkeypatch.setattr(resting_cache, "ROWS", rows)
@@ -209,3 +209,19 @@ def test_several_tokens_a_pass_of_a_model_in_ram(options):
     assert torch.equal(model.generate(prompt(), **GREEDY, **options), expected)
     cache = RestingCache(model.config)
     assert torch.equal(model.generate(prompt(), past_key_values=cache, **GREEDY, **options), expected)
+
+
+@torch.no_grad()
+def test_layers_that_stay_take_no_more_than_the_prompt_did():
+    model, tokens = build(blocks=8), prompt(8, 4000)
+    gc.collect()
+    torch.cuda.empty_cache()
+    cache = RestingCache(model.config)
+    last = model(tokens, past_key_values=cache, logits_to_keep=1).logits.argmax(-1)
+    torch.cuda.synchronize()
+    reserved = torch.cuda.memory_reserved()
+    for _ in range(4):
+        last = model(last, past_key_values=cache, logits_to_keep=1).logits.argmax(-1)
+    torch.cuda.synchronize()
+    assert cache.layers_that_stay() > 0
+    assert torch.cuda.memory_reserved() <= reserved + 40e6  # a layer, and what is rounded up

@@ -5,9 +5,9 @@ import torch
 
 from bigkit import dry_run, zoo
 from bigkit.dryrun.fake_gpu import fake_gpus
-from bigkit.dryrun.workload import Workload, fill, passes
+from bigkit.dryrun.workload import Workload, fill, passes, work
 from bigkit.machine.allocator import replay
-from bigkit.measure.allocations import record_allocations
+from bigkit.measure.allocations import record_allocations, settle
 
 
 @pytest.mark.parametrize("name", ["gpt2", "qwen3-0.6b", "bert-base-cased"])
@@ -49,6 +49,22 @@ def test_peaks_of_quantized_models(quantization, prompt):
     usual = replay(recording.events, recording.streams).peak_reserved
     assert run.peak_reserved[0] == pytest.approx(usual, rel=0.03)
     assert run.peak_reserved[0] == pytest.approx(real["reserved"], rel=0.06)
+
+
+@pytest.mark.parametrize("name, batch, prompt", [("gpt2", 4, 200), ("qwen3-0.6b", 1, 16)])
+def test_peaks_with_cuda_graphs(name, batch, prompt):
+    load = Workload(batch, prompt, 6, graphs=True)
+    model = zoo.empty_model(name, dtype="bfloat16").eval()
+    held, before = settle(), torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    fill(model, {"": 0})
+    work(model, load, "cuda", lambda step: None)
+    torch.cuda.synchronize()
+    allocated, reserved = torch.cuda.max_memory_allocated() - before, torch.cuda.max_memory_reserved() - held
+    del model
+    run = dry_run(name, None, batch, prompt, 6, "H200", dtype="bfloat16", graphs=True)
+    assert run.peak_allocated[0] == pytest.approx(allocated, rel=0.005)
+    assert run.peak_reserved[0] == pytest.approx(reserved, rel=0.06)
 
 
 def test_fake_gpus_beyond_the_real_ones_and_real_work_after_them():

@@ -109,6 +109,10 @@ HYBRIDS = {
     "glm_moe_dsa": ("GlmMoeDsaForCausalLM", MLA | MOE | {"index_head_dim": 8, "index_n_heads": 2, "index_topk": 4}),
     "mistral4": ("Mistral4ForCausalLM", MLA | MOE),
     "minimax_m3": ("MiniMaxM3VLForCausalLM", GQA | {"head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2}),
+    "minimax_m3, sparse": ("MiniMaxM3VLForCausalLM", GQA | {
+        "head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2, "index_head_dim": 8, "index_n_heads": 2,
+        "index_block_size": 4, "index_topk_blocks": 2, "rotary_dim": 4,
+        "layer_types": ["full_attention", "minimax_m3_sparse", "minimax_m3_sparse"]}),
     "qwen3_5_text": ("Qwen3_5ForCausalLM", GQA | {"head_dim": 16, "linear_num_key_heads": 2, "linear_value_head_dim": 8,
                      "linear_num_value_heads": 4, "linear_key_head_dim": 6, "num_hidden_layers": 4}),
 }  # fmt: skip

@@ -63,9 +63,20 @@ def test_sizes_by_the_config_are_those_of_the_file(tmp_path: Path, format: str) 
     (tmp_path / "away").rename(tmp_path / "model.safetensors")
     estimate = bigkit.estimate_memory(str(tmp_path))
     row = estimate.inference[0]
-    assert row.stored == f"as stored ({CONFIGS[format]['quant_method']})"
+    named = CONFIGS[format].get("quant_algo", CONFIGS[format]["quant_method"]).lower()
+    assert row.stored == f"as stored ({named})"
     assert row.weights == sum(on_file.values()) + buffers
-    assert "is quantized" in str(estimate) and f"as stored ({CONFIGS[format]['quant_method']})" in str(estimate)
+    assert "is quantized" in str(estimate) and f"as stored ({named})" in str(estimate)
+
+
+def test_what_is_in_an_unknown_format_is_not_called_stored(tmp_path: Path) -> None:
+    config = {**LLAMA.to_dict(), "architectures": ["LlamaForCausalLM"], "quantization_config": {"quant_method": "new"}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    said = bigkit.plan(str(tmp_path), {0: "1GB"}).explain()
+    settings = {"quant_method": "torchao", "quant_type": "int8_weight_only"}
+    (tmp_path / "config.json").write_text(json.dumps({**config, "quantization_config": settings}))
+    assert "torchao's weights and does not run them" in bigkit.plan(str(tmp_path), {0: "1GB"}).explain()
+    assert "bfloat16 decoded" in said and "as stored" not in said and "quantized (new): all count it decoded" in said
 
 
 def test_gpt_oss_has_its_published_size() -> None:
