@@ -45,7 +45,7 @@ from bigkit.checkpoints.codecs import find_codec, find_stack_codec, rows_of
 from bigkit.offload.hooks import hooks_in
 
 PARTS = ("kernels", "gpt-oss", "deepseek", "llama")
-BLOCKS = {"gpt-oss": 9, "deepseek": 7, "llama": 8}
+BLOCKS = {"gpt-oss": 8, "deepseek": 7, "llama": 8}
 NAMES = {"gpt-oss": "MXFP4", "deepseek": "FP8", "llama": "GPTQ int4"}
 KINDS = {"decoding": ("_mxfp4", "_scaled", "_packed"), "gather": ("index", "gather"), "copies": ("Memcpy", "memcpy"),
          "products": ("gemm", "gemv", "cutlass", "nvjet", "xmma")}  # fmt: skip
@@ -385,18 +385,17 @@ def main() -> None:
     parser.add_argument("--new", type=int, default=24, help="tokens to decode")
     parser.add_argument("--tiny", action="store_true", help="tiny shapes")
     parser.add_argument("--more", action="store_true", help="look at kernels, and at other ways")
-    parser.add_argument("--out", type=Path, help="a JSON file for the results")
-    parser.add_argument("--save", action="store_true", help="write benchmarks/results/stored.json")
+    parser.add_argument("--out", type=Path, help="a JSON file for the results of one part")
+    parser.add_argument("--save", action="store_true", help="write benchmarks/results/stored-PART.json")
     args = parser.parse_args()
-    out = args.out or (Path(__file__).parent / "results" / "stored.json" if args.save else None)
     gpu = torch.cuda.is_available() and args.device != "cpu"
     about = {"device": torch.cuda.get_device_name() if gpu else platform.processor() or "CPU",
              "torch": torch.__version__, "transformers": tf.__version__, "new_tokens": args.new}  # fmt: skip
-    results: dict[str, Any] = {"about": about, "rows": []}
     for part in args.parts:
+        out = args.out or (Path(__file__).parent / "results" / f"stored-{part}.json" if args.save else None)
         bench = Bench(args.device, args.tiny, args.blocks, args.new, args.more)
-        results["about"]["link_bytes_per_second"] = round(bench.link)
-        results["about"].setdefault("blocks", {})[part] = args.blocks or BLOCKS.get(part, 1)
+        sizes = {"link_bytes_per_second": round(bench.link), "blocks": args.blocks or BLOCKS.get(part, 1)}
+        results: dict[str, Any] = {"about": about | sizes, "rows": []}
         work = getattr(sys.modules[__name__], part.replace("-", "_"))
         for row in work(bench):
             print(json.dumps(row), flush=True)
