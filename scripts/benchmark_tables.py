@@ -362,6 +362,17 @@ def splitting() -> Iterable[Iterable[str]]:
                text(r["file_ratio"], "x"), text(r["start_s"], " s", 1))  # fmt: skip
 
 
+@table("groups of", "one process", "two processes", "two groups", "gain", "three groups", "in the blocks of each")
+def stages() -> Iterable[Iterable[str]]:
+    for load, (batch, prompt, *_) in results("stages-gpu")["machine"]["loads"].items():
+        r = results("stages-gpu")["rows"][0]
+        ways = [r["alone"], r["rates"], r["rates"], r["rates"]]
+        names = ["one at a time", "one at a time", "in flight", "three under way"]
+        rates = [text(way.get(f"{load}, {name}"), " tokens/s", 0) for way, name in zip(ways, names)]
+        work = " and ".join(text(ms, digits=1) for ms in r[f"work_ms, {load}"])
+        yield f"{batch} x {prompt} tokens", *rates[:3], text(r[f"gain, {load}"]), rates[3], f"{work} ms"
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Fewer bits
 

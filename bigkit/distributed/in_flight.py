@@ -201,9 +201,10 @@ class _Turns:
             self.work = there
             self.changed.notify_all()
         self._wait(lambda: self.work is None)
-        if isinstance(self.worked, Exception):
-            raise self.worked
-        return self.worked
+        worked, self.worked = self.worked, None
+        if isinstance(worked, Exception):
+            raise worked
+        return worked
 
     def serve(self) -> None:
         """Work for the others, until all have left or one has failed."""
