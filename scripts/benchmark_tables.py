@@ -259,6 +259,52 @@ def experts_on_disk() -> Iterable[Iterable[str]]:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Weights as they are stored
+
+STORED = {
+    "gpt-oss": "gpt-oss-20b, {} of 24 blocks", "deepseek": "DeepSeek-V3, {} of 61 blocks, 16 of 256 experts",
+    "llama": "Llama-7B, {} of 32 blocks",
+}  # fmt: skip
+
+
+@table("weights in RAM, one sequence", "brought for a token", "tokens a second", "one graph a token", "8 x 512 tokens")
+def as_stored() -> Iterable[Iterable[str]]:
+    def cell(row: dict[str, Any], value: float | None, unit: str, digits: int) -> str:
+        times = row.get("against_bf16", 1)
+        return text(value, unit, digits) + (f" ({times:.2f} x)" if times != 1 else "")
+
+    for part, name in STORED.items():
+        if not (ROOT / "benchmarks" / "results" / f"stored-{part}.json").exists():
+            continue
+        rows, blocks = results(f"stored-{part}")["rows"], results(f"stored-{part}")["about"]["blocks"]
+        for way in dict.fromkeys(r["way"] for r in rows):
+            own = {r["mode"]: r for r in rows if r["way"] == way and "mode" in r}
+            python, graph, prompt = (own.get(mode, {}) for mode in ("Python", "graph", "prompt"))
+            brought = python.get("brought")
+            yield (f"{name.format(blocks)}: {way}", text(brought and brought / 1e9, " GB"),
+                   cell(python, python.get("tokens_per_second"), "", 1),
+                   cell(graph, graph.get("tokens_per_second"), "", 1),
+                   cell(prompt, prompt.get("prompt_seconds"), " s", 3))  # fmt: skip
+
+
+DECODINGS = {
+    "gpt-oss": "MXFP4, gate and up of 4 experts of gpt-oss",
+    "deepseek": "FP8 in blocks, gate and up of 8 experts of DeepSeek-V3",
+    "gptq": "GPTQ, 11,008 x 4,096", "awq": "AWQ, the same", "int4": "compressed-tensors, the same",
+}  # fmt: skip
+
+
+@table("decoding on the GPU", "weights", "PyTorch", "kernel", "read and written", "out of pinned RAM", "a copy alone")
+def decoding_alone() -> Iterable[Iterable[str]]:
+    rows = {r["case"]: r for r in results("stored-kernels")["rows"]}
+    for case, name in DECODINGS.items():
+        r = rows[case]
+        yield (name, text(r["weights"] / 1e6, " M", 1), text(r["plain_ms"], " ms", 3), text(r["kernel_ms"], " ms", 3),
+               text(r["kernel_bytes_per_second"] / 1e9, " GB/s", 0), text(r.get("bring_and_decode_ms"), " ms"),
+               text(r.get("bring_ms"), " ms"))  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Decoding
 
 DECODED = {

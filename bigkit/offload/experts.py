@@ -124,6 +124,11 @@ class ExpertStreamer(Streamer):
             self.lend_rows(unit, rows)
         return None
 
+    def take_in_changes(self, unit: Unit) -> None:
+        """Before anything is chosen: what was brought may be of a tensor that the user has replaced."""
+        if self._loan_of(unit) is None:
+            self.sites[unit.index].take_in_changes()
+
     def keeps_account(self, unit: Unit) -> bool:
         """Whether the device itself knows which of a unit's experts are on it."""
         return False
@@ -401,6 +406,8 @@ class ExpertsHook(AlignDevicesHook):
         assert isinstance(self.streamer, ExpertStreamer) and self.unit is not None
         implementation = getattr(module.config, "_experts_implementation", None)
         choice = choice_of((*args, *kwargs.values())) if implementation in KNOWN else None
+        with self.streamer.lock:
+            self.streamer.take_in_changes(self.unit)
         rows = self.streamer.lend_for(self.unit, choice, implementation)
         if rows is None:
             return args, kwargs
