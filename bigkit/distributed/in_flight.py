@@ -92,6 +92,8 @@ def run_in_flight(
     first = 0
     numbered = enumerate(batches)
     turns = _Turns(len(slots), stage.device.type)
+    for line in stage.lines.values():
+        line.expect_groups(len(slots))
     stream = torch.cuda.current_stream() if stage.device.type == "cuda" else None
 
     def hand_out() -> None:

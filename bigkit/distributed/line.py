@@ -28,7 +28,7 @@ _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.in
 _HEADER = 16  # numbers: the dtype, whether nccl carries the tensor, how many words and dimensions, and those
 _BYTES = 8 * _HEADER
 _MOST = 2**22  # bytes that are asked for before they are due
-_UNDER_WAY = 16  # messages that are kept until they have left
+_UNDER_WAY = 16  # pieces of messages that are kept until they have left, if no more groups are under way
 
 
 class Line:
@@ -44,8 +44,13 @@ class Line:
         self.peer, self.tag, self.tag_of_rest = peer, 2 * tag, 2 * tag + 1
         self.rooms = deque([0] * ahead)  # bytes of a tensor in the first piece of each of the next messages
         self.last = 0  # bytes of the last tensor
+        self.kept = _UNDER_WAY
         self.asked: deque[tuple[Any, Tensor]] = deque()
         self.sent: deque[tuple[Any, Tensor]] = deque()
+
+    def expect_groups(self, count: int) -> None:
+        """Keep what so many groups send before any of them takes: two who wait until theirs has left wait for ever."""
+        self.kept = max(self.kept, 2 * count)  # a message has two pieces
 
     def post(self, words: Sequence[int], tensor: Tensor) -> None:
         """Send some numbers and a tensor as it is now, without waiting."""
@@ -62,7 +67,7 @@ class Line:
         here = content[:room]
         first[_BYTES : _BYTES + len(here)] = here
         with together("pipeline"):
-            while len(self.sent) > _UNDER_WAY:
+            while len(self.sent) > self.kept:
                 self.sent.popleft()[0].wait()
             self.sent.append((dist.isend(first, self.peer, tag=self.tag), first))
             if by_nccl:

@@ -16,6 +16,7 @@ Leaves out: doing it (`offload/pipeline.py`), and running phases of several imag
 
 from __future__ import annotations
 
+import heapq
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
@@ -31,6 +32,7 @@ SLOTS = 2  # blocks in flight, of what comes by block
 STEPS = 30  # passes of a denoiser for one image
 AWAY = ("cpu", "disk")
 TRIED = 20  # ways of which blocks are placed: how they fit is known only then
+ROAM = 3  # components that may work on any GPU; smaller ones work on the main one, else there would be too many ways
 
 
 @dataclass(frozen=True)
@@ -163,9 +165,9 @@ def place_pipeline(
     if not rooms:
         raise ValueError("a pipeline is planned for a GPU: give max_memory one, such as {0: '24GB', 'cpu': '64GB'}")
     ram = budgets.get("cpu", 0)
-    trials = [_Trial.of(pipeline.components, ways, rooms, ram, steps) for ways in _ways(pipeline.components, rooms)]
-    trials.sort(key=lambda trial: (trial.over, trial.copied, trial.hops))
-    for number, trial in enumerate(trials[:TRIED]):
+    tried = (_Trial.of(pipeline.components, ways, rooms, ram, steps) for ways in _ways(pipeline.components, rooms))
+    trials = heapq.nsmallest(TRIED, tried, key=lambda trial: (trial.over, trial.copied, trial.hops))
+    for number, trial in enumerate(trials):
         placed = _placed(trial, taken, budgets)
         lacks = max(trial.over, *(peak - (budgets[gpu] or 0) for one in placed for gpu, peak in one.peaks.items()))
         problems = [f"It lacks {format_bytes(lacks)}."] if lacks > 0 else []
@@ -187,22 +189,23 @@ Way = tuple[str, tuple[Device, ...]]  # "stays", "comes", "by block" or "split",
 def _ways(
     components: tuple[Component, ...], rooms: Mapping[Device, int], chosen: tuple[Way, ...] = ()
 ) -> Iterator[tuple[Way, ...]]:
-    """All ways for all components. Of GPUs with as much room that nothing works on yet, one stands for all."""
+    """Ways for all components. Of GPUs that nothing works on yet, the roomiest and the smallest stand for all."""
     if len(chosen) == len(components):
         yield chosen
         return
     main, *others = rooms
+    one = components[len(chosen)]
+    large = heapq.nlargest(ROAM, (own for own in components if own.phase != "decode"), key=lambda own: own.weights)
     used = {gpus[0] for _, gpus in chosen if len(gpus) == 1}
-    fresh = {rooms[gpu]: gpu for gpu in reversed(others) if gpu not in used}
-    alone = [main, *(gpu for gpu in others if gpu in used or fresh[rooms[gpu]] == gpu)]
-    phase = components[len(chosen)].phase
-    places = [(gpu,) for gpu in (alone[:1] if phase == "decode" else alone)]
-    here: list[Way] = [(how, gpus) for gpus in places for how in ("stays", "comes", "by block")]
-    if others and phase == "denoise":
-        here += [
-            ("split", tuple(rooms)),
-            *([("by block", tuple(rooms))] if components[len(chosen)].blocks is None else []),
-        ]
+    fresh = sorted((gpu for gpu in others if gpu not in used), key=lambda gpu: rooms[gpu])
+    ends = {gpu for gpu in fresh if rooms[gpu] in (rooms[fresh[0]], rooms[fresh[-1]])}
+    alone = [main]
+    if any(one is own for own in large):
+        alone += [gpu for gpu in others if gpu in used]
+        alone += {rooms[gpu]: gpu for gpu in reversed(others) if gpu in ends}.values()
+    here: list[Way] = [(how, (gpu,)) for gpu in alone for how in ("stays", "comes", "by block")]
+    if others and one.phase == "denoise":
+        here += [("split", tuple(rooms)), *([("by block", tuple(rooms))] if one.blocks is None else [])]
     for way in here:
         yield from _ways(components, rooms, (*chosen, way))
 

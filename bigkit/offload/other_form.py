@@ -49,7 +49,9 @@ def keep_other_form(weight: Weight, value: Tensor) -> None:
         same.template = twin(same.template, meta) if isinstance(same.template, nn.Parameter) else meta
         same.parts = {"": replace(part)}
     for same in group:
-        same.lender.units[same.index].lay_out()
+        unit = same.lender.units[same.index]
+        unit.lay_out()
+        same.lender._forget(unit)
     with DisableTorchFunctionSubclass():
         weight.away.data = meta
     weight.outside.follow(weight, value)

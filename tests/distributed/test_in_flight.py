@@ -14,6 +14,7 @@ import torch
 import transformers as tf
 
 from bigkit import map_file, map_in_flight
+from bigkit.distributed import line
 from bigkit.distributed.pipeline import stage_of
 from bigkit.zoo.gpt import PYGPT, decode, encode, load_pygpt
 from tests.distributed import stages
@@ -104,6 +105,22 @@ def test_as_many_groups_as_stages_are_under_way(ranks: Ranks, tmp_path: Path) ->
         most = min(size, 6) - 1
         assert founds[0]["waiting"] == [*range(most), *[most] * (24 - most)]
         assert max(founds[0]["waiting, one more"]) == min(size + 1, 6) - 1
+
+
+def crowd(state: Any, groups: int) -> list[torch.Tensor]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(line, "_UNDER_WAY", 2)  # else it takes some 40 groups
+        model = stages.staged(state, "pygpt", PYGPT, dtype="float32")
+        ids = [torch.tensor([encode(f"x = {i}")]) for i in range(groups)]
+        return map_in_flight(partial(model.generate, max_new_tokens=2), ids, model, groups=groups)
+
+
+def test_many_groups_do_not_wait_for_each_others_messages(two: Ranks) -> None:
+    """Nobody takes a token before all groups have sent something: what is under way must not be limited to less."""
+    whole = load_pygpt(dtype=torch.float32)
+    expected = [whole.generate(torch.tensor([encode(f"x = {i}")]), 2) for i in range(14)]
+    for answers in two(crowd, 14):
+        assert all(map(torch.equal, answers, expected))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -63,8 +63,8 @@ def test_peaks_with_cuda_graphs(name, batch, prompt):
     allocated, reserved = torch.cuda.max_memory_allocated() - before, torch.cuda.max_memory_reserved() - held
     del model
     run = dry_run(name, None, batch, prompt, 6, "H200", dtype="bfloat16", graphs=True)
-    assert run.peak_allocated[0] == pytest.approx(allocated, rel=0.005)
-    assert run.peak_reserved[0] == pytest.approx(reserved, rel=0.06)
+    assert run.peak_allocated[0] == pytest.approx(allocated, rel=0.01)
+    assert run.peak_reserved[0] == pytest.approx(reserved, rel=0.1)  # a segment of 20 MiB more or less
 
 
 def test_fake_gpus_beyond_the_real_ones_and_real_work_after_them():

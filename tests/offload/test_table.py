@@ -183,6 +183,36 @@ def test_errors_writes_and_others_who_ask(pretend):
         found(token).logits.sum().backward()
 
 
+CHANGES = {
+    "another parameter": lambda p: torch.nn.Parameter(p.detach() * 3, requires_grad=False),
+    "in another order": lambda p: torch.nn.Parameter((p.detach() * 3).mT.contiguous().mT, requires_grad=False),
+    "another dtype": lambda p: (p.detach() * 3).bfloat16(),
+}
+
+
+@pytest.mark.parametrize("on_gpu", [True, False])
+@pytest.mark.parametrize("change", CHANGES)
+def test_experts_that_are_replaced_between_tokens(change, on_gpu, request):
+    """What is on the GPU is of the old ones: the next token must not find it."""
+    if on_gpu:
+        request.getfixturevalue("pretend")
+    model = mixture()
+    found, _ = spread(copy.deepcopy(model))
+    for ids in map(torch.tensor, TEXTS):
+        assert torch.equal(found(ids).logits, model(ids).logits)
+    for target in (model, found):
+        experts = target.model.layers[1].mlp.experts
+        for own in ("gate_up_proj", "down_proj"):
+            new = CHANGES[change](getattr(experts, own))
+            if isinstance(new, torch.nn.Parameter):
+                setattr(experts, own, new)
+            else:
+                getattr(experts, own).data = new
+    with torch.autocast("cpu", torch.bfloat16, change == "another dtype"):
+        for ids in map(torch.tensor, TEXTS):
+            assert torch.equal(found(ids).logits, model(ids).logits)
+
+
 def test_experts_that_come_in_another_tensor(pretend, monkeypatch):
     """Some versions of Transformers index with a copy of the choice; and a hook may index with another choice."""
     model, take = mixture(), table.Looked.take
