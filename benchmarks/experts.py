@@ -248,6 +248,7 @@ def run(
     each = sum(sum(p.nbytes for p in module.parameters()) // count_rows(module) for module in blocks.values())
     chosen = each * model.config.num_experts_per_tok  # type: ignore[union-attr, operator]
     total = sum(p.nbytes for module in blocks.values() for p in module.parameters())
+    one = each // len(blocks)
     yield row(
         "link", 0, 0, bytes_per_second=round(link), bytes_per_token=chosen, bytes_of_experts=total, blocks=len(blocks)
     )
@@ -279,7 +280,7 @@ def run(
         dispatched = time.perf_counter() - begin
         for batch in batches[:2] if options else batches:
             looks_up = options and batch == 1 and torch.cuda.is_available()
-            rate, logits, brought = decode(found, batch, fewer(new, batch), vocabulary, each=each if looks_up else 0)
+            rate, logits, brought = decode(found, batch, fewer(new, batch), vocabulary, each=one if looks_up else 0)
             own: dict[str, Any] = {
                 "equal": bool(torch.equal(logits, resident[batch][1])), "bytes_per_token": round(brought)
             }  # fmt: skip
@@ -292,7 +293,7 @@ def run(
             yield row(way, batch, rate, seconds_to_dispatch=round(dispatched, 1), **own)
         if "resident" in graphed:
             with bigkit.graph_decode(found):
-                rate, logits, brought = decode(found, 1, new, vocabulary, each=each)
+                rate, logits, brought = decode(found, 1, new, vocabulary, each=one)
             more = {"hit_rate": round(1 - brought / chosen, 3)} if options else {}
             equal = bool(torch.equal(logits, graphed["resident"][1]))
             yield row(f"{way}, graphs", 1, rate, equal=equal, **more)

@@ -42,9 +42,10 @@ from bigkit.checkpoints import codecs
 from bigkit.checkpoints import decoded as decoded_stacks
 from bigkit.checkpoints.as_stored import hold_stack
 from bigkit.checkpoints.codecs import find_codec, find_stack_codec, rows_of
+from bigkit.offload.hooks import hooks_in
 
 PARTS = ("kernels", "gpt-oss", "deepseek", "llama")
-BLOCKS = {"gpt-oss": 12, "deepseek": 9, "llama": 8}
+BLOCKS = {"gpt-oss": 8, "deepseek": 7, "llama": 8}
 NAMES = {"gpt-oss": "MXFP4", "deepseek": "FP8", "llama": "GPTQ int4"}
 KINDS = {"decoding": ("_mxfp4", "_scaled", "_packed"), "gather": ("index", "gather"), "copies": ("Memcpy", "memcpy"),
          "products": ("gemm", "gemv", "cutlass", "nvjet", "xmma")}  # fmt: skip
@@ -171,55 +172,77 @@ class Bench:
         tiny: shapes of a toy.
         blocks: of the models, instead of each one's own number.
         new: tokens to decode.
-        profiled: look at the kernels of plain `generate`, too.
+        more: look at kernels, and at other ways.
     """
 
-    def __init__(self, device: str, tiny: bool, blocks: int, new: int, profiled: bool) -> None:
-        self.device, self.tiny, self.blocks, self.new, self.profiled = device, tiny, blocks, new, profiled
+    def __init__(self, device: str, tiny: bool, blocks: int, new: int, more: bool) -> None:
+        self.device, self.tiny, self.blocks, self.new, self.more = device, tiny, blocks, new, more
         self.link = mixtures.link_rate()
         self.rates: dict[str, float] = {}
         self.logits: dict[str, Tensor] = {}
 
-    def steps(self, model: Any, **options: Any) -> tuple[float, Tensor]:
-        """Tokens a second, and the logits of the last step. The run before has the same lengths."""
+    def steps(self, model: Any, new: int = 0, **options: Any) -> tuple[float, Tensor]:
+        """Tokens a second, and the logits of the last step. The run before has the same lengths.
+
+        The prompt is one token: after a longer one whole blocks lie in slots, and these would not travel.
+        """
         vocabulary, rates = model.config.vocab_size, []
-        ids = torch.randint(5, vocabulary, (1, 32), generator=torch.Generator().manual_seed(1)).to(self.device)
+        ids = torch.tensor([[7]], device=self.device)
         for _ in range(2):
-            clock, drawn = mixtures.Clock(), mixtures.Drawn(vocabulary, 1, self.new)
-            model.generate(ids, max_new_tokens=self.new, do_sample=False, eos_token_id=None, pad_token_id=0,
+            clock, drawn = mixtures.Clock(), mixtures.Drawn(vocabulary, 1, new or self.new)
+            model.generate(ids, max_new_tokens=new or self.new, do_sample=False, eos_token_id=None, pad_token_id=0,
                            logits_processor=[drawn], stopping_criteria=[clock], **options)  # fmt: skip
             steps = [later - earlier for earlier, later in zip(clock.times[3:], clock.times[4:])]
             rates.append(1 / statistics.median(steps))
         return rates[-1], drawn.last
 
-    def measure(self, case: str, way: str, model: Any, modes: str = "Python graph prompt") -> Iterator[Row]:
-        """A model by Python and by graphs, and a prompt."""
-        static = {"cache_implementation": "static", "disable_compile": True}
-        if "static" not in self.logits:
-            self.logits["static"] = self.steps(model, **static)[1]
-        for mode in [mode for mode in ("Python", "graph") if mode in modes]:
+    def brought(self, model: Any) -> int:
+        """Bytes that a step brings, as listeners are told."""
+        moved: list[int] = []
+        streamers = {hook.streamer for part in model.modules() for hook in hooks_in(part) if hasattr(hook, "streamer")}
+        streamers -= {None}
+        drawn = mixtures.Drawn(model.config.vocab_size, 1, 3)
+        ids = torch.tensor([[7]], device=self.device)
+
+        def listen(event: Any) -> None:
+            if event.kind == "fetch" and drawn.step == 2:
+                moved.append(event.nbytes)
+
+        for streamer in streamers:
+            streamer.listeners.append(listen)
+        model.generate(ids, max_new_tokens=3, do_sample=False, eos_token_id=None, pad_token_id=0,
+                       logits_processor=[drawn])  # fmt: skip
+        for streamer in streamers:
+            streamer.listeners.remove(listen)
+        return sum(moved)
+
+    def measure(self, case: str, way: str, model: Any, modes: str = "graph Python prompt") -> Iterator[Row]:
+        """A model by graphs and by Python, and a prompt."""
+        for mode in modes.split():
             row: Row = {"part": case, "way": way, "mode": mode}
             try:
+                if mode == "prompt":
+                    seconds = mixtures.prompt_seconds(model, model.config.vocab_size)
+                    yield row | {"prompt_seconds": round(seconds, 4)} | self.against(mode, way, 1 / seconds)
+                    continue
                 if mode == "graph":
                     with bigkit.graph_decode(model):
                         rate, logits = self.steps(model)
-                    row |= self.profile(model, True)
                 else:
-                    rate, logits = self.steps(model)
-                    _, _, row["brought"] = mixtures.decode(model, 1, 8, model.config.vocab_size, warm=False)
-                    row |= self.profile(model, False) if self.profiled else {}
+                    rate, logits = self.steps(model, 10)
+                    row["brought"] = self.brought(model)
+                row |= self.profile(model, mode == "graph") if self.more else {}
             except Exception as error:
                 yield row | {"error": f"{type(error).__name__}: {error}"[:300]}
                 continue
-            name = "static" if mode == "graph" else "Python"
             row["tokens_per_second"] = round(rate, 2)
-            row["equal"] = bool(torch.equal(logits, self.logits.setdefault(name, logits)))
-            yield row | self.against(f"{mode}", way, rate)
-        if "prompt" not in modes:
-            return
-        seconds = mixtures.prompt_seconds(model, model.config.vocab_size)
-        row = {"part": case, "way": way, "mode": "prompt", "prompt_seconds": round(seconds, 4)}
-        yield row | self.against("prompt", way, 1 / seconds)
+            row["equal"] = bool(torch.equal(logits, self.logits.setdefault(mode, logits)))
+            yield row | self.against(mode, way, rate)
+
+    def expect(self, model: Any) -> None:
+        """Note the logits of a model that is all on the GPU, whose weights are decoded."""
+        self.logits["Python"] = self.steps(model, 10)[1]
+        self.logits["graph"] = self.steps(model, cache_implementation="static", disable_compile=True)[1]
 
     def against(self, mode: str, way: str, rate: float) -> Row:
         """How many times as fast as bfloat16 in RAM."""
@@ -276,7 +299,7 @@ def mixture(case: str, bench: Bench) -> Iterator[Row]:
     model = mixtures.build(case, bench.blocks or BLOCKS[case], bench.device, bench.tiny)
     model.get_input_embeddings().weight.normal_(0, 20)  # type: ignore[operator]  # else all tokens look alike to routers
     stored = {name: mixtures.packed_as(NAMES[case], module) for name, module in mixtures.experts_in(model).items()}
-    yield from bench.measure(case, "all on the GPU, bf16", model, "Python graph")
+    bench.expect(model)
     found = mixtures.in_ram(model)
     mixtures.settle()
     yield from bench.measure(case, "RAM, bf16", found)
@@ -289,17 +312,14 @@ def mixture(case: str, bench: Bench) -> Iterator[Row]:
             hold_stack(module, own, codec, tensors)
     found = mixtures.in_ram(found)
     mixtures.settle()
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
     yield from bench.measure(case, f"RAM, {NAMES[case]}", found)
-    if torch.cuda.is_available():
-        yield {"part": case, "way": f"RAM, {NAMES[case]}", "gpu_peak": torch.cuda.max_memory_allocated()}
-    before = decoded_stacks.decoded_in_turn
-    decoded_stacks.decoded_in_turn = lambda module, own, experts, decode: decode(own)
-    yield from bench.measure(case, f"RAM, {NAMES[case]}, one stack after the other", found, "graph")
-    decoded_stacks.decoded_in_turn = before
-    with without_kernels():
-        yield from bench.measure(case, f"RAM, {NAMES[case]}, without kernels", found, "graph prompt")
+    if bench.more:
+        before = decoded_stacks.decoded_in_turn
+        decoded_stacks.decoded_in_turn = lambda module, own, experts, decode: decode(own)
+        yield from bench.measure(case, f"RAM, {NAMES[case]}, one stack after the other", found, "graph")
+        decoded_stacks.decoded_in_turn = before
+        with without_kernels():
+            yield from bench.measure(case, f"RAM, {NAMES[case]}, without kernels", found, "graph prompt")
 
 
 def gpt_oss(bench: Bench) -> Iterator[Row]:
@@ -308,8 +328,8 @@ def gpt_oss(bench: Bench) -> Iterator[Row]:
 
 
 def deepseek(bench: Bench) -> Iterator[Row]:
-    """DeepSeek-V3's shape with 32 of its 256 experts: what a token takes is the same."""
-    mixtures.DEEPSEEK["n_routed_experts"] = 32
+    """DeepSeek-V3's shape with 16 of its 256 experts: what a token takes is the same."""
+    mixtures.DEEPSEEK["n_routed_experts"] = 16
     yield from mixture("deepseek", bench)
 
 
@@ -333,7 +353,7 @@ def llama(bench: Bench) -> Iterator[Row]:
         assert codec is not None
         module.weight.data = codec.decode(parts, torch.bfloat16)
         stored[name] = (codec, parts)
-    yield from bench.measure("llama", "all on the GPU, bf16", model, "Python graph")
+    bench.expect(model)
     stand_in = {} if torch.cuda.is_available() else {0: "cpu"}
     places = {"model.embed_tokens": 0, "model.norm": 0, "model.rotary_emb": 0, "lm_head": 0, "model.layers": "cpu"}
     found: Any = bigkit.dispatch_model(model, places, 0, stand_in=stand_in)
@@ -348,8 +368,9 @@ def llama(bench: Bench) -> Iterator[Row]:
             layer.register_parameter(own, nn.Parameter(part, requires_grad=False))
     found = bigkit.dispatch_model(found, places, 0, stand_in=stand_in)
     yield from bench.measure("llama", "RAM, GPTQ int4", found)
-    with without_kernels():
-        yield from bench.measure("llama", "RAM, GPTQ int4, without kernels", found, "graph prompt")
+    if bench.more:
+        with without_kernels():
+            yield from bench.measure("llama", "RAM, GPTQ int4, without kernels", found, "graph prompt")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -363,19 +384,18 @@ def main() -> None:
     parser.add_argument("--blocks", type=int, default=0, help="blocks, instead of each model's own number")
     parser.add_argument("--new", type=int, default=24, help="tokens to decode")
     parser.add_argument("--tiny", action="store_true", help="tiny shapes")
-    parser.add_argument("--profiled", action="store_true", help="look at the kernels of plain generate, too")
-    parser.add_argument("--out", type=Path, help="a JSON file for the results")
-    parser.add_argument("--save", action="store_true", help="write benchmarks/results/stored.json")
+    parser.add_argument("--more", action="store_true", help="look at kernels, and at other ways")
+    parser.add_argument("--out", type=Path, help="a JSON file for the results of one part")
+    parser.add_argument("--save", action="store_true", help="write benchmarks/results/stored-PART.json")
     args = parser.parse_args()
-    out = args.out or (Path(__file__).parent / "results" / "stored.json" if args.save else None)
     gpu = torch.cuda.is_available() and args.device != "cpu"
     about = {"device": torch.cuda.get_device_name() if gpu else platform.processor() or "CPU",
              "torch": torch.__version__, "transformers": tf.__version__, "new_tokens": args.new}  # fmt: skip
-    results: dict[str, Any] = {"about": about, "rows": []}
     for part in args.parts:
-        bench = Bench(args.device, args.tiny, args.blocks, args.new, args.profiled)
-        results["about"]["link_bytes_per_second"] = round(bench.link)
-        results["about"].setdefault("blocks", {})[part] = args.blocks or BLOCKS.get(part, 1)
+        out = args.out or (Path(__file__).parent / "results" / f"stored-{part}.json" if args.save else None)
+        bench = Bench(args.device, args.tiny, args.blocks, args.new, args.more)
+        sizes = {"link_bytes_per_second": round(bench.link), "blocks": args.blocks or BLOCKS.get(part, 1)}
+        results: dict[str, Any] = {"about": about | sizes, "rows": []}
         work = getattr(sys.modules[__name__], part.replace("-", "_"))
         for row in work(bench):
             print(json.dumps(row), flush=True)

@@ -40,7 +40,8 @@ What is wrong with it is what the files are about. Read in this order:
   moves inputs of any kind (`inputs.py`).
 - `rows.py`, `experts.py`: a router chooses a few experts, and all of a block travel. Their hook sees the choice
   (`choice.py`), and brings these; or the GPU takes them out of RAM itself (`gather.py`), or still has them
-  (`on_device.py`). Of blocks that are too large for a slot, a prompt gets its experts in pieces (`pieces.py`).
+  (`on_device.py`), and then may know it better than the host (`table.py`). Of blocks that are too large for a slot, a
+  prompt gets its experts in pieces (`pieces.py`).
 - `dispatch.py`: the calls that users know from Accelerate. A device map says which weights travel, and which of them
   together (`options.py`, `grouping.py`, `placing.py`), who lends them (`lenders.py`: a streamer for each device, since
   every GPU has a link), and which modules get hooks (`attach.py`). `moving.py`: the

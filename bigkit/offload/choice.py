@@ -20,7 +20,18 @@ if TYPE_CHECKING:
     from .experts import ExpertStreamer
 
 KNOWN = (None, "eager", "batched_mm", "grouped_mm")  # implementations of Transformers that read only chosen experts
-ANY_NUMBER = ("eager", "batched_mm")  # those of them that work with tensors of fewer rows
+
+
+def in_any_order(choice: Tensor, implementation: str | None) -> bool:
+    """Whether experts may have other numbers, as rows of smaller tensors, and all results stay what they are.
+
+    Transformers' eager loop adds experts in the order of their numbers, so of more than two the sum would be rounded
+    otherwise; `grouped_mm` needs them all.
+
+    >>> in_any_order(torch.tensor([[3, 1]]), "eager"), in_any_order(torch.tensor([[3, 1, 2]]), "eager")
+    (True, False)
+    """
+    return implementation == "batched_mm" or (implementation == "eager" and choice.shape[1] <= 2)
 
 
 def chosen_rows(streamer: ExpertStreamer, unit: Unit, choice: Tensor | None) -> list[int] | None:

@@ -34,7 +34,7 @@ from torch import Tensor, nn
 
 from ..model.experts import SOME, WHOLE
 from ._torch import detect_fake_mode
-from .choice import ANY_NUMBER, KNOWN, Recorded, choice_of, chosen_rows
+from .choice import KNOWN, Recorded, choice_of, chosen_rows, in_any_order
 from .escapes import count_holders
 from .events import Event
 from .hooks import AlignDevicesHook, hooks_in
@@ -110,9 +110,9 @@ class ExpertStreamer(Streamer):
         gathers = choice is not None and choice.shape[0] == 1 and implementation == "batched_mm"
         known_there = not self.rows[unit.index] or self.keeps_account(unit)
         self.host_waits = not (gathers and known_there) or unit.rests_in() == "disk"
-        fits = rows is not None and implementation in ANY_NUMBER and len(rows) <= self.room(unit)
         with self.lock:
-            if rows is not None and choice is not None and fits:
+            few = rows is not None and len(rows) <= self.room(unit)
+            if rows is not None and choice is not None and few and in_any_order(choice, implementation):
                 kept = self._on_device(unit, rows)
                 self._as_is = kept.slot
                 self.lend(unit)

@@ -8,6 +8,8 @@ rate of the link, and the host need not even know which these are.
 It reads an expert once for each token that chose it. So it is for one token at a time, in which no expert is chosen
 twice; for several, each expert is copied once (`experts.py`).
 
+Where some experts may stay on the GPU, it looks up itself which are there (`table.py`).
+
 Leaves out: experts from disk, unpinned RAM, other implementations than `batched_mm` (`generate` switches to that while
 it decodes): for all of these chosen experts are copied into a slot.
 """
@@ -67,7 +69,8 @@ class GatherStreamer(ExpertStreamer):
             return super().lend_for(unit, choice, implementation)
         assert choice is not None
         if self.rows[unit.index]:
-            in_a_table = self.keeps_account(unit) and detect_fake_mode() is None
+            few = self.pays(unit, choice.numel()) and detect_fake_mode() is None
+            in_a_table = few and self.keeps_account(unit)
             return self._look_up(unit, choice) if in_a_table else super().lend_for(unit, choice, implementation)
         with self.lock:
             if self.recorded is not None:

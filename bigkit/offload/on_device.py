@@ -8,7 +8,8 @@ in place of experts' numbers.
 Every block has a share of its own and keeps to it, so a token's way through the other blocks empties no rows. A prompt
 chooses more experts than there are rows; then all of a block are streamed past the rows, which stay as they are.
 
-Leaves out: what is chosen (`experts.py`), and experts that are kept in RAM (`rows.py`).
+Leaves out: what is chosen (`experts.py`), experts that are kept in RAM (`rows.py`), and a GPU that keeps account of its
+rows itself, so that the host need not wait for the router (`table.py`).
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 import transformers as tf
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from bigkit import BnbQuantizationConfig, dispatch_model, dry_run, init_empty_weights, load_and_quantize_model
@@ -154,8 +154,18 @@ def check(case, monkeypatch):
     assert run.expert_hits == hits
 
 
+ONE = {
+    "family": "qwen3", "experts": 8, "per_token": 3, "places": ["cpu"], "rows": 0, "slots": 2, "prompt": 1,
+    "sequences": 1, "new": 2, "large": True, "implementation": "eager", "quantization": None,
+}  # fmt: skip
+
+
 @given(case=cases())
-@settings(max_examples=8, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@example(case=ONE)  # the eager loop adds experts in the order of their numbers, which must not become another
+@example(case={**ONE, "large": False, "rows": 5, "new": 6})
+@example(case={**ONE, "implementation": "batched_mm", "large": False, "experts": 2, "per_token": 2, "rows": 2})
+@example(case={**ONE, "implementation": "grouped_mm", "per_token": 2, "prompt": 5})
+@settings(max_examples=6, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_bytes_and_tokens(case, pretend, monkeypatch):
     with monkeypatch.context() as patch:
         check(case, patch)
