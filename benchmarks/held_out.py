@@ -14,7 +14,7 @@ what is no news, after the drawn runs: those of the first draw that were not mea
 `--measure` runs `generate` with random weights: once from an empty allocator for the memory, then for the times, in
 turn with its narrow twin, each time on the core that is fastest then, after a run of the twin that does not count. The
 fastest tenth counts: a rented host changes its pace by a half and more within seconds. It writes after every run, and
-starts none after `--seconds`.
+starts none after `--seconds`. A kernel that fails ends the process: call it again, and it goes on after that run.
 `--predict` compares; it must run with the versions of Transformers and PyTorch that the results name, where code
 differs between them.
 """
@@ -323,7 +323,8 @@ def measure_all(source: Path, path: Path, part: tuple[int, int], seconds: float,
     start = time.perf_counter()
     drawn = json.loads(source.read_text())
     results: dict[str, Any] = {name: drawn[name] for name in ("commit", "transformers") if name in drawn}
-    results |= {"cases": [], "late": []}
+    results |= {"cases": json.loads(path.read_text())["cases"] if path.exists() else [], "late": []}
+    done = {key_of(case) for case in results["cases"]}
 
     def write(line: str) -> None:
         path.write_text(json.dumps(results) + "\n")
@@ -341,7 +342,7 @@ def measure_all(source: Path, path: Path, part: tuple[int, int], seconds: float,
     made: tuple[str, Any] = ("", None)
     kinds = list(dict.fromkeys(case["type"] for case in drawn["cases"]))[part[0] :: part[1]]
     for case in drawn["cases"]:
-        if case["type"] not in kinds:
+        if case["type"] not in kinds or key_of(case) in done:
             continue
         if time.perf_counter() - start > seconds:
             results["late"].append(key_of(case))
@@ -356,9 +357,9 @@ def measure_all(source: Path, path: Path, part: tuple[int, int], seconds: float,
             line = f"{case['peak'][0] / 1e9:.2f} GB allocated, model {shown(case['steps'])}; twin {shown(case['twin'])}"
         except Exception as error:
             case["error"] = line = f"{type(error).__name__}: {error}"[:600]
-        settle(0)
         results["cases"].append(case)
         write(f"{key_of(case)}  {line}")
+        settle(0)  # raises if a kernel has failed
     write("done")
 
 

@@ -36,6 +36,7 @@ Read in this order:
     replay      equal blocks are run twice and then repeated, which makes explorers fast
     fake_bnb    quantized models: bitsandbytes' own Python, without its kernels
     components  what the components of a pipeline take beside their weights
+    met         what differs by GPU or version, and what of it was compared with real runs
     export      for other viewers
     _torch, _transformers, _bnb    what is private in those libraries, in one place each
 

@@ -47,6 +47,7 @@ from .replay import Unlike, replaying
 from .workload import Step, Workload, fill, in_words, step_name, work
 
 OURS = re.compile(r"[/\\](torch|bigkit[/\\]dryrun)[/\\]")  # files in which a fault of a model's own code does not lie
+HOPPERS, USUAL = 32 * MiB, 8 * MiB + 128 * KiB  # bytes of cuBLAS's workspace, on Hopper and elsewhere
 PROCESSORS = {"T4": 40, "L4": 58, "RTX 3090": 82, "RTX 4090": 128, "A100-40GB": 108, "A100-80GB": 108}  # others: 132
 
 
@@ -61,7 +62,7 @@ def target_of(gpu: Gpu, calibration: Calibration | None = None) -> Target:
     8519680
     """
     capability = calibration.capability if calibration and calibration.capability else gpu.capability
-    usual = 32 * MiB if capability[0] == 9 else 8 * MiB + 128 * KiB
+    usual = HOPPERS if capability[0] == 9 else USUAL
     attention = ("cudnn", "flash", "efficient") if capability in ((9, 0), (10, 0)) else ("flash", "efficient")
     workspace = (calibration.workspace if calibration else None) or usual
     return Target(capability, attention, workspace, PROCESSORS.get(gpu.name, 132))

@@ -22,7 +22,7 @@ from torch import nn
 
 from ..checkpoints.as_stored import AsStored, keep_as_stored
 from ..devices import Device, read_device, whole_on
-from ..machine.hardware import CONTEXT_BYTES, HARDWARE, Hardware, machine_of
+from ..machine.hardware import CONTEXT_BYTES, HARDWARE, Gpu, Hardware, machine_of
 from ..machine.ledger import Calibration, Ledger, calibration_of, overhead_of
 from ..machine.routing import Routing
 from ..maps.advise import rates_of
@@ -118,8 +118,7 @@ def dry_run(
     working = (*places.values(), *getattr(places, "works", {}).values())
     numbers = sorted({device for device in working if isinstance(device, int)}) or [0]
     machine = _machine(hardware, max(numbers) + 1)
-    if machine.gpus[0].mps:
-        left_out.append(f"{machine.gpus[0].name} is rehearsed as a CUDA GPU of its memory and speed.")
+    left_out += _about_gpu(machine.gpus[0])
     here = calibration is None
     calibration = calibration or calibration_of(machine)
     config = None
@@ -128,6 +127,8 @@ def dry_run(
 
         config = config_of(quantization, dtype)
         dtype = config.torch_dtype
+        if config.load_in_8bit:
+            left_out.append("Inputs beyond the threshold of LLM.int8 cost time that is not counted here.")
     target = target_of(machine.gpus[numbers[0]], calibration)
     options: dict[str, Any] = {
         "slots": slots or 2, "resident_memory": resident_memory, "quantization": config, "expert_cache": expert_cache,
@@ -199,8 +200,16 @@ def on_machine(run: DryRun, machine: Hardware) -> DryRun | None:
         rates={f"cuda:{i}": rates[i] for i in numbers},
         capacity={i: machine.gpus[i].memory - CONTEXT_BYTES for i in numbers},
         recordings=recordings,
+        notes=(*(note for note in run.notes if not note.endswith(_AS_CUDA)), *_about_gpu(machine.gpus[0])),
         met=target.capability == COMPARED,
     )
+
+
+_AS_CUDA = "is rehearsed as a CUDA GPU of its memory and speed."
+
+
+def _about_gpu(gpu: Gpu) -> list[str]:
+    return [f"{gpu.name} {_AS_CUDA}"] if gpu.mps else []
 
 
 def _with_request(events: Sequence[int], number: int, size: int) -> list[int]:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from bigkit import dry_run, zoo
+from bigkit import dry_run, init_empty_weights, zoo
 from bigkit.dryrun.fake_gpu import Target, fake_gpus
 from bigkit.dryrun.workload import Workload, fill, passes
 from bigkit.machine.allocator import replay
@@ -254,3 +254,26 @@ def test_steps_of_the_host_are_modules_operations_and_launches():
     assert (first.name, first.issued) == ("add", 5)  # two modules, a view, the sum, its launch
     assert (second.name, second.issued) == ("neg", 2)
     assert not nn.modules.module._global_forward_pre_hooks
+
+
+class Caster(nn.Module):
+    """Casts its own layer in every forward, as NLLB's mixture and Switch Transformers do with their routers."""
+
+    main_input_name = "pixel_values"
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(64, 64)
+        self.pretrained_cfg = {"input_size": (3, 64, 64)}
+
+    def forward(self, x):
+        self.linear = self.linear.to(torch.float32)
+        return self.linear(x)
+
+
+def test_a_module_that_is_cast_to_what_it_is_stays():
+    own = nn.Module._apply
+    with init_empty_weights():
+        model = Caster()
+    run = dry_run(model, None, 1, 1, 0, "H200")
+    assert run.timeline().at_peak()["weights"] == 4 * (64 * 64 + 64) and nn.Module._apply is own

@@ -267,7 +267,17 @@ def test_a_run_that_serves_other_gpus_is_what_they_would_do(model):
         for name, expected in own.items():
             if found := on_machine(start, machine_of(name)):
                 shared += source != name
-                for part in ("recordings", "kinds", "operations", "steps", "capacity", "rates", "met", "hardware"):
+                for part in (
+                    "recordings",
+                    "kinds",
+                    "operations",
+                    "steps",
+                    "capacity",
+                    "rates",
+                    "met",
+                    "hardware",
+                    "notes",
+                ):
                     assert getattr(found, part) == getattr(expected, part), (source, name, part)
                 assert (found.peak_reserved, found.seconds) == (expected.peak_reserved, expected.seconds)
     assert shared > (1 if model == "pymoe" else 20)  # a mixture asks for the compute capability

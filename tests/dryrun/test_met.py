@@ -1,0 +1,31 @@
+"""What dry runs take for granted of a version is what the installed version says."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from bigkit.dryrun.met import NEVER, RULES, rules_text
+from bigkit.machine import allocator
+
+
+def test_the_allocators_sizes_are_those_of_this_pytorch():
+    """Its C++ headers come with the wheel."""
+    header = Path(torch.__file__).parent / "include" / "c10" / "core" / "AllocatorConfig.h"
+    if not header.exists():
+        pytest.skip("this build of PyTorch comes without headers")
+    text = header.read_text()
+    said = {name: int(value) for name, value in re.findall(r"constexpr size_t (k\w+) = (\d+);", text)}
+    [large] = re.findall(r"large_segment_size_\{(\d+)\}", text)
+    assert said == {
+        "kSmallBuffer": allocator.SMALL_SEGMENT, "kMinBlockSize": allocator.ROUND, "kSmallSize": allocator.SMALL,
+        "kMinLargeAlloc": allocator.MEDIUM, "kRoundLarge": allocator.ROUND_LARGE,
+    }  # fmt: skip
+    assert int(large) == allocator.MEDIUM_SEGMENT
+
+
+def test_what_was_never_compared_is_said():
+    never = [rule.what for rule in RULES if rule.compared == NEVER]
+    assert len(never) == 2 and all("other GPUs" in what for what in never)
+    assert all(rule.what in rules_text() and rule.source for rule in RULES)
