@@ -62,7 +62,7 @@ class Trace:
         unissued: steps that Python took since it launched the last kernel: modules called, operations issued.
         expert_hits: chosen experts that were on a GPU already, and that were brought, if some may stay there.
         alike: GPUs on which the same would be done, of those that were asked for.
-        workspaces: device -> the number of the request by which cuBLAS took its workspace.
+        workspaces: device -> the numbers of the requests by which cuBLAS took workspaces.
     """
 
     recordings: dict[str, Recording] = field(default_factory=dict)
@@ -74,7 +74,7 @@ class Trace:
     unissued: int = 0
     expert_hits: tuple[int, int] = (0, 0)
     alike: set[Target] = field(default_factory=set)
-    workspaces: dict[str, int] = field(default_factory=dict)
+    workspaces: dict[str, list[int]] = field(default_factory=dict)
 
     def mark(self, name: str) -> None:
         """Note the end of a step, on every device and among the operations."""
@@ -187,7 +187,8 @@ class OperationLog(TorchDispatchMode):
         if self.target.workspace:
             if packet_of(func) in PRODUCTS and device not in self.warm:
                 self.warm.add(device)
-                self.trace.workspaces[device] = self.trace.request(device, self.target.workspace, "workspace")
+                number = self.trace.request(device, self.target.workspace, "workspace")
+                self.trace.workspaces.setdefault(device, []).append(number)
             if func is aten.addmm.default and args[0].dim() == 1 and (device, func) not in self.warm:
                 self.warm.add((device, func))
                 self.trace.request(device, MiB, "workspace")  # of cuBLASLt, which adds the bias on the way

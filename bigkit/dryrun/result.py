@@ -91,7 +91,7 @@ class DryRun:
         recorded: quantity -> measured / predicted, of this model's runs that were recorded on this machine.
         expert_hits: chosen experts that were on the GPU already, and those that had to be brought (`expert_cache`).
         alike: GPUs on which the same would be done: see `run.on_machine`.
-        workspaces: device -> the number of the request by which cuBLAS took its workspace.
+        workspaces: device -> the numbers of the requests by which cuBLAS took workspaces.
     """
 
     model: str
@@ -111,7 +111,7 @@ class DryRun:
     recorded: Mapping[str, Sequence[float]] = field(default_factory=dict, repr=False)
     expert_hits: tuple[int, int] = (0, 0)
     alike: frozenset[Target] = field(default=frozenset(), repr=False)
-    workspaces: Mapping[Device, int] = field(default_factory=dict, repr=False)
+    workspaces: Mapping[Device, Sequence[int]] = field(default_factory=dict, repr=False)
 
     @cached_property
     def timelines(self) -> dict[Device, Timeline]:

@@ -170,7 +170,7 @@ def dry_run(
         met=target.capability == COMPARED,
         expert_hits=trace.expert_hits,
         alike=frozenset(trace.alike),
-        workspaces={read_device(device): number for device, number in trace.workspaces.items()},
+        workspaces={read_device(device): numbers for device, numbers in trace.workspaces.items()},
         recorded=Ledger.load().ratios(calibration.machine, name) if here and calibration else {},
     )
 
@@ -190,7 +190,7 @@ def on_machine(run: DryRun, machine: Hardware) -> DryRun | None:
         return None
     rates, numbers = rates_of(machine, None), [i for i in run.capacity if isinstance(i, int)]
     recordings = {
-        device: replace(recording, events=_with_request(recording.events, run.workspaces[device], target.workspace))
+        device: replace(recording, events=_with_requests(recording.events, run.workspaces[device], target.workspace))
         if device in run.workspaces else recording
         for device, recording in run.recordings.items()
     }  # fmt: skip
@@ -212,11 +212,12 @@ def _about_gpu(gpu: Gpu) -> list[str]:
     return [f"{gpu.name} {_AS_CUDA}"] if gpu.mps else []
 
 
-def _with_request(events: Sequence[int], number: int, size: int) -> list[int]:
-    """Events with another size of the request of this number, from 1."""
-    requests = [i for i, event in enumerate(events) if event > 0]
-    place = requests[number - 1]
-    return [*events[:place], size, *events[place + 1 :]]
+def _with_requests(events: Sequence[int], numbers: Sequence[int], size: int) -> list[int]:
+    """Events with another size of the requests of these numbers, from 1."""
+    requests, changed = [i for i, event in enumerate(events) if event > 0], [*events]
+    for number in numbers:
+        changed[requests[number - 1]] = size
+    return changed
 
 
 def _plan(

@@ -197,13 +197,12 @@ def _shared(name: str, gpu: str, ram: int, usable: int, rate: float, flops: floa
 UNIFIED = (
     _shared("GB10, 128 GB", "GB10", 128 * GiB, int(119.7 * GiB), 273e9, 125e12, capability=(12, 1)),
     _shared("Strix Halo, 128 GB", "Radeon 8060S", 128 * GiB, 96 * GiB, 256e9, 59e12, capability=(11, 5)),
-    _shared("M5, 32 GB", "Apple M5", 32 * GiB, 24 * GiB, 153e9, 10 * _APPLE, mps=True),
+    _shared("M5, 24 GB", "Apple M5", 24 * GiB, 18 * GiB, 153e9, 10 * _APPLE, mps=True),
     _shared("M4, 32 GB", "Apple M4", 32 * GiB, 24 * GiB, 120e9, 10 * _APPLE, mps=True),
     _shared("M4 Pro, 64 GB", "Apple M4 Pro", 64 * GiB, 48 * GiB, 273e9, 20 * _APPLE, mps=True),
     _shared("M4 Max, 128 GB", "Apple M4 Max", 128 * GiB, 96 * GiB, 546e9, 40 * _APPLE, mps=True),
     _shared("M3 Ultra, 512 GB", "Apple M3 Ultra", 512 * GiB, 384 * GiB, 819e9, 80 * _APPLE, mps=True),
     _shared("M2 Ultra, 192 GB", "Apple M2 Ultra", 192 * GiB, 144 * GiB, 800e9, 76 * _APPLE, mps=True),
-    _shared("M1 Max, 64 GB", "Apple M1 Max", 64 * GiB, 48 * GiB, 400e9, 32 * _APPLE, mps=True),
 )
 
 

@@ -5,8 +5,10 @@ import torch
 import transformers as tf
 
 import bigkit
+from bigkit.dryrun.run import on_machine
 from bigkit.dryrun.workload import NotRun, Workload
 from bigkit.machine.allocator import replay
+from bigkit.machine.hardware import machine_of
 
 AROUND = {"model.embed_tokens": 0, "model.norm": 0, "model.rotary_emb": 0, "lm_head": 0}
 PLACES = {
@@ -51,3 +53,12 @@ def test_what_is_refused():
         Workload(graphs=True, generate=False)
     with pytest.raises(NotRun, match="GPT has no generate of Transformers"):
         bigkit.dry_run("pygpt", 0, new_tokens=2, graphs=True)
+
+
+def test_on_another_gpu_every_workspace_is_of_its_size():
+    """Recordings take workspaces of their own, on the streams that they are made on."""
+    options = {"prompt_tokens": 8, "new_tokens": 6, "graphs": True}
+    there, here = (bigkit.dry_run(build().float(), hardware=name, **options) for name in ("H200", "RTX 4090"))
+    found = on_machine(there, machine_of("RTX 4090"))
+    assert found is not None and len(here.workspaces[0]) > 1
+    assert found.recordings == here.recordings and found.recordings != there.recordings

