@@ -29,7 +29,7 @@ from .experts import ExpertStreamer
 from .on_device import DeviceRows
 from .rows import bytes_of_one
 from .stream import Views
-from .table import Table, can_look_up
+from .table import Table, can_look_up, form_of
 from .transfer import CudaLane, Slot
 from .weights import Unit
 
@@ -128,7 +128,7 @@ class GatherStreamer(ExpertStreamer):
 
     def _clear_device(self, unit: Unit) -> None:
         table = self.tables.get(unit.index)
-        if table is not None and table.kept.slot in self.slots:
+        if table is not None and table.kept.slot in self.slots and table.form == form_of(unit):
             table.forget()  # it stays where it is: a CUDA graph may use it
             return
         if table is not None:
@@ -185,6 +185,7 @@ class GatherStreamer(ExpertStreamer):
     def _forget(self, unit: Unit) -> None:
         super()._forget(unit)
         self.windows.pop(unit.index, None)
+        self._accounts.pop(unit.index, None)
 
     def recover(self) -> None:
         if self.held():

@@ -43,6 +43,7 @@ class Table:
         current: whether this is newer than what the host knows.
         taken: of the choice that was made last, the plain tensors that were brought.
         lent: what stands for each weight of the block meanwhile.
+        form: where and how the experts rest.
     """
 
     def __init__(self, kept: DeviceRows, ram: Tensor) -> None:
@@ -55,7 +56,7 @@ class Table:
         self.counts = torch.zeros(3, dtype=torch.int64, device=device)  # hits, misses, and what time it is
         self.choice = self.rows = self.hit = torch.empty(0, device=device)
         self.taken: set[int] = set()
-        self.lent = lookups(self)
+        self.lent, self.form = lookups(self), form_of(kept.unit)
 
     def choose(self, choice: Tensor) -> None:
         """Give rows to what a token has chosen.
@@ -170,6 +171,11 @@ def lookups(table: Table) -> list[Any]:
         plain = weight.name.rpartition(".")[2] not in stored
         lent.append(DecodedStack({"": looked}, PLAIN, part.dtype, part.shape[1:]) if plain else looked)
     return lent
+
+
+def form_of(unit: Unit) -> list[Any]:
+    """Where and how a unit's tensors rest: a table is good for as long as this stays."""
+    return [(part.shape, part.dtype, part.offset, part.slab, part.at) for part in unit.parts()]
 
 
 def can_look_up(unit: Unit) -> bool:

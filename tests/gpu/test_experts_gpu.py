@@ -114,12 +114,13 @@ def test_graphs_use_the_gpus_account(share):
         bigkit.dispatch_model(copy.deepcopy(model), apart(model, "cpu"), expert_cache=size * share // 4) for _ in "ab"
     )
     options = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    static = {"cache_implementation": "static", "disable_compile": True, **options}
     with bigkit.graph_decode(found) as decoder:
         for _ in range(4):
             for tokens in (1, 2, 40, 3):
                 ids = torch.randint(5, 500, (1, tokens), device=GPU)
-                expected = whole.generate(ids, cache_implementation="static", disable_compile=True, **options)
-                assert torch.equal(plain.generate(ids, **options), expected)
+                expected = whole.generate(ids, **static)
+                assert torch.equal(plain.generate(ids, **static), expected)
                 assert torch.equal(found.generate(ids, **options), expected)
             with torch.no_grad():
                 for one in (whole, plain, found):

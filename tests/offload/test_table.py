@@ -213,6 +213,22 @@ def test_experts_that_are_replaced_between_tokens(change, on_gpu, request):
             assert torch.equal(found(ids).logits, model(ids).logits)
 
 
+def test_a_weight_in_another_form(pretend):
+    """Another dtype rests elsewhere, and the rows have another size: the account is made anew, or there is none."""
+    model = mixture()
+    found, streamer = spread(copy.deepcopy(model))
+    for ids in map(torch.tensor, TEXTS):
+        found(ids)
+    for target in (model, found):
+        own = target.model.layers[1].mlp.experts
+        own.down_proj.data = (own.down_proj.data * 2).double()
+        own.down_proj.data = own.down_proj.data.float()
+    before = expert_hits(found)
+    for ids in map(torch.tensor, TEXTS):
+        assert torch.equal(found(ids).logits, model(ids).logits)
+    assert sum(expert_hits(found)) > sum(before)
+
+
 def test_experts_that_come_in_another_tensor(pretend, monkeypatch):
     """Some versions of Transformers index with a copy of the choice; and a hook may index with another choice."""
     model, take = mixture(), table.Looked.take
