@@ -216,8 +216,8 @@ class OperationLog(TorchDispatchMode):
 
     def overlook(self, tensor: Tensor) -> None:
         """Count the storage of a tensor not as memory of a GPU: it is RAM that the GPU reads."""
-        self.overlooks = True
-        self.live[storage_key(tensor)] = "", 0, weakref.ref(tensor.untyped_storage())
+        self.overlooks, key, live = True, storage_key(tensor), self.live
+        live[key] = "", 0, weakref.ref(tensor.untyped_storage(), lambda _: live.pop(key, None))
 
     def _is_overlooked(self, tensor: Tensor) -> bool:
         return self.live.get(storage_key(tensor), ("cpu",))[0] == ""

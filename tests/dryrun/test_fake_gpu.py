@@ -121,6 +121,17 @@ def test_what_lives_is_what_python_holds():
     assert c.device == torch.device("cuda:1") and a.shape == (1000,)
 
 
+def test_memory_in_the_place_of_ram_that_is_gone_counts():
+    with fake_gpus() as log:
+        for _ in range(5):
+            with log.silent():
+                ram = torch.empty(1000, dtype=torch.uint8, device="cuda")
+            log.overlook(ram)
+            del ram
+        kept = [torch.empty(1000, dtype=torch.uint8, device="cuda") for _ in range(10)]
+    assert log.trace.recordings["cuda:0"].events == [1000] * len(kept)
+
+
 def test_parts_on_several_devices():
     model = build.build(catalog.config(catalog.find("pygpt")), dtype="float32").eval()
     places = {"": 0, "transformer.ln_f": 1, "lm_head": 1}
