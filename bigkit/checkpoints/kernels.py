@@ -28,7 +28,6 @@ from torch import Tensor
 from .codecs import BLOCK_4BIT
 
 OPTIONS: dict[str, Any] = {"enable_fp_fusion": False}  # a product is rounded before anything is added to it
-TILE, TILE_FROM_RAM = (128, 64), (16, 512)  # rows and bytes; out of RAM long pieces of a row come faster
 PROGRAMS = 264  # that read out of RAM at once: two for each processor of an H100 keep the link busy, and leave room
 KINDS = {torch.float8_e4m3fn: 0, torch.float8_e5m2: 1, torch.int8: 2}
 
@@ -53,23 +52,18 @@ def _byte(code, KIND: tl.constexpr):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _mxfp4(  # type: ignore[no-untyped-def]
-    blocks, scales, experts, out, outputs, width, groups, down, across, tiles,
-    CHOSEN: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
-):  # fmt: skip
-    for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
-        place = (tile // (down * across)).to(tl.int64)
-        expert = place
-        if CHOSEN:
-            expert = tl.load(experts + place).to(tl.int64)
-        row = tile // across % down * ROWS + tl.arange(0, ROWS)[:, None]
-        column = tile % across * COLS + tl.arange(0, COLS)[None, :]
-        inside = (row < outputs) & (column < width)
-        byte = tl.load(blocks + (expert * outputs + row) * width + column, inside, 0).to(tl.int32)
-        power = tl.load(scales + (expert * outputs + row) * groups + column // GROUP, inside, 0).to(tl.int32)
-        scale = tl.where(power == 0, 0x400000, power << 23).to(tl.float32, bitcast=True)  # 2^(power - 127)
-        target = out + (place * 2 * width + 2 * column) * outputs + row
-        tl.store(target, (_e2m1(byte & 15) * scale).to(out.dtype.element_ty), inside)
-        tl.store(target + outputs, (_e2m1(byte >> 4) * scale).to(out.dtype.element_ty), inside)
+    blocks, scales, out, outputs, width, groups, GROUP: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr
+):
+    expert = tl.program_id(2).to(tl.int64)
+    row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)[:, None]
+    column = tl.program_id(0) * COLS + tl.arange(0, COLS)[None, :]
+    inside = (row < outputs) & (column < width)
+    byte = tl.load(blocks + (expert * outputs + row) * width + column, inside, 0).to(tl.int32)
+    power = tl.load(scales + (expert * outputs + row) * groups + column // GROUP, inside, 0).to(tl.int32)
+    scale = tl.where(power == 0, 0x400000, power << 23).to(tl.float32, bitcast=True)  # 2^(power - 127)
+    target = out + (expert * 2 * width + 2 * column) * outputs + row
+    tl.store(target, (_e2m1(byte & 15) * scale).to(out.dtype.element_ty), inside)
+    tl.store(target + outputs, (_e2m1(byte >> 4) * scale).to(out.dtype.element_ty), inside)
 
 
 @triton.jit
@@ -190,37 +184,23 @@ def _values(kind: str, device: torch.device) -> Tensor:
         return values.flatten()[::2].contiguous()
 
 
-def mxfp4(
-    blocks: Tensor,
-    scales: Tensor,
-    experts: Tensor | None,
-    dtype: torch.dtype,
-    tile: tuple[int, int] | None = None,
-    programs: int = 0,
-) -> Tensor:
+def mxfp4(blocks: Tensor, scales: Tensor, dtype: torch.dtype, tile: tuple[int, int] = (128, 64)) -> Tensor:
     """Weights of MXFP4.
 
     Args:
         blocks: bytes (experts, out, groups, bytes of one).
         scales: powers of two (experts, out, groups).
-        experts: which of them; None for all.
         dtype: of the result.
-        tile: rows and bytes of a row that a program reads at a time.
-        programs: how many work at once.
+        tile: rows and bytes of a row that a program reads.
 
     Returns:
-        (chosen experts, in, out).
+        (experts, in, out).
     """
     *around, outputs, groups = scales.shape
-    around = around if experts is None else [*experts.shape]
     width = groups * blocks.shape[-1]
-    tile = tile or (TILE if experts is None else TILE_FROM_RAM)
-    down, across = triton.cdiv(outputs, tile[0]), triton.cdiv(width, tile[1])
-    tiles = math.prod(around) * down * across
     out = torch.empty((*around, 2 * width, outputs), dtype=dtype, device=blocks.device)
-    chosen = scales if experts is None else experts
-    given = blocks, scales, chosen, out, outputs, width, groups, down, across, tiles, experts is not None
-    _run(_mxfp4, (min(tiles, programs or (tiles if experts is None else PROGRAMS)),), (*given, blocks.shape[-1], *tile))
+    grid = triton.cdiv(width, tile[1]), triton.cdiv(outputs, tile[0]), math.prod(around)
+    _run(_mxfp4, grid, (blocks, scales.contiguous(), out, outputs, width, groups, blocks.shape[-1], *tile))
     return out
 
 

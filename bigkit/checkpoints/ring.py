@@ -25,6 +25,7 @@ import os
 import queue
 import weakref
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -107,6 +108,9 @@ class Slab:
             done = torch.cuda.synchronize  # a copy out of it may still be under way when it is let go
             self._release = release = weakref.finalize(self, _unregister, self.bytes, done, runtime.cudaHostUnregister)
             release.atexit = False
+        else:
+            with suppress(RuntimeError, AssertionError):  # else whatever the GPU does next would report the refusal
+                torch.zeros((), device="cuda")
 
     def unpin(self) -> None:
         """Make it ordinary RAM again, as also happens when nothing refers to it any more."""
@@ -128,6 +132,7 @@ def _anonymous(nbytes: int, huge: bool) -> Tensor:
 
 
 _pinned: dict[int, int] = {}  # address -> bytes, of all slabs of this process
+_kept: list[Tensor] = []  # what could not be unpinned
 
 
 def pinned_bytes() -> int:
@@ -140,7 +145,11 @@ def _may_pin(nbytes: int) -> bool:
 
 
 def _unregister(memory: Tensor, done: Callable[[], None], unregister: Callable[[int], Any]) -> None:
-    done()
+    try:
+        done()
+    except BaseException:  # who gets its address next could not pin it
+        _kept.append(memory)
+        raise
     unregister(memory.data_ptr())
     _pinned.pop(memory.data_ptr(), None)
 

@@ -258,9 +258,14 @@ class ExpertStreamer(Streamer):
 
     def in_ram(self, unit: Unit, rows: list[int]) -> list[Part]:
         """The parts of some of a unit's experts, one expert after another; what RAM keeps is read from disk first."""
-        if unit.rests_in() == "disk" and self.cache.most and detect_fake_mode() is None:
+        on_disk = unit.rests_in() == "disk" and detect_fake_mode() is None
+        if on_disk and self.cache.most:
             return self.cache.bring(unit, rows)
-        return [part for own in rows_of(unit, rows).values() for part in own]
+        parts = [part for own in rows_of(unit, rows).values() for part in own]
+        if on_disk:  # they are copied out of the files
+            self.cache.misses += len(rows)
+            self.cache.bytes_read += sum(part.nbytes for part in parts)
+        return parts
 
     def _copy(self, unit: Unit, slot: Slot, parts: list[Part]) -> None:
         rows = Rows(unit, parts)

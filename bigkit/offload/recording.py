@@ -9,6 +9,7 @@ Leaves out: what may be recorded (`graphs.py`), and slots (`captured.py`).
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from typing import TYPE_CHECKING, TypeVar
@@ -21,6 +22,19 @@ if TYPE_CHECKING:
     from .captured import Found, Rings
 
 Result = TypeVar("Result")
+
+
+@contextmanager
+def nothing_collected() -> Iterator[None]:
+    """No garbage is collected meanwhile: pinned RAM among it waits for the GPU, which spoils a recording."""
+    gc.collect()
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collects:
+            gc.enable()
 
 
 class Recording:
@@ -65,7 +79,8 @@ class Recording:
         for device in self.devices:
             torch.cuda.synchronize(device)
         try:
-            return self._record(function)
+            with nothing_collected():
+                return self._record(function)
         except BaseException:
             if not self._ended:
                 end_failed_capture(self._pool, self.devices[0])

@@ -132,6 +132,40 @@ def test_refused_pinning_leaves_ordinary_ram(monkeypatch):
     assert not unwanted.pinned
 
 
+def test_what_cannot_be_unpinned_keeps_its_address(monkeypatch):
+    """A system that maps the address anew refuses to pin what it still has as pinned."""
+    runtime = fake_cuda.install(monkeypatch)
+    slab = Slab(64, pin=True)
+    slab.pin()
+    address = slab.bytes.data_ptr()
+    release, failing = slab._release, iter([RuntimeError("a graph is being recorded")])
+    monkeypatch.setattr(ring_module, "_kept", [])
+
+    def wait():
+        for error in failing:
+            raise error
+
+    with pytest.raises(RuntimeError, match="recorded"):
+        ring_module._unregister(slab.bytes, wait, runtime.cudaHostUnregister)
+    assert ring_module._kept[0].data_ptr() == address and address in runtime.pinned
+    release()
+    assert not runtime.pinned
+
+
+def test_a_refusal_is_not_left_to_the_next_kernel(monkeypatch):
+    fake_cuda.install(monkeypatch, refuse=True)
+    asked = []
+
+    def zeros(*shape, device):  # as on a GPU, where the next kernel's start reports the error before
+        asked.append(device)
+        raise RuntimeError("part or all of the requested memory range is already mapped")
+
+    monkeypatch.setattr(torch, "zeros", zeros)
+    slab = Slab(64, pin=True)
+    slab.pin()
+    assert not slab.pinned and asked == ["cuda"]
+
+
 def test_pinning_keeps_to_the_control_group(monkeypatch):
     assert 0 < ring_module.ram_limit() <= psutil.virtual_memory().total
     monkeypatch.setattr(ring_module, "ram_limit", lambda: 1000)

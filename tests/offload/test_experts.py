@@ -231,6 +231,18 @@ def test_bytes_that_travel_are_those_of_the_chosen(monkeypatch):
 
 
 @pytest.mark.parametrize("stand_in", [{}, {0: "cpu"}])
+def test_what_is_read_is_counted_where_none_is_kept(stand_in, tmp_path):
+    model = made(qwen3_moe)
+    places = apart(model, "disk", 0 if stand_in else "cpu")
+    found = dispatch_model(model, places, stand_in=stand_in, offload_dir=tmp_path, ram_cache=0)
+    streamer = streamer_of(found)
+    one = sum(part.nbytes for part in streamer.units[0].parts()) // COUNT
+    with torch.no_grad():
+        found(torch.tensor([[7]]))
+    assert (streamer.cache.misses, streamer.cache.bytes_read) == (6, 6 * one)
+
+
+@pytest.mark.parametrize("stand_in", [{}, {0: "cpu"}])
 def test_disk_is_read_once_for_each_expert_that_is_kept(stand_in, tmp_path):
     model = made(qwen3_moe)
     places = apart(model, "disk", 0 if stand_in else "cpu")

@@ -12,7 +12,7 @@ import transformers as tf
 import bigkit
 from bigkit.offload import graphs
 from bigkit.offload.experts import ExpertStreamer
-from bigkit.offload.recording import Recording
+from bigkit.offload.recording import Recording, nothing_collected
 from bigkit.offload.transfer import PlainLane
 from tests import fake_graph
 
@@ -323,3 +323,20 @@ def test_adapters():
     with bigkit.graph_decode(model) as decoder:
         assert torch.equal(model.generate(input_ids=prompt(), **GREEDY), expected)
     assert decoder.replayed > 5
+
+
+def test_garbage_waits_until_a_recording_has_ended():
+    """Pinned RAM that is collected waits for the GPU, and that spoils what is being recorded."""
+
+    class Loop:
+        pass
+
+    loop, gone = Loop(), []
+    loop.itself = loop
+    weakref.finalize(loop, gone.append, True)
+    with nothing_collected():
+        del loop
+        rings = [[] for _ in range(100_000)]  # enough for a collection by itself
+        assert not gone and len(rings) == 100_000
+    gc.collect()
+    assert gone and gc.isenabled()
