@@ -366,6 +366,7 @@ class _FailureHook:
     def __call__(self, kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
         if isinstance(error, ProcessLost):
             print(error, file=sys.stderr, flush=True)
+            time.sleep(0.5)  # the launcher looks ten times a second, and shall find whoever failed first alone
             return
         self.next_hook(kind, error, traceback)
         if isinstance(error, Exception):
