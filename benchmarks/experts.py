@@ -27,7 +27,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -401,12 +401,7 @@ def few_bits(
         found = bigkit.load_and_quantize_model(found, config, device_map=places, stand_in=stand_in)
     else:
         bigkit.remove_hook_from_module(found, recurse=True)
-        for name, parts in packed.items():
-            module = found.get_submodule(name)
-            for own, stored in parts.items():
-                codec = find_stack_codec(own, [own + suffix for suffix in stored])
-                assert codec is not None
-                hold_stack(module, own, codec, stored)
+        hold_packed(found, packed)
         found = in_ram(found)
     settle()
     way = f"RAM, {kind}"
@@ -446,6 +441,16 @@ def packed_as(kind: str, module: nn.Module) -> dict[str, dict[str, nn.Parameter]
             weight.data[expert] = codec.decode(one, weight.dtype)[0]
         packed[own] = {suffix: nn.Parameter(part, requires_grad=False) for suffix, part in parts.items()}
     return packed
+
+
+def hold_packed(model: nn.Module, packed: Mapping[str, dict[str, dict[str, nn.Parameter]]]) -> None:
+    """Put what `packed_as` gave for each block's experts in the places of their weights."""
+    for name, parts in packed.items():
+        module = model.get_submodule(name)
+        for own, stored in parts.items():
+            codec = find_stack_codec(own, [own + suffix for suffix in stored])
+            assert codec is not None
+            hold_stack(module, own, codec, stored)
 
 
 def accelerate(model: nn.Module, vocabulary: int) -> dict[str, Any]:

@@ -40,7 +40,6 @@ from torch import Tensor, nn
 import bigkit
 from bigkit.checkpoints import codecs
 from bigkit.checkpoints import decoded as decoded_stacks
-from bigkit.checkpoints.as_stored import hold_stack
 from bigkit.checkpoints.codecs import find_codec, find_stack_codec, rows_of
 from bigkit.offload.hooks import hooks_in
 
@@ -304,12 +303,7 @@ def mixture(case: str, bench: Bench) -> Iterator[Row]:
     mixtures.settle()
     yield from bench.measure(case, "RAM, bf16", found)
     bigkit.remove_hook_from_module(found, recurse=True)
-    for name, parts in stored.items():
-        module = found.get_submodule(name)
-        for own, tensors in parts.items():
-            codec = find_stack_codec(own, [own + suffix for suffix in tensors])
-            assert codec is not None
-            hold_stack(module, own, codec, tensors)
+    mixtures.hold_packed(found, stored)
     found = mixtures.in_ram(found)
     mixtures.settle()
     yield from bench.measure(case, f"RAM, {NAMES[case]}", found)

@@ -31,7 +31,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .fits import BLOCK, CODES, layer_misfit
+from .fits import BLOCK, BLOCK_4BIT, CODES, NESTED, layer_misfit
 
 Parts = Mapping[str, Tensor]  # own name -> a tensor as it is stored
 Kinds = Mapping[str, tuple[tuple[int, ...], torch.dtype]]  # own name -> shape and dtype in the file
@@ -39,7 +39,6 @@ Kinds = Mapping[str, tuple[tuple[int, ...], torch.dtype]]  # own name -> shape a
 # What the 16 codes of E2M1 (a sign, two bits of exponent, one of mantissa) stand for, as MXFP4 and NVFP4 use them.
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)  # which of the eight numbers of an int32 is the first, second, ... output
-BLOCK_4BIT, NESTED = 64, 256  # weights that share a scale, and scales that share one, in bitsandbytes' 4-bit formats
 
 
 class Codec(NamedTuple):

@@ -18,6 +18,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from .codecs import Kinds
 
+BLOCK_4BIT, NESTED = 64, 256  # weights that share a scale, and scales that share one, in bitsandbytes' 4-bit formats
 BLOCK = 128  # rows and columns that share a scale, where the grid of scales leaves a choice
 CODES = (torch.float8_e4m3fn, torch.float8_e5m2, torch.int8)
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -92,12 +93,12 @@ def stack_misfit(format: str, shape: Shape, kinds: Kinds) -> str | None:
                         _scales=((count, columns, rows // 32), (torch.uint8,)))  # fmt: skip
     if format == "int8":
         return _differs(kinds, _int8=(shape, (torch.int8,)), _scb=((count, rows), (torch.float32,)))
-    blocks = -(-rows * columns // 64)
+    blocks = -(-rows * columns // BLOCK_4BIT)
     return _differs(
         kinds,
         **{f"_{format.partition('-')[0]}": ((count, rows, columns // 2), (torch.uint8,))},
         _absmax=((count, blocks), (torch.float32, torch.uint8)),
-        _nested_absmax=((count, -(-blocks // 256)), (torch.float32,)),
+        _nested_absmax=((count, -(-blocks // NESTED)), (torch.float32,)),
         _offset=((count,), (torch.float32,)),
     )
 

@@ -25,7 +25,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .codecs import BLOCK_4BIT
+from .fits import BLOCK_4BIT
 
 OPTIONS: dict[str, Any] = {"enable_fp_fusion": False}  # a product is rounded before anything is added to it
 PROGRAMS = 264  # that read out of RAM at once: two for each processor of an H100 keep the link busy, and leave room

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..machine.roofline import Operation
+from ..model.experts import visited
 from ._torch import ATTENTION, GROUPED_MM, TO_COPY, UNSAFE_VIEW, aten, fake_device, flop_formula, packet_of
 from .attention import TILE, attention_flops
 
@@ -97,7 +98,7 @@ def _bytes_of_chosen_experts(rows: Tensor, experts: Tensor) -> int:
 
 def _chosen(rows: int, experts: int) -> float:
     """How many of the experts some row meets, by chance."""
-    return experts * (1 - (1 - 1 / experts) ** rows)
+    return experts * visited(rows, 1, experts)
 
 
 def _scattered(func: Any, packet: Any, inputs: Sequence[Tensor], output: Tensor) -> int:

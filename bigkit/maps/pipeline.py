@@ -26,9 +26,8 @@ from ..model.pipeline import Component, PipelineSpec
 from ..units import format_bytes, parse_bytes, text_table
 from .plan import Plan
 from .strategies import place
-from .task import read_budgets
+from .task import SLOTS, read_budgets
 
-SLOTS = 2  # blocks in flight, of what comes by block
 STEPS = 30  # passes of a denoiser for one image
 AWAY = ("cpu", "disk")
 TRIED = 20  # ways of which blocks are placed: how they fit is known only then
@@ -281,12 +280,11 @@ def _placed(trial: _Trial, overhead: int, budgets: Mapping[Device, int | None]) 
     plans: list[tuple[Plan | None, Device]] = []
     ram = trial.ram
     for one, (how, gpus), room in zip(trial.components, trial.ways, trial.room):
-        size = one.weights
         plan = _by_block(one, how, gpus, room, ram, budgets["disk"]) if how in ("by block", "split") else None
-        in_ram = ram is None or size <= ram
+        in_ram = ram is None or one.weights <= ram
         plans.append((plan, "cpu" if in_ram else "disk"))
         if how == "by block" and ram is not None:
-            ram -= plan.used.get("cpu", 0) if plan else size * in_ram
+            ram -= plan.used.get("cpu", 0) if plan else one.weights * in_ram
     always = [_stays(plan) if plan else {} if how == "by block" else dict(room)
               for (plan, _), room, (how, _) in zip(plans, trial.room, trial.ways)]  # fmt: skip
     components = []
@@ -296,8 +294,7 @@ def _placed(trial: _Trial, overhead: int, budgets: Mapping[Device, int | None]) 
             for gpu in budgets if gpu not in AWAY
         }  # fmt: skip
         away = dict.fromkeys((layer.name for layer in one.layers), rests) if how == "by block" else {}
-        size = one.weights
-        components.append(PlacedComponent(one.name, one.phase, how, gpus, size, one.working, peaks, plan, away))
+        components.append(PlacedComponent(one.name, one.phase, how, gpus, one.weights, one.working, peaks, plan, away))
     return tuple(components)
 
 

@@ -68,9 +68,7 @@ class Recorded:
 
     def __init__(self, layers: Sequence[Sequence[Sequence[int]]]) -> None:
         self.layers, self.passed = layers, [0] * len(layers)
-        self.latest: dict[
-            int, list[int]
-        ] = {}  # number of a unit -> what was read last, one token's choice after another
+        self.latest: dict[int, list[int]] = {}  # number of a unit -> what was read last, token after token
 
     def next(self, unit: int, tokens: int) -> list[int]:
         """The experts of a unit that the next tokens chose."""

@@ -42,9 +42,7 @@ def keep_other_form(weight: Weight, value: Tensor) -> None:
     part.on_cpu().copy_(value.detach())
     meta = torch.empty_strided(part.shape, part.stride, dtype=part.dtype, device="meta")
     for lender in lenders:
-        for slot in lender.slots:
-            lender.lane.finish(slot)
-        lender.slots, lender.own_slots, lender.holder = [], {}, {}
+        lender.let_go()
     for same in group:
         same.template = twin(same.template, meta) if isinstance(same.template, nn.Parameter) else meta
         same.parts = {"": replace(part)}

@@ -40,8 +40,7 @@ def dispatch_pipeline(
 
     Returns:
         The pipeline. What came for a phase, and the place for blocks in flight, stays on its GPU until another
-        component works there. Outputs of all
-        components are on the plan's first GPU.
+        component works there. Outputs of all components are on the plan's first GPU.
 
     Raises:
         ValueError: the plan names a component that the pipeline has not.
@@ -77,9 +76,7 @@ def dispatch_pipeline(
 def give_slots_back(streamer: Streamer) -> None:
     """Let go of the memory for blocks in flight, until a block is needed again."""
     with streamer.lock:
-        for slot in streamer.slots:
-            streamer.lane.finish(slot)
-        streamer.slots, streamer.holder = [], {}
+        streamer.let_go()
 
 
 class Begins(ModelHook):

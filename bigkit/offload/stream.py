@@ -151,8 +151,7 @@ class Streamer:
             self._tell("work", unit)
 
     def _borrowed(self, unit: Unit) -> Views:
-        loan = self._loan_of(unit)  # there is one if the unit calls itself
-        if loan is not None:
+        if (loan := self._loan_of(unit)) is not None:  # the unit calls itself
             return loan.views
         self.sites[unit.index].take_in_changes()
         return self._bring(unit)
@@ -351,12 +350,17 @@ class Streamer:
 
         Where pages are lent every unit has one, without memory.
         """
-        if unit.index not in self.own_slots:
-            slot = self.lane.slot(0 if self.maps else unit.nbytes)
+        if (slot := self.own_slots.get(unit.index)) is None:
+            slot = self.own_slots[unit.index] = self.lane.slot(0 if self.maps else unit.nbytes)
             slot.owner = unit
             self.slots.append(slot)
-            self.own_slots[unit.index] = slot
-        return self.own_slots[unit.index]
+        return slot
+
+    def let_go(self) -> None:
+        """Give back the memory of all slots, until a unit is needed again; none is lent."""
+        for slot in self.slots:
+            self.lane.finish(slot)
+        self.slots, self.own_slots, self.holder = [], {}, {}
 
     def _empty(self, slot: Slot) -> None:
         self.lane.finish(slot)

@@ -119,10 +119,9 @@ class Table:
         """Take over what the host knows, if it knows more."""
         if self.current:
             return
-        experts, rows = [*self.kept.row_of], [*self.kept.row_of.values()]
         row_of, owner = [-1] * self.kept.experts, [-1] * self.kept.count
         used = [row - self.kept.count for row in range(self.kept.count)]
-        for time, (expert, row) in enumerate(zip(experts, rows)):
+        for time, (expert, row) in enumerate(self.kept.row_of.items()):
             row_of[expert], owner[row], used[row] = row, expert, time
         self.row_of.copy_(torch.tensor(row_of, dtype=torch.int32))
         self.owner.copy_(torch.tensor(owner, dtype=torch.int32))

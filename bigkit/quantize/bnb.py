@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..checkpoints.codecs import NESTED
+from ..checkpoints.fits import NESTED
 from ..offload.codec import CODECS, TensorCodec
 from . import _bnb
 

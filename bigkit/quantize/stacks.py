@@ -21,7 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from ..checkpoints.as_stored import hold_stack
-from ..checkpoints.codecs import BLOCK_4BIT, NESTED, STACK_CODECS, StackCodec
+from ..checkpoints.codecs import STACK_CODECS, StackCodec
+from ..checkpoints.fits import BLOCK_4BIT, NESTED
 from ..meta.skeleton import spec_from_module
 from ..model.precision import is_named, quantized_stacks
 from .bnb import quantized, take_apart

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..checkpoints.codecs import NESTED
+from ..checkpoints.fits import NESTED
 from ..checkpoints.format import CheckpointError
 from .bnb import bitsandbytes, int4_weight, int8_weight, take_apart
 

@@ -1,9 +1,11 @@
 """Streaming: whatever the order of use, the slots, the exceptions and the edits, the output is the whole model's."""
 
 import copy
+import gc
 import subprocess
 import sys
 import threading
+import weakref
 
 import pytest
 import torch
@@ -17,6 +19,7 @@ from bigkit.checkpoints.save import save_model
 from bigkit.maps.partition import spread
 from bigkit.offload.dispatch import dispatch_model
 from bigkit.offload.grouping import handles
+from bigkit.offload.lenders import streamers_in
 from bigkit.offload.load_and_dispatch import load_checkpoint_and_dispatch
 from bigkit.offload.one_place import cpu_offload, disk_offload
 from tests.spread import STAND_IN, Block, Net, check_at_rest, memory_beside_disk, same, spread_ways
@@ -407,3 +410,20 @@ def test_what_the_model_itself_holds_keeps_no_slot_from_its_blocks() -> None:
                 assert events.index(("fetch", f"h.{after}")) < events.index(("return", f"h.{before}"))
     assert [slot.base.numel() for slot in streamer.slots if slot.owner is not None] == [512]
     assert sum(slot.owner is None for slot in streamer.slots) == 2
+
+
+@torch.no_grad()
+def test_memory_that_is_let_go_is_made_anew():
+    """Slots for any unit, and those for one alone."""
+    net = Played(3, tied=False)
+    whole, steps = copy.deepcopy(net), [("call", 0), ("call", 1), ("head", 0)]
+    found = dispatch_model(net, {"": "cpu"}, 0, stand_in=STAND_IN)
+    assert torch.equal(found(X, steps), whole(X, steps))
+    (streamer,) = streamers_in(found)
+    before = [weakref.ref(slot) for slot in streamer.slots]
+    assert {slot.owner is None for slot in streamer.slots} == {True, False}
+    streamer.let_go()
+    gc.collect()
+    assert not streamer.slots and not any(slot() for slot in before)
+    assert torch.equal(found(X, steps), whole(X, steps))
+    assert {id(slot) for slot in streamer.holder.values()} <= {id(slot) for slot in streamer.slots}
