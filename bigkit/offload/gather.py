@@ -26,7 +26,6 @@ from ..checkpoints.codecs import kernels_for
 from ..checkpoints.ring import Slab
 from ._torch import detect_fake_mode
 from .experts import ExpertStreamer
-from .on_device import DeviceRows
 from .rows import bytes_of_one
 from .stream import Views
 from .table import Table, can_look_up, form_of
@@ -121,10 +120,10 @@ class GatherStreamer(ExpertStreamer):
         self._served.add(unit.index)
         return self._lend_objects(unit, table.lent)
 
-    def _on_device(self, unit: Unit, rows: list[int]) -> DeviceRows:
+    def _on_device(self, unit: Unit, rows: list[int], choice: Tensor) -> tuple[Slot, Tensor]:
         if unit.index in self.tables:
             self.tables[unit.index].read()
-        return super()._on_device(unit, rows)
+        return super()._on_device(unit, rows, choice)
 
     def _clear_device(self, unit: Unit) -> None:
         table = self.tables.get(unit.index)

@@ -145,14 +145,11 @@ class Pieces:
         return self.slots[self.turn]
 
     def _fill(self, slot: Slot, unit: Unit, numbers: Sequence[int], experts: Sequence[int], starts: list[int]) -> None:
-        each = len([part for part in unit.parts() if part.nbytes])
-        brought = self.streamer.in_ram(unit, [*experts])
-        wanted: list[Part] = []
-        for place in range(len(experts)):
-            for number, start in zip(numbers, starts):
-                part = brought[place * each + number]
-                wanted.append(replace(part, offset=start + place * part.nbytes))
-        rows, slot.unit = Rows(unit, wanted), unit
+        brought, wanted = [*self.streamer.in_ram(unit, [*experts])], list[Part]()
+        for number, start in zip(numbers, starts):
+            own = brought[number * len(experts) : (number + 1) * len(experts)]
+            wanted += [replace(part, offset=start + place * part.nbytes) for place, part in enumerate(own)]
+        rows, slot.unit = Rows(unit, wanted, sum(part.nbytes for part in wanted)), unit
         self.streamer.lane.fill(slot, rows)  # type: ignore[arg-type]
         self.streamer.tell_fetch(unit, -1, rows.nbytes)
         self.streamer.lane.arrive(slot)

@@ -108,14 +108,15 @@ class CudaLane(PlainLane):
 
     def fill(self, slot: Slot, unit: Unit) -> None:
         self.stream.wait_event(slot.free)
-        moves = unit.moves()
+        jobs: list[_Job] = []
         with torch.cuda.stream(self.stream):
-            for move in moves:
+            for move in unit.moves():
                 if move.slab is not None and move.slab.pinned:
                     target = slot.base[move.offset : move.offset + move.nbytes]
                     target.copy_(move.slab.bytes[move.at : move.at + move.nbytes], non_blocking=True)
+                else:
+                    jobs += _cut(move)
             slot.ready.record(self.stream)
-        jobs = [job for move in moves if move.slab is None or not move.slab.pinned for job in _cut(move)]
         if jobs:
             self._ring = self._ring or Ring(CHUNK, count_readers() + RING - READERS)
             shared = iter(jobs)

@@ -217,9 +217,15 @@ def test_bytes_that_travel_are_those_of_the_chosen(monkeypatch):
     streamer = streamer_of(found)
     moved = []
     fill = streamer.lane.fill
-    monkeypatch.setattr(
-        streamer.lane, "fill", lambda slot, unit: (moved.append(sum(p.nbytes for p in unit.parts())), fill(slot, unit))
-    )
+
+    def counted(slot, unit):
+        moves = [*unit.moves()]
+        unit.moves = lambda: iter(moves)
+        moved.append(sum(part.nbytes for move in moves for part in move.parts))
+        assert moved[-1] == unit.nbytes, "what listeners and dry runs are told"
+        fill(slot, unit)
+
+    monkeypatch.setattr(streamer.lane, "fill", counted)
     one = streamer.units[0].nbytes // COUNT
     with torch.no_grad():
         found(torch.tensor([[1]]))
@@ -302,8 +308,8 @@ def test_moves_are_the_chosen_rows_and_nothing_between():
     model = made(gpt_oss)
     unit = streamer_of(dispatch_model(model, apart(model, "cpu"), stand_in={0: "cpu"})).units[0]
     for rows, pieces in (([0, 1, 2], 4), ([1, 3, 4, 7], 12), ([6], 4)):
-        parts = [part for own in rows_of(unit, rows).values() for part in own]
-        moves = Rows(unit, parts).moves()
+        parts = [*rows_of(unit, rows)]
+        moves = [*Rows(unit, parts, unit_bytes(unit) * len(rows)).moves()]
         assert len(moves) == pieces, "a piece for each parameter and stretch of neighbours"
         assert sum(move.nbytes for move in moves) == sum(part.nbytes for part in parts) == unit_bytes(unit) * len(rows)
         slot = torch.zeros(unit.nbytes, dtype=torch.uint8)
