@@ -118,7 +118,7 @@ def in_ram(model: nn.Module, **options: Any) -> nn.Module:
 
 def fewer(new: int, batch: int) -> int:
     """How many tokens to decode: steps of several sequences are long, and alike."""
-    return new if batch == 1 else max(6, new // 2)
+    return new if batch == 1 else max(7, new // 3)
 
 
 def settle() -> None:
@@ -449,7 +449,7 @@ def accelerate(model: nn.Module, vocabulary: int) -> dict[str, Any]:
     model = model.to("cpu")
     settle()
     found = dispatch_model(model, {**places, **dict.fromkeys(experts_in(model), "cpu")}, main_device=0)
-    rate, _, _ = decode(found, 1, 4, vocabulary, warm=False)
+    rate, _, _ = decode(found, 1, 3, vocabulary, warm=False)
     return row("accelerate", 1, rate)
 
 
