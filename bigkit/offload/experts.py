@@ -74,8 +74,7 @@ class ExpertStreamer(Streamer):
         super().__init__(device, units, PlainLane(device) if on_pages else None, **options)
         self.on_pages = on_pages
         self.counts = [count_rows(unit.module) for unit in units]  # experts of each
-        self.cache = ExpertCache(cache)
-        self.cache.serve(self.units)
+        self.cache = ExpertCache(cache, self.units)
         self.filled: dict[int, set[int]] = {}  # index of a unit in a slot -> its experts there; absent: all
         self._wanted: list[int] | None = None
         self._as_is: Slot | None = None  # the slot from which the next unit is lent, without being fetched
@@ -158,6 +157,7 @@ class ExpertStreamer(Streamer):
             self._refuse_nested(unit)
             self._in_pieces = False
             self._bring_rows(unit, self._rows(unit))
+            self.lane.arrive(self.holder[unit.index])
         return super()._borrowed(unit)
 
     def _refuse_nested(self, unit: Unit) -> None:
@@ -266,7 +266,10 @@ class ExpertStreamer(Streamer):
         return rows_of(unit, rows)
 
     def _copy(self, unit: Unit, slot: Slot, parts: Iterable[Part], experts: int) -> None:
-        rows = Rows(unit, parts, experts * bytes_of_one(unit))
+        self._fill(unit, slot, parts, experts * bytes_of_one(unit))
+
+    def _fill(self, unit: Unit, slot: Slot, parts: Iterable[Part], nbytes: int) -> None:
+        rows = Rows(unit, parts, nbytes)
         self.lane.fill(slot, rows)  # type: ignore[arg-type]
         self.tell_fetch(unit, self.slots.index(slot) if self.listeners else -1, rows.nbytes)
 

@@ -25,10 +25,10 @@ from ..devices import Device, join
 from ..units import format_bytes
 from .codec import codec_of
 from .grouping import Layout
-from .rows import count_rows
+from .rows import count_rows, starts_of
 from .stream import is_real_cuda
 from .transfer import Slot
-from .weights import ALIGN, Part, Unit
+from .weights import Part, Unit
 
 
 class DeviceRows:
@@ -50,11 +50,7 @@ class DeviceRows:
         self.row_of: OrderedDict[int, int] = OrderedDict()
         self.experts = count_rows(unit.module)
         self._table: Tensor | None = None  # number of an expert -> its row, on the device
-        self.starts: list[int] = []
-        self.nbytes = 0
-        for part in unit.parts():
-            self.starts.append(self.nbytes)
-            self.nbytes += -(-self._shortened(part).nbytes // ALIGN) * ALIGN
+        *self.starts, self.nbytes = starts_of(self._shortened(part).nbytes for part in unit.parts())
 
     def _shortened(self, part: Part) -> Part:
         return replace(part, shape=(self.count, *part.shape[1:]))

@@ -18,6 +18,7 @@ import os
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
+from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +26,7 @@ from torch import Tensor, nn
 from ..checkpoints.ring import Slab
 from .source import Range
 from .transfer import readers
-from .weights import Move, Part, Unit
+from .weights import ALIGN, Move, Part, Unit
 
 Kept = tuple[int, int]  # index of a unit, number of an expert
 
@@ -72,6 +73,11 @@ class Rows:
 
     def madvise(self, advice: int) -> None:
         """Tell the system what is going to happen to the mapped pages of their files."""
+
+
+def starts_of(sizes: Iterable[int]) -> list[int]:
+    """Where tensors of so many bytes begin in a slot, and at last where it ends."""
+    return [*accumulate((-(-size // ALIGN) * ALIGN for size in sizes), initial=0)]
 
 
 def bytes_of_one(unit: Unit) -> int:
@@ -128,14 +134,15 @@ class ExpertCache:
 
     Args:
         most: bytes that are kept between two forwards.
+        units: whose experts they are.
 
     Attributes:
         hits, misses: experts that were there, and that were read, so far.
         bytes_read: bytes that were read, so far.
     """
 
-    def __init__(self, most: int) -> None:
-        self.most = most
+    def __init__(self, most: int, units: Sequence[Unit]) -> None:
+        self.most, self.units = most, units
         self.kept: OrderedDict[Kept, int] = OrderedDict()  # -> its bytes; used last comes last
         self.held = 0
         self.hits = self.misses = self.bytes_read = 0
@@ -188,15 +195,8 @@ class ExpertCache:
 
     def _drop(self, index: int, row: int) -> None:
         self.held -= self.kept.pop((index, row))
-        for start, nbytes in self.stretches[index](row):
-            self._memory[index].drop(start, nbytes)
-
-    def serve(self, units: Sequence[Unit]) -> None:
-        """Know the units: where in a slot the bytes of an expert lie."""
-        self.stretches = {
-            unit.index: lambda row, unit=unit: [(part.offset, part.nbytes) for part in rows_of(unit, [row])]
-            for unit in units
-        }
+        for part in rows_of(self.units[index], [row]):
+            self._memory[index].drop(part.offset, part.nbytes)
 
 
 def _read(parts: Sequence[Part], memory: Tensor) -> int:

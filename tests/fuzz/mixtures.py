@@ -1,22 +1,26 @@
 """A random mixture of experts of Transformers, spread in a random way and used as users do: all drawn from one seed,
 and played on the spread model and on a whole one at once.
 
-On a CPU the device is a stand-in; with a GPU it is that one, whose own account of experts and graphs are met as well.
+On a CPU the device is a stand-in, which passes for a GPU in every second case, its RAM for pinned RAM; with a GPU it is
+that one, whose own account of experts and graphs are met as well.
 """
 
 from __future__ import annotations
 
 import copy
 import random
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 import transformers as tf
 from torch import Tensor, nn
 
 import bigkit
+from bigkit.offload import gather, lenders
 from bigkit.offload.grouping import handles
 from bigkit.offload.handle import Away
 from bigkit.offload.lenders import streamers_in
@@ -45,6 +49,7 @@ class Case(NamedTuple):
     dtype: torch.dtype
     implementation: str
     quantization: str
+    pretends: bool
     steps: list[tuple[str, int]]
 
 
@@ -74,6 +79,7 @@ def draw(seed: int) -> Case:
         dtype=rng.choice([torch.float32, torch.bfloat16]),
         implementation=rng.choice(["batched_mm", "batched_mm", "grouped_mm", "eager"]),
         quantization=rng.choice(["", "", "", "nf4", "int8"]),
+        pretends=rng.random() < 0.5,
         steps=[(rng.choice([*STEPS]), rng.randrange(10**6)) for _ in range(rng.randint(3, 8))],
     )
 
@@ -83,7 +89,8 @@ def check(seed: int, folder: Path, gpu: bool = False) -> None:
     case = draw(seed)
     play = Play(case, folder, gpu)
     try:
-        play.play()
+        with play.pretending() if case.pretends and not gpu else nullcontext():
+            play.play()
     except BaseException as error:
         error.args = (f"mixture of seed {seed} at {play.at}: {error!r}\n{case}\n{play.places}, {play.options}",)
         raise
@@ -124,6 +131,15 @@ class Play:
         model = bigkit.load_and_quantize_model(model, config, device_map={"": self.device})
         return getattr(model, "_orig_mod", model)
 
+    @contextmanager
+    def pretending(self) -> Iterator[None]:
+        """Let the stand-in pass for a GPU."""
+        with (
+            mock.patch.object(lenders, "is_real_cuda", lambda device: device.type == "cpu"),
+            mock.patch.object(gather, "seen_by_gpu", lambda slab, device: slab.bytes[:]),
+        ):
+            yield
+
     def play(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         self.again(random.Random(self.case.seed))
@@ -160,6 +176,9 @@ class Play:
             self.parts, self.places, offload_dir=self.folder / f"rest{rng.random()}", stand_in=self.stand_in,
             **self.options,
         )  # fmt: skip
+        for streamer in streamers_in(self.parts) if self.case.pretends and not self.gpu else ():
+            for part in (part for unit in streamer.units for part in unit.parts() if part.slab is not None):
+                part.slab.pinned, part.slab._release = True, lambda: None
         self.token(rng)
 
     def forward(self, rng: random.Random, rows: int, tokens: int) -> None:
