@@ -26,12 +26,11 @@ from checkpoint import GB, llama, make
 from torch import Tensor, nn
 
 import bigkit
-from bigkit.maps.on_cpu import FEW
+from bigkit.maps.on_cpu import FEW, Reading, best_count
 from bigkit.measure.links import measure_together
-from bigkit.offload.hooks import hooks_in
-from bigkit.offload.on_cpu import MlpHook
 
 NEW, BYTES = 8, 450 * 10**6  # tokens that are generated; bytes that files of a block take, at most
+PYTHON = 0.7e-3  # seconds in which Python starts the steps of a block
 
 
 def random_layers(model: nn.Module) -> dict[str, Tensor]:
@@ -173,14 +172,12 @@ def cpu(table: Any, layers: int, state: dict[str, Tensor], cores: int, run: Run)
     mlp = sum(tensor.nbytes for name, tensor in state.items() if ".layers.0.mlp." in name)
     if not run.expected:
         run("in RAM, streamed", bigkit.cpu_offload(filled(layers, state), 0), size)
-    for count, slots, spare in ((21, 3, (0,)), (23, 4, (0, 1)), (24, 4, (0,))):
-        count = count * layers // 32
-        model = bigkit.cpu_offload(filled(layers, state), 0, on_cpu=count * mlp, slots=slots)
-        for threads in (max(1, len(allowed) - cores_left) for cores_left in spare):
-            for part in model.modules():
-                for hook in hooks_in(part):
-                    if isinstance(hook, MlpHook):
-                        hook.threads = threads
-            run("in RAM, MLPs on the CPU", model, size, FEW, count=count, slots=slots, threads=threads)
+    readings = [Reading(threads, own, other) for threads, own, other in reads["bfloat16"]]
+    ways = {slots: best_count(layers, mlp, size, PYTHON * layers, readings, slots) for slots in (3, 4)}
+    for slots, (count, reading, seconds) in sorted(ways.items(), key=lambda way: way[1][2]):
+        options = {"on_cpu": count * mlp, "cpu_threads": reading.threads, "slots": slots}
+        model = bigkit.cpu_offload(filled(layers, state), 0, **options)
+        run("in RAM, MLPs on the CPU", model, size, FEW, count=count, slots=slots, threads=reading.threads,
+            predicted_s=seconds)  # fmt: skip
         del model
         clean()
