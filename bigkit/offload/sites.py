@@ -17,12 +17,10 @@ from torch import Tensor, nn
 from ._torch import in_functional_call, stop_watching
 from .handle import Away
 from .outside import Outside, settled, take_news
-from .weights import Unit, Weight
+from .weights import Place, Unit, Weight
 
 if TYPE_CHECKING:
     from .stream import Streamer
-
-Place = tuple[nn.Module, str, bool]  # a module, the own name of a tensor in it, whether it is a buffer
 
 
 class Entry(NamedTuple):
