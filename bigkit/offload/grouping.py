@@ -23,7 +23,6 @@ from ..model.experts import experts_of
 from .codec import codec_of
 from .handle import Away
 from .inputs import torch_device
-from .sites import tensors_of
 from .stream import is_real_cuda
 from .weights import Place, Weight
 
@@ -132,12 +131,6 @@ def records(model: nn.Module) -> list[Record]:
                 seen.add((id(module), own))
                 by_name[owner].places[name] = (module, own, buffer)
     return [*by_name.values()]
-
-
-def put(places: Iterable[Place], tensor: Tensor) -> None:
-    """Make places refer to a tensor."""
-    for place in places:
-        tensors_of(place)[place[1]] = tensor
 
 
 def experts_in(model: nn.Module) -> set[int]:

@@ -28,10 +28,10 @@ from ..meta.empty import twin
 from ..units import listed
 from ._torch import is_fake, stop_watching
 from .codec import PLAIN, codec_of, on_device
-from .grouping import Cut, Group, Layout, Record, put, records
+from .grouping import Cut, Group, Layout, Record, records
 from .mapped import PageLane
 from .outside import known, settled, take_news
-from .sites import has_handles, tensors_of
+from .sites import has_handles, put, tensors_of
 from .source import Joined, Source
 from .stream import Streamer
 from .transfer import readers
@@ -285,17 +285,12 @@ class _Mover:
 
     def _rest_on_disk(self, weights: list[tuple[Weight, Parts]]) -> None:
         """Point parts to the files that hold them, after writing what is in none."""
-        all_parts = [
-            (weight.parts[suffix], join(weight.name, suffix), data)
-            for weight, parts in weights
-            for suffix, data in parts.items()
-        ]
-        in_no_file = {name: data for _, name, data in all_parts if isinstance(data, Tensor)}
+        every = [(weight, suffix, data) for weight, parts in weights for suffix, data in parts.items()]
+        in_no_file = {join(weight.name, own): data for weight, own, data in every if isinstance(data, Tensor)}
         written = self.origins.write(in_no_file) if in_no_file else {}
-        for part, name, data in all_parts:
-            stored = written[name] if isinstance(data, Tensor) else data
-            part.stride, part.at = _strides(part.shape), 0 if stored.pieces else stored.offset
-            part.source = self.origins.source(stored.file, stored.pieces)
+        for weight, suffix, data in every:
+            stored = written[join(weight.name, suffix)] if isinstance(data, Tensor) else data
+            weight.parts[suffix] = _unplaced(stored, self.origins.source(stored.file, stored.pieces))
 
     def _fill(self, unit: Unit, values: list[dict[str, Tensor]], inside: Iterable[Record]) -> None:
         """Give a unit its RAM, and let go of what the model held."""
