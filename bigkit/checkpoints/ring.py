@@ -90,8 +90,9 @@ class Slab:
         self._release: Callable[[], Any]  # set when it is pinned
 
     def pin(self, filled: bool = False) -> None:
-        """Pin the RAM if it should be; what has been written to it stays. Where pinning is refused the same copies work,
-        only slower.
+        """Pin the RAM if it should be; what has been written to it stays.
+
+        Where pinning is refused the same copies work, only slower.
 
         Args:
             filled: all of it has been written to, so that its pages exist; else they are made first, which is faster
