@@ -119,10 +119,8 @@ class CudaLane(PlainLane):
             slot.ready.record(self.stream)
         if jobs:
             self._ring = self._ring or Ring(CHUNK, count_readers() + RING - READERS)
-            shared = iter(jobs)
-            slot.pending = [
-                readers().submit(self._carry, self._ring, shared, slot.base) for _ in jobs[: count_readers()]
-            ]
+            given = self._carry, self._ring, iter(jobs), slot.base
+            slot.pending = [readers().submit(*given) for _ in jobs[: count_readers()]]
 
     def _carry(self, ring: Ring, jobs: Iterator[_Job], base: Tensor) -> None:
         """One reader's work: fill chunks of the ring and queue their copies, until no job is left."""
