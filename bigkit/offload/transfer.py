@@ -119,7 +119,7 @@ class CudaLane(PlainLane):
             slot.ready.record(self.stream)
         if jobs:
             self._ring = self._ring or Ring(CHUNK, count_readers() + RING - READERS)
-            given = self._carry, self._ring, iter(jobs), slot.base
+            given: Any = self._carry, self._ring, iter(jobs), slot.base
             slot.pending = [readers().submit(*given) for _ in jobs[: count_readers()]]
 
     def _carry(self, ring: Ring, jobs: Iterator[_Job], base: Tensor) -> None:
