@@ -52,18 +52,19 @@ from bigkit import init_empty_weights
 from bigkit.dryrun.fake_bnb import config_of, fill_quantized, quantize_empty
 from bigkit.dryrun.result import DryRun
 from bigkit.dryrun.run import dry_run
-from bigkit.dryrun.workload import Workload, fill
+from bigkit.dryrun.workload import Workload, at_random, fill
 from bigkit.machine.hardware import GPUS, Hardware
 from bigkit.machine.ledger import Calibration, HostStep, Twin
 from bigkit.measure.allocations import settle
 from bigkit.measure.twin import LOAD, SINGLE, issued_in, timed, twin_of
 from bigkit.offload.dispatch import dispatch_model
+from bigkit.offload.lenders import streamers_in
 from bigkit.zoo._transformers import from_config
 
 BATCHES, PROMPTS, NEW = (1, 3, 32), (1, 100, 777, 1900), (1, 4, 16, 32)
 TYPES = 40
 TOKENS = 5  # that are generated when times are taken
-LEAST, MOST, EACH = 5, 15, 2.0  # runs of a model that count, and seconds for them
+LEAST, MOST, EACH = 5, 15, 2.5  # runs of a model that count, and seconds for them
 WEIGHTS, MOST_BLOCKS, MOST_TOKENS = 10e9, 40, 32 * 777
 SEEN = {  # in the table of dryrun.py, or measured while the code was changed
     "llama", "bloom", "gpt2", "mixtral", "deepseek_v3", "gemma2", "t5", "opt", "mistral", "qwen3", "qwen3_moe",
@@ -73,6 +74,7 @@ SEEN = {  # in the table of dryrun.py, or measured while the code was changed
 LOOPS = ("mamba", "falcon_mamba", "jamba", "recurrent_gemma", "rwkv", "xlstm", "minimax")  # over tokens, in Python
 RATES = Path(__file__).parent / "results" / "dryrun.json"  # of an H200, measured before
 DRAWS = [Path(__file__).parent / "results" / f"held-out{number}.json" for number in ("", "-2")]  # the earlier ones
+DEVICE = "cuda"
 DEPTHS = ("num_hidden_layers", "encoder_layers", "decoder_layers", "num_layers", "num_decoder_layers",
           "num_encoder_layers", "n_layer", "n_layers")  # fmt: skip
 
@@ -208,13 +210,22 @@ def places_of(case: dict[str, Any], model: nn.Module) -> dict[str, int | str]:
     return places | {f"{name}.{i}": "cpu" if i % 2 else 0 for i in range(len(blocks))}
 
 
+def in_blocks(empty: torch.Tensor, device: torch.device) -> nn.Parameter:
+    """Random values; in RAM, where they take long to draw, a million of them again and again."""
+    if device.type != "cpu":
+        return at_random(empty, device)
+    values = (0.02 * torch.randn(2**20)).to(empty.dtype)
+    data = values.repeat(-(-empty.numel() // values.numel()))[: empty.numel()].reshape(empty.shape)
+    return nn.Parameter(data, requires_grad=False)
+
+
 def put(case: dict[str, Any], model: nn.Module) -> nn.Module:
     """Give a case's model memory."""
     if kind := case.get("quantization"):
         how = config_of(kind, "bfloat16")
         return fill_quantized(quantize_empty(model, how), {"": 0}, torch.device("cuda", 0), how)
     places = places_of(case, model)
-    fill(model, places)
+    fill(model, places, in_blocks)
     return dispatch_model(model, places, 0) if len({*places.values()}) > 1 else model
 
 
@@ -235,7 +246,7 @@ def measure(case: dict[str, Any], write: Callable[[dict[str, Any]], None]) -> st
     before = torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
     torch.cuda.reset_peak_memory_stats()
     model = put(case, model)
-    first = timed(model, load, "cuda")
+    first = timed(model, load, DEVICE)
     peak = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
     write({"before": before, "peak": peak, "first": first})
     few = replace(load, new=min(load.new, TOKENS))
@@ -244,9 +255,11 @@ def measure(case: dict[str, Any], write: Callable[[dict[str, Any]], None]) -> st
     twin = None if narrow is None else put(alone, narrow)
     start = time.perf_counter()
     while len(steps) < 1 + LEAST or (len(steps) < 1 + MOST and time.perf_counter() - start < EACH):
-        steps.append(timed(model, few, "cuda"))
+        for streamer in streamers_in(model):
+            streamer.let_go()  # each prompt finds what rests in RAM there, as the dry run's
+        steps.append(timed(model, few, DEVICE))
         for name in loads if twin is not None else ():
-            beside[name].append(timed(twin, loads[name], "cuda"))
+            beside[name].append(timed(twin, loads[name], DEVICE))
     beside = {name: runs[1:] for name, runs in beside.items()}
     write({"steps": steps[1:], "beside": beside})  # the first one chooses kernels
     return f"{peak[0] / 1e9:.2f} GB allocated, model {shown(steps[1:])}; twin {shown(beside['twin'])}"
@@ -256,7 +269,7 @@ def repeated(model: nn.Module, load: Workload, seconds: float) -> list[Any]:
     """Steps of a model's runs, at least `LEAST`, after two that do not count."""
     start, runs = time.perf_counter(), []
     while len(runs) < 2 + LEAST or (len(runs) < 2 + MOST and time.perf_counter() - start < seconds):
-        runs.append(timed(model, load, "cuda"))
+        runs.append(timed(model, load, DEVICE))
     return runs[2:]
 
 
@@ -307,8 +320,7 @@ def measure_all(source: Path, path: Path, part: tuple[int, int], seconds: float)
 
     def machine() -> None:
         cores, name = len(os.sched_getaffinity(0)), torch.cuda.get_device_name(0)
-        versions = {"torch": torch.__version__, "transformers": transformers.__version__}
-        write({"machine": {"gpu": name, "cores": cores, **versions, "cudnn": torch.backends.cudnn.version()}})
+        write({"machine": {"gpu": name, "cores": cores, **versions(), "cudnn": torch.backends.cudnn.version()}})
         say(f"{name}, {cores} cores")
 
     in_a_process(machine, 60)
@@ -326,6 +338,11 @@ def measure_all(source: Path, path: Path, part: tuple[int, int], seconds: float)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # On any machine
+
+
+def versions() -> dict[str, str]:
+    """Of what a dry run follows: it does what this PyTorch does, which another one may do otherwise."""
+    return {"torch": torch.__version__.partition("+")[0], "transformers": transformers.__version__}
 
 
 def issued_of(run: DryRun) -> list[int]:
@@ -362,7 +379,7 @@ def foretell_all(source: Path, folder: Path, part: tuple[int, int]) -> None:
         except Exception as error:
             said = line = f"{type(error).__name__}: {error}"[:600]
         with gzip.open(path, "wb") as file:
-            pickle.dump(said, file)
+            pickle.dump((versions(), said), file)
         print(f"{key_of(case)}  {line}  ({time.perf_counter() - start:.1f} s)", flush=True)
 
 
@@ -384,10 +401,12 @@ def twin_from(case: dict[str, Any], rows: dict[str, Any], issued: list[int], sin
     )
 
 
-def predicted(case: dict[str, Any], folder: Path) -> dict[str, Any]:
+def predicted(case: dict[str, Any], folder: Path, machine: dict[str, str]) -> dict[str, Any]:
     """What a dry run said of a case, with the twin of the first stage, with the twin beside it, and without any."""
     with gzip.open(folder / f"{key_of(case).replace('/', '_').replace(' ', '_')}.gz") as file:
-        said = pickle.load(file)
+        by, said = pickle.load(file)
+    if by != machine:
+        raise SystemExit(f"{key_of(case)} was foretold with {by} and measured with {machine}: foretell it with these")
     if isinstance(said, str):
         return {"error": said}
     guess, issued, single = said
@@ -425,7 +444,7 @@ def compare_all(source: Path, folder: Path, paths: list[Path], save: Path | None
     for key, case in cases.items():
         if key in late:
             continue
-        case["predicted"] = predicted(case, folder)
+        case["predicted"] = predicted(case, folder, {name: machine[name] for name in versions()})
         print(f"{key:44} not measured: {case['error'][:120]}" if "error" in case else row_of(case), flush=True)
     rows = [case for key, case in cases.items() if key not in late]
     print(summary(rows), f"\nnot reached: {', '.join(late) or 'none'}")
