@@ -104,10 +104,10 @@ def torch_places(device_map: Mapping[str, Device]) -> Callable[[str], torch.devi
     return place
 
 
-def at_random(empty: Tensor, device: torch.device) -> nn.Parameter:
-    """A parameter like an empty tensor, with random values of a standard deviation of 0.02; whole numbers are 0."""
+def at_random(empty: Tensor, device: torch.device, std: float = 0.02) -> nn.Parameter:
+    """A parameter like an empty tensor, with random values of a standard deviation; whole numbers are 0."""
     data = torch.empty(empty.shape, dtype=empty.dtype, device=device)
-    data.normal_(0, 0.02) if data.is_floating_point() and data.element_size() > 1 else data.zero_()
+    data.normal_(0, std) if data.is_floating_point() and data.element_size() > 1 else data.zero_()
     return nn.Parameter(data, requires_grad=False)
 
 
