@@ -21,7 +21,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Hashable, Iterable, Mapping, Sequence
-from itertools import accumulate, product
+from itertools import product
 from typing import NamedTuple
 
 from ..devices import Device, whole_on
@@ -32,10 +32,10 @@ from ..model.spec import ModelSpec
 from ..units import dtype_name, parse_bytes
 from .experts import plan_apart
 from .own_map import read_map, warn_of_strangers
-from .partition import Chain, last_true, spread
+from .partition import last_true, spread
 from .plan import Plan, PlanError
 from .reasons import cures
-from .task import SLOTS, Task, read_budgets
+from .task import SLOTS, Queue, Task, read_budgets
 
 STRATEGIES = ("auto", "balanced", "balanced_low_0", "sequential", "exact")
 ONE_SLOT = 0.9  # with a single slot copies wait for work: it must leave a tenth less to copy to be worth it
@@ -194,7 +194,7 @@ def _offload(task: Task, strategy: str) -> Plan:
     largest = [unit.largest for unit in task.units]
     sizes = [0, *sorted({*largest}, reverse=True)[:8]]  # units with a layer of so many bytes or more go first
     orders = dict.fromkeys(tuple(sorted(range(len(largest)), key=lambda i: largest[i] < size)) for size in sizes)
-    queues = [_Queue(task, order) for order in orders]
+    queues = [Queue(task, order) for order in orders]
     too_large = task.shelves and sum(task.needs) > sum(max(room, 0) for room in task.rooms(task.context))
     best = nearest = None
     teams = [task.runners, task.runners[:1]][: len(task.runners)]
@@ -227,15 +227,7 @@ def _offload(task: Task, strategy: str) -> Plan:
     return plan
 
 
-class _Queue:
-    """The units in an order in which they may be placed: a chain of their needs, and the largest from each rank on."""
-
-    def __init__(self, task: Task, order: Sequence[int]) -> None:
-        self.order, self.chain = order, Chain([task.needs[i] for i in order])
-        self.largest = [*accumulate((task.units[i].largest for i in reversed(order)), max, initial=0)][::-1]
-
-
-def _fill(task: Task, slots: int, queue: _Queue, workers: Sequence[Device]) -> list[Device]:
+def _fill(task: Task, slots: int, queue: Queue, workers: Sequence[Device]) -> list[Device]:
     """The place of each unit, taken in this order: the runners, then the gaps they leave, then RAM and disk."""
     units, rooms = task.units, task.rooms(task.context)
     order, chain, largest = queue.order, queue.chain, queue.largest

@@ -12,6 +12,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import accumulate
 from operator import attrgetter
 from typing import Any, NamedTuple
 
@@ -401,6 +402,14 @@ class Task:
             experts=next(((one.per_token, one.count) for one in experts), None) if self.around else None,
         )
         return replace(plan, shares=tuple(replace(share, why=why(plan, share)) for share in shares))
+
+
+class Queue:
+    """The units in an order in which they may be placed: a chain of their needs, and the largest from each rank on."""
+
+    def __init__(self, task: Task, order: Sequence[int]) -> None:
+        self.order, self.chain = order, Chain([task.needs[i] for i in order])
+        self.largest = [*accumulate((task.units[i].largest for i in reversed(order)), max, initial=0)][::-1]
 
 
 def read_budgets(max_memory: Mapping[Device, int | str]) -> dict[Device, int | None]:
