@@ -16,7 +16,7 @@ config says: the file is the truth. All decode to the same thing, a weight of th
     int8        bitsandbytes quantizes a linear layer; bigkit writes these (`quantize/stacks.py`)
 
 What PyTorch's operations say here is what a weight is. On a GPU with Triton, kernels do the same in one pass, to the
-same bits (`kernels.py`).
+same bits (`kernels.py`), for all but NVFP4.
 
 Leaves out: which modules hold such tensors, and running them (`as_stored.py`); bitsandbytes' layers (`quantize/`).
 """

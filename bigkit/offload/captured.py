@@ -14,9 +14,9 @@ Leaves out: blocks on disk or in RAM that is not pinned (reader threads bring th
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -34,6 +34,7 @@ from .transfer import CudaLane, Slot
 
 _INSTEAD = "generate outside of bigkit.graph_decode"
 Found = dict[Streamer, dict[int, Slot]]  # index of a unit -> the slot in which a step found it
+Result = TypeVar("Result")
 
 
 def devices_of(model: nn.Module) -> list[torch.device]:
@@ -95,7 +96,6 @@ class Rings:
         self._model = model
         self.streamers = streamers_in(model)
         self.steps_before = max((streamer.count for streamer in self.streamers), default=1)
-        self._held: dict[Streamer, dict[int, Slot]] = {}  # what was in slots when the recording began
         self._first: dict[tuple[str, str], str] = {}  # unit -> what happened to it first
         self._weights: list[Any] = []
         self._tables: list[Any] = []  # accounts of experts on the GPU, when the step was recorded
@@ -145,51 +145,49 @@ class Rings:
         before = {streamer: [*streamer.slots] for streamer in self.streamers}
         events = [(slot, slot.ready, slot.free) for slots in before.values() for slot in slots]
         try:
-            for slot, ready, _ in events:
-                if ready is not None:
-                    slot.ready, slot.free = torch.cuda.Event(), torch.cuda.Event()
-            for streamer in self.streamers:
-                streamer.listeners.append(self._note)
-            yield
-            if any(streamer.slots != slots for streamer, slots in before.items()):
-                raise RuntimeError("it takes other slots than the steps before it took")
+            try:
+                for slot, ready, _ in events:
+                    if ready is not None:
+                        slot.ready, slot.free = torch.cuda.Event(), torch.cuda.Event()
+                for streamer in self.streamers:
+                    streamer.listeners.append(self._note)
+                yield
+                if any(streamer.slots != slots for streamer, slots in before.items()):
+                    raise RuntimeError("it takes other slots than the steps before it took")
+            finally:
+                for streamer in self.streamers:
+                    streamer.listeners = [listener for listener in streamer.listeners if listener != self._note]
+                for slot, ready, free in events:
+                    slot.ready, slot.free = ready, free
         except BaseException:
-            self._give_back(events)
             for streamer in self.streamers:
                 streamer.recover()
                 self._settle(streamer, {})  # whatever copies were recorded, none was made
             raise
-        self._give_back(events)
-
-    def _give_back(self, events: list[tuple[Slot, Any, Any]]) -> None:
-        for streamer in self.streamers:
-            streamer.listeners = [listener for listener in streamer.listeners if listener != self._note]
-        for slot, ready, free in events:
-            slot.ready, slot.free = ready, free
 
     def _note(self, event: Event) -> None:
         self._first.setdefault((event.device, event.unit), event.kind)
 
-    def begin(self) -> None:
-        """The recording has begun, and all copies are done."""
+    def recorded(self, function: Callable[[], Result]) -> tuple[Result, Found]:
+        """Call a function that is being recorded: what it returns, and what it found in slots, which is there again at
+        the recording's end, and nothing else.
+        """
         self._first = {}
-        self._held = {streamer: dict(streamer.holder) for streamer in self.streamers}
+        held = {streamer: dict(streamer.holder) for streamer in self.streamers}
         self._record_events()
-
-    def end(self) -> Found:
-        """The step is recorded: let what it found in slots be there again at its end, and nothing else."""
+        result = function()
         found: Found = {}
         for streamer in self.streamers:
             found[streamer] = own = {
                 i: slot
-                for i, slot in self._held[streamer].items()
+                for i, slot in held[streamer].items()
                 if self._first.get((streamer.name, streamer.units[i].name)) == "work"
             }
             self._wait(streamer)
             self._turn(streamer, own)
             self._settle(streamer, own)
         self._tables = self._accounts()
-        return found
+        return result, found
 
     def _accounts(self) -> list[Any]:
         return [table for one in self.streamers if isinstance(one, GatherStreamer) for table in one.tables.values()]
