@@ -88,7 +88,8 @@ class ModuleSpec:
             name: the full name of this module, by which `precision.keep` and `precision.special` know its parts.
             buffers_only: count buffers alone.
         """
-        sizes, key = self._sizes, (precision.dtype, precision.quantization, buffers_only)
+        sizes: dict[Any, int] = self._sizes
+        key: tuple[Any, ...] = (precision.dtype, precision.quantization, buffers_only)
         if precision.named and (name in precision.around or not precision.named.isdisjoint(prefixes(name))):
             sizes, key = precision.sizes, (self, name, buffers_only)  # the size depends on the name
         if (known := sizes.get(key)) is None:
