@@ -23,7 +23,7 @@ import functools
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
@@ -48,7 +48,9 @@ def graph_decode(model: nn.Module) -> Iterator[Decoder]:
     """Within it, `generate` replays each decode step of a model as one CUDA graph.
 
     The tokens are those of `generate` with a static cache. Hooks and prints in the forward run only while a step is
-    recorded. Weights that are exchanged between two calls of `generate` are seen; within one they must stay.
+    recorded. What is exchanged between two calls of `generate` is seen: weights, modules, hooks, adapters that are
+    switched, numbers and flags of modules, autocast; within one it must stay. Within another one of the same model
+    this is that one.
 
     Args:
         model: a model of Transformers, on one or several GPUs; blocks may rest in pinned RAM.
@@ -70,6 +72,9 @@ def graph_decode(model: nn.Module) -> Iterator[Decoder]:
     generator = next((part for part in model.modules() if hasattr(type(part), "get_compiled_call")), None)
     if generator is None:
         raise ValueError(f"graph_decode needs a model of Transformers, not a {type(model).__name__}: {_NOTHING_ELSE}")
+    if isinstance(around := vars(generator).get("forward"), Decoder):
+        yield around
+        return
     if any(part.training for part in generator.modules()):
         raise ValueError("graph_decode is for inference, and the model is in training mode: call model.eval() first")
     Recording.refuse(devices_of(generator))
@@ -104,6 +109,12 @@ class Decoder:
         self._home: Home | None = None
         self._lock = threading.RLock()
 
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        raise TypeError(
+            f"this {type(self._model).__name__} is within graph_decode and cannot be copied or pickled: do so before, "
+            "or afterwards"
+        )
+
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """`generate` of the model, with a static cache unless another one is given."""
         given = kwargs.get("generation_config")
@@ -118,7 +129,16 @@ class Decoder:
             else:  # `generate` wants options in one place
                 kwargs["generation_config"] = own = copy.deepcopy(given)
                 own.cache_implementation = "static"
+        with self._lock:
+            self._forget_what_is_old()
         return self._generate(*args, **kwargs)
+
+    def _forget_what_is_old(self) -> None:
+        """Let go of recordings of a model that is another one now."""
+        if not self._rings.unchanged():
+            self._home = None
+            refuse_what_waits(self._model)  # it may have been dispatched anew
+            self._rings, self._devices = Rings(self._model), devices_of(self._model)
 
     def get_compiled_call(self, compile_config: Any = None) -> Callable[..., Any]:
         """What `generate` decodes with where it would compile: the model itself."""
@@ -134,12 +154,11 @@ class Decoder:
             return self._as_ever(*args, **kwargs)
         cache, (sequences, tokens) = kwargs[name], _tokens(kwargs)
         with self._lock:
-            if not getattr(cache, "is_initialized", True):
-                self._home = self._home if self._rings.unchanged() else None
-                if self._home is not None:
+            is_new = not getattr(cache, "is_initialized", True)
+            if is_new or tokens != 1:
+                self._forget_what_is_old()
+                if is_new and self._home is not None:
                     self._home.welcome(cache, sequences)
-                return self._as_ever(**kwargs)
-            if tokens != 1:
                 return self._as_ever(**kwargs)
             if not cache.is_compileable:
                 raise ValueError(
@@ -153,8 +172,9 @@ class Decoder:
             key = (name, spec_key(spec), tuple(map(kind_of, leaves)), home.state(), torch.is_inference_mode_enabled())
             step = home.steps.setdefault(key, _Step(self._rings.steps_before))
             if step.before > 0:
-                step.before -= 1
-                return self._as_ever(**kwargs)
+                before, output = home.scalars(), self._as_ever(**kwargs)
+                step.before -= not home.began(before)
+                return output
             if step.recording is None:
                 self._rings.refuse_batch(sequences)
                 self._record(step, home, leaves, spec, name)
@@ -168,8 +188,10 @@ class Decoder:
         return self._forward(*args, **kwargs)
 
     def _bind(self, cache: Any) -> Home:
+        if self._home is not None and self._home.cache() is not cache:
+            self._forget_what_is_old()
         home = self._home
-        if home is None or (home.cache() is not cache and not (home.fits(cache) and self._rings.unchanged())):
+        if home is None or (home.cache() is not cache and not home.fits(cache)):
             self._home = None  # free before there is a new one
             home = self._home = Home(cache)
             self._rings.remember()
