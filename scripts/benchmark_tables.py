@@ -505,6 +505,23 @@ def pipelines() -> Iterable[Iterable[str]]:
         yield r["way"], text(r["seconds"], " s"), *sizes, "yes" if r["equal"] else "no"
 
 
+@table("the same over two GPUs", "an image", "peaks", "predicted", "the same image")
+def pipelines_two() -> Iterable[Iterable[str]]:
+    for r in results("pipelines-two")["rows"]:
+        pairs = (
+            " and ".join(text(r[key] / 1e9) for key in keys if key in r) + " GB"
+            for keys in (("peak", "second_peak"), ("predicted", "second_predicted"))
+        )
+        yield r["way"], text(r["seconds"], " s"), *pairs, "yes" if r["equal"] else "no"
+
+
+@table("training on two GPUs", "kept on each", "predicted", "peak", "predicted peak")
+def training() -> Iterable[Iterable[str]]:
+    for r in results("training")["rows"]:
+        keys = ("kept", "predicted_kept", "peak", "predicted_peak")
+        yield r["way"], *(text(r[key] / 1e9, " GB") for key in keys)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 
 
