@@ -28,6 +28,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..distributed.pipeline import stage_if_any
 from ._torch import tree_flatten, tree_unflatten
 from .captured import Rings, devices_of, refuse_what_waits
 from .recording import Recording
@@ -51,7 +52,9 @@ def graph_decode(model: nn.Module) -> Iterator[Decoder]:
     recorded. Weights that are exchanged between two calls of `generate` are seen; within one they must stay.
 
     Args:
-        model: a model of Transformers, on one or several GPUs; blocks may rest in pinned RAM.
+        model: a model of Transformers, on one or several GPUs; blocks may rest in pinned RAM. Or one that
+            `bigkit.pipeline` has returned: each process replays its stage, and messages stay outside of the graph.
+            Enter it on every process; within `map_in_flight` each group under way has a recording and a cache.
 
     Yields:
         What counts the steps: `captured`, `replayed`, and `eager` ones (of prompts and before a capture).
@@ -74,13 +77,19 @@ def graph_decode(model: nn.Module) -> Iterator[Decoder]:
         raise ValueError("graph_decode is for inference, and the model is in training mode: call model.eval() first")
     Recording.refuse(devices_of(generator))
     refuse_what_waits(generator)
-    decoder = Decoder(generator)
-    replaced = {"forward": decoder, "generate": decoder.generate, "get_compiled_call": decoder.get_compiled_call}
+    decoder, stage = Decoder(generator), stage_if_any(generator)
+    replaced: dict[str, Any] = {"generate": decoder.generate, "get_compiled_call": decoder.get_compiled_call}
+    if stage is None:
+        replaced["forward"] = decoder
+    else:  # messages are no part of a graph
+        stage.compute = decoder
     before = {name: vars(generator)[name] for name in replaced if name in vars(generator)}
     vars(generator).update(replaced)
     try:
         yield decoder
     finally:
+        if stage is not None:
+            stage.compute = stage.local
         for name, own in replaced.items():
             if vars(generator).get(name) is own:
                 del vars(generator)[name]
@@ -97,11 +106,12 @@ class Decoder:
 
     def __init__(self, model: nn.Module) -> None:
         self.captured = self.replayed = self.eager = 0
-        self._model, self._forward = model, model.forward
+        self._stage = stage_if_any(model)
+        self._model, self._forward = model, model.forward if self._stage is None else self._stage.local
         self._generate: Callable[..., Any] = getattr(model, "generate", model.forward)
         functools.update_wrapper(self, model.forward)  # `generate` asks which arguments there are
         self._rings, self._devices = Rings(model), devices_of(model)
-        self._home: Home | None = None
+        self._homes: dict[int, Home] = {}  # of each group of sequences under way
         self._lock = threading.RLock()
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
@@ -126,18 +136,20 @@ class Decoder:
 
     def close(self) -> None:
         """Let go of all graphs. What uses their cache may go on."""
-        self._home = None
+        self._homes.clear()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         name = next((name for name, value in kwargs.items() if hasattr(value, "is_compileable")), None)
         if args or name is None or torch.is_grad_enabled() or self._rings.watched():
             return self._as_ever(*args, **kwargs)
         cache, (sequences, tokens) = kwargs[name], _tokens(kwargs)
+        group = 0 if self._stage is None else self._stage.slot
         with self._lock:
             if not getattr(cache, "is_initialized", True):
-                self._home = self._home if self._rings.unchanged() else None
-                if self._home is not None:
-                    self._home.welcome(cache, sequences)
+                if not self._rings.unchanged():
+                    self._homes.clear()
+                if group in self._homes:
+                    self._homes[group].welcome(cache, sequences)
                 return self._as_ever(**kwargs)
             if tokens != 1:
                 return self._as_ever(**kwargs)
@@ -146,7 +158,7 @@ class Decoder:
                     f"graph_decode needs a cache with fixed addresses, and a {type(cache).__name__} has none: let "
                     f"generate make its own, give a StaticCache, or {_NOTHING_ELSE}"
                 )
-            home = self._bind(cache)
+            home = self._bind(cache, group)
             leaves, spec = tree_flatten({key: value for key, value in kwargs.items() if key != name})
             if any(is_tensor(leaf) and leaf.device not in self._devices for leaf in leaves):
                 return self._as_ever(**kwargs)
@@ -167,11 +179,12 @@ class Decoder:
         self.eager += 1
         return self._forward(*args, **kwargs)
 
-    def _bind(self, cache: Any) -> Home:
-        home = self._home
+    def _bind(self, cache: Any, group: int) -> Home:
+        home = self._homes.get(group)
         if home is None or (home.cache() is not cache and not (home.fits(cache) and self._rings.unchanged())):
-            self._home = None  # free before there is a new one
-            home = self._home = Home(cache)
+            home = None
+            self._homes.pop(group, None)  # free before there is a new one
+            home = self._homes[group] = Home(cache)
             self._rings.remember()
         home.bind(cache)
         return home
