@@ -21,10 +21,10 @@ from torch import Tensor, nn
 
 import bigkit
 from bigkit.offload import gather, lenders
-from bigkit.offload.grouping import handles
 from bigkit.offload.handle import Away
 from bigkit.offload.lenders import streamers_in
 from bigkit.offload.rows import count_rows
+from tests.spread import handles
 
 FAMILIES = {
     "mixtral": (tf.MixtralConfig, tf.MixtralForCausalLM),
