@@ -26,7 +26,8 @@ Leaves out: what is chosen (`choice.py`), and the gather of the GPU itself (`gat
 from __future__ import annotations
 
 import mmap
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -77,22 +78,15 @@ class ExpertStreamer(Streamer):
         self.cache = ExpertCache(cache, self.units)
         self.filled: dict[int, set[int]] = {}  # index of a unit in a slot -> its experts there; absent: all
         self._wanted: list[int] | None = None
-        self._as_is: Slot | None = None  # the slot from which the next unit is lent, without being fetched
+        self._way: Callable[[Unit], Views] | None = None  # how the next unit is brought, if not as any other
         self.rows = [*on_device] or [0] * len(self.units)
         self.on_device: dict[int, DeviceRows] = {}  # index of a unit -> its experts that stay on the device
         self.some: Slot | None = None  # the slot of all large units for a few of their experts
         self.pieces = Pieces(self)
         self.stands: dict[int, Slot] = {}  # index of a unit that is lent in pieces -> a slot without memory
-        self._in_pieces = False  # how the next unit is lent
         self.host_waits = False  # in a dry run, for the router's choice before the next experts are brought
         self.recorded: Recorded | None = None  # in a dry run, what the routers chose once
         self.hits = self.misses = 0  # chosen experts that were on the device, and that were not, so far
-
-    def lend_rows(self, unit: Unit, rows: list[int] | None) -> None:
-        """Like `lend`, for some of the unit's experts; None for all."""
-        with self.lock:
-            self._wanted = rows
-            self.lend(unit)
 
     def lend_for(self, unit: Unit, choice: Tensor | None, implementation: str | None) -> Tensor | None:
         """Like `lend`, for what the experts are called with.
@@ -112,15 +106,13 @@ class ExpertStreamer(Streamer):
         with self.lock:
             few = rows is not None and len(rows) <= self.room(unit)
             if rows is not None and choice is not None and few and in_any_order(choice, implementation):
-                self._as_is, renumbered = self._on_device(unit, rows, choice)
-                self.lend(unit)
-                return renumbered
-            self._in_pieces = self.is_large(unit)
-        if self._in_pieces:
+                slot, renumbered = self._on_device(unit, rows, choice)
+                self._way = partial(self._bring_as_is, slot)
+            else:
+                renumbered = None
+                self._way, self._wanted = (self._bring_pieces, None) if self.is_large(unit) else (None, rows)
             self.lend(unit)
-        else:
-            self.lend_rows(unit, rows)
-        return None
+        return renumbered
 
     def take_in_changes(self, unit: Unit) -> None:
         """Before anything is chosen: what was brought may be of a tensor that the user has replaced."""
@@ -155,7 +147,7 @@ class ExpertStreamer(Streamer):
     def _borrowed(self, unit: Unit) -> Views:
         if self._loan_of(unit) is not None:  # it calls itself, perhaps with another choice
             self._refuse_nested(unit)
-            self._in_pieces = False
+            self._way = None
             self._bring_rows(unit, self._rows(unit))
             self.lane.arrive(self.holder[unit.index])
         return super()._borrowed(unit)
@@ -170,15 +162,9 @@ class ExpertStreamer(Streamer):
         return [*range(self.counts[unit.index])] if rows is None else rows
 
     def _bring(self, unit: Unit) -> Views:
-        in_pieces, self._in_pieces = self._in_pieces, False
-        slot, self._as_is = self._as_is, None
-        if in_pieces:
-            return self._bring_pieces(unit)
-        if slot is not None:
-            if unit.index in self.holder:
-                self._empty(self.holder[unit.index])
-            slot.unit, self.holder[unit.index] = unit, slot
-            return self._bring_alone(unit)
+        way, self._way = self._way, None
+        if way is not None:
+            return way(unit)
         if self._wanted is None and not self.on_pages:
             if unit.index in self.filled:
                 self._empty(self.holder[unit.index])
@@ -191,6 +177,13 @@ class ExpertStreamer(Streamer):
             if self.on_pages and len(rows) * 2 > self.counts[unit.index]:  # a prompt: the next block will want most too
                 for following in self._following(unit, 1):
                     following.madvise(mmap.MADV_WILLNEED)
+
+    def _bring_as_is(self, slot: Slot, unit: Unit) -> Views:
+        """What a slot holds already."""
+        if unit.index in self.holder:
+            self._empty(self.holder[unit.index])
+        slot.unit, self.holder[unit.index] = unit, slot
+        return self._bring_alone(unit)
 
     def _bring_pieces(self, unit: Unit) -> Views:
         """Objects that bring what is asked of them, in the place of the unit's tensors."""
@@ -380,7 +373,7 @@ class ExpertStreamer(Streamer):
     def recover(self) -> None:
         if self.held():
             super().recover()
-            self._wanted, self._as_is, self._in_pieces, self.filled = None, None, False, {}
+            self._wanted, self._way, self.filled = None, None, {}
             self.pieces = Pieces(self)
             for unit in self.units:
                 self._clear_device(unit)

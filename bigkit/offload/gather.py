@@ -80,7 +80,6 @@ class GatherStreamer(ExpertStreamer):
         self.see = seen_by_gpu  # a dry run has its own
         self._accounts: dict[int, bool] = {}  # index of a unit -> `keeps_account`
         self.tables: dict[int, Table] = {}  # index of a unit -> the account of its rows on the GPU
-        self._looked: Table | None = None  # what the next unit is lent by
         self._served: set[int] = set()  # indices of units that are lent so
         self._ended: list[Tensor] = []  # counts of tables that are gone
         self.note: Callable[[Slot, Unit, int], None] | None = None  # in a dry run, what is told of each gather
@@ -111,7 +110,8 @@ class GatherStreamer(ExpertStreamer):
             if unit.index in self.filled:
                 self._empty(self.holder[unit.index])
             if unit.index not in self.holder:  # all of its experts are in a slot, if it is there
-                self._as_is = window = self._window(unit)
+                window = self._window(unit)
+                self._way = partial(self._bring_as_is, window)
                 nbytes = choice.numel() * bytes_of_one(unit)
                 self.tell_fetch(unit, self.slots.index(window), nbytes)
                 if self.note is not None:
@@ -157,21 +157,19 @@ class GatherStreamer(ExpertStreamer):
                 # They are told how much, for which the host waits.
                 missing = int((table.hit == 0).sum())
                 self.tell_fetch(unit, self.slots.index(kept.slot), missing * bytes_of_one(unit))
-            self._looked = table
+            self._way = partial(self._bring_looked_up, table)
             self.lend(unit)
         return choice
 
-    def _bring(self, unit: Unit) -> Views:
-        table, self._looked = self._looked, None
-        if table is None:
-            views = super()._bring(unit)
-            return views if self._others is None else self._arriving(unit, views)
+    def _bring_looked_up(self, table: Table, unit: Unit) -> Views:
         self._served.add(unit.index)
         return self._lend_objects(unit, table.lent)
 
-    def _arriving(self, unit: Unit, views: Views) -> Views:
-        """What is lent, with stacks that are waited for in the place of all but the first."""
-        slot = self.holder[unit.index]
+    def _bring(self, unit: Unit) -> Views:
+        views = super()._bring(unit)
+        if self._others is None:
+            return views
+        slot = self.holder[unit.index]  # in it all stacks but the first have to be waited for
         stands: dict[int, Any] = {}
         for own in views.weights[1:]:
             arriving: Any = Arriving(self.lane, slot, own)
@@ -248,5 +246,5 @@ class GatherStreamer(ExpertStreamer):
 
     def recover(self) -> None:
         if self.held():
-            self._looked, self._served = None, set()
+            self._served = set()
             super().recover()

@@ -342,8 +342,8 @@ def test_threshold_follows_from_the_choice():
     assert rows([[3, 8]]) is None and rows([[-1, 2]]) is None, "not numbers of experts: the forward says what it does"
     assert choice_of([torch.zeros(1, 32)]) is None and chosen_rows(streamer, unit, None) is None
     module.config._experts_implementation, lent = "sonicmoe", []  # may read any expert
-    lend_rows = streamer.lend_rows
-    streamer.lend_rows = lambda unit, rows: lent.append(rows) or lend_rows(unit, rows)
+    lend = streamer.lend
+    streamer.lend = lambda unit: lent.append(streamer._wanted) or lend(unit)
     hook = module._hf_hook
     hook._lend(module, (torch.zeros(1, 32), torch.tensor([[3, 1]]), torch.ones(1, 2)), {})
     streamer.take_back(unit)
