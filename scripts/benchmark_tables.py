@@ -230,7 +230,9 @@ def experts_in_ram() -> Iterable[Iterable[str]]:
             own = [r for r in rows if r["way"] == way]
             rates = {r["batch"]: r["tokens_per_second"] for r in own}
             size = next((r["gpu_bytes"] / 1e9 for r in own if "gpu_bytes" in r), None)
-            brought = next((r["bytes_per_token"] / 1e9 for r in own if "bytes_per_token" in r and r["batch"] == 1), None)
+            brought = next(
+                (r["bytes_per_token"] / 1e9 for r in own if "bytes_per_token" in r and r["batch"] == 1), None
+            )
             digits, busy = 1 if way != "accelerate" else 3, {r["batch"]: r.get("share_of_link") for r in own}
             cells = [text(rates.get(batch), digits=digits) + (f" ({busy[batch]:.0%})" if busy.get(batch) else "")
                      for batch in (1, 8, 32)]  # fmt: skip
