@@ -28,9 +28,9 @@ from torch import Tensor
 from .fits import BLOCK_4BIT
 
 OPTIONS: dict[str, Any] = {"enable_fp_fusion": False}  # a product is rounded before anything is added to it
-TILE, TILE_FROM_RAM = (128, 64), (16, 512)  # rows, and bytes of each
-WARPS = 8
-PROGRAMS = 264  # that read out of RAM at once: two for each processor of an H100 keep the link busy, and leave room
+PROGRAMS = 264  # that read out of RAM at once: two for each processor of an H100 keep the link busy
+READERS = 96  # the same of MXFP4, in larger pieces: some processors stay free for the products beside them
+PIECE = 2**14  # bytes that one of these reads at a time, at most
 KINDS = {torch.float8_e4m3fn: 0, torch.float8_e5m2: 1, torch.int8: 2}
 
 
@@ -79,8 +79,8 @@ def _mxfp4_chosen(  # type: ignore[no-untyped-def]
     blocks, scales, experts, out, aside, outputs, width, groups, down, tiles, GROUP: tl.constexpr, ROWS: tl.constexpr,
     COLS: tl.constexpr, BYTES: tl.constexpr, POWERS: tl.constexpr, WORDS: tl.constexpr,
 ):  # fmt: skip
-    """Some rows lie in one piece, and a link brings whole lines of memory: they come in one piece into the GPU's own
-    memory (its cache, in truth), and are read as rows and columns there.
+    """A link brings whole lines of memory, and some rows are one piece of them: they come as one into the GPU's memory
+    (its cache, in truth), with their powers, and are read there as rows and columns.
     """
     aside += tl.program_id(0).to(tl.int64) * (BYTES + POWERS)
     byte, power = tl.arange(0, BYTES), tl.arange(0, POWERS)
@@ -225,13 +225,7 @@ def _values(kind: str, device: torch.device) -> Tensor:
 
 
 def mxfp4(
-    blocks: Tensor,
-    scales: Tensor,
-    experts: Tensor | None,
-    dtype: torch.dtype,
-    tile: tuple[int, int] | None = None,
-    programs: int = 0,
-    warps: int = 0,
+    blocks: Tensor, scales: Tensor, experts: Tensor | None, dtype: torch.dtype, tile: tuple[int, int] = (128, 64)
 ) -> Tensor:
     """Weights of MXFP4.
 
@@ -240,29 +234,29 @@ def mxfp4(
         scales: powers of two (experts, out, groups).
         experts: which of them; None for all, which then lie in the GPU's memory.
         dtype: of the result.
-        tile: rows, and bytes of a row, that a program decodes at a time.
-        programs: of chosen experts, how many work at once.
+        tile: of all experts, rows and bytes of a row that a program decodes at a time.
 
     Returns:
         (chosen experts, in, out).
     """
     *around, outputs, groups = scales.shape
-    around = around if experts is None else [*experts.shape]
-    width = groups * blocks.shape[-1]
-    rows, columns = tile = tile or (TILE if experts is None else TILE_FROM_RAM)
-    out = torch.empty((*around, 2 * width, outputs), dtype=dtype, device=blocks.device)
-    down, scales = triton.cdiv(outputs, rows), scales.contiguous()
+    size, scales = blocks.shape[-1], scales.contiguous()
+    width, count = groups * size, math.prod(around) if experts is None else len(experts)
+    out = torch.empty(
+        (*(around if experts is None else (count,)), 2 * width, outputs), dtype=dtype, device=blocks.device
+    )
     if experts is None:
-        grid = triton.cdiv(width, columns), down, math.prod(around)
-        _run(_mxfp4, grid, (blocks, scales, out, outputs, width, groups, blocks.shape[-1], *tile))
+        grid = triton.cdiv(width, tile[1]), triton.cdiv(outputs, tile[0]), count
+        _run(_mxfp4, grid, (blocks, scales, out, outputs, width, groups, size, *tile))
         return out
-    tiles = math.prod(around) * down
-    work = min(tiles, programs or PROGRAMS)
+    rows = 1 << max(1, min(8, PIECE // width)).bit_length() - 1
+    down = triton.cdiv(outputs, rows)
+    programs = min(READERS, count * down)
     sizes = triton.next_power_of_2(rows * width), triton.next_power_of_2(rows * groups)
-    aside = torch.empty(work * sum(sizes), dtype=torch.uint8, device=blocks.device)
+    aside = torch.empty(programs * sum(sizes), dtype=torch.uint8, device=blocks.device)
     words = rows * groups % 16 == outputs * groups % 16 == 0
-    given = blocks, scales, experts.contiguous(), out, aside, outputs, width, groups, down, tiles, blocks.shape[-1], *tile
-    _run(_mxfp4_chosen, (work,), (*given, *sizes, words), num_warps=warps or WARPS)
+    given = blocks, scales, experts.contiguous(), out, aside, outputs, width, groups, down, count * down
+    _run(_mxfp4_chosen, (programs,), (*given, size, rows, 512, *sizes, words))
     return out
 
 
@@ -340,11 +334,11 @@ def packed(
     return out
 
 
-def _run(kernel: Any, grid: tuple[int, ...], given: Sequence[Any], **more: Any) -> None:
+def _run(kernel: Any, grid: tuple[int, ...], given: Sequence[Any]) -> None:
     """Start so many programs; of none, nothing."""
     if all(grid):
         with torch.cuda.device_of(given[0]):
-            kernel[grid](*given, **OPTIONS, **more)
+            kernel[grid](*given, **OPTIONS)
 
 
 def try_out() -> None:
