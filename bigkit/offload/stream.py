@@ -131,7 +131,7 @@ class Streamer:
     def lend(self, unit: Unit, bring: Callable[[Unit], Views] | None = None) -> None:
         """Put a unit's weights into the model, on the device. The calling thread holds the lock until `take_back`.
 
-        `bring` makes the unit ready to work, if that is to be done in another way than usual.
+        What makes the unit ready may be given: experts know several ways.
 
         Whatever is raised here or in `take_back`, between any two lines (the handler of a signal may raise anything),
         the lock stays held and `recover` must be called.
@@ -229,8 +229,7 @@ class Streamer:
         with self.lock:
             take_news(weight)
             value = weight.load(device or self.device)
-        if value.requires_grad:
-            value.register_hook(refuse_gradient(weight.name))
+        refuse_gradient(value, weight.name)
         return value
 
     def unload(self, weight: Weight) -> None:
@@ -444,8 +443,7 @@ class Streamer:
     def _make_views(self, unit: Unit, weights: list[Tensor]) -> Views:
         for weight, value in zip(unit.weights, weights, strict=True):
             mark_lent(value)
-            if value.requires_grad:
-                value.register_hook(refuse_gradient(weight.name))
+            refuse_gradient(value, weight.name)
         value_of = {id(weight): value for weight, value in zip(unit.weights, weights)}
         values = [value_of[id(entry.weight)] for entry in self.sites[unit.index].entries]
         return Views(values, weights, frozenset(map(storage_id, weights)))
