@@ -135,7 +135,7 @@ class Play:
     def pretending(self) -> Iterator[None]:
         """Let the stand-in pass for a GPU."""
         with (
-            mock.patch.object(lenders, "is_real_cuda", lambda device: device.type == "cpu"),
+            mock.patch.object(lenders, "ExpertStreamer", gather.GatherStreamer),
             mock.patch.object(gather, "seen_by_gpu", lambda slab, device: slab.bytes[:]),
         ):
             yield
