@@ -342,8 +342,8 @@ def test_threshold_follows_from_the_choice():
     assert rows([[3, 8]]) is None and rows([[-1, 2]]) is None, "not numbers of experts: the forward says what it does"
     assert choice_of([torch.zeros(1, 32)]) is None and chosen_rows(streamer, unit, None) is None
     module.config._experts_implementation, lent = "sonicmoe", []  # may read any expert
-    lend = streamer.lend
-    streamer.lend = lambda unit: lent.append(streamer._wanted) or lend(unit)
+    lend_rows = streamer.lend_rows
+    streamer.lend_rows = lambda unit, rows: lent.append(rows) or lend_rows(unit, rows)
     hook = module._hf_hook
     hook._lend(module, (torch.zeros(1, 32), torch.tensor([[3, 1]]), torch.ones(1, 2)), {})
     streamer.take_back(unit)
@@ -846,6 +846,19 @@ def test_what_is_on_the_device_does_not_travel(make, kind, tmp_path, monkeypatch
         found(torch.tensor([[5]]))
     assert copied == [] and streamer.hits == first
     assert expert_hits(found) == (first, first)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_refused_leaves_nothing_behind(kind, tmp_path):
+    """How a block was about to be lent when its forward was refused is not how the next one is."""
+    parts = spread(made(qwen3_moe), kind, tmp_path)
+    with torch.no_grad():
+        prompt = torch.arange(24)[None]
+        expected = parts(prompt).logits
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(RuntimeError, match="cannot be traced"):
+            patch.setattr("bigkit.offload.stream.is_traced", lambda: True)
+            parts(prompt[:, :1])
+        assert torch.equal(parts(prompt).logits, expected)
 
 
 @pytest.mark.parametrize("kind", ON_DEVICE)
