@@ -37,6 +37,7 @@ from ..quantize.load import BnbQuantizationConfig
 from .rehearse import rehearse, target_of
 from .replay import Unlike
 from .result import DryRun
+from .splice import splice
 from .workload import Workload, in_words
 
 COMPARED = (9, 0)  # compute capability of the GPUs on which dry runs were compared with real ones: H200s
@@ -171,6 +172,8 @@ def dry_run(
         expert_hits=trace.expert_hits,
         alike=frozenset(trace.alike),
         workspaces={read_device(device): numbers for device, numbers in trace.workspaces.items()},
+        attended=trace.attended,
+        but_attention=frozenset(trace.but_attention),
         recorded=Ledger.load().ratios(calibration.machine, name) if here and calibration else {},
     )
 
@@ -178,16 +181,20 @@ def dry_run(
 def on_machine(run: DryRun, machine: Hardware) -> DryRun | None:
     """A dry run with the rates and the memory of another machine; None if its GPUs would do something else.
 
-    The caller knows that nothing was measured on the machine.
+    Where they take other kernels of attention, these are put in the place of its own (`splice.py`). The caller knows
+    that nothing was measured on the machine.
 
     >>> from bigkit.machine.hardware import machine_of
     >>> run = dry_run("pygpt", hardware="RTX 3090")
-    >>> on_machine(run, machine_of("RTX 5090")).hardware, on_machine(run, machine_of("H200"))
-    ('1 x RTX 5090', None)
+    >>> on_machine(run, machine_of("RTX 5090")).hardware, on_machine(run, machine_of("H200")).hardware
+    ('1 x RTX 5090', '1 x H200')
     """
     target = target_of(machine.gpus[0])
     if target not in run.alike:
-        return None
+        spliced = splice(run, target) if target in run.but_attention else None
+        if spliced is None:
+            return None
+        run = replace(run, attended=(), alike=frozenset(), but_attention=frozenset(), **vars(spliced))
     rates, numbers = rates_of(machine, None), [i for i in run.capacity if isinstance(i, int)]
     recordings = {
         device: replace(recording, events=_with_requests(recording.events, run.workspaces[device], target.workspace))
