@@ -445,31 +445,41 @@ def dryrun_memory() -> Iterable[Iterable[str]]:
         yield name, f"{bound:g} %", str(sum(error <= bound for error in errors)), f"{max(errors):.2f} %"
 
 
-DRAWS = ("held-out", "held-out-2")  # each predicted with the code that was frozen before it was drawn
+DRAWS = ("held-out", "held-out-2", "held-out-3")  # each predicted with the code that was frozen before it was drawn
 
 
-def held_out_errors(quantity: str, guessed: int | None = None, draws: Sequence[str] = DRAWS) -> list[float]:
+def held_out_errors(quantity: str, told: str = "", draws: Sequence[str] = DRAWS) -> list[float]:
     """How far predictions were off, in percent, in the runs that nobody had seen.
 
     Args:
         quantity: "allocated", "reserved", "prompt" or "token".
-        guessed: of the predictions without a twin: 0 takes the prompt's, 1 a token's.
+        told: which prediction of a time: "without twin", or "with the twin beside it" (of the third draw alone).
         draws: files of kept results.
     """
-    rows = [row for draw in draws for row in results(draw)["rows"] if quantity in row.get("compared", {})]
-    pairs = [(row["compared"][quantity], row["without twin"]) for row in rows]
-    return [100 * ((told[0] if guessed is None else guess[guessed]) / told[1] - 1) for told, guess in pairs]
+    errors = []
+    for row in (row for draw in draws for row in results(draw)["rows"] if quantity in row.get("compared", {})):
+        predicted, measured = row["compared"][quantity]
+        if told:
+            predicted = row[told][quantity == "token"] if told in row else None
+        if predicted is not None:
+            errors.append(100 * (predicted / measured - 1))
+    return errors
 
 
-@table("held-out runs", "within", "first draw", "second draw", "both", "median error", "worst", "beyond 40 %")
+@table("held-out runs", "within", "first draw", "second draw", "third draw", "all", "median error", "worst",
+       "beyond 40 %")  # fmt: skip
 def held_out() -> Iterable[Iterable[str]]:
-    """What was foretold of the runs of both draws."""
-    for name, bound, guessed in (
-        ("allocated", 0.5, None), ("reserved", 3.0, None), ("prompt", 15.0, None), ("token", 15.0, None),
-        ("prompt, without a twin", 15.0, 0), ("token, without a twin", 15.0, 1),
+    """What was foretold of the runs of all draws."""
+    for name, bound, told in (
+        ("allocated", 0.5, ""), ("reserved", 3.0, ""), ("prompt", 15.0, ""), ("token", 15.0, ""),
+        ("prompt, twin in turn", 15.0, "with the twin beside it"),
+        ("token, twin in turn", 15.0, "with the twin beside it"),
+        ("prompt, without a twin", 15.0, "without twin"), ("token, without a twin", 15.0, "without twin"),
     ):  # fmt: skip
-        parts = [held_out_errors(name.partition(",")[0], guessed, draws) for draws in (DRAWS[:1], DRAWS[1:], DRAWS)]
-        counts = [f"{sum(abs(error) <= bound for error in errors)} of {len(errors)}" for errors in parts]
+        parts = [held_out_errors(name.partition(",")[0], told, draws) for draws in (*((d,) for d in DRAWS), DRAWS)]
+        counts = [
+            f"{sum(abs(error) <= bound for error in errors)} of {len(errors)}" if errors else "" for errors in parts
+        ]
         errors = parts[-1]
         yield (name, f"{bound:g} %", *counts, f"{statistics.median(map(abs, errors)):.2f} %",
                f"{max(errors, key=abs):+.1f} %", str(sum(abs(error) > 40 for error in errors)))  # fmt: skip
