@@ -178,5 +178,6 @@ def variant_of(part: Attended, target: Target, before: int) -> Variant | None:
 
 
 def layout_of(tensor: torch.Tensor) -> Any:
-    """How a result lies in memory."""
-    return tuple(tensor.shape), tensor.stride(), tensor.storage_offset(), tensor.untyped_storage().nbytes()
+    """How a result lies in memory; what the stride of a dimension of one element is, nobody sees."""
+    strides = tuple(step if size > 1 else 0 for size, step in zip(tensor.shape, tensor.stride()))
+    return tuple(tensor.shape), strides, tensor.storage_offset(), tensor.untyped_storage().nbytes()
