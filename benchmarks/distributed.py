@@ -364,10 +364,11 @@ def measure_stages(kinds: list[str], gpu: bool) -> list[dict[str, Any]]:
     for one, other in zip(first, last):
         row = one | {name: [one[name], other[name]] for name in ("blocks", "held_mib", "load_s")}
         row |= {"peak_mib": [one["peak_mib"], other["peak_mib"]]} if gpu else {}
+        row["gain"], row["waits"] = {}, {}
         for name in [name for name in one["rates"] if name.endswith(", in flight")]:
-            load = name.removesuffix(", in flight")
-            row[f"gain, {load}"] = one["rates"][name] / one["rates"][f"{load}, one at a time"]
-            row[f"waits, {load}"] = [said["rates"][f"{name}, waits"] for said in (one, other)]
+            key = name.removesuffix(", in flight")
+            row["gain"][key] = one["rates"][name] / one["rates"][f"{key}, one at a time"]
+            row["waits"][key] = [said["rates"][f"{name}, waits"] for said in (one, other)]
         print(json.dumps(row), flush=True)
         rows.append(row)
     return rows

@@ -383,15 +383,19 @@ def splitting() -> Iterable[Iterable[str]]:
                text(r["file_ratio"], "x"), text(r["start_s"], " s", 1))  # fmt: skip
 
 
-@table("groups of", "one process", "two processes", "two groups", "gain", "three groups", "in the blocks of each")
+@table("model, groups of", "steps by", "one process, both GPUs", "two processes, one group at a time", "in flight",
+       "gain", "three groups", "a process waits")  # fmt: skip
 def stages() -> Iterable[Iterable[str]]:
-    for load, (batch, prompt, *_) in results("stages-gpu")["machine"]["loads"].items():
-        r = results("stages-gpu")["rows"][0]
-        ways = [r["alone"], r["rates"], r["rates"], r["rates"]]
-        names = ["one at a time", "one at a time", "in flight", "three under way"]
-        rates = [text(way.get(f"{load}, {name}"), " tokens/s", 0) for way, name in zip(ways, names)]
-        work = " and ".join(text(ms, digits=1) for ms in r[f"work_ms, {load}"])
-        yield f"{batch} x {prompt} tokens", *rates[:3], text(r[f"gain, {load}"]), rates[3], f"{work} ms"
+    for r in results("stages-gpu")["rows"]:
+        for load, (batch, prompt, *_) in results("stages-gpu")["machine"]["loads"].items():
+            for how in ("Python", "graphs"):
+                if (key := f"{load}, {how}") in r["gain"]:
+                    alone, rates = (r[whose].get(f"{key}, one at a time") for whose in ("alone", "rates"))
+                    in_flight, three = (r["rates"].get(f"{key}, {way}") for way in ("in flight", "three under way"))
+                    said = [text(rate, " tokens/s", 0) for rate in (alone, rates, in_flight)]
+                    waits = " and ".join(text(100 * share, " %", 0) for share in r["waits"][key])
+                    yield (f"{r['kind']}, {batch} x {prompt}", how, *said, text(r["gain"][key]),
+                           text(three, " tokens/s", 0), waits)  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------------------------------
