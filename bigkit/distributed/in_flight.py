@@ -10,6 +10,13 @@ no names, and the caller's function no locks.
 The model itself works on the caller's thread, as it does for one group at a time: libraries of a GPU keep handles,
 workspaces and plans for each thread (cuDNN needs some 30 ms to plan attention for a length that a thread has not seen).
 
+No thread whose turn it is waits for the GPU, so that Python prepares one group's step while the GPU works for another:
+
+    stream of all    ....[ g0 works ][ g1 works ][ g0 works ]      blocks and head
+    stream of g0     masks           token, stops?                 what `generate` does around them; its host waits for
+    stream of g1            masks                token, stops?     this group's work alone
+    mailer           .................[token g0]..[token g1]       a thread: sends each token as soon as it is drawn
+
 So greedy tokens are those of one group at a time, bit for bit, where the kernels themselves give the same bits twice.
 PyTorch's default for attention on an H200, cuDNN's, does not with 64 sequences and one new token each;
 `torch.backends.cuda.enable_cudnn_sdp(False)` takes another one, which does.
@@ -23,10 +30,11 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
+from queue import SimpleQueue
 from typing import Any, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .pipeline import Call, stage_of
 
@@ -93,6 +101,7 @@ def run_in_flight(
     first = 0
     numbered = enumerate(batches)
     turns = _Turns(len(slots), stage.device.type)
+    mailer = threading.Thread(target=turns.mail, daemon=True)
     for line in stage.lines.values():
         line.expect_groups(len(slots))
     stream = torch.cuda.current_stream() if stage.device.type == "cuda" else None
@@ -108,13 +117,18 @@ def run_in_flight(
     def work(slot: int) -> None:
         stage.group.turns = turns
         try:
+            own = None
             if stream is not None:
-                torch.cuda.set_stream(stream)
+                own = torch.cuda.Stream(stage.device)
+                own.wait_stream(stream)
+                torch.cuda.set_stream(own)
             turns.begin(slot)
             stage.call = Call()
             with modes(), torch.no_grad():
                 for number, batch in numbered:
                     early[number] = function(batch)
+                    if own is not None:
+                        own.synchronize()  # who gets it works on another stream
                     hand_out()
             turns.leave()
         except _GivenUp:
@@ -122,7 +136,7 @@ def run_in_flight(
         except BaseException as error:
             turns.give_up(error)
 
-    threads = [threading.Thread(target=work, args=(slot,), daemon=True) for slot in slots]
+    threads = [mailer, *(threading.Thread(target=work, args=(slot,), daemon=True) for slot in slots)]
     try:
         for thread in threads:
             thread.start()
@@ -131,6 +145,7 @@ def run_in_flight(
         turns.give_up(error)
         raise
     finally:
+        turns.letters.put(None)
         for thread in threads:
             thread.join(_PATIENCE if turns.error else None)
     if turns.error is not None:
@@ -168,6 +183,7 @@ class _Turns:
         self.whose = 0
         self.own = threading.local()
         self.error: BaseException | None = None
+        self.letters: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
         self.work: Callable[[], Any] | None = None
         self.worked: Any = None  # what came of it
 
@@ -198,12 +214,19 @@ class _Turns:
             self.changed.notify_all()
 
     def on_caller(self, work: Callable[[], R]) -> R:
-        """What `work` returns on the thread that serves, in the modes of this one."""
-        modes = _modes(self.kind)
+        """What `work` returns on the thread that serves, in the modes of this one and in order with its GPU work."""
+        modes, own = _modes(self.kind), torch.cuda.current_stream() if self.kind == "cuda" else None
 
         def there() -> R:
+            if own is None:
+                with modes():
+                    return work()
+            stream = torch.cuda.current_stream()
+            stream.wait_stream(own)
             with modes():
-                return work()
+                worked = work()
+            own.wait_stream(stream)
+            return worked
 
         with self.changed:
             self.work = there
@@ -213,6 +236,28 @@ class _Turns:
         if isinstance(worked, Exception):
             raise worked
         return worked
+
+    def send_when_there(self, tensor: Tensor, send: Callable[[Tensor], Any]) -> None:
+        """Let the mailer send a tensor as it is now, once it is computed; from RAM."""
+        there = torch.cuda.Event() if tensor.is_cuda else None
+        copied = tensor.to("cpu", non_blocking=True, copy=True)  # pinned, if it comes from a GPU
+        if there is not None:
+            there.record()
+
+        def letter() -> None:
+            if there is not None:
+                there.synchronize()
+            send(copied)
+
+        self.letters.put(letter)
+
+    def mail(self) -> None:
+        """What the mailer does, until there is nothing more to come."""
+        try:
+            while (letter := self.letters.get()) is not None:
+                letter()
+        except BaseException as error:
+            self.give_up(error)
 
     def serve(self) -> None:
         """Work for the others, until all have left or one has failed."""
