@@ -13,8 +13,8 @@ graph. Parts:
     bf16, nf4, int8   all weights on the GPU; int8 without outliers (llm_int8_threshold=0)
     streamed          blocks in RAM: nf4 all of them, bf16 half
     experts           blocks of Qwen3-30B-A3B's shape, experts on the GPU or in RAM
-    cache             8 blocks of Llama-7B after a prompt of 32,768 tokens, then the 32 of Llama-3.1-8B: the cache on
-                      the GPU, resting in RAM, offloaded by Transformers
+    cache             8 blocks of Llama-7B after a prompt of 32,768 tokens, then the 32 of Llama-3.1-8B (`--models`):
+                      the cache on the GPU, resting in RAM, offloaded by Transformers
     passes            16 blocks in RAM: seconds of a pass over 1 to 64 tokens, and text with a draft that is right as
                       often as asked
     compile           what `torch.compile` makes of the static cache
@@ -31,7 +31,7 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +50,10 @@ KINDS: dict[str, dict[str, Any]] = {
     "nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.bfloat16},
     "int8": {"load_in_8bit": True, "llm_int8_threshold": 0.0},
 }
+CACHED: dict[str, dict[str, int]] = {
+    "Llama-7B": {"blocks": 8},
+    "Llama-3.1-8B": {"blocks": 32, "num_key_value_heads": 8, "intermediate_size": 14_336},
+}
 Row = dict[str, Any]
 
 
@@ -60,10 +64,11 @@ class Bench:
         device: "cuda:0" or "cpu".
         tiny: shapes of a toy.
         blocks: of the mixture of experts.
+        models: those of `CACHED` for the part `cache`.
     """
 
-    def __init__(self, device: str, tiny: bool, blocks: int) -> None:
-        self.device, self.tiny, self.blocks = device, tiny, blocks
+    def __init__(self, device: str, tiny: bool, blocks: int, models: Sequence[str] = ()) -> None:
+        self.device, self.tiny, self.blocks, self.models = device, tiny, blocks, models
         self.places = {} if device != "cpu" else {"stand_in": {0: "cpu"}}
 
     def llama(self, blocks: int = 32, **other: int) -> nn.Module:
@@ -182,11 +187,8 @@ def cache(bench: Bench) -> Iterator[Row]:
     """A long context."""
     torch.backends.cuda.enable_cudnn_sdp(False)  # it does not repeat itself, so equal would say nothing
     tokens = 64 if bench.tiny else 32_768
-    for name, sizes in (
-        ("Llama-7B", {"blocks": 8}),
-        ("Llama-3.1-8B", {"blocks": 32, "num_key_value_heads": 8, "intermediate_size": 14_336}),
-    ):
-        model = bench.llama(**sizes)
+    for name in bench.models:
+        model = bench.llama(**CACHED[name])
         resting = functools.partial(RestingCache, model.config)
         ways: dict[str, Callable[[], Row]] = {
             "on the GPU": dict,
@@ -200,7 +202,9 @@ def cache(bench: Bench) -> Iterator[Row]:
                 continue
             row, text = _long_text(bench, model, tokens, options)
             expected = text if expected is None else expected
-            equal = bool(torch.equal(text, expected))
+            differ = (text != expected)[0].nonzero()
+            row["equal_tokens"] = int(differ[0] if len(differ) else text.shape[1]) - tokens
+            equal = not len(differ)
             yield {"part": "cache", "way": way, "model": name, **row, "context": tokens, "equal": equal}
         del model, resting, ways
         settle()
@@ -325,6 +329,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda:0" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--tiny", action="store_true", help="toy shapes")
     parser.add_argument("--blocks", type=int, default=8, help="of the mixture (%(default)s)")
+    parser.add_argument("--models", nargs="+", choices=CACHED, default=[*CACHED], help="of the part cache")
     parser.add_argument("--save", action="store_true", help="keep the figures in benchmarks/results")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "decode.json")
     args = parser.parse_args()
@@ -333,7 +338,7 @@ def main() -> None:
     if args.device == "cpu":
         stand_in_graphs()
     tiny = args.tiny or args.device == "cpu"
-    bench = Bench(args.device, tiny, 2 if tiny else args.blocks)
+    bench = Bench(args.device, tiny, 2 if tiny else args.blocks, args.models)
     device = torch.cuda.get_device_name() if args.device != "cpu" else platform.machine() + " CPU"
     about = {"device": device, "torch": torch.__version__, "transformers": tf.__version__, "blocks": bench.blocks}
     rows: list[Row] = []

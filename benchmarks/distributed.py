@@ -13,9 +13,10 @@ For stages it is a Llama-7B shape, or a mixture of experts, with random weights;
 with both GPUs and two processes with one each answer the same prompts; it is said which share of the answers is equal.
 *One at a time* means one group of sequences after another through both stages, so that one process always waits; *in
 flight* means as many groups under way as stages (`map_in_flight`), and the gain is their ratio. Each way runs before it
-is timed, so that memory, kernels and graphs are there. A run counts all of `generate`, the prompts included. `waits` is
-the share of its time in which a process waits for the other one. With `graphs` each process replays its decode steps
-(`graph_decode`). Attention is PyTorch's own: cuDNN's, the default on an H200, gives other bits from call to call.
+is timed, so that memory, kernels and graphs are there. A run counts all of `generate`, the prompts included, for four
+groups, or six with three under way. With `graphs` each process replays its decode steps (`graph_decode`); only bf16 is
+timed in Python, too. int8 looks for no outliers.
+Attention is PyTorch's own: cuDNN's, the default on an H200, gives other bits from call to call.
 """
 
 from __future__ import annotations
@@ -166,9 +167,9 @@ def measure_shares(options: argparse.Namespace) -> dict[str, Any]:
 # ---------------------------------------------------------------------------------------------------------------------
 # One model over two processes
 
-# sequences in a group, tokens of a prompt, groups, tokens to add
-LOADS = {"many": (64, 128, 4, 32), "one sequence": (1, 64, 4, 32)}
-LOADS_CPU = {"many": (8, 32, 6, 8), "one sequence": (1, 16, 6, 16)}
+# sequences in a group, tokens of a prompt, tokens to add
+LOADS = {"many": (64, 128, 32), "one sequence": (1, 64, 32)}
+LOADS_CPU = {"many": (8, 32, 8), "one sequence": (1, 16, 16)}
 
 
 def empty_model(kind: str, gpu: bool) -> Any:
@@ -219,6 +220,7 @@ def write_part(model: Any, names: Sequence[str], folder: Path, rank: int, gpu: b
 
 def answer_in_stages(kinds: list[str], gpu: bool, folder: Path, loads: dict[str, Any]) -> list[Any]:
     """For each kind of model what this process measures: in stages, and on process 0 alone with all GPUs."""
+    import itertools
     import shutil
     import time
     from contextlib import nullcontext
@@ -229,7 +231,6 @@ def answer_in_stages(kinds: list[str], gpu: bool, folder: Path, loads: dict[str,
 
     import bigkit
     from bigkit import BnbQuantizationConfig, Hardware, PartialState, gather_object, graph_decode, map_in_flight
-    from bigkit.distributed.pipeline import stage_of
     from bigkit.machine.network import Network
     from bigkit.units import MiB
 
@@ -251,43 +252,27 @@ def answer_in_stages(kinds: list[str], gpu: bool, folder: Path, loads: dict[str,
         pairs = [pair for these, those in zip(said, expected) for pair in zip(these, those)]
         return sum(one == other for one, other in pairs) / len(pairs)
 
-    def watch(model: Any) -> list[float]:
-        """Seconds for which this process waits for the other one, each time."""
-        stage, waits = stage_of(model), list[float]()
-        take = stage._take
-
-        def timed(*args: Any) -> Any:
-            start = time.perf_counter()
-            taken = take(*args)
-            waits.append(time.perf_counter() - start)
-            return taken
-
-        stage._take = timed  # type: ignore[method-assign]
-        return waits
-
-    def measured(model: Any, together: bool) -> tuple[dict[str, float], dict[str, Any]]:
+    def measured(model: Any, steps: list[str], together: bool) -> tuple[dict[str, float], dict[str, Any]]:
         """Tokens a second of every load and way, the share of rows that the first way gave too, and the tokens."""
-        waits = watch(model) if together else []
         model.generation_config.eos_token_id = None  # random weights draw any token
         model.generation_config.pad_token_id = 0
-        generator, rates, answers = torch.Generator().manual_seed(1), {}, {}
-        for load, (batch, prompt, groups, new) in loads.items():
-            prompts = [*torch.randint(3, model.config.vocab_size, (groups, batch, prompt), generator=generator)]
-            for how, around in {"Python": nullcontext, **({"graphs": graph_decode} if gpu else {})}.items():
-                with around(model):
-                    for way, run in ways.items() if together else [("one at a time", one_at_a_time)]:
-                        run(model, prompts[:3], new)  # memory, kernels and graphs are there then
-                        waits.clear()
-                        meet(together)
-                        start = time.perf_counter()
-                        said = run(model, prompts, new)
-                        meet(together)
-                        took = time.perf_counter() - start
-                        name = f"{load}, {how}, {way}"
-                        rates |= {name: groups * batch * new / took, f"{name}, waits": sum(waits) / took}
-                        said = [tokens.tolist() for tokens in said]
-                        rates[f"{name}, equal"] = equal(said, answers.setdefault(f"{load}, {how}", said))
-                        print({key: round(rate, 3) for key, rate in rates.items() if key.startswith(name)}, flush=True)
+        rates, answers = dict[str, float](), dict[str, Any]()
+        for by, (load, (batch, prompt, new)) in itertools.product(steps, loads.items()):
+            generator = torch.Generator().manual_seed(1)
+            prompts = [*torch.randint(3, model.config.vocab_size, (6, batch, prompt), generator=generator)]
+            with graph_decode(model) if by == "graphs" else nullcontext():
+                for way, run in ways.items() if together else [("one at a time", one_at_a_time)]:
+                    asked = prompts if way == "three under way" else prompts[:4]  # groups without a rest
+                    run(model, asked[:3], new if by == "graphs" else 4)  # memory, kernels and graphs are there then
+                    meet(together)
+                    start = time.perf_counter()
+                    said = run(model, asked, new)
+                    meet(together)
+                    name = f"{load}, {by}, {way}"
+                    rates[name] = len(asked) * batch * new / (time.perf_counter() - start)
+                    said = [tokens.tolist() for tokens in said]
+                    rates[f"{name}, equal"] = equal(said, answers.setdefault(f"{load}, {by}", said))
+                    print(kind, name, round(rates[name], 1), rates[f"{name}, equal"], flush=True)
         return rates, answers
 
     def ask(model: Any, ids: Any, new: int) -> Any:
@@ -299,7 +284,7 @@ def answer_in_stages(kinds: list[str], gpu: bool, folder: Path, loads: dict[str,
     def in_flight(model: Any, prompts: Any, new: int, groups: int | None = None) -> list[Any]:
         return map_in_flight(lambda ids: ask(model, ids, new), prompts, model, groups=groups)
 
-    ways = {"one at a time": one_at_a_time, "in flight": in_flight, "three under way": partial(in_flight, groups=3)}
+    ways = {"in flight": in_flight, "three under way": partial(in_flight, groups=3), "one at a time": one_at_a_time}
 
     def loaded(kind: str, plan: Any, config: Any, together: bool) -> Any:
         model = empty_model(kind, gpu)
@@ -336,13 +321,14 @@ def answer_in_stages(kinds: list[str], gpu: bool, folder: Path, loads: dict[str,
         row["held_mib"] = sum(tensor.nbytes for tensor in model.parameters()) // MiB
         row |= {"peak_mib": torch.cuda.max_memory_allocated() // MiB} if gpu else {}
         row |= {"kind": kind, "one_predicted": plan.one, "split_predicted": plan.split}
-        row["rates"], tokens = measured(model, together=True)
+        steps = ["Python"] if not gpu else ["graphs", "Python"] if kind == "bf16" else ["graphs"]
+        row["rates"], tokens = measured(model, steps, together=True)
         print(row, flush=True)
         del model
         meet()
         if rank == 0:
             whole = loaded(kind, plan, config, together=False)
-            row["alone"], expected = measured(whole, together=False)
+            row["alone"], expected = measured(whole, steps, together=False)
             del whole
             row["equal"] = {load: equal(said, expected[load]) for load, said in tokens.items()}
         rows.append(row)
@@ -360,15 +346,19 @@ def measure_stages(kinds: list[str], gpu: bool) -> list[dict[str, Any]]:
         first, last = notebook_launcher(answer_in_stages, (kinds, gpu, folder, loads), 2)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+    return joined(first, last, gpu)
+
+
+def joined(first: list[dict[str, Any]], last: list[dict[str, Any]], gpu: bool) -> list[dict[str, Any]]:
+    """The rows of both processes as one."""
     rows = []
     for one, other in zip(first, last):
         row = one | {name: [one[name], other[name]] for name in ("blocks", "held_mib", "load_s")}
         row |= {"peak_mib": [one["peak_mib"], other["peak_mib"]]} if gpu else {}
-        row["gain"], row["waits"] = {}, {}
+        row["gain"] = {}
         for name in [name for name in one["rates"] if name.endswith(", in flight")]:
             key = name.removesuffix(", in flight")
             row["gain"][key] = one["rates"][name] / one["rates"][f"{key}, one at a time"]
-            row["waits"][key] = [said["rates"][f"{name}, waits"] for said in (one, other)]
         print(json.dumps(row), flush=True)
         rows.append(row)
     return rows

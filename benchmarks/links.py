@@ -4,7 +4,7 @@
 
     links     a 7B in RAM over one GPU and over two
     cpu       a share of the MLPs on the CPU: what it reads beside a busy link, and what a token takes
-    loading   twelve blocks from files in memory, on one GPU and on two
+    loading   13.5 GB from files in memory, on one GPU and on two
 
 A token is a forward of one token, median; `generate` counts tokens too. The part `cpu` uses `--cores` of the host's
 cores (16), as one GPU of it comes with. All blocks hold the same random numbers, shifted: made in a few seconds.
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import gc
 import os
+import shutil
 import statistics
 import tempfile
 import time
@@ -21,16 +22,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from checkpoint import GB, llama
+from checkpoint import GB, llama, make
 from torch import Tensor, nn
 
 import bigkit
-from bigkit.maps.on_cpu import FEW
+from bigkit.maps.on_cpu import FEW, Reading, best_count
 from bigkit.measure.links import measure_together
-from bigkit.offload.hooks import hooks_in
-from bigkit.offload.on_cpu import MlpHook
 
-NEW, LOADED = 8, 12  # tokens that are generated; blocks that are loaded from files
+NEW, BYTES = 8, 450 * 10**6  # tokens that are generated; bytes that files of a block take, at most
+PYTHON = 0.7e-3  # seconds in which Python starts the steps of a block
 
 
 def random_layers(model: nn.Module) -> dict[str, Tensor]:
@@ -103,14 +103,14 @@ def clean() -> None:
 
 def measure(table: Any, parts: list[str], layers: int, cores: int) -> None:
     """All parts, on one model."""
-    state, run = random_layers(llama(layers if {"links", "cpu"} & {*parts} else LOADED)), Run(table)
-    if "links" in parts:
-        links(table, layers, state, run)
-    if "cpu" in parts:
-        cpu(table, layers, state, cores, run)
     if "loading" in parts:
-        first = {n: t for n, t in state.items() if ".layers." not in n or _layer(n) < LOADED}
-        loading(table, first, torch.cuda.device_count())
+        loading(table, layers)
+    if {"links", "cpu"} & {*parts}:
+        state, run = random_layers(llama(layers)), Run(table)
+        if "links" in parts:
+            links(table, layers, state, run)
+        if "cpu" in parts:
+            cpu(table, layers, state, cores, run)
 
 
 def links(table: Any, layers: int, state: dict[str, Tensor], run: Run) -> None:
@@ -132,22 +132,20 @@ def links(table: Any, layers: int, state: dict[str, Tensor], run: Run) -> None:
         clean()
 
 
-def _layer(name: str) -> int:
-    return int(name.split(".")[2])
-
-
-def loading(table: Any, state: dict[str, Tensor], gpus: int) -> None:
-    """Loading from RAM's own file system: files that are in memory."""
-    size, blocks = sum(tensor.nbytes for tensor in state.values()), 1 + max(map(_layer, filter(_in_block, state)))
-    shared = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
-    with tempfile.TemporaryDirectory(dir=shared) as folder:
-        bigkit.save_model(filled(blocks, state), Path(folder), "2GB")
+def loading(table: Any, layers: int) -> None:
+    """Files that are in memory, onto one GPU and onto two at once."""
+    gpus, shared = torch.cuda.device_count(), Path("/dev/shm")
+    large = shared.is_dir() and shutil.disk_usage(shared).free > BYTES * layers
+    with tempfile.TemporaryDirectory(dir=shared if large else None) as name:
+        folder = Path(name) / "large"
+        make(folder, layers, gpu=True)
+        size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
         halves = {"model.embed_tokens": 0, "model.norm": 1, "model.rotary_emb": 0, "lm_head": 1}
-        halves |= {f"model.layers.{i}": int(i >= blocks // 2) for i in range(blocks)}
+        halves |= {f"model.layers.{i}": int(i >= layers // 2) for i in range(layers)}
         for way, device_map in (("one GPU", {"": 0}), ("two GPUs", halves))[:gpus]:
             seconds = []
-            for _ in range(3):
-                model = llama(blocks)
+            for _ in range(5):
+                model = llama(layers)
                 begin = time.perf_counter()
                 bigkit.load_checkpoint_in_model(model, folder, device_map)
                 for device in range(gpus):
@@ -155,11 +153,8 @@ def loading(table: Any, state: dict[str, Tensor], gpus: int) -> None:
                 seconds.append(time.perf_counter() - begin)
                 del model
                 clean()
-            table.add(way=f"load, {way}", shape="-", s=min(seconds), gb_s=size / min(seconds) / GB, all_s=seconds)
-
-
-def _in_block(name: str) -> bool:
-    return ".layers." in name
+            best = statistics.median(seconds)
+            table.add(way=f"load, {way}", shape="-", s=best, bytes=size, gb_s=size / best / GB, all_s=seconds)
 
 
 def cpu(table: Any, layers: int, state: dict[str, Tensor], cores: int, run: Run) -> None:
@@ -177,14 +172,12 @@ def cpu(table: Any, layers: int, state: dict[str, Tensor], cores: int, run: Run)
     mlp = sum(tensor.nbytes for name, tensor in state.items() if ".layers.0.mlp." in name)
     if not run.expected:
         run("in RAM, streamed", bigkit.cpu_offload(filled(layers, state), 0), size)
-    for count, slots, spare in ((21, 3, (0,)), (23, 4, (0, 1)), (24, 4, (0,))):
-        count = count * layers // 32
-        model = bigkit.cpu_offload(filled(layers, state), 0, on_cpu=count * mlp, slots=slots)
-        for threads in (max(1, len(allowed) - cores_left) for cores_left in spare):
-            for part in model.modules():
-                for hook in hooks_in(part):
-                    if isinstance(hook, MlpHook):
-                        hook.threads = threads
-            run("in RAM, MLPs on the CPU", model, size, FEW, count=count, slots=slots, threads=threads)
+    readings = [Reading(threads, own, other) for threads, own, other in reads["bfloat16"]]
+    ways = {slots: best_count(layers, mlp, size, PYTHON * layers, readings, slots) for slots in (3, 4)}
+    for slots, (count, reading, seconds) in sorted(ways.items(), key=lambda way: way[1][2]):
+        options = {"on_cpu": count * mlp, "cpu_threads": reading.threads, "slots": slots}
+        model = bigkit.cpu_offload(filled(layers, state), 0, **options)
+        run("in RAM, MLPs on the CPU", model, size, FEW, count=count, slots=slots, threads=reading.threads,
+            predicted_s=seconds)  # fmt: skip
         del model
         clean()

@@ -14,8 +14,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import platform
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -100,8 +100,9 @@ def work(rank: int, args: argparse.Namespace) -> None:
     device = torch.device("cuda", rank) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(args.port)}
-    dist.init_process_group("nccl" if cuda else "gloo", rank=rank, world_size=args.processes)
+    dist.init_process_group(
+        "nccl" if cuda else "gloo", init_method=f"file://{args.meeting}", rank=rank, world_size=args.processes
+    )
     batch, tokens = (2, 32) if args.tiny else (args.batch, args.tokens)
     with bigkit.init_empty_weights():
         empty = llama(args.tiny)
@@ -137,12 +138,13 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--batch", type=int, default=4, help="sequences on each GPU")
     parser.add_argument("--tokens", type=int, default=1024, help="tokens of a sequence")
-    parser.add_argument("--port", type=int, default=29511)
     parser.add_argument("--save", action="store_true", help="write benchmarks/results/training.json")
     parser.add_argument("--out", type=Path, help="a JSON file for the results")
     args = parser.parse_args()
     args.out = args.out or (Path(__file__).parent / "results" / "training.json" if args.save else None)
-    torch.multiprocessing.spawn(work, (args,), nprocs=args.processes)  # type: ignore[no-untyped-call]
+    with tempfile.TemporaryDirectory() as folder:
+        args.meeting = Path(folder, "processes")
+        torch.multiprocessing.spawn(work, (args,), nprocs=args.processes)  # type: ignore[no-untyped-call]
 
 
 if __name__ == "__main__":

@@ -384,7 +384,7 @@ def splitting() -> Iterable[Iterable[str]]:
 
 
 @table("model, groups of", "steps by", "one process, both GPUs", "two processes, one group at a time", "in flight",
-       "gain", "three groups", "a process waits")  # fmt: skip
+       "gain", "three groups")  # fmt: skip
 def stages() -> Iterable[Iterable[str]]:
     for r in results("stages-gpu")["rows"]:
         for load, (batch, prompt, *_) in results("stages-gpu")["machine"]["loads"].items():
@@ -393,9 +393,8 @@ def stages() -> Iterable[Iterable[str]]:
                     alone, rates = (r[whose].get(f"{key}, one at a time") for whose in ("alone", "rates"))
                     in_flight, three = (r["rates"].get(f"{key}, {way}") for way in ("in flight", "three under way"))
                     said = [text(rate, " tokens/s", 0) for rate in (alone, rates, in_flight)]
-                    waits = " and ".join(text(100 * share, " %", 0) for share in r["waits"][key])
                     yield (f"{r['kind']}, {batch} x {prompt}", how, *said, text(r["gain"][key]),
-                           text(three, " tokens/s", 0), waits)  # fmt: skip
+                           text(three, " tokens/s", 0))  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------------------------------

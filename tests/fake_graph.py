@@ -46,15 +46,8 @@ class Recording:
         type(self).made += 1
         # A tape holds tensors over slots, a graph only their addresses.
         unheld = mock.patch("bigkit.offload.stream.count_holders", lambda memory, tensors: Holders(0, 0))
-        with self.rings.borrowed(), unheld:
-            with self.tape:
-                try:
-                    self.rings.begin()
-                    result = function()
-                    self.found = self.rings.end()
-                except BaseException as error:
-                    self.error = error
-                    raise
+        with self.rings.borrowed(), unheld, self.tape:
+            result, self.found = self.rings.recorded(function)
         self.undo = True  # recording has computed it already: the first replay has nothing left to do
         return result
 

@@ -13,12 +13,18 @@ from torch.nn import functional as F
 
 from bigkit import init_empty_weights, save_model
 from bigkit.offload.dispatch import dispatch_model
-from bigkit.offload.grouping import handles
+from bigkit.offload.grouping import own_tensors
 from bigkit.offload.handle import Away
 from bigkit.offload.one_place import cpu_offload, disk_offload
 from tests import forked
 
 STAND_IN = {0: "cpu", 1: "cpu"}  # GPUs that are the CPU, but with slots
+
+
+def handles(model: nn.Module) -> list[Away]:
+    """Every handle that stands in a model."""
+    own = [tensor for module in model.modules() for tensor, _ in own_tensors(module).values()]
+    return [tensor for tensor in own if isinstance(tensor, Away)]
 
 
 class Block(nn.Module):

@@ -12,29 +12,28 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import cache
 from typing import Any, NamedTuple
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
+_BEGUN = "bigkit_begun"  # attribute of a tensor of chosen experts: a stack that is begun for them
+
 
 class Begun(NamedTuple):
-    """A stack that is being decoded before it is asked for.
+    """A stack that is being decoded before it is asked for. The choice of its experts holds it: where a forward fails
+    between two products, both are gone with it.
 
     Args:
+        module: whose it is.
         own: its name.
-        experts: which of its experts.
-        weights: what will hold them; nothing may touch it before `done`.
+        weights: what will hold the chosen experts; nothing may touch it before `done`.
         done: the event at which it does.
     """
 
+    module: nn.Module
     own: str
-    experts: Tensor
     weights: Tensor
     done: Any
-
-
-_begun: WeakKeyDictionary[nn.Module, Begun] = WeakKeyDictionary()
 
 
 def decoded_in_turn(module: nn.Module, own: str, experts: Tensor, decode: Callable[[str], Tensor]) -> Tensor:
@@ -47,8 +46,8 @@ def decoded_in_turn(module: nn.Module, own: str, experts: Tensor, decode: Callab
             tensor, and decoded anew otherwise.
         decode: the name of a stack -> weights, on whatever stream is current.
     """
-    current, begun = torch.cuda.current_stream(experts.device), _begun.pop(module, None)
-    if begun is not None and begun.own == own and begun.experts is experts:
+    current, begun = torch.cuda.current_stream(experts.device), vars(experts).pop(_BEGUN, None)
+    if begun is not None and begun.module is module and begun.own == own:
         current.wait_event(begun.done)
         return begun.weights
     weights = decode(own)
@@ -60,7 +59,7 @@ def decoded_in_turn(module: nn.Module, own: str, experts: Tensor, decode: Callab
             # Its memory is this stream's. Who takes it next, on this stream, has waited for whoever read it; and what
             # nobody has asked for (an error came between) is let go without a wait.
             ahead = decode(following)
-            _begun[module] = Begun(following, experts, ahead, stream.record_event())
+            vars(experts)[_BEGUN] = Begun(module, following, ahead, stream.record_event())
     return weights
 
 

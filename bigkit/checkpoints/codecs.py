@@ -16,7 +16,7 @@ config says: the file is the truth. All decode to the same thing, a weight of th
     int8        bitsandbytes quantizes a linear layer; bigkit writes these (`quantize/stacks.py`)
 
 What PyTorch's operations say here is what a weight is. On a GPU with Triton, kernels do the same in one pass, to the
-same bits (`kernels.py`).
+same bits (`kernels.py`), for all but NVFP4.
 
 Leaves out: which modules hold such tensors, and running them (`as_stored.py`); bitsandbytes' layers (`quantize/`).
 """
@@ -68,9 +68,13 @@ class StackCodec(NamedTuple):
     decode: Callable[..., Tensor]
     in_place: bool = False
 
+    def reads_in_place(self, parts: Parts) -> bool:
+        """Whether a kernel reads chosen experts where they lie, so that nothing is copied before it is decoded."""
+        return self.in_place and kernels_for(parts[self.suffixes[0]]) is not None
+
     def chosen(self, parts: Parts, experts: Any, dtype: torch.dtype) -> Tensor:
         """The weights of some experts of all, as an index or a slice says."""
-        if self.in_place and isinstance(experts, Tensor) and kernels_for(parts[self.suffixes[0]]):
+        if isinstance(experts, Tensor) and self.reads_in_place(parts):
             return self.decode(parts, dtype, experts)
         return self.decode({suffix: rows_of(part, experts) for suffix, part in parts.items()}, dtype)
 

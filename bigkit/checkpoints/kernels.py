@@ -9,8 +9,8 @@ alone, wherever the GPU can read: out of pinned RAM the codes come over the link
     packed    numbers of 4 or 8 bits in int32, less a zero point, times the scale of their group
     looked_up two codes in a byte, each a place in a table of 16 values, times the scale of their block (nf4, fp4)
 
-Imports Triton, which comes with PyTorch for NVIDIA and AMD GPUs on Linux. Leaves out: the formats, and what happens
-where there is no Triton (`codecs.py`).
+Imports Triton, which comes with PyTorch for NVIDIA and AMD GPUs on Linux. Leaves out: the formats, what happens
+where there is no Triton (`codecs.py`), and NVFP4, which PyTorch's operations decode on a GPU, too.
 """
 
 from __future__ import annotations

@@ -90,16 +90,18 @@ class Slab:
         self._release: Callable[[], Any]  # set when it is pinned
 
     def pin(self, filled: bool = False) -> None:
-        """Pin the RAM if it should be. Where pinning is refused the same copies work, only slower.
+        """Pin the RAM if it should be; what has been written to it stays.
+
+        Where pinning is refused the same copies work, only slower.
 
         Args:
-            filled: it has been written to, so that its pages exist; else they are made first, which is faster than
-                leaving it to the driver.
+            filled: all of it has been written to, so that its pages exist; else they are made first, which is faster
+                than leaving it to the driver.
         """
         if not self.wants_pin or self.pinned or not _may_pin(self.bytes.nbytes):
             return
         if not filled:
-            self.bytes.zero_()
+            self.bytes[:: mmap.PAGESIZE].add_(0)
         address, nbytes = self.bytes.data_ptr(), self.bytes.nbytes
         runtime = torch.cuda.cudart()
         if int(runtime.cudaHostRegister(address, nbytes, 1)) == 0:  # 1: for all GPUs

@@ -36,7 +36,6 @@ def ways_figure(ways: Mapping[str, Way], title: str, names: str = "h.") -> Pictu
     kinds = {_kind(span) for way in ways.values() for span in way.spans}
     picture.legend([entry for kind, entry in _KINDS.items() if kind in kinds])
     longest = max(way.ends[-1] for way in ways.values())
-    top = picture.y
     for name, way in ways.items():
         text = f"{name}: {format_seconds(way.per_token)} for the last token"
         picture.text(8, picture.y + 9, shorten(text, WIDTH - 16, 9.5), 9.5)
@@ -49,7 +48,7 @@ def ways_figure(ways: Mapping[str, Way], title: str, names: str = "h.") -> Pictu
             picture.line("token", [(x, begin - 2), (x, picture.y)], BLACK, 1.2)
         picture.y += 4
     unit, unit_name = time_unit(longest)
-    picture.axis(longest / unit, unit_name, top)
+    picture.axis(longest / unit, unit_name, picture.y - 2)  # no lines through the names above
     return picture
 
 

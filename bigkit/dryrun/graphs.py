@@ -32,9 +32,10 @@ class FakeRecording:
         rings: the slots that the recorded work fills.
     """
 
+    error = None  # nothing but what `record` raises
+
     def __init__(self, log: OperationLog, rings: Rings) -> None:
         self.log, self.rings = log, rings
-        self.error: BaseException | None = None
         self._operations: list[Operation] = []
         self._found: Found = {}
 
@@ -47,12 +48,7 @@ class FakeRecording:
         with self.rings.borrowed():
             trace.pool = trace.pools
             try:
-                self.rings.begin()
-                result = function()
-                self._found = self.rings.end()
-            except BaseException as error:
-                self.error = error
-                raise
+                result, self._found = self.rings.recorded(function)
             finally:
                 trace.pool, self.log.warm = 0, warm
         self._operations = trace.operations[first:]

@@ -26,7 +26,7 @@ work, return. By hand, with PyTorch's own hooks:
 What is wrong with it is what the files are about. Read in this order:
 
 - `weights.py`: a copy for each tensor. Those of a block lie together, pinned, as they will lie on the GPU; or in the
-  checkpoint's own files (`source.py`, `joined.py`). A quantized tensor is several plain ones (`codec.py`).
+  checkpoint's own files (`source.py`). A quantized tensor is several plain ones (`codec.py`).
 - `handle.py`: `weight.shape` is gone between two forwards, and what is written there is lost. A handle answers.
 - `transfer.py`: the GPU waits for every copy. A copy stream fills one slot while the GPU works on another; what comes
   from a file goes through `checkpoints/ring.py`. On the CPU, pages of the file are lent instead (`mapped.py`).

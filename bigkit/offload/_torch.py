@@ -22,6 +22,13 @@ detect_fake_mode: Callable[[], Any] = torch._guards.detect_fake_mode
 # does. `torch._C`, 2.11 to 2.15.
 DisableTorchFunctionSubclass: Callable[[], AbstractContextManager[None]] = torch._C.DisableTorchFunctionSubclass
 
+# What lies in nested lists, tuples, dicts and outputs of Transformers; a copy in which what has some type is replaced;
+# their leaves and structure, and the way back. `torch.utils._pytree`, 2.11 to 2.15.
+tree_leaves: Callable[[Any], list[Any]] = pytree.tree_leaves
+tree_map_only: Callable[[Any, Callable[[Any], Any], Any], Any] = pytree.tree_map_only
+tree_flatten: Callable[[Any], tuple[list[Any], Any]] = pytree.tree_flatten
+tree_unflatten: Callable[[list[Any], Any], Any] = pytree.tree_unflatten
+
 
 def storage_id(tensor: Tensor) -> int:
     """The same number for all tensors that share memory. `UntypedStorage._cdata`, 2.11 to 2.15."""
@@ -206,26 +213,6 @@ def stop_watching(tensor: Tensor) -> None:
     """End what `watch_writes` began."""
     if isinstance(tensor, (WatchedParameter, WatchedBuffer)):
         tensor.__class__ = nn.Parameter if isinstance(tensor, WatchedParameter) else Tensor  # type: ignore[assignment]
-
-
-def tree_leaves(tree: Any) -> list[Any]:
-    """What lies in nested lists, tuples and dicts. `torch.utils._pytree`, 2.11 to 2.15."""
-    return pytree.tree_leaves(tree)
-
-
-def tree_map_only(types: Any, function: Callable[[Any], Any], tree: Any) -> Any:
-    """A copy of nested lists, tuples and dicts with what has one of the types replaced. `torch.utils._pytree`."""
-    return pytree.tree_map_only(types, function, tree)
-
-
-def tree_flatten(tree: Any) -> tuple[list[Any], Any]:
-    """What lies in nested lists, tuples, dicts and outputs of Transformers, and how. `torch.utils._pytree`."""
-    return pytree.tree_flatten(tree)
-
-
-def tree_unflatten(leaves: list[Any], spec: Any) -> Any:
-    """The way back. `torch.utils._pytree`, 2.11 to 2.15."""
-    return pytree.tree_unflatten(leaves, spec)
 
 
 def end_failed_capture(pool: Any, device: torch.device) -> None:

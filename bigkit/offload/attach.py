@@ -21,7 +21,7 @@ from torch import nn
 
 from ..devices import join, prefixes
 from .copies import lend_copies
-from .experts import hook_class
+from .experts import ExpertsHook, ExpertStreamer
 from .grouping import Layout, block_classes, has_forward, own_tensors
 from .hooks import AlignDevicesHook, add_hook_to_module
 from .on_cpu import Split, add_hooks
@@ -40,12 +40,13 @@ def attach(
     """Put hooks where a layout needs them; `splits` and `threads` are for MLPs that the CPU computes."""
     hooks: dict[nn.Module, AlignDevicesHook] = {}
     for unit, own in lenders.items():
-        hooks[unit.module] = hook_class(own).placed(own.device, skip_keys, own, unit)
+        cls = ExpertsHook if isinstance(own, ExpertStreamer) else AlignDevicesHook
+        hooks[unit.module] = cls.placed(own.device, skip_keys, own, unit)
     streamer = next(iter(lenders.values()), None)
     modules, several = dict(model.named_modules()), len(layout.works_on()) > 1
     for name in layout.parts:
         for module in _called(modules[name], iterated=True) if name in modules else ():
-            if not several or _holds_tensors(module):  # else it works wherever its inputs are
+            if not several or any(map(own_tensors, module.modules())):  # else it works wherever its inputs are
                 hooks.setdefault(module, AlignDevicesHook.placed(layout.device(layout.works(name)), skip_keys))
     if several:
         for name, module in modules.items():
@@ -80,10 +81,6 @@ def _called(module: nn.Module, iterated: bool = False) -> list[nn.Module]:
     if own and not (iterated and isinstance(module, nn.Sequential)):
         return own
     return own + [inner for child in module.children() for inner in _called(child, iterated)]
-
-
-def _holds_tensors(module: nn.Module) -> bool:
-    return any(map(own_tensors, module.modules()))
 
 
 def _home(layout: Layout, name: str, module: nn.Module) -> torch.device:

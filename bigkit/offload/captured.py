@@ -14,9 +14,10 @@ Leaves out: blocks on disk or in RAM that is not pinned (reader threads bring th
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import weakref
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -34,6 +35,7 @@ from .transfer import CudaLane, Slot
 
 _INSTEAD = "generate outside of bigkit.graph_decode"
 Found = dict[Streamer, dict[int, Slot]]  # index of a unit -> the slot in which a step found it
+Result = TypeVar("Result")
 
 
 def devices_of(model: nn.Module) -> list[torch.device]:
@@ -84,6 +86,21 @@ def refuse_what_waits(model: nn.Module) -> None:
             )
 
 
+def _noted(value: Any, depth: int = 4) -> Any:
+    """What Python of a model may ask of an attribute, to be compared later: numbers, text, functions, and how many."""
+    if isinstance(value, (bool, int, float, str, torch.dtype)):
+        return value
+    if callable(value) and not isinstance(value, nn.Module):
+        return value
+    if not isinstance(value, (dict, list, tuple, set, frozenset)):
+        return type(value)
+    if not depth or len(value) > 1000:
+        return len(value)
+    if isinstance(value, dict):
+        return [(key, _noted(own, depth - 1)) for key, own in value.items()]
+    return value if isinstance(value, (set, frozenset)) else [_noted(own, depth - 1) for own in value]
+
+
 class Rings:
     """The slots of all streamers of a model, as graphs use them.
 
@@ -95,9 +112,8 @@ class Rings:
         self._model = model
         self.streamers = streamers_in(model)
         self.steps_before = max((streamer.count for streamer in self.streamers), default=1)
-        self._held: dict[Streamer, dict[int, Slot]] = {}  # what was in slots when the recording began
         self._first: dict[tuple[str, str], str] = {}  # unit -> what happened to it first
-        self._weights: list[Any] = []
+        self._before: Any = None
         self._tables: list[Any] = []  # accounts of experts on the GPU, when the step was recorded
 
     def streams(self) -> list[torch.cuda.Stream]:
@@ -121,21 +137,25 @@ class Rings:
                     f"looks which are chosen: generate for one at a time, let them rest on a GPU, or {_INSTEAD}"
                 )
 
-    # -- weights
+    # -- the model
 
     def remember(self) -> None:
-        """Note which weights the model has now."""
-        self._weights = self._present()
+        """Note what the model is made of now."""
+        self._before = self._present()
 
     def unchanged(self) -> bool:
-        """Whether it still has them, at the same addresses."""
-        return self._present() == self._weights
+        """Whether it still is: the same weights at the same addresses, modules and hooks, numbers and flags."""
+        return bool(self._present() == self._before)
 
-    def _present(self) -> list[Any]:
-        tensors = [tensor for module in self._model.modules() for tensor, _ in own_tensors(module).values()]
-        return [
+    def _present(self) -> Any:
+        modules = [*self._model.modules()]
+        tensors = [tensor for module in modules for tensor, _ in own_tensors(module).values()]
+        weights = [
             (id(tensor), 0 if isinstance(tensor, Away) or is_fake(tensor) else tensor.data_ptr()) for tensor in tensors
         ]
+        kinds = {device.type for device in devices_of(self._model)}
+        modes = [(kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in sorted(kinds)]
+        return weights, [(weakref.ref(module), _noted(vars(module))) for module in modules], modes
 
     # -- recording
 
@@ -145,51 +165,49 @@ class Rings:
         before = {streamer: [*streamer.slots] for streamer in self.streamers}
         events = [(slot, slot.ready, slot.free) for slots in before.values() for slot in slots]
         try:
-            for slot, ready, _ in events:
-                if ready is not None:
-                    slot.ready, slot.free = torch.cuda.Event(), torch.cuda.Event()
-            for streamer in self.streamers:
-                streamer.listeners.append(self._note)
-            yield
-            if any(streamer.slots != slots for streamer, slots in before.items()):
-                raise RuntimeError("it takes other slots than the steps before it took")
+            try:
+                for slot, ready, _ in events:
+                    if ready is not None:
+                        slot.ready, slot.free = torch.cuda.Event(), torch.cuda.Event()
+                for streamer in self.streamers:
+                    streamer.listeners.append(self._note)
+                yield
+                if any(streamer.slots != slots for streamer, slots in before.items()):
+                    raise RuntimeError("it takes other slots than the steps before it took")
+            finally:
+                for streamer in self.streamers:
+                    streamer.listeners = [listener for listener in streamer.listeners if listener != self._note]
+                for slot, ready, free in events:
+                    slot.ready, slot.free = ready, free
         except BaseException:
-            self._give_back(events)
             for streamer in self.streamers:
                 streamer.recover()
                 self._settle(streamer, {})  # whatever copies were recorded, none was made
             raise
-        self._give_back(events)
-
-    def _give_back(self, events: list[tuple[Slot, Any, Any]]) -> None:
-        for streamer in self.streamers:
-            streamer.listeners = [listener for listener in streamer.listeners if listener != self._note]
-        for slot, ready, free in events:
-            slot.ready, slot.free = ready, free
 
     def _note(self, event: Event) -> None:
         self._first.setdefault((event.device, event.unit), event.kind)
 
-    def begin(self) -> None:
-        """The recording has begun, and all copies are done."""
+    def recorded(self, function: Callable[[], Result]) -> tuple[Result, Found]:
+        """Call a function that is being recorded: what it returns, and what it found in slots, which is there again at
+        the recording's end, and nothing else.
+        """
         self._first = {}
-        self._held = {streamer: dict(streamer.holder) for streamer in self.streamers}
+        held = {streamer: dict(streamer.holder) for streamer in self.streamers}
         self._record_events()
-
-    def end(self) -> Found:
-        """The step is recorded: let what it found in slots be there again at its end, and nothing else."""
+        result = function()
         found: Found = {}
         for streamer in self.streamers:
             found[streamer] = own = {
                 i: slot
-                for i, slot in self._held[streamer].items()
+                for i, slot in held[streamer].items()
                 if self._first.get((streamer.name, streamer.units[i].name)) == "work"
             }
             self._wait(streamer)
             self._turn(streamer, own)
             self._settle(streamer, own)
         self._tables = self._accounts()
-        return found
+        return result, found
 
     def _accounts(self) -> list[Any]:
         return [table for one in self.streamers if isinstance(one, GatherStreamer) for table in one.tables.values()]

@@ -74,15 +74,15 @@ def codec_of(tensor: Tensor) -> TensorCodec:
 
 def own_copy(tensor: Tensor) -> Tensor:
     """A copy of a tensor in memory of its own, of the same class and with the same attributes, as a new leaf."""
-    codec = codec_of(tensor)
-    parts = {suffix: part.clone() for suffix, part in codec.take_apart(tensor).items()}
-    return codec.put_together(codec.template(tensor), parts)
+    return _rebuilt(tensor, Tensor.clone)
 
 
 def on_device(tensor: Tensor, device: torch.device) -> Tensor:
     """A tensor on another device, of the same class and with the same attributes; a plain one keeps its graph."""
+    return tensor.to(device) if codec_of(tensor) is PLAIN else _rebuilt(tensor, lambda part: part.to(device))
+
+
+def _rebuilt(tensor: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
     codec = codec_of(tensor)
-    if codec is PLAIN:
-        return tensor.to(device)
-    parts = {suffix: part.to(device) for suffix, part in codec.take_apart(tensor).items()}
+    parts = {suffix: change(part) for suffix, part in codec.take_apart(tensor).items()}
     return codec.put_together(codec.template(tensor), parts)

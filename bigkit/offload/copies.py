@@ -21,7 +21,8 @@ from .codec import on_device
 from .grouping import Layout, own_tensors
 from .handle import Away
 from .hooks import ModelHook, add_hook_to_module, this_thread
-from .sites import Place, tensors_of
+from .sites import tensors_of
+from .weights import Place
 
 _lock = threading.RLock()  # while a module is given a copy, or its tensor back
 

@@ -26,7 +26,7 @@ from ..maps.device_map import check_device_map
 from ..maps.plan import Plan
 from ..units import parse_bytes
 from .attach import attach
-from .grouping import Layout, check_layers, in_turn, put, records, with_residents
+from .grouping import Layout, check_layers, in_turn, records, with_residents
 from .hooks import drop_hooks, give_back_methods, hooks_in
 from .lenders import lenders_of
 from .moving import change_methods, device_map_of
@@ -34,6 +34,7 @@ from .on_cpu import choose, split_units
 from .on_device import rows_on_devices
 from .options import names_of, read_options
 from .placing import Origins, make_units
+from .sites import put
 
 
 def dispatch_model(

@@ -420,8 +420,3 @@ class ExpertsHook(AlignDevicesHook):
             tuple(rows if value is choice else value for value in args),
             {name: rows if value is choice else value for name, value in kwargs.items()},
         )
-
-
-def hook_class(streamer: Streamer) -> type[AlignDevicesHook]:
-    """The class of the hooks of units that a streamer lends."""
-    return ExpertsHook if isinstance(streamer, ExpertStreamer) else AlignDevicesHook

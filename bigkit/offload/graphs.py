@@ -23,7 +23,7 @@ import functools
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
@@ -49,7 +49,9 @@ def graph_decode(model: nn.Module) -> Iterator[Decoder]:
     """Within it, `generate` replays each decode step of a model as one CUDA graph.
 
     The tokens are those of `generate` with a static cache. Hooks and prints in the forward run only while a step is
-    recorded. Weights that are exchanged between two calls of `generate` are seen; within one they must stay.
+    recorded. What is exchanged between two calls of `generate` is seen: weights, modules, hooks, adapters that are
+    switched, numbers and flags of modules, autocast; within one it must stay. Within another one of the same model
+    this is that one.
 
     Args:
         model: a model of Transformers, on one or several GPUs; blocks may rest in pinned RAM. Or one that
@@ -73,11 +75,15 @@ def graph_decode(model: nn.Module) -> Iterator[Decoder]:
     generator = next((part for part in model.modules() if hasattr(type(part), "get_compiled_call")), None)
     if generator is None:
         raise ValueError(f"graph_decode needs a model of Transformers, not a {type(model).__name__}: {_NOTHING_ELSE}")
+    stage = stage_if_any(generator)
+    if isinstance(around := vars(generator).get("forward") if stage is None else stage.compute, Decoder):
+        yield around
+        return
     if any(part.training for part in generator.modules()):
         raise ValueError("graph_decode is for inference, and the model is in training mode: call model.eval() first")
     Recording.refuse(devices_of(generator))
     refuse_what_waits(generator)
-    decoder, stage = Decoder(generator), stage_if_any(generator)
+    decoder = Decoder(generator)
     replaced: dict[str, Any] = {"generate": decoder.generate, "get_compiled_call": decoder.get_compiled_call}
     if stage is None:
         replaced["forward"] = decoder
@@ -114,6 +120,12 @@ class Decoder:
         self._homes: dict[int, Home] = {}  # of each group of sequences under way
         self._lock = threading.RLock()
 
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        raise TypeError(
+            f"this {type(self._model).__name__} is within graph_decode and cannot be copied or pickled: do so before, "
+            "or afterwards"
+        )
+
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """`generate` of the model, with a static cache unless another one is given."""
         given = kwargs.get("generation_config")
@@ -128,7 +140,16 @@ class Decoder:
             else:  # `generate` wants options in one place
                 kwargs["generation_config"] = own = copy.deepcopy(given)
                 own.cache_implementation = "static"
+        with self._lock:
+            self._forget_what_is_old()
         return self._generate(*args, **kwargs)
+
+    def _forget_what_is_old(self) -> None:
+        """Let go of recordings of a model that is another one now."""
+        if not self._rings.unchanged():
+            self._homes.clear()
+            refuse_what_waits(self._model)  # it may have been dispatched anew
+            self._rings, self._devices = Rings(self._model), devices_of(self._model)
 
     def get_compiled_call(self, compile_config: Any = None) -> Callable[..., Any]:
         """What `generate` decodes with where it would compile: the model itself."""
@@ -145,13 +166,11 @@ class Decoder:
         cache, (sequences, tokens) = kwargs[name], _tokens(kwargs)
         group = 0 if self._stage is None else self._stage.slot
         with self._lock:
-            if not getattr(cache, "is_initialized", True):
-                if not self._rings.unchanged():
-                    self._homes.clear()
-                if group in self._homes:
+            is_new = not getattr(cache, "is_initialized", True)
+            if is_new or tokens != 1:
+                self._forget_what_is_old()
+                if is_new and group in self._homes:
                     self._homes[group].welcome(cache, sequences)
-                return self._as_ever(**kwargs)
-            if tokens != 1:
                 return self._as_ever(**kwargs)
             if not cache.is_compileable:
                 raise ValueError(
@@ -165,8 +184,9 @@ class Decoder:
             key = (name, spec_key(spec), tuple(map(kind_of, leaves)), home.state(), torch.is_inference_mode_enabled())
             step = home.steps.setdefault(key, _Step(self._rings.steps_before))
             if step.before > 0:
-                step.before -= 1
-                return self._as_ever(**kwargs)
+                before, output = home.scalars(), self._as_ever(**kwargs)
+                step.before -= not home.began(before)
+                return output
             if step.recording is None:
                 self._rings.refuse_batch(sequences)
                 self._record(step, home, leaves, spec, name)
@@ -181,7 +201,10 @@ class Decoder:
 
     def _bind(self, cache: Any, group: int) -> Home:
         home = self._homes.get(group)
-        if home is None or (home.cache() is not cache and not (home.fits(cache) and self._rings.unchanged())):
+        if home is not None and home.cache() is not cache:
+            self._forget_what_is_old()
+            home = self._homes.get(group)
+        if home is None or (home.cache() is not cache and not home.fits(cache)):
             home = None
             self._homes.pop(group, None)  # free before there is a new one
             home = self._homes[group] = Home(cache)

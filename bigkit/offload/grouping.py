@@ -23,9 +23,8 @@ from ..model.experts import experts_of
 from .codec import codec_of
 from .handle import Away
 from .inputs import torch_device
-from .sites import Place, tensors_of
 from .stream import is_real_cuda
-from .weights import Weight
+from .weights import Place, Weight
 
 
 @dataclass
@@ -132,18 +131,6 @@ def records(model: nn.Module) -> list[Record]:
                 seen.add((id(module), own))
                 by_name[owner].places[name] = (module, own, buffer)
     return [*by_name.values()]
-
-
-def handles(model: nn.Module) -> list[Away]:
-    """Every handle that stands in a model."""
-    own = [tensor for module in model.modules() for tensor, _ in own_tensors(module).values()]
-    return [tensor for tensor in own if isinstance(tensor, Away)]
-
-
-def put(places: Iterable[Place], tensor: Tensor) -> None:
-    """Make places refer to a tensor."""
-    for place in places:
-        tensors_of(place)[place[1]] = tensor
 
 
 def experts_in(model: nn.Module) -> set[int]:

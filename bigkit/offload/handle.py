@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import weakref
 from functools import cache
-from typing import TYPE_CHECKING, Any, NoReturn, Protocol
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -38,6 +38,7 @@ from .codec import codec_of, own_copy
 from .outside import take_news
 
 if TYPE_CHECKING:
+    from .stream import Streamer
     from .weights import Weight
 
 # Answered from the handle. Reading an attribute needs no data either, except for those that are tensors.
@@ -50,17 +51,6 @@ _QUESTIONS = {
 }  # fmt: skip
 _PLAIN_VALUES = (bool, int, float, str, torch.dtype, type(None))
 _TENSOR_ATTRIBUTES = {"T", "mT", "H", "mH", "real", "imag"}
-
-
-class WeightStreamer(Protocol):
-    """What a handle asks of the streamer that brings its weight; see `Streamer` in `offload/stream.py`."""
-
-    device: torch.device
-
-    def load(self, weight: Weight, device: torch.device | None = None) -> Tensor: ...
-    def unload(self, weight: Weight) -> None: ...
-    def keep(self, weight: Weight, value: Tensor) -> None: ...
-    def forget(self, weight: Weight) -> None: ...
 
 
 def refuse_copy(what: str) -> NoReturn:
@@ -89,12 +79,12 @@ class Away(Tensor):
     """
 
     weight: Weight
-    streamer: WeightStreamer
+    streamer: Streamer
     in_model: bool
     stands_for: type = nn.Parameter
 
     @staticmethod
-    def of(weight: Weight, streamer: WeightStreamer) -> Away:
+    def of(weight: Weight, streamer: Streamer) -> Away:
         """A new handle: a parameter for a parameter, a buffer for a buffer."""
         template = weight.template
         # Under fake tensors (a dry run) too a handle is real, whatever it stands for.
@@ -249,7 +239,7 @@ class RestingStorage:
         return getattr(self.handle.load().untyped_storage(), name)
 
 
-def _connect(handle: Any, weight: Weight, streamer: WeightStreamer, in_model: bool = False) -> Away:
+def _connect(handle: Any, weight: Weight, streamer: Streamer, in_model: bool = False) -> Away:
     handle.weight, handle.streamer, handle.in_model = weight, streamer, in_model
     connected: Away = handle
     return connected

@@ -21,7 +21,7 @@ from .inputs import torch_device
 from .mapped import PageLane
 from .on_cpu import Split, cpu_streamer
 from .rows import has_rows
-from .stream import Streamer, is_real_cuda
+from .stream import Streamer
 from .weights import Unit
 
 
@@ -92,9 +92,7 @@ def _expert_streamers(
         share = cache * sum(unit.nbytes for unit in own if unit.rests_in() == "disk") // max(on_disk, 1)
         streamer: Streamer
         if rows:
-            cls: type[ExpertStreamer] = ExpertStreamer
-            if is_real_cuda(device) or device.type == "cuda":  # or one of a dry run
-                cls = GatherStreamer
+            cls = GatherStreamer if device.type == "cuda" else ExpertStreamer
             stay = [on_device.get(unit.module, 0) for unit in own]
             sizes: dict[str, Any] = {"cache": share, "on_device": stay, "count": slots}
             streamer = cls(device, own, **sizes, on_pages=is_cpu, prefetch=prefetch, name=name)

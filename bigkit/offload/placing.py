@@ -28,15 +28,14 @@ from ..meta.empty import twin
 from ..units import listed
 from ._torch import is_fake, stop_watching
 from .codec import PLAIN, codec_of, on_device
-from .grouping import Cut, Group, Layout, Record, put, records
-from .joined import Joined
+from .grouping import Cut, Group, Layout, Record, records
 from .mapped import PageLane
 from .outside import known, settled, take_news
-from .sites import Place, has_handles, tensors_of
-from .source import Source
+from .sites import has_handles, put, tensors_of
+from .source import Joined, Source
 from .stream import Streamer
 from .transfer import readers
-from .weights import Part, Unit, Weight, part_of, rest_in_ram
+from .weights import Part, Place, Unit, Weight, part_of, rest_in_ram
 
 Parts = Mapping[str, Tensor | Stored]  # suffix -> a plain tensor of a weight, as data or as the range of a file
 Travelling = dict[Group, dict[Record, list[str]]]  # the tensors of each group, with their names in it
@@ -212,19 +211,11 @@ def make_units(
             continue
         for name, (module, *_) in record.places.items():
             travelling[cut.group_of[id(module)]].setdefault(record, []).append(name)
-    try:
-        units = mover.send_away(travelling)
-        for record, device in staying:
-            mover.stay(record, device)
-        mover.finish()
-    except BaseException:
-        mover.undo()
-        raise
-    return units
+    return mover.move(travelling, staying)
 
 
 class _Mover:
-    """Moves tensors to where they rest; `undo` brings those back that have left.
+    """Moves tensors to where they rest; if that fails, it brings those back that have left.
 
     What has been copied to RAM is let go of at once: at no time is more than a few units in memory twice.
     """
@@ -243,7 +234,20 @@ class _Mover:
         earlier = [place for record in tensors if record.away for place in record.places.values()]
         self.handles: list[tuple[Place, Any]] = [(place, tensors_of(place)[place[1]]) for place in earlier]
 
-    def send_away(self, travelling: Travelling) -> list[Unit]:
+    def move(self, travelling: Travelling, staying: list[tuple[Record, torch.device]]) -> list[Unit]:
+        """Send away what travels, and move what stays to its device: all of it, or nothing."""
+        try:
+            units = self._send_away(travelling)
+            for record, device in staying:
+                self._stay(record, device)
+            for done in self.filling:
+                done.result()
+        except BaseException:
+            self._undo()
+            raise
+        return units
+
+    def _send_away(self, travelling: Travelling) -> list[Unit]:
         """Make the units, and begin to fill their RAM."""
         units: list[Unit] = []
         times = Counter(record for inside in travelling.values() for record in inside)
@@ -281,17 +285,12 @@ class _Mover:
 
     def _rest_on_disk(self, weights: list[tuple[Weight, Parts]]) -> None:
         """Point parts to the files that hold them, after writing what is in none."""
-        all_parts = [
-            (weight.parts[suffix], join(weight.name, suffix), data)
-            for weight, parts in weights
-            for suffix, data in parts.items()
-        ]
-        in_no_file = {name: data for _, name, data in all_parts if isinstance(data, Tensor)}
+        every = [(weight, suffix, data) for weight, parts in weights for suffix, data in parts.items()]
+        in_no_file = {join(weight.name, own): data for weight, own, data in every if isinstance(data, Tensor)}
         written = self.origins.write(in_no_file) if in_no_file else {}
-        for part, name, data in all_parts:
-            stored = written[name] if isinstance(data, Tensor) else data
-            part.stride, part.at = _strides(part.shape), 0 if stored.pieces else stored.offset
-            part.source = self.origins.source(stored.file, stored.pieces)
+        for weight, suffix, data in every:
+            stored = written[join(weight.name, suffix)] if isinstance(data, Tensor) else data
+            weight.parts[suffix] = _unplaced(stored, self.origins.source(stored.file, stored.pieces))
 
     def _fill(self, unit: Unit, values: list[dict[str, Tensor]], inside: Iterable[Record]) -> None:
         """Give a unit its RAM, and let go of what the model held."""
@@ -304,7 +303,7 @@ class _Mover:
         for weight in unit.weights:
             put(weight.places, weight.template)
 
-    def stay(self, record: Record, device: torch.device) -> None:
+    def _stay(self, record: Record, device: torch.device) -> None:
         """Move a tensor to the device where it stays."""
         value = new = self.origins.value(record)
         tensor = record.tensor if record.away is None else value
@@ -323,12 +322,7 @@ class _Mover:
             stop_watching(new)
         put(record.places.values(), new)
 
-    def finish(self) -> None:
-        """Wait until all RAM is filled."""
-        for done in self.filling:
-            done.result()
-
-    def undo(self) -> None:
+    def _undo(self) -> None:
         """Make the model what it was."""
         wait(self.filling)
         for tensor, data in self.stayed:
@@ -382,18 +376,12 @@ def stream_alone(
     """Send what a module holds (with `submodules`, what is in it) to RAM; None if that is nothing."""
     mover = _Mover(records(module), Layout({"": "cpu"}, str(device)), Origins(given=given or {}))
     inside: dict[Record, list[str]] = {}
-    try:
-        for record in mover.records:
-            if submodules or any(owner is module for owner, *_ in record.places.values()):
-                if record.buffer and not (offload_buffers and record.persistent):
-                    mover.stay(record, device)
-                else:
-                    inside[record] = [*record.places]
-        units = mover.send_away({Group("", module): inside})
-        mover.finish()
-    except BaseException:
-        mover.undo()
-        raise
-    if not units:
-        return None
-    return Streamer(device, units, PageLane(device) if device.type == "cpu" else None)
+    staying: list[tuple[Record, torch.device]] = []
+    for record in mover.records:
+        if submodules or any(owner is module for owner, *_ in record.places.values()):
+            if record.buffer and not (offload_buffers and record.persistent):
+                staying.append((record, device))
+            else:
+                inside[record] = [*record.places]
+    units = mover.move({Group("", module): inside}, staying)
+    return Streamer(device, units, PageLane(device) if device.type == "cpu" else None) if units else None

@@ -101,9 +101,7 @@ class Recording:
             for stream in forked:
                 stream.wait_stream(main)
             try:
-                self.rings.begin()
-                result = function()
-                self._found = self.rings.end()
+                result, self._found = self.rings.recorded(function)
             except BaseException as error:
                 self.error = error
                 with suppress(RuntimeError):  # a recording whose streams are not joined does not end

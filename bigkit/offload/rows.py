@@ -1,7 +1,7 @@
 """A block's experts as rows of its tensors, and those that come from files in RAM.
 
 Transformers holds all experts of a block in a few tensors, whose first dimension are the experts. So an expert is a row
-of each: a stretch of RAM, or a range of a file (or a few: `joined.py`).
+of each: a stretch of RAM, or a range of a file (or a few: `Joined`).
 
 For experts from files memory is set aside, laid out as a slot that holds all of a block; but only what is read takes
 RAM. What was read stays there until more than a given number of bytes are kept; then the experts that were used longest

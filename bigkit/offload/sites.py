@@ -8,7 +8,7 @@ Leaves out: what is written into a weight, in place or through `data` (`offload/
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, NamedTuple, TypeGuard
 
 import torch
@@ -17,12 +17,10 @@ from torch import Tensor, nn
 from ._torch import in_functional_call, stop_watching
 from .handle import Away
 from .outside import Outside, settled, take_news
-from .weights import Unit, Weight
+from .weights import Place, Unit, Weight
 
 if TYPE_CHECKING:
     from .stream import Streamer
-
-Place = tuple[nn.Module, str, bool]  # a module, the own name of a tensor in it, whether it is a buffer
 
 
 class Entry(NamedTuple):
@@ -55,14 +53,12 @@ class Site:
         """Read the model again; a handle may lie under another name (pruning and weight norm do that)."""
         weights = {id(same): weight for weight in self.unit.weights for same in (weight, *weight.aliases)}
         places = {(id(place[0]), place[1]) for weight in self.unit.weights for place in weight.places}
-        for module in self.unit.modules():
-            for tensors, buffer in ((module._parameters, False), (module._buffers, True)):
-                for own, tensor in tensors.items():
-                    if isinstance(tensor, Away) and id(tensor.weight) in weights and (id(module), own) not in places:
-                        weight = weights[id(tensor.weight)]
-                        weight.places.append((module, own, buffer))
-                        tensors[own] = weight.away
-                        self.streamer.forget(weight)  # the views that were made lack this place
+        for place, tensor in held_by(self.unit.modules()):
+            if isinstance(tensor, Away) and id(tensor.weight) in weights and (id(place[0]), place[1]) not in places:
+                weight = weights[id(tensor.weight)]
+                weight.places.append(place)
+                put([place], weight.away)
+                self.streamer.forget(weight)  # the views that were made lack this place
         self.entries = [
             Entry(tensors_of(place), place[1], weight, weight.away, place)
             for weight in self.unit.weights
@@ -101,15 +97,12 @@ class Site:
         """Put the weights themselves in the place of all handles in the unit's modules."""
         self.take_in_changes()
         self.released = True
-        for module in self.unit.modules():
-            for tensors in (module._parameters, module._buffers):
-                for own, handle in tensors.items():
-                    if isinstance(handle, Away) and any(
-                        same.lender is self.streamer for same in (handle.weight, *handle.weight.aliases)
-                    ):
-                        places = [place for weight in self.unit.weights for place in weight.places]
-                        last = not has_handles(handle.weight, places)
-                        tensors[own] = settled(handle.weight, last)  # type: ignore[assignment]
+        places = [place for weight in self.unit.weights for place in weight.places]
+        for place, handle in held_by(self.unit.modules()):
+            if isinstance(handle, Away):
+                weights = (handle.weight, *handle.weight.aliases)
+                if any(same.lender is self.streamer for same in weights):
+                    put([place], settled(handle.weight, last=not has_handles(handle.weight, places)))
 
     def _adopt(self, entry: Entry) -> None:
         """An entry refers to another tensor now: send that away, if it fits and all places of the weight refer to it.
@@ -131,8 +124,7 @@ class Site:
             weight.outside.watch()
             if isinstance(handle, nn.Parameter) and value.requires_grad != handle.requires_grad:
                 handle.requires_grad_(value.requires_grad)
-            for place in places:
-                tensors_of(place)[place[1]] = handle
+            put(places, handle)
             return
         self.look()  # it may have another name now
         weight.places.remove(entry.place)
@@ -151,11 +143,9 @@ def _fits(value: Tensor | None, weight: Weight) -> TypeGuard[Tensor]:
 
 def settle_rest(model: nn.Module) -> None:
     """Put weights in the place of handles in modules that no hook serves: users have tied these to others."""
-    for module in model.modules():
-        for tensors in (module._parameters, module._buffers):
-            for own, handle in tensors.items():
-                if isinstance(handle, Away) and not has_handles(handle.weight, ()):
-                    tensors[own] = settled(handle.weight, last=True)  # type: ignore[assignment]
+    for place, handle in held_by(model.modules()):
+        if isinstance(handle, Away) and not has_handles(handle.weight, ()):
+            put([place], settled(handle.weight, last=True))
 
 
 def has_handles(weight: Weight, but: Iterable[Place]) -> bool:
@@ -174,6 +164,21 @@ def tensors_of(place: Place) -> dict[str, Tensor | None]:
     return module._buffers if buffer else module._parameters  # type: ignore[return-value]
 
 
+def put(places: Iterable[Place], tensor: Tensor) -> None:
+    """Make places refer to a tensor."""
+    for place in places:
+        tensors_of(place)[place[1]] = tensor
+
+
+def held_by(modules: Iterable[nn.Module]) -> Iterator[tuple[Place, Tensor]]:
+    """Every tensor that some modules themselves hold, with its place."""
+    for module in modules:
+        for tensors, buffer in ((module._parameters, False), (module._buffers, True)):
+            for own, tensor in tensors.items():
+                if tensor is not None:
+                    yield (module, own, buffer), tensor
+
+
 def moved(tensor: Tensor, device: torch.device) -> Tensor:
     """A tensor on a device; a parameter stays the same object."""
     if isinstance(tensor, nn.Parameter):
@@ -184,7 +189,6 @@ def moved(tensor: Tensor, device: torch.device) -> Tensor:
 
 def move_own(module: nn.Module, device: torch.device) -> None:
     """Move what a module itself holds to a device, handles aside."""
-    for tensors in (module._parameters, module._buffers):
-        for own, tensor in tensors.items():
-            if tensor is not None and not isinstance(tensor, Away) and tensor.device != device and not tensor.is_meta:
-                tensors[own] = moved(tensor, device)  # type: ignore[assignment]
+    for place, tensor in held_by([module]):
+        if not isinstance(tensor, Away) and tensor.device != device and not tensor.is_meta:
+            put([place], moved(tensor, device))

@@ -1,9 +1,10 @@
-"""An open file that weights rest in.
+"""An open file that weights rest in, and ranges of several that are read as if they were one.
 
 It is read in two ways: into memory that a GPU copies from (`read`), or as mapped pages, which the system reads when
 they are touched (`mapped`). It is never written to: a page that is written to is the process's own from then on.
 
-Leaves out: which tensor lies where in it (`checkpoints/format.py`).
+Leaves out: which tensor lies where in it (`checkpoints/format.py`), and which ranges belong together
+(`checkpoints/in_order.py`).
 """
 
 from __future__ import annotations
@@ -11,9 +12,13 @@ from __future__ import annotations
 import mmap
 import os
 import weakref
+from bisect import bisect_right
+from collections.abc import Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ..checkpoints.format import Stored
 from ..checkpoints.ring import read_fully
 
 PAGE = mmap.PAGESIZE  # bytes
@@ -69,7 +74,7 @@ class Source:
         read_fully(self.descriptor, view, offset, self.path)
 
     def ranges(self, offset: int, nbytes: int) -> list[Range]:
-        """The ranges of files that hold the bytes from `offset` on; more than one in `offload/joined.py`."""
+        """The ranges of files that hold the bytes from `offset` on; more than one of a `Joined`."""
         return [Range(self, offset, 0, nbytes)]
 
     def mapped(self) -> mmap.mmap:
@@ -85,3 +90,45 @@ class Source:
             begin, end = -(-start // PAGE) * PAGE, end // PAGE * PAGE
         if begin < end:
             self.mapped().madvise(advice, begin, end - begin)
+
+
+class Joined(Source):
+    """Ranges of open files, one after another: the experts of a block, each of which lies alone.
+
+    Args:
+        pieces: where they lie.
+        sources: the open file of each.
+    """
+
+    def __init__(self, pieces: Sequence[Stored], sources: Sequence[Source]) -> None:
+        self.pieces, self.sources = tuple(pieces), tuple(sources)
+        self.path, self.owner = sources[0].path, None
+        self._starts = [0, *accumulate(piece.nbytes for piece in pieces)]
+
+    def check(self) -> None:
+        for source in dict.fromkeys(self.sources):
+            source.check()
+
+    def ranges(self, offset: int, nbytes: int) -> list[Range]:
+        found, done = [], 0
+        while done < nbytes:
+            number = bisect_right(self._starts, offset + done) - 1
+            inside = offset + done - self._starts[number]
+            count = min(nbytes - done, self.pieces[number].nbytes - inside)
+            found.append(Range(self.sources[number], self.pieces[number].offset + inside, done, count))
+            done += count
+        return found
+
+    def read(self, view: memoryview, offset: int) -> None:
+        for part in self.ranges(offset, len(view)):
+            part.source.read(view[part.start : part.start + part.nbytes], part.at)
+
+    def mapped(self) -> mmap.mmap:
+        """The bytes, read into memory that the caller alone has."""
+        memory = mmap.mmap(-1, max(self._starts[-1], 1))
+        self.read(memoryview(memory)[: self._starts[-1]], 0)
+        return memory
+
+    def madvise(self, advice: int, start: int, nbytes: int) -> None:
+        for part in self.ranges(start, nbytes):
+            part.source.madvise(advice, part.at, part.nbytes)

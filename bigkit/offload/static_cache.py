@@ -93,6 +93,10 @@ class Home:
             holder[name] >= holder["max_cache_len"] if name == _COUNT else holder[name] for holder, name in self._plain
         )
 
+    def began(self, before: list[Any]) -> bool:
+        """Whether a step was the first of a cache: that of a decoder computes what it asks its encoder for."""
+        return any(type(now) is bool and now != then for now, then in zip(self.scalars(), before))
+
     def counted(self, before: list[Any]) -> dict[int, int]:
         """What a step has added to the counts.
 

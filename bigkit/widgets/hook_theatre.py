@@ -270,7 +270,14 @@ class HookTheatre(Explorer):
             for name, own in computed.items()
         }  # fmt: skip
         title = f"{counted(count, 'block')} of a 7B in RAM, two tokens"
-        return ways_figure(ways, title, "block ").svg + preformatted(ways_text(ways))
+        alone, *others = (way.per_token for way in ways.values())
+        gain = alone / min(others)
+        if gain > 1.02:
+            says = "good", "The CPU helps:", f"a token is {gain:.2f} times as fast as if all blocks travel."
+        else:
+            says = "slow", "The CPU does not help here:", "if all blocks travel, a token takes no longer."
+        verdict = pill(*says, role="note")
+        return verdict + ways_figure(ways, title, "block ").svg + preformatted(ways_text(ways))
 
     def summary(self, performance: Performance) -> list[str]:
         """How many blocks rest on each place, the way to run, and what has just happened."""

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import random
+import weakref
 from collections.abc import Callable
+from contextlib import nullcontext
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -60,7 +64,7 @@ def test_in_any_order_of_streams(monkeypatch: pytest.MonkeyPatch, seed: int) -> 
         for block in (*blocks, *blocks):
             found = block(found)
     world.run(random.Random(seed).choice)
-    assert torch.equal(found, expected) and len(world.streams) == 2 and not ahead._begun
+    assert torch.equal(found, expected) and len(world.streams) == 2
     ahead._stream.cache_clear()
 
 
@@ -77,6 +81,34 @@ def test_only_for_the_same_choice(monkeypatch: pytest.MonkeyPatch) -> None:
             block.decoded = []
             weights = decoded_in_turn(block, asked, choice, block.decoder(choice))
             assert block.decoded == decoded and torch.equal(weights, block.parts[asked][choice].float() / 50)
-    del block
-    assert not ahead._begun
+    assert not vars(first) and not vars(other)
+    ahead._stream.cache_clear()
+
+
+def test_nothing_stays_where_a_forward_failed_between_two_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    ahead._stream.cache_clear()
+    block, x, made = Block(), torch.randn(2, 4), list[weakref.ref[Tensor]]()
+
+    def decoder(experts: Tensor) -> Callable[[str], Tensor]:
+        def decode(own: str) -> Tensor:
+            weights = block.parts[own][experts].float() / 50
+            made.append(weakref.ref(weights))
+            return weights
+
+        return decode
+
+    def fails(*_: Any) -> Tensor:
+        raise RuntimeError("between two products")
+
+    still = SimpleNamespace(wait_stream=lambda other: None, wait_event=lambda event: None, record_event=lambda: None)
+    for name, value in {"Stream": still, "current_stream": still, "stream": nullcontext()}.items():
+        monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
+    monkeypatch.setattr(block, "decoder", decoder)
+    with monkeypatch.context() as patch:
+        patch.setattr(Tensor, "tanh", fails)
+        with pytest.raises(RuntimeError, match="between two products"):
+            block(x)
+    gc.collect()  # the error's frames
+    assert len(made) == 2 and not any(weights() is not None for weights in made)
+    assert torch.equal(block(x), block.plain(x))
     ahead._stream.cache_clear()

@@ -34,7 +34,7 @@ FAMILIES = {"mixtral": tf.MixtralForCausalLM, "qwen3": tf.Qwen3MoeForCausalLM, "
 
 @pytest.fixture
 def pretend(monkeypatch):
-    monkeypatch.setattr(lenders, "is_real_cuda", lambda device: device.type == "cpu")
+    monkeypatch.setattr(lenders, "ExpertStreamer", gather.GatherStreamer)
     monkeypatch.setattr(gather, "seen_by_gpu", lambda slab, device: slab.bytes[:])
     monkeypatch.setattr(gather, "kernels_for", lambda tensor: "kernels")
     for name in ("device", "device_of"):

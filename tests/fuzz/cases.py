@@ -24,11 +24,11 @@ from bigkit.dryrun.fake_gpu import fake_gpus
 from bigkit.dryrun.workload import fill
 from bigkit.meta.skeleton import tied_groups
 from bigkit.offload.dispatch import dispatch_model
-from bigkit.offload.grouping import handles, own_tensors
+from bigkit.offload.grouping import own_tensors
 from bigkit.offload.hooks import remove_hook_from_module
 from bigkit.offload.load_and_dispatch import load_checkpoint_and_dispatch
 from tests.fuzz.modules import Reads, Recipe, Stop, Stops, build, random_root
-from tests.spread import STAND_IN, check_at_rest
+from tests.spread import STAND_IN, check_at_rest, handles
 
 MODES = {"no_grad": torch.no_grad, "inference": torch.inference_mode, "grad": torch.enable_grad}
 

@@ -25,10 +25,13 @@ def test_every_rate_of_a_gpu_is_found(tmp_path):
 
 @pytest.mark.parametrize("quantization", [None, "nf4"])
 def test_a_dry_run_takes_the_pace_of_a_twin_from_the_ledger(quantization, tmp_path, monkeypatch):
-    """As a user calls it: calibrate this machine, calibrate a model on it, then ask for a dry run of the model here."""
+    """As a user calls it: calibrate this machine, calibrate a model on it, then ask for a dry run of the model here.
+
+    The model is so small that Python sets its pace, whoever else uses the GPU.
+    """
     monkeypatch.setenv("BIGKIT_LEDGER", str(tmp_path / "ledger.json"))
     calibrate(tmp_path, quick=True)
-    config = transformers.Qwen3Config(num_hidden_layers=12, vocab_size=32000)
+    config = transformers.Qwen3Config(hidden_size=1024, intermediate_size=3072, num_hidden_layers=12, vocab_size=32000)
     config.architectures = ["Qwen3ForCausalLM"]
     calibrate(model=config, quantization=quantization)
     here = Hardware.detect()

@@ -225,3 +225,118 @@ def test_layers_that_stay_take_no_more_than_the_prompt_did():
     torch.cuda.synchronize()
     assert cache.layers_that_stay() > 0
     assert torch.cuda.memory_reserved() <= reserved + 40e6  # a layer, and what is rounded up
+
+
+@pytest.mark.parametrize("room", [None, "200GB"])
+def test_a_cache_that_rests_where_memory_is_tight(room):
+    """The GPU has room for what a prompt needs and hardly more; a `room` that it has not is given up."""
+    model, tokens, total = build(blocks=8), prompt(4, 3000), torch.cuda.get_device_properties(0).total_memory
+    expected = model.generate(tokens, **GREEDY)
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    assert torch.equal(model.generate(tokens, past_key_values=RestingCache(model.config, room=0), **GREEDY), expected)
+    most = torch.cuda.max_memory_reserved() + 20e6
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch.cuda.set_per_process_memory_fraction(most / total)
+    try:
+        for _ in range(2):
+            cache = RestingCache(model.config, room=room)
+            assert torch.equal(model.generate(tokens, past_key_values=cache, **GREEDY), expected)
+            assert torch.cuda.memory_reserved() <= most
+            assert room is None or cache.layers_that_stay() < 8
+            del cache
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+
+
+@torch.no_grad()
+def test_two_caches_that_rest_at_once():
+    """Two texts of one model by turns, one of which gets a second prompt meanwhile: each has its own rows."""
+    model = build(blocks=6)
+    before, texts = ring.pinned_bytes(), [prompt(1, 900, seed=2), prompt(2, 500, seed=3)]
+    caches = [
+        [make(), make()] for make in (lambda: RestingCache(model.config), lambda: tf.DynamicCache(config=model.config))
+    ]
+    last = [[*texts], [*texts]]
+    for step in range(16):
+        for i in (0, 1) if step % 3 else (1, 0):
+            logits = []
+            for own, tokens in zip(caches, last):
+                more = prompt(2, 300, seed=9) if step == 7 and i else tokens[i]
+                logits.append(model(more, past_key_values=own[i], logits_to_keep=1).logits)
+                tokens[i] = logits[-1].argmax(-1)
+            assert torch.equal(*logits), (step, i)
+    assert ring.pinned_bytes() - before == sum(cache.resting_bytes() for cache in caches[0]) > 0
+    del caches, own
+    gc.collect()
+    assert ring.pinned_bytes() == before
+
+
+MIXTURE = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 256}
+
+
+def experts_of(model):
+    return [layer.mlp.experts for layer in model.model.layers]
+
+
+@pytest.mark.parametrize("cache", [0, "10MB"])
+@pytest.mark.parametrize("away", [False, True])
+def test_experts_that_are_replaced_between_two_calls(away, cache):
+    """Another parameter, other data of the same one, a write: the next call of `generate` has the new tokens."""
+    plain, model = build(QWEN, **MIXTURE), build(QWEN, **MIXTURE)
+    if away:
+        places = {"": 0, **{f"model.layers.{i}.mlp.experts": "cpu" for i in range(5)}}
+        model = bigkit.dispatch_model(model, places, 0, expert_cache=cache)
+    static, seen = {"cache_implementation": "static", "disable_compile": True}, set()
+    with bigkit.graph_decode(model) as decoder:
+        for change in (None, "parameter", "data", "write", "parameter", None):
+            for one in (plain, model):
+                torch.manual_seed(len(seen))
+                for own in experts_of(one)[1:4]:
+                    new = torch.randn(own.down_proj.shape, device="cuda:0").mul(0.06).to(torch.bfloat16)
+                    if change == "parameter":
+                        own.down_proj = torch.nn.Parameter(new, requires_grad=False)
+                    elif change == "data":
+                        own.down_proj.data = new
+                    elif change == "write":
+                        with torch.no_grad():
+                            own.down_proj.copy_(new)
+            expected = plain.generate(prompt(), **GREEDY, **static)
+            for _ in range(2):
+                assert torch.equal(model.generate(prompt(), **GREEDY), expected), change
+            seen.add(tuple(expected[0].tolist()))
+    assert len(seen) == 5 and decoder.replayed > 100
+
+
+@pytest.mark.parametrize("away", [False, True])
+def test_a_stack_that_is_decoded_ahead(away):
+    """In a graph, and after an error between a block's two products, while a step runs and while it is recorded."""
+    pytest.importorskip("bitsandbytes")
+    model = build(QWEN, **MIXTURE)
+    linear = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
+    config = bigkit.BnbQuantizationConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", torch_dtype=torch.bfloat16, skip_modules=linear
+    )
+    places = {"": 0, **{f"model.layers.{i}.mlp.experts": "cpu" for i in range(5) if away}}
+    model = bigkit.load_and_quantize_model(model, config, device_map=places)
+    expected = [plain(model, prompt(seed=seed)) for seed in range(2)]
+    armed = []
+
+    def fail(_, args):
+        if armed and len(args[0]) == 2 and torch.cuda.is_current_stream_capturing() == armed[0]:
+            armed.clear()
+            raise KeyboardInterrupt
+
+    experts_of(model)[2].act_fn.register_forward_pre_hook(fail)
+    for recorded in (False, True):
+        with bigkit.graph_decode(model) as decoder:
+            armed.append(recorded)
+            with pytest.raises(KeyboardInterrupt):
+                model.generate(prompt(seed=1), **GREEDY)
+            assert not armed
+            for seed in (1, 0):
+                assert torch.equal(model.generate(prompt(seed=seed), **GREEDY), expected[seed])
+            assert decoder.replayed > 30
+    assert torch.equal(plain(model, prompt(seed=1)), expected[1])

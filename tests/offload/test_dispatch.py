@@ -21,13 +21,12 @@ from bigkit.checkpoints.save import save_model
 from bigkit.dryrun.fake_gpu import fake_gpus
 from bigkit.dryrun.workload import fill
 from bigkit.offload.dispatch import dispatch_model
-from bigkit.offload.grouping import handles
 from bigkit.offload.handle import Away
 from bigkit.offload.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
 from bigkit.offload.load_and_dispatch import load_checkpoint_and_dispatch
 from bigkit.offload.one_place import cpu_offload, disk_offload
 from bigkit.offload.whole_model import cpu_offload_with_hook
-from tests.spread import STAND_IN, Net, check_at_rest, memory_beside_disk, same, spread, spread_ways
+from tests.spread import STAND_IN, Net, check_at_rest, handles, memory_beside_disk, same, spread, spread_ways
 
 X = torch.randn(3, 8, generator=torch.Generator().manual_seed(0))
 MIXED = {"scale": "disk", "h.0": 0, "h.1": "cpu", "h.2": "disk", "h.3": 1, "out": "cpu"}

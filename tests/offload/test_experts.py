@@ -640,7 +640,7 @@ def test_dispatched_anew_and_forgotten(tmp_path):
 @pytest.fixture
 def pretend(monkeypatch):
     """A stand-in passes for a GPU where the streamer is chosen, and its slabs for pinned ones."""
-    monkeypatch.setattr(lenders, "is_real_cuda", lambda device: True)
+    monkeypatch.setattr(lenders, "ExpertStreamer", gather.GatherStreamer)
     monkeypatch.setattr(gather, "seen_by_gpu", lambda slab, device: slab.bytes[:])
 
 

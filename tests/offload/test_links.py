@@ -9,10 +9,9 @@ from hypothesis import strategies as st
 
 import bigkit
 from bigkit.maps.links import DeviceMap
-from bigkit.offload.grouping import handles
 from bigkit.offload.hooks import hooks_in
 from bigkit.zoo.gpt import load_pygpt
-from tests.spread import STAND_IN, Net, check_at_rest, same, spread
+from tests.spread import STAND_IN, Net, check_at_rest, handles, same, spread
 
 X = torch.randn(3, 8, generator=torch.Generator().manual_seed(0))
 

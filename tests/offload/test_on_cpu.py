@@ -14,10 +14,9 @@ import bigkit
 from bigkit.maps.on_cpu import FEW, mlps_of
 from bigkit.offload import on_cpu
 from bigkit.offload.captured import refuse_what_waits
-from bigkit.offload.grouping import handles
 from bigkit.offload.on_cpu import MlpHook
 from bigkit.zoo.gpt import encode, heldout_text, load_pygpt
-from tests.spread import STAND_IN, Net, check_at_rest, same, spread
+from tests.spread import STAND_IN, Net, check_at_rest, handles, same, spread
 
 SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 5, "num_attention_heads": 4}
 MLP = 2 * (2 * 4 * 256 * 256 + 4 * 256 + 256)  # bytes of pygpt's

@@ -18,11 +18,10 @@ from bigkit import init_empty_weights
 from bigkit.checkpoints.save import save_model
 from bigkit.maps.partition import spread
 from bigkit.offload.dispatch import dispatch_model
-from bigkit.offload.grouping import handles
 from bigkit.offload.lenders import streamers_in
 from bigkit.offload.load_and_dispatch import load_checkpoint_and_dispatch
 from bigkit.offload.one_place import cpu_offload, disk_offload
-from tests.spread import STAND_IN, Block, Net, check_at_rest, memory_beside_disk, same, spread_ways
+from tests.spread import STAND_IN, Block, Net, check_at_rest, handles, memory_beside_disk, same, spread_ways
 from tests.spread import spread as spread_by
 
 X = torch.randn(3, 8, generator=torch.Generator().manual_seed(0))

@@ -79,7 +79,7 @@ def test_the_same_experts_are_kept(experts, room, per_token, monkeypatch):
 @pytest.fixture
 def pretend(monkeypatch):
     """A stand-in passes for a GPU, its slabs for pinned ones, and kernels are interpreted."""
-    monkeypatch.setattr(lenders, "is_real_cuda", lambda device: True)
+    monkeypatch.setattr(lenders, "ExpertStreamer", gather.GatherStreamer)
     monkeypatch.setattr(gather, "seen_by_gpu", lambda slab, device: slab.bytes[:])
     monkeypatch.setattr(gather, "kernels_for", lambda tensor: "kernels")
     monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
@@ -120,7 +120,7 @@ def test_tokens_and_hits_are_those_of_the_host(pretend, monkeypatch):
     found, streamer = spread(copy.deepcopy(model))
     assert type(streamer) is gather.GatherStreamer
     with monkeypatch.context() as patch:
-        patch.setattr(lenders, "is_real_cuda", lambda device: False)
+        patch.setattr(lenders, "ExpertStreamer", ExpertStreamer)
         other, plain = spread(copy.deepcopy(model))
     assert type(plain) is ExpertStreamer
     for ids in map(torch.tensor, TEXTS):

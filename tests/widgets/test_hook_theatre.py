@@ -244,6 +244,10 @@ def test_streamed_computed_in_ram_and_both(theatre: HookTheatre) -> None:
     assert streamed == pytest.approx(1e3 * blocks * block / 25e9, rel=0.03)  # all of it over the link
     assert computed == pytest.approx(1e3 * blocks * block / 3 * 2 / 25e9, rel=0.06)  # of each, the MLP by the CPU
     assert both < computed < streamed
+    faster = re.search(r"The CPU helps:</b> a token is ([\d.]+) times", theatre.panes.children[2].value)
+    assert faster and float(faster[1]) == pytest.approx(streamed / both, abs=0.01)
+    theatre.cpu.value = 1.0
+    assert "The CPU does not help here" in theatre.panes.children[2].value
     theatre.cpu.value = 250.0
     again = [row for row in theatre.panes.children[2].value.splitlines() if row.startswith("MLPs")]
     assert float(again[0].split()[-8]) < 0.6 * computed
