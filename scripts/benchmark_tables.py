@@ -236,11 +236,13 @@ def experts_in_ram() -> Iterable[Iterable[str]]:
                    text(brought, " GB"), text(size, " GB", 1))  # fmt: skip
 
 
-@table("experts that rest elsewhere", "brought for a token", "foretold", "a token", "foretold", "error")
+@table("experts that rest elsewhere", "brought for a token", "foretold", "a token", "foretold", "nine of ten", "error")
 def experts_foretold() -> Iterable[Iterable[str]]:
     for r in results("experts-foretold")["rows"]:
+        low, high = r["range_ms"]
         yield (r["case"], *(text(size / 1e6, " MB", 1) for size in r["bytes_per_token"]),
-               *(text(ms, " ms", 1) for ms in r["token_ms"]), f"{r['error_percent']:+.1f} %")  # fmt: skip
+               *(text(ms, " ms", 1) for ms in r["token_ms"]), f"{low:.0f} to {high:.0f} ms",
+               f"{r['error_percent']:+.1f} %")  # fmt: skip
 
 
 @table("experts in RAM, one sequence", "tokens a second", "brought for a token", "8 x 512 tokens")
@@ -506,6 +508,23 @@ def pipelines() -> Iterable[Iterable[str]]:
     for r in results("pipelines")["rows"]:
         sizes = (text(r[key] / 1e9, " GB") if r[key] else "" for key in ("peak", "predicted"))
         yield r["way"], text(r["seconds"], " s"), *sizes, "yes" if r["equal"] else "no"
+
+
+@table("the same over two GPUs", "an image", "peaks", "predicted", "the same image")
+def pipelines_two() -> Iterable[Iterable[str]]:
+    for r in results("pipelines-two")["rows"]:
+        pairs = (
+            " and ".join(text(r[key] / 1e9) for key in keys if key in r) + " GB"
+            for keys in (("peak", "second_peak"), ("predicted", "second_predicted"))
+        )
+        yield r["way"], text(r["seconds"], " s"), *pairs, "yes" if r["equal"] else "no"
+
+
+@table("training on two GPUs", "kept on each", "predicted", "peak", "predicted peak")
+def training() -> Iterable[Iterable[str]]:
+    for r in results("training")["rows"]:
+        keys = ("kept", "predicted_kept", "peak", "predicted_peak")
+        yield r["way"], *(text(r[key] / 1e9, " GB") for key in keys)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -26,7 +26,7 @@ Leaves out: what is chosen (`choice.py`), and the gather of the GPU itself (`gat
 from __future__ import annotations
 
 import mmap
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -40,7 +40,7 @@ from .events import Event
 from .hooks import AlignDevicesHook, hooks_in
 from .on_device import DeviceRows
 from .pieces import Pieces
-from .rows import ExpertCache, Rows, count_rows, rows_of
+from .rows import ExpertCache, Rows, bytes_of_one, count_rows, rows_of
 from .stream import Streamer, Views
 from .transfer import PlainLane, Slot
 from .weights import Part, Unit
@@ -74,8 +74,7 @@ class ExpertStreamer(Streamer):
         super().__init__(device, units, PlainLane(device) if on_pages else None, **options)
         self.on_pages = on_pages
         self.counts = [count_rows(unit.module) for unit in units]  # experts of each
-        self.cache = ExpertCache(cache)
-        self.cache.serve(self.units)
+        self.cache = ExpertCache(cache, self.units)
         self.filled: dict[int, set[int]] = {}  # index of a unit in a slot -> its experts there; absent: all
         self._wanted: list[int] | None = None
         self._as_is: Slot | None = None  # the slot from which the next unit is lent, without being fetched
@@ -113,10 +112,9 @@ class ExpertStreamer(Streamer):
         with self.lock:
             few = rows is not None and len(rows) <= self.room(unit)
             if rows is not None and choice is not None and few and in_any_order(choice, implementation):
-                kept = self._on_device(unit, rows)
-                self._as_is = kept.slot
+                self._as_is, renumbered = self._on_device(unit, rows, choice)
                 self.lend(unit)
-                return kept.renumbered(choice)
+                return renumbered
             self._in_pieces = self.is_large(unit)
         if self._in_pieces:
             self.lend(unit)
@@ -159,6 +157,7 @@ class ExpertStreamer(Streamer):
             self._refuse_nested(unit)
             self._in_pieces = False
             self._bring_rows(unit, self._rows(unit))
+            self.lane.arrive(self.holder[unit.index])
         return super()._borrowed(unit)
 
     def _refuse_nested(self, unit: Unit) -> None:
@@ -249,26 +248,28 @@ class ExpertStreamer(Streamer):
             if self.on_pages:
                 self.cache.bring(unit, missing)
             else:
-                self._copy(unit, slot, self.in_ram(unit, missing))
+                self._copy(unit, slot, self.in_ram(unit, missing), len(missing))
         except BaseException:
             if not slot.lent:
                 self._empty(slot)
             raise
         there.update(missing)
 
-    def in_ram(self, unit: Unit, rows: list[int]) -> list[Part]:
-        """The parts of some of a unit's experts, one expert after another; what RAM keeps is read from disk first."""
+    def in_ram(self, unit: Unit, rows: list[int]) -> Iterable[Part]:
+        """The parts of some of a unit's experts, as `rows_of` has them; what RAM keeps is read from disk first."""
         on_disk = unit.rests_in() == "disk" and detect_fake_mode() is None
         if on_disk and self.cache.most:
             return self.cache.bring(unit, rows)
-        parts = [part for own in rows_of(unit, rows).values() for part in own]
         if on_disk:  # they are copied out of the files
             self.cache.misses += len(rows)
-            self.cache.bytes_read += sum(part.nbytes for part in parts)
-        return parts
+            self.cache.bytes_read += len(rows) * bytes_of_one(unit)
+        return rows_of(unit, rows)
 
-    def _copy(self, unit: Unit, slot: Slot, parts: list[Part]) -> None:
-        rows = Rows(unit, parts)
+    def _copy(self, unit: Unit, slot: Slot, parts: Iterable[Part], experts: int) -> None:
+        self._fill(unit, slot, parts, experts * bytes_of_one(unit))
+
+    def _fill(self, unit: Unit, slot: Slot, parts: Iterable[Part], nbytes: int) -> None:
+        rows = Rows(unit, parts, nbytes)
         self.lane.fill(slot, rows)  # type: ignore[arg-type]
         self.tell_fetch(unit, self.slots.index(slot) if self.listeners else -1, rows.nbytes)
 
@@ -277,8 +278,8 @@ class ExpertStreamer(Streamer):
         for listener in self.listeners:
             listener(Event("fetch", unit.name, nbytes, unit.rests_in(), self.name, slot))
 
-    def _on_device(self, unit: Unit, rows: list[int]) -> DeviceRows:
-        """A unit's rows on the device, with some experts in them."""
+    def _on_device(self, unit: Unit, rows: list[int], choice: Tensor) -> tuple[Slot, Tensor]:
+        """Bring experts to a unit's rows on the device; the slot of these, and the choice by their numbers."""
         self._refuse_nested(unit)
         kept = self.rows_for(unit)
         assert kept.slot is not None
@@ -292,12 +293,13 @@ class ExpertStreamer(Streamer):
             self.hits += len(rows) - len(missing)
         try:
             unit.check()
+            renumbered = kept.renumbered(choice)  # the host waits for that, so it is done before the link is busy
             if missing:
-                self._copy(unit, kept.slot, kept.targets(missing, self.in_ram(unit, missing)))
+                self._copy(unit, kept.slot, kept.targets(missing, self.in_ram(unit, missing)), len(missing))
         except BaseException:
             self._clear_device(unit)  # what is in its rows is not known
             raise
-        return kept
+        return kept.slot, renumbered
 
     def rows_for(self, unit: Unit) -> DeviceRows:
         """A unit's rows on the device."""

@@ -102,6 +102,13 @@ def end_guards(streamer: Any) -> None:
     pop_saved_tensors_hooks(lambda pack: getattr(pack, "streamer", None) is streamer)
 
 
+def guarded(tensor: Tensor, weight: Any) -> Tensor:
+    """A tensor that is lent for a weight: no gradient can be computed where the weight asks for one."""
+    if weight.template.requires_grad and torch.is_grad_enabled():
+        tensor.requires_grad_(True).register_hook(refuse_gradient(weight.name))
+    return tensor
+
+
 def refuse_gradient(name: str) -> Callable[[Tensor], None]:
     """A hook on a lent tensor that refuses its gradient."""
 
