@@ -100,7 +100,7 @@ def run_in_flight(
     early: dict[int, R] = {}  # results of batches whose predecessors are under way
     first = 0
     numbered = enumerate(batches)
-    turns = _Turns(len(slots), stage.device.type)
+    turns = _Turns(len(slots), stage.device)
     mailer = threading.Thread(target=turns.mail, daemon=True)
     for line in stage.lines.values():
         line.expect_groups(len(slots))
@@ -176,8 +176,8 @@ class _Turns:
     What they all need the same thread for is done by the one that waits for them.
     """
 
-    def __init__(self, count: int, kind: str) -> None:
-        self.kind = kind  # of device
+    def __init__(self, count: int, device: torch.device) -> None:
+        self.device = device
         self.changed = threading.Condition()
         self.live = list(range(count))
         self.whose = 0
@@ -215,7 +215,8 @@ class _Turns:
 
     def on_caller(self, work: Callable[[], R]) -> R:
         """What `work` returns on the thread that serves, in the modes of this one and in order with its GPU work."""
-        modes, own = _modes(self.kind), torch.cuda.current_stream() if self.kind == "cuda" else None
+        kind = self.device.type
+        modes, own = _modes(kind), torch.cuda.current_stream() if kind == "cuda" else None
 
         def there() -> R:
             if own is None:
@@ -254,6 +255,8 @@ class _Turns:
     def mail(self) -> None:
         """What the mailer does, until there is nothing more to come."""
         try:
+            if self.device.type == "cuda":
+                torch.cuda.set_device(self.device)  # a thread begins with the first GPU
             while (letter := self.letters.get()) is not None:
                 letter()
         except BaseException as error:
