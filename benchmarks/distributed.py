@@ -261,7 +261,9 @@ def answer_in_stages(kinds: list[str], gpu: bool, folder: Path, loads: dict[str,
             generator = torch.Generator().manual_seed(1)
             prompts = [*torch.randint(3, model.config.vocab_size, (6, batch, prompt), generator=generator)]
             with graph_decode(model) if by == "graphs" else nullcontext():
-                for way, run in ways.items() if together else [("one at a time", one_at_a_time)]:
+                for way, run in ways.items():
+                    if way != "one at a time" and not together or way == "three under way" and by == "Python":
+                        continue
                     asked = prompts if way == "three under way" else prompts[:4]  # groups without a rest
                     run(model, asked[:3], new if by == "graphs" else 4)  # memory, kernels and graphs are there then
                     meet(together)
