@@ -100,11 +100,9 @@ def run_in_flight(
     early: dict[int, R] = {}  # results of batches whose predecessors are under way
     first = 0
     numbered = enumerate(batches)
-    turns = _Turns(len(slots), stage.device)
-    mailer = threading.Thread(target=turns.mail, daemon=True)
+    turns, modes = _Turns(len(slots), stage.device), _modes(stage.device.type)
     for line in stage.lines.values():
         line.expect_groups(len(slots))
-    stream = torch.cuda.current_stream() if stage.device.type == "cuda" else None
 
     def hand_out() -> None:
         nonlocal first
@@ -112,44 +110,18 @@ def run_in_flight(
             done(first, early.pop(first))
             first += 1
 
-    modes = _modes(stage.device.type)
-
     def work(slot: int) -> None:
         stage.group.turns = turns
-        try:
-            own = None
-            if stream is not None:
-                own = torch.cuda.Stream(stage.device)
-                own.wait_stream(stream)
-                torch.cuda.set_stream(own)
-            turns.begin(slot)
-            stage.call = Call()
-            with modes(), torch.no_grad():
-                for number, batch in numbered:
-                    early[number] = function(batch)
-                    if own is not None:
-                        own.synchronize()  # who gets it works on another stream
-                    hand_out()
-            turns.leave()
-        except _GivenUp:
-            pass
-        except BaseException as error:
-            turns.give_up(error)
+        turns.begin(slot)
+        stage.call = Call()
+        with modes(), torch.no_grad():
+            for number, batch in numbered:
+                early[number] = function(batch)
+                turns.settle()
+                hand_out()
+        turns.leave()
 
-    threads = [mailer, *(threading.Thread(target=work, args=(slot,), daemon=True) for slot in slots)]
-    try:
-        for thread in threads:
-            thread.start()
-        turns.serve()
-    except BaseException as error:  # Ctrl-C comes to this thread
-        turns.give_up(error)
-        raise
-    finally:
-        turns.letters.put(None)
-        for thread in threads:
-            thread.join(_PATIENCE if turns.error else None)
-    if turns.error is not None:
-        raise turns.error
+    turns.run(work)
     stage.flush()
 
 
@@ -173,11 +145,12 @@ class _GivenUp(BaseException):
 class _Turns:
     """Threads that run one at a time, in the order of their numbers, until each has left.
 
-    What they all need the same thread for is done by the one that waits for them.
+    What they all need the same thread for is done by the one that waits for them. On a GPU each has its own stream.
     """
 
     def __init__(self, count: int, device: torch.device) -> None:
         self.device = device
+        self.stream = torch.cuda.current_stream() if device.type == "cuda" else None  # of the one that waits
         self.changed = threading.Condition()
         self.live = list(range(count))
         self.whose = 0
@@ -192,8 +165,43 @@ class _Turns:
         """The number of the group of which this thread is."""
         return int(self.own.slot)
 
+    def run(self, work: Callable[[int], None]) -> None:
+        """Call `work` with each number on a thread, until all have left or one has failed.
+
+        Raises:
+            BaseException: what the first one raised.
+        """
+
+        def kept(work: Callable[..., None], *args: int) -> None:
+            try:
+                work(*args)
+            except _GivenUp:
+                pass
+            except BaseException as error:
+                self.give_up(error)
+
+        threads = [threading.Thread(target=kept, args=(work, slot), daemon=True) for slot in self.live]
+        threads.append(threading.Thread(target=kept, args=(self.mail,), daemon=True))
+        try:
+            for thread in threads:
+                thread.start()
+            self.serve()
+        except BaseException as error:  # Ctrl-C comes to this thread
+            self.give_up(error)
+            raise
+        finally:
+            self.letters.put(None)
+            for thread in threads:
+                thread.join(_PATIENCE if self.error else None)
+        if self.error is not None:
+            raise self.error
+
     def begin(self, slot: int) -> None:
-        self.own.slot = slot
+        self.own.slot, self.own.stream = slot, None
+        if self.stream is not None:
+            self.own.stream = torch.cuda.Stream(self.device)
+            self.own.stream.wait_stream(self.stream)
+            torch.cuda.set_stream(self.own.stream)
         self._wait(lambda: self.whose == slot)
 
     def pass_on(self) -> None:
@@ -201,6 +209,11 @@ class _Turns:
         with self.changed:
             self._next()
         self._wait(lambda: self.whose == self.own.slot)
+
+    def settle(self) -> None:
+        """Wait for this group's GPU work: who gets a result works on another stream."""
+        if self.own.stream is not None:
+            self.own.stream.synchronize()
 
     def leave(self) -> None:
         with self.changed:
@@ -215,18 +228,15 @@ class _Turns:
 
     def on_caller(self, work: Callable[[], R]) -> R:
         """What `work` returns on the thread that serves, in the modes of this one and in order with its GPU work."""
-        kind = self.device.type
-        modes, own = _modes(kind), torch.cuda.current_stream() if kind == "cuda" else None
+        modes, own = _modes(self.device.type), self.own.stream
 
         def there() -> R:
-            if own is None:
-                with modes():
-                    return work()
-            stream = torch.cuda.current_stream()
-            stream.wait_stream(own)
+            if self.stream is not None:
+                self.stream.wait_stream(own)
             with modes():
                 worked = work()
-            own.wait_stream(stream)
+            if self.stream is not None:
+                own.wait_stream(self.stream)
             return worked
 
         with self.changed:
@@ -254,13 +264,10 @@ class _Turns:
 
     def mail(self) -> None:
         """What the mailer does, until there is nothing more to come."""
-        try:
-            if self.device.type == "cuda":
-                torch.cuda.set_device(self.device)  # a thread begins with the first GPU
-            while (letter := self.letters.get()) is not None:
-                letter()
-        except BaseException as error:
-            self.give_up(error)
+        if self.stream is not None:
+            torch.cuda.set_device(self.device)  # a thread begins with the first GPU
+        while (letter := self.letters.get()) is not None:
+            letter()
 
     def serve(self) -> None:
         """Work for the others, until all have left or one has failed."""
