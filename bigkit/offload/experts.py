@@ -27,6 +27,7 @@ from __future__ import annotations
 
 import mmap
 from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -76,23 +77,18 @@ class ExpertStreamer(Streamer):
         self.counts = [count_rows(unit.module) for unit in units]  # experts of each
         self.cache = ExpertCache(cache, self.units)
         self.filled: dict[int, set[int]] = {}  # index of a unit in a slot -> its experts there; absent: all
-        self._wanted: list[int] | None = None
-        self._as_is: Slot | None = None  # the slot from which the next unit is lent, without being fetched
         self.rows = [*on_device] or [0] * len(self.units)
         self.on_device: dict[int, DeviceRows] = {}  # index of a unit -> its experts that stay on the device
         self.some: Slot | None = None  # the slot of all large units for a few of their experts
         self.pieces = Pieces(self)
         self.stands: dict[int, Slot] = {}  # index of a unit that is lent in pieces -> a slot without memory
-        self._in_pieces = False  # how the next unit is lent
         self.host_waits = False  # in a dry run, for the router's choice before the next experts are brought
         self.recorded: Recorded | None = None  # in a dry run, what the routers chose once
         self.hits = self.misses = 0  # chosen experts that were on the device, and that were not, so far
 
     def lend_rows(self, unit: Unit, rows: list[int] | None) -> None:
         """Like `lend`, for some of the unit's experts; None for all."""
-        with self.lock:
-            self._wanted = rows
-            self.lend(unit)
+        self.lend(unit, None if rows is None else partial(self._bring_some, rows=rows))
 
     def lend_for(self, unit: Unit, choice: Tensor | None, implementation: str | None) -> Tensor | None:
         """Like `lend`, for what the experts are called with.
@@ -110,16 +106,23 @@ class ExpertStreamer(Streamer):
         known_there = not self.rows[unit.index] or self.keeps_account(unit)
         self.host_waits = not (gathers and known_there) or unit.rests_in() == "disk"
         with self.lock:
+            if self._loan_of(unit) is not None:  # it calls itself, perhaps with another choice
+                kept = self.on_device.get(unit.index)
+                if kept is not None and self.holder[unit.index] is kept.slot:
+                    raise RuntimeError(f"{unit.name} calls itself: dispatch without expert_cache, its rows are in use")
+                self._bring_rows(unit, self._all(unit) if rows is None else rows)
+                self.lane.arrive(self.holder[unit.index])
+                self.lend(unit)
+                return None
             few = rows is not None and len(rows) <= self.room(unit)
             if rows is not None and choice is not None and few and in_any_order(choice, implementation):
-                self._as_is, renumbered = self._on_device(unit, rows, choice)
-                self.lend(unit)
+                slot, renumbered = self._on_device(unit, rows, choice)
+                self.lend(unit, partial(self._bring_from, slot))
                 return renumbered
-            self._in_pieces = self.is_large(unit)
-        if self._in_pieces:
-            self.lend(unit)
-        else:
-            self.lend_rows(unit, rows)
+            if self.is_large(unit):
+                self.lend(unit, self._bring_pieces)
+            else:
+                self.lend_rows(unit, rows)
         return None
 
     def take_in_changes(self, unit: Unit) -> None:
@@ -152,38 +155,24 @@ class ExpertStreamer(Streamer):
 
     # -- what differs from other units
 
-    def _borrowed(self, unit: Unit) -> Views:
-        if self._loan_of(unit) is not None:  # it calls itself, perhaps with another choice
-            self._refuse_nested(unit)
-            self._in_pieces = False
-            self._bring_rows(unit, self._rows(unit))
-            self.lane.arrive(self.holder[unit.index])
-        return super()._borrowed(unit)
-
-    def _refuse_nested(self, unit: Unit) -> None:
-        kept = self.on_device.get(unit.index)
-        if self._loan_of(unit) is not None and kept is not None and self.holder[unit.index] is kept.slot:
-            raise RuntimeError(f"{unit.name} calls itself: dispatch without expert_cache, its rows are in use")
-
-    def _rows(self, unit: Unit) -> list[int]:
-        rows, self._wanted = self._wanted, None
-        return [*range(self.counts[unit.index])] if rows is None else rows
+    def _all(self, unit: Unit) -> list[int]:
+        return [*range(self.counts[unit.index])]
 
     def _bring(self, unit: Unit) -> Views:
-        in_pieces, self._in_pieces = self._in_pieces, False
-        slot, self._as_is = self._as_is, None
-        if in_pieces:
-            return self._bring_pieces(unit)
-        if slot is not None:
-            if unit.index in self.holder:
-                self._empty(self.holder[unit.index])
-            slot.unit, self.holder[unit.index] = unit, slot
-            return self._bring_alone(unit)
-        if self._wanted is None and not self.on_pages:
-            if unit.index in self.filled:
-                self._empty(self.holder[unit.index])
-            return super()._bring(unit)
-        rows = self._rows(unit)
+        if self.on_pages:
+            return self._bring_some(unit, self._all(unit))
+        if unit.index in self.filled:
+            self._empty(self.holder[unit.index])
+        return super()._bring(unit)
+
+    def _bring_from(self, slot: Slot, unit: Unit) -> Views:
+        """Make a unit ready in a slot that has what is needed of it."""
+        if unit.index in self.holder:
+            self._empty(self.holder[unit.index])
+        slot.unit, self.holder[unit.index] = unit, slot
+        return self._bring_alone(unit)
+
+    def _bring_some(self, unit: Unit, rows: list[int]) -> Views:
         self._bring_rows(unit, rows)
         try:
             return self._bring_alone(unit)
@@ -280,7 +269,6 @@ class ExpertStreamer(Streamer):
 
     def _on_device(self, unit: Unit, rows: list[int], choice: Tensor) -> tuple[Slot, Tensor]:
         """Bring experts to a unit's rows on the device; the slot of these, and the choice by their numbers."""
-        self._refuse_nested(unit)
         kept = self.rows_for(unit)
         assert kept.slot is not None
         if kept.slot is self.some:
@@ -380,7 +368,7 @@ class ExpertStreamer(Streamer):
     def recover(self) -> None:
         if self.held():
             super().recover()
-            self._wanted, self._as_is, self._in_pieces, self.filled = None, None, False, {}
+            self.filled = {}
             self.pieces = Pieces(self)
             for unit in self.units:
                 self._clear_device(unit)

@@ -80,8 +80,7 @@ class GatherStreamer(ExpertStreamer):
         self.see = seen_by_gpu  # a dry run has its own
         self._accounts: dict[int, bool] = {}  # index of a unit -> `keeps_account`
         self.tables: dict[int, Table] = {}  # index of a unit -> the account of its rows on the GPU
-        self._looked: Table | None = None  # what the next unit is lent by
-        self._served: set[int] = set()  # indices of units that are lent so
+        self._served: set[int] = set()  # indices of units that are lent by a table
         self._ended: list[Tensor] = []  # counts of tables that are gone
         self.note: Callable[[Slot, Unit, int], None] | None = None  # in a dry run, what is told of each gather
         self._in_turn = False  # whether the next unit's first stack may be read before the others are there
@@ -89,7 +88,7 @@ class GatherStreamer(ExpertStreamer):
 
     def lend_for(self, unit: Unit, choice: Tensor | None, implementation: str | None) -> Tensor | None:
         one_token = choice is not None and choice.shape[0] == 1 and implementation == "batched_mm"
-        if not one_token or not self._can_gather(unit):
+        if not one_token or not self._can_gather(unit) or self._loan_of(unit) is not None:
             self._in_turn = implementation == "batched_mm" and self._has_stacks_alone(unit)
             try:
                 rows, others = super().lend_for(unit, choice, implementation), self._others
@@ -110,13 +109,15 @@ class GatherStreamer(ExpertStreamer):
                 self.recorded.next(unit.index, 1)
             if unit.index in self.filled:
                 self._empty(self.holder[unit.index])
+            bring = None
             if unit.index not in self.holder:  # all of its experts are in a slot, if it is there
-                self._as_is = window = self._window(unit)
+                window = self._window(unit)
+                bring = partial(self._bring_from, window)
                 nbytes = choice.numel() * bytes_of_one(unit)
                 self.tell_fetch(unit, self.slots.index(window), nbytes)
                 if self.note is not None:
                     self.note(window, unit, nbytes)
-            self.lend(unit)
+            self.lend(unit, bring)
         return None
 
     # -- experts that are copied, one stack after another
@@ -143,7 +144,6 @@ class GatherStreamer(ExpertStreamer):
 
     def _look_up(self, unit: Unit, choice: Tensor) -> Tensor:
         """Lend what finds a token's experts in the rows of the GPU, or brings them there."""
-        self._refuse_nested(unit)
         choice = choice.contiguous()
         with self.lock:
             kept = self.rows_for(unit)
@@ -157,17 +157,16 @@ class GatherStreamer(ExpertStreamer):
                 # They are told how much, for which the host waits.
                 missing = int((table.hit == 0).sum())
                 self.tell_fetch(unit, self.slots.index(kept.slot), missing * bytes_of_one(unit))
-            self._looked = table
-            self.lend(unit)
+            self.lend(unit, partial(self._bring_table, table))
         return choice
 
-    def _bring(self, unit: Unit) -> Views:
-        table, self._looked = self._looked, None
-        if table is None:
-            views = super()._bring(unit)
-            return views if self._others is None else self._arriving(unit, views)
+    def _bring_table(self, table: Table, unit: Unit) -> Views:
         self._served.add(unit.index)
         return self._lend_objects(unit, table.lent)
+
+    def _borrowed(self, unit: Unit, bring: Callable[[Unit], Views]) -> Views:
+        views = super()._borrowed(unit, bring)
+        return views if self._others is None else self._arriving(unit, views)
 
     def _arriving(self, unit: Unit, views: Views) -> Views:
         """What is lent, with stacks that are waited for in the place of all but the first."""
@@ -248,5 +247,5 @@ class GatherStreamer(ExpertStreamer):
 
     def recover(self) -> None:
         if self.held():
-            self._looked, self._served = None, set()
+            self._served = set()
             super().recover()

@@ -26,13 +26,13 @@ from contextlib import contextmanager, suppress
 from typing import Any, NoReturn
 
 import torch
-from torch import nn
+from torch import is_tensor, nn
 
 from ..distributed.pipeline import stage_if_any
 from ._torch import tree_flatten, tree_unflatten
 from .captured import Rings, devices_of, refuse_what_waits
 from .recording import Recording
-from .static_cache import Home, is_tensor, kind_of, windows_roll
+from .static_cache import Home, kind_of, windows_roll
 
 _CACHE = object()  # stands for the cache in what a forward returned
 _NOTHING_ELSE = "generate outside of bigkit.graph_decode, or leave it out"

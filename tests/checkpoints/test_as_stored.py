@@ -80,6 +80,9 @@ def write(folder: Path, format: str) -> nn.Module:
     """A checkpoint in a format, and the model that all of its weights decoded give."""
     torch.manual_seed(0)
     model = (GptOssForCausalLM(OSS) if format == "mxfp4" else LlamaForCausalLM(LLAMA)).bfloat16()
+    for name, parameter in model.named_parameters():
+        if name.endswith("_proj_bias"):  # of experts: Transformers lets them begin as zeros
+            parameter.data.normal_(0, 0.1)
     tensors = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     for name, module in model.named_modules():
         if format == "mxfp4" and name.endswith("experts"):

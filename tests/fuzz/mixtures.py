@@ -21,10 +21,10 @@ from torch import Tensor, nn
 
 import bigkit
 from bigkit.offload import gather, lenders
-from bigkit.offload.grouping import handles
 from bigkit.offload.handle import Away
 from bigkit.offload.lenders import streamers_in
 from bigkit.offload.rows import count_rows
+from tests.spread import handles
 
 FAMILIES = {
     "mixtral": (tf.MixtralConfig, tf.MixtralForCausalLM),
@@ -135,7 +135,7 @@ class Play:
     def pretending(self) -> Iterator[None]:
         """Let the stand-in pass for a GPU."""
         with (
-            mock.patch.object(lenders, "is_real_cuda", lambda device: device.type == "cpu"),
+            mock.patch.object(lenders, "ExpertStreamer", gather.GatherStreamer),
             mock.patch.object(gather, "seen_by_gpu", lambda slab, device: slab.bytes[:]),
         ):
             yield

@@ -818,6 +818,19 @@ def test_what_is_on_the_device_does_not_travel(make, kind, tmp_path, monkeypatch
     assert expert_hits(found) == (first, first)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_refused_leaves_nothing_behind(kind, tmp_path):
+    """How a block was about to be lent when its forward was refused is not how the next one is."""
+    parts = spread(made(qwen3_moe), kind, tmp_path)
+    with torch.no_grad():
+        prompt = torch.arange(24)[None]
+        expected = parts(prompt).logits
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(RuntimeError, match="cannot be traced"):
+            patch.setattr("bigkit.offload.stream.is_traced", lambda: True)
+            parts(prompt[:, :1])
+        assert torch.equal(parts(prompt).logits, expected)
+
+
 @pytest.mark.parametrize("kind", ON_DEVICE)
 def test_what_is_written_into_rows_is_kept(kind, tmp_path):
     model = made(qwen3_moe)
