@@ -83,10 +83,6 @@ def headlines() -> Iterable[Iterable[str]]:
     compiled = row("decode", part="bf16", way="Transformers, compiled")
     most = f"; compiled {compiled['tokens_per_s']:.0f}, after {compiled['first_call_s']:.0f} s"
     yield "decode a 7B that is all on the GPU", f"{own:.0f} tokens/s", f"Transformers {theirs:.0f}{most}", ""
-    stages = row("stages-gpu", kind="bf16")
-    own, theirs = stages["rates"]["many, graphs, in flight"], stages["alone"]["many, graphs, one at a time"]
-    yield ("answer batches of 64 with a 7B over two GPUs, a process each", f"{own:,.0f} tokens/s",
-           f"bigkit, one process {theirs:,.0f}", "")  # fmt: skip
     longest = results("planner")["rows"][2]
     yield (f"plan {longest['model']} over 8 GPUs, from layer records", f"{longest['balanced_ms']:.1f} ms",
            f"Accelerate {longest['accelerate_ms']:.0f} ms", "")  # fmt: skip
