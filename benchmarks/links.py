@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 from checkpoint import GB, llama, make
+from decode import Bench
 from torch import Tensor, nn
 
 import bigkit
@@ -35,15 +36,15 @@ PYTHON = 0.7e-3  # seconds in which Python starts the steps of a block
 
 def random_layers(model: nn.Module) -> dict[str, Tensor]:
     """Random weights for an empty Llama, in RAM."""
-    generator, state = torch.Generator().manual_seed(0), dict[str, Tensor]()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    generator, state, drawn = torch.Generator(device).manual_seed(0), dict[str, Tensor](), dict[str, Tensor]()
     for name, tensor in model.state_dict().items():
         layer = int(name.split(".")[2]) if ".layers." in name else 0
-        first = state.get(name.replace(f".{layer}.", ".0.", 1)) if layer else None
-        if first is None:
-            drawn = torch.empty(tensor.shape).normal_(1.0 if "norm" in name else 0.0, 0.02, generator=generator)
-            state[name] = drawn.to(tensor.dtype)
-        else:
-            state[name] = first.roll(layer, 0)
+        first = name.replace(f".{layer}.", ".0.", 1) if layer else name
+        if first not in drawn:
+            new = torch.empty(tensor.shape, device=device)
+            drawn[first] = new.normal_(1.0 if "norm" in name else 0.0, 0.02, generator=generator).to(tensor.dtype)
+        state[name] = drawn[first].roll(layer, 0).cpu()
     return state
 
 
@@ -170,14 +171,26 @@ def cpu(table: Any, layers: int, state: dict[str, Tensor], cores: int, run: Run)
     table.add(way="links", shape="-", s=0.0, gb_s=sum(rates) / GB)
     size = sum(tensor.nbytes for tensor in state.values())
     mlp = sum(tensor.nbytes for name, tensor in state.items() if ".layers.0.mlp." in name)
-    if not run.expected:
-        run("in RAM, streamed", bigkit.cpu_offload(filled(layers, state), 0), size)
+    streamed = bigkit.cpu_offload(filled(layers, state), 0)
+    run("in RAM, streamed", streamed, size)
+    by_graphs(table, "in RAM, streamed", streamed, size)
+    del streamed
+    clean()
     readings = [Reading(threads, own, other) for threads, own, other in reads["bfloat16"]]
     ways = {slots: best_count(layers, mlp, size, PYTHON * layers, readings, slots) for slots in (3, 4)}
-    for slots, (count, reading, seconds) in sorted(ways.items(), key=lambda way: way[1][2]):
-        options = {"on_cpu": count * mlp, "cpu_threads": reading.threads, "slots": slots}
-        model = bigkit.cpu_offload(filled(layers, state), 0, **options)
-        run("in RAM, MLPs on the CPU", model, size, FEW, count=count, slots=slots, threads=reading.threads,
-            predicted_s=seconds)  # fmt: skip
-        del model
-        clean()
+    slots, (count, reading, seconds) = min(ways.items(), key=lambda way: way[1][2])
+    more = {"count": count, "slots": slots, "threads": reading.threads, "predicted_s": seconds}
+    model = bigkit.cpu_offload(filled(layers, state), 0, on_cpu=count * mlp, cpu_threads=reading.threads, slots=slots)
+    run("in RAM, MLPs on the CPU", model, size, FEW, **more)
+    by_graphs(table, "in RAM, MLPs on the CPU", model, size, **more)
+
+
+def by_graphs(table: Any, way: str, model: nn.Module, moved: int, new: int = 16, **more: Any) -> None:
+    """A decoded token as one CUDA graph, and whether the text is that of Python."""
+    bench = Bench("cuda:0", False, 0)
+    with bigkit.graph_decode(model):
+        seconds, text = bench.decode(model, new, FEW + 1, new - 8)
+    _, plain = bench.decode(model, new, FEW + 1, 4, cache_implementation="static", disable_compile=True)
+    table.add(
+        way=way, shape="graph", s=seconds, gb_s=moved / seconds / GB, same_tokens=torch.equal(text, plain), **more
+    )

@@ -4,6 +4,7 @@ As a graph does, it records without computing, knows addresses and nothing of Py
 wait for a value.
 """
 
+from functools import partial
 from unittest import mock
 
 import torch
@@ -11,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
 from bigkit.offload.escapes import Holders
+from bigkit.offload.host_calls import HostCalls, call, recording_calls
 
 aten = torch.ops.aten
 REFUSED = {aten._local_scalar_dense.default, aten.nonzero.default, aten.equal.default, aten.lift_fresh.default}
@@ -36,7 +38,7 @@ class Recording:
     made = 0
 
     def __init__(self, devices, rings):
-        self.rings, self.error, self.tape = rings, None, Tape()
+        self.rings, self.error, self.tape, self.calls = rings, None, Tape(), HostCalls()
 
     @staticmethod
     def refuse(devices):
@@ -46,10 +48,14 @@ class Recording:
         type(self).made += 1
         # A tape holds tensors over slots, a graph only their addresses.
         unheld = mock.patch("bigkit.offload.stream.count_holders", lambda memory, tensors: Holders(0, 0))
-        with self.rings.borrowed(), unheld, self.tape:
+        called = mock.patch("bigkit.offload.host_calls.launch", self.launch)
+        with self.rings.borrowed(), unheld, called, recording_calls(self.calls), self.tape:
             result, self.found = self.rings.recorded(function)
         self.undo = True  # recording has computed it already: the first replay has nothing left to do
         return result
+
+    def launch(self, number, device):
+        self.tape.calls.append((partial(call, number), (), {}, None))
 
     def replay(self):
         with self.rings.ready(self.found):

@@ -8,6 +8,7 @@ whatever differs from step to step must lie at fixed addresses:
     cache      a static one: the first that is seen lends its tensors to all that follow
     outputs    copied out of tensors that the graph writes
     weights    where they rest, or in slots that the graph fills itself (`captured.py`)
+    the CPU    MLPs of `on_cpu=`, for which the graph calls the host (`host_calls.py`)
 
 The first step of a shape runs as ever, so that libraries and slots are ready; the second is recorded; from then on the
 recording is replayed. A prompt is no step, and runs as ever.
@@ -51,7 +52,8 @@ def graph_decode(model: nn.Module) -> Iterator[Decoder]:
     recorded. Weights that are exchanged between two calls of `generate` are seen; within one they must stay.
 
     Args:
-        model: a model of Transformers, on one or several GPUs; blocks may rest in pinned RAM.
+        model: a model of Transformers, on one or several GPUs; blocks may rest in pinned RAM, and the CPU may compute
+            their MLPs (`on_cpu=`).
 
     Yields:
         What counts the steps: `captured`, `replayed`, and `eager` ones (of prompts and before a capture).
@@ -118,7 +120,15 @@ class Decoder:
             else:  # `generate` wants options in one place
                 kwargs["generation_config"] = own = copy.deepcopy(given)
                 own.cache_implementation = "static"
-        return self._generate(*args, **kwargs)
+        text = self._generate(*args, **kwargs)
+        self._check()
+        return text
+
+    def _check(self) -> None:
+        """Raise what the CPU's part of the steps has raised."""
+        for step in self._home.steps.values() if self._home is not None else ():
+            if step.recording is not None:
+                step.recording.calls.check()
 
     def get_compiled_call(self, compile_config: Any = None) -> Callable[..., Any]:
         """What `generate` decodes with where it would compile: the model itself."""
@@ -235,6 +245,7 @@ class _Step:
     def replay(self, home: Home, leaves: list[Any], cache: Any) -> Any:
         """Run the step once; what it returns has memory of its own."""
         assert self.recording is not None
+        self.recording.calls.check()
         for own, leaf in zip(self.inputs, leaves):
             if is_tensor(leaf):
                 own.copy_(leaf)

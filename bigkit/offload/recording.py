@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, TypeVar
 import torch
 
 from ._torch import end_failed_capture
+from .host_calls import HostCalls, recording_calls
 
 if TYPE_CHECKING:
     from .captured import Found, Rings
@@ -46,11 +47,13 @@ class Recording:
 
     Attributes:
         error: what the recorded function raised.
+        calls: what the host computes in it.
     """
 
     def __init__(self, devices: Sequence[torch.device], rings: Rings) -> None:
         self.devices, self.rings = [*devices], rings
         self.error: BaseException | None = None
+        self.calls = HostCalls()
         self._found: Found = {}
         self._ended = False
         self._graph, self._pool = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
@@ -79,7 +82,7 @@ class Recording:
         for device in self.devices:
             torch.cuda.synchronize(device)
         try:
-            with nothing_collected():
+            with nothing_collected(), recording_calls(self.calls):
                 return self._record(function)
         except BaseException:
             if not self._ended:

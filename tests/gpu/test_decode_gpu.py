@@ -84,6 +84,25 @@ def test_half_of_the_blocks_and_all_of_a_model_in_ram():
     same_by_graphs(bigkit.dispatch_model(build(), {"": "cpu"}, 0))
 
 
+@pytest.mark.parametrize("sequences", [1, 3])
+@pytest.mark.parametrize("main", [0, [0, 1]])
+def test_mlps_that_the_cpu_computes(main, sequences):
+    """A graph calls the host for them: the tokens, and logits, of a step in Python."""
+    if torch.cuda.device_count() < 2 and main:
+        pytest.skip("one GPU")
+    mlps = 3 * sum(parameter.nbytes for parameter in build(blocks=1).model.layers[0].mlp.parameters())
+    model = bigkit.cpu_offload(build().cpu(), main, on_cpu=mlps, slots=3)
+    more = {"output_logits": True, "return_dict_in_generate": True}
+    expected = [plain(model, prompt(sequences, seed=seed), **more) for seed in range(3)]
+    with bigkit.graph_decode(model) as decoder:
+        for seed in range(3):
+            got = model.generate(prompt(sequences, seed=seed), **GREEDY, **more)
+            assert torch.equal(got.sequences, expected[seed].sequences)
+            assert all(map(torch.equal, got.logits, expected[seed].logits))
+    assert decoder.captured == 1 and decoder.replayed > 50
+    assert torch.equal(plain(model, prompt(sequences)), expected[1].sequences)
+
+
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU")
 @pytest.mark.parametrize("first", [0, "cpu"])
 def test_two_gpus(first):
