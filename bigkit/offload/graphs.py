@@ -135,7 +135,10 @@ class Decoder:
         return self._model.__call__
 
     def close(self) -> None:
-        """Let go of all graphs. What uses their cache may go on."""
+        """Let go of all graphs, none of which may be calling the host. What uses their cache may go on."""
+        for device in self._devices if self._home is not None else ():
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
         self._home = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -145,7 +148,8 @@ class Decoder:
         cache, (sequences, tokens) = kwargs[name], _tokens(kwargs)
         with self._lock:
             if not getattr(cache, "is_initialized", True):
-                self._home = self._home if self._rings.unchanged() else None
+                if not self._rings.unchanged():
+                    self.close()
                 if self._home is not None:
                     self._home.welcome(cache, sequences)
                 return self._as_ever(**kwargs)
@@ -180,7 +184,7 @@ class Decoder:
     def _bind(self, cache: Any) -> Home:
         home = self._home
         if home is None or (home.cache() is not cache and not (home.fits(cache) and self._rings.unchanged())):
-            self._home = None  # free before there is a new one
+            self.close()  # free before there is a new one
             home = self._home = Home(cache)
             self._rings.remember()
         home.bind(cache)
