@@ -27,11 +27,10 @@ from decode import Bench
 from torch import Tensor, nn
 
 import bigkit
-from bigkit.maps.on_cpu import FEW, Reading, best_count
+from bigkit.maps.on_cpu import FEW, HOST, Reading, best_count
 from bigkit.measure.links import measure_together
 
 NEW, BYTES = 8, 450 * 10**6  # tokens that are generated; bytes that files of a block take, at most
-PYTHON = 0.7e-3  # seconds in which Python starts the steps of a block
 
 
 def random_layers(model: nn.Module) -> dict[str, Tensor]:
@@ -177,20 +176,26 @@ def cpu(table: Any, layers: int, state: dict[str, Tensor], cores: int, run: Run)
     del streamed
     clean()
     readings = [Reading(threads, own, other) for threads, own, other in reads["bfloat16"]]
-    ways = {slots: best_count(layers, mlp, size, PYTHON * layers, readings, slots) for slots in (3, 4)}
-    slots, (count, reading, seconds) = min(ways.items(), key=lambda way: way[1][2])
-    more = {"count": count, "slots": slots, "threads": reading.threads, "predicted_s": seconds}
-    model = bigkit.cpu_offload(filled(layers, state), 0, on_cpu=count * mlp, cpu_threads=reading.threads, slots=slots)
-    run("in RAM, MLPs on the CPU", model, size, FEW, **more)
-    by_graphs(table, "in RAM, MLPs on the CPU", model, size, **more)
+    for graph, gpu, hops in ((True, 0.15e-3 * layers, 0.2e-3), (False, 0.7e-3 * layers, HOST.hops)):
+        ways = {slots: best_count(layers, mlp, size, gpu, readings, slots, hops) for slots in (3, 4)}
+        slots, (count, reading, seconds) = min(ways.items(), key=lambda way: way[1][2])
+        more = {"count": count, "slots": slots, "threads": reading.threads, "predicted_s": seconds}
+        options = {"on_cpu": count * mlp, "cpu_threads": reading.threads, "slots": slots}
+        model = bigkit.cpu_offload(filled(layers, state), 0, **options)
+        if graph:
+            by_graphs(table, "in RAM, MLPs on the CPU", model, size, **more)
+        run("in RAM, MLPs on the CPU", model, size, FEW, **more)
+        del model
+        clean()
 
 
-def by_graphs(table: Any, way: str, model: nn.Module, moved: int, new: int = 16, **more: Any) -> None:
+def by_graphs(table: Any, way: str, model: nn.Module, moved: int, new: int = 14, **more: Any) -> None:
     """A decoded token as one CUDA graph, and whether the text is that of Python."""
     bench = Bench("cuda:0", False, 0)
     with bigkit.graph_decode(model):
-        seconds, text = bench.decode(model, new, FEW + 1, new - 8)
-    _, plain = bench.decode(model, new, FEW + 1, 4, cache_implementation="static", disable_compile=True)
+        seconds, text = bench.decode(model, new, FEW + 1, new - 7)
+    static = {"cache_implementation": "static", "disable_compile": True}
+    _, plain = bench.decode(model, new, FEW + 1, 4, **static)
     table.add(
         way=way, shape="graph", s=seconds, gb_s=moved / seconds / GB, same_tokens=torch.equal(text, plain), **more
     )

@@ -209,12 +209,12 @@ class MlpHook(AlignDevicesHook):
     def _called(self, module: nn.Module, output: Tensor, calls: HostCalls) -> Tensor:
         """Let a graph call for the output, which has been computed of whatever lay there."""
         desk, plain, threads = self._desk(), alone(module), torch.get_num_threads()
-        given, place = desk.given, desk.place(output)
+        given, place, inference = desk.given, desk.place(output), torch.is_inference_mode_enabled()
         place.copy_(output)  # on a stand-in, where all of it is done while it is recorded
 
         def compute() -> None:
             torch.set_num_threads(threads)
-            with torch.no_grad():
+            with torch.inference_mode(inference), torch.no_grad():  # views of one mode are not written to in another
                 place.copy_(plain(given))
 
         assert self.output_device is not None

@@ -84,9 +84,9 @@ def test_half_of_the_blocks_and_all_of_a_model_in_ram():
     same_by_graphs(bigkit.dispatch_model(build(), {"": "cpu"}, 0))
 
 
-@pytest.mark.parametrize("sequences", [1, 3])
+@pytest.mark.parametrize("sequences, mode", [(1, torch.inference_mode), (3, torch.no_grad)])
 @pytest.mark.parametrize("main", [0, [0, 1]])
-def test_mlps_that_the_cpu_computes(main, sequences):
+def test_mlps_that_the_cpu_computes(main, sequences, mode):
     """A graph calls the host for them: the tokens, and logits, of a step in Python."""
     if torch.cuda.device_count() < 2 and main:
         pytest.skip("one GPU")
@@ -94,7 +94,7 @@ def test_mlps_that_the_cpu_computes(main, sequences):
     model = bigkit.cpu_offload(build().cpu(), main, on_cpu=mlps, slots=3)
     more = {"output_logits": True, "return_dict_in_generate": True}
     expected = [plain(model, prompt(sequences, seed=seed), **more) for seed in range(3)]
-    with bigkit.graph_decode(model) as decoder:
+    with mode(), bigkit.graph_decode(model) as decoder:
         for seed in range(3):
             got = model.generate(prompt(sequences, seed=seed), **GREEDY, **more)
             assert torch.equal(got.sequences, expected[seed].sequences)

@@ -117,15 +117,15 @@ def computed(model):
     return [layer for layer in model.model.layers if type(layer._hf_hook) is BlockHook]
 
 
-@pytest.mark.parametrize("slots", [1, 2, 4])
-@pytest.mark.parametrize("sequences", [1, 3])
-def test_mlps_that_the_cpu_computes(sequences, slots, monkeypatch):
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("sequences, slots", [(1, 1), (3, 2), (1, 4)])
+def test_mlps_that_the_cpu_computes(sequences, slots, mode, monkeypatch):
     """The host is called for them, and runs no more of the model than these."""
     model, called = with_mlps_on_the_cpu(slots=slots, cpu_threads=1), []
     prompts = [prompt(sequences, seed=seed) for seed in range(3)]
     expected = [plain(model, tokens) for tokens in prompts]
     monkeypatch.setattr(fake_graph, "call", lambda number: called.append(number) or call(number))
-    with bigkit.graph_decode(model) as decoder:
+    with mode(), bigkit.graph_decode(model) as decoder:
         for tokens, text in zip(prompts, expected):
             assert torch.equal(model.generate(tokens, **GREEDY), text)
     assert len(computed(model)) == 3 and len(set(called)) == 3 * decoder.captured
