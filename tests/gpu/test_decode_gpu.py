@@ -246,16 +246,16 @@ def test_layers_that_stay_take_no_more_than_the_prompt_did():
     assert torch.cuda.memory_reserved() <= reserved + 40e6  # a layer, and what is rounded up
 
 
-@pytest.mark.parametrize("room", [None, "200GB"])
+@pytest.mark.parametrize("room", [None, "40MB"])
 def test_a_cache_that_rests_where_memory_is_tight(room):
-    """The GPU has room for what a prompt needs and hardly more; a `room` that it has not is given up."""
-    model, tokens, total = build(blocks=8), prompt(4, 3000), torch.cuda.get_device_properties(0).total_memory
+    """The GPU has room for what a prompt needs and hardly more, and less than the cache."""
+    model, tokens, total = build(blocks=24), prompt(4, 3000), torch.cuda.get_device_properties(0).total_memory
     expected = model.generate(tokens, **GREEDY)
     gc.collect()
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     assert torch.equal(model.generate(tokens, past_key_values=RestingCache(model.config, room=0), **GREEDY), expected)
-    most = torch.cuda.max_memory_reserved() + 20e6
+    most = torch.cuda.max_memory_reserved() + 40e6  # a layer, and what is rounded up
     gc.collect()
     torch.cuda.empty_cache()
     torch.cuda.set_per_process_memory_fraction(most / total)
@@ -264,7 +264,7 @@ def test_a_cache_that_rests_where_memory_is_tight(room):
             cache = RestingCache(model.config, room=room)
             assert torch.equal(model.generate(tokens, past_key_values=cache, **GREEDY), expected)
             assert torch.cuda.memory_reserved() <= most
-            assert room is None or cache.layers_that_stay() < 8
+            assert 0 < cache.layers_that_stay() < 24
             del cache
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
