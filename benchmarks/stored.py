@@ -44,7 +44,7 @@ from bigkit.checkpoints.codecs import find_codec, find_stack_codec, rows_of
 from bigkit.offload.hooks import hooks_in
 
 PARTS = ("kernels", "gpt-oss", "deepseek", "llama")
-BLOCKS = {"gpt-oss": 8, "deepseek": 7, "llama": 8}
+BLOCKS = {"gpt-oss": 24, "deepseek": 7, "llama": 8}
 NAMES = {"gpt-oss": "MXFP4", "deepseek": "FP8", "llama": "GPTQ int4"}
 KINDS = {"decoding": ("_mxfp4", "_scaled", "_packed"), "gather": ("index", "gather"), "copies": ("Memcpy", "memcpy"),
          "products": ("gemm", "gemv", "cutlass", "nvjet", "xmma")}  # fmt: skip
@@ -222,7 +222,8 @@ class Bench:
             try:
                 if mode == "prompt":
                     seconds = mixtures.prompt_seconds(model, model.config.vocab_size)
-                    yield row | {"prompt_seconds": round(seconds, 4)} | self.against(mode, way, 1 / seconds)
+                    row |= {"prompt_seconds": round(seconds, 4), "equal": self.equal(mode, self.prompt(model))}
+                    yield row | self.against(mode, way, 1 / seconds)
                     continue
                 if mode == "graph":
                     with bigkit.graph_decode(model):
@@ -235,13 +236,28 @@ class Bench:
                 yield row | {"error": f"{type(error).__name__}: {error}"[:300]}
                 continue
             row["tokens_per_second"] = round(rate, 2)
-            row["equal"] = bool(torch.equal(logits, self.logits.setdefault(mode, logits)))
+            row["equal"] = self.equal(mode, logits)
             yield row | self.against(mode, way, rate)
 
-    def expect(self, model: Any) -> None:
-        """Note the logits of a model that is all on the GPU, whose weights are decoded."""
+    def expect(self, case: str, model: Any) -> Iterator[Row]:
+        """Note the logits of a model that is all on the GPU, whose weights are decoded, and measure it."""
         self.logits["Python"] = self.steps(model, 10)[1]
         self.logits["graph"] = self.steps(model, cache_implementation="static", disable_compile=True)[1]
+        self.logits["prompt"] = self.prompt(model)
+        if self.device != "cpu":
+            yield from self.measure(case, "all on the GPU, bf16", model)
+
+    def prompt(self, model: Any) -> Tensor:
+        """The logits after a prompt of 8 x 512 tokens."""
+        generator = torch.Generator().manual_seed(2)
+        ids = torch.randint(5, model.config.vocab_size, (8, 512), generator=generator).to(self.device)
+        with torch.no_grad():
+            logits: Tensor = model(input_ids=ids, logits_to_keep=1, use_cache=False).logits
+        return logits
+
+    def equal(self, mode: str, logits: Tensor) -> bool:
+        """Whether logits are those that are expected, bit for bit."""
+        return bool(torch.equal(logits, self.logits[mode]))
 
     def against(self, mode: str, way: str, rate: float) -> Row:
         """How many times as fast as bfloat16 in RAM."""
@@ -298,7 +314,7 @@ def mixture(case: str, bench: Bench) -> Iterator[Row]:
     model = mixtures.build(case, bench.blocks or BLOCKS[case], bench.device, bench.tiny)
     model.get_input_embeddings().weight.normal_(0, 20)  # type: ignore[operator]  # else all tokens look alike to routers
     stored = {name: mixtures.packed_as(NAMES[case], module) for name, module in mixtures.experts_in(model).items()}
-    bench.expect(model)
+    yield from bench.expect(case, model)
     found = mixtures.in_ram(model)
     mixtures.settle()
     yield from bench.measure(case, "RAM, bf16", found)
@@ -347,7 +363,7 @@ def llama(bench: Bench) -> Iterator[Row]:
         assert codec is not None
         module.weight.data = codec.decode(parts, torch.bfloat16)
         stored[name] = (codec, parts)
-    bench.expect(model)
+    yield from bench.expect("llama", model)
     stand_in = {} if torch.cuda.is_available() else {0: "cpu"}
     places = {"model.embed_tokens": 0, "model.norm": 0, "model.rotary_emb": 0, "lm_head": 0, "model.layers": "cpu"}
     found: Any = bigkit.dispatch_model(model, places, 0, stand_in=stand_in)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -12,6 +13,9 @@ from torch.nn.modules.module import _IncompatibleKeys
 
 # -> the fake-tensor mode that is on (a dry run's), or None. `torch._guards`, 2.11 to 2.15.
 detect_fake_mode: Callable[[], Any] = torch._guards.detect_fake_mode
+
+# Context in which a tensor's own `__torch_function__` is not asked. `torch._C`, 2.11 to 2.15.
+DisableTorchFunctionSubclass: Callable[[], AbstractContextManager[None]] = torch._C.DisableTorchFunctionSubclass
 
 
 def cut_like(flat: Tensor, tensors: list[Tensor]) -> tuple[Tensor, ...]:

@@ -15,6 +15,7 @@ Leaves out: the formats (`codecs.py`), and decoding at loading (`load_checkpoint
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -32,6 +33,7 @@ from .decoded import DecodedStack
 from .fits import stack_misfit, values_misfit
 from .format import Checkpoint, Stored
 from .merged import stack_experts
+from .read_only import ReadOnly
 
 ANEW = "get the file anew, or run it with the library that wrote it"
 
@@ -62,6 +64,10 @@ class AsStored(nn.Module):
         self.works_in = fn(torch.empty(0, dtype=self.works_in)).dtype
         return super()._apply(keep_dtype, recurse)
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        made, made_of = super().__reduce_ex__(protocol), getattr(self, "made_of", None)
+        return (_new, made_of, *made[2:]) if made_of else made  # the class itself has no name
+
 
 class StoredLinear(AsStored, nn.Linear):
     """A linear layer that decodes its weight for each product."""
@@ -72,6 +78,25 @@ class StoredLinear(AsStored, nn.Linear):
         """x (..., in) -> (..., out), in the dtype of x."""
         parts: Any = {name: self._parameters[name] for name in self.stored}
         return nn.functional.linear(x, self.codec.decode(parts, x.dtype), self.bias)
+
+    @property
+    def weight(self) -> Tensor:  # type: ignore[override]
+        """The weight (out, in), decoded anew each time one asks, as adapters do; what writes to it raises."""
+        parts: Any = {name: self._parameters[name] for name in self.stored}
+        reason = f"it is stored as {self.codec.format}, and would not change: load with keep='dense' to merge into it"
+        return ReadOnly.of(self.codec.decode(parts, self.works_in), reason)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "weight":
+            own = self._parameters.get(name)
+            if own is None or (value.shape, value.dtype) != (own.shape, own.dtype):
+                raise ValueError(
+                    f"the weight of this layer is stored as {self.codec.format}, and another one was given: load with "
+                    "keep='dense' to exchange it"
+                )
+            self._parameters[name] = value
+        else:
+            super().__setattr__(name, value)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, stored as {self.codec.format}"
@@ -178,7 +203,7 @@ def _change(
     stored.codec, stored.works_in, stored.stored = codec, weight.dtype, tuple(parts)
     stored.decoding = round(decoding(tuple(weight.shape), DECODING_OF.get(codec.format, DECODING)))
     for own, kind in parts.items():
-        module.register_parameter(own, _empty(kind))
+        module._parameters[own] = _empty(kind)
     module._parameters["bias"] = bias
 
 
@@ -238,20 +263,35 @@ def hold_stack(module: nn.Module, own: str, codec: StackCodec, parts: Mapping[st
     for suffix, one in names.items():
         module.register_parameter(one, parts[suffix])
 
-    form = tuple(weight.shape[1:])
-
-    def stack(self: Any) -> DecodedStack:
-        parts: Any = {suffix: self._parameters[one] for suffix, one in names.items()}
-        return DecodedStack(parts, codec, self.works_in, form, of=(self, own))
-
-    cls = type(module)
-    bases = (cls,) if issubclass(cls, AsStored) else (AsStored, cls)
-    module.__class__ = type(cls.__name__, bases, {own: property(stack), "__module__": cls.__module__})
+    made_of: Any = getattr(module, "made_of", (type(module),))
+    module.__class__ = _with_stacks(*made_of, (own, codec, tuple(weight.shape[1:])))
     holder: Any = module
     holder.works_in = weight.dtype
     holder.stored, holder.stacks = (*holder.stored, *names.values()), (*holder.stacks, own)
     chosen, each = getattr(getattr(module, "config", None), "num_experts_per_tok", None), DECODING_STACK[codec.format]
     holder.decoding = max(holder.decoding, round(decoding(tuple(weight.shape), each, chosen or 1)))
+
+
+@functools.cache
+def _with_stacks(base: Any, *stacks: tuple[str, StackCodec, tuple[int, ...]]) -> Any:
+    """A subclass of a class of modules, in which some stacked weights are decoded when they are used."""
+
+    def decoded(own: str, codec: StackCodec, form: tuple[int, ...]) -> property:
+        def stack(self: Any) -> DecodedStack:
+            parts: Any = {suffix: self._parameters[own + suffix] for suffix in codec.suffixes}
+            return DecodedStack(parts, codec, self.works_in, form, of=(self, own))
+
+        return property(stack)
+
+    content = {own: decoded(own, codec, form) for own, codec, form in stacks}
+    bases = (base,) if issubclass(base, AsStored) else (AsStored, base)
+    return type(base.__name__, bases, {**content, "made_of": (base, *stacks), "__module__": base.__module__})
+
+
+def _new(*made_of: Any) -> Any:
+    """A module of such a class, without anything in it; copies and pickles begin with it."""
+    cls = _with_stacks(*made_of)
+    return cls.__new__(cls)
 
 
 def _decode_at_loading(

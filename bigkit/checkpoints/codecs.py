@@ -68,9 +68,13 @@ class StackCodec(NamedTuple):
     decode: Callable[..., Tensor]
     in_place: bool = False
 
+    def reads_in_place(self, parts: Parts) -> bool:
+        """Whether a kernel reads chosen experts where they lie, so that nothing is copied before it is decoded."""
+        return self.in_place and kernels_for(parts[self.suffixes[0]]) is not None
+
     def chosen(self, parts: Parts, experts: Any, dtype: torch.dtype) -> Tensor:
         """The weights of some experts of all, as an index or a slice says."""
-        if self.in_place and isinstance(experts, Tensor) and kernels_for(parts[self.suffixes[0]]):
+        if isinstance(experts, Tensor) and self.reads_in_place(parts):
             return self.decode(parts, dtype, experts)
         return self.decode({suffix: rows_of(part, experts) for suffix, part in parts.items()}, dtype)
 
@@ -242,14 +246,14 @@ def decode_nvfp4(parts: Parts, dtype: torch.dtype) -> Tensor:
     return (values.unflatten(1, (scales.shape[1], -1)) * scales[:, :, None]).flatten(1).to(dtype)
 
 
-def decode_mxfp4(parts: Parts, dtype: torch.dtype) -> Tensor:
+def decode_mxfp4(parts: Parts, dtype: torch.dtype, experts: Tensor | None = None) -> Tensor:
     """Experts in MXFP4: `_blocks` (experts, out, groups, 16), `_scales` (experts, out, groups) -> (experts, in, out).
 
     A byte has two E2M1, the first in the low half; a scale is the exponent of a power of two, plus 127. Source: OCP
     Microscaling Formats, version 1.0; the files of gpt-oss. Any shape may come before `out`, or none.
     """
     if kernels := kernels_for(parts["_blocks"]):
-        return kernels.mxfp4(parts["_blocks"], parts["_scales"], dtype)
+        return kernels.mxfp4(parts["_blocks"], parts["_scales"], experts, dtype)
     works = dtype if dtype == torch.bfloat16 else torch.float32  # in which these products are exact
     scales = powers_of_two(parts["_scales"]).to(works).transpose(-2, -1)
     values = e2m1(parts["_blocks"], works)  # (..., out, groups, 32)
@@ -349,7 +353,7 @@ def decode_scaled_stack(parts: Parts, dtype: torch.dtype, experts: Tensor | None
 
 STACK_CODECS = (
     StackCodec("fp8", ("", "_scale_inv"), decode_scaled_stack, in_place=True),
-    StackCodec("mxfp4", ("_blocks", "_scales"), decode_mxfp4),
+    StackCodec("mxfp4", ("_blocks", "_scales"), decode_mxfp4, in_place=True),
     *(StackCodec(kind, (f"_{kind}", "_absmax"), partial(decode_4bit, kind=kind), True) for kind in ("nf4", "fp4")),
     *(
         StackCodec(

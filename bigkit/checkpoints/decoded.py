@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ..model.stored import AT_A_TIME
 from .ahead import decoded_in_turn
-from .codecs import Parts, StackCodec, kernels_for
+from .codecs import Parts, StackCodec
 
 PLAIN = StackCodec("plain", ("",), lambda parts, dtype: parts[""])  # weights that need no decoding
 
@@ -94,9 +94,8 @@ class DecodedStack:
         return weights.transpose(-2, -1) if self.transposed else weights
 
     def _chosen(self, experts: Any) -> Tensor:
-        first = self.parts[self.codec.suffixes[0]]
-        by_kernel = self.codec.in_place and kernels_for(first) and not hasattr(first, "fake_mode")
-        if self.of is None or not isinstance(experts, Tensor) or not by_kernel:
+        real = isinstance(experts, Tensor) and not hasattr(experts, "fake_mode")
+        if self.of is None or not real or not self.codec.reads_in_place(self.parts):
             return self.codec.chosen(self.parts, experts, self.dtype)
         module, name = self.of
 
@@ -148,7 +147,7 @@ class DecodedStack:
         """
         first: Any = next(iter(self.parts.values()))
         elsewhere = isinstance(first, Elsewhere)
-        more = 2 if not elsewhere and self.codec.in_place and kernels_for(first) else 1  # it makes no copies
+        more = 2 if not elsewhere and self.codec.reads_in_place(self.parts) else 1  # it makes no copies
         count, step = self.shape[0], max(1, more * AT_A_TIME // max(1, math.prod(self.form)))
         if step >= count and not elsewhere:
             return product(x, self.all(), offs=ends)

@@ -32,7 +32,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from ..machine.hardware import ram_limit
+from ..machine.ram import ram_limit
 from ..units import MiB
 from ._torch import detect_fake_mode
 
@@ -58,11 +58,15 @@ def read_fully(descriptor: int, view: memoryview, offset: int, path: Path) -> No
         path: the file's name, for the error.
 
     Raises:
-        OSError: the file is shorter than that.
+        OSError: the file is shorter than that, or the disk fails; it names the file.
     """
     done = 0
     while done < len(view):
-        count = os.preadv(descriptor, [view[done:]], offset + done)
+        try:
+            count = os.preadv(descriptor, [view[done:]], offset + done)
+        except OSError as error:
+            error.filename = str(path)
+            raise
         if not count:
             raise OSError(f"{path} is shorter than it was: nothing at byte {offset + done}")
         done += count
@@ -90,16 +94,18 @@ class Slab:
         self._release: Callable[[], Any]  # set when it is pinned
 
     def pin(self, filled: bool = False) -> None:
-        """Pin the RAM if it should be. Where pinning is refused the same copies work, only slower.
+        """Pin the RAM if it should be; what has been written to it stays.
+
+        Where pinning is refused the same copies work, only slower.
 
         Args:
-            filled: it has been written to, so that its pages exist; else they are made first, which is faster than
-                leaving it to the driver.
+            filled: all of it has been written to, so that its pages exist; else they are made first, which is faster
+                than leaving it to the driver.
         """
         if not self.wants_pin or self.pinned or not _may_pin(self.bytes.nbytes):
             return
         if not filled:
-            self.bytes.zero_()
+            self.bytes[:: mmap.PAGESIZE].add_(0)
         address, nbytes = self.bytes.data_ptr(), self.bytes.nbytes
         runtime = torch.cuda.cudart()
         if int(runtime.cudaHostRegister(address, nbytes, 1)) == 0:  # 1: for all GPUs

@@ -50,7 +50,8 @@ def apart(task: Task) -> Task | None:
     for layer in task.layers:
         own = inside.get(layer.name, [])
         names = tuple(one.name[len(layer.name) + 1 :] for one in own)
-        layers.append(replace(layer, spec=_without(layer.spec, names)) if own else layer)
+        spec = _without(layer.spec, names) if own else layer.spec
+        layers.append(Layer(layer.name, layer.cls, spec, layer.ties, layer.with_previous))
         layers += [Layer(one.name, one.spec.cls, one.spec) for one in own]
     return replace(task, layers=tuple(layers))
 
@@ -96,7 +97,7 @@ def plan_apart(task: Task, strategy: str) -> Plan | None:
         return None
     nested = set(finer.around)
     experts = [k for k, unit in enumerate(finer.units) if nested.issuperset(unit.layers)]
-    dense = [k for k in range(len(finer.units)) if k not in set(experts)]
+    dense = sorted({*range(len(finer.units))}.difference(experts))
     for slots in SLOTS:
         reserve = max(finer.in_flight(i, slots) for k in experts for i in finer.units[k].layers)
         places = _fill(finer, dense, experts, reserve)
@@ -111,7 +112,7 @@ def _fill(task: Task, dense: Sequence[int], experts: Sequence[int], reserve: int
     on_cpu = task.experts_on_cpu
     units, places = task.units, [task.runners[0]] * len(task.units)
     rooms = [room - reserve for room in task.rooms(task.context)]
-    chain = Chain([units[k].weights + task.caches[k] for k in dense])
+    chain = Chain([task.needs[k] for k in dense])
     if chain.reach(rooms)[-1] < len(dense):
         return None
     ends = chain.balance(rooms)

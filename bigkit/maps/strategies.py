@@ -21,7 +21,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Hashable, Iterable, Mapping, Sequence
-from itertools import accumulate, product
+from itertools import product
 from typing import NamedTuple
 
 from ..devices import Device, whole_on
@@ -32,10 +32,10 @@ from ..model.spec import ModelSpec
 from ..units import dtype_name, parse_bytes
 from .experts import plan_apart
 from .own_map import read_map, warn_of_strangers
-from .partition import Chain, last_true, spread
+from .partition import last_true, spread
 from .plan import Plan, PlanError
 from .reasons import cures
-from .task import SLOTS, Task, read_budgets
+from .task import SLOTS, Queue, Task, read_budgets
 
 STRATEGIES = ("auto", "balanced", "balanced_low_0", "sequential", "exact")
 ONE_SLOT = 0.9  # with a single slot copies wait for work: it must leave a tenth less to copy to be worth it
@@ -193,23 +193,29 @@ def _offload(task: Task, strategy: str) -> Plan:
     """
     largest = [unit.largest for unit in task.units]
     sizes = [0, *sorted({*largest}, reverse=True)[:8]]  # units with a layer of so many bytes or more go first
-    orders = [tuple(sorted(range(len(largest)), key=lambda i: largest[i] < size)) for size in sizes]
+    orders = dict.fromkeys(tuple(sorted(range(len(largest)), key=lambda i: largest[i] < size)) for size in sizes)
+    queues = [Queue(task, order) for order in orders]
+    too_large = task.shelves and sum(task.needs) > sum(max(room, 0) for room in task.rooms(task.context))
     best = nearest = None
     teams = [task.runners, task.runners[:1]][: len(task.runners)]
-    for workers, slots, order in product(teams, (0, *task.slots), dict.fromkeys(orders)):
+    for workers, slots, queue in product(teams, task.slots if too_large else (0, *task.slots), queues):
         if best and len(workers) < len(best.workers):
             break
-        places = _fill(task, slots, order, workers)
+        places = _fill(task, slots, queue, workers)
         if not slots and not set(places) <= set(task.runners):
             continue
-        shares = task.loads(task.by_layer(places), slots, workers).shares(task.context)
-        elsewhere = {share.device: share.weights for share in shares if not share.runs}
-        copied = (sum(elsewhere.values()) + DISK * elsewhere.get("disk", 0)) / len(workers)
-        trial = _Trial(places, slots, workers, copied, sum(share.over for share in shares))
-        if trial.over:
-            nearest = min(nearest or trial, trial, key=lambda trial: trial.over)
-        elif best is None or copied < best.copied * (1 if slots == best.slots else ONE_SLOT):
+        by_layer = task.by_layer(places)
+        weights = task.weights(by_layer)
+        elsewhere = sum(size for device, size in weights.items() if device not in task.runners)
+        copied = (elsewhere + DISK * weights.get("disk", 0)) / len(workers)
+        if best and copied >= best.copied * (1 if slots == best.slots else ONE_SLOT):
+            continue
+        over = sum(share.over for share in task.loads(by_layer, slots, workers).shares(task.context))
+        trial = _Trial(places, slots, workers, copied, over)
+        if not over:
             best = trial
+        elif nearest is None or over < nearest.over:
+            nearest = trial
         if best and (strategy == "sequential" or not best.copied):
             break
     chosen = best or nearest
@@ -221,20 +227,18 @@ def _offload(task: Task, strategy: str) -> Plan:
     return plan
 
 
-def _fill(task: Task, slots: int, order: Sequence[int], workers: Sequence[Device]) -> list[Device]:
+def _fill(task: Task, slots: int, queue: Queue, workers: Sequence[Device]) -> list[Device]:
     """The place of each unit, taken in this order: the runners, then the gaps they leave, then RAM and disk."""
-    units = task.units
-    needs = [units[i].weights + task.caches[i] for i in order]
-    rooms, chain = task.rooms(task.context), Chain(needs)
-    largest = [*accumulate((units[i].largest for i in reversed(order)), max, initial=0)][::-1]  # from each rank on
+    units, rooms = task.units, task.rooms(task.context)
+    order, chain, largest = queue.order, queue.chain, queue.largest
 
     # Offloading more units needs a larger reserve, which may push out more: until that is stable.
     resident = len(order)
     while True:
-        reserve = Counter(dict.fromkeys(workers, slots * largest[resident]))
-        away = (i for k in order[resident:] for i in units[k].layers) if slots else ()
+        reserve = dict.fromkeys(task.runners, 0) | dict.fromkeys(workers, slots * largest[resident])
+        away = [i for k in order[resident:] for i in units[k].layers] if slots and any(task.visiting) else []
         for i, worker in task.turns(away, workers).items():
-            reserve[worker] += task.staying[i] + task.cache[i]
+            reserve[worker] += task.visiting[i]
         left = [room - reserve[runner] for runner, room in zip(task.runners, rooms)]
         ends = chain.reach(left)
         if ends[-1] >= resident:
@@ -242,39 +246,37 @@ def _fill(task: Task, slots: int, order: Sequence[int], workers: Sequence[Device
         resident = ends[-1]
 
     places: list[Device] = [""] * len(units)
-    gaps, start = {}, 0
+    free: dict[Device, int | None] = {}
+    start = 0
     for runner, room, end in zip(task.runners, left, ends):
         end = min(end, resident)
         for i in order[start:end]:
             places[i] = runner
-        gaps[runner] = room - chain.load(start, end)
+        free[runner] = room - chain.load(start, end)
         start = end
-    shelves = {shelf: task.budgets[shelf] for shelf in task.shelves} or {task.runners[-1]: None}
-    for i, need in zip(order[resident:], needs[resident:]):
-        gap = next((runner for runner, room in gaps.items() if need <= room), None)
-        if gap is not None:
-            gaps[gap] -= need
-            places[i] = gap
-            continue
-        with_room = (shelf for shelf, room in shelves.items() if room is None or units[i].weights <= room)
-        places[i] = shelf = next(with_room, [*shelves][-1])
-        if (free := shelves[shelf]) is not None:
-            shelves[shelf] = free - units[i].weights
+    free |= {shelf: task.budgets[shelf] for shelf in task.shelves} or {task.runners[-1]: None}
+    for i in order[resident:]:
+        for device, space in free.items():  # the last one, if none has space
+            size = units[i].weights
+            if space is None or size <= space and (device in task.shelves or (size := task.needs[i]) <= space):
+                break
+        places[i], free[device] = device, space if space is None else space - size
     return places
 
 
 def _spread(task: Task, trial: _Trial) -> list[Device]:
     """The same bytes on each device, but units of one kind that stay on a worker stand among the offloaded."""
     kinds: dict[Hashable, list[int]] = defaultdict(list)
+    movable = {*trial.workers, "cpu", "disk"}
     for i, unit in enumerate(task.units):
-        if trial.places[i] in (*trial.workers, "cpu", "disk"):
+        if trial.places[i] in movable:
             kinds[unit.kind].append(i)
     even = list(trial.places)
-    for free in kinds.values():
+    for free in (several for several in kinds.values() if len(several) > 1):
         counts = Counter(trial.places[i] for i in free)
         for devices in (trial.workers, ["disk"], ["cpu"]):
-            chosen = [free[k] for k in sorted(spread([1] * len(free), sum(counts[device] for device in devices)))]
-            free = [i for i in free if i not in set(chosen)]
+            picked = {free[k] for k in spread([1] * len(free), sum(counts[device] for device in devices))}
+            chosen, free = [i for i in free if i in picked], [i for i in free if i not in picked]
             for device in devices:
                 for i in (own := {chosen[k] for k in spread([1] * len(chosen), counts[device])}):
                     even[i] = device

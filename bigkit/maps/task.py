@@ -12,10 +12,11 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import accumulate
 from operator import attrgetter
 from typing import Any, NamedTuple
 
-from ..devices import Device, device_label, prefixes, read_device
+from ..devices import Device, device_label, read_device
 from ..model.estimate import activation_bytes, longest_context, remarks, stacked_experts, stored_as
 from ..model.experts import experts_of, in_flight
 from ..model.spec import Attention, Layer, ModelSpec, Precision
@@ -31,8 +32,7 @@ LONGEST = 2**24  # tokens: no longer context is looked for
 _KIND = attrgetter("per_token", "window", "fixed", "float32", "every")  # of an `Attention`: all but its layer
 
 
-@dataclass(frozen=True)
-class Unit:
+class Unit(NamedTuple):
     """Layers that are placed together.
 
     Args:
@@ -40,7 +40,6 @@ class Unit:
         weights: bytes at rest, tied tensors counted once.
         largest: bytes of the largest layer, which is what travels at a time if the unit is offloaded.
         buffers: bytes that stay where the unit works even then.
-        attention: the KV caches that the layers fill.
         kind: equal for units that may change places, because they hold the same and share nothing with others.
     """
 
@@ -48,7 +47,6 @@ class Unit:
     weights: int
     largest: int
     buffers: int
-    attention: tuple[Attention, ...]
     kind: Hashable
 
 
@@ -56,10 +54,12 @@ class Loads(NamedTuple):
     """What devices hold under a placement, at a context.
 
     Args:
+        works: where each layer works that rests in RAM or on disk.
         shares: context -> the share of every device.
         fits: context -> whether none is over its budget.
     """
 
+    works: dict[int, Device]
     shares: Callable[[int], tuple[Share, ...]]
     fits: Callable[[int], bool]
 
@@ -110,10 +110,15 @@ class Task:
 
     def layer_of(self, name: str) -> int:
         """The layer that holds a module or tensor: itself, the one around it, or else the first one within it."""
-        for prefix in reversed(prefixes(name)):
-            if prefix in self.index:
-                return self.index[prefix]
+        if (around := self._around(name)) is not None:
+            return around
         return next(i for other, i in self.index.items() if other.startswith(name + "."))
+
+    def _around(self, name: str) -> int | None:
+        """The innermost layer that is called `name` or lies around it."""
+        while name and name not in self.index:
+            name = name.rpartition(".")[0]
+        return self.index.get(name)
 
     @cached_property
     def ties(self) -> list[list[tuple[int, int]]]:
@@ -153,11 +158,10 @@ class Task:
         tied = {home[i] for group in self.ties for i, _ in group}
         units = []
         for first, group in groups.items():
-            weights = sum(self.sizes[i] for i in group) - twice[first]
-            buffers = sum(self.staying[i] for i in group)
+            weights = sum([self.sizes[i] for i in group]) - twice[first]
+            buffers = sum([self.staying[i] for i in group])
             kind = first if first in tied else (self.layers[first].cls, weights, buffers)
-            caches = tuple(record for i in group for record in self.attention.get(i, ()))
-            units.append(Unit(tuple(group), weights, max(self.sizes[i] for i in group), buffers, caches, kind))
+            units.append(Unit(tuple(group), weights, max([self.sizes[i] for i in group]), buffers, kind))
         return units
 
     def in_flight(self, layer: int, slots: int) -> int:
@@ -180,8 +184,9 @@ class Task:
     @cached_property
     def around(self) -> dict[int, int]:
         """Layer that lies in another one (experts that are placed apart) -> that one, with which it works."""
-        outer = {i: [p for p in prefixes(layer.name)[1:-1] if p in self.index] for i, layer in enumerate(self.layers)}
-        return {i: self.index[names[-1]] for i, names in outer.items() if names}
+        parents = [layer.name.rpartition(".")[0] for layer in self.layers]
+        outer = {name: self._around(name) for name in {*parents}}
+        return {i: other for i, name in enumerate(parents) if (other := outer[name]) is not None and other != i}
 
     @property
     def longest(self) -> int:
@@ -201,12 +206,8 @@ class Task:
         """Devices on which layers only rest, nearest first."""
         return [d for d in ("cpu", "disk") if self.budgets.get(d, 0) != 0 and d not in self.runners]
 
-    def kv(self, attention: Iterable[Attention], context: int) -> int:
-        """Bytes of KV cache of records of `attention`."""
-        return sum([self._kv(id(record), context) for record in attention])
-
     def _kv(self, record: int, context: int) -> int:
-        """The same of one record, by its `id`; a plan asks for it again and again."""
+        """Bytes of KV cache of a record of `attention`, by its `id`; a plan asks for it again and again."""
         known = self._known.get((record, context))
         if known is None:
             one = self.batch * self._records[record].bytes(context, self.computes_in, self.kv_dtype)
@@ -221,20 +222,38 @@ class Task:
     def _records(self) -> dict[int, Attention]:
         return {id(record): record for records in self.attention.values() for record in records}
 
-    @cached_property
-    def cache(self) -> list[int]:
-        """Bytes of KV cache of each layer, for the load that was asked for."""
-        return [self.kv(self.attention.get(i, ()), self.context) for i in range(len(self.layers))]
+    def caches(self, context: int) -> list[int]:
+        """Bytes of KV cache of each layer."""
+        caches = [0] * len(self.layers)
+        for i, records in self.attention.items():
+            caches[i] = sum([self._kv(id(record), context) for record in records])
+        return caches
 
     @cached_property
-    def caches(self) -> list[int]:
-        """The same of each unit."""
-        return [sum(self.cache[i] for i in unit.layers) for unit in self.units]
+    def cache(self) -> list[int]:
+        """The same for the load that was asked for."""
+        return self.caches(self.context)
+
+    @cached_property
+    def visiting(self) -> list[int]:
+        """Bytes that each layer takes where it works even when it rests elsewhere: buffers that stay, and its cache."""
+        return [staying + cache for staying, cache in zip(self.staying, self.cache)]
+
+    @cached_property
+    def needs(self) -> list[int]:
+        """What each unit takes on the device that runs it, for that load: weights and cache."""
+        return self._needs(self.cache)
+
+    def _needs(self, caches: Sequence[int]) -> list[int]:
+        return [unit.weights + sum([caches[i] for i in unit.layers]) for unit in self.units]
+
+    @cached_property
+    def decoding(self) -> int:
+        return decoding_bytes(self.model, self.precision)
 
     def working(self, context: int) -> int:
         """Bytes of activations on each device that runs layers, and of a weight that is decoded there."""
-        working = activation_bytes(self.model, self.batch, context, self.computes_in)
-        return working + decoding_bytes(self.model, self.precision)
+        return activation_bytes(self.model, self.batch, context, self.computes_in) + self.decoding
 
     def extra(self, runner: Device) -> int:
         """Bytes that the runtime takes on a device."""
@@ -247,18 +266,26 @@ class Task:
 
     def chain(self, context: int) -> Chain:
         """What each unit needs on the device that runs it: weights and cache."""
-        return Chain([unit.weights + self.kv(unit.attention, context) for unit in self.units])
+        return Chain(self.needs if context == self.context else self._needs(self.caches(context)))
 
     def fits(self, context: int) -> bool:
         """Whether the runners hold everything, stretch after stretch."""
-        return self.chain(context).reach(self.rooms(context))[-1] == len(self.units)
+        rooms = self.rooms(context)
+        if self.model.bytes(self.precision) > sum(max(room, 0) for room in rooms):
+            return False
+        return self.chain(context).reach(rooms)[-1] == len(self.units)
 
     # -- a placement
 
     def by_layer(self, places: Sequence[Device]) -> list[Device]:
         """The place of each unit as the place of each layer."""
-        devices = {i: device for unit, device in zip(self.units, places) for i in unit.layers}
-        return [devices[i] for i in range(len(self.layers))]
+        return [places[k] for k in self.unit_of]
+
+    @cached_property
+    def unit_of(self) -> list[int]:
+        """The number of each layer's unit."""
+        numbers = {i: k for k, unit in enumerate(self.units) for i in unit.layers}
+        return [numbers[i] for i in range(len(self.layers))]
 
     def turns(self, layers: Iterable[int], workers: Sequence[Device]) -> dict[int, Device]:
         """Where each of some layers works that rest in RAM or on disk: see `maps/links.py`."""
@@ -275,9 +302,9 @@ class Task:
         inside = {i: self.around[i] for i in away if i in self.around}
         return works | {i: works.get(outer, places[outer]) for i, outer in inside.items()}
 
-    def loads(self, places: Sequence[Device], slots: int, workers: Sequence[Device] | None = None) -> Loads:
-        """What every device holds at a context, for the place of each layer."""
-        weights, caches = Counter[Device](), defaultdict[Device, dict[int, int]](dict)  # `id` of a record -> how many
+    def weights(self, places: Sequence[Device]) -> Mapping[Device, int]:
+        """Bytes that rest on every device, for the place of each layer; tied tensors once on each."""
+        weights = dict.fromkeys(self.budgets, 0)
         for place, size in zip(places, self.sizes):
             weights[place] += size
         for (owner, _), *others in self.ties:
@@ -285,7 +312,12 @@ class Task:
             for i, size in others:
                 weights[places[i]] -= size if places[i] in holders else 0
                 holders.add(places[i])
-        works = self.working_places(places, workers)
+        return weights
+
+    def loads(self, places: Sequence[Device], slots: int, workers: Sequence[Device] | None = None) -> Loads:
+        """What every device holds at a context, for the place of each layer."""
+        weights, works = self.weights(places), self.working_places(places, workers)
+        caches = defaultdict[Device, dict[int, int]](dict)  # `id` of a record -> how many
         for i, records in self.attention.items():
             held = caches[works.get(i, places[i])]
             for record in map(id, records):
@@ -328,7 +360,7 @@ class Task:
                     return False
             return True
 
-        return Loads(shares, fits)
+        return Loads(works, shares, fits)
 
     def to_plan(
         self,
@@ -348,8 +380,7 @@ class Task:
         if self.model.attention and not short:
             start = min(context, self.longest)
             longest = last_true(loads.fits, start, self.longest)
-        works = self.working_places(places, workers)
-        layers = zip(self.layers, self.sizes, places)
+        works, layers = loads.works, zip(self.layers, self.sizes, places)
         plan = Plan(
             model=self.model.name,
             strategy=strategy,
@@ -371,6 +402,14 @@ class Task:
             experts=next(((one.per_token, one.count) for one in experts), None) if self.around else None,
         )
         return replace(plan, shares=tuple(replace(share, why=why(plan, share)) for share in shares))
+
+
+class Queue:
+    """The units in an order in which they may be placed: a chain of their needs, and the largest from each rank on."""
+
+    def __init__(self, task: Task, order: Sequence[int]) -> None:
+        self.order, self.chain = order, Chain([task.needs[i] for i in order])
+        self.largest = [*accumulate((task.units[i].largest for i in reversed(order)), max, initial=0)][::-1]
 
 
 def read_budgets(max_memory: Mapping[Device, int | str]) -> dict[Device, int | None]:

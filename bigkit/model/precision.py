@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Any
 
 from ..devices import prefixes
@@ -67,6 +67,11 @@ class Precision:
         """These, and the names of all modules around them."""
         return frozenset(prefix for name in self.named for prefix in prefixes(name))
 
+    @cached_property
+    def sizes(self) -> dict[tuple[ModuleSpec, str, bool], int]:
+        """What `ModuleSpec.bytes` has counted of modules whose size depends on their name."""
+        return {}
+
     @property
     def label(self) -> str:
         """What a table calls this precision: the quantization if there is one, else the dtype."""
@@ -97,6 +102,28 @@ def float32_modules(facts: Mapping[str, Any], dtype: str | None) -> tuple[str, .
     """
     strict = tuple(facts.get("keep_in_fp32_strict", ())) if dtype in ("float16", "bfloat16") else ()
     return (*facts.get("keep_in_fp32", ()), *strict) if dtype == "float16" else strict
+
+
+@lru_cache(16)  # a model never changes
+def precision_of(
+    model: ModelSpec,
+    dtype: str | None,
+    quantization: str | None,
+    keep: tuple[str, ...] | None,
+    special: tuple[tuple[str, str], ...],
+) -> Precision:
+    """What `ModelSpec.precision` returns, for plain names of dtypes."""
+    own = float32_modules(model.facts, dtype)
+    tensors = model.tensors.items() if own else ()
+    floats = [name for name, (tensor, _) in tensors if is_named(name, own) and is_floating(tensor.dtype)]
+    names = [*(keep or ()), *model.facts.get("keep_in_fp32", ())]
+    exact = model.kept if keep is None else model.tied
+    if quantization == "int8":
+        exact = exact.union(model.facts.get("keep_in_int8", ()))
+    walk = model.root.walk() if quantization else ()
+    able = [name for name, module in walk if module.linear or is_stacked(module)]
+    kept = frozenset(name for name in able if exact.intersection(prefixes(name)) or is_named(name, names))
+    return Precision(dtype, quantization, kept, tuple({**dict.fromkeys(floats, "float32"), **dict(special)}.items()))
 
 
 def tensor_bytes(name: str, tensor: TensorSpec, owner: ModuleSpec, precision: Precision) -> int:

@@ -22,7 +22,7 @@ from ..units import dtype_bits, dtype_name, is_floating
 from .attention import Attention as Attention
 from .precision import QUANTIZATIONS as QUANTIZATIONS
 from .precision import Precision as Precision
-from .precision import float32_modules, is_named, is_stacked
+from .precision import precision_of
 from .precision import tensor_bytes as tensor_bytes
 
 _CONTAINERS = ("Sequential", "ModuleList", "ModuleDict")  # what they hold may be placed apart
@@ -88,15 +88,16 @@ class ModuleSpec:
             name: the full name of this module, by which `precision.keep` and `precision.special` know its parts.
             buffers_only: count buffers alone.
         """
+        sizes: dict[Any, int] = self._sizes
         key: tuple[Any, ...] = (precision.dtype, precision.quantization, buffers_only)
         if precision.named and (name in precision.around or not precision.named.isdisjoint(prefixes(name))):
-            key = (precision, buffers_only, name)  # the size depends on the name
-        if (known := self._sizes.get(key)) is None:
+            sizes, key = precision.sizes, (self, name, buffers_only)  # the size depends on the name
+        if (known := sizes.get(key)) is None:
             own = [item for item in self.tensors.items() if item[1].buffer or not buffers_only]
             size = sum(tensor_bytes(join(name, part), tensor, self, precision) for part, tensor in own)
             parts = self.children.items()  # equal ones are one object, which knows its size
             size += sum(own.bytes(precision, join(name, at), buffers_only) for at, own in parts)
-            known = self._sizes[key] = size
+            known = sizes[key] = size
         return known
 
 
@@ -225,10 +226,10 @@ class ModelSpec:
     def kept(self) -> frozenset[str]:
         """Modules that quantization leaves alone by default: the output head, and whatever shares a tied tensor."""
         children = [name for name, child in self.root.children.items() if any(True for _ in child.named_tensors())]
-        return self._tied | frozenset(children[-1:] if self.facts.get("has_head", True) else ())
+        return self.tied | frozenset(children[-1:] if self.facts.get("has_head", True) else ())
 
     @property
-    def _tied(self) -> frozenset[str]:
+    def tied(self) -> frozenset[str]:
         """Modules with a tied tensor."""
         return frozenset(name.rpartition(".")[0] for group in self.ties for name in group)
 
@@ -250,19 +251,9 @@ class ModelSpec:
             special: exact tensor name -> dtype, which overrides the rest.
         """
         dtype = dtype_name(dtype) if dtype not in (None, "auto") else "float16" if quantization else None
-        keep = [keep] if isinstance(keep, str) else keep
-        own = float32_modules(self.facts, dtype)
-        tensors = self.tensors.items() if own else ()
-        floats = [name for name, (tensor, _) in tensors if is_named(name, own) and is_floating(tensor.dtype)]
-        special = {**dict.fromkeys(floats, "float32"), **(special or {})}
-        names = [*(keep or ()), *self.facts.get("keep_in_fp32", ())]
-        exact = self.kept if keep is None else self._tied
-        if quantization == "int8":
-            exact = exact.union(self.facts.get("keep_in_int8", ()))
-        walk = self.root.walk() if quantization else ()
-        able = [name for name, module in walk if module.linear or is_stacked(module)]
-        kept = frozenset(name for name in able if exact.intersection(prefixes(name)) or is_named(name, names))
-        return Precision(dtype, quantization, kept, tuple((name, dtype_name(other)) for name, other in special.items()))
+        names = keep if keep is None else (keep,) if isinstance(keep, str) else tuple(keep)
+        others = tuple((name, dtype_name(other)) for name, other in (special or {}).items())
+        return precision_of(self, dtype, quantization, names, others)
 
     def quantized(self, precision: Precision) -> list[str]:
         """Names of the layers that are quantized with this precision: planned, estimated and loaded so."""

@@ -14,6 +14,7 @@ Leaves out: blocks on disk or in RAM that is not pinned (reader threads bring th
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any, TypeVar
@@ -82,6 +83,21 @@ def refuse_what_waits(model: nn.Module) -> None:
             )
 
 
+def _noted(value: Any, depth: int = 4) -> Any:
+    """What Python of a model may ask of an attribute, to be compared later: numbers, text, functions, and how many."""
+    if isinstance(value, (bool, int, float, str, torch.dtype)):
+        return value
+    if callable(value) and not isinstance(value, nn.Module):
+        return value
+    if not isinstance(value, (dict, list, tuple, set, frozenset)):
+        return type(value)
+    if not depth or len(value) > 1000:
+        return len(value)
+    if isinstance(value, dict):
+        return [(key, _noted(own, depth - 1)) for key, own in value.items()]
+    return value if isinstance(value, (set, frozenset)) else [_noted(own, depth - 1) for own in value]
+
+
 class Rings:
     """The slots of all streamers of a model, as graphs use them.
 
@@ -97,7 +113,7 @@ class Rings:
                 hook.prepare_for_graphs()
         self.steps_before = max((streamer.count for streamer in self.streamers if not streamer.maps), default=1)
         self._first: dict[tuple[str, str], str] = {}  # unit -> what happened to it first
-        self._weights: list[Any] = []
+        self._before: Any = None
         self._tables: list[Any] = []  # accounts of experts on the GPU, when the step was recorded
 
     def streams(self) -> list[torch.cuda.Stream]:
@@ -121,21 +137,25 @@ class Rings:
                     f"looks which are chosen: generate for one at a time, let them rest on a GPU, or {_INSTEAD}"
                 )
 
-    # -- weights
+    # -- the model
 
     def remember(self) -> None:
-        """Note which weights the model has now."""
-        self._weights = self._present()
+        """Note what the model is made of now."""
+        self._before = self._present()
 
     def unchanged(self) -> bool:
-        """Whether it still has them, at the same addresses."""
-        return self._present() == self._weights
+        """Whether it still is: the same weights at the same addresses, modules and hooks, numbers and flags."""
+        return bool(self._present() == self._before)
 
-    def _present(self) -> list[Any]:
-        tensors = [tensor for module in self._model.modules() for tensor, _ in own_tensors(module).values()]
-        return [
+    def _present(self) -> Any:
+        modules = [*self._model.modules()]
+        tensors = [tensor for module in modules for tensor, _ in own_tensors(module).values()]
+        weights = [
             (id(tensor), 0 if isinstance(tensor, Away) or is_fake(tensor) else tensor.data_ptr()) for tensor in tensors
         ]
+        kinds = {device.type for device in devices_of(self._model)}
+        modes = [(kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in sorted(kinds)]
+        return weights, [(weakref.ref(module), _noted(vars(module))) for module in modules], modes
 
     # -- recording
 

@@ -24,15 +24,16 @@ import functools
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
-from torch import nn
+from torch import is_tensor, nn
 
+from ..distributed.pipeline import stage_if_any
 from ._torch import tree_flatten, tree_unflatten
 from .captured import Rings, devices_of, refuse_what_waits
 from .recording import Recording
-from .static_cache import Home, is_tensor, kind_of, windows_roll
+from .static_cache import Home, kind_of, windows_roll
 
 _CACHE = object()  # stands for the cache in what a forward returned
 _NOTHING_ELSE = "generate outside of bigkit.graph_decode, or leave it out"
@@ -49,11 +50,15 @@ def graph_decode(model: nn.Module) -> Iterator[Decoder]:
     """Within it, `generate` replays each decode step of a model as one CUDA graph.
 
     The tokens are those of `generate` with a static cache. Hooks and prints in the forward run only while a step is
-    recorded. Weights that are exchanged between two calls of `generate` are seen; within one they must stay.
+    recorded. What is exchanged between two calls of `generate` is seen: weights, modules, hooks, adapters that are
+    switched, numbers and flags of modules, autocast; within one it must stay. Within another one of the same model
+    this is that one.
 
     Args:
         model: a model of Transformers, on one or several GPUs; blocks may rest in pinned RAM, and the CPU may compute
-            their MLPs (`on_cpu=`).
+            their MLPs (`on_cpu=`). Or one that
+            `bigkit.pipeline` has returned: each process replays its stage, and messages stay outside of the graph.
+            Enter it on every process; within `map_in_flight` each group under way has a recording and a cache.
 
     Yields:
         What counts the steps: `captured`, `replayed`, and `eager` ones (of prompts and before a capture).
@@ -72,17 +77,27 @@ def graph_decode(model: nn.Module) -> Iterator[Decoder]:
     generator = next((part for part in model.modules() if hasattr(type(part), "get_compiled_call")), None)
     if generator is None:
         raise ValueError(f"graph_decode needs a model of Transformers, not a {type(model).__name__}: {_NOTHING_ELSE}")
+    stage = stage_if_any(generator)
+    if isinstance(around := vars(generator).get("forward") if stage is None else stage.compute, Decoder):
+        yield around
+        return
     if any(part.training for part in generator.modules()):
         raise ValueError("graph_decode is for inference, and the model is in training mode: call model.eval() first")
     Recording.refuse(devices_of(generator))
     refuse_what_waits(generator)
     decoder = Decoder(generator)
-    replaced = {"forward": decoder, "generate": decoder.generate, "get_compiled_call": decoder.get_compiled_call}
+    replaced: dict[str, Any] = {"generate": decoder.generate, "get_compiled_call": decoder.get_compiled_call}
+    if stage is None:
+        replaced["forward"] = decoder
+    else:  # messages are no part of a graph
+        stage.compute = decoder
     before = {name: vars(generator)[name] for name in replaced if name in vars(generator)}
     vars(generator).update(replaced)
     try:
         yield decoder
     finally:
+        if stage is not None:
+            stage.compute = stage.local
         for name, own in replaced.items():
             if vars(generator).get(name) is own:
                 del vars(generator)[name]
@@ -99,12 +114,19 @@ class Decoder:
 
     def __init__(self, model: nn.Module) -> None:
         self.captured = self.replayed = self.eager = 0
-        self._model, self._forward = model, model.forward
+        self._stage = stage_if_any(model)
+        self._model, self._forward = model, model.forward if self._stage is None else self._stage.local
         self._generate: Callable[..., Any] = getattr(model, "generate", model.forward)
         functools.update_wrapper(self, model.forward)  # `generate` asks which arguments there are
         self._rings, self._devices = Rings(model), devices_of(model)
-        self._home: Home | None = None
+        self._homes: dict[int, Home] = {}  # of each group of sequences under way
         self._lock = threading.RLock()
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        raise TypeError(
+            f"this {type(self._model).__name__} is within graph_decode and cannot be copied or pickled: do so before, "
+            "or afterwards"
+        )
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """`generate` of the model, with a static cache unless another one is given."""
@@ -120,15 +142,21 @@ class Decoder:
             else:  # `generate` wants options in one place
                 kwargs["generation_config"] = own = copy.deepcopy(given)
                 own.cache_implementation = "static"
+        with self._lock:
+            self._forget_what_is_old()
         text = self._generate(*args, **kwargs)
-        self._check()
+        for home in self._homes.values():
+            for step in home.steps.values():
+                if step.recording is not None:
+                    step.recording.calls.check()
         return text
 
-    def _check(self) -> None:
-        """Raise what the CPU's part of the steps has raised."""
-        for step in self._home.steps.values() if self._home is not None else ():
-            if step.recording is not None:
-                step.recording.calls.check()
+    def _forget_what_is_old(self) -> None:
+        """Let go of recordings of a model that is another one now."""
+        if not self._rings.unchanged():
+            self.close()
+            refuse_what_waits(self._model)  # it may have been dispatched anew
+            self._rings, self._devices = Rings(self._model), devices_of(self._model)
 
     def get_compiled_call(self, compile_config: Any = None) -> Callable[..., Any]:
         """What `generate` decodes with where it would compile: the model itself."""
@@ -136,39 +164,39 @@ class Decoder:
 
     def close(self) -> None:
         """Let go of all graphs, none of which may be calling the host. What uses their cache may go on."""
-        for device in self._devices if self._home is not None else ():
+        for device in self._devices if self._homes else ():
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
-        self._home = None
+        self._homes.clear()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         name = next((name for name, value in kwargs.items() if hasattr(value, "is_compileable")), None)
         if args or name is None or torch.is_grad_enabled() or self._rings.watched():
             return self._as_ever(*args, **kwargs)
         cache, (sequences, tokens) = kwargs[name], _tokens(kwargs)
+        group = 0 if self._stage is None else self._stage.slot
         with self._lock:
-            if not getattr(cache, "is_initialized", True):
-                if not self._rings.unchanged():
-                    self.close()
-                if self._home is not None:
-                    self._home.welcome(cache, sequences)
-                return self._as_ever(**kwargs)
-            if tokens != 1:
+            is_new = not getattr(cache, "is_initialized", True)
+            if is_new or tokens != 1:
+                self._forget_what_is_old()
+                if is_new and group in self._homes:
+                    self._homes[group].welcome(cache, sequences)
                 return self._as_ever(**kwargs)
             if not cache.is_compileable:
                 raise ValueError(
                     f"graph_decode needs a cache with fixed addresses, and a {type(cache).__name__} has none: let "
                     f"generate make its own, give a StaticCache, or {_NOTHING_ELSE}"
                 )
-            home = self._bind(cache)
+            home = self._bind(cache, group)
             leaves, spec = tree_flatten({key: value for key, value in kwargs.items() if key != name})
             if any(is_tensor(leaf) and leaf.device not in self._devices for leaf in leaves):
                 return self._as_ever(**kwargs)
             key = (name, spec_key(spec), tuple(map(kind_of, leaves)), home.state(), torch.is_inference_mode_enabled())
             step = home.steps.setdefault(key, _Step(self._rings.steps_before))
             if step.before > 0:
-                step.before -= 1
-                return self._as_ever(**kwargs)
+                before, output = home.scalars(), self._as_ever(**kwargs)
+                step.before -= not home.began(before)
+                return output
             if step.recording is None:
                 self._rings.refuse_batch(sequences)
                 self._record(step, home, leaves, spec, name)
@@ -181,11 +209,15 @@ class Decoder:
         self.eager += 1
         return self._forward(*args, **kwargs)
 
-    def _bind(self, cache: Any) -> Home:
-        home = self._home
-        if home is None or (home.cache() is not cache and not (home.fits(cache) and self._rings.unchanged())):
-            self.close()  # free before there is a new one
-            home = self._home = Home(cache)
+    def _bind(self, cache: Any, group: int) -> Home:
+        home = self._homes.get(group)
+        if home is not None and home.cache() is not cache:
+            self._forget_what_is_old()
+            home = self._homes.get(group)
+        if home is None or (home.cache() is not cache and not home.fits(cache)):
+            home = None
+            self._homes.pop(group, None)  # free before there is a new one
+            home = self._homes[group] = Home(cache)
             self._rings.remember()
         home.bind(cache)
         return home

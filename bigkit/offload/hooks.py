@@ -243,13 +243,17 @@ this_thread = _Thread()
 @functools.partial(never_compiled, with_callees=False)
 def _run(hook: ModelHook, module: nn.Module, own_forward: Any, /, *args: Any, **kwargs: Any) -> Any:
     """A module's forward with a hook around it."""
+    # The class's own forward is looked up at each call, so that a copied module never runs the original's.
+    forward = own_forward or MethodType(type(module).forward, module)
+    if type(hook) is AlignDevicesHook and hook.unit is None and not (hook.io_same_device or hook.no_grad):
+        # It moves inputs and outputs, and has nothing to undo, whatever is raised.
+        args, kwargs = hook.pre_forward(module, *args, **kwargs)
+        return hook.post_forward(module, forward(*args, **kwargs))
     outer, around = this_thread.begun, this_thread.module
     begun: dict[ModelHook, _Undo | None] = {}
     try:
         this_thread.begun, this_thread.module = begun, module
         args, kwargs = _begin(begun, hook, module, args, kwargs)
-        # The class's own forward is looked up at each call, so that a copied module never runs the original's.
-        forward = own_forward or MethodType(type(module).forward, module)
         if getattr(hook, "no_grad", False):
             with torch.no_grad():
                 output = forward(*args, **kwargs)
@@ -401,6 +405,7 @@ class AlignDevicesHook(ModelHook):
             module._apply(lambda tensor: tensor.to(self.execution_device), recurse=False)
         return module
 
+    @never_compiled
     def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
         # Others may call this alone and never end it, as `apply_forward_hook` of Diffusers does: then handles serve.
         works = self.unit is not None or self.io_same_device
@@ -414,7 +419,7 @@ class AlignDevicesHook(ModelHook):
                 undo.lent = True
         device = self.execution_device
         if device is not None:
-            if not all(isinstance(value, Tensor) and value.device == device for value in args):  # mostly they are there
+            if [value for value in args if not isinstance(value, Tensor) or value.device != device]:  # mostly none
                 args = send_to_device(args, device)
             if kwargs:
                 kwargs = send_to_device(kwargs, device, self.skip_keys)
@@ -424,6 +429,7 @@ class AlignDevicesHook(ModelHook):
         self.streamer.lend(self.unit)  # type: ignore[union-attr, arg-type]
         return args, kwargs
 
+    @never_compiled
     def post_forward(self, module: nn.Module, output: Any) -> Any:
         undo = this_thread.begun.get(self)
         if undo is not None:

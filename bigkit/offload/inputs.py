@@ -28,9 +28,12 @@ def send_to_device(value: Any, device: torch.device, skip_keys: Iterable[str] = 
     {'x': [tensor(..., device='meta', size=(1,))], 'n': 3}
     """
 
+    if isinstance(value, Tensor):
+        return value if value.device == device else value.to(device)
+
     def send(leaf: Any) -> Any:
         if isinstance(leaf, Tensor):
-            return leaf if leaf.device == device else leaf.to(device)
+            return send_to_device(leaf, device)
         if isinstance(leaf, nn.Module) or not callable(getattr(leaf, "to", None)):
             return leaf
         return leaf.to(device)  # a PackedSequence knows what of it stays on the CPU

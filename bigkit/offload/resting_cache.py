@@ -17,6 +17,7 @@ Leaves out: attention on the CPU, where the cache rests, and which layers had be
 from __future__ import annotations
 
 import weakref
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -44,7 +45,9 @@ class RestingCache(DynamicCache):
             PyTorch keeps of the memory that the prompt needed, less what an attention works with; 0 lets none stay.
 
     Raises:
-        ValueError: `layers_on_device` is not between 0 and the number of layers that grow.
+        ValueError: `layers_on_device` is not between 0 and the number of layers that grow; `config` is none.
+
+    It can be copied and pickled, so that a prompt that many requests begin with is computed once.
 
     >>> from transformers import LlamaConfig
     >>> small = LlamaConfig(hidden_size=8, intermediate_size=8, num_hidden_layers=4, num_attention_heads=2)
@@ -57,11 +60,13 @@ class RestingCache(DynamicCache):
     """
 
     def __init__(self, config: Any, *, layers_on_device: int = 0, room: int | str | None = None) -> None:
+        if not hasattr(config, "get_text_config"):
+            raise ValueError(f"a RestingCache needs a configuration, not a {type(config).__name__}: give model.config")
         super().__init__(config=config)
         grow = [i for i, layer in enumerate(self.layers) if type(layer) is DynamicLayer]
-        if not 0 <= layers_on_device <= len(grow):
+        if not isinstance(layers_on_device, Integral) or not 0 <= layers_on_device <= len(grow):
             raise ValueError(
-                f"layers_on_device is {layers_on_device}, and {len(grow)} layers of this model have a cache that "
+                f"layers_on_device is {layers_on_device!r}, and {len(grow)} layers of this model have a cache that "
                 f"grows: give a number from 0 to {len(grow)}"
             )
         stay = spread([1] * len(grow), layers_on_device)
@@ -95,7 +100,7 @@ class RestingLayer(DynamicLayer):
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
         self.rows = _Rows(key_states, value_states)
-        self.windows[self.device].layers.append(weakref.ref(self))
+        self.windows[self.device].enter(self)
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -106,11 +111,19 @@ class RestingLayer(DynamicLayer):
 
         Raises:
             RuntimeError: gradients are wanted.
+            ValueError: they are of another batch, or other heads, than those that rest.
         """
         if torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad):
             raise RuntimeError("a RestingCache is for inference: run the model under torch.no_grad()")
-        if not self.is_initialized:
+        shapes, rows = _shapes_of(key_states, value_states), self.rows
+        fits = rows is not None and rows.shapes == shapes and self.device == key_states.device
+        if rows is None or not self.length and not (fits and rows.dtype == key_states.dtype):
             self.lazy_initialization(key_states, value_states)
+        elif not fits:
+            raise ValueError(
+                f"a layer of this RestingCache holds keys and values of {rows.shapes} (batch, heads, width) on "
+                f"{self.device}, and got {shapes} on {key_states.device}: call reset() before another batch"
+            )
         assert self.rows is not None
         window, start, stop = self.windows[self.device], self.length, self.length + key_states.shape[-2]
         self.rows.grow(stop)
@@ -166,11 +179,7 @@ class RestingLayer(DynamicLayer):
         keys, values = whole
         self.rows = _Rows(keys, values, is_real_cuda(self.device))
         self.rows.grow(self.length)
-        both = torch.cat([part.permute(2, 0, 1, 3).flatten(1) for part in (keys, values)], 1)
-        for part, own in zip(
-            self.rows.parts(0, self.length), both.split([len(p) for p in self.rows.parts(0, self.length)])
-        ):
-            part.copy_(own)
+        self.rows.write(torch.cat([part.permute(2, 0, 1, 3).flatten(1) for part in (keys, values)], 1), 0)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self.batch_select_indices(beam_idx)
@@ -189,7 +198,23 @@ class RestingLayer(DynamicLayer):
         self.length = min(self.length, most)
 
     def reset(self) -> None:
-        self.length = 0
+        self.length = 0  # its RAM stays for the next prompt
+
+    # -- copies
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "rows": self._whole()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        if state["rows"] is not None:
+            self._replace(state["rows"])
+            self.windows[self.device].enter(self)
+
+
+def _shapes_of(keys: Tensor, values: Tensor) -> list[tuple[int, ...]]:
+    """Batch, heads and width of a head, of each."""
+    return [(*part.shape[:2], part.shape[3]) for part in (keys, values)]
 
 
 class _Rows:
@@ -200,7 +225,7 @@ class _Rows:
     """
 
     def __init__(self, keys: Tensor, values: Tensor, pin: bool | None = None) -> None:
-        self.dtype, self.shapes = keys.dtype, [(*part.shape[:2], part.shape[3]) for part in (keys, values)]
+        self.dtype, self.shapes = keys.dtype, _shapes_of(keys, values)
         self.widths = [batch * heads * width for batch, heads, width in self.shapes]
         self.width = sum(self.widths)  # elements of a row
         self.pin = is_real_cuda(keys.device) if pin is None else pin
@@ -224,6 +249,12 @@ class _Rows:
         """Rows as they lie in the slabs."""
         parts = [memory[max(0, start - first) : max(0, stop - first)] for first, memory, _ in self.slabs]
         return [part for part in parts if len(part)]
+
+    def write(self, rows: Tensor, start: int) -> None:
+        """Let rows, shape (rows, width), rest here from a place on; a GPU's are queued on its current stream."""
+        parts = self.parts(start, start + len(rows))
+        for part, own in zip(parts, rows.split([*map(len, parts)])):
+            part.copy_(own, non_blocking=True)
 
     def split(self, rows: Tensor) -> list[Tensor]:
         """Keys and values of rows, shape (rows, width): views of shape (batch, heads, rows, width of a head)."""
@@ -255,6 +286,9 @@ class _AllWindows(dict[torch.device, "_Windows"]):
     def __init__(self, room: int | None, repeats: int) -> None:
         super().__init__()
         self.room, self.repeats = room, repeats
+
+    def __reduce__(self) -> Any:
+        return _AllWindows, (self.room, self.repeats)  # a copy has slots of its own
 
     def __missing__(self, device: torch.device) -> _Windows:
         return self.setdefault(device, _Windows(device, self.room, self.repeats))
@@ -288,6 +322,11 @@ class _Windows:
                     current.wait_event(event)
         self._room(slot, layer, rows, keep=layer.length)
         return slot
+
+    def enter(self, layer: RestingLayer) -> None:
+        """A layer has rows now."""
+        if layer not in self._present():
+            self.layers.append(weakref.ref(layer))
 
     def _present(self) -> list[RestingLayer]:
         return [own for ref in self.layers if (own := ref()) is not None]
@@ -359,16 +398,12 @@ class _Windows:
     def send_back(self, slot: _Slot, layer: RestingLayer, start: int, stop: int) -> None:
         """Write new rows to where they rest."""
         assert layer.rows is not None
-        parts = layer.rows.parts(start, stop)
         if not self.streams:
-            for part, own in zip(parts, slot.memory[start:stop].split([*map(len, parts)])):
-                part.copy_(own)
-            return
+            return layer.rows.write(slot.memory[start:stop], start)
         outward = self.streams[1]
         outward.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(outward):
-            for part, own in zip(parts, slot.memory[start:stop].split([*map(len, parts)])):
-                part.copy_(own, non_blocking=True)
+            layer.rows.write(slot.memory[start:stop], start)
             slot.sent = outward.record_event(slot.sent)
             layer.rows.sent = outward.record_event(layer.rows.sent)
 

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, is_tensor
 
 _COUNT = "cumulative_length_int"  # of layers with a sliding window: tokens so far
 
@@ -93,6 +93,10 @@ class Home:
             holder[name] >= holder["max_cache_len"] if name == _COUNT else holder[name] for holder, name in self._plain
         )
 
+    def began(self, before: list[Any]) -> bool:
+        """Whether a step was the first of a cache: that of a decoder computes what it asks its encoder for."""
+        return any(type(now) is bool and now != then for now, then in zip(self.scalars(), before))
+
     def counted(self, before: list[Any]) -> dict[int, int]:
         """What a step has added to the counts.
 
@@ -143,10 +147,6 @@ def _shape(cells: list[tuple[dict[Any, Any], Any]]) -> list[Any]:
 def kind_of(leaf: Any) -> Any:
     """What must be the same from step to step: of a tensor all but its values."""
     return (tuple(leaf.shape), leaf.dtype, leaf.device) if is_tensor(leaf) else leaf
-
-
-def is_tensor(value: Any) -> bool:
-    return isinstance(value, Tensor)
 
 
 @contextmanager

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -78,6 +80,9 @@ def write(folder: Path, format: str) -> nn.Module:
     """A checkpoint in a format, and the model that all of its weights decoded give."""
     torch.manual_seed(0)
     model = (GptOssForCausalLM(OSS) if format == "mxfp4" else LlamaForCausalLM(LLAMA)).bfloat16()
+    for name, parameter in model.named_parameters():
+        if name.endswith("_proj_bias"):  # of experts: Transformers lets them begin as zeros
+            parameter.data.normal_(0, 0.1)
     tensors = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     for name, module in model.named_modules():
         if format == "mxfp4" and name.endswith("experts"):
@@ -175,6 +180,79 @@ def test_chosen_experts_travel_as_they_are_stored(tmp_path: Path, place: str) ->
     assert torch.equal(model.generate(PROMPT, max_new_tokens=8, do_sample=False), expected)
     hook: Any = model.model.layers[0].mlp.experts._hf_hook
     assert type(hook.streamer).__name__ == "ExpertStreamer"
+
+
+ADAPTERS: dict[str, Any] = {
+    "LoRA": ("LoraConfig", {"r": 2, "init_lora_weights": False}),
+    "DoRA": ("LoraConfig", {"r": 2, "init_lora_weights": False, "use_dora": True}),
+    "IA3": ("IA3Config", {"feedforward_modules": [], "init_ia3_weights": False}),
+}
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
+@pytest.mark.parametrize(
+    ("format", "adapter"),
+    [("fp8", "LoRA"), ("fp8", "DoRA"), ("nvfp4", "IA3"), ("gptq", "LoRA"), ("awq", "IA3"), ("int4", "DoRA")],
+)
+def test_adapters_see_the_decoded_weight_and_merging_is_refused(tmp_path: Path, format: str, adapter: str) -> None:
+    peft = pytest.importorskip("peft")
+    plain = write(tmp_path, format)
+    places: Any = spread(3, "cpu", "disk", 0)
+    model = bigkit.load_checkpoint_and_dispatch(empty(plain), tmp_path, places, stand_in={0: "cpu"})
+    kind, options = ADAPTERS[adapter]
+    torch.manual_seed(1)
+    ours, theirs = (
+        peft.get_peft_model(one, getattr(peft, kind)(target_modules=["q_proj", "v_proj"], **options)).eval()
+        for one in (model, plain)
+    )
+    adapters = {name: tensor for name, tensor in ours.state_dict().items() if "lora_" in name or "ia3_" in name}
+    assert not theirs.load_state_dict(adapters, strict=False).unexpected_keys
+    with torch.no_grad():
+        expected = theirs(PROMPT).logits
+        assert torch.equal(ours(PROMPT).logits, expected)
+        with pytest.raises(
+            RuntimeError, match=r"would write to a weight of \[64, 64\], but it is stored as .*keep='dense'"
+        ):
+            ours.merge_adapter()
+        assert torch.equal(ours(PROMPT).logits, expected)
+
+
+def test_the_weight_of_a_stored_layer_can_be_read_and_not_written_to(tmp_path: Path) -> None:
+    plain = write(tmp_path, "gptq")
+    model: Any = empty(plain)
+    bigkit.load_checkpoint_in_model(model, tmp_path)
+    layer, expected = model.model.layers[0].mlp.up_proj, plain.get_parameter("model.layers.0.mlp.up_proj.weight")
+    assert torch.equal(layer.weight, expected) and type(layer.weight + 1) is Tensor
+    writes: list[Callable[[Tensor], Any]] = [
+        lambda weight: weight.mul_(2), lambda weight: weight.data.add_(1), lambda weight: weight.t().zero_(),
+        lambda weight: weight[0].__setitem__(0, 1.0), lambda weight: weight.detach().copy_(expected),
+        lambda weight: setattr(weight, "data", expected), lambda weight: torch.add(weight, 1, out=weight),
+        lambda weight: weight.chunk(2)[1].__iadd__(1), lambda weight: nn.init.zeros_(weight),
+    ]  # fmt: skip
+    for write_to in writes:
+        with torch.no_grad(), pytest.raises(RuntimeError, match="would write to a weight of"):
+            write_to(layer.weight)
+    with pytest.raises(ValueError, match="another one was given: load with keep='dense'"):
+        layer.weight = nn.Parameter(expected.clone())
+
+
+@pytest.mark.parametrize("format", ["gptq", "mxfp4"])
+def test_copies_and_pickles(tmp_path: Path, format: str) -> None:
+    plain = write(tmp_path, format)
+    model = empty(plain)
+    bigkit.load_checkpoint_in_model(model, tmp_path)
+    torch.save(model, tmp_path / "whole.pt")
+    ways = [
+        copy.deepcopy(model),
+        pickle.loads(pickle.dumps(model)),
+        torch.load(tmp_path / "whole.pt", weights_only=False),
+    ]
+    with torch.no_grad():
+        expected = plain(PROMPT).logits
+        for one in ways:
+            assert torch.equal(one(PROMPT).logits, expected)
+        next(ways[0].model.layers[0].parameters()).zero_()
+        assert torch.equal(model(PROMPT).logits, expected)
 
 
 def test_plans_count_what_is_stored(tmp_path: Path) -> None:

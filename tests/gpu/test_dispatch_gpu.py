@@ -80,6 +80,15 @@ def test_equal_to_the_whole_model(net, tmp_path, where, slots):
     assert model.head.weight is model.embed.weight
 
 
+def test_of_a_block_some_weights_were_on_the_gpu(net):
+    """They are pinned before they are copied, and what was copied to the same RAM before stays."""
+    tokens = torch.randint(0, 1000, (4, 64), device=GPU)
+    expected = run(copy.deepcopy(net).to(GPU), tokens)
+    for block in net.h:
+        block.down.to(GPU)
+    assert torch.equal(run(bigkit.cpu_offload(net, 0), tokens), expected)
+
+
 def test_pinning_refused(net, monkeypatch):
     tokens = torch.randint(0, 1000, (4, 64), device=GPU)
     expected = run(copy.deepcopy(net).to(GPU), tokens)

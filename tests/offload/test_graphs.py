@@ -2,7 +2,9 @@
 replays that run no Python of the model.
 """
 
+import copy
 import gc
+import pickle
 import weakref
 
 import pytest
@@ -13,6 +15,7 @@ import bigkit
 from bigkit.offload import graphs, host_calls
 from bigkit.offload.experts import ExpertStreamer
 from bigkit.offload.host_calls import call
+from bigkit.offload.lenders import streamers_in
 from bigkit.offload.on_cpu import BlockHook
 from bigkit.offload.recording import Recording, nothing_collected
 from bigkit.offload.transfer import PlainLane
@@ -153,28 +156,31 @@ def test_mlps_that_the_cpu_computes_and_that_change():
 
 
 def test_the_cpus_part_fails():
-    model, failing = with_mlps_on_the_cpu(), []
+    model, failing, steps = with_mlps_on_the_cpu(), [], []
 
     def fail(*_):
         if failing:
             raise ValueError("no more")
 
+    def count(ids, scores, **_):
+        steps.append(1)
+        failing.extend([1] * (len(steps) == 7))
+        return torch.zeros(len(ids), dtype=torch.bool)
+
     computed(model)[1].mlp.act_fn.register_forward_pre_hook(fail)
     expected = plain(model, prompt())
     with bigkit.graph_decode(model) as decoder:
         assert torch.equal(model.generate(prompt(), **GREEDY), expected)
-        handle = model.model.layers[0].register_forward_hook(lambda *_: failing.append(1))  # the prompt's
-        with pytest.raises(ValueError, match="no more"):
-            model.generate(prompt(), **GREEDY)
-        handle.remove()
-        failing.clear()
         counted = decoder.replayed
-        model.lm_head.register_forward_hook(lambda *_: failing.append(1))  # after the prompt
         with pytest.raises(RuntimeError, match="the CPU's part of a decode step failed.*no more"):
-            model.generate(prompt(), **GREEDY)
+            model.generate(prompt(), stopping_criteria=[count], **GREEDY)
+        assert len(steps) == 8 and decoder.replayed > counted  # the next step says so
+        steps.clear()
         failing.clear()
-        assert decoder.replayed < counted + 4
-    model.lm_head._forward_hooks.clear()
+        assert torch.equal(model.generate(prompt(), **GREEDY), expected)
+        with pytest.raises(RuntimeError, match="the CPU's part of a decode step failed.*no more"):
+            model.generate(prompt(), stopping_criteria=[count], **{**GREEDY, "max_new_tokens": 8})  # so does the end
+    failing.clear()
     assert torch.equal(plain(model, prompt()), expected)
 
 
@@ -235,6 +241,70 @@ def test_outputs_and_caches_have_memory_of_their_own():
             assert torch.equal(layer.keys, same.keys) and torch.equal(layer.values, same.values)
 
 
+EXCHANGED = {
+    "a number": lambda model: setattr(model.model.layers[1].self_attn, "scaling", 0.9),
+    "a module": lambda model: setattr(model.model.layers[1].mlp, "act_fn", torch.nn.ReLU()),
+    "a forward": lambda model: setattr(model.model.layers[1].mlp, "forward", torch.zeros_like),
+    "a hook": lambda model: model.model.layers[1].register_forward_hook(lambda module, args, output: -output),
+}
+
+
+@pytest.mark.parametrize("make, what", [*zip([llama, spread, llama, spread], EXCHANGED)])
+def test_what_is_exchanged_between_calls(make, what):
+    model, plain_one, more = make(2), llama(2), {"output_logits": True, "return_dict_in_generate": True}
+    with bigkit.graph_decode(model) as decoder:
+        model.generate(prompt(), **GREEDY)
+        EXCHANGED[what](model)
+        EXCHANGED[what](plain_one)
+        got = [model.generate(prompt(), **GREEDY, **more) for _ in range(2)]
+    expected = plain(plain_one, prompt(), **more)
+    assert all(all(map(torch.equal, one.logits, expected.logits)) for one in got) and decoder.captured == 2
+
+
+def test_a_model_dispatched_anew(tmp_path):
+    model = spread(3)
+    expected = plain(model, prompt())
+    with bigkit.graph_decode(model) as decoder:
+        for layers in ("cpu", 1, "cpu"):
+            bigkit.dispatch_model(model, {**AROUND, "model.layers": layers}, stand_in=STAND_IN, slots=3)
+            assert torch.equal(model.generate(prompt(), **GREEDY), expected)
+            assert set(decoder._rings.streamers) == set(streamers_in(model))
+        bigkit.dispatch_model(model, {**AROUND, "model.layers": "cpu"}, stand_in=STAND_IN, on_cpu="1MB")
+        assert torch.equal(model.generate(prompt(), **GREEDY), expected)
+        bigkit.dispatch_model(model, {**AROUND, "model.layers": "disk"}, offload_dir=tmp_path, stand_in=STAND_IN)
+        with pytest.raises(ValueError, match="rests on disk"):
+            model.generate(prompt(), **GREEDY)
+
+
+def test_within_another_one_it_is_that_one():
+    model = spread(2)
+    before, expected = dict(vars(model)), plain(model, prompt())
+    with bigkit.graph_decode(model) as outer:
+        with bigkit.graph_decode(model) as inner:
+            assert torch.equal(model.generate(prompt(), **GREEDY), expected)
+        assert torch.equal(model.generate(prompt(), **GREEDY), expected)
+    assert inner is outer and outer.captured == 1 and vars(model)["forward"] is before["forward"]
+
+
+@pytest.mark.parametrize("take", [copy.deepcopy, pickle.dumps])
+def test_no_copy_within(take):
+    model = llama(1)
+    with bigkit.graph_decode(model), pytest.raises(TypeError, match="within graph_decode and cannot be copied"):
+        take(model)
+    take(model)
+
+
+def test_an_encoder_is_asked_in_the_first_step_of_each_call():
+    torch.manual_seed(0)
+    sizes = {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16}
+    config = tf.BartConfig(vocab_size=300, d_model=16, encoder_layers=1, decoder_layers=2, **sizes)
+    model = tf.BartForConditionalGeneration(config).eval()
+    expected = [plain(model, prompt(seed=seed)) for seed in range(4)]
+    with bigkit.graph_decode(model) as decoder:
+        got = [model.generate(prompt(seed=seed), **GREEDY) for seed in range(4)]
+    assert all(map(torch.equal, got, expected)) and decoder.captured == 1
+
+
 def test_a_cache_that_goes_on():
     """A second turn of a talk, with the cache of the first, and another talk in between."""
     model = llama()
@@ -260,7 +330,7 @@ def test_the_second_prompt_takes_no_memory_of_its_own():
             homes.append({layer.keys.data_ptr() for layer in out.past_key_values.layers})
             del out
             gc.collect()
-        assert homes[0] == homes[1] == {own.data_ptr() for own in decoder._home._tensors} & homes[0]
+        assert homes[0] == homes[1] == {own.data_ptr() for own in decoder._homes[0]._tensors} & homes[0]
 
 
 def test_all_is_as_before_afterwards():
@@ -269,7 +339,7 @@ def test_all_is_as_before_afterwards():
     before = dict(vars(model))
     with bigkit.graph_decode(model) as decoder:
         model.generate(prompt(), **GREEDY)
-        home = weakref.ref(decoder._home)
+        home = weakref.ref(decoder._homes[0])
     assert dict(vars(model)).keys() == before.keys() and model.forward == before["forward"]
     del decoder
     gc.collect()
@@ -402,6 +472,26 @@ def test_adapters():
     with bigkit.graph_decode(model) as decoder:
         assert torch.equal(model.generate(input_ids=prompt(), **GREEDY), expected)
     assert decoder.replayed > 5
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
+def test_adapters_that_are_switched():
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+    model = peft.get_peft_model(llama(1), config)
+    model.add_adapter("other", config)
+
+    def answers(**options):
+        for adapter in ("default", "other", "default"):
+            model.eval().set_adapter(adapter)
+            yield model.generate(input_ids=prompt(), output_logits=True, return_dict_in_generate=True, **options)
+        with model.disable_adapter():
+            yield model.generate(input_ids=prompt(), output_logits=True, return_dict_in_generate=True, **options)
+
+    expected = [*answers(cache_implementation="static", **GREEDY)]
+    with bigkit.graph_decode(model):
+        for one, other in zip(answers(**GREEDY), expected):
+            assert all(map(torch.equal, one.logits, other.logits))
 
 
 def test_garbage_waits_until_a_recording_has_ended():

@@ -1,6 +1,8 @@
 """A cache that rests in RAM: the keys, values, logits and tokens of `DynamicCache`, bit for bit."""
 
+import copy
 import gc
+import pickle
 import random
 import weakref
 
@@ -69,6 +71,41 @@ def test_ways_to_generate(options):
     expected = model.generate(prompt(tokens=20), **GREEDY, **options)
     cache = RestingCache(model.config)
     assert torch.equal(model.generate(prompt(tokens=20), past_key_values=cache, **GREEDY, **options), expected)
+
+
+@pytest.mark.parametrize("take", [copy.deepcopy, lambda cache: pickle.loads(pickle.dumps(cache))])
+@pytest.mark.parametrize("room", [0, "10MB"])
+def test_a_prompt_that_many_requests_begin_with(take, room):
+    model = llama(3)
+    caches = RestingCache(model.config, layers_on_device=1, room=room), tf.DynamicCache(config=model.config)
+    for cache in caches:
+        model.generate(prompt(tokens=20), past_key_values=cache, **GREEDY)
+    for seed in range(3):
+        tokens = torch.cat([prompt(tokens=20), prompt(tokens=30, seed=seed)], 1)
+        first, second = (model.generate(tokens, past_key_values=take(cache), **GREEDY) for cache in caches)
+        assert torch.equal(first, second)
+    assert same(*caches)
+
+
+@pytest.mark.parametrize("one, other", [(2, 1), (1, 2), (3, 2)])
+def test_another_batch(one, other):
+    """What would fit by broadcasting is refused, too."""
+    model = llama(2)
+    cache = RestingCache(model.config)
+    model.generate(prompt(one), past_key_values=cache, **GREEDY)
+    with pytest.raises(ValueError, match=rf"holds keys and values of \[\({one}, 2, 8\).* got \[\({other}, 2, 8\)"):
+        cache.update(torch.ones(other, 2, 1, 8), torch.ones(other, 2, 1, 8), 0)
+    cache.reset()
+    assert torch.equal(model.generate(prompt(other), past_key_values=cache, **GREEDY),
+                       model.generate(prompt(other), **GREEDY))  # fmt: skip
+
+
+@pytest.mark.parametrize("layers", [-1, 9, 1.5, "2", None])
+def test_arguments(layers):
+    with pytest.raises(ValueError, match="give a number from 0 to 2"):
+        RestingCache(llama(2).config, layers_on_device=layers)
+    with pytest.raises(ValueError, match="give model.config"):
+        RestingCache(llama(2))
 
 
 def test_a_talk_that_goes_on():

@@ -16,6 +16,7 @@ from bigkit.checkpoints.ring import Slab
 from bigkit.checkpoints.write import Form
 from bigkit.offload.source import Source
 from bigkit.offload.weights import ALIGN, Move, Part, Unit, Weight, part_of, rest_in_ram
+from tests import fake_cuda
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float64, torch.int64, torch.bool, torch.uint8, torch.float8_e4m3fn]
 
@@ -205,3 +206,19 @@ def test_written_files_are_what_safetensors_reads(tmp_path):
     assert not list((tmp_path / "other").iterdir())
     del written
     assert not list((tmp_path / "new" / "folder").iterdir())
+
+
+class OnGpu(torch.Tensor):
+    """Says that it is on a GPU."""
+
+    is_cuda = True
+
+
+def test_pinning_for_what_comes_from_a_gpu_keeps_what_is_there(monkeypatch):
+    """As experts are whose biases were in RAM already, and their codes on a GPU."""
+    runtime = fake_cuda.install(monkeypatch)
+    tensors = [torch.randn(3000), torch.randn(5, 7), torch.randn(9)]
+    unit = unit_of(tensors)
+    rest_in_ram(unit, [{"": tensors[0]}, {"": tensors[1].as_subclass(OnGpu)}, {"": tensors[2]}], pin=True)
+    assert runtime.pinned
+    assert all(torch.equal(weight.load(), tensor) for weight, tensor in zip(unit.weights, tensors))
