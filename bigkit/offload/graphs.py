@@ -56,17 +56,17 @@ def graph_decode(model: nn.Module) -> Iterator[Decoder]:
 
     Args:
         model: a model of Transformers, on one or several GPUs; blocks may rest in pinned RAM, and the CPU may compute
-            their MLPs (`on_cpu=`). Or one that
-            `bigkit.pipeline` has returned: each process replays its stage, and messages stay outside of the graph.
-            Enter it on every process; within `map_in_flight` each group under way has a recording and a cache.
+            their MLPs (`on_cpu=`). Or one that `bigkit.pipeline` has returned: each process replays its stage, and
+            messages stay outside of the graph. Enter it on every process; within `map_in_flight` each group under way
+            has a recording and a cache.
 
     Yields:
         What counts the steps: `captured`, `replayed`, and `eager` ones (of prompts and before a capture).
 
     Raises:
-        ValueError: the host has to take part in each step: parts of the model work on the CPU, rest on disk or in RAM
-            that is not pinned, choose experts on the host, or look for outliers.
-        RuntimeError: while generating: something else in the step makes the host wait.
+        ValueError: the host has to take part in each step: parts of the model work on the CPU (other than those MLPs),
+            rest on disk or in RAM that is not pinned, choose experts on the host, or look for outliers.
+        RuntimeError: while generating: something else in the step makes the host wait, or the CPU's part failed.
 
     Example:
         >>> with bigkit.graph_decode(model) as decoder:  # doctest: +SKIP
