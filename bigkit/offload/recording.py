@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 import torch
 
+from ..checkpoints.collector import collector_paused
 from ._torch import end_failed_capture
 from .host_calls import HostCalls, recording_calls
 
@@ -23,19 +24,6 @@ if TYPE_CHECKING:
     from .captured import Found, Rings
 
 Result = TypeVar("Result")
-
-
-@contextmanager
-def nothing_collected() -> Iterator[None]:
-    """No garbage is collected meanwhile: pinned RAM among it waits for the GPU, which spoils a recording."""
-    gc.collect()
-    collects = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if collects:
-            gc.enable()
 
 
 class Recording:
@@ -82,7 +70,8 @@ class Recording:
         for device in self.devices:
             torch.cuda.synchronize(device)
         try:
-            with nothing_collected(), recording_calls(self.calls):
+            gc.collect()  # pinned RAM among garbage waits for the GPU, which spoils a recording
+            with collector_paused(), recording_calls(self.calls):
                 return self._record(function)
         except BaseException:
             if not self._ended:
