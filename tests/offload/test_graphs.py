@@ -10,6 +10,7 @@ import weakref
 import pytest
 import torch
 import transformers as tf
+from packaging.version import Version
 
 import bigkit
 from bigkit.offload import graphs
@@ -213,6 +214,8 @@ def test_an_encoder_is_asked_in_the_first_step_of_each_call():
     config = tf.BartConfig(vocab_size=300, d_model=16, encoder_layers=1, decoder_layers=2, **sizes)
     model = tf.BartForConditionalGeneration(config).eval()
     expected = [plain(model, prompt(seed=seed)) for seed in range(4)]
+    if Version(tf.__version__) < Version("5.20"):
+        pytest.skip(f"Transformers {tf.__version__} asks the host in each step of a Bart")
     with bigkit.graph_decode(model) as decoder:
         got = [model.generate(prompt(seed=seed), **GREEDY) for seed in range(4)]
     assert all(map(torch.equal, got, expected)) and decoder.captured == 1
