@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..meta.empty import twin
-from ..meta.skeleton import tied
+from ..meta.skeleton import named_parts, tied
 from ..units import dtype_name, listed
 from ._torch import extra_states
 from ._transformers import Made, conversions, ignored_names
@@ -107,7 +107,7 @@ class Slot:
 def model_slots(model: nn.Module) -> list[Slot]:
     """A model's parameters and persistent buffers, tied ones together."""
     slots: dict[str, Slot] = {}
-    for prefix, module in model.named_modules(remove_duplicate=False):
+    for prefix, module in named_parts(model):
         start, hidden = prefix and prefix + ".", module._non_persistent_buffers_set
         for buffer, tensors in ((False, module._parameters), (True, module._buffers)):
             for own, tensor in tensors.items():
@@ -157,10 +157,11 @@ def match(model: nn.Module, source: Checkpoint) -> tuple[list[Slot], LoadReport]
         for old, new in renamed.items():
             source.rename(old, new)
         _find(slots, source)
-    for slot in slots:
-        if slot.source and not slot.tensor.shape and len(source.shape_and_dtype(slot.source)[0]) == 1:
-            _make_scalar(slot.source, source)
-    return slots, _compare(model, source, slots)
+    report = _compare(model, source, slots)
+    scalars = {name for name, theirs, ours in report.mismatched if not ours and len(theirs) == 1}
+    for slot in (slot for slot in slots if slot.name in scalars):
+        _make_scalar(str(slot.source), source)
+    return slots, _compare(model, source, slots) if scalars else report
 
 
 def _make_scalar(name: str, source: Checkpoint) -> None:
