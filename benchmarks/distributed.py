@@ -11,9 +11,12 @@ one process with bigkit over that of a plain loop.
 
 For stages it is a Llama-7B shape, or a mixture of experts, with random weights; without `--gpu` small ones. One process
 with both GPUs and two processes with one each answer the same prompts; it is said which share of the answers is equal.
-A run counts all of `generate`, the prompt included. `work_ms` is how long each process works for a token in its blocks;
-`waits` is the share of its time in flight in which it waits for the other one. Each process has half of the cores.
-Attention is PyTorch's own: cuDNN's, the default on an H200, gives other bits from call to call (one query, 64 rows).
+*One at a time* means one group of sequences after another through both stages, so that one process always waits; *in
+flight* means as many groups under way as stages (`map_in_flight`), and the gain is their ratio. Each way runs before it
+is timed, so that memory, kernels and graphs are there. A run counts all of `generate`, the prompts included, for four
+groups, or six with three under way. With `graphs` each process replays its decode steps (`graph_decode`); only bf16 is
+timed in Python, too. int8 looks for no outliers.
+Attention is PyTorch's own: cuDNN's, the default on an H200, gives other bits from call to call.
 """
 
 from __future__ import annotations
@@ -164,9 +167,9 @@ def measure_shares(options: argparse.Namespace) -> dict[str, Any]:
 # ---------------------------------------------------------------------------------------------------------------------
 # One model over two processes
 
-# sequences in a group, tokens of a prompt, groups, tokens to add
-LOADS = {"many": (64, 128, 6, 16), "a thousand": (1024, 32, 2, 48), "one sequence": (1, 64, 6, 16)}
-LOADS_CPU = {"many": (8, 32, 6, 8), "one sequence": (1, 16, 6, 16)}
+# sequences in a group, tokens of a prompt, tokens to add
+LOADS = {"many": (64, 128, 32), "one sequence": (1, 64, 32)}
+LOADS_CPU = {"many": (8, 32, 8), "one sequence": (1, 16, 16)}
 
 
 def empty_model(kind: str, gpu: bool) -> Any:
@@ -217,18 +220,17 @@ def write_part(model: Any, names: Sequence[str], folder: Path, rank: int, gpu: b
 
 def answer_in_stages(kinds: list[str], gpu: bool, folder: Path, loads: dict[str, Any]) -> list[Any]:
     """For each kind of model what this process measures: in stages, and on process 0 alone with all GPUs."""
-    import os
+    import itertools
     import shutil
     import time
+    from contextlib import nullcontext
     from dataclasses import replace
     from functools import partial
 
     import torch
 
     import bigkit
-    from bigkit import BnbQuantizationConfig, Hardware, PartialState, gather_object
-    from bigkit.distributed.in_flight import map_in_flight
-    from bigkit.distributed.pipeline import stage_of
+    from bigkit import BnbQuantizationConfig, Hardware, PartialState, gather_object, graph_decode, map_in_flight
     from bigkit.machine.network import Network
     from bigkit.units import MiB
 
@@ -236,14 +238,10 @@ def answer_in_stages(kinds: list[str], gpu: bool, folder: Path, loads: dict[str,
     torch.backends.cuda.enable_cudnn_sdp(False)
     if not gpu:
         torch.set_num_threads(1)
-    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
 
-    def keep_to(some: list[int]) -> None:
-        if some:
-            os.sched_setaffinity(0, some)
-
-    def meet() -> None:
-        gather_object([rank])  # by gloo: a barrier of nccl would spin on a GPU that process 0 is measuring
+    def meet(together: bool = True) -> None:
+        if together:
+            gather_object([rank])  # by gloo: a barrier of nccl would spin on a GPU that process 0 is measuring
 
     rank, dtype = state.process_index, torch.bfloat16 if gpu else torch.float32
     machine = gather_object([Hardware.detect()])[0]  # one for all: how much is free changes
@@ -254,60 +252,39 @@ def answer_in_stages(kinds: list[str], gpu: bool, folder: Path, loads: dict[str,
         pairs = [pair for these, those in zip(said, expected) for pair in zip(these, those)]
         return sum(one == other for one, other in pairs) / len(pairs)
 
-    def waiting(model: Any) -> list[float]:
-        """Seconds for which this process waits for the other one, each time."""
-        stage, waits = stage_of(model), list[float]()
-        take = stage._take
-
-        def timed(*args: Any) -> Any:
-            start = time.perf_counter()
-            taken = take(*args)
-            waits.append(time.perf_counter() - start)
-            return taken
-
-        stage._take = timed  # type: ignore[method-assign]
-        return waits
-
-    def measured(model: Any, ways: dict[str, Any], together: bool) -> tuple[dict[str, float], dict[str, Any]]:
+    def measured(model: Any, steps: list[str], together: bool) -> tuple[dict[str, float], dict[str, Any]]:
         """Tokens a second of every load and way, the share of rows that the first way gave too, and the tokens."""
-        waits = waiting(model) if together else []
         model.generation_config.eos_token_id = None  # random weights draw any token
         model.generation_config.pad_token_id = 0
-        generator, rates, answers = torch.Generator().manual_seed(1), {}, {}
-        for load, (batch, prompt, groups, new) in loads.items():
-            ids = torch.randint(3, model.config.vocab_size, (groups, batch, prompt), generator=generator)
-            prompts = [*ids.to(state.device)]
-            [*ways.values()][0](model, prompts[:2], 4)  # the first one does more
-            for way, run in ways.items():
-                if way == "three under way" and groups < 3:
-                    continue
-                waits.clear()
-                if together:
-                    meet()
-                start = time.perf_counter()
-                said = run(model, prompts, new)
-                if together:
-                    meet()
-                took = time.perf_counter() - start
-                rates[f"{load}, {way}"] = groups * batch * new / took
-                if way == "in flight":
-                    rates[f"{load}, waits"] = sum(waits) / took
-                said = [tokens.tolist() for tokens in said]
-                rates[f"{load}, {way}, equal"] = equal(said, answers.setdefault(load, said))
-            if together:
-                work = work_of_a_token(model, lambda ids=prompts[0]: ask(model, ids, 8), gpu)
-                rates[f"{load}, work_ms"] = 1e3 * work
-            print({name: rate for name, rate in rates.items() if name.startswith(load)}, flush=True)
+        rates, answers = dict[str, float](), dict[str, Any]()
+        for by, (load, (batch, prompt, new)) in itertools.product(steps, loads.items()):
+            generator = torch.Generator().manual_seed(1)
+            prompts = [*torch.randint(3, model.config.vocab_size, (6, batch, prompt), generator=generator)]
+            with graph_decode(model) if by == "graphs" else nullcontext():
+                for way, run in ways.items() if together else [("one at a time", one_at_a_time)]:
+                    asked = prompts if way == "three under way" else prompts[:4]  # groups without a rest
+                    run(model, asked[:3], new if by == "graphs" else 4)  # memory, kernels and graphs are there then
+                    meet(together)
+                    start = time.perf_counter()
+                    said = run(model, asked, new)
+                    meet(together)
+                    name = f"{load}, {by}, {way}"
+                    rates[name] = len(asked) * batch * new / (time.perf_counter() - start)
+                    said = [tokens.tolist() for tokens in said]
+                    rates[f"{name}, equal"] = equal(said, answers.setdefault(f"{load}, {by}", said))
+                    print(kind, name, round(rates[name], 1), rates[f"{name}, equal"], flush=True)
         return rates, answers
 
     def ask(model: Any, ids: Any, new: int) -> Any:
-        return model.generate(ids, max_new_tokens=new, do_sample=False).cpu()
+        return model.generate(ids.to(state.device), max_new_tokens=new, do_sample=False).cpu()
 
     def one_at_a_time(model: Any, prompts: Any, new: int) -> list[Any]:
         return [ask(model, ids, new) for ids in prompts]
 
     def in_flight(model: Any, prompts: Any, new: int, groups: int | None = None) -> list[Any]:
         return map_in_flight(lambda ids: ask(model, ids, new), prompts, model, groups=groups)
+
+    ways = {"in flight": in_flight, "three under way": partial(in_flight, groups=3), "one at a time": one_at_a_time}
 
     def loaded(kind: str, plan: Any, config: Any, together: bool) -> Any:
         model = empty_model(kind, gpu)
@@ -323,7 +300,8 @@ def answer_in_stages(kinds: list[str], gpu: bool, folder: Path, loads: dict[str,
     for kind in kinds:
         config = None
         if kind in ("int8", "nf4"):
-            bits = {"load_in_8bit": True} if kind == "int8" else {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+            eight = {"load_in_8bit": True, "llm_int8_threshold": 0.0}  # no outliers, for which the host is asked
+            bits = eight if kind == "int8" else {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
             computing = {"torch_dtype": dtype, "bnb_4bit_compute_dtype": dtype}
             config = BnbQuantizationConfig(**bits, **computing)
         ask_for = {"quantization": config and config.quantization, "context": 320, "overhead": None if gpu else 0}
@@ -343,20 +321,14 @@ def answer_in_stages(kinds: list[str], gpu: bool, folder: Path, loads: dict[str,
         row["held_mib"] = sum(tensor.nbytes for tensor in model.parameters()) // MiB
         row |= {"peak_mib": torch.cuda.max_memory_allocated() // MiB} if gpu else {}
         row |= {"kind": kind, "one_predicted": plan.one, "split_predicted": plan.split}
-        ways = {  # one at a time last: what has to warm up does so in flight
-            "in flight": in_flight,
-            "three under way": partial(in_flight, groups=3),
-            "one at a time": one_at_a_time,
-        }
-        keep_to([cores[: len(cores) // 2], cores[len(cores) // 2 :]][rank])
-        row["rates"], tokens = measured(model, ways, together=True)
+        steps = ["Python"] if not gpu else ["graphs", "Python"] if kind == "bf16" else ["graphs"]
+        row["rates"], tokens = measured(model, steps, together=True)
         print(row, flush=True)
         del model
-        keep_to(cores)
         meet()
         if rank == 0:
             whole = loaded(kind, plan, config, together=False)
-            row["alone"], expected = measured(whole, {"one at a time": one_at_a_time}, False)
+            row["alone"], expected = measured(whole, steps, together=False)
             del whole
             row["equal"] = {load: equal(said, expected[load]) for load, said in tokens.items()}
         rows.append(row)
@@ -364,32 +336,6 @@ def answer_in_stages(kinds: list[str], gpu: bool, folder: Path, loads: dict[str,
     if rank == 0:
         shutil.rmtree(folder, ignore_errors=True)
     return rows
-
-
-def work_of_a_token(model: Any, run: Any, gpu: bool) -> float:
-    """Seconds that this process works for a token, from its first own module to its last: the median of a run."""
-    import statistics
-    import time
-
-    import torch
-
-    from bigkit.distributed.pipeline import stage_of
-
-    names, times, begun = stage_of(model).own, [], [0.0]
-
-    def now() -> float:
-        if gpu:
-            torch.cuda.current_stream().synchronize()  # what is sent leaves on a stream of its own
-        return time.perf_counter()
-
-    hooks = [
-        model.get_submodule(names[0]).register_forward_pre_hook(lambda *_: begun.__setitem__(0, now())),
-        model.get_submodule(names[-1]).register_forward_hook(lambda *_: times.append(now() - begun[0])),
-    ]
-    run()
-    for hook in hooks:
-        hook.remove()
-    return statistics.median(times[1:])  # the first is that of the prompt
 
 
 def measure_stages(kinds: list[str], gpu: bool) -> list[dict[str, Any]]:
@@ -400,15 +346,19 @@ def measure_stages(kinds: list[str], gpu: bool) -> list[dict[str, Any]]:
         first, last = notebook_launcher(answer_in_stages, (kinds, gpu, folder, loads), 2)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+    return joined(first, last, gpu)
+
+
+def joined(first: list[dict[str, Any]], last: list[dict[str, Any]], gpu: bool) -> list[dict[str, Any]]:
+    """The rows of both processes as one."""
     rows = []
     for one, other in zip(first, last):
         row = one | {name: [one[name], other[name]] for name in ("blocks", "held_mib", "load_s")}
         row |= {"peak_mib": [one["peak_mib"], other["peak_mib"]]} if gpu else {}
-        for load in loads:
-            rates = one["rates"]
-            row[f"gain, {load}"] = rates[f"{load}, in flight"] / rates[f"{load}, one at a time"]
-            for what in ("work_ms", "waits"):
-                row[f"{what}, {load}"] = [said["rates"].pop(f"{load}, {what}") for said in (one, other)]
+        row["gain"] = {}
+        for name in [name for name in one["rates"] if name.endswith(", in flight")]:
+            key = name.removesuffix(", in flight")
+            row["gain"][key] = one["rates"][name] / one["rates"][f"{key}, one at a time"]
         print(json.dumps(row), flush=True)
         rows.append(row)
     return rows

@@ -5,13 +5,13 @@
     python benchmarks/experts.py --device cpu --tiny       no GPU: tiny shapes, to see that it runs
     python benchmarks/experts.py --cases disk              no GPU: 2 GB of experts in files that nobody has read yet
 
-Each case runs in a fresh process. A step is one decoded token of every sequence with a KV cache: the time between two
-calls of a stopping criterion that waits for the GPU, as a median. A model of random weights soon repeats itself, and so
-do the experts that it chooses; so the next token of each sequence is drawn, the same in all ways, and embeddings are
-large, so that routers tell tokens apart. `equal` says whether
-the logits are, bit for bit, those of the resident model, `bytes_per_token` what was brought for a step. The limit is
-what a step would take if chosen experts came over the link at its rate and nothing else took longer than in the
-resident model. Drawn tokens choose experts almost by chance: no luck for a cache.
+Each case runs in a process of its own, all of which are started first. A step is one decoded token of every sequence
+with a KV cache: the time between two calls of a stopping criterion that waits for the GPU, as a median. A model of
+random weights soon repeats itself, and so do the experts that it chooses; so the next token of each sequence is drawn,
+the same in all ways, and embeddings are large, so that routers tell tokens apart; but in rows that are called greedy.
+`equal` says whether the logits are, bit for bit, those of the resident model, `bytes_per_token` what was brought for a
+step. `share_of_link` is of a step the part in which the link would have to work at its rate; `share_of_limit` counts
+what the resident model takes for a step, too. Drawn tokens choose experts almost by chance: no luck for a cache.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -54,9 +55,9 @@ DEEPSEEK = {"vocab_size": 129280, "hidden_size": 7168, "intermediate_size": 1843
 GPT_OSS = {"vocab_size": 201088, "hidden_size": 2880, "intermediate_size": 2880, "num_attention_heads": 64,
            "num_key_value_heads": 8, "head_dim": 64, "num_local_experts": 32, "num_experts_per_tok": 4}  # fmt: skip
 TINY = {"vocab_size": 128, "hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
-CASES = ("qwen3", "mixtral", "gpt-oss", "deepseek", "qwen3-48", "disk")
-BLOCKS = {"qwen3": 16, "qwen3-48": 48, "mixtral": 12, "deepseek": 5, "gpt-oss": 12, "disk": 8}
-FEW_BITS = {"mixtral": "nf4", "gpt-oss": "MXFP4", "deepseek": "FP8"}
+CASES = ("qwen3", "mixtral", "deepseek", "qwen3-48", "disk")
+BLOCKS = {"qwen3": 16, "qwen3-48": 48, "mixtral": 12, "deepseek": 5, "disk": 8}
+BATCHES = {"qwen3": (1, 8, 32)}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -117,7 +118,7 @@ def in_ram(model: nn.Module, **options: Any) -> nn.Module:
 
 def fewer(new: int, batch: int) -> int:
     """How many tokens to decode: steps of several sequences are long, and alike."""
-    return new if batch == 1 else max(6, new // 2)
+    return new if batch == 1 else max(7, new // 3)
 
 
 def settle() -> None:
@@ -145,14 +146,17 @@ class Clock(tf.StoppingCriteria):
 
 
 class Drawn(tf.LogitsProcessor):
-    """Lets the next tokens be drawn ones, and keeps the logits of the last step."""
+    """Lets the next tokens be drawn ones, unless `greedy`, and keeps the logits of the last step."""
 
-    def __init__(self, vocabulary: int, batch: int, new: int, seed: int = 3) -> None:
+    def __init__(self, vocabulary: int, batch: int, new: int, seed: int = 3, greedy: bool = False) -> None:
+        self.greedy = greedy
         self.tokens = torch.randint(5, vocabulary, (new + 1, batch), generator=torch.Generator().manual_seed(seed))
         self.step, self.last = 0, torch.empty(0)
 
     def __call__(self, ids: Tensor, scores: Tensor) -> Tensor:
         self.last = scores.clone()
+        if self.greedy:
+            return scores
         self.tokens = self.tokens.to(scores.device)
         chosen = torch.full_like(scores, -torch.inf).scatter_(1, self.tokens[self.step][:, None], 0)
         self.step += 1
@@ -160,12 +164,13 @@ class Drawn(tf.LogitsProcessor):
 
 
 def decode(
-    model: nn.Module, batch: int, new: int, vocabulary: int, warm: bool = True, each: int = 0
+    model: nn.Module, batch: int, new: int, vocabulary: int, warm: bool = True, each: int = 0, greedy: bool = False
 ) -> tuple[float, Tensor, float]:
     """Tokens a second of all sequences while decoding, the logits of the last step, and bytes brought for a step.
 
-    With a cache on the GPU (`each`: bytes of one expert) these follow from what was not in it: the host would have to
-    wait to be told at once.
+    With a cache on the GPU, or in graphs (`each`: bytes of one expert), the bytes follow from what was not in the
+    cache: the host would have to wait to be told at once. If `greedy`, tokens are the likeliest ones, and embeddings
+    small: then they repeat themselves.
 
     The run before the one that counts draws other tokens, but has the same lengths: attention is planned anew for each
     length of the cache, which takes some 40 ms on a GPU.
@@ -173,9 +178,12 @@ def decode(
     device = "cuda:0" if torch.cuda.is_available() else "cpu"
     ids = torch.randint(5, vocabulary, (batch, 32), generator=torch.Generator().manual_seed(1)).to(device)
     options: dict[str, Any] = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0, "max_new_tokens": new}
+    embedding = model.get_input_embeddings().weight  # type: ignore[operator]
+    if greedy:
+        embedding.mul_(2.0**-10)
     if warm:
-        model.generate(ids, logits_processor=[Drawn(vocabulary, batch, new, seed=4)], **options)  # type: ignore[operator]
-    clock, drawn, moved = Clock(), Drawn(vocabulary, batch, new), list[tuple[int, int]]()
+        model.generate(ids, logits_processor=[Drawn(vocabulary, batch, new, 4, greedy)], **options)  # type: ignore[operator]
+    clock, drawn, moved = Clock(), Drawn(vocabulary, batch, new, greedy=greedy), list[tuple[int, int]]()
 
     def listen(event: Event) -> None:
         if event.kind == "fetch":
@@ -188,6 +196,8 @@ def decode(
     for streamer in listened:
         streamer.listeners.append(listen)
     model.generate(ids, stopping_criteria=[clock], logits_processor=[drawn], **options)  # type: ignore[operator]
+    if greedy:
+        embedding.mul_(2.0**10)
     for streamer in listened:
         streamer.listeners.remove(listen)
     steps = [later - earlier for earlier, later in zip(clock.times[1:], clock.times[2:])]
@@ -235,6 +245,66 @@ def row(way: str, batch: int, rate: float, **more: Any) -> dict[str, Any]:
     return {"way": way, "batch": batch, **({"tokens_per_second": round(rate, 3)} if rate else {}), **more}
 
 
+class Bench:
+    """One case: the resident model, what its tokens are and take, and the same with experts elsewhere.
+
+    Args:
+        case: one of `CASES`, but "disk".
+        model: resident.
+        new: tokens to decode.
+        batches: how many sequences at once; none takes the case's own.
+    """
+
+    def __init__(self, case: str, model: nn.Module, new: int, batches: tuple[int, ...]) -> None:
+        self.case, self.model, self.new, self.batches = case, model, new, batches or BATCHES.get(case, (1,))
+        self.link = link_rate()
+        self.vocabulary: int = model.config.vocab_size  # type: ignore[union-attr, assignment]
+        blocks = experts_in(model)
+        self.total = sum(p.nbytes for module in blocks.values() for p in module.parameters())
+        self.one = self.total // sum(map(count_rows, blocks.values()))  # bytes of an expert
+        self.chosen: int = self.one * len(blocks) * model.config.num_experts_per_tok  # type: ignore[union-attr, operator]
+        self.resident: dict[tuple[int, str], tuple[float, Tensor]] = {}  # sequences, mode -> tokens a second, logits
+        self.brought: dict[tuple[int, str], float] = {}  # sequences, way -> bytes for a step in Python
+
+    def measure(self, way: str, model: nn.Module, cached: bool = False) -> Iterator[dict[str, Any]]:
+        """Tokens a second of each batch, one graph a token, and the prompt; the first way is what others must equal.
+
+        Args:
+            way: what the results call it.
+            model: the model.
+            cached: whether it has a cache of experts on the GPU.
+        """
+        cuda, first = torch.cuda.is_available(), not self.resident
+        modes = ["Python", *(["graphs"] if cuda and self.case.startswith("qwen3") else [])]
+        modes += ["greedy"] if self.case == "qwen3" and not cached else []
+        for mode in modes:
+            batches = {"graphs": (1,), "greedy": (8,)}.get(mode, self.batches[:2] if cached else self.batches)
+            for batch in batches:
+                each = self.one if cuda and batch == 1 and (cached or mode == "graphs") else 0
+                with bigkit.graph_decode(model) if mode == "graphs" else contextlib.nullcontext():
+                    rate, logits, brought = decode(
+                        model, batch, fewer(self.new, batch), self.vocabulary, each=each, greedy=mode == "greedy"
+                    )
+                own: dict[str, Any] = {}
+                brought = self.brought[batch, way] = brought or self.brought.get((batch, way), 0)
+                if first:
+                    self.resident[batch, mode] = rate, logits
+                else:
+                    own["equal"] = bool(torch.equal(logits, self.resident[batch, mode][1]))
+                    own["bytes_per_token"], limit = round(brought), brought / self.link  # seconds
+                    own["share_of_link"] = round(rate / batch * limit, 3)
+                    own["share_of_limit"] = round(rate / batch * (batch / self.resident[batch, mode][0] + limit), 3)
+                if cached and batch == 1:
+                    own["hit_rate"] = round(1 - brought / self.chosen, 3)
+                if cuda:
+                    own["gpu_bytes"] = torch.cuda.memory_allocated()
+                yield row(way + ("" if mode == "Python" else f", {mode}"), batch, rate, **own)
+        if self.case != "qwen3-48" and not cached:
+            seconds = prompt_seconds(model, self.vocabulary)
+            rate = {} if first else {"prompt_bytes_per_second": round(self.total / seconds)}
+            yield row(way, 8, 0, prompt_seconds=round(seconds, 4), **rate)
+
+
 def run(
     case: str, layers: int, device: str, tiny: bool, new: int, batches: tuple[int, ...]
 ) -> Iterator[dict[str, Any]]:
@@ -243,69 +313,42 @@ def run(
         yield from from_disk(tiny, min(new, 6))
         return
     model = build(case, layers, device, tiny)
-    vocabulary, link = model.config.vocab_size, link_rate()  # type: ignore[union-attr]
-    blocks = experts_in(model)
-    each = sum(sum(p.nbytes for p in module.parameters()) // count_rows(module) for module in blocks.values())
-    chosen = each * model.config.num_experts_per_tok  # type: ignore[union-attr, operator]
-    total = sum(p.nbytes for module in blocks.values() for p in module.parameters())
-    one = each // len(blocks)
-    yield row(
-        "link", 0, 0, bytes_per_second=round(link), bytes_per_token=chosen, bytes_of_experts=total, blocks=len(blocks)
-    )
-    batches = batches or {"qwen3": (1, 8, 32)}.get(case, (1,))
-    resident = {}
-    for batch in batches:
-        rate, expected, _ = decode(model, batch, fewer(new, batch), vocabulary)
-        resident[batch] = (rate, expected)
-        yield row("resident", batch, rate)
-    graphed: dict[str, tuple[float, Tensor]] = {}
-    if torch.cuda.is_available() and case.startswith("qwen3"):
-        with bigkit.graph_decode(model):
-            rate, expected, _ = decode(model, 1, new, vocabulary, each=1)
-        graphed["resident"] = rate, expected
-        yield row("resident, graphs", 1, rate)
+    bench = Bench(case, model, new, batches)
+    yield row("link", 0, 0, bytes_per_second=round(bench.link), bytes_per_token=bench.chosen,
+              bytes_of_experts=bench.total, blocks=len(experts_in(model)))  # fmt: skip
+    yield from bench.measure("resident", model)
+    begin = time.perf_counter()
+    found = in_ram(model)
+    settle()
+    yield row("RAM", 0, 0, seconds_to_dispatch=round(time.perf_counter() - begin, 1))
+    yield from bench.measure("RAM", found)
     if case == "qwen3":
-        yield row("resident", 8, 0, prompt_seconds=round(prompt_seconds(model, vocabulary), 4))
-    if case in FEW_BITS:
-        yield from few_bits(
-            case, model, {batch: rate for batch, (rate, _) in resident.items()}, new, chosen / link,
-            lambda: build(case, layers, device, tiny),
-        )  # fmt: skip
-        return
-
-    def spread(way: str, **options: Any) -> Iterator[dict[str, Any]]:
-        begin = time.perf_counter()
-        found = in_ram(model, **options)
+        found = in_ram(model, expert_cache=bench.total // 2)
         settle()
-        dispatched = time.perf_counter() - begin
-        for batch in batches[:2] if options else batches:
-            looks_up = options and batch == 1 and torch.cuda.is_available()
-            rate, logits, brought = decode(found, batch, fewer(new, batch), vocabulary, each=one if looks_up else 0)
-            own: dict[str, Any] = {
-                "equal": bool(torch.equal(logits, resident[batch][1])), "bytes_per_token": round(brought)
-            }  # fmt: skip
-            if batch == 1:
-                own["share_of_limit"] = round(rate * (1 / resident[1][0] + chosen / link), 3)
-            if looks_up:
-                own["hit_rate"] = round(1 - brought / chosen, 3)
-            if torch.cuda.is_available():
-                own["gpu_bytes"] = torch.cuda.memory_allocated()
-            yield row(way, batch, rate, seconds_to_dispatch=round(dispatched, 1), **own)
-        if "resident" in graphed:
-            with bigkit.graph_decode(found):
-                rate, logits, brought = decode(found, 1, new, vocabulary, each=one)
-            more = {"hit_rate": round(1 - brought / chosen, 3)} if options else {}
-            equal = bool(torch.equal(logits, graphed["resident"][1]))
-            yield row(f"{way}, graphs", 1, rate, equal=equal, **more)
-        if case == "qwen3" and not options:
-            seconds = prompt_seconds(found, vocabulary)
-            yield row(way, 8, 0, prompt_seconds=round(seconds, 4), prompt_bytes_per_second=round(total / seconds))
+        yield from bench.measure("RAM, half on the GPU", found, cached=True)
+        if torch.cuda.is_available():
+            yield accelerate(model, bench.vocabulary)
+    if case == "mixtral":
+        del model, found, bench.model
+        settle()
+        yield from in_nf4(bench, build(case, layers, device, tiny))
 
-    yield from spread("RAM")
-    if case.startswith("qwen3"):
-        yield from spread("RAM, half on the GPU", expert_cache=total // 2)
-    if case == "qwen3" and torch.cuda.is_available():
-        yield accelerate(model, vocabulary)
+
+def in_nf4(bf16: Bench, model: nn.Module) -> Iterator[dict[str, Any]]:
+    """The same with weights in nf4: on the GPU, and with experts in RAM; `equal` compares these two."""
+    config = bigkit.BnbQuantizationConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype="bf16", torch_dtype=torch.bfloat16
+    )
+    stand_in = {} if torch.cuda.is_available() else {0: "cpu"}
+    model = bigkit.load_and_quantize_model(model, config, device_map={"": 0}, stand_in=stand_in)
+    settle()
+    bench = Bench(bf16.case, model, bf16.new, bf16.batches)
+    size = {"bytes_of_experts": bench.total, "bytes_per_token": bench.chosen}
+    yield row("link, nf4", 0, 0, bytes_per_second=round(bench.link), **size)
+    yield from bench.measure("resident, nf4", model)
+    found = in_ram(model)
+    settle()
+    yield from bench.measure("RAM, nf4", found)
 
 
 def from_disk(tiny: bool, new: int) -> Iterator[dict[str, Any]]:
@@ -359,62 +402,6 @@ def bytes_read() -> tuple[int, int]:
     return int(counts["rchar"]), int(counts["read_bytes"])
 
 
-def few_bits(
-    case: str, model: nn.Module, resident: dict[int, float], new: int, seconds: float, again: Callable[[], nn.Module]
-) -> Iterator[dict[str, Any]]:
-    """Experts in RAM in bfloat16, and in few bits: quantized to nf4 (Mixtral), or as gpt-oss and DeepSeek store them.
-
-    The last two are weights that a checkpoint has in few bits: tokens are those of the model with these decoded.
-    """
-    kind, vocabulary = FEW_BITS[case], model.config.vocab_size  # type: ignore[union-attr]
-    expected: dict[int, Tensor] = {}
-    if kind != "nf4":
-        packed = {name: packed_as(kind, module) for name, module in experts_in(model).items()}
-        for batch in resident:
-            resident[batch], expected[batch], _ = decode(model, batch, new, vocabulary)
-    rates: dict[int, float] = {}
-
-    def measure(way: str) -> Iterator[dict[str, Any]]:
-        for batch in resident:
-            rate, logits, brought = decode(found, batch, new, vocabulary)
-            own: dict[str, Any] = {"bytes_per_token": round(brought)}
-            if batch in expected:
-                own["equal"] = bool(torch.equal(logits, expected[batch]))
-            if batch in rates:
-                own["against_bf16"] = round(rate / rates[batch], 2)
-            elif batch == 1:
-                own["share_of_limit"] = round(rate * (1 / resident[1] + seconds), 3)
-            rates.setdefault(batch, rate)
-            yield row(way, batch, rate, **own)
-
-    found = in_ram(model)
-    yield from measure("RAM")
-    prompt = prompt_seconds(found, vocabulary)
-    yield row("RAM", 8, 0, prompt_seconds=round(prompt, 4))
-    if kind == "nf4":
-        found = again()
-        config = bigkit.BnbQuantizationConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype="bf16", torch_dtype=torch.bfloat16
-        )
-        places = {"": 0, **dict.fromkeys(experts_in(found), "cpu")}
-        stand_in = {} if torch.cuda.is_available() else {0: "cpu"}
-        found = bigkit.load_and_quantize_model(found, config, device_map=places, stand_in=stand_in)
-    else:
-        bigkit.remove_hook_from_module(found, recurse=True)
-        hold_packed(found, packed)
-        found = in_ram(found)
-    settle()
-    way = f"RAM, {kind}"
-    yield from measure(way)
-    size = sum(p.nbytes for module in experts_in(found).values() for p in module.parameters())
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-    seconds = prompt_seconds(found, vocabulary)
-    more = {"gpu_peak": torch.cuda.max_memory_allocated()} if torch.cuda.is_available() else {}
-    against = round(prompt / seconds, 2)
-    yield row(way, 8, 0, prompt_seconds=round(seconds, 4), against_bf16=against, bytes_of_experts=size, **more)
-
-
 def packed_as(kind: str, module: nn.Module) -> dict[str, dict[str, nn.Parameter]]:
     """Random tensors of a format for a block's experts, whose decoded values take the places of the weights."""
     packed = {}
@@ -462,7 +449,7 @@ def accelerate(model: nn.Module, vocabulary: int) -> dict[str, Any]:
     model = model.to("cpu")
     settle()
     found = dispatch_model(model, {**places, **dict.fromkeys(experts_in(model), "cpu")}, main_device=0)
-    rate, _, _ = decode(found, 1, 4, vocabulary, warm=False)
+    rate, _, _ = decode(found, 1, 3, vocabulary, warm=False)
     return row("accelerate", 1, rate)
 
 
@@ -485,38 +472,62 @@ def main() -> None:
     parser.add_argument("--new", type=int, default=24, help="tokens to decode")
     parser.add_argument("--device", default="cuda:0")
     parser.add_argument("--tiny", action="store_true", help="tiny shapes")
+    parser.add_argument("--limit", type=float, default=600, help="seconds after which a case is ended")
     parser.add_argument("--out", type=Path, help="a JSON file for the results")
     parser.add_argument("--save", action="store_true", help="write benchmarks/results/experts.json")
     parser.add_argument("--here", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.here:
+        sys.stdin.readline()  # what is imported is there; now it is this case's turn
         layers = args.layers or BLOCKS[args.here]
         for found in run(args.here, layers, args.device, args.tiny, args.new, tuple(args.batches)):
             print("RESULT " + json.dumps(found), flush=True)
         return
     about = {
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "CPU",
+        "cores": len(os.sched_getaffinity(0)),
         "torch": torch.__version__,
         "transformers": tf.__version__,
         "new_tokens": args.new,
     }
     results: dict[str, Any] = {"about": about, "blocks": {}, "rows": []}
     out = args.out or (Path(__file__).parent / "results" / "experts.json" if args.save else None)
-    for case in args.cases:
+    waiting = [
+        subprocess.Popen(
+            [sys.executable, __file__, "--here", case, *sys.argv[1:]], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            text=True,
+        )
+        for case in args.cases
+    ]  # fmt: skip
+    for case, process in zip(args.cases, waiting):
         results["blocks"][case] = args.layers or BLOCKS[case]
-        command = [sys.executable, __file__, "--here", case, *sys.argv[1:]]
-        with contextlib.suppress(KeyboardInterrupt):
-            process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-            assert process.stdout is not None
-            for line in process.stdout:
-                if line.startswith("RESULT "):
-                    print(f"{case}: {line.removeprefix('RESULT ')}", end="", flush=True)
-                    results["rows"].append({"case": case, **json.loads(line.removeprefix("RESULT "))})
-                    if out:
-                        out.write_text(json.dumps(results, indent=1) + "\n")
-                else:
-                    print(line, end="", flush=True)
-            process.wait()
+        follow(case, process, args.limit, results, out)
+
+
+def follow(case: str, process: subprocess.Popen[str], limit: float, results: dict[str, Any], out: Path | None) -> None:
+    """Let a case begin, and keep its results as they come; one that takes longer than it may is ended."""
+    assert process.stdout is not None and process.stdin is not None
+    begin = time.perf_counter()
+    timer = threading.Timer(limit, process.kill)
+    timer.start()
+    try:
+        process.stdin.write("\n")
+        process.stdin.close()
+        for line in process.stdout:
+            if not line.startswith("RESULT "):
+                print(line, end="", flush=True)
+                continue
+            found = {"case": case, **json.loads(line.removeprefix("RESULT "))}
+            print(f"{time.perf_counter() - begin:.1f} s {json.dumps(found)}", flush=True)
+            results["rows"].append(found)
+            if out:
+                out.write_text(json.dumps(results, indent=1) + "\n")
+    except BrokenPipeError:
+        print(f"{case}: its process ended before it began")
+    finally:
+        timer.cancel()
+        process.kill()
+        process.wait()
 
 
 if __name__ == "__main__":

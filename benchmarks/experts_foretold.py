@@ -6,7 +6,8 @@
 The machine is calibrated first, and each architecture's pace (`calibrate(model=...)`). Then each case in turn: a model
 with random weights, a prompt of 32 tokens, and tokens that are drawn. The experts that its routers choose are recorded
 and given to the dry run. Bytes are compared forward by forward, and have to be equal; seconds as the sum of all tokens
-but the first two, which meet what is new to the process.
+but the first two, which meet what is new to the process. `range_ms` is what nine of ten runs should lie between, and
+`rests_on` says what that comes from.
 """
 
 from __future__ import annotations
@@ -63,30 +64,31 @@ def generate(model: nn.Module, new: int, device: str, seed: int, clock: Clock | 
 
 
 def measure(name: str, new: int, device: str, tiny: bool, folder: str) -> tuple[dict[str, Any], Any]:
-    """What a real run brings and takes, forward by forward; and its routing."""
+    """What a real run brings and takes, forward by forward; and its routing.
+
+    It runs twice: the first run is timed, and in the second somebody counts bytes and notes what is chosen, for which
+    the host may have to wait.
+    """
     case, layers, place, share, quantization = CASES[name]
     model = build(case, layers, device, tiny)
     generate(model, new, device, 4)  # kernels are loaded, and attention is planned for each length
     stand_in = {} if torch.cuda.is_available() else {0: "cpu"}
     places, cache = places_of(model, place), round(bytes_of_experts(model) * share)
-    options: dict[str, Any] = {"expert_cache": cache, "offload_dir": folder, "ram_cache": 0}
+    options: dict[str, Any] = {"expert_cache": cache, "offload_dir": folder, "ram_cache": 0, "stand_in": stand_in}
     if quantization:
         model = bigkit.load_and_quantize_model(model, config_for(quantization), device_map=places, stand_in=stand_in)
     else:
-        model = bigkit.dispatch_model(model, places, stand_in=stand_in, **options)
+        model = bigkit.dispatch_model(model, places, **options)
     settle()
-    clock, moved = Clock(), Counter[int]()
-    for streamer in streamers_in(model) if not share else ():
-        streamer.listeners.append(lambda e: moved.update({len(clock.times): e.nbytes * (e.kind == "fetch")}))
-    begin = time.perf_counter()
-    routing = record_routing(model, lambda: generate(model, new, device, 3, clock), name)
+    clock, begin = Clock(), time.perf_counter()
+    generate(model, new, device, 3, clock)
     seconds = [end - start for start, end in zip([begin, *clock.times], clock.times)]
-    if share:  # the same again from the start, for those who listen: then the host waits
-        model = bigkit.dispatch_model(model, places, stand_in=stand_in, **options)
-        for streamer in streamers_in(model):
-            streamer.listeners.append(lambda e: moved.update({len(clock.times): e.nbytes * (e.kind == "fetch")}))
-        clock.times.clear()
-        generate(model, new, device, 3, clock)
+    if share:  # with nothing on the GPU again
+        model = bigkit.dispatch_model(model, places, **options)
+    counted, moved = Clock(), Counter[int]()
+    for streamer in streamers_in(model):
+        streamer.listeners.append(lambda e: moved.update({len(counted.times): e.nbytes * (e.kind == "fetch")}))
+    routing = record_routing(model, lambda: generate(model, new, device, 3, counted), name)
     return {"bytes": [moved[step] for step in range(new + 1)], "seconds": seconds, "cache": cache}, routing
 
 
@@ -123,14 +125,18 @@ def foretell(name: str, new: int, tiny: bool, cache: int, routing: Any, calibrat
     for _, end in run.steps:
         brought.append(sum(op.bytes for op in run.operations[start:end] if op.name == FILL))
         start = end
-    longest = {step.name: step.bottleneck for step in run.times}
-    return {"bytes": brought, "seconds": [step.seconds for step in run.times], "longest": longest[f"token {new}"]}
+    longest, spread = {step.name: step.bottleneck for step in run.times}, run.ranges["token"]
+    return {
+        "bytes": brought, "seconds": [step.seconds for step in run.times], "longest": longest[f"token {new}"],
+        "range": [spread.low / spread.value, spread.high / spread.value], "rests_on": spread.rests_on,
+    }  # fmt: skip
 
 
 def compare(name: str, measured: dict[str, Any], told: dict[str, Any]) -> dict[str, Any]:
     """Both side by side."""
     real, foretold = (sum(run["seconds"][3:]) / len(run["seconds"][3:]) for run in (measured, told))
     first, second = measured["seconds"][0], told["seconds"][0]
+    low, high = (foretold * edge for edge in told["range"])
     return {
         "case": name,
         "bytes_equal": measured["bytes"] == told["bytes"],
@@ -138,6 +144,9 @@ def compare(name: str, measured: dict[str, Any], told: dict[str, Any]) -> dict[s
         "bytes_of_prompt": [measured["bytes"][0], told["bytes"][0]],
         "token_ms": [round(1e3 * real, 2), round(1e3 * foretold, 2)],
         "error_percent": round(100 * (foretold / real - 1), 1),
+        "range_ms": [round(1e3 * low, 2), round(1e3 * high, 2)],
+        "rests_on": told["rests_on"],
+        "in_range": low <= real <= high,
         "prompt_ms": [round(1e3 * first, 1), round(1e3 * second, 1)],
         "prompt_error_percent": round(100 * (second / first - 1), 1),
         "longest_busy": told["longest"],
@@ -159,15 +168,18 @@ def main() -> None:
     about = {"device": gpu, "torch": torch.__version__, "transformers": tf.__version__, "new_tokens": args.new}
     results: dict[str, Any] = {"about": about, "rows": []}
     out = args.out or (Path(__file__).parent / "results" / "experts-foretold.json" if args.save else None)
+    twins: dict[Any, Any] = {}
     for name in args.cases:
         begin = time.perf_counter()
         with tempfile.TemporaryDirectory() as folder:
             measured, routing = measure(name, args.new, device, args.tiny, folder)
         gc.collect()
         settle()
-        kind, repeats = CASES[name][4], 1 if args.tiny else 3
-        twin = measure_twin(empty(name, args.tiny), device.partition(":")[0], kind, repeats)
-        own = calibration.with_twin(twin)
+        case, layers, *_, kind = CASES[name]
+        if (case, layers, kind) not in twins:
+            repeats = 1 if args.tiny else 3
+            twins[case, layers, kind] = measure_twin(empty(name, args.tiny), device.partition(":")[0], kind, repeats)
+        own = calibration.with_twin(twins[case, layers, kind])
         told = foretell(name, args.new, args.tiny, measured["cache"], routing, own)
         found = compare(name, measured, told)
         results["rows"].append({**found, "measured": measured, "foretold": told})

@@ -1,64 +1,70 @@
 """Dry runs against runs that nobody had seen when the code was frozen.
 
-    python benchmarks/held_out.py --draw CASES.json [--known]                    after the last commit, on any machine
-    python benchmarks/held_out.py --measure CASES.json RESULTS.json [--part 0/2]            on a CUDA GPU, one process
-    python benchmarks/held_out.py --predict RESULTS.json ... [--save]                       on any machine
+    python benchmarks/held_out.py --draw CASES.json                            after the last commit, on any machine
+    python benchmarks/held_out.py --foretell CASES.json FOLDER                 before the measurement, on any machine
+    python benchmarks/held_out.py --measure CASES.json RESULTS.jsonl [--part 0/2]                    on a CUDA GPU
+    python benchmarks/held_out.py --compare CASES.json FOLDER RESULTS.jsonl ... [--save FILE]        on any machine
 
 The rule of the draw: the commit's hash is the seed. Of all types in Transformers that generate text from token ids and
-that were neither in the table of `dryrun.py`, nor measured while the code was changed (`SEEN`), nor drawn before
-(`FIRST`), `TYPES` are drawn, each with the sizes of its default configuration (a published model's), and as many of its
-blocks as fit in `WEIGHTS`. Each gets two loads, drawn from `BATCHES`, `PROMPTS` and `NEW`; some are quantized, and of
-some every second block rests in RAM. What a type's positions or `MOST_TOKENS` forbid is drawn again. `--known` adds
-what is no news, after the drawn runs: those of the first draw that were not measured, and the table of `dryrun.py`.
+that were neither in the table of `dryrun.py`, nor measured while the code was changed (`SEEN`), nor in an earlier draw
+(`DRAWS`; those that were drawn but not reached may be drawn again), `TYPES` are drawn, each with the sizes of its
+default configuration (a published model's), and as many of its blocks as fit in `WEIGHTS`. Each gets a load, drawn from
+`BATCHES`, `PROMPTS` and `NEW`; some are quantized, and of some every second block rests in RAM. What a type's positions
+or `MOST_TOKENS` forbid is drawn again.
 
-`--measure` runs `generate` with random weights: once from an empty allocator for the memory, then for the times, in
-turn with its narrow twin, each time on the core that is fastest then, after a run of the twin that does not count. The
-fastest tenth counts: a rented host changes its pace by a half and more within seconds. It writes after every run, and
-starts none after `--seconds`. A kernel that fails ends the process: call it again, and it goes on after that run.
-`--predict` compares; it must run with the versions of Transformers and PyTorch that the results name, where code
-differs between them.
+`--foretell` makes the dry runs, and keeps them whole: one file for each case. What they lack is the pace of the host.
+
+`--measure` gives each case a process of its own, so that a kernel that fails ends nothing else. First it runs the
+narrow twin, as `calibrate(model=...)` does, and writes down what the host took: from then on the prediction is
+complete. Then it runs `generate` with random weights: once from an empty allocator, for the memory and for the first
+prompt of a process; once more that does not count; then for the times, in turn with the twin, at least `LEAST` runs.
+Medians count. It writes after every stage, starts none after `--seconds`, and goes on where it stopped if it is called
+again. Two processes with a GPU each want cores of their own (`taskset`).
+
+`--compare` must run with the code and the versions that foretold.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import gzip
 import json
 import os
+import pickle
 import random
 import statistics
 import subprocess
 import time
 import warnings
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import dryrun
 import torch
 import transformers
+import transformers.generation.utils
 from torch import nn
 
 from bigkit import init_empty_weights
 from bigkit.dryrun.fake_bnb import config_of, fill_quantized, quantize_empty
 from bigkit.dryrun.result import DryRun
 from bigkit.dryrun.run import dry_run
-from bigkit.dryrun.workload import Workload, fill, work
+from bigkit.dryrun.workload import Workload, at_random, fill
 from bigkit.machine.hardware import GPUS, Hardware
 from bigkit.machine.ledger import Calibration, HostStep, Twin
 from bigkit.measure.allocations import settle
 from bigkit.measure.twin import LOAD, SINGLE, issued_in, timed, twin_of
 from bigkit.offload.dispatch import dispatch_model
-from bigkit.zoo import build
+from bigkit.offload.lenders import streamers_in
 from bigkit.zoo._transformers import from_config
 
 BATCHES, PROMPTS, NEW = (1, 3, 32), (1, 100, 777, 1900), (1, 4, 16, 32)
 TYPES = 40
-ROUNDS, TOKENS = 3, 5  # visits to a core, and tokens in each run
-EACH, MOST = 0.4, 4  # seconds in which a model is run again on a visit, and how often at most
-CORES: list[int] = []  # that this process may run on: with two processes, give each its own (taskset)
+TOKENS = 5  # that are generated when times are taken
+LEAST, MOST, EACH = 5, 15, 2.5  # runs of a model that count, and seconds for them
 WEIGHTS, MOST_BLOCKS, MOST_TOKENS = 10e9, 40, 32 * 777
 SEEN = {  # in the table of dryrun.py, or measured while the code was changed
     "llama", "bloom", "gpt2", "mixtral", "deepseek_v3", "gemma2", "t5", "opt", "mistral", "qwen3", "qwen3_moe",
@@ -67,8 +73,8 @@ SEEN = {  # in the table of dryrun.py, or measured while the code was changed
 }  # fmt: skip
 LOOPS = ("mamba", "falcon_mamba", "jamba", "recurrent_gemma", "rwkv", "xlstm", "minimax")  # over tokens, in Python
 RATES = Path(__file__).parent / "results" / "dryrun.json"  # of an H200, measured before
-FIRST = Path(__file__).parent / "results" / "held-out.json"  # of the first draw
-KEPT = Path(__file__).parent / "results" / "held-out-2.json"
+DRAWS = [Path(__file__).parent / "results" / f"held-out{number}.json" for number in ("", "-2")]  # the earlier ones
+DEVICE = "cuda"
 DEPTHS = ("num_hidden_layers", "encoder_layers", "decoder_layers", "num_layers", "num_decoder_layers",
           "num_encoder_layers", "n_layer", "n_layers")  # fmt: skip
 
@@ -101,9 +107,6 @@ def depth(config: Any) -> int:
 
 def empty(case: dict[str, Any]) -> nn.Module:
     """The case's model, on the meta device."""
-    if "shape" in case:
-        built: nn.Module = build.build(dryrun.config_of(case["model"], case["blocks"]), dtype="bfloat16").eval()
-        return built
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         config = transformers.CONFIG_MAPPING[case["type"]](**case.get("sizes", {}))
@@ -115,17 +118,8 @@ def empty(case: dict[str, Any]) -> nn.Module:
     return model
 
 
-def load_of(case: dict[str, Any]) -> Workload:
-    """The case's work: plain calls for the table of `dryrun.py`."""
-    if "shape" in case:
-        return dryrun.load_of(case, dryrun.config_of(case["model"], case["blocks"]))
-    return Workload(*case["load"])
-
-
 def key_of(case: dict[str, Any]) -> str:
-    """What a case is called: "olmo/3x777+4", "phi/1x100+16/nf4"; "gpt2-xl/8x512" in the table of `dryrun.py`."""
-    if "shape" in case:
-        return dryrun.key_of(case)
+    """What a case is called: "olmo/3x777+4", "phi/1x100+16/nf4"."""
     parts = [
         case["type"],
         "{}x{}+{}".format(*case["load"]),
@@ -140,10 +134,7 @@ def key_of(case: dict[str, Any]) -> str:
 
 
 def blocks_of(kind: str) -> int:
-    """How many blocks of a type's default configuration are taken; 0 if it is not drawn.
-
-    Its narrow twin must run on the CPU: some default configurations are of no model that runs.
-    """
+    """How many blocks of a type's default configuration are taken; 0 if it is not drawn."""
     try:
         config = transformers.CONFIG_MAPPING[kind]()
         if class_of(config) is None or not hasattr(config, "vocab_size"):
@@ -154,70 +145,48 @@ def blocks_of(kind: str) -> int:
             sizes.append(2 * sum(parameter.numel() for parameter in model.parameters()))
         if model.main_input_name != "input_ids" or not model.can_generate():
             return 0
-        deep = depth(config)
-        each = max(1.0, (sizes[1] - sizes[0]) / max(1, min(8, deep) - 1))
-        fits = int(min(deep, MOST_BLOCKS, 1 + (WEIGHTS - sizes[0]) // each))
-        if fits < 2 or sizes[0] + each * (fits - 1) < 2e8:
-            return 0
-        twin = fill(twin_of(empty({"type": kind, "blocks": fits})).float(), {"": "cpu"})
-        work(twin, Workload(1, 4, 1), "cpu", lambda step: None)
-        return fits
     except Exception as error:
         print(f"{kind} is left out: {type(error).__name__}: {str(error)[:100]}", flush=True)
         return 0
+    deep = depth(config)
+    each = max(1.0, (sizes[1] - sizes[0]) / max(1, min(8, deep) - 1))
+    fits = int(min(deep, MOST_BLOCKS, 1 + (WEIGHTS - sizes[0]) // each))
+    return fits if fits >= 2 and sizes[0] + each * (fits - 1) >= 2e8 else 0
 
 
-def drawn_before() -> tuple[set[str], list[str]]:
-    """Types of the first draw, and its runs that were not measured then."""
-    first = json.loads(FIRST.read_text())
-    runs = [*first["late"], *(row["case"] for row in first["rows"])]
-    return {run.partition("/")[0] for run in runs} | {*first["left out"]}, first["late"]
+def measured_before() -> set[str]:
+    """Types of which an earlier draw measured a run, or that it left out."""
+    draws = [json.loads(path.read_text()) for path in DRAWS]
+    kinds = {row["case"].partition("/")[0] for draw in draws for row in draw["rows"]}
+    return kinds.union(*(draw.get("left out", ()) for draw in draws))
 
 
-def known() -> list[dict[str, Any]]:
-    """The cases that are no news: what the first draw left, then the table of `dryrun.py`, its single prompts first."""
-    cases: list[dict[str, Any]] = []
-    for run in drawn_before()[1]:
-        kind, load, *rest = run.split("/")
-        numbers = [int(number) for number in load.replace("x", "+").split("+")]
-        case: dict[str, Any] = {"type": kind, "blocks": blocks_of(kind), "load": numbers, "draw": "first"}
-        for word in rest:
-            case |= {"map": "half"} if word == "half in RAM" else {"quantization": word}
-        cases.append(case)
-    table = [{**case, "type": case["model"], "draw": "table"} for case in dryrun.cases([])]
-    return cases + sorted(table, key=lambda case: [*dryrun.SHAPES].index(case["shape"]))
-
-
-def draw(path: Path, seed: str, more: bool) -> None:
+def draw(path: Path, seed: str) -> None:
     """Draw the cases, and write them with the commit."""
     chance = random.Random(int(seed[:12], 16))
-    order = sorted({*transformers.CONFIG_MAPPING} - SEEN - drawn_before()[0])
+    order = sorted({*transformers.CONFIG_MAPPING} - SEEN - measured_before())
     chance.shuffle(order)
-    pool: dict[str, int] = {}
-    for kind in order:
-        if len(pool) < TYPES and (blocks := blocks_of(kind)):
-            pool[kind] = blocks
-            print(f"{kind}: {blocks} blocks", flush=True)
-    kinds = [*pool]
     cases: list[dict[str, Any]] = []
-    for i, kind in enumerate(kinds):
+    for kind in order:
+        if len(cases) == TYPES:
+            break
+        if not (blocks := blocks_of(kind)):
+            continue
         config = transformers.CONFIG_MAPPING[kind]()
         most = getattr(config, "max_position_embeddings", None) or 10**9
-        loads: set[tuple[int, int, int]] = set()
-        while len(loads) < 2:
+        while True:
             batch, prompt, new = (chance.choice(values) for values in (BATCHES, PROMPTS, NEW))
             slow = prompt > 100 and any(name in kind for name in LOOPS)
             if prompt + new < most and batch * prompt <= MOST_TOKENS and not slow:
-                loads.add((batch, prompt, new))
-        for j, load in enumerate(sorted(loads)):
-            case: dict[str, Any] = {"type": kind, "blocks": pool[kind], "load": list(load)}
-            if j == 1 and i % 8 == 3:
-                case["quantization"] = ("nf4", "int8")[i // 8 % 2]
-            if j == 1 and i % 12 == 6:
-                case["map"] = "half"
-            cases.append(case)
-    print(f"{len(cases)} cases of {len(kinds)} types")
-    drawn = {"commit": seed, "transformers": transformers.__version__, "cases": cases + (known() if more else [])}
+                break
+        case: dict[str, Any] = {"type": kind, "blocks": blocks, "load": [batch, prompt, new]}
+        if len(cases) % 8 == 3:
+            case["quantization"] = ("nf4", "int8")[len(cases) // 8 % 2]
+        if len(cases) % 12 == 6:
+            case["map"] = "half"
+        cases.append(case)
+        print(f"{key_of(case)}: {blocks} blocks", flush=True)
+    drawn = {"commit": seed, "transformers": transformers.__version__, "cases": cases}
     path.write_text(json.dumps(drawn, indent=1) + "\n")
 
 
@@ -241,130 +210,139 @@ def places_of(case: dict[str, Any], model: nn.Module) -> dict[str, int | str]:
     return places | {f"{name}.{i}": "cpu" if i % 2 else 0 for i in range(len(blocks))}
 
 
+def in_blocks(empty: torch.Tensor, device: torch.device) -> nn.Parameter:
+    """Random values; in RAM, where they take long to draw, a million of them again and again."""
+    if device.type != "cpu":
+        return at_random(empty, device)
+    values = (0.02 * torch.randn(2**20)).to(empty.dtype)
+    data = values.repeat(-(-empty.numel() // values.numel()))[: empty.numel()].reshape(empty.shape)
+    return nn.Parameter(data, requires_grad=False)
+
+
 def put(case: dict[str, Any], model: nn.Module) -> nn.Module:
     """Give a case's model memory."""
     if kind := case.get("quantization"):
         how = config_of(kind, "bfloat16")
         return fill_quantized(quantize_empty(model, how), {"": 0}, torch.device("cuda", 0), how)
     places = places_of(case, model)
-    fill(model, places)
+    fill(model, places, in_blocks)
     return dispatch_model(model, places, 0) if len({*places.values()}) > 1 else model
 
 
-def measure(case: dict[str, Any], model: nn.Module) -> None:
-    """A case's memory from an empty allocator, then its times, in turn with those of its narrow twin."""
-    kind, load = case.get("quantization"), load_of(case)
-    case["twin"], case["single"], narrow = [], [], None
+def measure(case: dict[str, Any], write: Callable[[dict[str, Any]], None]) -> str:
+    """A case's twin, its memory from an empty allocator, then its times in turn with its twin's; a line about them."""
+    kind, load = case.get("quantization"), Workload(*case["load"])
+    model, narrow = empty(case), None
     with suppress(ValueError):
         narrow = twin_of(model, kind is not None)
-    model = copy.deepcopy(model)  # the empty one serves the type's next case
+    alone = {"type": case["type"], "quantization": kind}
+    loads = {"twin": LOAD, "single": SINGLE} if load.prompt == 1 else {"twin": LOAD}
+    if narrow is not None:
+        twin = put(alone, copy.deepcopy(narrow))
+        rows = {name: repeated(twin, few, EACH / 2 if name == "twin" else EACH / 4) for name, few in loads.items()}
+        write(rows)
+        del twin
     settle(0)
-    case["before"] = torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
+    before = torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
     torch.cuda.reset_peak_memory_stats()
     model = put(case, model)
-    case["filled"] = torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
-    start = time.perf_counter()
-    work(model, load, "cuda", lambda step: None)
-    torch.cuda.synchronize()
-    case["took"] = time.perf_counter() - start
-    case["peak"] = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
+    first = timed(model, load, DEVICE)
+    peak = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
+    write({"before": before, "peak": peak, "first": first})
     few = replace(load, new=min(load.new, TOKENS))
-    twin = None if narrow is None else put({"type": case["type"], "quantization": kind}, narrow)
-    case["steps"], case["cores"] = [], []
-    for i in range(1 + ROUNDS):
-        case["cores"].append(take_fastest_core())
-        steps, twins, singles = [timed(model, few, "cuda")], [], []
-        if twin is not None:
-            timed(twin, LOAD, "cuda")  # what runs first on a core is slower
-            twins = [timed(twin, LOAD, "cuda") for _ in range(2)]
-            singles = [timed(twin, SINGLE, "cuda") for _ in range(3)] if load.prompt == 1 else []
-        start = time.perf_counter()
-        while len(steps) < MOST and time.perf_counter() - start < EACH:
-            steps.append(timed(model, few, "cuda"))
-        if i:  # the first ones choose kernels
-            case["steps"] += steps
-            case["twin"] += twins
-            case["single"] += singles
-
-
-def take_fastest_core() -> int:
-    """Run on the core that is fastest now: others on the same host make a core slow for seconds."""
-    number = torch.ones(1)
-    paces = {}
-    for core in CORES:
-        os.sched_setaffinity(0, {core})
-        paces[core] = min(_pace(number) for _ in range(3))
-    found = min(paces, key=paces.__getitem__)
-    os.sched_setaffinity(0, {found})
-    return found
-
-
-def _pace(number: torch.Tensor) -> float:
+    steps: list[Any] = []
+    beside: dict[str, list[Any]] = {name: [] for name in loads}
+    twin = None if narrow is None else put(alone, narrow)
     start = time.perf_counter()
-    for _ in range(300):
-        number.add_(1)
-    return time.perf_counter() - start
+    while len(steps) < 1 + LEAST or (len(steps) < 1 + MOST and time.perf_counter() - start < EACH):
+        for streamer in streamers_in(model):
+            streamer.let_go()  # each prompt finds what rests in RAM there, as the dry run's
+        steps.append(timed(model, few, DEVICE))
+        for name in loads if twin is not None else ():
+            beside[name].append(timed(twin, loads[name], DEVICE))
+    beside = {name: runs[1:] for name, runs in beside.items()}
+    write({"steps": steps[1:], "beside": beside})  # the first one chooses kernels
+    return f"{peak[0] / 1e9:.2f} GB allocated, model {shown(steps[1:])}; twin {shown(beside['twin'])}"
 
 
-def profile(model: nn.Module, load: Workload) -> dict[str, Any]:
-    """Kernel -> (calls, microseconds) of one run, the longest ones."""
-    from torch.profiler import ProfilerActivity
-    from torch.profiler import profile as profiled
-
-    with profiled(activities=[ProfilerActivity.CUDA]) as seen:
-        work(model, load, "cuda", lambda step: None)
-        torch.cuda.synchronize()
-    rows = sorted(seen.key_averages(), key=lambda row: -row.self_device_time_total)
-    return {row.key[:120]: (row.count, row.self_device_time_total) for row in rows[:40]}
+def repeated(model: nn.Module, load: Workload, seconds: float) -> list[Any]:
+    """Steps of a model's runs, at least `LEAST`, after two that do not count."""
+    start, runs = time.perf_counter(), []
+    while len(runs) < 2 + LEAST or (len(runs) < 2 + MOST and time.perf_counter() - start < seconds):
+        runs.append(timed(model, load, DEVICE))
+    return runs[2:]
 
 
-def measure_all(source: Path, path: Path, part: tuple[int, int], seconds: float, profiles: bool) -> None:
-    """Measure this process's share of the cases; writes after each."""
+def in_a_process(task: Callable[[], None], seconds: float) -> str:
+    """Do something in a copy of this process, which must not have used the GPU; says what ended it, or nothing."""
+    if not (child := os.fork()):
+        code = 1
+        try:
+            task()
+            code = 0
+        finally:
+            os._exit(code)
+    end = time.perf_counter() + seconds
+    while not (found := os.waitpid(child, os.WNOHANG))[0]:
+        if time.perf_counter() > end:
+            os.kill(child, 9)
+            os.waitpid(child, 0)
+            return f"it took longer than {seconds:.0f} s"
+        time.sleep(0.01)
+    return "" if found[1] == 0 else f"its process ended with {os.waitstatus_to_exitcode(found[1])}"
+
+
+def lines_of(path: Path) -> list[dict[str, Any]]:
+    """What was written about the cases so far, in order."""
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def measure_all(source: Path, path: Path, part: tuple[int, int], seconds: float) -> None:
+    """Measure this process's share of the cases; writes after each stage."""
     start = time.perf_counter()
-    drawn = json.loads(source.read_text())
-    results: dict[str, Any] = {name: drawn[name] for name in ("commit", "transformers") if name in drawn}
-    results |= {"cases": json.loads(path.read_text())["cases"] if path.exists() else [], "late": []}
-    done = {key_of(case) for case in results["cases"]}
 
-    def write(line: str) -> None:
-        path.write_text(json.dumps(results) + "\n")
+    def write(about: dict[str, Any]) -> None:
+        with path.open("a") as file:
+            file.write(json.dumps(about) + "\n")
+
+    def say(line: str) -> None:
         print(f"{time.perf_counter() - start:5.0f} s  {line}", flush=True)
 
-    results["machine"] = {
-        "gpu": torch.cuda.get_device_name(0),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "cudnn": torch.backends.cudnn.version(),
-    }
-    torch.ones(1, device="cuda")
-    CORES[:] = sorted(os.sched_getaffinity(0))
-    write(f"{len(CORES)} cores")
-    made: tuple[str, Any] = ("", None)
-    kinds = list(dict.fromkeys(case["type"] for case in drawn["cases"]))[part[0] :: part[1]]
-    for case in drawn["cases"]:
-        if case["type"] not in kinds or key_of(case) in done:
+    def one(case: dict[str, Any]) -> None:
+        warnings.simplefilter("ignore")
+        key = key_of(case)
+        try:
+            line = measure(case, lambda about: write({"case": key, **about}))
+        except Exception as error:
+            line = f"{type(error).__name__}: {error}"[:600]
+            write({"case": key, "error": line})
+        say(f"{key}  {line}")
+
+    def machine() -> None:
+        cores, name = len(os.sched_getaffinity(0)), torch.cuda.get_device_name(0)
+        write({"machine": {"gpu": name, "cores": cores, **versions(), "cudnn": torch.backends.cudnn.version()}})
+        say(f"{name}, {cores} cores")
+
+    in_a_process(machine, 60)
+    done = {about.get("case") for about in lines_of(path) if "steps" in about or "error" in about}
+    for case in json.loads(source.read_text())["cases"][part[0] :: part[1]]:
+        if key_of(case) in done:
             continue
         if time.perf_counter() - start > seconds:
-            results["late"].append(key_of(case))
-            continue
-        try:
-            if made[0] != case["type"]:
-                made = (case["type"], empty(case))
-            model = made[1]
-            measure(case, model)
-            if profiles:
-                case["kernels"] = profile(put(case, copy.deepcopy(model)), load_of(case))
-            line = f"{case['peak'][0] / 1e9:.2f} GB allocated, model {shown(case['steps'])}; twin {shown(case['twin'])}"
-        except Exception as error:
-            case["error"] = line = f"{type(error).__name__}: {error}"[:600]
-        results["cases"].append(case)
-        write(f"{key_of(case)}  {line}")
-        settle(0)  # raises if a kernel has failed
-    write("done")
+            say(f"{key_of(case)}  late")
+        elif problem := in_a_process(lambda: one(case), 40):  # noqa: B023
+            write({"case": key_of(case), "error": problem})
+            say(f"{key_of(case)}  {problem}")
+    say("done")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # On any machine
+
+
+def versions() -> dict[str, str]:
+    """Of what a dry run follows: it does what this PyTorch does, which another one may do otherwise."""
+    return {"torch": torch.__version__.partition("+")[0], "transformers": transformers.__version__}
 
 
 def issued_of(run: DryRun) -> list[int]:
@@ -377,56 +355,72 @@ def rehearsed(case: dict[str, Any]) -> tuple[DryRun, list[int], list[int]]:
     """A case's dry run, without a twin, and the host's steps in its twin's work and in that of a single token."""
     warnings.simplefilter("ignore")
     calibration = Calibration.from_json(json.loads(RATES.read_text())["calibration"])
-    kind, load = case.get("quantization"), load_of(case)
+    kind, load = case.get("quantization"), Workload(*case["load"])
     hardware = Hardware("one H200", (GPUS["H200"],), 0, 0)
     run = dry_run(lambda: empty(case), places_of(case, empty(case)), load.batch, load.prompt, load.new, hardware,
-                  calibration=calibration, quantization=kind, dtype="bfloat16" if kind else None,
-                  all_logits=load.all_logits, generate=load.generate)  # fmt: skip
+                  calibration=calibration, quantization=kind, dtype="bfloat16" if kind else None)  # fmt: skip
     twins: list[list[int]] = [[], []]
     with suppress(ValueError):  # some have none
-        twins = [issued_in(empty(case), work, kind) for work in ((LOAD, SINGLE) if load.prompt == 1 else (LOAD,))]
+        twins = [issued_in(empty(case), few, kind) for few in ((LOAD, SINGLE) if load.prompt == 1 else (LOAD,))]
     return run, twins[0], twins[-1]
 
 
-def twin_from(case: dict[str, Any], issued: list[int], single: list[int]) -> Twin:
+def foretell_all(source: Path, folder: Path, part: tuple[int, int]) -> None:
+    """Make the dry runs of this process's share of the cases, a file for each; those that are there stay."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for case in json.loads(source.read_text())["cases"][part[0] :: part[1]]:
+        path, start = folder / f"{key_of(case).replace('/', '_').replace(' ', '_')}.gz", time.perf_counter()
+        if path.exists():
+            continue
+        said: Any
+        try:
+            said = rehearsed(case)
+            line = f"{said[0].seconds}, {said[0].peak_allocated[0] / 1e9:.2f} GB"
+        except Exception as error:
+            said = line = f"{type(error).__name__}: {error}"[:600]
+        with gzip.open(path, "wb") as file:
+            pickle.dump((versions(), said), file)
+        print(f"{key_of(case)}  {line}  ({time.perf_counter() - start:.1f} s)", flush=True)
+
+
+def twin_from(case: dict[str, Any], rows: dict[str, Any], issued: list[int], single: list[int]) -> Twin | None:
     """The ledger's entry of a twin that was timed."""
+    if not rows.get("twin") or not issued:
+        return None
 
-    def step(rows: list[list[float]], count: int) -> HostStep:
-        return HostStep(*(best([row[part] for row in rows]) for part in (0, 1)), count)
+    def step(runs: list[list[float]], count: int) -> HostStep:
+        return HostStep(*(statistics.median(row[part] for row in runs) for part in (0, 1)), count)
 
-    tokens = [row for run in case["twin"] for row in run[1:]]
+    tokens = [row for run in rows["twin"] for row in run[1:]]
     return Twin(
         case["type"],
         case.get("quantization"),
-        step([run[0] for run in case["twin"]], issued[0]),
+        step([run[0] for run in rows["twin"]], issued[0]),
         step(tokens, issued[-1]) if tokens else None,
-        step([run[0] for run in case["single"]], single[0]) if case["single"] else None,
+        step([run[0] for run in rows["single"]], single[0]) if rows.get("single") else None,
     )
 
 
-def predicted(case: dict[str, Any]) -> dict[str, Any]:
-    """What a dry run says of a case, with the twin and without it."""
-    start = time.perf_counter()
-    guess, issued, single = rehearsed(case)
-    twin = twin_from(case, issued, single) if case["twin"] else None
-    run = replace(guess, twin=twin)
+def predicted(case: dict[str, Any], folder: Path, machine: dict[str, str]) -> dict[str, Any]:
+    """What a dry run said of a case, with the twin of the first stage, with the twin beside it, and without any."""
+    with gzip.open(folder / f"{key_of(case).replace('/', '_').replace(' ', '_')}.gz") as file:
+        by, said = pickle.load(file)
+    if by != machine:
+        raise SystemExit(f"{key_of(case)} was foretold with {by} and measured with {machine}: foretell it with these")
+    if isinstance(said, str):
+        return {"error": said}
+    guess, issued, single = said
+    twin, beside = (twin_from(case, rows, issued, single) for rows in (case, case.get("beside", {})))
+    runs = [replace(guess, twin=found) for found in (twin, beside)]
     return {
         "twin": asdict(twin) if twin else None,
         "guessed": [guess.seconds["prefill"], guess.seconds.get("token")],
-        "peak": [run.peak_allocated[0], run.peak_reserved[0]],
-        "issued": issued_of(run)[:2],
-        "seconds": [step.seconds for step in run.times],
-        "busy": [dict(step.busy) for step in run.times[:2]],
-        "took": time.perf_counter() - start,
+        "peak": [guess.peak_allocated[0], guess.peak_reserved[0]],
+        "issued": issued_of(guess)[:2],
+        "seconds": [step.seconds for step in runs[0].times],
+        "beside": [step.seconds for step in runs[1].times],
+        "busy": [dict(step.busy) for step in runs[0].times[:2]],
     }
-
-
-def attempt(case: dict[str, Any]) -> dict[str, Any]:
-    """`predicted`, or why there is none."""
-    try:
-        return predicted(case)
-    except Exception as error:
-        return {"error": f"{type(error).__name__}: {error}"[:600]}
 
 
 def shown(runs: list[Any]) -> str:
@@ -434,42 +428,35 @@ def shown(runs: list[Any]) -> str:
     if not runs:
         return "-"
     tokens = [step[0] for run in runs for step in run[1:]]
-    text = f"{1000 * best([run[0][0] for run in runs]):.1f}"
-    return f"{text} + {1000 * best(tokens):.1f} ({1000 * statistics.median(tokens):.1f}) ms" if tokens else f"{text} ms"
+    text = f"{1000 * statistics.median(run[0][0] for run in runs):.1f}"
+    return f"{text} + {1000 * statistics.median(tokens):.1f} ms" if tokens else f"{text} ms"
 
 
-def predict_all(paths: list[Path], save: Path | None, processes: int) -> None:
-    """Predict every case that was measured, and print both."""
-    everything = []
-    with ProcessPoolExecutor(processes) as pool:
-        for path in paths:
-            results = json.loads(path.read_text())
-            cases = [case for case in results["cases"] if "error" not in case]
-            for case in results["cases"]:
-                if "error" in case:
-                    print(f"{key_of(case):44} not measured: {case['error'][:120]}")
-            for case, said in zip(cases, pool.map(attempt, cases)):
-                case["predicted"] = said
-                print(row_of(case), flush=True)
-            everything.append(results)
-    cases = [case for results in everything for case in results["cases"]]
-    for which in dict.fromkeys(case.get("draw", "") for case in cases):
-        print(which and f"({which})", summary([case for case in cases if case.get("draw", "") == which]))
+def compare_all(source: Path, folder: Path, paths: list[Path], save: Path | None) -> None:
+    """Compare what was foretold with every case that was measured, and print both."""
+    drawn, lines = json.loads(source.read_text()), [line for path in paths for line in lines_of(path)]
+    machine = next(line["machine"] for line in lines if "machine" in line)
+    cases = {key_of(case): case for case in drawn["cases"]}
+    for line in lines:
+        if "case" in line and "error" not in cases[line["case"]]:
+            cases[line["case"]].update({name: value for name, value in line.items() if name != "case"})
+    late = [key for key, case in cases.items() if "steps" not in case and "error" not in case]
+    for key, case in cases.items():
+        if key in late:
+            continue
+        case["predicted"] = predicted(case, folder, {name: machine[name] for name in versions()})
+        print(f"{key:44} not measured: {case['error'][:120]}" if "error" in case else row_of(case), flush=True)
+    rows = [case for key, case in cases.items() if key not in late]
+    print(summary(rows), f"\nnot reached: {', '.join(late) or 'none'}")
     if save:
-        about = {name: everything[0][name] for name in ("commit", "machine")}
-        late = sum((results["late"] for results in everything), [])
-        save.write_text(json.dumps({**about, "late": late, "rows": [kept(case) for case in cases]}, indent=1) + "\n")
-
-
-def best(seconds: list[float]) -> float:
-    """The fastest tenth: the host of a rented GPU has a slow and a fast pace, and changes it within seconds."""
-    return sorted(seconds)[len(seconds) // 10]
+        about = {"commit": drawn["commit"], "machine": machine, "late": late}
+        save.write_text(json.dumps({**about, "rows": [kept(case) for case in rows]}, indent=1) + "\n")
 
 
 def measured_times(case: dict[str, Any]) -> tuple[float, float | None]:
-    """Seconds of the prompt, and of a token."""
+    """Seconds of the prompt, and of a token: medians."""
     tokens = [step[0] for run in case["steps"] for step in run[1:]]
-    return best([run[0][0] for run in case["steps"]]), best(tokens) if tokens else None
+    return statistics.median(run[0][0] for run in case["steps"]), statistics.median(tokens) if tokens else None
 
 
 def compared(case: dict[str, Any]) -> dict[str, tuple[float, float]]:
@@ -492,16 +479,18 @@ def errors_of(case: dict[str, Any]) -> dict[str, float]:
 
 def kept(case: dict[str, Any]) -> dict[str, Any]:
     """What is kept of a case: the figures that are compared, with the twin's, or why there are none."""
-    about = {"case": key_of(case), "blocks": case["blocks"], **{k: case[k] for k in ("draw",) if k in case}}
-    said = case.get("predicted", {})
+    about = {"case": key_of(case), "blocks": case["blocks"]}
+    said = case["predicted"]
     if problem := case.get("error") or said.get("error"):
         return about | {"error": problem}
-    longest = [max(busy, key=busy.get) for busy in said["busy"]]
     return about | {
         "compared": compared(case),
-        "twin": said.get("twin"),
-        "longest": longest,
+        "twin": said["twin"],
+        "longest": [max(busy, key=busy.get) for busy in said["busy"]],
         "without twin": said["guessed"],
+        "with the twin beside it": said["beside"][:2],
+        "first": [step[0] for step in case["first"][:2]],
+        "runs": len(case["steps"]),
     }
 
 
@@ -513,8 +502,9 @@ def row_of(case: dict[str, Any]) -> str:
     errors, times = errors_of(case), measured_times(case)
     text = "  ".join(f"{name} {100 * error:+7.2f} %" for name, error in errors.items())
     shown = ", ".join(f"{1000 * seconds:.1f}" for seconds in times if seconds)
-    busy = {lane: f"{1000 * value:.1f}" for lane, value in said["busy"][-1].items()}
-    return f"{key_of(case):44} {text}   ({shown} ms; {busy}; {said['took']:.1f} s)"
+    busy = [{lane: f"{1000 * value:.1f}" for lane, value in step.items()} for step in said["busy"]]
+    beside = 100 * (said["beside"][0] / times[0] - 1)
+    return f"{key_of(case):44} {text}   ({shown} ms; {busy}; beside {beside:+.1f} %; first {case['first'][0][0]:.2f} s)"
 
 
 def summary(cases: list[dict[str, Any]]) -> str:
@@ -536,23 +526,26 @@ def main() -> None:
     """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--draw", type=Path, metavar="CASES.json")
-    parser.add_argument("--known", action="store_true", help="add runs that are no news")
-    parser.add_argument("--measure", type=Path, nargs=2, metavar=("CASES.json", "RESULTS.json"))
-    parser.add_argument("--predict", type=Path, metavar="RESULTS.json", nargs="+", default=[KEPT])
+    parser.add_argument("--foretell", type=Path, nargs=2, metavar=("CASES.json", "FOLDER"))
+    parser.add_argument("--measure", type=Path, nargs=2, metavar=("CASES.json", "RESULTS.jsonl"))
+    parser.add_argument("--compare", type=Path, nargs="+", metavar="FILE", help="CASES.json FOLDER RESULTS.jsonl ...")
     parser.add_argument("--save", type=Path, metavar="FILE", help="keep the comparison")
-    parser.add_argument("--part", default="0/1", help="this process's share: 0/2 is the first half of the types")
+    parser.add_argument("--part", default="0/1", help="this process's share: 0/2 is every second case")
     parser.add_argument("--seconds", type=float, default=300, help="start no case after this time")
-    parser.add_argument("--profile", action="store_true", help="note the kernels of each case")
-    parser.add_argument("--processes", type=int, default=1)
     options = parser.parse_args()
+    mine, of = map(int, options.part.split("/"))
     if options.draw:
         seed = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
-        draw(options.draw, seed, options.known)
+        draw(options.draw, seed)
+    elif options.foretell:
+        foretell_all(*options.foretell, (mine, of))
     elif options.measure:
-        mine, of = map(int, options.part.split("/"))
-        measure_all(*options.measure, (mine, of), options.seconds, options.profile)
+        measure_all(*options.measure, (mine, of), options.seconds)
+    elif options.compare:
+        source, folder, *paths = options.compare
+        compare_all(source, folder, paths, options.save)
     else:
-        predict_all(options.predict, options.save, options.processes)
+        parser.error("say what to do: --draw, --foretell, --measure or --compare")
 
 
 if __name__ == "__main__":

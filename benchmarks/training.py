@@ -109,7 +109,7 @@ def work(rank: int, args: argparse.Namespace) -> None:
     rows = []
     for way, checkpointing in WAYS.items():
         estimate = bigkit.estimate_memory(
-            empty, batch_size=batch, context=tokens, gpus=args.processes, checkpointing=checkpointing
+            empty, batch=batch, context=tokens, gpus=args.processes, checkpointing=checkpointing
         )
         stage = 0 if way == "data parallel" else 3
         row = next(row for row in estimate.training if row.method.startswith(STAGES[stage]))

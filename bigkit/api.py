@@ -47,15 +47,17 @@ def describe(model: Source, library_name: str | None = None, *, base: bool = Fal
 
     Raises:
         ValueError, OSError: see `zoo.describe`.
-        TypeError: it is none of these.
+        TypeError: it is none of these, or there is no such option.
 
     >>> describe("gpt2").parameters
     124439808
     """
-    if isinstance(model, ModelSpec):
-        return model
     if isinstance(model, (str, os.PathLike)):
         return zoo.describe(os.fspath(model), library_name, base=base, **options)
+    if unknown := sorted(options.keys() - {"trust_remote_code", "revision", "token"}):
+        raise TypeError(f"describe() got an unexpected keyword argument {unknown[0]!r}")
+    if isinstance(model, ModelSpec):
+        return model
     if hasattr(model, "named_modules"):
         from .meta.skeleton import spec_from_module
 

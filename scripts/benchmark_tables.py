@@ -236,11 +236,13 @@ def experts_in_ram() -> Iterable[Iterable[str]]:
                    text(brought, " GB"), text(size, " GB", 1))  # fmt: skip
 
 
-@table("experts that rest elsewhere", "brought for a token", "foretold", "a token", "foretold", "error")
+@table("experts that rest elsewhere", "brought for a token", "foretold", "a token", "foretold", "nine of ten", "error")
 def experts_foretold() -> Iterable[Iterable[str]]:
     for r in results("experts-foretold")["rows"]:
+        low, high = r["range_ms"]
         yield (r["case"], *(text(size / 1e6, " MB", 1) for size in r["bytes_per_token"]),
-               *(text(ms, " ms", 1) for ms in r["token_ms"]), f"{r['error_percent']:+.1f} %")  # fmt: skip
+               *(text(ms, " ms", 1) for ms in r["token_ms"]), f"{low:.0f} to {high:.0f} ms",
+               f"{r['error_percent']:+.1f} %")  # fmt: skip
 
 
 @table("experts in RAM, one sequence", "tokens a second", "brought for a token", "8 x 512 tokens")
@@ -383,15 +385,18 @@ def splitting() -> Iterable[Iterable[str]]:
                text(r["file_ratio"], "x"), text(r["start_s"], " s", 1))  # fmt: skip
 
 
-@table("groups of", "one process", "two processes", "two groups", "gain", "three groups", "in the blocks of each")
+@table("model, groups of", "steps by", "one process, both GPUs", "two processes, one group at a time", "in flight",
+       "gain", "three groups")  # fmt: skip
 def stages() -> Iterable[Iterable[str]]:
-    for load, (batch, prompt, *_) in results("stages-gpu")["machine"]["loads"].items():
-        r = results("stages-gpu")["rows"][0]
-        ways = [r["alone"], r["rates"], r["rates"], r["rates"]]
-        names = ["one at a time", "one at a time", "in flight", "three under way"]
-        rates = [text(way.get(f"{load}, {name}"), " tokens/s", 0) for way, name in zip(ways, names)]
-        work = " and ".join(text(ms, digits=1) for ms in r[f"work_ms, {load}"])
-        yield f"{batch} x {prompt} tokens", *rates[:3], text(r[f"gain, {load}"]), rates[3], f"{work} ms"
+    for r in results("stages-gpu")["rows"]:
+        for load, (batch, prompt, *_) in results("stages-gpu")["machine"]["loads"].items():
+            for how in ("Python", "graphs"):
+                if (key := f"{load}, {how}") in r["gain"]:
+                    alone, rates = (r[whose].get(f"{key}, one at a time") for whose in ("alone", "rates"))
+                    in_flight, three = (r["rates"].get(f"{key}, {way}") for way in ("in flight", "three under way"))
+                    said = [text(rate, " tokens/s", 0) for rate in (alone, rates, in_flight)]
+                    yield (f"{r['kind']}, {batch} x {prompt}", how, *said, text(r["gain"][key]),
+                           text(three, " tokens/s", 0))  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -503,6 +508,23 @@ def pipelines() -> Iterable[Iterable[str]]:
     for r in results("pipelines")["rows"]:
         sizes = (text(r[key] / 1e9, " GB") if r[key] else "" for key in ("peak", "predicted"))
         yield r["way"], text(r["seconds"], " s"), *sizes, "yes" if r["equal"] else "no"
+
+
+@table("the same over two GPUs", "an image", "peaks", "predicted", "the same image")
+def pipelines_two() -> Iterable[Iterable[str]]:
+    for r in results("pipelines-two")["rows"]:
+        pairs = (
+            " and ".join(text(r[key] / 1e9) for key in keys if key in r) + " GB"
+            for keys in (("peak", "second_peak"), ("predicted", "second_predicted"))
+        )
+        yield r["way"], text(r["seconds"], " s"), *pairs, "yes" if r["equal"] else "no"
+
+
+@table("training on two GPUs", "kept on each", "predicted", "peak", "predicted peak")
+def training() -> Iterable[Iterable[str]]:
+    for r in results("training")["rows"]:
+        keys = ("kept", "predicted_kept", "peak", "predicted_peak")
+        yield r["way"], *(text(r[key] / 1e9, " GB") for key in keys)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """Spread small random models over and over, in random ways, and watch for a wrong output or a leak.
 
-Each round is a case of `tests/fuzz`, played on the spread model and on a plain one at once. Memory, threads and open
+Each round is a case of `tests/fuzz`, played on the spread model and on a plain one at once: modules of all sorts
+(`cases.py`) and mixtures of experts (`mixtures.py`) in turn. Memory, threads and open
 files must not grow. One line a minute; the first fault ends the run with the seed that brings it back.
 
 A leak grows all the time. What is only started late grows once: CUDA makes pools of threads, and opens files, when they
@@ -30,8 +31,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from tests.fuzz.cases import check
+from tests.fuzz import cases, mixtures
 
+KINDS = {"modules": cases.check, "mixtures": mixtures.check}
 SAMPLED = 2  # seconds between two samples of what the process holds
 
 
@@ -93,13 +95,15 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=30)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--gpu", action="store_true")
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=[*KINDS])
     options = parser.parse_args()
+    checks = [KINDS[kind] for kind in options.kinds]
     begin = reported = sampled = time.monotonic()
     seed, samples = options.seed, [usage()]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         while (now := time.monotonic()) - begin < 60 * options.minutes:
-            check(seed, folder / str(seed), options.gpu)
+            checks[seed % len(checks)](seed, folder / str(seed), options.gpu)
             seed += 1
             if now - sampled > SAMPLED:
                 sampled = now

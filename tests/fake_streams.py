@@ -4,6 +4,7 @@ Operations are noted with the stream that was current, and run again afterwards 
 """
 
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -13,8 +14,11 @@ from tests import fake_cuda
 
 
 class Event:
-    def __init__(self):
+    def __init__(self, *args, **options):
         self.marks = 0
+
+    def record(self, stream):
+        stream.record_event(self)
 
 
 class Stream:
@@ -48,14 +52,21 @@ class World(TorchDispatchMode):
         runtime = fake_cuda.Runtime()
         for name, value in {
             "Stream": self.stream, "stream": self.using, "current_stream": lambda device=None: self.current,
-            "cudart": lambda: runtime, "synchronize": lambda device=None: None,
+            "Event": Event, "cudart": lambda: runtime, "synchronize": lambda device=None: None,
         }.items():  # fmt: skip
             monkeypatch.setattr(torch.cuda, name, value)
         monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, stream: None)
+        monkeypatch.setattr(torch, "tensor", partial(self.from_host, torch.tensor))
 
     def stream(self, device=None):
         self.streams.append(Stream(self))
         return self.streams[-1]
+
+    def from_host(self, make, *args, **options):
+        """What the host knows needs no stream."""
+        tensor = make(*args, **options)
+        self.inputs.add(tensor.untyped_storage()._cdata)
+        return tensor
 
     @contextmanager
     def using(self, stream):
@@ -76,7 +87,7 @@ class World(TorchDispatchMode):
     def run(self, choose):
         """Do all again on memory that holds nothing; `choose` picks from the streams that can go on."""
         for cdata, tensor in self.written.items():
-            if cdata not in self.inputs and tensor.untyped_storage().nbytes():
+            if cdata not in self.inputs and not tensor.is_meta and tensor.untyped_storage().nbytes():
                 torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage()).fill_(0x7F)
         while left := [stream for stream in self.streams if stream.done < len(stream.queue)]:
             able = [stream for stream in left if self._able(stream)]

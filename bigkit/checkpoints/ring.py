@@ -32,7 +32,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from ..machine.hardware import ram_limit
+from ..machine.ram import ram_limit
 from ..units import MiB
 from ._torch import detect_fake_mode
 
@@ -58,11 +58,15 @@ def read_fully(descriptor: int, view: memoryview, offset: int, path: Path) -> No
         path: the file's name, for the error.
 
     Raises:
-        OSError: the file is shorter than that.
+        OSError: the file is shorter than that, or the disk fails; it names the file.
     """
     done = 0
     while done < len(view):
-        count = os.preadv(descriptor, [view[done:]], offset + done)
+        try:
+            count = os.preadv(descriptor, [view[done:]], offset + done)
+        except OSError as error:
+            error.filename = str(path)
+            raise
         if not count:
             raise OSError(f"{path} is shorter than it was: nothing at byte {offset + done}")
         done += count

@@ -41,7 +41,8 @@ def map_in_flight(
 ) -> list[R]:
     """What a function makes of each batch, with as many batches under way as the model has stages.
 
-    Call it on every process, with the same batches.
+    Call it on every process, with the same batches. Within `bigkit.graph_decode` each process replays its decode steps:
+    what a token waits for is then the GPU, and not Python.
 
     Args:
         function: takes a batch and asks `model` about it, as `lambda ids: model.generate(ids, max_new_tokens=20)`. It
@@ -169,6 +170,11 @@ class _Turns:
         self.error: BaseException | None = None
         self.work: Callable[[], Any] | None = None
         self.worked: Any = None  # what came of it
+
+    @property
+    def slot(self) -> int:
+        """The number of the group of which this thread is."""
+        return int(self.own.slot)
 
     def begin(self, slot: int) -> None:
         self.own.slot = slot

@@ -77,9 +77,15 @@ class Line:
         self._expect(len(content))
 
     def take(self, device: torch.device) -> tuple[list[int], Tensor]:
-        """The numbers and the tensor of the next message."""
+        """The numbers and the tensor of the next message.
+
+        Raises:
+            RuntimeError: a message was lost before.
+        """
         while self.rooms:
             self._ask()
+        if not self.asked:
+            raise RuntimeError(f"process {self.peer} was lost in an earlier call: start all processes anew")
         work, first = self.asked.popleft()
         with together("pipeline"):
             work.wait()

@@ -30,10 +30,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from ._transformers import draw_one_by_one, pad_token
 from .line import Line
+from .taint import Taint
 
 _REFUSED = {  # options of `generate` that need logits, or what the model computes, on every process
     "num_beams": 1, "output_scores": False, "output_logits": False, "output_attentions": False,
@@ -48,10 +48,15 @@ def stage_of(model: nn.Module) -> Stage:
     Raises:
         ValueError: it has not.
     """
-    stage = getattr(getattr(model.forward, "func", None), "__self__", None)
-    if not isinstance(stage, Stage):
+    if (stage := stage_if_any(model)) is None:
         raise ValueError(f"this {type(model).__name__} is no pipeline: load it with bigkit.pipeline")
     return stage
+
+
+def stage_if_any(model: nn.Module) -> Stage | None:
+    """The same, or None."""
+    stage = getattr(getattr(model.forward, "func", None), "__self__", None)
+    return stage if isinstance(stage, Stage) else None
 
 
 @dataclass
@@ -68,7 +73,7 @@ class Call:
     number: int = 0
     digest: int = 0
     choosing: bool = False
-    taint: _Taint | None = None
+    taint: Taint | None = None
 
 
 class Stage:
@@ -88,7 +93,9 @@ class Stage:
         self.own = tuple(stages[rank])
         self.received = torch.empty(0)
         self.kind = 0  # what a block returns: 0 for a tensor, or the length of a tuple
-        self.sent = False
+        self.hidden: Tensor | None = None  # what the last own block gave in this forward
+        self.compute: Callable[..., tuple[Any, Tensor | None]] = self.local  # `graph_decode` puts a replay in its place
+        self.slot = 0  # of the group that computes
         self.device = torch.device("cpu")
         self.group = threading.local()  # `turns`, if this thread is that of one of several groups
         self.lines: dict[tuple[str, int], Line] = {}  # ("to" or "from", rank)
@@ -124,7 +131,8 @@ class Stage:
         dtype = next((tensor.dtype for tensor in model.parameters() if tensor.is_floating_point()), torch.float32)
         for end in self.ends:  # models ask it for its dtype and device
             end.weight = nn.Parameter(torch.empty(0, dtype=dtype, device=device), requires_grad=False)
-        model.forward = wraps(model.forward)(partial(self._forward, model.forward))
+        self.forward_of_model = model.forward
+        model.forward = wraps(model.forward)(partial(self._forward))
         if hasattr(model, "generate"):
             model.generate = wraps(model.generate)(partial(self._generate, model.generate))
         if hasattr(model, "choose"):
@@ -208,10 +216,11 @@ class Stage:
             line.flush()
 
     def _send_output(self, block: nn.Module, args: Any, output: Any) -> None:
-        """The last own block has worked: its hidden states go to the next process."""
-        hidden = output if isinstance(output, Tensor) else output[0]
-        self.kind, self.sent = 0 if isinstance(output, Tensor) else len(output), True
-        self._post(hidden, self.rank + 1)
+        """The last own block has worked: its hidden states go to the next process, at once if no graph holds them."""
+        self.hidden = output if isinstance(output, Tensor) else output[0]
+        self.kind = 0 if isinstance(output, Tensor) else len(output)
+        if self.compute == self.local:
+            self._post(self.hidden, self.rank + 1)
 
     def _to_all(self, tensor: Tensor | None, device: torch.device) -> Tensor:
         """What the last process has, on every process; another group may have its turn meanwhile."""
@@ -226,26 +235,35 @@ class Stage:
 
     # -- a forward
 
-    def _forward(self, forward: Callable[..., Any], *args: Any, **options: Any) -> Any:
+    def _forward(self, *args: Any, **options: Any) -> Any:
         if self.call.choosing:
-            return self._run(forward, *args, **options)
+            return self._run(*args, **options)
         with self._calling():
-            return self._share(self._run(forward, *args, **options))
+            return self._share(self._run(*args, **options))
 
-    def _run(self, forward: Callable[..., Any], *args: Any, **options: Any) -> Any:
+    def _run(self, *args: Any, **options: Any) -> Any:
         """The model's own forward, with what other processes have for it; a group's runs on the thread of all."""
         if self.rank:
-            self.received = self._take(self.rank - 1, self.device)
-        self.sent = False
+            options["received"] = self._take(self.rank - 1, self.device)
+        slot = 0 if self.turns is None else self.turns.slot
 
-        def work() -> Any:
+        def work() -> tuple[Any, Tensor | None]:
+            self.slot = slot
             with torch.no_grad(), nullcontext() if self.checked else self._checking():
-                return forward(*args, **options)
+                return self.compute(*args, **options)
 
-        output = work() if self.turns is None else self.turns.on_caller(work)
-        if self.rank < self.last and not self.sent:
-            raise RuntimeError(f"the blocks of {type(self.model).__name__} did not run in this forward")
+        output, hidden = work() if self.turns is None else self.turns.on_caller(work)
+        if self.rank < self.last:
+            if hidden is None:
+                raise RuntimeError(f"the blocks of {type(self.model).__name__} did not run in this forward")
+            if self.compute != self.local:
+                self._post(hidden, self.rank + 1)
         return output
+
+    def local(self, *args: Any, received: Tensor | None = None, **options: Any) -> tuple[Any, Tensor | None]:
+        """The model's own forward on this process alone, from hidden states to hidden states (None on the last one)."""
+        self.received, self.hidden = self.received if received is None else received, None
+        return self.forward_of_model(*args, **options), self.hidden
 
     def _share(self, output: Any) -> Any:
         """The logits of the last process in everyone's output."""
@@ -267,7 +285,7 @@ class Stage:
     @contextmanager
     def _checking(self) -> Iterator[None]:
         """In the first forward, see that own modules use nothing that another process would have to send as well."""
-        taint = self.call.taint = _Taint()
+        taint = self.call.taint = Taint()
         hooks = [
             self.model.get_submodule(name).register_forward_pre_hook(partial(taint.refuse, name), with_kwargs=True)
             for name in self.own
@@ -372,40 +390,6 @@ class _Agreed:
         done = self.user_criteria(torch.cat([input_ids, tokens[:, None]], dim=-1), None)
         self.over = done if self.over is None else done | self.over
         return torch.where(done, ~tokens, tokens)
-
-
-class _Taint(TorchDispatchMode):
-    """Follows what is computed from zeros that stand for the output of a module elsewhere."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.kept: dict[int, Any] = {}  # address -> storage, so that no other gets its address
-
-    def mark(self, tensor: Tensor) -> None:
-        storage = tensor.untyped_storage()
-        self.kept[storage.data_ptr()] = storage
-
-    def has(self, thing: Any) -> bool:
-        if isinstance(thing, (list, tuple)):
-            return any(map(self.has, thing))
-        return isinstance(thing, Tensor) and thing.untyped_storage().data_ptr() in self.kept
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        output = func(*args, **(kwargs or {}))
-        name = str(func).split(".")[1]  # "aten.zeros_like.default"
-        by_shape = name.endswith("_like") or name.startswith("new_")
-        if not by_shape and (self.has(args) or self.has(tuple((kwargs or {}).values()))):
-            for tensor in output if isinstance(output, (list, tuple)) else [output]:
-                if isinstance(tensor, Tensor):
-                    self.mark(tensor)
-        return output
-
-    def refuse(self, name: str, block: nn.Module, args: Any, options: dict[str, Any]) -> None:
-        """A block's inputs must come from this process, but for the hidden states."""
-        inputs = {**{f"input {i}": arg for i, arg in enumerate(args)}, **options}
-        if wrong := next((own for own, value in inputs.items() if self.has(value)), None):
-            hint = "this model needs more than hidden states from one block to the next, and cannot be cut here"
-            raise ValueError(f"{wrong} of {name} is computed from what rests on another process: {hint}")
 
 
 def _first(*args: Any, **options: Any) -> Tensor:

@@ -22,6 +22,7 @@ from torch.utils.flop_counter import flop_registry
 
 aten = torch.ops.aten
 without_modes = _disable_current_modes  # plain PyTorch within modes
+plain_calls = torch._C.DisableTorchFunction  # within it no TorchFunctionMode is asked, which takes a while
 
 ATTENTION = {  # the fused kernels of scaled_dot_product_attention, by the names that we give them
     "flash": aten._scaled_dot_product_flash_attention,

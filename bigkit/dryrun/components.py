@@ -97,7 +97,7 @@ def peak_beside_weights(model: nn.Module, work: Callable[[], Any]) -> int:
     """
     with fake_gpus(target_of(GPUS["H100-80GB"])) as log, torch.no_grad():
         log.kind = "weights"
-        fill(model.eval(), {"": 0})
+        fill(model.eval(), {"": 0}, log.parameter)
         log.kind = "activations"
         work()
     held = held_by_kind(log.trace.recordings[DEVICE].events, log.trace.kinds[DEVICE])

@@ -35,7 +35,7 @@ from ._bnb import native_calls
 from ._torch import QUESTIONS, FakeTensor, TorchDispatchMode, aten
 from .costs import dense_bytes, tensors_in
 from .fake_gpu import OperationLog
-from .workload import fill, torch_places
+from .workload import at_random, fill, torch_places
 
 PRODUCTS = ("cgemm_4bit", "cigemmlt")  # native functions that multiply: their first three whole numbers are the sizes
 VECTORS = 8  # rows below which a 4-bit product waits for memory alone
@@ -82,6 +82,7 @@ def fill_quantized(
     device_map: Mapping[str, Device],
     main: torch.device | str | int,
     quantization: BnbQuantizationConfig,
+    make: Callable[[Tensor, torch.device], nn.Parameter] = at_random,
 ) -> nn.Module:
     """`workload.fill` for a model with bitsandbytes' layers: each weight is quantized where it works, then put away.
 
@@ -92,6 +93,7 @@ def fill_quantized(
         device_map: module name -> where it rests.
         main: the device on which those work that rest in RAM.
         quantization: of the layers.
+        make: gives other parameters: see `fill`.
     """
     bnb: Any = packed.bitsandbytes()
     place, main = torch_places(device_map), torch_device(main)
@@ -110,7 +112,7 @@ def fill_quantized(
             weight = packed.put_together(weight, parts)
         weights.append((module, weight))
         module._parameters["weight"] = None
-    fill(model, device_map)
+    fill(model, device_map, make)
     for module, weight in weights:
         module._parameters["weight"] = weight  # type: ignore[assignment]
     return model

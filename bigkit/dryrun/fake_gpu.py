@@ -20,7 +20,7 @@ import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -41,6 +41,7 @@ from ._torch import (
     lent_gpus,
     packet_of,
     storage_key,
+    without_modes,
 )
 from .attention import AttentionChoice, Target
 from .costs import PRODUCTS, cost_of, dense_bytes, device_of, kernel_workspaces, tensors_in
@@ -213,6 +214,14 @@ class OperationLog(TorchDispatchMode):
                 trace.free(device, number)
 
         self.live[key] = device, number, weakref.ref(tensor.untyped_storage(), gone)
+
+    def parameter(self, empty: Tensor, device: torch.device) -> nn.Parameter:
+        """A fake parameter like an empty tensor, on a device; the dispatcher, which takes a while, is not asked."""
+        with without_modes():
+            made: Any = self.fakes.on(device, torch.empty(empty.shape, dtype=empty.dtype, device="meta"))
+            self.see(made)
+        made._is_param = True  # as of one that nn.Parameter makes
+        return cast(nn.Parameter, made)
 
     def overlook(self, tensor: Tensor) -> None:
         """Count the storage of a tensor not as memory of a GPU: it is RAM that the GPU reads."""

@@ -37,7 +37,7 @@ from ..offload.transfer import PlainLane, Slot
 from ..offload.weights import Unit
 from ..quantize.load import BnbQuantizationConfig
 from ..units import KiB, MiB
-from ._torch import DATA_DEPENDENT
+from ._torch import DATA_DEPENDENT, plain_calls
 from ._transformers import as_with_data
 from .attention import Target
 from .fake_gpu import OperationLog, Trace, fake_gpus
@@ -99,19 +99,21 @@ def rehearse(
     _check_experts(model, routing)
     with fake_gpus(target, map(target_of, GPUS.values())) as log, as_with_data(), ExitStack() as stack:
         log.kind = "weights"
-        if quantization is None:
-            fill(model.eval(), in_ram)
-        else:
+        if quantization is not None:
             from .fake_bnb import fake_bitsandbytes, fill_quantized
 
             stack.enter_context(fake_bitsandbytes(log))
-            fill_quantized(model.eval(), in_ram, main, quantization)
-        if set(places.values()) != {main} or expert_cache:  # which has no use, and is refused, if all is there
-            dispatch_model(
-                model, in_ram, None if known else main, slots=slots, resident_memory=resident_memory,
-                expert_cache=expert_cache,
-            )  # fmt: skip
-            _replace_lanes(model, log, places, routing)
+        with plain_calls():
+            if quantization is None:
+                fill(model.eval(), in_ram, log.parameter)
+            else:
+                fill_quantized(model.eval(), in_ram, main, quantization, log.parameter)
+            if set(places.values()) != {main} or expert_cache:  # which has no use, and is refused, if all is there
+                dispatch_model(
+                    model, in_ram, None if known else main, slots=slots, resident_memory=resident_memory,
+                    expert_cache=expert_cache,
+                )  # fmt: skip
+                _replace_lanes(model, log, places, routing)
         log.trace.mark("fill")
         log.kind = "activations"
         if replay:

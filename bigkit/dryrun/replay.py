@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from ..machine.roofline import Operation
 from ..offload.hooks import AlignDevicesHook
-from ._torch import fake_device, storage_key, without_modes
+from ._torch import fake_device, plain_calls, storage_key, without_modes
 from .fake_gpu import OperationLog
 
 KEPT = "<as it was>"  # what a cache still holds
@@ -129,7 +129,7 @@ class Replayer:
             return forward()
         self.device = device
         try:
-            with self.log.silent():  # asking a fake tensor for its device is an operation
+            with self.log.silent(), plain_calls():  # asking a fake tensor for its device is an operation
                 seen = Seen(device)
                 arguments = described((args, kwargs), seen.about)
                 layer = seen.layer(block)
@@ -144,13 +144,14 @@ class Replayer:
         self.names = [*seen.devices]
         if record is not None and sure and not last:
             return self.replay(record, layer)
-        begins, freeable = [len(lines) for lines in self._lines()], self._requests_of(layer)
-        before, others = self._held(layer), self._events_elsewhere()
+        with plain_calls():
+            begins, freeable = [len(lines) for lines in self._lines()], self._requests_of(layer)
+            before, others = self._held(layer), self._events_elsewhere()
         result = forward()
         try:
             if self._warm() != warm or self._events_elsewhere() != others:
                 raise Incomparable
-            with self.log.silent():
+            with self.log.silent(), plain_calls():
                 new = self.record(begins, freeable, result, layer, before)
         except Incomparable:
             new = None
@@ -268,7 +269,7 @@ class Replayer:
         kinds.extend(record.kinds)
         operations.extend(self._named(record.operations))
         self.trace.unissued = record.unissued
-        with without_modes():
+        with without_modes(), plain_calls():
             result, cache = self._restored(record.left, first, {})
         for name, value in cache.items():
             if value is not KEPT:

@@ -27,7 +27,6 @@ from ..model.estimate import whole_number
 from ..offload.graphs import graph_decode
 from ..offload.inputs import torch_device
 from ..units import counted
-from ._torch import FakeTensor
 from .inputs import NotMade, inputs_of, main_input, vocabulary
 
 CACHES = ("past_key_values", "cache_params", "mems", "state")  # fields of an output that hold what was seen
@@ -105,14 +104,23 @@ def torch_places(device_map: Mapping[str, Device]) -> Callable[[str], torch.devi
     return place
 
 
+def at_random(empty: Tensor, device: torch.device, std: float = 0.02) -> nn.Parameter:
+    """A parameter like an empty tensor, with random values of a standard deviation; whole numbers are 0."""
+    data = torch.empty(empty.shape, dtype=empty.dtype, device=device)
+    data.normal_(0, std) if data.is_floating_point() and data.element_size() > 1 else data.zero_()
+    return nn.Parameter(data, requires_grad=False)
+
+
 @torch.no_grad()
-def fill(model: nn.Module, device_map: Mapping[str, Device], std: float = 0.02) -> nn.Module:
+def fill(
+    model: nn.Module, device_map: Mapping[str, Device], make: Callable[[Tensor, torch.device], nn.Parameter] = at_random
+) -> nn.Module:
     """Give every tensor memory on its device: parameters random values, buffers their own.
 
     Args:
         model: empty (on the meta device), buffers real; it is changed. Tied parameters stay tied.
         device_map: module name -> device.
-        std: the standard deviation of the random values.
+        make: gives a parameter for an empty tensor, on a device.
 
     >>> from bigkit import zoo
     >>> fill(zoo.empty_model("pygpt"), {"": "cpu"}).lm_head.weight.device
@@ -127,10 +135,7 @@ def fill(model: nn.Module, device_map: Mapping[str, Device], std: float = 0.02) 
             if parameter is None:
                 continue
             if id(parameter) not in filled:
-                data = torch.empty(parameter.shape, dtype=parameter.dtype, device=place(prefix + name))
-                if not isinstance(data, FakeTensor):  # those have no values
-                    data.normal_(0, std) if data.is_floating_point() and data.element_size() > 1 else data.zero_()
-                filled[id(parameter)] = nn.Parameter(data, requires_grad=False)
+                filled[id(parameter)] = make(parameter, place(prefix + name))
             module._parameters[name] = filled[id(parameter)]
         for name, buffer in module._buffers.items():
             if buffer is None:

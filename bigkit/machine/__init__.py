@@ -29,6 +29,7 @@ And how much memory does PyTorch reserve for what a program asks for? More: its 
 Read in this order:
 
     hardware    GPUs and machines as their makers describe them
+    ram         how much RAM this process may use, and what is left of it
     ledger      what was measured on a machine (`Calibration`), and the file that keeps it
     roofline    one operation -> seconds; the operations of a run -> seconds for each step
     ranges      how far a predicted figure may be off, and what it rests on

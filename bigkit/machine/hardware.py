@@ -22,11 +22,11 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 from ..devices import Device
 from ..units import GB, TB, GiB, MiB, format_bytes, listed, parse_bytes
+from .ram import ram_free
 
 FRAGMENTATION = 0.02  # share of a GPU that its allocator reserves but cannot use: found by dry runs of offloaded plans
 CONTEXT_BYTES = 527 * MiB  # what a CUDA context takes before the first tensor: measured on an H200 with torch 2.11
@@ -110,9 +110,7 @@ class Hardware:
             for gpu in gpus
         ]
         name = f"{len(names)} x {names[0]}" if names and len({*names}) == 1 else ", ".join(names) or "no GPU"
-        import psutil
-
-        ram = min(ram_limit(), psutil.virtual_memory().available) // MiB * MiB
+        ram = ram_free() // MiB * MiB
         disk = shutil.disk_usage(folder).free // MiB * MiB
         return Hardware(f"this machine: {name}", gpus, ram, disk, unified=is_unified())
 
@@ -434,16 +432,3 @@ def is_unified() -> bool:
         return torch.backends.mps.is_available()
     count = torch.cuda.device_count()
     return any(getattr(torch.cuda.get_device_properties(i), "is_integrated", False) for i in range(count))
-
-
-def ram_limit() -> int:
-    """Bytes of RAM that this process may use: the machine's, or the limit of its control group if that is less."""
-    import psutil
-
-    limits = [int(psutil.virtual_memory().total)]
-    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
-        try:
-            limits.append(int(Path(path).read_text()))
-        except (OSError, ValueError):  # no such group, or "max"
-            continue
-    return min(limits)

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 from ..devices import Device, prefixes, read_device
 from ..machine.hardware import is_unified
+from ..machine.ram import ram_free
 from ..meta.skeleton import spec_from_module, tied_groups
 from ..model.spec import Precision, tensor_bytes
 from ..units import dtype_name
@@ -120,10 +121,9 @@ def get_max_memory(max_memory: Mapping[Device, int | str] | None = None) -> dict
     if max_memory is not None:
         budgets, given = read_budgets(max_memory), {read_device(device) for device in max_memory}
         return {device: budget for device, budget in budgets.items() if device in given and budget is not None}
-    import psutil
     import torch
 
-    available = psutil.virtual_memory().available
+    available = ram_free()
     gpus: list[Device] = [*range(torch.cuda.device_count())]
     if is_unified():  # shared with the CPU, so not counted twice
         return dict.fromkeys(gpus[:1] or ["mps"], available)

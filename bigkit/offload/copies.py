@@ -21,7 +21,7 @@ from .codec import on_device
 from .grouping import Layout, own_tensors
 from .handle import Away
 from .hooks import ModelHook, add_hook_to_module, this_thread
-from .sites import tensors_of
+from .sites import put, tensors_of
 from .weights import Place
 
 _lock = threading.RLock()  # while a module is given a copy, or its tensor back
@@ -78,14 +78,10 @@ class _Lent:
     def __getstate__(self) -> dict[str, Any]:
         return {"place": self.place, "copies": self.copies, "users": set(), "tensor": None, "copy": None, "version": 0}
 
-    @property
-    def tensors(self) -> dict[str, Any]:
-        return tensors_of(self.place)
-
     def lend(self, user: int) -> None:
         with _lock:
             self.users.add(user)
-            tensors, own = self.tensors, self.place[1]
+            tensors, own = tensors_of(self.place), self.place[1]
             tensor = tensors.get(own)
             if tensor is None or tensor is self.copy or isinstance(tensor, Away) or tensor.device == self.copies.device:
                 return
@@ -103,9 +99,8 @@ class _Lent:
                 with torch.no_grad():
                     tensor.copy_(copy)
                 self.copies.note(tensor, copy)
-            tensors, own = self.tensors, self.place[1]
-            if tensors.get(own) is copy:
-                tensors[own] = tensor
+            if tensors_of(self.place).get(self.place[1]) is copy:
+                put([self.place], tensor)
             self.copy = self.tensor = None
 
 

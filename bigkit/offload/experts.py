@@ -26,7 +26,8 @@ Leaves out: what is chosen (`choice.py`), and the gather of the GPU itself (`gat
 from __future__ import annotations
 
 import mmap
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -40,7 +41,7 @@ from .events import Event
 from .hooks import AlignDevicesHook, hooks_in
 from .on_device import DeviceRows
 from .pieces import Pieces
-from .rows import ExpertCache, Rows, count_rows, rows_of
+from .rows import ExpertCache, Rows, bytes_of_one, count_rows, rows_of
 from .stream import Streamer, Views
 from .transfer import PlainLane, Slot
 from .weights import Part, Unit
@@ -74,26 +75,20 @@ class ExpertStreamer(Streamer):
         super().__init__(device, units, PlainLane(device) if on_pages else None, **options)
         self.on_pages = on_pages
         self.counts = [count_rows(unit.module) for unit in units]  # experts of each
-        self.cache = ExpertCache(cache)
-        self.cache.serve(self.units)
+        self.cache = ExpertCache(cache, self.units)
         self.filled: dict[int, set[int]] = {}  # index of a unit in a slot -> its experts there; absent: all
-        self._wanted: list[int] | None = None
-        self._as_is: Slot | None = None  # the slot from which the next unit is lent, without being fetched
         self.rows = [*on_device] or [0] * len(self.units)
         self.on_device: dict[int, DeviceRows] = {}  # index of a unit -> its experts that stay on the device
         self.some: Slot | None = None  # the slot of all large units for a few of their experts
         self.pieces = Pieces(self)
         self.stands: dict[int, Slot] = {}  # index of a unit that is lent in pieces -> a slot without memory
-        self._in_pieces = False  # how the next unit is lent
         self.host_waits = False  # in a dry run, for the router's choice before the next experts are brought
         self.recorded: Recorded | None = None  # in a dry run, what the routers chose once
         self.hits = self.misses = 0  # chosen experts that were on the device, and that were not, so far
 
     def lend_rows(self, unit: Unit, rows: list[int] | None) -> None:
         """Like `lend`, for some of the unit's experts; None for all."""
-        with self.lock:
-            self._wanted = rows
-            self.lend(unit)
+        self.lend(unit, None if rows is None else partial(self._bring_some, rows=rows))
 
     def lend_for(self, unit: Unit, choice: Tensor | None, implementation: str | None) -> Tensor | None:
         """Like `lend`, for what the experts are called with.
@@ -111,17 +106,23 @@ class ExpertStreamer(Streamer):
         known_there = not self.rows[unit.index] or self.keeps_account(unit)
         self.host_waits = not (gathers and known_there) or unit.rests_in() == "disk"
         with self.lock:
+            if self._loan_of(unit) is not None:  # it calls itself, perhaps with another choice
+                kept = self.on_device.get(unit.index)
+                if kept is not None and self.holder[unit.index] is kept.slot:
+                    raise RuntimeError(f"{unit.name} calls itself: dispatch without expert_cache, its rows are in use")
+                self._bring_rows(unit, self._all(unit) if rows is None else rows)
+                self.lane.arrive(self.holder[unit.index])
+                self.lend(unit)
+                return None
             few = rows is not None and len(rows) <= self.room(unit)
             if rows is not None and choice is not None and few and in_any_order(choice, implementation):
-                kept = self._on_device(unit, rows)
-                self._as_is = kept.slot
-                self.lend(unit)
-                return kept.renumbered(choice)
-            self._in_pieces = self.is_large(unit)
-        if self._in_pieces:
-            self.lend(unit)
-        else:
-            self.lend_rows(unit, rows)
+                slot, renumbered = self._on_device(unit, rows, choice)
+                self.lend(unit, partial(self._bring_from, slot))
+                return renumbered
+            if self.is_large(unit):
+                self.lend(unit, self._bring_pieces)
+            else:
+                self.lend_rows(unit, rows)
         return None
 
     def take_in_changes(self, unit: Unit) -> None:
@@ -154,37 +155,24 @@ class ExpertStreamer(Streamer):
 
     # -- what differs from other units
 
-    def _borrowed(self, unit: Unit) -> Views:
-        if self._loan_of(unit) is not None:  # it calls itself, perhaps with another choice
-            self._refuse_nested(unit)
-            self._in_pieces = False
-            self._bring_rows(unit, self._rows(unit))
-        return super()._borrowed(unit)
-
-    def _refuse_nested(self, unit: Unit) -> None:
-        kept = self.on_device.get(unit.index)
-        if self._loan_of(unit) is not None and kept is not None and self.holder[unit.index] is kept.slot:
-            raise RuntimeError(f"{unit.name} calls itself: dispatch without expert_cache, its rows are in use")
-
-    def _rows(self, unit: Unit) -> list[int]:
-        rows, self._wanted = self._wanted, None
-        return [*range(self.counts[unit.index])] if rows is None else rows
+    def _all(self, unit: Unit) -> list[int]:
+        return [*range(self.counts[unit.index])]
 
     def _bring(self, unit: Unit) -> Views:
-        in_pieces, self._in_pieces = self._in_pieces, False
-        slot, self._as_is = self._as_is, None
-        if in_pieces:
-            return self._bring_pieces(unit)
-        if slot is not None:
-            if unit.index in self.holder:
-                self._empty(self.holder[unit.index])
-            slot.unit, self.holder[unit.index] = unit, slot
-            return self._bring_alone(unit)
-        if self._wanted is None and not self.on_pages:
-            if unit.index in self.filled:
-                self._empty(self.holder[unit.index])
-            return super()._bring(unit)
-        rows = self._rows(unit)
+        if self.on_pages:
+            return self._bring_some(unit, self._all(unit))
+        if unit.index in self.filled:
+            self._empty(self.holder[unit.index])
+        return super()._bring(unit)
+
+    def _bring_from(self, slot: Slot, unit: Unit) -> Views:
+        """Make a unit ready in a slot that has what is needed of it."""
+        if unit.index in self.holder:
+            self._empty(self.holder[unit.index])
+        slot.unit, self.holder[unit.index] = unit, slot
+        return self._bring_alone(unit)
+
+    def _bring_some(self, unit: Unit, rows: list[int]) -> Views:
         self._bring_rows(unit, rows)
         try:
             return self._bring_alone(unit)
@@ -249,26 +237,28 @@ class ExpertStreamer(Streamer):
             if self.on_pages:
                 self.cache.bring(unit, missing)
             else:
-                self._copy(unit, slot, self.in_ram(unit, missing))
+                self._copy(unit, slot, self.in_ram(unit, missing), len(missing))
         except BaseException:
             if not slot.lent:
                 self._empty(slot)
             raise
         there.update(missing)
 
-    def in_ram(self, unit: Unit, rows: list[int]) -> list[Part]:
-        """The parts of some of a unit's experts, one expert after another; what RAM keeps is read from disk first."""
+    def in_ram(self, unit: Unit, rows: list[int]) -> Iterable[Part]:
+        """The parts of some of a unit's experts, as `rows_of` has them; what RAM keeps is read from disk first."""
         on_disk = unit.rests_in() == "disk" and detect_fake_mode() is None
         if on_disk and self.cache.most:
             return self.cache.bring(unit, rows)
-        parts = [part for own in rows_of(unit, rows).values() for part in own]
         if on_disk:  # they are copied out of the files
             self.cache.misses += len(rows)
-            self.cache.bytes_read += sum(part.nbytes for part in parts)
-        return parts
+            self.cache.bytes_read += len(rows) * bytes_of_one(unit)
+        return rows_of(unit, rows)
 
-    def _copy(self, unit: Unit, slot: Slot, parts: list[Part]) -> None:
-        rows = Rows(unit, parts)
+    def _copy(self, unit: Unit, slot: Slot, parts: Iterable[Part], experts: int) -> None:
+        self._fill(unit, slot, parts, experts * bytes_of_one(unit))
+
+    def _fill(self, unit: Unit, slot: Slot, parts: Iterable[Part], nbytes: int) -> None:
+        rows = Rows(unit, parts, nbytes)
         self.lane.fill(slot, rows)  # type: ignore[arg-type]
         self.tell_fetch(unit, self.slots.index(slot) if self.listeners else -1, rows.nbytes)
 
@@ -277,9 +267,8 @@ class ExpertStreamer(Streamer):
         for listener in self.listeners:
             listener(Event("fetch", unit.name, nbytes, unit.rests_in(), self.name, slot))
 
-    def _on_device(self, unit: Unit, rows: list[int]) -> DeviceRows:
-        """A unit's rows on the device, with some experts in them."""
-        self._refuse_nested(unit)
+    def _on_device(self, unit: Unit, rows: list[int], choice: Tensor) -> tuple[Slot, Tensor]:
+        """Bring experts to a unit's rows on the device; the slot of these, and the choice by their numbers."""
         kept = self.rows_for(unit)
         assert kept.slot is not None
         if kept.slot is self.some:
@@ -292,12 +281,13 @@ class ExpertStreamer(Streamer):
             self.hits += len(rows) - len(missing)
         try:
             unit.check()
+            renumbered = kept.renumbered(choice)  # the host waits for that, so it is done before the link is busy
             if missing:
-                self._copy(unit, kept.slot, kept.targets(missing, self.in_ram(unit, missing)))
+                self._copy(unit, kept.slot, kept.targets(missing, self.in_ram(unit, missing)), len(missing))
         except BaseException:
             self._clear_device(unit)  # what is in its rows is not known
             raise
-        return kept
+        return kept.slot, renumbered
 
     def rows_for(self, unit: Unit) -> DeviceRows:
         """A unit's rows on the device."""
@@ -378,7 +368,7 @@ class ExpertStreamer(Streamer):
     def recover(self) -> None:
         if self.held():
             super().recover()
-            self._wanted, self._as_is, self._in_pieces, self.filled = None, None, False, {}
+            self.filled = {}
             self.pieces = Pieces(self)
             for unit in self.units:
                 self._clear_device(unit)

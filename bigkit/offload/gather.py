@@ -6,7 +6,8 @@ A GPU can read RAM that is pinned: CUDA gives it the same address there. So a te
 rate of the link, and the host need not even know which these are.
 
 It reads an expert once for each token that chose it. So it is for one token at a time, in which no expert is chosen
-twice; for several, each expert is copied once (`experts.py`).
+twice; for several, each expert is copied once (`experts.py`), and of what is copied the first stack, `gate_up_proj`, is
+multiplied with while the others are still on their way.
 
 Where some experts may stay on the GPU, it looks up itself which are there (`table.py`).
 
@@ -16,22 +17,26 @@ it decodes): for all of these chosen experts are copied into a slot.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..checkpoints.as_stored import AsStored
 from ..checkpoints.codecs import kernels_for
+from ..checkpoints.decoded import PLAIN, DecodedStack, Elsewhere
 from ..checkpoints.ring import Slab
 from ._torch import detect_fake_mode
+from .escapes import count_holders
 from .experts import ExpertStreamer
-from .on_device import DeviceRows
 from .rows import bytes_of_one
 from .stream import Views
 from .table import Table, can_look_up, form_of
-from .transfer import CudaLane, Slot
-from .weights import Unit
+from .transfer import CudaLane, PlainLane, Slot
+from .weights import Part, Unit
 
 
 class _Pinned:
@@ -49,6 +54,23 @@ def seen_by_gpu(slab: Slab, device: torch.device) -> Tensor:
         return torch.as_tensor(_Pinned(slab), device=device)
 
 
+class Arriving(Elsewhere):
+    """A stack in a slot that is still being filled: who reads it waits for that.
+
+    Args:
+        lane, slot: what fills it, and where it lies.
+        stack: the stack there.
+    """
+
+    def __init__(self, lane: PlainLane, slot: Slot, stack: Tensor) -> None:
+        super().__init__(stack.shape, stack.dtype, stack.device)
+        self.lane, self.slot, self.stack = lane, slot, stack
+
+    def take(self, parts: Mapping[str, Any], experts: Any) -> dict[str, Tensor]:
+        self.lane.arrive(self.slot)
+        return {suffix: part.stack[experts] for suffix, part in parts.items()}
+
+
 class GatherStreamer(ExpertStreamer):
     """Lends the chosen experts of one token as a view of pinned RAM, and others as `ExpertStreamer` does."""
 
@@ -58,15 +80,25 @@ class GatherStreamer(ExpertStreamer):
         self.see = seen_by_gpu  # a dry run has its own
         self._accounts: dict[int, bool] = {}  # index of a unit -> `keeps_account`
         self.tables: dict[int, Table] = {}  # index of a unit -> the account of its rows on the GPU
-        self._looked: Table | None = None  # what the next unit is lent by
-        self._served: set[int] = set()  # indices of units that are lent so
+        self._served: set[int] = set()  # indices of units that are lent by a table
         self._ended: list[Tensor] = []  # counts of tables that are gone
         self.note: Callable[[Slot, Unit, int], None] | None = None  # in a dry run, what is told of each gather
+        self._in_turn = False  # whether the next unit's first stack may be read before the others are there
+        self._others: Callable[[], None] | None = None  # begins to copy these
 
     def lend_for(self, unit: Unit, choice: Tensor | None, implementation: str | None) -> Tensor | None:
         one_token = choice is not None and choice.shape[0] == 1 and implementation == "batched_mm"
-        if not one_token or not self._can_gather(unit):
-            return super().lend_for(unit, choice, implementation)
+        if not one_token or not self._can_gather(unit) or self._loan_of(unit) is not None:
+            self._in_turn = implementation == "batched_mm" and self._has_stacks_alone(unit)
+            try:
+                rows, others = super().lend_for(unit, choice, implementation), self._others
+            finally:
+                self._in_turn, self._others = False, None
+            if others is not None:
+                others()
+                slot = self.holder[unit.index]
+                slot.version = slot.base._version  # that was no write of the forward's
+            return rows
         assert choice is not None
         if self.rows[unit.index]:
             few = self.pays(unit, choice.numel()) and detect_fake_mode() is None
@@ -77,14 +109,30 @@ class GatherStreamer(ExpertStreamer):
                 self.recorded.next(unit.index, 1)
             if unit.index in self.filled:
                 self._empty(self.holder[unit.index])
+            bring = None
             if unit.index not in self.holder:  # all of its experts are in a slot, if it is there
-                self._as_is = window = self._window(unit)
+                window = self._window(unit)
+                bring = partial(self._bring_from, window)
                 nbytes = choice.numel() * bytes_of_one(unit)
                 self.tell_fetch(unit, self.slots.index(window), nbytes)
                 if self.note is not None:
                     self.note(window, unit, nbytes)
-            self.lend(unit)
+            self.lend(unit, bring)
         return None
+
+    # -- experts that are copied, one stack after another
+
+    def _has_stacks_alone(self, unit: Unit) -> bool:
+        plain = not isinstance(unit.module, AsStored) and self._can_gather(unit) and can_look_up(unit)
+        return plain and self._loan_of(unit) is None
+
+    def _copy(self, unit: Unit, slot: Slot, parts: Iterable[Part], experts: int) -> None:
+        if not self._in_turn:
+            return super()._copy(unit, slot, parts, experts)
+        rest, first = iter(parts), unit.parts()[0]
+        nbytes = experts * (first.nbytes // first.shape[0])
+        self._fill(unit, slot, islice(rest, experts), nbytes)
+        self._others = partial(self._fill, unit, slot, rest, experts * bytes_of_one(unit) - nbytes)
 
     # -- experts that stay on the GPU
 
@@ -96,7 +144,6 @@ class GatherStreamer(ExpertStreamer):
 
     def _look_up(self, unit: Unit, choice: Tensor) -> Tensor:
         """Lend what finds a token's experts in the rows of the GPU, or brings them there."""
-        self._refuse_nested(unit)
         choice = choice.contiguous()
         with self.lock:
             kept = self.rows_for(unit)
@@ -110,21 +157,32 @@ class GatherStreamer(ExpertStreamer):
                 # They are told how much, for which the host waits.
                 missing = int((table.hit == 0).sum())
                 self.tell_fetch(unit, self.slots.index(kept.slot), missing * bytes_of_one(unit))
-            self._looked = table
-            self.lend(unit)
+            self.lend(unit, partial(self._bring_table, table))
         return choice
 
-    def _bring(self, unit: Unit) -> Views:
-        table, self._looked = self._looked, None
-        if table is None:
-            return super()._bring(unit)
+    def _bring_table(self, table: Table, unit: Unit) -> Views:
         self._served.add(unit.index)
         return self._lend_objects(unit, table.lent)
 
-    def _on_device(self, unit: Unit, rows: list[int]) -> DeviceRows:
+    def _borrowed(self, unit: Unit, bring: Callable[[Unit], Views]) -> Views:
+        views = super()._borrowed(unit, bring)
+        return views if self._others is None else self._arriving(unit, views)
+
+    def _arriving(self, unit: Unit, views: Views) -> Views:
+        """What is lent, with stacks that are waited for in the place of all but the first."""
+        slot = self.holder[unit.index]
+        stands: dict[int, Any] = {}
+        for own in views.weights[1:]:
+            arriving: Any = Arriving(self.lane, slot, own)
+            stands[id(own)] = DecodedStack({"": arriving}, PLAIN, own.dtype, tuple(own.shape[1:]))
+        values = [stands.get(id(value), value) for value in views.values]
+        slot.holders = count_holders(slot.base, values)
+        return views._replace(values=values)
+
+    def _on_device(self, unit: Unit, rows: list[int], choice: Tensor) -> tuple[Slot, Tensor]:
         if unit.index in self.tables:
             self.tables[unit.index].read()
-        return super()._on_device(unit, rows)
+        return super()._on_device(unit, rows, choice)
 
     def _clear_device(self, unit: Unit) -> None:
         table = self.tables.get(unit.index)
@@ -189,5 +247,5 @@ class GatherStreamer(ExpertStreamer):
 
     def recover(self) -> None:
         if self.held():
-            self._looked, self._served = None, set()
+            self._served = set()
             super().recover()

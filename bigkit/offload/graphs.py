@@ -26,12 +26,13 @@ from contextlib import contextmanager, suppress
 from typing import Any, NoReturn
 
 import torch
-from torch import nn
+from torch import is_tensor, nn
 
+from ..distributed.pipeline import stage_if_any
 from ._torch import tree_flatten, tree_unflatten
 from .captured import Rings, devices_of, refuse_what_waits
 from .recording import Recording
-from .static_cache import Home, is_tensor, kind_of, windows_roll
+from .static_cache import Home, kind_of, windows_roll
 
 _CACHE = object()  # stands for the cache in what a forward returned
 _NOTHING_ELSE = "generate outside of bigkit.graph_decode, or leave it out"
@@ -53,7 +54,9 @@ def graph_decode(model: nn.Module) -> Iterator[Decoder]:
     this is that one.
 
     Args:
-        model: a model of Transformers, on one or several GPUs; blocks may rest in pinned RAM.
+        model: a model of Transformers, on one or several GPUs; blocks may rest in pinned RAM. Or one that
+            `bigkit.pipeline` has returned: each process replays its stage, and messages stay outside of the graph.
+            Enter it on every process; within `map_in_flight` each group under way has a recording and a cache.
 
     Yields:
         What counts the steps: `captured`, `replayed`, and `eager` ones (of prompts and before a capture).
@@ -72,7 +75,8 @@ def graph_decode(model: nn.Module) -> Iterator[Decoder]:
     generator = next((part for part in model.modules() if hasattr(type(part), "get_compiled_call")), None)
     if generator is None:
         raise ValueError(f"graph_decode needs a model of Transformers, not a {type(model).__name__}: {_NOTHING_ELSE}")
-    if isinstance(around := vars(generator).get("forward"), Decoder):
+    stage = stage_if_any(generator)
+    if isinstance(around := vars(generator).get("forward") if stage is None else stage.compute, Decoder):
         yield around
         return
     if any(part.training for part in generator.modules()):
@@ -80,12 +84,18 @@ def graph_decode(model: nn.Module) -> Iterator[Decoder]:
     Recording.refuse(devices_of(generator))
     refuse_what_waits(generator)
     decoder = Decoder(generator)
-    replaced = {"forward": decoder, "generate": decoder.generate, "get_compiled_call": decoder.get_compiled_call}
+    replaced: dict[str, Any] = {"generate": decoder.generate, "get_compiled_call": decoder.get_compiled_call}
+    if stage is None:
+        replaced["forward"] = decoder
+    else:  # messages are no part of a graph
+        stage.compute = decoder
     before = {name: vars(generator)[name] for name in replaced if name in vars(generator)}
     vars(generator).update(replaced)
     try:
         yield decoder
     finally:
+        if stage is not None:
+            stage.compute = stage.local
         for name, own in replaced.items():
             if vars(generator).get(name) is own:
                 del vars(generator)[name]
@@ -102,11 +112,12 @@ class Decoder:
 
     def __init__(self, model: nn.Module) -> None:
         self.captured = self.replayed = self.eager = 0
-        self._model, self._forward = model, model.forward
+        self._stage = stage_if_any(model)
+        self._model, self._forward = model, model.forward if self._stage is None else self._stage.local
         self._generate: Callable[..., Any] = getattr(model, "generate", model.forward)
         functools.update_wrapper(self, model.forward)  # `generate` asks which arguments there are
         self._rings, self._devices = Rings(model), devices_of(model)
-        self._home: Home | None = None
+        self._homes: dict[int, Home] = {}  # of each group of sequences under way
         self._lock = threading.RLock()
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
@@ -136,7 +147,7 @@ class Decoder:
     def _forget_what_is_old(self) -> None:
         """Let go of recordings of a model that is another one now."""
         if not self._rings.unchanged():
-            self._home = None
+            self._homes.clear()
             refuse_what_waits(self._model)  # it may have been dispatched anew
             self._rings, self._devices = Rings(self._model), devices_of(self._model)
 
@@ -146,26 +157,27 @@ class Decoder:
 
     def close(self) -> None:
         """Let go of all graphs. What uses their cache may go on."""
-        self._home = None
+        self._homes.clear()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         name = next((name for name, value in kwargs.items() if hasattr(value, "is_compileable")), None)
         if args or name is None or torch.is_grad_enabled() or self._rings.watched():
             return self._as_ever(*args, **kwargs)
         cache, (sequences, tokens) = kwargs[name], _tokens(kwargs)
+        group = 0 if self._stage is None else self._stage.slot
         with self._lock:
             is_new = not getattr(cache, "is_initialized", True)
             if is_new or tokens != 1:
                 self._forget_what_is_old()
-                if is_new and self._home is not None:
-                    self._home.welcome(cache, sequences)
+                if is_new and group in self._homes:
+                    self._homes[group].welcome(cache, sequences)
                 return self._as_ever(**kwargs)
             if not cache.is_compileable:
                 raise ValueError(
                     f"graph_decode needs a cache with fixed addresses, and a {type(cache).__name__} has none: let "
                     f"generate make its own, give a StaticCache, or {_NOTHING_ELSE}"
                 )
-            home = self._bind(cache)
+            home = self._bind(cache, group)
             leaves, spec = tree_flatten({key: value for key, value in kwargs.items() if key != name})
             if any(is_tensor(leaf) and leaf.device not in self._devices for leaf in leaves):
                 return self._as_ever(**kwargs)
@@ -187,13 +199,15 @@ class Decoder:
         self.eager += 1
         return self._forward(*args, **kwargs)
 
-    def _bind(self, cache: Any) -> Home:
-        if self._home is not None and self._home.cache() is not cache:
+    def _bind(self, cache: Any, group: int) -> Home:
+        home = self._homes.get(group)
+        if home is not None and home.cache() is not cache:
             self._forget_what_is_old()
-        home = self._home
+            home = self._homes.get(group)
         if home is None or (home.cache() is not cache and not home.fits(cache)):
-            self._home = None  # free before there is a new one
-            home = self._home = Home(cache)
+            home = None
+            self._homes.pop(group, None)  # free before there is a new one
+            home = self._homes[group] = Home(cache)
             self._rings.remember()
         home.bind(cache)
         return home

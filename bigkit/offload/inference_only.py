@@ -9,7 +9,6 @@ Leaves out: training what stays on a GPU beside offloaded weights; that works, a
 from __future__ import annotations
 
 import atexit
-from collections.abc import Callable
 from functools import cache, partial
 from typing import Any, NamedTuple, NoReturn
 
@@ -102,10 +101,14 @@ def end_guards(streamer: Any) -> None:
     pop_saved_tensors_hooks(lambda pack: getattr(pack, "streamer", None) is streamer)
 
 
-def refuse_gradient(name: str) -> Callable[[Tensor], None]:
-    """A hook on a lent tensor that refuses its gradient."""
+def guarded(tensor: Tensor, weight: Any) -> Tensor:
+    """A tensor that is lent for a weight: no gradient can be computed where the weight asks for one."""
+    if weight.template.requires_grad and torch.is_grad_enabled():
+        refuse_gradient(tensor.requires_grad_(True), weight.name)
+    return tensor
 
-    def hook(grad: Tensor) -> None:
-        _refuse(name)
 
-    return hook
+def refuse_gradient(tensor: Tensor, name: str) -> None:
+    """Refuse the gradient of a weight that is lent, if it asks for one."""
+    if tensor.requires_grad:
+        tensor.register_hook(lambda gradient: _refuse(name))

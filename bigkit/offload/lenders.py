@@ -8,10 +8,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import psutil
 from torch import nn
 
 from ..devices import Device
+from ..machine.ram import ram_free
 from ..units import parse_bytes
 from .experts import ExpertStreamer
 from .gather import GatherStreamer
@@ -43,7 +43,7 @@ def lenders_of(
         slots, prefetch, ram_cache: see `dispatch_model`.
         on_device: see `rows_on_devices`.
     """
-    half = psutil.virtual_memory().available // 2
+    half = ram_free() // 2
     cache = half if ram_cache is None else parse_bytes(ram_cache)
     lenders = _expert_streamers(layout, units, slots, prefetch, cache, on_device)
     dense = [unit for unit in (*units, *(split.rest for split in splits)) if unit not in lenders]

@@ -138,6 +138,7 @@ def load_checkpoint_and_dispatch(
         )
     if device_map is None:
         return model
-    if report.missing and any(record.tensor.is_meta and record.name in report.missing for record in records(model)):
+    unfilled = {*report.missing, *(name for name, *_ in (*report.mismatched, *report.wrong_dtype))}
+    if unfilled and any(record.tensor.is_meta and record.name in unfilled for record in records(model)):
         raise ValueError(f"{checkpoint} does not fill {type(model).__name__}: {report}")
     return dispatch_model(model, device_map, **dispatching)

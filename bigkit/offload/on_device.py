@@ -15,7 +15,7 @@ rows itself, so that the host need not wait for the router (`table.py`).
 from __future__ import annotations
 
 from collections import Counter, OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 
 import torch
@@ -25,10 +25,10 @@ from ..devices import Device, join
 from ..units import format_bytes
 from .codec import codec_of
 from .grouping import Layout
-from .rows import count_rows
+from .rows import count_rows, starts_of
 from .stream import is_real_cuda
 from .transfer import Slot
-from .weights import ALIGN, Part, Unit
+from .weights import Part, Unit
 
 
 class DeviceRows:
@@ -50,11 +50,7 @@ class DeviceRows:
         self.row_of: OrderedDict[int, int] = OrderedDict()
         self.experts = count_rows(unit.module)
         self._table: Tensor | None = None  # number of an expert -> its row, on the device
-        self.starts: list[int] = []
-        self.nbytes = 0
-        for part in unit.parts():
-            self.starts.append(self.nbytes)
-            self.nbytes += -(-self._shortened(part).nbytes // ALIGN) * ALIGN
+        *self.starts, self.nbytes = starts_of(self._shortened(part).nbytes for part in unit.parts())
 
     def _shortened(self, part: Part) -> Part:
         return replace(part, shape=(self.count, *part.shape[1:]))
@@ -83,18 +79,16 @@ class DeviceRows:
         self._table = None
         self.row_of = OrderedDict(kept)
 
-    def targets(self, experts: Sequence[int], parts: Sequence[Part]) -> list[Part]:
+    def targets(self, experts: Sequence[int], parts: Iterable[Part]) -> Iterator[Part]:
         """Parts of experts with their rows as the places where they belong.
 
         Args:
             experts: their numbers.
-            parts: all parts of the first, then all of the second, and so on.
+            parts: the first tensor of all of them, then the second, and so on.
         """
-        each = len(self.starts)
-        return [
-            replace(part, offset=self.starts[i % each] + self.row_of[experts[i // each]] * part.nbytes)
-            for i, part in enumerate(parts)
-        ]
+        for i, part in enumerate(parts):
+            number, place = divmod(i, len(experts))
+            yield replace(part, offset=self.starts[number] + self.row_of[experts[place]] * part.nbytes)
 
     def weights(self) -> list[Tensor]:
         """The tensors that stand for the block's own, shape (count, ...) each."""

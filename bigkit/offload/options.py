@@ -40,10 +40,8 @@ def read_options(
         raise ValueError(f"device_map must map module names to devices, not {device_map!r}; bigkit.plan makes one")
     if not isinstance(slots, int) or isinstance(slots, bool) or slots < 1:
         raise ValueError(f"slots must be a number of blocks, at least 1, not {slots!r}")
-    parse_bytes(resident_memory)
-    parse_bytes(ram_cache or 0)
-    parse_bytes(expert_cache)
-    parse_bytes(on_cpu)
+    for size in (resident_memory, ram_cache or 0, expert_cache, on_cpu):
+        parse_bytes(size)
     if cpu_threads is not None and (not isinstance(cpu_threads, int) or cpu_threads < 1):
         raise ValueError(f"cpu_threads must be a number of threads, at least 1, not {cpu_threads!r}")
     names_of(skip_keys)

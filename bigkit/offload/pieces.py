@@ -13,9 +13,8 @@ Leaves out: blocks that are small enough to travel whole, and fetching before it
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,10 +23,10 @@ from torch import Tensor
 from ..checkpoints.as_stored import AsStored
 from ..checkpoints.decoded import PLAIN, DecodedStack, Elsewhere
 from ..model.experts import PIECE, PIECES, visited
-from .inference_only import refuse_gradient
-from .rows import Rows
+from .inference_only import guarded
+from .rows import Rows, starts_of
 from .transfer import Slot
-from .weights import ALIGN, Part, Unit
+from .weights import Part, Unit
 
 if TYPE_CHECKING:
     from .experts import ExpertStreamer
@@ -72,19 +71,8 @@ class Pieces:
 
     def lend(self, unit: Unit) -> list[Any]:
         """What stands for each weight of a unit while it works."""
-        module: Any = unit.module
-        stored = module.stored if isinstance(module, AsStored) else ()
-        lent: list[Any] = []
-        small: list[int] = []
-        for number, (weight, part) in enumerate(zip(unit.weights, unit.parts(), strict=True)):
-            if weight.name.rpartition(".")[2] in stored:
-                lent.append(Brought(self, unit, number))
-            elif len(part.shape) == 3:
-                form = part.shape[1], part.shape[2]
-                lent.append(DecodedStack({"": Brought(self, unit, number)}, PLAIN, part.dtype, form))  # type: ignore[dict-item]
-            else:
-                lent.append(None)
-                small.append(number)
+        lent = stand_ins(unit, lambda number: Brought(self, unit, number))
+        small = [number for number, one in enumerate(lent) if one is None]
         for number, tensor in zip(small, self._whole(unit, small)):
             lent[number] = tensor
         return lent
@@ -105,7 +93,7 @@ class Pieces:
         """Some experts, of some of a unit's tensors: (experts, ...) each. They stay until the next call."""
         self.end()
         parts = [unit.parts()[number] for number in numbers]
-        *starts, nbytes = _starts(part.nbytes // part.shape[0] * len(experts) for part in parts)
+        *starts, nbytes = starts_of(part.nbytes // part.shape[0] * len(experts) for part in parts)
         slot = self._slot(nbytes)
         self._fill(slot, unit, numbers, experts, starts)
         self.current = slot
@@ -145,14 +133,11 @@ class Pieces:
         return self.slots[self.turn]
 
     def _fill(self, slot: Slot, unit: Unit, numbers: Sequence[int], experts: Sequence[int], starts: list[int]) -> None:
-        each = len([part for part in unit.parts() if part.nbytes])
-        brought = self.streamer.in_ram(unit, [*experts])
-        wanted: list[Part] = []
-        for place in range(len(experts)):
-            for number, start in zip(numbers, starts):
-                part = brought[place * each + number]
-                wanted.append(replace(part, offset=start + place * part.nbytes))
-        rows, slot.unit = Rows(unit, wanted), unit
+        brought, wanted = [*self.streamer.in_ram(unit, [*experts])], list[Part]()
+        for number, start in zip(numbers, starts):
+            own = brought[number * len(experts) : (number + 1) * len(experts)]
+            wanted += [replace(part, offset=start + place * part.nbytes) for place, part in enumerate(own)]
+        rows, slot.unit = Rows(unit, wanted, sum(part.nbytes for part in wanted)), unit
         self.streamer.lane.fill(slot, rows)  # type: ignore[arg-type]
         self.streamer.tell_fetch(unit, -1, rows.nbytes)
         self.streamer.lane.arrive(slot)
@@ -160,17 +145,14 @@ class Pieces:
     def _lent(self, unit: Unit, number: int, part: Part, slot: Slot, start: int) -> Tensor:
         with torch.inference_mode(False):
             tensor = part.over(slot.base, start)
-        weight = unit.weights[number]
-        if weight.template.requires_grad and torch.is_grad_enabled():
-            tensor.requires_grad_(True).register_hook(refuse_gradient(weight.name))
-        return tensor
+        return guarded(tensor, unit.weights[number])
 
     def _whole(self, unit: Unit, numbers: Sequence[int]) -> list[Tensor]:
         """Tensors that are no stacks, in a slot that serves one unit after another."""
         if not numbers:
             return []
         parts = [unit.parts()[number] for number in numbers]
-        *starts, nbytes = _starts(part.nbytes for part in parts)
+        *starts, nbytes = starts_of(part.nbytes for part in parts)
         if self.small is None or self.small.base.nbytes < nbytes:
             self.small = self.streamer.lane.slot(nbytes)
         self._fill(self.small, unit, numbers, range(parts[0].shape[0]), starts)
@@ -179,9 +161,22 @@ class Pieces:
         ]
 
 
-def _starts(sizes: Iterable[int]) -> list[int]:
-    """Where tensors of so many bytes begin in a slot, and at last where it ends."""
-    return [*accumulate((-(-size // ALIGN) * ALIGN for size in sizes), initial=0)]
+def stand_ins(unit: Unit, make: Callable[[int], Any]) -> list[Any]:
+    """What stands for each weight of a unit that is brought when it is asked for; None for what is no stack.
+
+    Args:
+        unit: the experts.
+        make: number of a plain tensor -> what stands for it where it rests.
+    """
+    stored = unit.module.stored if isinstance(unit.module, AsStored) else ()
+    found: list[Any] = []
+    for number, (weight, part) in enumerate(zip(unit.weights, unit.parts(), strict=True)):
+        if weight.name.rpartition(".")[2] in stored:
+            found.append(make(number))
+        else:
+            stack = len(part.shape) == 3
+            found.append(DecodedStack({"": make(number)}, PLAIN, part.dtype, part.shape[1:]) if stack else None)
+    return found
 
 
 def _numbers(experts: Any, count: int, recorded: list[int] | None) -> list[int]:

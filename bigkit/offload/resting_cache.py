@@ -179,11 +179,7 @@ class RestingLayer(DynamicLayer):
         keys, values = whole
         self.rows = _Rows(keys, values, is_real_cuda(self.device))
         self.rows.grow(self.length)
-        both = torch.cat([part.permute(2, 0, 1, 3).flatten(1) for part in (keys, values)], 1)
-        for part, own in zip(
-            self.rows.parts(0, self.length), both.split([len(p) for p in self.rows.parts(0, self.length)])
-        ):
-            part.copy_(own)
+        self.rows.write(torch.cat([part.permute(2, 0, 1, 3).flatten(1) for part in (keys, values)], 1), 0)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self.batch_select_indices(beam_idx)
@@ -253,6 +249,12 @@ class _Rows:
         """Rows as they lie in the slabs."""
         parts = [memory[max(0, start - first) : max(0, stop - first)] for first, memory, _ in self.slabs]
         return [part for part in parts if len(part)]
+
+    def write(self, rows: Tensor, start: int) -> None:
+        """Let rows, shape (rows, width), rest here from a place on; a GPU's are queued on its current stream."""
+        parts = self.parts(start, start + len(rows))
+        for part, own in zip(parts, rows.split([*map(len, parts)])):
+            part.copy_(own, non_blocking=True)
 
     def split(self, rows: Tensor) -> list[Tensor]:
         """Keys and values of rows, shape (rows, width): views of shape (batch, heads, rows, width of a head)."""
@@ -396,16 +398,12 @@ class _Windows:
     def send_back(self, slot: _Slot, layer: RestingLayer, start: int, stop: int) -> None:
         """Write new rows to where they rest."""
         assert layer.rows is not None
-        parts = layer.rows.parts(start, stop)
         if not self.streams:
-            for part, own in zip(parts, slot.memory[start:stop].split([*map(len, parts)])):
-                part.copy_(own)
-            return
+            return layer.rows.write(slot.memory[start:stop], start)
         outward = self.streams[1]
         outward.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(outward):
-            for part, own in zip(parts, slot.memory[start:stop].split([*map(len, parts)])):
-                part.copy_(own, non_blocking=True)
+            layer.rows.write(slot.memory[start:stop], start)
             slot.sent = outward.record_event(slot.sent)
             layer.rows.sent = outward.record_event(layer.rows.sent)
 

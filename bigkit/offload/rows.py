@@ -16,8 +16,9 @@ import math
 import mmap
 import os
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
+from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +26,7 @@ from torch import Tensor, nn
 from ..checkpoints.ring import Slab
 from .source import Range
 from .transfer import readers
-from .weights import Move, Part, Unit
+from .weights import ALIGN, Move, Part, Unit
 
 Kept = tuple[int, int]  # index of a unit, number of an expert
 
@@ -49,29 +50,34 @@ class Rows:
 
     Args:
         unit: the unit.
-        parts: a plain tensor for each parameter and expert, where it rests and where in the slot it belongs.
+        parts: a plain tensor for each parameter and expert, where it rests and where in the slot it belongs. They are
+            taken one after another as they are copied: the link works on the first while others are looked up.
+        nbytes: bytes of them all.
     """
 
-    def __init__(self, unit: Unit, parts: Sequence[Part]) -> None:
+    def __init__(self, unit: Unit, parts: Iterable[Part], nbytes: int) -> None:
         self.name, self.weights, self.whole = unit.name, unit.weights, unit
-        self._parts = [*parts]
-        self.nbytes = sum(part.nbytes for part in parts)
+        self._parts, self.nbytes = parts, nbytes
 
-    def parts(self) -> list[Part]:
-        """The parts, in the order of the slot."""
-        return self._parts
-
-    def moves(self) -> list[Move]:
-        """What has to be copied: neighbours where they rest and in the slot in one piece."""
-        moves: list[Move] = []
-        for part in sorted(self._parts, key=lambda part: part.offset):
-            end = moves[-1].offset + moves[-1].nbytes if moves else -1
-            if not (moves and part.offset == end and moves[-1].take(part)):
-                moves.append(Move(part.slab, part.source, part.at, part.offset, [part], part.nbytes))
-        return moves
+    def moves(self) -> Iterator[Move]:
+        """What has to be copied, once: what follows where it rests and in the slot goes in one piece."""
+        move: Move | None = None
+        for part in self._parts:
+            if move is not None and part.offset == move.offset + move.nbytes and move.take(part):
+                continue
+            if move is not None:
+                yield move
+            move = Move(part.slab, part.source, part.at, part.offset, [part], part.nbytes)
+        if move is not None:
+            yield move
 
     def madvise(self, advice: int) -> None:
         """Tell the system what is going to happen to the mapped pages of their files."""
+
+
+def starts_of(sizes: Iterable[int]) -> list[int]:
+    """Where tensors of so many bytes begin in a slot, and at last where it ends."""
+    return [*accumulate((-(-size // ALIGN) * ALIGN for size in sizes), initial=0)]
 
 
 def bytes_of_one(unit: Unit) -> int:
@@ -79,16 +85,15 @@ def bytes_of_one(unit: Unit) -> int:
     return sum(part.nbytes // part.shape[0] for part in unit.parts())
 
 
-def rows_of(unit: Unit, rows: Iterable[int]) -> dict[int, list[Part]]:
-    """Number of an expert -> its plain tensors, each where it rests and where it belongs in a slot."""
-    parts = [part for part in unit.parts() if part.nbytes]
-    return {row: [_row(part, row) for part in parts] for row in rows}
-
-
-def _row(part: Part, number: int) -> Part:
-    start = part.nbytes // part.shape[0] * number
-    shape, stride = part.shape[1:], part.stride[1:]
-    return Part(shape, stride, part.dtype, part.offset + start, part.at + start, part.slab, part.source)
+def rows_of(unit: Unit, rows: Sequence[int]) -> Iterator[Part]:
+    """The plain tensors of some experts, each where it rests and where it belongs in a slot: the first tensor of all of
+    them, then the second, and so on."""
+    for part in unit.parts():
+        if each := part.nbytes // part.shape[0]:
+            shape, stride = part.shape[1:], part.stride[1:]
+            for row in rows:
+                start = each * row
+                yield Part(shape, stride, part.dtype, part.offset + start, part.at + start, part.slab, part.source)
 
 
 def has_rows(unit: Unit) -> bool:
@@ -129,14 +134,15 @@ class ExpertCache:
 
     Args:
         most: bytes that are kept between two forwards.
+        units: whose experts they are.
 
     Attributes:
         hits, misses: experts that were there, and that were read, so far.
         bytes_read: bytes that were read, so far.
     """
 
-    def __init__(self, most: int) -> None:
-        self.most = most
+    def __init__(self, most: int, units: Sequence[Unit]) -> None:
+        self.most, self.units = most, units
         self.kept: OrderedDict[Kept, int] = OrderedDict()  # -> its bytes; used last comes last
         self.held = 0
         self.hits = self.misses = self.bytes_read = 0
@@ -148,15 +154,14 @@ class ExpertCache:
             self._memory[unit.index] = Reserved(unit.nbytes)
         return self._memory[unit.index]
 
-    def bring(self, unit: Unit, rows: Iterable[int]) -> list[Part]:
-        """Make experts be in RAM, and say where.
+    def bring(self, unit: Unit, rows: Sequence[int]) -> list[Part]:
+        """Make experts be in RAM, and say where, in the order of `rows_of`.
 
         Raises:
             OSError: a file could not be read; what could be read is kept.
         """
         memory = self.memory(unit)
-        parts = rows_of(unit, rows)
-        missing = {row: own for row, own in parts.items() if (unit.index, row) not in self.kept}
+        missing = {row: [*rows_of(unit, [row])] for row in rows if (unit.index, row) not in self.kept}
         jobs = [readers().submit(_read, own, memory.bytes) for own in missing.values()]
         for job in jobs:
             job.exception()  # all have ended before any error is raised: nobody writes to the memory any more
@@ -164,11 +169,11 @@ class ExpertCache:
             self.bytes_read += job.result()
             self.kept[unit.index, row] = size = sum(part.nbytes for part in own)
             self.held += size
-        for row in parts:
+        for row in rows:
             self.kept.move_to_end((unit.index, row))
         self.misses += len(missing)
-        self.hits += len(parts) - len(missing)
-        return [replace(part, slab=memory, source=None, at=part.offset) for own in parts.values() for part in own]
+        self.hits += len(rows) - len(missing)
+        return [replace(part, slab=memory, source=None, at=part.offset) for part in rows_of(unit, rows)]
 
     def trim(self, in_use: Iterable[int] = ()) -> None:
         """Let go of the experts that were used longest ago, until no more are kept than may be.
@@ -190,15 +195,8 @@ class ExpertCache:
 
     def _drop(self, index: int, row: int) -> None:
         self.held -= self.kept.pop((index, row))
-        for start, nbytes in self.stretches[index](row):
-            self._memory[index].drop(start, nbytes)
-
-    def serve(self, units: Sequence[Unit]) -> None:
-        """Know the units: where in a slot the bytes of an expert lie."""
-        self.stretches = {
-            unit.index: lambda row, unit=unit: [(part.offset, part.nbytes) for part in rows_of(unit, [row])[row]]
-            for unit in units
-        }
+        for part in rows_of(self.units[index], [row]):
+            self._memory[index].drop(part.offset, part.nbytes)
 
 
 def _read(parts: Sequence[Part], memory: Tensor) -> int:

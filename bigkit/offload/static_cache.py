@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, is_tensor
 
 _COUNT = "cumulative_length_int"  # of layers with a sliding window: tokens so far
 
@@ -147,10 +147,6 @@ def _shape(cells: list[tuple[dict[Any, Any], Any]]) -> list[Any]:
 def kind_of(leaf: Any) -> Any:
     """What must be the same from step to step: of a tensor all but its values."""
     return (tuple(leaf.shape), leaf.dtype, leaf.device) if is_tensor(leaf) else leaf
-
-
-def is_tensor(value: Any) -> bool:
-    return isinstance(value, Tensor)
 
 
 @contextmanager

@@ -128,8 +128,10 @@ class Streamer:
 
     # -- borrow and return
 
-    def lend(self, unit: Unit) -> None:
+    def lend(self, unit: Unit, bring: Callable[[Unit], Views] | None = None) -> None:
         """Put a unit's weights into the model, on the device. The calling thread holds the lock until `take_back`.
+
+        What makes the unit ready may be given: experts know several ways.
 
         Whatever is raised here or in `take_back`, between any two lines (the handler of a signal may raise anything),
         the lock stays held and `recover` must be called.
@@ -141,7 +143,7 @@ class Streamer:
         if is_traced():
             refuse_trace(unit.name)
         self.lock.acquire()
-        views = self._borrowed(unit)
+        views = self._borrowed(unit, bring or self._bring)
         guard = enter_guard(self, unit.name, views.storages) if torch.is_grad_enabled() else None
         self._loans.append(_Loan(unit, views, guard))
         for entry, value in zip(self.sites[unit.index].entries, views.values):
@@ -150,11 +152,11 @@ class Streamer:
         if self.listeners:
             self._tell("work", unit)
 
-    def _borrowed(self, unit: Unit) -> Views:
+    def _borrowed(self, unit: Unit, bring: Callable[[Unit], Views]) -> Views:
         if (loan := self._loan_of(unit)) is not None:  # the unit calls itself
             return loan.views
         self.sites[unit.index].take_in_changes()
-        return self._bring(unit)
+        return bring(unit)
 
     def own_output(self, unit: Unit, output: Any) -> Any:
         """What the forward of a unit that is lent returns, with copies in place of its weights and of views of them."""
@@ -227,8 +229,7 @@ class Streamer:
         with self.lock:
             take_news(weight)
             value = weight.load(device or self.device)
-        if value.requires_grad:
-            value.register_hook(refuse_gradient(weight.name))
+        refuse_gradient(value, weight.name)
         return value
 
     def unload(self, weight: Weight) -> None:
@@ -442,8 +443,7 @@ class Streamer:
     def _make_views(self, unit: Unit, weights: list[Tensor]) -> Views:
         for weight, value in zip(unit.weights, weights, strict=True):
             mark_lent(value)
-            if value.requires_grad:
-                value.register_hook(refuse_gradient(weight.name))
+            refuse_gradient(value, weight.name)
         value_of = {id(weight): value for weight, value in zip(unit.weights, weights)}
         values = [value_of[id(entry.weight)] for entry in self.sites[unit.index].entries]
         return Views(values, weights, frozenset(map(storage_id, weights)))

@@ -24,9 +24,10 @@ import torch
 from torch import Tensor
 
 from ..checkpoints.as_stored import AsStored
-from ..checkpoints.decoded import PLAIN, DecodedStack, Elsewhere
-from .inference_only import refuse_gradient
+from ..checkpoints.decoded import Elsewhere
+from .inference_only import guarded
 from .on_device import DeviceRows
+from .pieces import stand_ins
 from .weights import Unit
 
 PIECE = 1024  # words of 8 bytes that one program copies
@@ -56,7 +57,7 @@ class Table:
         self.counts = torch.zeros(3, dtype=torch.int64, device=device)  # hits, misses, and what time it is
         self.choice = self.rows = self.hit = torch.empty(0, device=device)
         self.taken: set[int] = set()
-        self.lent, self.form = lookups(self), form_of(kept.unit)
+        self.lent, self.form = stand_ins(kept.unit, lambda number: Looked(self, number)), form_of(kept.unit)
 
     def choose(self, choice: Tensor) -> None:
         """Give rows to what a token has chosen.
@@ -144,32 +145,15 @@ class Looked(Elsewhere):
 
     def take(self, parts: Mapping[str, Any], experts: Any) -> dict[str, Tensor]:
         if isinstance(experts, Tensor) and experts.shape == self.table.choice.shape:
-            return {suffix: part.guarded(part.table.bring(part.number, experts)) for suffix, part in parts.items()}
-        return {suffix: part.guarded(part.in_ram()[experts]) for suffix, part in parts.items()}  # somebody else asks
-
-    def guarded(self, tensor: Tensor) -> Tensor:
-        """The tensor, for which no gradient can be computed where its weight asks for one."""
-        weight = self.table.kept.unit.weights[self.number]
-        if weight.template.requires_grad and torch.is_grad_enabled():
-            tensor.requires_grad_(True).register_hook(refuse_gradient(weight.name))
-        return tensor
+            found = {suffix: part.table.bring(part.number, experts) for suffix, part in parts.items()}
+        else:  # somebody else asks
+            found = {suffix: part.in_ram()[experts] for suffix, part in parts.items()}
+        weights = self.table.kept.unit.weights
+        return {suffix: guarded(tensor, weights[parts[suffix].number]) for suffix, tensor in found.items()}
 
     def in_ram(self) -> Tensor:
         """All experts, where they rest."""
         return self.part.over(self.table.ram, self.part.offset)
-
-
-def lookups(table: Table) -> list[Any]:
-    """What stands for each weight of a unit while the table serves it."""
-    unit: Unit = table.kept.unit
-    module: Any = unit.module
-    stored = module.stored if isinstance(module, AsStored) else ()
-    lent: list[Any] = []
-    for number, (weight, part) in enumerate(zip(unit.weights, unit.parts(), strict=True)):
-        looked: Any = Looked(table, number)
-        plain = weight.name.rpartition(".")[2] not in stored
-        lent.append(DecodedStack({"": looked}, PLAIN, part.dtype, part.shape[1:]) if plain else looked)
-    return lent
 
 
 def form_of(unit: Unit) -> list[Any]:

@@ -108,20 +108,19 @@ class CudaLane(PlainLane):
 
     def fill(self, slot: Slot, unit: Unit) -> None:
         self.stream.wait_event(slot.free)
-        moves = unit.moves()
+        jobs: list[_Job] = []
         with torch.cuda.stream(self.stream):
-            for move in moves:
+            for move in unit.moves():
                 if move.slab is not None and move.slab.pinned:
                     target = slot.base[move.offset : move.offset + move.nbytes]
                     target.copy_(move.slab.bytes[move.at : move.at + move.nbytes], non_blocking=True)
+                else:
+                    jobs += _cut(move)
             slot.ready.record(self.stream)
-        jobs = [job for move in moves if move.slab is None or not move.slab.pinned for job in _cut(move)]
         if jobs:
             self._ring = self._ring or Ring(CHUNK, count_readers() + RING - READERS)
-            shared = iter(jobs)
-            slot.pending = [
-                readers().submit(self._carry, self._ring, shared, slot.base) for _ in jobs[: count_readers()]
-            ]
+            given: Any = self._carry, self._ring, iter(jobs), slot.base
+            slot.pending = [readers().submit(*given) for _ in jobs[: count_readers()]]
 
     def _carry(self, ring: Ring, jobs: Iterator[_Job], base: Tensor) -> None:
         """One reader's work: fill chunks of the ring and queue their copies, until no job is left."""

@@ -189,6 +189,18 @@ def test_a_file_is_read_in_as_many_pieces_as_the_system_gives(tmp_path, monkeypa
             read_fully(file.fileno(), memoryview(target), 200, path)
 
 
+def test_a_disk_that_fails_is_named(tmp_path, monkeypatch):
+    import errno
+    import os
+
+    def fails(*_):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "preadv", fails)
+    with pytest.raises(OSError, match="Input/output error: .*/weights'"):
+        read_fully(0, memoryview(bytearray(9)), 0, tmp_path / "weights")
+
+
 def test_slabs_of_a_dry_run_take_no_memory():
     from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 

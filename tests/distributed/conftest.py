@@ -17,6 +17,13 @@ def ranks(request: pytest.FixtureRequest) -> Iterator[Ranks]:
 
 
 @pytest.fixture(scope="session")
+def two() -> Iterator[Ranks]:
+    group = Ranks(2)
+    yield group
+    group.close()
+
+
+@pytest.fixture(scope="session")
 def three() -> Iterator[Ranks]:
     group = Ranks(3)
     yield group

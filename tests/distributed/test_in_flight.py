@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,13 +18,6 @@ from bigkit.distributed.pipeline import stage_of
 from bigkit.zoo.gpt import PYGPT, decode, encode, load_pygpt
 from tests.distributed import stages
 from tests.ranks import Ranks
-
-
-@pytest.fixture(scope="module")
-def two() -> Iterator[Ranks]:
-    group = Ranks(2)
-    yield group
-    group.close()
 
 
 def followed(model: Any) -> tuple[list[str], list[int]]:

@@ -5,6 +5,7 @@ import inspect
 import pytest
 import torch
 from torch._subclasses import fake_tensor
+from torch.overrides import TorchFunctionMode
 
 from bigkit.dryrun import _torch
 from bigkit.dryrun.fake_gpu import fake_gpus
@@ -24,6 +25,17 @@ def test_pytorch_has_what_fake_gpus_need():
         assert packet.overloads(), f"the {name} kernel of attention is gone: {seen}"
     for packet in (_torch.GROUPED_MM, _torch.TO_COPY, _torch.UNSAFE_VIEW, _torch.READ_VALUE, _torch.ASK_DEVICE):
         assert packet.overloads(), f"{packet} is gone: {seen}"
+
+
+def test_no_function_mode_is_asked_within_plain_calls():
+    class Refusing(TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            raise AssertionError(f"{func} was asked for")
+
+    with Refusing(), _torch.plain_calls():
+        assert torch.ones(2).shape == (2,)
+    with Refusing(), pytest.raises(AssertionError, match="ones"):
+        torch.ones(2)
 
 
 def test_transformers_asks_whether_a_tensor_has_data():

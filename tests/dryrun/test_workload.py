@@ -1,11 +1,13 @@
 """The work that is predicted: filling a model, and a prompt with decoding after it."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch import nn
 
 from bigkit import init_empty_weights
-from bigkit.dryrun.workload import Step, Workload, fill, passes, torch_places, work
+from bigkit.dryrun.workload import Step, Workload, at_random, fill, passes, torch_places, work
 from bigkit.zoo.gpt import load_pygpt
 from tests.dryrun.test_fake_gpu import TINY, tiny
 
@@ -33,7 +35,7 @@ def test_the_nearest_entry_of_a_map_decides():
 @pytest.mark.parametrize("name", ["llama-3.1-8b", "t5-large", "gpt2"])
 def test_tokens_are_those_of_greedy_generation(name):
     """Against `generate` of Transformers, on the same prompt."""
-    model = fill(tiny(name, **TINY[name]), {"": "cpu"}, std=0.5)
+    model = fill(tiny(name, **TINY[name]), {"": "cpu"}, partial(at_random, std=0.5))
     steps = list(passes(model, Workload(2, 8, 3), "cpu"))
     generated: list[Step] = []
     work(model, Workload(2, 8, 3), "cpu", generated.append)

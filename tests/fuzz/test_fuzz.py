@@ -10,6 +10,7 @@ import time
 
 import pytest
 
+from tests.fuzz import mixtures
 from tests.fuzz.cases import check, draw
 
 CASES, EACH = 300, 20
@@ -33,5 +34,12 @@ def test_spread_models_are_the_plain_ones_for_long(tmp_path):
     print(f"seeds up to {seed - 1} hold")
 
 
-def test_a_seed_says_all():
-    assert str(draw(7)) == str(draw(7)) != str(draw(8))
+@pytest.mark.parametrize("first", range(0, 20, 5))
+def test_spread_mixtures_are_the_whole_ones(first, tmp_path):
+    for seed in range(first, first + 5):
+        mixtures.check(seed, tmp_path / str(seed))
+
+
+@pytest.mark.parametrize("drawn", [draw, mixtures.draw])
+def test_a_seed_says_all(drawn):
+    assert str(drawn(7)) == str(drawn(7)) != str(drawn(8))

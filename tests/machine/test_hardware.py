@@ -224,7 +224,7 @@ def test_this_machine_may_share_its_memory(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda i: about)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda i: (GiB, 119 * GiB))  # the page cache has taken the rest
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=100 * GiB, total=119 * GiB))
-    monkeypatch.setattr("bigkit.machine.hardware.ram_limit", lambda: 119 * GiB)
+    monkeypatch.setattr("bigkit.machine.ram._groups", lambda: iter(()))
     machine = Hardware.detect()
     assert machine.unified and machine.name == "this machine: 1 x NVIDIA GB10"
     assert machine.max_memory() == {0: 100 * GiB, "disk": machine.disk} and get_max_memory() == {0: 100 * GiB}

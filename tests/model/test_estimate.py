@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 import transformers
 from packaging.version import Version
 
@@ -165,6 +166,13 @@ def test_bad_arguments(arguments, says):
         estimate_memory("gpt2", **arguments)
     with pytest.raises(TypeError, match="expected a model's name"):
         estimate_memory(7)
+
+
+@pytest.mark.parametrize("model", ["gpt2", torch.nn.Linear(2, 2), zoo.describe("gpt2")])
+def test_an_option_that_there_is_not_is_an_error(model):
+    """`batch_size`, as other calls name it, was ignored for modules: the answer was that for one sequence."""
+    with pytest.raises(TypeError, match="unexpected keyword argument 'batch_size'"):
+        estimate_memory(model, batch_size=4)
 
 
 def test_dtype_of_the_cache():

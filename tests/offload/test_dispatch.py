@@ -420,15 +420,23 @@ def test_load_and_dispatch_with_a_dtype(dtype, tmp_path):
         load_checkpoint_and_dispatch(empty(), tmp_path / "model", {"": "disk"}, dtype=torch.float64)
 
 
-def test_what_does_not_match_is_named(tmp_path):
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda state: state.pop("h.2.a.bias"), "missing in the checkpoint"),
+        (lambda state: state.update({"h.2.a.bias": torch.ones(9)}), "wrong shape"),
+        (lambda state: state.update({"h.2.a.bias": torch.ones(8).int()}), "wrong dtype"),
+    ],
+)
+def test_what_does_not_match_is_named(tmp_path, change, said):
     whole = Net()
     state = whole.state_dict()
-    del state["h.2.a.bias"]
+    change(state)
     torch.save(state, tmp_path / "pytorch_model.bin")
     for device_map in (MIXED, {"": "disk"}, {"": "cpu"}):
         with (
             pytest.warns(UserWarning, match=r"does not fit Net"),
-            pytest.raises(ValueError, match=r"does not fill Net: missing in the checkpoint: 'h\.2\.a\.bias'"),
+            pytest.raises(ValueError, match=rf"does not fill Net: {said}: 'h\.2\.a\.bias'"),
         ):
             load_checkpoint_and_dispatch(empty(), tmp_path, device_map, offload_folder=tmp_path, stand_in=STAND_IN)
         with pytest.raises(CheckpointError, match=r"'h\.2\.a\.bias'"):

@@ -4,6 +4,7 @@ import copy
 import gc
 import mmap
 import os
+import random
 from functools import cache
 
 import pytest
@@ -36,6 +37,8 @@ from bigkit.offload.hooks import AlignDevicesHook, hooks_in
 from bigkit.offload.observe import observe
 from bigkit.offload.on_device import DeviceRows
 from bigkit.offload.rows import Rows, count_rows, rows_of
+from bigkit.offload.transfer import CudaLane
+from tests.fake_streams import World
 
 SMALL = {
     "vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2,
@@ -217,9 +220,15 @@ def test_bytes_that_travel_are_those_of_the_chosen(monkeypatch):
     streamer = streamer_of(found)
     moved = []
     fill = streamer.lane.fill
-    monkeypatch.setattr(
-        streamer.lane, "fill", lambda slot, unit: (moved.append(sum(p.nbytes for p in unit.parts())), fill(slot, unit))
-    )
+
+    def counted(slot, unit):
+        moves = [*unit.moves()]
+        unit.moves = lambda: iter(moves)
+        moved.append(sum(part.nbytes for move in moves for part in move.parts))
+        assert moved[-1] == unit.nbytes, "what listeners and dry runs are told"
+        fill(slot, unit)
+
+    monkeypatch.setattr(streamer.lane, "fill", counted)
     one = streamer.units[0].nbytes // COUNT
     with torch.no_grad():
         found(torch.tensor([[1]]))
@@ -302,8 +311,8 @@ def test_moves_are_the_chosen_rows_and_nothing_between():
     model = made(gpt_oss)
     unit = streamer_of(dispatch_model(model, apart(model, "cpu"), stand_in={0: "cpu"})).units[0]
     for rows, pieces in (([0, 1, 2], 4), ([1, 3, 4, 7], 12), ([6], 4)):
-        parts = [part for own in rows_of(unit, rows).values() for part in own]
-        moves = Rows(unit, parts).moves()
+        parts = [*rows_of(unit, rows)]
+        moves = [*Rows(unit, parts, unit_bytes(unit) * len(rows)).moves()]
         assert len(moves) == pieces, "a piece for each parameter and stretch of neighbours"
         assert sum(move.nbytes for move in moves) == sum(part.nbytes for part in parts) == unit_bytes(unit) * len(rows)
         slot = torch.zeros(unit.nbytes, dtype=torch.uint8)
@@ -644,8 +653,12 @@ def pretend(monkeypatch):
     monkeypatch.setattr(gather, "seen_by_gpu", lambda slab, device: slab.bytes[:])
 
 
-def spread_pinned(model, pinned=True):
-    found = dispatch_model(copy.deepcopy(model), apart(model, "cpu"), stand_in={0: "cpu"})
+def unit_bytes_of(model):
+    return sum(p.nbytes for p in model.get_submodule(expert_names(model)[0]).parameters()) // COUNT
+
+
+def spread_pinned(model, pinned=True, **options):
+    found = dispatch_model(copy.deepcopy(model), apart(model, "cpu"), stand_in={0: "cpu"}, **options)
     streamer = streamer_of(found)
     assert type(streamer) is gather.GatherStreamer
     for unit in streamer.units:
@@ -690,6 +703,33 @@ def test_others_are_copied(implementation, pretend):
     with torch.no_grad():
         assert torch.equal(unpinned(torch.tensor([[3]])).logits, model(torch.tensor([[3]])).logits)
     assert moved == [2 * streamer.units[0].nbytes // COUNT] * 3
+
+
+@pytest.mark.parametrize("rows", [0, 5])
+@pytest.mark.parametrize("seed", range(6))
+def test_no_copy_overtakes_whatever_the_streams_do(seed, rows, pretend, monkeypatch):
+    """Several tokens: the first stack is multiplied with while the second is on its way, and is waited for."""
+    model = made(qwen3_moe, seed)
+    model.set_experts_implementation("batched_mm")
+    found, streamer, moved = spread_pinned(model, expert_cache=rows * 3 * unit_bytes_of(model))
+    draws = [
+        torch.randint(64, (1, tokens), generator=torch.Generator().manual_seed(tokens)) for tokens in (2, 3, 2, 9, 1, 2)
+    ]
+    with torch.no_grad():
+        expected = [model(ids).logits for ids in draws]
+    world = World(monkeypatch)
+    streamer.lane = CudaLane(torch.device("cpu"))
+    own = [*draws, *model.buffers(), *(p for p in found.parameters() if not isinstance(p, Away)), *found.buffers()]
+    own += [part.slab.bytes for unit in streamer.units for part in unit.parts()]
+    world.inputs = {tensor.untyped_storage()._cdata for tensor in own}
+    filled, fill = [], streamer.lane.fill
+    streamer.lane.fill = lambda slot, unit: (filled.append(unit.nbytes / streamer.units[0].nbytes), fill(slot, unit))
+    with world, torch.no_grad():
+        got = [found(ids).logits for ids in draws]
+    assert {whole for whole in filled if whole < 1}, "some experts are copied, a stack at a time"
+    with torch.no_grad():
+        world.run(random.Random(seed).choice)
+    assert all(map(torch.equal, got, expected))
 
 
 def test_writes_views_and_errors(pretend):
@@ -776,6 +816,19 @@ def test_what_is_on_the_device_does_not_travel(make, kind, tmp_path, monkeypatch
         found(torch.tensor([[5]]))
     assert copied == [] and streamer.hits == first
     assert expert_hits(found) == (first, first)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_refused_leaves_nothing_behind(kind, tmp_path):
+    """How a block was about to be lent when its forward was refused is not how the next one is."""
+    parts = spread(made(qwen3_moe), kind, tmp_path)
+    with torch.no_grad():
+        prompt = torch.arange(24)[None]
+        expected = parts(prompt).logits
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(RuntimeError, match="cannot be traced"):
+            patch.setattr("bigkit.offload.stream.is_traced", lambda: True)
+            parts(prompt[:, :1])
+        assert torch.equal(parts(prompt).logits, expected)
 
 
 @pytest.mark.parametrize("kind", ON_DEVICE)

@@ -243,7 +243,7 @@ def test_the_second_prompt_takes_no_memory_of_its_own():
             homes.append({layer.keys.data_ptr() for layer in out.past_key_values.layers})
             del out
             gc.collect()
-        assert homes[0] == homes[1] == {own.data_ptr() for own in decoder._home._tensors} & homes[0]
+        assert homes[0] == homes[1] == {own.data_ptr() for own in decoder._homes[0]._tensors} & homes[0]
 
 
 def test_all_is_as_before_afterwards():
@@ -252,7 +252,7 @@ def test_all_is_as_before_afterwards():
     before = dict(vars(model))
     with bigkit.graph_decode(model) as decoder:
         model.generate(prompt(), **GREEDY)
-        home = weakref.ref(decoder._home)
+        home = weakref.ref(decoder._homes[0])
     assert dict(vars(model)).keys() == before.keys() and model.forward == before["forward"]
     del decoder
     gc.collect()
