@@ -186,7 +186,7 @@ def _compare(model: nn.Module, source: Checkpoint, slots: list[Slot]) -> LoadRep
         shape, dtype = source.shape_and_dtype(slot.source)
         if shape != slot.tensor.shape:
             mismatched.append((slot.name, shape, tuple(slot.tensor.shape)))
-        elif not _castable(source, slot.source, dtype, slot.tensor.dtype):
+        elif dtype != slot.tensor.dtype and not _castable(source, slot.source, dtype, slot.tensor.dtype):
             wrong_dtype.append((slot.name, dtype_name(dtype), dtype_name(slot.tensor.dtype)))
     expected = {name for slot in slots for name in slot.names}
     expected.update(part for name in expected & source.made.keys() for part in source.made[name].sources)
@@ -226,8 +226,6 @@ def _prefixes(names: Iterable[str], others: set[str]) -> Counter[str]:
 
 def _castable(source: Checkpoint, name: str, dtype: torch.dtype, wanted: torch.dtype) -> bool:
     """Whether a tensor of a checkpoint can become one of another dtype."""
-    if dtype == wanted:
-        return True
     parts = source.made[name].sources if name in source.made else (name,)
     quantized = dtype.itemsize == 1 and any(part + end in source for part in parts for end in _SCALES)
     return not quantized and (dtype.is_floating_point, dtype.is_complex) == (
