@@ -15,7 +15,7 @@ with both GPUs and two processes with one each answer the same prompts; it is sa
 flight* means as many groups under way as stages (`map_in_flight`), and the gain is their ratio. Each way runs before it
 is timed, so that memory, kernels and graphs are there. A run counts all of `generate`, the prompts included, for four
 groups, or six with three under way. With `graphs` each process replays its decode steps (`graph_decode`); only bf16 is
-timed in Python, too. int8 looks for no outliers.
+timed in Python, with three groups and for single sequences, too. int8 looks for no outliers.
 Attention is PyTorch's own: cuDNN's, the default on an H200, gives other bits from call to call.
 """
 
@@ -252,18 +252,21 @@ def answer_in_stages(kinds: list[str], gpu: bool, folder: Path, loads: dict[str,
         pairs = [pair for these, those in zip(said, expected) for pair in zip(these, those)]
         return sum(one == other for one, other in pairs) / len(pairs)
 
-    def measured(model: Any, steps: list[str], together: bool) -> tuple[dict[str, float], dict[str, Any]]:
+    def measured(model: Any, cases: list[tuple[str, str]], together: bool) -> tuple[dict[str, float], dict[str, Any]]:
         """Tokens a second of every load and way, the share of rows that the first way gave too, and the tokens."""
         model.generation_config.eos_token_id = None  # random weights draw any token
         model.generation_config.pad_token_id = 0
         rates, answers = dict[str, float](), dict[str, Any]()
-        for by, (load, (batch, prompt, new)) in itertools.product(steps, loads.items()):
+        for by, load in cases:
+            batch, prompt, new = loads[load]
             generator = torch.Generator().manual_seed(1)
             prompts = [*torch.randint(3, model.config.vocab_size, (6, batch, prompt), generator=generator)]
             with graph_decode(model) if by == "graphs" else nullcontext():
-                for way, run in ways.items() if together else [("one at a time", one_at_a_time)]:
+                for way, (count, run) in ways.items() if together else [("one at a time", (1, one_at_a_time))]:
+                    if way == "three under way" and (by == "Python" or kind != "bf16"):
+                        continue
                     asked = prompts if way == "three under way" else prompts[:4]  # groups without a rest
-                    run(model, asked[:3], new if by == "graphs" else 4)  # memory, kernels and graphs are there then
+                    run(model, asked[:count], new if by == "graphs" else 4)  # memory, kernels and graphs are there then
                     meet(together)
                     start = time.perf_counter()
                     said = run(model, asked, new)
@@ -284,7 +287,11 @@ def answer_in_stages(kinds: list[str], gpu: bool, folder: Path, loads: dict[str,
     def in_flight(model: Any, prompts: Any, new: int, groups: int | None = None) -> list[Any]:
         return map_in_flight(lambda ids: ask(model, ids, new), prompts, model, groups=groups)
 
-    ways = {"in flight": in_flight, "three under way": partial(in_flight, groups=3), "one at a time": one_at_a_time}
+    ways = {  # groups under way, and how they are asked
+        "in flight": (2, in_flight),
+        "three under way": (3, partial(in_flight, groups=3)),
+        "one at a time": (1, one_at_a_time),
+    }
 
     def loaded(kind: str, plan: Any, config: Any, together: bool) -> Any:
         model = empty_model(kind, gpu)
@@ -321,14 +328,15 @@ def answer_in_stages(kinds: list[str], gpu: bool, folder: Path, loads: dict[str,
         row["held_mib"] = sum(tensor.nbytes for tensor in model.parameters()) // MiB
         row |= {"peak_mib": torch.cuda.max_memory_allocated() // MiB} if gpu else {}
         row |= {"kind": kind, "one_predicted": plan.one, "split_predicted": plan.split}
-        steps = ["Python"] if not gpu else ["graphs", "Python"] if kind == "bf16" else ["graphs"]
-        row["rates"], tokens = measured(model, steps, together=True)
+        cases = [*itertools.product(["graphs", "Python"] if gpu else ["Python"], loads)]
+        cases = cases if kind == "bf16" or not gpu else [("graphs", "many")]
+        row["rates"], tokens = measured(model, cases, together=True)
         print(row, flush=True)
         del model
         meet()
         if rank == 0:
             whole = loaded(kind, plan, config, together=False)
-            row["alone"], expected = measured(whole, steps, together=False)
+            row["alone"], expected = measured(whole, cases, together=False)
             del whole
             row["equal"] = {load: equal(said, expected[load]) for load, said in tokens.items()}
         rows.append(row)

@@ -201,6 +201,7 @@ def places_of(case: dict[str, Any], model: nn.Module) -> dict[str, int | str]:
     places: dict[str, int | str] = {name: 0 for name, _ in model.named_children()}
     lists = [(name, part) for name, part in model.named_modules() if isinstance(part, nn.ModuleList) and len(part) > 1]
     name, blocks = max(lists, key=lambda item: sum(p.numel() for p in item[1].parameters()))
+    places |= {name: 0 for name, _ in (*model.named_parameters(recurse=False), *model.named_buffers(recurse=False))}
     parent = name
     while "." in parent:  # around the blocks, everything is named apart
         parent = parent.rpartition(".")[0]
@@ -414,6 +415,7 @@ def predicted(case: dict[str, Any], folder: Path, machine: dict[str, str]) -> di
     runs = [replace(guess, twin=found) for found in (twin, beside)]
     return {
         "twin": asdict(twin) if twin else None,
+        "fits": guess.fits,
         "guessed": [guess.seconds["prefill"], guess.seconds.get("token")],
         "peak": [guess.peak_allocated[0], guess.peak_reserved[0]],
         "issued": issued_of(guess)[:2],
@@ -481,8 +483,11 @@ def kept(case: dict[str, Any]) -> dict[str, Any]:
     """What is kept of a case: the figures that are compared, with the twin's, or why there are none."""
     about = {"case": key_of(case), "blocks": case["blocks"]}
     said = case["predicted"]
-    if problem := case.get("error") or said.get("error"):
-        return about | {"error": problem}
+    if "error" in case:
+        told = said.get("error") or ("fits" if said["fits"] else "does not fit")
+        return about | {"not measured": case["error"], "foretold": told}
+    if "error" in said:
+        return about | {"error": said["error"]}
     return about | {
         "compared": compared(case),
         "twin": said["twin"],

@@ -246,14 +246,14 @@ def decode_nvfp4(parts: Parts, dtype: torch.dtype) -> Tensor:
     return (values.unflatten(1, (scales.shape[1], -1)) * scales[:, :, None]).flatten(1).to(dtype)
 
 
-def decode_mxfp4(parts: Parts, dtype: torch.dtype) -> Tensor:
+def decode_mxfp4(parts: Parts, dtype: torch.dtype, experts: Tensor | None = None) -> Tensor:
     """Experts in MXFP4: `_blocks` (experts, out, groups, 16), `_scales` (experts, out, groups) -> (experts, in, out).
 
     A byte has two E2M1, the first in the low half; a scale is the exponent of a power of two, plus 127. Source: OCP
     Microscaling Formats, version 1.0; the files of gpt-oss. Any shape may come before `out`, or none.
     """
     if kernels := kernels_for(parts["_blocks"]):
-        return kernels.mxfp4(parts["_blocks"], parts["_scales"], dtype)
+        return kernels.mxfp4(parts["_blocks"], parts["_scales"], experts, dtype)
     works = dtype if dtype == torch.bfloat16 else torch.float32  # in which these products are exact
     scales = powers_of_two(parts["_scales"]).to(works).transpose(-2, -1)
     values = e2m1(parts["_blocks"], works)  # (..., out, groups, 32)
@@ -353,7 +353,7 @@ def decode_scaled_stack(parts: Parts, dtype: torch.dtype, experts: Tensor | None
 
 STACK_CODECS = (
     StackCodec("fp8", ("", "_scale_inv"), decode_scaled_stack, in_place=True),
-    StackCodec("mxfp4", ("_blocks", "_scales"), decode_mxfp4),
+    StackCodec("mxfp4", ("_blocks", "_scales"), decode_mxfp4, in_place=True),
     *(StackCodec(kind, (f"_{kind}", "_absmax"), partial(decode_4bit, kind=kind), True) for kind in ("nf4", "fp4")),
     *(
         StackCodec(

@@ -1,4 +1,4 @@
-"""Python's garbage collector, out of the way while thousands of tensors are made."""
+"""Python's garbage collector, out of the way for a while."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def collector_paused() -> Iterator[None]:
-    """Thousands of new tensors would set off Python's collector again and again, which would find nothing."""
+    """Nothing is collected meanwhile: thousands of new tensors would set it off again and again, for nothing."""
     running = gc.isenabled()
     gc.disable()
     try:

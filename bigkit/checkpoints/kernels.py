@@ -28,7 +28,9 @@ from torch import Tensor
 from .fits import BLOCK_4BIT
 
 OPTIONS: dict[str, Any] = {"enable_fp_fusion": False}  # a product is rounded before anything is added to it
-PROGRAMS = 264  # that read out of RAM at once: two for each processor of an H100 keep the link busy, and leave room
+PROGRAMS = 264  # that read out of RAM at once: two for each processor of an H100 keep the link busy
+READERS = 96  # the same of MXFP4, in larger pieces: some processors stay free for the products beside them
+PIECE = 2**14  # bytes that one of these reads at a time, at most
 KINDS = {torch.float8_e4m3fn: 0, torch.float8_e5m2: 1, torch.int8: 2}
 
 
@@ -58,12 +60,50 @@ def _mxfp4(  # type: ignore[no-untyped-def]
     row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)[:, None]
     column = tl.program_id(0) * COLS + tl.arange(0, COLS)[None, :]
     inside = (row < outputs) & (column < width)
-    byte = tl.load(blocks + (expert * outputs + row) * width + column, inside, 0).to(tl.int32)
-    power = tl.load(scales + (expert * outputs + row) * groups + column // GROUP, inside, 0).to(tl.int32)
+    byte = tl.load(blocks + (expert * outputs + row) * width + column, inside, 0)
+    power = tl.load(scales + (expert * outputs + row) * groups + column // GROUP, inside, 0)
+    _two_e2m1(byte, power, out + (expert * 2 * width + 2 * column) * outputs + row, outputs, inside)
+
+
+@triton.jit
+def _two_e2m1(byte, power, target, step, inside):  # type: ignore[no-untyped-def]
+    """Write the two numbers of a byte, one `step` after the other."""
+    code, power = byte.to(tl.int32), power.to(tl.int32)
     scale = tl.where(power == 0, 0x400000, power << 23).to(tl.float32, bitcast=True)  # 2^(power - 127)
-    target = out + (expert * 2 * width + 2 * column) * outputs + row
-    tl.store(target, (_e2m1(byte & 15) * scale).to(out.dtype.element_ty), inside)
-    tl.store(target + outputs, (_e2m1(byte >> 4) * scale).to(out.dtype.element_ty), inside)
+    tl.store(target, (_e2m1(code & 15) * scale).to(target.dtype.element_ty), inside)
+    tl.store(target + step, (_e2m1(code >> 4) * scale).to(target.dtype.element_ty), inside)
+
+
+@triton.jit
+def _mxfp4_chosen(  # type: ignore[no-untyped-def]
+    blocks, scales, experts, out, aside, outputs, width, groups, down, tiles, GROUP: tl.constexpr, ROWS: tl.constexpr,
+    COLS: tl.constexpr, BYTES: tl.constexpr, POWERS: tl.constexpr, WORDS: tl.constexpr,
+):  # fmt: skip
+    """A link brings whole lines of memory, and some rows are one piece of them: they come as one into the GPU's memory
+    (its cache, in truth), with their powers, and are read there as rows and columns.
+    """
+    aside += tl.program_id(0).to(tl.int64) * (BYTES + POWERS)
+    byte, power = tl.arange(0, BYTES), tl.arange(0, POWERS)
+    for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
+        place, first = (tile // down).to(tl.int64), tile % down * ROWS
+        start, rows = tl.load(experts + place).to(tl.int64) * outputs + first, tl.minimum(outputs - first, ROWS)
+        at, many = start * groups, rows * groups
+        if WORDS:
+            at, many = tl.multiple_of(at, 16), tl.multiple_of(many, 16)
+        some = tl.load(blocks + start * width + byte, byte < rows * width, 0)
+        powers = tl.load(scales + at + power, power < many, 0)
+        tl.debug_barrier()  # what was put aside before has been read
+        tl.store(aside + byte, some)
+        tl.store(aside + BYTES + power, powers)
+        tl.debug_barrier()
+        row = tl.arange(0, ROWS)[:, None]
+        for left in range(0, width, COLS):
+            column = left + tl.arange(0, COLS)[None, :]
+            inside = (row < rows) & (column < width)
+            code = tl.load(aside + row * width + column, inside, 0)
+            scale = tl.load(aside + BYTES + row * groups + column // GROUP, inside, 0)
+            target = out + (place * 2 * width + 2 * column) * outputs + first + row
+            _two_e2m1(code, scale, target, outputs, inside)
 
 
 @triton.jit
@@ -184,23 +224,39 @@ def _values(kind: str, device: torch.device) -> Tensor:
         return values.flatten()[::2].contiguous()
 
 
-def mxfp4(blocks: Tensor, scales: Tensor, dtype: torch.dtype, tile: tuple[int, int] = (128, 64)) -> Tensor:
+def mxfp4(
+    blocks: Tensor, scales: Tensor, experts: Tensor | None, dtype: torch.dtype, tile: tuple[int, int] = (128, 64)
+) -> Tensor:
     """Weights of MXFP4.
 
     Args:
         blocks: bytes (experts, out, groups, bytes of one).
         scales: powers of two (experts, out, groups).
+        experts: which of them; None for all, which then lie in the GPU's memory.
         dtype: of the result.
-        tile: rows and bytes of a row that a program reads.
+        tile: of all experts, rows and bytes of a row that a program decodes at a time.
 
     Returns:
-        (experts, in, out).
+        (chosen experts, in, out).
     """
     *around, outputs, groups = scales.shape
-    width = groups * blocks.shape[-1]
-    out = torch.empty((*around, 2 * width, outputs), dtype=dtype, device=blocks.device)
-    grid = triton.cdiv(width, tile[1]), triton.cdiv(outputs, tile[0]), math.prod(around)
-    _run(_mxfp4, grid, (blocks, scales.contiguous(), out, outputs, width, groups, blocks.shape[-1], *tile))
+    size, scales = blocks.shape[-1], scales.contiguous()
+    width, count = groups * size, math.prod(around) if experts is None else len(experts)
+    out = torch.empty(
+        (*(around if experts is None else (count,)), 2 * width, outputs), dtype=dtype, device=blocks.device
+    )
+    if experts is None:
+        grid = triton.cdiv(width, tile[1]), triton.cdiv(outputs, tile[0]), count
+        _run(_mxfp4, grid, (blocks, scales, out, outputs, width, groups, size, *tile))
+        return out
+    rows = 1 << max(1, min(8, PIECE // width)).bit_length() - 1
+    down = triton.cdiv(outputs, rows)
+    programs = min(READERS, count * down)
+    sizes = triton.next_power_of_2(rows * width), triton.next_power_of_2(rows * groups)
+    aside = torch.empty(programs * sum(sizes), dtype=torch.uint8, device=blocks.device)
+    words = rows * groups % 16 == outputs * groups % 16 == 0
+    given = blocks, scales, experts.contiguous(), out, aside, outputs, width, groups, down, count * down
+    _run(_mxfp4_chosen, (programs,), (*given, size, rows, 512, *sizes, words))
     return out
 
 

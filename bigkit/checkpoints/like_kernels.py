@@ -23,8 +23,9 @@ def _(read: list[Tensor], shape: list[int], dtype: torch.dtype) -> Tensor:
     return read[0].new_empty(shape, dtype=dtype)
 
 
-def mxfp4(blocks: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+def mxfp4(blocks: Tensor, scales: Tensor, experts: Tensor | None, dtype: torch.dtype) -> Tensor:
     """As the kernel of this name."""
+    blocks, scales = _few(blocks, experts), _few(scales, experts)
     *around, outputs, groups = scales.shape
     return decode([blocks, scales], [*around, 2 * groups * blocks.shape[-1], outputs], dtype)
 

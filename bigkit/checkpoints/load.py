@@ -78,7 +78,7 @@ def load_checkpoint_in_model(
         prefix: what names of the checkpoint begin with and names of the model do not, as "module.".
         keep: what becomes of weights on meta that the checkpoint has quantized (FP8, MXFP4, GPTQ, AWQ, ...): "stored":
             they stay as they are, whatever `dtype` says, and their modules decode them for each use; "dense": they are
-            decoded when they are loaded.
+            decoded when they are loaded, as those of a model that has weights always are.
 
     Returns:
         What did not match, and what rests on disk.

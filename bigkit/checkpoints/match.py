@@ -21,6 +21,7 @@ from ..meta.skeleton import named_parts, tied
 from ..units import dtype_name, listed
 from ._torch import extra_states
 from ._transformers import Made, conversions, ignored_names
+from .as_stored import AsStored
 from .format import ASIDE, Checkpoint, Stored
 from .migrate import migrate
 
@@ -186,7 +187,9 @@ def _compare(model: nn.Module, source: Checkpoint, slots: list[Slot]) -> LoadRep
         shape, dtype = source.shape_and_dtype(slot.source)
         if shape != slot.tensor.shape:
             mismatched.append((slot.name, shape, tuple(slot.tensor.shape)))
-        elif dtype != slot.tensor.dtype and not _castable(source, slot.source, dtype, slot.tensor.dtype):
+        elif dtype != slot.tensor.dtype and (
+            not _castable(source, slot.source, dtype, slot.tensor.dtype) or (dtype.itemsize > 1 and _is_code(slot))
+        ):
             wrong_dtype.append((slot.name, dtype_name(dtype), dtype_name(slot.tensor.dtype)))
     expected = {name for slot in slots for name in slot.names}
     expected.update(part for name in expected & source.made.keys() for part in source.made[name].sources)
@@ -232,6 +235,12 @@ def _castable(source: Checkpoint, name: str, dtype: torch.dtype, wanted: torch.d
         wanted.is_floating_point,
         wanted.is_complex,
     )
+
+
+def _is_code(slot: Slot) -> bool:
+    """Whether a tensor holds the codes of a weight that is stored in few bits: no number can be rounded to these."""
+    module, own = slot.places[0]
+    return isinstance(module, AsStored) and own in module.stored and slot.tensor.dtype.itemsize == 1
 
 
 def _without_ignored(names: Iterable[str], model: nn.Module, kind: str) -> tuple[str, ...]:

@@ -10,6 +10,13 @@ no names, and the caller's function no locks.
 The model itself works on the caller's thread, as it does for one group at a time: libraries of a GPU keep handles,
 workspaces and plans for each thread (cuDNN needs some 30 ms to plan attention for a length that a thread has not seen).
 
+No thread whose turn it is waits for the GPU, so that Python prepares one group's step while the GPU works for another:
+
+    stream of all    ....[ g0 works ][ g1 works ][ g0 works ]      blocks and head
+    stream of g0     masks           token, stops?                 what `generate` does around them; its host waits for
+    stream of g1            masks                token, stops?     this group's work alone
+    mailer           .................[token g0]..[token g1]       a thread: sends each token as soon as it is drawn
+
 So greedy tokens are those of one group at a time, bit for bit, where the kernels themselves give the same bits twice.
 PyTorch's default for attention on an H200, cuDNN's, does not with 64 sequences and one new token each;
 `torch.backends.cuda.enable_cudnn_sdp(False)` takes another one, which does.
@@ -23,10 +30,11 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
+from queue import SimpleQueue
 from typing import Any, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .pipeline import Call, stage_of
 
@@ -92,10 +100,9 @@ def run_in_flight(
     early: dict[int, R] = {}  # results of batches whose predecessors are under way
     first = 0
     numbered = enumerate(batches)
-    turns = _Turns(len(slots), stage.device.type)
+    turns, modes = _Turns(len(slots), stage.device), _modes(stage.device.type)
     for line in stage.lines.values():
         line.expect_groups(len(slots))
-    stream = torch.cuda.current_stream() if stage.device.type == "cuda" else None
 
     def hand_out() -> None:
         nonlocal first
@@ -103,38 +110,18 @@ def run_in_flight(
             done(first, early.pop(first))
             first += 1
 
-    modes = _modes(stage.device.type)
-
     def work(slot: int) -> None:
         stage.group.turns = turns
-        try:
-            if stream is not None:
-                torch.cuda.set_stream(stream)
-            turns.begin(slot)
-            stage.call = Call()
-            with modes(), torch.no_grad():
-                for number, batch in numbered:
-                    early[number] = function(batch)
-                    hand_out()
-            turns.leave()
-        except _GivenUp:
-            pass
-        except BaseException as error:
-            turns.give_up(error)
+        turns.begin(slot)
+        stage.call = Call()
+        with modes(), torch.no_grad():
+            for number, batch in numbered:
+                early[number] = function(batch)
+                turns.settle()
+                hand_out()
+        turns.leave()
 
-    threads = [threading.Thread(target=work, args=(slot,), daemon=True) for slot in slots]
-    try:
-        for thread in threads:
-            thread.start()
-        turns.serve()
-    except BaseException as error:  # Ctrl-C comes to this thread
-        turns.give_up(error)
-        raise
-    finally:
-        for thread in threads:
-            thread.join(_PATIENCE if turns.error else None)
-    if turns.error is not None:
-        raise turns.error
+    turns.run(work)
     stage.flush()
 
 
@@ -158,16 +145,18 @@ class _GivenUp(BaseException):
 class _Turns:
     """Threads that run one at a time, in the order of their numbers, until each has left.
 
-    What they all need the same thread for is done by the one that waits for them.
+    What they all need the same thread for is done by the one that waits for them. On a GPU each has its own stream.
     """
 
-    def __init__(self, count: int, kind: str) -> None:
-        self.kind = kind  # of device
+    def __init__(self, count: int, device: torch.device) -> None:
+        self.device = device
+        self.stream = torch.cuda.current_stream() if device.type == "cuda" else None  # of the one that waits
         self.changed = threading.Condition()
         self.live = list(range(count))
         self.whose = 0
         self.own = threading.local()
         self.error: BaseException | None = None
+        self.letters: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
         self.work: Callable[[], Any] | None = None
         self.worked: Any = None  # what came of it
 
@@ -176,8 +165,43 @@ class _Turns:
         """The number of the group of which this thread is."""
         return int(self.own.slot)
 
+    def run(self, work: Callable[[int], None]) -> None:
+        """Call `work` with each number on a thread, until all have left or one has failed.
+
+        Raises:
+            BaseException: what the first one raised.
+        """
+
+        def kept(work: Callable[..., None], *args: int) -> None:
+            try:
+                work(*args)
+            except _GivenUp:
+                pass
+            except BaseException as error:
+                self.give_up(error)
+
+        threads = [threading.Thread(target=kept, args=(work, slot), daemon=True) for slot in self.live]
+        threads.append(threading.Thread(target=kept, args=(self.mail,), daemon=True))
+        try:
+            for thread in threads:
+                thread.start()
+            self.serve()
+        except BaseException as error:  # Ctrl-C comes to this thread
+            self.give_up(error)
+            raise
+        finally:
+            self.letters.put(None)
+            for thread in threads:
+                thread.join(_PATIENCE if self.error else None)
+        if self.error is not None:
+            raise self.error
+
     def begin(self, slot: int) -> None:
-        self.own.slot = slot
+        self.own.slot, self.own.stream = slot, None
+        if self.stream is not None:
+            self.own.stream = torch.cuda.Stream(self.device)
+            self.own.stream.wait_stream(self.stream)
+            torch.cuda.set_stream(self.own.stream)
         self._wait(lambda: self.whose == slot)
 
     def pass_on(self) -> None:
@@ -185,6 +209,11 @@ class _Turns:
         with self.changed:
             self._next()
         self._wait(lambda: self.whose == self.own.slot)
+
+    def settle(self) -> None:
+        """Wait for this group's GPU work: who gets a result works on another stream."""
+        if self.own.stream is not None:
+            self.own.stream.synchronize()
 
     def leave(self) -> None:
         with self.changed:
@@ -198,12 +227,17 @@ class _Turns:
             self.changed.notify_all()
 
     def on_caller(self, work: Callable[[], R]) -> R:
-        """What `work` returns on the thread that serves, in the modes of this one."""
-        modes = _modes(self.kind)
+        """What `work` returns on the thread that serves, in the modes of this one and in order with its GPU work."""
+        modes, own = _modes(self.device.type), self.own.stream
 
         def there() -> R:
+            if self.stream is not None:
+                self.stream.wait_stream(own)
             with modes():
-                return work()
+                worked = work()
+            if self.stream is not None:
+                own.wait_stream(self.stream)
+            return worked
 
         with self.changed:
             self.work = there
@@ -213,6 +247,27 @@ class _Turns:
         if isinstance(worked, Exception):
             raise worked
         return worked
+
+    def send_when_there(self, tensor: Tensor, send: Callable[[Tensor], Any]) -> None:
+        """Let the mailer send a tensor as it is now, once it is computed; from RAM."""
+        there = torch.cuda.Event() if tensor.is_cuda else None
+        copied = tensor.to("cpu", non_blocking=True, copy=True)  # pinned, if it comes from a GPU
+        if there is not None:
+            there.record()
+
+        def letter() -> None:
+            if there is not None:
+                there.synchronize()
+            send(copied)
+
+        self.letters.put(letter)
+
+    def mail(self) -> None:
+        """What the mailer does, until there is nothing more to come."""
+        if self.stream is not None:
+            torch.cuda.set_device(self.device)  # a thread begins with the first GPU
+        while (letter := self.letters.get()) is not None:
+            letter()
 
     def serve(self) -> None:
         """Work for the others, until all have left or one has failed."""

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import hashlib
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial, wraps
@@ -197,8 +197,10 @@ class Stage:
         finally:
             self.call = Call()
 
-    def _post(self, tensor: Tensor, rank: int) -> None:
-        self.lines["to", rank].post([self.call.number, self.call.digest, self.kind], tensor)
+    def _post(self, tensor: Tensor, *ranks: int, call: Call | None = None) -> None:
+        call = call or self.call
+        for rank in ranks:
+            self.lines["to", rank].post([call.number, call.digest, self.kind], tensor)
 
     def _take(self, rank: int, device: torch.device) -> Tensor:
         (number, digest, kind), tensor = self.lines["from", rank].take(device)
@@ -223,13 +225,17 @@ class Stage:
             self._post(self.hidden, self.rank + 1)
 
     def _to_all(self, tensor: Tensor | None, device: torch.device) -> Tensor:
-        """What the last process has, on every process; another group may have its turn meanwhile."""
-        if tensor is not None:
-            for rank in range(self.last):
-                self._post(tensor, rank)
-        if self.turns is not None:
-            call = self.call
-            self.turns.pass_on()
+        """What the last process has, on every process, there on the device by which it travels.
+
+        Another group may have its turn meanwhile.
+        """
+        turns, call = self.turns, self.call
+        if tensor is not None and turns is not None:
+            turns.send_when_there(tensor, lambda copied: self._post(copied, *range(self.last), call=call))
+        elif tensor is not None:
+            self._post(tensor.to(device), *range(self.last))
+        if turns is not None:
+            turns.pass_on()
             self.call = call
         return self._take(self.last, device) if tensor is None else tensor
 
@@ -253,6 +259,10 @@ class Stage:
                 return self.compute(*args, **options)
 
         output, hidden = work() if self.turns is None else self.turns.on_caller(work)
+        if self.turns is not None and self.device.type == "cuda":  # it was made on another stream than this group's
+            for tensor in (hidden, *_parts(output)):
+                if isinstance(tensor, Tensor):
+                    tensor.record_stream(torch.cuda.current_stream())
         if self.rank < self.last:
             if hidden is None:
                 raise RuntimeError(f"the blocks of {type(self.model).__name__} did not run in this forward")
@@ -271,8 +281,7 @@ class Stage:
         own = output if isinstance(output, Tensor) else output[0] if isinstance(output, tuple) else output[name]
         # Two messages of nccl that cross wait for each other; of several groups, logits go through RAM.
         by = self.device if self.turns is None else torch.device("cpu")
-        mine = own.to(by) if self.rank == self.last else None
-        logits = self._to_all(mine, by).to(own.device)
+        logits = self._to_all(own if self.rank == self.last else None, by).to(own.device)
         if self.turns is None:
             self.flush()
         if isinstance(output, Tensor):
@@ -337,8 +346,8 @@ class Stage:
         return self.agree(chosen)
 
     def agree(self, tokens: Tensor | None) -> Tensor:
-        """The tokens that the last process has drawn, on every process (CPU int64)."""
-        mine = None if tokens is None else tokens.to("cpu", torch.int64)
+        """The tokens that the last process has drawn, on every process (int64; on the CPU, but for where they were)."""
+        mine = None if tokens is None else tokens.to(torch.int64)
         return self._to_all(mine, torch.device("cpu"))
 
 
@@ -396,6 +405,11 @@ def _first(*args: Any, **options: Any) -> Tensor:
     """The hidden states among the inputs of a module."""
     inputs = (*args, options.get("hidden_states"), *options.values())
     return next(value for value in inputs if isinstance(value, Tensor))
+
+
+def _parts(output: Any) -> Iterable[Any]:
+    """The values in what a model returned."""
+    return output.values() if isinstance(output, dict) else output if isinstance(output, tuple) else (output,)
 
 
 def _count(cache: Any, index: int | None, hidden: Tensor) -> None:

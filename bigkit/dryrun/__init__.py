@@ -34,6 +34,7 @@ Read in this order:
     result      what a run gives: timelines, times, how sure they are, whether it fits
     run         `dry_run`
     replay      equal blocks are run twice and then repeated, which makes explorers fast
+    splice      the same run on a GPU with other kernels of attention, without running it again
     fake_bnb    quantized models: bitsandbytes' own Python, without its kernels
     components  what the components of a pipeline take beside their weights
     met         what differs by GPU or version, and what of it was compared with real runs

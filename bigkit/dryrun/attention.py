@@ -11,8 +11,10 @@ Leaves out: dropout, gradients, and the kernels' time (`machine/roofline.py`).
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -44,22 +46,54 @@ class Target:
     processors: int = 132
 
 
+class Call(NamedTuple):
+    """What attention was asked for.
+
+    Args:
+        tensors: (shape, strides, dtype) of query, key and value.
+        mask: the same of what is added to the scores, or None.
+        is_causal, scale, grouped: as `F.scaled_dot_product_attention` takes them.
+    """
+
+    tensors: tuple[Any, ...]
+    mask: Any
+    is_causal: bool
+    scale: float | None
+    grouped: bool
+
+    @staticmethod
+    def of(
+        query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0,
+        is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False,
+    ) -> Call:  # fmt: skip
+        """From the arguments."""
+        given = (query, key, value) if attn_mask is None else (query, key, value, attn_mask)
+        about = [(tuple(tensor.shape), tensor.stride(), tensor.dtype) for tensor in given]
+        return Call(tuple(about[:3]), None if attn_mask is None else about[3], is_causal, scale, enable_gqa)
+
+
 class AttentionChoice(TorchFunctionMode):
     """Sends attention and recurrent layers to the kernels that the target would choose, and new tensors to it.
 
     Args:
         target: the GPU that is imagined.
         alike: GPUs; those that would choose another kernel are taken out.
+        note: runs a call of attention on a GPU, and notes where it lies among all that is done.
     """
 
-    def __init__(self, target: Target, alike: set[Target] | None = None) -> None:
+    def __init__(
+        self, target: Target, alike: set[Target] | None = None,
+        note: Callable[[Tensor, Call, Callable[[], Tensor]], Tensor] = lambda query, call, run: run(),
+    ) -> None:  # fmt: skip
         super().__init__()
-        self.target, self.alike = target, set() if alike is None else alike
+        self.target, self.alike, self.note = target, set() if alike is None else alike, note
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is F.scaled_dot_product_attention:
             self._compare(*args, **(kwargs or {}))
-            return attend(self.target, *args, **(kwargs or {}))
+            run = partial(attend, self.target, *args, **(kwargs or {}))
+            query = run.args[1] if len(run.args) > 1 else run.keywords["query"]
+            return self.note(query, Call.of(*run.args[1:], **run.keywords), run) if query.is_cuda else run()
         if func in KINDS and args[0].is_cuda:
             return run_recurrent(func, *args)
         if func is Tensor.new_tensor:  # the C++ behind it asks for the GPU in use, which is always the first

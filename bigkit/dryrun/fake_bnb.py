@@ -127,7 +127,8 @@ def fake_bitsandbytes(log: OperationLog) -> Iterator[None]:
     """Within it, a fake run's quantized operations do what bitsandbytes does on CUDA, as far as Python sees it."""
     target, asked = log.target, ("processors", "capability")
     same = [getattr(target, name) for name in asked]
-    log.trace.alike -= {other for other in log.trace.alike if [getattr(other, name) for name in asked] != same}
+    for others in (log.trace.alike, log.trace.but_attention):
+        others -= {other for other in others if [getattr(other, name) for name in asked] != same}
     with ExitStack() as stack:
         enter = stack.enter_context
         kernels = enter(native_calls(partial(note_kernel, log), target.processors, target.capability))

@@ -17,7 +17,7 @@ DataDependentOutputException), and memory that kernels take for themselves unles
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
@@ -43,8 +43,9 @@ from ._torch import (
     storage_key,
     without_modes,
 )
-from .attention import AttentionChoice, Target
+from .attention import AttentionChoice, Call, Target
 from .costs import PRODUCTS, cost_of, dense_bytes, device_of, kernel_workspaces, tensors_in
+from .splice import Attended, layout_of
 from .values import KnownValues
 
 COMPOSITE = (aten.linear.default, aten.matmul.default)  # reach a mode whole where a library's own operation calls them
@@ -64,6 +65,8 @@ class Trace:
         expert_hits: chosen experts that were on a GPU already, and that were brought, if some may stay there.
         alike: GPUs on which the same would be done, of those that were asked for.
         workspaces: device -> the numbers of the requests by which cuBLAS took workspaces.
+        attended, but_attention: where each call of attention lies, in order; and GPUs on which the same would be done
+            but in these calls.
     """
 
     recordings: dict[str, Recording] = field(default_factory=dict)
@@ -76,12 +79,19 @@ class Trace:
     expert_hits: tuple[int, int] = (0, 0)
     alike: set[Target] = field(default_factory=set)
     workspaces: dict[str, list[int]] = field(default_factory=dict)
+    attended: list[Attended] = field(default_factory=list)
+    but_attention: set[Target] = field(default_factory=set)
 
     def mark(self, name: str) -> None:
         """Note the end of a step, on every device and among the operations."""
         for recording in self.recordings.values():
             recording.marks.append((name, len(recording.events)))
         self.steps.append((name, len(self.operations)))
+
+    def lengths(self, device: str) -> tuple[int, int, int, int]:
+        """Events and requests of a device, and operations so far; steps that Python took since the last kernel."""
+        recording, kinds = self.recordings[device], self.kinds[device]
+        return len(recording.events), len(kinds), len(self.operations), self.unissued
 
     def request(self, device: str, size: int, kind: str) -> int:
         """Note a request; returns its number on the device, from 1."""
@@ -237,6 +247,21 @@ class OperationLog(TorchDispatchMode):
             device, number, _ = entry
             self.trace.kinds[device][number - 1] = kind
 
+    def attend(self, query: Tensor, call: Call, run: Callable[[], Tensor]) -> Tensor:
+        """Run a call of attention, and note where it lies, unless it leaves more behind than its result."""
+        trace, device = self.trace, str(fake_device(query))
+        event, request, operation, before = trace.lengths(device)
+        out = run()
+        events, requests, operations, after = trace.lengths(device)
+        own, result = trace.recordings[device].events[event:], self.live[storage_key(out)][1]
+        freed = {-number for number in own if number < 0}
+        if min(freed, default=requests) <= request or {*range(request + 1, requests + 1)} - freed != {result}:
+            trace.but_attention.clear()
+            return out
+        place = event, request, operation, events - event, requests - request, operations - operation
+        trace.attended.append(Attended(device, call, layout_of(out), *place, result - request, before, after))
+        return out
+
     @contextmanager
     def silent(self) -> Iterator[None]:
         """Note nothing meanwhile."""
@@ -271,7 +296,8 @@ class OperationLog(TorchDispatchMode):
 
     def capability(self) -> tuple[int, int]:
         """The target's compute capability, for which a model's code asks: others may do something else then."""
-        self.trace.alike -= {other for other in self.trace.alike if other.capability != self.target.capability}
+        for others in (self.trace.alike, self.trace.but_attention):
+            others -= {other for other in others if other.capability != self.target.capability}
         return self.target.capability
 
     def call(self, *_: Any) -> None:
@@ -296,12 +322,13 @@ def fake_gpus(target: Target = Target(), others: Iterable[Target] = ()) -> Itera
     >>> log.trace.recordings["cuda:3"].events, log.trace.operations[-1].flops
     ([4000000, 4000000, 33554432], 2000000000)
     """
-    log = OperationLog(Trace(alike={target, *others}), target, FakeTensors(allow_non_fake_inputs=True))
+    among = {target, *others}
+    log = OperationLog(Trace(alike=among, but_attention={*among}), target, FakeTensors(allow_non_fake_inputs=True))
     with ExitStack() as stack:
         stack.callback(nn.modules.module.register_module_forward_pre_hook(log.call).remove)
         stack.enter_context(torch.no_grad())
         stack.enter_context(lent_gpus(log.capability))
         stack.enter_context(log.fakes)
-        stack.enter_context(AttentionChoice(target, log.trace.alike))
+        stack.enter_context(AttentionChoice(target, log.trace.alike, log.attend))
         stack.enter_context(log)
         yield log

@@ -12,12 +12,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import TypeVar
+from unittest import mock
 
 import torch
 
 from ..machine.roofline import Operation
-from ..offload import graphs
+from ..offload import graphs, recording
 from ..offload.captured import Found, Rings
 from .fake_gpu import OperationLog
 
@@ -67,17 +68,12 @@ class FakeRecording:
 @contextmanager
 def fake_recordings(log: OperationLog) -> Iterator[None]:
     """Let `graph_decode` record fake GPUs meanwhile."""
-    module: Any = graphs
-    real = module.Recording
 
     class Recording(FakeRecording):
         def __init__(self, devices: Sequence[torch.device], rings: Rings) -> None:
             super().__init__(log, rings)
 
-        refuse = staticmethod(real.refuse)
+        refuse = staticmethod(recording.Recording.refuse)
 
-    module.Recording = Recording
-    try:
+    with mock.patch.object(graphs, "Recording", Recording):
         yield
-    finally:
-        module.Recording = real

@@ -54,6 +54,7 @@ RULES = (
         "seen with cuDNN 9.19",
         H200,
     ),
+    Rule("operations", "those of the PyTorch that is installed", "its own code", H200),
     Rule("processors, by which bitsandbytes decides", f"{len(PROCESSORS)} kinds, else 132", "vendors", H200),
     Rule("CUDA context", f"{format_bytes(CONTEXT_BYTES)}, or as calibrated", "seen with CUDA 12 and 13", H200),
 )

@@ -27,6 +27,7 @@ from ..machine.roofline import Operation
 from ..offload.hooks import AlignDevicesHook
 from ._torch import fake_device, plain_calls, storage_key, without_modes
 from .fake_gpu import OperationLog
+from .splice import Attended
 
 KEPT = "<as it was>"  # what a cache still holds
 PLAIN = (int, float, str, bool, type(None), torch.dtype)
@@ -67,6 +68,7 @@ class Record(NamedTuple):
         operations: as they were noted, devices by their numbers: "" is the block's own.
         unissued: `Trace.unissued` at the end.
         left: what it returned, and its layer's cache by name; tensors as `View`.
+        attended: calls of attention, numbered from its beginning.
     """
 
     events: tuple[int | str, ...]
@@ -74,6 +76,7 @@ class Record(NamedTuple):
     operations: tuple[Operation, ...]
     unissued: int
     left: Any
+    attended: tuple[Attended, ...]
 
 
 @contextmanager
@@ -169,9 +172,10 @@ class Replayer:
     def _events_elsewhere(self) -> list[int]:
         return [len(recording.events) for name, recording in self.trace.recordings.items() if name != self.device]
 
-    def _lines(self) -> tuple[list[int], list[str], list[Operation]]:
-        """Events and kinds of the device, and all operations."""
-        return self.trace.recordings[self.device].events, self.trace.kinds[self.device], self.trace.operations
+    def _lines(self) -> tuple[list[int], list[str], list[Operation], list[Attended]]:
+        """Events and kinds of the device, all operations, and all calls of attention."""
+        trace = self.trace
+        return trace.recordings[self.device].events, trace.kinds[self.device], trace.operations, trace.attended
 
     def _place(self, device: torch.device) -> Place:
         name = str(device)
@@ -226,7 +230,7 @@ class Replayer:
         Raises:
             Incomparable: the block left something else behind, or freed what others made.
         """
-        (events, kinds, operations), (event, first, operation) = self._lines(), begins
+        (events, kinds, operations, attended), (event, first, operation, call) = self._lines(), begins
         kept: set[int] = set()  # requests that the result and the cache keep alive
 
         def view(tensor: object) -> View | Place:
@@ -252,12 +256,14 @@ class Replayer:
         if None in numbers or alive != kept:
             raise Incomparable
         new = tuple(numbers), tuple(kinds[first:]), tuple(map(self._numbered, operations[operation:]))
-        return Record(*new, self.trace.unissued, left)
+        calls = tuple(part.moved("", -event, -first, -operation) for part in attended[call:])
+        return Record(*new, self.trace.unissued, left, calls)
 
     def replay(self, record: Record, layer: Any) -> Any:
         """Note again what a record says, and make its result and its layer's cache."""
-        events, kinds, operations = self._lines()
+        events, kinds, operations, attended = self._lines()
         first = len(kinds)
+        attended += [part.moved(self.device, len(events), first, len(operations)) for part in record.attended]
         for event in record.events:
             if isinstance(event, str):
                 before = len(events)

@@ -24,6 +24,7 @@ from ..machine.streams import Span
 from ..units import format_bytes, format_seconds, three_figures
 from .attention import Target
 from .export import chrome_trace
+from .splice import Attended
 from .workload import Workload
 
 KINDS = ("weights", "slots", "KV cache", "activations", "workspace")
@@ -92,6 +93,7 @@ class DryRun:
         expert_hits: chosen experts that were on the GPU already, and those that had to be brought (`expert_cache`).
         alike: GPUs on which the same would be done: see `run.on_machine`.
         workspaces: device -> the numbers of the requests by which cuBLAS took workspaces.
+        attended, but_attention: where calls of attention lie; GPUs on which the same would be done but in these.
     """
 
     model: str
@@ -112,6 +114,8 @@ class DryRun:
     expert_hits: tuple[int, int] = (0, 0)
     alike: frozenset[Target] = field(default=frozenset(), repr=False)
     workspaces: Mapping[Device, Sequence[int]] = field(default_factory=dict, repr=False)
+    attended: Sequence[Attended] = field(default=(), repr=False)
+    but_attention: frozenset[Target] = field(default=frozenset(), repr=False)
 
     @cached_property
     def timelines(self) -> dict[Device, Timeline]:

@@ -16,25 +16,13 @@ from typing import TYPE_CHECKING, TypeVar
 
 import torch
 
+from ..checkpoints.collector import collector_paused
 from ._torch import end_failed_capture
 
 if TYPE_CHECKING:
     from .captured import Found, Rings
 
 Result = TypeVar("Result")
-
-
-@contextmanager
-def nothing_collected() -> Iterator[None]:
-    """No garbage is collected meanwhile: pinned RAM among it waits for the GPU, which spoils a recording."""
-    gc.collect()
-    collects = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if collects:
-            gc.enable()
 
 
 class Recording:
@@ -79,7 +67,8 @@ class Recording:
         for device in self.devices:
             torch.cuda.synchronize(device)
         try:
-            with nothing_collected():
+            gc.collect()
+            with collector_paused():  # pinned RAM among garbage waits for the GPU, which spoils a recording
                 return self._record(function)
         except BaseException:
             if not self._ended:

@@ -80,6 +80,9 @@ def write(folder: Path, format: str) -> nn.Module:
     """A checkpoint in a format, and the model that all of its weights decoded give."""
     torch.manual_seed(0)
     model = (GptOssForCausalLM(OSS) if format == "mxfp4" else LlamaForCausalLM(LLAMA)).bfloat16()
+    for name, parameter in model.named_parameters():
+        if name.endswith("_proj_bias"):  # of experts: Transformers lets them begin as zeros
+            parameter.data.normal_(0, 0.1)
     tensors = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     for name, module in model.named_modules():
         if format == "mxfp4" and name.endswith("experts"):
@@ -177,6 +180,32 @@ def test_chosen_experts_travel_as_they_are_stored(tmp_path: Path, place: str) ->
     assert torch.equal(model.generate(PROMPT, max_new_tokens=8, do_sample=False), expected)
     hook: Any = model.model.layers[0].mlp.experts._hf_hook
     assert type(hook.streamer).__name__ == "ExpertStreamer"
+
+
+@pytest.mark.parametrize("format", [*FORMATS, "mxfp4"])
+def test_a_model_that_has_weights_gets_those_of_the_file(tmp_path: Path, format: str) -> None:
+    plain = write(tmp_path, format)
+    with torch.no_grad():
+        expected = plain(PROMPT).logits
+        for device_map in (None, {"": "cpu"}, {"": "disk"}):
+            model: Any = type(plain)(plain.config).bfloat16().eval()
+            bigkit.load_checkpoint_and_dispatch(
+                model, tmp_path, device_map, strict=True, offload_folder=tmp_path / "rest"
+            )  # type: ignore[arg-type]
+            assert torch.equal(model(PROMPT).logits, expected)
+
+
+@pytest.mark.parametrize("format", ["fp8", "nvfp4", "mxfp4"])
+def test_no_other_weight_is_rounded_to_codes(tmp_path: Path, format: str) -> None:
+    plain = write(tmp_path, format)
+    model = empty(plain)
+    for _ in range(2):
+        assert bigkit.load_checkpoint_in_model(model, tmp_path).clean
+    bigkit.save_model(plain, tmp_path / "plain")
+    with pytest.warns(UserWarning, match="does not fit"):
+        bigkit.load_checkpoint_in_model(model, tmp_path / "plain")
+    with torch.no_grad():
+        assert torch.equal(model(PROMPT).logits, plain(PROMPT).logits)
 
 
 ADAPTERS: dict[str, Any] = {

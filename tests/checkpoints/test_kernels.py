@@ -78,9 +78,11 @@ def test_all_bytes_and_extreme_scales(kernels: Any, monkeypatch: Any, codes: tor
     assert same(found, expected)
 
 
-@pytest.mark.parametrize("shape", [(3, 40, 96), (2, 130, 64), (1, 7, 32)])
+@pytest.mark.parametrize("shape", [(3, 40, 96), (2, 130, 64), (1, 7, 32), (2, 23, 1440)])
 def test_chosen_experts(kernels: Any, monkeypatch: Any, shape: tuple[int, ...]) -> None:
-    """Some twice, or none; sizes that are no multiples of what a program reads."""
+    """Some twice, or none; sizes that are no multiples of what a program reads, two tiles across; a loop."""
+    monkeypatch.setattr(kernels, "PROGRAMS", 3)
+    monkeypatch.setattr(kernels, "READERS", 2)
     count, outputs, inputs = shape
     parts = {
         "_blocks": torch.randint(0, 256, (count, outputs, inputs // 32, 16), dtype=torch.uint8),

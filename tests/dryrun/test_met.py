@@ -6,8 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from bigkit import dry_run
 from bigkit.dryrun.met import NEVER, RULES, rules_text
 from bigkit.machine import allocator
+from bigkit.machine.ledger import Calibration
 
 
 def test_the_allocators_sizes_are_those_of_this_pytorch():
@@ -29,3 +31,11 @@ def test_what_was_never_compared_is_said():
     never = [rule.what for rule in RULES if rule.compared == NEVER]
     assert len(never) == 2 and all("other GPUs" in what for what in never)
     assert all(rule.what in rules_text() and rule.source for rule in RULES)
+
+
+def test_a_machine_measured_with_another_pytorch_is_said():
+    own = ".".join(torch.__version__.split(".")[:2])
+    for version, said in (("1.0.1+cu130", f"with PyTorch 1.0; this run does what {own} does"), (torch.__version__, "")):
+        calibration = Calibration("there", kernel=1e-6, versions={"torch": version})
+        notes = " ".join(dry_run("pygpt", None, 1, 4, 0, "T4", calibration=calibration).notes)
+        assert said in notes and ("PyTorch" in notes) == bool(said)

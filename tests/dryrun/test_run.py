@@ -262,11 +262,12 @@ def test_a_run_that_serves_other_gpus_is_what_they_would_do(model):
         return dry_run(made if model == "wide heads" else model, None, 2, 16, 2, gpu)
 
     kinds = {target_of(gpu): name for name, gpu in GPUS.items()}  # one GPU of each kind
-    own, shared = {name: run(name) for name in kinds.values()}, 0
+    own, shared, spliced = {name: run(name) for name in kinds.values()}, 0, 0
     for source, start in own.items():
         for name, expected in own.items():
             if found := on_machine(start, machine_of(name)):
                 shared += source != name
+                spliced += target_of(GPUS[name]) not in start.alike
                 for part in (
                     "recordings",
                     "kinds",
@@ -281,3 +282,4 @@ def test_a_run_that_serves_other_gpus_is_what_they_would_do(model):
                     assert getattr(found, part) == getattr(expected, part), (source, name, part)
                 assert (found.peak_reserved, found.seconds) == (expected.peak_reserved, expected.seconds)
     assert shared > (1 if model == "pymoe" else 20)  # a mixture asks for the compute capability
+    assert spliced > (-1 if model == "pymoe" else 20)

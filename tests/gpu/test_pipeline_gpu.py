@@ -14,9 +14,17 @@ import pytest
 import torch
 import transformers as tf
 
-from bigkit import BnbQuantizationConfig, Hardware, gather_object, load_and_quantize_model, pipeline, plan_hosts
+from bigkit import (
+    BnbQuantizationConfig,
+    Hardware,
+    gather_object,
+    graph_decode,
+    load_and_quantize_model,
+    map_in_flight,
+    pipeline,
+    plan_hosts,
+)
 from bigkit.checkpoints.to_gpu import CHUNK
-from bigkit.distributed.in_flight import map_in_flight
 from tests.distributed import stages
 from tests.distributed.stages import FAMILIES
 from tests.distributed.test_pipeline import own_bytes
@@ -88,7 +96,16 @@ def in_half_precision(state: Any, folder: Path, expected: dict[str, torch.Tensor
             "in flight": map_in_flight(ask, batches, model),
             "one more": map_in_flight(ask, batches, model, groups=3),
         }
-        return [way for way, tokens in said.items() if not torch.equal(torch.stack(tokens).cpu(), expected["tokens"])]
+        with graph_decode(model) as decoder:
+            said["graphs, alone"] = [ask(ids) for ids in batches]
+            said["graphs, in flight"] = map_in_flight(ask, batches, model)
+            said["graphs, one more"] = map_in_flight(ask, batches * 3, model, groups=3)[: len(batches)]
+        assert (decoder.captured, decoder.replayed) == (3, 20 * 11 - 6), "each of three groups has one recording"
+        return [
+            way
+            for way, tokens in said.items()
+            if not torch.equal(torch.stack(tokens).cpu(), expected["graphs" if "graphs" in way else "tokens"])
+        ]
     finally:
         torch.backends.cuda.enable_cudnn_sdp(True)
 
@@ -110,6 +127,8 @@ def test_many_sequences_in_half_precision(pair: Ranks, tmp_path: Path, monkeypat
     try:
         ask = partial(whole.generate, max_new_tokens=12, do_sample=False, pad_token_id=0, eos_token_id=None)
         expected = {"tokens": torch.stack([ask(ids) for ids in groups("cuda:0")]).cpu()}
+        with graph_decode(whole):
+            expected["graphs"] = torch.stack([ask(ids) for ids in groups("cuda:0")]).cpu()
     finally:
         torch.backends.cuda.enable_cudnn_sdp(True)
     assert pair(in_half_precision, folder, expected) == [[], []]

@@ -6,7 +6,10 @@ import torch
 import bigkit
 from bigkit.checkpoints import codecs
 from bigkit.checkpoints.fits import CODES
+from bigkit.checkpoints.ring import Slab
+from bigkit.offload.gather import seen_by_gpu
 from bigkit.offload.rows import count_rows
+from tests.checkpoints import test_as_stored
 from tests.checkpoints.test_as_stored import FORMATS, PROMPT, empty, write
 from tests.checkpoints.test_kernels import same
 
@@ -36,6 +39,35 @@ def test_mxfp4_all_bytes_and_all_scales(dtype, monkeypatch):
     found, expected = both(monkeypatch, lambda: codecs.decode_mxfp4(parts, dtype))
     assert same(found, expected)
     assert same(found.cpu(), codecs.decode_mxfp4({name: part.cpu() for name, part in parts.items()}, dtype))
+
+
+@pytest.mark.parametrize("columns", [5760, 2880])
+def test_mxfp4_out_of_pinned_ram(columns, monkeypatch):
+    """gpt-oss' own sizes: the kernel reads chosen experts over the link, beside products on another stream."""
+    torch.manual_seed(0)
+    count, rows, side = 6, 2880, torch.cuda.Stream()
+    parts, pinned = {}, {}
+    for suffix, last, least, most in (("_blocks", (90, 16), 0, 256), ("_scales", (90,), 118, 121)):
+        parts[suffix] = part = torch.randint(least, most, (count, columns, *last), dtype=torch.uint8)
+        slab = Slab(part.nbytes, pin=True)
+        slab.pin()
+        slab.bytes[: part.nbytes].copy_(part.view(-1))
+        pinned[suffix] = seen_by_gpu(slab, GPU)[: part.nbytes].view(part.shape)
+    codec = codecs.find_stack_codec("w", ["w_blocks", "w_scales"])
+    assert codec.reads_in_place(pinned)
+    x = torch.randn(4, 1, rows, device=GPU, dtype=torch.bfloat16)
+    for chosen in ([5, 0, 3, 1], [2, 4, 2, 0]):
+        experts = torch.tensor(chosen, device=GPU)
+        with monkeypatch.context() as patch:
+            patch.setattr(codecs, "kernels_for", lambda tensor: None)
+            expected = codec.chosen({suffix: part.to(GPU) for suffix, part in parts.items()}, experts, torch.bfloat16)
+        product = torch.bmm(x, expected)
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            found = codec.chosen(pinned, experts, torch.bfloat16)
+        products = [torch.bmm(x, expected) for _ in range(8)]
+        torch.cuda.current_stream().wait_stream(side)
+        assert same(found, expected) and all(torch.equal(one, product) for one in products)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -93,3 +125,26 @@ def test_by_graphs(format, tmp_path):
     expected = plain.generate(ids, cache_implementation="static", disable_compile=True, **GREEDY)
     with bigkit.graph_decode(model) as decoder:
         assert torch.equal(model.generate(ids, **GREEDY), expected) and decoder.replayed
+
+
+@pytest.mark.parametrize("prompt", [1, 33])
+def test_at_the_size_of_gpt_oss(prompt, tmp_path, monkeypatch):
+    """A block as wide as gpt-oss', experts in RAM: the decoded model's logits at each step, in Python and by graphs."""
+    sizes = {"hidden_size": 2880, "intermediate_size": 2880, "num_attention_heads": 64, "num_key_value_heads": 8,
+             "head_dim": 64, "num_local_experts": 8, "num_experts_per_tok": 4, "num_hidden_layers": 1}  # fmt: skip
+    config = type(test_as_stored.OSS)(**{**test_as_stored.OSS.to_dict(), **sizes, "layer_types": None})
+    monkeypatch.setattr(test_as_stored, "OSS", config)
+    plain = write(tmp_path, "mxfp4").to(GPU)
+    model = empty(plain)
+    places = {"": 0, **{name: "cpu" for name, module in model.named_modules() if count_rows(module)}}
+    model = bigkit.load_checkpoint_and_dispatch(model, tmp_path, places, strict=True)
+    ids = torch.randint(5, 90, (1, prompt), generator=torch.Generator().manual_seed(1)).to(GPU)
+    options = {**GREEDY, "output_logits": True, "return_dict_in_generate": True}
+    expected = torch.stack(plain.generate(ids, **options).logits)
+    for _ in range(2):
+        assert torch.equal(torch.stack(model.generate(ids, **options).logits), expected)
+    expected = torch.stack(plain.generate(ids, cache_implementation="static", disable_compile=True, **options).logits)
+    with bigkit.graph_decode(model) as decoder:
+        for _ in range(2):
+            assert torch.equal(torch.stack(model.generate(ids, **options).logits), expected)
+        assert decoder.replayed

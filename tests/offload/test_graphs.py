@@ -10,12 +10,13 @@ import weakref
 import pytest
 import torch
 import transformers as tf
+from packaging.version import Version
 
 import bigkit
 from bigkit.offload import graphs
 from bigkit.offload.experts import ExpertStreamer
 from bigkit.offload.lenders import streamers_in
-from bigkit.offload.recording import Recording, nothing_collected
+from bigkit.offload.recording import Recording
 from bigkit.offload.transfer import PlainLane
 from tests import fake_graph
 
@@ -213,6 +214,8 @@ def test_an_encoder_is_asked_in_the_first_step_of_each_call():
     config = tf.BartConfig(vocab_size=300, d_model=16, encoder_layers=1, decoder_layers=2, **sizes)
     model = tf.BartForConditionalGeneration(config).eval()
     expected = [plain(model, prompt(seed=seed)) for seed in range(4)]
+    if Version(tf.__version__) < Version("5.20"):
+        pytest.skip(f"Transformers {tf.__version__} asks the host in each step of a Bart")
     with bigkit.graph_decode(model) as decoder:
         got = [model.generate(prompt(seed=seed), **GREEDY) for seed in range(4)]
     assert all(map(torch.equal, got, expected)) and decoder.captured == 1
@@ -408,20 +411,3 @@ def test_adapters_that_are_switched():
     with bigkit.graph_decode(model):
         for one, other in zip(answers(**GREEDY), expected):
             assert all(map(torch.equal, one.logits, other.logits))
-
-
-def test_garbage_waits_until_a_recording_has_ended():
-    """Pinned RAM that is collected waits for the GPU, and that spoils what is being recorded."""
-
-    class Loop:
-        pass
-
-    loop, gone = Loop(), []
-    loop.itself = loop
-    weakref.finalize(loop, gone.append, True)
-    with nothing_collected():
-        del loop
-        rings = [[] for _ in range(100_000)]  # enough for a collection by itself
-        assert not gone and len(rings) == 100_000
-    gc.collect()
-    assert gone and gc.isenabled()

@@ -1,5 +1,7 @@
 """In which order a recording forks, joins and ends, with what stands for CUDA on the CPU."""
 
+import gc
+import weakref
 from contextlib import contextmanager, nullcontext
 
 import pytest
@@ -85,6 +87,25 @@ def test_all_streams_fork_and_join(log):
     assert log == [
         "current gpu 0 waits for current gpu 1", "replay", "current gpu 1 waits for current gpu 0",
     ]  # fmt: skip
+
+
+def test_garbage_waits_until_a_recording_has_ended(log):
+    """Pinned RAM that is collected waits for the GPU, and that spoils what is being recorded."""
+
+    class Loop:
+        pass
+
+    def work():
+        loop = Loop()
+        loop.itself = loop
+        weakref.finalize(loop, gone.append, True)
+        del loop
+        assert len([[] for _ in range(100_000)]) == 100_000 and not gone  # enough for a collection by itself
+
+    gone = []
+    Recording(["gpu 0"], Rings(log)).record(work)
+    gc.collect()
+    assert gone and gc.isenabled()
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])

@@ -125,11 +125,11 @@ def test_another_link_needs_no_other_rehearsal(monkeypatch):
     assert run.peak_reserved == again.peak_reserved and run.rates == again.rates
 
 
-def test_another_gpu_that_does_the_same_needs_no_other_rehearsal(monkeypatch):
+def test_another_gpu_needs_no_other_rehearsal(monkeypatch):
     import bigkit.widgets.dryrun_explorer as home
 
     explorer = home.DryRunExplorer("gpt2", "RTX 4090", batch=1, prompt=32, new=1)
     monkeypatch.setattr(home, "dry_run", None)
-    for gpu in ("RTX 3090", "A100-40GB", "RTX 5090", "L4"):
+    for gpu in ("RTX 3090", "A100-40GB", "RTX 5090", "L4", "H100-80GB", "T4"):  # the last two: other attention
         explorer.gpu.value = gpu
         assert gpu in explorer.run.hardware and explorer.run.capacity[0] < home.GPUS[gpu].memory
