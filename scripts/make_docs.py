@@ -19,7 +19,7 @@ import bigkit
 from bigkit import widgets
 
 ROOT = Path(__file__).resolve().parent.parent
-LEFT_OUT = {"accelerate", "examples", "__init__", "__pycache__"}  # others' names, and scripts to start from
+LEFT_OUT = {"accelerate", "examples", "__init__", "__main__", "__pycache__"}  # others' names, and scripts to start from
 
 
 def main() -> None:

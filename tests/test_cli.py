@@ -31,6 +31,13 @@ def test_estimate_prints_the_table_without_torch():
     assert "413.18 MB" in done.stdout and "1.61 GB" in done.stdout
 
 
+def test_python_can_be_asked_for_it():
+    done = subprocess.run(
+        [sys.executable, "-m", "bigkit", "models", "xyz"], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 2 and done.stderr.startswith("bigkit: nothing that ships with bigkit has 'xyz'")
+
+
 def test_estimate_json(capsys):
     assert main(["estimate-memory", "resnet50.a1_in1k", "--dtypes", "float32", "bf16", "--json"]) == 0
     data = json.loads(capsys.readouterr().out)

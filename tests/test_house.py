@@ -18,8 +18,9 @@ ROOT = Path(bigkit.__file__).parent
 ORDER = [
     "units", "course", "devices", "distributed", "model", "machine", "meta", "zoo", "maps", "checkpoints", "offload",
     "quantize", "hosts", "dryrun", "measure", "draw", "api", "listings", "examples", "widgets", "accelerate", "cli",
+    "__main__",
 ]  # fmt: skip
-WITHOUT_TORCH = {*ORDER[:3], "model", "machine", "zoo", "maps", "api", "listings", "cli"}  # wings, but for:
+WITHOUT_TORCH = {*ORDER[:3], "model", "machine", "zoo", "maps", "api", "listings", "cli", "__main__"}  # wings, but for:
 WITH_TORCH = {"zoo.build", "zoo.gpt", "zoo.guesses", "zoo.kv_cache", "maps.device_map"}
 MODULES = sorted(
     ".".join(path.relative_to(ROOT.parent).with_suffix("").parts).removesuffix(".__init__")

@@ -109,7 +109,7 @@ def as_stored(model: nn.Module, source: Checkpoint, keep: str = "stored") -> Ite
     If the block ends in an error, the model's modules are as they were.
 
     Args:
-        model: weights that are not on meta stay as they are.
+        model: weights that are not on meta stay what they are, and are filled with decoded ones.
         source: the checkpoint; with "dense" it has, afterwards, weights made of its tensors.
         keep: "stored": weights stay as they are stored. "dense": they are decoded when they are loaded.
 
@@ -156,7 +156,7 @@ def _change_modules(model: nn.Module, source: Checkpoint, keep: str, undo: list[
             names_of.setdefault(id(parameter), []).append(f"{name}.{own}".lstrip("."))
     for name, module in list(model.named_modules()):
         kinds = under.get(name, {})
-        if type(module) is nn.Linear and module.weight.is_meta:
+        if type(module) is nn.Linear:
             try:
                 codec = find_codec(tuple(module.weight.shape), kinds, gptq_offset(model))
                 if codec:
@@ -170,7 +170,7 @@ def _change_modules(model: nn.Module, source: Checkpoint, keep: str, undo: list[
                     f"{others[0]!r}, too: build the model with weights that are not tied (tie_word_embeddings=False)"
                 )
             if codec:
-                _change(name, module, source, keep, codec, kinds, undo)
+                _change(name, module, source, keep if module.weight.is_meta else "dense", codec, kinds, undo)
         else:
             for own, stack_codec in list(_stacked(name, module, source, kinds)):
                 _change_stack(name, module, own, stack_codec, source, keep, kinds, undo)
@@ -208,9 +208,9 @@ def _change(
 
 
 def _stacked(name: str, module: nn.Module, source: Checkpoint, kinds: Kinds) -> Iterator[tuple[str, StackCodec]]:
-    """Own names of stacked weights on meta that the checkpoint has quantized, and how."""
+    """Own names of stacked weights that the checkpoint has quantized, and how."""
     for own, parameter in module._parameters.items():
-        stack = parameter is not None and parameter.is_meta and parameter.ndim == 3
+        stack = parameter is not None and parameter.ndim == 3 and own not in getattr(module, "stored", ())
         codec = find_stack_codec(own, kinds) if stack else None
         if codec is not None and parameter is not None:
             own_kinds = {suffix: kinds[own + suffix] for suffix in codec.suffixes}
@@ -241,7 +241,7 @@ def _change_stack(
     def decode(parts: Parts, dtype: torch.dtype) -> Tensor:
         return codec.decode({suffix: parts[one] for suffix, one in names.items()}, dtype)
 
-    if keep == "dense":
+    if keep == "dense" or not weight.is_meta:
         _decode_at_loading(source, name, own, weight, names.values(), decode)
         return
     _restorable(module, undo)

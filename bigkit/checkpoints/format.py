@@ -115,7 +115,7 @@ class Checkpoint:
                 content = {name: content[name] for name in names}
             (checkpoint.stored if safe else checkpoint.pickled).update(content)
         checkpoint.duplicates = tuple(duplicates)
-        for name in [name for name in checkpoint if prefix and name.startswith(prefix)]:
+        for name in [name for name in checkpoint if name.startswith(prefix)] if prefix else []:
             checkpoint.rename(name, name.removeprefix(prefix))
         checkpoint.metadata = {
             f"{name}.".removeprefix(prefix).rstrip("."): data for name, data in checkpoint.metadata.items()

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..devices import Device, placement
-from ..meta.skeleton import extra_tensors, modules_to_keep
+from ..meta.skeleton import extra_tensors, modules_to_keep, named_parts
 from ..model.header import CheckpointError
 from ..model.precision import float32_modules, is_named
 from ..units import dtype_name, listed
@@ -78,7 +78,7 @@ def load_checkpoint_in_model(
         prefix: what names of the checkpoint begin with and names of the model do not, as "module.".
         keep: what becomes of weights on meta that the checkpoint has quantized (FP8, MXFP4, GPTQ, AWQ, ...): "stored":
             they stay as they are, whatever `dtype` says, and their modules decode them for each use; "dense": they are
-            decoded when they are loaded.
+            decoded when they are loaded, as those of a model that has weights always are.
 
     Returns:
         What did not match, and what rests on disk.
@@ -96,7 +96,7 @@ def load_checkpoint_in_model(
     ...     load_checkpoint_in_model(empty, folder).clean, empty.weight.device
     (True, device(type='cpu'))
     """
-    if quantized := [name for name, module in model.named_modules() if extra_tensors(module)]:
+    if quantized := [name for name, module in named_parts(model, once=True) if extra_tensors(module)]:
         raise ValueError(f"{listed(quantized)} is quantized: load_and_quantize_model fills an empty model")
     with collector_paused():
         source = checkpoint if isinstance(checkpoint, Checkpoint) else Checkpoint.open(checkpoint, key, prefix)

@@ -17,10 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from ..meta.empty import twin
-from ..meta.skeleton import tied
+from ..meta.skeleton import named_parts, tied
 from ..units import dtype_name, listed
 from ._torch import extra_states
 from ._transformers import Made, conversions, ignored_names
+from .as_stored import AsStored
 from .format import ASIDE, Checkpoint, Stored
 from .migrate import migrate
 
@@ -107,7 +108,7 @@ class Slot:
 def model_slots(model: nn.Module) -> list[Slot]:
     """A model's parameters and persistent buffers, tied ones together."""
     slots: dict[str, Slot] = {}
-    for prefix, module in model.named_modules(remove_duplicate=False):
+    for prefix, module in named_parts(model):
         start, hidden = prefix and prefix + ".", module._non_persistent_buffers_set
         for buffer, tensors in ((False, module._parameters), (True, module._buffers)):
             for own, tensor in tensors.items():
@@ -157,10 +158,11 @@ def match(model: nn.Module, source: Checkpoint) -> tuple[list[Slot], LoadReport]
         for old, new in renamed.items():
             source.rename(old, new)
         _find(slots, source)
-    for slot in slots:
-        if slot.source and not slot.tensor.shape and len(source.shape_and_dtype(slot.source)[0]) == 1:
-            _make_scalar(slot.source, source)
-    return slots, _compare(model, source, slots)
+    report = _compare(model, source, slots)
+    scalars = {name for name, theirs, ours in report.mismatched if not ours and len(theirs) == 1}
+    for slot in (slot for slot in slots if slot.name in scalars):
+        _make_scalar(str(slot.source), source)
+    return slots, _compare(model, source, slots) if scalars else report
 
 
 def _make_scalar(name: str, source: Checkpoint) -> None:
@@ -185,7 +187,9 @@ def _compare(model: nn.Module, source: Checkpoint, slots: list[Slot]) -> LoadRep
         shape, dtype = source.shape_and_dtype(slot.source)
         if shape != slot.tensor.shape:
             mismatched.append((slot.name, shape, tuple(slot.tensor.shape)))
-        elif not _castable(source, slot.source, dtype, slot.tensor.dtype):
+        elif dtype != slot.tensor.dtype and (
+            not _castable(source, slot.source, dtype, slot.tensor.dtype) or (dtype.itemsize > 1 and _is_code(slot))
+        ):
             wrong_dtype.append((slot.name, dtype_name(dtype), dtype_name(slot.tensor.dtype)))
     expected = {name for slot in slots for name in slot.names}
     expected.update(part for name in expected & source.made.keys() for part in source.made[name].sources)
@@ -225,14 +229,18 @@ def _prefixes(names: Iterable[str], others: set[str]) -> Counter[str]:
 
 def _castable(source: Checkpoint, name: str, dtype: torch.dtype, wanted: torch.dtype) -> bool:
     """Whether a tensor of a checkpoint can become one of another dtype."""
-    if dtype == wanted:
-        return True
     parts = source.made[name].sources if name in source.made else (name,)
     quantized = dtype.itemsize == 1 and any(part + end in source for part in parts for end in _SCALES)
     return not quantized and (dtype.is_floating_point, dtype.is_complex) == (
         wanted.is_floating_point,
         wanted.is_complex,
     )
+
+
+def _is_code(slot: Slot) -> bool:
+    """Whether a tensor holds the codes of a weight that is stored in few bits: no number can be rounded to these."""
+    module, own = slot.places[0]
+    return isinstance(module, AsStored) and own in module.stored and slot.tensor.dtype.itemsize == 1
 
 
 def _without_ignored(names: Iterable[str], model: nn.Module, kind: str) -> tuple[str, ...]:

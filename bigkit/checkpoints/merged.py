@@ -29,7 +29,7 @@ def stack_experts(model: nn.Module, source: Checkpoint) -> dict[str, Kinds]:
     """Let a checkpoint have stacked codes and scales in place of those of each expert.
 
     Args:
-        model: empty; only its stacks on meta are looked at.
+        model: only its stacks are looked at.
         source: the checkpoint; each expert's own tensors are set aside.
 
     Returns:
@@ -39,7 +39,7 @@ def stack_experts(model: nn.Module, source: Checkpoint) -> dict[str, Kinds]:
         CheckpointError: experts are stored one by one in a way that cannot be stacked.
     """
     modules = {name for name, _ in model.named_modules()}
-    stacks = [name for name, tensor in model.named_parameters() if tensor.ndim == 3 and tensor.is_meta]
+    stacks = [name for name, tensor in model.named_parameters() if tensor.ndim == 3]
     around = {f"{name.rpartition('.')[0]}." for name in stacks}
     alone = [name for name in source if name.rpartition(".")[0] not in modules and name.startswith(tuple(around))]
     scale_of = {name.removesuffix(end) + ".weight": name for name in alone for end in SCALES if name.endswith(end)}

@@ -67,7 +67,13 @@ class Reading(NamedTuple):
 
 
 def best_count(
-    blocks: int, mlp: float, travels: float, gpu: float, readings: Sequence[Reading], slots: int
+    blocks: int,
+    mlp: float,
+    travels: float,
+    gpu: float,
+    readings: Sequence[Reading],
+    slots: int,
+    hops: float = HOST.hops,
 ) -> tuple[int, Reading, float]:
     """How many MLPs the CPU should compute, with how many threads, and the seconds of a token then.
 
@@ -79,11 +85,12 @@ def best_count(
         readings: what was measured.
         slots: blocks in flight. With s of them the links are s - 1 blocks ahead of the work: so many blocks in a row
             may be the CPU's before the links have nothing to do.
+        hops: seconds for each MLP beside its reading.
     """
 
     def seconds(count: int, reading: Reading) -> float:
         links = (travels - count * mlp) / reading.links
-        return max(links, count * (mlp / reading.reads + HOST.hops) + gpu)
+        return max(links, count * (mlp / reading.reads + hops) + gpu)
 
     ways = [(k, reading) for reading in readings for k in range(blocks * (slots - 1) // slots + 1)]
     best = min(ways, key=lambda way: seconds(*way))

@@ -100,16 +100,19 @@ def tied_groups(model: nn.Module, buffers: bool = True) -> list[list[str]]:
     >>> tied_groups(model)
     [['wte.weight', 'head.weight']]
     """
-    parts = _walk(model)
+    parts = named_parts(model)
     return tied((join(name, own), tensor) for name, module in parts for own, tensor in _own_tensors(module, buffers))
 
 
-def _walk(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """`model.named_modules(remove_duplicate=False)` without a generator for each level."""
+def named_parts(model: nn.Module, once: bool = False) -> list[tuple[str, nn.Module]]:
+    """`model.named_modules(remove_duplicate=once)` without a generator for each level."""
     found: list[tuple[str, nn.Module]] = []
-    waiting = [("", model)]
+    waiting, seen = [("", model)], set[nn.Module]()
     while waiting:
         name, module = waiting.pop()
+        if once and module in seen:
+            continue
+        seen.add(module)
         found.append((name, module))
         for own, child in reversed(module._modules.items()):
             if child is not None:
@@ -189,7 +192,7 @@ class _Skeleton:
         spec = self._tensors.get(key)
         if spec is None:
             if nn.parameter.is_lazy(tensor):
-                full = join(next(name for name, part in _walk(self.parts[0]) if part is module), own)
+                full = join(next(name for name, part in named_parts(self.parts[0]) if part is module), own)
                 raise ValueError(
                     f"{full!r} of a lazy {type(module).__name__} has no shape yet: run the model once first"
                 )
@@ -224,7 +227,7 @@ def modules_to_keep(model: nn.Module) -> dict[str, list[str]]:
     keep_in_fp32, keep_in_fp32_strict: names that need float32 in float16, or in 16 bit (`float32_modules`).
     keep_in_int8: layers that `nn.TransformerEncoderLayer` computes with by itself where it is fast.
     """
-    return _to_keep(model, [part for _, part in _walk(model)])
+    return _to_keep(model, [part for _, part in named_parts(model)])
 
 
 def _to_keep(model: nn.Module, parts: Sequence[nn.Module]) -> dict[str, list[str]]:
@@ -239,7 +242,7 @@ def _to_keep(model: nn.Module, parts: Sequence[nn.Module]) -> dict[str, list[str
         lists = (vars(part).get(attribute, by_class[type(part)]) for part in parts)
         facts[fact] = sorted({name for names in lists if isinstance(names, (list, tuple, set)) for name in names})
     encoder = nn.TransformerEncoderLayer
-    named = _walk(model) if any(issubclass(cls, encoder) for cls in classes) else ()
+    named = named_parts(model) if any(issubclass(cls, encoder) for cls in classes) else ()
     encoders = [name for name, part in named if isinstance(part, encoder)]
     facts["keep_in_int8"] = [join(name, own) for name in encoders for own in ("linear1", "linear2")]
     return {fact: names for fact, names in facts.items() if names}

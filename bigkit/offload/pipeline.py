@@ -44,7 +44,10 @@ def dispatch_pipeline(
 
     Raises:
         ValueError: the plan names a component that the pipeline has not.
+        TypeError: the plan is none of a pipeline.
     """
+    if not isinstance(plan, PipelinePlan):
+        raise TypeError(f"a pipeline follows bigkit.plan of its name or folder, not a {type(plan).__name__}")
     missing = [one.name for one in plan.components if getattr(pipe, one.name, None) is None]
     if missing:
         raise ValueError(f"{type(pipe).__name__} has no {', '.join(missing)}: the plan is for {plan.cls}")

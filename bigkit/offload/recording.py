@@ -18,6 +18,7 @@ import torch
 
 from ..checkpoints.collector import collector_paused
 from ._torch import end_failed_capture
+from .host_calls import HostCalls, recording_calls
 
 if TYPE_CHECKING:
     from .captured import Found, Rings
@@ -34,11 +35,13 @@ class Recording:
 
     Attributes:
         error: what the recorded function raised.
+        calls: what the host computes in it.
     """
 
     def __init__(self, devices: Sequence[torch.device], rings: Rings) -> None:
         self.devices, self.rings = [*devices], rings
         self.error: BaseException | None = None
+        self.calls = HostCalls()
         self._found: Found = {}
         self._ended = False
         self._graph, self._pool = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
@@ -67,8 +70,8 @@ class Recording:
         for device in self.devices:
             torch.cuda.synchronize(device)
         try:
-            gc.collect()
-            with collector_paused():  # pinned RAM among garbage waits for the GPU, which spoils a recording
+            gc.collect()  # pinned RAM among garbage waits for the GPU, which spoils a recording
+            with collector_paused(), recording_calls(self.calls):
                 return self._record(function)
         except BaseException:
             if not self._ended:

@@ -182,6 +182,32 @@ def test_chosen_experts_travel_as_they_are_stored(tmp_path: Path, place: str) ->
     assert type(hook.streamer).__name__ == "ExpertStreamer"
 
 
+@pytest.mark.parametrize("format", [*FORMATS, "mxfp4"])
+def test_a_model_that_has_weights_gets_those_of_the_file(tmp_path: Path, format: str) -> None:
+    plain = write(tmp_path, format)
+    with torch.no_grad():
+        expected = plain(PROMPT).logits
+        for device_map in (None, {"": "cpu"}, {"": "disk"}):
+            model: Any = type(plain)(plain.config).bfloat16().eval()
+            bigkit.load_checkpoint_and_dispatch(
+                model, tmp_path, device_map, strict=True, offload_folder=tmp_path / "rest"
+            )  # type: ignore[arg-type]
+            assert torch.equal(model(PROMPT).logits, expected)
+
+
+@pytest.mark.parametrize("format", ["fp8", "nvfp4", "mxfp4"])
+def test_no_other_weight_is_rounded_to_codes(tmp_path: Path, format: str) -> None:
+    plain = write(tmp_path, format)
+    model = empty(plain)
+    for _ in range(2):
+        assert bigkit.load_checkpoint_in_model(model, tmp_path).clean
+    bigkit.save_model(plain, tmp_path / "plain")
+    with pytest.warns(UserWarning, match="does not fit"):
+        bigkit.load_checkpoint_in_model(model, tmp_path / "plain")
+    with torch.no_grad():
+        assert torch.equal(model(PROMPT).logits, plain(PROMPT).logits)
+
+
 ADAPTERS: dict[str, Any] = {
     "LoRA": ("LoraConfig", {"r": 2, "init_lora_weights": False}),
     "DoRA": ("LoraConfig", {"r": 2, "init_lora_weights": False, "use_dora": True}),

@@ -74,6 +74,18 @@ def test_outputs_are_those_of_the_decoded_weights(tmp_path: Path, scale: str, wa
     assert torch.equal(model(IDS).logits, plain(IDS).logits) and torch.equal(model(IDS).logits, plain(IDS).logits)
 
 
+@torch.no_grad()
+def test_a_model_that_has_weights_gets_those_of_the_file(tmp_path: Path) -> None:
+    plain, _ = write(tmp_path)
+    model = type(plain)(plain.config).bfloat16().eval()
+    assert bigkit.load_checkpoint_in_model(model, tmp_path).clean
+    assert torch.equal(model(IDS).logits, plain(IDS).logits)
+    as_stored = empty()
+    for _ in range(2):  # the second time into what the first has made
+        assert bigkit.load_checkpoint_in_model(as_stored, tmp_path).clean
+        assert torch.equal(as_stored(IDS).logits, plain(IDS).logits)
+
+
 DEEPSEEK = DeepseekV3Config(
     hidden_size=256, intermediate_size=256, moe_intermediate_size=128, num_hidden_layers=3, n_routed_experts=8,
     n_group=2, topk_group=1, num_experts_per_tok=2, first_k_dense_replace=1, num_attention_heads=4,

@@ -310,6 +310,12 @@ def test_places_for_blocks_in_flight_are_given_back(saved: tuple[str, Path]) -> 
     assert all(len(found) == 1 for found in working) and {own for [own] in working} == {*blocks}, working
 
 
+def test_what_no_pipeline_can_follow_is_said() -> None:
+    for plan in (None, {"unet": 0}, bigkit.plan("pygpt", {"cpu": "1GB"})):
+        with pytest.raises(TypeError, match="a pipeline follows bigkit.plan of its name or folder, not a"):
+            dispatch_pipeline(stable_diffusion(), plan)  # type: ignore[arg-type]
+
+
 def test_a_plan_without_ram_lets_nothing_wait_there(saved: tuple[str, Path]) -> None:
     """Where GPU and CPU share one memory there is no budget for RAM: what waits there would be counted nowhere."""
     _, folder = saved
