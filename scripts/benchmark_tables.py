@@ -202,10 +202,14 @@ def offloading_larger() -> Iterable[Iterable[str]]:
 @table("a token of a Llama-7B, all in RAM", "time", "weights", "prompt of 512", "logits differ by", "tokens")
 def beyond_one_link() -> Iterable[Iterable[str]]:
     for r in results("links")["rows"]:
-        if r["shape"] != "1x1":
+        if r["shape"] not in ("1x1", "graph"):
             continue
         on_cpu = f"; {r['count']} of 32 MLPs on {r['threads']} CPU threads, {r['slots']} slots" if "count" in r else ""
         name = "one GPU" + on_cpu if on_cpu else r["way"].removeprefix("in RAM, ")
+        if r["shape"] == "graph":
+            alike = {True: "equal", False: "differ"}.get(r.get("same_tokens"), "")
+            yield f"{name}; one CUDA graph", text(1000 * r["s"], " ms", 0), text(r["gb_s"], " GB/s", 1), "", "", alike
+            continue
         differ = "0" if r["bit_equal"] else f"{r['difference']:.2f} of {r['logits']:.1f}"
         yield (name, text(1000 * r["s"], " ms", 0), text(r["gb_s"], " GB/s", 1),
                "bit-equal" if r["prompt_equal"] else "differs", differ,
@@ -220,6 +224,13 @@ def beside_busy_links() -> Iterable[Iterable[str]]:
                 f"{r['way'].rpartition(' ')[2]}, {r['shape']}",
                 *(text(r[k], " GB/s", 1) for k in ("gb_s", "link_gb_s")),
             )
+
+
+@table("13.5 GB of files in memory", "time", "rate")
+def loading_on_two() -> Iterable[Iterable[str]]:
+    for r in results("links")["rows"]:
+        if r["way"].startswith(("load, ", "read, ")):
+            yield r["way"].partition(", ")[2], text(r["s"], " s", 3), text(r["gb_s"], " GB/s", 1)
 
 
 @table("tokens a second, and how busy the link is", "1 sequence", "8", "32", "brought for one token", "GPU memory")
