@@ -23,27 +23,27 @@ from typing import Any
 
 import torch
 from checkpoint import GB, llama, make
+from decode import Bench
 from torch import Tensor, nn
 
 import bigkit
-from bigkit.maps.on_cpu import FEW, Reading, best_count
+from bigkit.maps.on_cpu import FEW, HOST, Reading, best_count
 from bigkit.measure.links import measure_together
 
 NEW, BYTES = 8, 450 * 10**6  # tokens that are generated; bytes that files of a block take, at most
-PYTHON = 0.7e-3  # seconds in which Python starts the steps of a block
 
 
 def random_layers(model: nn.Module) -> dict[str, Tensor]:
     """Random weights for an empty Llama, in RAM."""
-    generator, state = torch.Generator().manual_seed(0), dict[str, Tensor]()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    generator, state, drawn = torch.Generator(device).manual_seed(0), dict[str, Tensor](), dict[str, Tensor]()
     for name, tensor in model.state_dict().items():
         layer = int(name.split(".")[2]) if ".layers." in name else 0
-        first = state.get(name.replace(f".{layer}.", ".0.", 1)) if layer else None
-        if first is None:
-            drawn = torch.empty(tensor.shape).normal_(1.0 if "norm" in name else 0.0, 0.02, generator=generator)
-            state[name] = drawn.to(tensor.dtype)
-        else:
-            state[name] = first.roll(layer, 0)
+        first = name.replace(f".{layer}.", ".0.", 1) if layer else name
+        if first not in drawn:
+            new = torch.empty(tensor.shape, device=device)
+            drawn[first] = new.normal_(1.0 if "norm" in name else 0.0, 0.02, generator=generator).to(tensor.dtype)
+        state[name] = drawn[first].roll(layer, 0).cpu()
     return state
 
 
@@ -170,14 +170,31 @@ def cpu(table: Any, layers: int, state: dict[str, Tensor], cores: int, run: Run)
     table.add(way="links", shape="-", s=0.0, gb_s=sum(rates) / GB)
     size = sum(tensor.nbytes for tensor in state.values())
     mlp = sum(tensor.nbytes for name, tensor in state.items() if ".layers.0.mlp." in name)
-    if not run.expected:
-        run("in RAM, streamed", bigkit.cpu_offload(filled(layers, state), 0), size)
+    streamed = bigkit.cpu_offload(filled(layers, state), 0)
+    run("in RAM, streamed", streamed, size)
+    by_graphs(table, "in RAM, streamed", streamed, size, new=10)
+    del streamed
+    clean()
     readings = [Reading(threads, own, other) for threads, own, other in reads["bfloat16"]]
-    ways = {slots: best_count(layers, mlp, size, PYTHON * layers, readings, slots) for slots in (3, 4)}
-    for slots, (count, reading, seconds) in sorted(ways.items(), key=lambda way: way[1][2]):
+    for graph, gpu, hops in ((True, 0.15e-3 * layers, 0.2e-3), (False, 0.7e-3 * layers, HOST.hops)):
+        ways = {slots: best_count(layers, mlp, size, gpu, readings, slots, hops) for slots in (3, 4)}
+        slots, (count, reading, seconds) = min(ways.items(), key=lambda way: way[1][2])
+        more = {"count": count, "slots": slots, "threads": reading.threads, "predicted_s": seconds}
         options = {"on_cpu": count * mlp, "cpu_threads": reading.threads, "slots": slots}
         model = bigkit.cpu_offload(filled(layers, state), 0, **options)
-        run("in RAM, MLPs on the CPU", model, size, FEW, count=count, slots=slots, threads=reading.threads,
-            predicted_s=seconds)  # fmt: skip
+        if graph:
+            by_graphs(table, "in RAM, MLPs on the CPU", model, size, **more)
+        run("in RAM, MLPs on the CPU", model, size, FEW, **more)
         del model
         clean()
+
+
+def by_graphs(table: Any, way: str, model: nn.Module, moved: int, new: int = 14, **more: Any) -> None:
+    """A decoded token as one CUDA graph; with `count` MLPs on the CPU, whether the text is that of Python, too."""
+    bench = Bench("cuda:0", False, 0)
+    with bigkit.graph_decode(model):
+        seconds, text = bench.decode(model, new, FEW + 1, new - 6)
+    if "count" in more:
+        static = {"cache_implementation": "static", "disable_compile": True}
+        more["same_tokens"] = torch.equal(text, bench.decode(model, new, FEW + 1, 4, **static)[1])
+    table.add(way=way, shape="graph", s=seconds, gb_s=moved / seconds / GB, **more)

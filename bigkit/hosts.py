@@ -6,6 +6,8 @@
         model = AutoModelForCausalLM.from_config(config)
     model = bigkit.pipeline(model, "folder", bigkit.plan_hosts(model, ["RTX 4090", "RTX 3090"]))
     model.generate(**inputs)        # on every process, with the same inputs; the same tokens come back on every one
+    with bigkit.graph_decode(model):
+        answers = bigkit.map_in_flight(lambda ids: model.generate(ids), batches, model)     # no process waits
 
 Leaves out: how processes speak (`distributed/pipeline.py`), where to cut (`maps/hosts.py`), and loading itself
 (`offload/load_and_dispatch.py`, `quantize/load.py`), which sees a model whose other modules are empty.

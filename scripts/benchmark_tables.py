@@ -202,10 +202,14 @@ def offloading_larger() -> Iterable[Iterable[str]]:
 @table("a token of a Llama-7B, all in RAM", "time", "weights", "prompt of 512", "logits differ by", "tokens")
 def beyond_one_link() -> Iterable[Iterable[str]]:
     for r in results("links")["rows"]:
-        if r["shape"] != "1x1":
+        if r["shape"] not in ("1x1", "graph"):
             continue
         on_cpu = f"; {r['count']} of 32 MLPs on {r['threads']} CPU threads, {r['slots']} slots" if "count" in r else ""
         name = "one GPU" + on_cpu if on_cpu else r["way"].removeprefix("in RAM, ")
+        if r["shape"] == "graph":
+            alike = {True: "equal", False: "differ"}.get(r.get("same_tokens"), "")
+            yield f"{name}; one CUDA graph", text(1000 * r["s"], " ms", 0), text(r["gb_s"], " GB/s", 1), "", "", alike
+            continue
         differ = "0" if r["bit_equal"] else f"{r['difference']:.2f} of {r['logits']:.1f}"
         yield (name, text(1000 * r["s"], " ms", 0), text(r["gb_s"], " GB/s", 1),
                "bit-equal" if r["prompt_equal"] else "differs", differ,
@@ -222,7 +226,14 @@ def beside_busy_links() -> Iterable[Iterable[str]]:
             )
 
 
-@table("tokens a second", "1 sequence", "8", "32", "brought for one token", "GPU memory")
+@table("13.5 GB of files in memory", "time", "rate")
+def loading_on_two() -> Iterable[Iterable[str]]:
+    for r in results("links")["rows"]:
+        if r["way"].startswith(("load, ", "read, ")):
+            yield r["way"].partition(", ")[2], text(r["s"], " s", 3), text(r["gb_s"], " GB/s", 1)
+
+
+@table("tokens a second, and how busy the link is", "1 sequence", "8", "32", "brought for one token", "GPU memory")
 def experts_in_ram() -> Iterable[Iterable[str]]:
     for case, name in (("qwen3", ""), ("qwen3-48", "48 blocks: ")):
         rows = [r for r in results("experts")["rows"] if "tokens_per_second" in r and r["case"] == case]
@@ -230,10 +241,13 @@ def experts_in_ram() -> Iterable[Iterable[str]]:
             own = [r for r in rows if r["way"] == way]
             rates = {r["batch"]: r["tokens_per_second"] for r in own}
             size = next((r["gpu_bytes"] / 1e9 for r in own if "gpu_bytes" in r), None)
-            brought = next((r["bytes_per_token"] / 1e9 for r in own if "bytes_per_token" in r), None)
-            digits = 1 if way != "accelerate" else 3
-            yield (f"{name}{way}", *(text(rates.get(batch), digits=digits) for batch in (1, 8, 32)),
-                   text(brought, " GB"), text(size, " GB", 1))  # fmt: skip
+            brought = next(
+                (r["bytes_per_token"] / 1e9 for r in own if "bytes_per_token" in r and r["batch"] == 1), None
+            )
+            digits, busy = 1 if way != "accelerate" else 3, {r["batch"]: r.get("share_of_link") for r in own}
+            cells = [text(rates.get(batch), digits=digits) + (f" ({busy[batch]:.0%})" if busy.get(batch) else "")
+                     for batch in (1, 8, 32)]  # fmt: skip
+            yield f"{name}{way}", *cells, text(brought, " GB"), text(size, " GB", 1)
 
 
 @table("experts that rest elsewhere", "brought for a token", "foretold", "a token", "foretold", "nine of ten", "error")
@@ -245,17 +259,19 @@ def experts_foretold() -> Iterable[Iterable[str]]:
                f"{r['error_percent']:+.1f} %")  # fmt: skip
 
 
-@table("experts in RAM, one sequence", "tokens a second", "brought for a token", "8 x 512 tokens")
+@table("experts in RAM, one sequence", "tokens a second", "brought for a token", "link busy", "equal", "8 x 512 tokens")
 def experts_few_bits() -> Iterable[Iterable[str]]:
-    names = {"mixtral": "Mixtral-8x7B, 12 blocks", "gpt-oss": "gpt-oss-20b, 4 blocks",
-             "deepseek": "DeepSeek-V3, 64 of 256 experts, 2 blocks with experts"}  # fmt: skip
-    rows = [*results("experts")["rows"], *results("experts-few-bits")["rows"]]
+    names = {"mixtral": "Mixtral-8x7B, {} of 32 blocks", "deepseek": "DeepSeek-V3, 64 of 256 experts, {} of 61 blocks"}
+    found = results("experts")
     for case, name in names.items():
-        for way in dict.fromkeys(r["way"] for r in rows if r["case"] == case and r["way"] != "link"):
-            own = {key: value for r in rows if r["case"] == case and r["way"] == way for key, value in r.items()}
-            brought, seconds = own.get("bytes_per_token"), own.get("prompt_seconds")
-            yield (f"{name}: {way}", text(own["tokens_per_second"], digits=1),
-                   "" if brought is None else text(brought / 1e9, " GB"), text(seconds, " s", 3))  # fmt: skip
+        rows = [r for r in found["rows"] if r["case"] == case and not r["way"].startswith("link")]
+        for way in dict.fromkeys(r["way"] for r in rows):
+            own = {key: value for r in rows if r["way"] == way for key, value in r.items()}
+            brought, share = own.get("bytes_per_token"), own.get("share_of_link")
+            equal = {True: "yes", False: "no"}.get(own.get("equal"), "")  # type: ignore[arg-type]
+            yield (f"{name.format(found['blocks'][case])}: {way}", text(own["tokens_per_second"], digits=1),
+                   "" if brought is None else text(brought / 1e9, " GB"), "" if share is None else f"{share:.0%}",
+                   equal, text(own.get("prompt_seconds"), " s", 3))  # fmt: skip
 
 
 @table("2 GB of experts on a cold disk", "read", "chosen for the first time", "ratio", "time")

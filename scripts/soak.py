@@ -27,6 +27,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import psutil
+
+# Products of oneDNN are kept by their shapes, up to 1,024 of them: with shapes that are drawn that looks like a leak.
+os.environ.setdefault("LRU_CACHE_CAPACITY", "1")  # read when torch is imported
+
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))

@@ -4,6 +4,8 @@ As a graph does, it records without computing, knows addresses and nothing of Py
 wait for a value.
 """
 
+from functools import partial
+from threading import Thread
 from unittest import mock
 
 import torch
@@ -11,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
 from bigkit.offload.escapes import Holders
+from bigkit.offload.host_calls import HostCalls, call, recording_calls
 
 aten = torch.ops.aten
 REFUSED = {aten._local_scalar_dense.default, aten.nonzero.default, aten.equal.default, aten.lift_fresh.default}
@@ -36,7 +39,7 @@ class Recording:
     made = 0
 
     def __init__(self, devices, rings):
-        self.rings, self.error, self.tape = rings, None, Tape()
+        self.rings, self.error, self.tape, self.calls = rings, None, Tape(), HostCalls()
 
     @staticmethod
     def refuse(devices):
@@ -46,10 +49,14 @@ class Recording:
         type(self).made += 1
         # A tape holds tensors over slots, a graph only their addresses.
         unheld = mock.patch("bigkit.offload.stream.count_holders", lambda memory, tensors: Holders(0, 0))
-        with self.rings.borrowed(), unheld, self.tape:
+        called = mock.patch("bigkit.offload.host_calls.launch", self.launch)
+        with self.rings.borrowed(), unheld, called, recording_calls(self.calls), self.tape:
             result, self.found = self.rings.recorded(function)
         self.undo = True  # recording has computed it already: the first replay has nothing left to do
         return result
+
+    def launch(self, number, device):
+        self.tape.calls.append((partial(_elsewhere, number), (), {}, None))
 
     def replay(self):
         with self.rings.ready(self.found):
@@ -59,6 +66,14 @@ class Recording:
             for function, args, kwargs, output in self.tape.calls:
                 again = function(*args, **kwargs)
                 tree_map(lambda old, new: _write(old, new), output, again)
+        self.calls.check()
+
+
+def _elsewhere(number):
+    """A call as the driver makes it: on a thread of its own, whose modes are not those of this one."""
+    thread = Thread(target=call, args=(number,))
+    thread.start()
+    thread.join()
 
 
 def _write(old, new):

@@ -89,13 +89,17 @@ def read_to_gpu(
 def read_to_gpus(
     wanted: Sequence[tuple[torch.device, Mapping[str, Stored]]], dtypes: Mapping[str, torch.dtype | None] | None = None
 ) -> dict[str, Tensor]:
-    """`read_to_gpu` for several GPUs at once, each over its own link; the (device, what it gets) are `wanted`."""
+    """`read_to_gpu` for several GPUs at once, each over its own link; the (device, what it gets) are `wanted`.
+
+    They share the readers: copying out of the page cache is what takes time then, and more threads made it slower.
+    """
     if len(wanted) == 1:
         return read_to_gpu(wanted[0][1], wanted[0][0], dtypes)
+    readers = max(1, READERS // max(len(wanted), 1))
 
     def read(device: torch.device, stored: Mapping[str, Stored], current: torch.cuda.Stream) -> dict[str, Tensor]:
         with torch.cuda.stream(current):  # each thread has one of its own
-            return read_to_gpu(stored, device, dtypes)
+            return read_to_gpu(stored, device, dtypes, readers=readers)
 
     values: dict[str, Tensor] = {}
     with ThreadPoolExecutor(max(len(wanted), 1), thread_name_prefix="bigkit-loader") as pool:

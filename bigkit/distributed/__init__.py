@@ -26,6 +26,7 @@ The files do this for every type of input, and say in one sentence what is wrong
     map_file    a long file of prompts, resumed where a kill cut it off
     pipeline    one model over the processes, when none of them can hold it
     line        its messages
+    taint       what must not reach a block, since it comes from another process's part
     in_flight   many groups of prompts under way in it
     _torch, _transformers   the private parts of these libraries that are needed
 

@@ -58,7 +58,7 @@ def map_in_flight(
         batches: the inputs. They are taken one by one, as their turn comes.
         model: one that `bigkit.pipeline` has returned.
         groups: how many batches are under way; None takes one for each stage. One more takes memory for its cache, and
-            keeps stages busy whose pace varies.
+            keeps stages busy whose pace varies, or whose step is short beside the way of a token back to the first.
 
     Returns:
         The results, in the order of the batches, on every process. Greedy tokens are those of one batch at a time.
@@ -251,7 +251,7 @@ class _Turns:
     def send_when_there(self, tensor: Tensor, send: Callable[[Tensor], Any]) -> None:
         """Let the mailer send a tensor as it is now, once it is computed; from RAM."""
         there = torch.cuda.Event() if tensor.is_cuda else None
-        copied = tensor.to("cpu", non_blocking=True, copy=True)  # pinned, if it comes from a GPU
+        copied = tensor.to("cpu", non_blocking=tensor.is_cuda, copy=True)  # pinned, if it comes from a GPU
         if there is not None:
             there.record()
 

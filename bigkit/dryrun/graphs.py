@@ -20,6 +20,7 @@ import torch
 from ..machine.roofline import Operation
 from ..offload import graphs, recording
 from ..offload.captured import Found, Rings
+from ..offload.host_calls import HostCalls
 from .fake_gpu import OperationLog
 
 Result = TypeVar("Result")
@@ -36,7 +37,7 @@ class FakeRecording:
     error = None  # nothing but what `record` raises
 
     def __init__(self, log: OperationLog, rings: Rings) -> None:
-        self.log, self.rings = log, rings
+        self.log, self.rings, self.calls = log, rings, HostCalls()  # none: no data, nothing for the host to compute
         self._operations: list[Operation] = []
         self._found: Found = {}
 
@@ -75,5 +76,6 @@ def fake_recordings(log: OperationLog) -> Iterator[None]:
 
         refuse = staticmethod(recording.Recording.refuse)
 
-    with mock.patch.object(graphs, "Recording", Recording):
+    idle = mock.patch.object(torch.cuda, "synchronize", lambda device=None: None)
+    with mock.patch.object(graphs, "Recording", Recording), idle:
         yield

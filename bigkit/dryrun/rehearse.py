@@ -33,7 +33,7 @@ from ..offload.gather import GatherStreamer
 from ..offload.lenders import streamers_in
 from ..offload.rows import Rows, bytes_of_one, count_rows
 from ..offload.stream import Streamer
-from ..offload.transfer import PlainLane, Slot
+from ..offload.transfer import CHUNK, PlainLane, Slot
 from ..offload.weights import Unit
 from ..quantize.load import BnbQuantizationConfig
 from ..units import KiB, MiB
@@ -172,14 +172,16 @@ class FakeLane(PlainLane):
         return slot
 
     def fill(self, slot: Slot, unit: Unit) -> None:
-        experts, gathered = 0, False
+        experts, gathered, pieces = 0, False, 0
         if isinstance(self.streamer, ExpertStreamer):
             whole: Unit = unit.whole if isinstance(unit, Rows) else unit
             experts = max(1, unit.nbytes * self.streamer.counts[whole.index] // max(1, whole.nbytes))
             if whole is not unit:  # the router must have chosen: the host waits for that, or the GPU gathers by itself
                 gathered = not self.streamer.host_waits
                 self._note(LEAVE if gathered else WAIT, slot, unit)
-        self._note(FILL, slot, unit, experts, gathered=gathered)
+                if self.rests(unit) == "disk":
+                    pieces = sum(-(-move.nbytes // CHUNK) for move in unit.moves())
+        self._note(FILL, slot, unit, experts=experts, gathered=gathered, pieces=pieces)
 
     def see(self, slab: Slab, device: torch.device) -> Tensor:
         """RAM as a tensor on a fake GPU, which takes no memory there."""
@@ -192,7 +194,7 @@ class FakeLane(PlainLane):
         """The GPU reads experts itself, when the work before is done; the host does not wait."""
         self.numbers.setdefault(id(slot), len(self.numbers))
         self._note(LEAVE, slot, unit)
-        self._note(FILL, slot, unit, nbytes // bytes_of_one(unit), nbytes, True)
+        self._note(FILL, slot, unit, nbytes, experts=nbytes // bytes_of_one(unit), gathered=True)
 
     def arrive(self, slot: Slot) -> None:
         self._note(ARRIVE, slot, slot.unit)
@@ -205,12 +207,9 @@ class FakeLane(PlainLane):
         rests = {self.place(inside) for inside in (unit.name, *(weight.name for weight in unit.weights))}
         return "disk" if "disk" in rests else "cpu"
 
-    def _note(
-        self, name: str, slot: Slot, unit: Unit | None, experts: int = 0, nbytes: int = 0, gathered: bool = False
-    ) -> None:
+    def _note(self, name: str, slot: Slot, unit: Unit | None, nbytes: int = 0, **about: Any) -> None:
         assert unit is not None
         source, number = self.rests(unit), self.numbers[id(slot)]
-        about: dict[str, Any] = {"experts": experts, "gathered": gathered}
         self.log.trace.operations.append(
             Operation(name, str(self.device), 0, nbytes or unit.nbytes, "uint8", 0, source, number, unit.name, **about)
         )

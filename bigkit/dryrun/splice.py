@@ -80,10 +80,14 @@ class Variant(NamedTuple):
 def splice(run: Any, target: Target) -> Spliced | None:
     """What a dry run would be on GPUs that differ in attention alone; None if results of attention lie otherwise.
 
+    None, too, of a run with graphs, whose memory comes from pools of their own.
+
     Args:
         run: a `DryRun`, whose `attended` are in order.
         target: the other GPU.
     """
+    if any(recording.streams for recording in run.recordings.values()):
+        return None
     operations: list[Operation] = []
     made: dict[tuple[Call, int], Variant | None] = {}
     variants: list[Variant] = []

@@ -19,8 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..checkpoints.ring import Slab
-from ..offload._torch import one_row
-from ..offload.on_cpu import READ, rows_are_faster
+from ..offload.on_cpu import READ
 from ..units import MiB
 
 PIECE = 64 * MiB  # bytes of one copy
@@ -117,23 +116,22 @@ def measure_cpu(
 def _reading(mlps: list[tuple[Tensor, Tensor, Tensor]], seconds: float, traffic: Traffic | None) -> tuple[float, float]:
     x = torch.randn(1, mlps[0][0].shape[1]).to(mlps[0][0].dtype)
     with torch.inference_mode():
-        product = one_row if rows_are_faster(mlps[0]) else F.linear
-        one = _timed(lambda: _pass(mlps[:1], x, product))
+        one = _timed(lambda: _pass(mlps[:1], x))
         if traffic is not None:
             traffic.start(int(2 + 1.5 * (seconds + len(mlps) * one) * 64e9 / PIECE))  # more than arrive in that time
         done, begin = 0, time.perf_counter()
         while (took := time.perf_counter() - begin) < seconds or not done:
-            done += _pass(mlps, x, product)
+            done += _pass(mlps, x)
     links = sum(traffic.rates()) if traffic is not None else 0.0
     if traffic is not None:
         traffic.finish()
     return done / took, links
 
 
-def _pass(mlps: list[tuple[Tensor, Tensor, Tensor]], x: Tensor, product: Callable[..., Tensor]) -> int:
+def _pass(mlps: list[tuple[Tensor, Tensor, Tensor]], x: Tensor) -> int:
     """Bytes that were read."""
     for gate, up, down in mlps:
-        product(F.silu(product(x, gate)) * product(x, up), down)
+        F.linear(F.silu(F.linear(x, gate)) * F.linear(x, up), down)
     return 3 * len(mlps) * mlps[0][0].nbytes
 
 

@@ -5,7 +5,8 @@ model's own classes, depth, heads and experts; its widths are divided until a he
 `generate` on this machine, and what it takes is kept with the machine's other figures. A dry run counts the host's
 steps in the twin and in the model, so that a twin of another depth serves too.
 
-Leaves out: models that are not Transformers', and weights that travel (their hooks take time of the host's, too).
+Leaves out: models that are not Transformers', weights that travel (their hooks take time of the host's, too), and how
+steady the host is: a rented one changed its pace by two between a twin's run and its model's, some seconds later.
 """
 
 from __future__ import annotations

@@ -10,7 +10,6 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear
 from torch.utils import _pytree as pytree
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -158,24 +157,6 @@ def mark_lent(tensor: Tensor) -> None:
         tensor.__class__ = LentParameter
     elif type(tensor) is Tensor:
         tensor.__class__ = LentBuffer
-
-
-class RowParameter(LentParameter):
-    """A matrix that is lent to a forward on the CPU: a single row is multiplied with it by `one_row`."""
-
-    @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        with DisableTorchFunctionSubclass():
-            if func is linear and not kwargs and args[0].numel() == args[0].shape[-1] and type(args[1]) is cls:
-                return one_row(*args)
-            return func(*args, **(kwargs or {}))
-
-
-def one_row(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """What `F.linear` gives for a single row x, by the product of a matrix and a vector."""
-    row = x.reshape(-1)
-    out = torch.mv(weight, row) if bias is None else torch.addmv(bias, weight, row)
-    return out.view(*x.shape[:-1], -1)
 
 
 def _set_watched_data(tensor: Tensor, value: Tensor) -> None:

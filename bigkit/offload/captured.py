@@ -30,6 +30,7 @@ from .grouping import own_tensors
 from .handle import Away
 from .hooks import AlignDevicesHook, hooks_in
 from .lenders import streamers_in
+from .on_cpu import MlpHook
 from .stream import Streamer
 from .transfer import CudaLane, Slot
 
@@ -41,7 +42,8 @@ Result = TypeVar("Result")
 def devices_of(model: nn.Module) -> list[torch.device]:
     """The devices that a model works on, that of its inputs first."""
     hooks = (hook for module in model.modules() for hook in hooks_in(module))
-    placed = [hook.execution_device for hook in hooks if isinstance(hook, AlignDevicesHook) and hook.execution_device]
+    others = (hook for hook in hooks if isinstance(hook, AlignDevicesHook) and not isinstance(hook, MlpHook))
+    placed = [hook.execution_device for hook in others if hook.execution_device]
     own = [tensor.device for module in model.modules() for tensor, _ in own_tensors(module).values()]
     return [*dict.fromkeys(placed or own)]
 
@@ -59,11 +61,6 @@ def refuse_what_waits(model: nn.Module) -> None:
             f"{_INSTEAD}"
         )
     for streamer in streamers_in(model):
-        if streamer.maps or getattr(streamer, "on_pages", False):
-            raise ValueError(
-                f"{streamer.units[0].name!r} works on the CPU, which a CUDA graph cannot wait for: let it work on a "
-                f"GPU, or {_INSTEAD}"
-            )
         kept = [unit for unit in streamer.units if isinstance(streamer, ExpertStreamer) and streamer.rows[unit.index]]
         if isinstance(streamer, ExpertStreamer) and not all(map(streamer.keeps_account, kept)):
             raise ValueError(
@@ -111,7 +108,10 @@ class Rings:
     def __init__(self, model: nn.Module) -> None:
         self._model = model
         self.streamers = streamers_in(model)
-        self.steps_before = max((streamer.count for streamer in self.streamers), default=1)
+        for hook in (hook for module in model.modules() for hook in hooks_in(module)):
+            if isinstance(hook, MlpHook):
+                hook.prepare_for_graphs()
+        self.steps_before = max((streamer.count for streamer in self.streamers if not streamer.maps), default=1)
         self._first: dict[tuple[str, str], str] = {}  # unit -> what happened to it first
         self._before: Any = None
         self._tables: list[Any] = []  # accounts of experts on the GPU, when the step was recorded

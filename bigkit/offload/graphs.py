@@ -8,6 +8,7 @@ whatever differs from step to step must lie at fixed addresses:
     cache      a static one: the first that is seen lends its tensors to all that follow
     outputs    copied out of tensors that the graph writes
     weights    where they rest, or in slots that the graph fills itself (`captured.py`)
+    the CPU    MLPs of `on_cpu=`, for which the graph calls the host (`host_calls.py`)
 
 The first step of a shape runs as ever, so that libraries and slots are ready; the second is recorded; from then on the
 recording is replayed. A prompt is no step, and runs as ever.
@@ -54,17 +55,18 @@ def graph_decode(model: nn.Module) -> Iterator[Decoder]:
     this is that one.
 
     Args:
-        model: a model of Transformers, on one or several GPUs; blocks may rest in pinned RAM. Or one that
-            `bigkit.pipeline` has returned: each process replays its stage, and messages stay outside of the graph.
-            Enter it on every process; within `map_in_flight` each group under way has a recording and a cache.
+        model: a model of Transformers, on one or several GPUs; blocks may rest in pinned RAM, and the CPU may compute
+            their MLPs (`on_cpu=`). Or one that `bigkit.pipeline` has returned: each process replays its stage, and
+            messages stay outside of the graph. Enter it on every process; within `map_in_flight` each group under way
+            has a recording and a cache.
 
     Yields:
         What counts the steps: `captured`, `replayed`, and `eager` ones (of prompts and before a capture).
 
     Raises:
-        ValueError: the host has to take part in each step: parts of the model work on the CPU, rest on disk or in RAM
-            that is not pinned, choose experts on the host, or look for outliers.
-        RuntimeError: while generating: something else in the step makes the host wait.
+        ValueError: the host has to take part in each step: parts of the model work on the CPU (other than those MLPs),
+            rest on disk or in RAM that is not pinned, choose experts on the host, or look for outliers.
+        RuntimeError: while generating: something else in the step makes the host wait, or the CPU's part failed.
 
     Example:
         >>> with bigkit.graph_decode(model) as decoder:  # doctest: +SKIP
@@ -147,7 +149,7 @@ class Decoder:
     def _forget_what_is_old(self) -> None:
         """Let go of recordings of a model that is another one now."""
         if not self._rings.unchanged():
-            self._homes.clear()
+            self.close()
             refuse_what_waits(self._model)  # it may have been dispatched anew
             self._rings, self._devices = Rings(self._model), devices_of(self._model)
 

@@ -8,6 +8,9 @@ block is streamed whole: the link takes as long for all of them as for one, and 
 Nothing rests twice: such a block is three units over the same memory. `whole` is lent for many tokens; `rest` and `mlp`
 for few, the one by the streamer of the GPU and the other by one of the CPU, which lends RAM as it is.
 
+Python starts the steps of attention between two MLPs, and neither CPU nor link is the limit then; as a CUDA graph a
+token calls the host for each MLP (`host_calls.py`), and runs no Python but that.
+
 What the CPU computes is not bit-equal to what the GPU computes: both round, in another order.
 
 Leaves out: how much it should be (`maps/on_cpu.py`), blocks on disk, weights that no CPU kernel reads as they rest, and
@@ -17,30 +20,26 @@ experts: nobody knows which are needed before their router has run, so CPU and l
 from __future__ import annotations
 
 import inspect
-import time
 from collections.abc import Iterable, Mapping, Sequence
 from functools import reduce
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..devices import join
 from ..maps.on_cpu import FEW, mlp_of
 from ..maps.partition import spread
 from ..meta.skeleton import spec_from_module
-from ..units import MiB
-from ._torch import LentParameter, RowParameter, one_row
 from .codec import PLAIN, codec_of
 from .grouping import Cut, Layout, experts_in, has_forward
 from .handle import Away
 from .hooks import AlignDevicesHook, this_thread
+from .host_calls import Desk, HostCalls, alone, calls_now
 from .mapped import PageLane
-from .stream import Streamer, Views
+from .stream import Streamer
 from .weights import Unit
 
-ENOUGH, CLEARLY = 64 * MiB, 0.85  # bytes that are multiplied to compare two ways, and when one is the faster
 READ = (torch.bfloat16, torch.float32)  # dtypes of weights for which PyTorch's CPU kernels keep up with the RAM
 
 
@@ -123,35 +122,15 @@ def cpu_streamer(splits: Sequence[Split]) -> Streamer:
 
 
 class MlpStreamer(Streamer):
-    """Lends MLPs on the CPU; single rows are multiplied with their matrices in the faster of two ways."""
+    """Lends MLPs on the CPU.
 
-    by_row: bool | None = None  # None: not measured yet
-
-    def _make_views(self, unit: Unit, weights: list[Tensor]) -> Views:
-        views = super()._make_views(unit, weights)
-        matrices = [value for value in views.weights if value.ndim == 2 and type(value) is LentParameter]
-        if self.by_row is None:
-            self.by_row = rows_are_faster([matrix.detach() for matrix in matrices])
-        for matrix in matrices if self.by_row else ():
-            matrix.__class__ = RowParameter
-        return views
-
-
-@torch.no_grad()
-def rows_are_faster(matrices: Sequence[Tensor]) -> bool:
-    """Whether `one_row` is clearly faster than `F.linear` here. On processors with AMX, PyTorch 2.11 takes the kernel
-    for large products in bfloat16 also for a single row, 2.15 does not.
+    Attributes:
+        desks: device -> where hidden states are handed over in CUDA graphs.
     """
-    if sum(matrix.nbytes for matrix in matrices) < ENOUGH:
-        return False  # too little to tell
-    took = dict.fromkeys((F.linear, one_row), float("inf"))
-    rows = [torch.ones(1, matrix.shape[1], dtype=matrix.dtype) for matrix in matrices]
-    for way in (*took, *took, *took):
-        begin = time.perf_counter()
-        for row, matrix in zip(rows, matrices):
-            way(row, matrix)
-        took[way] = min(took[way], time.perf_counter() - begin)
-    return took[one_row] < CLEARLY * took[F.linear]
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.desks: dict[torch.device, Desk] = {}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -198,7 +177,21 @@ class MlpHook(AlignDevicesHook):
     def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
         if self.unit is None or not isinstance(next(module.parameters()), Away):
             return args, kwargs
+        if calls_now() is not None:
+            return super().pre_forward(module, self._desk().give((*args, *kwargs.values())[0]))
         return super().pre_forward(module, *args, **kwargs)
+
+    def _desk(self) -> Desk:
+        assert isinstance(self.streamer, MlpStreamer) and self.output_device is not None
+        return self.streamer.desks[self.output_device]
+
+    def prepare_for_graphs(self) -> None:
+        """Have a desk for few tokens: while a graph is recorded, none can be made."""
+        if isinstance(self.streamer, MlpStreamer) and self.unit is not None and self.output_device is not None:
+            widest = max(size for weight in self.unit.module.parameters() for size in weight.shape)
+            desk, nbytes = self.streamer.desks.get(self.output_device), FEW * widest * 4
+            if desk is None or desk.most < nbytes:
+                self.streamer.desks[self.output_device] = Desk(self.output_device, nbytes)
 
     def _lend(self, module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
         if self.threads is not None:
@@ -209,7 +202,24 @@ class MlpHook(AlignDevicesHook):
     def post_forward(self, module: nn.Module, output: Any) -> Any:
         if this_thread.begun.get(self) is None:
             return output
+        if (calls := calls_now()) is not None:
+            output = self._called(module, output, calls)
         return super().post_forward(module, output)
+
+    def _called(self, module: nn.Module, output: Tensor, calls: HostCalls) -> Tensor:
+        """Let a graph call for the output, which has been computed of whatever lay there."""
+        desk, plain, threads = self._desk(), alone(module), torch.get_num_threads()
+        given, place, inference = desk.given, desk.place(output), torch.is_inference_mode_enabled()
+        place.copy_(output)  # on a stand-in, where all of it is done while it is recorded
+
+        def compute() -> None:
+            torch.set_num_threads(threads)
+            with torch.inference_mode(inference), torch.no_grad():  # views of one mode are not written to in another
+                place.copy_(plain(given))
+
+        assert self.output_device is not None
+        calls.add(compute, self.output_device)
+        return desk.take(output)
 
     def _give_back(self, loan: Any, failed: bool = False) -> None:
         if self._before is not None:

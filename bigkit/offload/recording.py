@@ -18,6 +18,7 @@ import torch
 
 from ..checkpoints.collector import collector_paused
 from ._torch import end_failed_capture
+from .host_calls import HostCalls, recording_calls
 
 if TYPE_CHECKING:
     from .captured import Found, Rings
@@ -34,11 +35,13 @@ class Recording:
 
     Attributes:
         error: what the recorded function raised.
+        calls: what the host computes in it.
     """
 
     def __init__(self, devices: Sequence[torch.device], rings: Rings) -> None:
         self.devices, self.rings = [*devices], rings
         self.error: BaseException | None = None
+        self.calls = HostCalls()
         self._found: Found = {}
         self._ended = False
         self._graph, self._pool = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
@@ -67,8 +70,8 @@ class Recording:
         for device in self.devices:
             torch.cuda.synchronize(device)
         try:
-            gc.collect()
-            with collector_paused():  # pinned RAM among garbage waits for the GPU, which spoils a recording
+            gc.collect()  # pinned RAM among garbage waits for the GPU, which spoils a recording
+            with collector_paused(), recording_calls(self.calls):
                 return self._record(function)
         except BaseException:
             if not self._ended:
@@ -112,7 +115,11 @@ class Recording:
             self._ended = True
 
     def replay(self) -> None:
-        """Do it all, in the order of the current streams of all devices."""
+        """Do it all, in the order of the current streams of all devices. Wait for the end if the host is called.
+
+        Raises:
+            RuntimeError: the host's part failed.
+        """
         first = torch.cuda.current_stream(self.devices[0])
         with self.rings.ready(self._found):
             for device in self.devices[1:]:
@@ -121,3 +128,8 @@ class Recording:
                 self._graph.replay()
             for device in self.devices[1:]:
                 torch.cuda.current_stream(device).wait_stream(first)
+        if self.calls:
+            done = torch.cuda.Event(blocking=True)
+            done.record(first)
+            done.synchronize()  # asleep: who waits for a GPU as ever takes a core from what the CPU computes
+            self.calls.check()

@@ -104,9 +104,10 @@ def test_several_gpus_are_loaded_at_once(tmp_path, monkeypatch):
     halves = [{name: where for name, where in stored.items() if int(name[1]) % 2 == k} for k in range(2)]
     both = threading.Barrier(2)  # each waits until the other has begun
 
-    def meet(*given):
+    def meet(*given, **sizes):
         both.wait(timeout=20)
-        return read_to_gpu(*given)
+        assert sizes == {"readers": to_gpu.READERS // 2}  # they share them
+        return read_to_gpu(*given, **sizes)
 
     monkeypatch.setattr(to_gpu, "read_to_gpu", meet)
     values = to_gpu.read_to_gpus([(CPU, half) for half in halves], {"t3": torch.float64})

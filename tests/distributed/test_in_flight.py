@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import torch
 import transformers as tf
 
 from bigkit import map_file, map_in_flight
-from bigkit.distributed import line
+from bigkit.distributed import in_flight, line
 from bigkit.distributed.pipeline import stage_of
 from bigkit.zoo.gpt import PYGPT, decode, encode, load_pygpt
 from tests.distributed import stages
@@ -113,6 +114,69 @@ def test_many_groups_do_not_wait_for_each_others_messages(two: Ranks) -> None:
     expected = [whole.generate(torch.tensor([encode(f"x = {i}")]), 2) for i in range(14)]
     for answers in two(crowd, 14):
         assert all(map(torch.equal, answers, expected))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# On a GPU
+
+
+class FakeStream:
+    """Notes what it waits for; its work is never done before the test says so."""
+
+    log: list[tuple[int, Any]] = []  # thread, event
+    done = threading.Event()
+
+    def __init__(self, *_: Any) -> None:
+        pass
+
+    def wait_stream(self, other: FakeStream) -> None:
+        self.log.append((threading.get_ident(), (self, other)))
+
+    def synchronize(self) -> None:
+        assert self.done.wait(10), "a turn waits for the GPU"
+
+
+class FakeEvent(FakeStream):
+    def record(self) -> None:
+        pass
+
+
+class OnGPU(torch.Tensor):
+    """A tensor of the CPU that says it lies on a GPU."""
+
+    is_cuda = True  # type: ignore[assignment]
+
+
+def test_no_turn_waits_for_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both groups have worked, and have handed over their tokens, before the GPU has done anything."""
+    FakeStream.log, FakeStream.done = [], threading.Event()
+    of_all = FakeStream()
+    fakes = {"Stream": FakeStream, "Event": FakeEvent, "current_stream": lambda: of_all}
+    for name, fake in {**fakes, "set_stream": lambda _: None, "set_device": lambda _: None}.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    monkeypatch.setattr(in_flight, "_modes", lambda kind: nullcontext)
+    turns = in_flight._Turns(2, torch.device("cuda", 1))
+    sent: list[tuple[int, float]] = []
+
+    def work(slot: int) -> None:
+        turns.begin(slot)
+        turns.on_caller(lambda: FakeStream.log.append((threading.get_ident(), slot)))
+        token = torch.full((1,), slot + 0.5).as_subclass(OnGPU)
+        turns.send_when_there(token, lambda copied: sent.append((slot, float(copied))))
+        token.zero_()  # whose it is may change it
+        if slot == 1:
+            assert sent == []
+            FakeStream.done.set()
+        turns.pass_on()
+        turns.settle()
+        turns.leave()
+
+    turns.run(work)
+    assert sent == [(0, 0.5), (1, 1.5)]
+    first, _, _, second, *_ = said = [event for thread, event in FakeStream.log if thread == threading.get_ident()]
+    own = [first[1], second[1]]
+    assert own[0] is not own[1]
+    assert said == [(of_all, own[0]), 0, (own[0], of_all), (of_all, own[1]), 1, (own[1], of_all)]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -47,6 +47,15 @@ def test_bytes_that_travel(replay):
         assert fills[f"token {token}"] == bring, "the prompt has left the last two blocks in the slots"
 
 
+def test_experts_in_files_come_in_pieces():
+    routing = Routing("qwen", COUNT, tuple(((1, 2), (4, 7), (0, 9)) for _ in range(BLOCKS)))
+    experts = {f"model.layers.{i}.mlp.experts": "disk" for i in range(BLOCKS)}
+    run = dry_run(qwen(), {"": 0, **experts}, 1, 1, 2, "H200", dtype="float32", routing=routing, replay=False)
+    found = [op.pieces for op in run.operations if op.name == FILL]
+    stacks = 2
+    assert found == [stacks * 1] * BLOCKS + [stacks * 2] * 2 * BLOCKS, "1 and 2 lie together"
+
+
 def test_by_chance():
     assert by_chance(COUNT, 1, CHOSEN, 3) != by_chance(COUNT, 1, CHOSEN, 4)
     average = sum(

@@ -67,8 +67,9 @@ def draw(seed: int) -> Case:
     if family == "gpt-oss":
         sizes["layer_types"] = ["full_attention"] * blocks
     if family == "deepseek":
+        # Parts of heads are multiples of 16 bytes: cuDNN's attention reads others at addresses that it cannot.
         sizes |= {"num_key_value_heads": 4, "n_group": 2, "topk_group": 2, "first_k_dense_replace": 1,
-                  "kv_lora_rank": 8, "q_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4,
+                  "kv_lora_rank": 8, "q_lora_rank": 8, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8,
                   "v_head_dim": 8, "num_hidden_layers": blocks + 1}  # fmt: skip
     else:
         sizes |= {"num_key_value_heads": 2, "head_dim": 8}
@@ -209,8 +210,12 @@ class Play:
         if not (self.gpu and resident and self.case.implementation != "eager" and not self.case.quantization):
             return self.generate(rng)
         ids = torch.randint(1, WORDS, (1, rng.randint(1, 9)), device=self.device)
-        with bigkit.graph_decode(self.parts):
-            found = [self.parts.generate(ids, max_new_tokens=8, **GREEDY) for _ in range(2)]
+        try:
+            with bigkit.graph_decode(self.parts):
+                found = [self.parts.generate(ids, max_new_tokens=8, **GREEDY) for _ in range(2)]
+        except ValueError as error:
+            assert "generate outside of bigkit.graph_decode" in str(error) and self.options["expert_cache"]
+            return self.generate(rng)
         static = {"cache_implementation": "static", "disable_compile": True}
         expected = self.whole.generate(ids, max_new_tokens=8, **GREEDY, **static)
         assert all(torch.equal(one, expected) for one in found)

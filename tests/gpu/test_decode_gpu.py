@@ -84,6 +84,25 @@ def test_half_of_the_blocks_and_all_of_a_model_in_ram():
     same_by_graphs(bigkit.dispatch_model(build(), {"": "cpu"}, 0))
 
 
+@pytest.mark.parametrize("sequences, mode", [(1, torch.inference_mode), (3, torch.no_grad)])
+@pytest.mark.parametrize("main", [0, [0, 1]])
+def test_mlps_that_the_cpu_computes(main, sequences, mode):
+    """A graph calls the host for them: the tokens, and logits, of a step in Python."""
+    if torch.cuda.device_count() < 2 and main:
+        pytest.skip("one GPU")
+    mlps = 3 * sum(parameter.nbytes for parameter in build(blocks=1).model.layers[0].mlp.parameters())
+    model = bigkit.cpu_offload(build().cpu(), main, on_cpu=mlps, slots=3)
+    more = {"output_logits": True, "return_dict_in_generate": True}
+    expected = [plain(model, prompt(sequences, seed=seed), **more) for seed in range(3)]
+    with mode(), bigkit.graph_decode(model) as decoder:
+        for seed in range(3):
+            got = model.generate(prompt(sequences, seed=seed), **GREEDY, **more)
+            assert torch.equal(got.sequences, expected[seed].sequences)
+            assert all(map(torch.equal, got.logits, expected[seed].logits))
+    assert decoder.captured == 1 and decoder.replayed > 50
+    assert torch.equal(plain(model, prompt(sequences)), expected[1].sequences)
+
+
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU")
 @pytest.mark.parametrize("first", [0, "cpu"])
 def test_two_gpus(first):
@@ -227,16 +246,16 @@ def test_layers_that_stay_take_no_more_than_the_prompt_did():
     assert torch.cuda.memory_reserved() <= reserved + 40e6  # a layer, and what is rounded up
 
 
-@pytest.mark.parametrize("room", [None, "200GB"])
+@pytest.mark.parametrize("room", [None, "40MB"])
 def test_a_cache_that_rests_where_memory_is_tight(room):
-    """The GPU has room for what a prompt needs and hardly more; a `room` that it has not is given up."""
-    model, tokens, total = build(blocks=8), prompt(4, 3000), torch.cuda.get_device_properties(0).total_memory
+    """The GPU has room for what a prompt needs and hardly more, and less than the cache."""
+    model, tokens, total = build(blocks=24), prompt(4, 3000), torch.cuda.get_device_properties(0).total_memory
     expected = model.generate(tokens, **GREEDY)
     gc.collect()
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     assert torch.equal(model.generate(tokens, past_key_values=RestingCache(model.config, room=0), **GREEDY), expected)
-    most = torch.cuda.max_memory_reserved() + 20e6
+    most = torch.cuda.max_memory_reserved() + 40e6  # a layer, and what is rounded up
     gc.collect()
     torch.cuda.empty_cache()
     torch.cuda.set_per_process_memory_fraction(most / total)
@@ -245,7 +264,7 @@ def test_a_cache_that_rests_where_memory_is_tight(room):
             cache = RestingCache(model.config, room=room)
             assert torch.equal(model.generate(tokens, past_key_values=cache, **GREEDY), expected)
             assert torch.cuda.memory_reserved() <= most
-            assert room is None or cache.layers_that_stay() < 8
+            assert 0 < cache.layers_that_stay() < 24
             del cache
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)

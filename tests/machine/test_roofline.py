@@ -133,3 +133,17 @@ def test_python_waits_for_a_value():
     run_steps([product(10**11), asks, product()], [("token", 3)], {"cuda:0": FLAT}, spans)
     work, last = (span for span in spans if span.lane == "cuda:0")
     assert last.start > work.end and isinstance(last, Span)
+
+
+def test_small_pieces_of_files_are_read_no_faster_than_python_begins_with_them():
+    def seconds(nbytes, pieces):
+        fill, arrive = (
+            Operation(name, "cuda:0", 0, nbytes, "uint8", 0, "disk", 0, "experts", experts=8, pieces=pieces)
+            for name in (FILL, ARRIVE)
+        )
+        fast = replace(FLAT, disk=1e11, link=1e15)
+        return run_steps([fill, arrive], [("token", 2)], {"cuda:0": fast})[0].seconds
+
+    assert seconds(10**8, 0) == seconds(10**8, 1) == pytest.approx(1e-3, rel=1e-3)
+    assert seconds(10**8, 16) == pytest.approx(16 * TYPICAL.piece, rel=1e-3)
+    assert seconds(10**10, 16) == pytest.approx(0.1, rel=1e-3), "large pieces take longer to read than to begin with"

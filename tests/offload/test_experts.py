@@ -732,6 +732,36 @@ def test_no_copy_overtakes_whatever_the_streams_do(seed, rows, pretend, monkeypa
     assert all(map(torch.equal, got, expected))
 
 
+def test_experts_that_call_themselves_wait_for_what_the_inner_call_chose(pretend):
+    model = made(qwen3_moe)
+    model.set_experts_implementation("grouped_mm")
+    found, streamer, _ = spread_pinned(model)
+    x, weights, choices = (
+        torch.randn(2, 32),
+        torch.ones(2, 2),
+        [torch.tensor([[0, 1], [1, 2]]), torch.tensor([[5, 6], [7, 6]])],
+    )
+    inner, told, fill = [], [], streamer.lane.fill
+    streamer.lane.fill = lambda slot, unit: (told.append("fill"), fill(slot, unit))
+    streamer.lane.arrive = lambda slot: told.append("arrive")
+
+    def call(model):
+        experts = model.model.layers[0].mlp.experts
+
+        def again(*_):
+            handle.remove()
+            told.append("inner")
+            inner.append(experts(x, choices[1], weights))
+
+        handle = experts.act_fn.register_forward_hook(again)
+        return experts(x, choices[0], weights)
+
+    with torch.no_grad():
+        assert torch.equal(call(found), call(model)) and torch.equal(*inner)
+    began = told.index("inner")
+    assert told[began : began + 3] == ["inner", "fill", "arrive"]
+
+
 def test_writes_views_and_errors(pretend):
     model = made(qwen3_moe)
     model.set_experts_implementation("batched_mm")

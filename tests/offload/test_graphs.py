@@ -13,9 +13,11 @@ import transformers as tf
 from packaging.version import Version
 
 import bigkit
-from bigkit.offload import graphs
+from bigkit.offload import graphs, host_calls
 from bigkit.offload.experts import ExpertStreamer
+from bigkit.offload.host_calls import call
 from bigkit.offload.lenders import streamers_in
+from bigkit.offload.on_cpu import BlockHook
 from bigkit.offload.recording import Recording
 from bigkit.offload.transfer import PlainLane
 from tests import fake_graph
@@ -109,6 +111,85 @@ def test_all_of_a_model_away():
     assert decoder.replayed > 5
 
 
+def with_mlps_on_the_cpu(blocks=5, slots=3, **options):
+    size = sum(parameter.nbytes for parameter in llama().model.layers[0].mlp.parameters())
+    return spread(blocks, slots, on_cpu=size * (blocks * 2 // 3), **options)
+
+
+def computed(model):
+    """Blocks whose MLP the CPU computes."""
+    return [layer for layer in model.model.layers if type(layer._hf_hook) is BlockHook]
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("sequences, slots", [(1, 1), (3, 2), (1, 4)])
+def test_mlps_that_the_cpu_computes(sequences, slots, mode, monkeypatch):
+    """The host is called for them, and runs no more of the model than these."""
+    model, called = with_mlps_on_the_cpu(slots=slots, cpu_threads=1), []
+    prompts = [prompt(sequences, seed=seed) for seed in range(3)]
+    expected = [plain(model, tokens) for tokens in prompts]
+    monkeypatch.setattr(fake_graph, "call", lambda number: called.append(number) or call(number))
+    with mode(), bigkit.graph_decode(model) as decoder:
+        for tokens, text in zip(prompts, expected):
+            assert torch.equal(model.generate(tokens, **GREEDY), text)
+    assert len(computed(model)) == 3 and len(set(called)) == 3 * decoder.captured
+    assert len(called) == 3 * decoder.replayed
+    assert torch.equal(plain(model, prompts[0]), expected[0])
+    del decoder
+    gc.collect()
+    assert not host_calls._functions
+
+
+def test_mlps_that_the_cpu_computes_and_that_change():
+    model = with_mlps_on_the_cpu()
+    with bigkit.graph_decode(model) as decoder:
+        assert torch.equal(model.generate(prompt(), **GREEDY), plain(model, prompt()))
+        for layer in model.model.layers:  # in place: the same memory
+            with torch.no_grad():
+                layer.mlp.down_proj.weight.mul_(-2)
+        expected, captured = plain(model, prompt()), decoder.captured
+        assert torch.equal(model.generate(prompt(), **GREEDY), expected)
+        for layer in model.model.layers:
+            layer.mlp.up_proj.weight = torch.nn.Parameter(torch.randn(64, 32), requires_grad=False)
+        other = plain(model, prompt())
+        assert torch.equal(model.generate(prompt(), **GREEDY), other) and not torch.equal(other, expected)
+        assert decoder.captured > captured
+
+
+def test_the_cpus_part_fails():
+    model, failing, steps = with_mlps_on_the_cpu(), [], []
+
+    def fail(*_):
+        if failing:
+            raise ValueError("no more")
+
+    def count(ids, scores, **_):
+        steps.append(1)
+        failing.extend([1] * (len(steps) == 7))
+        return torch.zeros(len(ids), dtype=torch.bool)
+
+    computed(model)[1].mlp.act_fn.register_forward_pre_hook(fail)
+    expected = plain(model, prompt())
+    with bigkit.graph_decode(model) as decoder:
+        assert torch.equal(model.generate(prompt(), **GREEDY), expected)
+        counted = decoder.replayed
+        with pytest.raises(RuntimeError, match="the CPU's part of a decode step failed.*no more"):
+            model.generate(prompt(), stopping_criteria=[count], **GREEDY)
+        assert len(steps) == 7 and decoder.replayed > counted
+        failing.clear()
+        assert torch.equal(model.generate(prompt(), **GREEDY), expected)
+    assert torch.equal(plain(model, prompt()), expected)
+
+
+def test_a_forward_of_its_own_is_refused():
+    model = llama()
+    first = model.model.layers[2].mlp.forward
+    model.model.layers[2].mlp.forward = lambda x: first(x)
+    model = bigkit.dispatch_model(model, {**AROUND, "model.layers": "cpu"}, stand_in=STAND_IN, on_cpu="1GB")
+    with bigkit.graph_decode(model), pytest.raises(RuntimeError, match="cannot be recorded.*forward of its own"):
+        model.generate(prompt(), **GREEDY)
+
+
 def test_weights_that_change_between_calls():
     model, whole = spread(5), llama(5)
     with bigkit.graph_decode(model) as decoder, torch.no_grad():
@@ -177,7 +258,7 @@ def test_what_is_exchanged_between_calls(make, what):
     assert all(all(map(torch.equal, one.logits, expected.logits)) for one in got) and decoder.captured == 2
 
 
-def test_a_model_dispatched_anew():
+def test_a_model_dispatched_anew(tmp_path):
     model = spread(3)
     expected = plain(model, prompt())
     with bigkit.graph_decode(model) as decoder:
@@ -186,7 +267,9 @@ def test_a_model_dispatched_anew():
             assert torch.equal(model.generate(prompt(), **GREEDY), expected)
             assert set(decoder._rings.streamers) == set(streamers_in(model))
         bigkit.dispatch_model(model, {**AROUND, "model.layers": "cpu"}, stand_in=STAND_IN, on_cpu="1MB")
-        with pytest.raises(ValueError, match="works on the CPU"):
+        assert torch.equal(model.generate(prompt(), **GREEDY), expected)
+        bigkit.dispatch_model(model, {**AROUND, "model.layers": "disk"}, offload_dir=tmp_path, stand_in=STAND_IN)
+        with pytest.raises(ValueError, match="rests on disk"):
             model.generate(prompt(), **GREEDY)
 
 
@@ -337,9 +420,6 @@ def test_what_is_refused(tmp_path):
         pass
     with pytest.raises(ValueError, match="works on cpu, and only GPUs of CUDA"):
         Recording.refuse([torch.device("cuda", 0), torch.device("cpu")])
-    on_cpu = spread(4, on_cpu="1MB")
-    with pytest.raises(ValueError, match="mlp' works on the CPU"), bigkit.graph_decode(on_cpu):
-        pass
     with pytest.raises(ValueError, match="needs a model of Transformers"), bigkit.graph_decode(torch.nn.Linear(2, 2)):
         pass
     with pytest.raises(ValueError, match="training mode"), bigkit.graph_decode(llama().train()):

@@ -1,7 +1,6 @@
 """MLPs that the CPU computes where they rest, for few tokens: who works where, the same outputs, all given back."""
 
 import copy
-import time
 from dataclasses import replace
 
 import pytest
@@ -12,8 +11,6 @@ from hypothesis import strategies as st
 
 import bigkit
 from bigkit.maps.on_cpu import FEW, mlps_of
-from bigkit.offload import on_cpu
-from bigkit.offload.captured import refuse_what_waits
 from bigkit.offload.on_cpu import MlpHook
 from bigkit.zoo.gpt import encode, heldout_text, load_pygpt
 from tests.spread import STAND_IN, Net, check_at_rest, handles, same, spread
@@ -115,12 +112,6 @@ def test_greedy_text_of_what_was_held_out(whole):
         assert same(model.generate(tokens, 12), whole.generate(tokens, 12))
 
 
-def test_a_cuda_graph_says_why_not(whole):
-    model = spread(copy.deepcopy(whole), {"": "cpu"}, main_device=0, on_cpu="1GB")
-    with pytest.raises(ValueError, match="works on the CPU, which a CUDA graph cannot wait for"):
-        refuse_what_waits(model)
-
-
 def test_a_model_without_such_parts_is_refused_and_left_as_it_was(whole):
     net = Net()
     with pytest.raises(ValueError, match="on_cpu: no block has an MLP"):
@@ -151,38 +142,3 @@ def test_a_plan_and_a_model_agree_on_what_an_mlp_is(cls, config):
     units = [hook.unit for own in hooks.values() for hook in own if isinstance(hook, MlpHook)]
     assert {unit.name.rpartition(".")[0]: sum(part.nbytes for part in unit.parts()) for unit in units} == told
     assert len(units) == 5
-
-
-@pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_single_rows_by_another_product(dtype, bias, monkeypatch):
-    """Where that is faster, single rows are multiplied otherwise, as exactly; several, and the model, see nothing."""
-    config = tf.LlamaConfig(**SIZES, vocab_size=100, mlp_bias=bias)
-    whole = tf.LlamaForCausalLM(config).to(dtype).eval().requires_grad_(False)
-    model = spread(copy.deepcopy(whole), {"": "cpu"}, main_device=0, on_cpu="1GB")
-    asked, calls, mv, addmv = [], [], torch.mv, torch.addmv
-    monkeypatch.setattr(on_cpu, "rows_are_faster", lambda matrices: asked.append(len(matrices)) or True)
-    monkeypatch.setattr(torch, "mv", lambda *args: calls.append(args) or mv(*args))
-    monkeypatch.setattr(torch, "addmv", lambda *args: calls.append(args) or addmv(*args))
-    for count in (1, 3, 1, FEW + 1):
-        calls.clear()
-        tokens = torch.randint(0, 100, (1, count))
-        got, expected = model(tokens).logits, whole(tokens).logits
-        assert len(calls) == (15 if count == 1 else 0) and asked == [3]
-        assert torch.allclose(got, expected, atol=2e-2 if dtype == torch.bfloat16 else 1e-6)
-        assert type(got) is torch.Tensor
-        check_at_rest(model)
-    model.model.layers[0].mlp.gate_proj.weight.data.zero_()
-    whole.model.layers[0].mlp.gate_proj.weight.data.zero_()
-    assert torch.allclose(model(tokens[:, :1]).logits, whole(tokens[:, :1]).logits, atol=2e-2)
-
-
-def test_which_product_is_faster_is_measured(monkeypatch):
-    big = [torch.zeros(4096, 8192, dtype=torch.bfloat16)]
-    for slower, expected in (("linear", True), ("mv", False)):
-        with monkeypatch.context() as patch:
-            real = getattr(torch if slower == "mv" else on_cpu.F, slower)
-            slow = lambda *args, real=real: (time.sleep(0.3), real(*args))[1]  # noqa: E731
-            patch.setattr(torch if slower == "mv" else on_cpu.F, slower, slow)
-            assert on_cpu.rows_are_faster(big) is expected
-            assert on_cpu.rows_are_faster([big[0][:64]]) is False  # too little to tell
