@@ -67,7 +67,11 @@ def headlines() -> Iterable[Iterable[str]]:
     )
     yield "run a 7B whose weights rest in RAM", f"{own:.1f} GB/s", f"Accelerate {theirs:.1f}", f"{link:.1f} (link)"
     both, most = (row("links", way=way)["gb_s"] for way in ("in RAM, two GPUs", "links"))
-    yield "the same over two GPUs", f"{both:.1f} GB/s", "", f"{most:.1f} (both links)"
+    shared = row("links", way="in RAM, MLPs on the CPU", shape="graph")
+    beside = row("links", way="beside one link: CPU reads, bfloat16", shape=f"{shared['threads']} threads")
+    yield (f"the same over two GPUs; over one, and {shared['count']} of 32 MLPs on the CPU, one graph a token",
+           f"{both:.1f} GB/s; {shared['gb_s']:.1f} GB/s", "",
+           f"{most:.1f} (both links); {beside['gb_s'] + beside['link_gb_s']:.1f} (link and CPU)")  # fmt: skip
     own = row("offload-gpu", way="bigkit, on disk, cold", shape="1x16")["gb_s"]
     raw = statistics.mean(results("offload-gpu")["machine"]["raw_cold_gb_s"])
     yield "the same on one GPU, from a cold disk", f"{own:.2f} GB/s", "", f"{raw:.2f} (raw readers)"
@@ -205,7 +209,7 @@ def beyond_one_link() -> Iterable[Iterable[str]]:
         if r["shape"] not in ("1x1", "graph"):
             continue
         on_cpu = f"; {r['count']} of 32 MLPs on {r['threads']} CPU threads, {r['slots']} slots" if "count" in r else ""
-        name = "one GPU" + on_cpu if on_cpu else r["way"].removeprefix("in RAM, ")
+        name = "one GPU" + on_cpu if on_cpu else r["way"].removeprefix("in RAM, ").replace("streamed", "one GPU")
         if r["shape"] == "graph":
             alike = {True: "equal", False: "differ"}.get(r.get("same_tokens"), "")
             yield f"{name}; one CUDA graph", text(1000 * r["s"], " ms", 0), text(r["gb_s"], " GB/s", 1), "", "", alike

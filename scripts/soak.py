@@ -29,7 +29,8 @@ from typing import NamedTuple
 import psutil
 
 # Products of oneDNN are kept by their shapes, up to 1,024 of them: with shapes that are drawn that looks like a leak.
-os.environ.setdefault("LRU_CACHE_CAPACITY", "1")  # read when torch is imported
+os.environ.setdefault("LRU_CACHE_CAPACITY", "1")  # both are read when torch is imported
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "1")
 
 import torch
 
