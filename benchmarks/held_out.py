@@ -21,7 +21,8 @@ prompt of a process; once more that does not count; then for the times, in turn 
 Medians count. It writes after every stage, starts none after `--seconds`, and goes on where it stopped if it is called
 again. Two processes with a GPU each want cores of their own (`taskset`).
 
-`--compare` must run with the code and the versions that foretold.
+`--compare` must run with the versions that foretold. It says times by the twin that ran before its model, and by the
+twin that ran in turn with it.
 """
 
 from __future__ import annotations
@@ -451,7 +452,7 @@ def compare_all(source: Path, folder: Path, paths: list[Path], save: Path | None
     rows = [case for key, case in cases.items() if key not in late]
     print(summary(rows), f"\nnot reached: {', '.join(late) or 'none'}")
     if save:
-        about = {"commit": drawn["commit"], "machine": machine, "late": late}
+        about = {"commit": drawn["commit"], "machine": machine, "late": late, "foretold with": versions()}
         save.write_text(json.dumps({**about, "rows": [kept(case) for case in rows]}, indent=1) + "\n")
 
 
@@ -514,16 +515,19 @@ def row_of(case: dict[str, Any]) -> str:
 
 def summary(cases: list[dict[str, Any]]) -> str:
     """How many were predicted within the bounds."""
-    rows = [errors_of(case) for case in cases if "error" not in case and "error" not in case["predicted"]]
-    lines = [f"{len(rows)} predicted of {len(cases)}"]
-    for name, bound in (("allocated", 0.005), ("reserved", 0.03), ("prompt", 0.15), ("token", 0.15)):
-        errors = [row[name] for row in rows if name in row]
-        if errors:
-            good, worst = sum(abs(error) <= bound for error in errors), max(errors, key=abs)
-            beyond = sum(abs(error) > 0.4 for error in errors)
-            middle = statistics.median(map(abs, errors))
-            within = f"{good} of {len(errors)} within {100 * bound:g} %, the median {100 * middle:.2f} %"
-            lines.append(f"{name:10} {within}, the worst {100 * worst:+.1f} %, {beyond} beyond 40 %")
+    good = [case for case in cases if "error" not in case and "error" not in case["predicted"]]
+    lines = [f"{len(good)} predicted of {len(cases)}"]
+    in_turn = [{**case, "predicted": {**case["predicted"], "seconds": case["predicted"]["beside"]}} for case in good]
+    for rows, suffix in ((good, ""), (in_turn, ", twin in turn")):
+        errors_of_all = [errors_of(case) for case in rows]
+        for name, bound in (("allocated", 0.005), ("reserved", 0.03), ("prompt", 0.15), ("token", 0.15)):
+            errors = [row[name] for row in errors_of_all if name in row]
+            if errors and (bound == 0.15 or not suffix):
+                near, worst = sum(abs(error) <= bound for error in errors), max(errors, key=abs)
+                beyond = sum(abs(error) > 0.4 for error in errors)
+                middle = statistics.median(map(abs, errors))
+                within = f"{near} of {len(errors)} within {100 * bound:g} %, the median {100 * middle:.2f} %"
+                lines.append(f"{name + suffix:24} {within}, the worst {100 * worst:+.1f} %, {beyond} beyond 40 %")
     return "\n".join(lines)
 
 

@@ -67,7 +67,11 @@ def headlines() -> Iterable[Iterable[str]]:
     )
     yield "run a 7B whose weights rest in RAM", f"{own:.1f} GB/s", f"Accelerate {theirs:.1f}", f"{link:.1f} (link)"
     both, most = (row("links", way=way)["gb_s"] for way in ("in RAM, two GPUs", "links"))
-    yield "the same over two GPUs", f"{both:.1f} GB/s", "", f"{most:.1f} (both links)"
+    shared = row("links", way="in RAM, MLPs on the CPU", shape="graph")
+    beside = row("links", way="beside one link: CPU reads, bfloat16", shape=f"{shared['threads']} threads")
+    yield (f"the same over two GPUs; over one, and {shared['count']} of 32 MLPs on the CPU, one graph a token",
+           f"{both:.1f} GB/s; {shared['gb_s']:.1f} GB/s", "",
+           f"{most:.1f} (both links); {beside['gb_s'] + beside['link_gb_s']:.1f} (link and CPU)")  # fmt: skip
     own = row("offload-gpu", way="bigkit, on disk, cold", shape="1x16")["gb_s"]
     raw = statistics.mean(results("offload-gpu")["machine"]["raw_cold_gb_s"])
     yield "the same on one GPU, from a cold disk", f"{own:.2f} GB/s", "", f"{raw:.2f} (raw readers)"
@@ -202,10 +206,14 @@ def offloading_larger() -> Iterable[Iterable[str]]:
 @table("a token of a Llama-7B, all in RAM", "time", "weights", "prompt of 512", "logits differ by", "tokens")
 def beyond_one_link() -> Iterable[Iterable[str]]:
     for r in results("links")["rows"]:
-        if r["shape"] != "1x1":
+        if r["shape"] not in ("1x1", "graph"):
             continue
         on_cpu = f"; {r['count']} of 32 MLPs on {r['threads']} CPU threads, {r['slots']} slots" if "count" in r else ""
-        name = "one GPU" + on_cpu if on_cpu else r["way"].removeprefix("in RAM, ")
+        name = "one GPU" + on_cpu if on_cpu else r["way"].removeprefix("in RAM, ").replace("streamed", "one GPU")
+        if r["shape"] == "graph":
+            alike = {True: "equal", False: "differ"}.get(r.get("same_tokens"), "")
+            yield f"{name}; one CUDA graph", text(1000 * r["s"], " ms", 0), text(r["gb_s"], " GB/s", 1), "", "", alike
+            continue
         differ = "0" if r["bit_equal"] else f"{r['difference']:.2f} of {r['logits']:.1f}"
         yield (name, text(1000 * r["s"], " ms", 0), text(r["gb_s"], " GB/s", 1),
                "bit-equal" if r["prompt_equal"] else "differs", differ,
@@ -220,6 +228,13 @@ def beside_busy_links() -> Iterable[Iterable[str]]:
                 f"{r['way'].rpartition(' ')[2]}, {r['shape']}",
                 *(text(r[k], " GB/s", 1) for k in ("gb_s", "link_gb_s")),
             )
+
+
+@table("13.5 GB of files in memory", "time", "rate")
+def loading_on_two() -> Iterable[Iterable[str]]:
+    for r in results("links")["rows"]:
+        if r["way"].startswith(("load, ", "read, ")):
+            yield r["way"].partition(", ")[2], text(r["s"], " s", 3), text(r["gb_s"], " GB/s", 1)
 
 
 @table("tokens a second, and how busy the link is", "1 sequence", "8", "32", "brought for one token", "GPU memory")
@@ -241,9 +256,12 @@ def experts_in_ram() -> Iterable[Iterable[str]]:
 
 @table("experts that rest elsewhere", "brought for a token", "foretold", "a token", "foretold", "nine of ten", "error")
 def experts_foretold() -> Iterable[Iterable[str]]:
-    for r in results("experts-foretold")["rows"]:
+    runs = [
+        (run, r) for run, name in (("first", ""), ("later", "-2")) for r in results(f"experts-foretold{name}")["rows"]
+    ]
+    for run, r in runs:
         low, high = r["range_ms"]
-        yield (r["case"], *(text(size / 1e6, " MB", 1) for size in r["bytes_per_token"]),
+        yield (f"{r['case']}, {run} run", *(text(size / 1e6, " MB", 1) for size in r["bytes_per_token"]),
                *(text(ms, " ms", 1) for ms in r["token_ms"]), f"{low:.0f} to {high:.0f} ms",
                f"{r['error_percent']:+.1f} %")  # fmt: skip
 

@@ -66,6 +66,7 @@ class Recording:
             for function, args, kwargs, output in self.tape.calls:
                 again = function(*args, **kwargs)
                 tree_map(lambda old, new: _write(old, new), output, again)
+        self.calls.check()
 
 
 def _elsewhere(number):

@@ -68,6 +68,10 @@ class StackCodec(NamedTuple):
     decode: Callable[..., Tensor]
     in_place: bool = False
 
+    def __reduce__(self) -> Any:
+        """Copies and pickles are the same one, so that the classes that are made for it are, too."""
+        return _called, (self.format,) if self in STACK_CODECS else (self.format, *self[1:])
+
     def reads_in_place(self, parts: Parts) -> bool:
         """Whether a kernel reads chosen experts where they lie, so that nothing is copied before it is decoded."""
         return self.in_place and kernels_for(parts[self.suffixes[0]]) is not None
@@ -365,6 +369,10 @@ STACK_CODECS = (
     ),
     StackCodec("int8", ("_int8", "_scb"), decode_rows),
 )
+
+
+def _called(format: str, *other: Any) -> StackCodec:
+    return StackCodec(format, *other) if other else next(codec for codec in STACK_CODECS if codec.format == format)
 
 
 def _groups(given: Tensor | None, inputs: int, groups: int, device: torch.device) -> Tensor:

@@ -38,6 +38,7 @@ Read in this order:
 
 - `empty.py`: the tape, which is the idea, and `init_empty_weights` and `init_on_device`.
 - `operations.py`: what a call of a torch operation reads, writes and returns, from its schema.
+- `origin.py`: whether a tensor comes from weights, and so has no values.
 - `skeleton.py`: a module as the plain records of `model/spec.py`, with its ties. Planners need nothing else.
 - `cache.py`: what a model's KV cache holds, by running the model without memory.
 - `_torch.py`: what is private in PyTorch and used here.

@@ -49,6 +49,7 @@ from ..units import MiB
 from ._torch import is_operation, laid_out_like, view_like, watch_modules
 from ._torch import twin as twin
 from .operations import META, Signature, map_tensors, replace_tensors, signature_of, storages_of, tensors_in, to_meta
+from .origin import from_weights
 
 REMEMBER = MiB  # bytes: a real tensor up to this size that moves to meta keeps its values on the tape
 
@@ -356,7 +357,7 @@ class _Tape(TorchDispatchMode):
 
         A view goes before the tensor that it views, which can only be changed when nothing in torch refers to it.
         """
-        alive = {id(tensor): tensor for made in self.made if (tensor := made()) is not None}
+        alive = {id(own): own for made in self.made if (own := made()) is not None and not from_weights(own, self)}
         real = {key: self.settled(tensor) for key, tensor in alive.items()}
         self.made.clear()
         self.moved.clear()  # no tensor with a weak reference can be swapped

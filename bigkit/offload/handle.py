@@ -201,6 +201,20 @@ def _handle_class(cls: type) -> type[Away]:
     return type(cls.__name__, (Away,), {"stands_for": cls, "__class__": property(lambda handle: cls)})
 
 
+def take_notes(weight: Weight, value: Tensor) -> None:
+    """A plain weight has become another tensor: what users have noted at that counts, and no longer what they had noted
+    at the one before.
+    """
+    kept = {name: note for name, note in vars(value).items() if name[0] != "_" and name not in Away.__annotations__}
+    for same in (weight, *weight.aliases):
+        handle, noted = vars(same.away), vars(same.template)
+        for name in [name for name in noted if name[0] != "_"]:
+            del noted[name]
+            handle.pop(name, None)
+        noted.update(kept)
+        handle.update({name: note for name, note in kept.items() if isinstance(note, _PLAIN_VALUES)})
+
+
 class AwayView(Away):
     """Part of a weight's data that was brought for one operation, such as `weight[0]` or `weight.T`."""
 

@@ -47,6 +47,9 @@ class HostCalls:
         self._own: list[int] = []
         weakref.finalize(self, _forget, self._own)
 
+    def __bool__(self) -> bool:
+        return bool(self._own)
+
     def add(self, function: Callable[[], None], device: torch.device) -> None:
         """Let the host call a function when the device's current stream, which is recorded, comes to this point."""
         errors = self.errors

@@ -115,7 +115,11 @@ class Recording:
             self._ended = True
 
     def replay(self) -> None:
-        """Do it all, in the order of the current streams of all devices."""
+        """Do it all, in the order of the current streams of all devices. Wait for the end if the host is called.
+
+        Raises:
+            RuntimeError: the host's part failed.
+        """
         first = torch.cuda.current_stream(self.devices[0])
         with self.rings.ready(self._found):
             for device in self.devices[1:]:
@@ -124,3 +128,8 @@ class Recording:
                 self._graph.replay()
             for device in self.devices[1:]:
                 torch.cuda.current_stream(device).wait_stream(first)
+        if self.calls:
+            done = torch.cuda.Event(blocking=True)
+            done.record(first)
+            done.synchronize()  # asleep: who waits for a GPU as ever takes a core from what the CPU computes
+            self.calls.check()

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from ._torch import in_functional_call, stop_watching
-from .handle import Away
+from .codec import PLAIN, codec_of
+from .handle import Away, take_notes
 from .outside import Outside, settled, take_news
 from .weights import Place, Unit, Weight
 
@@ -119,6 +120,8 @@ class Site:
                 weight.outside = Outside()
                 for same in weight.aliases:
                     same.outside = weight.outside
+                if codec_of(weight.template) is PLAIN:
+                    take_notes(weight, value)
             self.streamer.keep(weight, value)
             weight.outside.note(value, weight)
             weight.outside.watch()

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import bigkit
 from bigkit.meta.empty import init_empty_weights, init_on_device
 from bigkit.meta.skeleton import spec_from_module, tied_groups
 
@@ -762,3 +763,21 @@ def test_what_was_asked_for_on_meta_or_is_a_parameter_stays_there():
         table = torch.empty(2**40)
         with_buffers.register_buffer("table", table)
     assert asked.is_meta and loose.is_meta and table.is_meta and with_buffers.table.is_meta
+
+
+def test_what_a_forward_makes_of_weights_stays_on_meta_with_them():
+    """Also what planning runs, which asks a twin of the model what its cache holds."""
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.LlamaConfig(**sizes, vocab_size=77)
+    kept = []
+    with init_empty_weights():
+        model = transformers.LlamaForCausalLM(config).eval()
+        with torch.no_grad():
+            logits = model(torch.arange(5)[None]).logits
+            kept += [torch.zeros_like(model.lm_head.weight), torch.arange(3) / 2]
+        plan = bigkit.plan(model, {"cpu": "1GB"})
+    assert logits.is_meta and logits.shape == (1, 5, 77)
+    assert [tensor.is_meta for tensor in kept] == [False, False] and kept[1].tolist() == [0, 0.5, 1]
+    assert plan == bigkit.plan(model, {"cpu": "1GB"}) and plan.layers
+    assert not model.model.rotary_emb.inv_freq.is_meta

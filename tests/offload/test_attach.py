@@ -13,6 +13,8 @@ from bigkit import init_empty_weights
 from bigkit.dryrun.fake_gpu import fake_gpus
 from bigkit.dryrun.workload import fill
 from bigkit.offload.dispatch import dispatch_model
+from bigkit.offload.hooks import remove_hook_from_module
+from bigkit.offload.one_place import cpu_offload, disk_offload
 from tests.spread import STAND_IN, Net, same, spread
 
 X = torch.randn(3, 8, generator=torch.Generator().manual_seed(0))
@@ -99,6 +101,48 @@ def test_a_tie_between_two_places_that_one_device_stands_in_for():
     expected = whole(X)
     parts = dispatch_model(whole, {"0": "cpu", "1": 0}, "cpu", stand_in=STAND_IN, force_hooks=True)
     assert same(parts(X), expected)
+
+
+class Noted(nn.Module):
+    """Uses what is noted at the weight of a layer, which may be called or not."""
+
+    def __init__(self, calls):
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b, self.calls = nn.Linear(4, 4), nn.Linear(4, 4), calls
+        self.exchange(2.0)
+
+    def exchange(self, factor):
+        self.a.weight = nn.Parameter(torch.full((4, 4), 0.5))
+        if factor:
+            self.a.weight.factor, self.a.weight.table = factor, {"k": torch.full((1,), factor)}
+
+    def forward(self, x):
+        weight = self.a.weight
+        return self.b(self.a(x) if self.calls else x) * weight.factor * weight.table["k"] + weight.sum()
+
+
+@pytest.mark.parametrize("calls", [True, False])
+@torch.no_grad()
+def test_another_tensor_has_other_notes(tmp_path, calls):
+    x = torch.ones(2, 4)
+    for way in (lambda model: cpu_offload(model, 0, stand_in=STAND_IN), lambda model: disk_offload(model, tmp_path)):
+        whole, parts = Noted(calls), way(Noted(calls))
+        for factor in (None, 3.0, 5.0, None):
+            for model in (whole, parts):
+                model.exchange(factor)
+            if factor is None:
+                with pytest.raises(AttributeError, match="factor"):
+                    parts(x)
+                continue
+            assert torch.equal(parts(x), whole(x))
+            for model in (whole, parts):
+                model.a.weight.factor = 7.0
+            assert torch.equal(parts(x), whole(x))
+        for model in (whole, parts):
+            model.exchange(11.0)
+        remove_hook_from_module(parts, recurse=True)
+        assert torch.equal(parts(x), whole(x))
 
 
 def test_what_is_noted_at_a_weight_is_there_in_the_forward():

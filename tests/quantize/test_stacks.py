@@ -1,6 +1,7 @@
 """Experts in few bits: each as bitsandbytes quantizes a matrix, chosen ones decoded alone, on every way to a model."""
 
 import copy
+import pickle
 import warnings
 
 import pytest
@@ -142,6 +143,16 @@ def test_chosen_experts_travel_as_they_are_stored(quantization, cache, place, tm
     size = streamer.units[0].nbytes
     assert bool(cache) == (streamer.hits + streamer.misses > 0)
     assert all(nbytes <= 2 * size // COUNT for nbytes in copied), "two of eight experts are chosen"
+
+
+@pytest.mark.parametrize("quantization", ALL)
+def test_copies_make_no_classes(quantization):
+    """Else a process that copies models keeps one class more for each."""
+    found = load_and_quantize_model(made(mixtral), config(quantization), device_map={"": "cpu"})
+    experts = found.get_submodule(expert_names(found)[0])
+    for one in (copy.deepcopy(experts), pickle.loads(pickle.dumps(experts))):
+        assert type(one) is type(experts)
+        assert all(torch.equal(getattr(one, own).all(), getattr(experts, own).all()) for own in NAMES)
 
 
 def test_casts_leave_codes_and_scales_alone():
