@@ -16,7 +16,10 @@ from contextlib import suppress
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
 
-SHARED = ["torch", "numpy", "transformers", "datasets", "bigkit.distributed.gather", "bigkit.offload.load_and_dispatch"]
+SHARED = [
+    "torch", "numpy", "datasets", "transformers.models.llama.modeling_llama", "bigkit.distributed.gather",
+    "bigkit.offload.load_and_dispatch",
+]  # fmt: skip
 
 
 def forking() -> ForkServerContext:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch._utils import _unflatten_dense_tensors
 from torch.nn.modules.module import _IncompatibleKeys
 
-from ..meta.skeleton import named_parts
+from ..meta.skeleton import parts_that
 
 # -> the fake-tensor mode that is on (a dry run's), or None. `torch._guards`, 2.11 to 2.15.
 detect_fake_mode: Callable[[], Any] = torch._guards.detect_fake_mode
@@ -52,7 +52,7 @@ def load_own_way(
 
 def run_post_hooks(model: nn.Module, missing: list[str], unexpected: list[str]) -> None:
     """What modules do after loading, parts first; they may take names from the lists. `_load_state_dict_post_hooks`."""
-    for _, module in reversed(named_parts(model, once=True)):
+    for _, module in reversed(parts_that(model, lambda module: module._load_state_dict_post_hooks)):
         for hook in module._load_state_dict_post_hooks.values():
             hook(module, _IncompatibleKeys(missing, unexpected))
 

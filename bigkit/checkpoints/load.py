@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..devices import Device, placement
-from ..meta.skeleton import extra_tensors, modules_to_keep, named_parts
+from ..meta.skeleton import extra_tensors, modules_to_keep, parts_that
 from ..model.header import CheckpointError
 from ..model.precision import float32_modules, is_named
 from ..units import dtype_name, listed
@@ -96,7 +96,7 @@ def load_checkpoint_in_model(
     ...     load_checkpoint_in_model(empty, folder).clean, empty.weight.device
     (True, device(type='cpu'))
     """
-    if quantized := [name for name, module in named_parts(model, once=True) if extra_tensors(module)]:
+    if quantized := [name for name, _ in parts_that(model, extra_tensors)]:
         raise ValueError(f"{listed(quantized)} is quantized: load_and_quantize_model fills an empty model")
     with collector_paused():
         source = checkpoint if isinstance(checkpoint, Checkpoint) else Checkpoint.open(checkpoint, key, prefix)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..meta.skeleton import named_parts
+from ..meta.skeleton import parts_that
 from ._torch import load_own_way, loads_its_own_way
 from ._transformers import Made
 from .format import Checkpoint
@@ -24,7 +24,7 @@ from .format import Checkpoint
 
 def migrate(model: nn.Module, source: Checkpoint) -> None:
     """Note in a checkpoint what the modules of a model make of its names and tensors."""
-    modules = [(name, module) for name, module in named_parts(model, once=True) if loads_its_own_way(module)]
+    modules = parts_that(model, loads_its_own_way)
     state: dict[str, Tensor] = {}
     for name in source if modules else ():
         shape, dtype = source.shape_and_dtype(name)

@@ -6,7 +6,7 @@ Leaves out: the records themselves (`model/spec.py`), and building models withou
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from contextlib import suppress
 from typing import Any
 
@@ -104,15 +104,26 @@ def tied_groups(model: nn.Module, buffers: bool = True) -> list[list[str]]:
     return tied((join(name, own), tensor) for name, module in parts for own, tensor in _own_tensors(module, buffers))
 
 
-def named_parts(model: nn.Module, once: bool = False) -> list[tuple[str, nn.Module]]:
-    """`model.named_modules(remove_duplicate=once)` without a generator for each level."""
+def parts_that(model: nn.Module, holds: Callable[[nn.Module], Any]) -> list[tuple[str, nn.Module]]:
+    """Those of `model.named_modules()` of which something holds. Mostly it holds of none: then no names are made."""
+    return [part for part in model.named_modules() if holds(part[1])] if any(map(holds, _parts(model))) else []
+
+
+def _parts(model: nn.Module) -> list[nn.Module]:
+    """Every module in a model, in no order."""
+    found = [model]
+    for module in found:
+        if module._modules:
+            found += [child for child in module._modules.values() if child is not None]
+    return found
+
+
+def named_parts(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """`model.named_modules(remove_duplicate=False)` without a generator for each level."""
     found: list[tuple[str, nn.Module]] = []
-    waiting, seen = [("", model)], set[nn.Module]()
+    waiting = [("", model)]
     while waiting:
         name, module = waiting.pop()
-        if once and module in seen:
-            continue
-        seen.add(module)
         found.append((name, module))
         for own, child in reversed(module._modules.items()):
             if child is not None:
@@ -227,7 +238,7 @@ def modules_to_keep(model: nn.Module) -> dict[str, list[str]]:
     keep_in_fp32, keep_in_fp32_strict: names that need float32 in float16, or in 16 bit (`float32_modules`).
     keep_in_int8: layers that `nn.TransformerEncoderLayer` computes with by itself where it is fast.
     """
-    return _to_keep(model, [part for _, part in named_parts(model)])
+    return _to_keep(model, _parts(model))
 
 
 def _to_keep(model: nn.Module, parts: Sequence[nn.Module]) -> dict[str, list[str]]:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +93,12 @@ def saved(request: Any, tmp_path_factory: Any) -> tuple[str, Path]:
     return request.param, folder
 
 
+@pytest.fixture(scope="module")
+def described(saved: tuple[str, Path]) -> Callable[..., Any]:
+    """What a pipeline is, for images of a size; each told once."""
+    return cache(partial(describe_pipeline, saved[1]))
+
+
 def loaded(name: str) -> Any:
     return MADE[name]()
 
@@ -116,24 +123,24 @@ def test_an_estimate_counts_components_and_phases(saved: tuple[str, Path]) -> No
     assert json.loads(estimate.to_json())["ways"] == ways and "denoise" in str(estimate)
 
 
-def test_a_plan_keeps_what_is_used_most(saved: tuple[str, Path]) -> None:
-    _, folder = saved
-    estimate: Any = bigkit.estimate_memory(str(folder))
+def test_a_plan_keeps_what_is_used_most(described: Any) -> None:
+    spec = described()
+    estimate: Any = bigkit.estimate_memory(spec)
     how = []
     for size in (estimate.ways["all stay"], estimate.ways["one at a time"], estimate.ways["by the block"]):
-        plan: Any = bigkit.plan(str(folder), {0: size, "cpu": "1GB"}, overhead=0)
+        plan: Any = bigkit.plan(spec, {0: size, "cpu": "1GB"}, overhead=0)
         assert isinstance(plan, PipelinePlan)
         assert plan.feasible and plan.peak <= size and "peak" in plan.explain()
         how.append([one.how for one in plan.components])
     assert set(how[0]) == {"stays"} and "comes" in how[1]
     assert "by block" in how[2] or estimate.ways["by the block"] == estimate.ways["one at a time"]
-    short: Any = bigkit.plan(str(folder), {0: estimate.ways["by the block"] // 2, "cpu": "1GB"}, overhead=0)
+    short: Any = bigkit.plan(spec, {0: estimate.ways["by the block"] // 2, "cpu": "1GB"}, overhead=0)
     assert not short.feasible and "lacks" in short.explain()
 
 
 @pytest.mark.parametrize("way", ["all stay", "one at a time", "by the block"])
-def test_images_are_those_of_diffusers(saved: tuple[str, Path], way: str) -> None:
-    name, folder = saved
+def test_images_are_those_of_diffusers(saved: tuple[str, Path], described: Any, way: str) -> None:
+    name, spec = saved[0], described()
     whole = drawn(name, loaded(name))
     theirs = loaded(name)
     theirs.enable_model_cpu_offload(device="cpu")
@@ -144,8 +151,8 @@ def test_images_are_those_of_diffusers(saved: tuple[str, Path], way: str) -> Non
             part.enable_group_offload(onload_device=torch.device("cpu"), offload_type="leaf_level")
     assert torch.equal(drawn(name, groups), whole)
 
-    size = bigkit.estimate_memory(str(folder)).ways[way]  # type: ignore[attr-defined]
-    plan: Any = bigkit.plan(str(folder), {0: size, "cpu": "1GB"}, overhead=0)
+    size = bigkit.estimate_memory(spec).ways[way]  # type: ignore[attr-defined]
+    plan: Any = bigkit.plan(spec, {0: size, "cpu": "1GB"}, overhead=0)
     pipe = dispatch_pipeline(loaded(name), plan, stand_in={0: "cpu"})
     for _ in range(2):
         assert torch.equal(drawn(name, pipe), whole), plan.explain()
@@ -153,11 +160,11 @@ def test_images_are_those_of_diffusers(saved: tuple[str, Path], way: str) -> Non
     assert torch.equal(drawn(name, pipe), whole)
 
 
-def test_what_came_for_a_phase_is_gone_in_the_next_one(saved: tuple[str, Path]) -> None:
+def test_what_came_for_a_phase_is_gone_in_the_next_one(saved: tuple[str, Path], described: Any) -> None:
     """Whatever works: of the components that come, none but itself is on the GPU meanwhile, as the plan counts."""
-    name, folder = saved
-    estimate: Any = bigkit.estimate_memory(str(folder))
-    plan: Any = bigkit.plan(str(folder), {0: estimate.ways["one at a time"], "cpu": "1GB"}, overhead=0)
+    name, spec = saved[0], described()
+    estimate: Any = bigkit.estimate_memory(spec)
+    plan: Any = bigkit.plan(spec, {0: estimate.ways["one at a time"], "cpu": "1GB"}, overhead=0)
     pipe = dispatch_pipeline(loaded(name), plan, stand_in={0: "cpu"})
     coming = {one.name: getattr(pipe, one.name) for one in plan.components if one.how == "comes"}
     others = [getattr(pipe, one.name) for one in plan.components]
@@ -235,9 +242,8 @@ def peaks_on_fakes(name: str, plan: PipelinePlan) -> dict[Any, int]:
 
 
 @pytest.mark.parametrize("way", ["all stay", "one at a time", "by the block"])
-def test_a_run_on_fake_gpus_takes_what_the_plan_says(saved: tuple[str, Path], way: str) -> None:
-    name, folder = saved
-    spec: Any = describe_pipeline(folder, image=32)
+def test_a_run_on_fake_gpus_takes_what_the_plan_says(saved: tuple[str, Path], described: Any, way: str) -> None:
+    name, spec = saved[0], described(image=32)
     estimate: Any = bigkit.estimate_memory(spec)
     plan: Any = bigkit.plan(spec, {0: estimate.ways[way], "cpu": "1GB"}, overhead=0)
     apart = 0.3 if way == "by the block" else 0.1  # in slots, tensors as small as these are rounded up by as much
@@ -249,11 +255,10 @@ def quiet(spec: PipelineSpec) -> PipelineSpec:
     return replace(spec, components=tuple(replace(one, activations=0) for one in spec.components))
 
 
-def test_several_gpus_share_a_pipeline(saved: tuple[str, Path]) -> None:
+def test_several_gpus_share_a_pipeline(saved: tuple[str, Path], described: Any) -> None:
     """Components lie on one GPU or the other, or are split; images are the same, and inputs come where they work."""
-    name, folder = saved
+    name, spec = saved[0], quiet(described(image=32))
     whole = drawn(name, loaded(name))
-    spec: Any = quiet(describe_pipeline(folder, image=32))  # type: ignore[arg-type]
     denoiser = next(one for one in spec.components if one.phase == "denoise")
     size, found = denoiser.spec.bytes(), []
     least: int = bigkit.estimate_memory(spec).ways["by the block"]  # type: ignore[attr-defined]
@@ -283,10 +288,9 @@ def test_halves_of_a_unet_come_in_pieces() -> None:
     assert max(layer.bytes() for layer in one.layers) < whole / 3
 
 
-def test_places_for_blocks_in_flight_are_given_back(saved: tuple[str, Path]) -> None:
+def test_places_for_blocks_in_flight_are_given_back(saved: tuple[str, Path], described: Any) -> None:
     """Of components that come by block, only the one that works has memory for its blocks; nothing of it is lost."""
-    name, folder = saved
-    spec: Any = quiet(describe_pipeline(folder, image=32))  # type: ignore[arg-type]
+    name, spec = saved[0], quiet(described(image=32))
     least = max(one.least for one in spec.components)
     plan: Any = bigkit.plan(spec, {0: least, "cpu": "1GB"}, overhead=0)
     assert plan.feasible and plan.peak <= least and plan.copied > 0, plan.explain()
@@ -316,10 +320,9 @@ def test_what_no_pipeline_can_follow_is_said() -> None:
             dispatch_pipeline(stable_diffusion(), plan)  # type: ignore[arg-type]
 
 
-def test_a_plan_without_ram_lets_nothing_wait_there(saved: tuple[str, Path]) -> None:
+def test_a_plan_without_ram_lets_nothing_wait_there(described: Any) -> None:
     """Where GPU and CPU share one memory there is no budget for RAM: what waits there would be counted nowhere."""
-    _, folder = saved
-    spec: Any = quiet(describe_pipeline(folder, image=32))  # type: ignore[arg-type]
+    spec = quiet(described(image=32))
     plan: Any = bigkit.plan(spec, {0: spec.weights * 3 // 4, "disk": "1GB"}, overhead=0)
     assert plan.feasible and {one.how for one in plan.components} <= {"stays", "by block"}, plan.explain()
     assert all(layer.device != "cpu" for one in plan.components if one.plan for layer in one.plan.layers)

@@ -1,6 +1,7 @@
 """Groups of 1, 2, 3 and 8 processes, started once for all tests that leave them as they are."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import cache
 
 import pytest
 
@@ -9,22 +10,31 @@ from tests.ranks import Ranks
 WORLDS = (1, 2, 3, pytest.param(8, marks=pytest.mark.soak))
 
 
+@pytest.fixture(scope="session")
+def group() -> Iterator[Callable[[int], Ranks]]:
+    """Size -> the group of that size."""
+    started: list[Ranks] = []
+
+    @cache
+    def start(size: int) -> Ranks:
+        started.append(Ranks(size))
+        return started[-1]
+
+    yield start
+    for one in started:
+        one.close()
+
+
 @pytest.fixture(scope="session", params=WORLDS)
-def ranks(request: pytest.FixtureRequest) -> Iterator[Ranks]:
-    group = Ranks(request.param)
-    yield group
-    group.close()
+def ranks(request: pytest.FixtureRequest, group: Callable[[int], Ranks]) -> Ranks:
+    return group(request.param)
 
 
 @pytest.fixture(scope="session")
-def two() -> Iterator[Ranks]:
-    group = Ranks(2)
-    yield group
-    group.close()
+def two(group: Callable[[int], Ranks]) -> Ranks:
+    return group(2)
 
 
 @pytest.fixture(scope="session")
-def three() -> Iterator[Ranks]:
-    group = Ranks(3)
-    yield group
-    group.close()
+def three(group: Callable[[int], Ranks]) -> Ranks:
+    return group(3)

@@ -10,10 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bigkit.devices import collapse, read_device
+from bigkit.maps import strategies
 from bigkit.maps.plan import Plan, PlanError
 from bigkit.maps.strategies import SLOTS, STRATEGIES
 from bigkit.maps.strategies import place as plan
-from bigkit.maps.task import read_budgets
+from bigkit.maps.task import Task, read_budgets
 from bigkit.model.spec import Attention, ModelSpec, ModuleSpec, Precision, TensorSpec
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -524,3 +525,16 @@ def test_quantized_plans_use_true_sizes():
     found = plan(model, {0: 10**6}, quantization="int8")
     assert [layer.bytes for layer in found.layers] == [128 * 64 + 4 * 128, 2 * 128 * 64]  # the head stays float16
     assert Precision("float16", "nf4").label == "nf4"
+
+
+def test_what_cannot_win_is_not_tried(monkeypatch):
+    """A model that is too large for all GPUs is never filled without slots, and of fillings that copy no less nothing
+    but the copied bytes is counted.
+    """
+    from bigkit import zoo
+
+    filled, counted = [], []
+    monkeypatch.setattr(strategies, "_fill", lambda *args, fill=strategies._fill: filled.append(args[1]) or fill(*args))
+    monkeypatch.setattr(Task, "loads", lambda *args, loads=Task.loads: counted.append(args[2]) or loads(*args))
+    plan(zoo.describe("llama-3.1-405b"), {**dict.fromkeys(range(8), "80GiB"), "cpu": "900GiB"}, dtype="float16")
+    assert {*filled} == {1, 2} and len(counted) <= len(filled) // 2
