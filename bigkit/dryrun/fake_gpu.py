@@ -248,14 +248,18 @@ class OperationLog(TorchDispatchMode):
             self.trace.kinds[device][number - 1] = kind
 
     def attend(self, query: Tensor, call: Call, run: Callable[[], Tensor]) -> Tensor:
-        """Run a call of attention, and note where it lies, unless it leaves more behind than its result."""
+        """Run a call of attention, and note where it lies, unless it leaves more behind than its result.
+
+        Nor before a device's first product: other kernels of attention may be that product, and take its workspace.
+        """
         trace, device = self.trace, str(fake_device(query))
+        cold = self.target.workspace > 0 and device not in self.warm
         event, request, operation, before = trace.lengths(device)
         out = run()
         events, requests, operations, after = trace.lengths(device)
         own, result = trace.recordings[device].events[event:], self.live[storage_key(out)][1]
         freed = {-number for number in own if number < 0}
-        if min(freed, default=requests) <= request or {*range(request + 1, requests + 1)} - freed != {result}:
+        if cold or min(freed, default=requests) <= request or {*range(request + 1, requests + 1)} - freed != {result}:
             trace.but_attention.clear()
             return out
         place = event, request, operation, events - event, requests - request, operations - operation

@@ -50,9 +50,9 @@ def graph_decode(model: nn.Module) -> Iterator[Decoder]:
     """Within it, `generate` replays each decode step of a model as one CUDA graph.
 
     The tokens are those of `generate` with a static cache. Hooks and prints in the forward run only while a step is
-    recorded. What is exchanged between two calls of `generate` is seen: weights, modules, hooks, adapters that are
-    switched, numbers and flags of modules, autocast; within one it must stay. Within another one of the same model
-    this is that one.
+    recorded; those within an MLP that the CPU computes run in each, on a thread that must ask nothing of a GPU. What is
+    exchanged between two calls of `generate` is seen: weights, modules, hooks, adapters that are switched, numbers and
+    flags of modules, autocast; within one it must stay. Within another one of the same model this is that one.
 
     Args:
         model: a model of Transformers, on one or several GPUs; blocks may rest in pinned RAM, and the CPU may compute

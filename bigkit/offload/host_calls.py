@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from ..checkpoints.ring import HUGE_PAGE, Slab
 from .gather import seen_by_gpu
+from .inference_only import HookedForward
 from .stream import is_real_cuda
 
 _functions: dict[int, Callable[[], None]] = {}  # number of a call -> what it does; one that is gone does nothing
@@ -168,7 +169,8 @@ def alone(module: nn.Module) -> nn.Module:
     """
     memo: dict[int, Any] = {}
     for part in module.modules():
-        if getattr(vars(part).get("forward"), "args", (None,))[-1] is not None:
+        own = vars(part).get("forward")
+        if (own.args[-1] if isinstance(own, HookedForward) else own) is not None:
             raise RuntimeError(f"a {type(part).__name__} that the CPU computes has a forward of its own")
         kept: list[Any] = [*part._parameters.values(), *part._buffers.values()]
         kept += [*part._forward_pre_hooks.values(), *part._forward_hooks.values()]

@@ -215,7 +215,7 @@ class MlpHook(AlignDevicesHook):
         def compute() -> None:
             torch.set_num_threads(threads)
             with torch.inference_mode(inference), torch.no_grad():  # views of one mode are not written to in another
-                place.copy_(plain(given))
+                place.copy_(plain.forward(given))  # users' hooks of the MLP itself are in the graph
 
         assert self.output_device is not None
         calls.add(compute, self.output_device)

@@ -1,6 +1,8 @@
 """A run on a GPU with other kernels of attention, made of another run: against one that is made there."""
 
 import pytest
+import torch
+from torch import nn
 
 from bigkit import dry_run
 from bigkit.dryrun.rehearse import target_of
@@ -31,3 +33,23 @@ def test_a_run_with_other_attention_is_what_a_run_there_would_be(source, other, 
 def test_of_a_run_with_graphs_no_other_is_made():
     run = dry_run("gpt2", None, 1, 8, 2, "H200", dtype="float16", graphs=True)
     assert on_machine(run, machine_of("T4")) is None
+
+
+class AttentionFirst(nn.Module):
+    """Attention to an image, before any product of matrices."""
+
+    def __init__(self):
+        super().__init__()
+        self.out = nn.Linear(64, 10)
+
+    def forward(self, images):
+        x = images.bfloat16().flatten(1)[:, :1024].view(-1, 1, 16, 64)
+        return self.out(nn.functional.scaled_dot_product_attention(x, x, x)[:, 0])
+
+
+def test_of_attention_that_may_be_the_first_product_no_other_is_made():
+    """A T4 has no kernel for it in bfloat16: it multiplies matrices, and the first product takes a workspace."""
+    with torch.device("meta"):
+        model = AttentionFirst().eval()
+    run = dry_run(model, None, 2, 224, hardware="H200", dtype="bfloat16")
+    assert on_machine(run, machine_of("T4")) is None and run.workspaces

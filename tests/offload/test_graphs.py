@@ -3,6 +3,7 @@ replays that run no Python of the model.
 """
 
 import copy
+import functools
 import gc
 import pickle
 import weakref
@@ -181,10 +182,25 @@ def test_the_cpus_part_fails():
     assert torch.equal(plain(model, prompt()), expected)
 
 
-def test_a_forward_of_its_own_is_refused():
+@pytest.mark.parametrize("part", ["mlp", "mlp.up_proj"])
+def test_users_hooks_of_what_the_cpu_computes_run_once(part):
+    model = with_mlps_on_the_cpu()
+    module = computed(model)[1].get_submodule(part)
+    module.register_forward_pre_hook(lambda module, args: (args[0] + 1,))
+    module.register_forward_hook(lambda module, args, output: output * 3)
+    more = {"output_logits": True, "return_dict_in_generate": True}
+    expected = plain(model, prompt(), **more)
+    with bigkit.graph_decode(model) as decoder:
+        got = model.generate(prompt(), **GREEDY, **more)
+    assert all(map(torch.equal, got.logits, expected.logits)) and decoder.replayed > 5
+
+
+@pytest.mark.parametrize("part", ["mlp", "mlp.act_fn"])
+@pytest.mark.parametrize("wrap", [lambda own: lambda x: own(x) * 2, functools.partial])
+def test_a_forward_of_its_own_is_refused(part, wrap):
     model = llama()
-    first = model.model.layers[2].mlp.forward
-    model.model.layers[2].mlp.forward = lambda x: first(x)
+    module = model.model.layers[2].get_submodule(part)
+    module.forward = wrap(module.forward)
     model = bigkit.dispatch_model(model, {**AROUND, "model.layers": "cpu"}, stand_in=STAND_IN, on_cpu="1GB")
     with bigkit.graph_decode(model), pytest.raises(RuntimeError, match="cannot be recorded.*forward of its own"):
         model.generate(prompt(), **GREEDY)
