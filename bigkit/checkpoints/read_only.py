@@ -32,13 +32,15 @@ class ReadOnly(Tensor):
     reason: str
 
     @staticmethod
-    def of(tensor: Tensor, reason: str) -> ReadOnly:
-        """The same tensor.
+    def of(tensor: Tensor, reason: str) -> Tensor:
+        """The same tensor; itself if it has no values, on meta or in a dry run: there nothing can be lost.
 
         Args:
             tensor: any.
             reason: what ends the sentence "... would write to a weight of [4, 4], but ".
         """
+        if tensor.is_meta or type(tensor) is not Tensor:
+            return tensor
         own = tensor.as_subclass(ReadOnly)
         own.reason = reason
         return own

@@ -262,6 +262,13 @@ def test_the_weight_of_a_stored_layer_can_be_read_and_not_written_to(tmp_path: P
         layer.weight = nn.Parameter(expected.clone())
 
 
+def test_what_is_computed_on_meta_of_a_stored_weight_can_be_written_to(tmp_path: Path) -> None:
+    model: Any = empty(write(tmp_path, "gptq"))
+    bigkit.load_checkpoint_in_model(model, tmp_path)
+    layer = model.model.layers[0].mlp.up_proj.to("meta")
+    assert (layer.weight * 2).add_(1).shape == layer.weight.shape
+
+
 @pytest.mark.parametrize("format", ["gptq", "mxfp4"])
 def test_copies_and_pickles(tmp_path: Path, format: str) -> None:
     plain = write(tmp_path, format)

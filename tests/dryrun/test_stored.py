@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 import bigkit
 from bigkit.checkpoints import like_kernels
@@ -26,6 +27,21 @@ def test_one_operation_for_each_weight(tmp_path: Path, format: str) -> None:
     else:  # seven layers of three blocks; the smallest are of 32 x 64
         least = 32 * 64 * (3 if format in ("fp8", "mxfp8") else 2.5)
         assert len(found) == 7 * 3 and least < min(found) < 1.1 * least
+
+
+def test_a_forward_that_asks_for_the_dtype_of_a_weight(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As T5's does."""
+    model, asked, forward = write(tmp_path, "gptq"), [], LlamaMLP.forward
+
+    def asks(self: LlamaMLP, x: torch.Tensor) -> torch.Tensor:
+        asked.append(self.down_proj.weight.dtype)
+        return forward(self, x)
+
+    monkeypatch.setattr(LlamaMLP, "forward", asks)
+    config = {**model.config.to_dict(), "quantization_config": CONFIGS["gptq"], "dtype": "bfloat16"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    bigkit.dry_run(str(tmp_path), hardware="RTX 4090", prompt_tokens=6, new_tokens=0)
+    assert {*asked} == {torch.bfloat16}
 
 
 def test_it_stands_for_kernels_only_there() -> None:
