@@ -116,8 +116,11 @@ def random_options(rng: random.Random) -> dict[str, Any]:
     }
 
 
-def quantize(model: nn.Module, kind: str) -> nn.Module:
-    """Bitsandbytes' own layers in place of the plain linear ones, quantized on the CPU."""
+def quantize(model: nn.Module, kind: str, device: str) -> nn.Module:
+    """Bitsandbytes' own layers in place of the plain linear ones, quantized where they will work.
+
+    Bitsandbytes 0.50 leaves the codes of an int8 layer on the CPU when a model that was quantized there goes to a GPU.
+    """
     import bitsandbytes as bnb
 
     if bnb.functional.has_avx512bf16():  # there bitsandbytes 0.50 decodes rows of less than a block wrongly
@@ -131,7 +134,7 @@ def quantize(model: nn.Module, kind: str) -> nn.Module:
                 else:
                     new = bnb.nn.Linear4bit(*child.weight.shape[::-1], bias=bias, quant_type=kind)
                 new.load_state_dict(child.state_dict())
-                setattr(module, own, new.to("cpu"))
+                setattr(module, own, new.to(device))
     return model
 
 
@@ -153,7 +156,7 @@ class Play:
         if gpu:  # CPU and GPU compute the same with other kernels, and cuDNN with fewer bits
             torch.backends.cudnn.allow_tf32 = False
         whole = build(case.recipe, case.seed).train(case.train)
-        self.whole = (quantize(whole, case.quantized) if case.quantized else whole).to(self.device)
+        self.whole = (quantize(whole, case.quantized, self.device) if case.quantized else whole).to(self.device)
 
     def play(self) -> None:
         self.begin()
@@ -204,7 +207,7 @@ class Play:
 
     def options(self, drawn: dict[str, Any]) -> dict[str, Any]:
         """Options as drawn; beside a real GPU nothing works on the CPU, whose sums are rounded in another order."""
-        return {**drawn, "main_device": 0} if self.device != "cpu" and drawn["main_device"] == "cpu" else drawn
+        return {**drawn, "main_device": 0} if self.device != "cpu" and drawn["main_device"] != 0 else drawn
 
     def dispatch(self, places: dict[str, Any], options: dict[str, Any]) -> None:
         result = dispatch_model(self.parts, places, offload_dir=self.folder / "rest", stand_in=self.stand_in, **options)
@@ -384,7 +387,7 @@ def assert_same(one: Any, other: Any) -> None:
         for key in one:
             assert_same(one[key], other[key])
     elif isinstance(one, Tensor):
-        torch.testing.assert_close(other.cpu(), one.cpu(), rtol=1e-4, atol=1e-5, equal_nan=True)
+        torch.testing.assert_close(other.cpu(), one.cpu(), rtol=1e-4, atol=2e-5, equal_nan=True)
     else:
         assert one == other
 
