@@ -109,7 +109,8 @@ def _entry(start: int, size: int, fields: Any) -> Entry | None:
     try:
         itemsize, shape, (first, last) = DTYPES[fields["dtype"]][1], fields["shape"], fields["data_offsets"]
         if len(fields) == 3 and _sizes(shape) and _sizes(fields["data_offsets"]) and first <= last <= size - start:
-            if not _too_large(shape) and last - first == math.prod(shape) * itemsize:
+            nbytes = math.prod(shape) * itemsize if len(shape) <= 64 else -1
+            if nbytes == last - first and (nbytes or not _too_large(shape)):  # what the file has room for is not
                 return Entry(start + first, last - first, fields["dtype"], tuple(shape))
     except (KeyError, TypeError, ValueError):
         pass
