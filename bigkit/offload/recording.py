@@ -121,15 +121,17 @@ class Recording:
             RuntimeError: the host's part failed.
         """
         first = torch.cuda.current_stream(self.devices[0])
-        with self.rings.ready(self._found):
-            for device in self.devices[1:]:
-                first.wait_stream(torch.cuda.current_stream(device))
-            with torch.cuda.device(self.devices[0]):
-                self._graph.replay()
-            for device in self.devices[1:]:
-                torch.cuda.current_stream(device).wait_stream(first)
-        if self.calls:
-            done = torch.cuda.Event(blocking=True)
-            done.record(first)
-            done.synchronize()  # asleep: who waits for a GPU as ever takes a core from what the CPU computes
-            self.calls.check()
+        try:
+            with self.rings.ready(self._found):
+                for device in self.devices[1:]:
+                    first.wait_stream(torch.cuda.current_stream(device))
+                with torch.cuda.device(self.devices[0]):
+                    self._graph.replay()
+                for device in self.devices[1:]:
+                    torch.cuda.current_stream(device).wait_stream(first)
+        finally:
+            if self.calls:  # after an interrupt, too: what the host reads may be let go afterwards
+                done = torch.cuda.Event(blocking=True)
+                done.record(first)
+                done.synchronize()  # asleep: who waits for a GPU as ever takes a core from what the CPU computes
+        self.calls.check()

@@ -131,3 +131,30 @@ def test_a_recording_that_cannot_end_is_mended(log):
     with pytest.raises(RuntimeError, match="invalidated"):
         own.record(work)
     assert str(own.error) == "in the middle" and log[-3:] == ["captured", "give back", "mend gpu 0"]
+
+
+@pytest.mark.parametrize("interrupted", [False, True])
+def test_nobody_goes_on_while_the_host_is_called(log, monkeypatch, interrupted):
+    class Event:
+        def __init__(self, blocking):
+            assert blocking
+
+        def record(self, stream):
+            log.append(f"end of {stream.device}")
+
+        def synchronize(self):
+            log.append("waited")
+
+    def replay():
+        log.append("replay")
+        if interrupted:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    own = Recording(["gpu 0"], Rings(log))
+    own.record(lambda: None)
+    monkeypatch.setattr(own._graph, "replay", replay, raising=False)
+    own.calls._own.append(0)
+    with pytest.raises(KeyboardInterrupt) if interrupted else nullcontext():
+        own.replay()
+    assert log[-3:] == ["replay", "end of current gpu 0", "waited"]
