@@ -16,7 +16,8 @@ from ..meta.skeleton import parts_that
 # -> the fake-tensor mode that is on (a dry run's), or None. `torch._guards`, 2.11 to 2.15.
 detect_fake_mode: Callable[[], Any] = torch._guards.detect_fake_mode
 
-# Context in which a tensor's own `__torch_function__` is not asked. `torch._C`, 2.11 to 2.15.
+# Context in which a tensor's own `__torch_function__` is not asked: an operation sees its data as those of a plain one.
+# `torch._C`, 2.11 to 2.15.
 DisableTorchFunctionSubclass: Callable[[], AbstractContextManager[None]] = torch._C.DisableTorchFunctionSubclass
 
 

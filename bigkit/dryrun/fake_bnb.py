@@ -15,6 +15,7 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from operator import attrgetter
 from typing import Any
 from unittest import mock
 
@@ -125,13 +126,11 @@ def fill_quantized(
 @contextmanager
 def fake_bitsandbytes(log: OperationLog) -> Iterator[None]:
     """Within it, a fake run's quantized operations do what bitsandbytes does on CUDA, as far as Python sees it."""
-    target, asked = log.target, ("processors", "capability")
-    same = [getattr(target, name) for name in asked]
-    for others in (log.trace.alike, log.trace.but_attention):
-        others -= {other for other in others if [getattr(other, name) for name in asked] != same}
+    asked = attrgetter("processors", "capability")
+    log.trace.only_where(lambda other: asked(other) == asked(log.target))
     with ExitStack() as stack:
         enter = stack.enter_context
-        kernels = enter(native_calls(partial(note_kernel, log), target.processors, target.capability))
+        kernels = enter(native_calls(partial(note_kernel, log), log.target.processors, log.target.capability))
         enter(mock.patch.object(packed, "int4_weight", _int4_weight))
         enter(mock.patch.object(packed, "int8_weight", _int8_weight))
         enter(mock.patch.dict(CODECS, dict.fromkeys((Params4bit, Int8Params), _CODEC)))

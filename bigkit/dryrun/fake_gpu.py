@@ -88,6 +88,11 @@ class Trace:
             recording.marks.append((name, len(recording.events)))
         self.steps.append((name, len(self.operations)))
 
+    def only_where(self, same: Callable[[Target], bool]) -> None:
+        """Something holds of the target that others may not share: keep, in both sets, those that do."""
+        for others in (self.alike, self.but_attention):
+            others.intersection_update([*filter(same, others)])
+
     def lengths(self, device: str) -> tuple[int, int, int, int]:
         """Events and requests of a device, and operations so far; steps that Python took since the last kernel."""
         recording, kinds = self.recordings[device], self.kinds[device]
@@ -300,8 +305,7 @@ class OperationLog(TorchDispatchMode):
 
     def capability(self) -> tuple[int, int]:
         """The target's compute capability, for which a model's code asks: others may do something else then."""
-        for others in (self.trace.alike, self.trace.but_attention):
-            others -= {other for other in others if other.capability != self.target.capability}
+        self.trace.only_where(lambda other: other.capability == self.target.capability)
         return self.target.capability
 
     def call(self, *_: Any) -> None:

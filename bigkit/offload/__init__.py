@@ -50,8 +50,7 @@ What is wrong with it is what the files are about. Read in this order:
 - `on_cpu.py`: beside the RAM sits an idle processor. For a few tokens it computes MLPs where they rest.
 - `graphs.py`: Python needs longer to ask for a decode step than the GPU to compute it. A step is recorded once, with
   its copies into slots (`captured.py`) and its calls of the CPU (`host_calls.py`), and replayed (`recording.py`) on a
-  cache with fixed addresses
-  (`static_cache.py`).
+  cache with fixed addresses (`static_cache.py`).
 - `resting_cache.py`: a long context's keys and values do not fit. They rest in RAM, and visit as weights do.
 - `observe.py`: what a forward really did, step by step, from what a streamer tells (`events.py`).
 - `_torch.py`: what is private in PyTorch and used here.

@@ -12,14 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from ..checkpoints._torch import DisableTorchFunctionSubclass as DisableTorchFunctionSubclass
+from ..checkpoints._torch import detect_fake_mode as detect_fake_mode
+
 Function = TypeVar("Function", bound=Callable[..., Any])
-
-# -> the fake-tensor mode that is on (a dry run's), or None. `torch._guards`, 2.11 to 2.15.
-detect_fake_mode: Callable[[], Any] = torch._guards.detect_fake_mode
-
-# Context in which a tensor's own `__torch_function__` is not asked: an operation sees the data of a handle as torch
-# does. `torch._C`, 2.11 to 2.15.
-DisableTorchFunctionSubclass: Callable[[], AbstractContextManager[None]] = torch._C.DisableTorchFunctionSubclass
 
 # What lies in nested lists, tuples, dicts and outputs of Transformers; a copy in which what has some type is replaced;
 # their leaves and structure, and the way back. `torch.utils._pytree`, 2.11 to 2.15.
