@@ -27,14 +27,14 @@ from ..dryrun.run import dry_run
 from ..dryrun.workload import Step, Workload, fill, work
 from ..machine.ledger import HostStep, Twin
 from ..meta.empty import init_empty_weights
-from ..units import format_bytes
+from ..units import GiB, format_bytes
 
 HEAD, ROW = 16, 8  # width of a twin's narrowest head, and what widths are a multiple of: kernels want 16 bytes
 QUANTIZED = 64  # the same for both if its layers are quantized: bitsandbytes takes blocks of so many weights
 LOAD = Workload(batch=1, prompt=16, new=6)
 SINGLE = Workload(batch=1, prompt=1)  # no masks, no experts in groups: another sequence of calls than a longer prompt's
 EXPERT = 64  # width of a twin's experts, of which there may be hundreds
-SMALL = 10**9  # bytes of weights, up to which a model of images is its own twin
+SMALL = GiB  # bytes of weights, up to which a model of images is its own twin
 HEADS = re.compile(r".*head_dim|d_kv|attention_head_size|kv_channels")
 WIDTHS = re.compile(
     r"(.*_)?hidden_size|(.*_)?d_model|n_embd|(.*_)?embed_dim|embedding_size|.*hidden_dim|word_embed_proj_dim|dim|"
