@@ -99,8 +99,8 @@ def foretold(case: dict[str, Any]) -> tuple[DryRun, dict[str, list[int]]]:
     calibration = Calibration.from_json(json.loads(dryrun.KEPT.read_text())["calibration"])
     run = dry_run(
         lambda: empty(case), None, load.batch, load.prompt, load.new, Hardware("one H200", (GPUS["H200"],), 0, 0),
-        all_logits=load.all_logits, generate=load.generate, calibration=calibration, quantization=kind,
-        dtype="bfloat16" if kind else None,
+        all_logits=load.all_logits, generate=load.generate, calibration=calibration, dtype="bfloat16",
+        quantization=kind,
     )  # fmt: skip
     return run, {name: issued_in(empty(case), few, kind) for name, few in twins_of(case).items()}
 

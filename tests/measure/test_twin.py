@@ -13,7 +13,7 @@ from bigkit.dryrun.workload import Workload
 from bigkit.machine.hardware import GPUS, Hardware
 from bigkit.machine.ledger import Calibration, HostStep, Ledger, Twin
 from bigkit.measure.calibrate import calibrate, machine_name
-from bigkit.measure.twin import LOAD, measure_twin, narrow, timed, twin_of
+from bigkit.measure.twin import LOAD, issued_in, measure_twin, narrow, timed, twin_of
 from bigkit.zoo._transformers import from_config
 from tests.maps.tiny_models import model_class, shrink
 
@@ -159,6 +159,17 @@ def test_calibrate_keeps_a_models_pace(tmp_path, monkeypatch):
     assert Ledger.load().calibrations[machine_name()].twins == twins, "calibrating anew keeps them"
     Ledger.load().add(replace(known, versions={"torch": "another"}, twins=()))
     assert Ledger.load().calibrations[machine_name()].twins == (), "but not with other libraries"
+
+
+def test_a_twin_is_not_kept_as_its_checkpoint_is_stored():
+    sizes = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4, "num_hidden_layers": 2}
+    how = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    counts = []
+    for more in ({}, {"quantization_config": how}):
+        with init_empty_weights():
+            model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, **more)).to(torch.bfloat16)
+        counts.append(issued_in(model, LOAD, None))
+    assert counts[0] == counts[1], "it is filled with plain weights, and so it is counted"
 
 
 def test_a_quantized_twin():
