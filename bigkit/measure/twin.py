@@ -156,10 +156,9 @@ def _steps(
 def issued_in(model: nn.Module, load: Workload, quantization: str | None) -> list[int]:
     """Steps of the host in each step of the work of a model's twin, counted by a dry run."""
     work = load.batch, load.prompt, load.new
+    how: Any = {"quantization": quantization, "generate": load.generate}
     # The dtype says that its layers are plain, or quantized here, whatever its config says of a checkpoint.
-    run = dry_run(
-        lambda: twin_of(model, quantization is not None), None, *work, quantization=quantization, dtype="bfloat16"
-    )
+    run = dry_run(lambda: twin_of(model, quantization is not None), None, *work, dtype="bfloat16", **how)
     ends = [0, *(end for _, end in run.steps)]
     return [sum(operation.issued for operation in run.operations[a:b]) for a, b in zip(ends, ends[1:])]
 
