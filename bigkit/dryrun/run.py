@@ -175,6 +175,7 @@ def dry_run(
         workspaces={read_device(device): numbers for device, numbers in trace.workspaces.items()},
         attended=trace.attended,
         but_attention=frozenset(trace.but_attention),
+        quantized=config is not None,
         recorded=Ledger.load().ratios(calibration.machine, name) if here and calibration else {},
     )
 
