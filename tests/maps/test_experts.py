@@ -70,7 +70,7 @@ def test_blocks_are_placed_whole_where_the_rest_does_not_fit():
 
 
 def test_a_block_works_in_one_place():
-    """On two GPUs experts rest on their block's GPU or away; a GPU has a reserve, unless all of its experts are there."""
+    """Experts rest on their block's GPU or away; a GPU has a reserve, unless all experts of its blocks are there."""
     found = plan(mixture(12), {0: 500, 1: 500, "cpu": 1000})
     names = {layer.name: layer.device for layer in found.layers}
     blocks = [names[f"h.{i}"] for i in range(12)]
@@ -107,7 +107,7 @@ def most_kept(model, rooms, reserve):
     return max(found)
 
 
-SHAPES = st.tuples(st.integers(4, 10), st.integers(1, 12), st.integers(3, 12))  # blocks, bytes of dense and of an expert
+SHAPES = st.tuples(st.integers(4, 10), st.integers(1, 12), st.integers(3, 12))  # blocks, bytes: dense, an expert
 ROOMS = st.lists(st.integers(30, 220), min_size=1, max_size=4)
 
 
