@@ -1,4 +1,4 @@
-"""Groups of 1, 2, 3 and 8 processes, started once for all tests that leave them as they are."""
+"""Groups of 1, 2, 3 and 8 processes (of 4, where a test asks), started once for all tests that leave them as they are."""
 
 from collections.abc import Callable, Iterator
 from functools import cache
