@@ -23,7 +23,6 @@ PARTS = {  # name -> colour: where weights rest, and what works beside them
 ABOUT = {**PART_ABOUT, "in flight": "room for weights on their way"}
 HATCHES = {"weights in RAM": "/", "weights on disk": "/", "in flight": "/"}
 NAMES = {"cpu": "RAM", "disk": "disk"}
-BETTER = {"speed": "faster", "memory": "smaller", "context": "longer", "quality": "better"}  # by a target of `advise`
 
 
 def advice_figure(advice: Advice) -> Picture:
@@ -31,7 +30,7 @@ def advice_figure(advice: Advice) -> Picture:
     end, and RAM after them; below it the seconds that each part of the machine works for one token (of a model that
     does not generate: for one pass). A token takes the longest of them.
 
-    A star: whatever is better by the target loses more quality.
+    A star: more exact than all above it, which are better by the target.
 
     >>> from bigkit import advise
     >>> advice_figure(advise("llama-2-70b", "1 x RTX 4090"))  # doctest: +ELLIPSIS
@@ -55,8 +54,7 @@ def advice_figure(advice: Advice) -> Picture:
     _draw_ends(picture, [(f"{name} {three_figures(end / unit)}", end / longest) for name, end in ends], top, unit_name)
     picture.axis(longest / unit, unit_name, top)
     if advice.options:
-        says = f"* whatever is {BETTER[advice.target]} loses more quality. A token waits for the slowest part."
-        picture.text(8, picture.y + 4, says, 8, SOFT)
+        picture.text(8, picture.y + 4, "* more exact than all above it. A token waits for the slowest part.", 8, SOFT)
         picture.y += 14
     return picture
 
