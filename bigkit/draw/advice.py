@@ -13,7 +13,7 @@ from ..model.estimate import load_text
 from ..units import GiB, KiB, MiB, format_bytes, format_seconds, three_figures
 from .bars import BAR, PART_ABOUT, PART_COLOURS
 from .canvas import ABOVE, WIDTH, Picture, text_width
-from .colours import BLACK, BLUE, DARK, PALE, SOFT, TRACK, VERMILLION
+from .colours import BLACK, BLUE, DARK, PALE, SOFT, TRACK, VERMILLION, WHITE
 
 ROW = 42  # points from one way to the next
 PARTS = {  # name -> colour: where weights rest, and what works beside them
@@ -123,8 +123,10 @@ def _write_waits(picture: Picture, option: Option, y: float) -> None:
         if seconds:
             bold = lane == option.bottleneck
             text = f"{'waits for ' if bold else ''}{lane} {format_seconds(seconds)}"
+            width = text_width(text, 8, bold)
+            picture.box("words", x, y - 5, width, 10, WHITE)  # no line of the grid goes through them
             picture.text(x, y, text, 8, BLACK if bold else SOFT, bold=bold)
-            x += text_width(text, 8, bold) + 10
+            x += width + 10
 
 
 def _draw_ends(picture: Picture, ends: list[tuple[str, float]], top: float, unit: str) -> None:

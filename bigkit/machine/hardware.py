@@ -307,7 +307,7 @@ def variant(
     name, gpus = base.name, base.gpus
     if base.unified:
         gpus = tuple(replace(gpu, memory=gpu.memory * (ram or base.ram) // base.ram) for gpu in gpus)
-    elif memory and gpus and memory != gpus[0].memory:
+    elif memory is not None and gpus and memory != gpus[0].memory:
         name += f" {format_bytes(memory, 'exact')}"
         gpus = tuple(replace(gpu, memory=memory) for gpu in gpus)
     if own and gpus:
