@@ -64,6 +64,7 @@ class Twin:
         prefill: the prompt's step.
         token: a token's step; None if it makes none.
         single: the step of a prompt of one token, which calls other kernels; None if it was not measured.
+        plain: a token's step if the model is called alone; None if it is `token` without what `generate` does before.
     """
 
     model: str
@@ -71,17 +72,18 @@ class Twin:
     prefill: HostStep
     token: HostStep | None = None
     single: HostStep | None = None
+    plain: HostStep | None = None
 
     @staticmethod
     def from_json(data: Mapping[str, Any]) -> Twin:
         """From what `dataclasses.asdict` and JSON make of one."""
-        token, single = (step and HostStep(*step) for step in (data["token"], data.get("single")))
-        return Twin(str(data["model"]), data["quantization"], HostStep(*data["prefill"]), token, single)
+        others = (step and HostStep(*step) for step in (data["token"], data.get("single"), data.get("plain")))
+        return Twin(str(data["model"]), data["quantization"], HostStep(*data["prefill"]), *others)
 
     @property
     def numbers(self) -> list[float]:
         """All that must be positive."""
-        return [number for step in (self.prefill, self.token, self.single) if step for number in step]
+        return [number for step in (self.prefill, self.token, self.single, self.plain) if step for number in step]
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ import copy
 import re
 import statistics
 import time
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ from ..dryrun.run import dry_run
 from ..dryrun.workload import Step, Workload, fill, work
 from ..machine.ledger import HostStep, Twin
 from ..meta.empty import init_empty_weights
+from ..offload.rows import count_rows
 from ..units import GiB, format_bytes
 
 HEAD, ROW = 16, 8  # width of a twin's narrowest head, and what widths are a multiple of: kernels want 16 bytes
@@ -135,8 +137,11 @@ def measure_twin(model: nn.Module, device: str, quantization: str | None = None,
         fill_quantized(quantize_empty(twin, how), {"": device}, device, how)
     prefill, token = _steps(model, twin, LOAD, device, quantization, repeats)
     single, _ = _steps(model, twin, SINGLE, device, quantization, repeats)
+    plain = None
+    if token and any(count_rows(module) for module in twin.modules()):  # generate decodes with experts of another kind
+        _, plain = _steps(model, twin, replace(LOAD, generate=False), device, quantization, repeats)
     assert prefill is not None
-    return Twin(type(model).__name__, quantization, prefill, token, single)
+    return Twin(type(model).__name__, quantization, prefill, token, single, plain)
 
 
 def _steps(
