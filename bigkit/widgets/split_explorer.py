@@ -69,11 +69,9 @@ class SplitExplorer(Explorer):
     split = property(lambda self: self.shown)
 
     def compute(self) -> Shares:
-        """Split as the controls say."""
         return Shares(self.items.value, self.processes.value, self.padding.value)
 
     def show(self, split: Shares) -> None:
-        """Show the split."""
         turns = split.rounds * split.processes
         used = f"{100 * split.items / turns:.0f} %" if turns else "none"
         facts = [f"{split.speedup:.2f} times as fast as one process; {used} of the turns are used."]
@@ -88,7 +86,6 @@ class SplitExplorer(Explorer):
         self.put(verdict, shares_figure(split), shares_text(split), wrap=True)
 
     def to_code(self) -> str:
-        """Python that splits the same way, with real processes."""
         split = self.shown
         return (
             "from bigkit import PartialState, gather_for_results, notebook_launcher\n\n\n"
@@ -101,7 +98,6 @@ class SplitExplorer(Explorer):
         )
 
     def content(self) -> dict[str, Any]:
-        """The split as plain data: who gets which positions."""
         split = self.shown
         return {
             "items": split.items, "processes": split.processes, "apply_padding": split.padding,
