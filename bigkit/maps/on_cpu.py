@@ -67,14 +67,9 @@ class Reading(NamedTuple):
 
 
 def best_count(
-    blocks: int,
-    mlp: float,
-    travels: float,
-    gpu: float,
-    readings: Sequence[Reading],
-    slots: int,
+    blocks: int, mlp: float, travels: float, gpu: float, readings: Sequence[Reading], slots: int,
     hops: float = HOST.hops,
-) -> tuple[int, Reading, float]:
+) -> tuple[int, Reading, float]:  # fmt: skip
     """How many MLPs the CPU should compute, with how many threads, and the seconds of a token then.
 
     Args:

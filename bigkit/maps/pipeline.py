@@ -134,8 +134,7 @@ class PipelinePlan:
         """All of it as JSON text, sizes in bytes."""
         return json.dumps(asdict(self), indent=1, default=str)
 
-    def __str__(self) -> str:
-        return self.explain()
+    __str__ = explain
 
     def __repr__(self) -> str:
         ways = ", ".join(f"{one.name} {one.how}" for one in self.components)

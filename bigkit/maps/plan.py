@@ -182,11 +182,7 @@ class Plan:
             flags = llama_cpp_flags(self) if self.library != "gguf" else ""
             lines += [f"  {about}", *([f"  llama.cpp places them so with {flags}"] if flags else [])]
         if self.library == "gguf" and self.feasible:
-            there = (
-                ", where the CPU works on what rests in RAM"
-                if any(s.weights for s in self.shares if not s.runs)
-                else ""
-            )
+            there = ", where the CPU works on what rests in RAM" * bool(self.offloaded)
             lines.append(f"  Run it with llama.cpp{there}: {llama_cpp_command(self)}")
         if self.longest:
             lines.append(f"  Longest context this placement holds: {self.longest}.")

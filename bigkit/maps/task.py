@@ -363,13 +363,9 @@ class Task:
         return Loads(works, shares, fits)
 
     def to_plan(
-        self,
-        places: Sequence[Device],
-        strategy: str,
-        context: int | None = None,
-        slots: int = SLOTS,
+        self, places: Sequence[Device], strategy: str, context: int | None = None, slots: int = SLOTS,
         workers: Sequence[Device] | None = None,
-    ) -> Plan:
+    ) -> Plan:  # fmt: skip
         """The plan for the place of each layer, feasible or not."""
         context = self.context if context is None else context
         experts = experts_of(self.model)
@@ -380,7 +376,7 @@ class Task:
         if self.model.attention and not short:
             start = min(context, self.longest)
             longest = last_true(loads.fits, start, self.longest)
-        works, layers = loads.works, zip(self.layers, self.sizes, places)
+        layers = zip(self.layers, self.sizes, places)
         plan = Plan(
             model=self.model.name,
             strategy=strategy,
@@ -390,7 +386,9 @@ class Task:
             context=context,
             max_context=longest,
             shares=shares,
-            layers=tuple(Placed(own.name, own.cls, size, at, works.get(i)) for i, (own, size, at) in enumerate(layers)),
+            layers=tuple(
+                Placed(own.name, own.cls, size, at, loads.works.get(i)) for i, (own, size, at) in enumerate(layers)
+            ),
             problem=" and ".join(short),
             slots=slots if any(place not in self.runners for place in places) else 0,
             library=self.model.library,
