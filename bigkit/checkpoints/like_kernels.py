@@ -37,16 +37,9 @@ def scaled(codes: Tensor, scales: Tensor, experts: Tensor | None, block: Sequenc
 
 
 def packed(
-    codes: Tensor,
-    zeros: Tensor | None,
-    scales: Tensor,
-    index: Tensor | None,
-    shape: tuple[int, int],
-    bits: int,
-    along: int,
-    offset: int,
-    dtype: torch.dtype,
-) -> Tensor:
+    codes: Tensor, zeros: Tensor | None, scales: Tensor, index: Tensor | None, shape: tuple[int, int], bits: int,
+    along: int, offset: int, dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
     """As the kernel of this name."""
     return decode([tensor for tensor in (codes, zeros, scales, index) if tensor is not None], list(shape), dtype)
 

@@ -115,15 +115,10 @@ def load_checkpoint_in_model(
 
 
 def load_matching(
-    model: nn.Module,
-    source: Checkpoint,
-    device_map: Mapping[str, Device] | None = None,
-    offload_folder: str | os.PathLike[str] | None = None,
-    dtype: torch.dtype | str | None = None,
-    offload_buffers: bool = False,
-    keep_in_fp32_modules: Iterable[str] | None = None,
-    strict: bool = False,
-) -> LoadReport:
+    model: nn.Module, source: Checkpoint, device_map: Mapping[str, Device] | None = None,
+    offload_folder: str | os.PathLike[str] | None = None, dtype: torch.dtype | str | None = None,
+    offload_buffers: bool = False, keep_in_fp32_modules: Iterable[str] | None = None, strict: bool = False,
+) -> LoadReport:  # fmt: skip
     """Load what matches of an open checkpoint, and report the rest. See `load_checkpoint_in_model`."""
     floats = None if dtype is None else getattr(torch, dtype_name(dtype))
     fp32 = {*(keep_in_fp32_modules or ())} if floats in (torch.float16, torch.bfloat16) else set()

@@ -291,16 +291,9 @@ def advise(
             continue  # no layer of the model can be
         stays = quantization is None and (is_as_stored(model, Precision()) or model.library == "gguf")
         ask = partial(
-            place,
-            model,
-            budgets,
-            dtype=None if stays else half,
-            quantization=quantization,
-            batch=batch,
-            overhead=overhead,
-            kv_dtype=kv_dtype,
-            links=links_of(hardware, calibration),
-        )
+            place, model, budgets, dtype=None if stays else half, quantization=quantization, batch=batch,
+            overhead=overhead, kv_dtype=kv_dtype, links=links_of(hardware, calibration),
+        )  # fmt: skip
         plan = ask(context=context, strict=False)
         if not plan.feasible:
             misfits.append((plan, ask))
@@ -464,13 +457,9 @@ def best_with_cpu(
 
 
 def _speculation(
-    model: ModelSpec,
-    option: Option,
-    draft: ModelSpec,
-    acceptance: float,
-    hardware: Hardware,
+    model: ModelSpec, option: Option, draft: ModelSpec, acceptance: float, hardware: Hardware,
     calibration: Calibration | None,
-) -> Speculation:
+) -> Speculation:  # fmt: skip
     """What a draft brings to one way to run a model."""
     assert option.token is not None
 

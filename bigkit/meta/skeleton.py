@@ -25,11 +25,7 @@ _PLAIN = (nn.Parameter, Tensor)
 
 
 def spec_from_module(
-    model: nn.Module,
-    name: str | None = None,
-    no_split: Iterable[str] | None = None,
-    *,
-    trace_cache: bool = False,
+    model: nn.Module, name: str | None = None, no_split: Iterable[str] | None = None, *, trace_cache: bool = False
 ) -> ModelSpec:
     """What a planner and an estimator need to know of a module, on any device, meta included.
 

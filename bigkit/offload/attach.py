@@ -30,13 +30,9 @@ from .weights import Unit
 
 
 def attach(
-    model: nn.Module,
-    layout: Layout,
-    lenders: Mapping[Unit, Streamer],
-    skip_keys: tuple[str, ...],
-    splits: Sequence[Split] = (),
-    threads: int | None = None,
-) -> None:
+    model: nn.Module, layout: Layout, lenders: Mapping[Unit, Streamer], skip_keys: tuple[str, ...],
+    splits: Sequence[Split] = (), threads: int | None = None,
+) -> None:  # fmt: skip
     """Put hooks where a layout needs them; `splits` and `threads` are for MLPs that the CPU computes."""
     hooks: dict[nn.Module, AlignDevicesHook] = {}
     for unit, own in lenders.items():

@@ -237,11 +237,9 @@ def _is_few(args: Any, kwargs: Any) -> bool:
 
 
 def add_hooks(
-    hooks: dict[nn.Module, AlignDevicesHook],
-    splits: Sequence[Split],
-    skip_keys: tuple[str, ...],
+    hooks: dict[nn.Module, AlignDevicesHook], splits: Sequence[Split], skip_keys: tuple[str, ...],
     threads: int | None = None,
-) -> None:
+) -> None:  # fmt: skip
     """Put the hooks of such blocks and of their MLPs among those of a model; modules within an MLP get none."""
     for split in splits:
         gpu, cpu = split.rest.weights[0].lender, split.mlp.weights[0].lender

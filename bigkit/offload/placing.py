@@ -179,13 +179,9 @@ def _strides(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def make_units(
-    model: nn.Module,
-    layout: Layout,
-    origins: Origins,
-    *,
-    offload_buffers: bool = False,
+    model: nn.Module, layout: Layout, origins: Origins, *, offload_buffers: bool = False,
     whole_classes: Iterable[str] = (),
-) -> list[Unit]:
+) -> list[Unit]:  # fmt: skip
     """Put every tensor of a model where its layout wants it.
 
     Args:
@@ -367,11 +363,7 @@ def _elsewhere(record: Record) -> Weight | None:
 
 
 def stream_alone(
-    module: nn.Module,
-    device: torch.device,
-    given: Mapping[str, Tensor] | None,
-    offload_buffers: bool,
-    submodules: bool,
+    module: nn.Module, device: torch.device, given: Mapping[str, Tensor] | None, offload_buffers: bool, submodules: bool
 ) -> Streamer | None:
     """Send what a module holds (with `submodules`, what is in it) to RAM; None if that is nothing."""
     mover = _Mover(records(module), Layout({"": "cpu"}, str(device)), Origins(given=given or {}))

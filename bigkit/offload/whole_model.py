@@ -28,9 +28,7 @@ class CpuOffload(ModelHook):
     """
 
     def __init__(
-        self,
-        execution_device: torch.device | Device | None = None,
-        prev_module_hook: UserCpuOffloadHook | None = None,
+        self, execution_device: torch.device | Device | None = None, prev_module_hook: UserCpuOffloadHook | None = None
     ) -> None:
         self.execution_device = torch_device("cuda" if execution_device is None else execution_device)
         self.previous = prev_module_hook

@@ -185,13 +185,10 @@ def _refuse_to_run(model: nn.Module, args: Any) -> None:
 
 
 def _device_map(
-    model: nn.Module,
-    config: BnbQuantizationConfig,
-    quantized: Iterable[str],
-    device_map: Mapping[str, Device] | str | None,
-    no_split: Iterable[str] | None,
+    model: nn.Module, config: BnbQuantizationConfig, quantized: Iterable[str],
+    device_map: Mapping[str, Device] | str | None, no_split: Iterable[str] | None,
     max_memory: Mapping[Device, int | str] | None,
-) -> tuple[dict[str, Device], int | None]:
+) -> tuple[dict[str, Device], int | None]:  # fmt: skip
     """The map that is asked for, checked; by name, planned with the sizes that the weights will have. And its slots."""
     if device_map is None:
         device_map = {"": 0 if torch.cuda.is_available() else "cpu"}
@@ -204,15 +201,10 @@ def _device_map(
     fp32 = config.keep_in_fp32_modules or ()
     floats = [name for name, (tensor, _) in spec.tensors.items() if is_floating(tensor.dtype)]
     plan = place(
-        spec,
-        get_max_memory(max_memory),
-        device_map,
-        dtype=config.torch_dtype,
-        quantization=config.quantization,
-        keep=_kept(spec, quantized),
-        special_dtypes={name: "float32" for name in floats if is_named(name, fp32)},
+        spec, get_max_memory(max_memory), device_map, dtype=config.torch_dtype, quantization=config.quantization,
+        keep=_kept(spec, quantized), special_dtypes={name: "float32" for name in floats if is_named(name, fp32)},
         no_split=no_split,
-    )
+    )  # fmt: skip
     return plan.device_map, plan.slots or None
 
 
@@ -288,11 +280,9 @@ class _Places:
 
 
 def _quantize(
-    tensors: Iterable[tuple[str, Tensor]],
-    config: BnbQuantizationConfig,
-    targets: Mapping[str, nn.Module],
+    tensors: Iterable[tuple[str, Tensor]], config: BnbQuantizationConfig, targets: Mapping[str, nn.Module],
     places: _Places,
-) -> Iterator[tuple[str, nn.Parameter]]:
+) -> Iterator[tuple[str, nn.Parameter]]:  # fmt: skip
     """Weights, quantized as they come and put where they rest; each is let go before the next one comes."""
     for name, tensor in tensors:
         weight = tensor.to(config.torch_dtype)
@@ -339,13 +329,9 @@ def _check(
 
 
 def _weights_of_checkpoint(
-    source: Checkpoint,
-    kinds: Mapping[str, str | None],
-    config: BnbQuantizationConfig,
-    targets: Mapping[str, nn.Module],
-    stacks: Iterable[str],
-    places: _Places,
-) -> Iterator[tuple[str, Any]]:
+    source: Checkpoint, kinds: Mapping[str, str | None], config: BnbQuantizationConfig,
+    targets: Mapping[str, nn.Module], stacks: Iterable[str], places: _Places,
+) -> Iterator[tuple[str, Any]]:  # fmt: skip
     """Name -> quantized weight, where it rests: those that are stored so, and the others quantized as they are read."""
     places.need_folder(stacks)
     plain: dict[torch.device, list[str]] = {}
@@ -396,12 +382,9 @@ def _without_weights(model: nn.Module, names: Iterable[str]) -> Iterator[None]:
 
 
 def _weights_of_model(
-    model: nn.Module,
-    config: BnbQuantizationConfig,
-    targets: Mapping[str, nn.Module],
-    stacks: Iterable[str],
+    model: nn.Module, config: BnbQuantizationConfig, targets: Mapping[str, nn.Module], stacks: Iterable[str],
     places: _Places,
-) -> Iterator[tuple[str, Any]]:
+) -> Iterator[tuple[str, Any]]:  # fmt: skip
     """Name -> quantized weight, where it rests: all checked at once, and made one after another.
 
     Those for disk are written at once. They take no memory, and a full disk then leaves the model as it was.
