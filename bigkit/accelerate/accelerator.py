@@ -125,12 +125,9 @@ class Accelerator(AcceleratorState):
         return extract_model_from_parallel(model, keep_fp32_wrapper, keep_torch_compile)
 
     def save_model(
-        self,
-        model: nn.Module,
-        save_directory: str | os.PathLike[str],
-        max_shard_size: int | str = "10GB",
+        self, model: nn.Module, save_directory: str | os.PathLike[str], max_shard_size: int | str = "10GB",
         safe_serialization: bool = True,
-    ) -> None:
+    ) -> None:  # fmt: skip
         """`bigkit.save_model` on the main process; nothing on the others."""
         if self.is_main_process:
             save_model(self.unwrap_model(model), save_directory, max_shard_size, safe_serialization)
