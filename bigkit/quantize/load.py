@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from ..checkpoints.as_stored import AsStored, as_stored
-from ..checkpoints.format import Checkpoint, CheckpointError
+from ..checkpoints.format import Checkpoint, CheckpointError, Stored
 from ..checkpoints.load import load_matching, read_tensors
 from ..checkpoints.match import match
 from ..checkpoints.one_by_one import stream_rows, stream_tensors
@@ -126,13 +126,9 @@ def load_and_quantize_model(
             kinds = _check(model, config, targets, source)
             weights = iter(list(_weights_of_checkpoint(source, kinds, config, targets, stacks, places)))
             with _without_weights(model, (*targets, *stacks)):
+                rest, fp32 = Checkpoint.open(weights_location), config.keep_in_fp32_modules  # type: ignore[arg-type]
                 load_matching(
-                    model,
-                    Checkpoint.open(weights_location),  # type: ignore[arg-type]
-                    places.devices,
-                    offload_folder,
-                    config.torch_dtype,
-                    keep_in_fp32_modules=config.keep_in_fp32_modules,
+                    model, rest, places.devices, offload_folder, config.torch_dtype, keep_in_fp32_modules=fp32
                 )
         weights = chain([next(weights)], weights)  # the first one is made while the model is as it was
     with _refusing_to_run(model):
@@ -224,11 +220,9 @@ class _Places:
     """
 
     def __init__(
-        self,
-        device_map: Mapping[str, Device],
-        stand_in: Mapping[Device, torch.device | str] | None,
+        self, device_map: Mapping[str, Device], stand_in: Mapping[Device, torch.device | str] | None,
         folder: str | os.PathLike[str] | None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         real = {read_device(device): read_device(other) for device, other in (stand_in or {}).items()}
         main = next((device for device in device_map.values() if device not in _AWAY), "cpu")
         self.devices = {name: real.get(device, device) for name, device in device_map.items()}
@@ -258,10 +252,7 @@ class _Places:
             weight = put_together(weight, {part: tensor.to(memory) for part, tensor in take_apart(weight).items()})
         if self.rests(name) != "disk":
             return weight
-        parts = take_apart(weight)
-        forms = {part: Form(tuple(tensor.shape), tensor.dtype) for part, tensor in parts.items()}
-        assert self.folder is not None, "need_folder was called"
-        file, ranges = write_file(self.folder, forms, parts.__getitem__)
+        file, ranges = self._write(take_apart(weight))
         template = skeleton(weight)
         record_resting_place(template, ranges, file)
         return template
@@ -270,13 +261,17 @@ class _Places:
         """Bring the tensors of a quantized stack, which are in its `memory`, to where it rests."""
         if self.rests(name) != "disk":
             return parts
-        forms = {suffix: Form(tuple(part.shape), part.dtype) for suffix, part in parts.items()}
-        assert self.folder is not None, "need_folder was called"
-        file, ranges = write_file(self.folder, forms, lambda suffix: parts[suffix].data)
+        file, ranges = self._write(parts)
         empty = {suffix: nn.Parameter(part.to("meta"), requires_grad=False) for suffix, part in parts.items()}
         for suffix, part in empty.items():
             record_resting_place(part, {"": ranges[suffix]}, file)
         return empty
+
+    def _write(self, parts: Mapping[str, Tensor]) -> tuple[Any, Mapping[str, Stored]]:
+        """Write the tensors of a weight to a new file."""
+        assert self.folder is not None, "need_folder was called"
+        forms = {suffix: Form(tuple(part.shape), part.dtype) for suffix, part in parts.items()}
+        return write_file(self.folder, forms, lambda suffix: parts[suffix].data)
 
 
 def _quantize(
