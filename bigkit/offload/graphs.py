@@ -37,12 +37,8 @@ from .static_cache import Home, kind_of, windows_roll
 
 _CACHE = object()  # stands for the cache in what a forward returned
 _NOTHING_ELSE = "generate outside of bigkit.graph_decode, or leave it out"
-_OTHER_WAYS = (
-    "assistant_model",
-    "prompt_lookup_num_tokens",
-    "assistant_early_exit",
-    "use_mtp",
-)  # several tokens a pass
+# Several tokens a pass.
+_OTHER_WAYS = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp")
 
 
 @contextmanager

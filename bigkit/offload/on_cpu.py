@@ -93,7 +93,8 @@ def _is_computed(mlp: nn.Module, experts: set[int]) -> bool:
     """Whether a block's MLP is a function of one tensor, and rests in a form that the CPU computes with."""
     plain = all(codec_of(p) is PLAIN and p.dtype in READ for p in mlp.parameters())
     routed = any(id(part) in experts for part in mlp.modules())
-    return plain and not routed and has_forward(mlp) and _takes_one_tensor(mlp)
+    forward = getattr(mlp.forward, "__wrapped__", mlp.forward)
+    return plain and not routed and has_forward(mlp) and len(inspect.signature(forward).parameters) == 1
 
 
 def split_units(model: nn.Module, units: Sequence[Unit], chosen: Mapping[str, str]) -> list[Split]:
@@ -108,11 +109,6 @@ def split_units(model: nn.Module, units: Sequence[Unit], chosen: Mapping[str, st
             rest, part = ([weight.alias([*weight.places]) for weight in some] for some in (others, own))
             splits.append(Split(unit, Unit(unit.name, unit.module, rest), Unit(chosen[unit.name], mlp, part)))
     return splits
-
-
-def _takes_one_tensor(module: nn.Module) -> bool:
-    forward = getattr(module.forward, "__wrapped__", module.forward)
-    return len(inspect.signature(forward).parameters) == 1
 
 
 def cpu_streamer(splits: Sequence[Split]) -> Streamer:
