@@ -359,16 +359,10 @@ STACK_CODECS = (
     StackCodec("fp8", ("", "_scale_inv"), decode_scaled_stack, in_place=True),
     StackCodec("mxfp4", ("_blocks", "_scales"), decode_mxfp4, in_place=True),
     *(StackCodec(kind, (f"_{kind}", "_absmax"), partial(decode_4bit, kind=kind), True) for kind in ("nf4", "fp4")),
-    *(
-        StackCodec(
-            f"{kind}-double",
-            (f"_{kind}", "_absmax", "_nested_absmax", "_offset"),
-            partial(decode_4bit, kind=kind),
-        )
-        for kind in ("nf4", "fp4")
-    ),
+    *(StackCodec(f"{one}-double", (f"_{one}", "_absmax", "_nested_absmax", "_offset"), partial(decode_4bit, kind=one))
+      for one in ("nf4", "fp4")),
     StackCodec("int8", ("_int8", "_scb"), decode_rows),
-)
+)  # fmt: skip
 
 
 def _called(format: str, *other: Any) -> StackCodec:

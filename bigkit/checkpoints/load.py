@@ -108,10 +108,8 @@ def load_checkpoint_in_model(
     if not report.clean:
         unlike = len(report.mismatched) + len(report.wrong_dtype)
         counts = f"{len(report.missing)} tensors missing, {len(report.unexpected)} unknown, {unlike} of another kind"
-        text = (
-            f"{source.path} does not fit {type(model).__name__}; what does not match is not loaded ({counts}): {report}"
-        )
-        warnings.warn(text, stacklevel=2)
+        what = f"{source.path} does not fit {type(model).__name__}; what does not match is not loaded"
+        warnings.warn(f"{what} ({counts}): {report}", stacklevel=2)
     return report
 
 

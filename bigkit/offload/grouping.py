@@ -21,10 +21,10 @@ from ..maps.partition import spread
 from ..meta.held import Held, held_in
 from ..meta.skeleton import own_tensors, repeated_blocks, spec_from_module
 from ..model.experts import experts_of
+from ._torch import is_real_cuda
 from .codec import codec_of
 from .handle import Away
 from .inputs import torch_device
-from .stream import is_real_cuda
 
 
 @dataclass

@@ -23,10 +23,10 @@ from torch import Tensor, nn
 
 from ..devices import Device, join
 from ..units import format_bytes
+from ._torch import is_real_cuda
 from .codec import codec_of
 from .grouping import Layout
 from .rows import count_rows, starts_of
-from .stream import is_real_cuda
 from .transfer import Slot
 from .weights import Part, Unit
 

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from ..checkpoints.ring import Slab
 from ..devices import Device
+from ._torch import is_real_cuda
 from .grouping import records
 from .hooks import ModelHook, add_hook_to_module, drop_hooks
 from .inputs import send_to_device, torch_device
-from .stream import is_real_cuda
 from .weights import ALIGN
 
 
