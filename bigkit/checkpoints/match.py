@@ -149,13 +149,9 @@ def _compare(model: nn.Module, source: Checkpoint, held: list[Held]) -> LoadRepo
     expected.update(name for name, _ in extra_states(model, source))
     unexpected = (name for name in source if name not in expected and not name.endswith(ASIDE))
     return LoadReport(
-        missing=missing,
-        unexpected=_without_ignored(unexpected, model, "unexpected"),
-        mismatched=tuple(mismatched),
-        wrong_dtype=tuple(wrong_dtype),
-        duplicates=source.duplicates,
-        advice=_advice(missing, source),
-    )
+        missing=missing, unexpected=_without_ignored(unexpected, model, "unexpected"), mismatched=tuple(mismatched),
+        wrong_dtype=tuple(wrong_dtype), duplicates=source.duplicates, advice=_advice(missing, source),
+    )  # fmt: skip
 
 
 def _advice(missing: tuple[str, ...], source: Checkpoint) -> str:
