@@ -26,10 +26,10 @@ from ..model.estimate import activation_bytes, tokens_seen
 from ..model.experts import experts_of
 from ..model.spec import Layer, ModelSpec, ModuleSpec
 from ..units import counted, dtype_bits, format_bytes, format_seconds, listed, parse_bytes, three_figures
-from .advise import ASSUMED, all_rates, picked, predict
 from .engines import commands
 from .partition import Chain, last_true
 from .plan import Plan, PlanError
+from .predict import ASSUMED, all_rates, picked, predict
 from .strategies import place
 from .tensors import tokens_if_split
 

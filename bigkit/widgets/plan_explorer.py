@@ -19,9 +19,9 @@ from ..draw.plan import moved, plan_differences, plan_figure, plan_text, plan_ve
 from ..machine.hardware import HARDWARE, Hardware, machine_of
 from ..machine.ledger import overhead_of
 from ..machine.network import NETWORKS
-from ..maps.advise import predict
 from ..maps.hosts import HostsPlan, plan_hosts, read_hosts
 from ..maps.plan import Plan, PlanError
+from ..maps.predict import predict
 from ..maps.strategies import STRATEGIES, place
 from ..maps.task import read_budgets
 from ..model.spec import QUANTIZATIONS
