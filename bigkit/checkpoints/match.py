@@ -62,9 +62,7 @@ class LoadReport:
         if self.unexpected:
             parts.append(f"unknown to the model: {listed(self.unexpected)}")
         for what, records in (("shape", self.mismatched), ("dtype", self.wrong_dtype)):
-            shown = [
-                f"{name!r} ({theirs} in the checkpoint, {ours} in the model)" for name, theirs, ours in records[:5]
-            ]
+            shown = [f"{name!r} ({there} in the checkpoint, {here} in the model)" for name, there, here in records[:5]]
             more = f" and {len(records) - 5} more" if len(records) > 5 else ""
             parts += [f"wrong {what}: {', '.join(shown)}{more}"] if records else []
         if self.duplicates:

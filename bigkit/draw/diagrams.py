@@ -318,9 +318,7 @@ def tie_on_disk(d: Diagram) -> None:
         d.note(x, 44, text, 9.5, bold=True)
     tensors = []
     for x in (8, 380):
-        names = [
-            d.block(x, y, 76, 22, name, WHITE, size=8.5) for y, name in ((58, "embed.weight"), (90, "head.weight"))
-        ]
+        names = [d.block(x, y, 76, 22, own, WHITE, size=8.5) for y, own in ((58, "embed.weight"), (90, "head.weight"))]
         tensor = d.block(x + 104, 74, 48, 22, "100 x 16", BLUE, size=8.5)
         for name in names:
             d.arrow(name.right, tensor.left, width=1)

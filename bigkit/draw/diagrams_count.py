@@ -24,9 +24,7 @@ SHORT = (0, 2, 7, 16)  # the notebooks of the path of twenty minutes
 @diagram("Twenty notebooks, eight questions")  # index
 def course_map(d: Diagram) -> None:
     """The course by question."""
-    lines = [
-        f"{question} {', '.join(f'{n:02} {name}' for n, name in own.items())}" for question, own in QUESTIONS.items()
-    ]
+    lines = [f"{asked} {', '.join(f'{n:02} {name}' for n, name in own.items())}" for asked, own in QUESTIONS.items()]
     d.label += " " + ". ".join(lines).replace("?.", "?") + "."
     d.box("key", 8, 30, 12, 10, ORANGE)
     d.note(25, 35, "the path of twenty minutes")

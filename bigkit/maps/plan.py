@@ -210,13 +210,12 @@ class Plan:
         }
         if machine:  # it has both
             del arguments["max_memory"], arguments["overhead"]
-        lines = [f"    {name}={value!r},\n" for name, value in arguments.items() if value not in (None, "auto")]
+        given = (f"    {name}={value!r},\n" for name, value in arguments.items() if value not in (None, "auto"))
         name, note = repr(self.model), ""
         if self.library == "module":
             name, note = "model", f"# A plan does not hold its model: here `model` is your {self.model}.\n"
-        return (
-            f"from bigkit import plan\n\n{note}p = plan(\n    {name},\n{''.join(lines)})\ndevice_map = p.device_map\n"
-        )
+        call = f"p = plan(\n    {name},\n{''.join(given)})"
+        return f"from bigkit import plan\n\n{note}{call}\ndevice_map = p.device_map\n"
 
     def to_json(self) -> str:
         """The plan as JSON text."""

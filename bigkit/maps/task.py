@@ -376,7 +376,7 @@ class Task:
         if self.model.attention and not short:
             start = min(context, self.longest)
             longest = last_true(loads.fits, start, self.longest)
-        layers = zip(self.layers, self.sizes, places)
+        works, layers = loads.works, zip(self.layers, self.sizes, places)
         plan = Plan(
             model=self.model.name,
             strategy=strategy,
@@ -386,9 +386,7 @@ class Task:
             context=context,
             max_context=longest,
             shares=shares,
-            layers=tuple(
-                Placed(own.name, own.cls, size, at, loads.works.get(i)) for i, (own, size, at) in enumerate(layers)
-            ),
+            layers=tuple(Placed(own.name, own.cls, size, at, works.get(i)) for i, (own, size, at) in enumerate(layers)),
             problem=" and ".join(short),
             slots=slots if any(place not in self.runners for place in places) else 0,
             library=self.model.library,

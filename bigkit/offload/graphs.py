@@ -212,9 +212,7 @@ class Decoder:
 
     def _record(self, step: _Step, home: Home, leaves: list[Any], spec: Any, name: str) -> None:
         """Record a step. Nothing of it is computed yet."""
-        step.inputs = [
-            leaf.clone(memory_format=torch.contiguous_format) if is_tensor(leaf) else leaf for leaf in leaves
-        ]
+        step.inputs = [one.clone(memory_format=torch.contiguous_format) if is_tensor(one) else one for one in leaves]
         cache, before = home.cache(), home.scalars()
         recording = Recording(self._devices, self._rings)
 

@@ -247,9 +247,8 @@ def in_turn(
     """
     if not layout.others:
         return layout
-    works = _turns(
-        layout, [group for group in Cut(model, layout, whole_classes, apart=False).groups if not group.loose]
-    )
+    groups = [group for group in Cut(model, layout, whole_classes, apart=False).groups if not group.loose]
+    works = _turns(layout, groups)
     for name, device in reversed([*(planned or {}).items()]):  # of what travels together, the first layer counts
         works |= {outer: device for outer in prefixes(name) if outer in works}
     return replace(layout, turns=works)

@@ -76,9 +76,8 @@ class SplitExplorer(Explorer):
         used = f"{100 * split.items / turns:.0f} %" if turns else "none"
         facts = [f"{split.speedup:.2f} times as fast as one process; {used} of the turns are used."]
         if split.padded:
-            facts.append(
-                f"{split.padded} of {len(split.gathered)} results are repeats, which gather_for_results drops."
-            )
+            count = len(split.gathered)
+            facts.append(f"{split.padded} of {count} results are repeats, which gather_for_results drops.")
         if empty := sum(not part for part in split.parts):
             facts.append(f"{empty} of {split.processes} processes have nothing to do.")
         news = "good" if turns == split.items else "slow"
