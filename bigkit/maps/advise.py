@@ -61,7 +61,7 @@ class Advice:
 
     @property
     def front(self) -> tuple[Option, ...]:
-        """The options worth a thought: what is better by the target loses more quality."""
+        """The options worth a thought: each is more exact than all that are better by the target."""
         return tuple(option for option in self.options if option.front)
 
     @property
@@ -96,7 +96,7 @@ class Advice:
             headers.append("with the draft")
             said = [option.speculation.text if option.speculation else "-" for option in self.options]
             rows = [[*row, text] for row, text in zip(rows, [*said, *["-"] * len(self.misfits)])]
-        notes = ["* whatever is better by the target loses more quality", *self.notes]
+        notes = ["* more exact than all above it", *self.notes]
         if self.measured:
             notes.append("Times follow the rates that bigkit calibrate measured on this machine.")
         return "\n".join([*head, "", text_table(headers, rows), "", *notes])

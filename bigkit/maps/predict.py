@@ -71,7 +71,7 @@ class Option:
         prefill: predicted seconds for one pass over the whole context, or over an image.
         waits: "Python", "GPU" (or "RAM"), "link", "disk" -> predicted seconds that it works for a token (or the pass).
         loss: rank of the loss of quality by quantization; 0 is none.
-        front: whether every option that is better by the target loses more quality.
+        front: whether it is more exact than every option that is better by the target.
         speculation: what a draft brings, if one was asked about.
     """
 

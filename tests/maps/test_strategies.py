@@ -418,6 +418,8 @@ def test_the_cures_that_it_names_work():
         ({"max_memory": {"gpu0": 1}}, "unknown device 'gpu0'"),
         ({"max_memory": {0: "10gb"}}, "ambiguous"),
         ({"max_memory": {0: -1}}, "zero or more"),
+        ({"max_memory": "10GB"}, "must map devices to budgets, as {0: '10GiB', 'cpu': '9GiB'}, not '10GB'"),
+        ({"max_memory": ["10GB"]}, "must map devices to budgets"),
         ({"strategy": "best"}, "unknown strategy 'best'"),
         ({"quantization": "int3"}, "unknown quantization"),
         ({"dtype": "float12"}, "unknown dtype"),
