@@ -103,6 +103,14 @@ class Table:
         """Whether all tensors of what was chosen are in their rows."""
         return len(self.taken) == len(self.kept.starts)
 
+    def try_out(self, count: int) -> None:
+        """Choose and bring so many experts, and forget it: Triton makes the kernels, which takes it up to a second."""
+        self.choose(torch.arange(count, device=self.ram.device)[None])
+        for number in range(len(self.kept.starts)):
+            self.bring(number, self.choice)
+        self.counts.zero_()
+        self.forget()
+
     def read(self) -> None:
         """Tell the host what is in the rows; it waits."""
         if self.current:
