@@ -147,9 +147,11 @@ class GatherStreamer(ExpertStreamer):
         """Take what the first token would else be late for: memory for rows, and their kernels."""
         for unit in (unit for unit in self.units if self.rows[unit.index]):
             with suppress(torch.OutOfMemoryError):  # then the first forward says so
-                self.rows_for(unit)
+                slot = self.rows_for(unit).slot
+                assert slot is not None
                 if detect_fake_mode() is None and self.keeps_account(unit):
                     self._table(unit).try_out(count_chosen(unit.module))
+                    self.lane.leave(slot)  # copies into the rows wait for that
 
     def _table(self, unit: Unit) -> Table:
         kept = self.rows_for(unit)

@@ -249,11 +249,13 @@ def test_what_a_first_token_would_wait_for_can_be_done_before(pretend):
     """Memory and kernels are there; what is in the rows, and what is counted, is as if nothing had been."""
     model = mixture()
     found, streamer = spread(copy.deepcopy(model))
-    streamer.prepare()
+    with mock.patch.object(streamer.lane, "leave") as left:
+        streamer.prepare()
+    slots = [kept.slot for kept in streamer.on_device.values()]
+    assert [call.args for call in left.call_args_list] == [(slot,) for slot in slots], "copies into the rows must wait"
     assert len(streamer.tables) == len(streamer.on_device) == 3 and expert_hits(found) == (0, 0)
     assert not any(table.kept.row_of or table.current for table in streamer.tables.values())
-    slots = [kept.slot for kept in streamer.on_device.values()]
-    other, plain = spread(copy.deepcopy(model))
+    other, _ = spread(copy.deepcopy(model))
     for ids in map(torch.tensor, TEXTS):
         assert torch.equal(found(ids).logits, model(ids).logits) and other(ids) is not None
         assert expert_hits(found) == expert_hits(other)
