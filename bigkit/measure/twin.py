@@ -3,14 +3,15 @@
 Where Python sets the pace, a step takes what the sequence of calls takes, whatever their widths. So a twin has the
 model's own classes, depth, heads and experts; its widths are divided until a head is 16 wide. It runs the same
 `generate` on this machine, and what it takes is kept with the machine's other figures. A dry run counts the host's
-steps in the twin and in the model, so that a twin of another depth serves too.
+steps in the twin and in the model, so that a twin of another depth serves too. A small model of images without a config
+of Transformers, as timm's are, is its own twin: one image is next to no work.
 
 Weights that rest elsewhere take time of the host's, too: hooks lend them, look up which experts are there, ask for
 copies. A twin's may rest as its model's do. What the host then waits for readers of files is not counted, since a dry
 run knows how long reading takes.
 
-Leaves out: models that are not Transformers', and how steady the host is: a rented one changed its pace by two between
-a twin's run and its model's, some seconds later.
+Leaves out: other models that are not Transformers', and how steady the host is: a rented one changed its pace by two
+between a twin's run and its model's, some seconds later.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from torch import nn
 
 from ..devices import Device
 from ..dryrun.fake_bnb import config_of, fill_quantized, quantize_empty
+from ..dryrun.inputs import main_input
 from ..dryrun.run import dry_run
 from ..dryrun.workload import Step, Workload, fill, work
 from ..machine.ledger import HostStep, Twin, resting
@@ -38,13 +40,14 @@ from ..offload.dispatch import dispatch_model
 from ..offload.lenders import streamers_in
 from ..offload.rows import count_rows
 from ..offload.transfer import Slot
-from ..units import parse_bytes
+from ..units import GiB, format_bytes, parse_bytes
 
 HEAD, ROW = 16, 8  # width of a twin's narrowest head, and what widths are a multiple of: kernels want 16 bytes
 QUANTIZED = 64  # the same for both if its layers are quantized: bitsandbytes takes blocks of so many weights
 LOAD = Workload(batch=1, prompt=16, new=6)
 SINGLE = Workload(batch=1, prompt=1)  # no masks, no experts in groups: another sequence of calls than a longer prompt's
 EXPERT = 64  # width of a twin's experts, of which there may be hundreds
+SMALL = GiB  # bytes of weights, up to which a model of images is its own twin
 HEADS = re.compile(r".*head_dim|d_kv|attention_head_size|kv_channels")
 WIDTHS = re.compile(
     r"(.*_)?hidden_size|(.*_)?d_model|n_embd|(.*_)?embed_dim|embedding_size|.*hidden_dim|word_embed_proj_dim|dim|"
@@ -108,7 +111,13 @@ def twin_of(model: nn.Module, quantized: bool = False) -> nn.Module:
 
     config, dtype = getattr(model, "config", None), getattr(model, "dtype", torch.bfloat16)
     if not hasattr(config, "to_dict"):
-        raise ValueError(f"a {type(model).__name__} has no config of Transformers, of which a narrow twin can be made")
+        size = sum(parameter.nbytes for parameter in model.parameters())
+        if main_input(model) == "pixel_values" and size <= SMALL:
+            return copy.deepcopy(model)
+        raise ValueError(
+            f"a {type(model).__name__} of {format_bytes(size)} has no config of Transformers, of which a narrow twin "
+            f"can be made: expected one, or a model of images of at most {format_bytes(SMALL)}"
+        )
     try:
         with init_empty_weights():
             sizes = narrow(config, QUANTIZED, QUANTIZED) if quantized else narrow(config)
@@ -216,9 +225,10 @@ def issued_in(
     model: nn.Module, load: Workload, quantization: str | None, plan: Any = None, expert_cache: int = 0
 ) -> list[int]:
     """Steps of the host in each step of the work of a model's twin, counted by a dry run."""
-    how: dict[str, Any] = {"quantization": quantization, "dtype": "bfloat16"} if quantization else {}
-    how |= {"expert_cache": expert_cache}
-    run = dry_run(lambda: twin_of(model, quantization is not None), plan, load.batch, load.prompt, load.new, **how)
+    work = load.batch, load.prompt, load.new
+    how: Any = {"quantization": quantization, "generate": load.generate, "expert_cache": expert_cache}
+    # The dtype says that its layers are plain, or quantized here, whatever its config says of a checkpoint.
+    run = dry_run(lambda: twin_of(model, quantization is not None), plan, *work, dtype="bfloat16", **how)
     ends = [0, *(end for _, end in run.steps)]
     return [sum(operation.issued for operation in run.operations[a:b]) for a, b in zip(ends, ends[1:])]
 
@@ -226,7 +236,7 @@ def issued_in(
 def timed(
     model: nn.Module, load: Workload, device: str, clock: Callable[[], float] = time.perf_counter
 ) -> list[tuple[float, float]]:
-    """Seconds of each step of a model's work by a clock, and how many of them passed before the model was called."""
+    """Seconds of each step of a model's work by a clock, and those before the model, or its encoder, was called."""
     steps: list[tuple[float, float]] = []
     called: list[float] = []
     start = 0.0
@@ -239,15 +249,20 @@ def timed(
     def after(_: Step) -> None:
         nonlocal start
         end = now()
-        steps.append((end - start, called[-1] - start))
+        steps.append((end - start, called[0] - start))
+        called.clear()
         start = end
 
-    hook = model.register_forward_pre_hook(lambda *_: called.append(clock()), prepend=True)
+    asked: list[Any] = [model]
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False) and hasattr(model, "get_encoder"):
+        asked.append(model.get_encoder())  # type: ignore[operator]  # generate calls it by itself
+    hooks = [part.register_forward_pre_hook(lambda *_: called.append(clock()), prepend=True) for part in asked]
     start = now()
     try:
         work(model, load, device, after)
     finally:
-        hook.remove()
+        for hook in hooks:
+            hook.remove()
     return steps
 
 
