@@ -27,7 +27,7 @@ from ..units import counted, format_bytes, format_seconds, three_figures
 from .hardware import CONTEXT_BYTES, Hardware
 
 MOST_RUNS = 1000  # kept in the file; older ones go
-_RATES = ("link_pinned", "link_pageable", "disk_cold", "disk_warm", "memory", "host_memory", "issue", "kernel")
+_RATES = ("link_pinned", "link_pageable", "disk_cold", "disk_warm", "memory", "host_memory", "issue", "kernel", "call")
 _SIZES = ("context", "workspace")
 
 
@@ -95,6 +95,7 @@ class Calibration:
         links: bytes a second to each GPU while all are copied to at once.
         cpu_reads: dtype -> (threads, bytes of weights a second in products of matrices and a vector on the CPU, bytes a
             second of all links meanwhile).
+        call: seconds in which a CUDA graph calls the CPU and goes on, beside what the CPU does (`host_calls.py`).
         disk_cold: bytes a second from a file when the disk must be read.
         disk_warm: bytes a second from a file that the system has in memory, by the threads that offloading reads with.
         memory: bytes a second that a large copy reads and writes, on the device that computes.
@@ -129,6 +130,7 @@ class Calibration:
     versions: Mapping[str, str] = field(default_factory=dict)
     links: tuple[float, ...] = ()
     cpu_reads: Mapping[str, tuple[tuple[int, float, float], ...]] = field(default_factory=dict)
+    call: float | None = None
     twins: tuple[Twin, ...] = ()
 
     def twin(self, model: str, quantization: str | None, issued: int) -> Twin | None:
@@ -157,7 +159,7 @@ class Calibration:
             threads, reads, links = max(rows, key=lambda row: row[1] + row[2])
             rates |= {f"{threads} CPU threads, {dtype}": reads, "  links meanwhile": links}
         products = {f"products, {dtype}": max(rate for _, rate in rows) for dtype, rows in self.products.items()}
-        times = {"a step of the host": self.issue, "smallest kernel": self.kernel}
+        times = {"a step of the host": self.issue, "smallest kernel": self.kernel, "a call of the CPU": self.call}
         sizes = {"CUDA context": self.context, "workspace of cuBLAS": self.workspace}
         return "\n".join(
             [
