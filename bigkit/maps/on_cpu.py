@@ -133,6 +133,15 @@ def token_seconds(
     return ends[-1] - ends[-2]
 
 
+def readings_of(calibration: Calibration | None, dtype: str, gpus: int) -> list[Reading]:
+    """What was measured of a dtype, with so many of the links at work; all were when it was measured."""
+    if calibration is None:
+        return []
+    used = min(gpus / max(len(calibration.links), 1), 1.0)
+    rows = calibration.cpu_reads.get(dtype, ())
+    return [Reading(threads, reads, links * used) for threads, reads, links in rows]
+
+
 def mlp_of(block: ModuleSpec) -> str:
     """Own name of a block's MLP, or "": the largest child with two matrices or more and nothing but weights, which is
     no attention by its name, and no mixture of experts.
@@ -179,9 +188,7 @@ def with_cpu(
     """
     dtype = model.computes_in(model.precision(plan.dtype, plan.quantization))
     working = {layer.works for layer in plan.layers if layer.works is not None}
-    used = len(working) / max(len(calibration.links), 1) if calibration else 1.0  # all were busy when it was measured
-    rows = (calibration.cpu_reads if calibration else {}).get(dtype, ())
-    readings = [Reading(threads, reads, links * min(used, 1.0)) for threads, reads, links in rows]
+    readings = readings_of(calibration, dtype, len(working))
     mlps = mlps_of(model, plan) if readings and not plan.quantization and plan.feasible else {}
     if not mlps:
         return plan, alone, ""
