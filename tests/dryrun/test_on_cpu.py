@@ -73,9 +73,8 @@ def test_a_prompt_of_many_tokens_is_streamed(machine):
     found = run(machine, given, False, new=1)
     whole = sum(layer.bytes for layer in given.layers if layer.works is not None)
     assert found.times[0].busy.get("CPU", 0) == 0 < found.times[1].busy["CPU"]
-    assert (
-        found.times[0].busy["copy to cuda:0"] * 19e9 > 0.99 * whole > 1.5 * found.times[1].busy["copy to cuda:0"] * 19e9
-    )
+    brought = [step.busy["copy to cuda:0"] * 19e9 for step in found.times]
+    assert brought[0] > 0.99 * whole > brought[1]
 
 
 @pytest.mark.parametrize(
