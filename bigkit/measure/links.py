@@ -94,21 +94,22 @@ class Called:
         value = self.first
         for k in range(self.count):
             given, place = self.desk.give(value), self.desk.place(value)
-            compute = partial(self._compute, self.mlps[k % len(self.mlps)] if self.mlps else None, given, place)
-            self.recording.calls.add(compute, self.first.device)
+            mlp = self.mlps[k % len(self.mlps)] if self.mlps else None
+            self.recording.calls.add(partial(_compute, mlp, self.threads, given, place), self.first.device)
             value = self.desk.take(value)
         return value
-
-    def _compute(self, mlp: Mlp | None, given: Tensor, place: Tensor) -> None:
-        if mlp is not None:
-            torch.set_num_threads(self.threads)
-            with torch.no_grad():
-                place.copy_(_product(mlp, given))
 
     def __call__(self) -> int:
         """Do it; returns bytes that were read, or the number of calls that read nothing."""
         self.recording.replay()
         return self.count * (3 * self.mlps[0][0].nbytes if self.mlps else 1)
+
+
+def _compute(mlp: Mlp | None, threads: int, given: Tensor, place: Tensor) -> None:
+    if mlp is not None:
+        torch.set_num_threads(threads)
+        with torch.no_grad():
+            place.copy_(_product(mlp, given))
 
 
 def measure_together(nbytes: int, matrices: int) -> tuple[tuple[float, ...], dict[str, Any], float]:

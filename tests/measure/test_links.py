@@ -1,11 +1,13 @@
 """What the CPU reads when a CUDA graph calls it, with stand-ins for graph and links."""
 
+import gc
 from unittest import mock
 
 import pytest
 import torch
 
 from bigkit.measure import links
+from bigkit.offload import host_calls
 from tests import fake_graph
 
 
@@ -46,6 +48,9 @@ def test_a_graph_calls_for_the_same_products():
         assert called() == called() == 5 * 3 * 44 * 4
     assert torch.equal(results[-1], expected) and len(results) == 5  # a tape's first play has nothing left to do
     assert links.Called(torch.device("cpu"), [], x, 7)() == 7
+    del called
+    gc.collect()
+    assert not host_calls._functions  # what was called ends with the graph
 
 
 def test_rates_of_links_are_those_meanwhile():
