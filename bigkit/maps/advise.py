@@ -251,9 +251,9 @@ def best_with_cpu(
         option = predict(model, plan, hardware, calibration)
         if best is None and (option.bottleneck != "link" or option.token is None):
             return plan, ""
-        gpu = max(option.waits["Python"], option.waits.get("GPU", 0.0))
+        gpu, python = option.waits.get("GPU", 0.0), option.waits["Python"]
         alone = option.seconds if best is None else alone
-        plan, seconds, about = on_cpu.with_cpu(model, plan, calibration, alone, gpu)
+        plan, seconds, about = on_cpu.with_cpu(model, plan, calibration, alone, gpu, python)
         if best is None or (plan.feasible and seconds < best[0]):
             best = seconds, plan, about
     assert best is not None
