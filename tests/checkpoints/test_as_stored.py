@@ -243,6 +243,37 @@ def test_adapters_see_the_decoded_weight_and_merging_is_refused(tmp_path: Path, 
         assert torch.equal(ours(PROMPT).logits, expected)
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
+@pytest.mark.parametrize("place", [None, "cpu"])
+@pytest.mark.parametrize("format", [*FORMATS, "mxfp4"])
+def test_adapters_on_what_is_no_parameter_are_refused(tmp_path: Path, format: str, place: str | None) -> None:
+    """peft would leave them out, and put on the others."""
+    peft = pytest.importorskip("peft")
+    plain = write(tmp_path, format)
+    layers = plain.config.num_hidden_layers
+    targets = ["mlp.experts.down_proj", "k_proj.weight"] if format == "mxfp4" else ["q_proj.weight"]
+    config = peft.LoraConfig(r=2, target_modules=["v_proj"], target_parameters=targets, init_lora_weights=False)
+    peft.get_peft_model(copy.deepcopy(plain), config).save_pretrained(tmp_path / "adapter")
+    for step in (
+        lambda model: peft.get_peft_model(model, config),
+        lambda model: peft.PeftModel.from_pretrained(model, tmp_path / "adapter"),
+        lambda model: model.load_adapter(tmp_path / "adapter"),
+    ):
+        model = bigkit.load_checkpoint_and_dispatch(
+            empty(plain), tmp_path, place and spread(layers, place), stand_in={0: "cpu"}
+        )  # type: ignore[arg-type]
+        with pytest.raises(ValueError, match=r"target_parameters .*layers.0.*_proj.*stored in few bits.*keep='dense'"):
+            step(model)
+    torch.manual_seed(1)
+    ours = peft.get_peft_model(
+        bigkit.load_checkpoint_and_dispatch(empty(plain), tmp_path, keep="dense").eval(), config
+    ).eval()
+    torch.manual_seed(1)
+    theirs = peft.get_peft_model(plain, config).eval()
+    with torch.no_grad():
+        assert torch.equal(ours(PROMPT).logits, theirs(PROMPT).logits)
+
+
 def test_the_weight_of_a_stored_layer_can_be_read_and_not_written_to(tmp_path: Path) -> None:
     plain = write(tmp_path, "gptq")
     model: Any = empty(plain)
