@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -285,10 +286,18 @@ def test_the_weight_of_a_stored_layer_can_be_read_and_not_written_to(tmp_path: P
         lambda weight: weight[0].__setitem__(0, 1.0), lambda weight: weight.detach().copy_(expected),
         lambda weight: setattr(weight, "data", expected), lambda weight: torch.add(weight, 1, out=weight),
         lambda weight: weight.chunk(2)[1].__iadd__(1), lambda weight: nn.init.zeros_(weight),
+        lambda weight: nn.functional.relu(weight, inplace=True), lambda weight: nn.functional.relu(weight.t(), True),
+        lambda weight: nn.functional.embedding(PROMPT[0], weight, max_norm=0.1), lambda weight: np.from_dlpack(weight),
     ]  # fmt: skip
     for write_to in writes:
         with torch.no_grad(), pytest.raises(RuntimeError, match="would write to a weight of"):
             write_to(layer.weight)
+    for array in (
+        layer.weight.float().numpy,
+        layer.weight.float().detach().numpy,
+        layer.weight.view(torch.uint8).numpy,
+    ):
+        assert array().flags.writeable == (array.__self__.dtype == torch.float32)  # that is a copy
     with pytest.raises(ValueError, match="another one was given: load with keep='dense'"):
         layer.weight = nn.Parameter(expected.clone())
 

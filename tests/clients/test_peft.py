@@ -161,8 +161,8 @@ def test_adapters_on_fewer_bits(name, kind, where, tmp_path):
 def test_adapters_on_experts_that_are_brought_one_by_one(implementation, way, tmp_path, monkeypatch):
     """They read all of a stack, so each expert must lie at its number."""
     torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "moe_intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4,
-             "num_key_value_heads": 2, "head_dim": 8, "num_experts": 6, "num_experts_per_tok": 2, "vocab_size": 32}  # fmt: skip
+    sizes = {"hidden_size": 32, "moe_intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4}
+    sizes |= {"num_key_value_heads": 2, "head_dim": 8, "num_experts": 6, "num_experts_per_tok": 2, "vocab_size": 32}
     base = transformers.Qwen3MoeForCausalLM(transformers.Qwen3MoeConfig(**sizes)).eval()
     base.set_experts_implementation(implementation)
     for parameter in base.parameters():
