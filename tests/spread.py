@@ -98,6 +98,8 @@ def same(one: Any, other: Any) -> bool:
 
 def check_at_rest(model: nn.Module) -> None:
     """Every weight that was sent away is away, nothing is lent, and each slot knows what it holds."""
+    if torch.cuda.is_initialized():  # the first block's weights may be on their way
+        torch.cuda.synchronize()
     for streamer in {id(handle.streamer): handle.streamer for handle in handles(model)}.values():
         assert not streamer._loans
         for site in streamer.sites:

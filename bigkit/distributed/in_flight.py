@@ -100,7 +100,7 @@ def run_in_flight(
     early: dict[int, R] = {}  # results of batches whose predecessors are under way
     first = 0
     numbered = enumerate(batches)
-    turns, modes = _Turns(len(slots), stage.device), _modes(stage.device.type)
+    turns, modes = _Turns(len(slots), stage.device, _ways_of_experts(model)), _modes(stage.device.type)
     for line in stage.lines.values():
         line.expect_groups(len(slots))
 
@@ -138,6 +138,27 @@ def _modes(kind: str) -> Callable[[], AbstractContextManager[None]]:
     return the_same
 
 
+def _ways_of_experts(model: nn.Module) -> Callable[[], Callable[[], None]]:
+    """Notes how a mixture's experts are computed now, and returns what puts that back.
+
+    Transformers' `generate` decodes in another way (`batched_mm`) than it reads prompts, and says so to the model.
+    """
+    configs = {id(config): config for part in model.modules() if (config := getattr(part, "config", None)) is not None}
+    known = [config for config in configs.values() if hasattr(config, "_experts_implementation")]
+
+    def note() -> Callable[[], None]:
+        noted = [(config, config._experts_implementation) for config in known]
+
+        def put_back() -> None:
+            for config, way in noted:
+                if config._experts_implementation != way:
+                    config._experts_implementation = {"": way}  # of this one, and not of those within it
+
+        return put_back
+
+    return note
+
+
 class _GivenUp(BaseException):
     """Another group has failed, or the user has had enough."""
 
@@ -146,10 +167,16 @@ class _Turns:
     """Threads that run one at a time, in the order of their numbers, until each has left.
 
     What they all need the same thread for is done by the one that waits for them. On a GPU each has its own stream.
+
+    Args:
+        count: how many.
+        device: where the model works.
+        settings: notes what a thread has set of the model, for its next turn, and returns what puts it back.
     """
 
-    def __init__(self, count: int, device: torch.device) -> None:
-        self.device = device
+    def __init__(self, count: int, device: torch.device, settings: Callable[[], Callable[[], None]]) -> None:
+        self.device, self.settings = device, settings
+        self.as_before = settings()
         self.stream = torch.cuda.current_stream() if device.type == "cuda" else None  # of the one that waits
         self.changed = threading.Condition()
         self.live = list(range(count))
@@ -193,6 +220,7 @@ class _Turns:
             self.letters.put(None)
             for thread in threads:
                 thread.join(_PATIENCE if self.error else None)
+            self.as_before()
         if self.error is not None:
             raise self.error
 
@@ -203,12 +231,15 @@ class _Turns:
             self.own.stream.wait_stream(self.stream)
             torch.cuda.set_stream(self.own.stream)
         self._wait(lambda: self.whose == slot)
+        self.as_before()
 
     def pass_on(self) -> None:
         """Let all others have their turn."""
+        put_back = self.settings()
         with self.changed:
             self._next()
         self._wait(lambda: self.whose == self.own.slot)
+        put_back()
 
     def settle(self) -> None:
         """Wait for this group's GPU work: who gets a result works on another stream."""

@@ -94,7 +94,7 @@ class Table:
         with torch.cuda.device_of(ram):
             _kernels()["bring"][-(-words // PIECE), count](
                 experts.contiguous(), self.choice, self.rows, self.hit, self.row_of, self.owner, ram, rows,
-                out.view(torch.int64), words, PIECE,
+                out.view(-1).view(torch.int64), words, PIECE,
             )  # fmt: skip
         self.taken.add(number)
         return out

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import threading
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -116,6 +117,37 @@ def test_many_groups_do_not_wait_for_each_others_messages(two: Ranks) -> None:
         assert all(map(torch.equal, answers, expected))
 
 
+def ways_of_experts(state: Any, folder: Path) -> tuple[list[tuple[bool, str]], list[Any]]:
+    """How experts are computed for prompts and for tokens, where `generate` switches as it does on a GPU."""
+    model = stages.staged(state, "mixtral", folder)
+
+    @contextmanager
+    def switched(self: Any) -> Iterator[None]:
+        before = self.get_experts_implementation()
+        self.set_experts_implementation("batched_mm")
+        try:
+            yield
+        finally:
+            self.set_experts_implementation(before)
+
+    seen, texts = list[tuple[bool, str]](), [torch.arange(3, 3 + n)[None] for n in (5, 3, 6, 2)]
+    experts = model.get_submodule(next(n for n in stage_of(model).own if ".layers." in n) + ".mlp.experts")
+    experts.register_forward_pre_hook(
+        lambda _, args: seen.append((len(args[0]) > 1, model.config._experts_implementation))
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(model), "_optimize_model_for_decode", switched)
+        said = map_in_flight(partial(model.generate, max_new_tokens=4, do_sample=False, pad_token_id=0), texts, model)
+    return seen, [*said, model.config._experts_implementation]
+
+
+def test_a_prompt_is_read_as_ever_while_another_group_decodes(two: Ranks, tmp_path: Path) -> None:
+    """`batched_mm` takes a copy of an expert for each token that chose it: 512 GiB for a prompt of Mixtral's shape."""
+    folder = stages.saved("mixtral", tmp_path)
+    for seen, (*_, afterwards) in two(ways_of_experts, folder):
+        assert {*seen} == {(True, "grouped_mm"), (False, "batched_mm")} and afterwards == "grouped_mm"
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # On a GPU
 
@@ -155,7 +187,7 @@ def test_no_turn_waits_for_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, fake in {**fakes, "set_stream": lambda _: None, "set_device": lambda _: None}.items():
         monkeypatch.setattr(torch.cuda, name, fake)
     monkeypatch.setattr(in_flight, "_modes", lambda kind: nullcontext)
-    turns = in_flight._Turns(2, torch.device("cuda", 1))
+    turns = in_flight._Turns(2, torch.device("cuda", 1), lambda: lambda: None)
     sent: list[tuple[int, float]] = []
 
     def work(slot: int) -> None:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +89,7 @@ def in_half_precision(state: Any, folder: Path, expected: dict[str, torch.Tensor
         stages.FAMILIES["llama, broad"] = ("LlamaForCausalLM", BROAD)
         model = staged(state, "llama, broad", folder, dtype="bfloat16")
         batches = [*groups(state.device)]
-        ask = partial(model.generate, max_new_tokens=12, do_sample=False, pad_token_id=0, eos_token_id=None)
+        ask = asking(model)
         said = {
             "alone": [ask(ids) for ids in batches],
             "in flight": map_in_flight(ask, batches, model),
@@ -110,6 +109,11 @@ def in_half_precision(state: Any, folder: Path, expected: dict[str, torch.Tensor
         torch.backends.cuda.enable_cudnn_sdp(True)
 
 
+def asking(model: Any) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Looks `generate` up for each call: within graph_decode it is another one."""
+    return lambda ids: model.generate(ids, max_new_tokens=12, do_sample=False, pad_token_id=0, eos_token_id=None)
+
+
 BROAD = {"hidden_size": 2048, "intermediate_size": 5504, "num_hidden_layers": 4, "num_attention_heads": 16,
          "vocab_size": 8000}  # fmt: skip
 
@@ -125,7 +129,7 @@ def test_many_sequences_in_half_precision(pair: Ranks, tmp_path: Path, monkeypat
     whole = tf.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval().to(0)
     torch.backends.cuda.enable_cudnn_sdp(False)
     try:
-        ask = partial(whole.generate, max_new_tokens=12, do_sample=False, pad_token_id=0, eos_token_id=None)
+        ask = asking(whole)
         expected = {"tokens": torch.stack([ask(ids) for ids in groups("cuda:0")]).cpu()}
         with graph_decode(whole):
             expected["graphs"] = torch.stack([ask(ids) for ids in groups("cuda:0")]).cpu()
