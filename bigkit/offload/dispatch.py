@@ -28,7 +28,7 @@ from ..units import parse_bytes
 from .attach import attach
 from .grouping import Layout, check_layers, in_turn, records, with_residents
 from .hooks import drop_hooks, give_back_methods, hooks_in
-from .lenders import lenders_of
+from .lenders import alone, lenders_of
 from .moving import change_methods, device_map_of
 from .on_cpu import choose, split_units
 from .on_device import rows_on_devices
@@ -37,6 +37,7 @@ from .placing import Origins, make_units
 from .sites import put
 
 
+@alone
 def dispatch_model(
     model: nn.Module,
     device_map: Mapping[str, Device] | Plan,
@@ -77,8 +78,7 @@ def dispatch_model(
         force_hooks: put hooks even if the whole model lies on one device.
         slots: units that each such device holds for weights in flight: one works while the next ones arrive.
         prefetch: bring the next units while one works.
-        resident_memory: bytes of the main devices for blocks of the "cpu" and "disk" part to stay there, spread evenly
-            so that copies hide behind work. They show in `hf_device_map`.
+        resident_memory: bytes of the main devices where some blocks of the "cpu" and "disk" part stay, spread evenly.
         ram_cache: bytes of RAM that may keep blocks from disk, pinned, after their first visit. None: half of what is
             free, if the main device is a GPU, or if what rests on disk are experts of a mixture.
         expert_cache: bytes of the devices' memory where experts of a mixture that rest in RAM or on disk may stay after
