@@ -20,7 +20,7 @@ from .stream import is_real_cuda
 def read_options(
     device_map: Mapping[str, Device],
     main_device: Device | torch.device | Iterable[Device | torch.device] | None = None,
-    slots: int = 2,
+    slots: int | None = None,
     resident_memory: int | str = 0,
     ram_cache: int | str | None = None,
     expert_cache: int | str = 0,
@@ -38,7 +38,7 @@ def read_options(
     """
     if not isinstance(device_map, Mapping):
         raise ValueError(f"device_map must map module names to devices, not {device_map!r}; bigkit.plan makes one")
-    if not isinstance(slots, int) or isinstance(slots, bool) or slots < 1:
+    if slots is not None and (not isinstance(slots, int) or isinstance(slots, bool) or slots < 1):
         raise ValueError(f"slots must be a number of blocks, at least 1, not {slots!r}")
     for size in (resident_memory, ram_cache or 0, expert_cache, on_cpu):
         parse_bytes(size)
@@ -67,3 +67,9 @@ def names_of(given: str | Iterable[str] | None) -> tuple[str, ...]:
     if not isinstance(given, Iterable | None):
         raise ValueError(f"expected a name or several, not {given!r}")
     return (given,) if isinstance(given, str) else tuple(given or ())
+
+
+def with_threads(planned: tuple[int, int | None] | None, threads: int | None) -> tuple[int, int | None]:
+    """Bytes of MLPs that the CPU computes as a plan says, and its threads: those that were asked for, or the plan's."""
+    nbytes, own = planned or (0, None)
+    return nbytes, own if threads is None else threads
