@@ -10,6 +10,7 @@ import resource
 import signal
 from contextlib import contextmanager
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -267,6 +268,8 @@ def test_resident_memory_spreads_blocks():
 
 WRONG = [
     ({"slots": 0}, "slots must be a number of blocks, at least 1, not 0"),
+    ({"main_device": []}, "main_device names no device"),
+    ({"cpu_threads": True}, "cpu_threads must be a number of threads, at least 1, not True"),
     ({"slots": -1}, "at least 1, not -1"),
     ({"slots": 1.5}, "at least 1, not 1.5"),
     ({"slots": True}, "at least 1, not True"),
@@ -700,3 +703,11 @@ def test_threads_of_the_cpu_are_those_that_are_asked_for_or_else_the_plans(tmp_p
         ):
             hook = next(hook for hook in hooks_in(parts.model.layers[0].mlp) if isinstance(hook, MlpHook))
             assert hook.threads == threads, options
+
+
+def test_there_are_no_more_slots_than_blocks():
+    model = Net(depth=3)
+    parts = dispatch_model(copy.deepcopy(model), {"": "cpu"}, 0, stand_in=STAND_IN, slots=np.int64(50))
+    assert same(parts(X), model(X))
+    (streamer,) = streamers_in(parts)
+    assert sum(slot.base.nbytes for slot in streamer.slots) <= sum(unit.nbytes for unit in streamer.units) + 512 * 16
