@@ -118,9 +118,16 @@ def plan(
     Args:
         model: a name, URL, folder, `nn.Module` or `ModelSpec`; a pipeline of Diffusers (a folder or repository with a
             `model_index.json`) gives a `PipelinePlan`, whose main GPU is the first one.
-        max_memory: device -> budget; None takes those of `hardware`, or of this machine (`Hardware.detect`).
-        strategy, dtype, quantization, keep, special_dtypes, no_split, batch, context, offload_buffers, strict,
-            experts_on_cpu, kv_dtype, slots: see `maps.strategies.place`.
+        max_memory: device -> budget in bytes or as text, as {0: "10GiB", "cpu": "64GiB"}, for GPU numbers, "cpu" (RAM)
+            and "disk"; None takes those of `hardware`, or of this machine.
+        strategy: "auto", "balanced", "balanced_low_0", "sequential", "exact" (for the longest context), or a device map
+            of your own, to be checked.
+        dtype: floating weights are cast to it ("float16", `torch.bfloat16`); None keeps them as stored.
+        quantization: of the linear layers: "int8", "nf4", "nf4-double", "fp4" or "fp4-double".
+        batch, context: sequences, and tokens of each (prompt and answer), that KV cache and activations are counted
+            for; context 0 counts the weights alone.
+        strict: raise if nothing fits; False returns the plan, with `problem` set.
+        keep, special_dtypes, no_split, offload_buffers, experts_on_cpu, kv_dtype, slots: see `maps.strategies.place`.
         links: bytes a second of each GPU's link; None takes those of `hardware`, or of this machine.
         on_cpu: let the CPU compute MLPs that rest in RAM, for few tokens, if that pays by what `calibrate()` measured
             on this machine; the plan says how many, or why none. What it computes is not bit-equal to the GPU's.
@@ -130,6 +137,10 @@ def plan(
         draft: a small model that guesses tokens for this one to check (`generate(assistant_model=...)`): room for it
             stays free on the first device.
         image: height and width in pixels, of a pipeline's image; None is what its denoiser was trained for.
+
+    Returns:
+        The plan: `device_map` for `load_checkpoint_and_dispatch`, `explain()` says why as text, `max_context` is in
+        tokens, `shares` has the bytes on each device.
 
     Raises:
         PlanError: no placement fits, with the bytes that are missing and what would help.
@@ -228,11 +239,16 @@ def advise(
         model: a name, URL, folder, `nn.Module` or `ModelSpec`.
         hardware: a `Hardware`, the name of one ("1 x RTX 4090", "L4", "8 x H100-80GB"), or None for this machine, whose
             measured rates are used if `calibrate()` was called here.
-        batch, context, target, stored, kv_dtype, acceptance: see `maps.advise.advise`.
+        batch, context: sequences, and tokens of each.
+        target: what ranks first: "speed", "quality", "memory" or "context" (the longest).
+        stored: ways to store the weights that are tried: quantizations, and None for 16 bits or as a quantized
+            checkpoint has it.
         draft: a small model that guesses tokens for this one to check: a name, folder, ...
+        kv_dtype, acceptance: see `maps.advise.advise`.
 
     Returns:
-        The options that fit, best first; if there are none, what would have to change.
+        The advice: print it for a table; `options` are those that fit, best first, each with its `plan`; `best` is the
+        first, or None, and `cures` then say what would have to change.
 
     Raises:
         ValueError: an unknown target or machine.

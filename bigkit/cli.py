@@ -42,7 +42,11 @@ if TYPE_CHECKING:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status. A wrong input is one line on stderr and status 2."""
-    options, unknown = _parser().parse_known_args(arguments)
+    parser = _parser()
+    if not (sys.argv[1:] if arguments is None else arguments):
+        parser.print_help(sys.stderr)
+        return 2
+    options, unknown = parser.parse_known_args(arguments)
     if unknown:
         options.parser.refuse(unknown[0])
     try:
@@ -52,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             from .listings import as_markdown
 
             said = as_markdown(said)
-        print(said, flush=True)
+        print(said.rstrip("\n"), flush=True)
     except BrokenPipeError:  # the reader of a pipe, such as `head`, has had enough; nothing is left to say at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (ValueError, OSError, ImportError) as error:
@@ -205,8 +209,9 @@ def _add_launch(launch: argparse.ArgumentParser) -> None:
                       help="the script is a program that needs no Python")  # fmt: skip
     for name in ("--debug", "--enable_cpu_affinity", "--multi_gpu", "--quiet", "--same_network"):
         add(name, action="store_true", help="for Accelerate's users; no effect")
-    for name in ("--dynamo_backend", "--dynamo_mode", "--max_restarts", "--mixed_precision", "--monitor_interval"):
-        add(name, help="for Accelerate's users; no effect: a model computes in the dtype that it is loaded in")
+    for name in ("--dynamo_backend", "--dynamo_mode", "--max_restarts", "--monitor_interval"):
+        add(name, help="for Accelerate's users; no effect")
+    add("--mixed_precision", help="no effect: a model computes in the dtype that it is loaded in")
     for name in _REFUSED:
         add(f"--{name}", action="store_true", help=argparse.SUPPRESS)
     add("--show", action="store_true", help="print the torchrun command and stop")
@@ -220,8 +225,8 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     add("model", help="a shipped name (`bigkit models`), Hub id, Hub URL, timm name, folder or GGUF file")
     add("--library_name", choices=("transformers", "timm", "bigkit"), help="found out if left out")
     add("--trust_remote_code", action="store_true", help="run model code from the Hub")
-    add("--batch", type=int, default=1, help="sequences (%(default)s)")
-    add("--context", type=int, default=2048, help="tokens each (%(default)s)")
+    add("--batch", type=int, default=1, help="sequences at once (%(default)s)")
+    add("--context", type=int, default=2048, help="tokens of each (%(default)s)")
     add("--kv_dtype", choices=KV_DTYPES, help="of keys and values in the cache (as the model computes)")
     add("--json", action="store_true", help="print JSON")
 
@@ -230,7 +235,7 @@ def _add_machine(parser: argparse.ArgumentParser) -> None:
     _add_model(parser)
     parser.add_argument(
         "--hardware",
-        help='a machine: 4090, "2 x H100", "RTX 4090, 128GB RAM", or GPUs of your own, "2 x 24GB" (this one)',
+        help='a machine: 4090, "2 x H100", "RTX 4090, 128GB RAM", or GPUs of your own, "2 x 24GiB" (this machine)',
     )
     parser.add_argument("--svg", nargs="?", const="-", metavar="FILE", help="write the picture (without FILE: print)")
 
@@ -238,9 +243,9 @@ def _add_machine(parser: argparse.ArgumentParser) -> None:
 def _add_plan(parser: argparse.ArgumentParser) -> None:
     _add_machine(parser)
     add = parser.add_argument
-    add("--max_memory", nargs="+", metavar="DEVICE=SIZE", help="budgets, as in 0=24GiB cpu=64GiB (the machine's own)")
-    add("--experts_on_cpu", type=int, metavar="BLOCKS", help="keep the experts of so many blocks in RAM (as must be)")
-    add("--on_cpu", action="store_true", help="MLPs in RAM on the CPU for few tokens, if calibrate found that it pays")
+    add("--max_memory", nargs="+", metavar="DEVICE=SIZE", help="budgets, as in 0=24GiB cpu=64GiB (all of the machine)")
+    add("--experts_on_cpu", type=int, metavar="BLOCKS", help="of so many blocks the experts rest in RAM (as needed)")
+    add("--on_cpu", action="store_true", help="the CPU computes MLPs in RAM, if that pays on this machine (no)")
     add("--strategy", choices=STRATEGIES, default="auto", help="where to cut the model (%(default)s)")
     add("--dtype", help="cast floating weights to this")
     add("--quantization", choices=QUANTIZATIONS, help="of the linear layers; a dry run of it needs bitsandbytes")

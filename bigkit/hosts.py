@@ -65,8 +65,8 @@ def pipeline(
     Args:
         model: the model, empty (`init_empty_weights`); a decoder with one chain of blocks.
         checkpoint: a file, an index or a folder, which each process can read.
-        plan: a stage for each process, from `plan_hosts` with machines that are named, for what is free changes; None
-            cuts for the memory that the processes have now.
+        plan: a stage for each process, from `plan_hosts` with named machines, so that all processes make the same one;
+            None cuts for the memory that the processes have now.
         bnb_quantization_config: how to quantize each weight as it is read, see `load_and_quantize_model`.
         dtype: floating weights become this; None takes the plan's.
         options: of `load_checkpoint_and_dispatch` or `load_and_quantize_model`, such as `offload_folder`.

@@ -51,6 +51,9 @@ def run(path: Path, timeout: int = 120) -> None:
         store_widget_state=False,
         coalesce_streams=True,
     ).execute()
+    for output in (output for cell in notebook.cells for output in cell.get("outputs", [])):
+        if output.get("name") == "stderr":
+            print(f"{path.name}: readers will see this in red: {output.text.strip()[:200]}")
     normalise(notebook)
     nbformat.write(notebook, path)
 

@@ -178,6 +178,7 @@ def test_calibrate_keeps_what_it_measured(capsys, monkeypatch, tmp_path):
         (["plan", "llama-2-7b", "--max_memory", "0=1MB", "disk=0"], "does not fit"),
         (["estimate-memory", "gpt2", "--dtypes", "float12"], "unknown dtype"),
         (["estimate-memory", "no-such-model-at-all"], "no-such-model-at-all"),
+        (["calibrate", "--folder", "/no/such/folder"], "there is no folder '/no/such/folder'"),
     ],
 )
 def test_errors_are_one_line_and_status_two(arguments, says, capsys):
@@ -191,7 +192,6 @@ def test_errors_are_one_line_and_status_two(arguments, says, capsys):
     [
         (["plan", "gpt2", "--max-memry", "0=1GiB"], "unknown argument '--max-memry', did you mean --max-memory?"),
         (["bogus"], "'machines'"),
-        ([], "COMMAND"),
     ],
 )
 def test_what_is_no_command_or_option_is_one_line(arguments, says, capsys):
@@ -199,6 +199,17 @@ def test_what_is_no_command_or_option_is_one_line(arguments, says, capsys):
         main(arguments)
     error = capsys.readouterr().err
     assert stop.value.code == 2 and says in error and error.count("\n") == 1 and "--help)" in error
+
+
+def test_no_command_shows_the_commands(capsys):
+    assert main([]) == 2
+    said = capsys.readouterr()
+    assert not said.out and "estimate-memory" in said.err and "example: bigkit advise" in said.err
+
+
+def test_code_ends_with_one_newline(capsys):
+    assert main(["plan", "gpt2", "--hardware", "T4", "--code"]) == 0
+    assert capsys.readouterr().out.endswith("device_map\n")
 
 
 @pytest.mark.parametrize(

@@ -48,7 +48,7 @@ R = TypeVar("R")
 def map_in_flight(
     function: Callable[[T], R], batches: Iterable[T], model: nn.Module, *, groups: int | None = None
 ) -> list[R]:
-    """What a function makes of each batch, with as many batches under way as the model has stages.
+    """Apply a function to each batch, with as many batches under way as the model has stages.
 
     Call it on every process, with the same batches. Within `bigkit.graph_decode` each process replays its decode steps:
     what a token waits for is then the GPU, and not Python.

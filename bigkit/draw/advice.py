@@ -13,7 +13,7 @@ from ..model.estimate import load_text
 from ..units import GiB, KiB, MiB, format_bytes, format_seconds, three_figures
 from .bars import BAR, PART_ABOUT, PART_COLOURS
 from .canvas import ABOVE, WIDTH, Picture, text_width
-from .colours import BLACK, BLUE, DARK, PALE, SOFT, TRACK, VERMILLION
+from .colours import BLACK, BLUE, DARK, PALE, SOFT, TRACK, VERMILLION, WHITE
 
 ROW = 42  # points from one way to the next
 PARTS = {  # name -> colour: where weights rest, and what works beside them
@@ -23,7 +23,6 @@ PARTS = {  # name -> colour: where weights rest, and what works beside them
 ABOUT = {**PART_ABOUT, "in flight": "room for weights on their way"}
 HATCHES = {"weights in RAM": "/", "weights on disk": "/", "in flight": "/"}
 NAMES = {"cpu": "RAM", "disk": "disk"}
-BETTER = {"speed": "faster", "memory": "smaller", "context": "longer", "quality": "better"}  # by a target of `advise`
 
 
 def advice_figure(advice: Advice) -> Picture:
@@ -31,7 +30,7 @@ def advice_figure(advice: Advice) -> Picture:
     end, and RAM after them; below it the seconds that each part of the machine works for one token (of a model that
     does not generate: for one pass). A token takes the longest of them.
 
-    A star: whatever is better by the target loses more quality.
+    A star: more exact than all above it, which are better by the target.
 
     >>> from bigkit import advise
     >>> advice_figure(advise("llama-2-70b", "1 x RTX 4090"))  # doctest: +ELLIPSIS
@@ -55,8 +54,7 @@ def advice_figure(advice: Advice) -> Picture:
     _draw_ends(picture, [(f"{name} {three_figures(end / unit)}", end / longest) for name, end in ends], top, unit_name)
     picture.axis(longest / unit, unit_name, top)
     if advice.options:
-        says = f"* whatever is {BETTER[advice.target]} loses more quality. A token waits for the slowest part."
-        picture.text(8, picture.y + 4, says, 8, SOFT)
+        picture.text(8, picture.y + 4, "* more exact than all above it. A token waits for the slowest part.", 8, SOFT)
         picture.y += 14
     return picture
 
@@ -125,8 +123,10 @@ def _write_waits(picture: Picture, option: Option, y: float) -> None:
         if seconds:
             bold = lane == option.bottleneck
             text = f"{'waits for ' if bold else ''}{lane} {format_seconds(seconds)}"
+            width = text_width(text, 8, bold)
+            picture.box("words", x, y - 5, width, 10, WHITE)  # no line of the grid goes through them
             picture.text(x, y, text, 8, BLACK if bold else SOFT, bold=bold)
-            x += text_width(text, 8, bold) + 10
+            x += width + 10
 
 
 def _draw_ends(picture: Picture, ends: list[tuple[str, float]], top: float, unit: str) -> None:

@@ -2,6 +2,7 @@
 
     RULES          each rule, its value, where it comes from, and what it was compared with
     rules_text     the same as a table
+    about_met      what a dry run says if its GPU or its versions were never compared
 
 Everything else follows from the model's own code. Leaves out: time (`machine/roofline.py` says where its figures come
 from), and settings of PYTORCH_ALLOC_CONF, which dry runs do not read.
@@ -9,6 +10,7 @@ from), and settings of PYTORCH_ALLOC_CONF, which dry runs do not read.
 
 from __future__ import annotations
 
+from importlib.metadata import PackageNotFoundError, version
 from typing import NamedTuple
 
 from ..machine.allocator import MEDIUM, MEDIUM_SEGMENT, ROUND, ROUND_LARGE, SMALL, SMALL_SEGMENT
@@ -20,6 +22,9 @@ from .rehearse import HOPPERS, PROCESSORS, USUAL
 HEADER = "AllocatorConfig.h, the same in 2.11, 2.13, 2.15"
 H200 = "H200, PyTorch 2.11"
 NEVER = "nothing"
+COMPARED = (9, 0)  # compute capability of the GPUs on which dry runs were compared with real ones: H200s
+VERSIONS = {"torch": "2.11", "transformers": "5.17"}  # of those runs
+NO_OTHER = "Dry runs were compared with real ones on H200s, with PyTorch 2.11 and Transformers 5.17, and with no other."
 
 
 class Rule(NamedTuple):
@@ -67,3 +72,24 @@ def rules_text() -> str:
     'attention, other GPUs         '
     """
     return text_table(["rule", "value", "source", "compared with"], [list(rule) for rule in RULES], "<<<<")
+
+
+def about_met(capability: tuple[int, int]) -> list[str]:
+    """What must be said of a dry run on a GPU of this compute capability, with the versions that are installed.
+
+    >>> about_met((7, 5)) == [NO_OTHER]
+    True
+    """
+    return (
+        []
+        if capability == COMPARED and all(_installed(library) == known for library, known in VERSIONS.items())
+        else [NO_OTHER]
+    )
+
+
+def _installed(library: str) -> str:
+    """The first two numbers of an installed version; empty if it is not there."""
+    try:
+        return ".".join(version(library).split(".")[:2])
+    except PackageNotFoundError:
+        return ""

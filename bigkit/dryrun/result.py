@@ -18,7 +18,7 @@ from pathlib import Path
 from ..devices import Device, device_label, read_device
 from ..machine.allocator import CachingAllocator, OutOfMemory, Recording, replay
 from ..machine.ledger import HostStep, Twin
-from ..machine.ranges import ALIKE, GUESSED, MEASURED, VENDOR, Range, range_of_memory, range_of_steps
+from ..machine.ranges import ALIKE, GUESSED, MEASURED, PLAIN, VENDOR, Range, range_of_memory, range_of_steps
 from ..machine.roofline import Operation, Rates, StepTime, run_steps
 from ..machine.streams import Span
 from ..units import format_bytes, format_seconds, three_figures
@@ -94,6 +94,7 @@ class DryRun:
         alike: GPUs on which the same would be done: see `run.on_machine`.
         workspaces: device -> the numbers of the requests by which cuBLAS took workspaces.
         attended, but_attention: where calls of attention lie; GPUs on which the same would be done but in these.
+        quantized: whether bitsandbytes quantizes its linear layers, whose Python takes longer than that of others.
     """
 
     model: str
@@ -116,6 +117,7 @@ class DryRun:
     workspaces: Mapping[Device, Sequence[int]] = field(default_factory=dict, repr=False)
     attended: Sequence[Attended] = field(default=(), repr=False)
     but_attention: frozenset[Target] = field(default=frozenset(), repr=False)
+    quantized: bool = False
 
     @cached_property
     def timelines(self) -> dict[Device, Timeline]:
@@ -238,7 +240,7 @@ class DryRun:
         """
         measured = any(rates.measured for rates in self.rates.values())
         host, others = (ALIKE, MEASURED) if measured else (GUESSED, VENDOR)
-        host = MEASURED if self.twin else host
+        host = MEASURED if self.twin else PLAIN if self.quantized else host
         prefill, tokens = self.times[:1], self.times[1:]
         ranges = {name: range_of_steps(steps, host, others)
                   for name, steps in (("prefill", prefill), ("token", tokens)) if steps}  # fmt: skip

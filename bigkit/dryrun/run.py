@@ -35,13 +35,12 @@ from ..model.config import facts
 from ..model.estimate import remarks
 from ..model.stored import tensors_told
 from ..quantize.load import BnbQuantizationConfig
+from .met import COMPARED, NO_OTHER, about_met
 from .rehearse import rehearse, target_of
 from .replay import Unlike
 from .result import DryRun
 from .splice import splice
 from .workload import Workload, in_words
-
-COMPARED = (9, 0)  # compute capability of the GPUs on which dry runs were compared with real ones: H200s
 
 
 def dry_run(
@@ -168,7 +167,7 @@ def dry_run(
         rates={f"cuda:{i}": rates[i] for i in numbers},
         capacity={i: machine.gpus[i].memory - context for i in numbers},
         asked=in_words(empty, load),
-        notes=(*remarks(name, about, load.prompt + load.new), *left_out),
+        notes=(*remarks(name, about, load.prompt + load.new), *left_out, *about_met(target.capability)),
         twin=calibration.twin(type(empty).__name__, kind, issued) if calibration else None,
         met=target.capability == COMPARED,
         expert_hits=trace.expert_hits,
@@ -176,6 +175,7 @@ def dry_run(
         workspaces={read_device(device): numbers for device, numbers in trace.workspaces.items()},
         attended=trace.attended,
         but_attention=frozenset(trace.but_attention),
+        quantized=config is not None,
         recorded=Ledger.load().ratios(calibration.machine, name) if here and calibration else {},
     )
 
@@ -198,6 +198,7 @@ def on_machine(run: DryRun, machine: Hardware) -> DryRun | None:
             return None
         run = replace(run, attended=(), alike=frozenset(), but_attention=frozenset(), **vars(spliced))
     rates, numbers = rates_of(machine, None), [i for i in run.capacity if isinstance(i, int)]
+    notes = (note for note in run.notes if not note.endswith((_AS_CUDA, NO_OTHER)))
     recordings = {
         device: replace(recording, events=_with_requests(recording.events, run.workspaces[device], target.workspace))
         if device in run.workspaces else recording
@@ -209,7 +210,7 @@ def on_machine(run: DryRun, machine: Hardware) -> DryRun | None:
         rates={f"cuda:{i}": rates[i] for i in numbers},
         capacity={i: machine.gpus[i].memory - CONTEXT_BYTES for i in numbers},
         recordings=recordings,
-        notes=(*(note for note in run.notes if not note.endswith(_AS_CUDA)), *_about_gpu(machine.gpus[0])),
+        notes=(*notes, *_about_gpu(machine.gpus[0]), *about_met(target.capability)),
         met=target.capability == COMPARED,
     )
 

@@ -246,7 +246,7 @@ def machine_of(hardware: Hardware | str | None) -> Hardware:
 
     A name is that of a machine in `HARDWARE`, or of one or several GPUs in `GPUS`: "RTX 4090", "3 x L4", "2xh100".
     Spaces, hyphens and capitals do not count, and the beginning or the end of a name is enough if no other has it:
-    "4090", "laptop". A GPU of your own is a size, "2 x 24GB", and counts as the slowest one in `GPUS` of about that
+    "4090", "laptop". A GPU of your own is a size, "2 x 24GiB", and counts as the slowest one in `GPUS` of about that
     memory, which the machine's name says; or one that is known, with another memory: "RTX 4090 48GiB". RAM may follow:
     "RTX 4090, 128GiB RAM"; else it is 64 GiB. Of a machine with one memory the size is that: "M4 Max 64GB". GiB are
     powers of 1024 and GB of 1000.
@@ -278,7 +278,7 @@ def machine_of(hardware: Hardware | str | None) -> Hardware:
         fitting = _fitting(kind) if not own else [_slowest(memory)] if memory else []
     if len(fitting) != 1 or not 0 < count <= (999 if fitting[0] in GPUS else 1):
         raise ValueError(f"unknown hardware {hardware!r}: {_near(kind, fitting)}; `bigkit machines` lists all names, "
-                         "and '2 x 24GB' is a machine with GPUs of your own")  # fmt: skip
+                         "and '2 x 24GiB' is a machine with GPUs of your own")  # fmt: skip
     base = _usual(fitting[0], count)
     if memory and (base.unified or not base.gpus):
         memory, ram = None, ram or memory
@@ -307,7 +307,7 @@ def variant(
     name, gpus = base.name, base.gpus
     if base.unified:
         gpus = tuple(replace(gpu, memory=gpu.memory * (ram or base.ram) // base.ram) for gpu in gpus)
-    elif memory and gpus and memory != gpus[0].memory:
+    elif memory is not None and gpus and memory != gpus[0].memory:
         name += f" {format_bytes(memory, 'exact')}"
         gpus = tuple(replace(gpu, memory=memory) for gpu in gpus)
     if own and gpus:

@@ -82,7 +82,7 @@ class Option:
         prefill: predicted seconds for one pass over the whole context, or over an image.
         waits: "Python", "GPU" (or "RAM"), "link", "disk" -> predicted seconds that it works for a token (or the pass).
         loss: rank of the loss of quality by quantization; 0 is none.
-        front: whether every option that is better by the target loses more quality.
+        front: whether it is more exact than every option that is better by the target.
         speculation: what a draft brings, if one was asked about.
     """
 
@@ -168,7 +168,7 @@ class Advice:
 
     @property
     def front(self) -> tuple[Option, ...]:
-        """The options worth a thought: what is better by the target loses more quality."""
+        """The options worth a thought: each is more exact than all that are better by the target."""
         return tuple(option for option in self.options if option.front)
 
     @property
@@ -203,7 +203,7 @@ class Advice:
             headers.append("with the draft")
             said = [option.speculation.text if option.speculation else "-" for option in self.options]
             rows = [[*row, text] for row, text in zip(rows, [*said, *["-"] * len(self.misfits)])]
-        notes = ["* whatever is better by the target loses more quality", *self.notes]
+        notes = ["* more exact than all above it", *self.notes]
         if self.measured:
             notes.append("Times follow the rates that bigkit calibrate measured on this machine.")
         return "\n".join([*head, "", text_table(headers, rows), "", *notes])

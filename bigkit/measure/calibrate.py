@@ -61,12 +61,14 @@ def calibrate(
         What was measured, with the twins that were measured before.
 
     Raises:
-        ValueError: no twin of this model can be made.
+        ValueError: there is no such folder, or no twin of this model can be made.
 
     >>> calibration = calibrate(save=False, quick=True)
     >>> calibration.disk_warm > 0 and calibration.issue > 0
     True
     """
+    if folder is not None and not Path(folder).is_dir():
+        raise ValueError(f"there is no folder {os.fspath(folder)!r} to measure the disk in")
     cuda = torch.cuda.is_available()
     device = "cuda" if cuda else "cpu"
     if model is not None:

@@ -3,10 +3,11 @@
 Where Python sets the pace, a step takes what the sequence of calls takes, whatever their widths. So a twin has the
 model's own classes, depth, heads and experts; its widths are divided until a head is 16 wide. It runs the same
 `generate` on this machine, and what it takes is kept with the machine's other figures. A dry run counts the host's
-steps in the twin and in the model, so that a twin of another depth serves too.
+steps in the twin and in the model, so that a twin of another depth serves too. A small model of images without a config
+of Transformers, as timm's are, is its own twin: one image is next to no work.
 
-Leaves out: models that are not Transformers', weights that travel (their hooks take time of the host's, too), and how
-steady the host is: a rented one changed its pace by two between a twin's run and its model's, some seconds later.
+Leaves out: other models that are not Transformers', weights that travel (their hooks take time of the host's, too), and
+how steady the host is: a rented one changed its pace by two between a twin's run and its model's, some seconds later.
 """
 
 from __future__ import annotations
@@ -21,16 +22,19 @@ import torch
 from torch import nn
 
 from ..dryrun.fake_bnb import config_of, fill_quantized, quantize_empty
+from ..dryrun.inputs import main_input
 from ..dryrun.run import dry_run
 from ..dryrun.workload import Step, Workload, fill, work
 from ..machine.ledger import HostStep, Twin
 from ..meta.empty import init_empty_weights
+from ..units import GiB, format_bytes
 
 HEAD, ROW = 16, 8  # width of a twin's narrowest head, and what widths are a multiple of: kernels want 16 bytes
 QUANTIZED = 64  # the same for both if its layers are quantized: bitsandbytes takes blocks of so many weights
 LOAD = Workload(batch=1, prompt=16, new=6)
 SINGLE = Workload(batch=1, prompt=1)  # no masks, no experts in groups: another sequence of calls than a longer prompt's
 EXPERT = 64  # width of a twin's experts, of which there may be hundreds
+SMALL = GiB  # bytes of weights, up to which a model of images is its own twin
 HEADS = re.compile(r".*head_dim|d_kv|attention_head_size|kv_channels")
 WIDTHS = re.compile(
     r"(.*_)?hidden_size|(.*_)?d_model|n_embd|(.*_)?embed_dim|embedding_size|.*hidden_dim|word_embed_proj_dim|dim|"
@@ -94,7 +98,13 @@ def twin_of(model: nn.Module, quantized: bool = False) -> nn.Module:
 
     config, dtype = getattr(model, "config", None), getattr(model, "dtype", torch.bfloat16)
     if not hasattr(config, "to_dict"):
-        raise ValueError(f"a {type(model).__name__} has no config of Transformers, of which a narrow twin can be made")
+        size = sum(parameter.nbytes for parameter in model.parameters())
+        if main_input(model) == "pixel_values" and size <= SMALL:
+            return copy.deepcopy(model)
+        raise ValueError(
+            f"a {type(model).__name__} of {format_bytes(size)} has no config of Transformers, of which a narrow twin "
+            f"can be made: expected one, or a model of images of at most {format_bytes(SMALL)}"
+        )
     try:
         with init_empty_weights():
             sizes = narrow(config, QUANTIZED, QUANTIZED) if quantized else narrow(config)
@@ -146,14 +156,15 @@ def _steps(
 def issued_in(model: nn.Module, load: Workload, quantization: str | None) -> list[int]:
     """Steps of the host in each step of the work of a model's twin, counted by a dry run."""
     work = load.batch, load.prompt, load.new
-    how: dict[str, Any] = {"quantization": quantization, "dtype": "bfloat16"} if quantization else {}
-    run = dry_run(lambda: twin_of(model, quantization is not None), None, *work, **how)
+    how: Any = {"quantization": quantization, "generate": load.generate}
+    # The dtype says that its layers are plain, or quantized here, whatever its config says of a checkpoint.
+    run = dry_run(lambda: twin_of(model, quantization is not None), None, *work, dtype="bfloat16", **how)
     ends = [0, *(end for _, end in run.steps)]
     return [sum(operation.issued for operation in run.operations[a:b]) for a, b in zip(ends, ends[1:])]
 
 
 def timed(model: nn.Module, load: Workload, device: str) -> list[tuple[float, float]]:
-    """Seconds of each step of a model's work, and how many of them passed before the model was called."""
+    """Seconds of each step of a model's work, and those that passed before the model, or its encoder, was called."""
     steps: list[tuple[float, float]] = []
     called: list[float] = []
     start = 0.0
@@ -166,15 +177,22 @@ def timed(model: nn.Module, load: Workload, device: str) -> list[tuple[float, fl
     def after(_: Step) -> None:
         nonlocal start
         now = clock()
-        steps.append((now - start, called[-1] - start))
+        steps.append((now - start, called[0] - start))
+        called.clear()
         start = now
 
-    hook = model.register_forward_pre_hook(lambda *_: called.append(time.perf_counter()), prepend=True)
+    asked: list[Any] = [model]
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False) and hasattr(model, "get_encoder"):
+        asked.append(model.get_encoder())  # type: ignore[operator]  # generate calls it by itself
+    hooks = [
+        part.register_forward_pre_hook(lambda *_: called.append(time.perf_counter()), prepend=True) for part in asked
+    ]
     start = clock()
     try:
         work(model, load, device, after)
     finally:
-        hook.remove()
+        for hook in hooks:
+            hook.remove()
     return steps
 
 

@@ -47,12 +47,12 @@ _OTHER_WAYS = (
 
 @contextmanager
 def graph_decode(model: nn.Module) -> Iterator[Decoder]:
-    """Within it, `generate` replays each decode step of a model as one CUDA graph.
+    """Within it, `generate` replays each decode step as one CUDA graph: the GPU no longer waits for Python.
 
     The tokens are those of `generate` with a static cache. Hooks and prints in the forward run only while a step is
-    recorded; those within an MLP that the CPU computes run in each, on a thread that must ask nothing of a GPU. What is
-    exchanged between two calls of `generate` is seen: weights, modules, hooks, adapters that are switched, numbers and
-    flags of modules, autocast; within one it must stay. Within another one of the same model this is that one.
+    recorded; those within an MLP that the CPU computes run in each, on a thread that must ask nothing of a GPU. What
+    changes between two calls of `generate` is seen: weights, modules, hooks, adapters that are switched, numbers and
+    flags of modules, autocast; within one call nothing may change. Nested for the same model, the outer one counts.
 
     Args:
         model: a model of Transformers, on one or several GPUs; blocks may rest in pinned RAM, and the CPU may compute
@@ -65,7 +65,7 @@ def graph_decode(model: nn.Module) -> Iterator[Decoder]:
 
     Raises:
         ValueError: the host has to take part in each step: parts of the model work on the CPU (other than those MLPs),
-            rest on disk or in RAM that is not pinned, choose experts on the host, or look for outliers.
+            rest on disk or in RAM that is not pinned, choose experts on the host, or set outliers of int8 apart.
         RuntimeError: while generating: something else in the step makes the host wait, or the CPU's part failed.
 
     Example:

@@ -54,8 +54,8 @@ def load_checkpoint_and_dispatch(
     Args:
         model: the model.
         checkpoint: a file, an index or a folder.
-        device_map: a map, a device for the whole model (0, "cpu", `torch.device`), a `Plan`, or one of
-            `maps.strategies.STRATEGIES` ("auto", ...), which makes one. None loads and does no more.
+        device_map: "auto" or another strategy of `plan`; a `Plan`; module names -> devices, of which the innermost
+            counts; or a device for the whole model (0, "cpu", `torch.device`). None loads and does no more.
         max_memory: device -> budget, for a strategy; None asks this machine.
         no_split_module_classes: classes that stay on one device, for a strategy; None takes the model's own list.
         offload_folder: where weights for "disk" are written that lie in no file as they are needed (of another dtype).
@@ -76,9 +76,7 @@ def load_checkpoint_and_dispatch(
     >>> from bigkit.zoo.gpt import GPT, GPTConfig, PYGPT
     >>> with init_empty_weights():
     ...     model = GPT(GPTConfig("pygpt"))
-    >>> model = load_checkpoint_and_dispatch(model, PYGPT, {"transformer.h.0": "disk", "transformer.wte": "cpu",
-    ...     "transformer.wpe": "cpu", "transformer.drop": "cpu", "transformer.ln_f": "cpu", "lm_head": "cpu",
-    ...     **{f"transformer.h.{i}": "cpu" for i in range(1, 10)}}, dtype="bfloat16")
+    >>> model = load_checkpoint_and_dispatch(model, PYGPT, {"": "cpu", "transformer.h.0": "disk"}, dtype="bfloat16")
     >>> model(torch.tensor([[1, 2, 3]]))[0].shape
     torch.Size([1, 3, 256])
     """

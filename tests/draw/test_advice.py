@@ -43,3 +43,13 @@ def test_label_and_texts_say_each_way() -> None:
     small = advise("llama-3.1-405b", "2 x T4, 32GiB RAM")
     assert {"does not fit"} <= {text.text for text in advice_figure(advise("llama-3.1-405b", "Binder")).texts}
     assert small.best is None or small.options
+
+
+def test_the_grid_passes_behind_what_a_token_waits_for() -> None:
+    picture = advice_figure(advise("llama-3.1-8b", "RTX 3060"))
+    grounds = [shape for shape in picture.shapes if isinstance(shape, Box) and shape.kind == "words" and shape.depth]
+    waits = [text for text in picture.texts if text.text.startswith("waits for ")]
+    assert len(waits) == 4
+    for text in waits:
+        start, end = text.span
+        assert any(at.x <= start and end <= at.x + at.width and at.y < text.y < at.y + at.height for at in grounds)

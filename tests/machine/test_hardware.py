@@ -172,7 +172,7 @@ def test_every_name_is_read_back():
         ("GPU", r"unknown"),
         ("0GB", r"unknown"),
         ("", r"no name is close to it"),
-        ("cat food", r"`bigkit machines` lists all names, and '2 x 24GB' is a machine with GPUs of your own"),
+        ("cat food", r"`bigkit machines` lists all names, and '2 x 24GiB' is a machine with GPUs of your own"),
     ],
 )
 def test_a_name_that_is_unknown_or_of_several_is_one_sentence(asked, said):

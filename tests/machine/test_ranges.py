@@ -1,13 +1,29 @@
 """Ranges of predictions: what they rest on, and what recorded runs make of them."""
 
+import json
 import math
+from pathlib import Path
 
 import pytest
 
 from bigkit import dry_run
-from bigkit.machine.ledger import Calibration, Ledger
-from bigkit.machine.ranges import GUESSED, MEASURED, SPREADS, VENDOR, Range, range_of_memory, range_of_steps
-from bigkit.machine.roofline import StepTime
+from bigkit.dryrun.result import DryRun
+from bigkit.dryrun.workload import Workload
+from bigkit.machine.ledger import Calibration, HostStep, Ledger, Twin
+from bigkit.machine.ranges import (
+    ALIKE,
+    GUESSED,
+    MEASURED,
+    PLAIN,
+    SPREADS,
+    VENDOR,
+    Range,
+    range_of_memory,
+    range_of_steps,
+)  # fmt: skip
+from bigkit.machine.roofline import Operation, Rates, StepTime
+
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 
 
 def test_the_slowest_lane_counts():
@@ -18,6 +34,41 @@ def test_the_slowest_lane_counts():
     assert found.high == pytest.approx(0.9 * SPREADS["python", GUESSED][1]), "a slow host would be waited for"
     both = range_of_steps([step, StepTime("token 2", 3.0, {"python": 3.0, "cuda:0": 0.1})], MEASURED, VENDOR)
     assert both.value == 2.0 and both.rests_on == MEASURED and both.low < 2.0 < both.high
+
+
+def held_out():
+    """(kind of lane, what the host's pace rests on, measured / predicted) of each prompt and token."""
+    for path in sorted(RESULTS.glob("held-out*.json")):
+        for row in json.loads(path.read_text())["rows"]:
+            quantized = row["case"].endswith(("/nf4", "/int8"))
+            for i, name in enumerate(["prompt", "token"]):
+                if name in row.get("compared", {}):
+                    lane, (predicted, measured) = row["longest"][i], row["compared"][name]
+                    kind = "python" if lane == "python" else "gpu" if lane.startswith("cuda") else "link"
+                    yield kind, MEASURED, measured / predicted
+                    yield kind, PLAIN if quantized else ALIKE, measured / row["without twin"][i]
+
+
+def test_nine_of_ten_held_out_runs_lie_in_their_ranges():
+    held = {}
+    for kind, host, ratio in held_out():
+        low, high = SPREADS[kind, host if kind == "python" else MEASURED]
+        held.setdefault((kind, host), []).append(low <= ratio <= high)
+    for rows in held.values():
+        assert len(rows) < 10 or sum(rows) >= 0.9 * len(rows)
+    for hosts in ((MEASURED,), (ALIKE, PLAIN)):
+        rows = [one for (_, host), some in held.items() if host in hosts for one in some]
+        assert len(rows) == 184 and sum(rows) >= 0.9 * len(rows)
+
+
+def test_without_a_twin_a_quantized_model_may_take_much_longer():
+    plain, quantized, timed = (
+        DryRun("", Workload(), {}, "", {}, {}, [Operation("mm", "cuda:0", 0, 0, "float32")], [("prefill", 1)],
+               {"cuda:0": Rates(1e9, {}, (), 1.0, 1e-6, 1e9, 1e9, 1e9)}, {}, quantized=quantized, twin=twin)
+        for quantized, twin in ((False, None), (True, None), (True, Twin("", "nf4", HostStep(1.0, 0.0, 1))))
+    )  # fmt: skip
+    assert plain.ranges["prefill"].high < 2.5 < 5 < quantized.ranges["prefill"].high
+    assert quantized.ranges["prefill"].rests_on == PLAIN and timed.ranges["prefill"].rests_on == MEASURED
 
 
 def test_runs_narrow_a_range_and_widen_it():

@@ -9,10 +9,11 @@ import torch
 import transformers
 
 from bigkit import dry_run, init_empty_weights, zoo
+from bigkit.dryrun.workload import Workload
 from bigkit.machine.hardware import GPUS, Hardware
 from bigkit.machine.ledger import Calibration, HostStep, Ledger, Twin
 from bigkit.measure.calibrate import calibrate, machine_name
-from bigkit.measure.twin import LOAD, measure_twin, narrow, twin_of
+from bigkit.measure.twin import LOAD, issued_in, measure_twin, narrow, timed, twin_of
 from bigkit.zoo._transformers import from_config
 from tests.maps.tiny_models import model_class, shrink
 
@@ -76,10 +77,33 @@ def test_twins_of_every_type_that_generates_text():
 
 
 def test_what_cannot_be_narrowed_says_so():
-    with pytest.raises(ValueError, match="has no config of Transformers"):
-        twin_of(zoo.empty_model("resnet50.a1_in1k"))
+    with init_empty_weights():
+        wide = torch.nn.Sequential(torch.nn.Linear(2**15, 2**14))
+    with pytest.raises(ValueError, match="a Sequential of 2.* GiB has no config .* of images of at most 1.00 GiB"):
+        twin_of(wide)
     config = shrink(transformers.Qwen2Config())
     assert narrow(config).hidden_size == config.hidden_size, "one that is narrow stays"
+
+
+def test_a_small_model_of_images_is_its_own_twin():
+    model = zoo.empty_model("resnet50.a1_in1k")
+    twin = measure_twin(model, "cpu", repeats=1)
+    whole = dry_run(lambda: zoo.empty_model("resnet50.a1_in1k"), None, 1, hardware="H200")
+    assert twin.model == "ResNet" and twin.token is None
+    assert twin.prefill.issued == sum(operation.issued for operation in whole.operations[: whole.steps[0][1]])
+    assert next(model.parameters()).is_meta, "the model itself is not changed"
+
+
+def test_what_passes_before_a_model_ends_where_its_encoder_begins():
+    sizes = {"d_model": 32, "d_kv": 16, "d_ff": 64, "num_heads": 2, "vocab_size": 64, "decoder_start_token_id": 0}
+    model = transformers.T5ForConditionalGeneration(
+        transformers.T5Config(num_layers=12, num_decoder_layers=1, **sizes)
+    ).eval()
+    generated, plain = (
+        [timed(model, Workload(1, 16, 1, generate=generate), "cpu") for _ in range(8)][3:] for generate in (True, False)
+    )
+    ours, alone = (min(run[0][0] - run[0][1] for run in runs) for runs in (generated, plain))
+    assert ours > 0.7 * alone, "twelve blocks of an encoder, which generate calls before the model"
 
 
 def test_a_dry_run_takes_the_twins_pace():
@@ -135,6 +159,17 @@ def test_calibrate_keeps_a_models_pace(tmp_path, monkeypatch):
     assert Ledger.load().calibrations[machine_name()].twins == twins, "calibrating anew keeps them"
     Ledger.load().add(replace(known, versions={"torch": "another"}, twins=()))
     assert Ledger.load().calibrations[machine_name()].twins == (), "but not with other libraries"
+
+
+def test_a_twin_is_not_kept_as_its_checkpoint_is_stored():
+    sizes = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4, "num_hidden_layers": 2}
+    how = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    counts = []
+    for more in ({}, {"quantization_config": how}):
+        with init_empty_weights():
+            model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, **more)).to(torch.bfloat16)
+        counts.append(issued_in(model, LOAD, None))
+    assert counts[0] == counts[1], "it is filled with plain weights, and so it is counted"
 
 
 def test_a_quantized_twin():

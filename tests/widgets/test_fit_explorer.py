@@ -81,7 +81,9 @@ def test_the_code_gives_the_same_advice(hardware):
     assert space["advice"] == explorer.advice
 
 
-@pytest.mark.parametrize("turns", [{"count": 3}, {"hardware": "Colab T4"}, {"gpu": "GB10"}, {"memory": 48, "ram": 9}])
+@pytest.mark.parametrize(
+    "turns", [{"count": 3}, {"memory": 0}, {"hardware": "Colab T4"}, {"gpu": "GB10"}, {"memory": 48, "ram": 9}]
+)
 def test_the_state_gives_the_same_answer_and_undo_the_one_before(turns):
     explorer = FitExplorer("llama-2-70b")
     before = explorer.advice
