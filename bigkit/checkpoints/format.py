@@ -97,7 +97,7 @@ class Checkpoint:
         path = Path(path)
         target = start_of_folder(path) if path.is_dir() else path
         if not target.exists():
-            raise FileNotFoundError(f"there is no checkpoint at {target}")
+            raise FileNotFoundError(f"there is no checkpoint at {target}: give a file or folder on this machine")
         names_of = files_of_index(target) if target.suffix == ".json" else {target: None}
         if missing := [file.name for file in names_of if not file.is_file()]:
             raise CheckpointError(f"{target} names {listed(missing)}, which is not in its folder")

@@ -154,9 +154,8 @@ def rest_on_disk(
         form = f"as {dtype_name(wanted)}" if in_files else "as safetensors"
         as_it_is = in_files and own.is_floating_point
         raise ValueError(
-            f"{listed(forms)} rests on disk in another form ({dtype_name(own)} in {source.path}) and must be written "
-            f"{form}: give an offload_folder"
-            + (f', or dtype="{dtype_name(own)}" to use it as it is' if as_it_is else "")
+            f"{source.path} has {listed(forms)} as {dtype_name(own)}, which for disk must be written {form}: "
+            "give an offload_folder" + (f', or dtype="{dtype_name(own)}" to use it as it is' if as_it_is else "")
         )
     written, in_new_file = write_file(folder, forms, lambda name: source.read(name).to(forms[name].dtype))
     return stored | in_new_file, written

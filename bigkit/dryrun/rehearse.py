@@ -33,7 +33,7 @@ from ..offload.gather import GatherStreamer
 from ..offload.lenders import streamers_in
 from ..offload.rows import Rows, bytes_of_one, count_rows
 from ..offload.stream import Streamer
-from ..offload.transfer import CHUNK, PlainLane, Slot
+from ..offload.transfer import PlainLane, Slot
 from ..offload.weights import Unit
 from ..quantize.load import BnbQuantizationConfig
 from ..units import KiB, MiB
@@ -172,16 +172,15 @@ class FakeLane(PlainLane):
         return slot
 
     def fill(self, slot: Slot, unit: Unit) -> None:
-        experts, gathered, pieces = 0, False, 0
+        experts, gathered, in_pieces = 0, False, False
         if isinstance(self.streamer, ExpertStreamer):
             whole: Unit = unit.whole if isinstance(unit, Rows) else unit
             experts = max(1, unit.nbytes * self.streamer.counts[whole.index] // max(1, whole.nbytes))
             if whole is not unit:  # the router must have chosen: the host waits for that, or the GPU gathers by itself
                 gathered = not self.streamer.host_waits
                 self._note(LEAVE if gathered else WAIT, slot, unit)
-                if self.rests(unit) == "disk":
-                    pieces = sum(-(-move.nbytes // CHUNK) for move in unit.moves())
-        self._note(FILL, slot, unit, experts=experts, gathered=gathered, pieces=pieces)
+                in_pieces = True
+        self._note(FILL, slot, unit, experts=experts, gathered=gathered, in_pieces=in_pieces)
 
     def see(self, slab: Slab, device: torch.device) -> Tensor:
         """RAM as a tensor on a fake GPU, which takes no memory there."""
@@ -226,6 +225,7 @@ def _replace_lanes(model: nn.Module, log: OperationLog, places: Mapping[str, Dev
             for part in (part for unit in streamer.units if lane.rests(unit) == "cpu" for part in unit.parts()):
                 assert part.slab is not None
                 part.slab.pinned = True  # a GPU can read it, as it can in a real run
+            streamer.prepare()
         if routing is not None and isinstance(streamer, ExpertStreamer):
             streamer.recorded = Recorded([routing.chosen[layers[id(unit.module)]] for unit in streamer.units])
 

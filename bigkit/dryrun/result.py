@@ -152,8 +152,9 @@ class DryRun:
             if (failed := self.fails_with(device, self.capacity.get(device))) is not None:
                 line = self.timelines[device]
                 step = line.step_of(failed)
+                when = "while weights are placed" if step == "fill" else f"in step {step!r}"
                 return (
-                    f"{device_label(device)} runs out of memory in step {step!r} (event {failed + 1:,} of "
+                    f"{device_label(device)} runs out of memory {when} (event {failed + 1:,} of "
                     f"{len(recording.events):,}): {format_bytes(line.peak_allocated)} would be allocated at the peak, "
                     f"and its allocator can have {format_bytes(self.capacity[device])}"
                 )
@@ -261,10 +262,10 @@ class DryRun:
 
     @property
     def busy(self) -> dict[str, float]:
-        """Lane -> the share of the whole time that it works."""
+        """Lane -> the share of the whole time that it works. A link that ends on copies for one more token has all."""
         whole = sum(step.seconds for step in self.times) or 1.0
         lanes = dict.fromkeys(lane for step in self.times for lane in step.busy)
-        return {lane: sum(step.busy.get(lane, 0.0) for step in self.times) / whole for lane in lanes}
+        return {lane: min(1.0, sum(step.busy.get(lane, 0.0) for step in self.times) / whole) for lane in lanes}
 
     @property
     def hits(self) -> str:

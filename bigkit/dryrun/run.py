@@ -24,7 +24,7 @@ from torch import nn
 from ..checkpoints.as_stored import AsStored, keep_as_stored
 from ..devices import Device, read_device, whole_on
 from ..machine.hardware import CONTEXT_BYTES, HARDWARE, Gpu, Hardware, machine_of
-from ..machine.ledger import Calibration, Ledger, calibration_of, overhead_of
+from ..machine.ledger import Calibration, Ledger, calibration_of, overhead_of, resting
 from ..machine.routing import Routing
 from ..maps.advise import rates_of
 from ..maps.links import DeviceMap, links_of
@@ -154,7 +154,7 @@ def dry_run(
     first, last = trace.steps[0][1], trace.steps[1][1]
     issued = sum(operation.issued for operation in trace.operations[first:last])
     kind = config.quantization if config else None
-    rates = rates_of(machine, calibration)
+    rates, rests = rates_of(machine, calibration), resting(places, expert_cache)
     return DryRun(
         model=name,
         load=load,
@@ -168,7 +168,7 @@ def dry_run(
         capacity={i: machine.gpus[i].memory - context for i in numbers},
         asked=in_words(empty, load),
         notes=(*remarks(name, about, load.prompt + load.new), *left_out, *about_met(target.capability)),
-        twin=calibration.twin(type(empty).__name__, kind, issued) if calibration else None,
+        twin=calibration.twin(type(empty).__name__, kind, issued, rests) if calibration else None,
         met=target.capability == COMPARED,
         expert_hits=trace.expert_hits,
         alike=frozenset(trace.alike),

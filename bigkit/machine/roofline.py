@@ -61,8 +61,6 @@ class Typical:
         attention: share of a vendor's 16-bit FLOP a second that fused attention reaches (H200).
         link: share of a vendor's link that a copy from pinned RAM reaches (H200).
         gathered: share of the rate of copies that a GPU reaches which reads experts out of RAM itself (H200).
-        piece: seconds between the starts of two reads of small pieces of files, whatever the number of readers: Python
-            lets one of them go on at a time (an H200's host, 16 readers, 16 pieces of 3 and 6 MB in 4.8 ms).
         issue: seconds that Python takes for one step (H200: 5.4e-6; slower hosts more).
         kernel: seconds that the smallest kernel takes (H200: 1.8e-6).
     """
@@ -82,7 +80,6 @@ class Typical:
     attention: float = 0.5
     link: float = 0.87
     gathered: float = 0.92
-    piece: float = 3e-4
     issue: float = 6e-6
     kernel: float = 2.5e-6
 
@@ -116,7 +113,7 @@ class Operation:
             different orders, or one is repeated; several at once go in one access otherwise.
         experts: experts of a mixture that are brought.
         gathered: whether the GPU itself reads them out of RAM, which reaches a part of the link's rate.
-        pieces: of files, in which they lie.
+        in_pieces: whether they lie in small pieces of files.
     """
 
     name: str
@@ -131,7 +128,7 @@ class Operation:
     scattered: int = 0
     experts: int = 0
     gathered: bool = False
-    pieces: int = 0
+    in_pieces: bool = False
 
 
 @dataclass(frozen=True)
@@ -148,6 +145,7 @@ class Rates:
         peer: bytes a second from another GPU.
         disk: bytes a second from files.
         measured: whether they were measured on the machine; else they follow from a vendor's figures.
+        pieces: (bytes that are read at once, bytes a second) of small pieces of files; without them `disk` holds.
     """
 
     memory: float
@@ -159,6 +157,7 @@ class Rates:
     peer: float
     disk: float
     measured: bool = field(default=False, compare=False)
+    pieces: Table = ()
 
     @staticmethod
     def of_gpu(gpu: Gpu, disk: float = 3.5e9) -> Rates:
@@ -202,7 +201,7 @@ class Rates:
         if gpu is not None:
             nominal = Rates.of_gpu(gpu, disk)
             measured |= {name: getattr(nominal, name) for name in missing}
-        return Rates(**measured, measured=True)
+        return Rates(**measured, measured=True, pieces=calibration.pieces)
 
     def seconds(self, operation: Operation) -> float:
         """The time that one operation takes on the device."""
@@ -346,8 +345,8 @@ class _Player:
         rates, lane = self.rates[operation.device], f"copy to {operation.device}"
         slot = self.slots[operation.device, operation.slot]
         disk = rates.disk if operation.source == "disk" else None
-        if disk is not None and operation.pieces:
-            disk = min(disk, operation.bytes / (operation.pieces * TYPICAL.piece))
+        if disk is not None and operation.in_pieces and rates.pieces:
+            disk = rate_at(rates.pieces, operation.bytes)
         before = self.clock.busy.get(lane, 0.0)
         link = rates.link * (TYPICAL.gathered if operation.gathered else 1)
         filling = self.clock.fill(slot, operation.bytes, link, disk, lane)

@@ -418,6 +418,10 @@ def read_budgets(max_memory: Mapping[Device, int | str]) -> dict[Device, int | N
     >>> read_budgets({"cpu": "1KB", 0: 10})
     {0: 10, 'cpu': 1000, 'disk': None}
     """
+    if not isinstance(max_memory, Mapping):
+        raise ValueError(
+            f"max_memory must map devices to budgets, as {{0: '10GiB', 'cpu': '9GiB'}}, not {max_memory!r}"
+        )
     given, max_memory = max_memory, {read_device(device): size for device, size in max_memory.items()}
     if len(max_memory) < len(given):
         raise ValueError(f"max_memory names a device twice: {listed([str(device) for device in given])}")

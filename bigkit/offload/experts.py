@@ -42,7 +42,7 @@ from .events import Event
 from .hooks import AlignDevicesHook, hooks_in
 from .on_device import DeviceRows
 from .pieces import Pieces
-from .rows import ExpertCache, Rows, bytes_of_one, count_rows, rows_of
+from .rows import ExpertCache, Rows, bytes_of_one, count_chosen, count_rows, rows_of
 from .stream import Streamer, Views
 from .transfer import PlainLane, Slot
 from .weights import Part, Unit
@@ -146,8 +146,7 @@ class ExpertStreamer(Streamer):
     def room(self, unit: Unit) -> int:
         """How many of a unit's experts tensors with fewer rows can hold."""
         each = max(1, unit.nbytes // self.counts[unit.index])
-        config = getattr(unit.module, "config", None)
-        few = max(SOME // each, getattr(config, "num_experts_per_tok", None) or 1) if self.is_large(unit) else 0
+        few = max(SOME // each, count_chosen(unit.module)) if self.is_large(unit) else 0
         return self.rows[unit.index] or min(few, self.counts[unit.index])
 
     def pays(self, unit: Unit, choices: int) -> bool:

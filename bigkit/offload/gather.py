@@ -18,6 +18,7 @@ it decodes): for all of these chosen experts are copied into a slot.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from itertools import islice
 from typing import Any
@@ -32,7 +33,7 @@ from ..checkpoints.ring import Slab
 from ._torch import detect_fake_mode
 from .escapes import count_holders
 from .experts import ExpertStreamer
-from .rows import bytes_of_one
+from .rows import bytes_of_one, count_chosen
 from .stream import Views
 from .table import Table, can_look_up, form_of
 from .transfer import CudaLane, PlainLane, Slot
@@ -101,7 +102,7 @@ class GatherStreamer(ExpertStreamer):
             return rows
         assert choice is not None
         if self.rows[unit.index]:
-            few = self.pays(unit, choice.numel()) and detect_fake_mode() is None
+            few = self.pays(unit, choice.numel()) and not hasattr(choice, "fake_mode")
             in_a_table = few and self.keeps_account(unit)
             return self._look_up(unit, choice) if in_a_table else super().lend_for(unit, choice, implementation)
         with self.lock:
@@ -142,21 +143,34 @@ class GatherStreamer(ExpertStreamer):
             self._accounts[unit.index] = fits and kernels_for(self._window(unit).base) is not None
         return self._accounts[unit.index]
 
+    def prepare(self) -> None:
+        """Take what the first token would else be late for: memory for rows, and their kernels."""
+        for unit in (unit for unit in self.units if self.rows[unit.index]):
+            with suppress(torch.OutOfMemoryError):  # then the first forward says so
+                slot = self.rows_for(unit).slot
+                assert slot is not None
+                if detect_fake_mode() is None and self.keeps_account(unit):
+                    self._table(unit).try_out(count_chosen(unit.module))
+                    self.lane.leave(slot)  # copies into the rows wait for that
+
+    def _table(self, unit: Unit) -> Table:
+        kept = self.rows_for(unit)
+        if unit.index not in self.tables:
+            self.tables[unit.index] = Table(kept, self._window(unit).base)
+        return self.tables[unit.index]
+
     def _look_up(self, unit: Unit, choice: Tensor) -> Tensor:
         """Lend what finds a token's experts in the rows of the GPU, or brings them there."""
         choice = choice.contiguous()
         with self.lock:
-            kept = self.rows_for(unit)
-            assert kept.slot is not None
-            if unit.index not in self.tables:
-                self.tables[unit.index] = Table(kept, self._window(unit).base)
-            table = self.tables[unit.index]
-            self.lane.arrive(kept.slot)  # what the host has brought
+            table, slot = self._table(unit), self.rows_for(unit).slot
+            assert slot is not None
+            self.lane.arrive(slot)  # what the host has brought
             table.choose(choice)
             if self.listeners and not (choice.is_cuda and torch.cuda.is_current_stream_capturing()):
                 # They are told how much, for which the host waits.
                 missing = int((table.hit == 0).sum())
-                self.tell_fetch(unit, self.slots.index(kept.slot), missing * bytes_of_one(unit))
+                self.tell_fetch(unit, self.slots.index(slot), missing * bytes_of_one(unit))
             self.lend(unit, partial(self._bring_table, table))
         return choice
 

@@ -23,7 +23,7 @@ from .inputs import torch_device
 from .mapped import PageLane
 from .on_cpu import Split, cpu_streamer
 from .rows import has_rows
-from .stream import Streamer
+from .stream import Streamer, is_real_cuda
 from .weights import Unit
 
 Dispatch = TypeVar("Dispatch", bound=Callable[..., nn.Module])
@@ -100,6 +100,8 @@ def _expert_streamers(
             stay = [on_device.get(unit.module, 0) for unit in own]
             sizes: dict[str, Any] = {"cache": share, "on_device": stay, "count": slots}
             streamer = cls(device, own, **sizes, on_pages=is_cpu, prefetch=prefetch, name=name)
+            if isinstance(streamer, GatherStreamer) and is_real_cuda(device):
+                streamer.prepare()
         else:
             lane = PageLane(device) if is_cpu else None
             streamer = Streamer(device, own, lane, count=slots, prefetch=False, cache=0 if is_cpu else share, name=name)

@@ -25,7 +25,7 @@ from ..devices import Device, join
 from ..units import format_bytes
 from .codec import codec_of
 from .grouping import Layout
-from .rows import count_rows, starts_of
+from .rows import count_chosen, count_rows, starts_of
 from .stream import is_real_cuda
 from .transfer import Slot
 from .weights import Part, Unit
@@ -142,7 +142,7 @@ def rows_on_devices(model: nn.Module, layout: Layout, nbytes: int) -> dict[nn.Mo
         each = sum(codec_of(tensor).nbytes(tensor) for tensor in module.parameters()) // count
         found[module] = min(count, nbytes // len(away) // each)
         needed[layout.works(name)] += found[module] * each
-        per_token = getattr(getattr(module, "config", None), "num_experts_per_tok", None) or 1
+        per_token = count_chosen(module)
         if found[module] < per_token:
             raise ValueError(
                 f"expert_cache is {format_bytes(nbytes)}, which is less than the experts that one token takes "

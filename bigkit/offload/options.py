@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from ..devices import Device, read_device
-from ..units import parse_bytes
+from ..units import counted, parse_bytes
 from .grouping import Layout
 from .inputs import torch_device
 from .stream import is_real_cuda
@@ -61,8 +61,11 @@ def read_options(
     stands = {read_device(given): torch_device(device) for given, device in (stand_in or {}).items()}
     layout = Layout(places, main, stands, tuple(further))
     for device in {layout.device(working) for working in (*gpus, main, *further)}:
-        if is_real_cuda(device):
-            torch.cuda.get_device_properties(device)  # an error if there is no such GPU
+        if is_real_cuda(device) and (number := device.index or 0) >= (there := torch.cuda.device_count()):
+            raise ValueError(
+                f"there is no GPU {number}: this machine has {counted(there, 'GPU')} that PyTorch sees. Give another "
+                f"map, or let the CPU play it with stand_in={{{number}: 'cpu'}}"
+            )
     return layout
 
 

@@ -163,7 +163,7 @@ class DryRunExplorer(Explorer):
         plan, run, _ = rehearsal
         fullest = max(run.timelines.values(), key=lambda line: line.peak_reserved / (line.capacity or 2**62))
         of = f" of {format_bytes(fullest.capacity)}" if fullest.capacity else ""
-        one = "At most" if len(run.timelines) == 1 else f"The fullest of {len(run.timelines)} GPUs holds"
+        one = "At its peak it holds" if len(run.timelines) == 1 else f"The fullest of {len(run.timelines)} GPUs holds"
         facts = f"{one} {format_bytes(fullest.peak_reserved)}{of}. Prefill {format_seconds(run.seconds['prefill'])} "
         facts += f"({run.ranges['prefill'].told(format_seconds)}). " + (f"{run.speed}. " if run.speed else "")
         if plan.offloaded:

@@ -59,7 +59,7 @@ def test_more_tokens_than_learned_positions_are_refused(model, most):
 
 def test_a_run_that_does_not_fit_says_where():
     run = dry_run("gpt2", None, 4, 512, 0, gpu(900 * MiB), dtype="float32")
-    assert not run.fits and run.problem.startswith("GPU 0 runs out of memory in step 'fill' (event ")
+    assert not run.fits and run.problem.startswith("GPU 0 runs out of memory while weights are placed (event ")
     run = dry_run("gpt2", None, 16, 512, 0, gpu(1300 * MiB), dtype="float32")
     assert "in step 'prefill'" in run.problem and "OUT OF MEMORY" in repr(run) and "DOES NOT FIT" in str(run)
 
@@ -147,6 +147,13 @@ def test_weights_that_travel_take_the_time_of_the_link():
     for lane in lanes:
         spans = [span for span in run.spans if span.lane == lane]
         assert all(a.end <= b.start + 1e-12 for a, b in zip(spans, spans[1:])), "one thing at a time"
+
+
+def test_no_lane_is_busy_for_more_than_the_whole_time():
+    away = {**GPT2, **{f"transformer.h.{i}": "cpu" for i in range(LAYERS)}}
+    run = dry_run(few_blocks(), away, 1, 16, 0, "T4")  # the link ends on a copy for the next token
+    assert sum(step.busy["copy to cuda:0"] for step in run.times) > sum(step.seconds for step in run.times)
+    assert run.busy["copy to cuda:0"] == 1 and all(0 <= share <= 1 for share in run.busy.values())
 
 
 def test_everything_away_and_nothing_on_a_gpu():

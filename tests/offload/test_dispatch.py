@@ -281,7 +281,7 @@ WRONG = [
     ({"main_device": "tpu"}, "unknown device 'tpu'"),
     ({"stand_in": {"tpu": "cpu"}}, "unknown device 'tpu'"),
     ({"stand_in": {0: "nowhere"}}, "nowhere"),
-    ({"stand_in": {}, "main_device": 99}, None),  # there is no such GPU
+    ({"stand_in": {}, "main_device": 99}, r"there is no GPU \d+: this machine has \d+ GPUs? that PyTorch sees"),
     ({"preload_module_classes": 3}, "a name or several, not 3"),
     ({"skip_keys": 3}, "a name or several, not 3"),
     ({"many_slots": 3}, "many_slots"),
@@ -291,7 +291,7 @@ WRONG = [
 @pytest.mark.parametrize(("options", "named"), WRONG, ids=lambda value: str(value)[:40])
 def test_a_wrong_option_is_refused_before_anything_changes(options, named, tmp_path):
     options = {"stand_in": STAND_IN} | options
-    errors = (ValueError, TypeError, RuntimeError, AssertionError)
+    errors = (ValueError, TypeError, RuntimeError)
     model = saved(tmp_path / "model")
     on_meta = empty()
     calls = [
