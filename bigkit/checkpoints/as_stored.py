@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from ..model.header import CheckpointError
 from ..model.spec import TensorSpec
 from ..model.stored import DECODING, DECODING_OF, DECODING_STACK, decoding
+from ._peft import refuse_adapters_on
 from ._transformers import Made, gptq_offset
 from .codecs import Codec, Kinds, Parts, StackCodec, described, find_codec, find_stack_codec
 from .decoded import DecodedStack
@@ -52,6 +53,11 @@ class AsStored(nn.Module):
     stacks: tuple[str, ...] = ()
     decoding: int = 0
     works_in: torch.dtype
+
+    def named_parameters(self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True) -> Any:
+        if not recurse:
+            refuse_adapters_on(self.stacks or ("weight",))
+        return super().named_parameters(prefix, recurse, remove_duplicate)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         parts = [self._parameters[name] for name in self.stored]

@@ -102,6 +102,9 @@ class Stage:
         self.calls = 0
         self.call = Call()
         self.given_up: set[int] = set()  # calls that have failed: their messages are thrown away when they come
+        self.lost = (
+            False  # whether a thread of a call that was interrupted still waits for a message, and would take it
+        )
         self.checked = rank == 0
         self.ends: list[Any] = []  # embeddings and heads that are elsewhere
         own = {id(tensor) for name in self.own for tensor in model.get_submodule(name).parameters()}
@@ -188,6 +191,8 @@ class Stage:
     @contextmanager
     def _calling(self, **about: Any) -> Iterator[None]:
         """The next call of all processes, by whose number they know each other's messages."""
+        if self.lost:
+            raise RuntimeError("a call was interrupted while it waited for another process: start all processes anew")
         self.calls += 1
         call = self.call = Call(self.calls, **about)
         try:

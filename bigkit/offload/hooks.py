@@ -371,7 +371,7 @@ class AlignDevicesHook(ModelHook):
     def init_hook(self, module: nn.Module) -> nn.Module:
         if self.is_placed:
             if self.streamer is not None and self.unit is not None:  # it may have been detached before
-                self.streamer.sites[self.unit.index].take_in_changes()
+                self.streamer.sites[self.unit.index].serve_again()
             return module
         if self.execution_device is None:
             if self.offload:

@@ -100,16 +100,13 @@ def load_checkpoint_and_dispatch(
             device_map = place(
                 spec_from_module(model), max_memory, device_map, dtype=dtype, special_dtypes=stored_dtypes(model),
                 no_split=classes, offload_buffers=offload_buffers, overhead=room_for_decoding(model),
+                slots=options.get("slots"),
             )  # fmt: skip
-        if isinstance(device_map, Plan):
-            dispatching.setdefault("slots", device_map.slots or 2)
-            if device_map.on_cpu and "on_cpu" not in dispatching:
-                dispatching["on_cpu"], dispatching["cpu_threads"] = device_map.on_cpu
-            device_map = device_map.device_map
         loading = None
         if device_map is not None:
-            layout = read_options(device_map, **dispatching)
-            check_device_map(model, device_map)
+            places = device_map.device_map if isinstance(device_map, Plan) else device_map
+            layout = read_options(places, **dispatching)
+            check_device_map(model, places)
             loading = {name: "cpu" if device in layout.stand_in else device for name, device in layout.places.items()}
         report = load_checkpoint_in_model(
             model, source, loading, offload_folder, dtype, offload_buffers=offload_buffers, strict=strict,

@@ -158,6 +158,10 @@ class BlockHook(AlignDevicesHook):
             return self.few.post_forward(module, output)
         return super().post_forward(module, output)
 
+    def init_hook(self, module: nn.Module) -> nn.Module:
+        self.few.init_hook(module)
+        return super().init_hook(module)
+
     def retire(self) -> None:
         super().retire()
         self.few.retire()

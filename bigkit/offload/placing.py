@@ -146,8 +146,8 @@ class Origins:
             OSError: it could not be written.
         """
         if self.folder is None:
-            names = listed(map(repr, tensors), 3)
-            raise ValueError(f"{names} shall rest on disk and are in no file that is known: give an offload folder")
+            names = listed(tensors, 3)
+            raise ValueError(f"{names} shall rest on disk, and no file is known to have it: give an offload folder")
         forms = {name: Form(tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
         file, stored = write_file(self.folder, forms, tensors.__getitem__)
         self.written[file.path] = file

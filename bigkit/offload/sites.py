@@ -77,9 +77,22 @@ class Site:
         for entry in self.entries:
             entry.tensors[entry.own] = entry.handle
 
-    def take_in_changes(self) -> None:
-        """Move modules that were added to where the unit works, and keep parameters that were replaced."""
+    def serve_again(self) -> None:
+        """A hook that was taken away has been put back."""
         self.released = False
+        self.take_in_changes()
+
+    def take_in_changes(self) -> None:
+        """Move modules that were added to where the unit works, and keep parameters that were replaced.
+
+        Raises:
+            RuntimeError: a forward was about to begin when another thread took its hooks away.
+        """
+        if self.released:
+            raise RuntimeError(
+                f"the hooks of {self.unit.name or type(self.unit.module).__name__!r} were removed, or the model was "
+                "dispatched anew, by another thread while this forward was on its way: run it again"
+            )
         if self._ids() != self._modules:
             for module in self.unit.modules():
                 move_own(module, self.streamer.device)
@@ -97,7 +110,8 @@ class Site:
 
     def release(self) -> None:
         """Put the weights themselves in the place of all handles in the unit's modules."""
-        self.take_in_changes()
+        if not self.released:
+            self.take_in_changes()
         self.released = True
         places = [place for weight in self.unit.weights for place in weight.places]
         for place, handle in held_by(self.unit.modules()):

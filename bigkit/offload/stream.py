@@ -334,7 +334,7 @@ class Streamer:
 
     def _shared_slot(self, following: Container[Unit | None]) -> Slot:
         """A slot for any unit; the first time all are made, and one more when forwards are nested too deeply."""
-        missing = self.count - sum([slot.owner is None for slot in self.slots])
+        missing = min(self.count, len(self.units)) - sum([slot.owner is None for slot in self.slots])
         while missing > 0 or (slot := self._idle(following) or self._idle([])) is None:
             self.slots.append(self.lane.slot(max(unit.nbytes for unit in self.units if not unit.loose)))
             missing -= 1

@@ -115,10 +115,9 @@ def load_and_quantize_model(
         targets = layers_to_quantize(model, config, needed=not stacks)
         _warn_of_stacks(model, config, stacks)
         devices, slots = _device_map(
-            model, config, [*targets, *stacks], device_map, no_split_module_classes, max_memory
+            model, config, [*targets, *stacks], device_map, no_split_module_classes, max_memory, options.get("slots")
         )
-        if slots is not None:
-            arguments.setdefault("slots", slots)  # those that the plan left room for
+        arguments["slots"] = slots
         places = _Places(devices, stand_in, offload_folder)
         if source is None:
             weights = _weights_of_model(model, config, targets, stacks, places)
@@ -184,13 +183,14 @@ def _device_map(
     model: nn.Module, config: BnbQuantizationConfig, quantized: Iterable[str],
     device_map: Mapping[str, Device] | str | None, no_split: Iterable[str] | None,
     max_memory: Mapping[Device, int | str] | None,
+    slots: int | None,
 ) -> tuple[dict[str, Device], int | None]:  # fmt: skip
     """The map that is asked for, checked; by name, planned with the sizes that the weights will have. And its slots."""
     if device_map is None:
         device_map = {"": 0 if torch.cuda.is_available() else "cpu"}
     if not isinstance(device_map, str):
         check_device_map(model, device_map)
-        return {name: read_device(device) for name, device in device_map.items()}, None
+        return {name: read_device(device) for name, device in device_map.items()}, slots
     if device_map not in STRATEGIES:
         raise ValueError(f"unknown device_map {device_map!r}: expected a dict or one of {', '.join(STRATEGIES)}")
     spec = spec_from_module(model)
@@ -200,8 +200,9 @@ def _device_map(
         spec, get_max_memory(max_memory), device_map, dtype=config.torch_dtype, quantization=config.quantization,
         keep=_kept(spec, quantized), special_dtypes={name: "float32" for name in floats if is_named(name, fp32)},
         no_split=no_split,
+        slots=slots,
     )  # fmt: skip
-    return plan.device_map, plan.slots or None
+    return plan.device_map, plan.slots or slots
 
 
 def _kept(spec: ModelSpec, quantized: Iterable[str]) -> list[str]:
