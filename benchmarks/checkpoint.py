@@ -45,11 +45,11 @@ from bigkit.checkpoints.to_gpu import read_to_gpu
 from bigkit.units import GB, MiB
 
 
-def llama(layers: int) -> nn.Module:
-    """An empty Llama-7B shape with `layers` blocks."""
+def llama(layers: int, **sizes: int) -> nn.Module:
+    """An empty Llama-7B shape with `layers` blocks; `sizes` of it differ."""
     import transformers
 
-    config = transformers.LlamaConfig(num_hidden_layers=layers, dtype="bfloat16")
+    config = transformers.LlamaConfig(num_hidden_layers=layers, dtype="bfloat16", **sizes)
     with init_empty_weights():
         return transformers.LlamaForCausalLM._from_config(config, dtype=torch.bfloat16)
 
@@ -68,7 +68,7 @@ def many() -> nn.Module:
         return Many()
 
 
-def make(folder: Path, layers: int, gpu: bool) -> None:
+def make(folder: Path, layers: int, gpu: bool, **sizes: int) -> None:
     """Write a checkpoint with random weights, unless it is there."""
     if folder.exists():
         return
@@ -77,7 +77,7 @@ def make(folder: Path, layers: int, gpu: bool) -> None:
         with torch.no_grad():
             save_model(Many(), folder, "5MB")
         return
-    model = llama(layers).to_empty(device="cuda" if gpu else "cpu")
+    model = llama(layers, **sizes).to_empty(device="cuda" if gpu else "cpu")
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(0, 0.02)

@@ -1,8 +1,8 @@
 """How much sooner N processes answer a file of prompts than one, what a gather costs next to Accelerate's, and what one
-model over two processes does beside one process that has both GPUs.
+model over N processes does beside one process that has all their GPUs.
 
     python benchmarks/distributed.py [--gpu] [--save]
-    python benchmarks/distributed.py --gpu --parts stages [--kinds bf16 int8 nf4 moe]
+    python benchmarks/distributed.py --gpu --parts stages [--kinds bf16 int8 nf4 moe] [--processes 8]
 
 For shares the model is the shipped GPT. Each process has one thread on the CPU, or one GPU; one process is measured the
 same way. The time is that of the work, after every process has loaded the model: starting them is given apart. Runs are
@@ -10,12 +10,13 @@ taken in turn, 1 process and N, and the medians compared. `overhead` is what spl
 one process with bigkit over that of a plain loop.
 
 For stages it is a Llama-7B shape, or a mixture of experts, with random weights; without `--gpu` small ones. One process
-with both GPUs and two processes with one each answer the same prompts; it is said which share of the answers is equal.
+with all GPUs and N processes (2) with one each answer the same prompts; it is said which share of the answers is equal.
 *One at a time* means one group of sequences after another through both stages, so that one process always waits; *in
 flight* means as many groups under way as stages (`map_in_flight`), and the gain is their ratio. Each way runs before it
-is timed, so that memory, kernels and graphs are there. A run counts all of `generate`, the prompts included, for four
-groups, or six with three under way. With `graphs` each process replays its decode steps (`graph_decode`); only bf16 is
-timed in Python, with three groups and for single sequences, too. int8 looks for no outliers.
+is timed, so that memory, kernels and graphs are there. A run counts all of `generate`, the prompts included, for two
+groups a process, or three with one more than processes under way. With `graphs` each process replays its decode steps
+(`graph_decode`); only bf16 is timed in Python, with one group more and for single sequences, too. int8 looks for no
+outliers.
 Attention is PyTorch's own: cuDNN's, the default on an H200, gives other bits from call to call.
 """
 
@@ -125,7 +126,7 @@ def gathers(sizes: list[int], gpu: bool, runs: int) -> dict[str, float]:
 def measure_shares(options: argparse.Namespace) -> dict[str, Any]:
     """The shipped GPT in 1, 2 and all processes, and gathers; two Markdown tables are printed."""
     most = torch.cuda.device_count() if options.gpu else os.cpu_count() or 1
-    worlds = sorted({1, 2, most} & set(range(1, most + 1)))
+    worlds = sorted({1, 2, 4, most} & set(range(1, most + 1)))
     prompts = (PROMPTS * options.prompts)[: options.prompts]
     times: dict[tuple[int, str], list[float]] = {}
     for _ in range(options.runs):
@@ -165,7 +166,7 @@ def measure_shares(options: argparse.Namespace) -> dict[str, Any]:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# One model over two processes
+# One model over several processes
 
 # sequences in a group, tokens of a prompt, tokens to add
 LOADS = {"many": (64, 128, 32), "one sequence": (1, 64, 32)}
@@ -243,9 +244,9 @@ def answer_in_stages(kinds: list[str], gpu: bool, folder: Path, loads: dict[str,
         if together:
             gather_object([rank])  # by gloo: a barrier of nccl would spin on a GPU that process 0 is measuring
 
-    rank, dtype = state.process_index, torch.bfloat16 if gpu else torch.float32
+    rank, world, dtype = state.process_index, state.num_processes, torch.bfloat16 if gpu else torch.float32
     machine = gather_object([Hardware.detect()])[0]  # one for all: how much is free changes
-    hosts = [replace(machine, gpus=machine.gpus[i : i + 1], ram=machine.ram // 2) for i in range(2)]
+    hosts = [replace(machine, gpus=machine.gpus[i : i + 1], ram=machine.ram // world) for i in range(world)]
 
     def equal(said: list[Any], expected: list[Any]) -> float:
         """The share of rows of tokens that are equal."""
@@ -260,12 +261,12 @@ def answer_in_stages(kinds: list[str], gpu: bool, folder: Path, loads: dict[str,
         for by, load in cases:
             batch, prompt, new = loads[load]
             generator = torch.Generator().manual_seed(1)
-            prompts = [*torch.randint(3, model.config.vocab_size, (6, batch, prompt), generator=generator)]
+            prompts = [*torch.randint(3, model.config.vocab_size, (3 * world, batch, prompt), generator=generator)]
             with graph_decode(model) if by == "graphs" else nullcontext():
                 for way, (count, run) in ways.items() if together else [("one at a time", (1, one_at_a_time))]:
-                    if way == "three under way" and (by == "Python" or kind != "bf16"):
+                    if way == more and (by == "Python" or kind != "bf16"):
                         continue
-                    asked = prompts if way == "three under way" else prompts[:4]  # groups without a rest
+                    asked = prompts if way == more else prompts[: 2 * world]  # groups without a rest, of two
                     run(model, asked[:count], new if by == "graphs" else 4)  # memory, kernels and graphs are there then
                     meet(together)
                     start = time.perf_counter()
@@ -287,9 +288,10 @@ def answer_in_stages(kinds: list[str], gpu: bool, folder: Path, loads: dict[str,
     def in_flight(model: Any, prompts: Any, new: int, groups: int | None = None) -> list[Any]:
         return map_in_flight(lambda ids: ask(model, ids, new), prompts, model, groups=groups)
 
+    more = f"{ {3: 'three'}.get(world + 1, world + 1) } under way"
     ways = {  # groups under way, and how they are asked
-        "in flight": (2, in_flight),
-        "three under way": (3, partial(in_flight, groups=3)),
+        "in flight": (world, in_flight),
+        more: (world + 1, partial(in_flight, groups=world + 1)),
         "one at a time": (1, one_at_a_time),
     }
 
@@ -298,7 +300,7 @@ def answer_in_stages(kinds: list[str], gpu: bool, folder: Path, loads: dict[str,
         if together:
             return bigkit.pipeline(model, stored[kind == "moe"], plan, config).eval()
         places = {name: rank if gpu else "cpu" for rank, stage in enumerate(plan.stages) for name in stage.names}
-        places |= dict.fromkeys(("model.norm", "model.rotary_emb"), 1 if gpu else "cpu")  # the same cut
+        places |= dict.fromkeys(("model.norm", "model.rotary_emb"), world - 1 if gpu else "cpu")  # the same cut
         if config is None:
             return bigkit.load_checkpoint_and_dispatch(model, stored[kind == "moe"], places, dtype=dtype).eval()
         return bigkit.load_and_quantize_model(model, config, stored[kind == "moe"], places).eval()
@@ -316,7 +318,9 @@ def answer_in_stages(kinds: list[str], gpu: bool, folder: Path, loads: dict[str,
         plan = bigkit.plan_hosts(model, hosts, Network("NVLink", 3e11, 3e-5), dtype=dtype, **ask_for)
         if (place := stored[kind == "moe"]) not in written:
             place.mkdir(exist_ok=True)
-            write_part(model, [*plan.stages[rank].names, *(["model.norm"] if rank else [])], place, rank, gpu)
+            write_part(
+                model, [*plan.stages[rank].names, *(["model.norm"] if rank == world - 1 else [])], place, rank, gpu
+            )
             written.add(place)
             meet()
         if gpu:
@@ -346,23 +350,24 @@ def answer_in_stages(kinds: list[str], gpu: bool, folder: Path, loads: dict[str,
     return rows
 
 
-def measure_stages(kinds: list[str], gpu: bool) -> list[dict[str, Any]]:
-    """A row for each kind of model: two processes, and one with all GPUs."""
+def measure_stages(kinds: list[str], gpu: bool, world: int) -> list[dict[str, Any]]:
+    """A row for each kind of model: several processes, and one with all GPUs."""
     loads = LOADS if gpu else LOADS_CPU
     folder = Path(tempfile.mkdtemp(dir="/dev/shm" if Path("/dev/shm").is_dir() else None))
     try:
-        first, last = notebook_launcher(answer_in_stages, (kinds, gpu, folder, loads), 2)
+        every = notebook_launcher(answer_in_stages, (kinds, gpu, folder, loads), world)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    return joined(first, last, gpu)
+    return joined(every, gpu)
 
 
-def joined(first: list[dict[str, Any]], last: list[dict[str, Any]], gpu: bool) -> list[dict[str, Any]]:
-    """The rows of both processes as one."""
+def joined(every: list[list[dict[str, Any]]], gpu: bool) -> list[dict[str, Any]]:
+    """The rows of all processes as one."""
     rows = []
-    for one, other in zip(first, last):
-        row = one | {name: [one[name], other[name]] for name in ("blocks", "held_mib", "load_s")}
-        row |= {"peak_mib": [one["peak_mib"], other["peak_mib"]]} if gpu else {}
+    for same in zip(*every):
+        one = same[0]
+        row = one | {name: [other[name] for other in same] for name in ("blocks", "held_mib", "load_s")}
+        row |= {"peak_mib": [other["peak_mib"] for other in same]} if gpu else {}
         row["gain"] = {}
         for name in [name for name in one["rates"] if name.endswith(", in flight")]:
             key = name.removesuffix(", in flight")
@@ -380,11 +385,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="N processes against one")
     parser.add_argument("--gpu", action="store_true", help="one process a GPU, instead of one a core")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="shares: a model in each process; "
-                        "stages: one model over two processes")  # fmt: skip
+                        "stages: one model over several")  # fmt: skip
     parser.add_argument("--prompts", type=int, default=64)
     parser.add_argument("--tokens", type=int, default=64, help="bytes to add to each")
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS, help="of models in stages")
+    parser.add_argument("--processes", type=int, default=2, help="over which a model is spread")
     parser.add_argument("--save", action="store_true", help="write benchmarks/results/{distributed,stages}-*.json")
     options = parser.parse_args()
     machine = {
@@ -406,7 +412,7 @@ def main() -> None:
         import transformers
 
         about = {"transformers": transformers.__version__, "loads": LOADS if options.gpu else LOADS_CPU}
-        content = {"machine": machine | about, "rows": measure_stages(options.kinds, options.gpu)}
+        content = {"machine": machine | about, "rows": measure_stages(options.kinds, options.gpu, options.processes)}
         if options.save:
             (folder / f"stages-{place}.json").write_text(json.dumps(content, indent=1) + "\n")
 

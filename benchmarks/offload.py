@@ -3,7 +3,7 @@
     python benchmarks/offload.py [--save]              the CPU: disk offload, and what a hook costs
     python benchmarks/offload.py --gpu [--save]        a CUDA GPU: 13.5 GB in RAM and on disk, and larger models
     python benchmarks/offload.py --gpu --parts large   only one part of it: ceilings ways disk ablation large moe, or
-                                                       links cpu loading (benchmarks/links.py)
+                                                       those of benchmarks/links.py: one link against several
 
 On the GPU the model is a Llama-7B shape in bfloat16 with random weights. Every way computes the same two forwards:
 1 x 16 tokens, where the link is what takes time, and 8 x 512, where the GPU has work of the same order. Times are
@@ -175,7 +175,7 @@ class Apart(transfer.CudaLane):
             slot.ready.record(self.stream)
 
 
-def gpu(table: Table, parts: list[str], folder: Path, runs: int, layers: int, cores: int) -> None:
+def gpu(table: Table, parts: list[str], folder: Path, runs: int, layers: int) -> None:
     """All parts on a GPU."""
     if "ceilings" in parts:
         table.machine["pinned_gb_s"] = pinned_rate() / GB
@@ -200,8 +200,6 @@ def gpu(table: Table, parts: list[str], folder: Path, runs: int, layers: int, co
         gpu_large(table)
     if "moe" in parts:
         gpu_moe(table, runs)
-    if {"links", "cpu", "loading"} & {*parts}:
-        beyond.measure(table, parts, layers, cores)
 
 
 def gpu_ways(table: Table, empty: Any, state: dict[str, Tensor], size: int, folder: Path, runs: int) -> None:
@@ -482,6 +480,7 @@ def main() -> None:
     parser.add_argument("--parts", nargs="*", default=["ceilings", "ways", "ablation", "disk", "large", "moe"])
     parser.add_argument("--runs", type=int, default=7)
     parser.add_argument("--layers", type=int, default=32)
+    parser.add_argument("--blocks", type=int, default=12, help="of a 70B, for the part seventy")
     parser.add_argument("--cores", type=int, default=16, help="of the CPU, for the part cpu")
     parser.add_argument("--folder", type=Path, help="where files are made (a temporary folder)")
     parser.add_argument("--save", nargs="?", const=True, help="write benchmarks/results/offload-*.json, or this file")
@@ -504,8 +503,10 @@ def main() -> None:
     table = Table(machine, path)
     root = options.folder or Path(tempfile.mkdtemp(prefix="offload-benchmark-"))
     try:
-        if options.gpu:
-            gpu(table, options.parts, root, options.runs, options.layers, options.cores)
+        if {*options.parts} & {*beyond.PARTS}:
+            beyond.measure(table, options.parts, options.layers, options.cores, options.blocks)
+        elif options.gpu:
+            gpu(table, options.parts, root, options.runs, options.layers)
         else:
             cpu(table, root, options.runs)
     finally:

@@ -15,7 +15,8 @@ blocks are placed whole (`strategies.py`).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from itertools import accumulate
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from .plan import Placed, Plan
     from .task import Task
 
+MOST = 256  # dense units of which every cut is tried
 SLOTS = (2, 1)  # a block's experts arrive while another's work; or the next ones only when these are done
 
 
@@ -109,38 +111,71 @@ def plan_apart(task: Task, strategy: str) -> Plan | None:
 
 def _fill(task: Task, dense: Sequence[int], experts: Sequence[int], reserve: int) -> list[Device] | None:
     """The place of each unit; None if the dense ones do not fit beside the reserve on each runner."""
-    on_cpu = task.experts_on_cpu
-    units, places = task.units, [task.runners[0]] * len(task.units)
+    on_cpu, units = task.experts_on_cpu, task.units
     rooms = [room - reserve for room in task.rooms(task.context)]
     chain = Chain([task.needs[k] for k in dense])
     if chain.reach(rooms)[-1] < len(dense):
         return None
-    ends = chain.balance(rooms)
-    starts = [0, *ends[:-1]]
-    for runner, start, end in zip(task.runners, starts, ends):
-        for k in dense[start:end]:
-            places[k] = runner
-    home = task.by_layer(places)  # experts are on the first runner in it, their blocks where they belong
-    own: dict[Device, list[int]] = {runner: [] for runner in task.runners}
-    for k in experts:
-        own[home[task.around[units[k].layers[0]]]].append(k)
-    away: list[int] = []
-    for runner, room, start, end in zip(task.runners, rooms, starts, ends):
-        sizes = [units[k].weights for k in own[runner]]
-        left = room - chain.load(start, end)
-        left += reserve if sum(sizes) <= left + reserve else 0  # nothing is in flight if all are there
-        chosen = _last(sizes, left) if task.in_order else spread(sizes, left)
-        staying = {own[runner][i] for i in chosen} if on_cpu is None else set(experts[on_cpu:])
-        for k in own[runner]:
-            places[k] = runner
-            if k not in staying:
-                away.append(k)
-    away.sort()
+    rank = {i: at for at, k in enumerate(dense) for i in units[k].layers}
+    home = [rank[task.around[units[k].layers[0]]] for k in experts]  # of each block's experts: the rank of the block
+    sizes = [units[k].weights if at >= (on_cpu or 0) else 0 for at, k in enumerate(experts)]
+    best, most = list[Device](), -1
+    for ends in _cuts(chain, rooms, [at for at, size in zip(home, sizes) if size], max(sizes), reserve):
+        places, gain = [task.runners[0]] * len(units), 0
+        for runner, room, start, end in zip(task.runners, rooms, [0, *ends], ends):
+            for k in dense[start:end]:
+                places[k] = runner
+            first, last = bisect_left(home, start), bisect_left(home, end)
+            own, left = sizes[first:last], room - chain.load(start, end)
+            left += reserve if sum(own) <= left + reserve else 0  # nothing is in flight if all are there
+            chosen = _last(own, left) if task.in_order else spread(own, left)
+            for i, k in enumerate(experts[first:last]):
+                places[k] = runner if (i in chosen if on_cpu is None else first + i >= on_cpu) else ""
+                gain += own[i] * (i in chosen)
+        if gain > most:
+            best, most = places, gain
+    away = [k for k in experts if best[k] == ""]
     ram = task.budgets.get("cpu") if "cpu" in task.shelves else 0
     in_ram = range(len(away)) if ram is None or on_cpu else spread([units[k].weights for k in away], ram)
     for i, k in enumerate(away):
-        places[k] = "cpu" if i in in_ram else "disk"
-    return places
+        best[k] = "cpu" if i in in_ram else "disk"
+    return best
+
+
+def _cuts(chain: Chain, rooms: Sequence[int], home: Sequence[int], size: int, reserve: int) -> Iterator[Sequence[int]]:
+    """Two ways to cut the dense units: each room gets its share of them; and the cut with which most experts stay.
+
+    With the first alone, the first of eight GPUs may hold the embedding, blocks without experts, and nothing else. For
+    the second every cut is tried (dynamic programming): of each number of units that the rooms so far may hold, the
+    best way to do so is known, and the next room extends each of them by what it can take.
+
+    Args:
+        chain: the dense units.
+        rooms: bytes of each device, without what is kept for experts in flight.
+        home: the rank of the block of each experts that may stay.
+        size: bytes of the experts of a block.
+        reserve: bytes for experts in flight, which a device keeps unless all experts of its blocks are there.
+    """
+    yield chain.balance(rooms)
+    if len(rooms) == 1 or chain.length > MOST or not home:
+        return
+    prefix, before = chain.prefix, [bisect_left(home, at) for at in range(chain.length + 1)]
+    best, cuts = [0] + [-1] * chain.length, list[list[int]]()  # units -> experts that stay; where the last cut is
+    for room in rooms:
+        longer, cut = best[:], [*range(chain.length + 1)]  # with nothing in this room
+        for start, kept in enumerate(best):
+            free, others = prefix[start] + room, before[start]
+            for end in range(start + 1, bisect_right(prefix, free) if kept >= 0 else 0):
+                own, left = before[end] - others, free - prefix[end]
+                total = kept + (own if own * size <= left + reserve else left // size)
+                if total > longer[end]:
+                    longer[end], cut[end] = total, start
+        best = longer
+        cuts.append(cut)
+    ends = [chain.length]
+    for cut in reversed(cuts[1:]):
+        ends.append(cut[ends[-1]])
+    yield ends[::-1]
 
 
 def _last(sizes: Sequence[int], room: int) -> range:

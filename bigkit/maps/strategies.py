@@ -8,10 +8,10 @@ Every strategy cuts the chain into one stretch per GPU; they differ in where the
     balanced_low_0   leave GPU 0 as empty as possible, balance the others
     exact            make the context (weights + KV cache + activations) as long as possible
 
-What fits on no GPU rests in RAM, then on disk, and is brought to the GPUs in turn (`links.py`). If there is such a
-layer, each GPU keeps a reserve for it. "sequential" offloads what comes last. The others offload as few bytes as they
-can, and spread what stays evenly among what does not, so that copies hide behind work.
-Without a GPU the CPU runs everything. Layers that share a tied tensor stay together, or each copy is counted.
+What fits on no GPU rests in RAM, then on disk, and is brought to the GPUs in turn (`links.py`); each has a reserve for
+it. "sequential" offloads what comes last. The others offload as few bytes as they can, and spread what stays evenly
+among what does not: copies hide behind work. Without a GPU the CPU runs everything. Layers that share a tied tensor
+stay together, or each copy is counted.
 
 Leaves out: the arithmetic of cutting (`partition.py`), the bytes on each device (`task.py`), a map of the user's own
 (`own_map.py`), what a run takes (`dryrun/run.py`), and moving anything (`offload/dispatch.py`).
@@ -106,31 +106,19 @@ def place(
     classes = [no_split] if isinstance(no_split, str) else no_split if no_split is None else list(no_split)
     options = {
         "keep": sorted([keep] if isinstance(keep, str) else keep) if quantization and keep is not None else None,
-        "special_dtypes": special or None,
-        "no_split": classes,
-        "offload_buffers": offload_buffers or None,
-        "experts_on_cpu": experts_on_cpu,
-        "kv_dtype": kv_dtype_name(kv_dtype),
-        "links": [*links] if len({*links}) > 1 else None,
-        "slots": slots,
-    }
+        "special_dtypes": special or None, "no_split": classes, "offload_buffers": offload_buffers or None,
+        "experts_on_cpu": experts_on_cpu, "kv_dtype": kv_dtype_name(kv_dtype),
+        "links": [*links] if len({*links}) > 1 else None, "slots": slots,
+    }  # fmt: skip
     warn_of_strangers(model, "special_dtypes", special)
     task = Task(
-        model=model,
-        layers=model.layers_to_place() if classes is None else model.layers(classes),
-        budgets=read_budgets(max_memory),
-        precision=model.precision(dtype, quantization, keep, special),
-        batch=batch,
-        context=tokens_seen(model, context),
-        overhead=parse_bytes(overhead),
-        offload_buffers=offload_buffers,
-        experts_on_cpu=experts_on_cpu,
-        kv_dtype=kv_dtype_name(kv_dtype),
-        options={name: value for name, value in options.items() if value is not None},
-        asked=context,
-        links=tuple(links),
-        slots=(SLOTS, 1) if slots is None else (whole_number(slots, "slots", 1),),
-    )
+        model=model, layers=model.layers_to_place() if classes is None else model.layers(classes),
+        budgets=read_budgets(max_memory), precision=model.precision(dtype, quantization, keep, special), batch=batch,
+        context=tokens_seen(model, context), overhead=parse_bytes(overhead), offload_buffers=offload_buffers,
+        experts_on_cpu=experts_on_cpu, kv_dtype=kv_dtype_name(kv_dtype),
+        options={name: value for name, value in options.items() if value is not None}, asked=context,
+        links=tuple(links), slots=(SLOTS, 1) if slots is None else (whole_number(slots, "slots", 1),),
+    )  # fmt: skip
     if not isinstance(strategy, str):
         task, places, named = read_map(task, strategy)
         plan = task.to_plan(places, "custom", None, task.slots[0], named)
@@ -170,15 +158,14 @@ class _Trial(NamedTuple):
 
     Args:
         places: the place of each unit.
-        slots: offloaded layers in flight.
-        workers: where offloaded layers work.
+        slots, workers: offloaded layers in flight, and where they work.
         copied: bytes to copy for a token, for each of these; a byte from disk counts as 1 + `DISK`.
         over: bytes over the budgets.
     """
 
     places: list[Device]
     slots: int
-    workers: list[Device]
+    workers: Sequence[Device]
     copied: float
     over: int
 
@@ -187,19 +174,21 @@ def _offload(task: Task, strategy: str) -> Plan:
     """Rest elsewhere what the runners cannot hold. What comes nearest is returned if nothing fits.
 
     Tried: nothing in flight, if all layers fit out of order; two slots (a layer arrives while another works); one slot.
-    Each is tried with all runners at work, then with the first alone, if the others have no room for slots; in the
-    model's order, and with the largest layers put on the runners first, since a slot must hold the largest that is
-    offloaded. "sequential" takes the first that fits, the others the one that copies least.
+    Each with all runners at work, without the smallest (slots may not fit there), at last with the first alone; in the
+    model's order, and with the largest layers on the runners first: a slot must hold the largest that is offloaded.
+    "sequential" takes the first that fits, the others the one that copies least.
     """
     largest = [unit.largest for unit in task.units]
     sizes = [0, *sorted({*largest}, reverse=True)[:8]]  # units with a layer of so many bytes or more go first
     orders = dict.fromkeys(tuple(sorted(range(len(largest)), key=lambda i: largest[i] < size)) for size in sizes)
-    queues = [Queue(task, order) for order in orders]
-    too_large = task.shelves and sum(task.needs) > sum(max(room, 0) for room in task.rooms(task.context))
+    queues, rooms = [Queue(task, order) for order in orders], task.rooms(task.context)
+    short = sum(task.needs) - sum(max(room, 0) for room in rooms)  # bytes that must rest elsewhere, at least
+    least = short + DISK * max(short - (task.budgets.get("cpu") or 0), 0)  # and what copying them costs
     best = nearest = None
-    teams = [task.runners, task.runners[:1]][: len(task.runners)]
-    for workers, slots, queue in product(teams, task.slots if too_large else (0, *task.slots), queues):
-        if best and len(workers) < len(best.workers):
+    teams = {tuple(r for r, room in zip(task.runners, rooms) if room >= small): None for small in sorted({*rooms})}
+    teams |= {(task.runners[0],): None}
+    for workers, slots, queue in product(teams, task.slots if task.shelves and short > 0 else (0, *task.slots), queues):
+        if best and len(workers) < len(best.workers) and least / len(workers) >= best.copied:
             break
         places = _fill(task, slots, queue, workers)
         if not slots and not set(places) <= set(task.runners):
@@ -252,8 +241,7 @@ def _fill(task: Task, slots: int, queue: Queue, workers: Sequence[Device]) -> li
         end = min(end, resident)
         for i in order[start:end]:
             places[i] = runner
-        free[runner] = room - chain.load(start, end)
-        start = end
+        free[runner], start = room - chain.load(start, end), end
     free |= {shelf: task.budgets[shelf] for shelf in task.shelves} or {task.runners[-1]: None}
     for i in order[resident:]:
         for device, space in free.items():  # the last one, if none has space

@@ -1,4 +1,4 @@
-"""Groups of 1, 2, 3 and 8 processes, started once for all tests that leave them as they are."""
+"""Groups of 1, 2, 3 and 8 processes, and of others that a test asks for, started once for all that leave them so."""
 
 from collections.abc import Callable, Iterator
 from functools import cache

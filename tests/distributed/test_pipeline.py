@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -63,10 +64,11 @@ def moe(state: Any, expected: dict[str, Any]) -> dict[str, Any]:
     return said
 
 
-def test_a_mixture_of_experts_over_processes(two: Ranks, pymoe: dict[str, Any]) -> None:
+@pytest.mark.parametrize("size", [2, 4, pytest.param(6, marks=pytest.mark.soak)])  # 4: stages of 2, 2, 1 and 1 blocks
+def test_a_mixture_of_experts_over_processes(size: int, group: Callable[[int], Ranks], pymoe: dict[str, Any]) -> None:
     whole = tf.AutoModelForCausalLM.from_pretrained(PYMOE, dtype=torch.float32).eval()
     flown = [whole.generate(PROMPT[:, :n], max_new_tokens=n) for n in LENGTHS]
-    saids = two(moe, pymoe)
+    saids = group(size)(moe, pymoe)
     for said in saids:
         assert said["unlike"] == []
         assert said["streamed"] == 4, "the prompt and three tokens, on every process"
@@ -98,6 +100,27 @@ def test_a_model_with_its_own_generate(ranks: Ranks) -> None:
     expected = (greedy, whole.generate(ids, 12, do_sample=True, top_k=30), whole(ids)[0])
     for said in ranks(gpt):
         assert all(map(torch.equal, said, expected))
+
+
+def no_block_left(state: Any, folder: Path) -> list[str]:
+    said, model = [], stages.empty("llama, grouped")
+    for plan in (None, plan_hosts(model, stages.hosts(state.num_processes), dtype="float32")):
+        try:
+            pipeline(model, folder, plan, dtype="float32")
+        except ValueError as error:
+            said.append(str(error))
+    return said
+
+
+@pytest.mark.parametrize("size", [4, pytest.param(8, marks=pytest.mark.soak)])
+def test_more_processes_than_blocks_are_refused_on_each(
+    size: int, group: Callable[[int], Ranks], tmp_path: Path
+) -> None:
+    folder = stages.saved("llama, grouped", tmp_path)
+    for said in group(size)(no_block_left, folder):
+        assert len(said) == 2
+        for text in said:
+            assert re.match(f"the plan has 3 stages, and there are {size} processes: start one for each stage", text)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

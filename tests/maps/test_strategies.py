@@ -6,7 +6,7 @@ from fractions import Fraction
 from itertools import combinations_with_replacement
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from bigkit.devices import collapse, read_device
@@ -142,7 +142,7 @@ def stretches(model, memory, context, batch):
             yield loads, rooms
 
 
-GPUS_ONLY = st.lists(st.integers(1, 260), min_size=1, max_size=3).map(lambda sizes: dict(enumerate(sizes)))
+GPUS_ONLY = st.lists(st.integers(1, 260), min_size=1, max_size=4).map(lambda sizes: dict(enumerate(sizes)))
 
 
 def check_balanced(model, memory, context, batch):
@@ -186,6 +186,46 @@ def test_exact_finds_the_longest_context(model, memory):
     assert found.max_context == found.context
     for other in STRATEGIES:
         assert plan(model, memory, other).max_context <= found.context
+
+
+def cost(found):
+    """What offloaded weights cost a token: bytes copied, those from disk several times, over all links that work."""
+    disk = sum(share.weights for share in found.shares if share.device == "disk")
+    works = {layer.works for layer in found.layers if layer.works is not None}
+    return (found.offloaded + strategies.DISK * disk) / max(1, len(works))
+
+
+def check_another_gpu(sizes, gpus, more, ram, tokens):
+    """A model with a device more: still feasible, no longer a wait for weights, no shorter a context, no fuller GPU."""
+    model = chain(*sizes, attention=tuple(Attention(str(i), tokens) for i in range(1, len(sizes)) if tokens))
+    for strategy in ("balanced", "exact"):
+        few, many = (plan(model, {**dict(enumerate(each)), "cpu": ram}, strategy, context=1, strict=False)
+                     for each in (gpus, [*gpus, more]))  # fmt: skip
+        if not few.feasible:
+            continue
+        assert many.feasible and cost(many) <= cost(few)
+        if not few.offloaded and devices(few) == sorted(devices(few)):
+            share = [max(Fraction(s.used, s.budget) for s in p.shares if s.runs and s.budget) for p in (few, many)]
+            assert (many.max_context or 0) >= (few.max_context or 0) or strategy != "exact"
+            assert share[1] <= share[0] or strategy == "exact"
+
+
+BLOCKS = st.tuples(st.integers(1, 60), st.integers(1, 20), st.integers(2, 20)).map(lambda n: [n[0], *[n[1]] * n[2]])
+UP_TO_SEVEN = st.lists(st.integers(5, 150), min_size=1, max_size=7)
+
+
+@settings(max_examples=150)
+@given(BLOCKS, UP_TO_SEVEN, st.integers(1, 150), st.sampled_from([0, 100, 10**6]), st.integers(0, 2))
+@example([10] * 12, [45, 45, 45], 5, 10**6, 0)  # a device without room for slots: then one of the four worked
+def test_another_gpu_makes_no_plan_worse(sizes, gpus, more, ram, tokens):
+    check_another_gpu(sizes, gpus, more, ram, tokens)
+
+
+@pytest.mark.soak
+@settings(max_examples=3000)
+@given(BLOCKS, UP_TO_SEVEN, st.integers(1, 150), st.sampled_from([0, 100, 10**6]), st.integers(0, 2))
+def test_another_gpu_makes_none_of_thousands_of_plans_worse(sizes, gpus, more, ram, tokens):
+    check_another_gpu(sizes, gpus, more, ram, tokens)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

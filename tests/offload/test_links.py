@@ -4,12 +4,14 @@ import copy
 
 import pytest
 import torch
+import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import bigkit
 from bigkit.maps.links import DeviceMap
 from bigkit.offload.hooks import hooks_in
+from bigkit.offload.resting_cache import RestingCache
 from bigkit.zoo.gpt import load_pygpt
 from tests.spread import STAND_IN, Net, check_at_rest, handles, same, spread
 
@@ -131,3 +133,116 @@ def test_residents_are_on_every_gpu():
     resident = {name: place for name, place in model.hf_device_map.items() if name.startswith("h.")}
     assert [place for place in resident.values() if place != "cpu"] == [0, 1, 0, 1], resident
     assert same(model(X), whole(X))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Four GPUs and eight
+
+SIZES = {"vocab_size": 97, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 20,
+         "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}  # fmt: skip
+MIXTURE = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+
+
+def decoder(mixture=False):
+    torch.manual_seed(0)
+    if mixture:
+        model = transformers.Qwen3MoeForCausalLM(transformers.Qwen3MoeConfig(**SIZES, **MIXTURE))
+    else:
+        model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES))
+    return model.to(torch.bfloat16).eval().requires_grad_(False)
+
+
+def shares(count, own=""):
+    """A decoder over GPUs, in stretches of blocks; with `own`, these parts of all blocks are in RAM."""
+    ends = {"model.embed_tokens": 0, "model.norm": count - 1, "model.rotary_emb": 0, "lm_head": count - 1}
+    ends |= {f"model.layers.{i}": i * count // 20 for i in range(20)}
+    return ends | ({f"model.layers.{i}.{own}": "cpu" for i in range(20)} if own else {})
+
+
+def said(model, **options):
+    """Logits of a prompt, and those of tokens that are drawn from it, with a cache."""
+    ids = torch.randint(0, 97, (2, 9), generator=torch.Generator().manual_seed(2))
+    options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, **options}
+    made = model.generate(ids, output_logits=True, return_dict_in_generate=True, **options)
+    return [model(ids).logits, made.sequences, *made.logits]
+
+
+def in_ram(model, count, folder):
+    return bigkit.cpu_offload(model, range(count), stand_in=dict.fromkeys(range(count), "cpu"), slots=1)
+
+
+def on_disk(model, count, folder):
+    stand_in = dict.fromkeys(range(count), "cpu")
+    return bigkit.disk_offload(model, folder, range(count), stand_in=stand_in, ram_cache=0)
+
+
+def by_a_plan(model, count, folder):
+    sizes = bigkit.compute_module_sizes(model)
+    budget = 18 * sizes["model.layers.0"] // count + sizes["lm_head"]
+    plan = bigkit.plan(model, {**dict.fromkeys(range(count), budget), "cpu": "1GiB"})
+    assert plan.offloaded and all(share.weights and share.reserve for share in plan.shares[:count])
+    return bigkit.dispatch_model(model, plan, stand_in=dict.fromkeys(range(count), "cpu"))
+
+
+def experts(model, count, folder):
+    places = shares(count, "mlp.experts")
+    return bigkit.dispatch_model(model, places, stand_in=dict.fromkeys(range(count), "cpu"))
+
+
+def experts_cached(model, count, folder):
+    places, cache = shares(count, "mlp.experts"), 12 * bigkit.compute_module_sizes(model)["model.layers.0.mlp.experts"]
+    return bigkit.dispatch_model(model, places, stand_in=dict.fromkeys(range(count), "cpu"), expert_cache=cache)
+
+
+@pytest.mark.parametrize("count", [4, 8])
+@pytest.mark.parametrize("way", [in_ram, on_disk, by_a_plan, experts, experts_cached])
+def test_many_gpus_say_what_one_does(way, count, tmp_path):
+    mixture = way in (experts, experts_cached)
+    whole = decoder(mixture)
+    expected = said(whole)
+    model = way(copy.deepcopy(whole), count, tmp_path)
+    assert {*working(model).values()} == {f"cuda:{gpu}" for gpu in range(count)}
+    for _ in range(2):
+        assert same(said(model), expected)
+        check_at_rest(model)
+    resting = RestingCache(model.config, layers_on_device=1)
+    assert same(said(model, past_key_values=resting)[1:], expected[1:])
+    halfway = model.model.layers[11].post_attention_layernorm
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Wave):
+        patch.setattr(halfway, "forward", raises)
+        said(model)
+    check_at_rest(model)
+    assert same(said(model), expected)
+
+
+def raises(*_, **__):
+    raise Wave
+
+
+@pytest.mark.parametrize("count", [4, 8])
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_many_gpus_with_few_bits(kind, count):
+    pytest.importorskip("bitsandbytes")
+    bits = {"load_in_8bit": True} if kind == "int8" else {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+    config = bigkit.BnbQuantizationConfig(**bits, torch_dtype=torch.bfloat16)
+    expected = said(bigkit.load_and_quantize_model(decoder(), config, device_map={"": "cpu"}))
+    stand_in = dict.fromkeys(range(count), "cpu")
+    for places in (shares(count), {**shares(count), **{f"model.layers.{i}": "cpu" for i in range(20)}}):
+        places |= {"model.rotary_emb": count - 2} if places["model.layers.3"] == "cpu" else {}
+        model = bigkit.load_and_quantize_model(decoder(), config, device_map=places, stand_in=stand_in)
+        assert same(said(model), expected)
+        check_at_rest(model)
+
+
+@pytest.mark.parametrize("count", [4, 8])
+def test_many_gpus_are_loaded(count, tmp_path):
+    whole = decoder()
+    bigkit.save_model(whole, tmp_path, "50KB")
+    stand_in, models = dict.fromkeys(range(count), "cpu"), []
+    for places in ({"": "cpu"}, "balanced"):
+        with bigkit.init_empty_weights():
+            empty = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES))
+        budgets = {**dict.fromkeys(range(count), "600KB"), "cpu": "1GB"}
+        models.append(bigkit.load_checkpoint_and_dispatch(empty, tmp_path, places, budgets, stand_in=stand_in).eval())
+    assert {*range(count)} <= {*models[1].hf_device_map.values()}
+    assert same(*map(said, models))
