@@ -18,6 +18,7 @@ import pytest
 
 import bigkit
 from bigkit.cli import _parser
+from bigkit.widgets.hook_theatre import TIMES
 from bigkit.zoo.gpt import GPT, GPTConfig
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -143,17 +144,17 @@ def own_numbers(page: Path) -> set[float]:
 def from_elsewhere() -> dict[str, float]:
     """Sizes that prose tells and no cell of its notebook computes -> what they are, in their unit."""
     half = bigkit.Precision("bfloat16")
+    block = bigkit.describe("pygpt").layers()[3].bytes(half) / 1e6
     large, gpt2 = bigkit.describe("llama-2-70b").bytes(half), bigkit.describe("gpt2")
     away = bigkit.advise("llama-2-70b", "1 x RTX 4090", stored=(None,)).best.plan.offloaded
     with bigkit.init_empty_weights():
         xl = 4 * sum(tensor.numel() for tensor in GPT(GPTConfig("gpt2-xl")).parameters()) / 1e9
-        written = GPT(GPTConfig(n_layer=8, n_head=12, n_embd=768, vocab_size=256, block_size=256))  # in notebook 07
     idefics = bigkit.estimate_memory("idefics-80b-instruct").rows[0].total_size / 2**30
     return {
-        "229 MB": sum(tensor.nbytes for tensor in written.parameters()) / 1e6,
         "6.6 GB": xl,
         "3.3 GB": 0.51 * xl,  # the share that notebook 08 measures
-        "1.58 MB": bigkit.describe("pygpt").layers()[3].bytes(half) / 1e6,
+        "1.58 MB": block,
+        "404 MB": TIMES * block,
         "20.9 billion": bigkit.describe("gpt-oss-20b").parameters / 1e9,
         "671 billion": bigkit.describe("deepseek-v3").parameters / 1e9,
         "128 GiB": large / 2**30,
@@ -171,7 +172,8 @@ def from_elsewhere() -> dict[str, float]:
 @pytest.mark.parametrize("page", PAGES[2:], ids=lambda page: page.stem)
 def test_sizes_in_prose_are_those_of_the_outputs_or_of_bigkit(page: Path) -> None:
     own, known = own_numbers(page), from_elsewhere()
-    for match in FIGURE.finditer(NO_PROSE.sub("", prose(page)).split("## Further reading")[0]):
+    text = prose(page).partition("**What you'll need**")[2]  # that itself is rounded up
+    for match in FIGURE.finditer(NO_PROSE.sub("", text.partition("\n\n#")[2]).split("## Further reading")[0]):
         number, unit = match.groups()
         told, places = float(number.replace(",", "")), len(number.partition(".")[2])
         meant = {known[match[0]]} if match[0] in known else {value / by for value in own for by in (1, UNITS[unit])}
