@@ -273,12 +273,9 @@ class StepTime:
 
 
 def run_steps(
-    operations: Sequence[Operation],
-    steps: Iterable[tuple[str, int]],
-    rates: Mapping[str, Rates],
-    spans: list[Span] | None = None,
-    paces: Mapping[str, HostStep] | None = None,
-) -> list[StepTime]:
+    operations: Sequence[Operation], steps: Iterable[tuple[str, int]], rates: Mapping[str, Rates],
+    spans: list[Span] | None = None, paces: Mapping[str, HostStep] | None = None,
+) -> list[StepTime]:  # fmt: skip
     """The time of each step.
 
     Args:

@@ -73,13 +73,9 @@ class Reading(NamedTuple):
 
 
 def best_count(
-    layers: Sequence[tuple[int, int]],
-    gpu: float,
-    readings: Sequence[Reading],
-    slots: int,
-    hop: float = HOST.hops,
+    layers: Sequence[tuple[int, int]], gpu: float, readings: Sequence[Reading], slots: int, hop: float = HOST.hops,
     graph: bool = False,
-) -> tuple[int, Reading, float]:
+) -> tuple[int, Reading, float]:  # fmt: skip
     """How many MLPs the CPU should compute, with how many threads, and the seconds of a token then.
 
     Args:

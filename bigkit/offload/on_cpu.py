@@ -93,7 +93,8 @@ def _is_computed(mlp: nn.Module, experts: set[int]) -> bool:
     """Whether a block's MLP is a function of one tensor, and rests in a form that the CPU computes with."""
     plain = all(codec_of(p) is PLAIN and p.dtype in READ for p in mlp.parameters())
     routed = any(id(part) in experts for part in mlp.modules())
-    return plain and not routed and has_forward(mlp) and _takes_one_tensor(mlp)
+    forward = getattr(mlp.forward, "__wrapped__", mlp.forward)
+    return plain and not routed and has_forward(mlp) and len(inspect.signature(forward).parameters) == 1
 
 
 def split_units(model: nn.Module, units: Sequence[Unit], chosen: Mapping[str, str]) -> list[Split]:
@@ -108,11 +109,6 @@ def split_units(model: nn.Module, units: Sequence[Unit], chosen: Mapping[str, st
             rest, part = ([weight.alias([*weight.places]) for weight in some] for some in (others, own))
             splits.append(Split(unit, Unit(unit.name, unit.module, rest), Unit(chosen[unit.name], mlp, part)))
     return splits
-
-
-def _takes_one_tensor(module: nn.Module) -> bool:
-    forward = getattr(module.forward, "__wrapped__", module.forward)
-    return len(inspect.signature(forward).parameters) == 1
 
 
 def cpu_streamer(splits: Sequence[Split]) -> Streamer:
@@ -161,6 +157,10 @@ class BlockHook(AlignDevicesHook):
         if this_thread.begun.get(self.few) is not None:
             return self.few.post_forward(module, output)
         return super().post_forward(module, output)
+
+    def init_hook(self, module: nn.Module) -> nn.Module:
+        self.few.init_hook(module)
+        return super().init_hook(module)
 
     def retire(self) -> None:
         super().retire()
@@ -250,11 +250,9 @@ def _orders(streamer: Streamer, splits: Sequence[Split]) -> tuple[dict[int, int]
 
 
 def add_hooks(
-    hooks: dict[nn.Module, AlignDevicesHook],
-    splits: Sequence[Split],
-    skip_keys: tuple[str, ...],
+    hooks: dict[nn.Module, AlignDevicesHook], splits: Sequence[Split], skip_keys: tuple[str, ...],
     threads: int | None = None,
-) -> None:
+) -> None:  # fmt: skip
     """Put the hooks of such blocks and of their MLPs among those of a model; modules within an MLP get none."""
     orders = {split.rest.weights[0].lender: _orders(split.rest.weights[0].lender, splits) for split in splits}
     for split in splits:
