@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import reprlib
 import statistics
 import tempfile
@@ -27,7 +28,7 @@ from ..units import counted, format_bytes, format_seconds, three_figures
 from .hardware import CONTEXT_BYTES, Hardware
 
 MOST_RUNS = 1000  # kept in the file; older ones go
-_RATES = ("link_pinned", "link_pageable", "disk_cold", "disk_warm", "memory", "host_memory", "issue", "kernel")
+_RATES = ("link_pinned", "link_pageable", "disk_cold", "disk_warm", "memory", "host_memory", "issue", "kernel", "call")
 _SIZES = ("context", "workspace")
 
 
@@ -65,6 +66,7 @@ class Twin:
         token: a token's step; None if it makes none.
         single: the step of a prompt of one token, which calls other kernels; None if it was not measured.
         plain: a token's step if the model is called alone; None if it is `token` without what `generate` does before.
+        rests: what of it rested away from where it works meanwhile, see `resting`: hooks take time of the host's, too.
     """
 
     model: str
@@ -73,12 +75,15 @@ class Twin:
     token: HostStep | None = None
     single: HostStep | None = None
     plain: HostStep | None = None
+    rests: tuple[str, ...] = ()
 
     @staticmethod
     def from_json(data: Mapping[str, Any]) -> Twin:
         """From what `dataclasses.asdict` and JSON make of one."""
-        others = (step and HostStep(*step) for step in (data["token"], data.get("single"), data.get("plain")))
-        return Twin(str(data["model"]), data["quantization"], HostStep(*data["prefill"]), *others)
+        others = (data["token"], data.get("single"), data.get("plain"))
+        token, single, plain = (step and HostStep(*step) for step in others)
+        rests = tuple(map(str, data.get("rests", ())))
+        return Twin(str(data["model"]), data["quantization"], HostStep(*data["prefill"]), token, single, plain, rests)
 
     @property
     def numbers(self) -> list[float]:
@@ -97,8 +102,11 @@ class Calibration:
         links: bytes a second to each GPU while all are copied to at once.
         cpu_reads: dtype -> (threads, bytes of weights a second in products of matrices and a vector on the CPU, bytes a
             second of all links meanwhile).
+        call: seconds in which a CUDA graph calls the CPU and goes on, beside what the CPU does (`host_calls.py`).
         disk_cold: bytes a second from a file when the disk must be read.
         disk_warm: bytes a second from a file that the system has in memory, by the threads that offloading reads with.
+        pieces: (bytes that are read at once, bytes a second), from small to large, where they lie in small pieces of
+            such a file, as experts do.
         memory: bytes a second that a large copy reads and writes, on the device that computes.
         host_memory: bytes a second that a large copy in RAM reads and writes.
         products: dtype -> (FLOP of one matrix product, FLOP a second), from small to large.
@@ -131,17 +139,23 @@ class Calibration:
     versions: Mapping[str, str] = field(default_factory=dict)
     links: tuple[float, ...] = ()
     cpu_reads: Mapping[str, tuple[tuple[int, float, float], ...]] = field(default_factory=dict)
+    call: float | None = None
     twins: tuple[Twin, ...] = ()
+    pieces: tuple[tuple[float, float], ...] = ()
 
-    def twin(self, model: str, quantization: str | None, issued: int) -> Twin | None:
-        """The twin of a class of models whose prompt takes about so many steps of the host; None if there is none."""
+    def twin(self, model: str, quantization: str | None, issued: int, rests: tuple[str, ...] = ()) -> Twin | None:
+        """The twin of a class of models whose prompt takes about so many steps of the host; None if there is none.
+
+        One that rested as the model does, or else one that lay where it works.
+        """
         same = [twin for twin in self.twins if (twin.model, twin.quantization) == (model, quantization)]
-        return min(same, key=lambda twin: abs(twin.prefill.issued - issued), default=None)
+        alike = [twin for twin in same if twin.rests == rests] or [twin for twin in same if not twin.rests]
+        return min(alike, key=lambda twin: abs(twin.prefill.issued - issued), default=None)
 
     def with_twin(self, twin: Twin) -> Calibration:
         """The same with one twin more, in place of an older one with as many steps."""
-        others = [old for old in self.twins if (old.model, old.quantization, old.prefill.issued)
-                  != (twin.model, twin.quantization, twin.prefill.issued)]  # fmt: skip
+        others = [old for old in self.twins if (old.model, old.quantization, old.prefill.issued, old.rests)
+                  != (twin.model, twin.quantization, twin.prefill.issued, twin.rests)]  # fmt: skip
         return replace(self, twins=(*others, twin))
 
     def explain(self) -> str:
@@ -158,8 +172,9 @@ class Calibration:
         for dtype, rows in self.cpu_reads.items():
             threads, reads, links = max(rows, key=lambda row: row[1] + row[2])
             rates |= {f"{threads} CPU threads, {dtype}": reads, "  links meanwhile": links}
+        rates |= {f"  {format_bytes(size)} in small pieces": rate for size, rate in self.pieces}
         products = {f"products, {dtype}": max(rate for _, rate in rows) for dtype, rows in self.products.items()}
-        times = {"a step of the host": self.issue, "smallest kernel": self.kernel}
+        times = {"a step of the host": self.issue, "smallest kernel": self.kernel, "a call of the CPU": self.call}
         sizes = {"CUDA context": self.context, "workspace of cuBLAS": self.workspace}
         return "\n".join(
             [
@@ -170,6 +185,7 @@ class Calibration:
                 *(f"  {name:28} {format_bytes(size):>13}" for name, size in sizes.items() if size),
                 *(
                     f"  a token of {twin.model} takes the host {format_seconds(twin.token.seconds)}"
+                    + "".join(f", {kind}" for kind in twin.rests)
                     for twin in self.twins
                     if twin.token
                 ),
@@ -187,6 +203,7 @@ class Calibration:
             values = {item.name: data[item.name] for item in fields(Calibration) if item.name in data}
             values["products"] = {name: tuple(map(tuple, rows)) for name, rows in data["products"].items()}
             values["attention"] = tuple(map(tuple, data["attention"]))
+            values["pieces"] = tuple(map(tuple, data.get("pieces", ())))
             values["twins"] = tuple(map(Twin.from_json, data.get("twins") or ()))
             values["capability"] = data["capability"] and tuple(data["capability"])
             values["disk_warm"] = data.get("disk_readers") or data["disk_warm"]  # once a field of its own
@@ -194,7 +211,7 @@ class Calibration:
             values["cpu_reads"] = {name: tuple(map(tuple, rows)) for name, rows in data.get("cpu_reads", {}).items()}
         except (AttributeError, KeyError, TypeError) as error:
             raise ValueError(f"this is not the JSON of a Calibration: {error!r}") from error
-        rows = [*values["attention"], *(row for rows in values["products"].values() for row in rows)]
+        rows = [*values["attention"], *values["pieces"], *(row for rows in values["products"].values() for row in rows)]
         numbers = [values.get(name) for name in (*_RATES, *_SIZES)] + [number for row in rows for number in row]
         reads = [row for rows in values["cpu_reads"].values() for row in rows]
         numbers += [*values["links"], *(row[1] for row in reads)]
@@ -346,6 +363,20 @@ def locked(folder: Path) -> Iterator[None]:
             with suppress(OSError):
                 fcntl.flock(handle, fcntl.LOCK_UN)  # a child that was forked meanwhile has the handle too
             os.close(handle)
+
+
+def resting(places: Mapping[str, Any], expert_cache: object = 0) -> tuple[str, ...]:
+    """What rests in RAM or on disk, each kind of module once: the host does the same for models in which that is equal.
+
+    Args:
+        places: module name -> where it rests.
+        expert_cache: whether some experts stay on the GPU.
+
+    >>> resting({"": 0, "layers.2.experts": "cpu", "layers.10.experts": "cpu"}, "2GB")
+    ('layers.*.experts: cpu', 'some on the GPU')
+    """
+    away = {f"{re.sub('[0-9]+', '*', name)}: {device}" for name, device in places.items() if device in ("cpu", "disk")}
+    return (*sorted(away), *(["some on the GPU"] if expert_cache else []))
 
 
 def machine_key(gpu: str | None = None) -> str:

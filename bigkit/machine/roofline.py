@@ -8,7 +8,8 @@
                       kernel. The GPU runs each operation when it was issued and the one before it is done. A decode
                       step of a small model waits for Python, a long prompt for the GPU. Weights that rest elsewhere
                       pass two more lanes, disk and link: the clock of `machine/streams.py` says when. Experts have a
-                      lane of their own, which shares the link.
+                      lane of their own, which shares the link. For an MLP that the CPU computes, Python waits until it
+                      is done, and in a CUDA graph the GPU.
 
 The rate of a matrix product grows with its size; it is read off a measured table, or off the vendor's figure and the
 share of it that large products reach (`TYPICAL`).
@@ -35,6 +36,7 @@ from .streams import Clock, SlotState, Span
 
 Table = Sequence[tuple[float, float]]
 FILL, ARRIVE, LEAVE, WAIT = "fill", "arrive", "leave", "wait"  # names of what moves weights, or waits
+HOST, CALL = "on the CPU", "call of the CPU"  # what the CPU computes where it rests, asked by Python or by a graph
 
 
 @dataclass(frozen=True)
@@ -61,8 +63,6 @@ class Typical:
         attention: share of a vendor's 16-bit FLOP a second that fused attention reaches (H200).
         link: share of a vendor's link that a copy from pinned RAM reaches (H200).
         gathered: share of the rate of copies that a GPU reaches which reads experts out of RAM itself (H200).
-        piece: seconds between the starts of two reads of small pieces of files, whatever the number of readers: Python
-            lets one of them go on at a time (an H200's host, 16 readers, 16 pieces of 3 and 6 MB in 4.8 ms).
         issue: seconds that Python takes for one step (H200: 5.4e-6; slower hosts more).
         kernel: seconds that the smallest kernel takes (H200: 1.8e-6).
     """
@@ -82,7 +82,6 @@ class Typical:
     attention: float = 0.5
     link: float = 0.87
     gathered: float = 0.92
-    piece: float = 3e-4
     issue: float = 6e-6
     kernel: float = 2.5e-6
 
@@ -103,7 +102,7 @@ class Operation:
     """One operation as a cost.
 
     Args:
-        name: as PyTorch's dispatcher calls it ("mm"), or FILL, ARRIVE, LEAVE, WAIT.
+        name: as PyTorch's dispatcher calls it ("mm"), or FILL, ARRIVE, LEAVE, WAIT, HOST, CALL.
         device: where it runs, such as "cuda:0".
         flops: floating-point operations that it computes.
         bytes: bytes that it reads and writes.
@@ -116,7 +115,7 @@ class Operation:
             different orders, or one is repeated; several at once go in one access otherwise.
         experts: experts of a mixture that are brought.
         gathered: whether the GPU itself reads them out of RAM, which reaches a part of the link's rate.
-        pieces: of files, in which they lie.
+        in_pieces: whether they lie in small pieces of files.
     """
 
     name: str
@@ -131,7 +130,7 @@ class Operation:
     scattered: int = 0
     experts: int = 0
     gathered: bool = False
-    pieces: int = 0
+    in_pieces: bool = False
 
 
 @dataclass(frozen=True)
@@ -147,7 +146,10 @@ class Rates:
         link: bytes a second from pinned RAM.
         peer: bytes a second from another GPU.
         disk: bytes a second from files.
+        reads: bytes of weights a second that the CPU reads in MLPs that it computes.
+        hop, call: seconds for each of them beside that, where Python or a CUDA graph asks for it.
         measured: whether they were measured on the machine; else they follow from a vendor's figures.
+        pieces: (bytes that are read at once, bytes a second) of small pieces of files; without them `disk` holds.
     """
 
     memory: float
@@ -158,7 +160,11 @@ class Rates:
     link: float
     peer: float
     disk: float
+    reads: float = 0.0
+    hop: float = 0.0
+    call: float = 0.0
     measured: bool = field(default=False, compare=False)
+    pieces: Table = ()
 
     @staticmethod
     def of_gpu(gpu: Gpu, disk: float = 3.5e9) -> Rates:
@@ -202,7 +208,7 @@ class Rates:
         if gpu is not None:
             nominal = Rates.of_gpu(gpu, disk)
             measured |= {name: getattr(nominal, name) for name in missing}
-        return Rates(**measured, measured=True)
+        return Rates(**measured, measured=True, pieces=calibration.pieces)
 
     def seconds(self, operation: Operation) -> float:
         """The time that one operation takes on the device."""
@@ -254,7 +260,7 @@ def _saturating(peak: float) -> Table:
 
 @dataclass(frozen=True)
 class StepTime:
-    """One step: its seconds, and how long each lane was busy: "python", the devices, the links to them, "disk"."""
+    """One step: its seconds, and how long each lane was busy: "python", the devices, their links, "disk", "CPU"."""
 
     name: str
     seconds: float
@@ -267,12 +273,9 @@ class StepTime:
 
 
 def run_steps(
-    operations: Sequence[Operation],
-    steps: Iterable[tuple[str, int]],
-    rates: Mapping[str, Rates],
-    spans: list[Span] | None = None,
-    paces: Mapping[str, HostStep] | None = None,
-) -> list[StepTime]:
+    operations: Sequence[Operation], steps: Iterable[tuple[str, int]], rates: Mapping[str, Rates],
+    spans: list[Span] | None = None, paces: Mapping[str, HostStep] | None = None,
+) -> list[StepTime]:  # fmt: skip
     """The time of each step.
 
     Args:
@@ -305,7 +308,7 @@ def run_steps(
 
 
 class _Player:
-    """Plays operations on a clock: "python", the devices, "copy to" and "experts to" each of them, and "disk"."""
+    """Plays operations on a clock: "python", the devices, "copy to" and "experts to" each, "disk" and "CPU"."""
 
     def __init__(self, rates: Mapping[str, Rates], spans: list[Span] | None) -> None:
         self.rates, self.spans, self.clock = rates, spans, Clock()
@@ -336,18 +339,32 @@ class _Player:
             clock.leave(self.slots[device, operation.slot], device)
         elif operation.name == WAIT:
             clock.wait(device)
+        elif operation.name in (HOST, CALL):
+            self._compute_in_ram(operation)
         else:
             if (seconds := self.seconds.get(id(operation))) is None:
                 seconds = self.seconds[id(operation)] = rates.seconds(operation)
             after = clock.free.get(operation.source, 0.0)
             self._note(device, operation.name, clock.occupy(device, seconds, after))
 
+    def _compute_in_ram(self, operation: Operation) -> None:
+        """The CPU begins when the device has done all before; who asked for it goes on when it is done."""
+        clock, device, rates = self.clock, operation.device, self.rates[operation.device]
+        by_graph = operation.name == CALL
+        seconds = operation.bytes / rates.reads + (rates.call if by_graph else rates.hop)
+        times = clock.occupy("CPU", seconds, clock.free.get(device, 0.0))
+        self._note("CPU", operation.unit, times)
+        if by_graph:
+            clock.free[device] = times[1]
+        else:
+            clock.now = times[1]
+
     def _fill(self, operation: Operation) -> None:
         rates, lane = self.rates[operation.device], f"copy to {operation.device}"
         slot = self.slots[operation.device, operation.slot]
         disk = rates.disk if operation.source == "disk" else None
-        if disk is not None and operation.pieces:
-            disk = min(disk, operation.bytes / (operation.pieces * TYPICAL.piece))
+        if disk is not None and operation.in_pieces and rates.pieces:
+            disk = rate_at(rates.pieces, operation.bytes)
         before = self.clock.busy.get(lane, 0.0)
         link = rates.link * (TYPICAL.gathered if operation.gathered else 1)
         filling = self.clock.fill(slot, operation.bytes, link, disk, lane)

@@ -25,15 +25,21 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ..devices import Device
 from ..dryrun.attention import Target
 from ..dryrun.rehearse import rehearse
 from ..dryrun.workload import Workload, fill, passes
 from ..machine.ledger import Calibration, Ledger, machine_key
-from ..offload.transfer import CHUNK, readers
+from ..maps.plan import Plan
+from ..offload.source import Source
+from ..offload.transfer import CHUNK, CudaLane, Slot, readers
+from ..offload.weights import Part, Unit, Weight
 from ..units import MiB
 from .links import measure_together
+from .twin import measure_twin
 
 BLOCK = 256 * MiB
+PIECE = 4 * MiB  # of one stack of an expert, more or less
 HOSTS = ("llama", "gpt2", "gemma2", "bert")  # types in Transformers of the tiny models by which the host is timed
 Table = tuple[tuple[float, float], ...]  # (FLOP of one call, FLOP a second)
 
@@ -45,6 +51,8 @@ def calibrate(
     *,
     model: str | nn.Module | Any = None,
     quantization: str | None = None,
+    plan: Plan | Mapping[str, Device] | None = None,
+    expert_cache: int | str = 0,
 ) -> Calibration:
     """Measure this machine, or how fast its host goes through one architecture.
 
@@ -56,6 +64,8 @@ def calibrate(
             some seconds, and dry runs of models of its class find what the host took. The machine itself is measured
             only if the ledger does not know it.
         quantization: of the twin's linear layers: one of `QUANTIZATIONS`.
+        plan, expert_cache: where the model's parts rest, see `dispatch_model`: the twin's do the same, since hooks take
+            the host time. None: all lies where it works.
 
     Returns:
         What was measured, with the twins that were measured before.
@@ -73,15 +83,21 @@ def calibrate(
     device = "cuda" if cuda else "cpu"
     if model is not None:
         known = Ledger.load().calibrations.get(machine_name()) or calibrate(folder, save, quick)
-        return _add_twin(known, model, device, quantization, save, quick)
+        calibration = known.with_twin(
+            measure_twin(_empty(model), device, quantization, 1 if quick else 5, plan, expert_cache)
+        )
+        if save:
+            Ledger.load().add(calibration)
+        return calibration
     block = BLOCK // 16 if quick else BLOCK
     context = _context() if cuda else None  # before anything else uses the GPU
     hosts = HOSTS[:1] if quick else HOSTS
     pace = {name: last_step(name, device) for name in hosts}  # it changes, so it is measured again at the end
-    cold, warm = _disk(Path(folder) if folder is not None else Path(tempfile.gettempdir()), block)
+    cold, warm, pieces = _disk(Path(folder) if folder is not None else Path(tempfile.gettempdir()), block)
     figures: dict[str, Any] = {
         "disk_cold": cold,
         "disk_warm": warm,
+        "pieces": pieces,
         "memory": _copy(device, 4 * block if cuda else block),
         "host_memory": _copy("cpu", block),
         "products": _products(cuda, quick),
@@ -98,21 +114,10 @@ def calibrate(
             "workspace": _workspace(),
             "capability": torch.cuda.get_device_capability(0),
         }
-        figures |= dict(zip(("links", "cpu_reads"), measure_together(4 * block, 1024 * MiB // (16 if quick else 1))))
+        together = measure_together(4 * block, 1024 * MiB // (16 if quick else 1))
+        figures |= dict(zip(("links", "cpu_reads", "call"), together))
     pace = {name: min(seconds, last_step(name, device)) for name, seconds in pace.items()}
     calibration = Calibration(machine=machine_name(), issue=_issue(pace), **figures)
-    if save:
-        Ledger.load().add(calibration)
-    return calibration
-
-
-def _add_twin(
-    known: Calibration, model: Any, device: str, quantization: str | None, save: bool, quick: bool
-) -> Calibration:
-    """What is known of this machine, with a twin of a model."""
-    from .twin import measure_twin
-
-    calibration = known.with_twin(measure_twin(_empty(model), device, quantization, 1 if quick else 5))
     if save:
         Ledger.load().add(calibration)
     return calibration
@@ -181,8 +186,8 @@ def _copy(device: str, size: int) -> float:
     return 2 * size / best(lambda: target.copy_(source), device)
 
 
-def _disk(folder: Path, size: int) -> tuple[float | None, float]:
-    """Bytes a second from a file: cold, by one thread, and warm, as offloading reads.
+def _disk(folder: Path, size: int) -> tuple[float | None, float, Table]:
+    """Bytes a second from a file: cold, by one thread, and warm, as offloading reads, whole or in pieces (`_pieces`).
 
     None for the first where the system's copy cannot be dropped.
     """
@@ -200,7 +205,8 @@ def _disk(folder: Path, size: int) -> tuple[float | None, float]:
             while os.readv(handle, [chunk]):
                 pass
             cold = size / (time.perf_counter() - start)
-        return cold, size / best(lambda: _read_shared(name, size))
+        whole = size / best(lambda: _read_shared(name, size))
+        return cold, whole, _pieces(name, size) if torch.cuda.is_available() else ()
     finally:
         os.close(handle)
         os.unlink(name)
@@ -220,6 +226,27 @@ def _read_shared(name: str, size: int) -> None:
 
 
 _kept = threading.local()
+
+
+def _pieces(name: str, size: int, device: str = "cuda:0") -> Table:
+    """Bytes of some experts, and bytes a second until they are read from a file, a piece here and a piece there.
+
+    Readers are the lane's, which queue copies to the GPU as well.
+    """
+    lane, source, rows = CudaLane(torch.device(device)), Source(name), []
+    for count in (2, 4, 16, 48):
+        places = [2 * i * PIECE % size for i in range(count)]
+        parts = [Part((PIECE,), (1,), torch.uint8, at=at, source=source) for at in places]
+        unit = Unit("pieces", nn.Identity(), [Weight("", torch.empty(0), [], {"": part}) for part in parts])
+        slot = lane.slot(unit.nbytes)
+
+        def bring(slot: Slot = slot, unit: Unit = unit) -> None:
+            lane.fill(slot, unit)
+            lane.arrive(slot)
+
+        rows.append((float(unit.nbytes), unit.nbytes / best(bring)))
+    lane.close()
+    return tuple(rows)
 
 
 def _products(cuda: bool, quick: bool) -> dict[str, Table]:

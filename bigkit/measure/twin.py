@@ -6,8 +6,12 @@ model's own classes, depth, heads and experts; its widths are divided until a he
 steps in the twin and in the model, so that a twin of another depth serves too. A small model of images without a config
 of Transformers, as timm's are, is its own twin: one image is next to no work.
 
-Leaves out: other models that are not Transformers', weights that travel (their hooks take time of the host's, too), and
-how steady the host is: a rented one changed its pace by two between a twin's run and its model's, some seconds later.
+Weights that rest elsewhere take time of the host's, too: hooks lend them, look up which experts are there, ask for
+copies. A twin's may rest as its model's do. What the host then waits for readers of files is not counted, since a dry
+run knows how long reading takes.
+
+Leaves out: other models that are not Transformers', and how steady the host is: a rented one changed its pace by two
+between a twin's run and its model's, some seconds later.
 """
 
 from __future__ import annotations
@@ -15,21 +19,29 @@ from __future__ import annotations
 import copy
 import re
 import statistics
+import tempfile
 import time
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
+from ..devices import Device
 from ..dryrun.fake_bnb import config_of, fill_quantized, quantize_empty
 from ..dryrun.inputs import main_input
 from ..dryrun.run import dry_run
 from ..dryrun.workload import Step, Workload, fill, work
-from ..machine.ledger import HostStep, Twin
+from ..machine.ledger import HostStep, Twin, resting
+from ..maps.plan import Plan
 from ..meta.empty import init_empty_weights
+from ..offload.dispatch import dispatch_model
+from ..offload.lenders import streamers_in
 from ..offload.rows import count_rows
-from ..units import GiB, format_bytes
+from ..offload.transfer import Slot
+from ..units import GiB, format_bytes, parse_bytes
 
 HEAD, ROW = 16, 8  # width of a twin's narrowest head, and what widths are a multiple of: kernels want 16 bytes
 QUANTIZED = 64  # the same for both if its layers are quantized: bitsandbytes takes blocks of so many weights
@@ -116,7 +128,14 @@ def twin_of(model: nn.Module, quantized: bool = False) -> nn.Module:
     return twin
 
 
-def measure_twin(model: nn.Module, device: str, quantization: str | None = None, repeats: int = 5) -> Twin:
+def measure_twin(
+    model: nn.Module,
+    device: str,
+    quantization: str | None = None,
+    repeats: int = 5,
+    plan: Plan | Mapping[str, Device] | None = None,
+    expert_cache: int | str = 0,
+) -> Twin:
     """Run a twin of a model on this machine, and say what the host took.
 
     Args:
@@ -124,75 +143,124 @@ def measure_twin(model: nn.Module, device: str, quantization: str | None = None,
         device: "cuda" or "cpu".
         quantization: of its linear layers: one of `QUANTIZATIONS`.
         repeats: runs that count, after one that does not.
+        plan, expert_cache: where the model's parts rest, see `dispatch_model`: the twin's do the same. None: all lies
+            where it works.
 
     Raises:
         ValueError: no twin can be made, or it cannot do the work.
     """
-    quantized = quantization is not None
-    twin = twin_of(model, quantized)
+    twin = twin_of(model, quantization is not None)
     if quantization is None:
         fill(twin, {"": device})
     else:
         how = config_of(quantization, "bfloat16")
         fill_quantized(quantize_empty(twin, how), {"": device}, device, how)
-    prefill, token = _steps(model, twin, LOAD, device, quantization, repeats)
-    single, _ = _steps(model, twin, SINGLE, device, quantization, repeats)
-    plain = None
-    if token and any(count_rows(module) for module in twin.modules()):  # generate decodes with experts of another kind
-        _, plain = _steps(model, twin, replace(LOAD, generate=False), device, quantization, repeats)
+    rests: dict[str, Any] = {}
+    if plan is not None:
+        places = plan.device_map if isinstance(plan, Plan) else plan
+        rests = {"plan": dict(places), "expert_cache": _share(model, twin, expert_cache)}
+    with tempfile.TemporaryDirectory(prefix="bigkit-twin") as folder:
+        clock = _spread(twin, device, folder, **rests) if rests else time.perf_counter
+        loads = [LOAD, SINGLE]
+        if any(count_rows(module) for module in twin.modules()):
+            loads.append(replace(LOAD, generate=False))  # generate decodes with another implementation of experts
+        steps = [_steps(model, twin, load, device, quantization, repeats, clock, rests) for load in loads]
+        del twin, clock
+    (prefill, token), (single, _), *plain = steps
     assert prefill is not None
-    return Twin(type(model).__name__, quantization, prefill, token, single, plain)
+    placed = resting(rests.get("plan", {}), expert_cache)
+    return Twin(type(model).__name__, quantization, prefill, token, single, plain[0][1] if plain else None, placed)
+
+
+def _share(model: nn.Module, twin: nn.Module, expert_cache: int | str) -> int:
+    """Bytes for as many of a twin's experts as a cache holds of the model's."""
+    whole, own = (
+        sum(p.nbytes for module in one.modules() if count_rows(module) for p in module.parameters())
+        for one in (model, twin_of(model))
+    )
+    return -(-parse_bytes(expert_cache) * own // max(whole, 1))
+
+
+def _spread(
+    twin: nn.Module, device: str, folder: str, plan: Mapping[str, Device], expert_cache: int
+) -> Callable[[], float]:
+    """Let a twin's parts rest elsewhere; a clock that stands still while the host waits for readers of files."""
+    gpus = [place for place in plan.values() if isinstance(place, int)]
+    stand_in: Any = {} if device.startswith("cuda") else dict.fromkeys(gpus or [0], "cpu")
+    dispatch_model(
+        twin, plan, None if gpus else 0, offload_dir=folder, ram_cache=0, expert_cache=expert_cache, stand_in=stand_in
+    )
+    waited = 0.0
+
+    def watched(arrive: Callable[[Slot], None], slot: Slot) -> None:
+        nonlocal waited
+        begin, reads = time.perf_counter(), bool(slot.pending)
+        arrive(slot)
+        waited += (time.perf_counter() - begin) * reads
+
+    for streamer in streamers_in(twin):
+        vars(streamer.lane)["arrive"] = partial(watched, streamer.lane.arrive)
+    return lambda: time.perf_counter() - waited
 
 
 def _steps(
-    model: nn.Module, twin: nn.Module, load: Workload, device: str, quantization: str | None, repeats: int
+    model: nn.Module,
+    twin: nn.Module,
+    load: Workload,
+    device: str,
+    quantization: str | None,
+    repeats: int,
+    clock: Callable[[], float],
+    rests: Mapping[str, Any],
 ) -> tuple[HostStep | None, HostStep | None]:
     """What the host took for the prompt and for a token of a twin; runs count after one that does not."""
-    issued = issued_in(model, load, quantization)
+    issued = issued_in(model, load, quantization, **rests)
     steps: list[list[HostStep]] = [[], []]
     for run in range(1 + repeats):
-        for i, (seconds, before) in enumerate(timed(twin, load, device)):
+        for i, (seconds, before) in enumerate(timed(twin, load, device, clock)):
             if run:
                 steps[i > 0].append(HostStep(seconds, before, issued[i]))
     prompt, token = map(_median, steps)
     return prompt, token
 
 
-def issued_in(model: nn.Module, load: Workload, quantization: str | None) -> list[int]:
+def issued_in(
+    model: nn.Module, load: Workload, quantization: str | None, plan: Any = None, expert_cache: int = 0
+) -> list[int]:
     """Steps of the host in each step of the work of a model's twin, counted by a dry run."""
     work = load.batch, load.prompt, load.new
-    how: Any = {"quantization": quantization, "generate": load.generate}
+    how: Any = {"quantization": quantization, "generate": load.generate, "expert_cache": expert_cache}
     # The dtype says that its layers are plain, or quantized here, whatever its config says of a checkpoint.
-    run = dry_run(lambda: twin_of(model, quantization is not None), None, *work, dtype="bfloat16", **how)
+    run = dry_run(lambda: twin_of(model, quantization is not None), plan, *work, dtype="bfloat16", **how)
     ends = [0, *(end for _, end in run.steps)]
     return [sum(operation.issued for operation in run.operations[a:b]) for a, b in zip(ends, ends[1:])]
 
 
-def timed(model: nn.Module, load: Workload, device: str) -> list[tuple[float, float]]:
-    """Seconds of each step of a model's work, and those that passed before the model, or its encoder, was called."""
+def timed(
+    model: nn.Module, load: Workload, device: str, clock: Callable[[], float] = time.perf_counter
+) -> list[tuple[float, float]]:
+    """Seconds of each step of a model's work by a clock, and those before the model, or its encoder, was called."""
     steps: list[tuple[float, float]] = []
     called: list[float] = []
     start = 0.0
 
-    def clock() -> float:
+    def now() -> float:
         if device.startswith("cuda"):
             torch.cuda.synchronize()
-        return time.perf_counter()
+        return clock()
 
     def after(_: Step) -> None:
         nonlocal start
-        now = clock()
-        steps.append((now - start, called[0] - start))
+        end = now()
+        steps.append((end - start, called[0] - start))
         called.clear()
-        start = now
+        start = end
 
     asked: list[Any] = [model]
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False) and hasattr(model, "get_encoder"):
         asked.append(model.get_encoder())  # type: ignore[operator]  # generate calls it by itself
-    hooks = [
-        part.register_forward_pre_hook(lambda *_: called.append(time.perf_counter()), prepend=True) for part in asked
-    ]
-    start = clock()
+    hooks = [part.register_forward_pre_hook(lambda *_: called.append(clock()), prepend=True) for part in asked]
+    start = now()
     try:
         work(model, load, device, after)
     finally:

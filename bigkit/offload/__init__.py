@@ -29,7 +29,8 @@ What is wrong with it is what the files are about. Read in this order:
   checkpoint's own files (`source.py`). A quantized tensor is several plain ones (`codec.py`).
 - `handle.py`: `weight.shape` is gone between two forwards, and what is written there is lost. A handle answers.
 - `transfer.py`: the GPU waits for every copy. A copy stream fills one slot while the GPU works on another; what comes
-  from a file goes through `checkpoints/ring.py`. On the CPU, pages of the file are lent instead (`mapped.py`).
+  from a file goes through `checkpoints/ring.py`, several small pieces at a time (`reads.py`). On the CPU, pages of the
+  file are lent instead (`mapped.py`).
 - `stream.py`: nothing is fetched ahead. A streamer lends units in turn, and fetches those that come next. `sites.py`
   sees what users change in between, and `inference_only.py` refuses a backward.
 - `copies.py`: a tied weight works on two devices. The model keeps one, and lends copies of it. `outside.py`: modules

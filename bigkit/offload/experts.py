@@ -32,6 +32,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from ..model.experts import SOME, WHOLE
 from ._torch import detect_fake_mode
@@ -41,7 +42,7 @@ from .events import Event
 from .hooks import AlignDevicesHook, hooks_in
 from .on_device import DeviceRows
 from .pieces import Pieces
-from .rows import ExpertCache, Rows, bytes_of_one, count_rows, rows_of
+from .rows import ExpertCache, Rows, bytes_of_one, count_chosen, count_rows, rows_of
 from .stream import Streamer, Views
 from .transfer import PlainLane, Slot
 from .weights import Part, Unit
@@ -145,8 +146,7 @@ class ExpertStreamer(Streamer):
     def room(self, unit: Unit) -> int:
         """How many of a unit's experts tensors with fewer rows can hold."""
         each = max(1, unit.nbytes // self.counts[unit.index])
-        config = getattr(unit.module, "config", None)
-        few = max(SOME // each, getattr(config, "num_experts_per_tok", None) or 1) if self.is_large(unit) else 0
+        few = max(SOME // each, count_chosen(unit.module)) if self.is_large(unit) else 0
         return self.rows[unit.index] or min(few, self.counts[unit.index])
 
     def pays(self, unit: Unit, choices: int) -> bool:
@@ -403,6 +403,8 @@ class ExpertsHook(AlignDevicesHook):
         choice = choice_of((*args, *kwargs.values())) if implementation in KNOWN else None
         with self.streamer.lock:
             self.streamer.take_in_changes(self.unit)
+        if is_parametrized(module):  # by an adapter, which reads a stack as a whole
+            implementation = "grouped_mm"  # so that each expert has its number
         rows = self.streamer.lend_for(self.unit, choice, implementation)
         if rows is None:
             return args, kwargs

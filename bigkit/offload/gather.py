@@ -18,6 +18,7 @@ it decodes): for all of these chosen experts are copied into a slot.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from itertools import islice
 from typing import Any
@@ -27,12 +28,13 @@ from torch import Tensor
 
 from ..checkpoints.as_stored import AsStored
 from ..checkpoints.codecs import kernels_for
-from ..checkpoints.decoded import PLAIN, DecodedStack, Elsewhere
+from ..checkpoints.decoded import Elsewhere
 from ..checkpoints.ring import Slab
 from ._torch import detect_fake_mode
 from .escapes import count_holders
 from .experts import ExpertStreamer
-from .rows import bytes_of_one
+from .pieces import stand_ins
+from .rows import bytes_of_one, count_chosen
 from .stream import Views
 from .table import Table, can_look_up, form_of
 from .transfer import CudaLane, PlainLane, Slot
@@ -101,7 +103,7 @@ class GatherStreamer(ExpertStreamer):
             return rows
         assert choice is not None
         if self.rows[unit.index]:
-            few = self.pays(unit, choice.numel()) and detect_fake_mode() is None
+            few = self.pays(unit, choice.numel()) and not hasattr(choice, "fake_mode")
             in_a_table = few and self.keeps_account(unit)
             return self._look_up(unit, choice) if in_a_table else super().lend_for(unit, choice, implementation)
         with self.lock:
@@ -142,21 +144,34 @@ class GatherStreamer(ExpertStreamer):
             self._accounts[unit.index] = fits and kernels_for(self._window(unit).base) is not None
         return self._accounts[unit.index]
 
+    def prepare(self) -> None:
+        """Take what the first token would else be late for: memory for rows, and their kernels."""
+        for unit in (unit for unit in self.units if self.rows[unit.index]):
+            with suppress(torch.OutOfMemoryError):  # then the first forward says so
+                slot = self.rows_for(unit).slot
+                assert slot is not None
+                if detect_fake_mode() is None and self.keeps_account(unit):
+                    self._table(unit).try_out(count_chosen(unit.module))
+                    self.lane.leave(slot)  # copies into the rows wait for that
+
+    def _table(self, unit: Unit) -> Table:
+        kept = self.rows_for(unit)
+        if unit.index not in self.tables:
+            self.tables[unit.index] = Table(kept, self._window(unit).base)
+        return self.tables[unit.index]
+
     def _look_up(self, unit: Unit, choice: Tensor) -> Tensor:
         """Lend what finds a token's experts in the rows of the GPU, or brings them there."""
         choice = choice.contiguous()
         with self.lock:
-            kept = self.rows_for(unit)
-            assert kept.slot is not None
-            if unit.index not in self.tables:
-                self.tables[unit.index] = Table(kept, self._window(unit).base)
-            table = self.tables[unit.index]
-            self.lane.arrive(kept.slot)  # what the host has brought
+            table, slot = self._table(unit), self.rows_for(unit).slot
+            assert slot is not None
+            self.lane.arrive(slot)  # what the host has brought
             table.choose(choice)
             if self.listeners and not (choice.is_cuda and torch.cuda.is_current_stream_capturing()):
                 # They are told how much, for which the host waits.
                 missing = int((table.hit == 0).sum())
-                self.tell_fetch(unit, self.slots.index(kept.slot), missing * bytes_of_one(unit))
+                self.tell_fetch(unit, self.slots.index(slot), missing * bytes_of_one(unit))
             self.lend(unit, partial(self._bring_table, table))
         return choice
 
@@ -171,10 +186,8 @@ class GatherStreamer(ExpertStreamer):
     def _arriving(self, unit: Unit, views: Views) -> Views:
         """What is lent, with stacks that are waited for in the place of all but the first."""
         slot = self.holder[unit.index]
-        stands: dict[int, Any] = {}
-        for own in views.weights[1:]:
-            arriving: Any = Arriving(self.lane, slot, own)
-            stands[id(own)] = DecodedStack({"": arriving}, PLAIN, own.dtype, tuple(own.shape[1:]))
+        made = stand_ins(unit, lambda number: Arriving(self.lane, slot, views.weights[number]))
+        stands = dict(zip(map(id, views.weights[1:]), made[1:]))
         values = [stands.get(id(value), value) for value in views.values]
         slot.holders = count_holders(slot.base, values)
         return views._replace(values=values)

@@ -45,6 +45,11 @@ def count_rows(module: nn.Module) -> int:
     return int(count) if fits and not any(True for child in module.children() for _ in child.parameters()) else 0
 
 
+def count_chosen(module: nn.Module) -> int:
+    """How many of a module's experts a token takes, as its config says; 1 if it does not."""
+    return int(getattr(getattr(module, "config", None), "num_experts_per_tok", None) or 1)
+
+
 class Rows:
     """Some of a unit's experts, as a lane fills them into a slot: it sees them as it sees a unit.
 

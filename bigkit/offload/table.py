@@ -28,7 +28,7 @@ from ..checkpoints.decoded import Elsewhere
 from .inference_only import guarded
 from .on_device import DeviceRows
 from .pieces import stand_ins
-from .weights import Unit
+from .weights import Part, Unit
 
 PIECE = 1024  # words of 8 bytes that one program copies
 
@@ -57,7 +57,15 @@ class Table:
         self.counts = torch.zeros(3, dtype=torch.int64, device=device)  # hits, misses, and what time it is
         self.choice = self.rows = self.hit = torch.empty(0, device=device)
         self.taken: set[int] = set()
+        self.stacks = [self._words(*one) for one in zip(kept.unit.parts(), kept.starts)]
         self.lent, self.form = stand_ins(kept.unit, lambda number: Looked(self, number)), form_of(kept.unit)
+
+    def _words(self, part: Part, start: int) -> tuple[int, Tensor, Tensor]:
+        """Of a plain tensor: words of an expert, and all of its words, in RAM and in the rows."""
+        assert self.kept.slot is not None
+        words = part.nbytes // part.shape[0] // 8
+        rows = self.kept.slot.base[start : start + self.kept.count * words * 8]
+        return words, self.ram[part.offset : part.offset + part.nbytes].view(torch.int64), rows.view(torch.int64)
 
     def choose(self, choice: Tensor) -> None:
         """Give rows to what a token has chosen.
@@ -85,12 +93,8 @@ class Table:
             experts: shape (k,). They are those that were chosen; if one is not, it is read out of RAM, and what its
                 place in the rows holds is believed no more.
         """
-        part, start = self.kept.unit.parts()[number], self.kept.starts[number]
-        words, count = part.nbytes // part.shape[0] // 8, len(self.rows)
-        out = torch.empty((count, *part.shape[1:]), dtype=part.dtype, device=self.ram.device)
-        assert self.kept.slot is not None
-        ram = self.ram[part.offset : part.offset + part.nbytes].view(torch.int64)
-        rows = self.kept.slot.base[start : start + self.kept.count * words * 8].view(torch.int64)
+        part, (words, ram, rows), count = self.kept.unit.parts()[number], self.stacks[number], len(self.rows)
+        out = torch.empty((count, *part.shape[1:]), dtype=part.dtype, device=ram.device)
         with torch.cuda.device_of(ram):
             _kernels()["bring"][-(-words // PIECE), count](
                 experts.contiguous(), self.choice, self.rows, self.hit, self.row_of, self.owner, ram, rows,
@@ -102,6 +106,14 @@ class Table:
     def whole(self) -> bool:
         """Whether all tensors of what was chosen are in their rows."""
         return len(self.taken) == len(self.kept.starts)
+
+    def try_out(self, count: int) -> None:
+        """Choose and bring so many experts, and forget it: Triton makes the kernels, which takes it up to a second."""
+        self.choose(torch.arange(count, device=self.ram.device)[None])
+        for number in range(len(self.kept.starts)):
+            self.bring(number, self.choice)
+        self.counts.zero_()
+        self.forget()
 
     def read(self) -> None:
         """Tell the host what is in the rows; it waits."""

@@ -11,7 +11,8 @@ host never waits. For files it must: a copy can be queued only when the bytes ha
 `PlainLane` copies at once. It serves devices without streams: MPS, fake devices, and the CPU where it stands in for
 one.
 
-Leaves out: what to copy when, and into which slot (`offload/stream.py`), and the ring itself (`checkpoints/ring.py`).
+Leaves out: what to copy when, and into which slot (`offload/stream.py`), what a reader reads at once (`reads.py`), and
+the ring itself (`checkpoints/ring.py`).
 """
 
 from __future__ import annotations
@@ -22,16 +23,18 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..checkpoints.ring import READERS, Chunk, Ring, count_readers
 from ..units import MiB
+from .reads import Read, jobs_of, read_job
 from .weights import Move, Unit
 
 CHUNK = 16 * MiB  # of one read and one copy: so large that Python's part of it does not count
+TOGETHER = 8 * MiB  # what is smaller shares a chunk and a reader: Python begins with one after another
 RING = READERS + 4  # chunks, where there are cores for all readers: some are copied while each reader fills another
 
 
@@ -108,33 +111,34 @@ class CudaLane(PlainLane):
 
     def fill(self, slot: Slot, unit: Unit) -> None:
         self.stream.wait_event(slot.free)
-        jobs: list[_Job] = []
+        others: list[Move] = []
         with torch.cuda.stream(self.stream):
             for move in unit.moves():
                 if move.slab is not None and move.slab.pinned:
                     target = slot.base[move.offset : move.offset + move.nbytes]
                     target.copy_(move.slab.bytes[move.at : move.at + move.nbytes], non_blocking=True)
                 else:
-                    jobs += _cut(move)
+                    others.append(move)
             slot.ready.record(self.stream)
-        if jobs:
+        if others:
+            jobs = jobs_of(others, CHUNK, TOGETHER)
             self._ring = self._ring or Ring(CHUNK, count_readers() + RING - READERS)
             given: Any = self._carry, self._ring, iter(jobs), slot.base
             slot.pending = [readers().submit(*given) for _ in jobs[: count_readers()]]
 
-    def _carry(self, ring: Ring, jobs: Iterator[_Job], base: Tensor) -> None:
+    def _carry(self, ring: Ring, jobs: Iterator[list[Read]], base: Tensor) -> None:
         """One reader's work: fill chunks of the ring and queue their copies, until no job is left."""
 
-        def send(job: _Job, chunk: Chunk) -> None:
+        def send(job: list[Read], chunk: Chunk) -> None:
             try:
-                for piece in job.pieces:
-                    source = chunk.bytes[piece.chunk : piece.chunk + piece.nbytes]
-                    base[piece.slot : piece.slot + piece.nbytes].copy_(source, non_blocking=True)
+                for start, slot, nbytes in (piece for read in job for piece in read.pieces()):
+                    source = chunk.bytes[start : start + nbytes]
+                    base[slot : slot + nbytes].copy_(source, non_blocking=True)
             finally:
                 ring.give_back(chunk, self.stream)
 
         with torch.cuda.stream(self.stream):
-            ring.fill(jobs, _read, send)
+            ring.fill(jobs, read_job, send)
 
     def arrive(self, slot: Slot) -> None:
         if slot.pending:
@@ -155,48 +159,6 @@ class CudaLane(PlainLane):
 
     def close(self) -> None:
         self.stream.synchronize()
-
-
-class _Piece(NamedTuple):
-    """Bytes that belong together in the slot too."""
-
-    chunk: int  # where they begin in the chunk
-    slot: int  # where they begin in the slot
-    nbytes: int
-
-
-class _Job(NamedTuple):
-    """At most a chunk's worth of a move."""
-
-    move: Move
-    at: int  # where it begins in the slab or the file
-    nbytes: int
-    pieces: list[_Piece]  # where its bytes belong
-
-
-def _cut(move: Move) -> Iterator[_Job]:
-    """A move as jobs of one chunk each."""
-    for start in range(0, move.nbytes, CHUNK):
-        stop = min(start + CHUNK, move.nbytes)
-        if move.slab is not None:
-            yield _Job(move, move.at + start, stop - start, [_Piece(0, move.offset + start, stop - start)])
-            continue
-        pieces = []
-        for part in move.parts:  # in a file they lie without gaps, in the slot each is aligned
-            first = part.at - move.at
-            low, high = max(first, start), min(first + part.nbytes, stop)
-            if low < high:
-                pieces.append(_Piece(low - start, part.offset + low - first, high - low))
-        yield _Job(move, move.at + start, stop - start, pieces)
-
-
-def _read(job: _Job, chunk: Chunk) -> None:
-    """Bring a job's bytes into a chunk."""
-    if job.move.source is not None:
-        job.move.source.read(chunk.view[: job.nbytes], job.at)
-    else:
-        assert job.move.slab is not None
-        chunk.bytes[: job.nbytes].copy_(job.move.slab.bytes[job.at : job.at + job.nbytes])
 
 
 @cache

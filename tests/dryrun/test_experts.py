@@ -47,13 +47,13 @@ def test_bytes_that_travel(replay):
         assert fills[f"token {token}"] == bring, "the prompt has left the last two blocks in the slots"
 
 
-def test_experts_in_files_come_in_pieces():
+def test_chosen_experts_in_files_come_in_pieces():
     routing = Routing("qwen", COUNT, tuple(((1, 2), (4, 7), (0, 9)) for _ in range(BLOCKS)))
     experts = {f"model.layers.{i}.mlp.experts": "disk" for i in range(BLOCKS)}
     run = dry_run(qwen(), {"": 0, **experts}, 1, 1, 2, "H200", dtype="float32", routing=routing, replay=False)
-    found = [op.pieces for op in run.operations if op.name == FILL]
-    stacks = 2
-    assert found == [stacks * 1] * BLOCKS + [stacks * 2] * 2 * BLOCKS, "1 and 2 lie together"
+    assert {op.in_pieces for op in run.operations if op.name == FILL} == {True}
+    run = dry_run(qwen(), {"": 0, **experts}, 1, 64, 0, "H200", dtype="float32")
+    assert {op.in_pieces for op in run.operations if op.name == FILL} == {False}, "a prompt takes all, in one piece"
 
 
 def test_by_chance():

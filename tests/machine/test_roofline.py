@@ -135,15 +135,15 @@ def test_python_waits_for_a_value():
     assert last.start > work.end and isinstance(last, Span)
 
 
-def test_small_pieces_of_files_are_read_no_faster_than_python_begins_with_them():
-    def seconds(nbytes, pieces):
+def test_small_pieces_of_files_are_read_at_the_rate_that_was_measured():
+    def seconds(nbytes, in_pieces, pieces=((1e8, 1e10), (1e10, 1e11))):
         fill, arrive = (
-            Operation(name, "cuda:0", 0, nbytes, "uint8", 0, "disk", 0, "experts", experts=8, pieces=pieces)
+            Operation(name, "cuda:0", 0, nbytes, "uint8", 0, "disk", 0, "experts", experts=8, in_pieces=in_pieces)
             for name in (FILL, ARRIVE)
         )
-        fast = replace(FLAT, disk=1e11, link=1e15)
+        fast = replace(FLAT, disk=1e11, link=1e15, pieces=pieces)
         return run_steps([fill, arrive], [("token", 2)], {"cuda:0": fast})[0].seconds
 
-    assert seconds(10**8, 0) == seconds(10**8, 1) == pytest.approx(1e-3, rel=1e-3)
-    assert seconds(10**8, 16) == pytest.approx(16 * TYPICAL.piece, rel=1e-3)
-    assert seconds(10**10, 16) == pytest.approx(0.1, rel=1e-3), "large pieces take longer to read than to begin with"
+    assert seconds(10**8, False) == seconds(10**8, True, ()) == pytest.approx(1e-3, rel=1e-3)
+    assert seconds(10**8, True) == pytest.approx(1e-2, rel=1e-3)
+    assert seconds(10**10, True) == pytest.approx(0.1, rel=1e-3), "many pieces keep all readers at work"

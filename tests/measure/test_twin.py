@@ -2,19 +2,25 @@
 
 import copy
 import json
+import time
 from dataclasses import asdict, replace
 from functools import partial
+from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
 import transformers
 
-from bigkit import dry_run, init_empty_weights, zoo
+from bigkit import dispatch_model, dry_run, init_empty_weights, zoo
 from bigkit.dryrun.workload import Workload
 from bigkit.machine.hardware import GPUS, Hardware
 from bigkit.machine.ledger import Calibration, HostStep, Ledger, Twin
+from bigkit.measure import twin as twin_module
 from bigkit.measure.calibrate import calibrate, machine_name
 from bigkit.measure.twin import LOAD, issued_in, measure_twin, narrow, timed, twin_of
+from bigkit.offload.rows import count_rows
+from bigkit.offload.transfer import PlainLane
 from bigkit.zoo._transformers import from_config
 from tests.maps.tiny_models import model_class, shrink
 
@@ -177,6 +183,63 @@ def test_calibrate_keeps_a_models_pace(tmp_path, monkeypatch):
     assert Ledger.load().calibrations[machine_name()].twins == twins, "calibrating anew keeps them"
     Ledger.load().add(replace(known, versions={"torch": "another"}, twins=()))
     assert Ledger.load().calibrations[machine_name()].twins == (), "but not with other libraries"
+
+
+def test_a_twin_that_rests_as_the_model_does():
+    """Its hooks do what the model's do, the host's steps are counted with them, and such models find it."""
+    config = shrink(transformers.Qwen3MoeConfig())
+    with init_empty_weights():
+        model = transformers.Qwen3MoeForCausalLM(config)
+    blocks = [name for name, module in model.named_modules() if count_rows(module)]
+    places = {"": 0, **dict(zip(blocks, ["cpu", "disk"] * len(blocks)))}
+    size = sum(p.nbytes for name in blocks for p in model.get_submodule(name).parameters())
+    seen = []
+    with mock.patch.object(twin_module, "dispatch_model", lambda *given, **options: seen.append(options) or
+                           dispatch_model(*given, **options)):  # fmt: skip
+        twin = measure_twin(model, "cpu", repeats=1, plan=places, expert_cache=size)
+    own = sum(p.nbytes for m in twin_of(model).modules() if count_rows(m) for p in m.parameters())
+    assert seen[0]["expert_cache"] == own, "all of the model's experts: all of the twin's"
+    assert twin.rests == ("model.layers.*.mlp.experts: cpu", "model.layers.*.mlp.experts: disk", "some on the GPU")
+    assert 0 < twin.token.before < twin.token.seconds and all(p.is_meta for p in model.parameters())
+    plain = replace(twin, token=HostStep(9.0, 0.1, twin.token.issued), rests=())
+    known = Calibration.from_json(asdict(SMALL.with_twin(twin).with_twin(plain)))
+    issued = twin.prefill.issued
+    assert known.twins == (twin, plain) and twin.rests[0] in known.explain()
+    assert known.twin("Qwen3MoeForCausalLM", None, issued, twin.rests) == twin
+    assert known.twin("Qwen3MoeForCausalLM", None, issued, ("another: cpu",)) == plain
+    assert known.twin("Qwen3MoeForCausalLM", None, issued) == plain
+    run = dry_run(model, places, 1, 16, 2, Hardware("one", (GPUS["H200"],), 0, 0), calibration=known, expert_cache=size)
+    assert run.twin == twin
+
+
+def test_a_twins_clock_stands_still_while_files_are_read(monkeypatch):
+    config = shrink(transformers.Qwen3MoeConfig())
+    with init_empty_weights():
+        model = transformers.Qwen3MoeForCausalLM(config)
+    places = {"": 0, **{name: "disk" for name, module in model.named_modules() if count_rows(module)}}
+
+    waits = []
+
+    def slow(self, slot):
+        if slot.pending:
+            waits.append(100.0)
+            slot.pending = []
+
+    fill = PlainLane.fill
+
+    def filled(self, slot, unit):
+        fill(self, slot, unit)
+        slot.pending = ["a reader"]
+
+    clock = SimpleNamespace(perf_counter=lambda: time.perf_counter() + sum(waits))
+    monkeypatch.setattr(twin_module, "time", clock)
+    monkeypatch.setattr(PlainLane, "fill", filled)
+    monkeypatch.setattr(PlainLane, "arrive", slow)
+    monkeypatch.setattr(PlainLane, "finish", lambda self, slot: None)
+    twin = measure_twin(model, "cpu", repeats=1, plan=places)
+    blocks = len(places) - 1
+    assert len(waits) >= 4 * blocks, "two prompts of each length read all blocks"
+    assert twin.prefill.seconds < 100 and twin.token.seconds < 100
 
 
 def test_a_twin_is_not_kept_as_its_checkpoint_is_stored():

@@ -4,6 +4,7 @@ import copy
 import os
 from contextlib import nullcontext
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
@@ -242,6 +243,33 @@ def test_experts_that_come_in_another_tensor(pretend, monkeypatch):
     monkeypatch.setattr(table.Looked, "take", others)
     for ids in map(torch.tensor, TEXTS * 2):
         assert torch.equal(found(ids).logits, model(ids).logits)
+
+
+def test_what_a_first_token_would_wait_for_can_be_done_before(pretend):
+    """Memory and kernels are there; what is in the rows, and what is counted, is as if nothing had been."""
+    model = mixture()
+    found, streamer = spread(copy.deepcopy(model))
+    with mock.patch.object(streamer.lane, "leave") as left:
+        streamer.prepare()
+    slots = [kept.slot for kept in streamer.on_device.values()]
+    assert [call.args for call in left.call_args_list] == [(slot,) for slot in slots], "copies into the rows must wait"
+    assert len(streamer.tables) == len(streamer.on_device) == 3 and expert_hits(found) == (0, 0)
+    assert not any(table.kept.row_of or table.current for table in streamer.tables.values())
+    other, _ = spread(copy.deepcopy(model))
+    for ids in map(torch.tensor, TEXTS):
+        assert torch.equal(found(ids).logits, model(ids).logits) and other(ids) is not None
+        assert expert_hits(found) == expert_hits(other)
+    assert [kept.slot for kept in streamer.on_device.values()] == slots
+
+
+def test_memory_that_a_first_token_needs_may_be_short_until_then(pretend, monkeypatch):
+    model = mixture()
+    found, streamer = spread(copy.deepcopy(model))
+    with monkeypatch.context() as patch:
+        patch.setattr(streamer, "rows_for", mock.Mock(side_effect=torch.OutOfMemoryError))
+        streamer.prepare()
+    assert not streamer.on_device
+    assert torch.equal(found(torch.tensor([[3]])).logits, model(torch.tensor([[3]])).logits)
 
 
 def test_who_listens_is_told(pretend):

@@ -10,6 +10,7 @@ from torch import nn
 from bigkit.checkpoints.format import read_header
 from bigkit.checkpoints.ring import Slab
 from bigkit.offload import transfer
+from bigkit.offload.reads import jobs_of
 from bigkit.offload.source import Source
 from bigkit.offload.transfer import CudaLane, PlainLane
 from bigkit.offload.weights import Unit, Weight, part_of, rest_in_ram
@@ -67,6 +68,27 @@ def test_units_from_ram_and_files_arrive_whole(monkeypatch, tmp_path, tensors, c
         filled(PlainLane(CPU), unit, tensors)
     del lane, unit, on_disk, in_ram, mixed, weight, part
     assert not runtime.pinned
+
+
+def test_small_pieces_share_a_chunk(monkeypatch, tmp_path):
+    """Python begins with one reader after another: what is small is read by few of them, and still whole."""
+    fake_cuda.install(monkeypatch)
+    monkeypatch.setattr(transfer, "CHUNK", 1000)
+    monkeypatch.setattr(transfer, "TOGETHER", 500)
+    data = torch.arange(6000, dtype=torch.int32).to(torch.uint8)
+    (path := tmp_path / "file").write_bytes(bytes(data.tolist()))
+    sizes = [100, 200, 200, 1, 2300, 450, 40]
+    tensors = {str(i): data[700 * i : 700 * i + size] for i, size in enumerate(sizes) if size != 2300}
+    tensors["4"] = data[2800 : 2800 + 2300]
+    tensors = {name: tensors[name] for name in sorted(tensors)}
+    unit, source = unit_of(tensors), Source(path)
+    starts = [0, 700, 1400, 2100, 2800, 5200, 5900]
+    for weight, start in zip(unit.weights, starts):
+        tensors[weight.name] = data[start : start + sizes[int(weight.name)]]
+        weight.parts[""].source, weight.parts[""].at = source, start
+    shared = [[read.nbytes for read in job] for job in jobs_of(unit.moves(), 1000, 500)]
+    assert shared == [[100, 200, 200], [1], [1000], [1000], [300], [450, 40]]
+    filled(CudaLane(CPU), unit, tensors)
 
 
 def test_a_file_that_was_cut_is_an_error_on_arrival(monkeypatch, tmp_path, tensors):
