@@ -95,14 +95,14 @@ def mlps_on_the_cpu(model, main):
     assert torch.equal(parts(prompt).logits, expected[0]) and torch.equal(parts(one).logits, got)
 
 
-@two_gpus
-def test_ram_that_is_let_go_while_another_gpu_writes_to_it():
-    ones = torch.ones(2**20, dtype=torch.uint8, device="cuda:1")
-    torch.cuda.synchronize(1)
+def test_ram_that_is_let_go_while_another_gpu_writes_to_it(gpus):
+    last = torch.device("cuda", gpus - 1)
+    ones = torch.ones(2**20, dtype=torch.uint8, device=last)
+    torch.cuda.synchronize(last)
     slab = Slab(2**20, pin=True)
     slab.pin()
     view = slab.bytes[:]
-    with torch.cuda.stream(torch.cuda.Stream(1)):
+    with torch.cuda.stream(torch.cuda.Stream(last)):
         torch.cuda._sleep(10**8)  # cycles: some 50 ms
         view.copy_(ones, non_blocking=True)
     del slab
