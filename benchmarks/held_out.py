@@ -14,15 +14,15 @@ or `MOST_TOKENS` forbid is drawn again.
 
 `--foretell` makes the dry runs, and keeps them whole: one file for each case. What they lack is the pace of the host.
 
-`--measure` gives each case a process of its own, so that a kernel that fails ends nothing else. First it runs the
-narrow twin, as `calibrate(model=...)` does, and writes down what the host took: from then on the prediction is
-complete. Then it runs `generate` with random weights: once from an empty allocator, for the memory and for the first
-prompt of a process; once more that does not count; then for the times, in turn with the twin, at least `LEAST` runs.
-Medians count. It writes after every stage, starts none after `--seconds`, and goes on where it stopped if it is called
-again. Two processes with a GPU each want cores of their own (`taskset`).
+`--measure` gives each case a process of its own, so that a kernel that fails ends nothing else. It runs `generate` with
+random weights: once from an empty allocator, for the memory and for the first prompt of a process; then for the times,
+in rounds: the narrow twin, the model, the twin, the model, ..., the twin. A twin runs what `calibrate(model=...)` runs.
+The first round does not count, at least `LEAST` do. It writes after every stage, starts none after `--seconds`, and
+goes on where it stopped if it is called again. Two processes with a GPU each want cores of their own (`taskset`).
 
-`--compare` must run with the versions that foretold. It says times by the twin that ran before its model, and by the
-twin that ran in turn with it.
+`--compare` must run with the versions that foretold. A round's prediction is the dry run with the two twins around the
+model's run; **what counts is the median over the rounds of predicted / measured**. (The first three draws took medians
+of twins in turn with their models; the third one's first declared twins ran some seconds before, and failed.)
 """
 
 from __future__ import annotations
@@ -63,9 +63,9 @@ from bigkit.offload.lenders import streamers_in
 from bigkit.zoo._transformers import from_config
 
 BATCHES, PROMPTS, NEW = (1, 3, 32), (1, 100, 777, 1900), (1, 4, 16, 32)
-TYPES = 40
+TYPES = 30
 TOKENS = 5  # that are generated when times are taken
-LEAST, MOST, EACH = 5, 15, 2.5  # runs of a model that count, and seconds for them
+LEAST, MOST, EACH = 5, 15, 1.8  # rounds of a model that count, and seconds for them
 WEIGHTS, MOST_BLOCKS, MOST_TOKENS = 10e9, 40, 32 * 777
 SEEN = {  # in the table of dryrun.py, or measured while the code was changed
     "llama", "bloom", "gpt2", "mixtral", "deepseek_v3", "gemma2", "t5", "opt", "mistral", "qwen3", "qwen3_moe",
@@ -74,7 +74,7 @@ SEEN = {  # in the table of dryrun.py, or measured while the code was changed
 }  # fmt: skip
 LOOPS = ("mamba", "falcon_mamba", "jamba", "recurrent_gemma", "rwkv", "xlstm", "minimax")  # over tokens, in Python
 RATES = Path(__file__).parent / "results" / "dryrun.json"  # of an H200, measured before
-DRAWS = [Path(__file__).parent / "results" / f"held-out{number}.json" for number in ("", "-2")]  # the earlier ones
+DRAWS = [Path(__file__).parent / "results" / f"held-out{number}.json" for number in ("", "-2", "-3")]
 DEVICE = "cuda"
 DEPTHS = ("num_hidden_layers", "encoder_layers", "decoder_layers", "num_layers", "num_decoder_layers",
           "num_encoder_layers", "n_layer", "n_layers")  # fmt: skip
@@ -232,18 +232,11 @@ def put(case: dict[str, Any], model: nn.Module) -> nn.Module:
 
 
 def measure(case: dict[str, Any], write: Callable[[dict[str, Any]], None]) -> str:
-    """A case's twin, its memory from an empty allocator, then its times in turn with its twin's; a line about them."""
+    """A case's memory from an empty allocator, then its times between its twin's; a line about them."""
     kind, load = case.get("quantization"), Workload(*case["load"])
     model, narrow = empty(case), None
     with suppress(ValueError):
         narrow = twin_of(model, kind is not None)
-    alone = {"type": case["type"], "quantization": kind}
-    loads = {"twin": LOAD, "single": SINGLE} if load.prompt == 1 else {"twin": LOAD}
-    if narrow is not None:
-        twin = put(alone, copy.deepcopy(narrow))
-        rows = {name: repeated(twin, few, EACH / 2 if name == "twin" else EACH / 4) for name, few in loads.items()}
-        write(rows)
-        del twin
     settle(0)
     before = torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
     torch.cuda.reset_peak_memory_stats()
@@ -252,27 +245,25 @@ def measure(case: dict[str, Any], write: Callable[[dict[str, Any]], None]) -> st
     peak = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
     write({"before": before, "peak": peak, "first": first})
     few = replace(load, new=min(load.new, TOKENS))
+    loads = {} if narrow is None else {"twin": LOAD, "single": SINGLE} if load.prompt == 1 else {"twin": LOAD}
+    twin = None if narrow is None else put({"type": case["type"], "quantization": kind}, narrow)
     steps: list[Any] = []
     beside: dict[str, list[Any]] = {name: [] for name in loads}
-    twin = None if narrow is None else put(alone, narrow)
+
+    def look() -> None:
+        for name, work in loads.items():
+            beside[name].append(timed(twin, work, DEVICE))  # type: ignore[arg-type]
+
     start = time.perf_counter()
     while len(steps) < 1 + LEAST or (len(steps) < 1 + MOST and time.perf_counter() - start < EACH):
+        look()
         for streamer in streamers_in(model):
             streamer.let_go()  # each prompt finds what rests in RAM there, as the dry run's
         steps.append(timed(model, few, DEVICE))
-        for name in loads if twin is not None else ():
-            beside[name].append(timed(twin, loads[name], DEVICE))
+    look()
     beside = {name: runs[1:] for name, runs in beside.items()}
-    write({"steps": steps[1:], "beside": beside})  # the first one chooses kernels
-    return f"{peak[0] / 1e9:.2f} GB allocated, model {shown(steps[1:])}; twin {shown(beside['twin'])}"
-
-
-def repeated(model: nn.Module, load: Workload, seconds: float) -> list[Any]:
-    """Steps of a model's runs, at least `LEAST`, after two that do not count."""
-    start, runs = time.perf_counter(), []
-    while len(runs) < 2 + LEAST or (len(runs) < 2 + MOST and time.perf_counter() - start < seconds):
-        runs.append(timed(model, load, DEVICE))
-    return runs[2:]
+    write({"steps": steps[1:], "beside": beside})  # the first round chooses kernels
+    return f"{peak[0] / 1e9:.2f} GB allocated, model {shown(steps[1:])}; twin {shown(beside.get('twin', []))}"
 
 
 def in_a_process(task: Callable[[], None], seconds: float) -> str:
@@ -404,7 +395,7 @@ def twin_from(case: dict[str, Any], rows: dict[str, Any], issued: list[int], sin
 
 
 def predicted(case: dict[str, Any], folder: Path, machine: dict[str, str]) -> dict[str, Any]:
-    """What a dry run said of a case, with the twin of the first stage, with the twin beside it, and without any."""
+    """What a dry run said of a case: in each round, with all of its twins, and without one."""
     with gzip.open(folder / f"{key_of(case).replace('/', '_').replace(' ', '_')}.gz") as file:
         by, said = pickle.load(file)
     if by != machine:
@@ -412,17 +403,21 @@ def predicted(case: dict[str, Any], folder: Path, machine: dict[str, str]) -> di
     if isinstance(said, str):
         return {"error": said}
     guess, issued, single = said
-    twin, beside = (twin_from(case, rows, issued, single) for rows in (case, case.get("beside", {})))
-    runs = [replace(guess, twin=found) for found in (twin, beside)]
+    beside = case.get("beside", {})
+    twin = twin_from(case, beside, issued, single)
+    pairs = [{name: runs[i : i + 2] for name, runs in beside.items()} for i in range(len(case.get("steps", ())))]
+    rounds = [replace(guess, twin=twin_from(case, pair, issued, single)) for pair in pairs]
+    run = replace(guess, twin=twin)
     return {
         "twin": asdict(twin) if twin else None,
         "fits": guess.fits,
         "guessed": [guess.seconds["prefill"], guess.seconds.get("token")],
         "peak": [guess.peak_allocated[0], guess.peak_reserved[0]],
         "issued": issued_of(guess)[:2],
-        "seconds": [step.seconds for step in runs[0].times],
-        "beside": [step.seconds for step in runs[1].times],
-        "busy": [dict(step.busy) for step in runs[0].times[:2]],
+        "seconds": [step.seconds for step in run.times],
+        "rounds": [[step.seconds for step in each.times] for each in rounds],
+        "ranges": [[found.low, found.high] for name in ("prefill", "token") if (found := run.ranges.get(name))],
+        "busy": [dict(step.busy) for step in run.times[:2]],
     }
 
 
@@ -475,9 +470,21 @@ def compared(case: dict[str, Any]) -> dict[str, tuple[float, float]]:
     return held
 
 
+def around(case: dict[str, Any]) -> dict[str, float]:
+    """ "prompt" and "token" -> the median over the rounds of predicted / measured."""
+    ratios: dict[str, list[float]] = {}
+    for said, run in zip(case["predicted"]["rounds"], case["steps"]):
+        ratios.setdefault("prompt", []).append(said[0] / run[0][0])
+        if run[1:] and said[1:]:
+            taken = statistics.median(step[0] for step in run[1:])
+            ratios.setdefault("token", []).append(statistics.mean(said[1 : 1 + TOKENS]) / taken)
+    return {name: statistics.median(row) for name, row in ratios.items()}
+
+
 def errors_of(case: dict[str, Any]) -> dict[str, float]:
-    """Quantity -> predicted / measured - 1."""
-    return {name: predicted / measured - 1 for name, (predicted, measured) in compared(case).items()}
+    """Quantity -> predicted / measured - 1: of times, in the median round."""
+    ratios = {name: predicted / measured for name, (predicted, measured) in compared(case).items()}
+    return {name: ratio - 1 for name, ratio in {**ratios, **around(case)}.items()}
 
 
 def kept(case: dict[str, Any]) -> dict[str, Any]:
@@ -494,7 +501,8 @@ def kept(case: dict[str, Any]) -> dict[str, Any]:
         "twin": said["twin"],
         "longest": [max(busy, key=busy.get) for busy in said["busy"]],
         "without twin": said["guessed"],
-        "with the twin beside it": said["beside"][:2],
+        "around": around(case),
+        "ranges": said["ranges"],
         "first": [step[0] for step in case["first"][:2]],
         "runs": len(case["steps"]),
     }
@@ -509,26 +517,27 @@ def row_of(case: dict[str, Any]) -> str:
     text = "  ".join(f"{name} {100 * error:+7.2f} %" for name, error in errors.items())
     shown = ", ".join(f"{1000 * seconds:.1f}" for seconds in times if seconds)
     busy = [{lane: f"{1000 * value:.1f}" for lane, value in step.items()} for step in said["busy"]]
-    beside = 100 * (said["beside"][0] / times[0] - 1)
-    return f"{key_of(case):44} {text}   ({shown} ms; {busy}; beside {beside:+.1f} %; first {case['first'][0][0]:.2f} s)"
+    return f"{key_of(case):44} {text}   ({shown} ms; {busy}; first {case['first'][0][0]:.2f} s)"
 
 
 def summary(cases: list[dict[str, Any]]) -> str:
     """How many were predicted within the bounds."""
     good = [case for case in cases if "error" not in case and "error" not in case["predicted"]]
     lines = [f"{len(good)} predicted of {len(cases)}"]
-    in_turn = [{**case, "predicted": {**case["predicted"], "seconds": case["predicted"]["beside"]}} for case in good]
-    for rows, suffix in ((good, ""), (in_turn, ", twin in turn")):
-        errors_of_all = [errors_of(case) for case in rows]
+    errors_of_all = [errors_of(case) for case in good]
+    in_turn = [{name: told / taken - 1 for name, (told, taken) in compared(case).items()} for case in good]
+    for rows, suffix in ((errors_of_all, ""), (in_turn, ", medians")):
         for name, bound in (("allocated", 0.005), ("reserved", 0.03), ("prompt", 0.15), ("token", 0.15)):
-            errors = [row[name] for row in errors_of_all if name in row]
+            errors = [row[name] for row in rows if name in row]
             if errors and (bound == 0.15 or not suffix):
                 near, worst = sum(abs(error) <= bound for error in errors), max(errors, key=abs)
                 beyond = sum(abs(error) > 0.4 for error in errors)
                 middle = statistics.median(map(abs, errors))
                 within = f"{near} of {len(errors)} within {100 * bound:g} %, the median {100 * middle:.2f} %"
                 lines.append(f"{name + suffix:24} {within}, the worst {100 * worst:+.1f} %, {beyond} beyond 40 %")
-    return "\n".join(lines)
+    held = [low <= taken <= high for case in good for (low, high), taken in zip(
+        case["predicted"]["ranges"], (taken for taken in measured_times(case) if taken))]  # fmt: skip
+    return "\n".join([*lines, f"in their ranges: {sum(held)} of {len(held)}"])
 
 
 def main() -> None:

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from ..model.header import CheckpointError
 from ..model.spec import TensorSpec
 from ..model.stored import DECODING, DECODING_OF, DECODING_STACK, decoding
+from ._peft import refuse_adapters_on
 from ._transformers import Made, gptq_offset
 from .codecs import Codec, Kinds, Parts, StackCodec, described, find_codec, find_stack_codec
 from .decoded import DecodedStack
@@ -52,6 +53,11 @@ class AsStored(nn.Module):
     stacks: tuple[str, ...] = ()
     decoding: int = 0
     works_in: torch.dtype
+
+    def named_parameters(self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True) -> Any:
+        if not recurse:
+            refuse_adapters_on(self.stacks or ("weight",))
+        return super().named_parameters(prefix, recurse, remove_duplicate)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         parts = [self._parameters[name] for name in self.stored]
@@ -226,15 +232,9 @@ def _stacked(name: str, module: nn.Module, source: Checkpoint, kinds: Kinds) -> 
 
 
 def _change_stack(
-    name: str,
-    module: nn.Module,
-    own: str,
-    codec: StackCodec,
-    source: Checkpoint,
-    keep: str,
-    kinds: Kinds,
+    name: str, module: nn.Module, own: str, codec: StackCodec, source: Checkpoint, keep: str, kinds: Kinds,
     undo: list[Any],
-) -> None:
+) -> None:  # fmt: skip
     weight, names = module._parameters[own], {suffix: own + suffix for suffix in codec.suffixes}
     assert weight is not None
 
@@ -295,13 +295,9 @@ def _new(*made_of: Any) -> Any:
 
 
 def _decode_at_loading(
-    source: Checkpoint,
-    module: str,
-    own: str,
-    weight: Tensor,
-    parts: Iterable[str],
+    source: Checkpoint, module: str, own: str, weight: Tensor, parts: Iterable[str],
     decode: Callable[[Parts, torch.dtype], Tensor],
-) -> None:
+) -> None:  # fmt: skip
     """Let a checkpoint have a weight that is made of its parts, which are found under no model's names any more."""
     full, aside = f"{module}.{own}", {part: source.set_aside(f"{module}.{part}") for part in parts}
 

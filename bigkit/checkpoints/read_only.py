@@ -8,7 +8,7 @@ Leaves out: decoding itself (`codecs.py`).
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NoReturn
 
 from torch import Tensor
 
@@ -47,12 +47,15 @@ class ReadOnly(Tensor):
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        given: list[ReadOnly] = []
+        kwargs, given, versions = kwargs or {}, list[ReadOnly](), list[tuple[Tensor, int]]()
 
         def plain(item: Any) -> Any:
             if isinstance(item, ReadOnly):
                 given.append(item)
-                return item.as_subclass(Tensor)
+                tensor = item.as_subclass(Tensor)
+                if not tensor.is_inference():  # that has no version
+                    versions.append((tensor, tensor._version))
+                return tensor
             return type(item)(map(plain, item)) if type(item) in (list, tuple) else item
 
         def read_only(item: Any) -> Any:
@@ -60,13 +63,21 @@ class ReadOnly(Tensor):
                 return ReadOnly.of(item, given[0].reason)
             return type(item)(map(read_only, item)) if type(item) in (list, tuple) else item
 
+        def refuse() -> NoReturn:
+            what = "setting data" if func.__name__ == "__set__" else func.__name__
+            raise RuntimeError(f"{what} would write to a weight of {[*given[0].shape]}, but {given[0].reason}")
+
         with DisableTorchFunctionSubclass():
-            written = [args[0]] if _writes(func.__name__) else [(kwargs or {}).get("out")]
-            plain(written)
-            if given:
-                what = "setting data" if func.__name__ == "__set__" else func.__name__
-                raise RuntimeError(f"{what} would write to a weight of {[*given[0].shape]}, but {given[0].reason}")
-            result = func(*plain([*args]), **{name: plain(value) for name, value in (kwargs or {}).items()})
+            first = _writes(func.__name__) or kwargs.get("inplace")
+            plain(next(iter([*args, *kwargs.values()])) if first else kwargs.get("out"))
+            if given or func is Tensor.__dlpack__:
+                given = given or [args[0]]
+                refuse()
+            result = func(*plain([*args]), **{name: plain(value) for name, value in kwargs.items()})
+            if any(tensor._version != before for tensor, before in versions):  # `F.relu(weight, True)`
+                refuse()
+            if func in (Tensor.numpy, Tensor.__array__):
+                result.flags.writeable = False
             memory = {item.untyped_storage().data_ptr() for item in given}
             return read_only(result)
 

@@ -27,6 +27,7 @@ Leaves out: a pipeline itself (`pipeline.py`), and files of prompts (`map_file.p
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
@@ -38,7 +39,7 @@ from torch import Tensor, nn
 
 from .pipeline import Call, stage_of
 
-_PATIENCE = 1.0  # seconds for threads that are given up to see it; one may wait for another process
+_PATIENCE = 1.0  # seconds for all threads that are given up to see it; one may wait for another process
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -84,12 +85,9 @@ def map_in_flight(
 
 
 def run_in_flight(
-    function: Callable[[T], R],
-    batches: Iterable[T],
-    model: nn.Module,
-    done: Callable[[int, R], Any],
+    function: Callable[[T], R], batches: Iterable[T], model: nn.Module, done: Callable[[int, R], Any],
     groups: int | None = None,
-) -> None:
+) -> None:  # fmt: skip
     """`map_in_flight`, with each result and its number given to `done`, in the order of the batches."""
     stage = stage_of(model)
     if stage.turns is not None:
@@ -121,7 +119,10 @@ def run_in_flight(
                 hand_out()
         turns.leave()
 
-    turns.run(work)
+    try:
+        turns.run(work)
+    finally:
+        stage.lost = stage.lost or turns.stuck
     stage.flush()
 
 
@@ -186,6 +187,7 @@ class _Turns:
         self.letters: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
         self.work: Callable[[], Any] | None = None
         self.worked: Any = None  # what came of it
+        self.stuck = False  # whether a thread still waits for another process, though all are given up
 
     @property
     def slot(self) -> int:
@@ -218,8 +220,10 @@ class _Turns:
             raise
         finally:
             self.letters.put(None)
+            latest = time.monotonic() + _PATIENCE
             for thread in threads:
-                thread.join(_PATIENCE if self.error else None)
+                thread.join(max(0.0, latest - time.monotonic()) if self.error else None)
+            self.stuck = any(thread.is_alive() for thread in threads)
             self.as_before()
         if self.error is not None:
             raise self.error
@@ -298,7 +302,8 @@ class _Turns:
         if self.stream is not None:
             torch.cuda.set_device(self.device)  # a thread begins with the first GPU
         while (letter := self.letters.get()) is not None:
-            letter()
+            if self.error is None or isinstance(self.error, Exception):  # which others come to, too, by these letters
+                letter()
 
     def serve(self) -> None:
         """Work for the others, until all have left or one has failed."""

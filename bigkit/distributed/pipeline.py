@@ -102,6 +102,9 @@ class Stage:
         self.calls = 0
         self.call = Call()
         self.given_up: set[int] = set()  # calls that have failed: their messages are thrown away when they come
+        self.lost = (
+            False  # whether a thread of a call that was interrupted still waits for a message, and would take it
+        )
         self.checked = rank == 0
         self.ends: list[Any] = []  # embeddings and heads that are elsewhere
         own = {id(tensor) for name in self.own for tensor in model.get_submodule(name).parameters()}
@@ -167,7 +170,8 @@ class Stage:
 
     def _skip(self, index: int | None, is_entry: bool, *args: Any, **options: Any) -> Any:
         """What a block elsewhere would return: what it got, or what has arrived in its place."""
-        hidden = _first(*args, **options)
+        inputs = (*args, options.get("hidden_states"), *options.values())
+        hidden = next(value for value in inputs if isinstance(value, Tensor))
         for cache in (*args[1:], *options.values()):
             _count(cache, index, hidden)
         if is_entry:
@@ -187,6 +191,8 @@ class Stage:
     @contextmanager
     def _calling(self, **about: Any) -> Iterator[None]:
         """The next call of all processes, by whose number they know each other's messages."""
+        if self.lost:
+            raise RuntimeError("a call was interrupted while it waited for another process: start all processes anew")
         self.calls += 1
         call = self.call = Call(self.calls, **about)
         try:
@@ -399,12 +405,6 @@ class _Agreed:
         done = self.user_criteria(torch.cat([input_ids, tokens[:, None]], dim=-1), None)
         self.over = done if self.over is None else done | self.over
         return torch.where(done, ~tokens, tokens)
-
-
-def _first(*args: Any, **options: Any) -> Tensor:
-    """The hidden states among the inputs of a module."""
-    inputs = (*args, options.get("hidden_states"), *options.values())
-    return next(value for value in inputs if isinstance(value, Tensor))
 
 
 def _parts(output: Any) -> Iterable[Any]:

@@ -28,7 +28,7 @@ from ..units import counted, format_bytes, format_seconds, three_figures
 from .hardware import CONTEXT_BYTES, Hardware
 
 MOST_RUNS = 1000  # kept in the file; older ones go
-_RATES = ("link_pinned", "link_pageable", "disk_cold", "disk_warm", "memory", "host_memory", "issue", "kernel")
+_RATES = ("link_pinned", "link_pageable", "disk_cold", "disk_warm", "memory", "host_memory", "issue", "kernel", "call")
 _SIZES = ("context", "workspace")
 
 
@@ -99,6 +99,7 @@ class Calibration:
         links: bytes a second to each GPU while all are copied to at once.
         cpu_reads: dtype -> (threads, bytes of weights a second in products of matrices and a vector on the CPU, bytes a
             second of all links meanwhile).
+        call: seconds in which a CUDA graph calls the CPU and goes on, beside what the CPU does (`host_calls.py`).
         disk_cold: bytes a second from a file when the disk must be read.
         disk_warm: bytes a second from a file that the system has in memory, by the threads that offloading reads with.
         pieces: (bytes that are read at once, bytes a second), from small to large, where they lie in small pieces of
@@ -135,6 +136,7 @@ class Calibration:
     versions: Mapping[str, str] = field(default_factory=dict)
     links: tuple[float, ...] = ()
     cpu_reads: Mapping[str, tuple[tuple[int, float, float], ...]] = field(default_factory=dict)
+    call: float | None = None
     twins: tuple[Twin, ...] = ()
     pieces: tuple[tuple[float, float], ...] = ()
 
@@ -169,7 +171,7 @@ class Calibration:
             rates |= {f"{threads} CPU threads, {dtype}": reads, "  links meanwhile": links}
         rates |= {f"  {format_bytes(size)} in small pieces": rate for size, rate in self.pieces}
         products = {f"products, {dtype}": max(rate for _, rate in rows) for dtype, rows in self.products.items()}
-        times = {"a step of the host": self.issue, "smallest kernel": self.kernel}
+        times = {"a step of the host": self.issue, "smallest kernel": self.kernel, "a call of the CPU": self.call}
         sizes = {"CUDA context": self.context, "workspace of cuBLAS": self.workspace}
         return "\n".join(
             [

@@ -114,7 +114,8 @@ def calibrate(
             "workspace": _workspace(),
             "capability": torch.cuda.get_device_capability(0),
         }
-        figures |= dict(zip(("links", "cpu_reads"), measure_together(4 * block, 1024 * MiB // (16 if quick else 1))))
+        together = measure_together(4 * block, 1024 * MiB // (16 if quick else 1))
+        figures |= dict(zip(("links", "cpu_reads", "call"), together))
     pace = {name: min(seconds, last_step(name, device)) for name, seconds in pace.items()}
     calibration = Calibration(machine=machine_name(), issue=_issue(pace), **figures)
     if save:

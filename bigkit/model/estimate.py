@@ -328,23 +328,11 @@ def estimate(
     if packed := next((row.stored for row in inference if row.stored in QUANTIZATIONS), None):
         notes += stacked_experts(full, full.precision(None, packed))
     return MemoryEstimate(
-        name=base.name,
-        library=base.library,
-        parameters=full.parameters,
-        classes=(base.root.cls, full.root.cls),
-        largest_layer_name=layer_name,
-        largest_module_name=module_name,
-        batch=batch,
-        context=context,
-        rows=tuple(rows),
-        inference=inference,
-        training=() if packed_as else training_rows(full, batch, context, gpus, checkpointing),
-        gpus=gpus,
-        checkpointing=checkpointing,
-        notes=tuple(notes),
-        active=active_parameters(full),
-        kv_dtype=cached,
-    )
+        name=base.name, library=base.library, parameters=full.parameters, classes=(base.root.cls, full.root.cls),
+        largest_layer_name=layer_name, largest_module_name=module_name, batch=batch, context=context, rows=tuple(rows),
+        inference=inference, training=() if packed_as else training_rows(full, batch, context, gpus, checkpointing),
+        gpus=gpus, checkpointing=checkpointing, notes=tuple(notes), active=active_parameters(full), kv_dtype=cached,
+    )  # fmt: skip
 
 
 def _classic_bits(model: ModelSpec) -> tuple[int, dict[str, int], dict[str, int]]:

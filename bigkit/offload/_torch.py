@@ -68,6 +68,11 @@ def is_fake(tensor: Tensor) -> bool:
     return hasattr(tensor, "fake_mode")
 
 
+def is_real_cuda(device: torch.device) -> bool:
+    """Whether a device is a CUDA GPU that exists, not one of a dry run."""
+    return device.type == "cuda" and detect_fake_mode() is None
+
+
 def held_by_this_thread(lock: threading.RLock) -> bool:
     """Whether this thread has acquired a lock. `RLock._is_owned` of Python, on which `threading.Condition` rests."""
     held: bool = lock._is_owned()  # type: ignore[attr-defined]
@@ -134,16 +139,39 @@ def _set_lent_data(tensor: Tensor, value: Tensor) -> None:
     tensor.detach().copy_(value)
 
 
-class LentParameter(nn.Parameter):
-    """A parameter that is lent to a forward. Writing to its `data` raises `_version`, so that no write goes unseen."""
+def _lent_detached(tensor: Tensor) -> Tensor:
+    detached = Tensor.detach(tensor)
+    if type(detached) is Tensor:
+        detached.__class__ = LentBuffer
+    return detached
 
-    data = property(_lent_data, _set_lent_data)
+
+def _read_only(read: Callable[..., Any]) -> Any:
+    def array(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """As of any tensor, but what would write to it raises."""
+        values = read(tensor, *args, **kwargs)
+        values.flags.writeable = False
+        return values
+
+    return array
+
+
+class LentParameter(nn.Parameter):
+    """A parameter that is lent to a forward. Writing to its `data` raises `_version`, so that no write goes unseen;
+    numpy's arrays over it, of which none would be seen, are read-only.
+    """
+
+    data = property(_lent_detached, _set_lent_data)
+    detach = _lent_detached
+    numpy, __array__ = _read_only(Tensor.numpy), _read_only(Tensor.__array__)
 
 
 class LentBuffer(Tensor):
     """A buffer that is lent to a forward; as `LentParameter`. `_disabled_torch_function_impl`, 2.11 to 2.15."""
 
-    data = property(_lent_data, _set_lent_data)
+    data = property(_lent_detached, _set_lent_data)
+    detach = _lent_detached
+    numpy, __array__ = _read_only(Tensor.numpy), _read_only(Tensor.__array__)
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
 

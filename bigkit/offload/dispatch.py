@@ -24,19 +24,20 @@ from torch import Tensor, nn
 from ..devices import Device, whole_on
 from ..maps.device_map import check_device_map
 from ..maps.plan import Plan
+from ..meta.held import put
 from ..units import parse_bytes
 from .attach import attach
 from .grouping import Layout, check_layers, in_turn, records, with_residents
 from .hooks import drop_hooks, give_back_methods, hooks_in
-from .lenders import lenders_of
+from .lenders import alone, lenders_of
 from .moving import change_methods, device_map_of
 from .on_cpu import choose, split_units
 from .on_device import rows_on_devices
-from .options import names_of, read_options
+from .options import names_of, read_options, with_threads
 from .placing import Origins, make_units
-from .sites import put
 
 
+@alone
 def dispatch_model(
     model: nn.Module,
     device_map: Mapping[str, Device] | Plan,
@@ -49,7 +50,7 @@ def dispatch_model(
     preload_module_classes: Iterable[str] | None = None,
     force_hooks: bool = False,
     *,
-    slots: int = 2,
+    slots: int | None = None,
     prefetch: bool = True,
     resident_memory: int | str = 0,
     ram_cache: int | str | None = None,
@@ -64,7 +65,7 @@ def dispatch_model(
         model: the model; weights on meta need data from `state_dict`, `offload_index`, or a checkpoint that
             `load_checkpoint_in_model` has put on "disk".
         device_map: module name -> GPU number, "cuda:N", "mps", "cpu" or "disk", covering the model; or a `Plan`, whose
-            slots are taken too.
+            slots and MLPs for the CPU are taken too, where nothing else is said.
         main_device: where weights from "cpu" and "disk" work: one device, or several in turn; None takes those of the
             plan, or all GPUs (or MPS) that the map names, or the CPU.
         state_dict: name -> tensor, for weights that the model has on meta.
@@ -75,10 +76,9 @@ def dispatch_model(
         skip_keys: keyword arguments, and keys of outputs, that are not moved between devices.
         preload_module_classes: classes whose modules' weights always travel together. Blocks do anyway.
         force_hooks: put hooks even if the whole model lies on one device.
-        slots: units that each such device holds for weights in flight: one works while the next ones arrive.
+        slots: units that each such device holds for weights in flight, one working while others arrive; None takes two.
         prefetch: bring the next units while one works.
-        resident_memory: bytes of the main devices for blocks of the "cpu" and "disk" part to stay there, spread evenly
-            so that copies hide behind work. They show in `hf_device_map`.
+        resident_memory: bytes of the main devices where some blocks of the "cpu" and "disk" part stay, spread evenly.
         ram_cache: bytes of RAM that may keep blocks from disk, pinned, after their first visit. None: half of what is
             free, if the main device is a GPU, or if what rests on disk are experts of a mixture.
         expert_cache: bytes of the devices' memory where experts of a mixture that rest in RAM or on disk may stay after
@@ -103,8 +103,8 @@ def dispatch_model(
     {'': 0}
     """
     if isinstance(device_map, Plan):
-        slots = device_map.slots or slots
-        on_cpu, cpu_threads = (on_cpu, cpu_threads) if on_cpu else device_map.on_cpu or (0, None)
+        slots = (device_map.slots or None) if slots is None else slots
+        on_cpu, cpu_threads = (on_cpu, cpu_threads) if on_cpu else with_threads(device_map.on_cpu, cpu_threads)
         device_map = device_map.device_map
     entries: Mapping[str, Device] = whole_on(device_map)
     layout = read_options(
@@ -124,7 +124,7 @@ def dispatch_model(
     computed = choose(model, layout, classes, parse_bytes(on_cpu))
     units = make_units(model, layout, origins, offload_buffers=offload_buffers, whole_classes=classes)
     splits = split_units(model, units, computed)
-    lenders = lenders_of(layout, units, splits, slots, prefetch, ram_cache, on_device)
+    lenders = lenders_of(layout, units, splits, slots or 2, prefetch, ram_cache, on_device)
     _forget_earlier(model)
     attach(model, layout, lenders, names_of(skip_keys), splits, cpu_threads)
     model.hf_device_map = device_map_of(layout)  # type: ignore[assignment]

@@ -32,6 +32,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from ..model.experts import SOME, WHOLE
 from ._torch import detect_fake_mode
@@ -402,6 +403,8 @@ class ExpertsHook(AlignDevicesHook):
         choice = choice_of((*args, *kwargs.values())) if implementation in KNOWN else None
         with self.streamer.lock:
             self.streamer.take_in_changes(self.unit)
+        if is_parametrized(module):  # by an adapter, which reads a stack as a whole
+            implementation = "grouped_mm"  # so that each expert has its number
         rows = self.streamer.lend_for(self.unit, choice, implementation)
         if rows is None:
             return args, kwargs

@@ -41,11 +41,12 @@ if TYPE_CHECKING:
     from .stream import Streamer
     from .weights import Weight
 
+_STORAGES = (Tensor.untyped_storage, Tensor.storage)
 # Answered from the handle. Reading an attribute needs no data either, except for those that are tensors.
 _QUESTIONS = {
     Tensor.size, Tensor.dim, Tensor.ndimension, Tensor.numel, Tensor.nelement, Tensor.stride, Tensor.storage_offset,
     Tensor.element_size, Tensor.is_contiguous, Tensor.is_floating_point, Tensor.is_complex, Tensor.is_signed,
-    Tensor.untyped_storage, Tensor.data_ptr, Tensor.get_device, Tensor.__len__, Tensor.__hash__,
+    *_STORAGES, Tensor.data_ptr, Tensor.get_device, Tensor.__len__, Tensor.__hash__,
     Tensor.register_hook, Tensor.register_post_accumulate_grad_hook, Tensor.retain_grad, Tensor.is_shared,
     torch.is_floating_point, torch.is_complex, torch.numel, torch.is_tensor, torch.is_same_size, Tensor.is_same_size,
 }  # fmt: skip
@@ -133,6 +134,9 @@ class Away(Tensor):
         real: Any = [item.load() if isinstance(item, Away) else item for item in source]
         self.data = torch.empty(0, dtype=self.dtype).set_(*real)
         return self
+
+    def _typed_storage(self) -> RestingStorage:
+        return RestingStorage(self, "_typed_storage")
 
     def new(self, *args: Any, **kwargs: Any) -> Any:
         """A tensor of this dtype, where the weight works."""
@@ -230,8 +234,8 @@ class AwayView(Away):
 class RestingStorage:
     """What stands for the storage of a handle. It answers what those ask who look for tensors that share memory."""
 
-    def __init__(self, handle: Away) -> None:
-        self.handle = handle
+    def __init__(self, handle: Away, kind: str = "untyped_storage") -> None:
+        self.handle, self.kind = handle, kind
 
     def data_ptr(self) -> int:
         """The address where the weight rests."""
@@ -241,7 +245,19 @@ class RestingStorage:
         """Bytes of the weight."""
         return self.handle.numel() * self.handle.element_size()
 
-    size = __len__ = nbytes
+    def __len__(self) -> int:
+        return self.nbytes() if self.kind == "untyped_storage" else self.handle.numel()
+
+    size = __len__
+
+    def __setitem__(self, *_: Any) -> NoReturn:
+        self._refuse("__setitem__")
+
+    def _refuse(self, name: str) -> NoReturn:
+        raise RuntimeError(
+            f"{name} would write to the storage of {self.handle.weight.name!r}, which rests elsewhere and would stay "
+            "as it is: write to the weight itself (`weight[0] = ...`, `weight.mul_(...)`)"
+        )
 
     @property
     def _cdata(self) -> int:
@@ -250,7 +266,9 @@ class RestingStorage:
         return min(map(id, (weight, *weight.aliases))) if tensor is None else storage_id(tensor)
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self.handle.load().untyped_storage(), name)
+        if name.endswith("_"):
+            self._refuse(name)
+        return getattr(getattr(self.handle.load().clone(), self.kind)(), name)  # of the weight alone, not of its block
 
 
 def _connect(handle: Any, weight: Weight, streamer: Streamer, in_model: bool = False) -> Away:
@@ -279,8 +297,8 @@ def _answer(func: Any, attribute: str, args: Any, kwargs: Any) -> Any:
         return handle._detached()
     if func is Tensor.data_ptr:
         return _address(handle.weight)
-    if func is Tensor.untyped_storage:
-        return RestingStorage(handle)
+    if func in _STORAGES:
+        return RestingStorage(handle, func.__name__)
     with DisableTorchFunctionSubclass():
         return func(*args, **kwargs)
 
@@ -313,17 +331,28 @@ def _goes_to_cpu(func: Any, args: Any, kwargs: Any) -> bool:
     return len(given) == 1 and (given[0] == "cpu" or given[0] == torch.device("cpu"))
 
 
+_INTO_A_VIEW = (
+    "{} would write into a view of {!r}, which rests elsewhere and would stay as it is: write to the weight itself "
+    "(`weight[0] = ...`, `weight.mul_(...)`), or clone() the view"
+)
+
+
 def _operate(func: Any, args: Any, kwargs: Any) -> Any:
     """An operation on the data of the handles among its arguments."""
-    written = next(iter([*args, *kwargs.values()])) if _writes(func.__name__) else kwargs.get("out")
+    if func is Tensor.__dlpack__:
+        raise RuntimeError(
+            f"{args[0].weight.name!r} rests elsewhere and cannot be shared by DLPack, where a write would go unseen: "
+            "share a clone()"
+        )
+    first = _writes(func.__name__) or kwargs.get("inplace")
+    written = next(iter([*args, *kwargs.values()])) if first else kwargs.get("out")
     targets = [tensor for tensor in tree_leaves(written) if isinstance(tensor, Away)]
     for target in targets:
         if isinstance(target, AwayView):
-            raise RuntimeError(
-                f"{func.__name__} would write into a view of {target.weight.name!r}, which rests elsewhere and would "
-                "stay as it is: write to the weight itself (`weight[0] = ...`, `weight.mul_(...)`), or clone() the view"
-            )
+            raise RuntimeError(_INTO_A_VIEW.format(func.__name__, target.weight.name))
     loaded: dict[int, Tensor] = {}  # id of a weight -> its data, brought once
+    versions: dict[int, int] = {}  # id of a tensor that the operation sees -> its version before
+    brought: dict[int, Tensor] = {}  # the same -> it
     handles: dict[int, Away] = {}  # id of a tensor that the operation sees -> the handle in whose place it sees it
     owners: dict[int, Away] = {}  # storage that the operation sees -> a handle on its weight
 
@@ -336,6 +365,9 @@ def _operate(func: Any, args: Any, kwargs: Any) -> Any:
             tensor = loaded[id(weight)] if handle.in_model else loaded[id(weight)].detach()
         with DisableTorchFunctionSubclass():
             handles[id(tensor)] = owners[storage_id(tensor)] = handle
+            if not tensor.is_inference():
+                versions.setdefault(id(tensor), tensor._version)
+        brought[id(tensor)] = tensor
         return tensor
 
     def protect(item: Any) -> Any:
@@ -350,8 +382,13 @@ def _operate(func: Any, args: Any, kwargs: Any) -> Any:
     args, kwargs = tree_map_only(Away, bring, (args, kwargs))
     with DisableTorchFunctionSubclass():
         result = func(*args, **kwargs)
-    for target in targets:
-        target.streamer.keep(target.weight, loaded[id(target.weight)])
+        changed = [handles[one] for one, before in versions.items() if brought[one]._version != before]
+    # What is called so (`map_` raises no version), and what did so: `F.relu(weight, True)`, `F.embedding(max_norm=1)`.
+    for handle in dict.fromkeys([*targets, *changed]):
+        if isinstance(handle, AwayView):
+            handle.streamer.forget(handle.weight)
+            raise RuntimeError(_INTO_A_VIEW.format(func.__name__, handle.weight.name))
+        handle.streamer.keep(handle.weight, loaded[id(handle.weight)])
     for handle in handles.values():
         handle.streamer.unload(handle.weight)
     if func in (Tensor.numpy, Tensor.__array__):  # a write would go unseen

@@ -5,8 +5,10 @@ Leaves out: what a streamer does (`stream.py`, `experts.py`), and which unit wor
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from typing import Any, TypeVar
 
 from torch import nn
 
@@ -24,16 +26,13 @@ from .rows import has_rows
 from .stream import Streamer, is_real_cuda
 from .weights import Unit
 
+Dispatch = TypeVar("Dispatch", bound=Callable[..., nn.Module])
+
 
 def lenders_of(
-    layout: Layout,
-    units: Sequence[Unit],
-    splits: Sequence[Split],
-    slots: int,
-    prefetch: bool,
-    ram_cache: int | str | None,
-    on_device: Mapping[nn.Module, int],
-) -> dict[Unit, Streamer]:
+    layout: Layout, units: Sequence[Unit], splits: Sequence[Split], slots: int, prefetch: bool,
+    ram_cache: int | str | None, on_device: Mapping[nn.Module, int],
+) -> dict[Unit, Streamer]:  # fmt: skip
     """The streamer of each unit.
 
     Args:
@@ -66,12 +65,7 @@ def lenders_of(
 
 
 def _expert_streamers(
-    layout: Layout,
-    units: Sequence[Unit],
-    slots: int,
-    prefetch: bool,
-    cache: int,
-    on_device: Mapping[nn.Module, int],
+    layout: Layout, units: Sequence[Unit], slots: int, prefetch: bool, cache: int, on_device: Mapping[nn.Module, int]
 ) -> dict[Unit, Streamer]:
     """Who lends each unit of experts; other units are left out. The arguments are those of `lenders_of`.
 
@@ -109,3 +103,26 @@ def streamers_in(model: nn.Module) -> list[Streamer]:
     """All that lend weights to a model, in the order of its modules."""
     hooks = (hook for module in model.modules() for hook in hooks_in(module) if isinstance(hook, AlignDevicesHook))
     return [*dict.fromkeys(hook.streamer for hook in hooks if hook.streamer is not None)]
+
+
+def alone(dispatch: Dispatch) -> Dispatch:
+    """Let a function change where a model rests while no other thread has any of its weights.
+
+    Args:
+        dispatch: its first argument is the model.
+    """
+
+    @functools.wraps(dispatch)
+    def waits(model: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
+        locks = [one.lock for one in streamers_in(model)] if isinstance(model, nn.Module) else []
+        while True:
+            with ExitStack() as held:  # all of them or none: forwards take them in an order of their own
+                for lock in locks:
+                    if not lock.acquire(blocking=lock is locks[0]):
+                        locks = [lock, *(other for other in locks if other is not lock)]  # wait for this one
+                        break
+                    held.callback(lock.release)
+                else:
+                    return dispatch(model, *args, **kwargs)
+
+    return waits  # type: ignore[return-value]

@@ -8,17 +8,18 @@ Leaves out: what is written into a weight, in place or through `data` (`offload/
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor, nn
 
+from ..meta.held import Place, held_by, put, tensors_of
 from ._torch import in_functional_call, stop_watching
 from .codec import PLAIN, codec_of
 from .handle import Away, take_notes
 from .outside import Outside, settled, take_news
-from .weights import Place, Unit, Weight
+from .weights import Unit, Weight
 
 if TYPE_CHECKING:
     from .stream import Streamer
@@ -76,9 +77,22 @@ class Site:
         for entry in self.entries:
             entry.tensors[entry.own] = entry.handle
 
-    def take_in_changes(self) -> None:
-        """Move modules that were added to where the unit works, and keep parameters that were replaced."""
+    def serve_again(self) -> None:
+        """A hook that was taken away has been put back."""
         self.released = False
+        self.take_in_changes()
+
+    def take_in_changes(self) -> None:
+        """Move modules that were added to where the unit works, and keep parameters that were replaced.
+
+        Raises:
+            RuntimeError: a forward was about to begin when another thread took its hooks away.
+        """
+        if self.released:
+            raise RuntimeError(
+                f"the hooks of {self.unit.name or type(self.unit.module).__name__!r} were removed, or the model was "
+                "dispatched anew, by another thread while this forward was on its way: run it again"
+            )
         if self._ids() != self._modules:
             for module in self.unit.modules():
                 move_own(module, self.streamer.device)
@@ -96,7 +110,8 @@ class Site:
 
     def release(self) -> None:
         """Put the weights themselves in the place of all handles in the unit's modules."""
-        self.take_in_changes()
+        if not self.released:
+            self.take_in_changes()
         self.released = True
         places = [place for weight in self.unit.weights for place in weight.places]
         for place, handle in held_by(self.unit.modules()):
@@ -159,27 +174,6 @@ def has_handles(weight: Weight, but: Iterable[Place]) -> bool:
         for same in (weight, *weight.aliases)
         for place in same.places
     )
-
-
-def tensors_of(place: Place) -> dict[str, Tensor | None]:
-    """The dict of a module in which a place lies."""
-    module, _, buffer = place
-    return module._buffers if buffer else module._parameters  # type: ignore[return-value]
-
-
-def put(places: Iterable[Place], tensor: Tensor) -> None:
-    """Make places refer to a tensor."""
-    for place in places:
-        tensors_of(place)[place[1]] = tensor
-
-
-def held_by(modules: Iterable[nn.Module]) -> Iterator[tuple[Place, Tensor]]:
-    """Every tensor that some modules themselves hold, with its place."""
-    for module in modules:
-        for tensors, buffer in ((module._parameters, False), (module._buffers, True)):
-            for own, tensor in tensors.items():
-                if tensor is not None:
-                    yield (module, own, buffer), tensor
 
 
 def moved(tensor: Tensor, device: torch.device) -> Tensor:

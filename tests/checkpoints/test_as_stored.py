@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -243,6 +244,37 @@ def test_adapters_see_the_decoded_weight_and_merging_is_refused(tmp_path: Path, 
         assert torch.equal(ours(PROMPT).logits, expected)
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
+@pytest.mark.parametrize("place", [None, "cpu"])
+@pytest.mark.parametrize("format", [*FORMATS, "mxfp4"])
+def test_adapters_on_what_is_no_parameter_are_refused(tmp_path: Path, format: str, place: str | None) -> None:
+    """peft would leave them out, and put on the others."""
+    peft = pytest.importorskip("peft")
+    plain = write(tmp_path, format)
+    layers = plain.config.num_hidden_layers
+    targets = ["mlp.experts.down_proj", "k_proj.weight"] if format == "mxfp4" else ["q_proj.weight"]
+    config = peft.LoraConfig(r=2, target_modules=["v_proj"], target_parameters=targets, init_lora_weights=False)
+    peft.get_peft_model(copy.deepcopy(plain), config).save_pretrained(tmp_path / "adapter")
+    for step in (
+        lambda model: peft.get_peft_model(model, config),
+        lambda model: peft.PeftModel.from_pretrained(model, tmp_path / "adapter"),
+        lambda model: model.load_adapter(tmp_path / "adapter"),
+    ):
+        model = bigkit.load_checkpoint_and_dispatch(
+            empty(plain), tmp_path, place and spread(layers, place), stand_in={0: "cpu"}
+        )  # type: ignore[arg-type]
+        with pytest.raises(ValueError, match=r"target_parameters .*layers.0.*_proj.*stored in few bits.*keep='dense'"):
+            step(model)
+    torch.manual_seed(1)
+    ours = peft.get_peft_model(
+        bigkit.load_checkpoint_and_dispatch(empty(plain), tmp_path, keep="dense").eval(), config
+    ).eval()
+    torch.manual_seed(1)
+    theirs = peft.get_peft_model(plain, config).eval()
+    with torch.no_grad():
+        assert torch.equal(ours(PROMPT).logits, theirs(PROMPT).logits)
+
+
 def test_the_weight_of_a_stored_layer_can_be_read_and_not_written_to(tmp_path: Path) -> None:
     plain = write(tmp_path, "gptq")
     model: Any = empty(plain)
@@ -254,10 +286,18 @@ def test_the_weight_of_a_stored_layer_can_be_read_and_not_written_to(tmp_path: P
         lambda weight: weight[0].__setitem__(0, 1.0), lambda weight: weight.detach().copy_(expected),
         lambda weight: setattr(weight, "data", expected), lambda weight: torch.add(weight, 1, out=weight),
         lambda weight: weight.chunk(2)[1].__iadd__(1), lambda weight: nn.init.zeros_(weight),
+        lambda weight: nn.functional.relu(weight, inplace=True), lambda weight: nn.functional.relu(weight.t(), True),
+        lambda weight: nn.functional.embedding(PROMPT[0], weight, max_norm=0.1), lambda weight: np.from_dlpack(weight),
     ]  # fmt: skip
     for write_to in writes:
         with torch.no_grad(), pytest.raises(RuntimeError, match="would write to a weight of"):
             write_to(layer.weight)
+    for array in (
+        layer.weight.float().numpy,
+        layer.weight.float().detach().numpy,
+        layer.weight.view(torch.uint8).numpy,
+    ):
+        assert array().flags.writeable == (array.__self__.dtype == torch.float32)  # that is a copy
     with pytest.raises(ValueError, match="another one was given: load with keep='dense'"):
         layer.weight = nn.Parameter(expected.clone())
 

@@ -4,8 +4,10 @@ import copy
 
 import pytest
 import torch
+import transformers
 
-from bigkit import remove_hook_from_module
+from bigkit import dispatch_model, remove_hook_from_module
+from bigkit.offload import experts
 from tests.clients.places import AWAY, WAYS, check, language_model, quantized, spread_ways
 
 peft = pytest.importorskip("peft")
@@ -152,3 +154,36 @@ def test_adapters_on_fewer_bits(name, kind, where, tmp_path):
     model.save_pretrained(tmp_path / "adapter")
     again = peft.PeftModel.from_pretrained(quantized(kind, None, tmp_path), tmp_path / "adapter").eval()
     torch.testing.assert_close(logits(again), logits(model))
+
+
+@pytest.mark.parametrize("way", ["RAM", "disk", "expert cache", "pieces"])
+@pytest.mark.parametrize("implementation", ["eager", "grouped_mm", "batched_mm"])
+def test_adapters_on_experts_that_are_brought_one_by_one(implementation, way, tmp_path, monkeypatch):
+    """They read all of a stack, so each expert must lie at its number."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "moe_intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4}
+    sizes |= {"num_key_value_heads": 2, "head_dim": 8, "num_experts": 6, "num_experts_per_tok": 2, "vocab_size": 32}
+    base = transformers.Qwen3MoeForCausalLM(transformers.Qwen3MoeConfig(**sizes)).eval()
+    base.set_experts_implementation(implementation)
+    for parameter in base.parameters():
+        parameter.data.normal_(std=0.3)
+    if way == "pieces":
+        monkeypatch.setattr(experts, "WHOLE", 0)
+        monkeypatch.setattr(experts, "SOME", 1)
+    place, size = (
+        "disk" if way == "disk" else "cpu",
+        sum(p.nbytes for p in base.model.layers[0].mlp.experts.parameters()),
+    )
+    parts = dispatch_model(
+        copy.deepcopy(base), {"": 0, **{f"model.layers.{i}.mlp.experts": place for i in range(2)}}, stand_in={0: "cpu"},
+        offload_dir=tmp_path, expert_cache=2 * size if way == "expert cache" else 0,
+    )  # fmt: skip
+    targets = {"target_modules": ["q_proj"], "target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}
+    ids = torch.tensor([[5, 1, 7, 30, 2]])
+    results = []
+    for model in (base, parts):
+        model = put_on(model, lora(**targets))
+        with torch.no_grad():
+            tokens = [model(ids[:, i : i + 1]).logits for i in (0, 1, 2, 0)]
+        results.append([*tokens, *merged(model), logits(model.unload())])
+    torch.testing.assert_close(results[1], results[0])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -14,10 +15,10 @@ import pytest
 import torch
 import transformers as tf
 
-from bigkit import map_file, map_in_flight
+from bigkit import init_empty_weights, map_file, map_in_flight, pipeline
 from bigkit.distributed import in_flight, line
 from bigkit.distributed.pipeline import stage_of
-from bigkit.zoo.gpt import PYGPT, decode, encode, load_pygpt
+from bigkit.zoo.gpt import GPT, PYGPT, GPTConfig, decode, encode, load_pygpt
 from tests.distributed import stages
 from tests.ranks import Ranks
 
@@ -213,6 +214,57 @@ def test_no_turn_waits_for_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Errors
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, KeyError])
+def test_a_mailer_that_waits_for_a_process_that_is_gone(monkeypatch: pytest.MonkeyPatch, error: Any) -> None:
+    """It is waited for once, whatever else is under way; of an interrupted call nothing more is sent."""
+    monkeypatch.setattr(in_flight, "_PATIENCE", 0.2)
+    turns = in_flight._Turns(3, torch.device("cpu"), lambda: lambda: None)
+    free, sent = threading.Event(), list[float]()
+
+    def send(tensor: torch.Tensor) -> None:
+        assert free.wait(60)
+        sent.append(float(tensor))
+
+    def stop() -> None:
+        raise error("enough")
+
+    def work(slot: int) -> None:
+        turns.begin(slot)
+        turns.send_when_there(torch.tensor(float(slot)), send)
+        if slot == 2:
+            turns.on_caller(stop)
+        turns.pass_on()
+
+    start = time.monotonic()
+    with pytest.raises(error):
+        turns.run(work)
+    assert time.monotonic() - start < 0.5 and turns.stuck
+    free.set()
+    mailer = next((thread for thread in threading.enumerate() if "kept" in thread.name), None)
+    if mailer is not None:
+        mailer.join(60)
+    assert sent == ([0.0] if error is KeyboardInterrupt else [0.0, 1.0, 2.0])
+
+
+def test_after_a_thread_was_left_behind_the_next_call_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    with init_empty_weights():
+        model: Any = GPT(GPTConfig("pygpt"))
+    model = pipeline(model, PYGPT, dtype="float32").eval()
+    ids, free = torch.tensor([encode("import ")]), threading.Event()
+    monkeypatch.setattr(in_flight, "_PATIENCE", 0.05)
+
+    def ask(ids: torch.Tensor) -> None:
+        stage_of(model).turns.give_up(KeyboardInterrupt())
+        free.wait(60)
+
+    with pytest.raises(KeyboardInterrupt):
+        map_in_flight(ask, [ids], model)
+    free.set()
+    for run in (lambda: model.generate(ids, 2), lambda: map_in_flight(lambda x: model.generate(x, 2), [ids], model)):
+        with pytest.raises(RuntimeError, match="interrupted while it waited for another process: start all processes"):
+            run()
 
 
 def fails(state: Any) -> dict[str, Any]:

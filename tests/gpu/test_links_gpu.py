@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import bigkit
+from bigkit.checkpoints.ring import Slab
 from bigkit.measure.links import measure_together
 from tests.gpu.test_dispatch_gpu import GPU, Net, run
 
@@ -93,8 +94,23 @@ def test_mlps_on_the_cpu(main):
     assert torch.equal(parts(prompt).logits, expected[0]) and torch.equal(parts(one).logits, got)
 
 
+@two_gpus
+def test_ram_that_is_let_go_while_another_gpu_writes_to_it():
+    ones = torch.ones(2**20, dtype=torch.uint8, device="cuda:1")
+    torch.cuda.synchronize(1)
+    slab = Slab(2**20, pin=True)
+    slab.pin()
+    view = slab.bytes[:]
+    with torch.cuda.stream(torch.cuda.Stream(1)):
+        torch.cuda._sleep(10**8)  # cycles: some 50 ms
+        view.copy_(ones, non_blocking=True)
+    del slab
+    assert view.all()
+
+
 def test_what_is_measured():
-    links, reads = measure_together(2**26, 2**24)
+    links, reads, call = measure_together(2**26, 2**24)
+    assert 1e-6 < call < 5e-3
     assert len(links) == torch.cuda.device_count() and all(rate > 1e9 for rate in links)
     assert reads.keys() == {"bfloat16", "float32"}
     assert all(own > 1e8 and link > 0 for rows in reads.values() for _, own, link in rows)

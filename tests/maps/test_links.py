@@ -1,6 +1,7 @@
 """Layers at rest take turns on all GPUs: the rule, plans by it, and what is said of them."""
 
 import json
+import re
 from dataclasses import asdict, replace
 
 import pytest
@@ -11,7 +12,8 @@ from bigkit import advise, dry_run, plan, zoo
 from bigkit.machine.hardware import machine_of
 from bigkit.machine.ledger import Calibration, Ledger
 from bigkit.maps.links import links_of, take_turns
-from bigkit.maps.on_cpu import HOST, Reading, best_count
+from bigkit.maps.on_cpu import Reading, best_count, token_seconds
+from bigkit.maps.partition import spread
 from bigkit.maps.plan import Plan
 
 LLAMA, RAM = "llama-2-7b", {"cpu": "64GiB"}
@@ -92,15 +94,25 @@ def test_a_dry_run_follows_the_plan():
 
 
 def test_as_many_mlps_as_make_a_token_shortest():
-    readings = [Reading(8, 40e9, 54e9), Reading(16, 62e9, 52e9)]
-    count, reading, seconds = best_count(32, 0.27e9, 13.2e9, 0.02, readings, slots=4)
+    readings, layers = [Reading(8, 40e9, 54e9), Reading(16, 62e9, 52e9)], [(262, 0), *[(405, 270)] * 32, (262, 0)]
+    layers = [(size * 10**6, mlp * 10**6) for size, mlp in layers]
+    sizes = [mlp for _, mlp in layers if mlp]
+    for slots, hop, graph in ((2, 1e-3, False), (4, 1e-3, False), (4, 2e-4, True)):
+        count, reading, seconds = best_count(layers, 0.02, readings, slots, hop, graph)
+        took = {
+            (k, own): token_seconds(layers, spread(sizes, k * sizes[0]), 0.02, own, slots, hop, graph)
+            for k in range(33) for own in readings
+        }  # fmt: skip
+        assert seconds == min(took.values()) == took[count, reading]
+        travels, read = sum(size for size, _ in layers) - count * sizes[0], count * (sizes[0] / reading.reads + hop)
+        assert max(travels / reading.links, read + 0.02) < seconds < 1.2 * max(travels / reading.links, read + 0.02)
+    assert best_count(layers, 0.02, [Reading(2, 1e9, 40e9)], slots=4)[0] <= 1
 
-    def took(k, r):
-        return max((13.2e9 - k * 0.27e9) / r.links, k * (0.27e9 / r.reads + HOST.hops) + 0.02)
 
-    assert seconds == min(took(k, r) for k in range(25) for r in readings) == took(count, reading)
-    assert best_count(32, 0.27e9, 13.2e9, 0.02, readings, slots=2)[0] <= 16  # the links would run dry
-    assert best_count(32, 0.27e9, 13.2e9, 0.02, [Reading(2, 1e9, 40e9)], slots=4)[0] <= 1
+def test_without_the_cpu_a_token_takes_what_the_link_takes():
+    layers = [(10**8, 0)] * 9
+    for graph in (True, False):
+        assert token_seconds(layers, [], 0.001, Reading(1, 1.0, 1e10), 2, 0.0, graph) == pytest.approx(0.09, rel=0.02)
 
 
 @pytest.fixture
@@ -125,6 +137,14 @@ def test_a_plan_with_the_cpu_where_it_pays(calibrated):
     few = replace(machine, gpus=(replace(machine.gpus[0], memory=3 * 2**30 + machine.overhead),))
     notes = advise(LLAMA, few, context=512).notes
     assert any("the CPU computes" in note and note.startswith("bfloat16: ") for note in notes), notes
+
+
+def test_what_a_graph_takes_is_said_beside_python(calibrated):
+    machine = calibrated(replace(H200, call=2e-4))
+    ask = {"max_memory": {0: "3GiB", **RAM}, "dtype": "bfloat16", "hardware": machine, "overhead": 0, "context": 512}
+    said = plan(LLAMA, on_cpu=True, **ask).explain()
+    found = re.search(r"predicted ([\d.]+) ms a token within bigkit.graph_decode, ([\d.]+) ms in Python, inst", said)
+    assert found and float(found[1]) < float(found[2])
 
 
 def test_where_it_does_not_pay_the_plan_stays_and_says_so(calibrated):

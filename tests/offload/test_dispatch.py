@@ -1,6 +1,7 @@
 """dispatch_model and the calls around it: maps, files, faults."""
 
 import copy
+import dataclasses
 import errno
 import gc
 import json
@@ -9,8 +10,10 @@ import resource
 import signal
 from contextlib import contextmanager
 
+import numpy as np
 import pytest
 import torch
+import transformers
 from torch import nn
 
 import bigkit
@@ -20,10 +23,14 @@ from bigkit.checkpoints.load import load_checkpoint_in_model
 from bigkit.checkpoints.save import save_model
 from bigkit.dryrun.fake_gpu import fake_gpus
 from bigkit.dryrun.workload import fill
+from bigkit.maps.strategies import place
+from bigkit.meta.skeleton import spec_from_module
 from bigkit.offload.dispatch import dispatch_model
 from bigkit.offload.handle import Away
-from bigkit.offload.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
+from bigkit.offload.hooks import ModelHook, add_hook_to_module, hooks_in, remove_hook_from_module
+from bigkit.offload.lenders import streamers_in
 from bigkit.offload.load_and_dispatch import load_checkpoint_and_dispatch
+from bigkit.offload.on_cpu import MlpHook
 from bigkit.offload.one_place import cpu_offload, disk_offload
 from bigkit.offload.whole_model import cpu_offload_with_hook
 from tests.spread import STAND_IN, Net, check_at_rest, handles, memory_beside_disk, same, spread, spread_ways
@@ -261,6 +268,8 @@ def test_resident_memory_spreads_blocks():
 
 WRONG = [
     ({"slots": 0}, "slots must be a number of blocks, at least 1, not 0"),
+    ({"main_device": []}, "main_device names no device"),
+    ({"cpu_threads": True}, "cpu_threads must be a number of threads, at least 1, not True"),
     ({"slots": -1}, "at least 1, not -1"),
     ({"slots": 1.5}, "at least 1, not 1.5"),
     ({"slots": True}, "at least 1, not True"),
@@ -648,3 +657,57 @@ def test_a_layer_works_in_one_place():
         with pytest.raises(ValueError, match=message):
             dispatch_model(model, {"0.weight": 0, "0.bias": 1, "1": 1})
         assert not hasattr(model, "hf_device_map")
+
+
+@pytest.mark.parametrize("asked", [None, 1, 4])
+@pytest.mark.parametrize("call", ["dispatch", "load", "auto"])
+def test_slots_are_those_that_are_asked_for_or_else_the_plans(call, asked, tmp_path):
+    """In every call; and what is planned there leaves room for as many."""
+    model = Net(depth=8)
+    block = sum(tensor.nbytes for tensor in model.h[0].parameters())
+    budgets = {0: 7 * block, "cpu": 100 * block}
+    options = {} if asked is None else {"slots": asked}
+    planned = place(spec_from_module(model), budgets, slots=3)
+    assert planned.slots == 3 and "cpu" in planned.device_map.values()
+    if call == "dispatch":
+        parts = dispatch_model(copy.deepcopy(model), planned, stand_in=STAND_IN, **options)
+    else:
+        save_model(model, tmp_path)
+        with init_empty_weights():
+            parts = Net(depth=8)
+        how = (planned,) if call == "load" else ("auto", budgets)
+        parts = load_checkpoint_and_dispatch(parts, tmp_path, *how, stand_in=STAND_IN, **options)
+    expected = asked or (3 if call != "auto" else place(spec_from_module(model), budgets).slots)
+    (streamer,) = streamers_in(parts)
+    assert streamer.count == expected
+    assert same(parts(X), model(X))
+    if call == "auto":
+        tensors = [*parts.named_parameters(), *parts.named_buffers()]
+        stays = sum(tensor.nbytes for _, tensor in tensors if not isinstance(tensor, Away))
+        assert stays + expected * block <= budgets[0]
+
+
+def test_threads_of_the_cpu_are_those_that_are_asked_for_or_else_the_plans(tmp_path):
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(
+        hidden_size=16, intermediate_size=32, num_hidden_layers=3, num_attention_heads=2, vocab_size=32
+    ))  # fmt: skip
+    save_model(model, tmp_path)
+    places = {"": 0, **{f"model.layers.{i}": "cpu" for i in range(3)}}
+    planned = place(spec_from_module(model), {0: "1GB", "cpu": "1GB"}, places)
+    planned = dataclasses.replace(planned, slots=2, on_cpu=(10**6, 3))
+    for options, threads in (({}, 3), ({"cpu_threads": 2}, 2), ({"on_cpu": 0}, 3), ({"on_cpu": 10**6}, None)):
+        for parts in (
+            dispatch_model(copy.deepcopy(model), planned, stand_in=STAND_IN, **options),
+            load_checkpoint_and_dispatch(copy.deepcopy(model), tmp_path, planned, stand_in=STAND_IN, **options),
+        ):
+            hook = next(hook for hook in hooks_in(parts.model.layers[0].mlp) if isinstance(hook, MlpHook))
+            assert hook.threads == threads, options
+
+
+def test_there_are_no_more_slots_than_blocks():
+    model = Net(depth=3)
+    parts = dispatch_model(copy.deepcopy(model), {"": "cpu"}, 0, stand_in=STAND_IN, slots=np.int64(50))
+    assert same(parts(X), model(X))
+    (streamer,) = streamers_in(parts)
+    assert sum(slot.base.nbytes for slot in streamer.slots) <= sum(unit.nbytes for unit in streamer.units) + 512 * 16

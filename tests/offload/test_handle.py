@@ -110,6 +110,10 @@ EDITS = {
     "swapped blocks": swap_blocks,
     "removed block": remove_block,
     "extra parameter": lambda model: model.h[1].register_parameter("extra", nn.Parameter(torch.ones(2))),
+    "an activation in place": lambda model: F.relu(weight(model).data, inplace=True),
+    "by position": lambda model: F.threshold(weight(model).data, 0.1, 0.0, True),
+    "rows of a greatest norm": lambda model: F.embedding(torch.tensor([0, 1]), weight(model), max_norm=0.1),
+    "a function of each element": lambda model: weight(model).data.apply_(lambda value: 2 * value),
     "foreach": lambda model: torch._foreach_mul_([parameter.data for parameter in model.parameters()], 2.0),
     "vector": vector,
     "load_state_dict": load,
@@ -320,6 +324,7 @@ VIEWS = {
     "views in one call": lambda w: torch._foreach_mul_([w.data[0], w.data[1]], 3.0),
     "out=": lambda w: torch.mul(w.data[1], 3, out=w.data[0]),
     "init": lambda w: nn.init.normal_(w[:4]),
+    "an activation in place": lambda w: F.relu(w[:4], inplace=True),
 }
 
 
@@ -331,6 +336,45 @@ def test_a_write_into_a_view_is_refused(write, tmp_path):
             write(weight(parts))
         assert same(parts(X), model(X)), way
         check_at_rest(parts)
+
+
+HIDDEN = {
+    "storage": lambda w: w.untyped_storage().fill_(0),
+    "typed storage": lambda w: w.data._typed_storage().fill_(0),
+    "an element of the storage": lambda w: w.data.untyped_storage().__setitem__(0, 1),
+    "DLPack": lambda w: np.from_dlpack(w.data).fill(0),
+    "DLPack of a view": lambda w: torch.from_dlpack(w.data[0]).zero_(),
+    "numpy": lambda w: w.data.numpy().fill(0),
+    "an array": lambda w: np.asarray(w.data[0]).fill(0),
+}
+
+
+@pytest.mark.parametrize("write", HIDDEN.values(), ids=HIDDEN)
+def test_a_write_that_nobody_would_see_is_refused(write, tmp_path):
+    """The storage of a weight in RAM is that of its whole block."""
+    model = Net()
+    for way, parts in spread_ways(model, tmp_path):
+        with torch.no_grad(), pytest.raises((RuntimeError, ValueError), match="would write|would go unseen|read-only"):
+            write(weight(parts))
+        assert same(parts(X), model(X)), way
+        storage = weight(parts).data.untyped_storage()
+        assert len(storage) == len(storage.tolist()) == weight(model).nbytes
+        assert storage.tolist() == weight(model).untyped_storage().tolist()
+        check_at_rest(parts)
+
+
+def test_numpy_cannot_write_to_what_is_lent(tmp_path):
+    model = Net()
+    for way, parts in spread_ways(model, tmp_path):
+        for read in (lambda w: w.data.numpy(), lambda w: w.detach().numpy(), lambda w: np.asarray(w.detach())):
+            seen = []
+            hook = parts.h[1].a.register_forward_pre_hook(lambda layer, _, r=read, s=seen: s.append(r(layer.weight)))
+            with torch.no_grad():
+                assert same(parts(X), model(X)), way
+            hook.remove()
+            assert not seen[0].flags.writeable and np.array_equal(seen[0], weight(model).detach().numpy()), way
+        with torch.no_grad():
+            assert same(parts(X), model(X)), way
 
 
 def test_views_can_be_read(tmp_path):

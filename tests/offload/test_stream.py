@@ -18,6 +18,7 @@ from bigkit import init_empty_weights
 from bigkit.checkpoints.save import save_model
 from bigkit.maps.partition import spread
 from bigkit.offload.dispatch import dispatch_model
+from bigkit.offload.hooks import remove_hook_from_module
 from bigkit.offload.lenders import streamers_in
 from bigkit.offload.load_and_dispatch import load_checkpoint_and_dispatch
 from bigkit.offload.one_place import cpu_offload, disk_offload
@@ -426,3 +427,54 @@ def test_memory_that_is_let_go_is_made_anew():
     assert not streamer.slots and not any(slot() for slot in before)
     assert torch.equal(found(X, steps), whole(X, steps))
     assert {id(slot) for slot in streamer.holder.values()} <= {id(slot) for slot in streamer.slots}
+
+
+@pytest.mark.parametrize("anew", [False, True])
+def test_hooks_that_are_taken_away_under_a_forward_that_is_about_to_begin(anew, tmp_path):
+    """It had left handles behind, in a model without hooks."""
+    model = Net()
+    for way, parts in spread_ways(model, tmp_path):
+        asked, free, raised = threading.Event(), threading.Event(), []
+
+        def forward(parts=parts, raised=raised):
+            try:
+                raised.append(same(parts(X), model(X)))
+            except RuntimeError as error:
+                raised.append(str(error))
+
+        # torch looks up what to call before it runs this.
+        hook = parts.register_forward_pre_hook(lambda *_, a=asked, f=free: (a.set(), f.wait(60))[:0] or None)
+        thread = threading.Thread(target=forward)
+        thread.start()
+        assert asked.wait(60)
+        remove_hook_from_module(parts, recurse=True)
+        if anew:
+            dispatch_model(parts, {"": "cpu"}, main_device=0, stand_in=STAND_IN)
+        free.set()
+        thread.join(60)
+        hook.remove()
+        assert not thread.is_alive() and "'Net' were removed" in raised[0], (way, raised)
+        assert same(parts(X), model(X)), way
+        check_at_rest(parts)
+        remove_hook_from_module(parts, recurse=True)
+        assert not handles(parts), way
+
+
+def test_a_dispatch_waits_for_what_another_thread_is_lent(tmp_path):
+    model = Net()
+    for way, parts in spread_ways(model, tmp_path):
+        lent, results = threading.Event(), []
+
+        def wait(*_, lent=lent):
+            lent.set()
+            threading.Event().wait(0.1)  # the other one tries meanwhile
+
+        hook = parts.h[1].a.register_forward_hook(wait)
+        thread = threading.Thread(target=lambda p=parts, r=results: r.append(p(X)))
+        thread.start()
+        assert lent.wait(60)
+        dispatch_model(parts, {"": "cpu"}, main_device=0, stand_in=STAND_IN)
+        thread.join(60)
+        hook.remove()
+        assert results and same(results[0], model(X)) and same(parts(X), model(X)), way
+        check_at_rest(parts)
