@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import tempfile
 import time
 from collections import Counter
@@ -175,6 +176,7 @@ def main() -> None:
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--new", type=int, default=16, help="tokens to decode")
     parser.add_argument("--tiny", action="store_true", help="tiny shapes")
+    parser.add_argument("--core", type=int, help="the core on which Python stays, once the machine is calibrated")
     parser.add_argument("--out", type=Path, help="a JSON file for the results")
     parser.add_argument("--save", action="store_true", help="write benchmarks/results/experts-foretold.json")
     args = parser.parse_args()
@@ -182,7 +184,15 @@ def main() -> None:
     calibration = calibrate(save=False, quick=args.tiny)
     gpu = torch.cuda.get_device_name() if device != "cpu" else "CPU"
     print(calibration.explain(), flush=True)
-    about = {"device": gpu, "torch": torch.__version__, "transformers": tf.__version__, "new_tokens": args.new}
+    if args.core is not None:
+        os.sched_setaffinity(0, {args.core})  # of this thread alone: readers have been started
+    about = {
+        "core": args.core,
+        "device": gpu,
+        "torch": torch.__version__,
+        "transformers": tf.__version__,
+        "new_tokens": args.new,
+    }
     results: dict[str, Any] = {"about": about, "rows": []}
     out = args.out or (Path(__file__).parent / "results" / "experts-foretold.json" if args.save else None)
     for name in args.cases:
