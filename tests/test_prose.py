@@ -158,7 +158,6 @@ def from_elsewhere() -> dict[str, float]:
         "20.9 billion": bigkit.describe("gpt-oss-20b").parameters / 1e9,
         "671 billion": bigkit.describe("deepseek-v3").parameters / 1e9,
         "128 GiB": large / 2**30,
-        "138 GB": large / 1e9,
         "18.5 GiB": (large - away) / 2**30,
         "13.5 GB": bigkit.describe("llama-2-7b").bytes(half) / 1e9,
         "150 MiB": 5 * 30,
@@ -173,7 +172,7 @@ def from_elsewhere() -> dict[str, float]:
 def test_sizes_in_prose_are_those_of_the_outputs_or_of_bigkit(page: Path) -> None:
     own, known = own_numbers(page), from_elsewhere()
     text = prose(page).partition("**What you'll need**")[2]  # that itself is rounded up
-    for match in FIGURE.finditer(NO_PROSE.sub("", text.partition("\n\n#")[2]).split("## Further reading")[0]):
+    for match in FIGURE.finditer(NO_PROSE.sub("", text.partition("\n\n#")[2]).split("## Exercises")[0]):
         number, unit = match.groups()
         told, places = float(number.replace(",", "")), len(number.partition(".")[2])
         meant = {known[match[0]]} if match[0] in known else {value / by for value in own for by in (1, UNITS[unit])}
