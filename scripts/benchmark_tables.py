@@ -217,6 +217,9 @@ def beyond_one_link() -> Iterable[Iterable[str]]:
             alike = {True: "equal", False: "differ"}.get(r.get("same_tokens"), "")
             yield f"{name}; one CUDA graph", text(1000 * r["s"], " ms", 0), text(r["gb_s"], " GB/s", 1), "", "", alike
             continue
+        if "bit_equal" not in r:
+            yield name, text(1000 * r["s"], " ms", 0), text(r["gb_s"], " GB/s", 1), "", "", ""
+            continue
         differ = "0" if r["bit_equal"] else f"{r['difference']:.2f} of {r['logits']:.1f}"
         yield (name, text(1000 * r["s"], " ms", 0), text(r["gb_s"], " GB/s", 1),
                "bit-equal" if r["prompt_equal"] else "differs", differ,
