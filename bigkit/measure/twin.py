@@ -24,6 +24,7 @@ import tempfile
 import time
 import weakref
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -47,6 +48,7 @@ from ..units import GiB, format_bytes, parse_bytes
 HEAD, ROW = 16, 8  # width of a twin's narrowest head, and what widths are a multiple of: kernels want 16 bytes
 QUANTIZED = 64  # the same for both if its layers are quantized: bitsandbytes takes blocks of so many weights
 LOAD = Workload(batch=1, prompt=16, new=6)
+PLAIN = replace(LOAD, generate=False)
 FIRST, OTHERS = slice(1), slice(1, None)  # of a run's steps: the prompt, and its tokens
 SINGLE = Workload(batch=1, prompt=1)  # no masks, no experts in groups: another sequence of calls than a longer prompt's
 EXPERT = 64  # width of a twin's experts, of which there may be hundreds
@@ -152,7 +154,8 @@ def measure_twin(
         ValueError: no twin can be made, or it cannot do the work.
     """
     twin = NarrowTwin(model, device, quantization, plan, expert_cache)
-    for load in (LOAD, SINGLE):
+    # Experts: `generate` decodes with another implementation of them than a plain call does.
+    for load in (LOAD, SINGLE, *([PLAIN] if any(map(count_rows, twin.twin.modules())) else [])):
         for _ in range(1 + repeats):
             twin.run(load)
     return twin.told()
@@ -225,13 +228,14 @@ class NarrowTwin:
 
     def told(self) -> Twin:
         """The medians of all runs that count."""
-        prompts, tokens = ([step for run in self.runs[LOAD][1:] for step in run[part]] for part in (FIRST, OTHERS))
-        singles = [run[0] for run in self.runs.get(SINGLE, [])[1:]]
-        prefill = _median(prompts)
+
+        def median(load: Workload, part: slice) -> HostStep | None:
+            return _median([step for run in self.runs.get(load, [])[1:] for step in run[part]])
+
+        prefill = median(LOAD, FIRST)
         assert prefill is not None
-        return Twin(
-            type(self.model).__name__, self.quantization, prefill, _median(tokens), _median(singles), self.rests
-        )
+        others = median(LOAD, OTHERS), median(SINGLE, FIRST), median(PLAIN, OTHERS)
+        return Twin(type(self.model).__name__, self.quantization, prefill, *others, self.rests)
 
 
 def issued_in(
