@@ -22,6 +22,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -160,13 +161,15 @@ def measure_twin(
         rests = {"plan": dict(places), "expert_cache": _share(model, twin, expert_cache)}
     with tempfile.TemporaryDirectory(prefix="bigkit-twin") as folder:
         clock = _spread(twin, device, folder, **rests) if rests else time.perf_counter
-        steps = [_steps(model, twin, load, device, quantization, repeats, clock, rests) for load in (LOAD, SINGLE)]
+        loads = [LOAD, SINGLE]
+        if any(count_rows(module) for module in twin.modules()):
+            loads.append(replace(LOAD, generate=False))  # generate decodes with another implementation of experts
+        steps = [_steps(model, twin, load, device, quantization, repeats, clock, rests) for load in loads]
         del twin, clock
-    (prefill, token), (single, _) = steps
+    (prefill, token), (single, _), *plain = steps
     assert prefill is not None
-    return Twin(
-        type(model).__name__, quantization, prefill, token, single, resting(rests.get("plan", {}), expert_cache)
-    )
+    placed = resting(rests.get("plan", {}), expert_cache)
+    return Twin(type(model).__name__, quantization, prefill, token, single, plain[0][1] if plain else None, placed)
 
 
 def _share(model: nn.Module, twin: nn.Module, expert_cache: int | str) -> int:
