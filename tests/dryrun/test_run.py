@@ -290,3 +290,20 @@ def test_a_run_that_serves_other_gpus_is_what_they_would_do(model):
                 assert (found.peak_reserved, found.seconds) == (expected.peak_reserved, expected.seconds)
     assert shared > (1 if model == "pymoe" else 20)  # a mixture asks for the compute capability
     assert spliced > (-1 if model == "pymoe" else 20)
+
+
+@pytest.mark.parametrize("strategy", ["balanced", "exact"])
+@pytest.mark.parametrize(
+    ("name", "budget"),
+    [
+        ("opt-1.3b", "330MiB"),  # ten blocks in RAM
+        *(pytest.param(name, "140GiB", marks=pytest.mark.soak) for name in ("bloom", "llama-3.1-405b", "deepseek-v3")),
+    ],
+)
+def test_none_of_eight_gpus_holds_more_than_its_plan_says(name, budget, strategy):
+    budgets = {**dict.fromkeys(range(8), budget), "cpu": "600GiB"}
+    found = plan(name, budgets, strategy, dtype="bfloat16", context=260)
+    run = dry_run(name, found, 1, 256, 4, "8 x H200")
+    for share in found.shares[:8]:
+        peak = run.peak_allocated[share.device] - run.timeline(share.device).at_peak()["workspace"]
+        assert share.weights < peak <= share.used <= share.budget, (share, run.timeline(share.device).at_peak())
