@@ -310,6 +310,8 @@ def test_an_error_of_the_model_is_one_sentence_and_no_traceback(monkeypatch):
     monkeypatch.setattr(logger, "handlers", [SimpleNamespace(level=0, handle=said.append)])
     with init_empty_weights():
         model = TopOfNone()
-    with pytest.raises(ValueError, match=r"TopOfNone cannot be run without data on 1 image: RuntimeError in test_run.py"):
+    with pytest.raises(
+        ValueError, match=r"TopOfNone cannot be run without data on 1 image: RuntimeError in test_run.py"
+    ):
         dry_run(model, batch_size=1, prompt_tokens=8, new_tokens=0)
     assert said == [] and not logger.disabled
