@@ -39,7 +39,8 @@ import bigkit
 from bigkit import Hardware, zoo
 from bigkit.dryrun.workload import at_random, fill
 from bigkit.machine.ram import ram_free
-from bigkit.maps.on_cpu import FEW, HOST, Reading, best_count
+from bigkit.maps.on_cpu import FEW, HOST, Reading, best_count, token_seconds
+from bigkit.maps.partition import spread
 from bigkit.maps.plan import Plan
 from bigkit.measure.links import Traffic, measure_together
 
@@ -241,7 +242,7 @@ def peaks(table: Any, prompt: int = 512) -> None:
     """
     free = [torch.cuda.mem_get_info(gpu)[0] if GPU else 2**23 for gpu in range(GPUS)]
     machine = Hardware.detect() if GPU else f"{GPUS} x H200"
-    for shape in ("llama-3.1-405b", "bloom", "mixture", "Llama-7B"):
+    for shape in ("Llama-7B", "mixture", "bloom", "llama-3.1-405b"):
         empty, blocks = cut(shape, int(0.7 * sum(free)))
         size = sum(tensor.nbytes for tensor in {*empty().parameters()})
         budgets: dict[Any, int] = dict(enumerate(free))
@@ -314,7 +315,7 @@ def cut(shape: str, most: int) -> tuple[Callable[[], nn.Module], int]:
 
 
 def experts(table: Any) -> None:
-    """A mixture whose blocks are spread over 1, 2, 4 and 8 GPUs, with all experts in RAM, beside all of it on one.
+    """A mixture whose blocks take turns on 1, 2, 4 and 8 GPUs, with all experts in RAM, beside all of it on one.
 
     A token's experts are known when their block's router has worked, so a token has one link at a time; a prompt takes
     all experts, and the next block's travel over the next link.
@@ -325,7 +326,8 @@ def experts(table: Any) -> None:
     rate, expected, _ = mixtures.decode(model, 1, 12, bench.vocabulary)
     table.add(way="experts, all on one GPU", shape="decode", s=1 / rate, bytes=bench.total)
     for count in COUNTS:
-        places = shares(layers, count) | dict.fromkeys(mixtures.experts_in(model), "cpu")
+        places = shares(layers, count) | {f"model.layers.{i}": i % count for i in range(layers)}
+        places |= dict.fromkeys(mixtures.experts_in(model), "cpu")
         model = bigkit.dispatch_model(model, places, stand_in=STAND_IN or None)
         clean()
         rate, logits, brought = mixtures.decode(model, 1, 12, bench.vocabulary)
@@ -341,30 +343,42 @@ def cpu(table: Any, layers: int, state: dict[str, Tensor], cores: int, run: Run)
     for thread in os.listdir("/proc/self/task"):
         os.sched_setaffinity(int(thread), allowed)
     torch.set_num_threads(len(allowed))
-    rates, reads = measure_together(512 * 2**20, 2**30)
+    rates, reads, call = measure_together(512 * 2**20, 2**30)
     for dtype, rows in reads.items():
         for threads, own, other in rows:
             table.add(way=f"CPU reads, {dtype}", shape=f"{threads} threads", s=0.0, gb_s=own / GB, link_gb_s=other / GB)
     table.add(way="links", shape="-", s=0.0, gb_s=sum(rates) / GB)
+    table.add(way="a graph calls the CPU", shape="-", s=call)
     size = sum(tensor.nbytes for tensor in state.values())
-    mlp = sum(tensor.nbytes for name, tensor in state.items() if ".layers.0.mlp." in name)
     streamed = bigkit.cpu_offload(filled(layers, state), 0)
     run("in RAM, streamed", streamed, size)
     by_graphs(table, "in RAM, streamed", streamed, size, new=10)
     del streamed
     clean()
-    readings = [Reading(threads, own, other) for threads, own, other in reads["bfloat16"]]
-    for graph, gpu, hops in ((True, 0.15e-3 * layers, 0.2e-3), (False, 0.7e-3 * layers, HOST.hops)):
-        ways = {slots: best_count(layers, mlp, size, gpu, readings, slots, hops) for slots in (3, 4)}
-        slots, (count, reading, seconds) = min(ways.items(), key=lambda way: way[1][2])
-        more = {"count": count, "slots": slots, "threads": reading.threads, "predicted_s": seconds}
-        options = {"on_cpu": count * mlp, "cpu_threads": reading.threads, "slots": slots}
-        model = bigkit.cpu_offload(filled(layers, state), 0, **options)
-        if graph:
-            by_graphs(table, "in RAM, MLPs on the CPU", model, size, **more)
-        run("in RAM, MLPs on the CPU", model, size, FEW, **more)
-        del model
-        clean()
+    count, slots, threads, graph_s, python_s = share(state, layers, reads["bfloat16"], call)
+    more = {"count": count, "slots": slots, "threads": threads}
+    mlp = sum(tensor.nbytes for name, tensor in state.items() if ".layers.0.mlp." in name)
+    model = bigkit.cpu_offload(filled(layers, state), 0, on_cpu=count * mlp, cpu_threads=threads, slots=slots)
+    by_graphs(table, "in RAM, MLPs on the CPU", model, size, **more, predicted_s=graph_s)
+    run("in RAM, MLPs on the CPU", model, size, FEW, **more, predicted_s=python_s)
+
+
+def share(state: dict[str, Tensor], layers: int, rows: Any, call: float) -> tuple[int, int, int, float, float]:
+    """How many MLPs, slots and threads make a token by graphs shortest, and what it takes by graphs and in Python."""
+    sizes: dict[str, list[int]] = {}
+    for name, tensor in state.items():
+        unit = ".".join(name.split(".")[:3]) if ".layers." in name else name
+        own = sizes.setdefault(unit, [0, 0])
+        own[0] += tensor.nbytes
+        own[1] += tensor.nbytes * (".mlp." in name)
+    units = [(nbytes, mlp) for nbytes, mlp in sizes.values()]
+    readings = [Reading(*row) for row in rows]
+    ways = {slots: best_count(units, 0.15e-3 * layers, readings, slots, call, True) for slots in (3, 4)}
+    slots, (count, reading, seconds) = min(ways.items(), key=lambda way: way[1][2])
+    mlps = [mlp for _, mlp in units if mlp]
+    chosen = spread(mlps, count * max(mlps))
+    python = token_seconds(units, chosen, 0.7e-3 * layers, reading, slots, HOST.hops, False)
+    return count, slots, reading.threads, seconds, python
 
 
 def by_graphs(table: Any, way: str, model: nn.Module, moved: int, new: int = 14, **more: Any) -> None:

@@ -66,13 +66,9 @@ def describe(model: Source, library_name: str | None = None, *, base: bool = Fal
 
 
 def described(
-    model: Source | PipelineSpec,
-    library_name: str | None = None,
-    dtype: object = None,
-    batch: int = 1,
-    image: int | tuple[int, int] | None = None,
-    **options: Any,
-) -> ModelSpec | PipelineSpec:
+    model: Source | PipelineSpec, library_name: str | None = None, dtype: object = None, batch: int = 1,
+    image: int | tuple[int, int] | None = None, **options: Any,
+) -> ModelSpec | PipelineSpec:  # fmt: skip
     """The record of a model, or of the pipeline that a folder or repository without a config.json is."""
     if isinstance(model, PipelineSpec):
         return model

@@ -42,11 +42,7 @@ if TYPE_CHECKING:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status. A wrong input is one line on stderr and status 2."""
-    parser = _parser()
-    if not (sys.argv[1:] if arguments is None else arguments):
-        parser.print_help(sys.stderr)
-        return 2
-    options, unknown = parser.parse_known_args(arguments)
+    options, unknown = _parser().parse_known_args(arguments)
     if unknown:
         options.parser.refuse(unknown[0])
     try:
@@ -91,7 +87,8 @@ def _progress(doing: str) -> Iterator[None]:
 
 
 class _Parser(argparse.ArgumentParser):
-    """Takes each option with hyphens too (`--num-processes` is `--num_processes`), and says a mistake in one line."""
+    """Takes each option with hyphens too (`--num-processes` is `--num_processes`, which help shows), and says a mistake
+    in one line."""
 
     def __init__(self, *args: Any, example: str = "", **options: Any) -> None:
         formatter = argparse.RawDescriptionHelpFormatter
@@ -109,14 +106,19 @@ class _Parser(argparse.ArgumentParser):
 
     def add_argument(self, *names: Any, **options: Any) -> argparse.Action:
         hyphens = ["--" + name[2:].replace("_", "-") for name in names if name.startswith("--") and "_" in name]
-        return super().add_argument(*names, *hyphens, **options)
+        action = super().add_argument(*names, **options)
+        if hyphens:
+            hidden = {"dest": action.dest, "default": argparse.SUPPRESS, "help": argparse.SUPPRESS}
+            super().add_argument(*hyphens, **{**options, **hidden})
+        return action
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="bigkit", description="Plan and run models too big for one device.",
                      example='bigkit advise llama-3.1-8b --hardware 4090')  # fmt: skip
     parser.add_argument("--version", action="version", version=f"bigkit {__version__}")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=_Parser)
+    parser.set_defaults(run=lambda options: parser.format_help())
+    commands = parser.add_subparsers(metavar="COMMAND", parser_class=_Parser)
 
     def command(name: str, about: str, example: str, run: Callable[[argparse.Namespace], str]) -> _Parser:
         added: _Parser = commands.add_parser(name, help=about, description=f"{about[0].upper()}{about[1:]}.",

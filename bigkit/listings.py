@@ -26,10 +26,8 @@ def models(words: Sequence[str] = ()) -> str:
     """
     rows = []
     for entry in zoo.ENTRIES:
-        model = zoo.describe(entry.name)
-        rows.append(
-            [entry.name, format_count(model.parameters), format_bytes(model.bytes()), entry.about, entry.hub_id]
-        )
+        spec = zoo.describe(entry.name)
+        rows.append([entry.name, format_count(spec.parameters), format_bytes(spec.bytes()), entry.about, entry.hub_id])
     return _chosen(["model", "parameters", "weights", "what it is", "on the Hub"], rows, words, "<>><<")
 
 

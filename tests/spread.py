@@ -12,8 +12,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from bigkit import init_empty_weights, save_model
+from bigkit.meta.skeleton import own_tensors
 from bigkit.offload.dispatch import dispatch_model
-from bigkit.offload.grouping import own_tensors
 from bigkit.offload.handle import Away
 from bigkit.offload.one_place import cpu_offload, disk_offload
 from tests import forked

@@ -202,9 +202,18 @@ def test_what_is_no_command_or_option_is_one_line(arguments, says, capsys):
 
 
 def test_no_command_shows_the_commands(capsys):
-    assert main([]) == 2
-    said = capsys.readouterr()
-    assert not said.out and "estimate-memory" in said.err and "example: bigkit advise" in said.err
+    assert main([]) == 0
+    said = capsys.readouterr().out
+    assert "estimate-memory" in said and "example: bigkit advise" in said
+
+
+def test_help_names_each_option_once(capsys):
+    with pytest.raises(SystemExit):
+        main(["plan", "--help"])
+    said = capsys.readouterr().out
+    assert "--max_memory" in said and "--max-memory" not in said
+    options = _parser().parse_args(["plan", "gpt2", "--max-memory", "0=1GiB", "--kv-dtype", "int8"])
+    assert options.max_memory == ["0=1GiB"] and options.kv_dtype == "int8" and options.experts_on_cpu is None
 
 
 def test_code_ends_with_one_newline(capsys):

@@ -44,29 +44,15 @@ class Accelerator(AcceleratorState):
     """
 
     def __init__(
-        self,
-        device_placement: bool = True,
-        split_batches: Any = _BY_DEVICE,
-        mixed_precision: str | None = None,
-        gradient_accumulation_steps: int = 1,
-        cpu: bool = False,
-        dataloader_config: Any = None,
-        deepspeed_plugin: Any = None,
-        fsdp_plugin: Any = None,
-        torch_tp_plugin: Any = None,
-        megatron_lm_plugin: Any = None,
-        rng_types: list[str] | None = None,
-        log_with: Any = None,
-        project_dir: str | os.PathLike[str] | None = None,
-        project_config: Any = None,
-        gradient_accumulation_plugin: Any = None,
-        step_scheduler_with_optimizer: bool = True,
-        kwargs_handlers: list[Any] | None = None,
-        dynamo_backend: str | None = None,
-        dynamo_plugin: Any = None,
-        deepspeed_plugins: Any = None,
-        parallelism_config: Any = None,
-    ) -> None:
+        self, device_placement: bool = True, split_batches: Any = _BY_DEVICE, mixed_precision: str | None = None,
+        gradient_accumulation_steps: int = 1, cpu: bool = False, dataloader_config: Any = None,
+        deepspeed_plugin: Any = None, fsdp_plugin: Any = None, torch_tp_plugin: Any = None,
+        megatron_lm_plugin: Any = None, rng_types: list[str] | None = None, log_with: Any = None,
+        project_dir: str | os.PathLike[str] | None = None, project_config: Any = None,
+        gradient_accumulation_plugin: Any = None, step_scheduler_with_optimizer: bool = True,
+        kwargs_handlers: list[Any] | None = None, dynamo_backend: str | None = None, dynamo_plugin: Any = None,
+        deepspeed_plugins: Any = None, parallelism_config: Any = None,
+    ) -> None:  # fmt: skip
         timeouts: list[Any] = [one.timeout for one in kwargs_handlers or () if isinstance(one, InitProcessGroupKwargs)]
         refuse_training(
             "Accelerator", split_batches=None if split_batches is _BY_DEVICE else split_batches,
@@ -125,12 +111,9 @@ class Accelerator(AcceleratorState):
         return extract_model_from_parallel(model, keep_fp32_wrapper, keep_torch_compile)
 
     def save_model(
-        self,
-        model: nn.Module,
-        save_directory: str | os.PathLike[str],
-        max_shard_size: int | str = "10GB",
+        self, model: nn.Module, save_directory: str | os.PathLike[str], max_shard_size: int | str = "10GB",
         safe_serialization: bool = True,
-    ) -> None:
+    ) -> None:  # fmt: skip
         """`bigkit.save_model` on the main process; nothing on the others."""
         if self.is_main_process:
             save_model(self.unwrap_model(model), save_directory, max_shard_size, safe_serialization)

@@ -19,13 +19,10 @@ from .utils.constants import SUPPORTED_PYTORCH_LAYERS_FOR_UPCASTING
 
 
 def attach_layerwise_casting_hooks(
-    module: nn.Module,
-    storage_dtype: torch.dtype,
-    compute_dtype: torch.dtype,
+    module: nn.Module, storage_dtype: torch.dtype, compute_dtype: torch.dtype,
     skip_modules_pattern: str | Iterable[str] | None = None,
-    skip_modules_classes: tuple[type[nn.Module], ...] | None = None,
-    non_blocking: bool = False,
-) -> None:
+    skip_modules_classes: tuple[type[nn.Module], ...] | None = None, non_blocking: bool = False,
+) -> None:  # fmt: skip
     """Store the weights of linear and convolution layers in one dtype, and cast them for each forward.
 
     Args:

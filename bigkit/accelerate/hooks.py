@@ -48,16 +48,11 @@ class LayerwiseCastingHook(ModelHook):
 
 
 def attach_align_device_hook(
-    module: nn.Module,
-    execution_device: DeviceLike | None = None,
-    offload: bool = False,
-    weights_map: Mapping[str, Tensor] | None = None,
-    offload_buffers: bool = False,
-    module_name: str = "",
-    skip_keys: str | Iterable[str] | None = None,
-    preload_module_classes: Iterable[str] | None = None,
+    module: nn.Module, execution_device: DeviceLike | None = None, offload: bool = False,
+    weights_map: Mapping[str, Tensor] | None = None, offload_buffers: bool = False, module_name: str = "",
+    skip_keys: str | Iterable[str] | None = None, preload_module_classes: Iterable[str] | None = None,
     tied_params_map: Any = None,
-) -> None:
+) -> None:  # fmt: skip
     """Put an `AlignDevicesHook` on every module with tensors of its own; other than `dispatch_model`s none looks ahead.
 
     Args:
@@ -82,12 +77,9 @@ def attach_align_device_hook(
 
 
 def attach_execution_device_hook(
-    module: nn.Module,
-    execution_device: DeviceLike,
-    skip_keys: str | Iterable[str] | None = None,
-    preload_module_classes: Iterable[str] | None = None,
-    tied_params_map: Any = None,
-) -> None:
+    module: nn.Module, execution_device: DeviceLike, skip_keys: str | Iterable[str] | None = None,
+    preload_module_classes: Iterable[str] | None = None, tied_params_map: Any = None,
+) -> None:  # fmt: skip
     """Put an `AlignDevicesHook` on every module that has no hook yet, so that its inputs come to where it works.
 
     Args:
@@ -104,16 +96,11 @@ def attach_execution_device_hook(
 
 
 def attach_align_device_hook_on_blocks(
-    module: nn.Module,
-    execution_device: DeviceLike | Mapping[str, DeviceLike] | None = None,
-    offload: bool | Mapping[str, bool] = False,
-    weights_map: Mapping[str, Tensor] | None = None,
-    offload_buffers: bool = False,
-    module_name: str = "",
-    skip_keys: str | Iterable[str] | None = None,
-    preload_module_classes: Iterable[str] | None = None,
-    tied_params_map: Any = None,
-) -> None:
+    module: nn.Module, execution_device: DeviceLike | Mapping[str, DeviceLike] | None = None,
+    offload: bool | Mapping[str, bool] = False, weights_map: Mapping[str, Tensor] | None = None,
+    offload_buffers: bool = False, module_name: str = "", skip_keys: str | Iterable[str] | None = None,
+    preload_module_classes: Iterable[str] | None = None, tied_params_map: Any = None,
+) -> None:  # fmt: skip
     """Put hooks on blocks: each works on its device, and its weights stay there or are brought for each forward.
 
     Args:

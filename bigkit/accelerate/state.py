@@ -29,18 +29,10 @@ class AcceleratorState(PartialState):
     is_fsdp2 = False
 
     def __init__(
-        self,
-        mixed_precision: str | None = None,
-        cpu: bool = False,
-        dynamo_plugin: Any = None,
-        deepspeed_plugin: Any = None,
-        fsdp_plugin: Any = None,
-        torch_tp_plugin: Any = None,
-        megatron_lm_plugin: Any = None,
-        parallelism_config: Any = None,
-        _from_accelerator: bool = False,
-        **options: Any,
-    ) -> None:
+        self, mixed_precision: str | None = None, cpu: bool = False, dynamo_plugin: Any = None,
+        deepspeed_plugin: Any = None, fsdp_plugin: Any = None, torch_tp_plugin: Any = None,
+        megatron_lm_plugin: Any = None, parallelism_config: Any = None, _from_accelerator: bool = False, **options: Any,
+    ) -> None:  # fmt: skip
         refuse_training(
             "AcceleratorState", mixed_precision=None if mixed_precision == "no" else mixed_precision,
             dynamo_plugin=dynamo_plugin, deepspeed_plugin=deepspeed_plugin, fsdp_plugin=fsdp_plugin,

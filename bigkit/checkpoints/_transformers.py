@@ -106,9 +106,7 @@ def _results(convert: Any, kinds: Mapping[str, tuple[tuple[int, ...], torch.dtyp
         outputs = convert(empty)
     except Exception:  # parts are missing or do not fit each other: they are reported under their own names
         return {}
-    return {
-        name: Made(name, tuple(tensor.shape), tensor.dtype, tuple(kinds), convert) for name, tensor in outputs.items()
-    }
+    return {name: Made(name, tuple(own.shape), own.dtype, tuple(kinds), convert) for name, own in outputs.items()}
 
 
 def ignored_names(model: nn.Module, kind: str) -> list[re.Pattern[str]]:

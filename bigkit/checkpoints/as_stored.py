@@ -245,15 +245,9 @@ def _stacked(name: str, module: nn.Module, source: Checkpoint, kinds: Kinds) -> 
 
 
 def _change_stack(
-    name: str,
-    module: nn.Module,
-    own: str,
-    codec: StackCodec,
-    source: Checkpoint,
-    keep: str,
-    kinds: Kinds,
+    name: str, module: nn.Module, own: str, codec: StackCodec, source: Checkpoint, keep: str, kinds: Kinds,
     undo: list[Any],
-) -> None:
+) -> None:  # fmt: skip
     weight, names = module._parameters[own], {suffix: own + suffix for suffix in codec.suffixes}
     assert weight is not None
 
@@ -314,13 +308,9 @@ def _new(*made_of: Any) -> Any:
 
 
 def _decode_at_loading(
-    source: Checkpoint,
-    module: str,
-    own: str,
-    weight: Tensor,
-    parts: Iterable[str],
+    source: Checkpoint, module: str, own: str, weight: Tensor, parts: Iterable[str],
     decode: Callable[[Parts, torch.dtype], Tensor],
-) -> None:
+) -> None:  # fmt: skip
     """Let a checkpoint have a weight that is made of its parts, which are found under no model's names any more."""
     full, aside = f"{module}.{own}", {part: source.set_aside(f"{module}.{part}") for part in parts}
 

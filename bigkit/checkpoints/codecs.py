@@ -185,11 +185,9 @@ def decode_packed(parts: Parts, dtype: torch.dtype, bits: int, shape: tuple[int,
     """
     half = 1 << (bits - 1)
     if kernels := kernels_for(parts["weight_packed"]):
-        zeros, index = parts.get("weight_zero_point"), parts.get("weight_g_idx")
+        codes, zeros, index = parts["weight_packed"], parts.get("weight_zero_point"), parts.get("weight_g_idx")
         offset = half if zeros is None else 0  # by which both are moved up
-        return kernels.packed(
-            parts["weight_packed"], zeros, parts["weight_scale"], index, shape, bits, 1, offset, dtype
-        )
+        return kernels.packed(codes, zeros, parts["weight_scale"], index, shape, bits, 1, offset, dtype)
     codes = unpack(parts["weight_packed"], bits, 1)[:, : shape[1]] - half
     scales = parts["weight_scale"].to(torch.float32)
     group = _groups(parts.get("weight_g_idx"), shape[1], scales.shape[1], codes.device)
@@ -291,10 +289,8 @@ def decode_4bit(parts: Parts, dtype: torch.dtype, experts: Tensor | None = None,
     pieces = [(codes, scales)] if whole else [*zip(codes, scales)]
     op = torch.ops.bitsandbytes.dequantize_4bit.default
     # As one row: for CPUs with AVX-512, bitsandbytes 0.50 begins a block anew in each row.
-    decoded = [
-        op(some.reshape(-1, 1), own.flatten(), BLOCK_4BIT, kind, (2 * some.numel(),), dtype) for some, own in pieces
-    ]
-    return (torch.stack(decoded) if not whole else decoded[0]).view(shape)
+    made = [op(few.reshape(-1, 1), own.flatten(), BLOCK_4BIT, kind, (2 * few.numel(),), dtype) for few, own in pieces]
+    return (made[0] if whole else torch.stack(made)).view(shape)
 
 
 def decode_rows(parts: Parts, dtype: torch.dtype) -> Tensor:
@@ -359,16 +355,10 @@ STACK_CODECS = (
     StackCodec("fp8", ("", "_scale_inv"), decode_scaled_stack, in_place=True),
     StackCodec("mxfp4", ("_blocks", "_scales"), decode_mxfp4, in_place=True),
     *(StackCodec(kind, (f"_{kind}", "_absmax"), partial(decode_4bit, kind=kind), True) for kind in ("nf4", "fp4")),
-    *(
-        StackCodec(
-            f"{kind}-double",
-            (f"_{kind}", "_absmax", "_nested_absmax", "_offset"),
-            partial(decode_4bit, kind=kind),
-        )
-        for kind in ("nf4", "fp4")
-    ),
+    *(StackCodec(f"{one}-double", (f"_{one}", "_absmax", "_nested_absmax", "_offset"), partial(decode_4bit, kind=one))
+      for one in ("nf4", "fp4")),
     StackCodec("int8", ("_int8", "_scb"), decode_rows),
-)
+)  # fmt: skip
 
 
 def _called(format: str, *other: Any) -> StackCodec:

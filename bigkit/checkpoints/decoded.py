@@ -65,16 +65,11 @@ class DecodedStack:
     """
 
     def __init__(
-        self,
-        parts: Parts,
-        codec: StackCodec,
-        dtype: torch.dtype,
-        form: tuple[int, ...],
-        transposed: bool = False,
+        self, parts: Parts, codec: StackCodec, dtype: torch.dtype, form: tuple[int, ...], transposed: bool = False,
         of: tuple[nn.Module, str] | None = None,
-    ) -> None:
-        self.of = of
-        self.parts, self.codec, self.dtype, self.form, self.transposed = parts, codec, dtype, form, transposed
+    ) -> None:  # fmt: skip
+        self.parts, self.codec, self.dtype, self.form = parts, codec, dtype, form
+        self.transposed, self.of = transposed, of
         first = next(iter(parts.values()))
         self.shape = torch.Size((first.shape[0], *(form[::-1] if transposed else form)))
         self.device, self.ndim = first.device, 3

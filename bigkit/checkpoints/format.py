@@ -29,9 +29,7 @@ from .pickles import read_pickle, tensors_of
 
 ASIDE = "\0"  # ends the names of tensors that are set aside
 
-_DTYPES: dict[str, torch.dtype] = {
-    name: getattr(torch, torch_name) for name, (torch_name, size) in DTYPES.items() if size >= 1
-}
+_DTYPES: dict[str, torch.dtype] = {name: getattr(torch, own) for name, (own, size) in DTYPES.items() if size >= 1}
 NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
@@ -117,9 +115,8 @@ class Checkpoint:
         checkpoint.duplicates = tuple(duplicates)
         for name in [name for name in checkpoint if name.startswith(prefix)] if prefix else []:
             checkpoint.rename(name, name.removeprefix(prefix))
-        checkpoint.metadata = {
-            f"{name}.".removeprefix(prefix).rstrip("."): data for name, data in checkpoint.metadata.items()
-        }
+        notes = checkpoint.metadata.items()
+        checkpoint.metadata = {f"{name}.".removeprefix(prefix).rstrip("."): data for name, data in notes}
         return checkpoint
 
     def __contains__(self, name: object) -> bool:

@@ -181,14 +181,9 @@ def _looked_up(  # type: ignore[no-untyped-def]
 
 
 def looked_up(
-    codes: Tensor,
-    scales: Tensor,
-    experts: Tensor | None,
-    kind: str,
-    dtype: torch.dtype,
-    rows: int = 64,
+    codes: Tensor, scales: Tensor, experts: Tensor | None, kind: str, dtype: torch.dtype, rows: int = 64,
     programs: int = 0,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """Codes of four bits, two in a byte, as places in a table, times the scale of their block.
 
     Args:
@@ -261,14 +256,9 @@ def mxfp4(
 
 
 def scaled(
-    codes: Tensor,
-    scales: Tensor,
-    experts: Tensor | None,
-    block: Sequence[int],
-    dtype: torch.dtype,
-    tile: tuple[int, int] = (16, 512),
-    programs: int = 0,
-) -> Tensor:
+    codes: Tensor, scales: Tensor, experts: Tensor | None, block: Sequence[int], dtype: torch.dtype,
+    tile: tuple[int, int] = (16, 512), programs: int = 0,
+) -> Tensor:  # fmt: skip
     """Codes of one byte times their scales.
 
     Args:
@@ -297,17 +287,9 @@ def scaled(
 
 
 def packed(
-    codes: Tensor,
-    zeros: Tensor | None,
-    scales: Tensor,
-    index: Tensor | None,
-    shape: tuple[int, int],
-    bits: int,
-    along: int,
-    offset: int,
-    dtype: torch.dtype,
-    tile: tuple[int, int] = (128, 32),
-) -> Tensor:
+    codes: Tensor, zeros: Tensor | None, scales: Tensor, index: Tensor | None, shape: tuple[int, int], bits: int,
+    along: int, offset: int, dtype: torch.dtype, tile: tuple[int, int] = (128, 32),
+) -> Tensor:  # fmt: skip
     """Numbers of few bits in int32, less a zero point and an offset, times their scales.
 
     Args:

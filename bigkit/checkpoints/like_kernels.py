@@ -24,35 +24,24 @@ def _(read: list[Tensor], shape: list[int], dtype: torch.dtype) -> Tensor:
 
 
 def mxfp4(blocks: Tensor, scales: Tensor, experts: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """As the kernel of this name."""
     blocks, scales = _few(blocks, experts), _few(scales, experts)
     *around, outputs, groups = scales.shape
     return decode([blocks, scales], [*around, 2 * groups * blocks.shape[-1], outputs], dtype)
 
 
 def scaled(codes: Tensor, scales: Tensor, experts: Tensor | None, block: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """As the kernel of this name."""
     few = _few(codes, experts)
     return decode([few, scales], list(few.shape), dtype)
 
 
 def packed(
-    codes: Tensor,
-    zeros: Tensor | None,
-    scales: Tensor,
-    index: Tensor | None,
-    shape: tuple[int, int],
-    bits: int,
-    along: int,
-    offset: int,
-    dtype: torch.dtype,
-) -> Tensor:
-    """As the kernel of this name."""
+    codes: Tensor, zeros: Tensor | None, scales: Tensor, index: Tensor | None, shape: tuple[int, int], bits: int,
+    along: int, offset: int, dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
     return decode([tensor for tensor in (codes, zeros, scales, index) if tensor is not None], list(shape), dtype)
 
 
 def looked_up(codes: Tensor, scales: Tensor, experts: Tensor | None, kind: str, dtype: torch.dtype) -> Tensor:
-    """As the kernel of this name."""
     few = _few(codes, experts)
     return decode([few, _few(scales, experts)], [*few.shape[:-1], 2 * few.shape[-1]], dtype)
 

@@ -18,15 +18,16 @@ import torch
 from torch import Tensor, nn
 
 from ..devices import Device, placement
+from ..meta.held import Held
 from ..meta.skeleton import extra_tensors, modules_to_keep, parts_that
 from ..model.header import CheckpointError
 from ..model.precision import float32_modules, is_named
 from ..units import dtype_name, listed
 from ._torch import extra_states, run_post_hooks
-from .as_stored import AsStored, as_stored
+from .as_stored import as_stored
 from .collector import collector_paused
 from .format import Checkpoint, Stored
-from .match import LoadReport, Slot, match
+from .match import LoadReport, is_stored, match
 from .resting import record_resting_place, rest_on_disk
 
 
@@ -107,45 +108,38 @@ def load_checkpoint_in_model(
     if not report.clean:
         unlike = len(report.mismatched) + len(report.wrong_dtype)
         counts = f"{len(report.missing)} tensors missing, {len(report.unexpected)} unknown, {unlike} of another kind"
-        text = (
-            f"{source.path} does not fit {type(model).__name__}; what does not match is not loaded ({counts}): {report}"
-        )
-        warnings.warn(text, stacklevel=2)
+        what = f"{source.path} does not fit {type(model).__name__}; what does not match is not loaded"
+        warnings.warn(f"{what} ({counts}): {report}", stacklevel=2)
     return report
 
 
 def load_matching(
-    model: nn.Module,
-    source: Checkpoint,
-    device_map: Mapping[str, Device] | None = None,
-    offload_folder: str | os.PathLike[str] | None = None,
-    dtype: torch.dtype | str | None = None,
-    offload_buffers: bool = False,
-    keep_in_fp32_modules: Iterable[str] | None = None,
-    strict: bool = False,
-) -> LoadReport:
+    model: nn.Module, source: Checkpoint, device_map: Mapping[str, Device] | None = None,
+    offload_folder: str | os.PathLike[str] | None = None, dtype: torch.dtype | str | None = None,
+    offload_buffers: bool = False, keep_in_fp32_modules: Iterable[str] | None = None, strict: bool = False,
+) -> LoadReport:  # fmt: skip
     """Load what matches of an open checkpoint, and report the rest. See `load_checkpoint_in_model`."""
     floats = None if dtype is None else getattr(torch, dtype_name(dtype))
     fp32 = {*(keep_in_fp32_modules or ())} if floats in (torch.float16, torch.bfloat16) else set()
     fp32 |= {*float32_modules(modules_to_keep(model), floats and dtype_name(floats))}
-    slots, report = match(model, source)
+    held, report = match(model, source)
     if strict and not report.clean:
         raise CheckpointError(f"{source.path} does not fit {type(model).__name__}: {report}")
     unfit = {name for name, *_ in (*report.mismatched, *report.wrong_dtype)}
-    slots = [slot for slot in slots if slot.source is not None and slot.name not in unfit]
+    held = [one for one in held if one.source is not None and one.name not in unfit]
     places: dict[Device | torch.device, dict[str, torch.dtype | None]] = {}
-    for slot, place in _placed(slots, device_map, offload_buffers):
-        places.setdefault(place, {})[str(slot.source)] = _dtype(slot, floats, fp32)
+    for one, place in _placed(held, device_map, offload_buffers):
+        places.setdefault(place, {})[str(one.source)] = _dtype(one, floats, fp32)
     stored, written = rest_on_disk(source, places.pop("disk", {}), offload_folder)
     values = read_tensors(source, places)
     on_disk: dict[str, Stored] = {}
-    for slot in slots:
-        if slot.source in values:
-            slot.fill(values[slot.source])
-        elif slot.source in stored:
-            on_disk[slot.name] = where = stored[slot.source]
+    for one in held:
+        if one.source in values:
+            one.fill(values[one.source])
+        elif one.source in stored:
+            on_disk[one.name] = where = stored[one.source]
             empty = torch.empty(where.shape, dtype=where.dtype, device="meta")
-            slot.fill(empty)
+            one.fill(empty)
             record_resting_place(empty, {"": where}, written if written and where.file == written.path else None)
     for name, module in extra_states(model, (*source, *source.made)):
         module.set_extra_state(source.read(name))
@@ -155,28 +149,27 @@ def load_matching(
 
 
 def _placed(
-    slots: Iterable[Slot], device_map: Mapping[str, Device] | None, offload_buffers: bool
-) -> Iterator[tuple[Slot, Device | torch.device]]:
+    held: Iterable[Held], device_map: Mapping[str, Device] | None, offload_buffers: bool
+) -> Iterator[tuple[Held, Device | torch.device]]:
     """The tensors of a model, each with the device where it goes."""
     device_of = placement(device_map)
-    for slot in slots:
+    for one in held:
         if device_map is None:
-            yield slot, "cpu" if slot.tensor.is_meta else slot.tensor.device
+            yield one, "cpu" if one.tensor.is_meta else one.tensor.device
             continue
-        place = device_of(slot.name)
+        place = device_of(one.name)
         if place is None:
-            raise ValueError(f"the device map gives no device for {slot.name!r}")
-        yield slot, "cpu" if place == "disk" and slot.buffer and not offload_buffers else place
+            raise ValueError(f"the device map gives no device for {one.name!r}")
+        yield one, "cpu" if place == "disk" and one.buffer and not offload_buffers else place
 
 
-def _dtype(slot: Slot, floats: torch.dtype | None, fp32: set[str]) -> torch.dtype:
+def _dtype(one: Held, floats: torch.dtype | None, fp32: set[str]) -> torch.dtype:
     """What a tensor becomes: floating ones in modules named in `fp32` float32, in others `floats` if given."""
-    module, own = slot.places[0]
-    if not slot.tensor.is_floating_point() or (isinstance(module, AsStored) and own in module.stored):
-        return slot.tensor.dtype
-    if fp32 and is_named(slot.name, fp32):
+    if not one.tensor.is_floating_point() or is_stored(one):
+        return one.tensor.dtype
+    if fp32 and is_named(one.name, fp32):
         return torch.float32
-    return floats or slot.tensor.dtype
+    return floats or one.tensor.dtype
 
 
 # ---------------------------------------------------------------------------------------------------------------------

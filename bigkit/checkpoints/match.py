@@ -14,10 +14,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from ..meta.empty import twin
-from ..meta.skeleton import named_parts, tied
+from ..meta.held import Held, held_in
 from ..units import dtype_name, listed
 from ._torch import extra_states
 from ._transformers import Made, conversions, ignored_names
@@ -63,63 +62,13 @@ class LoadReport:
         if self.unexpected:
             parts.append(f"unknown to the model: {listed(self.unexpected)}")
         for what, records in (("shape", self.mismatched), ("dtype", self.wrong_dtype)):
-            shown = [
-                f"{name!r} ({theirs} in the checkpoint, {ours} in the model)" for name, theirs, ours in records[:5]
-            ]
+            shown = [f"{name!r} ({there} in the checkpoint, {here} in the model)" for name, there, here in records[:5]]
             more = f" and {len(records) - 5} more" if len(records) > 5 else ""
             parts += [f"wrong {what}: {', '.join(shown)}{more}"] if records else []
         if self.duplicates:
             parts.append(f"in more than one file: {listed(self.duplicates)}")
         parts += [self.advice] if self.advice else []
         return "; ".join(parts) or "everything matches"
-
-
-@dataclass(slots=True)
-class Slot:
-    """One tensor of a model, with every place in the model that refers to it.
-
-    Args:
-        name: the first of its names.
-        tensor: what the model has there.
-        buffer: whether it is a buffer, not a parameter.
-        names: all of its names; several if it is tied.
-        places: (module, own name) for each of them.
-        source: its name in the checkpoint; None if it is not there.
-    """
-
-    name: str
-    tensor: Tensor
-    buffer: bool
-    names: tuple[str, ...]
-    places: tuple[tuple[nn.Module, str], ...]
-    source: str | None = None
-
-    def fill(self, value: Tensor) -> None:
-        """Give the model this value. A real parameter stays the same object, so that optimizers keep knowing it."""
-        if not self.buffer and not self.tensor.is_meta and self.tensor.device.type == value.device.type:
-            for module, own in self.places:
-                module._parameters[own].data = value  # type: ignore[union-attr]
-            return
-        new = value if self.buffer else twin(self.tensor, value)
-        for module, own in self.places:
-            (module._buffers if self.buffer else module._parameters)[own] = new  # type: ignore[assignment]
-
-
-def model_slots(model: nn.Module) -> list[Slot]:
-    """A model's parameters and persistent buffers, tied ones together."""
-    slots: dict[str, Slot] = {}
-    for prefix, module in named_parts(model):
-        start, hidden = prefix and prefix + ".", module._non_persistent_buffers_set
-        for buffer, tensors in ((False, module._parameters), (True, module._buffers)):
-            for own, tensor in tensors.items():
-                if tensor is not None and not (buffer and own in hidden):
-                    name = start + own
-                    slots[name] = Slot(name, tensor, buffer, (name,), ((module, own),))
-    for first, *others in tied((name, slot.tensor) for name, slot in slots.items()):
-        for other in map(slots.pop, others):
-            slots[first].names += other.names
-            slots[first].places += other.places
-    return list(slots.values())
 
 
 _WRAPPED = {"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"}  # attributes of torch's wrappers
@@ -141,28 +90,28 @@ def plain_name(model: nn.Module, name: str) -> str:
     return ".".join(parts)
 
 
-def match(model: nn.Module, source: Checkpoint) -> tuple[list[Slot], LoadReport]:
+def match(model: nn.Module, source: Checkpoint) -> tuple[list[Held], LoadReport]:
     """Find each tensor of a model in a checkpoint, and say what does not match. Reads no tensor.
 
     Where Transformers would rename tensors or make them of others, the checkpoint has them so afterwards.
     """
-    slots = model_slots(model)
+    held = held_in(model, state=True)
     migrate(model, source)  # which some wrappers use to give the names that their parts have
-    if not _find(slots, source):
-        for name in (name for slot in slots if not slot.source for name in slot.names):
+    if not _find(held, source):
+        for name in (name for one in held if not one.source for name in one.places):
             if (plain := plain_name(model, name)) != name and plain in source:
                 source.rename(plain, name)
-        tensors = {name: slot.tensor for slot in slots for name in slot.names}
+        tensors = {name: one.tensor for one in held for name in one.places}
         renamed, made = conversions(model, tensors, source, source.shape_and_dtype)
         source.made |= made
         for old, new in renamed.items():
             source.rename(old, new)
-        _find(slots, source)
-    report = _compare(model, source, slots)
+        _find(held, source)
+    report = _compare(model, source, held)
     scalars = {name for name, theirs, ours in report.mismatched if not ours and len(theirs) == 1}
-    for slot in (slot for slot in slots if slot.name in scalars):
-        _make_scalar(str(slot.source), source)
-    return slots, _compare(model, source, slots) if scalars else report
+    for one in (one for one in held if one.name in scalars):
+        _make_scalar(str(one.source), source)
+    return held, _compare(model, source, held) if scalars else report
 
 
 def _make_scalar(name: str, source: Checkpoint) -> None:
@@ -172,38 +121,35 @@ def _make_scalar(name: str, source: Checkpoint) -> None:
     source.made[name] = Made(name, (), dtype, (aside,), lambda tensors: {name: tensors[aside][0]})
 
 
-def _find(slots: list[Slot], source: Checkpoint) -> bool:
+def _find(held: list[Held], source: Checkpoint) -> bool:
     """Note under which of its names the checkpoint has each tensor; whether it has them all."""
-    for slot in slots:
-        slot.source = slot.name if slot.name in source else next(filter(source.__contains__, slot.names), None)
-    return all(slot.source for slot in slots)
+    for one in held:
+        one.source = one.name if one.name in source else next(filter(source.__contains__, one.places), None)
+    return all(one.source for one in held)
 
 
-def _compare(model: nn.Module, source: Checkpoint, slots: list[Slot]) -> LoadReport:
+def _compare(model: nn.Module, source: Checkpoint, held: list[Held]) -> LoadReport:
     mismatched, wrong_dtype = [], []
-    for slot in slots:
-        if slot.source is None:
+    for one in held:
+        if one.source is None:
             continue
-        shape, dtype = source.shape_and_dtype(slot.source)
-        if shape != slot.tensor.shape:
-            mismatched.append((slot.name, shape, tuple(slot.tensor.shape)))
-        elif dtype != slot.tensor.dtype and (
-            not _castable(source, slot.source, dtype, slot.tensor.dtype) or (dtype.itemsize > 1 and _is_code(slot))
+        shape, dtype = source.shape_and_dtype(one.source)
+        if shape != one.tensor.shape:
+            mismatched.append((one.name, shape, tuple(one.tensor.shape)))
+        elif dtype != (own := one.tensor.dtype) and (
+            not _castable(source, one.source, dtype, own)
+            or (dtype.itemsize > 1 and own.itemsize == 1 and is_stored(one))  # no number can be rounded to a code
         ):
-            wrong_dtype.append((slot.name, dtype_name(dtype), dtype_name(slot.tensor.dtype)))
-    expected = {name for slot in slots for name in slot.names}
+            wrong_dtype.append((one.name, dtype_name(dtype), dtype_name(own)))
+    expected = {name for one in held for name in one.places}
     expected.update(part for name in expected & source.made.keys() for part in source.made[name].sources)
-    missing = _without_ignored((slot.name for slot in slots if slot.source is None), model, "missing")
+    missing = _without_ignored((one.name for one in held if one.source is None), model, "missing")
     expected.update(name for name, _ in extra_states(model, source))
     unexpected = (name for name in source if name not in expected and not name.endswith(ASIDE))
     return LoadReport(
-        missing=missing,
-        unexpected=_without_ignored(unexpected, model, "unexpected"),
-        mismatched=tuple(mismatched),
-        wrong_dtype=tuple(wrong_dtype),
-        duplicates=source.duplicates,
-        advice=_advice(missing, source),
-    )
+        missing=missing, unexpected=_without_ignored(unexpected, model, "unexpected"), mismatched=tuple(mismatched),
+        wrong_dtype=tuple(wrong_dtype), duplicates=source.duplicates, advice=_advice(missing, source),
+    )  # fmt: skip
 
 
 def _advice(missing: tuple[str, ...], source: Checkpoint) -> str:
@@ -237,10 +183,10 @@ def _castable(source: Checkpoint, name: str, dtype: torch.dtype, wanted: torch.d
     )
 
 
-def _is_code(slot: Slot) -> bool:
-    """Whether a tensor holds the codes of a weight that is stored in few bits: no number can be rounded to these."""
-    module, own = slot.places[0]
-    return isinstance(module, AsStored) and own in module.stored and slot.tensor.dtype.itemsize == 1
+def is_stored(one: Held) -> bool:
+    """Whether a tensor is a part of a weight that is stored in few bits."""
+    module, own, _ = next(iter(one.places.values()))
+    return isinstance(module, AsStored) and own in module.stored
 
 
 def _without_ignored(names: Iterable[str], model: nn.Module, kind: str) -> tuple[str, ...]:

@@ -76,9 +76,7 @@ def _convert(made: Made, full: str, name: str, places: dict[str, str], tensors: 
 def _even(source: Checkpoint, code: str, scale: str) -> bool:
     """Whether a weight is of whole blocks, so that another can be put beside it: one scale, or one for each 128."""
     (sizes, _), (counts, _) = source.shape_and_dtype(code), source.shape_and_dtype(scale)
-    return len(counts) == len(sizes) and all(
-        count in (1, size) or size == BLOCK * count for size, count in zip(sizes, counts)
-    )
+    return len(counts) == len(sizes) and all(n in (1, size) or size == BLOCK * n for size, n in zip(sizes, counts))
 
 
 def _refusal(source: Checkpoint, names: list[str]) -> str:

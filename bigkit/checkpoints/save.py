@@ -20,13 +20,14 @@ from torch import Tensor, nn
 
 from ..devices import join
 from ..machine.ledger import locked
+from ..meta.held import held_in
 from ..meta.skeleton import extra_tensors
 from ..model.header import CheckpointError
 from ..units import format_bytes, listed
 from ._torch import extra_states
 from .format import Checkpoint, Stored
 from .index import INDEX, PICKLE, PICKLE_INDEX, SINGLE, read_index
-from .match import model_slots, plain_name
+from .match import plain_name
 from .resting import RestingPlace, record_resting_place, resting_place
 from .shards import Cut, cut, read_limit
 from .write import Form, check_dtypes, write_safetensors
@@ -73,9 +74,9 @@ def save_model(
     folder = Path(save_directory)
     if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(f"{folder} is a file; save_model needs a folder")
-    slots = model_slots(model)
-    places = {slot.name: place for slot in slots if (place := resting_place(slot.tensor))}
-    tensors = _to_save(model, {slot.name: slot.tensor for slot in slots}, places)
+    held = held_in(model, state=True)
+    places = {one.name: place for one in held if (place := resting_place(one.tensor))}
+    tensors = _to_save(model, {one.name: one.tensor for one in held}, places)
     forms = {name: Form(tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
     single, index = (SINGLE, INDEX) if safe_serialization else (PICKLE, PICKLE_INDEX)
     if safe_serialization:
@@ -84,7 +85,7 @@ def save_model(
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder):
         if places:
-            places = {slot.name: place for slot in slots if (place := resting_place(slot.tensor))}  # still the same?
+            places = {one.name: place for one in held if (place := resting_place(one.tensor))}  # still the same?
         others = listed(name for name in (SINGLE, INDEX) if (folder / name).exists())
         if others and not safe_serialization:
             raise ValueError(f"{folder} has {others}, which is read before pickles: remove it, or save elsewhere")
@@ -98,9 +99,9 @@ def save_model(
         rests_in = {file for place in places.values() for where in place.parts.values() for file in where.files}
         if safe_serialization and folder.resolve() in {file.resolve().parent for file in rests_in}:
             stored = Checkpoint.open(folder / last).stored  # weights rest in files that are about to go
-            for slot in slots:
-                if slot.name in places:
-                    record_resting_place(slot.tensor, {"": stored[plain_name(model, slot.name)]})
+            for one in held:
+                if one.name in places:
+                    record_resting_place(one.tensor, {"": stored[plain_name(model, one.name)]})
         for name in old:
             if name not in {*plan.files, last}:
                 (folder / name).unlink(missing_ok=True)

@@ -72,10 +72,7 @@ class Cut:
 
 
 def cut(
-    sizes: Mapping[str, int],
-    max_shard_size: int | str = "10GB",
-    file: str = "model.safetensors",
-    generation: str = "",
+    sizes: Mapping[str, int], max_shard_size: int | str = "10GB", file: str = "model.safetensors", generation: str = ""
 ) -> Cut:
     """Cut a checkpoint into files of at most `max_shard_size`.
 

@@ -85,12 +85,9 @@ def map_in_flight(
 
 
 def run_in_flight(
-    function: Callable[[T], R],
-    batches: Iterable[T],
-    model: nn.Module,
-    done: Callable[[int, R], Any],
+    function: Callable[[T], R], batches: Iterable[T], model: nn.Module, done: Callable[[int, R], Any],
     groups: int | None = None,
-) -> None:
+) -> None:  # fmt: skip
     """`map_in_flight`, with each result and its number given to `done`, in the order of the batches."""
     stage = stage_of(model)
     if stage.turns is not None:

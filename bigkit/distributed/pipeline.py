@@ -170,7 +170,8 @@ class Stage:
 
     def _skip(self, index: int | None, is_entry: bool, *args: Any, **options: Any) -> Any:
         """What a block elsewhere would return: what it got, or what has arrived in its place."""
-        hidden = _first(*args, **options)
+        inputs = (*args, options.get("hidden_states"), *options.values())
+        hidden = next(value for value in inputs if isinstance(value, Tensor))
         for cache in (*args[1:], *options.values()):
             _count(cache, index, hidden)
         if is_entry:
@@ -404,12 +405,6 @@ class _Agreed:
         done = self.user_criteria(torch.cat([input_ids, tokens[:, None]], dim=-1), None)
         self.over = done if self.over is None else done | self.over
         return torch.where(done, ~tokens, tokens)
-
-
-def _first(*args: Any, **options: Any) -> Tensor:
-    """The hidden states among the inputs of a module."""
-    inputs = (*args, options.get("hidden_states"), *options.values())
-    return next(value for value in inputs if isinstance(value, Tensor))
 
 
 def _parts(output: Any) -> Iterable[Any]:

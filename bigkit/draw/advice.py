@@ -7,8 +7,9 @@ Leaves out: finding the options (`maps/advise.py`), and controls (`widgets/fit_e
 from __future__ import annotations
 
 from ..devices import Device
-from ..maps.advise import Advice, Option
+from ..maps.advise import Advice
 from ..maps.plan import Plan
+from ..maps.predict import Option
 from ..model.estimate import load_text
 from ..units import GiB, KiB, MiB, format_bytes, format_seconds, three_figures
 from .bars import BAR, PART_ABOUT, PART_COLOURS

@@ -52,9 +52,8 @@ def bars_figure(
     if limit:
         longest = max([limit[1], *(bar.used for bar in drawn)])
         x, text = left + picture.room * limit[1] / longest, f"{limit[0]}: {format_bytes(limit[1])}"
-        picture.text(
-            min(x, WIDTH - 10 - text_width(text, 9, True) / 2), picture.y + 6, text, 9, BLACK, "middle", bold=True
-        )
+        middle = min(x, WIDTH - 10 - text_width(text, 9, True) / 2)
+        picture.text(middle, picture.y + 6, text, 9, BLACK, "middle", bold=True)
         picture.y += 16
         picture.line("limit", [(x, picture.y - 4), (x, picture.y + 23 * len(drawn))], BLACK, 1.8, depth=ABOVE)
     draw_bars(picture, drawn)
@@ -180,15 +179,13 @@ def file_figure(path: str | os.PathLike[str], tensor: str) -> Picture:
 
     path, tensors = Path(path), read_header(Path(path))
     found, whole = tensors[tensor], path.stat().st_size
-    start = min(other.offset for other in tensors.values())
+    start, count = min(other.offset for other in tensors.values()), counted(len(tensors), "tensor")
     picture = Picture(
         path.name,
         f"{path.name}, {whole:,} bytes: 8 that say how long the header is, a header of {start - 8:,} bytes, and "
-        f"{counted(len(tensors), 'tensor')}; {tensor} lies from {found.offset:,} to {found.offset + found.nbytes:,}.",
+        f"{count}; {tensor} lies from {found.offset:,} to {found.offset + found.nbytes:,}.",
     )
-    picture.head(
-        f"{counted(len(tensors), 'tensor')} in {whole:,} bytes; the first two parts are drawn larger than they are"
-    )
+    picture.head(f"{count} in {whole:,} bytes; the first two parts are drawn larger than they are")
     top, high, edges = picture.y + 42, 34.0, (8.0, 80.0, 190.0, float(WIDTH - 8))
     for x, wide, text, colour in (
         (edges[0], 72.0, f"{start - 8:,}", ORANGE),

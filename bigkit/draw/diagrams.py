@@ -11,7 +11,7 @@ Leaves out: pictures of data, which have their own files beside this one.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from .canvas import Picture, text_width
@@ -153,6 +153,21 @@ class Diagram(Picture):
         self.reach(y if up else y + 8)
 
 
+def diagram(title: str) -> Callable[[Callable[[Diagram], None]], Callable[[], Diagram]]:
+    """Make what draws into a diagram a function without arguments, which returns it; its docstring is the label."""
+
+    def decorate(draw: Callable[[Diagram], None]) -> Callable[[], Diagram]:
+        def made() -> Diagram:
+            d = Diagram(title, " ".join((draw.__doc__ or "").split()))
+            draw(d)
+            return d
+
+        made.__doc__, made.__name__, made.__module__ = draw.__doc__, draw.__name__, draw.__module__
+        return made
+
+    return decorate
+
+
 def figures() -> dict[str, Diagram]:
     """Every diagram of the course by the name of its function: of this file, `diagrams_count`, `diagrams_run`."""
     from . import diagrams_count, diagrams_run
@@ -168,13 +183,11 @@ def figures() -> dict[str, Diagram]:
 # Models, files and maps
 
 
-def kinds_of_tensor() -> Diagram:
-    """What an empty model is made of (notebook 01)."""
-    d = Diagram(
-        "An empty model: parameters without numbers, real buffers, ties that hold",
-        "A parameter on the meta device has a shape and a dtype but no numbers; a buffer is real and keeps its own; "
-        "a tied weight is one parameter that two modules hold.",
-    )
+@diagram("An empty model: parameters without numbers, real buffers, ties that hold")  # notebook 01
+def kinds_of_tensor(d: Diagram) -> None:
+    """A parameter on the meta device has a shape and a dtype but no numbers; a buffer is real and keeps its own; a tied
+    weight is one parameter that two modules hold.
+    """
     real = d.block(8, 64, 118, 58, "4096 x 4096\nfloat16\n0.12 -0.03 1.4 …", BLUE)
     meta = d.block(158, 64, 118, 58, "4096 x 4096\nfloat16\nno numbers", "none", dash="4 3")
     buffer = d.block(308, 64, 92, 58, "64\nfloat32\n1.0 0.87 …", GREEN)
@@ -190,16 +203,13 @@ def kinds_of_tensor() -> Diagram:
     d.note(meta.bottom[0], 134, "0 bytes in memory", anchor="middle")
     d.note(buffer.bottom[0], 134, "256 bytes, kept", anchor="middle")
     d.note(tie.bottom[0], 134, "counted once", anchor="middle")
-    return d
 
 
-def two_ways_to_load() -> Diagram:
-    """The usual way to load a model, and the empty way (notebook 01)."""
-    d = Diagram(
-        "Two ways to fill a model",
-        "Usually a model is built with random numbers, the file is read into a second copy, and the numbers are copied "
-        "over; an empty model takes the tensors that were read as its own, so there is one copy.",
-    )
+@diagram("Two ways to fill a model")  # notebook 01
+def two_ways_to_load(d: Diagram) -> None:
+    """Usually a model is built with random numbers, the file is read into a second copy, and the numbers are copied
+    over; an empty model takes the tensors that were read as its own, so there is one copy.
+    """
     d.note(8, 50, "usual: copy", 9.5, bold=True)
     file = d.block(112, 38, 70, 26, "file", PALE)
     read = d.block(240, 38, 110, 26, "tensors read", BLUE)
@@ -214,16 +224,13 @@ def two_ways_to_load() -> Diagram:
     d.arrow(file.right, read.left, text="read")
     d.arrow(model.left, read.right, text="is now")
     d.note(540 - 8, 138, "one copy: the tensors that were read", anchor="end")
-    return d
 
 
-def residual() -> Diagram:
-    """Why a block is not cut (notebook 02)."""
-    d = Diagram(
-        "A block computes x + f(x): cut it, and the sum has its terms on two GPUs",
-        "The input x goes through f, whose second part lies on GPU 1, and also around f to the plus sign: x is on GPU "
-        "0 and f(x) is on GPU 1, so the sum fails.",
-    )
+@diagram("A block computes x + f(x): cut it, and the sum has its terms on two GPUs")  # notebook 02
+def residual(d: Diagram) -> None:
+    """The input x goes through f, whose second part lies on GPU 1, and also around f to the plus sign: x is on GPU 0
+    and f(x) is on GPU 1, so the sum fails.
+    """
     d.block(8, 40, 318, 84, "", PALE)
     d.block(336, 40, 120, 84, "", PALE)
     d.note(16, 50, "GPU 0", 9, bold=True)
@@ -242,16 +249,13 @@ def residual() -> Diagram:
     d.arrow(x.bottom, (39, 110), (499, 110), plus.bottom)
     d.note(190, 117, "x goes around f and stays on GPU 0", 8.5, anchor="middle")
     d.note(540 - 8, 152, "f(x) is on GPU 1, x is on GPU 0", 9, anchor="end")
-    return d
 
 
-def visitors() -> Diagram:
-    """How a GPU computes layers that have no place on it (notebook 02)."""
-    d = Diagram(
-        "What does not fit is copied to the GPU when it is needed",
-        "GPU 0 holds layers 1, 3 and 5 and one free slot; layers 0, 2, 4 and 6 are in RAM or on disk: while layer 1 "
-        "computes, layer 2 is copied into the slot.",
-    )
+@diagram("What does not fit is copied to the GPU when it is needed")  # notebook 02
+def visitors(d: Diagram) -> None:
+    """GPU 0 holds layers 1, 3 and 5 and one free slot; layers 0, 2, 4 and 6 are in RAM or on disk: while layer 1
+    computes, layer 2 is copied into the slot.
+    """
     d.block(150, 40, 382, 46, "", PALE)
     d.note(8, 62, "GPU 0", 10, bold=True)
     d.row(158, 50, ["layer 1", "layer 3", "layer 5"], 60, 26, (YELLOW, BLUE, BLUE), gap=44)
@@ -261,16 +265,13 @@ def visitors() -> Diagram:
     waiting = d.row(106, 118, ["layer 0", "layer 2", "layer 4", "layer 6"], 60, 26, GREY, gap=44)
     d.arrow(waiting[1].top, (waiting[1].top[0], 104), (slot.bottom[0], 104), slot.bottom)
     d.note(370, 97, "arrives meanwhile", 9, anchor="middle")
-    return d
 
 
-def three_renames() -> Diagram:
-    """What a folder holds at each step of a save (notebook 04)."""
-    d = Diagram(
-        "A save in four steps: the index decides which model loads",
-        "While the new shards are written and moved in, the index still names the old ones; one rename replaces the "
-        "index; only then are the old shards removed.",
-    )
+@diagram("A save in four steps: the index decides which model loads")  # notebook 04
+def three_renames(d: Diagram) -> None:
+    """While the new shards are written and moved in, the index still names the old ones; one rename replaces the index;
+    only then are the old shards removed.
+    """
     steps = ("1. write aside", "2. move shards in", "3. replace the index", "4. clear up")
     for i, step in enumerate(steps):
         x = 8 + 134 * i
@@ -285,16 +286,13 @@ def three_renames() -> Diagram:
     d.line("after", [(278, 160), (532, 160)], ORANGE, 3)
     d.note(139, 170, "killed here: the old model loads", anchor="middle")
     d.note(405, 170, "killed here: the new model loads", anchor="middle")
-    return d
 
 
-def two_halves() -> Diagram:
-    """An image network on two devices (notebook 03)."""
-    d = Diagram(
-        "Two devices, one tensor between them",
-        "The image goes through the 18 pieces on device 0; one tensor of 2048 channels and 7 x 7 places passes to "
-        "device 1, whose 4 pieces give the answer.",
-    )
+@diagram("Two devices, one tensor between them")  # notebook 03
+def two_halves(d: Diagram) -> None:
+    """The image goes through the 18 pieces on device 0; one tensor of 2048 channels and 7 x 7 places passes to device
+    1, whose 4 pieces give the answer.
+    """
     d.block(84, 40, 196, 64, "", PALE)
     d.block(350, 40, 130, 64, "", PALE)
     d.note(92, 50, "device 0: 55.8 MiB", 9, bold=True)
@@ -309,23 +307,18 @@ def two_halves() -> Diagram:
     d.note(315, 116, "1 x 2048 x 7 x 7: 392 KiB", anchor="middle")
     d.arrow(second[2].right, (506, 79))
     d.note(508, 79, "class", 9)
-    return d
 
 
-def tie_on_disk() -> Diagram:
-    """How two names of one tensor are stored, and loaded again (notebook 04)."""
-    d = Diagram(
-        "Two names in the model, one in the file",
-        "In the model embed.weight and head.weight are one tensor; the file holds it once, under the first name; after "
-        "loading both names belong to one tensor again.",
-    )
+@diagram("Two names in the model, one in the file")  # notebook 04
+def tie_on_disk(d: Diagram) -> None:
+    """In the model embed.weight and head.weight are one tensor; the file holds it once, under the first name; after
+    loading both names belong to one tensor again.
+    """
     for x, text in ((8, "the model"), (240, "the file"), (380, "the model, loaded")):
         d.note(x, 44, text, 9.5, bold=True)
     tensors = []
     for x in (8, 380):
-        names = [
-            d.block(x, y, 76, 22, name, WHITE, size=8.5) for y, name in ((58, "embed.weight"), (90, "head.weight"))
-        ]
+        names = [d.block(x, y, 76, 22, own, WHITE, size=8.5) for y, own in ((58, "embed.weight"), (90, "head.weight"))]
         tensor = d.block(x + 104, 74, 48, 22, "100 x 16", BLUE, size=8.5)
         for name in names:
             d.arrow(name.right, tensor.left, width=1)
@@ -333,4 +326,3 @@ def tie_on_disk() -> Diagram:
     file = d.block(240, 62, 92, 46, "embed.weight\n100 x 16", ORANGE)
     d.arrow(tensors[0].right, file.left, text="save")
     d.arrow(file.right, (380, 85), text="load")
-    return d

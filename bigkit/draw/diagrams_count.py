@@ -1,12 +1,12 @@
 """Diagrams of the course, continued: its map, what a model's bytes are made of, and what a token waits for.
 
-Each picture is a function without arguments, drawn with the vocabulary of `diagrams`.
+Drawn with the vocabulary of `diagrams`.
 """
 
 from __future__ import annotations
 
 from .colours import BLUE, GREEN, GREY, ORANGE, PALE, PURPLE, SKY, VERMILLION, WHITE, YELLOW
-from .diagrams import Diagram
+from .diagrams import Diagram, diagram
 
 QUESTIONS = {  # question -> notebook -> what it is called on the map
     "Does it fit?": {0: "the first answer", 14: "every byte"},
@@ -21,14 +21,11 @@ QUESTIONS = {  # question -> notebook -> what it is called on the map
 SHORT = (0, 2, 7, 16)  # the notebooks of the path of twenty minutes
 
 
-def course_map() -> Diagram:
-    """The twenty notebooks under the questions that they answer (index)."""
-    lines = [
-        f"{question} {', '.join(f'{n:02} {name}' for n, name in own.items())}" for question, own in QUESTIONS.items()
-    ]
-    d = Diagram(
-        "Twenty notebooks, eight questions", "The course by question. " + ". ".join(lines).replace("?.", "?") + "."
-    )
+@diagram("Twenty notebooks, eight questions")  # index
+def course_map(d: Diagram) -> None:
+    """The course by question."""
+    lines = [f"{asked} {', '.join(f'{n:02} {name}' for n, name in own.items())}" for asked, own in QUESTIONS.items()]
+    d.label += " " + ". ".join(lines).replace("?.", "?") + "."
     d.box("key", 8, 30, 12, 10, ORANGE)
     d.note(25, 35, "the path of twenty minutes")
     for i, (question, own) in enumerate(QUESTIONS.items()):
@@ -40,16 +37,13 @@ def course_map() -> Diagram:
         ]
         for a, b in zip(blocks, blocks[1:]):
             d.arrow(a.right, b.left, width=1)
-    return d
 
 
-def codes_and_scales() -> Diagram:
-    """How FP8 and MXFP4 store a matrix (notebook 14)."""
-    d = Diagram(
-        "As stored: small codes, and a scale for many of them",
-        "FP8 stores one byte a weight and a float32 scale for each square of 128 x 128; MXFP4 stores half a byte a "
-        "weight and one byte, a power of two, for each 32 in a row.",
-    )
+@diagram("As stored: small codes, and a scale for many of them")  # notebook 14
+def codes_and_scales(d: Diagram) -> None:
+    """FP8 stores one byte a weight and a float32 scale for each square of 128 x 128; MXFP4 stores half a byte a weight
+    and one byte, a power of two, for each 32 in a row.
+    """
     d.note(8, 44, "FP8 (DeepSeek-V3): weight = code x scale of its square", 9.5, bold=True)
     for i in range(3):
         for k in range(4):
@@ -68,16 +62,13 @@ def codes_and_scales() -> Diagram:
     d.block(350, 192, 30, 22, "", ORANGE)
     d.note(365, 233, "1 byte", anchor="middle")
     d.note(420, 197, "4 + 8 / 32\n= 4.25 bits a weight", 9)
-    return d
 
 
-def kinds_of_attention() -> Diagram:
-    """What four kinds of attention keep of each token (notebook 14)."""
-    d = Diagram(
-        "What attention keeps of each token, in each block",
-        "With a key and a value for every head a token of Llama 2 7B leaves 8,192 numbers in a block; with eight "
-        "shared heads 2,048; a window forgets old tokens; a latent of DeepSeek-V3 has 576 numbers for 128 heads.",
-    )
+@diagram("What attention keeps of each token, in each block")  # notebook 14
+def kinds_of_attention(d: Diagram) -> None:
+    """With a key and a value for every head a token of Llama 2 7B leaves 8,192 numbers in a block; with eight shared
+    heads 2,048; a window forgets old tokens; a latent of DeepSeek-V3 has 576 numbers for 128 heads.
+    """
     d.note(8, 44, "every head its own (llama-2-7b)", 9.5, bold=True)
     d.row(8, 56, [""] * 32, 7, 16, BLUE)
     d.row(8, 76, [""] * 32, 7, 16, ORANGE)
@@ -96,16 +87,13 @@ def kinds_of_attention() -> Diagram:
     for k in range(16):
         d.block(380 + 9 * k, 146, 9, 16, "", PALE)
     d.note(412, 174, "keys and values of 128 heads made from it", anchor="middle")
-    return d
 
 
-def widest_moment() -> Diagram:
-    """Which tensors live at once in the feed-forward of a block (notebook 14)."""
-    d = Diagram(
-        "The widest moment of a block: the feed-forward's product",
-        "For each token the activation of the gate, the up-projection and their product live at the same time, three "
-        "tensors of the feed-forward's width, beside about four of the model's width.",
-    )
+@diagram("The widest moment of a block: the feed-forward's product")  # notebook 14
+def widest_moment(d: Diagram) -> None:
+    """For each token the activation of the gate, the up-projection and their product live at the same time, three
+    tensors of the feed-forward's width, beside about four of the model's width.
+    """
     x = d.block(8, 64, 52, 26, "x", YELLOW)
     gate = d.block(110, 44, 84, 26, "gate", "none", dash="4 3")
     act = d.block(240, 44, 110, 26, "activation", ORANGE)
@@ -120,30 +108,24 @@ def widest_moment() -> Diagram:
     d.brace(8, 60, 116)
     d.note(8, 131, "x and others: 4 of the width")
     d.note(152, 78, "freed", 8.5, anchor="middle")
-    return d
 
 
-def sixteen_bytes() -> Diagram:
-    """What training with Adam keeps of each parameter (notebook 14)."""
-    d = Diagram(
-        "One parameter in training: sixteen bytes",
-        "In mixed precision with Adam a parameter takes two bytes as a weight, two as a gradient, and twelve in "
-        "float32: the weight again and two moments.",
-    )
+@diagram("One parameter in training: sixteen bytes")  # notebook 14
+def sixteen_bytes(d: Diagram) -> None:
+    """In mixed precision with Adam a parameter takes two bytes as a weight, two as a gradient, and twelve in float32:
+    the weight again and two moments.
+    """
     names = ("weight", "gradient", "weight", "first moment", "second moment")
     d.row(8, 44, names, [64, 64, 128, 128, 128], 30, (BLUE, GREEN, BLUE, PURPLE, PURPLE))
     d.brace(8, 136, 78, "bfloat16: 2 + 2 bytes")
     d.brace(136, 520, 78, "float32: 4 + 4 + 4 bytes")
-    return d
 
 
-def four_lanes() -> Diagram:
-    """What a token can wait for (notebook 16)."""
-    d = Diagram(
-        "A token waits for the slowest of four",
-        "Weights on disk are read to RAM, weights in RAM cross the link to the GPU, the GPU reads what it holds, and "
-        "Python issues every operation; all four work side by side.",
-    )
+@diagram("A token waits for the slowest of four")  # notebook 16
+def four_lanes(d: Diagram) -> None:
+    """Weights on disk are read to RAM, weights in RAM cross the link to the GPU, the GPU reads what it holds, and
+    Python issues every operation; all four work side by side.
+    """
     disk = d.block(8, 84, 84, 36, "disk", GREY)
     ram = d.block(160, 84, 84, 36, "RAM", GREY)
     gpu = d.block(352, 60, 180, 60, "", PALE)
@@ -156,4 +138,3 @@ def four_lanes() -> Diagram:
     d.note(gpu.top[0], 48, "GPU: 1,008 GB/s", 9, anchor="middle")
     d.arrow(python.top, (442, 120), text="130 steps a block")
     d.note(8, 164, "rates of an RTX 4090 in a desktop", 9)
-    return d

@@ -65,9 +65,8 @@ def dryrun_text(run: DryRun, measured: Measurement | None = None) -> str:
         "allocated": [format_bytes(line.peak_allocated) for line in lines],
         **{f"  {kind}": [format_bytes(line.at_peak()[kind]) for line in lines] for kind in kinds},
     }
-    memory = text_table(
-        ["at the peak", *map(device_label, run.timelines)], [[name, *row] for name, row in rows.items()]
-    )
+    headers = ["at the peak", *map(device_label, run.timelines)]
+    memory = text_table(headers, [[name, *row] for name, row in rows.items()])
     few = run.times if len(run.times) < 7 else [*run.times[:3], *run.times[-2:]]
     times = text_table(
         ["step", "time", "busy longest"],
@@ -230,12 +229,10 @@ def _sample(values: Sequence[int]) -> list[int]:
 
 
 def _draw_legend(picture: Picture, run: DryRun, measured: Measurement | None) -> None:
-    timelines = run.timelines.values()
-    entries = [
-        (NAMES.get(kind, kind), COLOURS[kind]) for kind in KINDS if any(any(line.kinds[kind]) for line in timelines)
-    ]
+    lines = run.timelines.values()
+    entries = [(NAMES.get(kind, kind), COLOURS[kind]) for kind in KINDS if any(any(line.kinds[kind]) for line in lines)]
     entries.append(("reserved", BLACK))
-    if any(_is_near(timeline, timeline.peak_reserved) for timeline in timelines):
+    if any(_is_near(line, line.peak_reserved) for line in lines):
         entries.append(("capacity", VERMILLION))
     if measured is not None:
         entries.append(("measured", GREEN))
@@ -254,9 +251,8 @@ def _draw_lanes(picture: Picture, run: DryRun, measured: Measurement | None) -> 
     """
     last = max((span.end for span in run.spans), default=0.0) or 1e-9
     ends = _ends(run)
-    longest = max(
-        last, sum(measured.seconds) if measured else 0.0, min(1.5 * last, max(end[2] for end in ends.values()))
-    )
+    took = sum(measured.seconds) if measured else 0.0
+    longest = max(last, took, min(1.5 * last, max(end[2] for end in ends.values())))
     scale, top = picture.room / longest, picture.y
     for lane in sorted(run.busy, key=_order):
         colour = {"python": GREY, "disk": DARK, "copy": PURPLE, "experts": ORANGE}.get(lane.partition(" ")[0], GREEN)

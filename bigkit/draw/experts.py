@@ -87,9 +87,7 @@ def experts_text(scene: Scene) -> str:
     rows = []
     for layer, row in enumerate(counts):
         own = {key % routing.experts: hit for key, hit in asked.items() if key // routing.experts == layer}
-        there, travels = (
-            ", ".join(str(expert) for expert, hit in own.items() if hit is kind) for kind in (True, False)
-        )
+        there, travels = (", ".join(str(one) for one, hit in own.items() if hit is kind) for kind in (True, False))
         most = max(range(routing.experts), key=row.__getitem__)
         share = f"{most} ({_percent(row[most] / sum(row))})"
         never = ", ".join(str(expert) for expert, count in enumerate(row) if not count)
@@ -181,9 +179,8 @@ def _draw_layers(picture: Picture, scene: Scene) -> None:
             key, x, y = layer * routing.experts + expert, left + expert * cell + gap, picture.y + gap
             wide, tall = cell - 2 * gap, height - 2 * gap
             if routing.layers * routing.experts <= MOST_CELLS:
-                picture.mark(
-                    f"expert:{layer}:{expert}", _cell_text(scene, layer, expert, asked, kept), x, y, wide, tall
-                )
+                says = _cell_text(scene, layer, expert, asked, kept)
+                picture.mark(f"expert:{layer}:{expert}", says, x, y, wide, tall)
             ground = (GREEN if asked[key] else ORANGE) if key in asked else TRACK
             picture.box("cell", x, y, wide, tall, ground, "" if count else "x", GREY, depth=GROUND)
             full = tall * count / max(row)

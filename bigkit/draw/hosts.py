@@ -117,9 +117,7 @@ def _legend(plan: HostsPlan) -> list[tuple[str, str | Sequence[str]]]:
 def _away(stage: Stage) -> str:
     """What rests in RAM and on disk."""
     shares = [share for share in stage.plan.shares if share.weights and not share.runs]
-    texts = [
-        f"{format_bytes(share.weights)} rests {'in RAM' if share.device == 'cpu' else 'on disk'}" for share in shares
-    ]
+    texts = (f"{format_bytes(own.weights)} rests {'in RAM' if own.device == 'cpu' else 'on disk'}" for own in shares)
     return " and ".join(texts)
 
 

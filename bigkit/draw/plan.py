@@ -105,9 +105,8 @@ def plan_bar(plan: Plan, share: Share) -> Bar:
     here = counted(sum(layer.device == share.device for layer in plan.layers), "layer")
     load = load_text(plan.batch, plan.context, plan.options.get("kv_dtype"))
     about = {**PART_ABOUT, "weights": here, "KV cache": load}
-    return Bar(
-        device_label(share.device), parts, share.budget, f"device:{share.device}", share_text(plan, share.device), about
-    )
+    says = share_text(plan, share.device)
+    return Bar(device_label(share.device), parts, share.budget, f"device:{share.device}", says, about)
 
 
 def share_text(plan: Plan, device: Device) -> str:
@@ -216,9 +215,7 @@ def _sizes(plan: Plan) -> str:
 def _stretches(plan: Plan) -> list[tuple[Device, list[str], int]]:
     """Neighbouring layers on one device, in the model's order: (device, names, bytes)."""
     groups = ((device, list(layers)) for device, layers in groupby(plan.layers, key=lambda layer: layer.device))
-    return [
-        (device, [layer.name for layer in layers], sum(layer.bytes for layer in layers)) for device, layers in groups
-    ]
+    return [(device, [layer.name for layer in own], sum(layer.bytes for layer in own)) for device, own in groups]
 
 
 def _whole_span(names: Sequence[str]) -> str:

@@ -75,10 +75,9 @@ def study_label(study: Study) -> str:
 
 def _facts(study: Study) -> str:
     rows, columns = study.shape
-    facts = (
-        f"{study.scheme.label} · {rows:,} x {columns:,} · {format_bytes(study.nbytes)} · {study.bits:.2f} bits a weight"
-    )
-    return facts + (f" · {study.outliers} outlier features" if study.scheme.kind == "int8" else "")
+    facts = f"{study.scheme.label} · {rows:,} x {columns:,} · {format_bytes(study.nbytes)}"
+    outliers = f" · {study.outliers} outlier features" if study.scheme.kind == "int8" else ""
+    return f"{facts} · {study.bits:.2f} bits a weight{outliers}"
 
 
 def _draw_histogram(picture: Picture, counts: Sequence[int], codes: Sequence[float], height: float = 92) -> None:

@@ -4,6 +4,8 @@ A graph's memory cannot be given to others as long as the graph lives, so PyTorc
 the pool of another stream. A recording computes nothing, but Python takes its steps; a replay computes all of it, and
 Python takes one step.
 
+MLPs that the CPU computes are called by the graph. It ends when all that it fetches ahead has arrived.
+
 Leaves out: what the driver keeps for a graph beside PyTorch's memory.
 """
 
@@ -17,7 +19,7 @@ from unittest import mock
 
 import torch
 
-from ..machine.roofline import Operation
+from ..machine.roofline import CALL, HOST, Operation
 from ..offload import graphs, recording
 from ..offload.captured import Found, Rings
 from ..offload.host_calls import HostCalls
@@ -51,18 +53,25 @@ class FakeRecording:
             trace.pool = trace.pools
             try:
                 result, self._found = self.rings.recorded(function)
+                for streamer, slots in self._found.items():
+                    for slot in slots.values():
+                        streamer.lane.arrive(slot)
             finally:
                 trace.pool, self.log.warm = 0, warm
-        self._operations = trace.operations[first:]
+        self._operations = [
+            replace(operation, issued=0, name=CALL if operation.name == HOST else operation.name)
+            for operation in trace.operations[first:]
+        ]
+        issued = sum(operation.issued for operation in trace.operations[first:])
         del trace.operations[first:]
-        trace.unissued += sum(operation.issued for operation in self._operations)
+        trace.unissued += issued
         return result
 
     def replay(self) -> None:
         """Note all of it, in one step of Python."""
         trace = self.log.trace
         with self.rings.ready(self._found):
-            trace.operations += [replace(operation, issued=0) for operation in self._operations]
+            trace.operations += self._operations
             trace.unissued += 1
 
 

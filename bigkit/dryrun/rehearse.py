@@ -23,7 +23,7 @@ from ..checkpoints.ring import Slab
 from ..devices import Device, placement, read_device
 from ..machine.hardware import GPUS, Gpu
 from ..machine.ledger import Calibration
-from ..machine.roofline import ARRIVE, FILL, LEAVE, WAIT, Operation
+from ..machine.roofline import ARRIVE, FILL, HOST, LEAVE, WAIT, Operation
 from ..machine.routing import Routing
 from ..maps.links import DeviceMap
 from ..model.experts import check_choice
@@ -31,7 +31,9 @@ from ..offload.choice import Recorded
 from ..offload.dispatch import dispatch_model
 from ..offload.experts import ExpertStreamer, expert_hits
 from ..offload.gather import GatherStreamer
+from ..offload.hooks import hooks_in
 from ..offload.lenders import streamers_in
+from ..offload.on_cpu import MlpHook, MlpStreamer
 from ..offload.rows import Rows, bytes_of_one, count_rows
 from ..offload.stream import Streamer
 from ..offload.transfer import PlainLane, Slot
@@ -80,6 +82,7 @@ def rehearse(
     replay: bool = False,
     expert_cache: int | str = 0,
     routing: Routing | None = None,
+    on_cpu: int = 0,
 ) -> Trace:
     """Fill an empty model on fake GPUs, spread it as a map says, and do the work; returns what was noted.
 
@@ -91,6 +94,7 @@ def rehearse(
         slots, resident_memory: see `dispatch_model`.
         quantization: of its linear layers, which are bitsandbytes' already.
         replay, expert_cache, routing: see `dry_run`.
+        on_cpu: see `dispatch_model`.
     """
     works: Mapping[str, Device] = getattr(places, "works", {})
     places = {name: read_device(device) for name, device in places.items()}
@@ -112,7 +116,7 @@ def rehearse(
             if set(places.values()) != {main} or expert_cache:  # which has no use, and is refused, if all is there
                 dispatch_model(
                     model, in_ram, None if known else main, slots=slots, resident_memory=resident_memory,
-                    expert_cache=expert_cache,
+                    expert_cache=expert_cache, on_cpu=on_cpu,
                 )  # fmt: skip
                 _replace_lanes(model, log, places, routing)
         log.trace.mark("fill")
@@ -216,11 +220,38 @@ class FakeLane(PlainLane):
         )
 
 
+class HostLane(PlainLane):
+    """Brings nothing: what the CPU computes is there. Notes that it did.
+
+    Args:
+        device: the CPU.
+        log: notes the run.
+        works: name of an MLP -> the GPU on which its block works.
+    """
+
+    def __init__(self, device: torch.device, log: OperationLog, works: Mapping[str, str]) -> None:
+        super().__init__(device)
+        self.log, self.works = log, works
+
+    def fill(self, slot: Slot, unit: Unit) -> None:
+        pass
+
+    def leave(self, slot: Slot) -> None:
+        unit = slot.unit
+        assert unit is not None
+        self.log.trace.add(Operation(HOST, self.works[unit.name], 0, unit.nbytes, "", 0, unit=unit.name))
+
+
 def _replace_lanes(model: nn.Module, log: OperationLog, places: Mapping[str, Device], routing: Routing | None) -> None:
     """Put fake lanes in the place of those of a dispatched model, and a recorded routing in the place of chance."""
     layers = {id(module): number for number, module in enumerate(filter(count_rows, model.modules()))}
     numbers: dict[int, int] = {}
+    hooks = [hook for module in model.modules() for hook in hooks_in(module) if isinstance(hook, MlpHook)]
+    works = {hook.unit.name: str(hook.output_device) for hook in hooks if hook.unit is not None}
     for streamer in streamers_in(model):
+        if isinstance(streamer, MlpStreamer):
+            streamer.lane = HostLane(streamer.device, log, works)
+            continue
         streamer.lane = lane = FakeLane(streamer, log, places, numbers)
         if isinstance(streamer, GatherStreamer):
             streamer.see, streamer.note = lane.see, lane.gather

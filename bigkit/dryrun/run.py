@@ -19,15 +19,17 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..checkpoints.as_stored import AsStored, keep_as_stored
 from ..devices import Device, read_device, whole_on
 from ..machine.hardware import CONTEXT_BYTES, HARDWARE, Gpu, Hardware, machine_of
 from ..machine.ledger import Calibration, Ledger, calibration_of, overhead_of, resting
+from ..machine.roofline import Rates
 from ..machine.routing import Routing
 from ..maps.advise import rates_of
 from ..maps.links import DeviceMap, links_of
+from ..maps.on_cpu import HOST, readings_of
 from ..maps.plan import Plan
 from ..maps.strategies import place
 from ..meta.skeleton import spec_from_module
@@ -93,6 +95,8 @@ def dry_run(
             beginning, and again when it ends. None: as many different ones as chance gives.
         graphs: generate within `bigkit.graph_decode`, and count what the graphs keep.
 
+    MLPs that a plan gives to the CPU (`on_cpu=True`) are computed there, if the calibration says what it reads.
+
     Returns:
         The run: peaks, timelines and times.
 
@@ -113,7 +117,7 @@ def dry_run(
     if isinstance(given, Plan):
         dtype, quantization = dtype or given.dtype, quantization or given.quantization
         slots = slots or given.slots
-    left_out = ["MLPs that the CPU computes are streamed here."] if getattr(given, "on_cpu", None) else []
+    on_cpu, left_out = getattr(given, "on_cpu", None), list[str]()
     if quantization is None and dtype is None:
         quantization = _quantized_so(model)
     working = (*places.values(), *getattr(places, "works", {}).values())
@@ -131,13 +135,19 @@ def dry_run(
         dtype = config.torch_dtype
         if config.load_in_8bit:
             left_out.append("Inputs beyond the threshold of LLM.int8 cost time that is not counted here.")
+    name, empty = _model(model, dtype, config)
+    rates = {f"cuda:{i}": rates_of(machine, calibration)[i] for i in numbers}
+    if on_cpu and (measured := _beside_the_cpu(empty, rates, on_cpu[1], graphs, calibration)):
+        rates = measured
+    elif on_cpu:
+        on_cpu, which = None, "a graph's call of it takes" if graphs else "it reads beside a busy link"
+        left_out.append(f"MLPs that the CPU computes are streamed here: what {which} was not measured on this machine.")
     target = target_of(machine.gpus[numbers[0]], calibration)
     options: dict[str, Any] = {
         "slots": slots or 2, "resident_memory": resident_memory, "quantization": config, "expert_cache": expert_cache,
-        "routing": routing,
+        "routing": routing, "on_cpu": on_cpu[0] if on_cpu else 0,
     }  # fmt: skip
     replay = replay and not (expert_cache or routing or graphs)  # else no two tokens are alike
-    name, empty = _model(model, dtype, config)
     try:
         trace = rehearse(empty, places, load, target, **options, replay=replay)
     except Unlike:
@@ -154,7 +164,7 @@ def dry_run(
     first, last = trace.steps[0][1], trace.steps[1][1]
     issued = sum(operation.issued for operation in trace.operations[first:last])
     kind = config.quantization if config else None
-    rates, rests = rates_of(machine, calibration), resting(places, expert_cache)
+    rests = resting(places, expert_cache)
     return DryRun(
         model=name,
         load=load,
@@ -164,7 +174,7 @@ def dry_run(
         kinds={read_device(device): kinds for device, kinds in trace.kinds.items()},
         operations=trace.operations,
         steps=trace.steps[1:],
-        rates={f"cuda:{i}": rates[i] for i in numbers},
+        rates=rates,
         capacity={i: machine.gpus[i].memory - context for i in numbers},
         asked=in_words(empty, load),
         notes=(*remarks(name, about, load.prompt + load.new), *left_out, *about_met(target.capability)),
@@ -192,6 +202,8 @@ def on_machine(run: DryRun, machine: Hardware) -> DryRun | None:
     ('1 x RTX 5090', '1 x H200')
     """
     target = target_of(machine.gpus[0])
+    if any(rates.reads for rates in run.rates.values()):  # nobody knows what that machine's CPU reads
+        return None
     if target not in run.alike:
         spliced = splice(run, target) if target in run.but_attention else None
         if spliced is None:
@@ -213,6 +225,19 @@ def on_machine(run: DryRun, machine: Hardware) -> DryRun | None:
         notes=(*notes, *_about_gpu(machine.gpus[0]), *about_met(target.capability)),
         met=target.capability == COMPARED,
     )
+
+
+def _beside_the_cpu(
+    model: nn.Module, rates: Mapping[str, Rates], threads: int, graphs: bool, calibration: Calibration | None
+) -> dict[str, Rates] | None:
+    """The rates of GPUs while the CPU computes MLPs with so many threads; None if that was not measured."""
+    dtype = str(max(model.parameters(), key=Tensor.numel).dtype).removeprefix("torch.")
+    found = readings_of(calibration, dtype, len(rates))
+    if calibration is None or not found or (graphs and not calibration.call):
+        return None
+    nearest = min(found, key=lambda own: abs(own.threads - threads))
+    beside: dict[str, Any] = {"reads": nearest.reads, "hop": HOST.hops, "call": calibration.call or 0.0}
+    return {name: replace(own, link=min(own.link, nearest.links / len(rates)), **beside) for name, own in rates.items()}
 
 
 _AS_CUDA = "is rehearsed as a CUDA GPU of its memory and speed."

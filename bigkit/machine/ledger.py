@@ -28,7 +28,7 @@ from ..units import counted, format_bytes, format_seconds, three_figures
 from .hardware import CONTEXT_BYTES, Hardware
 
 MOST_RUNS = 1000  # kept in the file; older ones go
-_RATES = ("link_pinned", "link_pageable", "disk_cold", "disk_warm", "memory", "host_memory", "issue", "kernel")
+_RATES = ("link_pinned", "link_pageable", "disk_cold", "disk_warm", "memory", "host_memory", "issue", "kernel", "call")
 _SIZES = ("context", "workspace")
 
 
@@ -65,6 +65,7 @@ class Twin:
         prefill: the prompt's step.
         token: a token's step; None if it makes none.
         single: the step of a prompt of one token, which calls other kernels; None if it was not measured.
+        plain: a token's step if the model is called alone; None if it is `token` without what `generate` does before.
         rests: what of it rested away from where it works meanwhile, see `resting`: hooks take time of the host's, too.
     """
 
@@ -73,19 +74,21 @@ class Twin:
     prefill: HostStep
     token: HostStep | None = None
     single: HostStep | None = None
+    plain: HostStep | None = None
     rests: tuple[str, ...] = ()
 
     @staticmethod
     def from_json(data: Mapping[str, Any]) -> Twin:
         """From what `dataclasses.asdict` and JSON make of one."""
-        token, single = (step and HostStep(*step) for step in (data["token"], data.get("single")))
+        others = (data["token"], data.get("single"), data.get("plain"))
+        token, single, plain = (step and HostStep(*step) for step in others)
         rests = tuple(map(str, data.get("rests", ())))
-        return Twin(str(data["model"]), data["quantization"], HostStep(*data["prefill"]), token, single, rests)
+        return Twin(str(data["model"]), data["quantization"], HostStep(*data["prefill"]), token, single, plain, rests)
 
     @property
     def numbers(self) -> list[float]:
         """All that must be positive."""
-        return [number for step in (self.prefill, self.token, self.single) if step for number in step]
+        return [number for step in (self.prefill, self.token, self.single, self.plain) if step for number in step]
 
 
 @dataclass(frozen=True)
@@ -99,6 +102,7 @@ class Calibration:
         links: bytes a second to each GPU while all are copied to at once.
         cpu_reads: dtype -> (threads, bytes of weights a second in products of matrices and a vector on the CPU, bytes a
             second of all links meanwhile).
+        call: seconds in which a CUDA graph calls the CPU and goes on, beside what the CPU does (`host_calls.py`).
         disk_cold: bytes a second from a file when the disk must be read.
         disk_warm: bytes a second from a file that the system has in memory, by the threads that offloading reads with.
         pieces: (bytes that are read at once, bytes a second), from small to large, where they lie in small pieces of
@@ -135,6 +139,7 @@ class Calibration:
     versions: Mapping[str, str] = field(default_factory=dict)
     links: tuple[float, ...] = ()
     cpu_reads: Mapping[str, tuple[tuple[int, float, float], ...]] = field(default_factory=dict)
+    call: float | None = None
     twins: tuple[Twin, ...] = ()
     pieces: tuple[tuple[float, float], ...] = ()
 
@@ -169,7 +174,7 @@ class Calibration:
             rates |= {f"{threads} CPU threads, {dtype}": reads, "  links meanwhile": links}
         rates |= {f"  {format_bytes(size)} in small pieces": rate for size, rate in self.pieces}
         products = {f"products, {dtype}": max(rate for _, rate in rows) for dtype, rows in self.products.items()}
-        times = {"a step of the host": self.issue, "smallest kernel": self.kernel}
+        times = {"a step of the host": self.issue, "smallest kernel": self.kernel, "a call of the CPU": self.call}
         sizes = {"CUDA context": self.context, "workspace of cuBLAS": self.workspace}
         return "\n".join(
             [
@@ -386,7 +391,9 @@ def calibration_of(hardware: Hardware) -> Calibration | None:
     calibrations = Ledger.load().calibrations
     if not hardware.gpus:
         return calibrations.get(machine_key())
-    return next((item for item in calibrations.values() if item.gpu == hardware.gpus[0].name), None)
+    same = [item for item in calibrations.values() if item.gpu == hardware.gpus[0].name]
+    unlike = lambda item: (item.machine != machine_key(item.gpu), len(item.links) != len(hardware.gpus))  # noqa: E731
+    return min(same, key=unlike, default=None)  # a home may be shared by hosts with one GPU and with eight
 
 
 def overhead_of(hardware: Hardware, calibration: Calibration | None = None) -> int:

@@ -102,15 +102,9 @@ class TokenTime:
 
 
 def token_time(
-    mixture: Mixture,
-    routing: Routing,
-    policy: str,
-    slots: int,
-    *,
-    memory: float,
-    link: float,
+    mixture: Mixture, routing: Routing, policy: str, slots: int, *, memory: float, link: float,
     disk: float | None = None,
-) -> TokenTime:
+) -> TokenTime:  # fmt: skip
     """The time of a token.
 
     Args:

@@ -8,13 +8,15 @@
                       kernel. The GPU runs each operation when it was issued and the one before it is done. A decode
                       step of a small model waits for Python, a long prompt for the GPU. Weights that rest elsewhere
                       pass two more lanes, disk and link: the clock of `machine/streams.py` says when. Experts have a
-                      lane of their own, which shares the link.
+                      lane of their own, which shares the link. For an MLP that the CPU computes, Python waits until it
+                      is done, and in a CUDA graph the GPU.
 
 The rate of a matrix product grows with its size; it is read off a measured table, or off the vendor's figure and the
 share of it that large products reach (`TYPICAL`).
 
-Leaves out: several streams of work, caches of the processor, and what happens once for a process: loading kernels, or
-cuDNN planning its attention at each length that is new (35 to 54 ms on an H200).
+Leaves out: several streams of work, caches of the processor, and what happens once for a process: loading kernels,
+cuDNN planning its attention at each length that is new (35 to 54 ms on an H200), or Triton compiling what decodes
+weights that are stored in few bits.
 
 Source of the roofline: Williams, Waterman, Patterson, Roofline: an insightful visual performance model (CACM 2009).
 """
@@ -35,6 +37,7 @@ from .streams import Clock, SlotState, Span
 
 Table = Sequence[tuple[float, float]]
 FILL, ARRIVE, LEAVE, WAIT = "fill", "arrive", "leave", "wait"  # names of what moves weights, or waits
+HOST, CALL = "on the CPU", "call of the CPU"  # what the CPU computes where it rests, asked by Python or by a graph
 
 
 @dataclass(frozen=True)
@@ -100,7 +103,7 @@ class Operation:
     """One operation as a cost.
 
     Args:
-        name: as PyTorch's dispatcher calls it ("mm"), or FILL, ARRIVE, LEAVE, WAIT.
+        name: as PyTorch's dispatcher calls it ("mm"), or FILL, ARRIVE, LEAVE, WAIT, HOST, CALL.
         device: where it runs, such as "cuda:0".
         flops: floating-point operations that it computes.
         bytes: bytes that it reads and writes.
@@ -144,6 +147,8 @@ class Rates:
         link: bytes a second from pinned RAM.
         peer: bytes a second from another GPU.
         disk: bytes a second from files.
+        reads: bytes of weights a second that the CPU reads in MLPs that it computes.
+        hop, call: seconds for each of them beside that, where Python or a CUDA graph asks for it.
         measured: whether they were measured on the machine; else they follow from a vendor's figures.
         pieces: (bytes that are read at once, bytes a second) of small pieces of files; without them `disk` holds.
     """
@@ -156,6 +161,9 @@ class Rates:
     link: float
     peer: float
     disk: float
+    reads: float = 0.0
+    hop: float = 0.0
+    call: float = 0.0
     measured: bool = field(default=False, compare=False)
     pieces: Table = ()
 
@@ -253,7 +261,7 @@ def _saturating(peak: float) -> Table:
 
 @dataclass(frozen=True)
 class StepTime:
-    """One step: its seconds, and how long each lane was busy: "python", the devices, the links to them, "disk"."""
+    """One step: its seconds, and how long each lane was busy: "python", the devices, their links, "disk", "CPU"."""
 
     name: str
     seconds: float
@@ -266,12 +274,9 @@ class StepTime:
 
 
 def run_steps(
-    operations: Sequence[Operation],
-    steps: Iterable[tuple[str, int]],
-    rates: Mapping[str, Rates],
-    spans: list[Span] | None = None,
-    paces: Mapping[str, HostStep] | None = None,
-) -> list[StepTime]:
+    operations: Sequence[Operation], steps: Iterable[tuple[str, int]], rates: Mapping[str, Rates],
+    spans: list[Span] | None = None, paces: Mapping[str, HostStep] | None = None,
+) -> list[StepTime]:  # fmt: skip
     """The time of each step.
 
     Args:
@@ -304,7 +309,7 @@ def run_steps(
 
 
 class _Player:
-    """Plays operations on a clock: "python", the devices, "copy to" and "experts to" each of them, and "disk"."""
+    """Plays operations on a clock: "python", the devices, "copy to" and "experts to" each, "disk" and "CPU"."""
 
     def __init__(self, rates: Mapping[str, Rates], spans: list[Span] | None) -> None:
         self.rates, self.spans, self.clock = rates, spans, Clock()
@@ -335,11 +340,25 @@ class _Player:
             clock.leave(self.slots[device, operation.slot], device)
         elif operation.name == WAIT:
             clock.wait(device)
+        elif operation.name in (HOST, CALL):
+            self._compute_in_ram(operation)
         else:
             if (seconds := self.seconds.get(id(operation))) is None:
                 seconds = self.seconds[id(operation)] = rates.seconds(operation)
             after = clock.free.get(operation.source, 0.0)
             self._note(device, operation.name, clock.occupy(device, seconds, after))
+
+    def _compute_in_ram(self, operation: Operation) -> None:
+        """The CPU begins when the device has done all before; who asked for it goes on when it is done."""
+        clock, device, rates = self.clock, operation.device, self.rates[operation.device]
+        by_graph = operation.name == CALL
+        seconds = operation.bytes / rates.reads + (rates.call if by_graph else rates.hop)
+        times = clock.occupy("CPU", seconds, clock.free.get(device, 0.0))
+        self._note("CPU", operation.unit, times)
+        if by_graph:
+            clock.free[device] = times[1]
+        else:
+            clock.now = times[1]
 
     def _fill(self, operation: Operation) -> None:
         rates, lane = self.rates[operation.device], f"copy to {operation.device}"

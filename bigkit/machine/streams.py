@@ -67,9 +67,8 @@ class Span(NamedTuple):
     """A stretch of time in which a lane is busy with one thing.
 
     Args:
-        lane: "compute", "link" or "disk" in a schedule; in a dry run "python", a device, "copy to" or
-            "experts to" a device, or "disk".
-            A copy of a unit from a file may have pauses in which the disk reads.
+        lane: "compute", "link" or "disk" in a schedule; in a dry run "python", a device, "copy to" or "experts to" a
+            device, or "disk". A copy of a unit from a file may have pauses in which the disk reads.
         name: the unit or operation, in a dry run; a schedule's spans have the number of the turn instead.
         start, end: seconds from the start of the run.
         turn: the number of the turn, in a schedule.
@@ -200,8 +199,7 @@ class Schedule:
 
         What a slot held counts until the next copy into it begins.
         """
-        changes: list[tuple[float, float, float, float]] = []  # start, end, bytes at once, bytes by the end
-        held = [0] * self.slots
+        changes, held = [], [0] * self.slots  # (start, end, bytes at once, bytes by the end) of each copy
         for span in self.spans:
             if span.lane == "link":
                 size = self.turns[span.turn].nbytes

@@ -35,18 +35,9 @@ class Way(NamedTuple):
 
 
 def play(
-    blocks: int,
-    nbytes: float,
-    work: float,
-    link: float,
-    *,
-    gpus: int = 1,
-    slots: int = 2,
-    mlp: float = 0.0,
-    cpu: float = 1.0,
-    on_cpu: Collection[int] = (),
-    tokens: int = 3,
-) -> Way:
+    blocks: int, nbytes: float, work: float, link: float, *, gpus: int = 1, slots: int = 2, mlp: float = 0.0,
+    cpu: float = 1.0, on_cpu: Collection[int] = (), tokens: int = 3,
+) -> Way:  # fmt: skip
     """Play tokens through blocks that rest in RAM.
 
     Args:

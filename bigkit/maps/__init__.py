@@ -43,6 +43,7 @@ Reading order:
     own_map.py       a map of the user's own, to be checked and measured
     reasons.py       why a boundary stands there, and what would help
     device_map.py    `infer_auto_device_map` and the other names that Hugging Face Accelerate made known
+    predict.py       what a token waits for under a plan
     advise.py        which of many plans is fastest, smallest or best on a machine
 
 Leaves out: moving anything (`offload/`), and what a run takes to the byte and the second (`dryrun/`).

@@ -30,12 +30,9 @@ SLOTS = 2  # layers of the cache that are on the GPU at a time
 
 
 def cures(
-    model: ModelSpec,
-    misfits: Sequence[tuple[Plan, partial[Plan]]],
-    context: int,
-    hardware: Hardware,
+    model: ModelSpec, misfits: Sequence[tuple[Plan, partial[Plan]]], context: int, hardware: Hardware,
     calibration: Calibration | None,
-) -> tuple[str, ...]:
+) -> tuple[str, ...]:  # fmt: skip
     """What is missing for each way that does not fit, and what would have to change.
 
     Args:

@@ -15,7 +15,6 @@ import json
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
-from itertools import zip_longest
 from typing import Any, NamedTuple
 
 from ..devices import prefixes
@@ -27,10 +26,10 @@ from ..model.estimate import activation_bytes, tokens_seen
 from ..model.experts import experts_of
 from ..model.spec import Layer, ModelSpec, ModuleSpec
 from ..units import counted, dtype_bits, format_bytes, format_seconds, listed, parse_bytes, three_figures
-from .advise import ASSUMED, all_rates, picked, predict
 from .engines import commands
 from .partition import Chain, last_true
 from .plan import Plan, PlanError
+from .predict import ASSUMED, all_rates, picked, predict
 from .strategies import place
 from .tensors import tokens_if_split
 
@@ -96,13 +95,8 @@ class HostsPlan:
     @property
     def lanes(self) -> list[str]:
         """The lanes of `timeline`, in the order in which a token passes them."""
-        hops = [f"line {rank}-{rank + 1}" for rank in range(self.groups - 1)]
-        return [
-            lane
-            for pair in zip_longest([f"stage {rank}" for rank in range(self.groups)], hops)
-            for lane in pair
-            if lane
-        ]
+        lanes = ((f"stage {rank}", f"line {rank}-{rank + 1}") for rank in range(self.groups))
+        return [lane for pair in lanes for lane in pair][:-1]
 
     def timeline(self, groups: int | None = None, tokens: int = 3) -> tuple[float, list[Span]]:
         """A rehearsal on paper: seconds in which each group gets another token, and what each lane does meanwhile.
@@ -247,13 +241,9 @@ def plan_hosts(
 
 
 def _split(
-    model: ModelSpec,
-    needs: Sequence[int],
-    machines: Sequence[Hardware],
-    paces: Sequence[_Pace],
-    line: Network,
+    model: ModelSpec, needs: Sequence[int], machines: Sequence[Hardware], paces: Sequence[_Pace], line: Network,
     hidden: int,
-) -> float | None:
+) -> float | None:  # fmt: skip
     gpus = [tier for machine, pace in zip(machines, paces) for tier in pace.tiers[: len(machine.gpus)]]
     if not all(machine.gpus for machine in machines):
         return None

@@ -3,27 +3,33 @@
     links     (bytes that travel - bytes of k MLPs) / their rate while the CPU reads too
     CPU       k x (bytes of an MLP / its rate + what it takes to hand over), and what the GPU does in between
 
-A token takes the longer of the two; k is where it is shortest. Rates are those that `calibrate()` measured here, for
-each dtype and number of threads, with all links busy. Without them nothing is said: RAM of one machine is several times
-as fast as that of another, and where it is slow the CPU only takes from the links.
+A token takes the longer of the two at least, and somewhat more: a block waits for its weights, and a slot for its
+block, so neither is busy all the time. The clock of `machine/streams.py` says how much; k is where a token is shortest.
+Rates are those that `calibrate()` measured here, for each dtype and number of threads, with all links busy. Without
+them nothing is said: RAM of one machine is several times as fast as that of another, and where it is slow the CPU only
+takes from the links.
 
-    >>> count, reading, seconds = best_count(32, 270e6, 13.2e9, 0.02, [Reading(16, 62e9, 52e9)], slots=4)
+    >>> layers = [(405_000_000, 270_000_000)] * 32  # bytes that travel, and of its MLP
+    >>> count, reading, seconds = best_count(layers, 0.005, [Reading(16, 54e9, 54e9)], slots=4, hop=2e-4, graph=True)
     >>> count, reading.threads, round(seconds, 3)
-    (22, 16, 0.142)
+    (23, 16, 0.13)
 
 Leaves out: computing it (`offload/on_cpu.py`), and weights on disk.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NamedTuple
 
 from ..machine.ledger import Calibration
+from ..machine.streams import Clock, Player, Turn
 from ..model.spec import ModelSpec, ModuleSpec
 from ..units import counted, format_bytes, format_seconds
 from .experts import is_apart
+from .partition import spread
 
 if TYPE_CHECKING:
     from .plan import Plan
@@ -39,9 +45,10 @@ class OnHost:
     Args:
         few: tokens of a block's call for which the CPU takes about as long as for one. In bfloat16 it reads 62 GB/s of
             weights for 1 token, 56 for 16, 38 for 64, 7 for 512.
-        hops: seconds for each MLP beside its reading. Fitted: 16, 21 and 24 MLPs of 32 of a Llama-7B took 171, 168 and
-            197 ms a token where 46 GB/s were read. Most of it is Python's, which needs more than twice the time for a
-            block beside a busy CPU; to wait for the GPU and to hand hidden states over takes 0.35 ms of it.
+        hops: seconds for each MLP beside its reading, where Python calls the CPU. Fitted: 16, 21 and 24 MLPs of 32 of a
+            Llama-7B took 171, 168 and 197 ms a token where 46 GB/s were read. Most of it is Python's, which needs more
+            than twice the time for a block beside a busy CPU. (Of 23 MLPs, later, 175 ms were foretold, and 172 taken.)
+            What a CUDA graph takes is measured: `Calibration.call`.
     """
 
     few: int = 16
@@ -67,34 +74,70 @@ class Reading(NamedTuple):
 
 
 def best_count(
-    blocks: int,
-    mlp: float,
-    travels: float,
-    gpu: float,
-    readings: Sequence[Reading],
-    slots: int,
-    hops: float = HOST.hops,
-) -> tuple[int, Reading, float]:
+    layers: Sequence[tuple[int, int]], gpu: float, readings: Sequence[Reading], slots: int, hop: float = HOST.hops,
+    graph: bool = False,
+) -> tuple[int, Reading, float]:  # fmt: skip
     """How many MLPs the CPU should compute, with how many threads, and the seconds of a token then.
 
     Args:
-        blocks: how many blocks there are whose MLPs rest in RAM.
-        mlp: bytes of one.
-        travels: bytes that travel for a token if the CPU computes none.
+        layers: bytes of each that travels, and those of its MLP in RAM, or 0; in their order.
         gpu: seconds for which the GPU, or Python, works for a token.
         readings: what was measured.
-        slots: blocks in flight. With s of them the links are s - 1 blocks ahead of the work: so many blocks in a row
-            may be the CPU's before the links have nothing to do.
-        hops: seconds for each MLP beside its reading.
+        slots: layers in flight, on all GPUs together.
+        hop: seconds for each MLP beside its reading.
+        graph: whether a token is one CUDA graph.
     """
+    sizes = [mlp for _, mlp in layers if mlp]
+    travels, mlp = sum(size for size, _ in layers), max(sizes, default=0)
 
-    def seconds(count: int, reading: Reading) -> float:
-        links = (travels - count * mlp) / reading.links
-        return max(links, count * (mlp / reading.reads + hops) + gpu)
+    def least(way: tuple[int, Reading]) -> float:
+        count, reading = way
+        return max((travels - count * mlp) / reading.links, count * (mlp / reading.reads + hop) + gpu)
 
-    ways = [(k, reading) for reading in readings for k in range(blocks * (slots - 1) // slots + 1)]
-    best = min(ways, key=lambda way: seconds(*way))
-    return *best, seconds(*best)
+    ways = sorted(((k, reading) for reading in readings for k in range(len(sizes) + 1)), key=least)
+    best = (*ways[0], math.inf)
+    for count, reading in ways:
+        if least((count, reading)) >= best[2]:
+            break  # nor are those that follow
+        seconds = token_seconds(layers, spread(sizes, count * mlp), gpu, reading, slots, hop, graph)
+        if seconds < best[2]:
+            best = count, reading, seconds
+    return best
+
+
+def token_seconds(
+    layers: Sequence[tuple[int, int]],
+    chosen: Collection[int],
+    gpu: float,
+    reading: Reading,
+    slots: int,
+    hop: float,
+    graph: bool,
+) -> float:
+    """Seconds of a token in which the CPU computes the `chosen` MLPs, numbered as they come. See `best_count`."""
+    turns, number = list[Turn](), 0
+    for i, (size, mlp) in enumerate(layers):
+        own = mlp if number in chosen and mlp else 0
+        number += mlp > 0
+        turns.append(Turn(str(i), size - own, gpu / len(layers) + (own / reading.reads + hop if own else 0.0), "cpu"))
+    player, ends = Player(turns, reading.links, math.inf, slots, True, True, Clock()), list[float]()
+    for token in range(3):
+        for i in range(len(turns)):
+            player.forward(i, token)
+        if graph:  # it ends when all that it fetches ahead has arrived
+            player.clock.free["compute"] = max(player.clock.free.values())
+        ends.append(player.clock.free["compute"])
+    return ends[-1] - ends[-2]
+
+
+def readings_of(calibration: Calibration | None, dtype: str, gpus: int) -> list[Reading]:
+    """What was measured of a dtype, with so many of the links at work; all were when it was measured."""
+    if calibration is None:
+        return []
+    share = min(gpus / max(len(calibration.links), 1), 1.0)
+    alone = gpus * (calibration.link_pinned or 0)  # RAM, which all links share, may keep each from its own rate
+    rows = calibration.cpu_reads.get(dtype, ())
+    return [Reading(threads, reads, max(links * share, min(links, alone))) for threads, reads, links in rows]
 
 
 def mlp_of(block: ModuleSpec) -> str:
@@ -126,7 +169,7 @@ def mlps_of(model: ModelSpec, plan: Plan) -> dict[str, int]:
 
 
 def with_cpu(
-    model: ModelSpec, plan: Plan, calibration: Calibration | None, alone: float, gpu: float
+    model: ModelSpec, plan: Plan, calibration: Calibration | None, alone: float, gpu: float, python: float
 ) -> tuple[Plan, float, str]:
     """A plan in which the CPU computes MLPs, as many as make a token shortest.
 
@@ -135,28 +178,34 @@ def with_cpu(
         plan: a plan without.
         calibration: what was measured on the machine.
         alone: seconds of a token if all that is offloaded is streamed.
-        gpu: seconds for which the GPU, or Python, works for it.
+        gpu, python: seconds for which the GPU and Python work for it.
 
     Returns:
-        The plan, or that without if the CPU would not help; seconds of a token; and why, or "" if nothing was measured.
+        The plan, or that without if the CPU would not help; seconds of a token, by `bigkit.graph_decode` if a call by a
+        graph was measured; and why, or "" if nothing was measured.
     """
     dtype = model.computes_in(model.precision(plan.dtype, plan.quantization))
     working = {layer.works for layer in plan.layers if layer.works is not None}
-    used = len(working) / max(len(calibration.links), 1) if calibration else 1.0  # all were busy when it was measured
-    rows = (calibration.cpu_reads if calibration else {}).get(dtype, ())
-    readings = [Reading(threads, reads, links * min(used, 1.0)) for threads, reads, links in rows]
+    readings = readings_of(calibration, dtype, len(working))
     mlps = mlps_of(model, plan) if readings and not plan.quantization and plan.feasible else {}
     if not mlps:
         return plan, alone, ""
-    mlp, travels = max(mlps.values()), sum(layer.bytes for layer in plan.layers if layer.works is not None)
-    count, reading, seconds = best_count(len(mlps), mlp, travels, gpu, readings, plan.slots)
+    layers = [(layer.bytes, mlps.get(layer.name, 0)) for layer in plan.layers if layer.works is not None]
+    slots, call = plan.slots * len(working), calibration.call if calibration else None
+    by_python = max(gpu, python), readings, slots, HOST.hops, False
+    count, reading, seconds = best_count(layers, *((gpu, readings, slots, call, True) if call else by_python))
     if not count or seconds > PAYS * alone:
         fastest = max(readings, key=lambda reading: reading.reads)
         rate = f"{format_bytes(fastest.reads, 'si')} of {dtype} weights a second beside busy links"
         return plan, alone, f"The CPU would not help: with {counted(fastest.threads, 'thread')} it reads {rate}."
+    mlp, way = max(mlps.values()), ""
+    if call:
+        chosen = spread([*mlps.values()], count * mlp)
+        eager = token_seconds(layers, chosen, max(gpu, python), reading, slots, HOST.hops, False)
+        way = f" within bigkit.graph_decode, {format_seconds(eager)} in Python,"
     about = (
         f"For up to {FEW} tokens the CPU computes {counted(count, 'MLP')} of {len(mlps)} ({format_bytes(count * mlp)}) "
-        f"where they rest, with {counted(reading.threads, 'thread')}: predicted {format_seconds(seconds)} a token "
+        f"where they rest, with {counted(reading.threads, 'thread')}: predicted {format_seconds(seconds)} a token{way} "
         f"instead of {format_seconds(alone)}. Its results round otherwise than the GPU's."
     )
     return replace(plan, on_cpu=(count * mlp, reading.threads), notes=(*plan.notes, about)), seconds, about

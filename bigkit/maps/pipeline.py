@@ -115,9 +115,8 @@ class PipelinePlan:
         end = self.problem or f"Copied for an image of {self.steps} steps: {format_bytes(self.copied)}."
         sizes = ", ".join(format_bytes(self.budgets[gpu] or 0) for gpu in self.gpus)
         where = f"{len(self.gpus)} GPUs of {sizes}" if several else f"a GPU of {sizes}"
-        return "\n".join(
-            [f"{self.model} ({self.cls}) on {where}: peak {format_bytes(self.peak)}", table, end, *self.notes]
-        )
+        head = f"{self.model} ({self.cls}) on {where}: peak {format_bytes(self.peak)}"
+        return "\n".join([head, table, end, *self.notes])
 
     def to_code(self) -> str:
         """Python that makes this plan and runs the pipeline by it."""
@@ -134,8 +133,7 @@ class PipelinePlan:
         """All of it as JSON text, sizes in bytes."""
         return json.dumps(asdict(self), indent=1, default=str)
 
-    def __str__(self) -> str:
-        return self.explain()
+    __str__ = explain
 
     def __repr__(self) -> str:
         ways = ", ".join(f"{one.name} {one.how}" for one in self.components)

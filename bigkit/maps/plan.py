@@ -182,11 +182,7 @@ class Plan:
             flags = llama_cpp_flags(self) if self.library != "gguf" else ""
             lines += [f"  {about}", *([f"  llama.cpp places them so with {flags}"] if flags else [])]
         if self.library == "gguf" and self.feasible:
-            there = (
-                ", where the CPU works on what rests in RAM"
-                if any(s.weights for s in self.shares if not s.runs)
-                else ""
-            )
+            there = ", where the CPU works on what rests in RAM" * bool(self.offloaded)
             lines.append(f"  Run it with llama.cpp{there}: {llama_cpp_command(self)}")
         if self.longest:
             lines.append(f"  Longest context this placement holds: {self.longest}.")
@@ -214,13 +210,12 @@ class Plan:
         }
         if machine:  # it has both
             del arguments["max_memory"], arguments["overhead"]
-        lines = [f"    {name}={value!r},\n" for name, value in arguments.items() if value not in (None, "auto")]
+        given = (f"    {name}={value!r},\n" for name, value in arguments.items() if value not in (None, "auto"))
         name, note = repr(self.model), ""
         if self.library == "module":
             name, note = "model", f"# A plan does not hold its model: here `model` is your {self.model}.\n"
-        return (
-            f"from bigkit import plan\n\n{note}p = plan(\n    {name},\n{''.join(lines)})\ndevice_map = p.device_map\n"
-        )
+        call = f"p = plan(\n    {name},\n{''.join(given)})"
+        return f"from bigkit import plan\n\n{note}{call}\ndevice_map = p.device_map\n"
 
     def to_json(self) -> str:
         """The plan as JSON text."""

@@ -106,31 +106,19 @@ def place(
     classes = [no_split] if isinstance(no_split, str) else no_split if no_split is None else list(no_split)
     options = {
         "keep": sorted([keep] if isinstance(keep, str) else keep) if quantization and keep is not None else None,
-        "special_dtypes": special or None,
-        "no_split": classes,
-        "offload_buffers": offload_buffers or None,
-        "experts_on_cpu": experts_on_cpu,
-        "kv_dtype": kv_dtype_name(kv_dtype),
-        "links": [*links] if len({*links}) > 1 else None,
-        "slots": slots,
-    }
+        "special_dtypes": special or None, "no_split": classes, "offload_buffers": offload_buffers or None,
+        "experts_on_cpu": experts_on_cpu, "kv_dtype": kv_dtype_name(kv_dtype),
+        "links": [*links] if len({*links}) > 1 else None, "slots": slots,
+    }  # fmt: skip
     warn_of_strangers(model, "special_dtypes", special)
     task = Task(
-        model=model,
-        layers=model.layers_to_place() if classes is None else model.layers(classes),
-        budgets=read_budgets(max_memory),
-        precision=model.precision(dtype, quantization, keep, special),
-        batch=batch,
-        context=tokens_seen(model, context),
-        overhead=parse_bytes(overhead),
-        offload_buffers=offload_buffers,
-        experts_on_cpu=experts_on_cpu,
-        kv_dtype=kv_dtype_name(kv_dtype),
-        options={name: value for name, value in options.items() if value is not None},
-        asked=context,
-        links=tuple(links),
-        slots=(SLOTS, 1) if slots is None else (whole_number(slots, "slots", 1),),
-    )
+        model=model, layers=model.layers_to_place() if classes is None else model.layers(classes),
+        budgets=read_budgets(max_memory), precision=model.precision(dtype, quantization, keep, special), batch=batch,
+        context=tokens_seen(model, context), overhead=parse_bytes(overhead), offload_buffers=offload_buffers,
+        experts_on_cpu=experts_on_cpu, kv_dtype=kv_dtype_name(kv_dtype),
+        options={name: value for name, value in options.items() if value is not None}, asked=context,
+        links=tuple(links), slots=(SLOTS, 1) if slots is None else (whole_number(slots, "slots", 1),),
+    )  # fmt: skip
     if not isinstance(strategy, str):
         task, places, named = read_map(task, strategy)
         plan = task.to_plan(places, "custom", None, task.slots[0], named)

@@ -363,13 +363,9 @@ class Task:
         return Loads(works, shares, fits)
 
     def to_plan(
-        self,
-        places: Sequence[Device],
-        strategy: str,
-        context: int | None = None,
-        slots: int = SLOTS,
+        self, places: Sequence[Device], strategy: str, context: int | None = None, slots: int = SLOTS,
         workers: Sequence[Device] | None = None,
-    ) -> Plan:
+    ) -> Plan:  # fmt: skip
         """The plan for the place of each layer, feasible or not."""
         context = self.context if context is None else context
         experts = experts_of(self.model)

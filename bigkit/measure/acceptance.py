@@ -38,7 +38,7 @@ def acceptance(model: nn.Module, draft: nn.Module, tokens: Tensor, window: int =
         raise ValueError(f"acceptance needs a text of at least two tokens, and got {len(row)}")
     same = 0
     for part in row.split(window):
-        logits = [_logits(one(part[None].to(_device(one)))) for one in (model, draft)]
+        logits = [_logits(one(part[None].to(next(one.parameters()).device))) for one in (model, draft)]
         if logits[0].shape[-1] != logits[1].shape[-1]:
             raise ValueError(
                 f"the model knows {logits[0].shape[-1]} tokens and the draft {logits[1].shape[-1]}: a draft must have "
@@ -52,7 +52,3 @@ def acceptance(model: nn.Module, draft: nn.Module, tokens: Tensor, window: int =
 def _logits(output: Any) -> Tensor:
     logits = getattr(output, "logits", None)
     return output[0] if logits is None else logits
-
-
-def _device(model: nn.Module) -> torch.device:
-    return next(model.parameters()).device

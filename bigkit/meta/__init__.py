@@ -40,6 +40,7 @@ Read in this order:
 - `operations.py`: what a call of a torch operation reads, writes and returns, from its schema.
 - `origin.py`: whether a tensor comes from weights, and so has no values.
 - `skeleton.py`: a module as the plain records of `model/spec.py`, with its ties. Planners need nothing else.
+- `held.py`: a model's tensors and the places that refer to each; loading and offloading need it.
 - `cache.py`: what a model's KV cache holds, by running the model without memory.
 - `_torch.py`: what is private in PyTorch and used here.
 

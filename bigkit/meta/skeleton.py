@@ -6,7 +6,7 @@ Leaves out: the records themselves (`model/spec.py`), and building models withou
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence, Set
+from collections.abc import Callable, Iterable, Sequence, Set
 from contextlib import suppress
 from typing import Any
 
@@ -25,11 +25,7 @@ _PLAIN = (nn.Parameter, Tensor)
 
 
 def spec_from_module(
-    model: nn.Module,
-    name: str | None = None,
-    no_split: Iterable[str] | None = None,
-    *,
-    trace_cache: bool = False,
+    model: nn.Module, name: str | None = None, no_split: Iterable[str] | None = None, *, trace_cache: bool = False
 ) -> ModelSpec:
     """What a planner and an estimator need to know of a module, on any device, meta included.
 
@@ -100,8 +96,12 @@ def tied_groups(model: nn.Module, buffers: bool = True) -> list[list[str]]:
     >>> tied_groups(model)
     [['wte.weight', 'head.weight']]
     """
-    parts = named_parts(model)
-    return tied((join(name, own), tensor) for name, module in parts for own, tensor in _own_tensors(module, buffers))
+    return tied(
+        (join(name, own), tensor)
+        for name, module in named_parts(model)
+        for own, (tensor, buffer) in own_tensors(module).items()
+        if buffers or not buffer
+    )
 
 
 def parts_that(model: nn.Module, holds: Callable[[nn.Module], Any]) -> list[tuple[str, nn.Module]]:
@@ -287,10 +287,10 @@ def extra_tensors(module: nn.Module, load: bool = False) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in state.items() if isinstance(tensor, Tensor) and name not in own}
 
 
-def _own_tensors(module: nn.Module, buffers: bool = True) -> Iterator[tuple[str, Tensor]]:
-    """The tensors registered on a module itself, parameters first."""
-    for tensors in (module._parameters, module._buffers if buffers else {}):
-        yield from ((name, tensor) for name, tensor in tensors.items() if tensor is not None)
+def own_tensors(module: nn.Module) -> dict[str, tuple[Tensor, bool]]:
+    """What a module itself holds: own name -> (tensor, whether it is a buffer)."""
+    both = ((module._parameters, False), (module._buffers, True))
+    return {own: (tensor, buffer) for held, buffer in both for own, tensor in held.items() if tensor is not None}
 
 
 def repeated_blocks(model: nn.Module, named: Iterable[str] = ()) -> set[str]:

@@ -234,12 +234,9 @@ class ModelSpec:
         return frozenset(name.rpartition(".")[0] for group in self.ties for name in group)
 
     def precision(
-        self,
-        dtype: object = None,
-        quantization: str | None = None,
-        keep: Iterable[str] | str | None = None,
+        self, dtype: object = None, quantization: str | None = None, keep: Iterable[str] | str | None = None,
         special: Mapping[str, object] | None = None,
-    ) -> Precision:
+    ) -> Precision:  # fmt: skip
         """A `Precision` for this model: how loading stores each of its tensors.
 
         Args:

@@ -68,6 +68,11 @@ def is_fake(tensor: Tensor) -> bool:
     return hasattr(tensor, "fake_mode")
 
 
+def is_real_cuda(device: torch.device) -> bool:
+    """Whether a device is a CUDA GPU that exists, not one of a dry run."""
+    return device.type == "cuda" and detect_fake_mode() is None
+
+
 def held_by_this_thread(lock: threading.RLock) -> bool:
     """Whether this thread has acquired a lock. `RLock._is_owned` of Python, on which `threading.Condition` rests."""
     held: bool = lock._is_owned()  # type: ignore[attr-defined]

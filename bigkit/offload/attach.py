@@ -20,9 +20,10 @@ import torch
 from torch import nn
 
 from ..devices import join, prefixes
+from ..meta.skeleton import own_tensors
 from .copies import lend_copies
 from .experts import ExpertsHook, ExpertStreamer
-from .grouping import Layout, block_classes, has_forward, own_tensors
+from .grouping import Layout, block_classes, has_forward
 from .hooks import AlignDevicesHook, add_hook_to_module
 from .on_cpu import Split, add_hooks
 from .stream import Streamer
@@ -30,13 +31,9 @@ from .weights import Unit
 
 
 def attach(
-    model: nn.Module,
-    layout: Layout,
-    lenders: Mapping[Unit, Streamer],
-    skip_keys: tuple[str, ...],
-    splits: Sequence[Split] = (),
-    threads: int | None = None,
-) -> None:
+    model: nn.Module, layout: Layout, lenders: Mapping[Unit, Streamer], skip_keys: tuple[str, ...],
+    splits: Sequence[Split] = (), threads: int | None = None,
+) -> None:  # fmt: skip
     """Put hooks where a layout needs them; `splits` and `threads` are for MLPs that the CPU computes."""
     hooks: dict[nn.Module, AlignDevicesHook] = {}
     for unit, own in lenders.items():

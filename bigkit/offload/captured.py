@@ -22,11 +22,11 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from ..meta.held import held_by
 from ._torch import is_fake
 from .events import Event
 from .experts import ExpertStreamer
 from .gather import GatherStreamer
-from .grouping import own_tensors
 from .handle import Away
 from .hooks import AlignDevicesHook, hooks_in
 from .lenders import streamers_in
@@ -44,7 +44,7 @@ def devices_of(model: nn.Module) -> list[torch.device]:
     hooks = (hook for module in model.modules() for hook in hooks_in(module))
     others = (hook for hook in hooks if isinstance(hook, AlignDevicesHook) and not isinstance(hook, MlpHook))
     placed = [hook.execution_device for hook in others if hook.execution_device]
-    own = [tensor.device for module in model.modules() for tensor, _ in own_tensors(module).values()]
+    own = [tensor.device for _, tensor in held_by(model.modules())]
     return [*dict.fromkeys(placed or own)]
 
 
@@ -149,10 +149,8 @@ class Rings:
 
     def _present(self) -> Any:
         modules = [*self._model.modules()]
-        tensors = [tensor for module in modules for tensor, _ in own_tensors(module).values()]
-        weights = [
-            (id(tensor), 0 if isinstance(tensor, Away) or is_fake(tensor) else tensor.data_ptr()) for tensor in tensors
-        ]
+        weights = [(id(tensor), 0 if isinstance(tensor, Away) or is_fake(tensor) else tensor.data_ptr())
+                   for _, tensor in held_by(modules)]  # fmt: skip
         kinds = {device.type for device in devices_of(self._model)}
         modes = [(kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in sorted(kinds)]
         return weights, [(weakref.ref(module), _noted(vars(module))) for module in modules], modes

@@ -16,13 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from ..devices import join
+from ..meta.held import Place, put, tensors_of
+from ..meta.skeleton import own_tensors
 from ._torch import mark_parameter, state_of, watch_writes
 from .codec import on_device
-from .grouping import Layout, own_tensors
+from .grouping import Layout
 from .handle import Away
 from .hooks import ModelHook, add_hook_to_module, this_thread
-from .sites import put, tensors_of
-from .weights import Place
 
 _lock = threading.RLock()  # while a module is given a copy, or its tensor back
 

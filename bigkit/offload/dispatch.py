@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from ..devices import Device, whole_on
 from ..maps.device_map import check_device_map
 from ..maps.plan import Plan
+from ..meta.held import put
 from ..units import parse_bytes
 from .attach import attach
 from .grouping import Layout, check_layers, in_turn, records, with_residents
@@ -34,7 +35,6 @@ from .on_cpu import choose, split_units
 from .on_device import rows_on_devices
 from .options import names_of, read_options, with_threads
 from .placing import Origins, make_units
-from .sites import put
 
 
 @alone

@@ -28,11 +28,12 @@ from torch import Tensor
 
 from ..checkpoints.as_stored import AsStored
 from ..checkpoints.codecs import kernels_for
-from ..checkpoints.decoded import PLAIN, DecodedStack, Elsewhere
+from ..checkpoints.decoded import Elsewhere
 from ..checkpoints.ring import Slab
 from ._torch import detect_fake_mode
 from .escapes import count_holders
 from .experts import ExpertStreamer
+from .pieces import stand_ins
 from .rows import bytes_of_one, count_chosen
 from .stream import Views
 from .table import Table, can_look_up, form_of
@@ -185,10 +186,8 @@ class GatherStreamer(ExpertStreamer):
     def _arriving(self, unit: Unit, views: Views) -> Views:
         """What is lent, with stacks that are waited for in the place of all but the first."""
         slot = self.holder[unit.index]
-        stands: dict[int, Any] = {}
-        for own in views.weights[1:]:
-            arriving: Any = Arriving(self.lane, slot, own)
-            stands[id(own)] = DecodedStack({"": arriving}, PLAIN, own.dtype, tuple(own.shape[1:]))
+        made = stand_ins(unit, lambda number: Arriving(self.lane, slot, views.weights[number]))
+        stands = dict(zip(map(id, views.weights[1:]), made[1:]))
         values = [stands.get(id(value), value) for value in views.values]
         slot.holders = count_holders(slot.base, values)
         return views._replace(values=values)

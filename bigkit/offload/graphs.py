@@ -37,12 +37,8 @@ from .static_cache import Home, kind_of, windows_roll
 
 _CACHE = object()  # stands for the cache in what a forward returned
 _NOTHING_ELSE = "generate outside of bigkit.graph_decode, or leave it out"
-_OTHER_WAYS = (
-    "assistant_model",
-    "prompt_lookup_num_tokens",
-    "assistant_early_exit",
-    "use_mtp",
-)  # several tokens a pass
+# Several tokens a pass.
+_OTHER_WAYS = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp")
 
 
 @contextmanager
@@ -216,9 +212,7 @@ class Decoder:
 
     def _record(self, step: _Step, home: Home, leaves: list[Any], spec: Any, name: str) -> None:
         """Record a step. Nothing of it is computed yet."""
-        step.inputs = [
-            leaf.clone(memory_format=torch.contiguous_format) if is_tensor(leaf) else leaf for leaf in leaves
-        ]
+        step.inputs = [one.clone(memory_format=torch.contiguous_format) if is_tensor(one) else one for one in leaves]
         cache, before = home.cache(), home.scalars()
         recording = Recording(self._devices, self._rings)
 

@@ -13,18 +13,18 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..devices import Device, collapse, join, placement, prefixes
 from ..maps.links import take_turns
 from ..maps.partition import spread
-from ..meta.skeleton import repeated_blocks, spec_from_module, tied_groups
+from ..meta.held import Held, held_in
+from ..meta.skeleton import own_tensors, repeated_blocks, spec_from_module
 from ..model.experts import experts_of
+from ._torch import is_real_cuda
 from .codec import codec_of
 from .handle import Away
 from .inputs import torch_device
-from .stream import is_real_cuda
-from .weights import Place, Weight
 
 
 @dataclass
@@ -93,44 +93,18 @@ def check_layers(model: nn.Module, layout: Layout) -> None:
             )
 
 
-@dataclass(eq=False)
-class Record:
-    """One tensor of a model and every place that refers to it.
-
-    Args:
-        name: its first name.
-        tensor: the tensor; one that a streamer sent away before is on meta here.
-        buffer: whether it is a buffer.
-        persistent: whether it belongs to the state dict.
-        away: the weight of that earlier streamer, which says where it rests.
-        places: full name -> place, for every reference to it.
-    """
-
-    name: str
-    tensor: Tensor
-    buffer: bool
-    persistent: bool
-    away: Weight | None = None
-    places: dict[str, Place] = field(default_factory=dict)
-
-
-def records(model: nn.Module) -> list[Record]:
-    """All parameters and buffers, tied ones together."""
-    first = {name: group[0] for group in tied_groups(model) for name in group}
-    by_name: dict[str, Record] = {}
+def records(model: nn.Module) -> list[Held]:
+    """All parameters and buffers, tied ones together, each place under one name: a module may be reached by two."""
+    held = held_in(model)
     seen: set[tuple[int, str]] = set()
-    for prefix, module in model.named_modules(remove_duplicate=False):
-        for own, (tensor, buffer) in own_tensors(module).items():
-            name = join(prefix, own)
-            owner = first.get(name, name)
-            if owner not in by_name:
-                away = tensor.weight if isinstance(tensor, Away) else None
-                persistent = own not in module._non_persistent_buffers_set
-                by_name[owner] = Record(name, away.template if away else tensor, buffer, persistent, away)
-            if (id(module), own) not in seen:  # a module may be reached by two names
-                seen.add((id(module), own))
-                by_name[owner].places[name] = (module, own, buffer)
-    return [*by_name.values()]
+    for one in held:
+        if isinstance(one.tensor, Away):
+            one.away, one.tensor = one.tensor.weight, one.tensor.weight.template
+        for name, (module, own, _) in [*one.places.items()]:
+            if (id(module), own) in seen:
+                del one.places[name]
+            seen.add((id(module), own))
+    return held
 
 
 def experts_in(model: nn.Module) -> set[int]:
@@ -150,12 +124,6 @@ def block_classes(model: nn.Module) -> set[str]:
     """Classes of a model's blocks: those that it, or a part of it, names as not to be split; other repeated ones."""
     named = {cls for part in model.modules() for cls in getattr(part, "_no_split_modules", None) or ()}
     return named | repeated_blocks(model, named)
-
-
-def own_tensors(module: nn.Module) -> dict[str, tuple[Tensor, bool]]:
-    """What a module itself holds: own name -> (tensor, whether it is a buffer)."""
-    both = ((module._parameters, False), (module._buffers, True))
-    return {own: (tensor, buffer) for held, buffer in both for own, tensor in held.items() if tensor is not None}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -279,9 +247,8 @@ def in_turn(
     """
     if not layout.others:
         return layout
-    works = _turns(
-        layout, [group for group in Cut(model, layout, whole_classes, apart=False).groups if not group.loose]
-    )
+    groups = [group for group in Cut(model, layout, whole_classes, apart=False).groups if not group.loose]
+    works = _turns(layout, groups)
     for name, device in reversed([*(planned or {}).items()]):  # of what travels together, the first layer counts
         works |= {outer: device for outer in prefixes(name) if outer in works}
     return replace(layout, turns=works)

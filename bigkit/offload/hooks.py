@@ -72,9 +72,7 @@ class ModelHook:
         return output
 
     def on_error(self, module: nn.Module) -> None:
-        """Called when anything was raised, Ctrl-C included, between the start of `pre_forward` and the end of
-        `post_forward`.
-        """
+        """Called when anything was raised, Ctrl-C included, from the start of `pre_forward` to `post_forward`'s end."""
 
     def detach_hook(self, module: nn.Module) -> nn.Module:
         """Called when the hook is removed; returns the module."""
@@ -158,8 +156,7 @@ def remove_hook_from_module(module: nn.Module, recurse: bool = False) -> nn.Modu
     False
     """
     for part in [*module.modules()] if recurse else [module]:
-        hook: ModelHook | None = vars(part).get("_hf_hook")
-        if hook is not None:
+        if (hook := vars(part).get("_hf_hook")) is not None:
             with all_of([one.lock for own in hooks_in(part) if (one := vars(own).get("streamer"))]):
                 hook.detach_hook(part)
                 _unwrap(part)
@@ -177,8 +174,7 @@ def give_back_methods(module: nn.Module) -> None:
 
 def hooks_in(module: nn.Module) -> Iterator[ModelHook]:
     """All hooks of a module, those within a `SequentialHook` one by one."""
-    hook: ModelHook | None = vars(module).get("_hf_hook")
-    waiting = [] if hook is None else [hook]
+    waiting = _own_hooks(module)
     while waiting:
         hook = waiting.pop(0)
         if isinstance(hook, SequentialHook):
@@ -228,9 +224,7 @@ def _unwrap(module: nn.Module) -> None:
 
 
 class _Thread(threading.local):
-    """The innermost forward that this thread is in: its module, the hooks that have begun there, and what each has to
-    undo.
-    """
+    """The innermost forward that this thread is in: its module, the hooks that have begun, what each has to undo."""
 
     def __init__(self) -> None:
         self.module: nn.Module | None = None
@@ -335,22 +329,13 @@ class AlignDevicesHook(ModelHook):
     """
 
     def __init__(
-        self,
-        execution_device: torch.device | str | int | None = None,
-        offload: bool = False,
-        io_same_device: bool = False,
-        weights_map: Mapping[str, Tensor] | None = None,
-        offload_buffers: bool = False,
-        place_submodules: bool = False,
-        skip_keys: str | Iterable[str] | None = None,
-        tied_params_map: Any = None,
-    ) -> None:
+        self, execution_device: torch.device | str | int | None = None, offload: bool = False,
+        io_same_device: bool = False, weights_map: Mapping[str, Tensor] | None = None, offload_buffers: bool = False,
+        place_submodules: bool = False, skip_keys: str | Iterable[str] | None = None, tied_params_map: Any = None,
+    ) -> None:  # fmt: skip
         self.execution_device = None if execution_device is None else torch_device(execution_device)
-        self.offload = offload
-        self.io_same_device = io_same_device
-        self.weights_map = weights_map
-        self.offload_buffers = offload_buffers
-        self.place_submodules = place_submodules
+        self.offload, self.io_same_device, self.weights_map = offload, io_same_device, weights_map
+        self.offload_buffers, self.place_submodules = offload_buffers, place_submodules
         self.skip_keys = (skip_keys,) if isinstance(skip_keys, str) else tuple(skip_keys or ())
         self.streamer: Streamer | None = None
         self.unit: Unit | None = None

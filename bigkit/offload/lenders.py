@@ -30,14 +30,9 @@ Dispatch = TypeVar("Dispatch", bound=Callable[..., nn.Module])
 
 
 def lenders_of(
-    layout: Layout,
-    units: Sequence[Unit],
-    splits: Sequence[Split],
-    slots: int,
-    prefetch: bool,
-    ram_cache: int | str | None,
-    on_device: Mapping[nn.Module, int],
-) -> dict[Unit, Streamer]:
+    layout: Layout, units: Sequence[Unit], splits: Sequence[Split], slots: int, prefetch: bool,
+    ram_cache: int | str | None, on_device: Mapping[nn.Module, int],
+) -> dict[Unit, Streamer]:  # fmt: skip
     """The streamer of each unit.
 
     Args:
@@ -70,12 +65,7 @@ def lenders_of(
 
 
 def _expert_streamers(
-    layout: Layout,
-    units: Sequence[Unit],
-    slots: int,
-    prefetch: bool,
-    cache: int,
-    on_device: Mapping[nn.Module, int],
+    layout: Layout, units: Sequence[Unit], slots: int, prefetch: bool, cache: int, on_device: Mapping[nn.Module, int]
 ) -> dict[Unit, Streamer]:
     """Who lends each unit of experts; other units are left out. The arguments are those of `lenders_of`.
 

@@ -81,13 +81,9 @@ def load_checkpoint_and_dispatch(
     torch.Size([1, 3, 256])
     """
     dispatching = dict(
-        offload_dir=offload_folder,
-        offload_buffers=offload_buffers,
-        skip_keys=skip_keys,
-        preload_module_classes=preload_module_classes,
-        force_hooks=force_hooks,
-        **options,
-    )
+        offload_dir=offload_folder, offload_buffers=offload_buffers, skip_keys=skip_keys,
+        preload_module_classes=preload_module_classes, force_hooks=force_hooks, **options,
+    )  # fmt: skip
     inspect.signature(dispatch_model).bind(model, {}, **dispatching)  # options are checked before weights are loaded
     read_options({}, **dispatching)
     device_map = whole_on(device_map)
@@ -102,16 +98,10 @@ def load_checkpoint_and_dispatch(
             if keep == "stored":  # the sizes to plan with
                 until_loaded.enter_context(as_stored(model, source))
             device_map = place(
-                spec_from_module(model),
-                max_memory,
-                device_map,
-                dtype=dtype,
-                special_dtypes=stored_dtypes(model),
-                no_split=classes,
-                offload_buffers=offload_buffers,
-                overhead=room_for_decoding(model),
+                spec_from_module(model), max_memory, device_map, dtype=dtype, special_dtypes=stored_dtypes(model),
+                no_split=classes, offload_buffers=offload_buffers, overhead=room_for_decoding(model),
                 slots=options.get("slots"),
-            )
+            )  # fmt: skip
         loading = None
         if device_map is not None:
             places = device_map.device_map if isinstance(device_map, Plan) else device_map
@@ -119,18 +109,9 @@ def load_checkpoint_and_dispatch(
             check_device_map(model, places)
             loading = {name: "cpu" if device in layout.stand_in else device for name, device in layout.places.items()}
         report = load_checkpoint_in_model(
-            model,
-            source,
-            loading,
-            offload_folder,
-            dtype,
-            offload_buffers=offload_buffers,
-            strict=strict,
-            keep_in_fp32_modules=keep_in_fp32_modules,
-            key=key,
-            prefix=prefix,
-            keep=keep,
-        )
+            model, source, loading, offload_folder, dtype, offload_buffers=offload_buffers, strict=strict,
+            keep_in_fp32_modules=keep_in_fp32_modules, key=key, prefix=prefix, keep=keep,
+        )  # fmt: skip
     if device_map is None:
         return model
     unfilled = {*report.missing, *(name for name, *_ in (*report.mismatched, *report.wrong_dtype))}

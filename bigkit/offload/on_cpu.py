@@ -93,7 +93,8 @@ def _is_computed(mlp: nn.Module, experts: set[int]) -> bool:
     """Whether a block's MLP is a function of one tensor, and rests in a form that the CPU computes with."""
     plain = all(codec_of(p) is PLAIN and p.dtype in READ for p in mlp.parameters())
     routed = any(id(part) in experts for part in mlp.modules())
-    return plain and not routed and has_forward(mlp) and _takes_one_tensor(mlp)
+    forward = getattr(mlp.forward, "__wrapped__", mlp.forward)
+    return plain and not routed and has_forward(mlp) and len(inspect.signature(forward).parameters) == 1
 
 
 def split_units(model: nn.Module, units: Sequence[Unit], chosen: Mapping[str, str]) -> list[Split]:
@@ -108,11 +109,6 @@ def split_units(model: nn.Module, units: Sequence[Unit], chosen: Mapping[str, st
             rest, part = ([weight.alias([*weight.places]) for weight in some] for some in (others, own))
             splits.append(Split(unit, Unit(unit.name, unit.module, rest), Unit(chosen[unit.name], mlp, part)))
     return splits
-
-
-def _takes_one_tensor(module: nn.Module) -> bool:
-    forward = getattr(module.forward, "__wrapped__", module.forward)
-    return len(inspect.signature(forward).parameters) == 1
 
 
 def cpu_streamer(splits: Sequence[Split]) -> Streamer:
@@ -142,11 +138,15 @@ class BlockHook(AlignDevicesHook):
 
     few: AlignDevicesHook  # the hook for few tokens
     mlp: Unit
+    orders: tuple[dict[int, int], dict[int, int]]  # what follows each unit, with many tokens and with few
 
     def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        if self.unit is not None and _is_few(args, kwargs) and self._unchanged():
-            return self.few.pre_forward(module, *args, **kwargs)
-        return super().pre_forward(module, *args, **kwargs)
+        if self.unit is None:
+            return super().pre_forward(module, *args, **kwargs)
+        few = _is_few(args, kwargs) and self._unchanged()
+        assert self.streamer is not None
+        self.streamer.after = self.orders[few]  # each learns its own: a prompt's would mislead the next token
+        return self.few.pre_forward(module, *args, **kwargs) if few else super().pre_forward(module, *args, **kwargs)
 
     def _unchanged(self) -> bool:
         """Whether the modules of the MLP are what they were: adapters work on the GPU."""
@@ -240,18 +240,27 @@ def _is_few(args: Any, kwargs: Any) -> bool:
     return False
 
 
+def _orders(streamer: Streamer, splits: Sequence[Split]) -> tuple[dict[int, int], dict[int, int]]:
+    """Unit -> the one that follows, at first: of whole blocks, and of what is left of those that are split."""
+    rests = {split.whole.index: split.rest.index for split in splits if split.rest in streamer.units}
+    many = [unit.index for unit in streamer.units if unit.index not in rests.values()]
+    few = [rests.get(i, i) for i in many]
+    learned = streamer.after
+    return tuple(learned | dict(zip(order, [*order[1:], order[0]])) for order in (many, few))  # type: ignore[return-value]
+
+
 def add_hooks(
-    hooks: dict[nn.Module, AlignDevicesHook],
-    splits: Sequence[Split],
-    skip_keys: tuple[str, ...],
+    hooks: dict[nn.Module, AlignDevicesHook], splits: Sequence[Split], skip_keys: tuple[str, ...],
     threads: int | None = None,
-) -> None:
+) -> None:  # fmt: skip
     """Put the hooks of such blocks and of their MLPs among those of a model; modules within an MLP get none."""
+    orders = {split.rest.weights[0].lender: _orders(split.rest.weights[0].lender, splits) for split in splits}
     for split in splits:
         gpu, cpu = split.rest.weights[0].lender, split.mlp.weights[0].lender
         block = BlockHook.placed(gpu.device, skip_keys, gpu, split.whole)
         assert isinstance(block, BlockHook)
         block.few, block.mlp = AlignDevicesHook.placed(gpu.device, skip_keys, gpu, split.rest), split.mlp
+        block.orders = orders[gpu]
         for part in split.mlp.module.modules():
             hooks.pop(part, None)
         mlp = MlpHook.placed(cpu.device, skip_keys, cpu, split.mlp)

@@ -23,10 +23,10 @@ from torch import Tensor, nn
 
 from ..devices import Device, join
 from ..units import format_bytes
+from ._torch import is_real_cuda
 from .codec import codec_of
 from .grouping import Layout
 from .rows import count_chosen, count_rows, starts_of
-from .stream import is_real_cuda
 from .transfer import Slot
 from .weights import Part, Unit
 
@@ -135,7 +135,9 @@ def rows_on_devices(model: nn.Module, layout: Layout, nbytes: int) -> dict[nn.Mo
     away = [
         (name, module)
         for name, module in model.named_modules()
-        if count_rows(module) and layout.works(name) != "cpu" and any(map(layout.is_away, _own_names(name, module)))
+        if count_rows(module)
+        and layout.works(name) != "cpu"
+        and any(layout.is_away(join(name, own)) for own, _ in module.named_parameters())
     ]
     for name, module in away:
         count = count_rows(module)
@@ -161,7 +163,3 @@ def rows_on_devices(model: nn.Module, layout: Layout, nbytes: int) -> dict[nn.Mo
                 f"expert_cache takes {format_bytes(size)} of GPU {place}, of which {format_bytes(free)} are free"
             )
     return found
-
-
-def _own_names(name: str, module: nn.Module) -> list[str]:
-    return [join(name, own) for own, _ in module.named_parameters()]

@@ -40,14 +40,9 @@ def cpu_offload(
     """
     device = _execution_device(model, execution_device)
     return dispatch_model(
-        model,
-        {"": "cpu"},
-        device,
-        state_dict,
-        offload_buffers=offload_buffers,
-        preload_module_classes=preload_module_classes,
-        **{"force_hooks": True, **options},
-    )
+        model, {"": "cpu"}, device, state_dict, offload_buffers=offload_buffers,
+        preload_module_classes=preload_module_classes, **{"force_hooks": True, **options},
+    )  # fmt: skip
 
 
 def disk_offload(
@@ -74,14 +69,9 @@ def disk_offload(
     """
     device = _execution_device(model, execution_device)
     return dispatch_model(
-        model,
-        {"": "disk"},
-        device,
-        offload_dir=offload_dir,
-        offload_buffers=offload_buffers,
-        preload_module_classes=preload_module_classes,
-        **options,
-    )
+        model, {"": "disk"}, device, offload_dir=offload_dir, offload_buffers=offload_buffers,
+        preload_module_classes=preload_module_classes, **options,
+    )  # fmt: skip
 
 
 def _execution_device(model: nn.Module, given: Any) -> Any:

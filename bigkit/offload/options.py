@@ -13,9 +13,9 @@ import torch
 
 from ..devices import Device, read_device
 from ..units import counted, parse_bytes
+from ._torch import is_real_cuda
 from .grouping import Layout
 from .inputs import torch_device
-from .stream import is_real_cuda
 
 
 def read_options(

@@ -156,9 +156,7 @@ class Pieces:
         if self.small is None or self.small.base.nbytes < nbytes:
             self.small = self.streamer.lane.slot(nbytes)
         self._fill(self.small, unit, numbers, range(parts[0].shape[0]), starts)
-        return [
-            self._lent(unit, number, part, self.small, start) for number, part, start in zip(numbers, parts, starts)
-        ]
+        return [self._lent(unit, n, part, self.small, start) for n, part, start in zip(numbers, parts, starts)]
 
 
 def stand_ins(unit: Unit, make: Callable[[int], Any]) -> list[Any]:

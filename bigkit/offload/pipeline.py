@@ -62,10 +62,8 @@ def dispatch_pipeline(
         elif one.how == "stays" and one.gpus[0] == plan.gpus[0]:
             component.to(main)
         else:
-            device_map = one.plan or one.away or {"": one.gpus[0]}
-            dispatch_model(
-                component, device_map, one.gpus, offload_dir=offload_dir, stand_in=stand_in, force_hooks=True
-            )
+            places = one.plan or one.away or {"": one.gpus[0]}
+            dispatch_model(component, places, one.gpus, offload_dir=offload_dir, stand_in=stand_in, force_hooks=True)
             leaves[one.name] = [partial(give_slots_back, streamer) for streamer in streamers_in(component)]
         if isinstance(hook := vars(component)["_hf_hook"], SequentialHook):
             vars(hook)["execution_device"] = main  # Diffusers asks the whole hook

@@ -26,20 +26,21 @@ from ..checkpoints.resting import resting_place, write_file
 from ..checkpoints.write import Form
 from ..devices import join
 from ..meta.empty import twin
+from ..meta.held import Held, Place, put, tensors_of
 from ..units import listed
 from ._torch import is_fake, stop_watching
 from .codec import PLAIN, codec_of, on_device
-from .grouping import Cut, Group, Layout, Record, records
+from .grouping import Cut, Group, Layout, records
 from .mapped import PageLane
 from .outside import known, settled, take_news
-from .sites import has_handles, put, tensors_of
+from .sites import has_handles
 from .source import Joined, Source
 from .stream import Streamer
 from .transfer import readers
-from .weights import Part, Place, Unit, Weight, part_of, rest_in_ram
+from .weights import Part, Unit, Weight, part_of, rest_in_ram
 
 Parts = Mapping[str, Tensor | Stored]  # suffix -> a plain tensor of a weight, as data or as the range of a file
-Travelling = dict[Group, dict[Record, list[str]]]  # the tensors of each group, with their names in it
+Travelling = dict[Group, dict[Held, list[str]]]  # the tensors of each group, with their names in it
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Where data come from
@@ -98,7 +99,7 @@ class Origins:
             self._sources[file] = Source(file, self.written.get(file))
         return self._sources[file]
 
-    def parts(self, record: Record) -> Parts:
+    def parts(self, record: Held) -> Parts:
         """The plain tensors of a weight: as data, or as ranges of files.
 
         Raises:
@@ -122,7 +123,7 @@ class Origins:
             return dict(place.parts)
         raise ValueError(f"{record.name!r} is on meta and has no data: load a checkpoint into the model first")
 
-    def value(self, record: Record) -> Tensor:
+    def value(self, record: Held) -> Tensor:
         """The tensor itself."""
         if record.away is not None:
             take_news(record.away)
@@ -181,13 +182,9 @@ def _strides(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 @contextmanager
 def make_units(
-    model: nn.Module,
-    layout: Layout,
-    origins: Origins,
-    *,
-    offload_buffers: bool = False,
+    model: nn.Module, layout: Layout, origins: Origins, *, offload_buffers: bool = False,
     whole_classes: Iterable[str] = (),
-) -> Iterator[list[Unit]]:
+) -> Iterator[list[Unit]]:  # fmt: skip
     """A block in which every tensor of a model is where its layout wants it, and is then given to those who lend it.
 
     Args:
@@ -209,7 +206,7 @@ def make_units(
     cut = Cut(model, layout, whole_classes)
     mover = _Mover(records(model), layout, origins)
     travelling: Travelling = {group: {} for group in cut.groups}
-    staying: list[tuple[Record, torch.device]] = []
+    staying: list[tuple[Held, torch.device]] = []
     for record in mover.records:
         stays = record.buffer and not (offload_buffers and record.persistent)
         here = [name for name in record.places if stays or not layout.is_away(name)]
@@ -234,14 +231,14 @@ class _Mover:
     What has been copied to RAM is let go of at once: at no time is more than a few units in memory twice.
     """
 
-    def __init__(self, tensors: list[Record], layout: Layout, origins: Origins) -> None:
+    def __init__(self, tensors: list[Held], layout: Layout, origins: Origins) -> None:
         self.records, self.layout, self.origins = tensors, layout, origins
         for record in tensors:
             for module, *_ in record.places.values() if record.away is None and not record.tensor.is_meta else ():
                 codec_of(record.tensor).collect(record.tensor, module)
-        self.weights: dict[Record, Weight] = {}  # the weight that each became first
-        self.left: dict[Record, torch.device] = {}  # the device that each has left for RAM
-        self.joined: dict[Record, Tensor] = {}  # what is the same as a weight of another streamer -> its own tensor
+        self.weights: dict[Held, Weight] = {}  # the weight that each became first
+        self.left: dict[Held, torch.device] = {}  # the device that each has left for RAM
+        self.joined: dict[Held, Tensor] = {}  # what is the same as a weight of another streamer -> its own tensor
         self.stayed: list[tuple[Tensor, Tensor]] = []  # a tensor of the model, and its data before
         self.filling: list[Future[None]] = []
         # Handles of an earlier streamer hold no data, so they can be kept.
@@ -249,7 +246,7 @@ class _Mover:
         self.handles: list[tuple[Place, Any]] = [(place, tensors_of(place)[place[1]]) for place in earlier]
 
     @contextmanager
-    def moved(self, travelling: Travelling, staying: list[tuple[Record, torch.device]]) -> Iterator[list[Unit]]:
+    def moved(self, travelling: Travelling, staying: list[tuple[Held, torch.device]]) -> Iterator[list[Unit]]:
         """A block in which what travels has been sent away, and what stays is on its device; an error undoes all."""
         try:
             units = self._send_away(travelling)
@@ -307,7 +304,7 @@ class _Mover:
             stored = written[join(weight.name, suffix)] if isinstance(data, Tensor) else data
             weight.parts[suffix] = _unplaced(stored, self.origins.source(stored.file, stored.pieces))
 
-    def _fill(self, unit: Unit, values: list[dict[str, Tensor]], inside: Iterable[Record]) -> None:
+    def _fill(self, unit: Unit, values: list[dict[str, Tensor]], inside: Iterable[Held]) -> None:
         """Give a unit its RAM, and let go of what the model held."""
         rest_in_ram(unit, values, self.layout.pins)
         values.clear()
@@ -318,7 +315,7 @@ class _Mover:
         for weight in unit.weights:
             put(weight.places, weight.template)
 
-    def _stay(self, record: Record, device: torch.device) -> None:
+    def _stay(self, record: Held, device: torch.device) -> None:
         """Move a tensor to the device where it stays."""
         value = new = self.origins.value(record)
         tensor = record.tensor if record.away is None else value
@@ -356,7 +353,7 @@ class _Mover:
             put([place], handle if served else settled(handle.weight, last=True))
 
 
-def _new_weight(record: Record, parts: Parts, places: list[Place]) -> Weight:
+def _new_weight(record: Held, parts: Parts, places: list[Place]) -> Weight:
     """A record's weight, in the dtype that its data have: a checkpoint's may be another than the model's."""
     forms = {suffix: _unplaced(part) for suffix, part in parts.items()}
     like = codec_of(record.tensor).template(record.tensor)
@@ -372,7 +369,7 @@ def _new_weight(record: Record, parts: Parts, places: list[Place]) -> Weight:
     return weight
 
 
-def _elsewhere(record: Record) -> Weight | None:
+def _elsewhere(record: Held) -> Weight | None:
     """The weight that a tensor is already, in modules that are served by another streamer and stay with it."""
     weights = known(record.tensor) if record.away is None else [record.away]
     return next((weight for weight in weights if has_handles(weight, record.places.values())), None)
@@ -383,16 +380,12 @@ def _elsewhere(record: Record) -> Weight | None:
 
 
 def stream_alone(
-    module: nn.Module,
-    device: torch.device,
-    given: Mapping[str, Tensor] | None,
-    offload_buffers: bool,
-    submodules: bool,
+    module: nn.Module, device: torch.device, given: Mapping[str, Tensor] | None, offload_buffers: bool, submodules: bool
 ) -> Streamer | None:
     """Send what a module holds (with `submodules`, what is in it) to RAM; None if that is nothing."""
     mover = _Mover(records(module), Layout({"": "cpu"}, str(device)), Origins(given=given or {}))
-    inside: dict[Record, list[str]] = {}
-    staying: list[tuple[Record, torch.device]] = []
+    inside: dict[Held, list[str]] = {}
+    staying: list[tuple[Held, torch.device]] = []
     for record in mover.records:
         if submodules or any(owner is module for owner, *_ in record.places.values()):
             if record.buffer and not (offload_buffers and record.persistent):

@@ -8,17 +8,18 @@ Leaves out: what is written into a weight, in place or through `data` (`offload/
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor, nn
 
+from ..meta.held import Place, held_by, put, tensors_of
 from ._torch import in_functional_call, stop_watching
 from .codec import PLAIN, codec_of
 from .handle import Away, take_notes
 from .outside import Outside, settled, take_news
-from .weights import Place, Unit, Weight
+from .weights import Unit, Weight
 
 if TYPE_CHECKING:
     from .stream import Streamer
@@ -182,27 +183,6 @@ def has_handles(weight: Weight, but: Iterable[Place]) -> bool:
         for same in (weight, *weight.aliases)
         for place in same.places
     )
-
-
-def tensors_of(place: Place) -> dict[str, Tensor | None]:
-    """The dict of a module in which a place lies."""
-    module, _, buffer = place
-    return module._buffers if buffer else module._parameters  # type: ignore[return-value]
-
-
-def put(places: Iterable[Place], tensor: Tensor) -> None:
-    """Make places refer to a tensor."""
-    for place in places:
-        tensors_of(place)[place[1]] = tensor
-
-
-def held_by(modules: Iterable[nn.Module]) -> Iterator[tuple[Place, Tensor]]:
-    """Every tensor that some modules themselves hold, with its place."""
-    for module in modules:
-        for tensors, buffer in ((module._parameters, False), (module._buffers, True)):
-            for own, tensor in tensors.items():
-                if tensor is not None:
-                    yield (module, own, buffer), tensor
 
 
 def moved(tensor: Tensor, device: torch.device) -> Tensor:

@@ -89,9 +89,7 @@ class Home:
 
     def state(self) -> tuple[Any, ...]:
         """The same with counts left out that only say how full a window is: before and after it is, steps differ."""
-        return tuple(
-            holder[name] >= holder["max_cache_len"] if name == _COUNT else holder[name] for holder, name in self._plain
-        )
+        return tuple(own[name] >= own["max_cache_len"] if name == _COUNT else own[name] for own, name in self._plain)
 
     def began(self, before: list[Any]) -> bool:
         """Whether a step was the first of a cache: that of a decoder computes what it asks its encoder for."""

@@ -32,7 +32,8 @@ from torch import Tensor
 
 from ..checkpoints.ring import Slab
 from ..maps.partition import spread
-from ._torch import detect_fake_mode, held_by_this_thread, is_traced, mark_lent, storage_id
+from ._torch import held_by_this_thread, is_traced, mark_lent, storage_id
+from ._torch import is_real_cuda as is_real_cuda
 from .escapes import count_holders, own_copies
 from .events import Event
 from .forks import STREAMERS
@@ -83,16 +84,9 @@ class Streamer:
     """
 
     def __init__(
-        self,
-        device: torch.device,
-        units: Sequence[Unit],
-        lane: PlainLane | None = None,
-        *,
-        count: int = 2,
-        prefetch: bool = True,
-        cache: int = 0,
-        name: str = "",
-    ) -> None:
+        self, device: torch.device, units: Sequence[Unit], lane: PlainLane | None = None, *, count: int = 2,
+        prefetch: bool = True, cache: int = 0, name: str = "",
+    ) -> None:  # fmt: skip
         self.device, self.units, self.count, self.prefetch = device, list(units), count, prefetch
         self.name = name or str(device)
         self.lane = lane or (CudaLane(device) if is_real_cuda(device) else PlainLane(device))
@@ -347,10 +341,7 @@ class Streamer:
         return slot
 
     def _own_slot(self, unit: Unit) -> Slot:
-        """The slot of a loose unit: it is lent while other units come and go, and must not keep one from them.
-
-        Where pages are lent every unit has one, without memory.
-        """
+        """The slot of a loose unit, which is lent while other units come and go; of every unit where pages are lent."""
         if (slot := self.own_slots.get(unit.index)) is None:
             slot = self.own_slots[unit.index] = self.lane.slot(0 if self.maps else unit.nbytes)
             slot.owner = unit
@@ -452,8 +443,3 @@ class Streamer:
         event = Event(kind, unit.name, unit.nbytes if kind == "fetch" else 0, unit.rests_in(), self.name, slot)
         for listener in self.listeners:
             listener(event)
-
-
-def is_real_cuda(device: torch.device) -> bool:
-    """Whether a device is a CUDA GPU that exists, not one of a dry run."""
-    return device.type == "cuda" and detect_fake_mode() is None

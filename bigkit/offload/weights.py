@@ -23,12 +23,12 @@ import torch
 from torch import Tensor, nn
 
 from ..checkpoints.ring import Slab
+from ..meta.held import Place
 from .codec import PLAIN, codec_of
 from .outside import Outside
 from .source import Source
 
 ALIGN = 512  # bytes; as PyTorch's allocator does, so that a kernel sees a travelling weight as it sees a resident one
-Place = tuple[nn.Module, str, bool]  # a module, a tensor's own name in it, whether it is a buffer
 
 
 @dataclass(eq=False)

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from ..checkpoints.ring import Slab
 from ..devices import Device
+from ._torch import is_real_cuda
 from .grouping import records
 from .hooks import ModelHook, add_hook_to_module, drop_hooks
 from .inputs import send_to_device, torch_device
-from .stream import is_real_cuda
 from .weights import ALIGN
 
 
@@ -28,9 +28,7 @@ class CpuOffload(ModelHook):
     """
 
     def __init__(
-        self,
-        execution_device: torch.device | Device | None = None,
-        prev_module_hook: UserCpuOffloadHook | None = None,
+        self, execution_device: torch.device | Device | None = None, prev_module_hook: UserCpuOffloadHook | None = None
     ) -> None:
         self.execution_device = torch_device("cuda" if execution_device is None else execution_device)
         self.previous = prev_module_hook

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from ..checkpoints.as_stored import AsStored, as_stored
-from ..checkpoints.format import Checkpoint, CheckpointError
+from ..checkpoints.format import Checkpoint, CheckpointError, Stored
 from ..checkpoints.load import load_matching, read_tensors
 from ..checkpoints.match import match
 from ..checkpoints.one_by_one import stream_rows, stream_tensors
@@ -125,13 +125,9 @@ def load_and_quantize_model(
             kinds = _check(model, config, targets, source)
             weights = iter(list(_weights_of_checkpoint(source, kinds, config, targets, stacks, places)))
             with _without_weights(model, (*targets, *stacks)):
+                rest, fp32 = Checkpoint.open(weights_location), config.keep_in_fp32_modules  # type: ignore[arg-type]
                 load_matching(
-                    model,
-                    Checkpoint.open(weights_location),  # type: ignore[arg-type]
-                    places.devices,
-                    offload_folder,
-                    config.torch_dtype,
-                    keep_in_fp32_modules=config.keep_in_fp32_modules,
+                    model, rest, places.devices, offload_folder, config.torch_dtype, keep_in_fp32_modules=fp32
                 )
         weights = chain([next(weights)], weights)  # the first one is made while the model is as it was
     with _refusing_to_run(model):
@@ -184,14 +180,11 @@ def _refuse_to_run(model: nn.Module, args: Any) -> None:
 
 
 def _device_map(
-    model: nn.Module,
-    config: BnbQuantizationConfig,
-    quantized: Iterable[str],
-    device_map: Mapping[str, Device] | str | None,
-    no_split: Iterable[str] | None,
+    model: nn.Module, config: BnbQuantizationConfig, quantized: Iterable[str],
+    device_map: Mapping[str, Device] | str | None, no_split: Iterable[str] | None,
     max_memory: Mapping[Device, int | str] | None,
     slots: int | None,
-) -> tuple[dict[str, Device], int | None]:
+) -> tuple[dict[str, Device], int | None]:  # fmt: skip
     """The map that is asked for, checked; by name, planned with the sizes that the weights will have. And its slots."""
     if device_map is None:
         device_map = {"": 0 if torch.cuda.is_available() else "cpu"}
@@ -204,16 +197,11 @@ def _device_map(
     fp32 = config.keep_in_fp32_modules or ()
     floats = [name for name, (tensor, _) in spec.tensors.items() if is_floating(tensor.dtype)]
     plan = place(
-        spec,
-        get_max_memory(max_memory),
-        device_map,
-        dtype=config.torch_dtype,
-        quantization=config.quantization,
-        keep=_kept(spec, quantized),
-        special_dtypes={name: "float32" for name in floats if is_named(name, fp32)},
+        spec, get_max_memory(max_memory), device_map, dtype=config.torch_dtype, quantization=config.quantization,
+        keep=_kept(spec, quantized), special_dtypes={name: "float32" for name in floats if is_named(name, fp32)},
         no_split=no_split,
         slots=slots,
-    )
+    )  # fmt: skip
     return plan.device_map, plan.slots or slots
 
 
@@ -233,11 +221,9 @@ class _Places:
     """
 
     def __init__(
-        self,
-        device_map: Mapping[str, Device],
-        stand_in: Mapping[Device, torch.device | str] | None,
+        self, device_map: Mapping[str, Device], stand_in: Mapping[Device, torch.device | str] | None,
         folder: str | os.PathLike[str] | None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         real = {read_device(device): read_device(other) for device, other in (stand_in or {}).items()}
         main = next((device for device in device_map.values() if device not in _AWAY), "cpu")
         self.devices = {name: real.get(device, device) for name, device in device_map.items()}
@@ -267,10 +253,7 @@ class _Places:
             weight = put_together(weight, {part: tensor.to(memory) for part, tensor in take_apart(weight).items()})
         if self.rests(name) != "disk":
             return weight
-        parts = take_apart(weight)
-        forms = {part: Form(tuple(tensor.shape), tensor.dtype) for part, tensor in parts.items()}
-        assert self.folder is not None, "need_folder was called"
-        file, ranges = write_file(self.folder, forms, parts.__getitem__)
+        file, ranges = self._write(take_apart(weight))
         template = skeleton(weight)
         record_resting_place(template, ranges, file)
         return template
@@ -279,21 +262,23 @@ class _Places:
         """Bring the tensors of a quantized stack, which are in its `memory`, to where it rests."""
         if self.rests(name) != "disk":
             return parts
-        forms = {suffix: Form(tuple(part.shape), part.dtype) for suffix, part in parts.items()}
-        assert self.folder is not None, "need_folder was called"
-        file, ranges = write_file(self.folder, forms, lambda suffix: parts[suffix].data)
+        file, ranges = self._write(parts)
         empty = {suffix: nn.Parameter(part.to("meta"), requires_grad=False) for suffix, part in parts.items()}
         for suffix, part in empty.items():
             record_resting_place(part, {"": ranges[suffix]}, file)
         return empty
 
+    def _write(self, parts: Mapping[str, Tensor]) -> tuple[Any, Mapping[str, Stored]]:
+        """Write the tensors of a weight to a new file."""
+        assert self.folder is not None, "need_folder was called"
+        forms = {suffix: Form(tuple(part.shape), part.dtype) for suffix, part in parts.items()}
+        return write_file(self.folder, forms, lambda suffix: parts[suffix].data)
+
 
 def _quantize(
-    tensors: Iterable[tuple[str, Tensor]],
-    config: BnbQuantizationConfig,
-    targets: Mapping[str, nn.Module],
+    tensors: Iterable[tuple[str, Tensor]], config: BnbQuantizationConfig, targets: Mapping[str, nn.Module],
     places: _Places,
-) -> Iterator[tuple[str, nn.Parameter]]:
+) -> Iterator[tuple[str, nn.Parameter]]:  # fmt: skip
     """Weights, quantized as they come and put where they rest; each is let go before the next one comes."""
     for name, tensor in tensors:
         weight = tensor.to(config.torch_dtype)
@@ -340,13 +325,9 @@ def _check(
 
 
 def _weights_of_checkpoint(
-    source: Checkpoint,
-    kinds: Mapping[str, str | None],
-    config: BnbQuantizationConfig,
-    targets: Mapping[str, nn.Module],
-    stacks: Iterable[str],
-    places: _Places,
-) -> Iterator[tuple[str, Any]]:
+    source: Checkpoint, kinds: Mapping[str, str | None], config: BnbQuantizationConfig,
+    targets: Mapping[str, nn.Module], stacks: Iterable[str], places: _Places,
+) -> Iterator[tuple[str, Any]]:  # fmt: skip
     """Name -> quantized weight, where it rests: those that are stored so, and the others quantized as they are read."""
     places.need_folder(stacks)
     plain: dict[torch.device, list[str]] = {}
@@ -397,12 +378,9 @@ def _without_weights(model: nn.Module, names: Iterable[str]) -> Iterator[None]:
 
 
 def _weights_of_model(
-    model: nn.Module,
-    config: BnbQuantizationConfig,
-    targets: Mapping[str, nn.Module],
-    stacks: Iterable[str],
+    model: nn.Module, config: BnbQuantizationConfig, targets: Mapping[str, nn.Module], stacks: Iterable[str],
     places: _Places,
-) -> Iterator[tuple[str, Any]]:
+) -> Iterator[tuple[str, Any]]:  # fmt: skip
     """Name -> quantized weight, where it rests: all checked at once, and made one after another.
 
     Those for disk are written at once. They take no memory, and a full disk then leaves the model as it was.

@@ -21,11 +21,9 @@ from .config import BnbQuantizationConfig
 
 
 def replace_with_bnb_layers(
-    model: nn.Module,
-    bnb_quantization_config: BnbQuantizationConfig,
-    modules_to_not_convert: Iterable[str] | None = None,
-    current_key_name: Iterable[str] | None = None,
-) -> nn.Module:
+    model: nn.Module, bnb_quantization_config: BnbQuantizationConfig,
+    modules_to_not_convert: Iterable[str] | None = None, current_key_name: Iterable[str] | None = None,
+) -> nn.Module:  # fmt: skip
     """Put bitsandbytes' layers in the place of linear ones, in the model itself.
 
     They take over the weights as they are. bitsandbytes quantizes a weight when it is moved to a device, the CPU
@@ -117,11 +115,6 @@ def _carry_over(module: nn.Module, layer: nn.Module) -> None:
     layer._non_persistent_buffers_set |= module._non_persistent_buffers_set
 
 
-def _is_conv1d(module: nn.Module) -> bool:
-    """Whether it is the transposed linear layer of Transformers' GPT-2."""
-    return type(module).__name__ == "Conv1D" and type(module).__module__.startswith("transformers.")
-
-
 def cast(model: nn.Module, config: BnbQuantizationConfig) -> None:
     """Bring what is not quantized to its dtype: that of the config, or float32 where the config or a class needs it."""
     facts = modules_to_keep(model)
@@ -134,7 +127,8 @@ def cast(model: nn.Module, config: BnbQuantizationConfig) -> None:
 
 def rows(module: nn.Module, weight: Tensor) -> Tensor:
     """A layer's weight, of whatever class the layer is, as (out, in)."""
-    return weight.T if _is_conv1d(module) else weight
+    is_conv1d = type(module).__name__ == "Conv1D" and type(module).__module__.startswith("transformers.")
+    return weight.T if is_conv1d else weight  # GPT-2's layer is transposed
 
 
 def empty_layer_for(module: nn.Module, config: BnbQuantizationConfig) -> nn.Module:

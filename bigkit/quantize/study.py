@@ -142,17 +142,13 @@ def study(sample: Sample, scheme: Scheme) -> Study:
         output = F.linear(x, rounded)
         values = codes.quant_state.code  # type: ignore[attr-defined]
     return Study(
-        layer=sample.name,
-        scheme=scheme,
-        shape=(weight.shape[0], weight.shape[1]),
+        layer=sample.name, scheme=scheme, shape=(weight.shape[0], weight.shape[1]),
         counts=tuple((weight / scale.clamp(min=1e-30)).clamp(-1, 1).histc(BINS, -1, 1).int().tolist()),
-        codes=tuple(values.unique().tolist()),
-        nbytes=nbytes(codes),
-        weight_error=_error(rounded, weight),
+        codes=tuple(values.unique().tolist()), nbytes=nbytes(codes), weight_error=_error(rounded, weight),
         output_error=_error(output, sample.outputs),
         outliers=int((x.abs() >= scheme.threshold).any(0).sum()) if scheme.threshold else 0,
         features=tuple(x.abs().amax(0).tolist()),
-    )
+    )  # fmt: skip
 
 
 def _error(actual: Tensor, expected: Tensor) -> float:

@@ -13,8 +13,8 @@ from ..model.attention import KV_DTYPES, kv_dtype_name
 from ..units import dtype_name
 
 TOKENS = (128, 192, *(n << i for i in range(12) for n in (256, 384)), 2**20)  # 128 .. 1,048,576, two steps an octave
-AS_STORED = "as stored"  # in a menu; a Dropdown shows an option that stands for None as a blank
-AS_COMPUTED = "as computed"  # in the menu of the cache
+# In menus; a Dropdown shows an option that stands for None as a blank.
+AS_STORED, AS_COMPUTED, NONE = "as stored", "as computed", "none"
 DTYPES = (AS_STORED, "float32", "float16", "bfloat16", "float8_e4m3fn")
 
 
@@ -173,17 +173,20 @@ def dtype_menu(dtype: object) -> widgets.Dropdown:
     return menu("Dtype", DTYPES, AS_STORED if dtype is None else dtype_name(dtype))
 
 
-def chosen_dtype(control: widgets.Dropdown) -> str | None:
-    """The dtype that such a menu shows."""
-    return None if control.value == AS_STORED else control.value
-
-
 def cache_menu(kv_dtype: object) -> widgets.Dropdown:
     """A menu of dtypes for keys and values in the cache; None is "as computed"."""
     tip = "The dtype in which keys and values are kept; as computed: that of the model"
     return menu("KV cache", (AS_COMPUTED, *KV_DTYPES), kv_dtype_name(kv_dtype) or AS_COMPUTED, tip)
 
 
-def chosen_cache(control: widgets.Dropdown) -> str | None:
-    """The dtype that such a menu shows."""
-    return None if control.value == AS_COMPUTED else control.value
+def chosen(control: widgets.Dropdown) -> str | None:
+    """What such a menu shows."""
+    return None if control.value in (AS_STORED, AS_COMPUTED, NONE) else control.value
+
+
+def player(first: int, last: int, interval: int, description: str) -> tuple[widgets.Play, Number]:
+    """A button that plays, a step every `interval` ms, and the slider that it turns."""
+    play = widgets.Play(value=first, min=first, max=last, interval=interval, layout=widgets.Layout(width="auto"))
+    step = field(widgets.IntSlider, description, first, min=first, max=last)
+    widgets.jslink((play, "value"), (step.slider, "value"))
+    return play, step

@@ -22,7 +22,7 @@ from ..machine.ledger import calibration_of
 from ..maps.plan import Plan
 from ..measure.record import Measurement, measure, obstacle
 from ..units import GiB, format_bytes, format_seconds
-from ._controls import chosen_dtype, dtype_menu, field, menu, slider
+from ._controls import chosen, dtype_menu, field, menu, slider
 from ._explorer import Explorer
 from ._html import pill, preformatted, short
 
@@ -144,7 +144,7 @@ class DryRunExplorer(Explorer):
     def compute(self) -> Rehearsal:
         """Plan for the machine and the load, and rehearse the plan."""
         name, machine = self.model.value.strip(), self.hardware
-        dtype = chosen_dtype(self.dtype)
+        dtype = chosen(self.dtype)
         batch, prompt, new = self.batch.value, self.prompt.value, self.new.value
         places = plan(self.spec(), hardware=machine, dtype=dtype, batch=batch, context=prompt + new, strict=False)
         key = (name, dtype, tuple(places.device_map.items()), batch, prompt, new, machine)
@@ -159,7 +159,6 @@ class DryRunExplorer(Explorer):
         return Rehearsal(places, self._runs[key], key)
 
     def show(self, rehearsal: Rehearsal) -> None:
-        """Show the run, and what was measured of it."""
         plan, run, _ = rehearsal
         fullest = max(run.timelines.values(), key=lambda line: line.peak_reserved / (line.capacity or 2**62))
         of = f" of {format_bytes(fullest.capacity)}" if fullest.capacity else ""
@@ -205,7 +204,6 @@ class DryRunExplorer(Explorer):
         self.working.value = ""
 
     def to_code(self) -> str:
-        """Python that rehearses the same run."""
         plan, run, _ = self.shown
         load = run.load
         gpu = "Hardware.detect().gpus[0]" if self.gpu.value == HERE else f"GPUS[{self.gpu.value!r}]"
@@ -223,12 +221,10 @@ class DryRunExplorer(Explorer):
         )
 
     def content(self) -> dict[str, Any]:
-        """The figures of the run, as plain data."""
         content: dict[str, Any] = json.loads(self.shown.run.to_json())
         return content
 
     def differences(self, old: Rehearsal, new: Rehearsal) -> list[str]:
-        """How two runs differ, in sentences."""
         return dryrun_differences(old.run, new.run)
 
     def summary(self, rehearsal: Rehearsal) -> list[str]:

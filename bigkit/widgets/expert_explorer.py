@@ -20,7 +20,7 @@ from ..machine.roofline import Rates
 from ..machine.routing import POLICIES, Routing
 from ..units import GB, format_bytes, format_seconds, three_figures
 from ..zoo import catalog
-from ._controls import AS_STORED, chosen_dtype, dtype_menu, field, menu
+from ._controls import AS_STORED, chosen, dtype_menu, field, menu, player
 from ._explorer import Explorer
 from ._html import pill, short
 
@@ -83,10 +83,8 @@ class ExpertExplorer(Explorer):
     ) -> None:
         self.routing = Routing.of(ROUTING if routing is None else routing)
         start = PRESETS.get(preset) or next(iter(PRESETS.values()))
-        last, rates = self.routing.tokens, {"min": 0.01, "max": 100_000, "step": 1}
-        play = widgets.Play(value=1, min=1, max=last, interval=400, layout=widgets.Layout(width="auto"))
-        token = field(widgets.IntSlider, "Token", 1, min=1, max=last)
-        widgets.jslink((play, "value"), (token.slider, "value"))
+        rates = {"min": 0.01, "max": 100_000, "step": 1}
+        play, token = player(1, self.routing.tokens, 400, "Token")
         super().__init__(
             {
                 "Play, or step with the arrow keys": {"play": play, "token": token},
@@ -122,23 +120,18 @@ class ExpertExplorer(Explorer):
 
     def compute(self) -> Scene:
         """Ask each policy, and find a token's time."""
-        mixture = Mixture.of(self.spec(), chosen_dtype(self.dtype))
+        mixture = Mixture.of(self.spec(), chosen(self.dtype))
         times = {policy: token_time(mixture, self.routing, policy, self.slots, **self._rates) for policy in POLICIES}
         return Scene(self.routing, self.token.value - 1, self.policy.value, self.slots, mixture, times)
 
     def show(self, scene: Scene) -> None:
-        """Show the moment, and what a token waits for."""
         mixture, time = scene.mixture, scene.times[scene.policy]
         gpu, moving = time.waits["GPU"], time.seconds - time.waits["GPU"]
         where = "disk and link" if "disk" in time.waits else "the link"
-        facts = (
-            f"Of the chosen experts {100 * time.hit_rate:.0f} % are in the cache; {format_bytes(time.travels, 'si')} "
-        )
-        facts += (
-            f"travel for a token, which keeps {where} for {format_seconds(moving)} of {format_seconds(time.seconds)}. "
-        )
-        facts += f"On the GPU: {format_bytes(time.cache, 'si')} of experts and {format_bytes(mixture.resident, 'si')} "
-        facts += "of all else."
+        travels, cache, rest = (format_bytes(size, "si") for size in (time.travels, time.cache, mixture.resident))
+        facts = f"Of the chosen experts {100 * time.hit_rate:.0f} % are in the cache; {travels} travel for a token, "
+        facts += f"which keeps {where} for {format_seconds(moving)} of {format_seconds(time.seconds)}. "
+        facts += f"On the GPU: {cache} of experts and {rest} of all else."
         news = "good" if moving <= gpu else "slow" if moving <= 20 * gpu else "bad"
         verdict = pill(news, f"{three_figures(1 / time.seconds)} tokens a second.", facts)
         if mixture.model != scene.routing.model:
@@ -155,7 +148,6 @@ class ExpertExplorer(Explorer):
             self.token.value = int(key.removeprefix("token:"))
 
     def to_code(self) -> str:
-        """Python that gives the same time of a token."""
         scene = self.shown
         shipped = scene.routing == Routing.load(ROUTING)
         path = 'PYMOE / "routing.json"' if shipped else '"routing.json"'
@@ -164,13 +156,12 @@ class ExpertExplorer(Explorer):
             "from bigkit import describe\nfrom bigkit.machine.mixture import Mixture, token_time\n"
             f"from bigkit.machine.routing import Routing\n{'from bigkit.zoo.gpt import PYMOE' * shipped}\n\n"
             f"routing = Routing.load({path}){'' if shipped else '  # save yours there: routing.save(...)'}\n"
-            f"mixture = Mixture.of(describe({self.model.value.strip()!r}), {chosen_dtype(self.dtype)!r})\n"
+            f"mixture = Mixture.of(describe({self.model.value.strip()!r}), {chosen(self.dtype)!r})\n"
             f"found = token_time(mixture, routing, {scene.policy!r}, {scene.slots}, {rates})\n"
             "1 / found.seconds, found.waits\n"
         )
 
     def content(self) -> dict[str, Any]:
-        """What is shown, as plain data."""
         scene = self.shown
         mixture, few = scene.mixture, scene.routing.experts
         return {

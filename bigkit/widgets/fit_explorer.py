@@ -16,7 +16,7 @@ from ..machine.hardware import GPUS, HARDWARE, UNIFIED, Hardware, machine_of, va
 from ..maps.advise import TARGETS, Advice, advise
 from ..model.estimate import load_text
 from ..units import GiB, MiB, format_bytes
-from ._controls import cache_menu, chosen_cache, field, menu, token_slider
+from ._controls import cache_menu, chosen, field, menu, token_slider
 from ._explorer import Explorer
 from ._html import pill, preformatted, short
 
@@ -147,12 +147,10 @@ class FitExplorer(Explorer):
                 self.memory.value = _figures(variant(base, ram=_bytes(self.ram.value, [base.ram])))["memory"]
 
     def compute(self) -> Advice:
-        """Rank the ways for the model and the machine."""
         load = self.batch.value, self.context.value
-        return advise(self.spec(), self.machine, *load, self.target.value, kv_dtype=chosen_cache(self.kv_dtype))
+        return advise(self.spec(), self.machine, *load, self.target.value, kv_dtype=chosen(self.kv_dtype))
 
     def show(self, advice: Advice) -> None:
-        """Show the advice."""
         best = advice.best
         news = "bad" if best is None else "slow" if best.plan.offloaded else "good"
         facts = [best.reason] if best else advice.cures[:1]
@@ -160,7 +158,6 @@ class FitExplorer(Explorer):
         self.put(verdict, advice_figure(advice), advice.explain())
 
     def to_code(self) -> str:
-        """Python that gives the same advice, and the device map of its best option."""
         advice = self.shown
         cache = f", kv_dtype={advice.kv_dtype!r}" if advice.kv_dtype else ""
         where = "" if advice.hardware.startswith("this machine") else f", {advice.hardware!r}"

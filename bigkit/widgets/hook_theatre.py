@@ -26,7 +26,7 @@ from ..machine.ways import play
 from ..maps.partition import spread
 from ..offload.observe import Observation, observe
 from ..units import GB, counted, format_bytes, format_seconds
-from ._controls import field
+from ._controls import field, player
 from ._explorer import LONGEST_REPR, Explorer
 from ._html import map_table, pill, preformatted, short
 
@@ -101,12 +101,10 @@ class HookTheatre(Explorer):
         blocks = {"min": 0, "max": BLOCKS}
         rates = {"min": 0.1, "max": 10_000, "step": 1}
         modes = widgets.ToggleButtons(options=[ONE_BY_ONE, PREFETCH], value=mode, style={"button_width": "110px"})
-        play = widgets.Play(value=0, min=0, max=1, interval=700, layout=widgets.Layout(width="auto"))
-        step = field(widgets.IntSlider, "Step", 0, min=0, max=1).add_class("bigkit-step-slider")
-        widgets.jslink((play, "value"), (step.slider, "value"))
+        play, step = player(0, 1, 700, "Step")
         super().__init__(
             {
-                "Play, or step with the arrow keys": {"play": play, "step": step},
+                "Play, or step with the arrow keys": {"play": play, "step": step.add_class("bigkit-step-slider")},
                 "How weights are brought": {
                     "mode": modes.add_class("bigkit-mode"),
                     "slots": field(widgets.IntSlider, "Slots", slots, min=1, max=4),
@@ -182,7 +180,6 @@ class HookTheatre(Explorer):
         return Performance(recording, shown, charts)
 
     def show(self, performance: Performance) -> None:
-        """Show the step."""
         recording, shown, charts = performance
         with self.together():
             last = len(shown.frames) - 1
@@ -217,7 +214,6 @@ class HookTheatre(Explorer):
     # -- code and export
 
     def to_code(self) -> str:
-        """Python that runs the model the same way, and gives the same schedule."""
         shown = self.shown.schedule
         places = "\n".join(f"    {name!r}: {device!r}," for name, device in self.device_map.items())
         return (

@@ -19,18 +19,17 @@ from ..draw.plan import moved, plan_differences, plan_figure, plan_text, plan_ve
 from ..machine.hardware import HARDWARE, Hardware, machine_of
 from ..machine.ledger import overhead_of
 from ..machine.network import NETWORKS
-from ..maps.advise import predict
 from ..maps.hosts import HostsPlan, plan_hosts, read_hosts
 from ..maps.plan import Plan, PlanError
+from ..maps.predict import predict
 from ..maps.strategies import STRATEGIES, place
 from ..maps.task import read_budgets
 from ..model.spec import QUANTIZATIONS
 from ..units import GiB, MiB, counted, format_bytes, listed, parse_bytes, three_figures
-from ._controls import cache_menu, chosen_cache, chosen_dtype, dtype_menu, field, menu, token_slider
+from ._controls import NONE, cache_menu, chosen, dtype_menu, field, menu, token_slider
 from ._explorer import Explorer, _button
 from ._html import device_table, map_table, pill, preformatted, short
 
-NONE = "none"  # in a menu, as AS_STORED is
 CUSTOM = "custom"  # in the menu of strategies: the map that was dragged
 MOST_GPUS = 16
 STEP, FINE = 0.25, 1 / 256  # GiB: of the GPU sliders, and of those for budgets below 2 GiB
@@ -152,19 +151,11 @@ class PlanExplorer(Explorer):
                     "ram": field(widgets.BoundedFloatText, "RAM, GiB", start["ram"], min=0, max=2**15, step=1),
                     "disk": field(widgets.BoundedFloatText, "Disk, GiB", start["disk"], min=0, max=2**20, step=1),
                     "overhead": field(
-                        widgets.BoundedFloatText,
-                        "CUDA, MiB",
-                        start["overhead"],
-                        min=0,
-                        max=2**14,
-                        step=1,
+                        widgets.BoundedFloatText, "CUDA, MiB", start["overhead"], min=0, max=2**14, step=1,
                         tip="What the CUDA context and the allocator take on each GPU",
-                    ),  # fmt: skip
+                    ),
                     "hosts": field(
-                        widgets.Text,
-                        "Hosts",
-                        hosts,
-                        placeholder="4090 | 2 x L4, or 2 hosts",
+                        widgets.Text, "Hosts", hosts, placeholder="4090 | 2 x L4, or 2 hosts",
                         tip="Machines that share the model, a process on each",
                     ),
                     "network": menu("Network", [*NETWORKS], network, "The line between hosts"),
@@ -181,7 +172,7 @@ class PlanExplorer(Explorer):
                 "Why each boundary stands where it does": lambda: preformatted(self.shown.explain(), wrap=True),
                 "Device map": lambda: map_table(self.device_map),
             },
-        )
+        )  # fmt: skip
         self.count.observe(self._take_count, "value")
         self._start += [(slider, slider.value) for slider in self._sliders]
         self._turned.remove("strategy")  # after what it is a strategy for
@@ -306,7 +297,6 @@ class PlanExplorer(Explorer):
         return device_table(share_text(self.shown, share.device), share, rows)
 
     def differences(self, old: Plan | HostsPlan, new: Plan | HostsPlan) -> list[str]:
-        """How two plans differ, in sentences."""
         if isinstance(old, Plan) and isinstance(new, Plan):
             return plan_differences(old, new)
         if isinstance(old, HostsPlan) and isinstance(new, HostsPlan):
@@ -330,10 +320,8 @@ class PlanExplorer(Explorer):
     def _asked(self) -> dict[str, Any]:
         """How weights are stored, and the load, as `plan` takes them."""
         return {
-            "dtype": chosen_dtype(self.dtype),
-            "quantization": None if self.quantization.value == NONE else self.quantization.value,
-            "batch": self.batch.value, "context": self.context.value,
-            "kv_dtype": chosen_cache(self.kv_dtype),
+            "dtype": chosen(self.dtype), "quantization": chosen(self.quantization), "batch": self.batch.value,
+            "context": self.context.value, "kv_dtype": chosen(self.kv_dtype),
         }  # fmt: skip
 
     def _host(self) -> Hardware:
@@ -383,7 +371,6 @@ class PlanExplorer(Explorer):
         self.put(pill("slow" if away else "good", headline, text), hosts_figure(plan), hosts_text(plan))
 
     def show(self, plan: Plan | HostsPlan) -> None:
-        """Show the plan."""
         if isinstance(plan, HostsPlan):
             return self._show_hosts(plan)
         news = "bad" if not plan.feasible else "slow" if plan.offloaded else "good"
@@ -401,7 +388,6 @@ class PlanExplorer(Explorer):
             self.verdict.value = pill(news, headline, f"{sentences} {self._cure(plan)}")
 
     def to_code(self) -> str:
-        """Python that makes this plan again."""
         return str(self.shown.to_code())
 
     def summary(self, plan: Plan | HostsPlan) -> list[str]:

@@ -88,13 +88,11 @@ class QuantizationLab(Explorer):
         return Scheme(self.kind.value, self.blocksize.value, self.double.value, self.threshold.value)
 
     def compute(self) -> Studies:
-        """Quantize all layers."""
         studies, layer = _studies(_acting(self.scheme)), self.layer.value
         names = [name for name in studies if name != PLANTED or layer == PLANTED]
         return Studies(studies[layer], {name: studies[name].output_error for name in names})
 
     def show(self, studies: Studies) -> None:
-        """Show the layer that is chosen."""
         study, errors = studies
         whole = format_bytes(2 * study.shape[0] * study.shape[1])
         facts = f"{format_bytes(study.nbytes)} instead of {whole} in bfloat16. Its weights move by "
@@ -119,7 +117,6 @@ class QuantizationLab(Explorer):
         return {kind: _perplexity(kind) for kind in kinds}
 
     def to_code(self) -> str:
-        """Python that makes this study again."""
         layer = self.shown.study.layer
         sample = "sample = planted()\n"
         if layer != PLANTED:
@@ -134,7 +131,6 @@ class QuantizationLab(Explorer):
         )
 
     def content(self) -> dict[str, Any]:
-        """The study as plain data, with the output error of every layer."""
         return {**self.shown.study.to_dict(), "output_errors": self.errors}
 
     def _perplexity_pane(self) -> str:

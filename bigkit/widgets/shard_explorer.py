@@ -13,7 +13,7 @@ from ..api import Source
 from ..checkpoints.shards import Cut, cut_model, read_limit
 from ..draw.shards import shards_figure, shards_text
 from ..units import counted, format_bytes
-from ._controls import AS_STORED, chosen_dtype, dtype_menu, field, slider
+from ._controls import AS_STORED, chosen, dtype_menu, field, slider
 from ._explorer import Explorer
 from ._html import pill, preformatted, short
 
@@ -46,13 +46,9 @@ class ShardExplorer(Explorer):
     missing = "no model yet"
 
     def __init__(
-        self,
-        model: Source = "pygpt",
-        max_shard_size: int | str = "5MB",
-        *,
-        dtype: str | None = "bfloat16",
+        self, model: Source = "pygpt", max_shard_size: int | str = "5MB", *, dtype: str | None = "bfloat16",
         find: str = "",
-    ) -> None:
+    ) -> None:  # fmt: skip
         self._settings: tuple[str, str | None] = ("", None)  # model and dtype of `cut`
         limit = read_limit(max_shard_size)
         limits = [(_size(size), size) for size in sorted({*LIMITS, limit})]
@@ -76,14 +72,12 @@ class ShardExplorer(Explorer):
         return self.shown.find(part) if part else {}
 
     def compute(self) -> Cut:
-        """Cut the model that is named."""
-        dtype = chosen_dtype(self.dtype)
+        dtype = chosen(self.dtype)
         cut = cut_model(self.spec(), self.limit.value, dtype)
         self._settings = (self.model.value.strip(), dtype)
         return cut
 
     def show(self, cut: Cut) -> None:
-        """Show the cut."""
         part, matches = self.find.value.strip(), self.found
         files = set(matches.values())
         facts = [f"{format_bytes(cut.bytes, 'si')} in all, the largest {format_bytes(max(cut.sizes.values()), 'si')}."]
@@ -99,7 +93,6 @@ class ShardExplorer(Explorer):
         self.put(verdict, shards_figure(cut, part), shards_text(cut, part))
 
     def to_code(self) -> str:
-        """Python that cuts the same way, without weights and with them."""
         cut, (name, dtype) = self.shown, self._settings
         limit = repr(format_bytes(cut.limit, "exact"))
         return (

@@ -69,18 +69,15 @@ class SplitExplorer(Explorer):
     split = property(lambda self: self.shown)
 
     def compute(self) -> Shares:
-        """Split as the controls say."""
         return Shares(self.items.value, self.processes.value, self.padding.value)
 
     def show(self, split: Shares) -> None:
-        """Show the split."""
         turns = split.rounds * split.processes
         used = f"{100 * split.items / turns:.0f} %" if turns else "none"
         facts = [f"{split.speedup:.2f} times as fast as one process; {used} of the turns are used."]
         if split.padded:
-            facts.append(
-                f"{split.padded} of {len(split.gathered)} results are repeats, which gather_for_results drops."
-            )
+            count = len(split.gathered)
+            facts.append(f"{split.padded} of {count} results are repeats, which gather_for_results drops.")
         if empty := sum(not part for part in split.parts):
             facts.append(f"{empty} of {split.processes} processes have nothing to do.")
         news = "good" if turns == split.items else "slow"
@@ -88,7 +85,6 @@ class SplitExplorer(Explorer):
         self.put(verdict, shares_figure(split), shares_text(split), wrap=True)
 
     def to_code(self) -> str:
-        """Python that splits the same way, with real processes."""
         split = self.shown
         return (
             "from bigkit import PartialState, gather_for_results, notebook_launcher\n\n\n"
@@ -101,7 +97,6 @@ class SplitExplorer(Explorer):
         )
 
     def content(self) -> dict[str, Any]:
-        """The split as plain data: who gets which positions."""
         split = self.shown
         return {
             "items": split.items, "processes": split.processes, "apply_padding": split.padding,

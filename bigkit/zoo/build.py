@@ -55,11 +55,7 @@ def knows(config: Mapping[str, Any]) -> bool:
 
 
 def build(
-    config: Mapping[str, Any],
-    *,
-    base: bool = False,
-    dtype: object = "float32",
-    remote: Mapping[str, Any] | None = None,
+    config: Mapping[str, Any], *, base: bool = False, dtype: object = "float32", remote: Mapping[str, Any] | None = None
 ) -> nn.Module:
     """An empty model: parameters on the meta device, buffers real.
 

@@ -97,12 +97,9 @@ def _spec(name: str, keys: Mapping[str, Any], tensors: Mapping[str, GgufTensor])
     }
     facts = {key: value for key, value in facts.items() if value}
     return replace(
-        spec,
-        root=_not_linear(spec.root, {}),
-        attention=tuple(_attention(named, about)),
-        facts={**facts, "has_head": "output.weight" in named},
-        library="gguf",
-    )
+        spec, root=_not_linear(spec.root, {}), attention=tuple(_attention(named, about)),
+        facts={**facts, "has_head": "output.weight" in named}, library="gguf",
+    )  # fmt: skip
 
 
 def _attention(named: Mapping[str, TensorSpec], about: Any) -> list[Attention]:

@@ -247,16 +247,10 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def generate(
-        self,
-        idx: Tensor,
-        max_new_tokens: int,
-        temperature: float = 1.0,
-        do_sample: bool = False,
-        top_k: int | None = None,
-        use_cache: bool = True,
-        assistant_model: GPT | None = None,
+        self, idx: Tensor, max_new_tokens: int, temperature: float = 1.0, do_sample: bool = False,
+        top_k: int | None = None, use_cache: bool = True, assistant_model: GPT | None = None,
         prompt_lookup_num_tokens: int | None = None,
-    ) -> Tensor:
+    ) -> Tensor:  # fmt: skip
         """Continue each row of `idx` by `max_new_tokens` tokens.
 
         Positions are learned, so once the text outgrows block_size the window slides and each step is a full forward

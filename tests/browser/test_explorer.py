@@ -319,7 +319,7 @@ def test_a_rehearsal_says_that_it_works_and_then_what_it_found(course: Course, s
 
     explorer, page = course.explorer("run"), course.page
     verdict, picture = explorer.locator(".bigkit-verdict"), explorer.locator(".bigkit-picture svg[role=img]")
-    expect(verdict).to_contain_text("It fits. At most")
+    expect(verdict).to_contain_text("It fits. At its peak")
     explorer.locator(".bigkit-working").evaluate(  # what is shown for less than a second is seen too
         "at => { window.said = []; new MutationObserver(() => window.said.push(at.textContent))"
         ".observe(at, {childList: true, subtree: true, characterData: true}) }"
@@ -328,7 +328,7 @@ def test_a_rehearsal_says_that_it_works_and_then_what_it_found(course: Course, s
     batch.fill("2")
     batch.press("Enter")
     expect(picture).to_contain_text("2 x 64 tokens", timeout=60_000)
-    expect(verdict).to_contain_text("It fits. At most")
+    expect(verdict).to_contain_text("It fits. At its peak")
     assert any("Rehearsing gpt2" in words for words in page.evaluate("window.said"))
     measure = explorer.locator("button", has_text="Measure")
     if "no CUDA GPU here" in measure.inner_text():

@@ -10,7 +10,7 @@ from bigkit import HARDWARE, describe, plan
 from bigkit.draw.canvas import WIDTH, Text
 from bigkit.draw.diagrams import Block, Diagram, figures
 from bigkit.machine.roofline import Rates
-from bigkit.maps.advise import ASSUMED
+from bigkit.maps.predict import ASSUMED
 
 FIGURES = figures()
 

@@ -22,9 +22,8 @@ from bigkit.checkpoints.save import save_model
 from bigkit.devices import join
 from bigkit.dryrun.fake_gpu import fake_gpus
 from bigkit.dryrun.workload import fill
-from bigkit.meta.skeleton import tied_groups
+from bigkit.meta.skeleton import own_tensors, tied_groups
 from bigkit.offload.dispatch import dispatch_model
-from bigkit.offload.grouping import own_tensors
 from bigkit.offload.hooks import remove_hook_from_module
 from bigkit.offload.load_and_dispatch import load_checkpoint_and_dispatch
 from tests.fuzz.modules import Reads, Recipe, Stop, Stops, build, random_root

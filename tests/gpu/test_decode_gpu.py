@@ -1,6 +1,7 @@
 """Decode steps as CUDA graphs, a cache that rests in pinned RAM, and drafts: tokens and logits of the plain ways."""
 
 import gc
+import random
 
 import pytest
 import torch
@@ -85,13 +86,20 @@ def test_half_of_the_blocks_and_all_of_a_model_in_ram():
 
 
 @pytest.mark.parametrize("sequences, mode", [(1, torch.inference_mode), (3, torch.no_grad)])
-@pytest.mark.parametrize("main", [0, [0, 1]])
-def test_mlps_that_the_cpu_computes(main, sequences, mode):
+def test_mlps_that_the_cpu_computes(sequences, mode):
+    mlps_that_the_cpu_computes(0, sequences, mode)
+
+
+@pytest.mark.parametrize("sequences, mode", [(1, torch.inference_mode), (3, torch.no_grad)])
+def test_mlps_that_the_cpu_computes_beside_several_links(gpus, sequences, mode):
+    mlps_that_the_cpu_computes(range(gpus), sequences, mode)
+
+
+def mlps_that_the_cpu_computes(main, sequences, mode):
     """A graph calls the host for them: the tokens, and logits, of a step in Python."""
-    if torch.cuda.device_count() < 2 and main:
-        pytest.skip("one GPU")
+    blocks = 5 if main == 0 else 2 * len(main) + 1
     mlps = 3 * sum(parameter.nbytes for parameter in build(blocks=1).model.layers[0].mlp.parameters())
-    model = bigkit.cpu_offload(build().cpu(), main, on_cpu=mlps, slots=3)
+    model = bigkit.cpu_offload(build(blocks=blocks).cpu(), main, on_cpu=mlps, slots=3)
     more = {"output_logits": True, "return_dict_in_generate": True}
     expected = [plain(model, prompt(sequences, seed=seed), **more) for seed in range(3)]
     with mode(), bigkit.graph_decode(model) as decoder:
@@ -103,11 +111,12 @@ def test_mlps_that_the_cpu_computes(main, sequences, mode):
     assert torch.equal(plain(model, prompt(sequences)), expected[1].sequences)
 
 
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU")
 @pytest.mark.parametrize("first", [0, "cpu"])
-def test_two_gpus(first):
-    layers = {f"model.layers.{i}": first if i < 2 else i % 2 for i in range(6)}
-    model = bigkit.dispatch_model(build(blocks=6), {**AROUND, **layers, "model.norm": 1, "lm_head": 1}, 0)
+def test_several_gpus(first, gpus):
+    blocks = 4 + gpus
+    layers = {f"model.layers.{i}": first if i < 2 else i % gpus for i in range(blocks)}
+    ends = {"model.norm": gpus - 1, "lm_head": gpus - 1}
+    model = bigkit.dispatch_model(build(blocks=blocks), {**AROUND, **layers, **ends}, 0)
     same_by_graphs(model, 2)
 
 
@@ -217,6 +226,92 @@ def test_no_copy_overtakes_attention(busy):
             sums.append(torch.stack([(a != b).sum() for a, b in zip(*both)]).sum())
             del both
     assert int(torch.stack(sums).sum()) == 0
+
+
+def late_copies(patch, seed):
+    """Each copy of a resting cache begins or ends late by chance, and so does what is computed before it is asked."""
+    choice = random.Random(seed)
+
+    def sleep():
+        torch.cuda._sleep(choice.choice([0, 0, 10**5, 10**6]))  # cycles on the current stream: up to half a millisecond
+
+    for owner, name in (
+        (resting_cache._Windows, "_copy"), (resting_cache._Rows, "write"), (resting_cache.RestingLayer, "update")
+    ):  # fmt: skip
+
+        def late(*args, own=getattr(owner, name), **kwargs):
+            sleep()
+            result = own(*args, **kwargs)
+            sleep()
+            return result
+
+        patch.setattr(owner, name, late)
+
+
+def rows_that_differ(seed, layers=5):
+    """Elements in which attentions were given other rows than of a `DynamicCache`: chunks, tokens, crops, prompts."""
+    choice, config = random.Random(seed), tf.LlamaConfig(**SIZES, num_hidden_layers=layers)
+    cache, whole = RestingCache(config, room=choice.choice([0, "4MB", "100MB"])), tf.DynamicCache(config=config)
+    kinds, counts = ["prompt", *choice.choices(["token", "token", "token", "chunk", "crop", "prompt"], k=16)], []
+    for kind in kinds:
+        if kind == "prompt":
+            cache.reset()
+            whole = tf.DynamicCache(config=config)
+        elif kind == "crop" and whole.get_seq_length() > 3:
+            for own in (cache, whole):
+                own.crop(-3)
+        rows = {"prompt": choice.choice([5, 700, 2045]), "chunk": choice.choice([4, 300])}.get(kind, 1)
+        for i in range(layers):
+            new = torch.randn(2, 1, 4, rows, 64, device="cuda:0", dtype=torch.bfloat16)
+            given, expected = (own.update(*new, i) for own in (cache, whole))
+            counts.append(torch.stack([(a != b).sum() for a, b in zip(given, expected)]).sum())
+    held = [(layer.keys.cpu(), own.keys.cpu()) for layer, own in zip(cache.layers, whole.layers)]
+    return int(torch.stack(counts).sum()) + sum(int((a != b).sum()) for a, b in held)
+
+
+def test_late_copies_change_nothing():
+    with pytest.MonkeyPatch.context() as patch:
+        late_copies(patch, 0)
+        assert [rows_that_differ(seed) for seed in range(24)] == [0] * 24
+
+
+@pytest.mark.parametrize("careless", ["computes", "brings", "takes away"])
+def test_a_stream_that_does_not_wait_would_show(careless):
+    """The same, where one of the three streams waits for nothing: so the test above can fail."""
+    wait, streams, ours = torch.cuda.Stream.wait_event, [], resting_cache._Windows.__init__
+
+    def begin(self, *args):
+        ours(self, *args)
+        streams[:] = [torch.cuda.current_stream(), *self.streams]
+
+    def wait_event(self, event):
+        if not streams or self != streams[["computes", "brings", "takes away"].index(careless)]:
+            wait(self, event)
+
+    with pytest.MonkeyPatch.context() as patch:
+        late_copies(patch, 0)
+        patch.setattr(resting_cache._Windows, "__init__", begin)
+        patch.setattr(torch.cuda.Stream, "wait_event", wait_event)
+        assert any(rows_that_differ(seed) for seed in range(12))
+        torch.cuda.synchronize()
+
+
+@pytest.mark.parametrize("backend", ["MATH", "FLASH_ATTENTION"])
+def test_late_copies_give_the_logits_of_a_dynamic_cache(backend):
+    model, more = build(blocks=6), {**GREEDY, "output_logits": True, "return_dict_in_generate": True}
+    more["max_new_tokens"] = 10
+    with torch.nn.attention.sdpa_kernel(getattr(torch.nn.attention.SDPBackend, backend)):
+        for tokens in (prompt(1, 3000), prompt(1, 300, seed=2)):
+            expected = model.generate(tokens, **more).logits
+            assert all(map(torch.equal, model.generate(tokens, **more).logits, expected))
+            for seed, room in enumerate((0, "3MB", None)):
+                with pytest.MonkeyPatch.context() as patch:
+                    late_copies(patch, seed)
+                    cache = RestingCache(model.config, room=room)
+                    for _ in range(2):
+                        got = model.generate(tokens, past_key_values=cache, **more).logits
+                        cache.reset()
+                        assert all(map(torch.equal, got, expected))
 
 
 @pytest.mark.parametrize("options", [{"prompt_lookup_num_tokens": 5}, {"assistant_model": None}])

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 import bigkit
 from bigkit.maps.on_cpu import FEW, mlps_of
-from bigkit.offload.on_cpu import MlpHook
+from bigkit.offload.on_cpu import BlockHook, MlpHook
 from bigkit.zoo.gpt import encode, heldout_text, load_pygpt
 from tests.spread import STAND_IN, Net, check_at_rest, handles, same, spread
 
@@ -51,6 +51,23 @@ def test_few_tokens_are_computed_where_the_weights_rest_and_many_are_streamed(wh
         on_cpu = [unit for device, kind, unit in events if device == "cpu" and kind == "work"]
         chosen = [f"transformer.h.{i}.mlp" for i in ((0, 2, 5, 7) if main == 0 else (0, 1, 4, 5))]
         assert on_cpu == (chosen if count <= FEW else []), count
+
+
+@pytest.mark.parametrize("slots", [2, 3])
+def test_a_token_after_a_prompt_brings_what_it_needs(whole, slots):
+    """What followed what in the prompt is no guess for a token: other units come, in another order."""
+    model = spread(copy.deepcopy(whole), {"": "cpu"}, main_device=0, on_cpu=4 * MLP, slots=slots)
+    hooks = [hook for module in model.modules() for hook in _hooks(module) if isinstance(hook, BlockHook)]
+    streamer, brought = hooks[0].streamer, []
+    streamer.lane.fill = lambda slot, unit, own=streamer.lane.fill: (brought.append(unit.index), own(slot, unit))
+    every = {unit.index for unit in streamer.units}
+    needed = {True: every - {hook.unit.index for hook in hooks}, False: every - {hook.few.unit.index for hook in hooks}}
+    for count in (FEW + 1, 1, FEW + 1, 1, 1, FEW + 1):
+        brought.clear()
+        model(torch.randint(0, 256, (1, count)))
+        own = needed[count <= FEW]
+        assert sum(i not in own for i in brought) < slots  # fetched ahead at the end, before anyone knew what comes
+        assert len(own) - slots <= sum(i in own for i in brought) <= len(own) + slots
 
 
 class Wave(BaseException):

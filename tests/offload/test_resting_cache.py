@@ -305,14 +305,44 @@ def test_memory_goes_with_the_cache():
         gc.enable()
 
 
-@settings(deadline=None, max_examples=60)
+def drawn_steps(data, layers, batch=2):
+    """A prompt in chunks, tokens, crops and new prompts: a tensor of new rows for each step, or tokens to forget."""
+    steps, length = [], 0
+    for kind in data.draw(st.lists(st.sampled_from(["token", "token", "chunk", "crop", "reset"]), max_size=8)):
+        if kind == "reset":
+            steps, length = [*steps, "reset"], 0
+        elif kind == "crop" and length > 1:
+            steps.append(data.draw(st.integers(1, min(4, length - 1))))
+            length -= steps[-1]
+        if kind in ("token", "chunk") or not length:
+            rows = 1 if kind == "token" and length else data.draw(st.integers(2, 6))
+            steps.append(torch.randn(layers, 2, batch, 2, rows, 8))
+            length += rows
+    return steps
+
+
+def played(cache, steps, make):
+    """What attentions are given, step by step, of a cache or of those that follow it."""
+    given = []
+    for step in steps:
+        if isinstance(step, str) and (own := getattr(cache, "reset", None)):
+            own()
+        if isinstance(step, str):
+            cache = make(cache)
+        elif isinstance(step, int):
+            cache.crop(-step)
+        else:
+            given.append([[part.clone() for part in cache.update(*new, i)] for i, new in enumerate(step)])
+    return given
+
+
+@settings(deadline=None, max_examples=100)
 @given(st.data())
 def test_no_copy_overtakes_whatever_the_streams_do(data):
     layers, rows = data.draw(st.integers(1, 5)), data.draw(st.sampled_from([1, 3, 256]))
     config = tf.LlamaConfig(**SIZES, num_hidden_layers=layers)
-    whole = tf.DynamicCache(config=config)
-    new = [torch.randn(layers, 2, 2, 2, 5 if step == 0 else 1, 8) for step in range(data.draw(st.integers(1, 8)))]
-    expected = [[whole.update(*step[i], i) for i in range(layers)] for step in new]
+    steps = drawn_steps(data, layers)
+    expected = played(tf.DynamicCache(config=config), steps, lambda cache: tf.DynamicCache(config=config))
     choice = random.Random(data.draw(st.integers(0, 1000)))
     favour = data.draw(st.sampled_from([None, 0, 1, 2]))  # the stream that works, brings or takes away goes first
     with pytest.MonkeyPatch.context() as patch:
@@ -320,9 +350,9 @@ def test_no_copy_overtakes_whatever_the_streams_do(data):
         patch.setattr(resting_cache, "ROWS", rows)
         patch.setattr(resting_cache, "is_real_cuda", lambda device: True)
         cache = RestingCache(config, room=data.draw(st.integers(0, layers)) * 2 * 2 * 2 * 8 * 4 * (rows + 8))
-        world.inputs = {step.untyped_storage()._cdata for step in new}
+        world.inputs = {step.untyped_storage()._cdata for step in steps if isinstance(step, torch.Tensor)}
         with world, torch.no_grad():
-            got = [[cache.update(*step[i], i) for i in range(layers)] for step in new]
+            got = played(cache, steps, lambda cache: cache)
         del cache
 
         def choose(able):
@@ -330,6 +360,6 @@ def test_no_copy_overtakes_whatever_the_streams_do(data):
             return first[0] if first else choice.choice(able)
 
         world.run(choose)
-    for one, other in zip(got, expected):
+    for one, other in zip(got, expected, strict=True):
         for mine, theirs in zip(one, other):
             assert all(map(torch.equal, mine, theirs))

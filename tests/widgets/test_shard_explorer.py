@@ -99,15 +99,15 @@ def test_the_files_that_ship_are_those_of_a_cut() -> None:
 @pytest.mark.parametrize("name", ["gpt2", "bert-base-cased", "t5-large", "llama-2-7b", "resnet50.a1_in1k"])
 def test_a_spec_is_cut_as_its_module_would_be(name: str) -> None:
     """The tables that ship say the same as a model built now, in names, order, ties and bytes."""
-    from bigkit.checkpoints.match import model_slots
+    from bigkit.meta.held import held_in
 
-    slots = model_slots(zoo.empty_model(name, dtype=None))
+    held = held_in(zoo.empty_model(name, dtype=None), state=True)
     made = cut_model(describe(name), "500MB")
     assert {name: size for tensors in made.files.values() for name, size in tensors.items()} == {
-        slot.name: slot.tensor.nbytes for slot in slots
+        one.name: one.tensor.nbytes for one in held
     }
-    assert made.ties == {name: slot.name for slot in slots for name in slot.names[1:]}
-    assert made.files == cut({slot.name: slot.tensor.nbytes for slot in slots}, "500MB").files
+    assert made.ties == {name: one.name for one in held for name in [*one.places][1:]}
+    assert made.files == cut({one.name: one.tensor.nbytes for one in held}, "500MB").files
 
 
 @given(st.lists(st.integers(0, 30), min_size=1, max_size=30), st.integers(1, 40))

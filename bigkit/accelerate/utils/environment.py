@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
+from unittest import mock
 
 from ..differences import refuse_unknown as __getattr__
 
@@ -40,13 +41,8 @@ def parse_choice_from_env(key: str, default: str = "no") -> str:
 @contextmanager
 def clear_environment() -> Iterator[None]:
     """No environment variable is set within the block; changes in it are lost."""
-    before = dict(os.environ)
-    os.environ.clear()
-    try:
+    with mock.patch.dict(os.environ, clear=True):
         yield
-    finally:
-        os.environ.clear()
-        os.environ.update(before)
 
 
 @contextmanager

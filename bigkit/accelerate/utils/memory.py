@@ -40,10 +40,9 @@ def should_reduce_batch_size(exception: Exception) -> bool:
 
 
 def find_executable_batch_size(
-    function: Callable[..., Any] | None = None,
-    starting_batch_size: int = 128,
+    function: Callable[..., Any] | None = None, starting_batch_size: int = 128,
     reduce_batch_size_fn: Callable[[], int] | None = None,
-) -> Any:
+) -> Any:  # fmt: skip
     """Decorator: call `function(batch_size, ...)` again with a smaller batch when memory runs out.
 
     Args:
@@ -65,10 +64,9 @@ def find_executable_batch_size(
     """
     if function is None:
         return functools.partial(
-            find_executable_batch_size,
-            starting_batch_size=starting_batch_size,
+            find_executable_batch_size, starting_batch_size=starting_batch_size,
             reduce_batch_size_fn=reduce_batch_size_fn,
-        )
+        )  # fmt: skip
     size = starting_batch_size
 
     @functools.wraps(function)

@@ -62,16 +62,10 @@ def get_non_persistent_buffers(module: nn.Module, recurse: bool = False, fqns: b
 
 
 def set_module_tensor_to_device(
-    module: nn.Module,
-    tensor_name: str,
-    device: torch.device | str | int,
-    value: Tensor | None = None,
-    dtype: torch.dtype | str | None = None,
-    fp16_statistics: Tensor | None = None,
-    tied_params_map: Any = None,
-    non_blocking: bool = False,
-    clear_cache: bool = True,
-) -> None:
+    module: nn.Module, tensor_name: str, device: torch.device | str | int, value: Tensor | None = None,
+    dtype: torch.dtype | str | None = None, fp16_statistics: Tensor | None = None, tied_params_map: Any = None,
+    non_blocking: bool = False, clear_cache: bool = True,
+) -> None:  # fmt: skip
     """Put one parameter or buffer on a device, with new data if a value is given.
 
     Args:
@@ -145,19 +139,17 @@ def dtype_byte_size(dtype: torch.dtype | str) -> float:
 
 
 def compute_module_total_buffer_size(
-    model: nn.Module,
-    dtype: torch.dtype | str | None = None,
+    model: nn.Module, dtype: torch.dtype | str | None = None,
     special_dtypes: Mapping[str, torch.dtype | str] | None = None,
-) -> int:
+) -> int:  # fmt: skip
     """Bytes of all buffers; see `compute_module_sizes`."""
     return compute_module_sizes(model, dtype, special_dtypes, buffers_only=True).get("", 0)
 
 
 def get_max_layer_size(
-    modules: Iterable[tuple[str, nn.Module | Tensor]],
-    module_sizes: Mapping[str, int],
+    modules: Iterable[tuple[str, nn.Module | Tensor]], module_sizes: Mapping[str, int],
     no_split_module_classes: Iterable[str] | str,
-) -> tuple[int, list[str]]:
+) -> tuple[int, list[str]]:  # fmt: skip
     """Bytes of the largest layer, and the names of those that are as large. A layer is a tensor, a module without
     children, or one of a class that is not split.
     """
@@ -255,11 +247,9 @@ def get_state_dict_offloaded_model(model: nn.Module) -> dict[str, Any]:
 
 
 def get_state_dict_from_offload(
-    module: nn.Module,
-    module_name: str,
-    state_dict: dict[str, Any],
+    module: nn.Module, module_name: str, state_dict: dict[str, Any],
     device_to_put_offload: torch.device | str | int = "cpu",
-) -> dict[str, Any]:
+) -> dict[str, Any]:  # fmt: skip
     """Fill in those entries of a state dict that a module has tensors for, on a device.
 
     Args:

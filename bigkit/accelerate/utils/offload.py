@@ -104,12 +104,9 @@ class OffloadedWeightsLoader(Mapping[str, Tensor]):
     """
 
     def __init__(
-        self,
-        state_dict: Mapping[str, Tensor] | None = None,
-        save_folder: Folder | None = None,
-        index: Mapping[str, Mapping[str, Any]] | None = None,
-        device: torch.device | str | int | None = None,
-    ) -> None:
+        self, state_dict: Mapping[str, Tensor] | None = None, save_folder: Folder | None = None,
+        index: Mapping[str, Mapping[str, Any]] | None = None, device: torch.device | str | int | None = None,
+    ) -> None:  # fmt: skip
         if state_dict is None and save_folder is None and index is None:
             raise ValueError("OffloadedWeightsLoader needs a state_dict, a save_folder or an index, and none is given")
         if index is None and save_folder is not None:

@@ -21,11 +21,9 @@ class CannotPadNestedTensorWarning(UserWarning):
 
 
 def send_to_device(
-    tensor: Any,
-    device: torch.device | str | int,
-    non_blocking: bool = False,
+    tensor: Any, device: torch.device | str | int, non_blocking: bool = False,
     skip_keys: str | Iterable[str] | None = None,
-) -> Any:
+) -> Any:  # fmt: skip
     """Tensors in nested lists, tuples, dicts and dataclasses, and objects with a `to` method, on a device.
 
     Args:
