@@ -315,3 +315,20 @@ def test_an_error_of_the_model_is_one_sentence_and_no_traceback(monkeypatch):
     ):
         dry_run(model, batch_size=1, prompt_tokens=8, new_tokens=0)
     assert said == [] and not logger.disabled
+
+
+@pytest.mark.parametrize("strategy", ["balanced", "exact"])
+@pytest.mark.parametrize(
+    ("name", "budget"),
+    [
+        ("opt-1.3b", "330MiB"),  # ten blocks in RAM
+        *(pytest.param(name, "140GiB", marks=pytest.mark.soak) for name in ("bloom", "llama-3.1-405b", "deepseek-v3")),
+    ],
+)
+def test_none_of_eight_gpus_holds_more_than_its_plan_says(name, budget, strategy):
+    budgets = {**dict.fromkeys(range(8), budget), "cpu": "600GiB"}
+    found = plan(name, budgets, strategy, dtype="bfloat16", context=260)
+    run = dry_run(name, found, 1, 256, 4, "8 x H200")
+    for share in found.shares[:8]:
+        peak = run.peak_allocated[share.device] - run.timeline(share.device).at_peak()["workspace"]
+        assert share.weights < peak <= share.used <= share.budget, (share, run.timeline(share.device).at_peak())
