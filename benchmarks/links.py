@@ -242,7 +242,7 @@ def peaks(table: Any, prompt: int = 512) -> None:
     """
     free = [torch.cuda.mem_get_info(gpu)[0] if GPU else 2**23 for gpu in range(GPUS)]
     machine = Hardware.detect() if GPU else f"{GPUS} x H200"
-    for shape in ("llama-3.1-405b", "bloom", "mixture", "Llama-7B"):
+    for shape in ("Llama-7B", "mixture", "bloom", "llama-3.1-405b"):
         empty, blocks = cut(shape, int(0.7 * sum(free)))
         size = sum(tensor.nbytes for tensor in {*empty().parameters()})
         budgets: dict[Any, int] = dict(enumerate(free))
@@ -315,7 +315,7 @@ def cut(shape: str, most: int) -> tuple[Callable[[], nn.Module], int]:
 
 
 def experts(table: Any) -> None:
-    """A mixture whose blocks are spread over 1, 2, 4 and 8 GPUs, with all experts in RAM, beside all of it on one.
+    """A mixture whose blocks take turns on 1, 2, 4 and 8 GPUs, with all experts in RAM, beside all of it on one.
 
     A token's experts are known when their block's router has worked, so a token has one link at a time; a prompt takes
     all experts, and the next block's travel over the next link.
@@ -326,7 +326,8 @@ def experts(table: Any) -> None:
     rate, expected, _ = mixtures.decode(model, 1, 12, bench.vocabulary)
     table.add(way="experts, all on one GPU", shape="decode", s=1 / rate, bytes=bench.total)
     for count in COUNTS:
-        places = shares(layers, count) | dict.fromkeys(mixtures.experts_in(model), "cpu")
+        places = shares(layers, count) | {f"model.layers.{i}": i % count for i in range(layers)}
+        places |= dict.fromkeys(mixtures.experts_in(model), "cpu")
         model = bigkit.dispatch_model(model, places, stand_in=STAND_IN or None)
         clean()
         rate, logits, brought = mixtures.decode(model, 1, 12, bench.vocabulary)

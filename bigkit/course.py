@@ -9,7 +9,7 @@ from .units import parse_bytes, three_figures
 
 
 def check(answer: Any, right: Any, within: float = 0.01) -> None:
-    """Print "not answered yet", "right", or how far off an answer is.
+    """Print "not answered yet", "right", or how far off an answer is; whatever the answer, nothing is raised.
 
     Args:
         answer: the reader's; None as long as there is none. For a number of bytes also a text such as "14 GiB".
@@ -23,7 +23,13 @@ def check(answer: Any, right: Any, within: float = 0.01) -> None:
     not yet: 2 of 3 are right
     (None, ...)
     """
-    print(_verdict(answer, right, within))
+    try:
+        print(_verdict(answer, right, within))
+    except ValueError as error:  # a text that is no size
+        print(f"not yet: {error}")
+    except TypeError:
+        kind = f"a list of {len(right)}" if isinstance(right, (list, tuple)) else "a number"
+        print(f"not yet: expected {kind}, not {answer!r}")
 
 
 def _verdict(answer: Any, right: Any, within: float) -> str:

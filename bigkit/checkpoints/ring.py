@@ -26,6 +26,7 @@ import queue
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -91,7 +92,7 @@ class Slab:
         self.bytes = _anonymous(nbytes, huge=pin)  # shape (nbytes,), uint8
         self.wants_pin = pin
         self.pinned = False
-        self._release: Callable[[], Any]  # set when it is pinned
+        self._release: weakref.finalize[Any, Any]  # set when it is pinned
 
     def pin(self, filled: bool = False) -> None:
         """Pin the RAM if it should be; what has been written to it stays.
@@ -111,18 +112,19 @@ class Slab:
         if int(runtime.cudaHostRegister(address, nbytes, 1)) == 0:  # 1: for all GPUs
             self.pinned = True
             _pinned[address] = nbytes
-            done = torch.cuda.synchronize  # a copy out of it may still be under way when it is let go
-            self._release = release = weakref.finalize(self, _unregister, self.bytes, done, runtime.cudaHostUnregister)
-            release.atexit = False
+            done = partial(_wait_for_all, torch.cuda.synchronize)  # a copy may be under way when it is let go
+            self._release = weakref.finalize(self, _unregister, self.bytes, done, runtime.cudaHostUnregister)
+            self._release.atexit = False
         else:
             with suppress(RuntimeError, AssertionError):  # else whatever the GPU does next would report the refusal
                 torch.zeros((), device="cuda")
 
     def unpin(self) -> None:
-        """Make it ordinary RAM again, as also happens when nothing refers to it any more."""
-        if self.pinned:
-            self._release()
+        """Make it ordinary RAM again, as also happens when nothing refers to it any more. No copy may be under way."""
+        if self.pinned and (release := self._release.detach()):
             self.pinned = False
+            memory, _, unregister = release[2]
+            _unregister(memory, torch.cuda.synchronize, unregister)
 
 
 @torch.inference_mode(False)  # who writes there may be in another mode than the forward that first asked for it
@@ -148,6 +150,14 @@ def pinned_bytes() -> int:
 
 def _may_pin(nbytes: int) -> bool:
     return pinned_bytes() + nbytes <= PINNED_SHARE * ram_limit()
+
+
+def _wait_for_all(synchronize: Callable[..., None]) -> None:
+    """Wait for every GPU that PyTorch has used here: copies may be those of another than the current one."""
+    synchronize()
+    for index in range(torch.cuda.device_count()):
+        if torch.cuda.memory_reserved(index):  # else there may be no context, and none is to be made
+            synchronize(index)
 
 
 def _unregister(memory: Tensor, done: Callable[[], None], unregister: Callable[[int], Any]) -> None:

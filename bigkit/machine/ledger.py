@@ -388,7 +388,9 @@ def calibration_of(hardware: Hardware) -> Calibration | None:
     calibrations = Ledger.load().calibrations
     if not hardware.gpus:
         return calibrations.get(machine_key())
-    return next((item for item in calibrations.values() if item.gpu == hardware.gpus[0].name), None)
+    same = [item for item in calibrations.values() if item.gpu == hardware.gpus[0].name]
+    unlike = lambda item: (item.machine != machine_key(item.gpu), len(item.links) != len(hardware.gpus))  # noqa: E731
+    return min(same, key=unlike, default=None)  # a home may be shared by hosts with one GPU and with eight
 
 
 def overhead_of(hardware: Hardware, calibration: Calibration | None = None) -> int:

@@ -133,9 +133,10 @@ def readings_of(calibration: Calibration | None, dtype: str, gpus: int) -> list[
     """What was measured of a dtype, with so many of the links at work; all were when it was measured."""
     if calibration is None:
         return []
-    used = min(gpus / max(len(calibration.links), 1), 1.0)
+    share = min(gpus / max(len(calibration.links), 1), 1.0)
+    alone = gpus * (calibration.link_pinned or 0)  # RAM, which all links share, may keep each from its own rate
     rows = calibration.cpu_reads.get(dtype, ())
-    return [Reading(threads, reads, links * used) for threads, reads, links in rows]
+    return [Reading(threads, reads, max(links * share, min(links, alone))) for threads, reads, links in rows]
 
 
 def mlp_of(block: ModuleSpec) -> str:

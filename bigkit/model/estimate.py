@@ -39,12 +39,21 @@ STORED = ("float32", "bfloat16", "float8_e4m3fn", "int8", "nf4", "nf4-double")
 MICRO_BATCH = 512  # tokens: llama.cpp's default for --ubatch-size
 
 
+# Bytes of a score of attention, where PyTorch's fused attention is not used: the score, the same with a mask, and its
+# softmax, which in 16 bit is computed in a float32 copy. Source: live storages of fake runs of Transformers 5.23.
+SCORES = {
+    "bloom": {"bfloat16": 14, "float16": 12, "float32": 16},
+    "mpt": {"bfloat16": 12, "float16": 12, "float32": 12},
+}
+
+
 def activation_bytes(model: ModelSpec, batch: int, tokens: int, dtype: str = "bfloat16") -> int:
     """Peak working memory of one forward pass without gradients: the widest moment of one block, and the logits.
 
     batch * tokens * (3 * intermediate_size + 4 * hidden_size) elements, for blocks with a gated feed-forward and fused
     attention (the scores are never stored), plus one row of logits for each sequence. In a mixture of experts a token
-    visits `experts_per_token` experts and the shared ones. 0 if the model's facts do not say how wide it is.
+    visits `experts_per_token` experts and the shared ones. 0 if the model's facts do not say how wide it is. BLOOM and
+    MPT store the scores (`SCORES`): tokens of a prompt count squared.
 
     llama.cpp, which runs GGUF files, takes at most `MICRO_BATCH` tokens at a time, and keeps their states and scores in
     float32: 258.5 MiB for Llama 3 8B, as its log says ("CUDA0 compute buffer size").
@@ -65,8 +74,12 @@ def activation_bytes(model: ModelSpec, batch: int, tokens: int, dtype: str = "bf
         wide = max(wide, per_token * facts.get("moe_intermediate_size", wide))
     if model.library == "gguf":
         return 4 * min(batch * tokens, MICRO_BATCH) * (facts.get("vocab_size", 0) + hidden)
-    elements = batch * tokens * (3 * wide + 4 * hidden) + batch * facts.get("vocab_size", 0)
-    return elements * dtype_bits(dtype) // 8
+    size, last = dtype_bits(dtype) // 8, batch * facts.get("vocab_size", 0)
+    most = size * (batch * tokens * (3 * wide + 4 * hidden) + last)
+    if stored := SCORES.get(facts.get("model_type", "")):
+        scores = batch * tokens**2 * (facts.get("num_attention_heads", 0) * stored.get(dtype, 16) + size)  # and a mask
+        most = max(most, scores + size * batch * tokens * (12 if size == 4 else 9) * hidden)
+    return most
 
 
 def whole_number(value: object, name: str, least: int = 0) -> int:

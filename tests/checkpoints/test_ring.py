@@ -121,6 +121,24 @@ def test_a_slab_is_pinned_once_and_unpinned_when_it_goes(monkeypatch):
     assert Slab(0).bytes.numel() == 0
 
 
+def test_what_is_let_go_waits_for_every_gpu_that_was_used(monkeypatch):
+    """A copy on another GPU than the current one may still write there."""
+    fake_cuda.install(monkeypatch)
+    waited = []
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device="current": waited.append(device))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 0 if device == 1 else 2**20)
+    slab = Slab(64, pin=True)
+    slab.pin()
+    del slab
+    assert waited == ["current", 0, 2] and pinned_bytes() == 0
+    slab = Slab(64, pin=True)
+    slab.pin()
+    slab.unpin()  # who calls it knows that nothing is under way
+    assert waited == ["current", 0, 2, "current"] and pinned_bytes() == 0
+    slab.unpin()
+
+
 def test_refused_pinning_leaves_ordinary_ram(monkeypatch):
     fake_cuda.install(monkeypatch, refuse=True)
     slab = Slab(100, pin=True)

@@ -86,13 +86,20 @@ def test_half_of_the_blocks_and_all_of_a_model_in_ram():
 
 
 @pytest.mark.parametrize("sequences, mode", [(1, torch.inference_mode), (3, torch.no_grad)])
-@pytest.mark.parametrize("main", [0, [0, 1]])
-def test_mlps_that_the_cpu_computes(main, sequences, mode):
+def test_mlps_that_the_cpu_computes(sequences, mode):
+    mlps_that_the_cpu_computes(0, sequences, mode)
+
+
+@pytest.mark.parametrize("sequences, mode", [(1, torch.inference_mode), (3, torch.no_grad)])
+def test_mlps_that_the_cpu_computes_beside_several_links(gpus, sequences, mode):
+    mlps_that_the_cpu_computes(range(gpus), sequences, mode)
+
+
+def mlps_that_the_cpu_computes(main, sequences, mode):
     """A graph calls the host for them: the tokens, and logits, of a step in Python."""
-    if torch.cuda.device_count() < 2 and main:
-        pytest.skip("one GPU")
+    blocks = 5 if main == 0 else 2 * len(main) + 1
     mlps = 3 * sum(parameter.nbytes for parameter in build(blocks=1).model.layers[0].mlp.parameters())
-    model = bigkit.cpu_offload(build().cpu(), main, on_cpu=mlps, slots=3)
+    model = bigkit.cpu_offload(build(blocks=blocks).cpu(), main, on_cpu=mlps, slots=3)
     more = {"output_logits": True, "return_dict_in_generate": True}
     expected = [plain(model, prompt(sequences, seed=seed), **more) for seed in range(3)]
     with mode(), bigkit.graph_decode(model) as decoder:
@@ -104,11 +111,12 @@ def test_mlps_that_the_cpu_computes(main, sequences, mode):
     assert torch.equal(plain(model, prompt(sequences)), expected[1].sequences)
 
 
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU")
 @pytest.mark.parametrize("first", [0, "cpu"])
-def test_two_gpus(first):
-    layers = {f"model.layers.{i}": first if i < 2 else i % 2 for i in range(6)}
-    model = bigkit.dispatch_model(build(blocks=6), {**AROUND, **layers, "model.norm": 1, "lm_head": 1}, 0)
+def test_several_gpus(first, gpus):
+    blocks = 4 + gpus
+    layers = {f"model.layers.{i}": first if i < 2 else i % gpus for i in range(blocks)}
+    ends = {"model.norm": gpus - 1, "lm_head": gpus - 1}
+    model = bigkit.dispatch_model(build(blocks=blocks), {**AROUND, **layers, **ends}, 0)
     same_by_graphs(model, 2)
 
 

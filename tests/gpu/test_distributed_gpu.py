@@ -1,4 +1,4 @@
-"""nccl between two GPUs, and launching after CUDA was used here. Skipped, with the reason, where GPUs are missing."""
+"""nccl between GPUs, and launching after CUDA was used here. Skipped, with the reason, where GPUs are missing."""
 
 from __future__ import annotations
 
@@ -66,16 +66,14 @@ def test_gloo_alone_carries_cuda_tensors() -> None:
     assert notebook_launcher(both, (), 2) == [[0, 1]] * 2
 
 
-@needs_two
-def test_nccl_between_two_gpus() -> None:
+def test_nccl_between_gpus(gpus: int) -> None:
     torch.ones(3, device="cuda")
-    answers = notebook_launcher(work, ([0, 1, 2, 3, 7, 1000],), 2)
+    answers, everyone = notebook_launcher(work, ([0, 1, 2, 3, 7, 1000],), gpus), [*range(gpus)]
     for rank, answer in enumerate(answers):
-        assert answer == [f"cuda:{rank}", "cpu:gloo,cuda:nccl", rank, [0, 1], [0, 1]]
+        assert answer == [f"cuda:{rank}", "cpu:gloo,cuda:nccl", rank, everyone, everyone]
 
 
-@needs_two
-def test_a_failing_rank_on_gpus_ends_the_others() -> None:
+def test_a_failing_rank_on_gpus_ends_the_others(gpus: int) -> None:
     def fails() -> None:
         import torch
 
@@ -87,8 +85,8 @@ def test_a_failing_rank_on_gpus_ends_the_others() -> None:
             raise ValueError("no prompt for me")
         gather(torch.ones(1, device=state.device))
 
-    with pytest.raises(RuntimeError, match="process 1 of 2 failed: ValueError: no prompt for me"):
-        notebook_launcher(fails, (), 2)
+    with pytest.raises(RuntimeError, match=f"process 1 of {gpus} failed: ValueError: no prompt for me"):
+        notebook_launcher(fails, (), gpus)
 
 
 @needs_two
@@ -96,7 +94,7 @@ def test_the_example_takes_every_gpu(tmp_path: Path) -> None:
     write_example("inference", tmp_path)
     done = launch(tmp_path, "distributed_inference.py")
     assert done.returncode == 0, done.stderr
-    for rank in range(min(2, torch.cuda.device_count())):
+    for rank in range(torch.cuda.device_count()):
         assert f"process {rank} of {torch.cuda.device_count()} on cuda:{rank}" in done.stdout
     one = launch(tmp_path, "--gpu_ids", "1", "distributed_inference.py")
     assert "process 0 of 1 on cuda:0: 4 prompts" in one.stdout, one.stderr

@@ -1,4 +1,4 @@
-"""One model over two GPUs, a process each: nccl carries hidden states, and the tokens are those of one GPU."""
+"""One model over several GPUs, a process each: nccl carries hidden states, and the tokens are those of one GPU."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from bigkit import (
 from bigkit.checkpoints.to_gpu import CHUNK
 from tests.distributed import stages
 from tests.distributed.stages import FAMILIES
-from tests.distributed.test_pipeline import own_bytes
+from tests.distributed.test_pipeline import own_bytes, with_wide
 from tests.distributed.test_pipeline_faults import FIRST, run
 from tests.ranks import Ranks, free_port
 
@@ -42,9 +42,9 @@ def pair() -> Iterator[Ranks]:
 
 
 def staged(state: Any, family: str, folder: Path, config: Any = None, dtype: str = "float32") -> Any:
-    """A model over both ranks, cut for their GPUs."""
+    """A model over all ranks, cut for their GPUs."""
     machine = gather_object([Hardware.detect()])[0]  # one for all: how much is free changes
-    hosts = [replace(machine, gpus=machine.gpus[i : i + 1]) for i in range(2)]
+    hosts = [replace(machine, gpus=machine.gpus[i : i + 1]) for i in range(state.num_processes)]
     model = stages.empty(family)
     plan = plan_hosts(model, hosts, dtype=dtype, quantization=config and config.quantization)
     return pipeline(model, folder, plan, config).eval()
@@ -81,6 +81,24 @@ def test_tokens_of_two_gpus_are_those_of_one(family: str, pair: Ranks, tmp_path:
         assert said["devices"] == {f"cuda:{rank}"}
         assert said["bytes"] < own_bytes(whole)
         assert said["peak"] <= said["bytes"] + said["largest"] + CHUNK, "a chunk of the file lies on the GPU, too"
+
+
+DEEP = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 11,
+        "num_attention_heads": 4, "num_key_value_heads": 2}  # fmt: skip
+
+
+def test_tokens_of_several_gpus_are_those_of_one(gpus: int, tmp_path: Path, monkeypatch: Any) -> None:
+    """More GPUs than the other tests have blocks for, in uneven stages."""
+    monkeypatch.setitem(FAMILIES, "llama, wide", ("LlamaForCausalLM", DEEP))
+    folder = stages.saved("llama, wide", tmp_path)
+    whole = tf.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval().to(0)
+    group = Ranks(gpus)
+    try:
+        saids = group(with_wide, said_by, DEEP, "llama, wide", folder, stages.answers(whole, "cuda:0"))
+    finally:
+        group.close()
+    for rank, said in enumerate(saids):
+        assert said["unlike"] == [] and said["flown"] and said["logits"] and said["devices"] == {f"cuda:{rank}"}, said
 
 
 def in_half_precision(state: Any, folder: Path, expected: dict[str, torch.Tensor]) -> list[str]:
@@ -153,7 +171,7 @@ def test_quantized_while_loaded(kind: str, pair: Ranks, tmp_path: Path) -> None:
 
 def elsewhere(state: Any, folder: Path, expected: dict[str, Any]) -> tuple[list[str], list[str]]:
     gpu = replace(gather_object([Hardware.detect()])[0].gpus[0], memory=5_000_000)
-    small = [Hardware(f"host {i}", (gpu,), 7_000_000, 2**30) for i in range(2)]
+    small = [Hardware(f"host {i}", (gpu,), 7_000_000, 2**30) for i in range(state.num_processes)]
     model = stages.empty("pymoe")
     plan = plan_hosts(model, small, dtype="bfloat16", overhead=0)
     own = plan.stages[state.process_index].plan

@@ -17,6 +17,7 @@ pytest.importorskip("diffusers")
 from tests.clients.test_pipelines import flux
 
 pytestmark = pytest.mark.filterwarnings("ignore")
+COUNT = max(2, torch.cuda.device_count())
 needs_two = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 
 
@@ -42,8 +43,9 @@ def test_the_image_is_that_of_the_whole_pipeline(tmp_path: Path, way: str) -> No
     size = next(one.weights for one in spec.components if one.phase == "denoise")
     ways: Any = bigkit.estimate_memory(spec).ways  # type: ignore[attr-defined]
     budgets: dict[str, dict[Any, int]] = {
-        "apart": {0: spec.weights - size, 1: size}, "split": {0: size * 9 // 10, 1: size * 9 // 10, "cpu": 2**30},
-        "small": {0: ways["by the block"], 1: ways["by the block"], "cpu": 2**30},
+        "apart": {0: spec.weights - size, 1: size},
+        "split": {**dict.fromkeys(range(COUNT), size * 9 // 10), "cpu": 2**30},
+        "small": {**dict.fromkeys(range(COUNT), ways["by the block"]), "cpu": 2**30},
     }  # fmt: skip
     plan: Any = bigkit.plan(spec, budgets.get(way) or {0: ways[way], "cpu": 2**30}, overhead=0)
     assert plan.feasible

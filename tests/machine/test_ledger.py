@@ -6,7 +6,8 @@ from multiprocessing import get_context
 
 import pytest
 
-from bigkit.machine.ledger import Calibration, Ledger
+from bigkit.machine.hardware import GPUS, Hardware
+from bigkit.machine.ledger import Calibration, Ledger, calibration_of
 
 
 def test_a_calibration_of_an_older_form_is_read(tmp_path):
@@ -111,3 +112,13 @@ def test_bias_counts_only_runs_with_a_prediction(tmp_path):
     ]
     assert ledger.bias("a") == {"token": (pytest.approx(1.3), 2, 1)}
     assert ledger.bias()["token"].runs == 3 and "1 of 3 within 15 %" in ledger.explain()
+
+
+def test_of_hosts_with_one_gpu_and_with_eight_each_has_its_own_links(tmp_path, monkeypatch):
+    monkeypatch.setenv("BIGKIT_LEDGER", str(tmp_path / "ledger.json"))
+    for count in (1, 8, 2):
+        Ledger.load().add(Calibration(f"H200, {16 * count} cores", gpu="H200", links=(5e10,) * count))
+    for count in (8, 1, 2):
+        here = Hardware(f"this machine ({count} x H200)", (GPUS["H200"],) * count, 2**40, 2**40)
+        assert len(calibration_of(here).links) == count
+    assert calibration_of(Hardware("another one", (GPUS["H200"],), 2**40, 2**40)) is None

@@ -12,7 +12,7 @@ from bigkit import advise, dry_run, plan, zoo
 from bigkit.machine.hardware import machine_of
 from bigkit.machine.ledger import Calibration, Ledger
 from bigkit.maps.links import links_of, take_turns
-from bigkit.maps.on_cpu import Reading, best_count, token_seconds
+from bigkit.maps.on_cpu import Reading, best_count, readings_of, token_seconds
 from bigkit.maps.partition import spread
 from bigkit.maps.plan import Plan
 
@@ -160,3 +160,10 @@ def test_nothing_is_guessed():
     with pytest.raises(ValueError, match=r"call bigkit.calibrate\(\) here"):
         plan("gpt2", {0: "100MiB", "cpu": "1GiB"}, on_cpu=True, hardware="L4")
     assert not any("CPU" in note for note in advise(zoo.describe(LLAMA), "L4").notes)
+
+
+def test_of_eight_links_that_share_the_ram_one_alone_is_faster_than_an_eighth():
+    eight = Calibration("a", link_pinned=55e9, links=(25e9,) * 8, cpu_reads={"bfloat16": ((8, 40e9, 200e9),)})
+    rates = [readings_of(eight, "bfloat16", gpus)[0].links for gpus in (1, 2, 4, 8)]
+    assert rates == [55e9, 110e9, 200e9, 200e9]
+    assert readings_of(replace(eight, link_pinned=None), "bfloat16", 2)[0].links == 50e9

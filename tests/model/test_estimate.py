@@ -7,7 +7,7 @@ import torch
 import transformers
 from packaging.version import Version
 
-from bigkit import estimate_memory, zoo
+from bigkit import dry_run, estimate_memory, init_empty_weights, zoo
 from bigkit.api import describe
 from bigkit.model.estimate import activation_bytes
 from bigkit.units import format_bytes
@@ -195,3 +195,21 @@ def test_dtype_of_the_cache():
     assert advice.best.plan.options["kv_dtype"] == "float8" and "KV cache in float8" in advice.explain()
     with pytest.raises(ValueError, match="unknown kv_dtype 'int3'"):
         bigkit.plan("gpt2", budget, kv_dtype="int3")
+
+
+@pytest.mark.parametrize(("batch", "tokens"), [(1, 1500), (3, 500)])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize("family", ["Bloom", "Mpt"])
+def test_scores_that_a_family_stores_are_counted(family, dtype, batch, tokens):
+    """By the formula for fused attention a plan of BLOOM gave a GPU 4 GB more than its budget."""
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    names = ("hidden_size", "n_layer", "n_head") if family == "Bloom" else ("d_model", "n_layers", "n_heads")
+    config = getattr(transformers, f"{family}Config")(**dict(zip(names, (256, 2, 8))), vocab_size=500)
+
+    def empty():
+        with init_empty_weights():
+            return getattr(transformers, f"{family}ForCausalLM")._from_config(config, dtype=getattr(torch, dtype))
+
+    run = dry_run(empty, 0, batch, tokens, 0, "H200", cache=False)
+    held = run.timeline(0).at_peak()["activations"]
+    assert 0.995 * held <= activation_bytes(describe(empty()), batch, tokens, dtype) <= 1.1 * held
