@@ -175,6 +175,7 @@ def draw(path: Path, seed: str) -> None:
             continue
         config = transformers.CONFIG_MAPPING[kind]()
         most = getattr(config, "max_position_embeddings", None) or 10**9
+        most = most if most > 0 else 10**9  # XLNet says -1
         while True:
             batch, prompt, new = (chance.choice(values) for values in (BATCHES, PROMPTS, NEW))
             slow = prompt > 100 and any(name in kind for name in LOOPS)

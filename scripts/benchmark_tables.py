@@ -217,6 +217,9 @@ def beyond_one_link() -> Iterable[Iterable[str]]:
             alike = {True: "equal", False: "differ"}.get(r.get("same_tokens"), "")
             yield f"{name}; one CUDA graph", text(1000 * r["s"], " ms", 0), text(r["gb_s"], " GB/s", 1), "", "", alike
             continue
+        if "bit_equal" not in r:
+            yield name, text(1000 * r["s"], " ms", 0), text(r["gb_s"], " GB/s", 1), "", "", ""
+            continue
         differ = "0" if r["bit_equal"] else f"{r['difference']:.2f} of {r['logits']:.1f}"
         yield (name, text(1000 * r["s"], " ms", 0), text(r["gb_s"], " GB/s", 1),
                "bit-equal" if r["prompt_equal"] else "differs", differ,
@@ -257,16 +260,15 @@ def experts_in_ram() -> Iterable[Iterable[str]]:
             yield f"{name}{way}", *cells, text(brought, " GB"), text(size, " GB", 1)
 
 
-@table("experts that rest elsewhere", "brought for a token", "foretold", "a token", "foretold", "nine of ten", "error")
+@table("experts that rest elsewhere", "brought for a token, as foretold", "a token", "foretold", "error", "nine of ten",
+       "first prompt", "again", "foretold")  # fmt: skip
 def experts_foretold() -> Iterable[Iterable[str]]:
-    runs = [
-        (run, r) for run, name in (("first", ""), ("later", "-2")) for r in results(f"experts-foretold{name}")["rows"]
-    ]
-    for run, r in runs:
-        low, high = r["range_ms"]
-        yield (f"{r['case']}, {run} run", *(text(size / 1e6, " MB", 1) for size in r["bytes_per_token"]),
-               *(text(ms, " ms", 1) for ms in r["token_ms"]), f"{low:.0f} to {high:.0f} ms",
-               f"{r['error_percent']:+.1f} %")  # fmt: skip
+    for r in results("experts-foretold")["rows"]:
+        assert r["bytes_equal"], r["case"]
+        (low, high), (first, foretold) = r["range_ms"], r["prompt_ms"]
+        yield (r["case"], text(r["bytes_per_token"][0] / 1e6, " MB", 1), *(text(ms, " ms", 1) for ms in r["token_ms"]),
+               f"{r['error_percent']:+.1f} %", f"{low:.0f} to {high:.0f} ms",
+               *(f"{ms:.0f} ms" for ms in (first, r["prompt_again_ms"], foretold)))  # fmt: skip
 
 
 @table("experts in RAM, one sequence", "tokens a second", "brought for a token", "link busy", "equal", "8 x 512 tokens")
@@ -491,7 +493,9 @@ def held_out_errors(quantity: str, told: str = "", draws: Sequence[str] = DRAWS)
     errors = []
     for row in (row for draw in draws for row in results(draw)["rows"] if quantity in row.get("compared", {})):
         predicted, measured = row["compared"][quantity]
-        if quantity in ("prompt", "token") and told != "before":
+        if not told and "around" in row and quantity in row["around"]:
+            predicted = measured * row["around"][quantity]
+        elif quantity in ("prompt", "token") and told != "before":
             others = row.get(told or "with the twin beside it")
             predicted = others[quantity == "token"] if others else predicted
         elif told and "with the twin beside it" not in row:
@@ -531,6 +535,26 @@ def dryrun_time() -> Iterable[Iterable[str]]:
             good = sum(error <= 15 for error in errors)
             yield (what, lane, f"{good} of {len(errors)}", f"{statistics.median(errors):.1f} %",
                    f"{max(errors):.0f} %")  # fmt: skip
+
+
+@table("the 72 runs between twins", "within", "how many", "median error", "worst", "beyond 40 %")
+def twins() -> Iterable[Iterable[str]]:
+    rows = results("twins")["rows"]
+    ways: dict[str, Callable[[dict[str, Any]], float]] = {
+        ", as declared": lambda about: statistics.median(about["twin"]),
+        ", from the model's call": lambda about: statistics.median(about["called"]["twin"]),
+        ", from the model's call, without a twin": lambda about: about["called"]["without twin"],
+    }
+    errors = {f"`max_memory_{name}`": [row[name][0] / row[name][1] - 1 for row in rows if name in row]
+              for name in ("allocated", "reserved")}  # fmt: skip
+    for way, ratio in ways.items():
+        errors |= {name + way: [ratio(row["times"][key]) - 1 for row in rows if key in row.get("times", {})]
+                   for name, key in (("prompt", "prefill"), ("token", "token"))}  # fmt: skip
+    for name, off in errors.items():
+        bound = 0.005 if "allocated" in name else 0.03 if "reserved" in name else 0.15
+        yield (name, f"{100 * bound:g} %", f"{sum(abs(error) <= bound for error in off)} of {len(off)}",
+               f"{100 * statistics.median(map(abs, off)):.2f} %", f"{100 * max(off, key=abs):+.1f} %",
+               str(sum(abs(error) > 0.4 for error in off)))  # fmt: skip
 
 
 @table("Llama-7B", "predicted", "measured")

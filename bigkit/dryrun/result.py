@@ -205,7 +205,7 @@ class DryRun:
         if self.load.prompt == 1:
             prefill = self.twin.single or prefill
         if not self.load.generate:
-            prefill, token = prefill.without_before(), token.without_before()
+            prefill, token = prefill.without_before(), (self.twin.plain or token).without_before()
         return {name: token if i else prefill for i, (name, _) in enumerate(self.steps)}
 
     @cached_property

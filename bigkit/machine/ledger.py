@@ -65,6 +65,7 @@ class Twin:
         prefill: the prompt's step.
         token: a token's step; None if it makes none.
         single: the step of a prompt of one token, which calls other kernels; None if it was not measured.
+        plain: a token's step if the model is called alone; None if it is `token` without what `generate` does before.
         rests: what of it rested away from where it works meanwhile, see `resting`: hooks take time of the host's, too.
     """
 
@@ -73,19 +74,21 @@ class Twin:
     prefill: HostStep
     token: HostStep | None = None
     single: HostStep | None = None
+    plain: HostStep | None = None
     rests: tuple[str, ...] = ()
 
     @staticmethod
     def from_json(data: Mapping[str, Any]) -> Twin:
         """From what `dataclasses.asdict` and JSON make of one."""
-        token, single = (step and HostStep(*step) for step in (data["token"], data.get("single")))
+        others = (data["token"], data.get("single"), data.get("plain"))
+        token, single, plain = (step and HostStep(*step) for step in others)
         rests = tuple(map(str, data.get("rests", ())))
-        return Twin(str(data["model"]), data["quantization"], HostStep(*data["prefill"]), token, single, rests)
+        return Twin(str(data["model"]), data["quantization"], HostStep(*data["prefill"]), token, single, plain, rests)
 
     @property
     def numbers(self) -> list[float]:
         """All that must be positive."""
-        return [number for step in (self.prefill, self.token, self.single) if step for number in step]
+        return [number for step in (self.prefill, self.token, self.single, self.plain) if step for number in step]
 
 
 @dataclass(frozen=True)

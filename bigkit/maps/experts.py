@@ -143,11 +143,12 @@ def _fill(task: Task, dense: Sequence[int], experts: Sequence[int], reserve: int
 
 
 def _cuts(chain: Chain, rooms: Sequence[int], home: Sequence[int], size: int, reserve: int) -> Iterator[Sequence[int]]:
-    """Two ways to cut the dense units: each room gets its share of them; and the cut with which most experts stay.
+    """Ways to cut the dense units: each room has its share of them; or of them and their experts; or most experts stay.
 
-    With the first alone, the first of eight GPUs may hold the embedding, blocks without experts, and nothing else. For
-    the second every cut is tried (dynamic programming): of each number of units that the rooms so far may hold, the
-    best way to do so is known, and the next room extends each of them by what it can take.
+    With the first alone, the first of eight GPUs may hold the embedding, blocks without experts, and nothing else. The
+    second may ask too much of a room; where as many stay with it, experts travel over more links than with the third.
+    For that every cut is tried (dynamic programming): of each number of units that the rooms so far may hold, the best
+    way to do so is known, and the next room extends each of them by what it can take.
 
     Args:
         chain: the dense units.
@@ -157,9 +158,15 @@ def _cuts(chain: Chain, rooms: Sequence[int], home: Sequence[int], size: int, re
         reserve: bytes for experts in flight, which a device keeps unless all experts of its blocks are there.
     """
     yield chain.balance(rooms)
-    if len(rooms) == 1 or chain.length > MOST or not home:
+    if len(rooms) == 1 or not home:
         return
     prefix, before = chain.prefix, [bisect_left(home, at) for at in range(chain.length + 1)]
+    needs = [chain.load(at, at + 1) + (before[at + 1] - before[at]) * size for at in range(chain.length)]
+    shares = Chain(needs).balance([room * (1 + sum(needs)) for room in rooms])  # so large that all fits
+    if all(chain.load(start, end) <= max(room, 0) for room, start, end in zip(rooms, [0, *shares], shares)):
+        yield shares
+    if chain.length > MOST:
+        return
     best, cuts = [0] + [-1] * chain.length, list[list[int]]()  # units -> experts that stay; where the last cut is
     for room in rooms:
         longer, cut = best[:], [*range(chain.length + 1)]  # with nothing in this room

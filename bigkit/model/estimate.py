@@ -79,6 +79,7 @@ def activation_bytes(model: ModelSpec, batch: int, tokens: int, dtype: str = "bf
     if stored := SCORES.get(facts.get("model_type", "")):
         scores = batch * tokens**2 * (facts.get("num_attention_heads", 0) * stored.get(dtype, 16) + size)  # and a mask
         most = max(most, scores + size * batch * tokens * (12 if size == 4 else 9) * hidden)
+        most = max(most, size * (batch * tokens * (6 * wide + 4 * hidden) + last))  # BLOOM's GELU is no single kernel
     return most
 
 

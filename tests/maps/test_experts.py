@@ -150,6 +150,7 @@ def test_of_eight_gpus_none_is_left_empty():
     memory = {**dict.fromkeys(range(8), "140GiB"), "cpu": "600GiB"}
     found = plan("deepseek-v3", memory, dtype="bfloat16")
     assert kept(found) == 48 and all(share.used > 0.9 * share.budget for share in found.shares[:8])
+    assert {layer.works for layer in found.layers} == {None, *range(8)}, "what travels has all links"
     held = plan("deepseek-v3", memory, dtype="bfloat16", experts_on_cpu=15)
     assert held.feasible and kept(held) == 43
 

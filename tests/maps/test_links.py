@@ -3,6 +3,7 @@
 import json
 import re
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -12,7 +13,7 @@ from bigkit import advise, dry_run, plan, zoo
 from bigkit.machine.hardware import machine_of
 from bigkit.machine.ledger import Calibration, Ledger
 from bigkit.maps.links import links_of, take_turns
-from bigkit.maps.on_cpu import Reading, best_count, readings_of, token_seconds
+from bigkit.maps.on_cpu import HOST, Reading, best_count, readings_of, token_seconds
 from bigkit.maps.partition import spread
 from bigkit.maps.plan import Plan
 
@@ -113,6 +114,20 @@ def test_without_the_cpu_a_token_takes_what_the_link_takes():
     layers = [(10**8, 0)] * 9
     for graph in (True, False):
         assert token_seconds(layers, [], 0.001, Reading(1, 1.0, 1e10), 2, 0.0, graph) == pytest.approx(0.09, rel=0.02)
+
+
+@pytest.mark.parametrize("shape, gpu, hop", [("graph", 0.15e-3, None), ("1x1", 0.7e-3, HOST.hops)])
+def test_what_was_foretold_from_measured_rates_was_measured(shape, gpu, hop):
+    """One H200, whose host computed 23 of 32 MLPs of a Llama-7B; `gpu` is what the benchmark takes for a block."""
+    kept = json.loads((Path(__file__).parents[2] / "benchmarks/results/links.json").read_text())["rows"]
+    [took] = [row for row in kept if row.get("count") == 23 and row["shape"] == shape]
+    [read] = [row for row in kept if row["way"] == "beside one link: CPU reads, bfloat16" and "16" in row["shape"]]
+    [call] = [row["s"] for row in kept if row["way"] == "a graph calls the CPU, busy link"]
+    mlp, layers = 270_532_608, [(262_144_000, 0), *[(404_766_720, 270_532_608)] * 32, (8_192, 0), (262_144_000, 0)]
+    reading = Reading(16, read["gb_s"] * 1e9, read["link_gb_s"] * 1e9)
+    chosen = spread([mlp] * 32, 23 * mlp)
+    seconds = token_seconds(layers, chosen, 32 * gpu, reading, took["slots"], hop or call, shape == "graph")
+    assert seconds == pytest.approx(took["predicted_s"], rel=2e-3) and seconds == pytest.approx(took["s"], rel=0.15)
 
 
 @pytest.fixture

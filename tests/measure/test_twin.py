@@ -1,6 +1,7 @@
 """The narrow twin of a model: the same operations as the model's, and found again by models of its class."""
 
 import copy
+import json
 import time
 from dataclasses import asdict, replace
 from functools import partial
@@ -131,6 +132,23 @@ def test_a_dry_run_takes_the_twins_pace():
     slow = replace(SMALL, products={"bfloat16": ((1.0, 1e12),)})
     long = dry_run(name, None, 32, 777, 0, machine, calibration=slow.with_twin(twin))
     assert long.times[0].bottleneck == "cuda:0" and long.seconds["prefill"] > 0.6
+
+
+def test_a_mixture_that_is_called_plainly_has_a_pace_of_its_own():
+    config = shrink(transformers.Qwen3MoeConfig(num_experts=4, num_experts_per_tok=2))
+    with init_empty_weights():
+        model = transformers.Qwen3MoeForCausalLM(config).eval()
+    twin = measure_twin(model, "cpu", repeats=1)
+    assert twin.plain and twin.token and twin.plain.issued != twin.token.issued, "generate decodes with other experts"
+    assert Twin.from_json(json.loads(json.dumps(asdict(twin)))) == twin
+    twin = replace(twin, plain=HostStep(0.5, 0.1, twin.plain.issued))
+    told = {
+        generate: dry_run(
+            lambda: copy.deepcopy(model), None, 1, 16, 2, "H200", generate=generate, calibration=SMALL.with_twin(twin)
+        ).seconds["token"]
+        for generate in (True, False)
+    }
+    assert told[False] == pytest.approx(0.4, rel=0.01) and told[True] == pytest.approx(twin.token.seconds, rel=0.01)
 
 
 def test_without_a_twin_it_says_that_it_is_a_guess():
