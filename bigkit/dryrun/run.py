@@ -27,10 +27,10 @@ from ..machine.hardware import CONTEXT_BYTES, HARDWARE, Gpu, Hardware, machine_o
 from ..machine.ledger import Calibration, Ledger, calibration_of, overhead_of, resting
 from ..machine.roofline import Rates
 from ..machine.routing import Routing
-from ..maps.advise import rates_of
 from ..maps.links import DeviceMap, links_of
 from ..maps.on_cpu import HOST, readings_of
 from ..maps.plan import Plan
+from ..maps.predict import rates_of
 from ..maps.strategies import place
 from ..meta.skeleton import spec_from_module
 from ..model.config import facts
