@@ -120,9 +120,8 @@ def _fill(task: Task, dense: Sequence[int], experts: Sequence[int], reserve: int
     home = [rank[task.around[units[k].layers[0]]] for k in experts]  # of each block's experts: the rank of the block
     sizes = [units[k].weights if at >= (on_cpu or 0) else 0 for at, k in enumerate(experts)]
     largest = max(sizes)
-    limit = min(
-        sum(sizes), sum(max(room + reserve, 0) // max(largest, 1) for room in rooms) * largest
-    )  # none keeps more
+    holds = sum(max(room + reserve, 0) // max(largest, 1) for room in rooms)  # of no more blocks all experts can stay
+    limit = min(sum(sizes), holds * largest)
     best, most = list[Device](), -1
     for ends in _cuts(chain, rooms, [at for at, size in zip(home, sizes) if size], largest, reserve):
         places, gain = [task.runners[0]] * len(units), 0
