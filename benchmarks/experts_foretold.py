@@ -4,7 +4,7 @@
     python benchmarks/experts_foretold.py --tiny            no GPU: tiny shapes and stand-ins, to see that it runs
 
 The machine is calibrated first. Then each case in turn: a model with random weights, a prompt of 32 tokens, and tokens
-that are drawn; right after it a narrow twin, whose experts rest as the model's do (`calibrate(model=..., plan=...)`).
+that are drawn; before and after it a narrow twin whose experts rest as the model's do (`calibrate(model=..., plan=)`).
 The experts that its routers choose are recorded and given to the dry run. Bytes are compared forward by forward,
 and have to be equal; seconds as the sum of all tokens but the first two, which meet what is new to the process.
 `range_ms` is what nine of ten runs should lie between, and `rests_on` says what that comes from. `prompt_again_ms` is
@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import tempfile
 import time
 from collections import Counter
@@ -34,7 +35,7 @@ from bigkit.machine.ledger import Calibration, Twin
 from bigkit.machine.roofline import FILL
 from bigkit.measure.calibrate import calibrate
 from bigkit.measure.routing import record_routing
-from bigkit.measure.twin import measure_twin
+from bigkit.measure.twin import NarrowTwin
 from bigkit.offload.lenders import streamers_in
 
 PROMPT = 32
@@ -66,7 +67,7 @@ def generate(model: nn.Module, new: int, device: str, seed: int, clock: Clock | 
 
 
 def measure(name: str, new: int, device: str, tiny: bool, folder: str) -> tuple[dict[str, Any], Any, Twin]:
-    """What a real run brings and takes, forward by forward; its routing; and a twin that runs right after it.
+    """What a real run brings and takes, forward by forward; its routing; and a twin that runs before and after it.
 
     It runs twice: the first run is timed, and in the second somebody counts bytes and notes what is chosen, for which
     the host may have to wait.
@@ -82,11 +83,16 @@ def measure(name: str, new: int, device: str, tiny: bool, folder: str) -> tuple[
     else:
         model = bigkit.dispatch_model(model, places, **options)
     settle()
+    twin = NarrowTwin(empty(name, tiny), device.partition(":")[0], quantization, places, cache)
+    for _ in range(3):  # the first does not count, nor what it compiles
+        twin.run()
     clock, begin = Clock(), time.perf_counter()
     generate(model, new, device, 3, clock)
     seconds = [end - start for start, end in zip([begin, *clock.times], clock.times)]
-    repeats = 1 if tiny else 3
-    twin = measure_twin(empty(name, tiny), device.partition(":")[0], quantization, repeats, places, cache)
+    for _ in range(2):
+        twin.run()
+    told = twin.told()
+    del twin
     settle()
     clock, begin = Clock(), time.perf_counter()
     generate(model, 1, device, 3, clock)
@@ -99,7 +105,7 @@ def measure(name: str, new: int, device: str, tiny: bool, folder: str) -> tuple[
         streamer.listeners.append(lambda e: moved.update({len(counted.times): e.nbytes * (e.kind == "fetch")}))
     routing = record_routing(model, lambda: generate(model, new, device, 3, counted), name)
     brought = [moved[step] for step in range(new + 1)]
-    return {"bytes": brought, "seconds": seconds, "prompt_again": again, "cache": cache}, routing, twin
+    return {"bytes": brought, "seconds": seconds, "prompt_again": again, "cache": cache}, routing, told
 
 
 def places_of(model: nn.Module, place: str) -> dict[str, Any]:
@@ -170,6 +176,7 @@ def main() -> None:
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--new", type=int, default=16, help="tokens to decode")
     parser.add_argument("--tiny", action="store_true", help="tiny shapes")
+    parser.add_argument("--core", type=int, help="the core on which Python stays, once the machine is calibrated")
     parser.add_argument("--out", type=Path, help="a JSON file for the results")
     parser.add_argument("--save", action="store_true", help="write benchmarks/results/experts-foretold.json")
     args = parser.parse_args()
@@ -177,7 +184,15 @@ def main() -> None:
     calibration = calibrate(save=False, quick=args.tiny)
     gpu = torch.cuda.get_device_name() if device != "cpu" else "CPU"
     print(calibration.explain(), flush=True)
-    about = {"device": gpu, "torch": torch.__version__, "transformers": tf.__version__, "new_tokens": args.new}
+    if args.core is not None:
+        os.sched_setaffinity(0, {args.core})  # of this thread alone: readers have been started
+    about = {
+        "core": args.core,
+        "device": gpu,
+        "torch": torch.__version__,
+        "transformers": tf.__version__,
+        "new_tokens": args.new,
+    }
     results: dict[str, Any] = {"about": about, "rows": []}
     out = args.out or (Path(__file__).parent / "results" / "experts-foretold.json" if args.save else None)
     for name in args.cases:

@@ -260,16 +260,15 @@ def experts_in_ram() -> Iterable[Iterable[str]]:
             yield f"{name}{way}", *cells, text(brought, " GB"), text(size, " GB", 1)
 
 
-@table("experts that rest elsewhere", "brought for a token", "foretold", "a token", "foretold", "nine of ten", "error")
+@table("experts that rest elsewhere", "brought for a token, as foretold", "a token", "foretold", "error", "nine of ten",
+       "first prompt", "again", "foretold")  # fmt: skip
 def experts_foretold() -> Iterable[Iterable[str]]:
-    runs = [
-        (run, r) for run, name in (("first", ""), ("later", "-2")) for r in results(f"experts-foretold{name}")["rows"]
-    ]
-    for run, r in runs:
-        low, high = r["range_ms"]
-        yield (f"{r['case']}, {run} run", *(text(size / 1e6, " MB", 1) for size in r["bytes_per_token"]),
-               *(text(ms, " ms", 1) for ms in r["token_ms"]), f"{low:.0f} to {high:.0f} ms",
-               f"{r['error_percent']:+.1f} %")  # fmt: skip
+    for r in results("experts-foretold")["rows"]:
+        assert r["bytes_equal"], r["case"]
+        (low, high), (first, foretold) = r["range_ms"], r["prompt_ms"]
+        yield (r["case"], text(r["bytes_per_token"][0] / 1e6, " MB", 1), *(text(ms, " ms", 1) for ms in r["token_ms"]),
+               f"{r['error_percent']:+.1f} %", f"{low:.0f} to {high:.0f} ms",
+               *(f"{ms:.0f} ms" for ms in (first, r["prompt_again_ms"], foretold)))  # fmt: skip
 
 
 @table("experts in RAM, one sequence", "tokens a second", "brought for a token", "link busy", "equal", "8 x 512 tokens")

@@ -45,8 +45,8 @@ def cost_of(
         inputs, outputs: the tensors in them, and in its result.
         result: what it returned.
     """
-    packet, device = packet_of(func), device_of(outputs, inputs)
-    if device is None or not outputs or func.is_view or packet in WITHOUT_KERNEL:
+    packet = packet_of(func)
+    if not outputs or func.is_view or packet in WITHOUT_KERNEL or (device := device_of(outputs, inputs)) is None:
         return None
     output, issued = outputs[0], 1  # the launch
     read, written = sum(map(dense_bytes, inputs)), sum(map(dense_bytes, outputs))

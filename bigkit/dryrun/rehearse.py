@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -39,7 +40,7 @@ from ..offload.transfer import PlainLane, Slot
 from ..offload.weights import Unit
 from ..quantize.load import BnbQuantizationConfig
 from ..units import KiB, MiB
-from ._torch import DATA_DEPENDENT, plain_calls
+from ._torch import DATA_DEPENDENT, FAILURES, plain_calls
 from ._transformers import as_with_data
 from .attention import Target
 from .fake_gpu import OperationLog, Trace, fake_gpus
@@ -124,6 +125,7 @@ def rehearse(
             stack.enter_context(replaying(model, log))
         stack.enter_context(log.following_calls(model))
         stack.enter_context(fake_recordings(log))
+        stack.enter_context(mock.patch.object(FAILURES, "disabled", True))
 
         def after(step: Step) -> None:
             label_cache(log, step.cache)

@@ -14,8 +14,9 @@
 The rate of a matrix product grows with its size; it is read off a measured table, or off the vendor's figure and the
 share of it that large products reach (`TYPICAL`).
 
-Leaves out: several streams of work, caches of the processor, and what happens once for a process: loading kernels, or
-cuDNN planning its attention at each length that is new (35 to 54 ms on an H200).
+Leaves out: several streams of work, caches of the processor, and what happens once for a process: loading kernels,
+cuDNN planning its attention at each length that is new (35 to 54 ms on an H200), or Triton compiling what decodes
+weights that are stored in few bits.
 
 Source of the roofline: Williams, Waterman, Patterson, Roofline: an insightful visual performance model (CACM 2009).
 """

@@ -32,7 +32,7 @@ from ..dryrun.workload import Workload, fill, passes
 from ..machine.ledger import Calibration, Ledger, machine_key
 from ..maps.plan import Plan
 from ..offload.source import Source
-from ..offload.transfer import CHUNK, CudaLane, Slot, readers
+from ..offload.transfer import CHUNK, CudaLane, readers
 from ..offload.weights import Part, Unit, Weight
 from ..units import MiB
 from .links import measure_together
@@ -187,7 +187,7 @@ def _copy(device: str, size: int) -> float:
 
 
 def _disk(folder: Path, size: int) -> tuple[float | None, float, Table]:
-    """Bytes a second from a file: cold, by one thread, and warm, as offloading reads, whole or in pieces (`_pieces`).
+    """Bytes a second from a file: cold, by one thread, and warm, as offloading reads, whole and in small pieces.
 
     None for the first where the system's copy cannot be dropped.
     """
@@ -205,8 +205,9 @@ def _disk(folder: Path, size: int) -> tuple[float | None, float, Table]:
             while os.readv(handle, [chunk]):
                 pass
             cold = size / (time.perf_counter() - start)
-        whole = size / best(lambda: _read_shared(name, size))
-        return cold, whole, _pieces(name, size) if torch.cuda.is_available() else ()
+        if torch.cuda.is_available():
+            return cold, *_as_units(name, size)
+        return cold, size / best(lambda: _read_shared(name, size)), ()
     finally:
         os.close(handle)
         os.unlink(name)
@@ -228,25 +229,29 @@ def _read_shared(name: str, size: int) -> None:
 _kept = threading.local()
 
 
-def _pieces(name: str, size: int, device: str = "cuda:0") -> Table:
-    """Bytes of some experts, and bytes a second until they are read from a file, a piece here and a piece there.
+def _as_units(name: str, size: int, device: str = "cuda:0") -> tuple[float, Table]:
+    """Bytes a second until a unit is read from a file by a lane's readers, who queue copies to the GPU as well.
 
-    Readers are the lane's, which queue copies to the GPU as well.
+    Returns:
+        The rate of a large one, and (bytes, rate) of some that lie in small pieces, as experts do.
     """
-    lane, source, rows = CudaLane(torch.device(device)), Source(name), []
-    for count in (2, 4, 16, 48):
-        places = [2 * i * PIECE % size for i in range(count)]
-        parts = [Part((PIECE,), (1,), torch.uint8, at=at, source=source) for at in places]
-        unit = Unit("pieces", nn.Identity(), [Weight("", torch.empty(0), [], {"": part}) for part in parts])
+    lane, source = CudaLane(torch.device(device)), Source(name)
+
+    def rate(piece: int, places: list[int]) -> tuple[float, float]:
+        parts = [Part((piece,), (1,), torch.uint8, at=at, source=source) for at in places]
+        unit = Unit("", nn.Identity(), [Weight("", torch.empty(0), [], {"": part}) for part in parts])
         slot = lane.slot(unit.nbytes)
 
-        def bring(slot: Slot = slot, unit: Unit = unit) -> None:
+        def bring() -> None:
             lane.fill(slot, unit)
             lane.arrive(slot)
 
-        rows.append((float(unit.nbytes), unit.nbytes / best(bring)))
+        return float(unit.nbytes), unit.nbytes / best(bring)
+
+    _, whole = rate(size, [0] * 4)  # at first the largest, so that all chunks of the ring are pinned
+    pieces = [rate(PIECE, [2 * i * PIECE % size for i in range(count)]) for count in (2, 4, 16, 48)]
     lane.close()
-    return tuple(rows)
+    return whole, tuple(pieces)
 
 
 def _products(cuda: bool, quick: bool) -> dict[str, Table]:

@@ -18,9 +18,11 @@ from __future__ import annotations
 
 import copy
 import re
+import shutil
 import statistics
 import tempfile
 import time
+import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
@@ -46,6 +48,8 @@ from ..units import GiB, format_bytes, parse_bytes
 HEAD, ROW = 16, 8  # width of a twin's narrowest head, and what widths are a multiple of: kernels want 16 bytes
 QUANTIZED = 64  # the same for both if its layers are quantized: bitsandbytes takes blocks of so many weights
 LOAD = Workload(batch=1, prompt=16, new=6)
+PLAIN = replace(LOAD, generate=False)
+FIRST, OTHERS = slice(1), slice(1, None)  # of a run's steps: the prompt, and its tokens
 SINGLE = Workload(batch=1, prompt=1)  # no masks, no experts in groups: another sequence of calls than a longer prompt's
 EXPERT = 64  # width of a twin's experts, of which there may be hundreds
 SMALL = GiB  # bytes of weights, up to which a model of images is its own twin
@@ -149,79 +153,89 @@ def measure_twin(
     Raises:
         ValueError: no twin can be made, or it cannot do the work.
     """
-    twin = twin_of(model, quantization is not None)
-    if quantization is None:
-        fill(twin, {"": device})
-    else:
-        how = config_of(quantization, "bfloat16")
-        fill_quantized(quantize_empty(twin, how), {"": device}, device, how)
-    rests: dict[str, Any] = {}
-    if plan is not None:
-        places = plan.device_map if isinstance(plan, Plan) else plan
-        rests = {"plan": dict(places), "expert_cache": _share(model, twin, expert_cache)}
-    with tempfile.TemporaryDirectory(prefix="bigkit-twin") as folder:
-        clock = _spread(twin, device, folder, **rests) if rests else time.perf_counter
-        loads = [LOAD, SINGLE]
-        if any(count_rows(module) for module in twin.modules()):
-            loads.append(replace(LOAD, generate=False))  # generate decodes with another implementation of experts
-        steps = [_steps(model, twin, load, device, quantization, repeats, clock, rests) for load in loads]
-        del twin, clock
-    (prefill, token), (single, _), *plain = steps
-    assert prefill is not None
-    placed = resting(rests.get("plan", {}), expert_cache)
-    return Twin(type(model).__name__, quantization, prefill, token, single, plain[0][1] if plain else None, placed)
+    twin = NarrowTwin(model, device, quantization, plan, expert_cache)
+    # Experts: `generate` decodes with another implementation of them than a plain call does.
+    for load in (LOAD, SINGLE, *([PLAIN] if any(map(count_rows, twin.twin.modules())) else [])):
+        for _ in range(1 + repeats):
+            twin.run(load)
+    return twin.told()
 
 
-def _share(model: nn.Module, twin: nn.Module, expert_cache: int | str) -> int:
-    """Bytes for as many of a twin's experts as a cache holds of the model's."""
-    whole, own = (
-        sum(p.nbytes for module in one.modules() if count_rows(module) for p in module.parameters())
-        for one in (model, twin_of(model))
-    )
-    return -(-parse_bytes(expert_cache) * own // max(whole, 1))
+class NarrowTwin:
+    """A twin of a model on this machine, which runs when it is told to: in turn with the model, for example.
 
+    Args:
+        model, device, quantization, plan, expert_cache: see `measure_twin`.
+    """
 
-def _spread(
-    twin: nn.Module, device: str, folder: str, plan: Mapping[str, Device], expert_cache: int
-) -> Callable[[], float]:
-    """Let a twin's parts rest elsewhere; a clock that stands still while the host waits for readers of files."""
-    gpus = [place for place in plan.values() if isinstance(place, int)]
-    stand_in: Any = {} if device.startswith("cuda") else dict.fromkeys(gpus or [0], "cpu")
-    dispatch_model(
-        twin, plan, None if gpus else 0, offload_dir=folder, ram_cache=0, expert_cache=expert_cache, stand_in=stand_in
-    )
-    waited = 0.0
+    def __init__(
+        self,
+        model: nn.Module,
+        device: str,
+        quantization: str | None = None,
+        plan: Plan | Mapping[str, Device] | None = None,
+        expert_cache: int | str = 0,
+    ) -> None:
+        self.model, self.device, self.quantization = model, device, quantization
+        self.places = dict(plan.device_map if isinstance(plan, Plan) else plan or {})
+        self.rests = resting(self.places, expert_cache)
+        self.waited = 0.0  # seconds for readers of files
+        self.issued: dict[Workload, list[int]] = {}
+        self.runs: dict[Workload, list[list[HostStep]]] = {}
+        self.twin = twin_of(model, quantization is not None)
+        if quantization is None:
+            fill(self.twin, {"": device})
+        else:
+            how = config_of(quantization, "bfloat16")
+            fill_quantized(quantize_empty(self.twin, how), {"": device}, device, how)
+        self.cache = 0
+        if self.rests:
+            self.cache = self._share(parse_bytes(expert_cache))
+            self._spread()
 
-    def watched(arrive: Callable[[Slot], None], slot: Slot) -> None:
-        nonlocal waited
+    def _share(self, expert_cache: int) -> int:
+        """Bytes for as many of the twin's experts as a cache holds of the model's."""
+        whole, own = (
+            sum(p.nbytes for module in one.modules() if count_rows(module) for p in module.parameters())
+            for one in (self.model, twin_of(self.model))
+        )
+        return -(-expert_cache * own // max(whole, 1))
+
+    def _spread(self) -> None:
+        """Let the twin's parts rest as the model's do, and count what the host waits for readers."""
+        folder = tempfile.mkdtemp(prefix="bigkit-twin")
+        weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
+        gpus = [place for place in self.places.values() if isinstance(place, int)]
+        dispatch_model(
+            self.twin, self.places, None if gpus else 0, offload_dir=folder, ram_cache=0, expert_cache=self.cache,
+            stand_in={} if self.device.startswith("cuda") else dict.fromkeys(gpus or [0], "cpu"),
+        )  # fmt: skip
+        for streamer in streamers_in(self.twin):
+            vars(streamer.lane)["arrive"] = partial(self._arrive, streamer.lane.arrive)
+
+    def _arrive(self, arrive: Callable[[Slot], None], slot: Slot) -> None:
         begin, reads = time.perf_counter(), bool(slot.pending)
         arrive(slot)
-        waited += (time.perf_counter() - begin) * reads
+        self.waited += (time.perf_counter() - begin) * reads
 
-    for streamer in streamers_in(twin):
-        vars(streamer.lane)["arrive"] = partial(watched, streamer.lane.arrive)
-    return lambda: time.perf_counter() - waited
+    def run(self, load: Workload = LOAD) -> None:
+        """Do some work once, and note what the host took; the first time of each does not count."""
+        if load not in self.issued:
+            self.issued[load] = issued_in(self.model, load, self.quantization, self.places or None, self.cache)
+        steps = timed(self.twin, load, self.device, lambda: time.perf_counter() - self.waited)
+        noted = [HostStep(*step, issued) for step, issued in zip(steps, self.issued[load])]
+        self.runs.setdefault(load, []).append(noted)
 
+    def told(self) -> Twin:
+        """The medians of all runs that count."""
 
-def _steps(
-    model: nn.Module,
-    twin: nn.Module,
-    load: Workload,
-    device: str,
-    quantization: str | None,
-    repeats: int,
-    clock: Callable[[], float],
-    rests: Mapping[str, Any],
-) -> tuple[HostStep | None, HostStep | None]:
-    """What the host took for the prompt and for a token of a twin; runs count after one that does not."""
-    issued = issued_in(model, load, quantization, **rests)
-    steps: list[list[HostStep]] = [[], []]
-    for run in range(1 + repeats):
-        for i, (seconds, before) in enumerate(timed(twin, load, device, clock)):
-            if run:
-                steps[i > 0].append(HostStep(seconds, before, issued[i]))
-    prompt, token = map(_median, steps)
-    return prompt, token
+        def median(load: Workload, part: slice) -> HostStep | None:
+            return _median([step for run in self.runs.get(load, [])[1:] for step in run[part]])
+
+        prefill = median(LOAD, FIRST)
+        assert prefill is not None
+        others = median(LOAD, OTHERS), median(SINGLE, FIRST), median(PLAIN, OTHERS)
+        return Twin(type(self.model).__name__, self.quantization, prefill, *others, self.rests)
 
 
 def issued_in(

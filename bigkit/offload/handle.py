@@ -307,6 +307,10 @@ def _set(func: Any, attribute: str, handle: Away, value: Any) -> None:
     """Set an attribute of a handle: new data is kept where the weight rests."""
     if attribute == "requires_grad":
         handle._require_grad(value)
+    elif attribute == "grad" and value is not None:
+        raise RuntimeError(
+            f"{handle.weight.name!r} rests elsewhere and takes no gradient: what is offloaded can run, but not learn"
+        )
     elif attribute != "data":
         with DisableTorchFunctionSubclass():
             func(handle, value)

@@ -12,13 +12,35 @@ from bigkit.dryrun.workload import Workload, fill
 from bigkit.machine.hardware import Hardware
 from bigkit.machine.ledger import Ledger
 from bigkit.measure.calibrate import machine_name
-from bigkit.measure.twin import timed
+from bigkit.measure.twin import measure_twin, timed
+from bigkit.offload.rows import count_rows
+
+
+@pytest.mark.parametrize("place, share", [("cpu", 0), ("cpu", 0.5), ("disk", 0)])
+def test_a_twin_whose_experts_rest_elsewhere(place, share, tmp_path):
+    """Hooks, tables and readers are the model's own; a dry run of the model finds the twin."""
+    config = transformers.Qwen3MoeConfig(
+        hidden_size=1024, intermediate_size=1024, moe_intermediate_size=256, num_hidden_layers=6, vocab_size=32000,
+        num_experts=32, num_experts_per_tok=4,
+    )  # fmt: skip
+    with init_empty_weights():
+        model = transformers.Qwen3MoeForCausalLM._from_config(config, dtype=torch.bfloat16).eval()
+    blocks = {name: module for name, module in model.named_modules() if count_rows(module)}
+    places = {"": 0, **dict.fromkeys(blocks, place)}
+    cache = round(share * sum(p.nbytes for module in blocks.values() for p in module.parameters()))
+    plain, twin = measure_twin(model, "cuda"), measure_twin(model, "cuda", plan=places, expert_cache=cache)
+    assert twin.rests and twin.token.seconds > plain.token.seconds / 2, "hosts of rented GPUs change their pace"
+    known = calibrate(tmp_path, save=False, quick=True).with_twin(plain).with_twin(twin)
+    run = dry_run(model, places, 1, 16, 4, "H200", calibration=known, expert_cache=cache)
+    assert run.twin == twin and run.seconds["token"] >= 0.9 * twin.token.seconds
+    print(f"{place}, {share}: token {1000 * plain.token.seconds:.1f} ms, with hooks {1000 * twin.token.seconds:.1f} ms")
 
 
 def test_every_rate_of_a_gpu_is_found(tmp_path):
     calibration = calibrate(tmp_path, save=False, quick=True)
     assert calibration.gpu == torch.cuda.get_device_name(0)
     assert 1e-6 < calibration.issue < 1e-4 and 1e-7 < calibration.kernel < 1e-4
+    assert len(calibration.pieces) == 4 and all(rate > 1e8 for _, rate in calibration.pieces)
     assert calibration.disk_warm > 1e8 and calibration.link_pinned > calibration.link_pageable > 1e8
     assert all(rate > 1e10 for _, rate in (*calibration.products["bfloat16"], *calibration.attention))
 

@@ -83,6 +83,24 @@ def test_experts_that_stay_on_the_gpu(place, rows, tmp_path):
     assert hits > misses > 0 and bool(streamer_of(found).tables) == (place == "cpu")
 
 
+def test_a_first_token_finds_memory_and_kernels():
+    """A dispatch has taken the rows; nothing is in them, and nothing is counted, before a token chooses."""
+    model = mixture()
+    model.set_experts_implementation("batched_mm")
+    size = sum(p.nbytes for module in model.modules() if count_rows(module) for p in module.parameters())
+    before = torch.cuda.memory_allocated()
+    found = bigkit.dispatch_model(copy.deepcopy(model), apart(model, "cpu"), expert_cache=size // 2)
+    streamer = streamer_of(found)
+    assert torch.cuda.memory_allocated() - before > size // 3
+    assert len(streamer.tables) == 6 and expert_hits(found) == (0, 0)
+    slots = [kept.slot for kept in streamer.on_device.values()]
+    model.to(GPU)
+    for tokens in (1, 1, 2, 1):
+        ids = torch.randint(5, 500, (1, tokens), device=GPU)
+        assert torch.equal(found(ids).logits, model(ids).logits)
+    assert [kept.slot for kept in streamer.on_device.values()] == slots and sum(expert_hits(found)) > 0
+
+
 def test_the_gpus_own_account_is_that_of_the_host(monkeypatch):
     """The same tokens, with tables on the GPU and without: logits, hits and misses, by turns with prompts."""
     model = mixture()

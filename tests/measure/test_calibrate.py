@@ -1,7 +1,7 @@
 """Measuring this machine: quickly, and kept in the ledger."""
 
 from bigkit.machine.ledger import Ledger, ledger_path
-from bigkit.measure.calibrate import _pieces, calibrate
+from bigkit.measure.calibrate import _as_units, calibrate
 from bigkit.units import MiB
 from tests import fake_cuda
 
@@ -18,9 +18,9 @@ def test_what_is_measured_is_found_again(tmp_path, monkeypatch):
     assert len(Ledger.load().calibrations) == 1
 
 
-def test_pieces_of_a_file_are_read_by_the_code_that_brings_experts(monkeypatch, tmp_path):
+def test_files_are_read_by_the_code_that_brings_units(monkeypatch, tmp_path):
     fake_cuda.install(monkeypatch)
     (path := tmp_path / "file").write_bytes(bytes(16 * MiB))
-    rows = _pieces(str(path), 16 * MiB, "cpu")
+    whole, rows = _as_units(str(path), 16 * MiB, "cpu")
     assert [size for size, _ in rows] == [8 * MiB, 16 * MiB, 64 * MiB, 192 * MiB]
-    assert all(1e6 < rate < 1e12 for _, rate in rows)
+    assert all(1e6 < rate < 1e12 for rate in (whole, *(rate for _, rate in rows)))

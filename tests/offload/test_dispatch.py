@@ -5,9 +5,12 @@ import dataclasses
 import errno
 import gc
 import json
+import linecache
 import os
+import random
 import resource
 import signal
+import sys
 from contextlib import contextmanager
 
 import numpy as np
@@ -711,3 +714,64 @@ def test_there_are_no_more_slots_than_blocks():
     assert same(parts(X), model(X))
     (streamer,) = streamers_in(parts)
     assert sum(slot.base.nbytes for slot in streamer.slots) <= sum(unit.nbytes for unit in streamer.units) + 512 * 16
+
+
+class Interrupt:
+    """Raises KeyboardInterrupt at the `at`-th line of bigkit that runs, where a signal could: not as a block ends."""
+
+    def __init__(self, at):
+        self.at, self.lines = at, 0
+
+    def __call__(self, frame, event, arg):
+        if not frame.f_code.co_filename.startswith(os.path.dirname(bigkit.__file__)):
+            return None
+        self.lines += event == "line"
+        code = linecache.getline(frame.f_code.co_filename, frame.f_lineno).strip()
+        if event == "line" and self.lines >= self.at and not code.startswith("with "):
+            self.at = 10**9
+            raise KeyboardInterrupt
+        return self
+
+
+def interrupted(work, at):
+    """Lines of bigkit that some work takes, interrupted at one of them."""
+    tracer = Interrupt(at)
+    sys.settrace(tracer)
+    try:
+        work()
+    except KeyboardInterrupt:
+        pass
+    finally:
+        sys.settrace(None)
+    return tracer.lines
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of one that comes in a finalizer
+@pytest.mark.parametrize("what", ["dispatch", "again", "remove", "state dict", "load"])
+def test_a_change_of_place_may_be_interrupted_at_any_point(what, tmp_path):
+    """No weight is lost: the model is as it was, as it should be, or whole; and may be spread or taken back again."""
+    model, rng = saved(tmp_path / "model"), random.Random(0)
+    state, expected = {name: tensor.clone() for name, tensor in model.state_dict().items()}, model(X)
+
+    def once(at):
+        parts = copy.deepcopy(model)
+        if what != "dispatch":
+            spread(parts, MIXED, offload_dir=tmp_path / "rest")
+        works = {
+            "dispatch": lambda: spread(parts, MIXED, offload_dir=tmp_path / "rest"),
+            "again": lambda: spread(parts, {"": "disk"}, main_device=0, offload_dir=tmp_path / "rest"),
+            "remove": lambda: remove_hook_from_module(parts, recurse=True),
+            "state dict": lambda: parts.load_state_dict(state),
+            "load": lambda: load_checkpoint_in_model(parts, tmp_path / "model"),
+        }
+        lines = interrupted(works[what], at)
+        assert same(parts(X), expected), at
+        assert all(torch.equal(tensor, state[name]) for name, tensor in parts.state_dict().items()), at
+        remove_hook_from_module(parts, recurse=True)
+        assert not handles(parts) and same(parts(X), expected), at
+        assert same(spread(parts, {"": "cpu"}, main_device=0)(X), expected), at
+        return lines
+
+    whole = once(10**9)
+    for _ in range(60):
+        once(rng.randint(1, whole))
