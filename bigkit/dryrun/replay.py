@@ -118,15 +118,9 @@ class Replayer:
         self.named: dict[Any, tuple[Sequence[Operation], Sequence[Operation]]] = {}
 
     def call(
-        self,
-        own: Callable[..., Any],
-        block: nn.Module,
-        modules: Any,
-        device: str,
-        last: bool,
-        *args: Any,
+        self, own: Callable[..., Any], block: nn.Module, modules: Any, device: str, last: bool, *args: Any,
         **kwargs: Any,
-    ) -> Any:
+    ) -> Any:  # fmt: skip
         """What `own(*args, **kwargs)`, the forward of a block on a device, gives, run or replayed."""
         forward = partial(own, *args, **kwargs)
         if device not in self.trace.recordings:
