@@ -72,18 +72,10 @@ def target_of(gpu: Gpu, calibration: Calibration | None = None) -> Target:
 
 
 def rehearse(
-    model: nn.Module,
-    places: Mapping[str, Device],
-    load: Workload,
-    target: Target,
-    slots: int = 2,
-    resident_memory: int | str = 0,
-    quantization: BnbQuantizationConfig | None = None,
-    replay: bool = False,
-    expert_cache: int | str = 0,
-    routing: Routing | None = None,
-    on_cpu: int = 0,
-) -> Trace:
+    model: nn.Module, places: Mapping[str, Device], load: Workload, target: Target, slots: int = 2,
+    resident_memory: int | str = 0, quantization: BnbQuantizationConfig | None = None, replay: bool = False,
+    expert_cache: int | str = 0, routing: Routing | None = None, on_cpu: int = 0,
+) -> Trace:  # fmt: skip
     """Fill an empty model on fake GPUs, spread it as a map says, and do the work; returns what was noted.
 
     Args:

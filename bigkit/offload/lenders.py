@@ -14,6 +14,7 @@ from torch import nn
 from ..devices import Device
 from ..machine.ram import ram_free
 from ..units import parse_bytes
+from ._torch import is_real_cuda
 from .experts import ExpertStreamer
 from .gather import GatherStreamer
 from .grouping import Layout
@@ -23,7 +24,7 @@ from .locks import all_of
 from .mapped import PageLane
 from .on_cpu import Split, cpu_streamer
 from .rows import has_rows
-from .stream import Streamer, is_real_cuda
+from .stream import Streamer
 from .weights import Unit
 
 Dispatch = TypeVar("Dispatch", bound=Callable[..., nn.Module])

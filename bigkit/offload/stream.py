@@ -32,8 +32,7 @@ from torch import Tensor
 
 from ..checkpoints.ring import Slab
 from ..maps.partition import spread
-from ._torch import held_by_this_thread, is_traced, mark_lent, storage_id
-from ._torch import is_real_cuda as is_real_cuda
+from ._torch import held_by_this_thread, is_real_cuda, is_traced, mark_lent, storage_id
 from .escapes import count_holders, own_copies
 from .events import Event
 from .forks import STREAMERS
