@@ -227,6 +227,34 @@ def beyond_one_link() -> Iterable[Iterable[str]]:
                "equal" if r["same_tokens"] else "differ")  # fmt: skip
 
 
+@table("two H200s of one host", "one GPU", "two GPUs", "as fast", "outputs")
+def several_links() -> Iterable[Iterable[str]]:
+    rows = {(r["way"], r["shape"]): r for r in results("several-gpus")["rows"]}
+    for way, shape, name in (
+        ("in RAM, {}", "1x1", "16 blocks of a Llama-7B in RAM, a token"),
+        ("in RAM, {}, 4 blocks of a 70B", "1x1", "4 blocks of a Llama-70B in RAM, a token"),
+        ("experts in RAM, {}", "8x512", "12 blocks of Qwen3-30B-A3B, half on each GPU, experts in RAM, 8 x 512"),
+        ("experts in RAM, {}", "decode", "the same, a token"),
+        ("load, {}", "-", "6.9 GB of files in memory, loaded"),
+    ):
+        one, two = (rows.get((way.format(count), shape)) for count in ("one GPU", "two GPUs"))
+        if one and two:
+            equal = {True: "bit-equal", None: ""}.get(two.get("bit_equal"), "differ")
+            rates = [f"{1000 * r['s']:.0f} ms, {r['gb_s']:.1f} GB/s" for r in (one, two)]
+            yield name, *rates, text(one["s"] / two["s"], " times"), equal
+
+
+@table("placed by a plan over two H200s, GB on GPU 0 and on GPU 1", "planned", "foretold by a dry run", "measured")
+def several_peaks() -> Iterable[Iterable[str]]:
+    for r in results("several-gpus")["rows"]:
+        if r["way"].startswith("peaks, ") and "measured_gb" in r:
+            name, strategy = r["way"].removeprefix("peaks, ").split(", ")
+            places = f', "{strategy}"' if strategy != "auto" else f", {r['offloaded_gb']:.1f} GB in RAM"
+            kinds = ("planned_gb", "foretold_gb", "measured_gb")
+            figures = [" and ".join(f"{n:.2f}" for n in r[kind]) for kind in kinds]
+            yield f"{r['shape']} of {name}{places}, a prompt of {r['prompt']:,}", *figures
+
+
 @table("16 cores of the host", "the CPU reads", "both links bring meanwhile")
 def beside_busy_links() -> Iterable[Iterable[str]]:
     for r in results("links")["rows"]:

@@ -34,8 +34,9 @@ def copy_all(targets: list[Tensor], sources: tuple[Tensor, ...]) -> None:
 
 def loads_its_own_way(module: nn.Module) -> bool:
     """Whether a module changes a state dict before it is loaded. `_load_state_dict_pre_hooks`, 2.11 to 2.15."""
-    own = type(module)._load_from_state_dict is not nn.Module._load_from_state_dict
-    return own or bool(module._load_state_dict_pre_hooks)
+    own = type(module)._load_from_state_dict
+    changes = own is not nn.Module._load_from_state_dict and not hasattr(own, "only_refuses")
+    return changes or bool(module._load_state_dict_pre_hooks)
 
 
 def load_own_way(

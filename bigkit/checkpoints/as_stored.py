@@ -59,6 +59,19 @@ class AsStored(nn.Module):
             refuse_adapters_on(self.stacks or ("weight",))
         return super().named_parameters(prefix, recurse, remove_duplicate)
 
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
+        *_, errors = rest
+        wrong = [own for own in self.stored if _other_codes(state_dict.get(prefix + own), self._parameters[own])]
+        for own in wrong:  # torch would round numbers to codes, for other scales
+            errors.append(
+                f"{prefix}{own} is stored here as {self._parameters[own].dtype}, and {state_dict[prefix + own].dtype} "  # type: ignore[union-attr]
+                "was given: load the model with keep='dense' to give it other weights"
+            )
+        without = {name: value for name, value in state_dict.items() if name not in {prefix + own for own in wrong}}
+        super()._load_from_state_dict(without if wrong else state_dict, prefix, *rest)
+
+    _load_from_state_dict.only_refuses = True  # type: ignore[attr-defined]
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         parts = [self._parameters[name] for name in self.stored]
 
@@ -339,6 +352,11 @@ def stored_dtypes(model: nn.Module) -> dict[str, torch.dtype]:
         for own, parameter in module._parameters.items()
         if own in module.stored and parameter is not None
     }
+
+
+def _other_codes(given: Any, stored: Tensor | None) -> bool:
+    codes = stored is not None and (stored.element_size() == 1 or not stored.is_floating_point())
+    return codes and isinstance(given, Tensor) and given.dtype != stored.dtype  # type: ignore[union-attr]
 
 
 def _empty(kind: tuple[tuple[int, ...], torch.dtype]) -> nn.Parameter:

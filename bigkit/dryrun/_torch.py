@@ -6,6 +6,7 @@ tests/dryrun/test_private_parts.py says which name is gone.
 from __future__ import annotations
 
 import ctypes
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +22,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.flop_counter import flop_registry
 
 aten = torch.ops.aten
+FAILURES = logging.getLogger("torch._subclasses.fake_tensor")  # prints a traceback for each error, which is raised too
 without_modes = _disable_current_modes  # plain PyTorch within modes
 plain_calls = torch._C.DisableTorchFunction  # within it no TorchFunctionMode is asked, which takes a while
 

@@ -46,6 +46,23 @@ class Target:
     processors: int = 132
 
 
+class Asked(NamedTuple):
+    """The arguments of `F.scaled_dot_product_attention`."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    attn_mask: Tensor | None = None
+    dropout_p: float = 0.0
+    is_causal: bool = False
+    scale: float | None = None
+    enable_gqa: bool = False
+
+    def kernel(self, target: Target) -> str:
+        """See `choose_kernel`."""
+        return choose_kernel(target, *self[:4], self.is_causal, self.enable_gqa)
+
+
 class Call(NamedTuple):
     """What attention was asked for.
 
@@ -62,14 +79,10 @@ class Call(NamedTuple):
     grouped: bool
 
     @staticmethod
-    def of(
-        query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0,
-        is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False,
-    ) -> Call:  # fmt: skip
+    def of(asked: Asked) -> Call:
         """From the arguments."""
-        given = (query, key, value) if attn_mask is None else (query, key, value, attn_mask)
-        about = [(tuple(tensor.shape), tensor.stride(), tensor.dtype) for tensor in given]
-        return Call(tuple(about[:3]), None if attn_mask is None else about[3], is_causal, scale, enable_gqa)
+        about = [one if one is None else (tuple(one.shape), one.stride(), one.dtype) for one in asked[:4]]
+        return Call(tuple(about[:3]), about[3], asked.is_causal, asked.scale, asked.enable_gqa)
 
 
 class AttentionChoice(TorchFunctionMode):
@@ -90,41 +103,25 @@ class AttentionChoice(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is F.scaled_dot_product_attention:
-            self._compare(*args, **(kwargs or {}))
-            run = partial(attend, self.target, *args, **(kwargs or {}))
-            query = run.args[1] if len(run.args) > 1 else run.keywords["query"]
-            return self.note(query, Call.of(*run.args[1:], **run.keywords), run) if query.is_cuda else run()
+            asked = Asked(*args, **(kwargs or {}))
+            own = asked.kernel(self.target)
+            self.alike -= {other for other in self.alike if asked.kernel(other) != own}
+            run = partial(attend, self.target, asked)
+            return self.note(asked.query, Call.of(asked), run) if asked.query.is_cuda else run()
         if func in KINDS and args[0].is_cuda:
             return run_recurrent(func, *args)
         if func is Tensor.new_tensor:  # the C++ behind it asks for the GPU in use, which is always the first
-            asked = {name: value for name, value in (kwargs or {}).items() if value is not None}
-            return torch.tensor(*args[1:], **{"device": args[0].device, "dtype": args[0].dtype, **asked})
+            given = {name: value for name, value in (kwargs or {}).items() if value is not None}
+            return torch.tensor(*args[1:], **{"device": args[0].device, "dtype": args[0].dtype, **given})
         return func(*args, **(kwargs or {}))
 
-    def _compare(
-        self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0,
-        is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False,
-    ) -> None:  # fmt: skip
-        asked = query, key, value, attn_mask, is_causal, enable_gqa
-        own = choose_kernel(self.target, *asked)
-        self.alike -= {other for other in self.alike if choose_kernel(other, *asked) != own}
 
-
-def attend(
-    target: Target,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> Tensor:
+def attend(target: Target, asked: Asked) -> Tensor:
     """`F.scaled_dot_product_attention` as the target would run it, with the copies PyTorch makes around its kernels."""
-    kernel = choose_kernel(target, query, key, value, attn_mask, is_causal, enable_gqa) if query.is_cuda else "math"
+    query, key, value, mask, dropout_p, is_causal, scale, enable_gqa = asked
+    kernel = asked.kernel(target) if query.is_cuda else "math"
     if kernel == "math":
-        return attend_by_hand(query, key, value, attn_mask, is_causal, scale, enable_gqa)
+        return attend_by_hand(query, key, value, mask, is_causal, scale, enable_gqa)
     if kernel == "flash":
         width = query.shape[-1]
         if missing := -width % 8:
@@ -132,7 +129,7 @@ def attend(
             query, key, value = (F.pad(tensor, (0, missing)) for tensor in (query, key, value))
         out: Tensor = ATTENTION[kernel](query, key, value, dropout_p, is_causal, scale=scale)[0]
         return out[..., :width] if missing else out
-    bias = None if attn_mask is None else _bias(query, key, attn_mask, kernel)
+    bias = None if mask is None else _bias(query, key, mask, kernel)
     out = ATTENTION[kernel](query, key, value, bias, False, dropout_p, is_causal, scale=scale)[0]
     return out
 

@@ -47,14 +47,9 @@ DEVICE = "cuda:0"
 
 
 def describe_pipeline(
-    name: str | os.PathLike[str],
-    dtype: object = "bfloat16",
-    batch: int = 1,
-    image: int | tuple[int, int] | None = None,
-    *,
-    revision: str | None = None,
-    token: str | bool | None = None,
-) -> PipelineSpec | None:
+    name: str | os.PathLike[str], dtype: object = "bfloat16", batch: int = 1,
+    image: int | tuple[int, int] | None = None, *, revision: str | None = None, token: str | bool | None = None,
+) -> PipelineSpec | None:  # fmt: skip
     """The components of a pipeline with what each takes; None if there is no pipeline of that name.
 
     Args:

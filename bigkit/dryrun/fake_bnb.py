@@ -60,12 +60,9 @@ def config_of(quantization: BnbQuantizationConfig | str, dtype: object = None) -
     if kind == "int8":
         return BnbQuantizationConfig(load_in_8bit=True, torch_dtype=half)
     return BnbQuantizationConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type=kind,
-        bnb_4bit_use_double_quant=bool(double),
-        bnb_4bit_compute_dtype=half,
-        torch_dtype=half,
-    )
+        load_in_4bit=True, bnb_4bit_quant_type=kind, bnb_4bit_use_double_quant=bool(double),
+        bnb_4bit_compute_dtype=half, torch_dtype=half,
+    )  # fmt: skip
 
 
 def quantize_empty(model: nn.Module, quantization: BnbQuantizationConfig) -> nn.Module:
@@ -79,12 +76,9 @@ def quantize_empty(model: nn.Module, quantization: BnbQuantizationConfig) -> nn.
 
 
 def fill_quantized(
-    model: nn.Module,
-    device_map: Mapping[str, Device],
-    main: torch.device | str | int,
-    quantization: BnbQuantizationConfig,
-    make: Callable[[Tensor, torch.device], nn.Parameter] = at_random,
-) -> nn.Module:
+    model: nn.Module, device_map: Mapping[str, Device], main: torch.device | str | int,
+    quantization: BnbQuantizationConfig, make: Callable[[Tensor, torch.device], nn.Parameter] = at_random,
+) -> nn.Module:  # fmt: skip
     """`workload.fill` for a model with bitsandbytes' layers: each weight is quantized where it works, then put away.
 
     Works on real devices too, so that a prediction and a measurement are of the same work.
@@ -205,16 +199,9 @@ class Int8Params(FakeTensor):
 
 def _int4_weight(codes: Tensor, state: Any) -> Any:
     return _weight(
-        Params4bit,
-        codes,
-        quant_state=state,
-        blocksize=state.blocksize,
-        compress_statistics=state.nested,
-        quant_type=state.quant_type,
-        quant_storage=codes.dtype,
-        bnb_quantized=True,
-        module=None,
-    )
+        Params4bit, codes, quant_state=state, blocksize=state.blocksize, compress_statistics=state.nested,
+        quant_type=state.quant_type, quant_storage=codes.dtype, bnb_quantized=True, module=None,
+    )  # fmt: skip
 
 
 def _int8_weight(codes: Tensor, scales: Tensor) -> Any:

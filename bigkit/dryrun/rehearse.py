@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -39,7 +40,7 @@ from ..offload.transfer import PlainLane, Slot
 from ..offload.weights import Unit
 from ..quantize.load import BnbQuantizationConfig
 from ..units import KiB, MiB
-from ._torch import DATA_DEPENDENT, plain_calls
+from ._torch import DATA_DEPENDENT, FAILURES, plain_calls
 from ._transformers import as_with_data
 from .attention import Target
 from .fake_gpu import OperationLog, Trace, fake_gpus
@@ -71,18 +72,10 @@ def target_of(gpu: Gpu, calibration: Calibration | None = None) -> Target:
 
 
 def rehearse(
-    model: nn.Module,
-    places: Mapping[str, Device],
-    load: Workload,
-    target: Target,
-    slots: int = 2,
-    resident_memory: int | str = 0,
-    quantization: BnbQuantizationConfig | None = None,
-    replay: bool = False,
-    expert_cache: int | str = 0,
-    routing: Routing | None = None,
-    on_cpu: int = 0,
-) -> Trace:
+    model: nn.Module, places: Mapping[str, Device], load: Workload, target: Target, slots: int = 2,
+    resident_memory: int | str = 0, quantization: BnbQuantizationConfig | None = None, replay: bool = False,
+    expert_cache: int | str = 0, routing: Routing | None = None, on_cpu: int = 0,
+) -> Trace:  # fmt: skip
     """Fill an empty model on fake GPUs, spread it as a map says, and do the work; returns what was noted.
 
     Args:
@@ -124,6 +117,7 @@ def rehearse(
             stack.enter_context(replaying(model, log))
         stack.enter_context(log.following_calls(model))
         stack.enter_context(fake_recordings(log))
+        stack.enter_context(mock.patch.object(FAILURES, "disabled", True))
 
         def after(step: Step) -> None:
             label_cache(log, step.cache)

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from ..machine.roofline import Operation
 from ..offload.hooks import AlignDevicesHook
+from ..offload.inference_only import HOOK_NAMES
 from ._torch import fake_device, plain_calls, storage_key, without_modes
 from .fake_gpu import OperationLog
 from .splice import Attended
@@ -117,15 +118,9 @@ class Replayer:
         self.named: dict[Any, tuple[Sequence[Operation], Sequence[Operation]]] = {}
 
     def call(
-        self,
-        own: Callable[..., Any],
-        block: nn.Module,
-        modules: Any,
-        device: str,
-        last: bool,
-        *args: Any,
+        self, own: Callable[..., Any], block: nn.Module, modules: Any, device: str, last: bool, *args: Any,
         **kwargs: Any,
-    ) -> Any:
+    ) -> Any:  # fmt: skip
         """What `own(*args, **kwargs)`, the forward of a block on a device, gives, run or replayed."""
         forward = partial(own, *args, **kwargs)
         if device not in self.trace.recordings:
@@ -380,7 +375,7 @@ def _only_moves_inputs(hook: object) -> bool:
 
 
 # What every module has, and what differs by its nature.
-_IGNORED = {*vars(nn.Module()), "layer_idx", "forward", "_hf_hook", "_old_forward"} - {"training"}
+_IGNORED = {*vars(nn.Module()), "layer_idx", *HOOK_NAMES} - {"training"}
 
 
 def _attribute(value: Any) -> Any:

@@ -27,10 +27,10 @@ from ..machine.hardware import CONTEXT_BYTES, HARDWARE, Gpu, Hardware, machine_o
 from ..machine.ledger import Calibration, Ledger, calibration_of, overhead_of, resting
 from ..machine.roofline import Rates
 from ..machine.routing import Routing
-from ..maps.advise import rates_of
 from ..maps.links import DeviceMap, links_of
 from ..maps.on_cpu import HOST, readings_of
 from ..maps.plan import Plan
+from ..maps.predict import rates_of
 from ..maps.strategies import place
 from ..meta.skeleton import spec_from_module
 from ..model.config import facts
@@ -217,14 +217,10 @@ def on_machine(run: DryRun, machine: Hardware) -> DryRun | None:
         for device, recording in run.recordings.items()
     }  # fmt: skip
     return replace(
-        run,
-        hardware=machine.name,
-        rates={f"cuda:{i}": rates[i] for i in numbers},
-        capacity={i: machine.gpus[i].memory - CONTEXT_BYTES for i in numbers},
-        recordings=recordings,
-        notes=(*notes, *_about_gpu(machine.gpus[0]), *about_met(target.capability)),
-        met=target.capability == COMPARED,
-    )
+        run, hardware=machine.name, rates={f"cuda:{i}": rates[i] for i in numbers},
+        capacity={i: machine.gpus[i].memory - CONTEXT_BYTES for i in numbers}, recordings=recordings,
+        notes=(*notes, *_about_gpu(machine.gpus[0]), *about_met(target.capability)), met=target.capability == COMPARED,
+    )  # fmt: skip
 
 
 def _beside_the_cpu(
@@ -271,13 +267,9 @@ def _with_requests(events: Sequence[int], numbers: Sequence[int], size: int) -> 
 
 
 def _plan(
-    model: str | nn.Module | Callable[[], nn.Module],
-    machine: Hardware,
-    strategy: str,
-    dtype: object,
-    quantization: BnbQuantizationConfig | str | None,
-    load: Workload,
-) -> Plan:
+    model: str | nn.Module | Callable[[], nn.Module], machine: Hardware, strategy: str, dtype: object,
+    quantization: BnbQuantizationConfig | str | None, load: Workload,
+) -> Plan:  # fmt: skip
     """What `bigkit.plan` gives on a machine."""
     if isinstance(model, str):
         from .. import zoo

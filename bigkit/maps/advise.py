@@ -25,7 +25,6 @@ from .links import links_of
 from .partition import last_true
 from .plan import Plan
 from .predict import Option, picked, predict
-from .predict import rates_of as rates_of
 from .strategies import place
 from .task import LONGEST
 

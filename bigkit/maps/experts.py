@@ -119,8 +119,11 @@ def _fill(task: Task, dense: Sequence[int], experts: Sequence[int], reserve: int
     rank = {i: at for at, k in enumerate(dense) for i in units[k].layers}
     home = [rank[task.around[units[k].layers[0]]] for k in experts]  # of each block's experts: the rank of the block
     sizes = [units[k].weights if at >= (on_cpu or 0) else 0 for at, k in enumerate(experts)]
+    largest = max(sizes)
+    holds = sum(max(room + reserve, 0) // max(largest, 1) for room in rooms)  # of no more blocks all experts can stay
+    limit = min(sum(sizes), holds * largest)
     best, most = list[Device](), -1
-    for ends in _cuts(chain, rooms, [at for at, size in zip(home, sizes) if size], max(sizes), reserve):
+    for ends in _cuts(chain, rooms, [at for at, size in zip(home, sizes) if size], largest, reserve):
         places, gain = [task.runners[0]] * len(units), 0
         for runner, room, start, end in zip(task.runners, rooms, [0, *ends], ends):
             for k in dense[start:end]:
@@ -134,6 +137,8 @@ def _fill(task: Task, dense: Sequence[int], experts: Sequence[int], reserve: int
                 gain += own[i] * (i in chosen)
         if gain > most:
             best, most = places, gain
+        if most >= limit:
+            break
     away = [k for k in experts if best[k] == ""]
     ram = task.budgets.get("cpu") if "cpu" in task.shelves else 0
     in_ram = range(len(away)) if ram is None or on_cpu else spread([units[k].weights for k in away], ram)

@@ -113,11 +113,13 @@ def experts_of(model: ModelSpec) -> tuple[Experts, ...]:
 
 
 def check_choice(name: str, count: int, per_token: int) -> None:
-    """See that a token of a model takes no more experts than a block has.
+    """See that a token of a model takes at least one expert, and no more than a block has.
 
     Raises:
-        ValueError: it does.
+        ValueError: it does not.
     """
+    if per_token < 1:
+        raise ValueError(f"{name} says that a token takes {per_token} experts: expected at least 1")
     if per_token > count:
         raise ValueError(f"{name} says that a token takes {per_token} experts, but its blocks have {count} each")
 

@@ -35,7 +35,7 @@ What is wrong with it is what the files are about. Read in this order:
   sees what users change in between, and `inference_only.py` refuses a backward.
 - `copies.py`: a tied weight works on two devices. The model keeps one, and lends copies of it. `outside.py`: modules
   that share one are sent away one by one, or one of them stays.
-- `forks.py`: a process is forked in the middle of a forward.
+- `forks.py`: a process is forked in the middle of a forward. `locks.py`: a model is spread anew in the middle of one.
 - `escapes.py`: a module returns its weight, or another thread reads it. Who has seen a slot keeps what it saw.
 - `hooks.py`: an interrupted forward keeps its weights. A hook of bigkit's gives them back whatever is raised, and
   moves inputs of any kind (`inputs.py`).

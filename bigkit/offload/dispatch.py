@@ -122,11 +122,11 @@ def dispatch_model(
     check_layers(model, layout)
     on_device = rows_on_devices(model, layout, parse_bytes(expert_cache))
     computed = choose(model, layout, classes, parse_bytes(on_cpu))
-    units = make_units(model, layout, origins, offload_buffers=offload_buffers, whole_classes=classes)
-    splits = split_units(model, units, computed)
-    lenders = lenders_of(layout, units, splits, slots or 2, prefetch, ram_cache, on_device)
-    _forget_earlier(model)
-    attach(model, layout, lenders, names_of(skip_keys), splits, cpu_threads)
+    with make_units(model, layout, origins, offload_buffers=offload_buffers, whole_classes=classes) as units:
+        splits = split_units(model, units, computed)
+        lenders = lenders_of(layout, units, splits, slots or 2, prefetch, ram_cache, on_device)
+        _forget_earlier(model)
+        attach(model, layout, lenders, names_of(skip_keys), splits, cpu_threads)
     model.hf_device_map = device_map_of(layout)  # type: ignore[assignment]
     change_methods(model, layout, away=bool(units))
     return model

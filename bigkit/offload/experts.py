@@ -64,15 +64,9 @@ class ExpertStreamer(Streamer):
     """
 
     def __init__(
-        self,
-        device: torch.device,
-        units: Sequence[Unit],
-        *,
-        cache: int = 0,
-        on_device: Sequence[int] = (),
-        on_pages: bool = False,
-        **options: Any,
-    ) -> None:
+        self, device: torch.device, units: Sequence[Unit], *, cache: int = 0, on_device: Sequence[int] = (),
+        on_pages: bool = False, **options: Any,
+    ) -> None:  # fmt: skip
         super().__init__(device, units, PlainLane(device) if on_pages else None, **options)
         self.on_pages = on_pages
         self.counts = [count_rows(unit.module) for unit in units]  # experts of each

@@ -33,6 +33,7 @@ from ._torch import never_compiled
 from .handle import refuse_copy
 from .inference_only import HookedForward
 from .inputs import find_device, send_to_device, torch_device
+from .locks import all_of
 from .placing import stream_alone
 from .sites import settle_rest
 from .stream import Streamer
@@ -156,8 +157,9 @@ def remove_hook_from_module(module: nn.Module, recurse: bool = False) -> nn.Modu
     """
     for part in [*module.modules()] if recurse else [module]:
         if (hook := vars(part).get("_hf_hook")) is not None:
-            hook.detach_hook(part)
-            _unwrap(part)
+            with all_of([one.lock for own in hooks_in(part) if (one := vars(own).get("streamer"))]):
+                hook.detach_hook(part)
+                _unwrap(part)
     if recurse:
         settle_rest(module)
     give_back_methods(module)
@@ -192,9 +194,7 @@ def drop_hooks(module: nn.Module, unwanted: Container[ModelHook]) -> None:
 def _own_hooks(module: nn.Module) -> list[ModelHook]:
     """The hooks of a module as they were added; `_wrap` has put several into a `SequentialHook`."""
     hook: ModelHook | None = vars(module).get("_hf_hook")
-    if type(hook) is SequentialHook:
-        return [*hook.hooks]
-    return [] if hook is None else [hook]
+    return [*hook.hooks] if type(hook) is SequentialHook else [] if hook is None else [hook]
 
 
 def _wrap(module: nn.Module, hooks: list[ModelHook]) -> None:
@@ -213,10 +213,10 @@ def _wrap(module: nn.Module, hooks: list[ModelHook]) -> None:
 
 
 def _unwrap(module: nn.Module) -> None:
-    old_forward = vars(module).pop("_old_forward")
-    del module.forward, module._hf_hook
-    if getattr(old_forward, "__func__", None) is not type(module).forward:
-        module.forward = old_forward
+    own = vars(module)
+    is_plain = getattr(own["_old_forward"], "__func__", None) is type(module).forward
+    own.pop("forward", None) if is_plain else own.update(forward=own["_old_forward"])
+    del module._hf_hook, module._old_forward  # in this order: after an interrupt all is done again
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -27,13 +27,12 @@ import torch
 from torch import Tensor, nn
 
 from ..checkpoints.ring import HUGE_PAGE, Slab
+from ._torch import is_real_cuda
 from .gather import seen_by_gpu
-from .inference_only import HookedForward
-from .stream import is_real_cuda
+from .inference_only import HOOK_NAMES, HookedForward
 
 _functions: dict[int, Callable[[], None]] = {}  # number of a call -> what it does; one that is gone does nothing
 _numbers = count(1)
-_HOOK = ("forward", "_hf_hook", "_old_forward")  # what a hook puts into a module
 
 
 class HostCalls:
@@ -174,9 +173,9 @@ def alone(module: nn.Module) -> nn.Module:
             raise RuntimeError(f"a {type(part).__name__} that the CPU computes has a forward of its own")
         kept: list[Any] = [*part._parameters.values(), *part._buffers.values()]
         kept += [*part._forward_pre_hooks.values(), *part._forward_hooks.values()]
-        memo |= {id(one): one for one in kept} | {id(vars(part)[own]): None for own in _HOOK if own in vars(part)}
+        memo |= {id(one): one for one in kept} | {id(vars(part)[own]): None for own in HOOK_NAMES if own in vars(part)}
     twin = copy.deepcopy(module, memo)
     for part in twin.modules():
-        for own in _HOOK:
+        for own in HOOK_NAMES:
             vars(part).pop(own, None)
     return twin

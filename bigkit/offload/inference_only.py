@@ -84,6 +84,9 @@ def refuse_trace(unit: str) -> NoReturn:
     )
 
 
+HOOK_NAMES = ("forward", "_hf_hook", "_old_forward")  # what hooks put into a module
+
+
 class HookedForward(partial[Any]):
     """The forward of a module with hooks, which are Python that `torch.jit.script` cannot compile."""
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
 from typing import Any, TypeVar
 
 from torch import nn
@@ -15,15 +14,17 @@ from torch import nn
 from ..devices import Device
 from ..machine.ram import ram_free
 from ..units import parse_bytes
+from ._torch import is_real_cuda
 from .experts import ExpertStreamer
 from .gather import GatherStreamer
 from .grouping import Layout
 from .hooks import AlignDevicesHook, hooks_in
 from .inputs import torch_device
+from .locks import all_of
 from .mapped import PageLane
 from .on_cpu import Split, cpu_streamer
 from .rows import has_rows
-from .stream import Streamer, is_real_cuda
+from .stream import Streamer
 from .weights import Unit
 
 Dispatch = TypeVar("Dispatch", bound=Callable[..., nn.Module])
@@ -114,15 +115,8 @@ def alone(dispatch: Dispatch) -> Dispatch:
 
     @functools.wraps(dispatch)
     def waits(model: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
-        locks = [one.lock for one in streamers_in(model)] if isinstance(model, nn.Module) else []
-        while True:
-            with ExitStack() as held:  # all of them or none: forwards take them in an order of their own
-                for lock in locks:
-                    if not lock.acquire(blocking=lock is locks[0]):
-                        locks = [lock, *(other for other in locks if other is not lock)]  # wait for this one
-                        break
-                    held.callback(lock.release)
-                else:
-                    return dispatch(model, *args, **kwargs)
+        streamers = streamers_in(model) if isinstance(model, nn.Module) else []
+        with all_of(one.lock for one in streamers):
+            return dispatch(model, *args, **kwargs)
 
     return waits  # type: ignore[return-value]

@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, wait
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -179,23 +180,29 @@ def _strides(shape: tuple[int, ...]) -> tuple[int, ...]:
 # From tensors to units
 
 
+@contextmanager
 def make_units(
     model: nn.Module, layout: Layout, origins: Origins, *, offload_buffers: bool = False,
     whole_classes: Iterable[str] = (),
-) -> list[Unit]:  # fmt: skip
-    """Put every tensor of a model where its layout wants it.
+) -> Iterator[list[Unit]]:  # fmt: skip
+    """A block in which every tensor of a model is where its layout wants it, and is then given to those who lend it.
 
     Args:
         model, layout: the model, and where it is to rest and work.
         origins: where data come from.
         offload_buffers, whole_classes: see `dispatch_model` and `Cut`.
 
-    Returns:
+    Yields:
         The units, in the model's order. What stays has been moved to its device.
 
     Raises:
-        ValueError, OSError: something has no data or no place; the model is as it was.
+        ValueError, OSError: something has no data or no place.
+        BaseException: of the block. After each of them the model is as it was; if its earlier hooks are gone by then,
+            it is whole, and on the CPU.
     """
+    from .hooks import drop_hooks, hooks_in
+
+    earlier = {hook for module in model.modules() for hook in hooks_in(module)}
     cut = Cut(model, layout, whole_classes)
     mover = _Mover(records(model), layout, origins)
     travelling: Travelling = {group: {} for group in cut.groups}
@@ -208,7 +215,14 @@ def make_units(
             continue
         for name, (module, *_) in record.places.items():
             travelling[cut.group_of[id(module)]].setdefault(record, []).append(name)
-    return mover.move(travelling, staying)
+    try:
+        with mover.moved(travelling, staying) as units:
+            yield units
+    except BaseException:
+        for module in model.modules():
+            drop_hooks(module, [hook for hook in hooks_in(module) if vars(hook).get("is_placed")
+                                and hook not in earlier])  # fmt: skip
+        raise
 
 
 class _Mover:
@@ -231,18 +245,19 @@ class _Mover:
         earlier = [place for record in tensors if record.away for place in record.places.values()]
         self.handles: list[tuple[Place, Any]] = [(place, tensors_of(place)[place[1]]) for place in earlier]
 
-    def move(self, travelling: Travelling, staying: list[tuple[Held, torch.device]]) -> list[Unit]:
-        """Send away what travels, and move what stays to its device: all of it, or nothing."""
+    @contextmanager
+    def moved(self, travelling: Travelling, staying: list[tuple[Held, torch.device]]) -> Iterator[list[Unit]]:
+        """A block in which what travels has been sent away, and what stays is on its device; an error undoes all."""
         try:
             units = self._send_away(travelling)
             for record, device in staying:
                 self._stay(record, device)
             for done in self.filling:
                 done.result()
+            yield units
         except BaseException:
             self._undo()
             raise
-        return units
 
     def _send_away(self, travelling: Travelling) -> list[Unit]:
         """Make the units, and begin to fill their RAM."""
@@ -334,7 +349,8 @@ class _Mover:
                     same.aliases.remove(self.weights[record])
             put(record.places.values(), tensor)
         for place, handle in self.handles:
-            put([place], handle)
+            served = handle.weight.lender.sites[handle.weight.index].released is False
+            put([place], handle if served else settled(handle.weight, last=True))
 
 
 def _new_weight(record: Held, parts: Parts, places: list[Place]) -> Weight:
@@ -376,5 +392,5 @@ def stream_alone(
                 staying.append((record, device))
             else:
                 inside[record] = [*record.places]
-    units = mover.move({Group("", module): inside}, staying)
-    return Streamer(device, units, PageLane(device) if device.type == "cpu" else None) if units else None
+    with mover.moved({Group("", module): inside}, staying) as units:
+        return Streamer(device, units, PageLane(device) if device.type == "cpu" else None) if units else None

@@ -29,7 +29,7 @@ from ..checkpoints.ring import Slab
 from ..maps.cures import SLOTS
 from ..maps.partition import spread
 from ..units import parse_bytes
-from .stream import is_real_cuda
+from ._torch import is_real_cuda
 
 _IN_ORDER = torch.contiguous_format
 ROWS = 256  # tokens by which a layer's RAM grows at least

@@ -77,6 +77,14 @@ class Site:
         for entry in self.entries:
             entry.tensors[entry.own] = entry.handle
 
+    def _is_served(self) -> bool:
+        """Whether a hook of the module still asks for the unit: who was about to take it away was interrupted."""
+        from .hooks import hooks_in
+
+        hooks = [vars(hook) for hook in hooks_in(self.unit.module)]
+        streamers = [vars(one).get("streamer") for hook in hooks for one in [hook.get("few")] if one is not None]
+        return self.streamer in [*(hook.get("streamer") for hook in hooks), *streamers]
+
     def serve_again(self) -> None:
         """A hook that was taken away has been put back."""
         self.released = False
@@ -88,11 +96,12 @@ class Site:
         Raises:
             RuntimeError: a forward was about to begin when another thread took its hooks away.
         """
-        if self.released:
+        if self.released and not self._is_served():
             raise RuntimeError(
                 f"the hooks of {self.unit.name or type(self.unit.module).__name__!r} were removed, or the model was "
                 "dispatched anew, by another thread while this forward was on its way: run it again"
             )
+        self.released = False
         if self._ids() != self._modules:
             for module in self.unit.modules():
                 move_own(module, self.streamer.device)

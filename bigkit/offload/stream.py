@@ -32,8 +32,7 @@ from torch import Tensor
 
 from ..checkpoints.ring import Slab
 from ..maps.partition import spread
-from ._torch import held_by_this_thread, is_traced, mark_lent, storage_id
-from ._torch import is_real_cuda as is_real_cuda
+from ._torch import held_by_this_thread, is_real_cuda, is_traced, mark_lent, storage_id
 from .escapes import count_holders, own_copies
 from .events import Event
 from .forks import STREAMERS
@@ -240,6 +239,7 @@ class Streamer:
         """
         with self.lock:
             if weight.fits(value):
+                self.forget(weight)  # first, as an interrupt may come anywhere
                 weight.keep(value)
                 self._update(weight)
             else:
@@ -357,7 +357,7 @@ class Streamer:
     def _empty(self, slot: Slot) -> None:
         self.lane.finish(slot)
         if slot.unit is not None:
-            del self.holder[slot.unit.index]
+            self.holder.pop(slot.unit.index, None)  # an interrupt may have come after it
         slot.unit = None
 
     def _leave(self, loan: _Loan, failed: bool) -> None:

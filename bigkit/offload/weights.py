@@ -171,9 +171,9 @@ class Weight:
             codec.collect(value, place[0])
         new = codec.take_apart(value)
         for suffix, part in self.parts.items():
-            if part.slab is None:
-                part.slab, part.source, part.at = Slab(part.nbytes), None, 0
-            part.on_cpu().copy_(new[suffix])
+            rest = part if part.slab is not None else replace(part, slab=Slab(part.nbytes), source=None, at=0)
+            rest.on_cpu().copy_(new[suffix])
+            part.slab, part.source, part.at = rest.slab, None, rest.at  # only now: an interrupt may come anywhere
             for alias in self.aliases:
                 same = alias.parts[suffix]
                 same.slab, same.source, same.at = part.slab, None, part.at

@@ -74,8 +74,11 @@ def build(
     if library is None:
         raise NoConfig('this config.json has neither a "model_type" (transformers) nor an "architecture" (timm)')
     for name, number in config.items():
-        if re.match(r"(n|num)_.*(layer|block|expert)", name) and isinstance(number, int) and number > MOST_PARTS:
-            raise NoConfig(f"config.json says {name} = {number}: expected at most {MOST_PARTS}")
+        if re.match(r"(n|num)_.*(layer|block|expert)", name) and isinstance(number, int):
+            if number > MOST_PARTS:
+                raise NoConfig(f"config.json says {name} = {number}: expected at most {MOST_PARTS}")
+            if number < 0:
+                raise NoConfig(f"config.json says {name} = {number}: expected at least 0")
     try:
         import torch
 

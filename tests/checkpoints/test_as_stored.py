@@ -209,6 +209,24 @@ def test_no_other_weight_is_rounded_to_codes(tmp_path: Path, format: str) -> Non
         assert torch.equal(model(PROMPT).logits, plain(PROMPT).logits)
 
 
+@pytest.mark.parametrize("place", [None, "cpu", "disk"])
+@pytest.mark.parametrize("format", ["fp8", "mxfp8"])
+def test_a_state_dict_of_other_weights_is_refused(tmp_path: Path, format: str, place: str | None) -> None:
+    """torch would round them to codes, and leave the scales."""
+    plain = write(tmp_path, format)
+    places: Any = place and spread(3, place)
+    model = bigkit.load_checkpoint_and_dispatch(empty(plain), tmp_path, places, stand_in={0: "cpu"})
+    own = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    for assign in (False, True):
+        with pytest.raises(
+            RuntimeError, match=r"q_proj.weight is stored here as torch.float8_e4m3fn, and torch.bfloat"
+        ):
+            model.load_state_dict(plain.state_dict(), strict=False, assign=assign)
+        model.load_state_dict(own, assign=assign)
+        with torch.no_grad():
+            assert torch.equal(model(PROMPT).logits, plain(PROMPT).logits)
+
+
 ADAPTERS: dict[str, Any] = {
     "LoRA": ("LoraConfig", {"r": 2, "init_lora_weights": False}),
     "DoRA": ("LoraConfig", {"r": 2, "init_lora_weights": False, "use_dora": True}),

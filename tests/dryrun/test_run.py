@@ -1,10 +1,13 @@
 """Dry runs of whole models: what fits, on one device and on several, and the figures they report."""
 
 import json
+import logging
 from functools import cache
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch import nn
 
 from bigkit import init_empty_weights, plan, zoo
 from bigkit.dryrun.rehearse import target_of
@@ -290,6 +293,28 @@ def test_a_run_that_serves_other_gpus_is_what_they_would_do(model):
                 assert (found.peak_reserved, found.seconds) == (expected.peak_reserved, expected.seconds)
     assert shared > (1 if model == "pymoe" else 20)  # a mixture asks for the compute capability
     assert spliced > (-1 if model == "pymoe" else 20)
+
+
+class TopOfNone(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, ids):
+        return torch.topk(self.layer(torch.zeros(*ids.shape, 4, device=ids.device)), 9).values
+
+
+def test_an_error_of_the_model_is_one_sentence_and_no_traceback(monkeypatch):
+    said = []
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    monkeypatch.setattr(logger, "handlers", [SimpleNamespace(level=0, handle=said.append)])
+    with init_empty_weights():
+        model = TopOfNone()
+    with pytest.raises(
+        ValueError, match=r"TopOfNone cannot be run without data on 1 image: RuntimeError in test_run.py"
+    ):
+        dry_run(model, batch_size=1, prompt_tokens=8, new_tokens=0)
+    assert said == [] and not logger.disabled
 
 
 @pytest.mark.parametrize("strategy", ["balanced", "exact"])

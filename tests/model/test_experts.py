@@ -132,3 +132,6 @@ def test_more_experts_per_token_than_there_are():
     wrong = replace(model, facts={**model.facts, "experts_per_token": 5})
     with pytest.raises(ValueError, match="Remote says that a token takes 5 experts, but its blocks have 4 each"):
         estimate(wrong)
+    for none in (0, -2):
+        with pytest.raises(ValueError, match=f"Remote says that a token takes {none} experts: expected at least 1"):
+            estimate(replace(model, facts={**model.facts, "experts_per_token": none}))

@@ -5,9 +5,12 @@ import dataclasses
 import errno
 import gc
 import json
+import linecache
 import os
+import random
 import resource
 import signal
+import sys
 from contextlib import contextmanager
 
 import numpy as np
@@ -33,7 +36,7 @@ from bigkit.offload.load_and_dispatch import load_checkpoint_and_dispatch
 from bigkit.offload.on_cpu import MlpHook
 from bigkit.offload.one_place import cpu_offload, disk_offload
 from bigkit.offload.whole_model import cpu_offload_with_hook
-from tests.spread import STAND_IN, Net, check_at_rest, handles, memory_beside_disk, same, spread, spread_ways
+from tests.spread import STAND_IN, WAYS, Net, check_at_rest, handles, memory_beside_disk, same, spread, spread_ways
 
 X = torch.randn(3, 8, generator=torch.Generator().manual_seed(0))
 MIXED = {"scale": "disk", "h.0": 0, "h.1": "cpu", "h.2": "disk", "h.3": 1, "out": "cpu"}
@@ -711,3 +714,89 @@ def test_there_are_no_more_slots_than_blocks():
     assert same(parts(X), model(X))
     (streamer,) = streamers_in(parts)
     assert sum(slot.base.nbytes for slot in streamer.slots) <= sum(unit.nbytes for unit in streamer.units) + 512 * 16
+
+
+class Interrupt:
+    """Raises KeyboardInterrupt at the `at`-th line of bigkit that runs, where a signal could: not as a block ends."""
+
+    def __init__(self, at):
+        self.at, self.lines = at, 0
+
+    def __call__(self, frame, event, arg):
+        if not frame.f_code.co_filename.startswith(os.path.dirname(bigkit.__file__)):
+            return None
+        self.lines += event == "line"
+        code = linecache.getline(frame.f_code.co_filename, frame.f_lineno).strip()
+        if event == "line" and self.lines >= self.at and not code.startswith("with "):
+            self.at = 10**9
+            raise KeyboardInterrupt
+        return self
+
+
+def interrupted(work, at):
+    """Lines of bigkit that some work takes, interrupted at one of them."""
+    tracer = Interrupt(at)
+    sys.settrace(tracer)
+    try:
+        work()
+    except KeyboardInterrupt:
+        pass
+    finally:
+        sys.settrace(None)
+    return tracer.lines
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of one that comes in a finalizer
+@pytest.mark.parametrize("what", ["dispatch", "again", "remove", "state dict", "load"])
+def test_a_change_of_place_may_be_interrupted_at_any_point(what, tmp_path):
+    """No weight is lost: the model is as it was, as it should be, or whole; and may be spread or taken back again."""
+    model, rng = saved(tmp_path / "model"), random.Random(0)
+    state, expected = {name: tensor.clone() for name, tensor in model.state_dict().items()}, model(X)
+
+    def once(at):
+        parts = copy.deepcopy(model)
+        if what != "dispatch":
+            spread(parts, MIXED, offload_dir=tmp_path / "rest")
+        works = {
+            "dispatch": lambda: spread(parts, MIXED, offload_dir=tmp_path / "rest"),
+            "again": lambda: spread(parts, {"": "disk"}, main_device=0, offload_dir=tmp_path / "rest"),
+            "remove": lambda: remove_hook_from_module(parts, recurse=True),
+            "state dict": lambda: parts.load_state_dict(state),
+            "load": lambda: load_checkpoint_in_model(parts, tmp_path / "model"),
+        }
+        lines = interrupted(works[what], at)
+        assert same(parts(X), expected), at
+        assert all(torch.equal(tensor, state[name]) for name, tensor in parts.state_dict().items()), at
+        remove_hook_from_module(parts, recurse=True)
+        assert not handles(parts) and same(parts(X), expected), at
+        assert same(spread(parts, {"": "cpu"}, main_device=0)(X), expected), at
+        return lines
+
+    whole = once(10**9)
+    for _ in range(60):
+        once(rng.randint(1, whole))
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("what", ["in place", "state dict"])
+def test_after_an_interrupted_change_forwards_and_state_dict_agree(what, tmp_path):
+    """Whatever has been changed by then: no slot has what was there before."""
+    model, rng = Net(), random.Random(0)
+    double = {name: 2 * tensor for name, tensor in model.state_dict().items()}
+    works = {
+        "in place": lambda parts: [parameter.data.mul_(2) for parameter in parts.parameters()],
+        "state dict": lambda parts: parts.load_state_dict(double),
+    }
+    for way in WAYS:
+        lines = 10**9
+        for i in range(12):
+            parts, whole = WAYS[way](tmp_path / f"{way}{i}")(copy.deepcopy(model)), copy.deepcopy(model)
+            parts(X)
+            at = rng.randint(1, lines)
+            seen = interrupted(lambda: works[what](parts), at)  # noqa: B023
+            lines = seen if lines == 10**9 else lines
+            whole.load_state_dict({name: tensor.clone() for name, tensor in parts.state_dict().items()})
+            for _ in range(2):
+                assert same(parts(X), whole(X)), (way, at)
+            remove_hook_from_module(parts, recurse=True)
+            assert same(parts(X), whole(X)), (way, at)

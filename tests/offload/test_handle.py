@@ -377,6 +377,14 @@ def test_numpy_cannot_write_to_what_is_lent(tmp_path):
             assert same(parts(X), model(X)), way
 
 
+def test_a_gradient_is_refused_in_one_sentence(tmp_path):
+    for way, parts in spread_ways(Net(), tmp_path):
+        with pytest.raises(RuntimeError, match=r"'h\.1\.a\.weight' rests elsewhere and takes no gradient"):
+            weight(parts).grad = torch.ones(8, 8)
+        weight(parts).grad = None
+        assert weight(parts).grad is None, way
+
+
 def test_views_can_be_read(tmp_path):
     model = Net()
     for way, parts in spread_ways(model, tmp_path):

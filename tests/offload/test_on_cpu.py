@@ -159,3 +159,21 @@ def test_a_plan_and_a_model_agree_on_what_an_mlp_is(cls, config):
     units = [hook.unit for own in hooks.values() for hook in own if isinstance(hook, MlpHook)]
     assert {unit.name.rpartition(".")[0]: sum(part.nbytes for part in unit.parts()) for unit in units} == told
     assert len(units) == 5
+
+
+def test_a_hook_that_is_taken_away_and_put_back_lends_again():
+    """Of a block, for many tokens and for few, which have streamers of their own."""
+    torch.manual_seed(0)
+    own = {**SIZES, "vocab_size": 32, "num_hidden_layers": 2}
+    model = tf.LlamaForCausalLM(tf.LlamaConfig(**own)).eval().requires_grad_(False)
+    places = {"": 0, "model.layers.0": "cpu", "model.layers.1": "cpu"}
+    parts = bigkit.dispatch_model(copy.deepcopy(model), places, stand_in=STAND_IN, on_cpu="1MB")
+    block, ids = parts.model.layers[0], torch.tensor([[1, 2, 3] * FEW])
+    hook = block._hf_hook
+    assert isinstance(hook, BlockHook)
+    for _ in range(2):
+        bigkit.remove_hook_from_module(block)
+        torch.testing.assert_close(parts(ids[:, :1]).logits, model(ids[:, :1]).logits)
+        bigkit.add_hook_to_module(block, hook)
+        for tokens in (1, ids.shape[1], 1):
+            torch.testing.assert_close(parts(ids[:, :tokens]).logits, model(ids[:, :tokens]).logits)

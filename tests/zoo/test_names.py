@@ -320,6 +320,7 @@ def test_weights_beside_a_config_of_an_unknown_type(tmp_path):
         ({"config.json": "[1]"}, zoo.NoConfig, "holds a list"),
         ({"config.json": '{"model_type": "from-tomorrow"}'}, zoo.NoConfig, "neither a config.json"),
         ({"config.json": '{"model_type": "llama", "hidden_size": "wide"}'}, zoo.NoConfig, "no valid config"),
+        ({"config.json": '{"model_type": "llama", "num_hidden_layers": -1}'}, zoo.NoConfig, "num_hidden_layers = -1"),
         ({"config.json": '{"model_type": "x", "auto_map": {"AutoModel": "m.M"}}'}, zoo.RemoteCodeNeeded, "trust_"),
         ({"config.json": '{"architecture": "resnet1"}'}, zoo.UnknownModel, "resnet1"),
         ({"model.safetensors": "short"}, zoo.NoConfig, "no complete safetensors"),
