@@ -103,7 +103,7 @@ def headlines() -> Iterable[Iterable[str]]:
     last = len(held_out_errors("token", "before"))
     old = [sum(abs(error) <= 0.15 for error in twin_errors(key)) for key in ("prefill", "token")]
     yield (f"predicted: `generate`, {len(memory)} of {ran} held-out runs",
-           f"memory, without a GPU: {exact} within 0.5 %; time within 15 %, a narrow twin timed beside: {soon} "
+           f"allocated, without a GPU: {exact} within 0.5 %; time within 15 %, a narrow twin timed beside: {soon} "
            f"prompts, {near} tokens (before, of {last}: {before[0]} and {before[1]}); of 72 runs of a table {old[0]} "
            f"and {old[1]}", "", "measured on H200s")  # fmt: skip
 
