@@ -14,7 +14,8 @@ from collections.abc import Iterable
 
 def refuse_adapters_on(decoded: Iterable[str]) -> None:
     """Refuse an adapter on weights of a module that are stored in few bits. Call it where a module is asked for its own
-    parameters. Reads `peft_config` and `module_name` of the function that asks, `BaseTuner._inject_parameters`.
+    parameters. Reads `peft_config`, and the module's name, of the functions that ask (`BaseTuner.inject_adapter` and
+    `_inject_parameters`). What "all-linear" means for a mixture is among `target_parameters`, too.
 
     Args:
         decoded: own names of the weights.
@@ -25,9 +26,10 @@ def refuse_adapters_on(decoded: Iterable[str]) -> None:
     asker = sys._getframe(2).f_locals
     wanted = getattr(asker.get("peft_config"), "target_parameters", None)
     for name in decoded if wanted else ():
-        full = f".{asker.get('module_name', '')}.{name}"
+        full = f".{asker.get('module_name', asker.get('key', ''))}.{name}"
         if any(full.endswith(f".{target}") for target in wanted or ()):
             raise ValueError(
-                f"target_parameters of an adapter name {full[1:]!r}, which is stored in few bits and is no parameter: "
-                "load with keep='dense' to adapt it, or leave it out"
+                f"an adapter's target_parameters (or 'all-linear') name {full[1:]!r}, which is stored in few bits and "
+                "is no parameter: load it whole (keep='dense', or skip_modules where bigkit quantizes), or choose "
+                "target_modules without it"
             )

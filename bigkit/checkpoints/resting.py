@@ -52,8 +52,16 @@ def record_resting_place(tensor: Tensor, parts: Mapping[str, Stored], written: W
         tensor: a tensor on meta that stands in a model.
         parts, written: see `RestingPlace`.
     """
+    parts = {suffix: _anywhere(where) for suffix, where in parts.items()}
     versions = {file: _version(file) for where in parts.values() for file in where.files}
     _places.setdefault(tensor.untyped_storage(), {})[_view(tensor)] = RestingPlace(parts, written, versions)
+
+
+def _anywhere(where: Stored) -> Stored:
+    """The same for a process that goes to another folder before it reads."""
+    if where.file.is_absolute():
+        return where
+    return where._replace(file=where.file.absolute(), pieces=tuple(map(_anywhere, where.pieces)))
 
 
 def resting_place(tensor: Tensor) -> RestingPlace | None:

@@ -44,6 +44,8 @@ def save_model(
     What modules add to their state dict on their own is written too: the scales of quantized weights, and
     extra state that is a tensor. Names are those
     of the plain model: without `module.` of a DataParallel, and without `_orig_mod.` of what `torch.compile` wraps.
+    Stacks of experts that bigkit has quantized are written as it holds them: `load_and_quantize_model` reads them,
+    and Transformers does not, which has no such format (it reports them as missing, and begins them at random).
 
     Shards are written under temporary names and brought to disk; then the index is put in place in one step. Whenever
     the process is stopped, the folder holds the old checkpoint or the new one. Processes and threads that save into one

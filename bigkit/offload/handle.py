@@ -354,6 +354,8 @@ def _operate(func: Any, args: Any, kwargs: Any) -> Any:
     for target in targets:
         if isinstance(target, AwayView):
             raise RuntimeError(_INTO_A_VIEW.format(func.__name__, target.weight.name))
+        target.streamer.forget(target.weight)  # first: after an interrupt a slot must not hold what was there before
+    changing = {id(target.weight) for target in targets}
     loaded: dict[int, Tensor] = {}  # id of a weight -> its data, brought once
     versions: dict[int, int] = {}  # id of a tensor that the operation sees -> its version before
     brought: dict[int, Tensor] = {}  # the same -> it
@@ -365,7 +367,10 @@ def _operate(func: Any, args: Any, kwargs: Any) -> Any:
         tensor: Tensor = handle
         if not isinstance(handle, AwayView):
             if id(weight) not in loaded:
-                loaded[id(weight)] = handle.streamer.load(weight)
+                value = handle.streamer.load(weight)
+                loaded[id(weight)] = (
+                    own_copy(value) if id(weight) in changing and weight.rests_in() == "disk" else value
+                )
             tensor = loaded[id(weight)] if handle.in_model else loaded[id(weight)].detach()
         with DisableTorchFunctionSubclass():
             handles[id(tensor)] = owners[storage_id(tensor)] = handle

@@ -239,6 +239,7 @@ class Streamer:
         """
         with self.lock:
             if weight.fits(value):
+                self.forget(weight)  # first, as an interrupt may come anywhere
                 weight.keep(value)
                 self._update(weight)
             else:
@@ -356,7 +357,7 @@ class Streamer:
     def _empty(self, slot: Slot) -> None:
         self.lane.finish(slot)
         if slot.unit is not None:
-            del self.holder[slot.unit.index]
+            self.holder.pop(slot.unit.index, None)  # an interrupt may have come after it
         slot.unit = None
 
     def _leave(self, loan: _Loan, failed: bool) -> None:

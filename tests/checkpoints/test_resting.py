@@ -275,3 +275,17 @@ def stays_what_a_dictionary_would_be(tmp_path_factory, steps):
 STEPS = given(steps=st.lists(STEP, max_size=12))
 test_a_model_stays_what_a_dictionary_would_be = settings(max_examples=50)(STEPS(stays_what_a_dictionary_would_be))
 test_the_same_for_long = pytest.mark.soak(settings(max_examples=3000)(STEPS(stays_what_a_dictionary_would_be)))
+
+
+@pytest.mark.parametrize("size", ["2KB", "1GB"])
+def test_a_process_may_go_to_another_folder(size, tmp_path, monkeypatch):
+    model, again = Net(), empty()
+    monkeypatch.chdir(tmp_path)
+    save_model(model, "a", size)
+    load_checkpoint_in_model(again, "a", {"": "disk"}, offload_buffers=True)
+    (tmp_path / "other").mkdir()
+    monkeypatch.chdir(tmp_path / "other")
+    save_model(again, tmp_path / "b")
+    whole = empty()
+    load_checkpoint_in_model(whole, tmp_path / "b")
+    assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in whole.state_dict().items())

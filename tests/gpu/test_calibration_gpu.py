@@ -16,8 +16,15 @@ from bigkit.measure.twin import measure_twin, timed
 from bigkit.offload.rows import count_rows
 
 
+@pytest.fixture(scope="module")
+def calibration(tmp_path_factory):
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    return calibrate(tmp_path_factory.mktemp("calibration"), save=False, quick=True)
+
+
 @pytest.mark.parametrize("place, share", [("cpu", 0), ("cpu", 0.5), ("disk", 0)])
-def test_a_twin_whose_experts_rest_elsewhere(place, share, tmp_path):
+def test_a_twin_whose_experts_rest_elsewhere(place, share, calibration):
     """Hooks, tables and readers are the model's own; a dry run of the model finds the twin."""
     config = transformers.Qwen3MoeConfig(
         hidden_size=1024, intermediate_size=1024, moe_intermediate_size=256, num_hidden_layers=6, vocab_size=32000,
@@ -30,14 +37,13 @@ def test_a_twin_whose_experts_rest_elsewhere(place, share, tmp_path):
     cache = round(share * sum(p.nbytes for module in blocks.values() for p in module.parameters()))
     plain, twin = measure_twin(model, "cuda"), measure_twin(model, "cuda", plan=places, expert_cache=cache)
     assert twin.rests and twin.token.seconds > plain.token.seconds / 2, "hosts of rented GPUs change their pace"
-    known = calibrate(tmp_path, save=False, quick=True).with_twin(plain).with_twin(twin)
+    known = calibration.with_twin(plain).with_twin(twin)
     run = dry_run(model, places, 1, 16, 4, "H200", calibration=known, expert_cache=cache)
     assert run.twin == twin and run.seconds["token"] >= 0.9 * twin.token.seconds
     print(f"{place}, {share}: token {1000 * plain.token.seconds:.1f} ms, with hooks {1000 * twin.token.seconds:.1f} ms")
 
 
-def test_every_rate_of_a_gpu_is_found(tmp_path):
-    calibration = calibrate(tmp_path, save=False, quick=True)
+def test_every_rate_of_a_gpu_is_found(calibration):
     assert calibration.gpu == torch.cuda.get_device_name(0)
     assert 1e-6 < calibration.issue < 1e-4 and 1e-7 < calibration.kernel < 1e-4
     assert len(calibration.pieces) == 4 and all(rate > 1e8 for _, rate in calibration.pieces)

@@ -36,7 +36,7 @@ from bigkit.offload.load_and_dispatch import load_checkpoint_and_dispatch
 from bigkit.offload.on_cpu import MlpHook
 from bigkit.offload.one_place import cpu_offload, disk_offload
 from bigkit.offload.whole_model import cpu_offload_with_hook
-from tests.spread import STAND_IN, Net, check_at_rest, handles, memory_beside_disk, same, spread, spread_ways
+from tests.spread import STAND_IN, WAYS, Net, check_at_rest, handles, memory_beside_disk, same, spread, spread_ways
 
 X = torch.randn(3, 8, generator=torch.Generator().manual_seed(0))
 MIXED = {"scale": "disk", "h.0": 0, "h.1": "cpu", "h.2": "disk", "h.3": 1, "out": "cpu"}
@@ -775,3 +775,28 @@ def test_a_change_of_place_may_be_interrupted_at_any_point(what, tmp_path):
     whole = once(10**9)
     for _ in range(60):
         once(rng.randint(1, whole))
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("what", ["in place", "state dict"])
+def test_after_an_interrupted_change_forwards_and_state_dict_agree(what, tmp_path):
+    """Whatever has been changed by then: no slot has what was there before."""
+    model, rng = Net(), random.Random(0)
+    double = {name: 2 * tensor for name, tensor in model.state_dict().items()}
+    works = {
+        "in place": lambda parts: [parameter.data.mul_(2) for parameter in parts.parameters()],
+        "state dict": lambda parts: parts.load_state_dict(double),
+    }
+    for way in WAYS:
+        lines = 10**9
+        for i in range(12):
+            parts, whole = WAYS[way](tmp_path / f"{way}{i}")(copy.deepcopy(model)), copy.deepcopy(model)
+            parts(X)
+            at = rng.randint(1, lines)
+            seen = interrupted(lambda: works[what](parts), at)  # noqa: B023
+            lines = seen if lines == 10**9 else lines
+            whole.load_state_dict({name: tensor.clone() for name, tensor in parts.state_dict().items()})
+            for _ in range(2):
+                assert same(parts(X), whole(X)), (way, at)
+            remove_hook_from_module(parts, recurse=True)
+            assert same(parts(X), whole(X)), (way, at)

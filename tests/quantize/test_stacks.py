@@ -192,3 +192,16 @@ def test_what_is_set_in_the_models_config_reaches_its_parts():
     parts = [module for module in found.modules() if hasattr(module, "config")]
     assert len(parts) > 3 and all(part.config is found.config for part in parts)
     assert own._experts_implementation != "batched_mm"
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
+@pytest.mark.parametrize("quantization", ["nf4", "int8"])
+def test_adapters_that_would_leave_experts_out_are_refused(quantization):
+    """For peft, all linear layers of this mixture are its experts, too."""
+    peft = pytest.importorskip("peft")
+    model = load_and_quantize_model(made(qwen3_moe), config(quantization), device_map={"": "cpu"})
+    with pytest.raises(ValueError, match=r"'all-linear'\) name 'model.layers.0.mlp.experts.\w+_proj'.*skip_modules"):
+        peft.get_peft_model(model, peft.LoraConfig(target_modules="all-linear", r=2))
+    adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"], r=2, init_lora_weights=False))
+    with torch.no_grad():
+        assert adapted(torch.tensor([[1, 2, 3]])).logits.isfinite().all()
