@@ -43,7 +43,7 @@ def planned(machine, **options):
     return plan(model(), budgets, dtype="bfloat16", hardware=machine, overhead=0, context=40, **options)
 
 
-def run(machine, given, graphs, new=3, calibration=HERE):
+def run(machine, given, graphs, new=6, calibration=HERE):
     more = {"batch_size": 1, "prompt_tokens": 20, "new_tokens": new, "hardware": machine, "graphs": graphs}
     return dry_run(model(), given, **more, calibration=calibration)
 
