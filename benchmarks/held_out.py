@@ -222,11 +222,16 @@ def in_blocks(empty: torch.Tensor, device: torch.device) -> nn.Parameter:
     return nn.Parameter(data, requires_grad=False)
 
 
+def put_quantized(model: nn.Module, kind: str, device: str = DEVICE) -> nn.Module:
+    """Give a model memory, quantized."""
+    how = config_of(kind, "bfloat16")
+    return fill_quantized(quantize_empty(model, how), {"": 0}, torch.device(device, 0), how)
+
+
 def put(case: dict[str, Any], model: nn.Module) -> nn.Module:
     """Give a case's model memory."""
     if kind := case.get("quantization"):
-        how = config_of(kind, "bfloat16")
-        return fill_quantized(quantize_empty(model, how), {"": 0}, torch.device("cuda", 0), how)
+        return put_quantized(model, kind)
     places = places_of(case, model)
     fill(model, places, in_blocks)
     return dispatch_model(model, places, 0) if len({*places.values()}) > 1 else model
@@ -359,22 +364,41 @@ def rehearsed(case: dict[str, Any]) -> tuple[DryRun, list[int], list[int]]:
     return run, twins[0], twins[-1]
 
 
-def foretell_all(source: Path, folder: Path, part: tuple[int, int]) -> None:
-    """Make the dry runs of this process's share of the cases, a file for each; those that are there stay."""
+def file_of(folder: Path, key: str) -> Path:
+    """Where what was foretold of a case lies."""
+    return folder / f"{key.replace('/', '_').replace(' ', '_')}.gz"
+
+
+def keep_foretold(folder: Path, key: str, work: Callable[[], tuple[Any, ...]]) -> None:
+    """Keep what is said of a case, a dry run first, or why it cannot be; what is there stays."""
+    path, start = file_of(folder, key), time.perf_counter()
+    if path.exists():
+        return
     folder.mkdir(parents=True, exist_ok=True)
+    said: Any
+    try:
+        said = work()
+        line = f"{said[0].seconds}, {said[0].peak_allocated[0] / 1e9:.2f} GB, {said[1]}"
+    except Exception as error:
+        said = line = f"{type(error).__name__}: {error}"[:600]
+    with gzip.open(path, "wb") as file:
+        pickle.dump((versions(), said), file)
+    print(f"{key}  {line}  ({time.perf_counter() - start:.1f} s)", flush=True)
+
+
+def read_foretold(folder: Path, key: str, machine: dict[str, str]) -> Any:
+    """What was said of a case, which must have been with the versions of the machine that measured it."""
+    with gzip.open(file_of(folder, key)) as file:
+        by, said = pickle.load(file)
+    if by != machine:
+        raise SystemExit(f"{key} was foretold with {by} and measured with {machine}: foretell it with these")
+    return said
+
+
+def foretell_all(source: Path, folder: Path, part: tuple[int, int]) -> None:
+    """Make the dry runs of this process's share of the cases, a file for each."""
     for case in json.loads(source.read_text())["cases"][part[0] :: part[1]]:
-        path, start = folder / f"{key_of(case).replace('/', '_').replace(' ', '_')}.gz", time.perf_counter()
-        if path.exists():
-            continue
-        said: Any
-        try:
-            said = rehearsed(case)
-            line = f"{said[0].seconds}, {said[0].peak_allocated[0] / 1e9:.2f} GB"
-        except Exception as error:
-            said = line = f"{type(error).__name__}: {error}"[:600]
-        with gzip.open(path, "wb") as file:
-            pickle.dump((versions(), said), file)
-        print(f"{key_of(case)}  {line}  ({time.perf_counter() - start:.1f} s)", flush=True)
+        keep_foretold(folder, key_of(case), lambda: rehearsed(case))  # noqa: B023
 
 
 def twin_from(case: dict[str, Any], rows: dict[str, Any], issued: list[int], single: list[int]) -> Twin | None:
@@ -397,10 +421,7 @@ def twin_from(case: dict[str, Any], rows: dict[str, Any], issued: list[int], sin
 
 def predicted(case: dict[str, Any], folder: Path, machine: dict[str, str]) -> dict[str, Any]:
     """What a dry run said of a case: in each round, with all of its twins, and without one."""
-    with gzip.open(folder / f"{key_of(case).replace('/', '_').replace(' ', '_')}.gz") as file:
-        by, said = pickle.load(file)
-    if by != machine:
-        raise SystemExit(f"{key_of(case)} was foretold with {by} and measured with {machine}: foretell it with these")
+    said = read_foretold(folder, key_of(case), machine)
     if isinstance(said, str):
         return {"error": said}
     guess, issued, single = said

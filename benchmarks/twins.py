@@ -33,9 +33,7 @@ from __future__ import annotations
 import argparse
 import copy
 import gc
-import gzip
 import json
-import pickle
 import statistics
 import time
 import warnings
@@ -47,10 +45,9 @@ from typing import Any
 
 import dryrun
 import torch
-from held_out import in_a_process, lines_of, versions
+from held_out import in_a_process, keep_foretold, lines_of, put_quantized, read_foretold, versions
 from torch import nn
 
-from bigkit.dryrun.fake_bnb import config_of, fill_quantized, quantize_empty
 from bigkit.dryrun.result import DryRun
 from bigkit.dryrun.run import dry_run
 from bigkit.dryrun.workload import Workload, fill
@@ -110,27 +107,10 @@ def foretold(case: dict[str, Any]) -> tuple[DryRun, dict[str, list[int]]]:
     return run, {name: issued_in(empty(case), few, kind) for name, few in twins_of(case).items()}
 
 
-def file_of(folder: Path, case: dict[str, Any]) -> Path:
-    """Where a case's dry run lies."""
-    return folder / f"{dryrun.key_of(case).replace('/', '_')}.gz"
-
-
 def foretell_all(folder: Path) -> None:
-    """Make the dry runs, a file for each; those that are there stay."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Make the dry runs, a file for each."""
     for case in (case for group in models() for case in group):
-        path, start = file_of(folder, case), time.perf_counter()
-        if path.exists():
-            continue
-        said: Any
-        try:
-            said = foretold(case)
-            line = f"{said[0].seconds}, {said[0].peak_allocated[0] / 1e9:.2f} GB, {said[1]}"
-        except Exception as error:
-            said = line = f"{type(error).__name__}: {error}"[:600]
-        with gzip.open(path, "wb") as file:
-            pickle.dump((versions(), said), file)
-        print(f"{dryrun.key_of(case)}  {line}  ({time.perf_counter() - start:.1f} s)", flush=True)
+        keep_foretold(folder, dryrun.key_of(case), lambda: foretold(case))  # noqa: B023
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -141,9 +121,7 @@ def put(model: nn.Module, kind: str | None) -> nn.Module:
     """Give a model memory."""
     if kind is None:
         return fill(model, {"": 0 if DEVICE == "cuda" else DEVICE})
-    how = config_of(kind, "bfloat16")
-    device = torch.device(DEVICE, 0)
-    return fill_quantized(quantize_empty(model, how), {"": device.index}, device, how)
+    return put_quantized(model, kind, DEVICE)
 
 
 def measure(case: dict[str, Any], whole: nn.Module, write: Callable[[dict[str, Any]], None]) -> str:
@@ -291,10 +269,7 @@ def rows_of(folder: Path, paths: list[Path]) -> Iterator[dict[str, Any]]:
         if "runs" not in case:
             yield {"case": key, "not measured": case.get("error", "late")}
             continue
-        with gzip.open(file_of(folder, case)) as file:
-            by, said = pickle.load(file)
-        if by != {name: machine[name] for name in versions()}:
-            raise SystemExit(f"{key} was foretold with {by} and measured with {machine}: foretell it with these")
+        said = read_foretold(folder, key, {name: machine[name] for name in versions()})
         if isinstance(said, str):
             yield {"case": key, "error": said}
             continue
