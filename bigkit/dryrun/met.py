@@ -80,11 +80,8 @@ def about_met(capability: tuple[int, int]) -> list[str]:
     >>> about_met((7, 5)) == [NO_OTHER]
     True
     """
-    return (
-        []
-        if capability == COMPARED and all(_installed(library) == known for library, known in VERSIONS.items())
-        else [NO_OTHER]
-    )
+    met = capability == COMPARED and all(_installed(library) == known for library, known in VERSIONS.items())
+    return [] if met else [NO_OTHER]
 
 
 def _installed(library: str) -> str:

@@ -136,7 +136,8 @@ def dry_run(
         if config.load_in_8bit:
             left_out.append("Inputs beyond the threshold of LLM.int8 cost time that is not counted here.")
     name, empty = _model(model, dtype, config)
-    rates = {f"cuda:{i}": rates_of(machine, calibration)[i] for i in numbers}
+    of_gpus = rates_of(machine, calibration)
+    rates = {f"cuda:{i}": of_gpus[i] for i in numbers}
     if on_cpu and (measured := _beside_the_cpu(empty, rates, on_cpu[1], graphs, calibration)):
         rates = measured
     elif on_cpu:
