@@ -24,7 +24,7 @@ from typing import Any
 
 from ..units import dtype_bits, dtype_name, format_bytes, format_count, is_floating, text_table
 from .attention import kv_dtype_name
-from .experts import active_bytes, active_parameters, sentence
+from .experts import active_bytes, active_parameters, experts_of, sentence
 from .precision import QUANTIZATIONS, Precision, quantized_stacks
 from .spec import ModelSpec
 from .stored import decoding_bytes, is_as_stored
@@ -52,8 +52,9 @@ def activation_bytes(model: ModelSpec, batch: int, tokens: int, dtype: str = "bf
 
     batch * tokens * (3 * intermediate_size + 4 * hidden_size) elements, for blocks with a gated feed-forward and fused
     attention (the scores are never stored), plus one row of logits for each sequence. In a mixture of experts a token
-    visits `experts_per_token` experts and the shared ones. 0 if the model's facts do not say how wide it is. BLOOM and
-    MPT store the scores (`SCORES`): tokens of a prompt count squared.
+    visits `experts_per_token` experts and the shared ones; while it decodes, `generate` copies each chosen expert for
+    each sequence (`batched_mm`), which may be more than the prompt takes. 0 if the model's facts do not say how wide it
+    is. BLOOM and MPT store the scores (`SCORES`): tokens of a prompt count squared.
 
     llama.cpp, which runs GGUF files, takes at most `MICRO_BATCH` tokens at a time, and keeps their states and scores in
     float32: 258.5 MiB for Llama 3 8B, as its log says ("CUDA0 compute buffer size").
@@ -76,6 +77,10 @@ def activation_bytes(model: ModelSpec, batch: int, tokens: int, dtype: str = "bf
         return 4 * min(batch * tokens, MICRO_BATCH) * (facts.get("vocab_size", 0) + hidden)
     size, last = dtype_bits(dtype) // 8, batch * facts.get("vocab_size", 0)
     most = size * (batch * tokens * (3 * wide + 4 * hidden) + last)
+    if facts.get("num_experts") and generates(model):
+        fused = [one for one in experts_of(model) if not any("." in name for name, *_ in one.spec.named_tensors())]
+        copied = max((one.per_token * one.parameters // one.count for one in fused), default=0)
+        most = max(most, size * (batch * (copied + 3 * wide + 4 * hidden) + last))
     if stored := SCORES.get(facts.get("model_type", "")):
         scores = batch * tokens**2 * (facts.get("num_attention_heads", 0) * stored.get(dtype, 16) + size)  # and a mask
         most = max(most, scores + size * batch * tokens * (12 if size == 4 else 9) * hidden)

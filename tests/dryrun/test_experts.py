@@ -47,6 +47,25 @@ def test_bytes_that_travel(replay):
         assert fills[f"token {token}"] == bring, "the prompt has left the last two blocks in the slots"
 
 
+@pytest.mark.parametrize("batch", [1, 4])
+@pytest.mark.parametrize("family", ["Mixtral", "Qwen3Moe"])
+def test_a_plan_counts_the_copies_of_experts_that_decoding_makes(family, batch):
+    """`generate` copies each chosen expert for each sequence: more than a short prompt takes."""
+    sizes = {"hidden_size": 512, "num_hidden_layers": 2, "num_attention_heads": 8, "num_key_value_heads": 4}
+    experts = {"num_local_experts": 8} if family == "Mixtral" else {"num_experts": 8, "num_experts_per_tok": 4}
+    config = getattr(tf, f"{family}Config")(
+        **sizes, **experts, vocab_size=500, intermediate_size=1024, moe_intermediate_size=512, head_dim=64
+    )
+
+    def empty():
+        with init_empty_weights():
+            return getattr(tf, f"{family}ForCausalLM")(config).bfloat16().eval()
+
+    given = plan(empty(), {0: "1GiB"}, batch=batch, context=40, overhead=0)
+    peak = dry_run(empty(), given, batch, 32, 8, "H200").peak_allocated[0]
+    assert peak - 32 * 2**20 == pytest.approx(given.used[0], abs=100_000), "beside the workspace of cuBLAS"
+
+
 def test_chosen_experts_in_files_come_in_pieces():
     routing = Routing("qwen", COUNT, tuple(((1, 2), (4, 7), (0, 9)) for _ in range(BLOCKS)))
     experts = {f"model.layers.{i}.mlp.experts": "disk" for i in range(BLOCKS)}
