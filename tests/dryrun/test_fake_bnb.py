@@ -7,7 +7,7 @@ from collections import Counter
 import pytest
 import torch
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from bigkit import (
     BnbQuantizationConfig,
@@ -68,6 +68,20 @@ def test_a_repository_of_bitsandbytes_counts_as_it_is_stored(kind, tmp_path):
         assert run.timeline().at_peak()["weights"] == weights and run.peak_reserved == expected.peak_reserved
     unpacked = dry_run(folder, None, 1, 8, 1, "T4", dtype="bfloat16")
     assert unpacked.timeline().at_peak()["weights"] > 1.4 * weights
+
+
+@pytest.mark.parametrize("kind", ["int8", "nf4"])
+def test_experts_are_decoded_to_the_dtype_of_the_layers_that_stay(kind):
+    """A model in bfloat16, and float16 for what is not quantized, as `load_and_quantize_model` does by default."""
+    sizes = {"hidden_size": 64, "num_hidden_layers": 2, "intermediate_size": 64, "num_local_experts": 4}
+    config = MixtralConfig(**sizes, num_attention_heads=4, num_key_value_heads=2, vocab_size=96)
+    model = load_and_quantize_model(MixtralForCausalLM(config).bfloat16(), config_of(kind), device_map={"": "cpu"})
+    model.generate(torch.ones(1, 3, dtype=torch.long), max_new_tokens=2, pad_token_id=0)
+    with init_empty_weights():
+        empty = MixtralForCausalLM(config).bfloat16()
+    weights = sum(one.nbytes for one in (*model.parameters(), *model.buffers()))
+    run = dry_run(empty, None, 1, 3, 1, "T4", quantization=kind)
+    assert run.timeline().at_peak()["weights"] == pytest.approx(weights, abs=4096)
 
 
 def test_a_plan_says_how_its_weights_are_stored():
