@@ -147,17 +147,16 @@ class DecodedStack:
         if step >= count and not elsewhere:
             return product(x, self.all(), offs=ends)
         bounds = [0, *_numbers(ends, x.shape[0], getattr(first, "recorded", None))]
+        chosen = [expert for expert in range(count) if bounds[expert + 1] > bounds[expert]]
+        stack = self if elsewhere else DecodedStack(self.parts, self.codec, self.dtype, self.form, self.transposed)
         out = x.new_empty(x.shape[0], self.shape[2])
-        last = 0
-        while last < count:
-            first, begin = last, bounds[last]
-            while last < min(first + step, count) and bounds[last + 1] > bounds[last]:
-                last += 1
-            if last == first:  # nobody has chosen this one
-                last += 1
-            else:
-                rows = slice(begin, bounds[last])
-                out[rows] = product(x[rows], self[first:last], offs=ends[first:last] - begin)
+        for begin in range(0, len(chosen), step):
+            some = chosen[begin : begin + step]
+            rows = slice(bounds[some[0]], bounds[some[-1] + 1])  # those between have none
+            neighbours = some[-1] - some[0] < len(some)
+            where = slice(some[0], some[-1] + 1) if neighbours else torch.tensor(some, device=x.device)
+            weights = stack[some if elsewhere and not neighbours else where]
+            out[rows] = product(x[rows], weights, offs=ends[where] - rows.start)
         return out
 
     @classmethod

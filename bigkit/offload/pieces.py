@@ -48,7 +48,9 @@ class Brought(Elsewhere):
     def take(self, parts: Mapping[str, Any], experts: Any) -> dict[str, Tensor]:
         numbers = [part.number for part in parts.values()]
         if isinstance(experts, slice):
-            found = self.pieces.bring(self.unit, numbers, [*range(*experts.indices(self.shape[0]))])
+            experts = [*range(*experts.indices(self.shape[0]))]
+        if isinstance(experts, list):
+            found = self.pieces.bring(self.unit, numbers, experts)
         else:
             found = self.pieces.gather(self.unit, numbers, _numbers(experts, self.shape[0], self.recorded))
         return dict(zip(parts, found))

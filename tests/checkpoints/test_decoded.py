@@ -78,6 +78,23 @@ def test_a_prompts_product_in_pieces(
         assert 0 < seen.most <= some * ROWS * COLUMNS, "no more experts than that are decoded at once"
 
 
+def test_pieces_are_of_chosen_experts_however_far_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    stack = stack_of("fp8", torch.float32).transpose(1, 2)
+    ends = torch.tensor([1, 0, 2, 0, 1, 0, 0, 1]).cumsum(0)
+    x, pieces = torch.randn(5, COLUMNS), []
+
+    def product(rows: Tensor, weights: Tensor, offs: Tensor) -> Tensor:
+        pieces.append(len(weights))
+        begins = [0, *offs.tolist()]
+        return torch.cat([rows[a:b] @ one for a, b, one in zip(begins, begins[1:], weights)])
+
+    monkeypatch.setattr(decoded, "AT_A_TIME", 3 * ROWS * COLUMNS)
+    found = stack.grouped_mm(x, ends, product)
+    assert pieces == [3, 1]
+    whole = stack.all()
+    assert torch.equal(found, torch.cat([x[:1] @ whole[0], x[1:3] @ whole[2], x[3:4] @ whole[4], x[4:] @ whole[7]]))
+
+
 def test_what_code_asks_of_a_weight_decodes_nothing() -> None:
     stack = stack_of("fp8", torch.bfloat16)
     with Largest() as seen:
