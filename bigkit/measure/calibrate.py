@@ -11,13 +11,15 @@ Leaves out: several GPUs but for their links (the first one is measured) and the
 
 from __future__ import annotations
 
+import itertools
 import os
 import platform
+import shutil
 import statistics
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +42,8 @@ from .twin import measure_twin
 
 BLOCK = 256 * MiB
 PIECE = 4 * MiB  # of one stack of an expert, more or less
+LARGE = 8  # times BLOCK: a file that no processor's cache holds
+REPEATS = 5
 HOSTS = ("llama", "gpt2", "gemma2", "bert")  # types in Transformers of the tiny models by which the host is timed
 Table = tuple[tuple[float, float], ...]  # (FLOP of one call, FLOP a second)
 
@@ -138,7 +142,7 @@ def machine_name() -> str:
     return machine_key(torch.cuda.get_device_name(0) if torch.cuda.is_available() else None)
 
 
-def best(work: Callable[[], Any], device: str = "cpu", repeats: int = 5) -> float:
+def best(work: Callable[[], Any], device: str = "cpu", repeats: int = REPEATS) -> float:
     """Seconds that `work` takes: the best of `repeats` after a warm-up.
 
     >>> best(lambda: sum(range(1000))) < 1
@@ -194,8 +198,7 @@ def _disk(folder: Path, size: int) -> tuple[float | None, float, Table]:
     handle, name = tempfile.mkstemp(dir=folder, prefix="bigkit-calibrate")
     try:
         chunk = bytearray(os.urandom(CHUNK))
-        for _ in range(size // CHUNK):
-            os.write(handle, chunk)
+        _write(handle, chunk, size)
         os.fsync(handle)
         cold = None
         if hasattr(os, "posix_fadvise"):
@@ -206,11 +209,18 @@ def _disk(folder: Path, size: int) -> tuple[float | None, float, Table]:
                 pass
             cold = size / (time.perf_counter() - start)
         if torch.cuda.is_available():
-            return cold, *_as_units(name, size)
+            larger = min(LARGE * size, size + shutil.disk_usage(folder).free // 2 // CHUNK * CHUNK)
+            _write(handle, chunk, larger - size)
+            return cold, *_as_units(name, larger)
         return cold, size / best(lambda: _read_shared(name, size)), ()
     finally:
         os.close(handle)
         os.unlink(name)
+
+
+def _write(handle: int, chunk: bytearray, size: int) -> None:
+    for _ in range(size // CHUNK):
+        os.write(handle, chunk)
 
 
 def _read_shared(name: str, size: int) -> None:
@@ -232,24 +242,30 @@ _kept = threading.local()
 def _as_units(name: str, size: int, device: str = "cuda:0") -> tuple[float, Table]:
     """Bytes a second until a unit is read from a file by a lane's readers, who queue copies to the GPU as well.
 
+    Each repetition reads on where the last one ended: what was read just now lies in the processor's own cache still.
+
     Returns:
         The rate of a large one, and (bytes, rate) of some that lie in small pieces, as experts do.
     """
     lane, source = CudaLane(torch.device(device)), Source(name)
+    halves = itertools.cycle((0, size // 2))
+    places = itertools.cycle(range(0, size - PIECE + 1, 2 * PIECE))
 
-    def rate(piece: int, places: list[int]) -> tuple[float, float]:
-        parts = [Part((piece,), (1,), torch.uint8, at=at, source=source) for at in places]
-        unit = Unit("", nn.Identity(), [Weight("", torch.empty(0), [], {"": part}) for part in parts])
-        slot = lane.slot(unit.nbytes)
+    def rate(piece: int, count: int, places: Iterator[int]) -> tuple[float, float]:
+        def unit() -> Unit:
+            parts = [Part((piece,), (1,), torch.uint8, at=next(places), source=source) for _ in range(count)]
+            return Unit("", nn.Identity(), [Weight("", torch.empty(0), [], {"": part}) for part in parts])
+
+        units, slot = iter([unit() for _ in range(REPEATS + 1)]), lane.slot(piece * count)
 
         def bring() -> None:
-            lane.fill(slot, unit)
+            lane.fill(slot, next(units))
             lane.arrive(slot)
 
-        return float(unit.nbytes), unit.nbytes / best(bring)
+        return float(piece * count), piece * count / best(bring)
 
-    _, whole = rate(size, [0] * 4)  # at first the largest, so that all chunks of the ring are pinned
-    pieces = [rate(PIECE, [2 * i * PIECE % size for i in range(count)]) for count in (2, 4, 16, 48)]
+    _, whole = rate(size // 2, 1, halves)  # at first the largest, so that all chunks of the ring are pinned
+    pieces = [rate(PIECE, count, places) for count in (2, 4, 16, 48)]
     lane.close()
     return whole, tuple(pieces)
 
