@@ -1,4 +1,4 @@
-"""The memory that a forward needs beside weights and KV cache: its widest moment, on the device that it runs on.
+"""The memory that a forward needs beside weights and KV cache: its widest moment, on the device where it runs.
 
 Each formula below is a moment of a Transformers block, with what is alive then. Prompts and decode steps have moments
 of their own; the largest counts:
@@ -91,10 +91,9 @@ def working_bytes(model: ModelSpec, precision: Precision, batch: int, tokens: in
 def activation_bytes(model: ModelSpec, batch: int, tokens: int, dtype: str = "bfloat16") -> int:
     """Peak working memory of one forward pass without gradients: the widest moment of one block, and the logits.
 
-    batch * tokens * (3 * intermediate_size + 4 * hidden_size + 2 * head_dim) elements, for blocks with a gated
-    feed-forward, fused attention (the scores are never stored) and rotary positions, plus one row of logits for each
-    sequence. In a mixture of experts a token visits `experts_per_token` experts and the shared ones. 0 if the model's
-    facts do not say how wide it is.
+    batch * tokens * (3 * intermediate_size + 4 * hidden_size) elements, for blocks with a gated feed-forward and fused
+    attention (the scores are never stored), plus one row of logits for each sequence. In a mixture of experts a token
+    visits `experts_per_token` experts and the shared ones. 0 if the model's facts do not say how wide it is.
 
     llama.cpp, which runs GGUF files, takes at most `MICRO_BATCH` tokens at a time, and keeps their states and scores in
     float32: 258.5 MiB for Llama 3 8B, as its log says ("CUDA0 compute buffer size").
@@ -120,9 +119,8 @@ def _widest(model: ModelSpec, precision: Precision, batch: int, tokens: int, dty
         return 4 * min(batch * tokens, MICRO_BATCH) * (facts.get("vocab_size", 0) + hidden)
     wide = facts.get("intermediate_size") or 4 * hidden
     found, last, n = _found(model, precision), size * batch * facts.get("vocab_size", 0), batch * tokens
-    rotary = 2 * facts.get("head_dim", 0) if facts.get("positions") == "rotary" else 0
-    around = size * n * (4 * hidden + rotary)  # states, and angles of positions
-    most = around + max(last, size * n * 3 * wide)
+    around = size * n * 4 * hidden
+    most = around + size * n * 3 * wide + last
     if found.linear:
         most = max(most, around + size * n * 2 * wide + found.linear)
     if found.int8:
@@ -196,7 +194,8 @@ def _of_experts(model: ModelSpec, found: _Found, n: int, size: int) -> int:
     rows, family = n * taken, str(facts.get("model_type", ""))
     if family in ALL_EXPERTS:
         return size * n * (hidden + facts["num_experts"] * (hidden + 4 * wide))
-    account = n * (8 * facts["num_experts"] + 44 * taken)  # what the router says, and numbers by which rows are sorted
+    # What the router says, numbers by which rows are sorted, and angles of positions.
+    account = n * (8 * facts["num_experts"] + 44 * taken + 2 * size * facts.get("head_dim", 0))
     inputs, last = size * rows * hidden, 2 * size * rows * hidden
     if facts.get("routes_in_float32"):
         last += 2 * rows * hidden * (4 - size)

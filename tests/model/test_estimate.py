@@ -115,7 +115,7 @@ def test_inference_rows_use_true_sizes():
     kept = 2 * (2 * 32000 * 4096 + 65 * 4096)
     assert row["nf4"].weights == pytest.approx(kept + linear * 4.5 / 8, rel=1e-3)
     assert row["nf4-double"].weights == pytest.approx(kept + linear * 4.126953 / 8, rel=1e-3)
-    assert row["bfloat16"].activations == 2 * 2 * 4096 * (3 * 11008 + 4 * 4096 + 2 * 128)
+    assert row["bfloat16"].activations == 2 * (2 * 4096 * (3 * 11008 + 4 * 4096) + 2 * 32000)
     assert row["nf4"].total == row["nf4"].weights + row["nf4"].kv_cache + row["nf4"].activations
 
 
