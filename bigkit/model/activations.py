@@ -205,7 +205,7 @@ def _of_experts(model: ModelSpec, found: _Found, n: int, size: int) -> int:
         if decoded is not None:
             some = min(count, max(1, decoded.at_a_time // one))
             result = size * rows * (2 * wide if at == 0 else hidden) * (1 if some == count else 2)
-            each = decoded.whole if some == count else decoded.chosen
+            each = max(size, decoded.whole if some == count else decoded.chosen)
             before = inputs + (size * rows * wide if at else 0)
             before += size * rows * (hidden if at else 2 * wide) * (family in HALVES)  # biases, by rows
             moments += [before + round(each * some * one), before + result + size * some * one]
@@ -219,8 +219,9 @@ def _copies(found: _Found, batch: int, size: int) -> int:
         chosen, before = batch * taken, kept
         kept += size * chosen * one
         if decoded is not None and chosen > count:  # all are decoded, then copied
-            most = max(most, before + round(decoded.whole * count * one), kept + size * count * one)
+            all_of_them = max(size, decoded.whole) * count * one
+            most = max(most, before + round(all_of_them), kept + size * count * one)
         elif decoded is not None:
-            most = max(most, before + round(decoded.chosen * chosen * one))
+            most = max(most, before + round(max(size, decoded.chosen) * chosen * one))
         most = max(most, kept)
     return most
