@@ -5,13 +5,16 @@ Not for what only a fresh interpreter shows: which imports a module makes, and w
 
 from __future__ import annotations
 
+import atexit
 import multiprocessing
 import os
+import runpy
 import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+import threading
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
@@ -51,6 +54,10 @@ class Forked:
         assert self.process.pid is not None
         self.pid = self.process.pid
 
+    @property
+    def is_running(self) -> bool:
+        return self.process.exitcode is None
+
     def kill(self, number: int = signal.SIGKILL) -> None:
         with suppress(ProcessLookupError):
             os.kill(self.pid, number)
@@ -72,6 +79,71 @@ def run(code: str, *words: object, folder: Path | None = None, variables: Mappin
         seconds: float = 120) -> subprocess.CompletedProcess[str]:  # fmt: skip
     """Run a program to its end. See `Forked`."""
     return Forked(code, *words, folder=folder, variables=variables).wait(seconds)
+
+
+def launcher(*words: object, folder: Path, variables: Mapping[str, str], first: str = "") -> Forked:
+    """`bigkit launch ...`, with torchrun in the process that is forked, and the processes of the script forked from it.
+
+    Args:
+        first: source that runs before.
+    """
+    return Forked(first + _LAUNCH, "launch", *words, folder=folder, variables=variables)
+
+
+def launch(*words: object, folder: Path, variables: Mapping[str, str]) -> subprocess.CompletedProcess[str]:
+    """Launch a script and wait for its end. See `launcher`."""
+    return launcher(*words, folder=folder, variables=variables).wait()
+
+
+_LAUNCH = """
+import os, runpy, sys
+from torch.distributed.elastic.multiprocessing.subprocess_handler import subprocess_handler
+from bigkit.cli import main
+from tests.forked import Script
+
+def become(path, line):
+    subprocess_handler.Popen, sys.argv = Script, line[2:]
+    runpy.run_module(line[2], run_name="__main__", alter_sys=True)
+
+os.execv = become
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+class Script(subprocess.Popen):  # type: ignore[type-arg]
+    """`python -u script ...`, forked from this process."""
+
+    def _execute_child(self, args: Sequence[str], *how: object) -> None:
+        assert (*args[:2],) == (sys.executable, "-u")
+        environment = how[5]
+        assert isinstance(environment, dict)
+        sys.stdout.flush()
+        self.pid = os.fork()
+        if self.pid:
+            self._child_created = True
+            return
+        status = 1
+        try:
+            atexit._clear()
+            for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):  # which the launcher handles
+                signal.signal(number, signal.SIG_DFL)
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            os.environ.clear()
+            os.environ.update(environment)
+            sys.argv = [*args[2:]]
+            sys.path.insert(0, os.path.dirname(os.path.abspath(args[2])))
+            runpy.run_path(args[2], run_name="__main__")
+            status = 0
+        except SystemExit as end:
+            status = end.code if isinstance(end.code, int) else int(end.code is not None)
+        except BaseException as error:
+            sys.excepthook(type(error), error, error.__traceback__)
+        finally:
+            threading._shutdown()  # type: ignore[attr-defined]
+            atexit._run_exitfuncs()
+            for stream in (sys.stdout, sys.stderr):
+                stream.flush()
+            os._exit(status)
 
 
 def _run(code: str, words: list[str], folder: str, variables: dict[str, str], files: list[str]) -> None:
