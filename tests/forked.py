@@ -14,14 +14,16 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
+from typing import NoReturn
 
 SHARED = [
     "torch", "numpy", "datasets", "transformers.models.llama.modeling_llama", "bigkit.distributed.gather",
-    "bigkit.offload.load_and_dispatch",
+    "bigkit.offload.load_and_dispatch", "bigkit.quantize.layers", "ipykernel.kernelapp", "matplotlib.pyplot",
 ]  # fmt: skip
 
 
@@ -115,46 +117,79 @@ class Script(subprocess.Popen):  # type: ignore[type-arg]
 
     def _execute_child(self, args: Sequence[str], *how: object) -> None:
         assert (*args[:2],) == (sys.executable, "-u")
-        environment = how[5]
+        environment, script = how[5], args[2]
         assert isinstance(environment, dict)
         sys.stdout.flush()
         self.pid = os.fork()
         if self.pid:
             self._child_created = True
-            return
-        status = 1
-        try:
-            atexit._clear()
-            for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):  # which the launcher handles
-                signal.signal(number, signal.SIG_DFL)
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-            os.environ.clear()
-            os.environ.update(environment)
-            sys.argv = [*args[2:]]
-            sys.path.insert(0, os.path.dirname(os.path.abspath(args[2])))
-            runpy.run_path(args[2], run_name="__main__")
-            status = 0
-        except SystemExit as end:
-            status = end.code if isinstance(end.code, int) else int(end.code is not None)
-        except BaseException as error:
-            sys.excepthook(type(error), error, error.__traceback__)
-        finally:
-            threading._shutdown()  # type: ignore[attr-defined]
-            atexit._run_exitfuncs()
-            for stream in (sys.stdout, sys.stderr):
-                stream.flush()
-            os._exit(status)
+        else:
+            sys.path.insert(0, os.path.dirname(os.path.abspath(script)))
+            _become(lambda: runpy.run_path(script, run_name="__main__"), args[2:], environment)
+
+
+class Kernel(Forked):
+    """`python -m ipykernel_launcher ...`, as jupyter_client's `launch_kernel` starts it."""
+
+    stdin = stdout = stderr = None
+
+    def __init__(
+        self, words: Sequence[str], *, cwd: str | None = None, env: Mapping[str, str], **others: object
+    ) -> None:
+        assert words[1:3] == ["-m", "ipykernel_launcher"]
+        super().__init__(_KERNEL, *words[3:], folder=Path(cwd or os.getcwd()), variables=env)
+        while self.poll() is None and os.getpgid(self.pid) != self.pid:  # else a signal to its group would end us
+            time.sleep(0.001)
+
+    def poll(self) -> int | None:
+        return self.process.exitcode
+
+    def send_signal(self, number: int) -> None:
+        self.kill(number)
+
+    def terminate(self) -> None:
+        self.kill(signal.SIGTERM)
+
+
+_KERNEL = """
+import os, runpy, matplotlib
+
+matplotlib.rcParams["backend"] = os.environ.get("MPLBACKEND") or "module://matplotlib_inline.backend_inline"
+runpy.run_module("ipykernel_launcher", run_name="__main__", alter_sys=True)
+"""
 
 
 def _run(code: str, words: list[str], folder: str, variables: dict[str, str], files: list[str]) -> None:
     os.setsid()
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell lets what it runs beside it ignore interrupts
     for descriptor, file in enumerate(files, 1):
         os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT, 0o600), descriptor)
     sys.stdout, sys.stderr = (open(descriptor, "w", encoding="utf-8", buffering=1) for descriptor in (1, 2))
     os.chdir(folder)
-    os.environ.clear()
-    os.environ.update(variables)
-    sys.argv = ["-c", *words]
     sys.path.insert(0, folder)
-    exec(compile(code, "<forked>", "exec"), {"__name__": "__main__"})
+    program = compile(code, "<forked>", "exec")
+    _become(lambda: exec(program, {"__name__": "__main__"}), ["-c", *words], variables)
+
+
+def _become(program: Callable[[], object], words: Sequence[str], variables: Mapping[str, str]) -> NoReturn:
+    """Run a program as a Python of its own would, from its arguments and environment to its exit status."""
+    status = 1
+    try:
+        atexit._clear()
+        for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):  # a launcher handles them
+            signal.signal(number, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # what a shell runs beside it ignores them
+        os.environ.clear()
+        os.environ.update(variables)
+        sys.argv = [*words]
+        program()
+        status = 0
+    except SystemExit as end:
+        status = end.code if isinstance(end.code, int) else int(end.code is not None)
+    except BaseException as error:
+        sys.excepthook(type(error), error, error.__traceback__)
+    finally:
+        threading._shutdown()  # type: ignore[attr-defined]
+        atexit._run_exitfuncs()
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+        os._exit(status)
