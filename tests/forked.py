@@ -6,6 +6,7 @@ Not for what only a fresh interpreter shows: which imports a module makes, and w
 from __future__ import annotations
 
 import atexit
+import gc
 import multiprocessing
 import os
 import runpy
@@ -23,7 +24,7 @@ from typing import NoReturn
 
 SHARED = [
     "torch", "numpy", "datasets", "transformers.models.llama.modeling_llama", "bigkit.distributed.gather",
-    "bigkit.offload.load_and_dispatch", "bigkit.quantize.layers", "ipykernel.kernelapp", "matplotlib.pyplot",
+    "bigkit.offload.load_and_dispatch", "ipykernel.kernelapp", "matplotlib.pyplot",
 ]  # fmt: skip
 
 
@@ -174,6 +175,7 @@ def _become(program: Callable[[], object], words: Sequence[str], variables: Mapp
     """Run a program as a Python of its own would, from its arguments and environment to its exit status."""
     status = 1
     try:
+        gc.freeze()  # what the server has imported stays
         atexit._clear()
         for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):  # a launcher handles them
             signal.signal(number, signal.SIG_DFL)
