@@ -7,10 +7,10 @@
 
 The rule of the draw: the commit's hash is the seed. Of all types in Transformers that generate text from token ids and
 that were neither in the table of `dryrun.py`, nor measured while the code was changed (`SEEN`), nor in an earlier draw
-(`DRAWS`; those that were drawn but not reached may be drawn again), `TYPES` are drawn, each with the sizes of its
-default configuration (a published model's), and as many of its blocks as fit in `WEIGHTS`. Each gets a load, drawn from
-`BATCHES`, `PROMPTS` and `NEW`; some are quantized, and of some every second block rests in RAM. What a type's positions
-or `MOST_TOKENS` forbid is drawn again.
+(`DRAWS`; those that were drawn but not reached may be drawn again), `TYPES` are drawn, and where these are too few, of
+the types of earlier draws. Each has the sizes of its default configuration (a published model's), and as many of its
+blocks as fit in `WEIGHTS`, and gets a load, drawn from `BATCHES`, `PROMPTS` and `NEW`; some are quantized, and of some
+every second block rests in RAM. What a type's positions or `MOST_TOKENS` forbid is drawn again.
 
 `--foretell` makes the dry runs, and keeps them whole: one file for each case. What they lack is the pace of the host.
 
@@ -30,6 +30,7 @@ from __future__ import annotations
 import argparse
 import copy
 import gzip
+import itertools
 import json
 import os
 import pickle
@@ -63,7 +64,7 @@ from bigkit.offload.lenders import streamers_in
 from bigkit.zoo._transformers import from_config
 
 BATCHES, PROMPTS, NEW = (1, 3, 32), (1, 100, 777, 1900), (1, 4, 16, 32)
-TYPES = 30
+TYPES = 40
 TOKENS = 5  # that are generated when times are taken
 LEAST, MOST, EACH = 5, 15, 1.8  # rounds of a model that count, and seconds for them
 WEIGHTS, MOST_BLOCKS, MOST_TOKENS = 10e9, 40, 32 * 777
@@ -74,7 +75,7 @@ SEEN = {  # in the table of dryrun.py, or measured while the code was changed
 }  # fmt: skip
 LOOPS = ("mamba", "falcon_mamba", "jamba", "recurrent_gemma", "rwkv", "xlstm", "minimax")  # over tokens, in Python
 RATES = Path(__file__).parent / "results" / "dryrun.json"  # of an H200, measured before
-DRAWS = [Path(__file__).parent / "results" / f"held-out{number}.json" for number in ("", "-2", "-3")]
+DRAWS = [Path(__file__).parent / "results" / f"held-out{number}.json" for number in ("", "-2", "-3", "-4")]
 DEVICE = "cuda"
 DEPTHS = ("num_hidden_layers", "encoder_layers", "decoder_layers", "num_layers", "num_decoder_layers",
           "num_encoder_layers", "n_layer", "n_layers")  # fmt: skip
@@ -165,10 +166,12 @@ def measured_before() -> set[str]:
 def draw(path: Path, seed: str) -> None:
     """Draw the cases, and write them with the commit."""
     chance = random.Random(int(seed[:12], 16))
-    order = sorted({*transformers.CONFIG_MAPPING} - SEEN - measured_before())
-    chance.shuffle(order)
+    drawn_before = measured_before()
+    groups = [sorted({*transformers.CONFIG_MAPPING} - SEEN - drawn_before), sorted(drawn_before)]
+    for group in groups:
+        chance.shuffle(group)
     cases: list[dict[str, Any]] = []
-    for kind in order:
+    for kind in itertools.chain(*groups):
         if len(cases) == TYPES:
             break
         if not (blocks := blocks_of(kind)):
@@ -252,7 +255,7 @@ def measure(case: dict[str, Any], write: Callable[[dict[str, Any]], None]) -> st
     write({"before": before, "peak": peak, "first": first})
     few = replace(load, new=min(load.new, TOKENS))
     loads = {} if narrow is None else {"twin": LOAD, "single": SINGLE} if load.prompt == 1 else {"twin": LOAD}
-    twin = None if narrow is None else put({"type": case["type"], "quantization": kind}, narrow)
+    twin = None if narrow is None else put(case, narrow)
     steps: list[Any] = []
     beside: dict[str, list[Any]] = {name: [] for name in loads}
 
@@ -359,8 +362,9 @@ def rehearsed(case: dict[str, Any]) -> tuple[DryRun, list[int], list[int]]:
     run = dry_run(lambda: empty(case), places_of(case, empty(case)), load.batch, load.prompt, load.new, hardware,
                   calibration=calibration, quantization=kind, dtype="bfloat16" if kind else None)  # fmt: skip
     twins: list[list[int]] = [[], []]
+    places = places_of(case, empty(case)) if case.get("map") else None  # the twin's parts rest as the model's do
     with suppress(ValueError):  # some have none
-        twins = [issued_in(empty(case), few, kind) for few in ((LOAD, SINGLE) if load.prompt == 1 else (LOAD,))]
+        twins = [issued_in(empty(case), few, kind, places) for few in ((LOAD, SINGLE) if load.prompt == 1 else (LOAD,))]
     return run, twins[0], twins[-1]
 
 

@@ -30,6 +30,7 @@ NORMS = {aten.native_layer_norm, aten._fused_rms_norm}
 TOPK = 12  # elements taken one by one for each that is compared; its result has indices of 8 bytes
 ROW = 400  # elements (of 16 bits) that an H200 would take one by one in the time in which it normalizes a short row
 CACHE = 50 * 10**6  # bytes of Hopper's L2: a matrix that all products of a batch share is read once if it fits
+SECTOR = 32  # bytes that a GPU reads from its memory at once, whoever needs fewer
 FEW_INPUTS = 64  # of a convolution's filter: ConvNeXt's first has 3 x 4 x 4
 WITHOUT_KERNEL = {UNSAFE_VIEW, aten.detach, aten.empty, aten.empty_strided, aten.empty_like, aten.new_empty}
 
@@ -58,6 +59,8 @@ def cost_of(
         read = sum(map(_read_in_a_batch if not args[-2].is_contiguous() else dense_bytes, inputs))
     elif packet is GROUPED_MM:
         read = dense_bytes(args[0]) + _bytes_of_chosen_experts(args[0], args[1])
+    elif in_parallel(func):
+        read = sum(_read_in_order_of(output, tensor) for tensor in inputs)
     source = ""
     if packet in COPIES:
         place = fake_device(output)
@@ -90,6 +93,27 @@ def _read_in_a_batch(operand: Tensor) -> int:
     return dense if dense <= CACHE else operand.numel() * operand.element_size()
 
 
+def in_parallel(func: Any) -> bool:
+    """Whether it is a pointwise operation or a copy; some of `masked_fill`'s have no tag."""
+    packet = packet_of(func)
+    return torch.Tag.pointwise in func.tags or packet in COPIES or packet in (aten.masked_fill, aten.masked_fill_)
+
+
+def _read_in_order_of(output: Tensor, operand: Tensor) -> int:
+    """Bytes that a kernel reads of an operand if it goes through all elements in the order of its result.
+
+    Neighbours that lie apart come in a sector each. What else is in a sector is there still when it is needed, unless
+    more than the cache holds has been read by then. So T5's bias, whose heads lie innermost, is read 16 times by
+    attention, which takes head after head. Source: CUDA C++ Best Practices Guide, "Coalesced access to global memory".
+    """
+    lead, size = output.dim() - operand.dim(), operand.element_size()
+    steps = [(output.stride(lead + i), operand.stride(i)) for i in range(operand.dim()) if operand.shape[i] > 1]
+    innermost = min((own for own, n in zip(output.stride(), output.shape) if n > 1), default=1)
+    each = min(SECTOR, size * max((theirs for own, theirs in steps if own == innermost), default=0))
+    again = next((own for own, theirs in steps if theirs == 1), output.numel())
+    return dense_bytes(operand) if each <= size or again * each <= CACHE else output.numel() * each
+
+
 def _bytes_of_chosen_experts(rows: Tensor, experts: Tensor) -> int:
     """Bytes of the experts that some row meets, by chance; one that no row meets is not read."""
     count = experts.shape[0]
@@ -115,10 +139,10 @@ def _scattered(func: Any, packet: Any, inputs: Sequence[Tensor], output: Tensor)
         return ROW * rows + (0 if inputs[0].is_contiguous() else output.numel())
     if packet is aten.topk:
         return TOPK * inputs[0].numel()
-    if packet is aten.masked_fill_:  # has no tag
-        return 0 if inputs[1].shape == output.shape else output.numel()
-    if torch.Tag.pointwise not in func.tags and packet not in COPIES:
+    if not in_parallel(func):
         return 0
+    if packet is aten.masked_fill_:
+        return 0 if inputs[1].shape == output.shape else output.numel()
     operands = [tensor for tensor in inputs if tensor.numel() > 1]
     if packet is aten.masked_fill and operands and operands[-1].shape != output.shape:
         return output.numel() * 3 // 2  # copies first

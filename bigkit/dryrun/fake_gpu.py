@@ -48,6 +48,7 @@ from .costs import PRODUCTS, cost_of, dense_bytes, device_of, kernel_workspaces,
 from .splice import Attended, layout_of
 from .values import KnownValues
 
+FILLS = (aten.masked_fill, aten.masked_fill_)
 COMPOSITE = (aten.linear.default, aten.matmul.default)  # reach a mode whole where a library's own operation calls them
 
 
@@ -153,6 +154,8 @@ class OperationLog(TorchDispatchMode):
                 return func.decompose(*args, **kwargs)
         if func in QUESTIONS and (known := self._answer(func, args)) is not None:
             return known
+        if packet_of(func) in FILLS and isinstance(args[2], Tensor) and args[2].is_cuda and self.kind != "weights":
+            self.wait(fake_device(args[2]))  # PyTorch asks the GPU for the value
         inputs = [*tensors_in(args), *tensors_in(kwargs.values())]
         copied = self._copy_for_norm(func, args)
         result = self._run(func, args, kwargs)

@@ -156,7 +156,7 @@ class DryRun:
                 return (
                     f"{device_label(device)} runs out of memory {when} (event {failed + 1:,} of "
                     f"{len(recording.events):,}): {format_bytes(line.peak_allocated)} would be allocated at the peak, "
-                    f"and its allocator can have {format_bytes(self.capacity[device])}"
+                    f"and beside the CUDA context it has {format_bytes(self.capacity[device])}"
                 )
         return ""
 
@@ -280,7 +280,7 @@ class DryRun:
         lines = [f"{self.model} on {self.hardware}: {self.asked}"]
         for device, line in self.timelines.items():
             parts = ", ".join(f"{kind} {format_bytes(n)}" for kind, n in line.at_peak().items() if n)
-            limit = f" of {format_bytes(line.capacity)}" if line.capacity else ""
+            limit = f" of {format_bytes(line.capacity)} beside the CUDA context" if line.capacity else ""
             told = self.ranges[f"reserved cuda:{device}"].told(format_bytes)
             lines.append(
                 f"  {device_label(device)}: {format_bytes(line.peak_allocated)} allocated, "

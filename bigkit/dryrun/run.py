@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from ..checkpoints.as_stored import AsStored, keep_as_stored
+from ..checkpoints.collector import collector_paused
 from ..devices import Device, read_device, whole_on
 from ..machine.hardware import CONTEXT_BYTES, HARDWARE, Gpu, Hardware, machine_of
 from ..machine.ledger import Calibration, Ledger, calibration_of, overhead_of, resting
@@ -45,6 +46,7 @@ from .splice import splice
 from .workload import Workload, in_words
 
 
+@collector_paused()
 def dry_run(
     model: str | nn.Module | Callable[[], nn.Module],
     plan: Plan | Mapping[str, Device] | Device | None = None,

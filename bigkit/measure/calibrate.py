@@ -44,6 +44,7 @@ BLOCK = 256 * MiB
 PIECE = 4 * MiB  # of one stack of an expert, more or less
 LARGE = 8  # times BLOCK: a file that no processor's cache holds
 REPEATS = 5
+PAUSE = 0.004  # seconds between two blocks that ask for experts, more or less
 HOSTS = ("llama", "gpt2", "gemma2", "bert")  # types in Transformers of the tiny models by which the host is timed
 Table = tuple[tuple[float, float], ...]  # (FLOP of one call, FLOP a second)
 
@@ -148,8 +149,13 @@ def best(work: Callable[[], Any], device: str = "cpu", repeats: int = REPEATS) -
     >>> best(lambda: sum(range(1000))) < 1
     True
     """
+    return min(_times(work, device, repeats))
+
+
+def _times(work: Callable[[], Any], device: str, repeats: int, pause: float = 0) -> list[float]:
     times = []
     for _ in range(1 + repeats):
+        time.sleep(pause)
         if device == "cuda":
             torch.cuda.synchronize()
         start = time.perf_counter()
@@ -157,7 +163,7 @@ def best(work: Callable[[], Any], device: str = "cpu", repeats: int = REPEATS) -
         if device == "cuda":
             torch.cuda.synchronize()
         times.append(time.perf_counter() - start)
-    return min(times[1:])
+    return times[1:]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -243,6 +249,7 @@ def _as_units(name: str, size: int, device: str = "cuda:0") -> tuple[float, Tabl
     """Bytes a second until a unit is read from a file by a lane's readers, who queue copies to the GPU as well.
 
     Each repetition reads on where the last one ended: what was read just now lies in the processor's own cache still.
+    They are asked for once in a while, by readers that have slept, and the median counts.
 
     Returns:
         The rate of a large one, and (bytes, rate) of some that lie in small pieces, as experts do.
@@ -256,13 +263,14 @@ def _as_units(name: str, size: int, device: str = "cuda:0") -> tuple[float, Tabl
             parts = [Part((piece,), (1,), torch.uint8, at=next(places), source=source) for _ in range(count)]
             return Unit("", nn.Identity(), [Weight("", torch.empty(0), [], {"": part}) for part in parts])
 
-        units, slot = iter([unit() for _ in range(REPEATS + 1)]), lane.slot(piece * count)
+        repeats = 2 * REPEATS
+        units, slot = iter([unit() for _ in range(1 + repeats)]), lane.slot(piece * count)
 
         def bring() -> None:
             lane.fill(slot, next(units))
             lane.arrive(slot)
 
-        return float(piece * count), piece * count / best(bring)
+        return float(piece * count), piece * count / statistics.median(_times(bring, "cpu", repeats, PAUSE))
 
     _, whole = rate(size // 2, 1, halves)  # at first the largest, so that all chunks of the ring are pinned
     pieces = [rate(PIECE, count, places) for count in (2, 4, 16, 48)]

@@ -30,16 +30,16 @@ class Tape(Protocol):
 
 
 def from_weights(tensor: Tensor, tape: Tape) -> bool:
-    """Whether a deferred tensor's values are computed from those of parameters, in steps that are still to be done."""
+    """Whether a deferred tensor lies in a parameter, or is computed from one in steps that are still to be done."""
     queue = [*storages_of([tensor])]
     seen = {*queue}
     while queue:
         storage = queue.pop()
+        if storage in tape.parameters:
+            return True
         for step in tape.steps.get(storage, ()):
             if not step.done and storage in step.written and not signature_of(step.func).only_shape:
                 read = step.touched - seen
-                if any(other in tape.parameters for other in read):
-                    return True
                 seen |= read
                 queue += read
     return False

@@ -118,7 +118,8 @@ class Rings:
 
     def streams(self) -> list[torch.cuda.Stream]:
         """The streams that copy."""
-        return [streamer.lane.stream for streamer in self.streamers if isinstance(streamer.lane, CudaLane)]
+        lanes = [streamer.lane for streamer in self.streamers if isinstance(streamer.lane, CudaLane)]
+        return [stream for lane in lanes for stream in (lane.stream, lane.from_ring)]
 
     def watched(self) -> bool:
         """Whether somebody listens to what is fetched: replays tell nothing."""
@@ -262,7 +263,8 @@ class Rings:
     def _wait(self, streamer: Streamer) -> None:
         """Let the device wait for copies."""
         if isinstance(streamer.lane, CudaLane):
-            torch.cuda.current_stream(streamer.device).wait_stream(streamer.lane.stream)
+            for stream in (streamer.lane.stream, streamer.lane.from_ring):
+                torch.cuda.current_stream(streamer.device).wait_stream(stream)
 
     def _record_events(self) -> None:
         for streamer in self.streamers:

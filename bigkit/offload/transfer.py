@@ -4,9 +4,10 @@
     file         --reader threads--> pinned chunk of a ring --copies--> slot       as fast as disk and link allow
     other RAM    --reader threads--> pinned chunk of a ring --copies--> slot       where pinning was refused
 
-`CudaLane` copies on a stream of its own. Two events order it against the work on the device: a slot is filled only
+`CudaLane` copies on streams of its own. Two events order them against the work on the device: a slot is filled only
 after the work that last read it (`Slot.free`), and read only after it was filled (`Slot.ready`). For pinned RAM the
-host never waits. For files it must: a copy can be queued only when the bytes have been read.
+host never waits. For files it must: a copy can be queued only when the bytes have been read. So these have a stream for
+themselves, where nothing from RAM that was asked for later gets ahead of them: the link is shared.
 
 `PlainLane` copies at once. It serves devices without streams: MPS, fake devices, and the CPU where it stands in for
 one.
@@ -95,18 +96,19 @@ class PlainLane:
 
 
 class CudaLane(PlainLane):
-    """Copies on a stream of its own, in the background."""
+    """Copies on streams of its own, in the background."""
 
     def __init__(self, device: torch.device) -> None:
         super().__init__(device)
-        self.stream = torch.cuda.Stream(device)
+        self.stream, self.from_ring = torch.cuda.Stream(device), torch.cuda.Stream(device)
         self._ring: Ring | None = None  # made when something first comes from a file or from RAM that is not pinned
 
     def slot(self, nbytes: int) -> Slot:
         slot = super().slot(nbytes)
         slot.ready, slot.free = torch.cuda.Event(), torch.cuda.Event()
-        slot.base.record_stream(self.stream)  # freed, it is not given away before the copies into it are done
-        self.stream.wait_stream(torch.cuda.current_stream(self.device))  # memory that is new to us may still be in use
+        for stream in (self.stream, self.from_ring):
+            slot.base.record_stream(stream)  # freed, it is not given away before the copies into it are done
+            stream.wait_stream(torch.cuda.current_stream(self.device))  # memory that is new to us may still be in use
         return slot
 
     def fill(self, slot: Slot, unit: Unit) -> None:
@@ -121,6 +123,7 @@ class CudaLane(PlainLane):
                     others.append(move)
             slot.ready.record(self.stream)
         if others:
+            self.from_ring.wait_event(slot.free)
             jobs = jobs_of(others, CHUNK, TOGETHER)
             self._ring = self._ring or Ring(CHUNK, count_readers() + RING - READERS)
             given: Any = self._carry, self._ring, iter(jobs), slot.base
@@ -135,16 +138,17 @@ class CudaLane(PlainLane):
                     source = chunk.bytes[start : start + nbytes]
                     base[slot : slot + nbytes].copy_(source, non_blocking=True)
             finally:
-                ring.give_back(chunk, self.stream)
+                ring.give_back(chunk, self.from_ring)
 
-        with torch.cuda.stream(self.stream):
+        with torch.cuda.stream(self.from_ring):
             ring.fill(jobs, read_job, send)
 
     def arrive(self, slot: Slot) -> None:
         if slot.pending:
             pending, slot.pending = slot.pending, []
             errors = [error for reader in pending if (error := reader.exception()) is not None]
-            slot.ready.record(self.stream)
+            self.from_ring.wait_event(slot.ready)
+            slot.ready.record(self.from_ring)
             if errors:
                 raise errors[0]
         torch.cuda.current_stream(self.device).wait_event(slot.ready)
@@ -159,6 +163,7 @@ class CudaLane(PlainLane):
 
     def close(self) -> None:
         self.stream.synchronize()
+        self.from_ring.synchronize()
 
 
 @cache

@@ -110,6 +110,7 @@ def last_of(work):
         (lambda new: new(8, 16).half().float(), 76),
         (lambda new: new(8, 16).masked_fill_(new(8, 1) > 0, 0), 128),
         (lambda new: new(8, 16).masked_fill(new(8, 1) > 0, 0), 192),
+        (lambda new: new(8, 16).masked_fill(new(8, 1) > 0, new(1)[0]), 192),
         (lambda new: new(1, 1).masked_fill(new(1, 1) > 0, 0), 0),
         (lambda new: new(8, 16).topk(2), 12 * 128),
         (lambda new: F.layer_norm(new(8, 16), (16,)), 8 * 400),
@@ -119,6 +120,31 @@ def last_of(work):
 )
 def test_elements_in_one_order_are_taken_several_at_once(work, one_by_one):
     assert last_of(work).scattered == one_by_one
+
+
+@pytest.mark.parametrize(
+    "work, elements, each",
+    [
+        (lambda new: new(16, 2048, 2048) + new(2048, 2048, 16).permute(2, 0, 1), 16 * 2048**2, 32),  # T5's: a sector
+        (lambda new: new(2, 2048, 2048) + new(2048, 2048, 2).permute(2, 0, 1), 2 * 2048**2, 4),  # it stays in the cache
+        (lambda new: new(16, 64, 64) + new(64, 64, 16).permute(2, 0, 1), 16 * 64**2, 4),
+        (lambda new: new(4096, 4096) + new(4096, 8192)[:, ::2], 4096**2, 8),  # nobody needs what lies between
+        (lambda new: new(8, 16).t() + new(8, 16).t(), 128, 4),
+    ],
+)
+def test_neighbours_that_lie_apart_are_read_with_what_lies_between(work, elements, each):
+    assert last_of(work).bytes == elements * (4 + 4 + each)
+
+
+def test_a_value_to_fill_with_is_asked_for():
+    """PyTorch reads it, so the host waits for the GPU (TensorAdvancedIndexing.cpp: `masked_fill__cuda`)."""
+    names = []
+    for value in ("cuda:0", "cpu"):
+        with fake_gpus(NO_WORKSPACE) as notes:
+            x = torch.empty(8, 8, device="cuda:0")
+            x.masked_fill(x > 0, torch.zeros((), device=value))
+            names.append([operation.name for operation in notes.trace.operations][-2:])
+    assert names == [["wait", "masked_fill"], ["gt", "masked_fill"]]
 
 
 @pytest.mark.skipif(torch.__version__ < "2.12", reason="PyTorch 2.11 multiplies them one by one")

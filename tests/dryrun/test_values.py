@@ -42,6 +42,13 @@ def test_what_depends_on_weights_or_chance_is_not_known():
         assert bool(weight.sum() == 0) is False, "the caller of a model asks whether a sequence is finished"
 
 
+def test_experts_are_taken_to_be_chosen_evenly():
+    """Aria's Python cuts the rows of each expert out, as many as `histc` has counted."""
+    with fake_gpus():
+        chosen = torch.rand(10, 6, device="cuda:0").topk(3).indices
+        assert torch.histc(chosen.flatten().float(), 6).cpu().tolist() == [5.0] * 6
+
+
 def test_a_real_tensor_is_changed_once():
     counter = torch.zeros(1, dtype=torch.long)
     with fake_gpus():
