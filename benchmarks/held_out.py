@@ -7,10 +7,10 @@
 
 The rule of the draw: the commit's hash is the seed. Of all types in Transformers that generate text from token ids and
 that were neither in the table of `dryrun.py`, nor measured while the code was changed (`SEEN`), nor in an earlier draw
-(`DRAWS`; those that were drawn but not reached may be drawn again), `TYPES` are drawn, and where these are too few, of the
-types of earlier draws. Each has the sizes of its default configuration (a published model's), and as many of its blocks
-as fit in `WEIGHTS`, and gets a load, drawn from `BATCHES`, `PROMPTS` and `NEW`; some are quantized, and of some every
-second block rests in RAM. What a type's positions or `MOST_TOKENS` forbid is drawn again.
+(`DRAWS`; those that were drawn but not reached may be drawn again), `TYPES` are drawn, and where these are too few, of
+the types of earlier draws. Each has the sizes of its default configuration (a published model's), and as many of its
+blocks as fit in `WEIGHTS`, and gets a load, drawn from `BATCHES`, `PROMPTS` and `NEW`; some are quantized, and of some
+every second block rests in RAM. What a type's positions or `MOST_TOKENS` forbid is drawn again.
 
 `--foretell` makes the dry runs, and keeps them whole: one file for each case. What they lack is the pace of the host.
 

@@ -33,7 +33,7 @@ def no_default_config(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setitem(ENVIRONMENT, "HF_HOME", str(tmp_path / "hf"))
 
 
-def launch(folder: Path, *words: str | Path, **options: Any) -> subprocess.CompletedProcess[str]:
+def launch(folder: Path, *words: object, **options: Any) -> subprocess.CompletedProcess[str]:
     """`bigkit launch ...` in a folder."""
     return subprocess.run(
         [*BIGKIT, "launch", *map(str, words)], cwd=folder, env=ENVIRONMENT, capture_output=True, text=True, timeout=120,

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -13,6 +11,7 @@ from typing import Any
 import pytest
 
 from bigkit import map_file
+from tests import forked
 from tests.distributed.test_launch import ENVIRONMENT, still_alive, wait_for
 from tests.ranks import Ranks
 
@@ -208,16 +207,15 @@ def test_killed_and_resumed_with_another_number_of_processes(kills: int, tmp_pat
     (tmp_path / "job.py").write_text(JOB)
     parts, counts = tmp_path / "out.jsonl.parts", [0]
     for attempt in range(kills):
-        words = ["-m", "bigkit.cli", "launch", "--num_processes", "2", "--cpu", "job.py", "0.3"]
-        with open(tmp_path / "log", "w") as log:
-            process = subprocess.Popen([sys.executable, *words], cwd=tmp_path, env=ENVIRONMENT, stdout=log, stderr=log)
+        words = ["--num_processes", "2", "--cpu", "job.py", "0.3"]
+        process = forked.launcher(*words, folder=tmp_path, variables=ENVIRONMENT)
         mine = [parts / f"{attempt:04}-{rank:05}.jsonl" for rank in (0, 1)]
         wait_for(*mine)
         while min(path.read_bytes().count(b"\n") for path in mine) < 4:
-            assert process.poll() is None, (tmp_path / "log").read_text()
+            assert process.is_running, process.wait()
             time.sleep(0.1)
         pids = [int((tmp_path / f"pid-{rank}").read_text()) for rank in (0, 1)]
-        process.send_signal(signal.SIGKILL)
+        process.kill(signal.SIGKILL)
         process.wait()
         assert still_alive(pids) == []
         done = sum(path.read_bytes().count(b"\n") for path in parts.glob("*.jsonl"))
@@ -229,8 +227,8 @@ def test_killed_and_resumed_with_another_number_of_processes(kills: int, tmp_pat
     }
     asked_before = {path.name for path in tmp_path.glob("asked-*")}
 
-    words = ["-m", "bigkit.cli", "launch", "--num_processes", "3", "--cpu", "job.py", "0"]
-    done_run = subprocess.run([sys.executable, *words], cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True)
+    words = ["--num_processes", "3", "--cpu", "job.py", "0"]
+    done_run = forked.launch(*words, folder=tmp_path, variables=ENVIRONMENT)
     assert done_run.returncode == 0, done_run.stderr
     assert f"{counts[-1]}/{lines}" in done_run.stderr, "the bar starts at what is done"
     found = records(tmp_path / "out.jsonl")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import subprocess
 import time
 from pathlib import Path
 from typing import Any
@@ -17,8 +16,9 @@ import torch
 import bigkit.hosts
 from bigkit import plan_hosts
 from bigkit.zoo.gpt import PYGPT, encode, load_pygpt
+from tests import forked
 from tests.distributed import stages
-from tests.distributed.test_launch import BIGKIT, ENVIRONMENT, still_alive
+from tests.distributed.test_launch import ENVIRONMENT, launch, still_alive
 from tests.ranks import Ranks, free_port
 
 SCRIPT = """
@@ -59,19 +59,10 @@ def run(
     """Exit status, what was said, seconds, and which processes are left."""
     (folder / "script.py").write_text(SCRIPT)
     (folder / "prompts.txt").write_text("".join(f"x = {i:02}\n" for i in range(20)))
-    words = [
-        "launch",
-        "--num_processes",
-        str(count),
-        where,
-        "--main_process_port",
-        str(port),
-        "script.py",
-        how,
-        str(weights),
-    ]
+    words = ["--num_processes", count, where, "--main_process_port", port, "script.py", how, weights]
     start = time.monotonic()
-    done = subprocess.run([*BIGKIT, *words], cwd=folder, env=ENVIRONMENT, capture_output=True, text=True, timeout=150)
+    on_cpu = where == "--cpu"  # CUDA wants fresh processes
+    done = forked.launch(*words, folder=folder, variables=ENVIRONMENT) if on_cpu else launch(folder, *words)
     took = time.monotonic() - start
     pids = [int(path.read_text()) for path in folder.glob("pid-*")]
     return done.returncode, done.stderr, took, still_alive(pids)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -13,10 +14,15 @@ from pathlib import Path
 
 import pytest
 
+from tests import forked
 from tests.distributed.carrier import carried, netem
 from tests.distributed.test_launch import ENVIRONMENT, still_alive, wait_for
 
 PORT = 29517
+MOVE = """
+import ctypes, os
+assert ctypes.CDLL(None).setns(os.open("/var/run/netns/{}", os.O_RDONLY), 0x40000000) == 0  # CLONE_NEWNET
+"""
 ADDRESSES = ("10.213.77.1", "10.213.77.2")  # inside the namespaces only
 
 
@@ -28,16 +34,12 @@ class Host:
         self.name = f"bigkit-{os.getpid()}-{number}"
         self.cable = f"bk{os.getpid() % 100000}{number}"
 
-    def launch(self, folder: Path, processes: int) -> subprocess.Popen[str]:
+    def launch(self, folder: Path, processes: int) -> forked.Forked:
         """`bigkit launch script.py` on this host, as one of two that share the processes."""
         where = ["--main_process_ip", ADDRESSES[0], "--main_process_port", str(PORT), "--machine_rank"]
         hosts = ["--num_machines", "2", *where, str(self.number), "--num_processes", str(processes), "--cpu"]
-        words = ["-m", "bigkit.cli", "launch", *hosts, "script.py"]
-        command = ["ip", "netns", "exec", self.name, sys.executable, *words]
         environment = {**ENVIRONMENT, "GLOO_SOCKET_IFNAME": self.cable, "TP_SOCKET_IFNAME": self.cable}
-        log = (folder / f"log-{self.number}").open("w")
-        with log:
-            return subprocess.Popen(command, cwd=folder, env=environment, stdout=log, stderr=log, text=True)
+        return forked.launcher(*hosts, "script.py", folder=folder, variables=environment, first=MOVE.format(self.name))
 
 
 def ip(*words: str) -> None:
@@ -125,33 +127,23 @@ def _run(hosts: tuple[Host, Host], folder: Path, script: str, processes: int = 4
     """
     (folder / "script.py").write_text(script)
     for _ in range(3):
-        codes = _run_once(hosts, folder, processes)
-        if None not in codes:
+        ends = _run_once(hosts, folder, processes)
+        if None not in ends:
             break
-    logs = [(folder / f"log-{number}").read_text() for number in (0, 1)]
-    assert codes == [0, 0], "\n".join(logs)
+    logs = [end.stdout + end.stderr if end else "does not end" for end in ends]
+    assert [end and end.returncode for end in ends] == [0, 0], "\n".join(logs)
     return logs
 
 
-def _run_once(hosts: tuple[Host, Host], folder: Path, processes: int) -> list[int | None]:
-    """Run the script on both hosts; their exit codes, None for one that does not end."""
-    running = [host.launch(folder, processes) for host in hosts]
-    codes: list[int | None] = []
-    try:
-        for process in running:
-            try:
-                codes.append(process.wait(60))
-            except subprocess.TimeoutExpired:
-                codes.append(None)
-    finally:
-        for process in running:
-            process.terminate()
-            try:
-                process.wait(10)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
-    return codes
+def _run_once(hosts: tuple[Host, Host], folder: Path, processes: int) -> list[subprocess.CompletedProcess[str] | None]:
+    """Run the script on both hosts; how it ended there, None where it does not."""
+    ends: list[subprocess.CompletedProcess[str] | None] = []
+    for program in [host.launch(folder, processes) for host in hosts]:
+        try:
+            ends.append(program.wait(60))
+        except subprocess.TimeoutExpired:
+            ends.append(None)
+    return ends
 
 
 def test_split_infer_gather_between_two_hosts(hosts: tuple[Host, Host], tmp_path: Path) -> None:
@@ -276,9 +268,10 @@ def test_a_lost_host_is_an_error_in_time(hosts: tuple[Host, Host], tmp_path: Pat
         ip("-n", hosts[1].name, "link", "set", hosts[1].cable, "down")
         (tmp_path / "cut").touch()
         start = time.monotonic()
-        assert running[0].wait(60) != 0
+        end = running[0].wait(60)
         took = time.monotonic() - start
-        log = (tmp_path / "log-0").read_text()
+        log = end.stdout + end.stderr
+        assert end.returncode != 0
         assert took < 45, log
         assert "cannot finish gather_object: another process has ended, or did not come here in time" in log
         waited = [int(line.split()[1]) for line in log.splitlines() if "waited" in line and line.split()[1].isdigit()]
@@ -286,7 +279,7 @@ def test_a_lost_host_is_an_error_in_time(hosts: tuple[Host, Host], tmp_path: Pat
         assert still_alive(pids[:1]) == [], "this host's processes have ended"
     finally:
         ip("-n", hosts[1].name, "link", "set", hosts[1].cable, "up")
-        for process in running:
-            process.terminate()
-            process.wait()
+        if running[1].is_running:
+            running[1].kill(signal.SIGTERM)
+        running[1].wait()
     assert still_alive(pids) == []
