@@ -17,10 +17,10 @@ from operator import attrgetter
 from typing import Any, NamedTuple
 
 from ..devices import Device, device_label, read_device
-from ..model.estimate import activation_bytes, longest_context, remarks, stacked_experts, stored_as
+from ..model.activations import working_bytes
+from ..model.estimate import longest_context, remarks, stacked_experts, stored_as
 from ..model.experts import experts_of, in_flight
 from ..model.spec import Attention, Layer, ModelSpec, Precision
-from ..model.stored import decoding_bytes
 from ..units import format_bytes, listed, parse_bytes
 from .links import take_turns
 from .partition import Chain, last_true
@@ -247,13 +247,9 @@ class Task:
     def _needs(self, caches: Sequence[int]) -> list[int]:
         return [unit.weights + sum([caches[i] for i in unit.layers]) for unit in self.units]
 
-    @cached_property
-    def decoding(self) -> int:
-        return decoding_bytes(self.model, self.precision)
-
     def working(self, context: int) -> int:
         """Bytes of activations on each device that runs layers, and of a weight that is decoded there."""
-        return activation_bytes(self.model, self.batch, context, self.computes_in) + self.decoding
+        return working_bytes(self.model, self.precision, self.batch, context)
 
     def extra(self, runner: Device) -> int:
         """Bytes that the runtime takes on a device."""
