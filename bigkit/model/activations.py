@@ -193,7 +193,8 @@ def _of_experts(model: ModelSpec, found: _Found, n: int, size: int) -> int:
         return size * n * 3 * wide * (taken + shared)
     rows, family = n * taken, str(facts.get("model_type", ""))
     if family in ALL_EXPERTS:
-        return size * n * (hidden + facts["num_experts"] * (hidden + 4 * wide))
+        whole = max((max(size, how.whole) * count * one for count, one, _, how in found.stacks if how), default=0)
+        return size * n * (hidden + facts["num_experts"] * (hidden + 4 * wide)) + round(whole)
     # What the router says, numbers by which rows are sorted, and angles of positions.
     account = n * (8 * facts["num_experts"] + 44 * taken + 2 * size * facts.get("head_dim", 0))
     inputs, last = size * rows * hidden, 2 * size * rows * hidden

@@ -4,7 +4,8 @@ import pytest
 import torch
 import transformers as tf
 
-from bigkit import dry_run, init_empty_weights, plan
+from bigkit import dry_run, init_empty_weights, load_and_quantize_model, plan
+from bigkit.dryrun.fake_bnb import config_of
 
 pytest.importorskip("bitsandbytes")
 MiB = 2**20
@@ -23,8 +24,8 @@ OWN = {
 }  # fmt: skip
 
 
-def empty(family, dtype="bfloat16"):
-    config = getattr(tf, f"{family}Config")(**{**SIZES, **OWN[family]})
+def empty(family, dtype="bfloat16", **more):
+    config = getattr(tf, f"{family}Config")(**{**SIZES, **OWN[family], **more})
     with init_empty_weights():
         made = getattr(tf, f"{family.removesuffix('Text')}ForCausalLM")(config)
     return made.to(getattr(torch, dtype)).eval()
@@ -54,3 +55,25 @@ def test_a_dry_run_has_the_dtype_that_was_planned():
     given = plan(empty("Mixtral", "float32"), {0: "4GiB"}, dtype="float16", batch=1, context=33, overhead=0)
     run = dry_run(empty("Mixtral", "float32"), given, 1, 32, 1, "H200")
     assert run.timeline().at_peak()["weights"] == pytest.approx(given.shares[0].weights, rel=0.001)
+
+
+def test_experts_inside_of_offloaded_blocks_have_slots_of_their_own():
+    """The largest dense layer in flight may be another one than the block with the experts."""
+    models = [empty("DeepseekV3", num_hidden_layers=3) for _ in range(2)]
+    given = plan(models[0], {0: "1GiB", "cpu": "4GiB"}, {"": "cpu", "lm_head": 0}, overhead=0)
+    run = dry_run(models[1], given, 1, 1, 1, "H200")
+    slots = max(run.timeline().kinds["slots"])
+    assert slots - 4096 <= given.shares[0].reserve <= 1.05 * slots  # beside alignment
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_a_layer_whose_weight_is_read_by_the_models_own_code_is_not_quantized(kind):
+    sizes = {"hidden_size": 64, "num_hidden_layers": 1, "vocab_size": 96, "state_size": 4}
+    made = tf.MambaForCausalLM(tf.MambaConfig(**sizes)).eval()
+    with init_empty_weights():
+        empty = tf.MambaForCausalLM(tf.MambaConfig(**sizes)).eval()
+    made = load_and_quantize_model(made, config_of(kind, "float32"), device_map={"": "cpu"})
+    assert made.generate(torch.ones(1, 3, dtype=torch.long), max_new_tokens=2, pad_token_id=0).shape == (1, 5)
+    weights = sum(one.nbytes for one in (*made.parameters(), *made.buffers()))
+    run = dry_run(empty, None, 1, 3, 1, "T4", quantization=kind, dtype="float32")
+    assert run.timeline().at_peak()["weights"] == pytest.approx(weights, abs=4096)
