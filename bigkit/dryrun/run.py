@@ -38,6 +38,8 @@ from ..model.config import facts
 from ..model.estimate import remarks
 from ..model.stored import tensors_told
 from ..quantize.load import BnbQuantizationConfig
+from ..quantize.replace import cast
+from ..units import dtype_name
 from .met import COMPARED, NO_OTHER, about_met
 from .rehearse import rehearse, target_of
 from .replay import Unlike
@@ -79,8 +81,8 @@ def dry_run(
         prompt_tokens: tokens of each sequence's prompt.
         new_tokens: tokens that are then generated for each sequence, one at a time.
         hardware: the machine, or its name in `HARDWARE` or `GPUS`; None takes as many H100s as the plan names.
-        dtype: of the weights if `model` is a name; None takes the plan's, then the config's; those of a quantized
-            repository stay as they are stored.
+        dtype: of the weights; None takes the plan's, then that of the model, or of the config if `model` is a name;
+            those of a quantized repository stay as they are stored.
         all_logits: keep the logits of every prompt token, as a plain call of the model does.
         cache: keep the KV cache of a prompt after which nothing is generated.
         generate: run the model's own `generate`, where it has one; False calls the model itself, once for the prompt
@@ -346,4 +348,6 @@ def _model(
         from .fake_bnb import quantize_empty
 
         quantize_empty(empty, quantization)
+    elif not isinstance(model, str) and dtype not in (None, "auto"):
+        cast(empty, getattr(torch, dtype_name(dtype)))
     return name, empty

@@ -101,7 +101,7 @@ def plan_apart(task: Task, strategy: str) -> Plan | None:
     experts = [k for k, unit in enumerate(finer.units) if nested.issuperset(unit.layers)]
     dense = sorted({*range(len(finer.units))}.difference(experts))
     for slots in SLOTS:
-        reserve = max(finer.in_flight(i, slots) for k in experts for i in finer.units[k].layers)
+        reserve = max(finer.in_flight(i, slots)[True] for k in experts for i in finer.units[k].layers)
         places = _fill(finer, dense, experts, reserve)
         if places is not None:
             plan = finer.to_plan(finer.by_layer(places), strategy, slots=slots)

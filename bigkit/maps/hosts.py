@@ -22,7 +22,8 @@ from ..machine.hardware import Hardware, machine_of
 from ..machine.ledger import calibration_of, overhead_of
 from ..machine.network import NETWORKS, Network, network_of, run_stages
 from ..machine.streams import Span
-from ..model.estimate import activation_bytes, tokens_seen
+from ..model.activations import working_bytes
+from ..model.estimate import tokens_seen
 from ..model.experts import experts_of
 from ..model.spec import Layer, ModelSpec, ModuleSpec
 from ..units import counted, dtype_bits, format_bytes, format_seconds, listed, parse_bytes, three_figures
@@ -222,7 +223,7 @@ def plan_hosts(
     needs = [sum(layer.bytes(precision) for layer in unit) for unit in units]
     needs = [need + _kv(model, unit, batch, context, precision, kv_dtype) for need, unit in zip(needs, units)]
     reserved = [overhead_of(machine) if overhead is None else parse_bytes(overhead) for machine in machines]
-    working = activation_bytes(model, batch, tokens_seen(model, context), model.computes_in(precision))
+    working = working_bytes(model, precision, batch, tokens_seen(model, context))
     paces = [_pace(machine, taken + working, quantization) for machine, taken in zip(machines, reserved)]
     ends = _cut(model, needs, paces, batch, strategy)
     count, used, stages = sum(end > start for start, end in zip([0, *ends], ends)), 0, []

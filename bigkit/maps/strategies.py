@@ -219,12 +219,12 @@ def _offload(task: Task, strategy: str) -> Plan:
 def _fill(task: Task, slots: int, queue: Queue, workers: Sequence[Device]) -> list[Device]:
     """The place of each unit, taken in this order: the runners, then the gaps they leave, then RAM and disk."""
     units, rooms = task.units, task.rooms(task.context)
-    order, chain, largest = queue.order, queue.chain, queue.largest
+    order, chain = queue.order, queue.chain
 
     # Offloading more units needs a larger reserve, which may push out more: until that is stable.
     resident = len(order)
     while True:
-        reserve = dict.fromkeys(task.runners, 0) | dict.fromkeys(workers, slots * largest[resident])
+        reserve = dict.fromkeys(task.runners, 0) | dict.fromkeys(workers, queue.in_flight(resident, slots))
         away = [i for k in order[resident:] for i in units[k].layers] if slots and any(task.visiting) else []
         for i, worker in task.turns(away, workers).items():
             reserve[worker] += task.visiting[i]

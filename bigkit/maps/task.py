@@ -17,10 +17,10 @@ from operator import attrgetter
 from typing import Any, NamedTuple
 
 from ..devices import Device, device_label, read_device
-from ..model.estimate import activation_bytes, longest_context, remarks, stacked_experts, stored_as
+from ..model.activations import working_bytes
+from ..model.estimate import longest_context, remarks, stacked_experts, stored_as
 from ..model.experts import experts_of, in_flight
 from ..model.spec import Attention, Layer, ModelSpec, Precision
-from ..model.stored import decoding_bytes
 from ..units import format_bytes, listed, parse_bytes
 from .links import take_turns
 from .partition import Chain, last_true
@@ -164,12 +164,22 @@ class Task:
             units.append(Unit(tuple(group), weights, max([self.sizes[i] for i in group]), buffers, kind))
         return units
 
-    def in_flight(self, layer: int, slots: int) -> int:
-        """Bytes of a device that layers of this size take which rest elsewhere, while they visit it."""
-        if layer not in self.around:
-            return slots * self.sizes[layer]
-        count, per_token = self.choices[self.layers[layer].name]
-        return in_flight(self.sizes[layer], count, per_token, slots)
+    def in_flight(self, layer: int, slots: int) -> dict[bool, int]:
+        """Bytes of a device that layers of this size take which rest elsewhere, while they visit it.
+
+        Experts, also those inside of a layer, have slots of their own: True -> bytes of these, False -> of the others.
+        """
+        dense, experts = self.parts[layer]
+        return {False: slots * dense, True: in_flight(*experts, slots) if experts else 0}
+
+    @cached_property
+    def parts(self) -> list[tuple[int, tuple[int, int, int] | None]]:
+        """Of each layer: bytes beside fused experts; and of these, how many there are, and how many a token takes."""
+        found: dict[int, tuple[int, int, int]] = {}
+        for one in experts_of(self.model):
+            if all("." not in name for name, *_ in one.spec.named_tensors()):
+                found[self.layer_of(one.name)] = one.bytes(self.precision), one.count, one.per_token
+        return [(size - found[i][0] if i in found else size, found.get(i)) for i, size in enumerate(self.sizes)]
 
     @cached_property
     def choices(self) -> dict[str, tuple[int, int]]:
@@ -247,13 +257,9 @@ class Task:
     def _needs(self, caches: Sequence[int]) -> list[int]:
         return [unit.weights + sum([caches[i] for i in unit.layers]) for unit in self.units]
 
-    @cached_property
-    def decoding(self) -> int:
-        return decoding_bytes(self.model, self.precision)
-
     def working(self, context: int) -> int:
         """Bytes of activations on each device that runs layers, and of a weight that is decoded there."""
-        return activation_bytes(self.model, self.batch, context, self.computes_in) + self.decoding
+        return working_bytes(self.model, self.precision, self.batch, context)
 
     def extra(self, runner: Device) -> int:
         """Bytes that the runtime takes on a device."""
@@ -324,8 +330,8 @@ class Task:
                 held[record] = held.get(record, 0) + 1
         flying: dict[tuple[Device, bool], int] = {}  # experts have slots of their own
         for i, place in works.items():
-            kind = (place, i in self.around)
-            flying[kind] = max(flying.get(kind, 0), self.in_flight(i, slots))
+            for kind, size in self.in_flight(i, slots).items():
+                flying[place, kind] = max(flying.get((place, kind), 0), size)
         reserve = Counter[Device]()
         for (place, _), size in flying.items():
             reserve[place] += size
@@ -401,11 +407,19 @@ class Task:
 
 
 class Queue:
-    """The units in an order in which they may be placed: a chain of their needs, and the largest from each rank on."""
+    """The units in an order in which they may be placed: a chain of their needs, and what is in flight from each on."""
 
     def __init__(self, task: Task, order: Sequence[int]) -> None:
         self.order, self.chain = order, Chain([task.needs[i] for i in order])
-        self.largest = [*accumulate((task.units[i].largest for i in reversed(order)), max, initial=0)][::-1]
+        parts = [[task.parts[i] for i in task.units[k].layers] for k in reversed(order)]
+        dense = [max(dense for dense, _ in own) for own in parts]
+        experts = [max((experts or (0, 1, 1) for _, experts in own)) for own in parts]
+        self.largest = [*accumulate(dense, max, initial=0)][::-1]
+        self.experts = [*accumulate(experts, max, initial=(0, 1, 1))][::-1]
+
+    def in_flight(self, rank: int, slots: int) -> int:
+        """Bytes that those from a rank on take on a device where they work, if they rest elsewhere."""
+        return slots * self.largest[rank] + in_flight(*self.experts[rank], slots)
 
 
 def read_budgets(max_memory: Mapping[Device, int | str]) -> dict[Device, int | None]:

@@ -41,8 +41,8 @@ _NAMES = {
 _NUMBERS = frozenset(name for key, names in _NAMES.items() for name in names
                      if key not in ("torch_dtype", "tie_word_embeddings")) | frozenset(
     "attention_chunk_size attention_head_size d_kv encoder_layers expansion_ratio head_dim kv_channels kv_lora_rank "
-    "moe_intermediate_size num_decoder_layers num_key_value_heads num_kv_heads qk_nope_head_dim "
-    "qk_rope_head_dim".split()
+    "expand mamba_d_state mamba_expand moe_intermediate_size num_decoder_layers num_key_value_heads num_kv_heads "
+    "qk_nope_head_dim qk_rope_head_dim state_size".split()
 )  # fmt: skip
 _LISTS = ("architectures", "cross_attention_layers", "layer_types")
 _TEXT = ("text_config", "llm_config", "language_config", "thinker_config", "decoder")
@@ -79,8 +79,9 @@ def facts(config: Mapping[str, Any]) -> dict[str, Any]:
         `max_position_embeddings`, `positions` ("learned" is a hard limit; "rotary", "alibi", "relative" are not),
         `is_encoder_decoder`, `generates` (token by token, so that it keeps a cache), and where they apply
         `encoder_layers`, `num_experts`, `experts_per_token`, `shared_experts`, `dense_layers`, `moe_intermediate_size`,
-        `sliding_window`, `image_size`, `patch_size`, `quantization` and
-        `quantization_config` (of a checkpoint that is quantized already), `uncounted_cache`.
+        `routes_in_float32`, `state_size` and `state_width` (of a state space), `sliding_window`, `image_size`,
+        `patch_size`, `quantization` and `quantization_config` (of a checkpoint that is quantized already),
+        `uncounted_cache`.
 
     Source: the configuration classes of Hugging Face Transformers.
 
@@ -108,6 +109,10 @@ def facts(config: Mapping[str, Any]) -> dict[str, Any]:
             result["head_dim"] = _head_dim(inner, hidden, heads)
     if "num_experts" in result:
         result["moe_intermediate_size"] = inner.get("moe_intermediate_size") or result.get("intermediate_size")
+    if "routed_scaling_factor" in inner:  # what these routers give is not cast
+        result["routes_in_float32"] = True
+    if isinstance(hidden, int) and (state := _first(inner, "state_size", "mamba_d_state")):
+        result["state_size"], result["state_width"] = state, (_first(inner, "expand", "mamba_expand") or 2) * hidden
     result["positions"] = _positions(inner, result)
     result["is_encoder_decoder"] = bool(config.get("is_encoder_decoder", False))
     names = config.get("architectures") or ()

@@ -23,69 +23,19 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from ..units import dtype_bits, dtype_name, format_bytes, format_count, is_floating, text_table
+from .activations import generates as generates
+from .activations import working_bytes
 from .attention import kv_dtype_name
-from .experts import active_bytes, active_parameters, experts_of, sentence
+from .experts import active_bytes, active_parameters, sentence
 from .precision import QUANTIZATIONS, Precision, quantized_stacks
 from .spec import ModelSpec
-from .stored import decoding_bytes, is_as_stored
+from .stored import is_as_stored
 from .training import LORA_RANK as LORA_RANK
 from .training import TrainingRow as TrainingRow
 from .training import training_rows
 
 CLASSIC = ("float32", "float16", "int8", "int4")
 STORED = ("float32", "bfloat16", "float8_e4m3fn", "int8", "nf4", "nf4-double")
-
-
-MICRO_BATCH = 512  # tokens: llama.cpp's default for --ubatch-size
-
-
-# Bytes of a score of attention, where PyTorch's fused attention is not used: the score, the same with a mask, and its
-# softmax, which in 16 bit is computed in a float32 copy. Source: live storages of fake runs of Transformers 5.23.
-SCORES = {
-    "bloom": {"bfloat16": 14, "float16": 12, "float32": 16},
-    "mpt": {"bfloat16": 12, "float16": 12, "float32": 12},
-}
-
-
-def activation_bytes(model: ModelSpec, batch: int, tokens: int, dtype: str = "bfloat16") -> int:
-    """Peak working memory of one forward pass without gradients: the widest moment of one block, and the logits.
-
-    batch * tokens * (3 * intermediate_size + 4 * hidden_size) elements, for blocks with a gated feed-forward and fused
-    attention (the scores are never stored), plus one row of logits for each sequence. In a mixture of experts a token
-    visits `experts_per_token` experts and the shared ones; while it decodes, `generate` copies each chosen expert for
-    each sequence (`batched_mm`), which may be more than the prompt takes. 0 if the model's facts do not say how wide it
-    is. BLOOM and MPT store the scores (`SCORES`): tokens of a prompt count squared.
-
-    llama.cpp, which runs GGUF files, takes at most `MICRO_BATCH` tokens at a time, and keeps their states and scores in
-    float32: 258.5 MiB for Llama 3 8B, as its log says ("CUDA0 compute buffer size").
-
-    Args:
-        batch, tokens: sequences, and the tokens that each brings to this pass (the prompt, or 1 while decoding).
-
-    Source: the live tensors at the widest point of a Llama block in Hugging Face Transformers, counted by following
-    every storage of a fake run; the formula equals it to the byte for a prefill of 512 to 8192 tokens.
-    """
-    facts = model.facts
-    hidden, wide = facts.get("hidden_size"), facts.get("intermediate_size")
-    if not tokens or not hidden:
-        return 0
-    wide = wide or 4 * hidden
-    if facts.get("num_experts"):
-        per_token = facts.get("experts_per_token", 1) + facts.get("shared_experts", 0)
-        wide = max(wide, per_token * facts.get("moe_intermediate_size", wide))
-    if model.library == "gguf":
-        return 4 * min(batch * tokens, MICRO_BATCH) * (facts.get("vocab_size", 0) + hidden)
-    size, last = dtype_bits(dtype) // 8, batch * facts.get("vocab_size", 0)
-    most = size * (batch * tokens * (3 * wide + 4 * hidden) + last)
-    if facts.get("num_experts") and generates(model):
-        fused = [one for one in experts_of(model) if not any("." in name for name, *_ in one.spec.named_tensors())]
-        copied = max((one.per_token * one.parameters // one.count for one in fused), default=0)
-        most = max(most, size * (batch * (copied + 3 * wide + 4 * hidden) + last))
-    if stored := SCORES.get(facts.get("model_type", "")):
-        scores = batch * tokens**2 * (facts.get("num_attention_heads", 0) * stored.get(dtype, 16) + size)  # and a mask
-        most = max(most, scores + size * batch * tokens * (12 if size == 4 else 9) * hidden)
-        most = max(most, size * (batch * tokens * (6 * wide + 4 * hidden) + last))  # BLOOM's GELU is no single kernel
-    return most
 
 
 def whole_number(value: object, name: str, least: int = 0) -> int:
@@ -104,11 +54,6 @@ def whole_number(value: object, name: str, least: int = 0) -> int:
     except (TypeError, ValueError, OverflowError):
         raise ValueError(f"{name} must be a whole number of at least {least}, not {value!r}") from None
     return int(number)
-
-
-def generates(model: ModelSpec) -> bool:
-    """Whether the model makes one token after another; one that no config describes does if it keeps a cache."""
-    return bool(model.facts.get("generates", model.attention))
 
 
 def tokens_seen(model: ModelSpec, context: int) -> int:
@@ -373,7 +318,7 @@ def _inference(model: ModelSpec, name: str, batch: int, context: int, kv_dtype: 
     precision = model.precision(None if quantization else name, quantization)
     computes = model.computes_in(precision)
     kv_cache = model.kv_bytes(context, batch, computes, kv_dtype)
-    activations = activation_bytes(model, batch, context, computes) + decoding_bytes(model, precision)
+    activations = working_bytes(model, precision, batch, context)
     weights, active = model.bytes(precision), active_bytes(model, precision)
     return InferenceRow(precision.label, weights, kv_cache, activations, active)
 

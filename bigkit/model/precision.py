@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from .spec import ModelSpec, ModuleSpec, TensorSpec
 
 QUANTIZATIONS = ("int8", "nf4", "nf4-double", "fp4", "fp4-double")
+READ = ("dt_proj",)  # layers that are never quantized: the code of state spaces multiplies their weights by itself
 
 
 @dataclass(frozen=True)
@@ -116,7 +117,7 @@ def precision_of(
     own = float32_modules(model.facts, dtype)
     tensors = model.tensors.items() if own else ()
     floats = [name for name, (tensor, _) in tensors if is_named(name, own) and is_floating(tensor.dtype)]
-    names = [*(keep or ()), *model.facts.get("keep_in_fp32", ())]
+    names = [*(keep or ()), *model.facts.get("keep_in_fp32", ()), *READ]
     exact = model.kept if keep is None else model.tied
     if quantization == "int8":
         exact = exact.union(model.facts.get("keep_in_int8", ()))

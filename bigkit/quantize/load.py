@@ -141,7 +141,7 @@ def load_and_quantize_model(
             targets[name]._parameters["weight"] = None  # it can go, whoever still holds the old layer
             del weight
         if weights_location is None:
-            cast(model, config)
+            cast(model, config.torch_dtype, config.keep_in_fp32_modules or ())
         dispatch_model(model, devices, **arguments)
         _mark(model, config, [*targets, *stacks])
     return model

@@ -115,14 +115,14 @@ def _carry_over(module: nn.Module, layer: nn.Module) -> None:
     layer._non_persistent_buffers_set |= module._non_persistent_buffers_set
 
 
-def cast(model: nn.Module, config: BnbQuantizationConfig) -> None:
-    """Bring what is not quantized to its dtype: that of the config, or float32 where the config or a class needs it."""
+def cast(model: nn.Module, dtype: torch.dtype, keep_in_fp32: Iterable[str] = ()) -> None:
+    """Bring what is not quantized to a dtype, or to float32 what is named so or a class needs in it."""
     facts = modules_to_keep(model)
-    fp32 = (*(config.keep_in_fp32_modules or ()), *float32_modules(facts, dtype_name(config.torch_dtype)))
+    fp32 = (*keep_in_fp32, *float32_modules(facts, dtype_name(dtype)))
     stored = stored_dtypes(model)
     for name, parameter in model.named_parameters():
         if parameter.is_floating_point() and name not in stored:
-            parameter.data = parameter.data.to(torch.float32 if is_named(name, fp32) else config.torch_dtype)
+            parameter.data = parameter.data.to(torch.float32 if is_named(name, fp32) else dtype)
 
 
 def rows(module: nn.Module, weight: Tensor) -> Tensor:

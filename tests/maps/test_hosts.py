@@ -13,7 +13,7 @@ from bigkit.machine.hardware import Gpu, Hardware
 from bigkit.machine.network import Network, network_of, run_stages
 from bigkit.machine.roofline import TYPICAL
 from bigkit.maps.hosts import chain_of_blocks, part_of, read_hosts
-from bigkit.model.estimate import activation_bytes
+from bigkit.model.activations import activation_bytes
 from bigkit.model.spec import Precision
 from bigkit.units import GB, three_figures
 

@@ -9,7 +9,7 @@ from packaging.version import Version
 
 from bigkit import dry_run, estimate_memory, init_empty_weights, zoo
 from bigkit.api import describe
-from bigkit.model.estimate import activation_bytes
+from bigkit.model.activations import activation_bytes
 from bigkit.units import format_bytes
 
 ARTICLE = {  # dtype: largest layer, total size, training

@@ -10,7 +10,7 @@ import pytest
 import bigkit
 from bigkit import zoo
 from bigkit.machine.hardware import CONTEXT_BYTES, FRAGMENTATION, GPUS, HARDWARE
-from bigkit.model.estimate import activation_bytes
+from bigkit.model.activations import activation_bytes
 from bigkit.model.gguf import TYPES, read_gguf
 from bigkit.model.header import CheckpointError
 from bigkit.units import dtype_bits
