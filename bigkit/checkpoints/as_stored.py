@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from ..model.header import CheckpointError
 from ..model.spec import TensorSpec
 from ..model.stored import DECODING, DECODING_OF, DECODING_STACK, decoding
+from ..units import dtype_name
 from ._peft import refuse_adapters_on
 from ._transformers import Made, gptq_offset
 from .codecs import Codec, Kinds, Parts, StackCodec, described, find_codec, find_stack_codec
@@ -122,7 +123,9 @@ class StoredLinear(AsStored, nn.Linear):
 
 
 @contextmanager
-def as_stored(model: nn.Module, source: Checkpoint, keep: str = "stored") -> Iterator[None]:
+def as_stored(
+    model: nn.Module, source: Checkpoint, keep: str = "stored", dtype: torch.dtype | str | None = None
+) -> Iterator[None]:
     """Make the weights of an empty model those that a quantized checkpoint has; one that is not, changes nothing.
 
     If the block ends in an error, the model's modules are as they were.
@@ -131,6 +134,7 @@ def as_stored(model: nn.Module, source: Checkpoint, keep: str = "stored") -> Ite
         model: weights that are not on meta stay what they are, and are filled with decoded ones.
         source: the checkpoint; with "dense" it has, afterwards, weights made of its tensors.
         keep: "stored": weights stay as they are stored. "dense": they are decoded when they are loaded.
+        dtype: that other weights are cast to when they are loaded: these are decoded to it, too.
 
     Raises:
         CheckpointError: a weight is stored in a way that is not known here.
@@ -146,6 +150,9 @@ def as_stored(model: nn.Module, source: Checkpoint, keep: str = "stored") -> Ite
         for step in reversed(undo):
             step()
         raise
+    for module in model.modules() if dtype is not None else ():
+        if isinstance(module, AsStored):
+            module.works_in = getattr(torch, dtype_name(dtype))
 
 
 def keep_as_stored(model: nn.Module, tensors: Mapping[str, TensorSpec], name: str) -> None:

@@ -101,7 +101,7 @@ def load_checkpoint_in_model(
         raise ValueError(f"{listed(quantized)} is quantized: load_and_quantize_model fills an empty model")
     with collector_paused():
         source = checkpoint if isinstance(checkpoint, Checkpoint) else Checkpoint.open(checkpoint, key, prefix)
-        with as_stored(model, source, keep):
+        with as_stored(model, source, keep, dtype):
             report = load_matching(
                 model, source, device_map, offload_folder, dtype, offload_buffers, keep_in_fp32_modules, strict
             )

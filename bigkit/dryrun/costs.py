@@ -30,7 +30,10 @@ NORMS = {aten.native_layer_norm, aten._fused_rms_norm}
 TOPK = 12  # elements taken one by one for each that is compared; its result has indices of 8 bytes
 ROW = 400  # elements (of 16 bits) that an H200 would take one by one in the time in which it normalizes a short row
 CACHE = 50 * 10**6  # bytes of Hopper's L2: a matrix that all products of a batch share is read once if it fits
-SECTOR = 32  # bytes that a GPU reads from its memory at once, whoever needs fewer
+# Bytes that a GPU reads at once, whoever needs fewer, from its memory and from its cache; and how long the cache takes
+# for each byte, of what memory takes: copies of 2 to 32 heads that lay innermost, and of keys of 128, on an H200.
+FETCH, SECTOR, CACHED = 64, 32, 0.75
+GATHERED = 200  # elements (of 16 bits) that an H200 would take one by one in the time of a short row of a table
 FEW_INPUTS = 64  # of a convolution's filter: ConvNeXt's first has 3 x 4 x 4
 WITHOUT_KERNEL = {UNSAFE_VIEW, aten.detach, aten.empty, aten.empty_strided, aten.empty_like, aten.new_empty}
 
@@ -61,6 +64,7 @@ def cost_of(
         read = dense_bytes(args[0]) + _bytes_of_chosen_experts(args[0], args[1])
     elif in_parallel(func):
         read = sum(_read_in_order_of(output, tensor) for tensor in inputs)
+        read += 2 * dense_bytes(output) if packet is aten.masked_fill else 0  # it copies, and fills the copy
     source = ""
     if packet in COPIES:
         place = fake_device(output)
@@ -102,16 +106,19 @@ def in_parallel(func: Any) -> bool:
 def _read_in_order_of(output: Tensor, operand: Tensor) -> int:
     """Bytes that a kernel reads of an operand if it goes through all elements in the order of its result.
 
-    Neighbours that lie apart come in a sector each. What else is in a sector is there still when it is needed, unless
-    more than the cache holds has been read by then. So T5's bias, whose heads lie innermost, is read 16 times by
-    attention, which takes head after head. Source: CUDA C++ Best Practices Guide, "Coalesced access to global memory".
+    Neighbours that lie apart come with what lies between. That is in the cache still when it is needed, unless more
+    than it holds has been read by then: so T5's bias, whose 16 heads lie innermost, is read 16 times by attention,
+    which takes head after head. Source: CUDA C++ Programming Guide, "Device memory accesses" and `cudaLimit`'s
+    granularity of fetches.
     """
     lead, size = output.dim() - operand.dim(), operand.element_size()
     steps = [(output.stride(lead + i), operand.stride(i)) for i in range(operand.dim()) if operand.shape[i] > 1]
     innermost = min((own for own, n in zip(output.stride(), output.shape) if n > 1), default=1)
-    each = min(SECTOR, size * max((theirs for own, theirs in steps if own == innermost), default=0))
+    apart = size * max((theirs for own, theirs in steps if own == innermost), default=0)
     again = next((own for own, theirs in steps if theirs == 1), output.numel())
-    return dense_bytes(operand) if each <= size or again * each <= CACHE else output.numel() * each
+    gone = again * min(FETCH, apart) > CACHE
+    each = min(FETCH, apart) if gone else CACHED * min(SECTOR, apart)
+    return dense_bytes(operand) if apart <= size else max(dense_bytes(operand), round(each * output.numel()))
 
 
 def _bytes_of_chosen_experts(rows: Tensor, experts: Tensor) -> int:
@@ -137,6 +144,8 @@ def _scattered(func: Any, packet: Any, inputs: Sequence[Tensor], output: Tensor)
     if packet in NORMS:  # one block of threads for each row, after a copy of what does not lie in one piece
         rows = output.numel() // max(1, output.shape[-1])
         return ROW * rows + (0 if inputs[0].is_contiguous() else output.numel())
+    if packet in (aten.embedding, aten.index_select):  # one block of threads for each row
+        return GATHERED * output.numel() // max(1, output.shape[-1])
     if packet is aten.topk:
         return TOPK * inputs[0].numel()
     if not in_parallel(func):

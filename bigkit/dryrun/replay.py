@@ -84,15 +84,16 @@ class Record(NamedTuple):
 def replaying(model: nn.Module, log: OperationLog) -> Iterator[None]:
     """Within it, calls of equal blocks are replayed."""
     replayer = Replayer(log)
+    kinds: dict[Any, int] = {}  # of equal blocks: a number, for what they are is looked up with every call
     wrapped = []
     for holder in model.modules():
         if isinstance(holder, nn.ModuleList) and len(holder) > 2:
             for block in holder:
                 devices = {str(t.device) for t in (*block.parameters(), *block.buffers())}
                 if len(devices) == 1 and (modules := _modules(block)) is not None:
-                    hooked = vars(block).get("forward")
+                    hooked, kind = vars(block).get("forward"), kinds.setdefault(modules, len(kinds))
                     forward = hooked or partial(type(block).forward, block)
-                    block.forward = partial(replayer.call, forward, block, modules, devices.pop(), block is holder[-1])
+                    block.forward = partial(replayer.call, forward, block, kind, devices.pop(), block is holder[-1])
                     wrapped.append((block, hooked))
     try:
         yield
@@ -107,7 +108,7 @@ class Replayer:
     """Runs blocks and records what they do, or replays it.
 
     `records` has, for what a block sees, what a block did then, and whether a second one did the same. `proven` has the
-    blocks of which two did the same, by their modules and inputs, whatever their cache held.
+    blocks of which two did the same, by their kind and inputs, whatever their cache held.
     """
 
     def __init__(self, log: OperationLog) -> None:
@@ -118,7 +119,7 @@ class Replayer:
         self.named: dict[Any, tuple[Sequence[Operation], Sequence[Operation]]] = {}
 
     def call(
-        self, own: Callable[..., Any], block: nn.Module, modules: Any, device: str, last: bool, *args: Any,
+        self, own: Callable[..., Any], block: nn.Module, kind: int, device: str, last: bool, /, *args: Any,
         **kwargs: Any,
     ) -> Any:  # fmt: skip
         """What `own(*args, **kwargs)`, the forward of a block on a device, gives, run or replayed."""
@@ -135,9 +136,9 @@ class Replayer:
         except Incomparable:
             return forward()
         warm = self._warm()
-        key = (modules, self.log.kind, self.trace.unissued, arguments, cached, warm)
+        key = (kind, self.log.kind, self.trace.unissued, arguments, cached, warm)
         inputs = arguments[1][0][1]  # those without a name: what the block before it gave
-        family = (modules, self.log.kind, warm, inputs, tuple(seen.places)) if inputs else None
+        family = (kind, self.log.kind, warm, inputs, tuple(seen.places)) if inputs else None
         record, sure = self.records.get(key, (None, False))
         self.names = [*seen.devices]
         if record is not None and sure and not last:

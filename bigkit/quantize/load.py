@@ -133,7 +133,7 @@ def load_and_quantize_model(
     with _refusing_to_run(model):
         for name, weight in weights:
             if isinstance(weight, Mapping):
-                hold(model, name, config.quantization, weight)
+                hold(model, name, config, weight)
                 continue
             layer = empty_layer_for(targets[name], config)
             layer._parameters["weight"] = weight

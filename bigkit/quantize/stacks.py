@@ -101,15 +101,17 @@ def empty_stack(shape: tuple[int, ...], quantization: str) -> dict[str, nn.Param
     }
 
 
-def hold(model: nn.Module, name: str, quantization: str, parts: Mapping[str, nn.Parameter]) -> None:
-    """Put a quantized stack into a model in the place of a weight."""
+def hold(model: nn.Module, name: str, config: BnbQuantizationConfig, parts: Mapping[str, nn.Parameter]) -> None:
+    """Put a quantized stack into a model in the place of a weight; it is decoded to the dtype of what stays."""
     module, _, own = name.rpartition(".")
-    hold_stack(model.get_submodule(module), own, codec_for(quantization), parts)
+    holder: Any = model.get_submodule(module)
+    hold_stack(holder, own, codec_for(config.quantization), parts)
+    holder.works_in = config.torch_dtype
 
 
 def replace_stacks(model: nn.Module, config: BnbQuantizationConfig) -> nn.Module:
     """Give an empty model quantized stacks, without data."""
     for name in stacks_to_quantize(model, config):
         shape = tuple(model.get_parameter(name).shape)
-        hold(model, name, config.quantization, empty_stack(shape, config.quantization))
+        hold(model, name, config, empty_stack(shape, config.quantization))
     return model

@@ -113,6 +113,7 @@ def last_of(work):
         (lambda new: new(8, 16).masked_fill(new(8, 1) > 0, new(1)[0]), 192),
         (lambda new: new(1, 1).masked_fill(new(1, 1) > 0, 0), 0),
         (lambda new: new(8, 16).topk(2), 12 * 128),
+        (lambda new: F.embedding(new(5).long(), new(100, 32)), 5 * 200),
         (lambda new: F.layer_norm(new(8, 16), (16,)), 8 * 400),
         (lambda new: F.layer_norm(new(16, 8).t(), (16,)), 8 * 400 + 128),
         (lambda new: new(8, 16).sum(0), 0),
@@ -125,10 +126,12 @@ def test_elements_in_one_order_are_taken_several_at_once(work, one_by_one):
 @pytest.mark.parametrize(
     "work, elements, each",
     [
-        (lambda new: new(16, 2048, 2048) + new(2048, 2048, 16).permute(2, 0, 1), 16 * 2048**2, 32),  # T5's: a sector
-        (lambda new: new(2, 2048, 2048) + new(2048, 2048, 2).permute(2, 0, 1), 2 * 2048**2, 4),  # it stays in the cache
-        (lambda new: new(16, 64, 64) + new(64, 64, 16).permute(2, 0, 1), 16 * 64**2, 4),
+        (lambda new: new(16, 2048, 2048) + new(2048, 2048, 16).permute(2, 0, 1), 16 * 2048**2, 64),
+        (lambda new: new(8, 2048, 2048) + new(2048, 2048, 8).permute(2, 0, 1), 8 * 2048**2, 32),
+        (lambda new: new(2, 2048, 2048) + new(2048, 2048, 2).permute(2, 0, 1), 2 * 2048**2, 0.75 * 8),  # of the cache
+        (lambda new: new(16, 64, 64) + new(64, 64, 16).permute(2, 0, 1), 16 * 64**2, 0.75 * 32),
         (lambda new: new(4096, 4096) + new(4096, 8192)[:, ::2], 4096**2, 8),  # nobody needs what lies between
+        (lambda new: new(8, 32).masked_fill(new(8, 32) > 0, 0), 256, 9),  # a copy, and the mask's bytes
         (lambda new: new(8, 16).t() + new(8, 16).t(), 128, 4),
     ],
 )

@@ -7,7 +7,15 @@ import warnings
 import pytest
 import torch
 
-from bigkit import BnbQuantizationConfig, estimate_memory, init_empty_weights, load_and_quantize_model, save_model, zoo
+from bigkit import (
+    BnbQuantizationConfig,
+    estimate_memory,
+    init_empty_weights,
+    load_and_quantize_model,
+    load_checkpoint_and_dispatch,
+    save_model,
+    zoo,
+)
 from bigkit.checkpoints.format import Checkpoint
 from bigkit.checkpoints.one_by_one import stream_rows
 from bigkit.meta.skeleton import spec_from_module
@@ -163,6 +171,20 @@ def test_casts_leave_codes_and_scales_alone():
     assert experts.works_in == torch.bfloat16 and experts.gate_up_proj[0].dtype == torch.bfloat16
     for name, (dtype, value) in before.items():
         assert experts.get_parameter(name).dtype == dtype and torch.equal(experts.get_parameter(name), value)
+
+
+def test_experts_are_decoded_to_the_dtype_that_is_asked_for(tmp_path):
+    """An empty model is built in float32 by default; its experts were decoded to that, in twice the memory."""
+    model = made(mixtral)
+    only = {"torch_dtype": torch.bfloat16, "skip_modules": linear_layers(model)}
+    save_model(model, tmp_path / "whole")
+    with init_empty_weights():
+        first, second = mixtral(), mixtral()
+    first = load_and_quantize_model(first, config("nf4", **only), tmp_path / "whole", device_map={"": "cpu"})
+    save_model(first, tmp_path / "nf4")
+    second = load_checkpoint_and_dispatch(second, tmp_path / "nf4", {"": "cpu"}, dtype="float16")
+    dtypes = [one.get_submodule(expert_names(one)[0]).gate_up_proj[0].dtype for one in (first, second)]
+    assert dtypes == [torch.bfloat16, torch.float16] == [one.lm_head.weight.dtype for one in (first, second)]
 
 
 def test_estimates_and_plans_count_experts():
