@@ -23,7 +23,7 @@ test unit browser notebooks soak bench: export HF_HUB_OFFLINE = 1
 # Tests run in as many processes as there are cores, each with a thread of its own.
 test unit notebooks soak: export OMP_NUM_THREADS = 1
 PYTEST := $(BIN)/python -m pytest -q $(AGAIN)
-# A file at a time, in order: the long ones (browser, notebooks) first.
+# A file at a time, in the order of tests/conftest.py: the long ones first.
 EACH   := -n logical --dist loadfile --no-loadscope-reorder
 
 .PHONY: lab app site docs test lint format unit browser notebooks places soak bench clean

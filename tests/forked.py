@@ -104,17 +104,23 @@ from torch.distributed.elastic.multiprocessing.subprocess_handler import subproc
 from bigkit.cli import main
 from tests.forked import Script
 
+class Become(BaseException):
+    pass
+
 def become(path, line):
-    subprocess_handler.Popen, sys.argv = Script, line[2:]
-    runpy.run_module(line[2], run_name="__main__", alter_sys=True)
+    raise Become(*line)
 
 os.execv = become
-sys.exit(main(sys.argv[1:]))
+try:
+    sys.exit(main(sys.argv[1:]))
+except Become as other:
+    subprocess_handler.Popen, sys.argv = Script, [*other.args[2:]]
+runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
 """
 
 
 class Script(subprocess.Popen):  # type: ignore[type-arg]
-    """`python -u script ...`, forked from this process."""
+    """`python -u script ...`, forked from this process, in a session of its own."""
 
     def _execute_child(self, args: Sequence[str], *how: object) -> None:
         assert (*args[:2],) == (sys.executable, "-u")
@@ -125,6 +131,7 @@ class Script(subprocess.Popen):  # type: ignore[type-arg]
         if self.pid:
             self._child_created = True
         else:
+            os.setsid()
             sys.path.insert(0, os.path.dirname(os.path.abspath(script)))
             _become(lambda: runpy.run_path(script, run_name="__main__"), args[2:], environment)
 
@@ -188,7 +195,10 @@ def _become(program: Callable[[], object], words: Sequence[str], variables: Mapp
     except SystemExit as end:
         status = end.code if isinstance(end.code, int) else int(end.code is not None)
     except BaseException as error:
-        sys.excepthook(type(error), error, error.__traceback__)
+        frames = error.__traceback__
+        while frames and frames.tb_frame.f_code.co_filename in (__file__, runpy.__file__, "<frozen runpy>"):
+            frames = frames.tb_next
+        sys.excepthook(type(error), error.with_traceback(frames), frames)
     finally:
         threading._shutdown()  # type: ignore[attr-defined]
         atexit._run_exitfuncs()

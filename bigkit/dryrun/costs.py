@@ -24,6 +24,8 @@ PRODUCTS = {aten.mm, aten.addmm, aten.bmm, aten.baddbmm, GROUPED_MM}
 COPIES = {TO_COPY, aten.copy_, aten.clone}
 # These read as much as they write, and each byte of a table at most once.
 LOOKUPS = {aten.embedding, aten.index, aten.index_select, aten.gather, aten.slice_scatter}
+# These write what they are given into a few rows of a tensor: operation -> which argument that is.
+PUTS = {aten.index_put_: 2, aten.index_copy_: 3}
 _NAMES = "empty zeros ones full arange randint empty_like zeros_like fill_ zero_ normal_ scalar_tensor"
 CREATORS = {getattr(aten, name) for name in _NAMES.split()}  # read nothing
 NORMS = {aten.native_layer_norm, aten._fused_rms_norm}
@@ -58,6 +60,8 @@ def cost_of(
         read = min(read, written)
     elif packet in CREATORS:
         read = 0
+    elif packet in PUTS and args[PUTS[packet]].numel() > 1:
+        read, written = read - dense_bytes(args[0]), dense_bytes(args[PUTS[packet]])
     elif packet in (aten.bmm, aten.baddbmm):
         read = sum(map(_read_in_a_batch if not args[-2].is_contiguous() else dense_bytes, inputs))
     elif packet is GROUPED_MM:

@@ -7,8 +7,9 @@ bitsandbytes'. `tests/quantize/test_private_parts.py` says in a sentence what is
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache, partial, wraps
 from typing import Any
 
 import torch
@@ -34,6 +35,27 @@ def without(warning: tuple[str, str]) -> Iterator[None]:
         yield
     finally:
         logger.removeFilter(is_another)
+
+
+@contextmanager
+def compiling_later() -> Iterator[None]:
+    """Within it, `torch.compile` compiles when a function is first called, in place of importing the compiler at once.
+
+    bitsandbytes decorates functions with it that few call, and the compiler takes seconds to import.
+    """
+    compiler = torch.compile
+
+    def later(function: Callable[..., Any] | None = None, **options: Any) -> Any:
+        if function is None:
+            return partial(later, **options)
+        compiled = cache(partial(compiler, function, **options))
+        return wraps(function)(lambda *args, **kwargs: compiled()(*args, **kwargs))
+
+    torch.compile = later  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        torch.compile = compiler
 
 
 def int8_product(x: Tensor, weight: Any, bias: Tensor | None, dtype: torch.dtype) -> Tensor:

@@ -40,7 +40,7 @@ def bitsandbytes() -> ModuleType:
         ImportError: it is not installed, or does not run here.
     """
     try:
-        with _bnb.without(_bnb.KERNEL_WARNING):
+        with _bnb.without(_bnb.KERNEL_WARNING), _bnb.compiling_later():
             import bitsandbytes
     except Exception as error:  # a native library that is missing or too new fails in its own way
         raise ImportError(

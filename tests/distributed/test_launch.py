@@ -328,7 +328,7 @@ gather_object([1])
 
 def test_a_failing_rank_ends_the_others_and_is_heard_first(tmp_path: Path) -> None:
     (tmp_path / "fail.py").write_text(FAILING)
-    done = launch(tmp_path, "--num_processes", "3", "--cpu", "fail.py")
+    done = forked.launch("--num_processes", "3", "--cpu", "fail.py", folder=tmp_path, variables=ENVIRONMENT)
     assert done.returncode == 1
     text = done.stderr.partition("\n")[2]  # after the torchrun command
     first = text[text.index("Traceback") :]

@@ -62,10 +62,12 @@ def test_cells_are_what_was_recorded(shown):
     assert all((cell.hatch == "x") == (number not in counts) for number, cell in enumerate(cells))
     kept = [line for line in picture.shapes if isinstance(line, Line) and line.kind == "kept"]
     assert len(kept) == len(routing.kept(shown.policy, shown.slots, shown.token)) <= shown.slots
+    columns, rows = {}, routing.counts
+    for number, cell in enumerate(cells):
+        columns.setdefault(cell.x, []).append((number, cell))
     for bar in boxes(picture, "how often"):
-        cell = next(cell for cell in cells if cell.x == bar.x and cell.y - 1e-6 <= bar.y <= cell.y + cell.height + 1e-6)
-        number = cells.index(cell)
-        row = routing.counts[number // routing.experts]
+        number, cell = next(one for one in columns[bar.x] if -1e-6 <= bar.y - one[1].y <= one[1].height + 1e-6)
+        row = rows[number // routing.experts]
         assert bar.height / cell.height == pytest.approx(row[number % routing.experts] / max(row))
 
 

@@ -76,6 +76,16 @@ def test_a_layer_norm_copies_what_does_not_lie_in_one_piece_before_it_asks_for_m
     assert [copy, out, mean, deviation] == [size, size, 8 * 100 * 4, 8 * 100 * 4] and frees[0] == -3
 
 
+def test_a_few_rows_are_put_into_a_large_tensor_for_what_they_take():
+    with fake_gpus(NO_WORKSPACE) as notes:
+        table, rows = torch.empty(1000, 64, device="cuda:0"), torch.empty(3, 64, device="cuda:0")
+        where = torch.zeros(3, dtype=torch.long, device="cuda:0")
+        table[where] = rows
+        table.index_copy_(0, where, rows)
+    put = {operation.name: operation.bytes for operation in notes.trace.operations}
+    assert put["index_put_"] == put["index_copy_"] == 2 * rows.nbytes + where.nbytes
+
+
 def test_reading_an_expanded_tensor_costs_what_is_there():
     with fake_gpus(NO_WORKSPACE) as notes:
         row = torch.empty(1, 1000, device="cuda:0")

@@ -86,14 +86,14 @@ def test_a_prompt_of_many_tokens_is_streamed(machine):
     ],
 )
 def test_what_was_not_measured_is_streamed_and_said(machine, change, graphs, missing):
-    found = run(machine, planned(machine, on_cpu=True), graphs, calibration=replace(HERE, **change))
+    found = run(machine, planned(machine, on_cpu=True), graphs, new=2, calibration=replace(HERE, **change))
     assert ("CPU" in found.times[-1].busy) is (missing is None)
     said = [note for note in found.notes if "MLPs that the CPU computes are streamed here" in note]
     assert len(said) == (missing is not None) and all(missing in note for note in said)
 
 
 def test_nobody_knows_what_another_machines_cpu_reads(machine):
-    found = run(machine, planned(machine, on_cpu=True), False)
+    found = run(machine, planned(machine, on_cpu=True), False, new=2)
     assert on_machine(found, machine_of("RTX 5090")) is None
 
 

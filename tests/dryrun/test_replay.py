@@ -31,9 +31,8 @@ def same(model, *load, **options):
 
 @pytest.mark.parametrize(
     "name",
-    ["gpt2", "qwen3-0.6b", "bert-base-cased", "t5-large", "vit-base-patch16-224", "bloom", "mixtral-8x7b",
-     "gemma-2-9b", "mistral-7b", "deepseek-v3", "llama-3.1-8b"],
-)  # fmt: skip
+    ["gpt2", "qwen3-0.6b", "bert-base-cased", "t5-large", "vit-base-patch16-224", "bloom", "mistral-7b", "deepseek-v3"],
+)
 def test_a_replayed_run_is_the_full_run(name):
     same(small(name), 2, 48, 2)
 
@@ -48,16 +47,16 @@ def test_loads_of_other_shapes():
 @pytest.mark.parametrize("name", ["llama-3.1-8b", "gemma-2-9b", "mixtral-8x7b"])
 def test_later_tokens_are_traced_once(name, monkeypatch):
     """Of a later token one block of a kind runs, and the last, which is compared."""
-    same(small(name, 8), 2, 20, 5)
+    same(small(name), 2, 48, 3)
     ran = []
     record = Replayer.record
     monkeypatch.setattr(Replayer, "record", lambda *args: ran.append(1) or record(*args))
     counts = []
-    for tokens in (4, 8):
+    for tokens in (3, 5):
         ran.clear()
-        dry_run(small(name, 8), None, 2, 20, tokens, "H200")
+        dry_run(small(name), None, 2, 20, tokens, "H200")
         counts.append(len(ran))
-    assert counts[1] - counts[0] == 4 * (3 if name == "gemma-2-9b" else 2)  # its layers are of two kinds
+    assert counts[1] - counts[0] == 2 * (3 if name == "gemma-2-9b" else 2)  # its layers are of two kinds
 
 
 @pytest.mark.parametrize("quantization", ["int8", "nf4-double"])

@@ -277,7 +277,7 @@ def test_a_run_that_serves_other_gpus_is_what_they_would_do(model):
         return build.build({**catalog.config(catalog.find("gpt2")), **wide}, dtype="float16").eval()
 
     def run(gpu):
-        return dry_run(made if model == "wide heads" else model, None, 2, 16, 2, gpu)
+        return dry_run(made if model == "wide heads" else model, None, 2, 16, 1, gpu)
 
     kinds = {target_of(gpu): name for name, gpu in GPUS.items()}  # one GPU of each kind
     own, shared, spliced = {name: run(name) for name in kinds.values()}, 0, 0

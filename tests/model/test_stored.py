@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import weakref
@@ -188,17 +189,23 @@ def test_a_load_by_a_plan_holds_what_the_plan_says(tmp_path: Path, format: str) 
 
 
 def test_a_repository_on_the_hub_counts_the_same(tmp_path: Path) -> None:
-    ready(tmp_path, "int4")
-    code = "import sys, bigkit; print(bigkit.plan('someone/tiny', {0: '1GB'}).shares[0].weights)"
+    whole, bare = tmp_path / "whole", tmp_path / "bare"
+    whole.mkdir()
+    ready(whole, "int4")
+    shutil.copytree(whole, bare)
+    (bare / "model.safetensors").rename(bare / "other.bin")
+    code = (
+        "import bigkit; print(*(bigkit.plan(f'someone/{x}', {0: '1GB'}).shares[0].weights for x in ('whole', 'bare')))"
+    )
     with FakeHub() as hub:
-        hub.add("someone/tiny", tmp_path)
+        hub.add("someone/whole", whole)
+        hub.add("someone/bare", bare)
         settings = {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "cache")}
-        ask = partial(subprocess.run, env={**os.environ, **settings}, capture_output=True, text=True)
-        done = ask([sys.executable, "-c", code])
-        (tmp_path / "model.safetensors").rename(tmp_path / "other.bin")
-        again = ask([sys.executable, "-c", code])
-    exact = bigkit.plan(str(tmp_path), {0: "1GB"}).shares[0].weights  # by the config alone
-    assert int(done.stdout) == int(again.stdout) == exact, (done.stderr, again.stderr)
+        done = subprocess.run(
+            [sys.executable, "-c", code], env={**os.environ, **settings}, capture_output=True, text=True
+        )
+    exact = bigkit.plan(str(bare), {0: "1GB"}).shares[0].weights  # by the config alone
+    assert [*map(int, done.stdout.split())] == [exact, exact], done.stderr
 
 
 @pytest.mark.parametrize("kind", ["int8", "nf4", "nf4-double"])

@@ -63,3 +63,26 @@ def test_a_warning_is_kept_back_within_its_context_alone(caplog, error):
         logger.setLevel(logging.NOTSET)
     assert [record.getMessage()[-4:] for record in caplog.records] == ["else", "om b"]
     assert logger.filters == filters
+
+
+def test_the_compiler_waits_for_the_first_call(monkeypatch):
+    calls = []
+    monkeypatch.setattr(torch, "compile", lambda function, **options: calls.append(options) or function)
+    before = torch.compile
+    with _bnb.compiling_later():
+
+        @torch.compile
+        def double(x):
+            return 2 * x
+
+        @torch.compile(dynamic=False)
+        def triple(x):
+            return 3 * x
+
+    assert torch.compile is before and calls == []
+    assert double.__name__ == "double" and double(2) + double(3) + triple(x=1) == 13
+    assert calls == [{}, {"dynamic": False}], "once each"
+    module = "bitsandbytes.backends.default.ops"
+    assert "torch.compile(" in inspect.getsource(__import__(module, fromlist=["ops"])), (
+        f"bitsandbytes {bnb.__version__}: {module} compiles nothing when it is imported, and nothing need wait"
+    )
