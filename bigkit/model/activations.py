@@ -25,7 +25,7 @@ from ..units import dtype_bits
 from .experts import experts_of
 from .precision import Precision, quantized_stacks
 from .spec import ModelSpec
-from .stored import AT_A_TIME, decoding_bytes
+from .stored import AT_A_TIME, decoding_bytes, is_as_stored
 
 MICRO_BATCH = 512  # tokens: llama.cpp's default for --ubatch-size
 
@@ -71,6 +71,7 @@ class _Decoded(NamedTuple):
 _KERNEL = _Decoded(2, 2, 2 * AT_A_TIME)  # reads codes where they lie
 _DECODED = {"int8": _Decoded(8, 9), "nf4": _KERNEL, "fp4": _KERNEL}
 _DOUBLE = _Decoded(2.25, 2.75)
+_AS_STORED = _Decoded(0, 0)  # `decoding_bytes` counts it
 
 
 def working_bytes(model: ModelSpec, precision: Precision, batch: int, tokens: int) -> int:
@@ -120,7 +121,7 @@ def _widest(model: ModelSpec, precision: Precision, batch: int, tokens: int, dty
     wide = facts.get("intermediate_size") or 4 * hidden
     found, last, n = _found(model, precision), size * batch * facts.get("vocab_size", 0), batch * tokens
     around = size * n * 4 * hidden
-    most = around + size * n * 3 * wide + last
+    most = around + size * n * found.halves * wide + last
     if found.linear:
         most = max(most, around + size * n * 2 * wide + found.linear)
     if found.int8:
@@ -156,12 +157,14 @@ class _Found(NamedTuple):
     """What the formulas ask of a model's layers, found once.
 
     Args:
+        halves: of a dense feed-forward's width that are alive at once: 4 where one layer gives both gate and input.
         linear: bytes of the largest linear weight in 4 bit, decoded.
         int8: whether linear layers are LLM.int8's.
         stacks: (experts, numbers of one, taken by a token, how it is decoded) of a block's two stacks; the decoding is
             None where they are not quantized.
     """
 
+    halves: int
     linear: int
     int8: bool
     stacks: tuple[tuple[int, int, int, _Decoded | None], ...]
@@ -174,14 +177,16 @@ def _found(model: ModelSpec, precision: Precision) -> _Found:
     largest = max((prod(model.tensors[f"{name}.weight"][0].shape) for name in names), default=0)
     width = size + (0.125 if str(kind).endswith("-double") else 0)
     packed = {*quantized_stacks(model, precision)}
+    stored = _AS_STORED if is_as_stored(model, precision) else None
     best: list[tuple[int, int, int, _Decoded | None]] = []
     for one in experts_of(model):
         own = [(f"{one.name}.{name}", tensor) for name, tensor, _ in one.spec.named_tensors() if len(tensor.shape) == 3]
         if own and not any("." in name.removeprefix(f"{one.name}.") for name, _ in own):
-            how = [_DECODED.get(str(kind), _DOUBLE) if name in packed else None for name, _ in own]
+            how = [_DECODED.get(str(kind), _DOUBLE) if name in packed else stored for name, _ in own]
             stacks = [(t.shape[0], prod(t.shape[1:]), one.per_token, each) for (_, t), each in zip(own, how)]
             best = max(best, stacks, key=lambda stacks: sum(stack[1] for stack in stacks))
-    return _Found(0 if kind == "int8" else round(largest * width), kind == "int8" and bool(names), tuple(best))
+    halves = 4 if any(name.endswith("mlp.gate_up_proj.weight") for name in model.tensors) else 3
+    return _Found(halves, 0 if kind == "int8" else round(largest * width), kind == "int8" and bool(names), tuple(best))
 
 
 def _of_experts(model: ModelSpec, found: _Found, n: int, size: int) -> int:
@@ -193,7 +198,9 @@ def _of_experts(model: ModelSpec, found: _Found, n: int, size: int) -> int:
         return size * n * 3 * wide * (taken + shared)
     rows, family = n * taken, str(facts.get("model_type", ""))
     if family in ALL_EXPERTS:
-        whole = max((max(size, how.whole) * count * one for count, one, _, how in found.stacks if how), default=0)
+        whole = max(
+            (max(size, how.whole) * count * one for count, one, _, how in found.stacks if how and how.whole), default=0
+        )
         return size * n * (hidden + facts["num_experts"] * (hidden + 4 * wide)) + round(whole)
     # What the router says, numbers by which rows are sorted, and angles of positions.
     account = n * (8 * facts["num_experts"] + 44 * taken + 2 * size * facts.get("head_dim", 0))
@@ -203,7 +210,7 @@ def _of_experts(model: ModelSpec, found: _Found, n: int, size: int) -> int:
     halves = size * rows * HALVES.get(family, 4) * wide
     moments = [inputs + halves, 2 * inputs + last, size * n * (hidden + 3 * wide * shared)]
     for at, (count, one, _, decoded) in enumerate(found.stacks):
-        if decoded is not None:
+        if decoded is not None and decoded.whole:
             some = min(count, max(1, decoded.at_a_time // one))
             result = size * rows * (2 * wide if at == 0 else hidden) * (1 if some == count else 2)
             each = max(size, decoded.whole if some == count else decoded.chosen)

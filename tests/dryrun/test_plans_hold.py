@@ -12,7 +12,7 @@ MiB = 2**20
 SIZES = {"hidden_size": 512, "num_hidden_layers": 2, "num_attention_heads": 8, "num_key_value_heads": 4,
          "vocab_size": 2000, "intermediate_size": 1024}  # fmt: skip
 OWN = {
-    "Llama": {}, "Gemma2": {"head_dim": 64, "query_pre_attn_scalar": 64}, "Mixtral": {},
+    "Llama": {}, "Phi3": {"pad_token_id": 0}, "Gemma2": {"head_dim": 64, "query_pre_attn_scalar": 64}, "Mixtral": {},
     "Qwen3Moe": {"num_experts": 32, "num_experts_per_tok": 8, "moe_intermediate_size": 384, "head_dim": 64},
     "GptOss": {"num_local_experts": 16, "intermediate_size": 512, "head_dim": 64,
                "layer_types": ["full_attention"] * 2},
@@ -35,7 +35,7 @@ CASES = [
     ("Mixtral", 1, 1, "int8"), ("Mixtral", 1, 32, "nf4"), ("Mixtral", 32, 4, "nf4-double"),
     ("Qwen3Moe", 1, 1000, None), ("GptOss", 1, 1000, None), ("GptOss", 1, 500, "int8"), ("DeepseekV3", 1, 500, "nf4"),
     ("Llama4Text", 1, 500, None), ("Llama", 8, 200, "int8"), ("Llama", 4, 32, "nf4"), ("Gemma2", 1, 1000, None),
-    ("Mamba", 1, 32, None),
+    ("Mamba", 1, 32, None), ("Phi3", 4, 200, None),
 ]  # fmt: skip
 
 
