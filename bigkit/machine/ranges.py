@@ -32,7 +32,7 @@ SPREADS: Mapping[tuple[str, str], tuple[float, float]] = {
     ("python", GUESSED): (0.5, 2.0),
     ("gpu", MEASURED): (0.88, 1.35),
     ("gpu", VENDOR): (0.75, 1.5),
-    ("link", MEASURED): (0.95, 1.2),
+    ("link", MEASURED): (0.8, 1.2),
     ("link", VENDOR): (0.8, 1.4),
     ("disk", MEASURED): (0.7, 1.5),
     ("disk", VENDOR): (0.5, 2.0),
