@@ -75,7 +75,7 @@ SEEN = {  # in the table of dryrun.py, or measured while the code was changed
 }  # fmt: skip
 LOOPS = ("mamba", "falcon_mamba", "jamba", "recurrent_gemma", "rwkv", "xlstm", "minimax")  # over tokens, in Python
 RATES = Path(__file__).parent / "results" / "dryrun.json"  # of an H200, measured before
-DRAWS = [Path(__file__).parent / "results" / f"held-out{number}.json" for number in ("", "-2", "-3", "-4", "-5")]
+DRAWS = [Path(__file__).parent / "results" / f"held-out{number}.json" for number in ("", "-2", "-3", "-4", "-5", "-6")]
 DEVICE = "cuda"
 DEPTHS = ("num_hidden_layers", "encoder_layers", "decoder_layers", "num_layers", "num_decoder_layers",
           "num_encoder_layers", "n_layer", "n_layers")  # fmt: skip
