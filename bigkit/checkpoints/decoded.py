@@ -155,8 +155,9 @@ class DecodedStack:
             rows = slice(bounds[some[0]], bounds[some[-1] + 1])  # those between have none
             neighbours = some[-1] - some[0] < len(some)
             where = slice(some[0], some[-1] + 1) if neighbours else torch.tensor(some, device=x.device)
-            weights = stack[some if elsewhere and not neighbours else where]
-            out[rows] = product(x[rows], weights, offs=ends[where] - rows.start)
+            chosen_here = some if elsewhere and not neighbours else where
+            # Without a name: the next piece must not be decoded while this one is held.
+            out[rows] = product(x[rows], stack[chosen_here], offs=ends[where] - rows.start)
         return out
 
     @classmethod

@@ -43,7 +43,7 @@ from ..offload.dispatch import dispatch_model
 from ..offload.lenders import streamers_in
 from ..offload.rows import count_rows
 from ..offload.transfer import Slot
-from ..units import GiB, format_bytes, parse_bytes
+from ..units import GiB, dtype_name, format_bytes, parse_bytes
 
 HEAD, ROW = 16, 8  # width of a twin's narrowest head, and what widths are a multiple of: kernels want 16 bytes
 QUANTIZED = 64  # the same for both if its layers are quantized: bitsandbytes takes blocks of so many weights
@@ -244,8 +244,10 @@ def issued_in(
     """Steps of the host in each step of the work of a model's twin, counted by a dry run."""
     work = load.batch, load.prompt, load.new
     how: Any = {"quantization": quantization, "generate": load.generate, "expert_cache": expert_cache}
-    # The dtype says that its layers are plain, or quantized here, whatever its config says of a checkpoint.
-    run = dry_run(lambda: twin_of(model, quantization is not None), plan, *work, dtype="bfloat16", **how)
+    plain = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.bfloat16)
+    # A dtype says that its layers are plain, or quantized here, whatever its config says of a checkpoint.
+    how["dtype"] = "bfloat16" if quantization else dtype_name(plain)
+    run = dry_run(lambda: twin_of(model, quantization is not None), plan, *work, **how)
     ends = [0, *(end for _, end in run.steps)]
     return [sum(operation.issued for operation in run.operations[a:b]) for a, b in zip(ends, ends[1:])]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 from typing import Any
 
 import pytest
@@ -81,16 +82,24 @@ def test_a_prompts_product_in_pieces(
 def test_pieces_are_of_chosen_experts_however_far_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     stack = stack_of("fp8", torch.float32).transpose(1, 2)
     ends = torch.tensor([1, 0, 2, 0, 1, 0, 0, 1]).cumsum(0)
-    x, pieces = torch.randn(5, COLUMNS), []
+    x, pieces, held = torch.randn(5, COLUMNS), list[int](), list[Any]()
 
     def product(rows: Tensor, weights: Tensor, offs: Tensor) -> Tensor:
+        held.append(weakref.ref(weights))
         pieces.append(len(weights))
         begins = [0, *offs.tolist()]
         return torch.cat([rows[a:b] @ one for a, b, one in zip(begins, begins[1:], weights)])
 
+    def piece(stack: DecodedStack, experts: Any, decode: Any = DecodedStack.__getitem__) -> Tensor:
+        assert not any(one() is not None for one in held), "the piece before takes no memory any more"
+        weights: Tensor = decode(stack, experts)
+        return weights
+
+    monkeypatch.setattr(DecodedStack, "__getitem__", piece)
     monkeypatch.setattr(decoded, "AT_A_TIME", 3 * ROWS * COLUMNS)
     found = stack.grouped_mm(x, ends, product)
     assert pieces == [3, 1]
+    monkeypatch.undo()
     whole = stack.all()
     assert torch.equal(found, torch.cat([x[:1] @ whole[0], x[1:3] @ whole[2], x[3:4] @ whole[4], x[4:] @ whole[7]]))
 
