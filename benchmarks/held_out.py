@@ -211,7 +211,9 @@ def places_of(case: dict[str, Any], model: nn.Module) -> dict[str, int | str]:
     while "." in parent:  # around the blocks, everything is named apart
         parent = parent.rpartition(".")[0]
         places.pop(parent, None)
-        places |= {f"{parent}.{child}": 0 for child, _ in model.get_submodule(parent).named_children()}
+        around = model.get_submodule(parent)
+        own = (*around.named_children(), *around.named_parameters(recurse=False), *around.named_buffers(recurse=False))
+        places |= {f"{parent}.{child}": 0 for child, _ in own}
     places.pop(name, None)
     return places | {f"{name}.{i}": "cpu" if i % 2 else 0 for i in range(len(blocks))}
 

@@ -2,9 +2,9 @@
 
 Each figure is the best of a few repetitions after a warm-up: predictions start from what the machine can do. With a
 GPU: the link, its memory, matrix products, fused attention, the smallest kernel, the CUDA context; all GPUs' links at
-once, and what the CPU reads meanwhile (`links.py`). Without one the CPU stands in for it. Always: RAM, a file read cold
-and warm, and the time of a step of the host, over four tiny models of Transformers that are built differently, their
-steps counted by dry runs of them.
+once, and what the CPU reads meanwhile (`links.py`); a file as offloading reads it, of which the median counts. Without
+one the CPU stands in for it. Always: RAM, a file read cold and warm, and the time of a step of the host, over four tiny
+models of Transformers that are built differently, their steps counted by dry runs of them.
 
 Leaves out: several GPUs but for their links (the first one is measured) and the links between them.
 """
