@@ -39,6 +39,7 @@ class Scores(NamedTuple):
         masks: of the model, each a number for a pair of tokens.
         held: whether the probabilities live on in the feed-forward.
         pairs: bytes of each pair of tokens, however many heads and sequences there are.
+        wide: x intermediate_size of the feed-forward's widest moment; BLOOM's GELU is no single kernel.
     """
 
     bfloat16: int
@@ -47,10 +48,11 @@ class Scores(NamedTuple):
     masks: int = 1
     held: bool = False
     pairs: int = 0
+    wide: int = 3
 
 
 SCORES = {
-    "bloom": Scores(14, 12, 16), "mpt": Scores(12, 12, 12), "gemma2": Scores(10, 10, 8, 2, True),
+    "bloom": Scores(14, 12, 16, wide=6), "mpt": Scores(12, 12, 12), "gemma2": Scores(10, 10, 8, 2, True),
     "gpt_oss": Scores(6, 6, 12, 2, True), "t5": Scores(4, 4, 8, 0, pairs=50),
 }  # fmt: skip
 IN_FULL = Scores(9, 9, 9)  # of grouped queries in float32, which no fused kernel takes
@@ -150,6 +152,8 @@ def _with_scores(facts: Mapping[str, Any], batch: int, tokens: int, dtype: str, 
     masks = pairs * size * stored.masks
     scores = pairs * heads * getattr(stored, dtype, stored.float32) + masks + stored.pairs * tokens**2
     attending = scores + size * batch * tokens * (12 if size == 4 else 9) * hidden
+    inner = batch * tokens * (stored.wide * number["intermediate_size"] + 4 * hidden)
+    most = max(most, size * (inner + batch * number.get("vocab_size", 0)))
     return max(attending, most + (pairs * heads * size + masks if stored.held else 0))
 
 

@@ -21,6 +21,7 @@ OWN = {
                    "qk_rope_head_dim": 16, "qk_nope_head_dim": 32, "v_head_dim": 32, "num_key_value_heads": 8},
     "Llama4Text": {"num_local_experts": 8, "intermediate_size_mlp": 1024, "intermediate_size": 512, "head_dim": 64},
     "Mamba": {"num_hidden_layers": 2, "intermediate_size": 1024},
+    "Bloom": {"hidden_size": 1024, "n_layer": 2, "n_head": 8, "intermediate_size": 4096},
 }  # fmt: skip
 
 
@@ -35,7 +36,7 @@ CASES = [
     ("Mixtral", 1, 1, "int8"), ("Mixtral", 1, 32, "nf4"), ("Mixtral", 32, 4, "nf4-double"),
     ("Qwen3Moe", 1, 1000, None), ("GptOss", 1, 1000, None), ("GptOss", 1, 500, "int8"), ("DeepseekV3", 1, 500, "nf4"),
     ("Llama4Text", 1, 500, None), ("Llama", 8, 200, "int8"), ("Llama", 4, 32, "nf4"), ("Gemma2", 1, 1000, None),
-    ("Mamba", 1, 32, None), ("Phi3", 4, 200, None),
+    ("Mamba", 1, 32, None), ("Phi3", 4, 200, None), ("Bloom", 8, 100, None),
 ]  # fmt: skip
 
 
