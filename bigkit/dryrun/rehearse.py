@@ -26,6 +26,7 @@ from ..machine.ledger import Calibration
 from ..machine.roofline import ARRIVE, FILL, HOST, LEAVE, WAIT, Operation
 from ..machine.routing import Routing
 from ..maps.links import DeviceMap
+from ..model.config import facts
 from ..model.experts import check_choice
 from ..offload.choice import Recorded
 from ..offload.dispatch import dispatch_model
@@ -269,8 +270,8 @@ def _check_experts(model: nn.Module, routing: Routing | None) -> None:
 
 
 def _choice(module: Any) -> tuple[int, int]:
-    """How many experts a module has, and how many a token takes."""
-    return count_rows(module), int(getattr(module.config, "num_experts_per_tok", 0) or 0)
+    """How many experts a module has, and how many a token takes; 1 if its config does not say it."""
+    return count_rows(module), facts(module.config.to_dict()).get("experts_per_token", 1)
 
 
 def label_cache(log: OperationLog, cache: Any) -> None:

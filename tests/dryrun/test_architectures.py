@@ -17,7 +17,7 @@ from tests.sweeps import check_every
 LOAD = Workload(2, 7, 3)
 MOST = 30_000_000  # parameters: what the sizes of a configuration do not cut down is left out
 CHOSEN = [
-    "bart", "big_bird", "clip", "falcon_mamba", "gemma3_text", "llama", "mamba",
+    "aria_text", "bart", "big_bird", "clip", "falcon_mamba", "gemma3_text", "llama", "mamba",
     "mixtral", "parakeet_tdt", "t5", "vit", "wav2vec2", "whisper",
 ]  # fmt: skip
 
