@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..model.config import experts_per_token
 from ..model.header import CheckpointError
 from ..model.spec import TensorSpec
 from ..model.stored import DECODING, DECODING_OF, DECODING_STACK, decoding
@@ -288,7 +289,7 @@ def hold_stack(module: nn.Module, own: str, codec: StackCodec, parts: Mapping[st
     holder: Any = module
     holder.works_in = weight.dtype
     holder.stored, holder.stacks = (*holder.stored, *names.values()), (*holder.stacks, own)
-    chosen, each = getattr(getattr(module, "config", None), "num_experts_per_tok", None), DECODING_STACK[codec.format]
+    chosen, each = experts_per_token(getattr(module, "config", None)), DECODING_STACK[codec.format]
     holder.decoding = max(holder.decoding, round(decoding(tuple(weight.shape), each, chosen or 1)))
 
 

@@ -26,7 +26,7 @@ from ..machine.ledger import Calibration
 from ..machine.roofline import ARRIVE, FILL, HOST, LEAVE, WAIT, Operation
 from ..machine.routing import Routing
 from ..maps.links import DeviceMap
-from ..model.config import facts
+from ..model.config import experts_per_token
 from ..model.experts import check_choice
 from ..offload.choice import Recorded
 from ..offload.dispatch import dispatch_model
@@ -271,7 +271,8 @@ def _check_experts(model: nn.Module, routing: Routing | None) -> None:
 
 def _choice(module: Any) -> tuple[int, int]:
     """How many experts a module has, and how many a token takes; 1 if its config does not say it."""
-    return count_rows(module), facts(module.config.to_dict()).get("experts_per_token", 1)
+    said = experts_per_token(module.config)
+    return count_rows(module), 1 if said is None else said
 
 
 def label_cache(log: OperationLog, cache: Any) -> None:

@@ -187,6 +187,13 @@ def _text(config: Mapping[str, Any]) -> Mapping[str, Any]:
     return config
 
 
+def experts_per_token(config: object) -> int | None:
+    """How many experts a token takes, as a config of Transformers says by any of its names; None if it does not."""
+    said = (getattr(config, name, None) for name in _NAMES["experts_per_token"])
+    found = next((one for one in said if one is not None), None)
+    return max(found) if isinstance(found, list) else found  # of layers that differ the largest counts
+
+
 def _first(config: Mapping[str, Any], *names: str) -> Any:
     """The value of the first of `names` that the config sets to something other than None."""
     return next((config[name] for name in names if config.get(name) is not None), None)

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from ..checkpoints.ring import Slab
+from ..model.config import experts_per_token
 from .source import Range
 from .transfer import readers
 from .weights import ALIGN, Move, Part, Unit
@@ -47,7 +48,7 @@ def count_rows(module: nn.Module) -> int:
 
 def count_chosen(module: nn.Module) -> int:
     """How many of a module's experts a token takes, as its config says; 1 if it does not."""
-    return int(getattr(getattr(module, "config", None), "num_experts_per_tok", None) or 1)
+    return experts_per_token(getattr(module, "config", None)) or 1
 
 
 class Rows:
