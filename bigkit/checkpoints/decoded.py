@@ -148,6 +148,7 @@ class DecodedStack:
             return product(x, self.all(), offs=ends)
         bounds = [0, *_numbers(ends, x.shape[0], getattr(first, "recorded", None))]
         chosen = [expert for expert in range(count) if bounds[expert + 1] > bounds[expert]]
+        # Not `of` a module: of pieces, nothing that follows is decoded ahead.
         stack = self if elsewhere else DecodedStack(self.parts, self.codec, self.dtype, self.form, self.transposed)
         out = x.new_empty(x.shape[0], self.shape[2])
         for begin in range(0, len(chosen), step):

@@ -66,12 +66,12 @@ def config_of(quantization: BnbQuantizationConfig | str, dtype: object = None) -
 
 
 def quantize_empty(model: nn.Module, quantization: BnbQuantizationConfig) -> nn.Module:
-    """Put bitsandbytes' layers into an empty model, the rest of it cast, as `load_and_quantize_model` would."""
+    """Put bitsandbytes' layers into an empty model, and cast the rest, as `load_and_quantize_model` would."""
     stacks = stacks_to_quantize(model, quantization)
-    cast(model, quantization.torch_dtype, quantization.keep_in_fp32_modules or ())
     replace_stacks(model, quantization)
     if layers_to_quantize(model, quantization, needed=not stacks):
         replace_with_bnb_layers(model, quantization)
+    cast(model, quantization.torch_dtype, quantization.keep_in_fp32_modules or ())
     return model
 
 

@@ -177,14 +177,9 @@ class Task:
         """Of each layer: bytes beside fused experts; and of these, how many there are, and how many a token takes."""
         found: dict[int, tuple[int, int, int]] = {}
         for one in experts_of(self.model):
-            if all("." not in name for name, *_ in one.spec.named_tensors()):
+            if one.fused:
                 found[self.layer_of(one.name)] = one.bytes(self.precision), one.count, one.per_token
         return [(size - found[i][0] if i in found else size, found.get(i)) for i, size in enumerate(self.sizes)]
-
-    @cached_property
-    def choices(self) -> dict[str, tuple[int, int]]:
-        """Name of a block's experts -> how many there are, and how many a token takes."""
-        return {one.name: (one.count, one.per_token) for one in experts_of(self.model)}
 
     @cached_property
     def staying(self) -> list[int]:

@@ -39,7 +39,6 @@ class Scores(NamedTuple):
         masks: of the model, each a number for a pair of tokens.
         held: whether the probabilities live on in the feed-forward.
         pairs: bytes of each pair of tokens, however many heads and sequences there are.
-        wide: x intermediate_size of the feed-forward's widest moment; BLOOM's GELU is no single kernel.
     """
 
     bfloat16: int
@@ -48,11 +47,10 @@ class Scores(NamedTuple):
     masks: int = 1
     held: bool = False
     pairs: int = 0
-    wide: int = 3
 
 
 SCORES = {
-    "bloom": Scores(14, 12, 16, wide=6), "mpt": Scores(12, 12, 12), "gemma2": Scores(10, 10, 8, 2, True),
+    "bloom": Scores(14, 12, 16), "mpt": Scores(12, 12, 12), "gemma2": Scores(10, 10, 8, 2, True),
     "gpt_oss": Scores(6, 6, 12, 2, True), "t5": Scores(4, 4, 8, 0, pairs=50),
 }  # fmt: skip
 IN_FULL = Scores(9, 9, 9)  # of grouped queries in float32, which no fused kernel takes
@@ -77,7 +75,15 @@ _AS_STORED = _Decoded(0, 0)  # `decoding_bytes` counts it
 
 
 def working_bytes(model: ModelSpec, precision: Precision, batch: int, tokens: int) -> int:
-    """What a forward needs beside weights and KV cache, weights that are decoded for it included.
+    """What a forward without gradients needs beside weights and KV cache: the widest moment of one block, and logits.
+
+    batch * tokens * (3 * intermediate_size + 4 * hidden_size) elements, for blocks with a gated feed-forward and fused
+    attention (the scores are never stored), plus one row of logits for each sequence, and weights that are decoded for
+    it. In a mixture of experts a token visits `experts_per_token` experts and the shared ones. 0 if the model's facts
+    do not say how wide it is.
+
+    llama.cpp, which runs GGUF files, takes at most `MICRO_BATCH` tokens at a time, and keeps their states and scores in
+    float32: 258.5 MiB for Llama 3 8B, as its log says ("CUDA0 compute buffer size").
 
     Args:
         model, precision: how it is stored.
@@ -88,24 +94,7 @@ def working_bytes(model: ModelSpec, precision: Precision, batch: int, tokens: in
     >>> working_bytes(mixtral, mixtral.precision("bfloat16", "int8"), 1, 1) > 2**30 / 2  # in float32 for a moment
     True
     """
-    return _widest(model, precision, batch, tokens, model.computes_in(precision)) + decoding_bytes(model, precision)
-
-
-def activation_bytes(model: ModelSpec, batch: int, tokens: int, dtype: str = "bfloat16") -> int:
-    """Peak working memory of one forward pass without gradients: the widest moment of one block, and the logits.
-
-    batch * tokens * (3 * intermediate_size + 4 * hidden_size) elements, for blocks with a gated feed-forward and fused
-    attention (the scores are never stored), plus one row of logits for each sequence. In a mixture of experts a token
-    visits `experts_per_token` experts and the shared ones. 0 if the model's facts do not say how wide it is.
-
-    llama.cpp, which runs GGUF files, takes at most `MICRO_BATCH` tokens at a time, and keeps their states and scores in
-    float32: 258.5 MiB for Llama 3 8B, as its log says ("CUDA0 compute buffer size").
-
-    Args:
-        batch, tokens: see `working_bytes`.
-        dtype: that the model computes in.
-    """
-    return _widest(model, Precision(dtype), batch, tokens, dtype)
+    return _widest(model, precision, batch, tokens) + decoding_bytes(model, precision)
 
 
 def generates(model: ModelSpec) -> bool:
@@ -113,8 +102,9 @@ def generates(model: ModelSpec) -> bool:
     return bool(model.facts.get("generates", model.attention))
 
 
-def _widest(model: ModelSpec, precision: Precision, batch: int, tokens: int, dtype: str) -> int:
-    facts, size = model.facts, dtype_bits(dtype) // 8
+def _widest(model: ModelSpec, precision: Precision, batch: int, tokens: int) -> int:
+    facts, dtype = model.facts, model.computes_in(precision)
+    size = dtype_bits(dtype) // 8
     hidden = facts.get("hidden_size")
     if not tokens or not hidden:
         return 0
@@ -152,8 +142,6 @@ def _with_scores(facts: Mapping[str, Any], batch: int, tokens: int, dtype: str, 
     masks = pairs * size * stored.masks
     scores = pairs * heads * getattr(stored, dtype, stored.float32) + masks + stored.pairs * tokens**2
     attending = scores + size * batch * tokens * (12 if size == 4 else 9) * hidden
-    inner = batch * tokens * (stored.wide * number["intermediate_size"] + 4 * hidden)
-    most = max(most, size * (inner + batch * number.get("vocab_size", 0)))
     return max(attending, most + (pairs * heads * size + masks if stored.held else 0))
 
 
@@ -161,7 +149,8 @@ class _Found(NamedTuple):
     """What the formulas ask of a model's layers, found once.
 
     Args:
-        halves: of a dense feed-forward's width that are alive at once: 4 where one layer gives both gate and input.
+        halves: of a dense feed-forward's width that are alive at once: 4 where one layer gives both gate and input, and
+            6 in BLOOM, whose GELU is no single kernel.
         linear: bytes of the largest linear weight in 4 bit, decoded.
         int8: whether linear layers are LLM.int8's.
         stacks: (experts, numbers of one, taken by a token, how it is decoded) of a block's two stacks; the decoding is
@@ -185,11 +174,12 @@ def _found(model: ModelSpec, precision: Precision) -> _Found:
     best: list[tuple[int, int, int, _Decoded | None]] = []
     for one in experts_of(model):
         own = [(f"{one.name}.{name}", tensor) for name, tensor, _ in one.spec.named_tensors() if len(tensor.shape) == 3]
-        if own and not any("." in name.removeprefix(f"{one.name}.") for name, _ in own):
+        if own and one.fused:
             how = [_DECODED.get(str(kind), _DOUBLE) if name in packed else stored for name, _ in own]
             stacks = [(t.shape[0], prod(t.shape[1:]), one.per_token, each) for (_, t), each in zip(own, how)]
             best = max(best, stacks, key=lambda stacks: sum(stack[1] for stack in stacks))
     halves = 4 if any(name.endswith("mlp.gate_up_proj.weight") for name in model.tensors) else 3
+    halves = 6 if model.facts.get("model_type") == "bloom" else halves
     return _Found(halves, 0 if kind == "int8" else round(largest * width), kind == "int8" and bool(names), tuple(best))
 
 

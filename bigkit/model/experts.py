@@ -74,6 +74,11 @@ class Experts:
         return math.ceil(self.bytes(precision) / self.count)
 
     @property
+    def fused(self) -> bool:
+        """Whether they are rows of the module's own parameters, not modules in it."""
+        return all("." not in name for name, *_ in self.spec.named_tensors())
+
+    @property
     def parameters(self) -> int:
         """Number of parameters of all of them."""
         return sum(tensor.elements for _, tensor, _ in self.spec.named_tensors() if not tensor.buffer)

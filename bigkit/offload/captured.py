@@ -119,7 +119,7 @@ class Rings:
     def streams(self) -> list[torch.cuda.Stream]:
         """The streams that copy."""
         lanes = [streamer.lane for streamer in self.streamers if isinstance(streamer.lane, CudaLane)]
-        return [stream for lane in lanes for stream in (lane.stream, lane.from_ring)]
+        return [stream for lane in lanes for stream in lane.streams]
 
     def watched(self) -> bool:
         """Whether somebody listens to what is fetched: replays tell nothing."""
@@ -263,7 +263,7 @@ class Rings:
     def _wait(self, streamer: Streamer) -> None:
         """Let the device wait for copies."""
         if isinstance(streamer.lane, CudaLane):
-            for stream in (streamer.lane.stream, streamer.lane.from_ring):
+            for stream in streamer.lane.streams:
                 torch.cuda.current_stream(streamer.device).wait_stream(stream)
 
     def _record_events(self) -> None:

@@ -100,13 +100,13 @@ class CudaLane(PlainLane):
 
     def __init__(self, device: torch.device) -> None:
         super().__init__(device)
-        self.stream, self.from_ring = torch.cuda.Stream(device), torch.cuda.Stream(device)
+        self.streams = self.stream, self.from_ring = torch.cuda.Stream(device), torch.cuda.Stream(device)
         self._ring: Ring | None = None  # made when something first comes from a file or from RAM that is not pinned
 
     def slot(self, nbytes: int) -> Slot:
         slot = super().slot(nbytes)
         slot.ready, slot.free = torch.cuda.Event(), torch.cuda.Event()
-        for stream in (self.stream, self.from_ring):
+        for stream in self.streams:
             slot.base.record_stream(stream)  # freed, it is not given away before the copies into it are done
             stream.wait_stream(torch.cuda.current_stream(self.device))  # memory that is new to us may still be in use
         return slot
@@ -162,8 +162,8 @@ class CudaLane(PlainLane):
         slot.pending = []
 
     def close(self) -> None:
-        self.stream.synchronize()
-        self.from_ring.synchronize()
+        for stream in self.streams:
+            stream.synchronize()
 
 
 @cache

@@ -13,7 +13,7 @@ from bigkit.machine.hardware import Gpu, Hardware
 from bigkit.machine.network import Network, network_of, run_stages
 from bigkit.machine.roofline import TYPICAL
 from bigkit.maps.hosts import chain_of_blocks, part_of, read_hosts
-from bigkit.model.activations import activation_bytes
+from bigkit.model.activations import working_bytes
 from bigkit.model.spec import Precision
 from bigkit.units import GB, three_figures
 
@@ -39,7 +39,7 @@ def test_no_other_cut_has_a_faster_slowest_stage(machines: list[tuple[int, int]]
     precision = Precision("float32")
     kv = batch * 512 * 2 * 1600 * 4
     needs = [sum(layer.bytes(precision) for layer in unit) + kv for unit in units]
-    working = activation_bytes(spec, batch, 512, "float32")
+    working = working_bytes(spec, Precision("float32"), batch, 512)
     room = [own.gpus[0].memory - working for own in hosts]
 
     def slowest(ends: tuple[int, ...], spare: int = 0) -> float:

@@ -9,7 +9,8 @@ from packaging.version import Version
 
 from bigkit import dry_run, estimate_memory, init_empty_weights, zoo
 from bigkit.api import describe
-from bigkit.model.activations import activation_bytes
+from bigkit.model.activations import working_bytes
+from bigkit.model.precision import Precision
 from bigkit.units import format_bytes
 
 ARTICLE = {  # dtype: largest layer, total size, training
@@ -123,7 +124,7 @@ def test_activations_match_the_fake_run_of_llama_70b():
     """Measured on fake devices above the weights: 2564.1 MiB with the KV cache of 22 layers, 8192 tokens."""
     spec = describe("llama-2-70b")
     cache = 22 * 2048 * 8192 * 2
-    assert (activation_bytes(spec, 1, 8192) + cache) / 2**20 == pytest.approx(2564.1, rel=0.01)
+    assert (working_bytes(spec, Precision("bfloat16"), 1, 8192) + cache) / 2**20 == pytest.approx(2564.1, rel=0.01)
 
 
 def test_training_rows_add_up():
@@ -212,4 +213,4 @@ def test_scores_that_a_family_stores_are_counted(family, dtype, batch, tokens):
 
     run = dry_run(empty, 0, batch, tokens, 0, "H200", cache=False)
     held = run.timeline(0).at_peak()["activations"]
-    assert 0.995 * held <= activation_bytes(describe(empty()), batch, tokens, dtype) <= 1.1 * held
+    assert 0.995 * held <= working_bytes(describe(empty()), Precision(dtype), batch, tokens) <= 1.1 * held

@@ -10,9 +10,10 @@ import pytest
 import bigkit
 from bigkit import zoo
 from bigkit.machine.hardware import CONTEXT_BYTES, FRAGMENTATION, GPUS, HARDWARE
-from bigkit.model.activations import activation_bytes
+from bigkit.model.activations import working_bytes
 from bigkit.model.gguf import TYPES, read_gguf
 from bigkit.model.header import CheckpointError
+from bigkit.model.precision import Precision
 from bigkit.units import dtype_bits
 from tests.model import gguf_files as files
 
@@ -65,7 +66,11 @@ def test_what_llama_cpp_takes_beside_the_weights(model):
     """Llama 3 8B with micro batches of 512: "CUDA0 compute buffer size = 258.50 MiB", whatever the context."""
     spec = bigkit.describe(model[0])
     spec = replace(spec, facts={**spec.facts, "hidden_size": 4096, "vocab_size": 128256})
-    assert activation_bytes(spec, 1, 512) == activation_bytes(spec, 1, 99_000) == 258.5 * 2**20
+    assert (
+        working_bytes(spec, Precision("bfloat16"), 1, 512)
+        == working_bytes(spec, Precision("bfloat16"), 1, 99_000)
+        == 258.5 * 2**20
+    )
 
 
 def test_advice_for_a_file_is_about_that_file(tmp_path):
